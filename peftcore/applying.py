@@ -1,0 +1,198 @@
+"""`apply` and `plan`: from a host and a method's name to an injection, or to what it would be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcore import witness
+from peftcore.calls import drop_state, ensure_state, state_of
+from peftcore.catalogue import method as find_method
+from peftcore.config import dtype_of, validate
+from peftcore.contract import Method, MethodConfig
+from peftcore.errors import DuplicateInjection, TargetError, UnsupportedHost
+from peftcore.graft import slot_of
+from peftcore.hosts import HostMap
+from peftcore.injection import Injection
+from peftcore.planning import Plan
+from peftcore.plugins import layer_of, registry
+from peftcore.surgery import Operators, Surgeon, Wishes, install, release, uninstall
+from peftcore.targets import Resolver, Target
+
+
+def resolve_method(
+    method: str | MethodConfig | type[Method], options: Mapping[str, Any]
+) -> tuple[Method, MethodConfig]:
+    """The method and its checked options, from a name, a config object or a method class."""
+    if isinstance(method, MethodConfig):
+        return find_method(method.method)(), method.replace(**options) if options else method
+    cls = find_method(method) if isinstance(method, str) else method
+    return cls(), validate(cls.Config, dict(options))
+
+
+def host_map(model: nn.Module) -> HostMap:
+    """The host's map, from whoever knows the host first."""
+    found: HostMap = registry().hook.peftcore_map(model=model)
+    return found
+
+
+def prepare(
+    model: nn.Module, method: Method, config: MethodConfig, wishes: Wishes, host: HostMap | None, dry: bool
+) -> Surgeon:
+    """Record what the method would do; nothing is changed.
+
+    Raises:
+        UnsupportedHost: a wrapper that hides its module, or TorchScript.
+        TargetError: nothing to act on.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise UnsupportedHost(
+            "DataParallel copies modules in every forward; use DistributedDataParallel, and apply to the module inside"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedHost("TorchScript modules cannot change; apply before scripting, merge, then script")
+    hidden = _is_ours
+    resolver = Resolver(model, host or host_map(model), layer_of, hidden)
+    surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry)
+    registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
+    surgeon.train_wishes()
+    if not surgeon.grafts:
+        raise TargetError(
+            f"{method.name} found nothing to act on in this {type(model).__name__}; "
+            f"its target is {wishes.target or method.target!r}"
+        )
+    return surgeon
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return isinstance(module, Operators)
+
+
+def wishes_of(
+    target: Target | None,
+    exclude: Target | None,
+    train: Iterable[str],
+    seed: int | None,
+    dtype: torch.dtype | str | None,
+) -> Wishes:
+    """The user's wishes; the seed is torch's own unless one is given, so that torch.manual_seed decides."""
+    train = (train,) if isinstance(train, str) else tuple(train)
+    return Wishes(target, exclude, train, torch.initial_seed() if seed is None else seed, dtype_of(dtype))
+
+
+def apply(
+    model: nn.Module,
+    method: str | MethodConfig | type[Method],
+    *,
+    name: str | None = None,
+    target: Target | None = None,
+    exclude: Target | None = None,
+    train: Sequence[str] | str = (),
+    seed: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    host: HostMap | None = None,
+    **config: Any,
+) -> Injection:
+    """Adapt any module in place with a method; all of it, or nothing on an error.
+
+    The base is frozen, the operators train, the injection is active. Other injections on the host stay as they are.
+
+    Args:
+        model: the host; changed in place, its class and parameter names stay.
+        method: a name, ``"plugin/name"``, a config object, or a method class.
+        name: name of the injection on this host; the method's by default. No dots.
+        target: where to act, instead of the method's default roles: a role ("attn.q", "all-linear"), a glob, ends of
+            paths, "re:…", a type, a predicate of (path, module), or a list of these.
+        exclude: what of it to leave out, in the same forms.
+        train: modules of the host (heads, norms) that train along, as replacements saved with the adapter.
+        seed: operators are drawn from (seed, path); torch's initial seed by default. The global generator does not
+            move.
+        dtype: dtype of the operators, float32 by default.
+        host: a host map to use instead of the derived one (`peftcore.hosts.probe`, `HostMap.override`).
+        config: the method's options.
+
+    Raises: UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost, DuplicateInjection: nothing was
+        changed.
+    """
+    found, options = resolve_method(method, config)
+    name = check_name(model, found.name if name is None else name)
+    surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=False)
+    return establish(surgeon, name)
+
+
+def check_name(model: nn.Module, name: str) -> str:
+    """The name, if an injection of this host may have it.
+
+    Raises:
+        DuplicateInjection: it is taken, empty, or has a dot.
+    """
+    state = state_of(model)
+    if not name or "." in name:
+        raise DuplicateInjection(f"an injection cannot be called {name!r}: names are not empty and have no dots")
+    if state is not None and name in state.injections:
+        raise DuplicateInjection(
+            f"this host already has an injection named {name!r}; give another name=, or remove() it first"
+        )
+    return name
+
+
+def establish(surgeon: Surgeon, name: str) -> Injection:
+    """Install what was recorded and make it the host's."""
+    model = surgeon.model
+    fresh = state_of(model) is None
+    state = ensure_state(model)
+    injection = Injection(name, surgeon, state)
+    state.injections[name] = injection
+    base = [p for module in surgeon.resolver.modules.values() for p in module._parameters.values() if p is not None]
+    thawed = list({id(p): p for p in base if p.requires_grad}.values())
+    active, threads = state.active, dict(state.threads)
+    try:
+        install(surgeon, state, name)
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+        state.choose((*state.current(), name))
+        injection.trainable(True)
+    except BaseException:
+        del state.injections[name]
+        state.active, state.threads = active, threads
+        uninstall(surgeon, name)
+        for parameter in thawed:
+            parameter.requires_grad_(True)
+        if fresh:
+            release(model)
+            drop_state(model)
+        raise
+    state.frozen += thawed
+    watcher = witness.attend(model, state)
+    towers = sorted({entry.tower for entry in surgeon.resolver.host.entries}, key=len, reverse=True)
+    for graft in surgeon.grafts:
+        site = graft.site
+        slot = slot_of(site.module)
+        tower = next((t for t in towers if t and f"{site.module_path}.".startswith(f"{t}.")), "")
+        if slot is not None and graft.by_method:
+            watcher.watch(site.module_path, slot, tower)
+    return injection
+
+
+def plan(
+    model: nn.Module,
+    method: str | MethodConfig | type[Method],
+    *,
+    target: Target | None = None,
+    exclude: Target | None = None,
+    train: Sequence[str] | str = (),
+    seed: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    host: HostMap | None = None,
+    **config: Any,
+) -> Plan:
+    """What `apply` with the same arguments would do: sites, shapes, parameters, bytes. Nothing is changed or allocated.
+
+    The host may be on the meta device. Raises the same errors as `apply`.
+    """
+    found, options = resolve_method(method, config)
+    surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=True)
+    return Plan.of(surgeon)

@@ -1,0 +1,104 @@
+"""Which methods there are, by name. A method's module is imported when the method is first asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TypeVar
+
+from peftcore.contract import Method, MethodInfo, check_method_class
+from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
+from peftcore.plugins import registry
+
+RUNTIME = "registered"
+"""The plugin name under which `register` files its methods."""
+
+KNOWN: dict[str, str] = {
+    **dict.fromkeys(("ia3", "houlsby_adapter"), "peftcore-additive"),
+    **dict.fromkeys(("lora", "dora"), "peftcore-reparameterized"),
+    **dict.fromkeys(("bitfit", "ln_tuning", "linear_probe"), "peftcore-selective"),
+}
+"""Methods of our own plugins, for the line that says what to install."""
+
+M = TypeVar("M", bound=type[Method])
+_registered: dict[str, type[Method]] = {}
+_loaded: dict[str, type[Method]] = {}
+
+
+def register(cls: M) -> M:
+    """Add a method at run time, for notebooks: no packaging needed. Usable as a decorator; registering a name again
+    replaces it.
+
+    Raises:
+        PluginError: the class breaks the contract.
+    """
+    check_method_class(cls)
+    _registered[cls.name] = cls
+    return cls
+
+
+def _listed() -> list[MethodInfo]:
+    found = []
+    for plugin in registry().plugins.values():
+        names: dict[str, list[str]] = {}
+        for name, place in plugin.methods.items():
+            names.setdefault(place, []).append(name)  # further names of one class are its aliases
+        found += [MethodInfo(n[0], plugin.name, plugin.distribution, p, tuple(n[1:])) for p, n in names.items()]
+    found += [
+        MethodInfo(name, RUNTIME, "registered at run time", f"{cls.__module__}:{cls.__qualname__}", cls.aliases)
+        for name, cls in _registered.items()
+    ]
+    return sorted(found, key=lambda info: (info.name, info.plugin))
+
+
+def methods(category: str | None = None) -> list[MethodInfo]:
+    """The methods of all loaded plugins, by name. Without `category`, no method module is imported."""
+    return [info for info in _listed() if category is None or info.category == category]
+
+
+def method(name: str) -> type[Method]:
+    """The method class called `name`; ``"plugin/name"`` where two plugins have one.
+
+    Raises:
+        UnknownMethod: with close names, the plugins that failed, and what to install where we know.
+        AmbiguousMethod: naming the distributions that clash.
+    """
+    plugin, slash, short = name.rpartition("/")
+    listed = _listed()
+    found = [i for i in listed if short in (i.name, *i.aliases) and (not slash or i.plugin == plugin)]
+    if len(found) > 1:
+        where = " and ".join(f"{info.distribution} (write {info.plugin + '/' + short!r})" for info in found)
+        raise AmbiguousMethod(f"method {short!r} is in {where}")
+    if not found:
+        raise UnknownMethod(_unknown(name, short, [info.name for info in listed]))
+    return _load(found[0])
+
+
+def _load(info: MethodInfo) -> type[Method]:
+    if info.plugin == RUNTIME:
+        return _registered[info.name]
+    key = f"{info.plugin}/{info.name}"
+    if key not in _loaded:
+        module, _, attribute = info.location.partition(":")
+        try:
+            cls = check_method_class(getattr(importlib.import_module(module), attribute))
+        except (ImportError, AttributeError) as error:
+            raise PluginError(f"method {info.name!r} of {info.distribution} cannot be imported: {error}") from error
+        if (cls.name, set(cls.aliases)) != (info.name, set(info.aliases)):
+            called = ", ".join((cls.name, *cls.aliases))
+            raise PluginError(f"{info.distribution} lists {info.name!r}, but {info.location} is called {called}")
+        _loaded[key] = cls
+    return _loaded[key]
+
+
+def _unknown(name: str, short: str, known: list[str]) -> str:
+    lines = [f"no method named {name!r}"]
+    close = difflib.get_close_matches(short, sorted({*known, *KNOWN}), n=3)
+    if close and short not in close:
+        lines.append(f"did you mean {' or '.join(repr(each) for each in close)}?")
+    if short in KNOWN:
+        lines.append(f"it comes with: pip install {KNOWN[short]}")
+    lines += [str(failure) for failure in registry().failures]
+    if len(lines) == 1:
+        lines.append(f"there are: {', '.join(known) or 'none; install a plugin, such as peftcore-reparameterized'}")
+    return "; ".join(lines)

@@ -1,0 +1,186 @@
+"""What a method is: a final subclass of `Method` with a name, a `Config`, `Tags`, default targets by role, and
+`inject`."""
+
+from __future__ import annotations
+
+import fnmatch
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from peftcore.errors import PluginError
+
+if TYPE_CHECKING:
+    from peftcore.injection import Injection
+    from peftcore.surgery import Surgeon
+    from peftcore.targets import Site
+
+CATEGORIES = (
+    "additive",
+    "reparameterized",
+    "selective",
+    "hybrid",
+    "quantized",
+    "multitask",
+    "vision",
+    "diffusion",
+)
+"""The categories of the survey arXiv 2410.19878; a plugin of ours for each."""
+
+RESERVED = frozenset(
+    {"model", "name", "target", "exclude", "train", "data", "seed", "dtype", "host", "trainable", "strict"}
+)
+"""Argument names of `apply` and `load`: no method option may be called so."""
+
+
+class MethodConfig(BaseModel):
+    """Options of one method: typed, strict, immutable; unknown keys are refused. Docstrings under fields become schema
+    descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+    method: str
+    """Name of the method these options belong to."""
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Other options for some sites: ``{"*.layers.0.*": {"rank": 16}}``. Keys are globs for site paths; the first that
+    matches counts."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        taken = RESERVED.intersection(cls.model_fields)
+        if taken:
+            raise PluginError(
+                f"{cls.__name__}: {', '.join(sorted(taken))} are arguments of apply and cannot be options"
+            )
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some options changed, checked like a new one.
+
+        Raises:
+            ConfigError: an option is unknown or its value breaks a rule.
+        """
+        from peftcore.config import validate
+
+        return validate(type(self), {**self.model_dump(), **changes})
+
+    def at(self, path: str) -> Self:
+        """The options for one site: `overrides` applied."""
+        for pattern, changes in self.overrides.items():
+            if fnmatch.fnmatchcase(path, pattern):
+                return self.replace(**changes, overrides={})
+        return self
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What a method can do. Declared here, proven by the conformance kit: claiming too much and claiming too little
+    both fail."""
+
+    category: str
+    """One of `CATEGORIES`."""
+    paper: str
+    """arXiv number of the paper that defines the method, or another reference."""
+    mergeable: bool = False
+    """The effect can be folded into the host's tensors; `merge` then gives the same outputs."""
+    identity_at_init: bool = True
+    """A fresh injection with default options leaves the host's outputs unchanged, up to rounding."""
+    identity_options: Mapping[str, Any] | None = None
+    """Where a fresh injection changes outputs, as the paper has it: the options with which it does not."""
+    low_rank: bool = False
+    """`factors()` of every operator gives the update as A, B and a scale."""
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One line of `methods()`; reading it imports no method module beyond the method's own."""
+
+    name: str
+    plugin: str
+    distribution: str
+    """Distribution and version that bring the method, or "registered at run time"."""
+    location: str = field(repr=False)
+    """``module:Class``."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the method."""
+
+    def _tags(self) -> Tags:
+        from peftcore.catalogue import method
+
+        return method(f"{self.plugin}/{self.name}").tags
+
+    @property
+    def tags(self) -> Tags:
+        """The declared capabilities (imports the method's module)."""
+        return self._tags()
+
+    @property
+    def category(self) -> str:
+        """The survey's category (imports the method's module)."""
+        return self._tags().category
+
+    @property
+    def paper(self) -> str:
+        """Reference of the defining paper (imports the method's module)."""
+        return self._tags().paper
+
+
+class Method(ABC):
+    """A method. Subclasses are final: variants are options only where the paper's own code has them as options."""
+
+    name: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    Config: ClassVar[type[MethodConfig]]
+    tags: ClassVar[Tags]
+    target: ClassVar[str | tuple[str, ...]]
+    """Default targets, by role, so that one line serves every architecture; roles that a host lacks are passed over."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Method not in cls.__bases__:
+            raise PluginError(f"{cls.__name__} subclasses another method; methods are final, share functions instead")
+
+    config_version: ClassVar[int] = 1
+    """Raised when options change their meaning; `migrate` then upgrades old ones."""
+
+    @abstractmethod
+    def inject(self, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
+        """Say which operators stand where, through the surgeon's verbs. Nothing changes before it returns."""
+
+    def trainable(self, model: nn.Module, config: Any, injection: Injection) -> None:
+        """What trains once injected: by default every parameter of the operators."""
+        for parameter in injection.parameters():
+            parameter.requires_grad_(True)
+
+    @staticmethod
+    @abstractmethod
+    def parameter_count(site: Site, config: Any) -> int:
+        """The closed formula for one grafted site; the kit compares it with reality."""
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        """Options of `version` as those of ``version + 1``."""
+        return options
+
+
+def check_method_class(cls: Any) -> type[Method]:
+    """The class, if it keeps the contract.
+
+    Raises:
+        PluginError: naming what is missing.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise PluginError(f"{cls!r} is not a subclass of peftcore.Method")
+    for attribute, kind in (("name", str), ("tags", Tags), ("target", object), ("Config", type)):
+        if not isinstance(getattr(cls, attribute, None), kind):
+            raise PluginError(f"{cls.__name__} must define {attribute}")
+    if not issubclass(cls.Config, MethodConfig):
+        raise PluginError(f"{cls.__name__}.Config must subclass MethodConfig")
+    if cls.tags.category not in CATEGORIES:
+        raise PluginError(f"{cls.__name__}: unknown category {cls.tags.category!r}; one of {', '.join(CATEGORIES)}")
+    if cls.__abstractmethods__:
+        raise PluginError(f"{cls.__name__} must implement {', '.join(sorted(cls.__abstractmethods__))}")
+    return cls

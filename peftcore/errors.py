@@ -1,0 +1,68 @@
+"""Everything peftcore raises. Each error says what was wrong and what to do next; after any of them the host is as it
+was."""
+
+from __future__ import annotations
+
+
+class PeftcoreError(Exception):
+    """The root: catch this to catch all of the below."""
+
+
+class UnknownMethod(PeftcoreError, LookupError):
+    """No loaded plugin has a method of that name."""
+
+
+class AmbiguousMethod(PeftcoreError, LookupError):
+    """Two plugins have a method of that name; write ``"plugin/method"``."""
+
+
+class PluginError(PeftcoreError):
+    """A plugin, or a method class handed to `register`, breaks the contract."""
+
+
+class ConfigError(PeftcoreError, ValueError):
+    """A method's option is unknown, or its value breaks a rule."""
+
+
+class TargetError(PeftcoreError, LookupError):
+    """A target, an exclusion or a name in ``train`` matches nothing in the host."""
+
+
+class UnsupportedSite(PeftcoreError, TypeError):
+    """The method cannot act on that module or tensor."""
+
+
+class UnsupportedHost(PeftcoreError, TypeError):
+    """The host as a whole cannot be adapted: DataParallel, TorchScript, tensor parallel."""
+
+
+class DuplicateInjection(PeftcoreError, ValueError):
+    """The host already has an injection of that name, or the name cannot be used."""
+
+
+class UnknownInjection(PeftcoreError, LookupError):
+    """The host has no injection of that name."""
+
+
+class InactiveSite(PeftcoreError, RuntimeError):
+    """The host ran, but a grafted site did not: its adapter would train nothing."""
+
+
+class MergeError(PeftcoreError, RuntimeError):
+    """A merge or its undoing is impossible now; no weight was changed."""
+
+
+class NotMergeable(MergeError):
+    """The method cannot be folded into weights at all."""
+
+
+class CheckpointError(PeftcoreError, ValueError):
+    """A saved adapter is damaged, unreadable or not one of ours; nothing was loaded."""
+
+
+class HostMismatch(CheckpointError):
+    """The saved adapter belongs to another base model; nothing was loaded."""
+
+
+class NewerFormat(CheckpointError):
+    """The adapter was written by a newer version than the one installed."""

@@ -1,0 +1,92 @@
+"""The hooks, in the order in which a life of an injection meets them.
+
+A hook is for "anybody may answer or look in"; what one method does is a function of its class. For every hook that
+stops at the first answer, the core's own implementation comes last and calls the method's function, so a plugin can
+answer earlier or wrap it. No hook runs while the host runs forward or backward. An implementation may accept fewer
+arguments than are listed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from peftcore.contract import Method, MethodConfig
+    from peftcore.hosts import HostMap
+    from peftcore.injection import Injection
+    from peftcore.surgery import Surgeon
+    from peftcore.weights import Layer
+
+API = 1
+"""The version of these specifications; a plugin states the one it was written for as ``PEFTCORE_API``."""
+
+hookspec = pluggy.HookspecMarker("peftcore")
+hookimpl = pluggy.HookimplMarker("peftcore")
+
+
+@hookspec
+def peftcore_methods() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """Name the methods that a plugin brings.
+
+    Runs when the catalogue is first asked for anything; once for each plugin. Returns method names mapped to
+    ``"module:Class"``. Strings, so that a method's module is imported on its first use only.
+    """
+
+
+@hookspec(firstresult=True)
+def peftcore_map(model: nn.Module) -> HostMap | None:
+    """Say what the modules of a host are.
+
+    Runs at the start of `apply` and `plan`, unless the user handed in a map.
+    Gets the host. Returns its map, or None to leave it to others; the core derives one from structure and names.
+    Stops at the first result that is not None.
+    """
+
+
+@hookspec(firstresult=True)
+def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
+    """Say how a module stores one of its tensors: its logical layout, how to read and write it, its linear map.
+
+    Runs once for each site, when it is chosen; the answer is plain data that later reads and writes without hooks. Gets
+    the module and the path of the tensor below it ("weight" for most). Returns a `Layer`, or None; the core answers for
+    dense tensors, a quantizing plugin for packed ones. Stops at the first result that is not None.
+    """
+
+
+@hookspec(firstresult=True)
+def peftcore_inject(model: nn.Module, method: Method, config: MethodConfig, surgeon: Surgeon) -> bool | None:
+    """Put a method's operators at its sites.
+
+    Runs once in `apply` and `plan`; nothing in the host has changed yet, and nothing does before it returns. Gets the
+    host, the method, its options and the surgeon whose verbs record the changes. Returns True when done; the core calls
+    ``method.inject``. Stops at the first result that is not None.
+    """
+
+
+@hookspec(firstresult=True)
+def peftcore_select(model: nn.Module, method: Method, config: MethodConfig, injection: Injection) -> bool | None:
+    """Decide what trains.
+
+    Runs after the operators stand in the host and the base is frozen, and when an injection is made trainable again.
+    Gets the host, the method, its options and the injection. Returns True when done; the core calls
+    ``method.trainable``. Stops at the first result that is not None.
+    """
+
+
+@hookspec(firstresult=True)
+def peftcore_merge(
+    model: nn.Module, method: Method, config: MethodConfig, injection: Injection
+) -> Mapping[tuple[str, str], torch.Tensor] | None:
+    """Compute what a merge writes.
+
+    Runs in `Injection.merge`, before any weight changes. Gets the host, the method, its options and the injection.
+    Returns the new stored tensors by (module path, tensor path); the core asks every operator for its effective
+    tensors. The core then checks that all are finite and writes all or none. Stops at the first result that is not
+    None.
+    """

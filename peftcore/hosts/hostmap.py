@@ -1,0 +1,305 @@
+"""The host map: what each module and each bare parameter of a host is, as data.
+
+The map holds paths and names only, no modules: it stays valid for every model of the same shape, and can be kept, compared and printed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cached_property
+from math import prod
+
+from peftcore.errors import TargetError
+from peftcore.hosts.vocabulary import OTHER, ROLES
+
+Ranges = tuple[tuple[int, int], ...]
+"""Half-open row ranges of the logical output dimension."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of a fused projection, part by part: q, k, v of a qkv; gate, up of a gate_up."""
+
+    parts: tuple[tuple[str, Ranges], ...]
+
+    def rows(self, part: str) -> Ranges:
+        return dict(self.parts)[part]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.parts)
+
+
+@dataclass(frozen=True)
+class HostEntry:
+    """One module or bare parameter of the host.
+
+    * `path`: of the module, or "module.param" for a bare parameter (3-D experts, `in_proj_weight`).
+    * `module`, `tensor`: the module that owns or reads the weight ("" is the root) and, when the weight is not its plain `weight`, the
+      parameter's name in it. `nn.MultiheadAttention` reads its `out_proj` and never calls it: there `module` is the attention and
+      `tensor` is "out_proj.weight".
+    * `role`: one role of `ROLES`, or "other". A module that is both a block and an attention has two entries.
+    * `stream`: "main", or "context" for the second stream of joint attention.
+    * `tower`: path of the nearest sub-model with blocks of its own, "" when the host has only one.
+    * `block`, `layer`: path of the enclosing block and its index among the blocks of its list.
+    * `layout`: the rows of a fused projection, None when there is nothing fused or the order is not known without a probe.
+    * `called`: False when the weight is known to be read without its module being called.
+    * `kind`: "container", "linear", "conv", "norm", "table", "experts", "mha", "raw" or "tensor".
+    * `shape`: of the weight; (out, in) for a matrix whatever the storage.
+    """
+
+    path: str
+    module: str
+    tensor: str | None
+    role: str
+    stream: str = "main"
+    tower: str = ""
+    block: str | None = None
+    layer: int | None = None
+    layout: Layout | None = None
+    called: bool = True
+    kind: str = "container"
+    shape: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """The size of the logical output dimension."""
+        return self.shape[-2] if len(self.shape) >= 2 else 0
+
+
+Selection = list[tuple[HostEntry, Ranges | None]]
+
+# The parts of fused weights, and of the second factors of low-rank pairs: MLA's make q, and k with v.
+_PARTS = {
+    "qkv": ("q", "k", "v"),
+    "kv": ("k", "v"),
+    "kv_b": ("k", "v"),
+    "q_b": ("q",),
+    "gate_up": ("gate", "up"),
+}
+_PARTS_OF = {role: _PARTS[part] for role in ROLES if (part := role.partition(".")[2]) in _PARTS} | {
+    "attn_mlp.in": ("q", "k", "v", "gate", "up")
+}
+_LINEAR_FAMILIES = frozenset({"attn", "cross", "mlp", "attn_mlp", "ssm"})
+
+
+@dataclass(frozen=True)
+class HostMap:
+    """Roles to places. `derive` makes one, `probe` refines it, `override` corrects it."""
+
+    entries: tuple[HostEntry, ...]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @cached_property
+    def _by_role(self) -> dict[str, list[HostEntry]]:
+        groups: dict[str, list[HostEntry]] = {}
+        for entry in self.entries:
+            groups.setdefault(entry.role, []).append(entry)
+        return groups
+
+    @cached_property
+    def _by_path(self) -> dict[str, list[HostEntry]]:
+        groups: dict[str, list[HostEntry]] = {}
+        for entry in self.entries:
+            groups.setdefault(entry.path, []).append(entry)
+        return groups
+
+    @cached_property
+    def _order(self) -> dict[tuple[str, str], int]:
+        return {(entry.path, entry.role): index for index, entry in enumerate(self.entries)}
+
+    def at(self, path: str) -> tuple[HostEntry, ...]:
+        """The entries of one path: usually one, two for a block that is also an attention."""
+        return tuple(self._by_path.get(path, ()))
+
+    def roles(self) -> frozenset[str]:
+        """Every role that `select` understands on this host: those of its weights and modules, parts of fused ones, virtual ones."""
+        present = {role for role in self._by_role if role != OTHER}
+        for fused in present & set(_PARTS_OF):
+            present |= {role for entry in self._by_role[fused] for role in part_roles(entry)}
+        families = {f"{role.partition('.')[0]}.*" for role in present if "." in role}
+        return frozenset(present | families | {role for role in VIRTUAL if self.select(role)})
+
+    def select(self, role: str, tower: str | None = None) -> Selection:
+        """The places of a role, in the order of the host, each with its rows when it is a part of a fused weight.
+
+        * a role: "attn.q" finds the query matrices and the query rows of fused ones;
+        * a family: "norm.*" finds every role that starts so, and "norm" itself;
+        * virtual: "all-linear", every matrix inside blocks that a linear adapter makes sense on; "attn.output" and "mlp.output", the
+          places whose output a branch adds to the residual stream.
+        """
+        if role in VIRTUAL:
+            found: Selection = [(entry, None) for entry in VIRTUAL[role](self)]
+        elif role.endswith(".*"):
+            family = role[:-2]
+            names = [name for name in self._by_role if name == family or name.startswith(family + ".")]
+            found = [(entry, None) for name in names for entry in self._by_role[name]]
+        else:
+            found = [(entry, None) for entry in self._by_role.get(role, [])] + self._parts(role)
+        found.sort(key=lambda place: self._order[place[0].path, place[0].role])
+        return [place for place in found if tower is None or place[0].tower == tower]
+
+    def _parts(self, role: str) -> Selection:
+        """The rows of a role in fused weights."""
+        found: Selection = []
+        for fused in self._by_role.keys() & _PARTS_OF.keys():
+            for entry in self._by_role[fused]:
+                if role not in part_roles(entry):
+                    continue
+                if entry.layout is None:
+                    raise TargetError(
+                        f"the rows of {role!r} in {entry.path!r} ({entry.role}) are not known without a forward. Target "
+                        f"{entry.role!r} as a whole, or refine the map with peftcore.hosts.probe(model, inputs, host)."
+                    )
+                rows = entry.layout.rows(role.partition(".")[2])
+                found.append((entry, None if rows == ((0, entry.rows),) else rows))
+        return found
+
+    @property
+    def has_blocks(self) -> bool:
+        return "block" in self._by_role
+
+    def main_tower(self) -> str:
+        """The tower with most parameters in its blocks."""
+        sizes: dict[str, int] = {}
+        for entry in self.entries:
+            if entry.block is not None and entry.shape:
+                sizes[entry.tower] = sizes.get(entry.tower, 0) + prod(entry.shape)
+        return max(sizes, key=lambda tower: sizes[tower]) if sizes else ""
+
+    def override(self, roles: Mapping[str, str]) -> HostMap:
+        """The map with corrections, path to role; "other" takes a path out of every role."""
+        for path, role in roles.items():
+            self._check(path, role)
+        entries = []
+        replaced = set()
+        for entry in self.entries:
+            if entry.path not in roles:
+                entries.append(entry)
+            elif entry.path not in replaced:
+                replaced.add(entry.path)
+                same = any(roles[entry.path] == old.role for old in self._by_path[entry.path])
+                entries.append(replace(entry, role=roles[entry.path], layout=entry.layout if same else None))
+        moved = any(role == "block" or entry.role == "block" for path, role in roles.items() for entry in self.at(path))
+        return HostMap(tuple(reblocked(entries) if moved else entries))
+
+    def _check(self, path: str, role: str) -> None:
+        if path not in self._by_path:
+            near = get_close_matches(path, self._by_path, n=3)
+            hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+            raise TargetError(f"the host has no module or bare parameter {path!r}.{hint}")
+        if role != OTHER and role not in ROLES:
+            near = get_close_matches(role, ROLES, n=3)
+            hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"known roles: {', '.join(sorted(ROLES))}."
+            raise TargetError(f"{role!r} (for {path!r}) is no role; {hint}")
+
+    def tree(self) -> str:
+        """The map for people: repeated blocks folded, one line for each thing that has a role."""
+        from peftcore.hosts.tree import render
+
+        return render(self)
+
+
+def part_roles(entry: HostEntry) -> set[str]:
+    """The roles of the parts of a fused weight: those of its layout, or all its role speaks of when the layout is unknown."""
+    parts = entry.layout.names if entry.layout is not None else _PARTS_OF[entry.role]
+    family = entry.role.partition(".")[0]
+    if family != "attn_mlp":
+        return {f"{family}.{part}" for part in parts} & ROLES
+    return {f"mlp.{part}" if part in ("gate", "up") else f"attn.{part}" for part in parts}
+
+
+def under(path: str, top: str) -> bool:
+    return not top or path == top or path.startswith(top + ".")
+
+
+def reblocked(entries: list[HostEntry]) -> list[HostEntry]:
+    """The entries with `block` and `layer` read anew from the block entries."""
+    layers: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    for entry in entries:
+        if entry.role == "block":
+            owner = entry.path.rpartition(".")[0]
+            layers[entry.path] = counts.setdefault(owner, 0)
+            counts[owner] += 1
+    renewed = []
+    for entry in entries:
+        block = next((prefix for prefix in _prefixes(entry.path) if prefix in layers), None)
+        renewed.append(replace(entry, block=block, layer=layers[block] if block is not None else None))
+    return renewed
+
+
+def _in_body(host: HostMap, entry: HostEntry) -> bool:
+    """In a block; hosts without blocks are all body."""
+    return entry.block is not None or not host.has_blocks
+
+
+def _all_linear(host: HostMap) -> list[HostEntry]:
+    matrices = [entry for entry in host.entries if len(entry.shape) == 2 or entry.kind == "conv"]
+    if not host.has_blocks:
+        return [entry for entry in matrices if entry.kind == "linear"]
+    return [
+        entry
+        for entry in matrices
+        if entry.block is not None
+        and entry.kind != "experts"
+        and entry.role.partition(".")[0] in _LINEAR_FAMILIES
+        and "." in entry.role
+        and entry.role != "ssm.conv"
+    ]
+
+
+def _enclosing(host: HostMap, path: str, role: str) -> HostEntry | None:
+    """The nearest entry of a role at or above a path."""
+    at_or_above = (entry for prefix in _prefixes(path) for entry in host.at(prefix))
+    return next((entry for entry in at_or_above if entry.role == role), None)
+
+
+def _attention_outputs(host: HostMap) -> list[HostEntry]:
+    """The output matrix is the last one of its branch, before residual, post-norm, scale and gate; the module's own output is not safe
+    (BERT, Bloom and UNet attentions add the residual themselves). Where no output matrix is called, the attention itself is the place."""
+    found: dict[str, HostEntry] = {}
+    for entry in host.entries:
+        if entry.role not in ("attn.out", "cross.out", "attn_mlp.out") or not _in_body(host, entry):
+            continue
+        place: HostEntry | None = entry
+        if entry.kind == "experts" or (entry.tensor or "").startswith("out_proj."):
+            place = _enclosing(host, entry.path, entry.role.partition(".")[0])
+        elif entry.tensor is not None:
+            place = None  # a bare parameter gives nothing back, and its module adds the residual (XLNet)
+        if place is not None:
+            found[place.path] = place
+    return list(found.values())
+
+
+def _mlp_outputs(host: HostMap) -> list[HostEntry]:
+    """The down matrix; where experts are summed, the module that sums them, together with its shared experts."""
+    sums: dict[str, HostEntry] = {}
+    for entry in host.entries:
+        if entry.role.startswith("experts.") and _in_body(host, entry):
+            place = _enclosing(host, entry.path, "mlp")
+            if place is not None:
+                sums[place.path] = place
+    downs = [
+        entry
+        for entry in host._by_role.get("mlp.down", [])
+        if _in_body(host, entry) and sums.keys().isdisjoint(_prefixes(entry.path))
+    ]
+    return [*sums.values(), *downs]
+
+
+def _prefixes(path: str) -> list[str]:
+    steps = path.split(".")
+    return [".".join(steps[:length]) for length in range(len(steps), 0, -1)]
+
+
+VIRTUAL: dict[str, Callable[[HostMap], list[HostEntry]]] = {
+    "all-linear": _all_linear,
+    "attn.output": _attention_outputs,
+    "mlp.output": _mlp_outputs,
+}
+"""Roles that no single weight has: each is found by a rule over the whole map."""

@@ -1,0 +1,68 @@
+"""From a model to its host map, by the static rules: no forward, no weights touched, one walk."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peftcore.hosts.blocks import Blocks
+from peftcore.hosts.hostmap import HostEntry, HostMap, Layout
+from peftcore.hosts.layouts import logical_shape, static_layout
+from peftcore.hosts.mixers import Mixers
+from peftcore.hosts.mlps import FeedForwards
+from peftcore.hosts.rest import Rest
+from peftcore.hosts.survey import Kind, Node, Survey
+from peftcore.hosts.towers import Towers, layers
+from peftcore.hosts.vocabulary import FUSED_ROLES, OTHER
+
+
+def derive(model: nn.Module) -> HostMap:
+    """What everything in the host is, told from structure and names.
+
+    The order of the steps matters: mixers make blocks recognizable, blocks bound the search for feed-forward branches, and the rest is
+    judged by its place relative to all of these.
+    """
+    survey = Survey(model)
+    mixers = Mixers(survey)
+    blocks = Blocks(survey, mixers)
+    mixers.assign()
+    mlps = FeedForwards(survey, mixers, blocks)
+    mlps.assign()
+    Rest(survey, mixers, blocks, mlps).assign()
+    towers = Towers(survey, blocks).of(survey)
+    layer_of = layers(blocks)
+    entries: list[HostEntry] = []
+    for node in survey.nodes:
+        roles = (["block"] if node.is_block else []) + ([node.role] if node.role else [])
+        for role in roles or [OTHER]:
+            layout = static_layout(node, mixers.attention_around(node)) if role in FUSED_ROLES else None
+            layer = layer_of[node.block] if node.block is not None else None
+            entries.append(entry_of(node, role, towers[node.index], layer, layout))
+    return HostMap(tuple(entries))
+
+
+def entry_of(node: Node, role: str, tower: str, layer: int | None, layout: Layout | None) -> HostEntry:
+    module, tensor = owner(node)
+    return HostEntry(
+        path=node.path,
+        module=module,
+        tensor=tensor,
+        role=role,
+        stream="context" if node.context else "main",
+        tower=tower,
+        block=node.block.path if node.block is not None else None,
+        layer=layer,
+        layout=layout,
+        called=tensor is None,
+        kind=node.kind.value,
+        shape=logical_shape(node),
+    )
+
+
+def owner(node: Node) -> tuple[str, str | None]:
+    """The module through which the weight acts, and the weight's name in it; None for a plain weight."""
+    parent = node.parent
+    if parent is not None and node.tensor is not None:
+        return parent.path, node.tensor
+    if parent is not None and parent.kind is Kind.MHA and node.name == "out_proj":
+        return parent.path, "out_proj.weight"
+    return node.path, None

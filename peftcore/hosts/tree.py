@@ -1,0 +1,123 @@
+"""The host map as text: what repeats is folded, so that a model of any depth fits on a page."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from peftcore.hosts.hostmap import HostEntry, HostMap, Layout
+from peftcore.hosts.vocabulary import OTHER
+
+_NUMBERED = re.compile(r"(.*?)(\d+)")
+
+
+@dataclass(slots=True)
+class Branch:
+    """One component of the paths, the entries that end there, and what lies below."""
+
+    entries: list[HostEntry] = field(default_factory=list)
+    children: dict[str, Branch] = field(default_factory=dict)
+    tower: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    depth: int
+    name: str
+    role: str
+    shape: str
+    notes: str
+
+
+def render(host: HostMap) -> str:
+    root = Branch()
+    for entry in host.entries:
+        if entry.role != OTHER:
+            descend(root, entry.path).entries.append(entry)
+    for tower in {entry.tower for entry in host.entries if entry.tower}:
+        descend(root, tower).tower = True
+    lines = [*own_lines(root, "(root)", 0)] if root.entries else []
+    lines += below(root, 0)
+    names = max((2 * line.depth + len(line.name) for line in lines), default=0)
+    roles = max((len(line.role) for line in lines), default=0)
+    shapes = max((len(line.shape) for line in lines), default=0)
+    return "\n".join(
+        f"{'  ' * line.depth + line.name:<{names}}  {line.role:<{roles}}  {line.shape:<{shapes}}  {line.notes}".rstrip()
+        for line in lines
+    )
+
+
+def descend(root: Branch, path: str) -> Branch:
+    branch = root
+    for component in path.split(".") if path else []:
+        branch = branch.children.setdefault(component, Branch())
+    return branch
+
+
+def below(branch: Branch, depth: int) -> list[Line]:
+    """The lines of all children. Numbered ones that look alike share their lines: `[0-11]`, `[0,2,4-6]`."""
+    alike: dict[tuple[str, tuple[Line, ...]], list[str]] = {}
+    for name, child in branch.children.items():
+        prefix, number = split(name)
+        lines = tuple(lines_of(child, "", depth))
+        alike.setdefault((prefix if number else name, lines), []).append(number)
+    return [
+        replace(line, name=label(prefix, numbers) + line.name) if line.depth == depth else line
+        for (prefix, lines), numbers in alike.items()
+        for line in lines
+    ]
+
+
+def lines_of(branch: Branch, name: str, depth: int) -> list[Line]:
+    """A branch without a role of its own, below which stands a single thing, joins its name with that: `layers.[0-11]`."""
+    if not branch.entries and not branch.tower:
+        lines = below(branch, depth)
+        if sum(line.depth == depth for line in lines) == 1:
+            return [replace(line, name=f"{name}.{line.name}") if line.depth == depth else line for line in lines]
+    return [*own_lines(branch, name, depth), *below(branch, depth + 1)]
+
+
+def own_lines(branch: Branch, name: str, depth: int) -> Iterator[Line]:
+    roles = " + ".join(entry.role for entry in branch.entries)
+    if branch.tower:
+        roles = f"tower + {roles}" if roles else "tower"
+    shape = next((" x ".join(map(str, entry.shape)) for entry in branch.entries if entry.shape), "")
+    notes = "; ".join(note for entry in branch.entries for note in notes_of(entry))
+    yield Line(depth, name, roles, shape, notes)
+
+
+def notes_of(entry: HostEntry) -> Iterator[str]:
+    if entry.layout is not None:
+        yield describe(entry.layout)
+    if entry.stream != "main":
+        yield f"{entry.stream} stream"
+    if not entry.called:
+        yield "read, not called"
+
+
+def describe(layout: Layout) -> str:
+    """`[q 64 | k 16 | v 16]`, or `4 x [q 12 | k 12 | v 12]`."""
+    parts = sorted(layout.parts, key=lambda part: part[1][0])
+    groups = len(parts[0][1])
+    text = " | ".join(f"{name} {ranges[0][1] - ranges[0][0]}" for name, ranges in parts)
+    return f"[{text}]" if groups == 1 else f"{groups} x [{text}]"
+
+
+def split(name: str) -> tuple[str, str]:
+    match = _NUMBERED.fullmatch(name)
+    return (match[1], match[2]) if match else (name, "")
+
+
+def label(prefix: str, numbers: list[str]) -> str:
+    if not numbers[0]:
+        return prefix
+    if len(numbers) == 1:
+        return prefix + numbers[0]
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return f"{prefix}[{','.join(str(a) if a == b else f'{a}-{b}' for a, b in runs)}]"

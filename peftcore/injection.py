@@ -1,0 +1,269 @@
+"""The handle on one applied method: what it is, switching it, merging it, taking it out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from peftcore import merging, witness
+from peftcore.calls import Activation, HostState, drop_state
+from peftcore.contract import Method, MethodConfig
+from peftcore.errors import InactiveSite, MergeError, UnknownInjection
+from peftcore.graft import slot_of
+from peftcore.operators import _Base, trainable_numbers
+from peftcore.plugins import registry
+from peftcore.surgery import Graft, Surgeon, Wishes, release, uninstall
+from peftcore.targets import Site
+
+
+class Injection:
+    """One applied method under a name. Made by `apply` and `load`, found again with `injections(model)`.
+
+    Attributes:
+        name: its name on this host.
+        model: the host.
+        method: the method.
+        config: its options.
+        merged: whether its effect is in the host's weights now.
+    """
+
+    def __init__(self, name: str, surgeon: Surgeon, state: HostState) -> None:
+        self.name = name
+        self.model = surgeon.model
+        self.method: Method = surgeon.method
+        self.config: MethodConfig = surgeon.config
+        self.wishes: Wishes = surgeon.wishes
+        self.grafts: list[Graft] = surgeon.grafts
+        self.state = state
+        self.merged = False
+        self.kept: dict[merging.Key, merging.Original] | None = None
+        self._surgeon = surgeon
+        self._keep: merging.Keep = "cpu"
+
+    @property
+    def operators(self) -> dict[str, _Base]:
+        """The operators by site path."""
+        return {graft.site.path: graft.operator for graft in self.grafts}
+
+    @property
+    def sites(self) -> list[Site]:
+        """Where the operators stand."""
+        return [graft.site for graft in self.grafts]
+
+    @property
+    def shared(self) -> dict[str, nn.Module]:
+        """State that several operators use, by name."""
+        return {name: shared.module for name, shared in self._surgeon.owned.items()}
+
+    @property
+    def selections(self) -> dict[str, list[Site]]:
+        """What each selection of the method resolved to; kept in files, so that loading does not resolve again."""
+        return self._surgeon.selections
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Operators and shared modules under the names that files use."""
+        yield from self.operators.items()
+        for name, module in self.shared.items():
+            yield f"shared:{name}", module
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter of the injection, each once; all of them, trainable or not."""
+        seen: set[int] = set()
+        for _, module in self.modules():
+            for parameter in module.parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The injection's tensors by ``<site path>.<operator tensor>``; the injection's name is left out."""
+        return {f"{path}.{key}": value for path, module in self.modules() for key, value in module.state_dict().items()}
+
+    @property
+    def active(self) -> bool:
+        """Whether it acts in this thread."""
+        return self.name in self.state.current()
+
+    def enabled(self) -> Activation:
+        """Make it act besides those that act now; as a context manager, until the end of the block."""
+        self._alive()
+        return Activation(self.state, (*self.state.current(), self.name))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Without it, to the bit, until the end of the block; a merged injection is taken out of the weights meanwhile.
+
+        Raises:
+            MergeError: it is merged and the originals were not kept.
+        """
+        self._alive()
+        merged, keep = self.merged, self._keep
+        if merged:
+            self.unmerge()
+        try:
+            with Activation(self.state, [name for name in self.state.current() if name != self.name]):
+                yield
+        finally:
+            if merged:
+                self.merge(keep)
+
+    def trainable(self, mode: bool = True) -> None:
+        """Let its parameters train, or freeze them. Nothing else on the host changes."""
+        self._alive()
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        if mode:
+            registry().hook.peftcore_select(model=self.model, method=self.method, config=self.config, injection=self)
+
+    def merge(self, keep: merging.Keep = "cpu") -> None:
+        """Fold it into the host's tensors; merging twice changes nothing more.
+
+        Args:
+            keep: how `unmerge` gets the originals back: their values on the "cpu" or on the "device", a compressed
+                "record" of ulps, or None (then it cannot).
+
+        Raises:
+            NotMergeable: the method has no merged form.
+            MergeError: not possible now, or the result would not be finite; no weight was changed.
+        """
+        self._alive()
+        if self.merged:
+            return
+        kept = merging.merge(self, keep)
+        self.kept, self.merged, self._keep = None if keep is None else kept, True, keep
+        self._replan()
+
+    def unmerge(self) -> None:
+        """Restore the host's tensors bit for bit; the injection acts through its operators again.
+
+        Raises:
+            MergeError: it was merged with ``keep=None``, or another injection was merged on top.
+        """
+        self._alive()
+        if not self.merged:
+            return
+        if self.kept is None:
+            raise MergeError(
+                f"{self.name!r} was merged with keep=None, so the originals are gone; load the base model again"
+            )
+        merging.unmerge(self, self.kept)
+        self.kept, self.merged = None, False
+        self._replan()
+
+    def bake(self) -> None:
+        """Merge for good: the host keeps the effect and nothing else of the injection."""
+        self.merge(keep=None if not self.merged else self._keep)
+        self._leave()
+
+    def remove(self) -> None:
+        """Take it out: modules, classes, hooks, requires_grad and weights are as they were before it came."""
+        self._alive()
+        self.unmerge()
+        self._leave()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the adapter alone into the folder `path`: ``adapter.json`` and ``adapter.safetensors``."""
+        self._alive()
+        from peftcore.checkpoint import save
+
+        save(self, Path(path))
+
+    def summary(self) -> Summary:
+        """What the injection is and whether all of it is in one state."""
+        parameters = list(self.parameters())
+        training = [parameter.requires_grad for parameter in parameters]
+        return Summary(
+            name=self.name,
+            method=self.method.name,
+            sites=len(self.grafts),
+            parameters=sum(parameter.numel() for parameter in parameters),
+            trainable=trainable_numbers(module for _, module in self.modules()),
+            active=self.active,
+            merged=self.merged,
+            dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
+            devices=tuple(sorted({str(p.device) for p in parameters})),
+            irregular=tuple(self._irregular(training)),
+        )
+
+    def check(self) -> None:
+        """Verify that every operator still stands where it was put and will be called.
+
+        Raises:
+            InactiveSite: naming the sites that were replaced, patched or ungrafted since.
+        """
+        broken = list(self._broken())
+        if broken:
+            raise InactiveSite(f"{self.name!r} is not in place any more: {'; '.join(broken)}")
+
+    def __repr__(self) -> str:
+        return f"Injection({self.summary()})"
+
+    def _irregular(self, training: list[bool]) -> Iterator[str]:
+        if any(training) and not all(training):
+            yield f"{sum(training)} of {len(training)} tensors train"
+        yield from self._broken()
+
+    def _broken(self) -> Iterator[str]:
+        for graft in self.grafts:
+            for site in graft.holders:
+                slot = slot_of(site.module)
+                if slot is None or all(mount.operator is not graft.operator for mount in slot.mounts):
+                    yield f"{site.path} lost its operator"
+                elif "forward" in site.module.__dict__:
+                    yield f"{site.path} has a forward set on the instance"
+                elif self.model.get_submodule(site.module_path) is not site.module:
+                    yield f"{site.path} was replaced"
+
+    def _replan(self) -> None:
+        for graft in self.grafts:
+            for site in graft.holders:
+                slot = slot_of(site.module)
+                if slot is not None:
+                    slot.changed()
+
+    def _alive(self) -> None:
+        if self.state.injections.get(self.name) is not self:
+            raise UnknownInjection(f"injection {self.name!r} is not on its host any more")
+
+    def _leave(self) -> None:
+        slots = {id(slot_of(site.module)) for graft in self.grafts for site in graft.holders}
+        witness.forget(self.model, slots)
+        uninstall(self._surgeon, self.name)
+        state = self.state
+        del state.injections[self.name]
+        state.active = tuple(name for name in state.active if name != self.name)
+        state.threads = {k: tuple(n for n in v if n != self.name) for k, v in state.threads.items()}
+        if not state.injections:
+            for parameter in state.frozen:
+                parameter.requires_grad_(True)
+            release(self.model)
+            drop_state(self.model)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One injection at a glance."""
+
+    name: str
+    method: str
+    sites: int
+    parameters: int
+    trainable: int
+    active: bool
+    merged: bool
+    dtypes: tuple[str, ...]
+    devices: tuple[str, ...]
+    irregular: tuple[str, ...]
+    """States that are mixed or broken, in words; empty when all is regular."""
+
+    def __str__(self) -> str:
+        how = "merged" if self.merged else "active" if self.active else "inactive"
+        text = f"{self.name}: {self.method}, {how}, {self.sites} sites"
+        text += f", {self.trainable:,} of {self.parameters:,} parameters train"
+        text += f", {'/'.join(self.dtypes)} on {'/'.join(self.devices)}"
+        return text + "".join(f"; irregular: {each}" for each in self.irregular)

@@ -1,0 +1,247 @@
+"""Folding an injection into the host's tensors, and the exact way back.
+
+Deltas are computed in float32 (float64 for float64 hosts) and cast once. All sites are written or none. What is needed
+to undo is kept as
+asked: the originals on the CPU or on their device, or a record of ulps: how many representable steps the original lies
+from what subtracting the delta again would give; for additive methods nearly all zeros, so it compresses to a few
+percent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import MergeError, NotMergeable
+from peftcore.graft import Mount
+from peftcore.operators import _Base, is_mergeable
+from peftcore.plugins import layer_of, registry
+from peftcore.weights import bias_name
+
+if TYPE_CHECKING:
+    from peftcore.injection import Injection
+
+Keep = Literal["cpu", "record", "device"] | None
+Key = tuple[str, str]
+"""(module path, tensor path below it)"""
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class Original:
+    """How to get one tensor back: its values, None for one that did not exist, or a record against a prediction."""
+
+    values: Tensor | None
+    record: bytes | None = None
+    digest: bytes = b""
+
+
+def _mounts(injection: Injection) -> dict[Key, list[Mount]]:
+    """The injection's operators by the tensor they act on."""
+    mounts: dict[Key, list[Mount]] = {}
+    for graft in injection.grafts:
+        for site in graft.holders:
+            mount = Mount(injection.name, graft.operator, "weight", site.tensor, site.layer, site.rows)
+            mounts.setdefault((site.module_path, site.tensor), []).append(mount)
+    return mounts
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _folded(module: nn.Module, tensor: str, mounts: list[Mount], base: Tensor | None) -> Tensor:
+    """The new stored tensor."""
+    like = next(module.parameters()) if base is None else base
+    value = None if base is None else _precise(base)
+    for mount in mounts:
+        value = mount.effective(value, _precise(like))
+    assert value is not None
+    return value.to(like.dtype)
+
+
+@torch.no_grad()
+def merged_tensors(injection: Injection) -> Mapping[Key, Tensor]:
+    """What a merge writes: every site's effective tensors, by (module path, tensor path)."""
+    new: dict[Key, Tensor] = {}
+    for (path, tensor), mounts in _mounts(injection).items():
+        module, layer = injection.model.get_submodule(path), mounts[0].layer
+        new[path, tensor] = _folded(module, tensor, mounts, layer.read(module, tensor))
+        with_bias = [m for m in mounts if type(m.operator).merged_bias is not _Base.merged_bias]
+        if with_bias:
+            bias: Tensor | None = layer.read(module, bias_name(tensor))
+            like = new[path, tensor]
+            for mount in with_bias:
+                bias = mount.effective_bias(bias, like)
+            if bias is not None:
+                new[path, bias_name(tensor)] = bias
+    return new
+
+
+def _check(injection: Injection) -> None:
+    name = injection.name
+    stuck = [graft.site.path for graft in injection.grafts if not is_mergeable(graft.operator)]
+    if stuck:
+        raise NotMergeable(
+            f"{injection.method.name} cannot be folded into weights: what it computes is no function of the weight "
+            f"alone (first at {stuck[0]}). Keep it active, or remove() it"
+        )
+    state = injection.state
+    before = list(state.injections)[: list(state.injections).index(name)]
+    mine = {(site.module_path, site.tensor) for graft in injection.grafts for site in graft.holders}
+    for other in before:
+        waiting = state.injections[other]
+        if waiting.merged or other not in state.current():
+            continue
+        if mine & {(site.module_path, site.tensor) for graft in waiting.grafts for site in graft.holders}:
+            raise MergeError(f"merge {other!r} first: it came before {name!r} and acts on the same weights")
+
+
+def _owner(model: nn.Module, key: Key) -> tuple[nn.Module, str]:
+    below, _, name = key[1].rpartition(".")
+    return model.get_submodule(key[0]).get_submodule(below), name
+
+
+def _check_ties(model: nn.Module, new: Mapping[Key, Tensor]) -> None:
+    """A tied tensor may be merged only where the injection gives all its holders one value."""
+    written = {(id(module), name): key for key in new for module, name in [_owner(model, key)]}
+    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((path, module, name))
+    for tied in holders.values():
+        keys = [written.get((id(module), name)) for _, module, name in tied]
+        first = next((key for key in keys if key is not None), None)
+        if first is None or all(key is not None and torch.equal(new[key], new[first]) for key in keys):
+            continue
+        other = next(
+            f"{path}.{name}" for (path, _, name), key in zip(tied, keys, strict=True) if key is None or key != first
+        )
+        raise MergeError(
+            f"{'.'.join(first)} is tied to {other}, and merging would change that too. "
+            "Untie them first: give one an nn.Parameter of its own"
+        )
+
+
+def _write(model: nn.Module, key: Key, value: Tensor | None) -> None:
+    """Set a tensor; None takes away a parameter that a merge had added."""
+    module, name = _owner(model, key)
+    layer = layer_of(model.get_submodule(key[0]), key[1])
+    if value is None:
+        module._parameters[name] = None
+    elif layer.read(module, name) is None:
+        module._parameters[name] = nn.Parameter(value.clone(), requires_grad=False)
+    else:
+        layer.write(model.get_submodule(key[0]), key[1], value)
+
+
+def _read(model: nn.Module, key: Key) -> Tensor | None:
+    module = model.get_submodule(key[0])
+    return layer_of(module, key[1]).read(module, key[1])
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().view(_INTEGERS[tensor.element_size()])
+
+
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(_bits(tensor).numpy().tobytes()).digest()
+
+
+def _prediction(injection: Injection, key: Key, merged: Tensor) -> Tensor:
+    """The original as subtracting the delta would give it; the same numbers at merge and at unmerge."""
+    path, tensor = key
+    mounts = _mounts(injection).get(key)
+    if mounts is None:
+        return merged
+    module = injection.model.get_submodule(path)
+    delta = _folded(module, tensor, mounts, torch.zeros_like(_precise(merged)))
+    return (_precise(merged) - _precise(delta)).to(merged.dtype)
+
+
+def _keep(injection: Injection, key: Key, keep: Keep, old: Tensor | None, new: Tensor) -> Original:
+    if old is None or keep is None or keep == "device":
+        return Original(None if old is None else old.detach().clone())
+    if keep == "cpu":
+        return Original(old.detach().to("cpu", copy=True))
+    steps = _bits(old) - _bits(_prediction(injection, key, new))
+    return Original(None, zlib.compress(steps.numpy().tobytes(), 6), _digest(old))
+
+
+def _original(injection: Injection, key: Key, kept: Original, merged: Tensor) -> Tensor | None:
+    if kept.record is None:
+        return kept.values
+    steps = torch.frombuffer(bytearray(zlib.decompress(kept.record)), dtype=_INTEGERS[merged.element_size()])
+    bits = _bits(_prediction(injection, key, merged))
+    old = (bits + steps.view(bits.shape)).view(merged.dtype)
+    if _digest(old) != kept.digest:
+        raise MergeError(
+            f"{'.'.join(key)}: the record does not fit any more, since an operator or the merged weight changed after "
+            "the merge; reload the base model"
+        )
+    return old
+
+
+@torch.no_grad()
+def merge(injection: Injection, keep: Keep) -> dict[Key, Original]:
+    """Write the effective tensors, all or none; returns what undoes it.
+
+    Raises:
+        NotMergeable: the method has no merged form.
+        MergeError: an effective tensor is not finite, a tied tensor would change elsewhere, or an earlier injection
+            must go first.
+    """
+    _check(injection)
+    new = registry().hook.peftcore_merge(
+        model=injection.model, method=injection.method, config=injection.config, injection=injection
+    )
+    bad = [".".join(key) for key, tensor in new.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise MergeError(f"the merged weights would not be finite: {', '.join(bad[:4])}; nothing was changed")
+    _check_ties(injection.model, new)
+    kept: dict[Key, Original] = {}
+    done: set[int] = set()
+    try:
+        for key, tensor in new.items():
+            old = _read(injection.model, key)
+            if id(old) in done:
+                continue  # tied to one that is written
+            kept[key] = _keep(injection, key, keep, old, tensor)
+            _write(injection.model, key, tensor)
+            done.add(id(_read(injection.model, key)))
+    except BaseException:
+        _restore(injection, kept)
+        raise
+    return kept
+
+
+def _restore(injection: Injection, kept: Mapping[Key, Original]) -> None:
+    originals = {}
+    for key, original in kept.items():
+        merged = _read(injection.model, key)
+        assert merged is not None
+        originals[key] = _original(injection, key, original, merged)
+    for key, value in originals.items():
+        _write(injection.model, key, value)
+
+
+@torch.no_grad()
+def unmerge(injection: Injection, kept: Mapping[Key, Original]) -> None:
+    """Write the originals back, bit for bit.
+
+    Raises:
+        MergeError: an injection merged later lies on the same weights, or a record no longer fits.
+    """
+    later = list(injection.state.injections)
+    for other in later[later.index(injection.name) + 1 :]:
+        above = injection.state.injections[other]
+        if above.merged and set(above.kept or ()) & set(kept):
+            raise MergeError(f"unmerge {other!r} first: it was merged on top of {injection.name!r}")
+    _restore(injection, kept)

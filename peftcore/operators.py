@@ -1,0 +1,121 @@
+"""The trainable modules that methods put at sites: they are called, they own their parameters, they never hold the
+host.
+
+* `Operator`: an onion layer around a module's forward; ``forward(call, *inputs)``, where `call` is the next inner
+layer.
+* `WeightOperator`: a reparameterization of one tensor; ``forward(weight) -> weight`` in logical layout.
+* `Replacement`: the weight operator of selective methods: a value that stands for the tensor while it is active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peftcore.targets import Site
+
+Factors = tuple[Tensor, Tensor, float]
+"""``(A, B, scale)`` of a low-rank update ``scale * B A``; A is ``[*batch, rank, in, *kernel]`` and B is ``[*batch, out,
+rank]``."""
+
+
+class _Base(nn.Module):
+    """What both kinds share: the layer at which the operator acts (plain data, never the host's module)."""
+
+    derives = True
+    """True when the effective tensor is computed and must not outlive its use; False when a parameter stands for it as
+    it is."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.layer = site.layer
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The effective weight for the base weight `weight` (logical layout): the same mathematics as forward."""
+        raise NotImplementedError
+
+    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The effective bias that goes with `merged`; most methods leave it alone."""
+        return bias
+
+    def factors(self) -> Factors | None:
+        """The low-rank factors, where the update is one: what export, routing and adapter algebra need to know."""
+        return None
+
+
+class Operator(_Base):
+    """An onion layer. `forward` receives the inner call and the site's own inputs, and returns what the site would
+    return.
+
+    Where the site cannot be called (a raw parameter, an attention's packed projection, a grouped convolution), the core
+    uses `merged` in its place, so a method that defines both works on every kind of module.
+    """
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Act around `call`."""
+        raise NotImplementedError
+
+    def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`tensors` in the dtype in which `like` is computed. Autocast casts by itself, so nothing is cast under it."""
+        if torch.is_autocast_enabled(like.device.type) or not like.is_floating_point():
+            return tensors
+        return tuple(tensor.to(like.dtype) for tensor in tensors)
+
+
+class WeightOperator(_Base):
+    """A reparameterization: maps one tensor, in logical layout, to the effective one. Works on every kind of module."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The effective tensor; returned in any dtype, cast once by the core."""
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """Merging applies forward once."""
+        merged: Tensor = self(weight)
+        return merged
+
+
+class Replacement(WeightOperator):
+    """A value that stands for a tensor while active: training in place by construction, with the base untouched.
+
+    Starts from the tensor itself, or from zeros where the host has none (a missing bias).
+    """
+
+    derives = False
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.value = nn.Parameter(site.weight().detach().clone())
+
+    def forward(self, weight: Tensor | None) -> Tensor:
+        return self.value if weight is None else self.value.to(weight.dtype)
+
+
+class Shared:
+    """State that several operators use: registered and saved once by the surgeon, so an operator holds it without
+    owning it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+
+def on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply `change` to a module's output, or to its first entry where it is a tuple (attention: output, weights)."""
+    if isinstance(output, tuple):
+        return (change(output[0]), *output[1:])
+    return change(output)
+
+
+def is_mergeable(operator: _Base) -> bool:
+    """True when the operator says what its effective weight is."""
+    return isinstance(operator, WeightOperator) or type(operator).merged is not _Base.merged
+
+
+def trainable_numbers(operators: Iterable[nn.Module]) -> int:
+    """The number of distinct trainable values."""
+    seen = {id(p): p.numel() for operator in operators for p in operator.parameters() if p.requires_grad}
+    return sum(seen.values())

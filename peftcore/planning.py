@@ -1,0 +1,71 @@
+"""What applying a method would do, before anything is done."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Size
+
+from peftcore.hosts import HostMap
+from peftcore.targets import Site
+
+if TYPE_CHECKING:
+    from peftcore.surgery import Surgeon
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The outcome of `plan`."""
+
+    sites: tuple[Site, ...]
+    """Where operators would stand."""
+    shapes: dict[str, Size]
+    """The tensors of the adapter, by their name in its file."""
+    floating: dict[str, bool]
+    """Which of them are floating-point."""
+    trainable: int
+    """Values that would train."""
+    total: int
+    """Values in the host, each parameter counted once."""
+    bytes: int
+    """Size of the adapter's tensors in its file."""
+    host: HostMap
+    """The host map that was used."""
+
+    @classmethod
+    def of(cls, surgeon: Surgeon) -> Plan:
+        """Read off what a surgeon recorded."""
+        modules = [(graft.site.path, graft.operator) for graft in surgeon.grafts]
+        modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]  # type: ignore[misc]
+        tensors = {f"{path}.{key}": tensor for path, module in modules for key, tensor in module.state_dict().items()}
+        base = {
+            id(p): p.numel() for m in surgeon.resolver.modules.values() for p in m._parameters.values() if p is not None
+        }
+        return cls(
+            sites=tuple(graft.site for graft in surgeon.grafts),
+            shapes={key: tensor.shape for key, tensor in tensors.items()},
+            floating={key: tensor.is_floating_point() for key, tensor in tensors.items()},
+            trainable=sum(p.numel() for _, module in modules for p in module.parameters()),
+            total=sum(base.values()),
+            bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            host=surgeon.resolver.host,
+        )
+
+    @property
+    def share(self) -> float:
+        """Trainable values over values of the host."""
+        return self.trainable / max(self.total, 1)
+
+    def tree(self) -> str:
+        """The host's map as a tree, and under it the sites that would change."""
+        lines = [
+            self.host.tree(),
+            "",
+            f"{len(self.sites)} sites, {self.trainable:,} trainable ({self.share:.3%}), {self.bytes:,} bytes",
+        ]
+        lines += [f"  {site.path}  {tuple(site.weight_shape)}  {site.form}" for site in self.sites]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.tree()

@@ -1,0 +1,303 @@
+"""From what a user calls a target to sites: globs, suffixes, regular expressions, roles, types and predicates.
+
+A string is read in this order: ``re:...`` is a regular expression for the whole path; one with ``* ? [`` is a glob for
+the whole path (``*`` crosses dots); a role that the host map knows is that role; anything else is the end of a path.
+What matches no module is tried on parameters (``"*.in_proj_bias"``). Roles know the rows of fused projections; the
+other forms take whole modules.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import TargetError, UnsupportedSite
+from peftcore.graft import effective_weight
+from peftcore.hosts import HostEntry, HostMap
+from peftcore.weights import Layer, Ranges, dense_layer
+
+Target = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[Any]
+LayerOf = Callable[[nn.Module, str], Layer]
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A module of the host, one of its tensors, or some rows of one, that a method acts on.
+
+    Attributes:
+        module_path: path of the module, "" for the host itself.
+        tensor: path of the tensor below the module; "weight" for most.
+        role: the role by which it was found, if any.
+        rows: the rows of the logical output dimension, for one part of a fused projection.
+        form: "activation" where an operator may wrap the module's forward, "weight" where only the tensor can be acted
+            on.
+    """
+
+    module: nn.Module
+    module_path: str
+    tensor: str
+    layer: Layer
+    role: str | None = None
+    rows: Ranges | None = None
+    form: str = "weight"
+    layer_of: LayerOf = dense_layer
+    meta: bool = False
+
+    @property
+    def path(self) -> str:
+        """The name of the site in files and messages: ``h.0.attn.c_attn``, ``mha.in_proj_weight``,
+        ``h.0.attn.c_attn:attn.q``."""
+        plain = self.tensor == "weight" or self.form == "activation"
+        path = self.module_path if plain else f"{self.module_path}.{self.tensor}".lstrip(".")
+        return path if self.rows is None else f"{path}:{self.role or self.rows[0][0]}"
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The logical shape ``[*batch, out, in, *kernel]``, also when the weight is packed; rows only."""
+        if self.layer.read(self.module, self.tensor) is None:
+            if self.tensor != "bias":
+                raise UnsupportedSite(f"{self.module_path or 'the host'} has no tensor {self.tensor!r} to act on")
+            return torch.Size([self.at("weight").out_features])
+        shape = list(self.layer.shape(self.module, self.tensor))
+        if self.rows is not None:
+            shape[self.layer.batch_dims] = sum(stop - start for start, stop in self.rows)
+        return torch.Size(shape)
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading dimensions of a stack: ``(experts,)``, or nothing."""
+        return tuple(self.weight_shape[: self.layer.batch_dims])
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the linear map, or the length of a vector."""
+        return self.weight_shape[self.layer.batch_dims]
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of the linear map (of one group, for grouped convolutions)."""
+        return self._matrix()[0]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The kernel of a convolution, or nothing."""
+        return tuple(self._matrix()[1:])
+
+    @property
+    def numel(self) -> int:
+        """Values in the tensor (or in its rows)."""
+        return math.prod(self.weight_shape)
+
+    def _matrix(self) -> torch.Size:
+        inputs = self.weight_shape[self.layer.batch_dims + 1 :]
+        if not inputs:
+            raise UnsupportedSite(f"{self.path} is a vector of {self.out_features}; this method needs a matrix")
+        return inputs
+
+    def weight(self) -> Tensor:
+        """The dense logical weight as the active injections leave it; zeros for a missing bias, shape only while
+        planning."""
+        if self.meta:
+            return torch.empty(self.weight_shape, device="meta")
+        if self.layer.read(self.module, self.tensor) is None:
+            like = self.at("weight").weight()
+            return like.new_zeros(self.weight_shape)
+        return effective_weight(self.module, self.tensor, self.layer, self.rows)
+
+    def tensors(self) -> tuple[str, ...]:
+        """Names of the module's own parameter slots, empty ones (``bias=None``) included."""
+        return tuple(self.module._parameters)
+
+    def missing(self, tensor: str) -> bool:
+        """True for a parameter slot that the host left empty."""
+        return self.module._parameters.get(tensor) is None
+
+    def at(self, tensor: str) -> Site:
+        """The same rows of another tensor of the module."""
+        return replace(self, tensor=tensor, layer=self.layer_of(self.module, tensor), form="weight")
+
+
+def _matcher(pattern: Any) -> Callable[[str, nn.Module | None], bool]:
+    """A predicate for one target that is not a role."""
+    if isinstance(pattern, type):
+        return lambda path, module: isinstance(module, pattern)
+    if callable(pattern):
+        return lambda path, module: module is not None and bool(pattern(path, module))
+    if pattern.startswith("re:"):
+        compiled = re.compile(pattern[3:])
+        return lambda path, module: compiled.fullmatch(path) is not None
+    if any(character in pattern for character in "*?["):
+        return lambda path, module: fnmatch.fnmatchcase(path, pattern)
+    return lambda path, module: path == pattern or path.endswith(f".{pattern}")
+
+
+def _each(target: Target) -> Iterator[Any]:
+    if isinstance(target, str | type) or callable(target):
+        yield target
+    else:
+        for part in target:
+            yield from _each(part)
+
+
+class Resolver:
+    """Finds sites in one host. Operators of other injections are never seen as targets."""
+
+    def __init__(self, model: nn.Module, host: HostMap, layer_of: LayerOf, hidden: Callable[[nn.Module], bool]) -> None:
+        self.model, self.host, self._layer_of = model, host, layer_of
+        self.modules = dict(_visible(model, "", hidden, set()))
+        self._order = {path: index for index, path in enumerate(self.modules)}
+        self._roles = host.roles()
+        self._role_of = {entry.path: entry.role for entry in host.entries}
+        self._holders: dict[int, list[tuple[str, str]]] | None = None
+
+    def sites(
+        self, target: Target, *, exclude: Target | None = None, tower: str | None = None
+    ) -> tuple[list[Site], list[Any]]:
+        """The sites of a target, in the host's order, without those of `exclude`; and the parts of the target that
+        match nothing.
+
+        Raises:
+            TargetError: nothing matches, or everything was excluded.
+        """
+        found: dict[str, Site] = {}
+        unmatched: list[Any] = []
+        for pattern in _each(target):
+            matched = list(self._match(pattern, tower))
+            found.update((site.path, site) for site in matched)
+            if not matched:
+                unmatched.append(pattern)
+        if not found:
+            raise TargetError(self._nothing(*unmatched))
+        if exclude is not None:
+            out = {site.path for pattern in _each(exclude) for site in self._match(pattern, None)}
+            found = {path: site for path, site in found.items() if path not in out and out.isdisjoint(_above(path))}
+            if not found:
+                raise TargetError(f"exclude={exclude!r} leaves nothing of target={target!r}")
+        return sorted(found.values(), key=lambda site: self._order[site.module_path]), unmatched
+
+    def holders(self, tensor: nn.Parameter) -> list[tuple[str, str]]:
+        """Every (module path, name) that holds this very parameter."""
+        if self._holders is None:
+            self._holders = {}
+            for path, module in self.modules.items():
+                for name, value in module._parameters.items():
+                    self._holders.setdefault(id(value), []).append((path, name))
+        return self._holders.get(id(tensor), [])
+
+    def module_site(self, path: str) -> Site:
+        """The site of a whole module or of one parameter by exact path."""
+        if path in self.modules:
+            return self._whole(path)
+        owner, _, tensor = path.rpartition(".")
+        if owner in self.modules and tensor in self.modules[owner]._parameters:
+            return self.site(owner, tensor)
+        raise TargetError(self._nothing(path))
+
+    def site(self, module_path: str, tensor: str, role: str | None = None, rows: Ranges | None = None) -> Site:
+        """One site, described exactly."""
+        module = self.modules[module_path]
+        output = role is not None and role.endswith(".output")  # the operator acts on what the module returns
+        layer = self._layer_of(module, tensor)
+        form = "activation" if output or (layer.called and tensor == "weight") else "weight"
+        if role is None:
+            role = self._role_of.get(module_path if tensor == "weight" else f"{module_path}.{tensor}")
+        return Site(module, module_path, tensor, layer, role, rows, form, self._layer_of)
+
+    def _whole(self, path: str, role: str | None = None) -> Site:
+        parent, _, leaf = path.rpartition(".")
+        if isinstance(self.modules.get(parent), nn.MultiheadAttention) and leaf == "out_proj":
+            return self.site(parent, "out_proj.weight", role)  # read by its owner, never called
+        if isinstance(self.modules[path], nn.MultiheadAttention) and role is None:
+            return self.site(path, "in_proj_weight")
+        return self.site(path, "weight", role)
+
+    def _match(self, pattern: Any, tower: str | None) -> Iterator[Site]:
+        if self._is_role(pattern):
+            for entry, rows in self.host.select(pattern, tower):
+                yield self._of_entry(entry, pattern, rows)
+            return
+        matches = _matcher(pattern)
+        paths = [path for path, module in self.modules.items() if matches(path, module)]
+        yield from (self._whole(path) for path in paths)
+        if not paths:
+            for owner, module in self.modules.items():
+                for name in module._parameters:
+                    if matches(f"{owner}.{name}".lstrip("."), None):
+                        yield self.site(owner, name)
+
+    def _is_role(self, pattern: Any) -> bool:
+        """A role of this host, or a family such as ``norm.*`` (which is never a path: paths have an owner before the
+        dot)."""
+        if not isinstance(pattern, str):
+            return False
+        family = pattern.removesuffix(".*")
+        return pattern in self._roles or (
+            family != pattern and any(r == family or r.startswith(f"{family}.") for r in self._roles)
+        )
+
+    def _of_entry(self, entry: HostEntry, role: str, rows: Ranges | None) -> Site:
+        if role.endswith(".output"):
+            return self.site(entry.module, entry.tensor or self._last_matrix(entry), role, rows)
+        named = entry.role if role.endswith("*") or role == "all-linear" else role
+        if entry.tensor is None and not entry.called:
+            module, _, leaf = entry.module.rpartition(".")  # read by its parent: act there, on the tensor
+            return self.site(module, f"{leaf}.weight", named, rows)
+        return self.site(entry.module, entry.tensor or "weight", named, rows)
+
+    def _last_matrix(self, entry: HostEntry) -> str:
+        """The tensor below a module from which its output comes: its own weight, or its experts' second matrices."""
+        if self.modules[entry.module]._parameters.get("weight") is not None:
+            return "weight"
+        prefix = f"{entry.module}."
+        inside = (
+            e.path
+            for e in self.host.entries
+            if e.path.startswith(prefix) and e.role in ("experts.down", "attn.out", "mlp.down")
+        )
+        path = next(inside, f"{prefix}weight").removeprefix(prefix)
+        return (
+            path
+            if path == "weight" or path.rpartition(".")[2] in self._leaf_tensors(entry.module, path)
+            else f"{path}.weight"
+        )
+
+    def _leaf_tensors(self, module: str, path: str) -> dict[str, Any]:
+        owner = f"{module}.{path.rpartition('.')[0]}".rstrip(".")
+        return self.modules[owner]._parameters
+
+    def _nothing(self, *patterns: Any) -> str:
+        leaves = sorted({path.rpartition(".")[2] for path in self.modules if path})
+        names = [*sorted(self._roles), *leaves]
+        close = [c for p in patterns for c in difflib.get_close_matches(str(p), names, n=3, cutoff=0.5)]
+        shown = ", ".join(map(repr, patterns))
+        hint = f"; close: {', '.join(close)}" if close else ""
+        roles = ", ".join(sorted(r for r in self._roles if not r.endswith("*"))) or "none"
+        return f"target {shown} matches nothing in this {type(self.model).__name__}{hint}. Its roles: {roles}"
+
+
+def _above(path: str) -> Iterator[str]:
+    """The whole tensor of a part, and every module above a path."""
+    path = path.partition(":")[0]
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def _visible(
+    module: nn.Module, path: str, hidden: Callable[[nn.Module], bool], seen: set[int]
+) -> Iterable[tuple[str, nn.Module]]:
+    if id(module) in seen or hidden(module):
+        return
+    seen.add(id(module))
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _visible(child, f"{path}.{name}" if path else name, hidden, seen)

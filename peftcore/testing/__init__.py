@@ -1,0 +1,20 @@
+"""Shipped in the wheel: the conformance kit for method authors, and the tiny hosts on which it runs.
+
+    @conformance("mymethod", expected_failures={"check-host": "why"})
+    def test_conformance(check):
+        check()
+
+or, without pytest, ``for result in check_method("mymethod"): print(result)``.
+"""
+
+import importlib
+import pkgutil
+
+from peftcore.testing.doors import Result, check_method, conformance
+from peftcore.testing.hosts import HOSTS
+from peftcore.testing.kit import CHECKS, Case, Check, CheckFailed, Host, NotApplicable
+
+for _module in sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name.startswith("checks_")):
+    importlib.import_module(f"{__name__}.{_module}")
+
+__all__ = ["CHECKS", "HOSTS", "Case", "Check", "CheckFailed", "Host", "NotApplicable", "Result", "check_method", "conformance"]

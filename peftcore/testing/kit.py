@@ -1,0 +1,213 @@
+"""The conformance kit's frame: hosts, cases, checks, and the two doors to them.
+
+A check is one function, named as the sentence that it proves. It gets a `Case` (one method on one tiny host) and raises
+`CheckFailed`, whose message names the method, the host, the promise and the usual cause. Checks are chosen by tags and
+never know a method's name. Tolerances belong here, by dtype.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.contract import Method, Tags
+from peftcore.errors import TargetError, UnsupportedSite
+from peftcore.injection import Injection
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
+"""Largest accepted difference relative to the largest output, by dtype."""
+FILL = 0.1
+"""Operator tensors are filled with N(0, FILL): at init alone every LoRA-like method equals the base."""
+
+
+class CheckFailed(AssertionError):
+    """A promise is not kept."""
+
+
+class NotApplicable(Exception):
+    """The method's idea has nothing to act on in this host, or the host's package is missing; the reason is the
+    message."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """A tiny host.
+
+    Attributes:
+        name: its name in test ids.
+        build: makes the seeded model in eval mode and its inputs by keyword.
+        output: the tensor to compare, from what the model returns.
+        fallback: the target for methods whose default roles do not exist here.
+    """
+
+    name: str
+    build: Callable[[], tuple[nn.Module, dict[str, Any]]]
+    output: Callable[[Any], Tensor]
+    fallback: Any = None
+
+
+@dataclass
+class Case:
+    """One method on one host."""
+
+    method: type[Method]
+    host: Host
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the method that this host needs (``add_missing_bias`` on hosts without biases)."""
+
+    @property
+    def tags(self) -> Tags:
+        """What the method claims."""
+        return self.method.tags
+
+    def fresh(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
+        """A new host, always the same, and inputs for it (floating-point ones in `dtype`)."""
+        before = torch.random.get_rng_state()
+        torch.manual_seed(0)
+        try:
+            model, inputs = self.host.build()
+        finally:
+            torch.random.set_rng_state(before)
+        cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+        return model.to(dtype).eval(), cast
+
+    def apply(self, model: nn.Module, **changes: Any) -> Injection:
+        """Apply the method with its default targets, or with the host's fallback where it has none of these roles."""
+        arguments: dict[str, Any] = {**self.options, **changes}
+        if "target" in arguments or self.host.fallback is None:
+            return peftcore.apply(model, self.method, **arguments)
+        try:
+            return peftcore.apply(model, self.method, **arguments)
+        except TargetError:
+            return peftcore.apply(model, self.method, target=self.host.fallback, **arguments)
+
+    def filled(self, model: nn.Module, seed: int = 1, **changes: Any) -> Injection:
+        """Apply, and move every operator tensor by N(0, FILL)."""
+        injection = self.apply(model, **changes)
+        fill(injection, seed)
+        return injection
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """The host's output tensor, with gradients."""
+        return self.host.output(model(**inputs))
+
+    def quiet(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        """The host's output tensor under no_grad, in eval mode; training mode is restored."""
+        training = {name: module.training for name, module in model.named_modules()}
+        model.eval()
+        with torch.no_grad():
+            result = self.host.output(model(**inputs))
+        for name, module in model.named_modules():
+            module.training = training[name]
+        return result
+
+    def expect(self, holds: bool, what: str) -> None:
+        """Fail the check unless `holds`.
+
+        Raises:
+            CheckFailed: with `what` went wrong; the frame adds promise and usual cause.
+        """
+        if not holds:
+            raise CheckFailed(what)
+
+    def expect_close(self, actual: Tensor, expected: Tensor, what: str, factor: float = 1.0) -> None:
+        """Fail unless the tensors agree within the tolerance of their dtype (times `factor`, for sums of many such
+        errors)."""
+        tolerance = TOLERANCES[expected.dtype] * factor
+        scale = max(expected.abs().max().item(), 1e-3)
+        error = (actual.double() - expected.double()).abs().max().item() / scale
+        self.expect(actual.shape == expected.shape and error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}")
+
+    def expect_equal(self, actual: Tensor, expected: Tensor, what: str) -> None:
+        """Fail unless the tensors are the same to the bit."""
+        self.expect(torch.equal(actual, expected), f"{what}: not the same to the bit")
+
+    def expect_moved(self, actual: Tensor, base: Tensor, what: str) -> None:
+        """Fail unless the output moved by at least 100 times the tolerance: otherwise a comparison would prove nothing.
+        """
+        scale = max(base.abs().max().item(), 1e-3)
+        moved = (actual.double() - base.double()).abs().max().item() / scale
+        self.expect(moved > 100 * TOLERANCES[base.dtype], f"{what}: moved by {moved:.2e} only")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise and the function that proves it."""
+
+    function: Callable[[Case], None]
+    promise: str
+    cause: str
+    """The usual cause of a failure, for the message."""
+    when: Callable[[Tags], bool]
+    hosts: tuple[str, ...] | None = None
+    """Names of the hosts on which the check runs; all when None (a check of files needs one host, not eight)."""
+
+    @property
+    def name(self) -> str:
+        return self.function.__name__
+
+    def __call__(self, case: Case) -> None:
+        """Run on one case.
+
+        Raises:
+            CheckFailed: naming method, host, promise and usual cause.
+            NotApplicable: the method has nothing to act on in the host.
+        """
+        try:
+            self.function(case)
+        except CheckFailed as error:
+            raise CheckFailed(
+                f"{case.method.name} on {case.host.name}: {self.promise} -- {error}. Usual cause: {self.cause}"
+            ) from error
+
+
+CHECKS: list[Check] = []
+"""Every check, in the order of ``conformance.md``."""
+
+
+def check(
+    promise: str, cause: str, *, when: Callable[[Tags], bool] = lambda tags: True, hosts: tuple[str, ...] | None = None
+) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
+    """File a function as a check."""
+
+    def file(function: Callable[[Case], None]) -> Callable[[Case], None]:
+        CHECKS.append(Check(function, promise, cause, when, hosts))
+        return function
+
+    return file
+
+
+@torch.no_grad()
+def fill(injection: Injection, seed: int = 1) -> None:
+    """Move every floating-point parameter of the injection by N(0, FILL), the same for the same seed and name."""
+    for path, module in injection.modules():
+        for name, parameter in module.named_parameters():
+            generator = torch.Generator().manual_seed(seed + zlib.crc32(f"{path}.{name}".encode()))
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * FILL
+            parameter.add_(noise.to(parameter))
+
+
+def applicable(case: Case) -> str | None:
+    """None when the method can act in the host, else the reason why not."""
+    try:
+        model, _ = case.fresh()
+        case.apply(model)
+    except (TargetError, UnsupportedSite, NotApplicable) as error:
+        return str(error)
+    return None
+
+
+def cases(method: type[Method], hosts: Mapping[str, Host], options: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Check, Case]]:
+    """Every check on every host that the check wants, by the method's tags."""
+    for each in CHECKS:
+        if not each.when(method.tags):
+            continue
+        for name, host in hosts.items():
+            if each.hosts is None or name in each.hosts:
+                yield each, Case(method, host, {**options.get("*", {}), **options.get(name, {})})

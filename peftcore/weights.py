@@ -1,0 +1,237 @@
+"""How each kind of module stores a tensor, and what its linear map is.
+
+A method sees every weight in one *logical layout*, ``[*batch, out, in, *kernel]``, whatever the storage: transformers'
+Conv1D is transposed, embeddings are tables ``[num, dim]``, experts are three-dimensional. A `Layer` converts, and
+applies the module's own linear map with another weight in place of its own. It is plain data, found once when a site is
+chosen: hook implementations may answer first (quantizers do).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from peftcore.errors import UnsupportedSite
+
+Ranges = tuple[tuple[int, int], ...]
+"""Half-open ranges of the logical output dimension: the rows of one part of a fused projection."""
+GRAFTED = "_peftcore_base"
+"""The attribute by which a grafted class names the class it stands for."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One tensor of one kind of module. The base class fits tensors stored as they are meant: ``[out, in, *kernel]`` or
+    vectors."""
+
+    batch_dims: int = 0
+    """Leading dimensions that are neither output nor input: 1 for stacked experts."""
+    called: bool = False
+    """True when the module computes exactly `apply` plus its bias, so that an adapter may act on activations."""
+    one_hot: bool = False
+    """True when each input picks a single column of the logical weight (embeddings)."""
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of the module's output along which the logical rows lie."""
+        return -1
+
+    def logical(self, stored: Tensor) -> Tensor:
+        """The stored tensor in logical layout; a view where possible."""
+        return stored
+
+    def stored(self, logical: Tensor) -> Tensor:
+        """The way back from `logical`."""
+        return logical
+
+    def read(self, module: nn.Module, tensor: str) -> Tensor | None:
+        """The dense stored tensor at the path `tensor` below `module`; None where there is none (a missing bias)."""
+        owner, _, name = tensor.rpartition(".")
+        value = getattr(module.get_submodule(owner), name, None)
+        return value if value is None or isinstance(value, Tensor) else None
+
+    def shape(self, module: nn.Module, tensor: str) -> torch.Size:
+        """The logical shape, also where the stored form is packed."""
+        stored = self.read(module, tensor)
+        assert stored is not None, "only existing tensors have a shape"
+        return self.logical(stored.detach().to("meta")).shape
+
+    def write(self, module: nn.Module, tensor: str, stored: Tensor) -> None:
+        """Set the values of a dense stored tensor in place."""
+        target = self.read(module, tensor)
+        assert target is not None, "only existing tensors are written"
+        target.data.copy_(stored)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The module's linear map with `weight` (logical layout, any number of outputs) and no bias."""
+        raise UnsupportedSite("this kind of module has no linear map of its own")
+
+    def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
+        """``y + scale * matrix low``, the matrix ``[out, rank]`` acting on the channels of `low`."""
+        raise UnsupportedSite("this kind of module has no linear map of its own")
+
+    def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
+        """`vector` shaped so that it broadcasts over the channels of the activation `like`."""
+        return vector
+
+
+@dataclass(frozen=True)
+class Linear(Layer):
+    """``y = W x`` over the last dimension."""
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
+        flat = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), matrix.T, alpha=scale)
+        return flat.view(y.shape)
+
+
+@dataclass(frozen=True)
+class Transposed(Linear):
+    """Stored ``[*batch, in, out]``: transformers' Conv1D, experts of some mixtures."""
+
+    def logical(self, stored: Tensor) -> Tensor:
+        return stored.mT
+
+    def stored(self, logical: Tensor) -> Tensor:
+        return logical.mT
+
+
+@dataclass(frozen=True)
+class Table(Transposed):
+    """An embedding ``[num, dim]``: a linear map from one-hot inputs, so its logical weight is ``[dim, num]``."""
+
+    padding_idx: int | None = None
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight.mT, padding_idx=self.padding_idx)
+
+
+@dataclass(frozen=True)
+class Conv(Layer):
+    """A convolution ``[out, in / groups, *kernel]`` over channels-first activations."""
+
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+
+    @property
+    def channel_dim(self) -> int:
+        return -1 - len(self.stride)
+
+    def _conv(self, x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
+        conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+        return conv(x, weight, **kwargs)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv(x, weight, stride=self.stride, padding=self.padding, dilation=self.dilation)
+
+    def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
+        pointwise = matrix.view(*matrix.shape, *[1] * len(self.stride))
+        return torch.add(y, self._conv(low, pointwise), alpha=scale)
+
+    def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
+        return vector.view(-1, *[1] * len(self.stride))
+
+
+@dataclass(frozen=True)
+class ConvTransposed(Layer):
+    """A transposed convolution, stored ``[in, out / groups, *kernel]``; logical ``[out, in / groups, *kernel]``."""
+
+    groups: int = 1
+
+    def _swap(self, weight: Tensor) -> Tensor:
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])  # [groups, a, b, *kernel]
+        return grouped.transpose(1, 2).flatten(0, 1)
+
+    def logical(self, stored: Tensor) -> Tensor:
+        return self._swap(stored)
+
+    def stored(self, logical: Tensor) -> Tensor:
+        return self._swap(logical)
+
+
+def _conv(module: _ConvNd) -> Layer:
+    plain = module.groups == 1 and module.padding_mode == "zeros"
+    padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
+    return Conv(called=plain, stride=module.stride, padding=padding, dilation=module.dilation)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class below our grafts and torch's parametrizations: the one whose forward reads plain tensors."""
+    cls = type(module)
+    while GRAFTED in vars(cls) or ("parametrizations" in module._modules and cls.__name__.startswith("Parametrized")):
+        cls = vars(cls).get(GRAFTED) or cls.__bases__[0]
+    return cls
+
+
+def _embedding(module: nn.Embedding) -> Layer:
+    plain = plain_class(module).forward is nn.Embedding.forward  # scaled embeddings (Gemma) have a forward of their own
+    simple = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+    return Table(called=plain and simple, one_hot=True, padding_idx=module.padding_idx)
+
+
+_KINDS: dict[type, Callable[[Any], Layer]] = {
+    nn.Linear: lambda module: Linear(called=True),
+    nn.Embedding: _embedding,
+    _ConvNd: _conv,
+    _ConvTransposeNd: lambda module: ConvTransposed(groups=module.groups),
+}
+
+
+def _kinds() -> dict[type, Callable[[Any], Layer]]:
+    """The known classes. transformers' Conv1D is looked up, not imported: without transformers no module can be one."""
+    utils = sys.modules.get("transformers.pytorch_utils")
+    return _KINDS if utils is None else {**_KINDS, utils.Conv1D: lambda module: Transposed(called=True)}
+
+
+def dense_layer(module: nn.Module, tensor: str) -> Layer:
+    """The layer of a dense tensor: of the module's own `weight` by the module's class, of any other tensor by its
+    dimensions."""
+    if tensor == "weight":
+        kinds = _kinds()
+        for cls in type(module).__mro__:
+            if cls in kinds:
+                return kinds[cls](module)
+    path, _, name = tensor.rpartition(".")
+    owner = module.get_submodule(path)
+    value = getattr(owner, name, None)
+    if isinstance(value, Tensor) and value.dim() == 3:
+        # Stacked experts describe themselves (transformers: `is_transposed`); without a word they are stored [experts,
+        # out, in].
+        return Transposed(batch_dims=1) if getattr(owner, "is_transposed", False) else Layer(batch_dims=1)
+    return Layer()
+
+
+def bias_name(tensor: str) -> str:
+    """The bias that belongs to a weight: ``weight`` -> ``bias``, ``in_proj_weight`` -> ``in_proj_bias``,
+    ``gate_up_proj`` -> ``gate_up_proj_bias``."""
+    return tensor[: -len("weight")] + "bias" if tensor.endswith("weight") else f"{tensor}_bias"
+
+
+def take(tensor: Tensor, rows: Ranges | None, dim: int) -> Tensor:
+    """The rows of one part; the tensor itself when `rows` is None."""
+    if rows is None:
+        return tensor
+    parts = [tensor.narrow(dim, start, stop - start) for start, stop in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def put(tensor: Tensor, part: Tensor, rows: Ranges | None, dim: int) -> Tensor:
+    """`tensor` with the rows of one part replaced (a new tensor)."""
+    if rows is None:
+        return part
+    pieces, end, used = [], 0, 0
+    for start, stop in rows:
+        pieces += [tensor.narrow(dim, end, start - end), part.narrow(dim, used, stop - start)]
+        end, used = stop, used + stop - start
+    pieces.append(tensor.narrow(dim, end, tensor.shape[dim] - end))
+    return torch.cat([piece for piece in pieces if piece.shape[dim]], dim)

@@ -1,0 +1,90 @@
+"""Serial bottleneck adapter.   Houlsby et al. 2019, arXiv 1902.00751.
+
+    y = h + W_up f(W_down h + b_down) + b_up,   W_down [r, d],  W_up [d, r]
+
+h is what a sub-block (attention, then feed-forward) is about to add to the residual stream: the output of its last
+matrix, before dropout, residual and norm. For mixtures of experts it is the output of the whole mixture. The block's
+norms train too, as in the authors' code. Both matrices start from a normal with standard deviation 1e-3, cut at two
+deviations, biases zero: near identity, not exactly.
+
+Parameters: 2 d r + r + d an adapter, two adapters a block; with `train_layer_norm`, the norms besides.
+
+Use it where a small non-linear module is worth a little latency: it cannot be merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, on_first
+from peftcore.errors import UnsupportedSite
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
+
+
+class Config(MethodConfig):
+    """Options of the serial adapter."""
+
+    method: Literal["houlsby_adapter"] = "houlsby_adapter"
+    bottleneck: PositiveInt = 64
+    """Width r of the bottleneck."""
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
+    """The non-linearity f."""
+    train_layer_norm: bool = True
+    """Train the norms of the blocks along, as the paper does."""
+    init_std: NonNegativeFloat = 1e-3
+    """Standard deviation of W_down at the start."""
+    up_init_std: NonNegativeFloat = 1e-3
+    """Standard deviation of W_up at the start; 0 makes a fresh adapter an exact identity."""
+
+
+def _narrow_normal(weight: Tensor, std: float) -> None:
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std) if std else nn.init.zeros_(weight)
+
+
+class BottleneckOperator(Operator):
+    """Rewrites what the site returns (the first entry, where attention returns a tuple)."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        if self.layer.channel_dim != -1:
+            raise UnsupportedSite(f"{site.path}: a bottleneck adapter needs features in the last dimension")
+        self.down = nn.Linear(site.out_features, config.bottleneck)
+        self.activation = ACTIVATIONS[config.activation]()
+        self.up = nn.Linear(config.bottleneck, site.out_features)
+        for linear, std in ((self.down, config.init_std), (self.up, config.up_init_std)):
+            _narrow_normal(linear.weight, std)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return on_first(call(*args, **kwargs), self._adapt)
+
+    def _adapt(self, h: Tensor) -> Tensor:
+        down, down_bias, up, up_bias = self.cast(h, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        inner = self.activation(nn.functional.linear(h, down, down_bias))  # [..., r]
+        return h + nn.functional.linear(inner, up, up_bias)
+
+
+class HoulsbyAdapter(Method):
+    """Serial bottleneck adapters after attention and feed-forward."""
+
+    name = "houlsby_adapter"
+    Config = Config
+    tags = Tags(category="additive", paper="1902.00751", identity_at_init=False, identity_options={"up_init_std": 0.0})
+    target = ("attn.output", "mlp.output")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, BottleneckOperator, config)
+        for site in surgeon.at("norm") if config.train_layer_norm else ():
+            surgeon.train(site.module_path)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if site.form == "weight":  # a norm's gain or bias
+            return site.numel
+        return 2 * site.out_features * config.bottleneck + config.bottleneck + site.out_features

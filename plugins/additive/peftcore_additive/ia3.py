@@ -1,0 +1,84 @@
+"""(IA)^3: infused adapter by inhibiting and amplifying inner activations.   Liu et al. 2022, arXiv 2205.05638.
+
+    k' = l_k * (W_k x),   v' = l_v * (W_v x),   y = W_2 (l_ff * f(W_1 x))
+
+Keys and values are scaled where they leave their projection (bias included), the feed-forward's inner activations where
+they enter the second matrix. All l start at one, so a fresh injection changes nothing.
+
+Parameters: the width of each scaled activation: out of a key or value projection, in of the second matrix (each expert
+has its own).
+
+Use it with few examples: a few thousand numbers, a high learning rate (3e-3 in the paper), no weight decay (it pulls to
+0, not to 1).
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+
+
+class Config(MethodConfig):
+    """Options of (IA)^3."""
+
+    method: Literal["ia3"] = "ia3"
+    scale_inputs: list[str] = Field(default_factory=lambda: ["mlp.down", "experts.down", "attn_mlp.out"])
+    """Sites whose input is scaled instead of their output: roles, or globs for site paths (peft's
+    `feedforward_modules`)."""
+
+
+def scales_input(site: Site, config: Config) -> bool:
+    """Whether the vector stands before the site's linear map."""
+    return any(site.role == each or fnmatch.fnmatchcase(site.path, each) for each in config.scale_inputs)
+
+
+class IA3Operator(Operator):
+    """One vector of gains."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        self.on_input = scales_input(site, config)
+        width = site.in_features if self.on_input else site.out_features
+        self.gain = nn.Parameter(torch.ones(*site.batch, width))
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if self.on_input:
+            (gain,) = self.cast(x, self.gain)
+            return call(x * self.layer.along_channels(gain, x))
+        y = call(x)
+        (gain,) = self.cast(y, self.gain)
+        return y * self.layer.along_channels(gain, y)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        lead = self.layer.batch_dims + int(self.on_input)  # the vector runs over inputs or outputs
+        shape = [*weight.shape[: self.layer.batch_dims], *[1] * (lead - self.layer.batch_dims), self.gain.shape[-1]]
+        return weight * self.gain.view(*shape, *[1] * (weight.dim() - len(shape)))
+
+    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
+        return bias if bias is None or self.on_input else bias * self.gain
+
+
+class IA3(Method):
+    """Learned gains for keys, values and inner activations of the feed-forward."""
+
+    name = "ia3"
+    Config = Config
+    tags = Tags(category="additive", paper="2205.05638", mergeable=True)
+    target = ("attn.k", "attn.v", "cross.k", "cross.v", "mlp.down", "experts.down")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, IA3Operator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        width = site.in_features if scales_input(site, config) else site.out_features
+        return math.prod(site.batch) * width

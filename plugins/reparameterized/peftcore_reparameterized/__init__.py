@@ -1,0 +1,16 @@
+"""Reparameterized methods of peftcore: low-rank and other structured updates of frozen weights."""
+
+from collections.abc import Mapping
+
+from peftcore import hookimpl
+
+PEFTCORE_API = 1
+
+
+@hookimpl
+def peftcore_methods() -> Mapping[str, str]:
+    """Names and places of this plugin's methods."""
+    return {
+        "dora": "peftcore_reparameterized.dora:DoRA",
+        "lora": "peftcore_reparameterized.lora:LoRA",
+    }

@@ -1,0 +1,17 @@
+"""Selective methods of peftcore: some of the host's own tensors train, as replacement values."""
+
+from collections.abc import Mapping
+
+from peftcore import hookimpl
+
+PEFTCORE_API = 1
+
+
+@hookimpl
+def peftcore_methods() -> Mapping[str, str]:
+    """Names and places of this plugin's methods."""
+    return {
+        "bitfit": "peftcore_selective.bitfit:BitFit",
+        "linear_probe": "peftcore_selective.linear_probe:LinearProbe",
+        "ln_tuning": "peftcore_selective.ln_tuning:LNTuning",
+    }

@@ -1,0 +1,50 @@
+"""BitFit: only biases train.   Ben Zaken et al. 2021, arXiv 2106.10199.
+
+    y = W x + b',   b' trained, starting from b
+
+All biases of the host, those of norms included. Hosts without any (Llama, T5) have nothing to train: `add_missing_bias`
+gives the linear layers of the blocks new biases, which start at zero so that nothing changes at first.
+
+Parameters: the length of each bias.
+
+Use it as the smallest baseline that reaches every layer; it merges by writing the biases back.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+
+
+class Config(MethodConfig):
+    """Options of BitFit."""
+
+    method: Literal["bitfit"] = "bitfit"
+    add_missing_bias: bool = False
+    """Give linear layers that have no bias a new one, starting at zero (roles of `all-linear`, or the targets asked
+    for)."""
+
+
+class BitFit(Method):
+    """Train the biases."""
+
+    name = "bitfit"
+    Config = Config
+    tags = Tags(category="selective", paper="2106.10199", mergeable=True)
+    target = "*"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            for tensor in site.tensors():
+                if tensor.endswith("bias") and not site.missing(tensor):
+                    surgeon.replace(site.at(tensor))
+        for site in surgeon.at("all-linear") if config.add_missing_bias else ():
+            if "bias" in site.tensors() and site.missing("bias"):
+                surgeon.replace(site.at("bias"))
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return site.numel

@@ -1,0 +1,42 @@
+"""Norm tuning: only gains and biases of normalization layers train.   arXiv 2312.11420 (LayerNorm tuning), 2211.08682.
+
+    y = g' * n(x) + c',   g' and c' trained, starting from g and c
+
+LayerNorm, RMSNorm, GroupNorm, BatchNorm, inside the blocks and around them; running statistics of BatchNorm stay as
+they are. What is trained is the tensor itself, whatever the layer makes of it (Gemma's norms use 1 + g).
+
+Parameters: 2 d a LayerNorm, d an RMSNorm.
+
+Use it for domain shift and multimodal alignment, where it is close to LoRA with a hundredth of its parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+
+
+class Config(MethodConfig):
+    """Norm tuning has no options of its own."""
+
+    method: Literal["ln_tuning"] = "ln_tuning"
+
+
+class LNTuning(Method):
+    """Train the normalization layers."""
+
+    name = "ln_tuning"
+    Config = Config
+    tags = Tags(category="selective", paper="2312.11420", mergeable=True)
+    target = "norm.*"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.train(site.module_path)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return site.numel
