@@ -8,10 +8,7 @@ from typing import TypeVar
 
 from peftcore.contract import Method, MethodInfo, check_method_class
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
-from peftcore.plugins import registry
-
-RUNTIME = "registered"
-"""The plugin name under which `register` files its methods."""
+from peftcore.plugins import RUNTIME, registry
 
 KNOWN: dict[str, str] = {
     **dict.fromkeys(("ia3", "houlsby_adapter"), "peftcore-additive"),

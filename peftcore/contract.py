@@ -175,7 +175,8 @@ def check_method_class(cls: Any) -> type[Method]:
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise PluginError(f"{cls!r} is not a subclass of peftcore.Method")
     for attribute, kind in (("name", str), ("tags", Tags), ("target", object), ("Config", type)):
-        if not isinstance(getattr(cls, attribute, None), kind):
+        value = getattr(cls, attribute, None)
+        if value is None or not isinstance(value, kind):
             raise PluginError(f"{cls.__name__} must define {attribute}")
     if not issubclass(cls.Config, MethodConfig):
         raise PluginError(f"{cls.__name__}.Config must subclass MethodConfig")

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 GROUP = "peftcore"
 """The entry point group of plugins."""
+RUNTIME = "registered"
+"""The plugin name under which `register` files its methods."""
+RESERVED = {RUNTIME, "peftcore-defaults"}
 DISABLE = "PEFTCORE_DISABLE"
 """Environment variable: names of plugins that are not loaded, separated by commas."""
 
@@ -76,7 +79,7 @@ class Registry:
             self.manager.check_pending()
             self.plugins[name] = Plugin(name, distribution, _methods_of(self.manager, module))
         except Exception as error:  # any error of a plugin is that plugin's alone
-            if self.manager.has_plugin(name):
+            if self.manager.get_plugin(name) is module:
                 self.manager.unregister(name=name)
             self.fail(name, distribution, error)
 
@@ -96,7 +99,9 @@ def _methods_of(manager: pluggy.PluginManager, module: Any) -> Mapping[str, str]
         if implementation.plugin is module:
             answer: Any = implementation.function()
             methods.update(answer)
-    wrong = [name for name, place in methods.items() if not isinstance(place, str) or place.count(":") != 1]
+    wrong = [
+        pair for pair in methods.items() if not (all(isinstance(e, str) for e in pair) and pair[1].count(":") == 1)
+    ]
     if wrong:
         raise pluggy.PluginValidationError(module, f"peftcore_methods must map names to 'module:Class'; wrong: {wrong}")
     return methods
@@ -121,8 +126,9 @@ def registry() -> Registry:
     for point in _entry_points():
         if point.name in disabled:
             continue
-        if point.name in found.plugins:
-            error = ValueError(f"its name is taken by {found.plugins[point.name].distribution}")
+        if point.name in found.plugins or point.name in RESERVED:
+            owner = found.plugins[point.name].distribution if point.name in found.plugins else "peftcore itself"
+            error = ValueError(f"its name is taken by {owner}")
             found.fail(point.name, _distribution(point), error)
             continue
         try:

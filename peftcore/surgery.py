@@ -21,7 +21,7 @@ from peftcore.errors import PluginError, TargetError, UnsupportedHost, Unsupport
 from peftcore.graft import Mount, attach, detach, slot_of, stance_of, ungraft
 from peftcore.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable
 from peftcore.targets import Resolver, Site, Target
-from peftcore.weights import Layer
+from peftcore.weights import Layer, Ranges
 
 if TYPE_CHECKING:
     from peftcore.contract import Method, MethodConfig
@@ -95,6 +95,8 @@ class Surgeon:
     owned: dict[str, Shared] = field(default_factory=dict)
     selections: dict[str, list[Site]] = field(default_factory=dict)
     _by_method: bool = True
+    _paths: set[str] = field(default_factory=set)
+    _replaced: dict[tuple[str | int, Ranges | None], Replacement] = field(default_factory=dict)
 
     def sites(self, target: Target | None = None, *, optional: bool = False) -> list[Site]:
         """The sites of `target`; without one, those the user asked for, or the method's default targets.
@@ -131,7 +133,7 @@ class Surgeon:
         Raises:
             UnsupportedSite: the operator wraps a forward, but the site is a tensor that is read, not called.
         """
-        if any(graft.site.path == site.path for graft in self.grafts):
+        if site.path in self._paths:
             raise PluginError(f"{self.method.name} grafts {site.path} twice")
         built: O = self._build(
             site.path, lambda: operator(site, config.at(site.path)) if config else operator(site), site
@@ -143,7 +145,7 @@ class Surgeon:
             )
         if isinstance(built, WeightOperator):
             site = replace(site, form="weight")
-        self.grafts.append(Graft(site, built, (site,), self._by_method))
+        self._record(Graft(site, built, (site,), self._by_method))
         return built
 
     def own(self, name: str, module: Callable[[], nn.Module]) -> Shared:
@@ -156,14 +158,12 @@ class Surgeon:
     def replace(self, site: Site) -> Replacement:
         """Let a value stand for the site's tensor: one for each tensor, so all that is tied to it sees the same."""
         tensor = site.layer.read(site.module, site.tensor)
-        for graft in self.grafts:
-            held = graft.site.layer.read(graft.site.module, graft.site.tensor)
-            if isinstance(graft.operator, Replacement) and held is tensor is not None and graft.site.rows == site.rows:
-                return graft.operator
-        site = self._as_stored(site)
-        built: Replacement = self._build(site.path, lambda: Replacement(site), site)
-        self.grafts.append(Graft(site, built, tuple(self._tied(site, tensor)), self._by_method))
-        return built
+        key = (site.path if tensor is None else id(tensor), site.rows)
+        if key not in self._replaced:
+            site = self._as_stored(site)
+            self._replaced[key] = self._build(site.path, lambda: Replacement(site), site)
+            self._record(Graft(site, self._replaced[key], tuple(self._tied(site, tensor)), self._by_method))
+        return self._replaced[key]
 
     def train(self, path: str) -> list[Replacement]:
         """Replace every parameter of the module at `path` and below (or the one parameter of that name).
@@ -194,6 +194,14 @@ class Surgeon:
                 self.train(path)
         self._by_method = True
 
+    def _record(self, graft: Graft) -> None:
+        if graft.site.path in self._paths:
+            raise UnsupportedSite(
+                f"{graft.site.path} would be adapted and replaced at once; exclude= it from the target, or leave it out of train="
+            )
+        self.grafts.append(graft)
+        self._paths.add(graft.site.path)
+
     def _matching(self, target: Target, warn: bool) -> list[Site]:
         found, unmatched = self.resolver.sites(target, exclude=self.wishes.exclude)
         if unmatched and warn:
@@ -208,8 +216,9 @@ class Surgeon:
         yield site
         if isinstance(tensor, nn.Parameter) and site.rows is None:
             for path, name in self.resolver.holders(tensor):
-                if (path, name) != (site.module_path, site.tensor):
-                    yield self._as_stored(self.resolver.site(path, name))
+                holder = self.resolver.site(path, name)
+                if (holder.module_path, holder.tensor) != (site.module_path, site.tensor):
+                    yield self._as_stored(holder)
 
     @staticmethod
     def _as_stored(site: Site) -> Site:

@@ -63,9 +63,7 @@ class Site:
     def weight_shape(self) -> torch.Size:
         """The logical shape ``[*batch, out, in, *kernel]``, also when the weight is packed; rows only."""
         if self.layer.read(self.module, self.tensor) is None:
-            if self.tensor != "bias":
-                raise UnsupportedSite(f"{self.module_path or 'the host'} has no tensor {self.tensor!r} to act on")
-            return torch.Size([self.at("weight").out_features])
+            return torch.Size([self._beside().out_features])
         shape = list(self.layer.shape(self.module, self.tensor))
         if self.rows is not None:
             shape[self.layer.batch_dims] = sum(stop - start for start, stop in self.rows)
@@ -108,17 +106,25 @@ class Site:
         if self.meta:
             return torch.empty(self.weight_shape, device="meta")
         if self.layer.read(self.module, self.tensor) is None:
-            like = self.at("weight").weight()
-            return like.new_zeros(self.weight_shape)
+            return self._beside().weight().new_zeros(self.weight_shape)
         return effective_weight(self.module, self.tensor, self.layer, self.rows)
 
+    def _beside(self) -> Site:
+        """The weight beside a bias that the host does not have."""
+        owner, _, name = self.tensor.rpartition(".")
+        if name != "bias":
+            raise UnsupportedSite(f"{self.module_path or 'the host'} has no tensor {self.tensor!r} to act on")
+        return self.at(f"{owner}.weight".lstrip("."))
+
     def tensors(self) -> tuple[str, ...]:
-        """Names of the module's own parameter slots, empty ones (``bias=None``) included."""
-        return tuple(self.module._parameters)
+        """The parameter slots beside the site's tensor, by path below the module; empty ones (no bias) included."""
+        owner = self.tensor.rpartition(".")[0]
+        return tuple(f"{owner}.{name}".lstrip(".") for name in self.module.get_submodule(owner)._parameters)
 
     def missing(self, tensor: str) -> bool:
         """True for a parameter slot that the host left empty."""
-        return self.module._parameters.get(tensor) is None
+        owner, _, name = tensor.rpartition(".")
+        return self.module.get_submodule(owner)._parameters.get(name) is None
 
     def at(self, tensor: str) -> Site:
         """The same rows of another tensor of the module."""
@@ -202,7 +208,10 @@ class Resolver:
         raise TargetError(self._nothing(path))
 
     def site(self, module_path: str, tensor: str, role: str | None = None, rows: Ranges | None = None) -> Site:
-        """One site, described exactly."""
+        """One site, described exactly; what an attention reads without calling it is a tensor of the attention."""
+        parent, _, leaf = module_path.rpartition(".")
+        if leaf == "out_proj" and isinstance(self.modules.get(parent), nn.MultiheadAttention):
+            module_path, tensor = parent, f"{leaf}.{tensor}"
         module = self.modules[module_path]
         output = role is not None and role.endswith(".output")  # the operator acts on what the module returns
         layer = self._layer_of(module, tensor)
@@ -212,9 +221,6 @@ class Resolver:
         return Site(module, module_path, tensor, layer, role, rows, form, self._layer_of)
 
     def _whole(self, path: str, role: str | None = None) -> Site:
-        parent, _, leaf = path.rpartition(".")
-        if isinstance(self.modules.get(parent), nn.MultiheadAttention) and leaf == "out_proj":
-            return self.site(parent, "out_proj.weight", role)  # read by its owner, never called
         if isinstance(self.modules[path], nn.MultiheadAttention) and role is None:
             return self.site(path, "in_proj_weight")
         return self.site(path, "weight", role)

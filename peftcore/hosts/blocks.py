@@ -30,8 +30,8 @@ class Blocks:
     def _innermost(self) -> dict[Node, None]:
         """Elements that hold a mixer, or a body of their own; the innermost win.
 
-        Exception: T5 lists its sub-layers, some with a mixer and some without. There the owner of the list is the block, because an
-        element is then a branch of a block and not a whole one.
+        Exception: T5 lists its sub-layers, some with a mixer and some without. There the owner of the list is the
+        block, because an element is then a branch of a block and not a whole one.
         """
         candidates = Ordered(e for e in self.elements if self.mixers.nodes.count(e) or self._has_body(e))
         complete = Ordered(e for e in candidates if self.mixers.nodes.count(e) and self._matrices_beside[e.index])
@@ -51,8 +51,9 @@ class Blocks:
         return any(holds) and not all(holds)
 
     def _has_body(self, element: Node) -> bool:
-        """Without a mixer, convolutions or matrices with norms make a block: two matrices and two norms, convolutions with one norm,
-        or three weights with a convolution among them (networks without norms) unless it is the stem."""
+        """Without a mixer, convolutions or matrices with norms make a block: two matrices and two norms, convolutions
+        with one norm, or three weights with a convolution among them (networks without norms) unless it is the stem.
+        """
         weights, convs = self.survey.weights.count(element), self.survey.convs.count(element)
         if self.mixers.nodes.count(element) or weights < 2:
             return False
@@ -71,7 +72,7 @@ class Blocks:
         return counts
 
     def _add_cousins(self, found: dict[Node, None]) -> None:
-        """In a sequence of stages, a stage without any block is a stage of plain convolutions (MobileNet's last one)."""
+        """In a sequence of stages, one without any block is a stage of plain convolutions (MobileNet's last)."""
         families: dict[Node, list[Node]] = {}
         for owner in self.lists:
             if owner.parent is not None and isinstance(owner.parent.module, nn.Sequential):
@@ -85,7 +86,7 @@ class Blocks:
                         found.update(dict.fromkeys(e for e in elements if self.survey.convs.count(e)))
 
     def _add_siblings(self, found: dict[Node, None]) -> None:
-        """What stands in one list with a block and holds weights is a block as well (layers of MLP alone in hybrids)."""
+        """What stands in one list with a block and holds weights is a block too (layers of MLP alone in hybrids)."""
         blocks = Ordered(found)
         for elements in self.lists.values():
             if any(element in found for element in elements):
@@ -103,8 +104,9 @@ class Blocks:
 
 
 def list_elements(node: Node) -> list[Node]:
-    """Elements of a list of modules: composite children of a ModuleList or Sequential, or of numbered siblings of one class (ResNet's
-    layer1, layer2, RegNet's b1, b2), which are a list in all but type."""
+    """Elements of a list of modules: composite children of a ModuleList or Sequential, or of numbered siblings of one
+    class (ResNet's layer1, layer2, RegNet's b1, b2), which are a list in all but type.
+    """
     children = node.children
     if not children:
         return []

@@ -1,6 +1,7 @@
 """The host map: what each module and each bare parameter of a host is, as data.
 
-The map holds paths and names only, no modules: it stays valid for every model of the same shape, and can be kept, compared and printed.
+The map holds paths and names only, no modules: it stays valid for every model of the same shape, and can be kept,
+compared and printed.
 """
 
 from __future__ import annotations
@@ -37,14 +38,15 @@ class HostEntry:
     """One module or bare parameter of the host.
 
     * `path`: of the module, or "module.param" for a bare parameter (3-D experts, `in_proj_weight`).
-    * `module`, `tensor`: the module that owns or reads the weight ("" is the root) and, when the weight is not its plain `weight`, the
-      parameter's name in it. `nn.MultiheadAttention` reads its `out_proj` and never calls it: there `module` is the attention and
-      `tensor` is "out_proj.weight".
+    * `module`, `tensor`: the module that owns or reads the weight ("" is the root) and, when the weight is not its
+      plain `weight`, the parameter's name in it. `nn.MultiheadAttention` reads its `out_proj` and never calls it:
+      there `module` is the attention and `tensor` is "out_proj.weight".
     * `role`: one role of `ROLES`, or "other". A module that is both a block and an attention has two entries.
     * `stream`: "main", or "context" for the second stream of joint attention.
     * `tower`: path of the nearest sub-model with blocks of its own, "" when the host has only one.
     * `block`, `layer`: path of the enclosing block and its index among the blocks of its list.
-    * `layout`: the rows of a fused projection, None when there is nothing fused or the order is not known without a probe.
+    * `layout`: the rows of a fused projection, None when there is nothing fused or the order is not known without a
+      probe.
     * `called`: False when the weight is known to be read without its module being called.
     * `kind`: "container", "linear", "conv", "norm", "table", "experts", "mha", "raw" or "tensor".
     * `shape`: of the weight; (out, in) for a matrix whatever the storage.
@@ -117,7 +119,9 @@ class HostMap:
         return tuple(self._by_path.get(path, ()))
 
     def roles(self) -> frozenset[str]:
-        """Every role that `select` understands on this host: those of its weights and modules, parts of fused ones, virtual ones."""
+        """Every role that `select` understands on this host: those of its weights and modules, parts of fused ones,
+        virtual ones.
+        """
         present = {role for role in self._by_role if role != OTHER}
         for fused in present & set(_PARTS_OF):
             present |= {role for entry in self._by_role[fused] for role in part_roles(entry)}
@@ -129,8 +133,8 @@ class HostMap:
 
         * a role: "attn.q" finds the query matrices and the query rows of fused ones;
         * a family: "norm.*" finds every role that starts so, and "norm" itself;
-        * virtual: "all-linear", every matrix inside blocks that a linear adapter makes sense on; "attn.output" and "mlp.output", the
-          places whose output a branch adds to the residual stream.
+        * virtual: "all-linear", every matrix inside blocks that a linear adapter makes sense on; "attn.output" and
+          "mlp.output", the places whose output a branch adds to the residual stream.
         """
         if role in VIRTUAL:
             found: Selection = [(entry, None) for entry in VIRTUAL[role](self)]
@@ -152,8 +156,8 @@ class HostMap:
                     continue
                 if entry.layout is None:
                     raise TargetError(
-                        f"the rows of {role!r} in {entry.path!r} ({entry.role}) are not known without a forward. Target "
-                        f"{entry.role!r} as a whole, or refine the map with peftcore.hosts.probe(model, inputs, host)."
+                        f"the rows of {role!r} in {entry.path!r} ({entry.role}) are not known without a forward: "
+                        f"target {entry.role!r} as a whole, or refine the map with peftcore.hosts.probe(model, inputs, host)."
                     )
                 rows = entry.layout.rows(role.partition(".")[2])
                 found.append((entry, None if rows == ((0, entry.rows),) else rows))
@@ -194,7 +198,9 @@ class HostMap:
             raise TargetError(f"the host has no module or bare parameter {path!r}.{hint}")
         if role != OTHER and role not in ROLES:
             near = get_close_matches(role, ROLES, n=3)
-            hint = f"did you mean {', '.join(map(repr, near))}?" if near else f"known roles: {', '.join(sorted(ROLES))}."
+            hint = (
+                f"did you mean {', '.join(map(repr, near))}?" if near else f"known roles: {', '.join(sorted(ROLES))}."
+            )
             raise TargetError(f"{role!r} (for {path!r}) is no role; {hint}")
 
     def tree(self) -> str:
@@ -205,7 +211,9 @@ class HostMap:
 
 
 def part_roles(entry: HostEntry) -> set[str]:
-    """The roles of the parts of a fused weight: those of its layout, or all its role speaks of when the layout is unknown."""
+    """The roles of the parts of a fused weight: those of its layout, or all its role speaks of when the layout is
+    unknown.
+    """
     parts = entry.layout.names if entry.layout is not None else _PARTS_OF[entry.role]
     family = entry.role.partition(".")[0]
     if family != "attn_mlp":
@@ -260,8 +268,10 @@ def _enclosing(host: HostMap, path: str, role: str) -> HostEntry | None:
 
 
 def _attention_outputs(host: HostMap) -> list[HostEntry]:
-    """The output matrix is the last one of its branch, before residual, post-norm, scale and gate; the module's own output is not safe
-    (BERT, Bloom and UNet attentions add the residual themselves). Where no output matrix is called, the attention itself is the place."""
+    """The output matrix is the last one of its branch, before residual, post-norm, scale and gate; the module's own
+    output is not safe (BERT, Bloom and UNet attentions add the residual themselves). Where no output matrix is
+    called, the attention itself is the place.
+    """
     found: dict[str, HostEntry] = {}
     for entry in host.entries:
         if entry.role not in ("attn.out", "cross.out", "attn_mlp.out") or not _in_body(host, entry):
@@ -280,7 +290,7 @@ def _mlp_outputs(host: HostMap) -> list[HostEntry]:
     """The down matrix; where experts are summed, the module that sums them, together with its shared experts."""
     sums: dict[str, HostEntry] = {}
     for entry in host.entries:
-        if entry.role.startswith("experts.") and _in_body(host, entry):
+        if entry.role.startswith(("experts.", "router")) and _in_body(host, entry):
             place = _enclosing(host, entry.path, "mlp")
             if place is not None:
                 sums[place.path] = place

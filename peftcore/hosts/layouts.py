@@ -1,9 +1,10 @@
 """The row order of fused projections, without a forward (rule R15).
 
-Every fused attention layout has one form: G groups, each a run of parts with their widths. ``[q|k|v]`` is one group, GPT-NeoX's is a group
-for each head, Falcon's a group for each key-value head. What the form is, modules mostly tell themselves: by a flag, by the widths they
-declare, by a name such as query_key_value. The few that do not are listed below by where their class is defined. Where neither the module
-nor the list can tell, the answer is None: a probe finds it, a guess would adapt the wrong rows in silence.
+Every fused attention layout has one form: G groups, each a run of parts with their widths. ``[q|k|v]`` is one group,
+GPT-NeoX's is a group for each head, Falcon's a group for each key-value head. What the form is, modules mostly tell
+themselves: by a flag, by the widths they declare, by a name such as query_key_value. The few that do not are listed
+below by where their class is defined. Where neither the module nor the list can tell, the answer is None: a probe
+finds it, a guess would adapt the wrong rows in silence.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ GATE_FIRST = ("transformers.", "diffusers.models.transformers.transformer_flux2.
 
 def static_layout(node: Node, attention: Attention | None) -> Layout | None:
     """The layout of a matrix that has just been given its role; None if it is not fused or cannot be told."""
-    family, _, part = (node.role or "").partition(".")
+    _, _, part = (node.role or "").partition(".")
     if part == "gate_up":
         return gate_up(node)
     if node.role == "attn_mlp.in":
@@ -115,7 +116,9 @@ def per_head(told: Told, total: int, parts: tuple[tuple[str, int], ...]) -> Layo
 
 
 def contiguous(told: Told, total: int, query_width: int, head: int) -> Layout | None:
-    """[q|k|v]. Fewer key-value heads than query heads must be declared, because two-part matrices look the same (GCViT's [k|v])."""
+    """[q|k|v]. Fewer key-value heads than query heads must be declared, because two-part matrices look the same
+    (GCViT's [k|v]).
+    """
     if total == 3 * query_width:
         return thirds(total)
     declared = told.key_value_heads
@@ -193,14 +196,16 @@ def logical_shape(node: Node) -> tuple[int, ...]:
 
 
 def is_transposed(node: Node) -> bool:
-    """Whether a stack of experts is stored as (experts, in, out): declared, or told by the stack beside it (Llama 4)."""
+    """Whether a stack is stored as (experts, in, out): declared, or told by the stack beside it (Llama 4)."""
     parent = node.parent
     if parent is None or parent.kind is not Kind.EXPERTS:
         return False
     declared = getattr(parent.module, "is_transposed", None)
     if isinstance(declared, bool):
         return declared
-    stacks = {(tensor.role or "").partition(".")[2]: tensor.shape for tensor in parent.tensors if len(tensor.shape) == 3}
+    stacks = {
+        (tensor.role or "").partition(".")[2]: tensor.shape for tensor in parent.tensors if len(tensor.shape) == 3
+    }
     if "gate_up" not in stacks or "down" not in stacks:
         return False
     return stacks["gate_up"][1] == stacks["down"][2] and stacks["gate_up"][2] == 2 * stacks["down"][1]

@@ -9,7 +9,6 @@ from torch import nn
 from peftcore.hosts import vocabulary as V
 from peftcore.hosts.survey import Kind, Node, Ordered, Survey
 
-
 MULTIHEAD_OPERANDS = {"in_proj_weight": "qkv", "q_proj_weight": "q", "k_proj_weight": "k", "v_proj_weight": "v"}
 
 
@@ -153,7 +152,9 @@ class AttentionRoles:
         module.role = self.family
 
     def operand_role(self, node: Node, operand: str) -> str:
-        """R4: what looks like qkv beside a separate query makes only k and v; a and b mark the two halves of a low-rank pair."""
+        """R4: what looks like qkv beside a separate query makes only k and v; a and b mark the two halves of a
+        low-rank pair.
+        """
         if operand == "qkv" and self.attention.separate_query:
             operand = "kv"
         if operand in ("q", "kv"):

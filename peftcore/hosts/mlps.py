@@ -24,6 +24,9 @@ class FeedForwards:
                 self._assign_experts(node)
         for scope in self._scopes():
             Pairing(self, scope).assign()
+        for node in self.survey.nodes:
+            if isinstance(node.module, nn.ModuleList | nn.ModuleDict):
+                self._assign_listed_experts(node)
 
     def _scopes(self) -> list[Node]:
         """Blocks, and the surroundings of attentions outside any block (pooling heads have an MLP, too)."""
@@ -44,7 +47,9 @@ class FeedForwards:
         return own_norm.shape[0] if own_norm else None
 
     def _assign_experts(self, node: Node) -> None:
-        """R11: parameters of an expert stack by name. Inside an attention they are a mixture of heads (JetMoe): query and output."""
+        """R11: parameters of an expert stack by name. Inside an attention they are a mixture of heads (JetMoe): query
+        and output.
+        """
         whole = [node] if node.shape else []
         in_attention = self.mixers.attention_around(node) is not None
         for tensor in [*whole, *node.tensors]:
@@ -54,8 +59,20 @@ class FeedForwards:
             tensor.role = f"experts.{part}" if not in_attention else "attn.q" if part == "gate_up" else "attn.out"
         self._assign_router(node, expert_count(node))
 
+    def _assign_listed_experts(self, node: Node) -> None:
+        """R11: a list of MLPs beside a matrix with one output for each of them is a mixture of experts (Switch)."""
+        branch, count = node.parent, len(node.children)
+        if branch is None or branch.is_block or count < 2 or any(child.role != "mlp" for child in node.children):
+            return
+        for matrix in self.survey.matrices.under(branch):
+            if matrix.fan_out == count and matrix.role is None:
+                matrix.role = "router"
+                branch.role = branch.role or "mlp"
+
     def _assign_router(self, node: Node, count: int | None) -> None:
-        """R11: the router is the matrix beside the experts with one output for each; what holds both is the MLP branch."""
+        """R11: the router is the matrix beside the experts with one output for each; what holds both is the MLP
+        branch.
+        """
         for scope in node.ancestors():
             if scope is node.block or not scope.path:
                 return
@@ -99,6 +116,10 @@ class Pairing:
         survey = owner.survey
         self.convolutional = any(node.fan is None for node in survey.convs.under(scope))
         self.free = Ordered(node for node in survey.matrices.under(scope) if self._is_free(node))
+        groups: dict[tuple[int, int], list[Node]] = {}
+        for node in self.free:
+            groups.setdefault((node.fan_in, node.fan_out), []).append(node)
+        self.by_fan = {fan: Ordered(nodes) for fan, nodes in groups.items()}
 
     def _is_free(self, node: Node) -> bool:
         """No role yet, no side network, no part of a norm, and outside the mixers unless the name says feed-forward.
@@ -129,31 +150,37 @@ class Pairing:
         """Nearest common scope first, then exact widths before fused ones, then the order of registration."""
         plan = []
         for down in self.free:
-            assert down.parent is not None
-            for scope in (down.parent, *down.parent.ancestors()):
-                ups = [up for up in self.free.under(scope) if self._is_up(up, down)]
-                if ups or scope is self.scope:
-                    break
+            groups = [self.by_fan[fan] for fan in self._fans_of_ups(down) if fan in self.by_fan]
+            ups, scope = self._nearest(down, groups)
             if ups:
                 fused = all(up.fan_out != down.fan_in for up in ups)
                 plan.append((-scope.depth, fused, down.index, down, ups, scope))
         return [entry[3:] for entry in sorted(plan, key=lambda entry: entry[:3])]
 
-    def _is_up(self, up: Node, down: Node) -> bool:
+    def _nearest(self, down: Node, groups: list[Ordered]) -> tuple[list[Node], Node]:
+        """The ups in the nearest scope around `down` that holds any; of square ones only those registered before it."""
+        square = down.fan_in == down.fan_out
+        for scope in down.ancestors() if groups else ():
+            ups = [up for group in groups for up in group.under(scope) if not square or up.index < down.index]
+            if ups or scope is self.scope:
+                return sorted(ups, key=lambda up: up.index), scope
+        return [], self.scope
+
+    def _fans_of_ups(self, down: Node) -> list[tuple[int, int]]:
         """R9: up reads what down gives back, and gives what down reads, or twice as much (gate and up in one matrix).
 
-        Which of two matching matrices is the up: the one that reads h, the one that widens, and of square ones the first.
+        Which of two matching matrices is the up: the one that reads h; where none does, the one that widens.
         """
-        if up is down or up.fan_in != down.fan_out or up.fan_out not in (down.fan_in, 2 * down.fan_in):
-            return False
-        if up.fan_out == 2 * down.fan_in and up.fan_in != down.fan_in:
-            return True
-        if up.fan_in == down.fan_in:
-            return up.index < down.index
-        return up.fan_in == self.width if self.width in (up.fan_in, up.fan_out) else up.fan_out > up.fan_in
+        inner, outer = down.fan_in, down.fan_out
+        fans = [(outer, 2 * inner)]
+        if inner == outer or (outer == self.width if self.width in (inner, outer) else inner > outer):
+            fans.append((outer, inner))
+        return fans
 
     def _assign_pair(self, down: Node, ups: list[Node], scope: Node) -> None:
-        """Of two ups the one named gate is the gate, else the first registered: 42 of 42 hosts register the gate first."""
+        """Of two ups the one named gate is the gate, else the first registered: 42 of 42 hosts register the gate
+        first.
+        """
         down.role = "mlp.down"
         gates = [up for up in ups if up.words & V.GATE] or (ups[:1] if len(ups) == 2 else [])
         for up in ups:
@@ -167,7 +194,9 @@ class Pairing:
             scope.role = "mlp"
 
     def _assign_single_stream(self) -> None:
-        """R10: attention without an output matrix, beside a matrix that reads attention and hidden MLP side by side (Flux)."""
+        """R10: attention without an output matrix, beside a matrix that reads attention and hidden MLP side by side
+        (Flux).
+        """
         matrices = self.owner.survey.matrices
         if all(any((m.role or "").endswith("out") for m in matrices.under(mixer)) for mixer in self.mixers):
             return

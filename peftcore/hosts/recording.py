@@ -1,7 +1,9 @@
-"""One forward, watched: which modules ran and when, what matrices gave back, and the operands of every softmax attention.
+"""One forward, watched: which modules ran and when, what matrices gave back, and the operands of every softmax
+attention.
 
-Attention is recognized by its arithmetic, not by its module: a call of scaled_dot_product_attention, or a product, a softmax of it, and
-another product with the result. Outputs of matrices are remembered rather than weights, because a weight may serve many layers.
+Attention is recognized by its arithmetic, not by its module: a call of scaled_dot_product_attention, or a product, a
+softmax of it, and another product with the result. Outputs of matrices are remembered rather than weights, because a
+weight may serve many layers.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class Frame:
 
 @dataclass(slots=True)
 class AttentionEvent:
-    """The operands of one attention, the modules running around it, and the matrices that had given something back by then."""
+    """The operands of one attention, the modules running around it, and the matrices that had given something back by
+    then.
+    """
 
     frames: tuple[Frame, ...]
     operands: dict[str, Tensor]

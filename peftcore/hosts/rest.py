@@ -1,4 +1,6 @@
-"""Everything that is neither mixer nor feed-forward: embeddings, norms, patches, modulation, convolutions, heads (R12 to R14)."""
+"""Everything that is neither mixer nor feed-forward: embeddings, norms, patches, modulation, convolutions, heads (R12
+to R14).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ from peftcore.hosts.mixers import Mixers
 from peftcore.hosts.mlps import FeedForwards
 from peftcore.hosts.survey import Kind, Node, Survey
 
-POSITION = V.POSITION - {"r"}  # a lone r marks relative attention parameters in an operand's name, and nothing elsewhere
+# A lone r marks a relative parameter in an operand's name, and nothing elsewhere.
+POSITION = V.POSITION - {"r"}
 
 
 @dataclass(slots=True)
@@ -96,8 +99,9 @@ class Rest:
         return "embed.pos" if V.words(place.node.name) & POSITION else None
 
     def _table(self, place: Place) -> str:
-        """R12: positions and segments by name; word embeddings by the host's own word for them and every table that shares their
-        parameter (T5 and BART hand out a table that is never called), else by name."""
+        """R12: positions and segments by name; word embeddings by the host's own word for them and every table that
+        shares their parameter (T5 and BART hand out a table that is never called), else by name.
+        """
         node = place.node
         if node.words & POSITION:
             return "embed.pos"
@@ -107,7 +111,9 @@ class Rest:
         return "embed" if node.module in self.inputs or shared or node.words & V.WORD else V.OTHER
 
     def _norm(self, place: Place) -> str:
-        """R13: inner norms act on a part of a mixer or MLP; outside the blocks the order tells embedding norms from final ones."""
+        """R13: inner norms act on a part of a mixer or MLP; outside the blocks the order tells embedding norms from
+        final ones.
+        """
         node = place.node
         if self._is_inner(node):
             return "norm.inner"
@@ -119,8 +125,10 @@ class Rest:
         return "norm.embed" if place.before or place.relative & V.EARLY else "norm.final"
 
     def _is_inner(self, node: Node) -> bool:
-        """In a state-space mixer; of another width than the residual stream in an MLP; and in an attention: named for q, k or v,
-        of a width that no operand reads, or paired with an operand's matrix (LeViT's linear and batch norm)."""
+        """In a state-space mixer; of another width than the residual stream in an MLP; and in an attention: named for
+        q, k or v, of a width that no operand reads, or paired with an operand's matrix (LeViT's linear and batch
+        norm).
+        """
         above = list(node.ancestors())
         width = node.shape[0]
         if any(ancestor in self.mixers.ssm_set for ancestor in above):
@@ -142,9 +150,7 @@ class Rest:
         if pair is None or pair in self.mixers.by_node:
             return False
         return any(
-            matrix.parent is pair
-            and matrix.holder is not pair
-            and (matrix.role or "").startswith(("attn.", "cross."))
+            matrix.parent is pair and matrix.holder is not pair and (matrix.role or "").startswith(("attn.", "cross."))
             for matrix in self.survey.matrices.under(pair)
         )
 

@@ -18,8 +18,8 @@ from peftcore.hosts.vocabulary import FUSED_ROLES, OTHER
 def derive(model: nn.Module) -> HostMap:
     """What everything in the host is, told from structure and names.
 
-    The order of the steps matters: mixers make blocks recognizable, blocks bound the search for feed-forward branches, and the rest is
-    judged by its place relative to all of these.
+    The order of the steps matters: mixers make blocks recognizable, blocks bound the search for feed-forward
+    branches, and the rest is judged by its place relative to all of these.
     """
     survey = Survey(model)
     mixers = Mixers(survey)

@@ -1,7 +1,8 @@
-"""One walk over the host: every module and every bare parameter as a node of a tree that answers subtree questions fast.
+"""One walk over the host: every module and every bare parameter as a node of a tree that answers subtree questions
+fast.
 
-Nodes are numbered in the order of the walk, so a subtree is an interval of numbers and "which matrices lie under this module" is two
-binary searches. All rules work on this tree; none of them walks the host again.
+Nodes are numbered in the order of the walk, so a subtree is an interval of numbers and "which matrices lie under this
+module" is two binary searches. All rules work on this tree; none of them walks the host again.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Kind(Enum):
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A module or a bare parameter of the host. The first group of fields is the survey, the second is filled by the rules."""
+    """A module or a bare parameter of the host. The first group of fields is the survey, the second is filled by the
+    rules.
+    """
 
     path: str
     name: str
@@ -171,7 +174,7 @@ def conv1d_class() -> type | None:
 
 def weight_of(module: nn.Module) -> torch.Tensor | None:
     """The weight: a parameter, a buffer of a frozen norm, or computed by a parametrization."""
-    weight = module._parameters.get("weight")
+    weight: torch.Tensor | None = module._parameters.get("weight")
     if weight is None:
         weight = module._buffers.get("weight")
     if weight is None and "parametrizations" in module._modules:
@@ -220,7 +223,7 @@ def classify(node: Node) -> None:
     elif len(node.shape) == 2:
         node.kind = Kind.LINEAR
         transposed = isinstance(module, conv1d_class() or ())
-        node.fan = node.shape if transposed else node.shape[::-1]  # type: ignore[assignment]
+        node.fan = node.shape if transposed else node.shape[::-1]
     else:
         node.kind = Kind.RAW
 
@@ -242,7 +245,9 @@ def pointwise_fan(conv: _ConvNd) -> tuple[int, int] | None:
 
 
 def name_effectively(node: Node) -> None:
-    """R2: climb while the name is generic, or `proj` under a q, k, v holder: there the holder's name carries the meaning."""
+    """R2: climb while the name is generic, or `proj` under a q, k, v holder: there the holder's name carries the
+    meaning.
+    """
     top, label = node, node.name
     while top.parent is not None and top.parent.path:
         if not (V.is_generic(top.name) or (top.name == "proj" and V.operands(top.parent.name))):

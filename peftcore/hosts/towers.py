@@ -1,7 +1,8 @@
 """Which sub-model of a host a node belongs to, and the layer it lies in.
 
-A tower is a sub-model with blocks of its own beside another one: CLIP's text and vision models, LLaVA's vision tower and language
-model. Encoder and decoder are two halves of one model and count as one tower, and so do the stages of a network.
+A tower is a sub-model with blocks of its own beside another one: CLIP's text and vision models, LLaVA's vision tower
+and language model. Encoder and decoder are two halves of one model and count as one tower, and so do the stages of a
+network.
 """
 
 from __future__ import annotations

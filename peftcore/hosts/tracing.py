@@ -1,7 +1,9 @@
-"""What one forward with autograd says about a host map: operands and row orders of attentions, gates, norms, heads, unused modules.
+"""What one forward with autograd says about a host map: operands and row orders of attentions, gates, norms, heads,
+unused modules.
 
-No table is asked here. Rows belong to the query if the query's gradient reaches them; rows are the up part of a gated MLP if the product is
-linear in them; a matrix whose parameter receives a gradient although its module never ran is read and not called.
+No table is asked here. Rows belong to the query if the query's gradient reaches them; rows are the up part of a gated
+MLP if the product is linear in them; a matrix whose parameter receives a gradient although its module never ran is
+read and not called.
 """
 
 from __future__ import annotations
@@ -14,21 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.hosts.hostmap import HostEntry, HostMap, Layout, Ranges, under
-from peftcore.hosts.recording import AttentionEvent, DownEvent, Inputs, Output, Recording, differentiable, record
+from peftcore.hosts.recording import AttentionEvent, DownEvent, Inputs, Recording, differentiable, record
 from peftcore.hosts.vocabulary import OTHER
 
 _OPERANDS = ("q", "k", "v")
 _PARTS = frozenset({"q", "k", "v", "kv", "qkv"})
 _MATRIX_KINDS = frozenset({"linear", "conv"})
 _UPS = frozenset({"mlp.gate", "mlp.up", "mlp.gate_up"})
-_LINEAR = 1e-4  # relative error up to which a contraction counts as equal; a gate at the usual initial scale is off by 1e-2
+# Relative error up to which a contraction counts as equal. A gate at the usual initial scale is off by 1e-2.
+_LINEAR = 1e-4
 _LINEAR_HALF = 3e-3  # float16, bfloat16
 
 
 def probe(model: nn.Module, inputs: Inputs, host: HostMap) -> HostMap:
     """Run the model once on example inputs and correct the map by what happened.
 
-    Nothing on the model changes: modes, `requires_grad` and gradients are as before. What the forward cannot decide stays as it was.
+    Nothing on the model changes: modes, `requires_grad` and gradients are as before. What the forward cannot decide
+    stays as it was.
     """
     matrices = frozenset(entry.path for entry in host.entries if entry.kind in _MATRIX_KINDS and entry.tensor is None)
     downs = frozenset(entry.path for entry in host.entries if entry.role == "mlp.down")
@@ -132,7 +136,9 @@ class _Attention:
         return rows
 
     def _last_feeders(self, rows: Mapping[str, Mapping[str, Any]], operands: set[str]) -> set[str]:
-        """Nobody knew what makes these operands: what ran last among all that feeds one makes it, the others come before."""
+        """Nobody knew what makes these operands: what ran last among all that feeds one makes it, the others come
+        before.
+        """
         found = set()
         for name in operands:
             feeding = [path for path, reached in rows.items() if name in reached and path in self.event.outputs]
@@ -143,8 +149,8 @@ class _Attention:
     def _write(self, path: str, family: str, rows: Mapping[str, tuple[int, ...]]) -> None:
         """The role from the operands that a matrix feeds.
 
-        Rows that feed two operands (the latents of MLA) say nothing new, and neither do rows that feed none while the role says that
-        they should: the example input was degenerate (DETR's first queries are zero).
+        Rows that feed two operands (the latents of MLA) say nothing new, and neither do rows that feed none while the
+        role says that they should: the example input was degenerate (DETR's first queries are zero).
         """
         entry = self.changes.at(path)
         reached = [row for part in rows.values() for row in part]
@@ -201,10 +207,11 @@ def as_ranges(rows: Sequence[int]) -> Ranges:
 
 
 def refine_gates(changes: Changes, event: DownEvent) -> None:
-    """Which rows are the up part: the product is linear in them, so contracting its derivative with them gives the product back.
+    """Which rows are the up part: the product is linear in them, so contracting its derivative with them gives the
+    product back.
 
-    In the gate the product is not linear. Where it is (ReLU) or where more happens in between, more or fewer than one order fits, and
-    nothing is changed.
+    In the gate the product is not linear. Where it is (ReLU) or where more happens in between, more or fewer than one
+    order fits, and nothing is changed.
     """
     ups = [(path, event.outputs[path].value) for path in matching_ups(changes, event)]
     if not ups or not event.value.requires_grad:
@@ -234,7 +241,7 @@ def refine_gates(changes: Changes, event: DownEvent) -> None:
 def same_per_token(contracted: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Whether the sums over the rows agree for each token, measured against what was summed."""
     difference = (contracted.sum(0) - expected.sum(0)).norm()
-    return 0 < float(expected.norm()) and float(difference) <= tolerance * float(expected.norm())
+    return float(expected.norm()) > 0 and float(difference) <= tolerance * float(expected.norm())
 
 
 @dataclass(frozen=True)
@@ -318,7 +325,10 @@ def refine_head(changes: Changes, recording: Recording) -> None:
     outside = [
         entry.path
         for entry in changes.entries
-        if entry.kind == "linear" and entry.tensor is None and entry.block is None and time.get(entry.path, 0) > last_block
+        if entry.kind == "linear"
+        and entry.tensor is None
+        and entry.block is None
+        and time.get(entry.path, 0) > last_block
     ]
     if outside:
         last = max(outside, key=lambda path: time[path])

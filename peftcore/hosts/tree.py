@@ -70,7 +70,9 @@ def below(branch: Branch, depth: int) -> list[Line]:
 
 
 def lines_of(branch: Branch, name: str, depth: int) -> list[Line]:
-    """A branch without a role of its own, below which stands a single thing, joins its name with that: `layers.[0-11]`."""
+    """A branch without a role of its own, below which stands a single thing, joins its name with that:
+    `layers.[0-11]`.
+    """
     if not branch.entries and not branch.tower:
         lines = below(branch, depth)
         if sum(line.depth == depth for line in lines) == 1:

@@ -1,8 +1,9 @@
 """The words that the host rules know, and nothing else that is a matter of spelling.
 
-Structure decides first (shapes, who holds whom, what repeats); words decide only where structure is silent: which of three square
-matrices is the query, which table holds positions. Names are compared token by token, never as substrings, except where a pattern
-below says so. Two rules have to look at the name of a *class*; these patterns stand together at the end, with the reason.
+Structure decides first (shapes, who holds whom, what repeats); words decide only where structure is silent: which of
+three square matrices is the query, which table holds positions. Names are compared token by token, never as
+substrings, except where a pattern below says so. Two rules have to look at the name of a *class*; these patterns
+stand together at the end, with the reason.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Names that say nothing about the place: the holder's name counts instead (`attention.output.dense`, `conv1.conv`, `to_out.0`).
+# Names that say nothing about the place: the holder's name counts instead (`attention.output.dense`, `conv1.conv`,
+# `to_out.0`).
 GENERIC = _words("linear ln dense conv fc layer module c l bn conv_d convd convolution base_layer")
 
 QUERY = _words("q query queries wq")
 KEY = _words("k key keys wk")
 VALUE = _words("v value values wv")
 KEY_VALUE = _words("kv")
-FUSED_NAMES = ("qkv", "querykeyvalue", "cattn")  # looked for in the joined tokens: Wqkv, in_proj_qkvz, query_key_value, c_attn
+# Looked for in the joined tokens: Wqkv, in_proj_qkvz, query_key_value, c_attn.
+FUSED_NAMES = ("qkv", "querykeyvalue", "cattn")
 
 POSITION = _words("pos position positions positional wpe rel relative cpb biases r")
 SEGMENT = _words("type types segment seg")
@@ -32,16 +35,15 @@ CONTEXT = _words("add added")  # diffusers: add_q_proj, to_add_out, norm_added_q
 CONTEXT_BRANCH = CONTEXT | _words("context")  # ff_context, norm1_context, in blocks that hold a context stream
 OUT = _words("o out output proj projection dense wo post c")
 
-CONDITION = _words("emb ada adaln mod modulation se router bottleneck time")  # small side networks that are no MLP branch
+# Small side networks that are no MLP branch.
+CONDITION = _words("emb ada adaln mod modulation se router bottleneck time")
 MODULATION = _words("time ada adaln mod modulation")
 RESAMPLE = _words(
     "downsample downsampling downsampler downsamplers upsample upsampler upsamplers merging reduction transition"
 )
 EARLY = _words("emb embed embedding embeddings embedder pre patch stem projection caption txt")
 LATE = _words("final last after post out head")
-HEAD = _words(
-    "head heads classifier fc score logits decoder vocab out projector projection predictor lm cls outputs"
-)
+HEAD = _words("head heads classifier fc score logits decoder vocab out projector projection predictor lm cls outputs")
 NO_HEAD = _words("in input pooler transform query")
 
 CROSS = re.compile(r"cross|enc\w*_?(dec\w*)?_?attn|enc\w*attention|[a-z]_to_[a-z]{2}|^attn2$")
@@ -49,8 +51,9 @@ FEED_FORWARD = re.compile(r"mlp|ffn|feed_?forward|^ff$|^ff_")
 RAW_PROJECTION = re.compile(r"w?[qkvo]")  # XLNet keeps q, k, v, o as bare parameters
 NUMBERED = re.compile(r"[a-z]+\d+")  # layer1, layer2, ... ; b1, b2, ...
 
-# Class names. A norm and a learned scale are both one vector, an expert stack and a bank of tokens are both one bare tensor, and an
-# attention whose query is not called q still says that it is one: no shape tells them apart, the class does.
+# Class names. A norm and a learned scale are both one vector, an expert stack and a bank of tokens are both one bare
+# tensor, and an attention whose query is not called q still says that it is one: no shape tells them apart, the class
+# does.
 NORM_CLASS = re.compile(r"norm|ln|bn")
 EXPERT_CLASS = re.compile(r"expert")
 TABLE_CLASS = re.compile(r"embedding")
@@ -73,9 +76,9 @@ _WEIGHTS = {
 _SINGLE = "block attn cross mlp ssm embed norm patch head router conv se down mod"
 
 #: Every role a weight or a module can have.
-ROLES = frozenset(_SINGLE.split()) | {f"{family}.{part}" for family, parts in _WEIGHTS.items() for part in parts.split()}
-#: Roles of modules that hold weights rather than being one.
-MODULE_ROLES = _words("block attn cross mlp ssm")
+ROLES = frozenset(_SINGLE.split()) | {
+    f"{family}.{part}" for family, parts in _WEIGHTS.items() for part in parts.split()
+}
 #: Roles of weights whose rows serve several operands, or all of one after a low-rank factor.
 FUSED_ROLES = frozenset(
     role for role in ROLES if role.partition(".")[2] in ("qkv", "kv", "kv_b", "q_b", "gate_up") or role == "attn_mlp.in"
@@ -98,7 +101,9 @@ def words(text: str) -> frozenset[str]:
 
 @lru_cache(maxsize=65536)
 def is_generic(component: str) -> bool:
-    """Whether one path component says nothing: a number, or a generic word with or without its number (`conv2d`, `fc1`)."""
+    """Whether one path component says nothing: a number, or a generic word with or without its number (`conv2d`,
+    `fc1`).
+    """
     return component.isdigit() or re.sub(r"\d+d?$", "", component) in GENERIC
 
 

@@ -156,14 +156,17 @@ class Check:
         """Run on one case.
 
         Raises:
-            CheckFailed: naming method, host, promise and usual cause.
+            CheckFailed: naming method, host, promise and usual cause; also when the method raises something else.
             NotApplicable: the method has nothing to act on in the host.
         """
         try:
             self.function(case)
-        except CheckFailed as error:
+        except NotApplicable:
+            raise
+        except Exception as error:
+            what = str(error) if isinstance(error, CheckFailed) else f"{type(error).__name__}: {error}"
             raise CheckFailed(
-                f"{case.method.name} on {case.host.name}: {self.promise} -- {error}. Usual cause: {self.cause}"
+                f"{case.method.name} on {case.host.name}: {self.promise} -- {what}. Usual cause: {self.cause}"
             ) from error
 
 

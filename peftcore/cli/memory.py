@@ -1,0 +1,55 @@
+"""How much memory a run takes at its peak, for this process alone.
+
+On a CPU: the resident set of the process, sampled every few milliseconds, above what it held when the run began.
+Garbage is collected and free pages go back to the system first, so that every run is measured from the same ground.
+On a CUDA device: the allocator's own peak.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+
+import psutil
+import torch
+
+INTERVAL = 0.005
+
+
+class PeakMemory:
+    """Context manager; ``peak`` holds the bytes afterwards."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self._process = psutil.Process()
+        self._done = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        release()
+        self._start = self._highest = self._process.memory_info().rss
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._sampler.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        self._sampler.join()
+        cuda = torch.cuda.is_available()
+        self.peak = torch.cuda.max_memory_allocated() if cuda else self._highest - self._start
+
+    def _sample(self) -> None:
+        while not self._done.wait(INTERVAL):
+            self._highest = max(self._highest, self._process.memory_info().rss)
+
+
+def release() -> None:
+    """Collect garbage; where the C library can (glibc), hand free pages back: they would hide the next run's growth."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

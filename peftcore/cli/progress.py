@@ -1,0 +1,41 @@
+"""The progress display of a comparison: methods above, the steps of the present one below, on standard error."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from peftcore.cli.report import Result
+
+
+class Bars:
+    """Two bars while the work lasts; a line stays behind for each finished method."""
+
+    def __init__(self, console: Console, methods: int) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(TextColumn("{task.description:<26}"), *columns, console=console, transient=True)
+        self._methods = self._progress.add_task("methods", total=methods)
+        self._steps = self._progress.add_task("", total=None)
+        self._method = ""
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def begin(self, method: str) -> None:
+        self._method = method
+        self.phase("loading", 1)
+
+    def phase(self, name: str, total: int) -> None:
+        self._progress.reset(self._steps, total=total, description=f"{self._method}: {name}")
+
+    def advance(self) -> None:
+        self._progress.advance(self._steps)
+
+    def finish(self, result: Result) -> None:
+        self._progress.advance(self._methods)
+        accuracy = f"{result.accuracy_before:.3f} -> {result.accuracy_after:.3f}"
+        self._progress.console.print(f"{result.method:<16} accuracy {accuracy}", highlight=False)

@@ -1,0 +1,147 @@
+"""The two doors to the checks: `conformance` for pytest, `check_method` without it."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peftcore.catalogue import method as find_method
+from peftcore.contract import Method
+from peftcore.errors import ConfigError
+from peftcore.testing.hosts import HOSTS
+from peftcore.testing.kit import Case, Check, CheckFailed, NotApplicable, applicable, cases
+
+TELLING = ("llama", "encoder")
+"""The hosts of a quick run: separate projections called as modules, and a packed one read by its owner."""
+ALL = "PEFTCORE_TEST_ALL"
+"""Environment variable: set to 1, every method runs on every host."""
+
+Options = Mapping[str, Mapping[str, Any]]
+Status = Literal["passed", "failed", "expected", "skipped"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one check on one host."""
+
+    check: str
+    host: str
+    status: Status
+    """"expected": it fails, and was declared to."""
+    message: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.status:8} {self.check}-{self.host}" + (f": {self.message}" if self.message else "")
+
+
+def _method(method: str | type[Method]) -> type[Method]:
+    return find_method(method) if isinstance(method, str) else method
+
+
+def _hosts(hosts: Iterable[str] | None, default: Iterable[str]) -> list[str]:
+    names = list(default if hosts is None else hosts)
+    unknown = [name for name in names if name not in HOSTS]
+    if unknown:
+        raise ConfigError(f"no host named {', '.join(unknown)}; there are: {', '.join(HOSTS)}")
+    return names
+
+
+def _named(
+    method: type[Method], hosts: Iterable[str], options: Options | None, expected: Mapping[str, str]
+) -> dict[str, tuple[Check, Case]]:
+    """The checks that the method's tags call for, by id.
+
+    Raises:
+        ConfigError: a failure is expected of a check that does not run.
+    """
+    chosen = {name: HOSTS[name] for name in hosts}
+    named = {f"{check.name}-{case.host.name}": (check, case) for check, case in cases(method, chosen, options or {})}
+    stray = [name for name in expected if name not in named and name.rpartition("-")[2] in chosen]
+    if stray:
+        raise ConfigError(f"{method.name}: failures are expected of checks that do not run: {', '.join(stray)}")
+    return named
+
+
+def _run(check: Check, case: Case) -> None:
+    reason = applicable(case)
+    if reason is not None:
+        raise NotApplicable(reason)
+    check(case)
+
+
+def check_method(
+    method: str | type[Method],
+    *,
+    hosts: Iterable[str] | None = None,
+    options: Options | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+) -> list[Result]:
+    """Run every check that the method's tags call for, on all hosts unless `hosts` names some.
+
+    Args:
+        method: a name, or a class that is registered nowhere.
+        hosts: names of `HOSTS`.
+        options: options of the method by host name; those under "*" hold for every host.
+        expected_failures: reasons by "<check>-<host>"; a check listed here that passes counts as failed.
+    """
+    expected = expected_failures or {}
+    results = []
+    for name, (check, case) in _named(_method(method), _hosts(hosts, HOSTS), options, expected).items():
+        results.append(_judge(check, case, expected.get(name)))
+    return results
+
+
+def _judge(check: Check, case: Case, reason: str | None) -> Result:
+    def result(status: Status, message: str = "") -> Result:
+        return Result(check.name, case.host.name, status, message)
+
+    try:
+        _run(check, case)
+    except NotApplicable as skip:
+        return result("skipped", str(skip))
+    except CheckFailed as failure:
+        return result("failed", str(failure)) if reason is None else result("expected", reason)
+    except Exception:  # a method under test may raise anything, and the other checks still count
+        return result("failed", traceback.format_exc()) if reason is None else result("expected", reason)
+    return result("passed") if reason is None else result("failed", f"passes, but was expected to fail: {reason}")
+
+
+def conformance(
+    method: str | type[Method],
+    *,
+    hosts: Iterable[str] | None = None,
+    options: Options | None = None,
+    expected_failures: Mapping[str, str] | None = None,
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Turn one test function into a test for each check and host: its argument `check` is called without arguments.
+
+    Takes what `check_method` takes. Without `hosts`, a quick run takes the two most telling ones; all when PEFTCORE_TEST_ALL=1. An expected
+    failure that passes fails the test. No host is built and no host's package imported before a test runs.
+    """
+    import pytest
+
+    everything = os.environ.get(ALL) == "1"
+    expected = expected_failures or {}
+    named = _named(_method(method), _hosts(hosts, HOSTS if everything else TELLING), options, expected)
+
+    def thunk(check: Check, case: Case) -> Callable[[], None]:
+        def run() -> None:
+            try:
+                _run(check, case)
+            except NotApplicable as skip:
+                pytest.skip(str(skip))
+
+        return run
+
+    parameters = [
+        pytest.param(
+            thunk(check, case),
+            id=name,
+            marks=[pytest.mark.xfail(reason=expected[name], strict=True)] if name in expected else [],
+        )
+        for name, (check, case) in named.items()
+    ]
+    return pytest.mark.parametrize("check", parameters)

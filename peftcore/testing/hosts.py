@@ -1,0 +1,183 @@
+"""Tiny hosts on which the checks run: random, built from configurations, nothing is downloaded.
+
+Each has what real ones have and toy ones lack: biases and gains away from their initial values, padding in the batch, tied tensors,
+fused projections, grouped and overlapping convolutions, statistics of batch norms.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.testing.kit import Host, NotApplicable
+
+WIDTH = 16
+VOCABULARY = 40
+_TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "use_cache": False}
+
+
+class MLP(nn.Module):
+    """Three linear maps, the last one the head; inputs with two leading dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, WIDTH)
+        self.second = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        logits: Tensor = self.head(self.norm(hidden + self.second(hidden)))
+        return logits
+
+
+class Encoder(nn.Module):
+    """``nn.TransformerEncoder``, whose fused path in eval mode reads weights behind the back of their modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(WIDTH, nhead=2, dim_feedforward=24, dropout=0.1, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, num_layers=2)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor, padding: Tensor) -> Tensor:
+        encoded = self.encoder(x, src_key_padding_mask=padding)
+        kept = encoded.masked_fill(padding[..., None], 0.0)  # the fused path leaves other values at padding than the plain one
+        logits: Tensor = self.head(kept)
+        return logits
+
+
+class ConvNet(nn.Module):
+    """Overlapping kernels, stride, padding, groups, dilation, batch norm with statistics of its own, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, kernel_size=3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, WIDTH, kernel_size=(3, 1), groups=2, padding="same", bias=False)
+        self.last = nn.Conv2d(WIDTH, WIDTH, kernel_size=3, dilation=2, padding=2)
+        self.head = nn.Linear(WIDTH, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.norm(self.stem(x)))
+        hidden = torch.tanh(self.last(torch.tanh(self.grouped(hidden))))
+        logits: Tensor = self.head(hidden.mean((-2, -1)))
+        return logits
+
+
+@torch.no_grad()
+def stir(model: nn.Module) -> nn.Module:
+    """Move biases, gains and statistics away from their initial zeros and ones: a lost bias must show."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name.startswith("running_"):
+                buffer.add_(torch.rand_like(buffer) * 0.5)
+    return model
+
+
+def _mlp() -> tuple[nn.Module, dict[str, Any]]:
+    return stir(MLP()), {"x": torch.randn(2, 3, 12)}
+
+
+def _encoder() -> tuple[nn.Module, dict[str, Any]]:
+    padding = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    return stir(Encoder()), {"x": torch.randn(2, 5, WIDTH), "padding": padding}
+
+
+def _convnet() -> tuple[nn.Module, dict[str, Any]]:
+    return stir(ConvNet()), {"x": torch.randn(3, 3, 9, 9)}
+
+
+def _transformers(config: str, model: str, **sizes: Any) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
+    """Builds a model of transformers, imported on the first use only."""
+
+    def build() -> tuple[nn.Module, dict[str, Any]]:
+        try:
+            library = importlib.import_module("transformers")
+        except ImportError as error:
+            raise NotApplicable(f"this host needs transformers, which is not installed ({error})") from None
+        host = getattr(library, model)(getattr(library, config)(**_TOKENS, **sizes))
+        inputs = {"input_ids": torch.randint(3, VOCABULARY, (2, 5)), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+        inputs["attention_mask"][1, 3:] = 0
+        if host.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (2, 4))
+        return stir(host), inputs
+
+    return build
+
+
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = output.logits
+    return logits
+
+
+def _same(output: Tensor) -> Tensor:
+    return output
+
+
+_DECODER = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+}
+
+HOSTS: dict[str, Host] = {
+    host.name: host
+    for host in (
+        Host("mlp", _mlp, _same, fallback=["first", "second"]),
+        Host("encoder", _encoder, _same, fallback=["linear1", "linear2"]),
+        Host("llama", _transformers("LlamaConfig", "LlamaForCausalLM", **_DECODER), _logits),
+        Host(
+            "bert",
+            _transformers(
+                "BertConfig",
+                "BertForSequenceClassification",
+                hidden_size=WIDTH,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                initializer_range=0.3,
+                num_labels=3,
+            ),
+            _logits,
+        ),
+        Host(
+            "t5",
+            _transformers(
+                "T5Config",
+                "T5ForConditionalGeneration",
+                d_model=WIDTH,
+                d_kv=8,
+                d_ff=24,
+                num_layers=2,
+                num_heads=2,
+                feed_forward_proj="gated-gelu",
+            ),
+            _logits,
+        ),
+        Host(
+            "gpt2",
+            _transformers("GPT2Config", "GPT2LMHeadModel", n_embd=WIDTH, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3),
+            _logits,
+        ),
+        Host(
+            "moe",
+            _transformers("MixtralConfig", "MixtralForCausalLM", **_DECODER, num_local_experts=3, num_experts_per_tok=2),
+            _logits,
+        ),
+        Host("convnet", _convnet, _same, fallback=["stem", "grouped", "last"]),
+    )
+}
+"""The hosts by name."""

@@ -1,0 +1,203 @@
+"""What checks share: traces of a host, expected errors, methods found by name, and partners for checks of several injections."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import catalogue
+from peftcore.contract import Method, MethodConfig, Tags
+from peftcore.errors import AmbiguousMethod, UnknownMethod
+from peftcore.injection import Injection
+from peftcore.operators import Operator, WeightOperator
+from peftcore.plugins import layer_of
+from peftcore.surgery import Surgeon
+from peftcore.targets import Site
+from peftcore.testing.kit import Case, fill
+
+Trace = dict[str, Any]
+Maker = Callable[[nn.Module, int, str], Injection]
+
+
+def trace(model: nn.Module) -> Trace:
+    """Everything about a host that others could notice, by what and where: classes, attributes, hooks, flags, identities, values."""
+    found: Trace = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found[f"class of {path}"] = type(module)
+        found[f"attributes of {path}"] = sorted(vars(module))
+        found[f"training of {path}"] = module.training
+        hooks = {key: value for key, value in vars(module).items() if isinstance(value, OrderedDict)}
+        found[f"hooks of {path}"] = {key: [id(hook) for hook in value.values()] for key, value in hooks.items()}
+        tensors = {**module._parameters, **module._buffers}
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                found[f"identity of {path}.{name}"] = id(tensor)
+                found[f"requires_grad of {path}.{name}"] = tensor.requires_grad
+                found[f"values of {path}.{name}"] = tensor.detach().clone()
+    found["order of parameters"] = [name for name, _ in model.named_parameters()]
+    return found
+
+
+def differences(before: Trace, after: Trace) -> str:
+    """Where two traces differ, to the bit; empty when nowhere."""
+    wrong = [key for key in [*before, *(key for key in after if key not in before)] if not _same(before.get(key), after.get(key))]
+    return ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
+    return type(one) is type(other) and bool(one == other)
+
+
+@contextmanager
+def raises(case: Case, kind: type[Exception] | tuple[type[Exception], ...], what: str, names: str = "") -> Iterator[None]:
+    """Fail the check unless the block raises an error of this kind whose message contains `names`."""
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    expected = " or ".join(each.__name__ for each in kinds)
+    try:
+        yield
+    except kinds as error:
+        case.expect(names in str(error), f"{what}: {error!r} does not name {names}")
+    except Exception as error:
+        case.expect(False, f"{what}: {error!r} instead of {expected}")
+    else:
+        case.expect(False, f"{what}: no {expected}")
+
+
+@contextmanager
+def findable(method: type[Method]) -> Iterator[None]:
+    """Files know methods by name: register a class that is not installed, for the time of the block."""
+    try:
+        missing = peftcore.method(method.name) is not method
+    except AmbiguousMethod:
+        missing = False
+    except UnknownMethod:
+        missing = True
+    before = catalogue._registered.get(method.name)
+    if missing:
+        peftcore.register(method)
+    try:
+        yield
+    finally:
+        if before is not None:
+            catalogue._registered[method.name] = before
+        elif missing:
+            catalogue._registered.pop(method.name, None)
+
+
+class _LowRankConfig(MethodConfig):
+    method: Literal["partner_low_rank"] = "partner_low_rank"
+
+
+class _LowRankOperator(Operator):
+    """Adds to what the module computes."""
+
+    def __init__(self, site: Site, config: MethodConfig) -> None:
+        super().__init__(site)
+        self.A = nn.Parameter(torch.randn(2, site.in_features, *site.kernel) * 0.1)
+        self.B = nn.Parameter(torch.zeros(site.out_features, 2))
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        return self.layer.add(y, self.layer.apply(x, A), B, 1.0)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + (self.B @ self.A.flatten(1)).view(weight.shape)
+
+
+class _TurnedConfig(MethodConfig):
+    method: Literal["partner_turned"] = "partner_turned"
+
+
+class _TurnedOperator(WeightOperator):
+    """Mixes the outputs and gives each row of the weight another length: no sum of the weight and something else."""
+
+    def __init__(self, site: Site, config: MethodConfig) -> None:
+        super().__init__(site)
+        self.lengths = nn.Parameter(torch.ones(site.out_features))
+        self.turn = nn.Parameter(torch.zeros(site.out_features, site.out_features))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        flat = weight.flatten(1)
+        mixed = flat + self.turn @ flat
+        lengths = torch.linalg.vector_norm(mixed, dim=1, keepdim=True).clamp_min(1e-6)
+        return (mixed / lengths * (self.lengths[:, None] + 0.5)).view(weight.shape)
+
+
+class _LowRank(Method):
+    name = "partner_low_rank"
+    Config = _LowRankConfig
+    tags = Tags(category="reparameterized", paper="2106.09685", mergeable=True)
+    target = "all-linear"
+
+    def inject(self, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, _LowRankOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Any) -> int:
+        return sum(p.numel() for p in _LowRankOperator(site, config).parameters())
+
+
+class _Turned(Method):
+    name = "partner_turned"
+    Config = _TurnedConfig
+    tags = Tags(category="reparameterized", paper="none", mergeable=True)
+    target = "all-linear"
+
+    def inject(self, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, _TurnedOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Any) -> int:
+        return site.out_features * (site.out_features + 1)
+
+
+def partners(case: Case) -> Iterator[tuple[Maker, Maker]]:
+    """Pairs of ways to adapt a model: the method with itself, before and after an activation operator, before and after a weight operator."""
+
+    def own(model: nn.Module, seed: int, name: str) -> Injection:
+        return case.filled(model, seed, name=name)
+
+    def other(method: type[Method]) -> Maker:
+        def make(model: nn.Module, seed: int, name: str) -> Injection:
+            injection = peftcore.apply(model, method, name=name, target=_callable_alone(model), seed=seed)
+            fill(injection, seed)
+            return injection
+
+        return make
+
+    yield own, own
+    for method in (_LowRank, _Turned):
+        yield own, other(method)
+        yield other(method), own
+
+
+def _callable_alone(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    """Linear maps that are called and whose weight no other module holds."""
+    held: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            held[id(parameter)] = held.get(id(parameter), 0) + 1
+
+    def chosen(path: str, module: nn.Module) -> bool:
+        weight = module._parameters.get("weight")
+        if weight is None or weight.dim() < 2 or held[id(weight)] > 1:
+            return False
+        layer = layer_of(module, "weight")
+        return layer.called and not layer.one_hot and not _read_by_owner(model, path)
+
+    return chosen
+
+
+def _read_by_owner(model: nn.Module, path: str) -> bool:
+    return isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
