@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -54,8 +56,9 @@ def prepare(
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedHost("TorchScript modules cannot change; apply before scripting, merge, then script")
-    hidden = _is_ours
-    resolver = Resolver(model, host or host_map(model), layer_of, hidden)
+    for changes in config.overrides.values():
+        config.replace(**{**changes, "overrides": {}})  # wrong options are errors, also where no site matches
+    resolver = Resolver(model, host or host_map(model), layer_of, _is_ours)
     surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry)
     registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
     surgeon.train_wishes()
@@ -64,6 +67,10 @@ def prepare(
             f"{method.name} found nothing to act on in this {type(model).__name__}; "
             f"its target is {wishes.target or method.target!r}"
         )
+    paths = [graft.site.path for graft in surgeon.grafts]
+    idle = [each for each in config.overrides if not any(fnmatch.fnmatchcase(path, each) for path in paths)]
+    if idle:
+        warnings.warn(f"these overrides match no site and are passed over: {idle}", UserWarning, stacklevel=3)
     return surgeon
 
 
@@ -173,7 +180,7 @@ def establish(surgeon: Surgeon, name: str) -> Injection:
         slot = slot_of(site.module)
         tower = next((t for t in towers if t and f"{site.module_path}.".startswith(f"{t}.")), "")
         if slot is not None and graft.by_method:
-            watcher.watch(site.module_path, slot, tower)
+            watcher.watch(site.module_path, slot, tower, name)
     return injection
 
 

@@ -41,7 +41,9 @@ class MethodConfig(BaseModel):
     """Options of one method: typed, strict, immutable; unknown keys are refused. Docstrings under fields become schema
     descriptions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     method: str
     """Name of the method these options belong to."""
@@ -71,7 +73,7 @@ class MethodConfig(BaseModel):
         """The options for one site: `overrides` applied."""
         for pattern, changes in self.overrides.items():
             if fnmatch.fnmatchcase(path, pattern):
-                return self.replace(**changes, overrides={})
+                return self.replace(**{**changes, "overrides": {}})
         return self
 
 

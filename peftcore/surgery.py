@@ -197,7 +197,8 @@ class Surgeon:
     def _record(self, graft: Graft) -> None:
         if graft.site.path in self._paths:
             raise UnsupportedSite(
-                f"{graft.site.path} would be adapted and replaced at once; exclude= it from the target, or leave it out of train="
+                f"{graft.site.path} would be adapted and replaced at once; exclude= it from the target, or leave it "
+                "out of train="
             )
         self.grafts.append(graft)
         self._paths.add(graft.site.path)

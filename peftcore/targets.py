@@ -183,11 +183,19 @@ class Resolver:
         if not found:
             raise TargetError(self._nothing(*unmatched))
         if exclude is not None:
-            out = {site.path for pattern in _each(exclude) for site in self._match(pattern, None)}
+            out = {path for pattern in _each(exclude) for path in self._excluded(pattern)}
             found = {path: site for path, site in found.items() if path not in out and out.isdisjoint(_above(path))}
             if not found:
                 raise TargetError(f"exclude={exclude!r} leaves nothing of target={target!r}")
         return sorted(found.values(), key=lambda site: self._order[site.module_path]), unmatched
+
+    def _excluded(self, pattern: Any) -> set[str]:
+        """Paths of sites, and of whole modules where the pattern means modules: what is below those is left out too."""
+        out = {site.path for site in self._match(pattern, None)}
+        if not self._is_role(pattern):
+            matches = _matcher(pattern)
+            out |= {path for path, module in self.modules.items() if path and matches(path, module)}
+        return out
 
     def holders(self, tensor: nn.Parameter) -> list[tuple[str, str]]:
         """Every (module path, name) that holds this very parameter."""

@@ -1,4 +1,4 @@
-"""What checks share: traces of a host, expected errors, methods found by name, and partners for checks of several injections."""
+"""What checks share: traces of a host, expected errors, methods by name, and partners for one injection among several."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Maker = Callable[[nn.Module, int, str], Injection]
 
 
 def trace(model: nn.Module) -> Trace:
-    """Everything about a host that others could notice, by what and where: classes, attributes, hooks, flags, identities, values."""
+    """Everything about a host that others could notice, by what and where: class, attributes, hooks, flags, values."""
     found: Trace = {}
     for path, module in model.named_modules(remove_duplicate=False):
         found[f"class of {path}"] = type(module)
@@ -44,9 +44,10 @@ def trace(model: nn.Module) -> Trace:
     return found
 
 
-def differences(before: Trace, after: Trace) -> str:
-    """Where two traces differ, to the bit; empty when nowhere."""
-    wrong = [key for key in [*before, *(key for key in after if key not in before)] if not _same(before.get(key), after.get(key))]
+def differences(before: Trace, after: Trace, passing: str | tuple[str, ...] = ()) -> str:
+    """Where two traces differ, to the bit; empty when nowhere. Entries that start with `passing` are not compared."""
+    keys = [key for key in dict.fromkeys([*before, *after]) if not key.startswith(passing)]
+    wrong = [key for key in keys if not _same(before.get(key), after.get(key))]
     return ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
 
 
@@ -57,7 +58,9 @@ def _same(one: Any, other: Any) -> bool:
 
 
 @contextmanager
-def raises(case: Case, kind: type[Exception] | tuple[type[Exception], ...], what: str, names: str = "") -> Iterator[None]:
+def raises(
+    case: Case, kind: type[Exception] | tuple[type[Exception], ...], what: str, names: str = ""
+) -> Iterator[None]:
     """Fail the check unless the block raises an error of this kind whose message contains `names`."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     expected = " or ".join(each.__name__ for each in kinds)
@@ -163,7 +166,7 @@ class _Turned(Method):
 
 
 def partners(case: Case) -> Iterator[tuple[Maker, Maker]]:
-    """Pairs of ways to adapt a model: the method with itself, before and after an activation operator, before and after a weight operator."""
+    """Pairs of ways to adapt a model: the method twice, and before and after operators on activations and on weights."""
 
     def own(model: nn.Module, seed: int, name: str) -> Injection:
         return case.filled(model, seed, name=name)
