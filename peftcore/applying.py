@@ -137,8 +137,10 @@ def check_name(model: nn.Module, name: str) -> str:
         DuplicateInjection: it is taken, empty, or has a dot.
     """
     state = state_of(model)
-    if not name or "." in name:
-        raise DuplicateInjection(f"an injection cannot be called {name!r}: names are not empty and have no dots")
+    if not name or "." in name or name in dir(nn.Module):
+        raise DuplicateInjection(
+            f"an injection cannot be called {name!r}: names are not empty, have no dots and are no attributes of modules"
+        )
     if state is not None and name in state.injections:
         raise DuplicateInjection(
             f"this host already has an injection named {name!r}; give another name=, or remove() it first"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from peftcore.catalogue import method as find_method
 from peftcore.catalogue import methods
 from peftcore.config import validate_json
 from peftcore.contract import Method
-from peftcore.errors import CheckpointError, HostMismatch, NewerFormat, TargetError
+from peftcore.errors import CheckpointError, HostMismatch, NewerFormat, TargetError, UnknownMethod
 from peftcore.injection import Injection
 from peftcore.planning import Plan
 from peftcore.surgery import Wishes
+from peftcore.targets import Site
 
 FORMAT = 1
 ENVELOPE, TENSORS = "adapter.json", "adapter.safetensors"
@@ -84,7 +86,7 @@ def _envelope(injection: Injection) -> Envelope:
                 tensor=site.tensor,
                 role=site.role,
                 rows=site.rows,
-                shape=tuple(site.weight_shape) if site.layer.read(site.module, site.tensor) is not None else (),
+                shape=_shape(site),
             )
             for site in sites
         )
@@ -110,7 +112,7 @@ def _envelope(injection: Injection) -> Envelope:
 def save(injection: Injection, path: Path) -> None:
     """Write the folder; each file appears whole or not at all, and equal adapters give equal bytes."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in injection.state_dict().items()}
-    text = json.dumps(_envelope(injection).model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+    text = json.dumps(_envelope(injection).model_dump(mode="json"), indent=2) + "\n"
     path.mkdir(parents=True, exist_ok=True)
     partial = path / f".{TENSORS}.{os.getpid()}"
     try:
@@ -123,6 +125,9 @@ def save(injection: Injection, path: Path) -> None:
 
 
 def _read(path: Path) -> tuple[Envelope, dict[str, torch.Tensor]]:
+    missing = [name for name in (ENVELOPE, TENSORS) if not (path / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{path} is no saved adapter: {' and '.join(missing)} missing")
     try:
         text = (path / ENVELOPE).read_text(encoding="utf-8")
         version = json.loads(text).get("format")
@@ -133,8 +138,8 @@ def _read(path: Path) -> tuple[Envelope, dict[str, torch.Tensor]]:
         envelope = Envelope.model_validate_json(text)
         with safe_open(path / TENSORS, framework="pt") as file:
             return envelope, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is no saved adapter: {Path(error.filename).name} is missing") from None
+    except NewerFormat:
+        raise
     except (SafetensorError, ValidationError, ValueError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 
@@ -152,19 +157,22 @@ def _options(cls: type[Method], envelope: Envelope) -> Any:
     return validate_json(cls.Config, json.dumps(options))
 
 
-def _check_host(model: nn.Module, envelope: Envelope, plan: Plan) -> None:
+def _check_host(envelope: Envelope, selections: Mapping[str, Sequence[Site]]) -> None:
     wrong = []
-    for site in (saved for selection in envelope.selections.values() for saved in selection):
-        found = next(
-            (s for s in plan.sites if (s.module_path, s.tensor, s.rows) == (site.module_path, site.tensor, site.rows)),
-            None,
-        )
-        if found is not None and site.shape and tuple(found.weight_shape) != site.shape:
-            wrong.append(f"{found.path} is {tuple(found.weight_shape)} here and was {site.shape}")
+    for key, saved in envelope.selections.items():
+        for record, site in zip(saved, selections[key], strict=True):
+            here = _shape(site)
+            if here != record.shape:
+                wrong.append(f"{site.path} is {here} here and was {record.shape}")
     if wrong:
         raise HostMismatch(
             f"the adapter belongs to another base (it was made on {envelope.host}): {'; '.join(wrong[:8])}"
         )
+
+
+def _shape(site: Site) -> tuple[int, ...]:
+    """The logical shape of a selected site; empty for a module without a weight of its own."""
+    return () if site.layer.read(site.module, site.tensor) is None else tuple(site.weight_shape)
 
 
 def _check_tensors(plan: Plan, tensors: dict[str, torch.Tensor], strict: bool) -> None:
@@ -213,13 +221,13 @@ def load(
         envelope.target, envelope.exclude, envelope.train, 0, getattr(torch, envelope.dtype, torch.float32), records
     )
     try:
-        preview = Plan.of(prepare(model, cls(), config, wishes, None, dry=True))
+        rehearsal = prepare(model, cls(), config, wishes, None, dry=True)
     except (KeyError, TargetError) as error:
         raise HostMismatch(
             f"the adapter belongs to another base (it was made on {envelope.host}): no {error} here"
         ) from None
-    _check_host(model, envelope, preview)
-    _check_tensors(preview, tensors, strict)
+    _check_host(envelope, rehearsal.selections)
+    _check_tensors(Plan.of(rehearsal), tensors, strict)
     injection = establish(prepare(model, cls(), config, wishes, None, dry=False), name)
     _fill(injection, tensors)
     injection.trainable(trainable)
@@ -228,7 +236,10 @@ def load(
 
 def _method_of(envelope: Envelope) -> type[Method]:
     known = {info.plugin for info in methods() if info.name == envelope.method}
-    return find_method(f"{envelope.plugin}/{envelope.method}" if envelope.plugin in known else envelope.method)
+    try:
+        return find_method(f"{envelope.plugin}/{envelope.method}" if envelope.plugin in known else envelope.method)
+    except UnknownMethod as error:
+        raise UnknownMethod(f"{error}; the adapter was written with {envelope.plugin_version}") from None
 
 
 @torch.no_grad()

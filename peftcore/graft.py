@@ -192,6 +192,8 @@ def view(
     """A stand-in of the plain class that shares the module's `__dict__` but for the effective tensors (paths may reach
     into children)."""
     own = {path: tensor for path, tensor in effective.items() if "." not in path}
+    for name in module._modules.get("parametrizations") or ():  # the plain class does not compute them
+        own.setdefault(name, getattr(module, name))
     stand_in: nn.Module = object.__new__(plain_class(module))
     fields = {key: value for key, value in module.__dict__.items() if key not in own and key != _SLOT}
     fields["_parameters"] = {**module._parameters, **own}
@@ -259,12 +261,17 @@ def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwar
 
 
 def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
+    inputs = list(inspect.signature(base.forward).parameters.values())[1:2]
+    first = next((each.name for each in inputs if each.kind is each.POSITIONAL_OR_KEYWORD), None)
+
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         slot = slot_of(self)
         if slot is None:
             return base.forward(self, *args, **kwargs)
         slot.ran = True
         acting = slot.acting()
+        if not args and first in kwargs:
+            args = (kwargs.pop(first),)  # operators get what they act on by position, however the module was called
         call: Callable[..., Any] = functools.partial(base.forward, self)
         if acting.weights or acting.biases or acting.attributes:
             call = functools.partial(_base_call, slot, self, acting)

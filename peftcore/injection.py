@@ -19,6 +19,7 @@ from peftcore.operators import _Base, trainable_numbers
 from peftcore.plugins import registry
 from peftcore.surgery import Graft, Surgeon, Wishes, release, uninstall
 from peftcore.targets import Site
+from peftcore.weights import GRAFTED
 
 
 class Injection:
@@ -212,7 +213,8 @@ class Injection:
         for graft in self.grafts:
             for site in graft.holders:
                 slot = slot_of(site.module)
-                if slot is None or all(mount.operator is not graft.operator for mount in slot.mounts):
+                swapped = any(GRAFTED in vars(cls) for cls in type(site.module).__mro__)
+                if slot is None or not swapped or all(mount.operator is not graft.operator for mount in slot.mounts):
                     yield f"{site.path} lost its operator"
                 elif "forward" in site.module.__dict__:
                     yield f"{site.path} has a forward set on the instance"

@@ -158,6 +158,7 @@ def _digest(tensor: Tensor) -> bytes:
 def _prediction(injection: Injection, key: Key, merged: Tensor) -> Tensor:
     """The original as subtracting the delta would give it; the same numbers at merge and at unmerge."""
     path, tensor = key
+    merged = merged.contiguous()  # sums over other strides round otherwise
     mounts = _mounts(injection).get(key)
     if mounts is None:
         return merged

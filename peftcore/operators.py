@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -60,9 +59,7 @@ class Operator(_Base):
         raise NotImplementedError
 
     def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`tensors` in the dtype in which `like` is computed. Autocast casts by itself, so nothing is cast under it."""
-        if torch.is_autocast_enabled(like.device.type) or not like.is_floating_point():
-            return tensors
+        """`tensors` in the dtype of `like`: also under autocast, which would promote elementwise products."""
         return tuple(tensor.to(like.dtype) for tensor in tensors)
 
 

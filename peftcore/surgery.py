@@ -169,7 +169,7 @@ class Surgeon:
         """Replace every parameter of the module at `path` and below (or the one parameter of that name).
 
         Raises:
-            TargetError: nothing there.
+            TargetError: there is neither a module nor a parameter at `path`.
         """
         resolver = self.resolver
         if path not in resolver.modules:
@@ -181,8 +181,6 @@ class Surgeon:
             for name, value in resolver.modules[p]._parameters.items()
             if value is not None
         ]
-        if not sites:
-            raise TargetError(f"{path!r} has no parameters to train")
         return [self.replace(replace(site, meta=self.dry)) for site in sites]
 
     def train_wishes(self) -> None:
@@ -190,8 +188,9 @@ class Surgeon:
         self._by_method = False
         for name in self.wishes.train:
             exact = name in self.resolver.modules
-            for path in [name] if exact else [s.module_path for s in self._matching(name, warn=False)]:
-                self.train(path)
+            paths = [name] if exact else [_meant(name, site) for site in self.resolver.sites(name)[0]]
+            if not any([self.train(path) for path in paths]):
+                raise TargetError(f"train: {name!r} has no parameters")
         self._by_method = True
 
     def _record(self, graft: Graft) -> None:
@@ -229,13 +228,19 @@ class Surgeon:
     def _build(self, path: str, make: Callable[[], Any], site: Site | None, device: torch.device | None = None) -> Any:
         if site is not None:
             held = site.layer.read(site.module, site.tensor)
-            device = next(site.module.parameters()).device if held is None else held.device
+            device = next(site.module.parameters(), torch.empty(0)).device if held is None else held.device
         with drawing(self.wishes.seed, path), torch.device("meta" if self.dry else "cpu"):
             built = make()
         dtype = self.wishes.dtype
         return built.to("meta" if self.dry else device, dtype).train(
             self.model.training if site is None else site.module.training
         )
+
+
+def _meant(name: str, site: Site) -> str:
+    """The module of a matched site, or the one tensor that the name ends with: ``classifier.bias``."""
+    parameter = f"{site.module_path}.{site.tensor}".lstrip(".")
+    return parameter if f".{name}".endswith(f".{site.tensor}") else site.module_path
 
 
 def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
@@ -256,17 +261,23 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
     if isinstance(holder, CONTAINERS):
         raise UnsupportedHost(f"{site.path or 'the host'} is a container; apply to a module that holds it")
     inside = site.path[len(".".join(parts[:depth])) :].lstrip(".")
-    return holder, inside.replace(".", "__").replace(":", "__") or "self"
+    key = inside.replace(".", "__").replace(":", "__") or "self"
+    return holder, f"{key}_" if key in dir(nn.Module) else key
 
 
 def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
     for child in (HOLDER, key):
-        if child not in holder._modules and (child in holder.__dict__ or child in holder._parameters):
+        taken = child in holder.__dict__ or child in holder._parameters or child in dir(type(holder))
+        if child not in holder._modules and taken:
             raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
         inner = holder._modules.setdefault(child, Operators())
         if not isinstance(inner, Operators):
             raise UnsupportedHost(f"{type(holder).__name__} has a module {child!r} of its own")
         holder = inner
+    if name in holder._modules:
+        raise UnsupportedHost(
+            f"two sites would keep their operators under {key!r}; give one of the modules another name"
+        )
     holder._modules[name] = operator
 
 

@@ -138,7 +138,10 @@ def _matcher(pattern: Any) -> Callable[[str, nn.Module | None], bool]:
     if callable(pattern):
         return lambda path, module: module is not None and bool(pattern(path, module))
     if pattern.startswith("re:"):
-        compiled = re.compile(pattern[3:])
+        try:
+            compiled = re.compile(pattern[3:])
+        except re.error as error:
+            raise TargetError(f"target {pattern!r} is no regular expression: {error}") from None
         return lambda path, module: compiled.fullmatch(path) is not None
     if any(character in pattern for character in "*?["):
         return lambda path, module: fnmatch.fnmatchcase(path, pattern)
@@ -148,9 +151,11 @@ def _matcher(pattern: Any) -> Callable[[str, nn.Module | None], bool]:
 def _each(target: Target) -> Iterator[Any]:
     if isinstance(target, str | type) or callable(target):
         yield target
-    else:
+    elif isinstance(target, Iterable):
         for part in target:
             yield from _each(part)
+    else:
+        raise TargetError(f"target {target!r} is no name, role, pattern, type or predicate")
 
 
 class Resolver:
@@ -162,6 +167,7 @@ class Resolver:
         self._order = {path: index for index, path in enumerate(self.modules)}
         self._roles = host.roles()
         self._role_of = {entry.path: entry.role for entry in host.entries}
+        self._read = {entry.path for entry in host.entries if not entry.called and entry.tensor is None}
         self._holders: dict[int, list[tuple[str, str]]] | None = None
 
     def sites(
@@ -216,9 +222,10 @@ class Resolver:
         raise TargetError(self._nothing(path))
 
     def site(self, module_path: str, tensor: str, role: str | None = None, rows: Ranges | None = None) -> Site:
-        """One site, described exactly; what an attention reads without calling it is a tensor of the attention."""
+        """One site, described exactly; what is read without being called is a tensor of the module above."""
         parent, _, leaf = module_path.rpartition(".")
-        if leaf == "out_proj" and isinstance(self.modules.get(parent), nn.MultiheadAttention):
+        attention = leaf == "out_proj" and isinstance(self.modules.get(parent), nn.MultiheadAttention)
+        if attention or module_path in self._read:
             module_path, tensor = parent, f"{leaf}.{tensor}"
         module = self.modules[module_path]
         output = role is not None and role.endswith(".output")  # the operator acts on what the module returns
@@ -261,9 +268,6 @@ class Resolver:
         if role.endswith(".output"):
             return self.site(entry.module, entry.tensor or self._last_matrix(entry), role, rows)
         named = entry.role if role.endswith("*") or role == "all-linear" else role
-        if entry.tensor is None and not entry.called:
-            module, _, leaf = entry.module.rpartition(".")  # read by its parent: act there, on the tensor
-            return self.site(module, f"{leaf}.weight", named, rows)
         return self.site(entry.module, entry.tensor or "weight", named, rows)
 
     def _last_matrix(self, entry: HostEntry) -> str:
@@ -308,7 +312,7 @@ def _above(path: str) -> Iterator[str]:
 def _visible(
     module: nn.Module, path: str, hidden: Callable[[nn.Module], bool], seen: set[int]
 ) -> Iterable[tuple[str, nn.Module]]:
-    if id(module) in seen or hidden(module):
+    if id(module) in seen or hidden(module) or isinstance(module, torch.jit.ScriptModule):
         return
     seen.add(id(module))
     yield path, module

@@ -46,7 +46,9 @@ class DoRAOperator(WeightOperator):
         else:
             bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))
             nn.init.uniform_(self.A, -bound, bound)
-        self.magnitude = nn.Parameter(self._norm(site.weight().float()))  # [*batch, out]
+        weight = site.weight()
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        self.magnitude = nn.Parameter(self._norm(weight.to(precise)))  # [*batch, out]
 
     def _norm(self, weight: Tensor) -> Tensor:
         return torch.linalg.vector_norm(weight.detach().flatten(self.layer.batch_dims + 1), dim=-1)
