@@ -139,7 +139,7 @@ def check_name(model: nn.Module, name: str) -> str:
     state = state_of(model)
     if not name or "." in name or name in dir(nn.Module):
         raise DuplicateInjection(
-            f"an injection cannot be called {name!r}: names are not empty, have no dots and are no attributes of modules"
+            f"an injection cannot be called {name!r}: not empty, no dots, no attribute of nn.Module"
         )
     if state is not None and name in state.injections:
         raise DuplicateInjection(

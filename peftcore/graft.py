@@ -192,7 +192,8 @@ def view(
     """A stand-in of the plain class that shares the module's `__dict__` but for the effective tensors (paths may reach
     into children)."""
     own = {path: tensor for path, tensor in effective.items() if "." not in path}
-    for name in module._modules.get("parametrizations") or ():  # the plain class does not compute them
+    parametrized = module._modules.get("parametrizations")
+    for name in parametrized._modules if parametrized is not None else ():  # the plain class does not compute them
         own.setdefault(name, getattr(module, name))
     stand_in: nn.Module = object.__new__(plain_class(module))
     fields = {key: value for key, value in module.__dict__.items() if key not in own and key != _SLOT}

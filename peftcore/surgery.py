@@ -189,7 +189,7 @@ class Surgeon:
         for name in self.wishes.train:
             exact = name in self.resolver.modules
             paths = [name] if exact else [_meant(name, site) for site in self.resolver.sites(name)[0]]
-            if not any([self.train(path) for path in paths]):
+            if not [each for path in paths for each in self.train(path)]:
                 raise TargetError(f"train: {name!r} has no parameters")
         self._by_method = True
 
@@ -275,9 +275,7 @@ def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
             raise UnsupportedHost(f"{type(holder).__name__} has a module {child!r} of its own")
         holder = inner
     if name in holder._modules:
-        raise UnsupportedHost(
-            f"two sites would keep their operators under {key!r}; give one of the modules another name"
-        )
+        raise UnsupportedHost(f"two sites would keep their operators under {key!r}; rename one of the modules")
     holder._modules[name] = operator
 
 

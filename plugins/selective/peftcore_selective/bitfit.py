@@ -24,8 +24,8 @@ class Config(MethodConfig):
 
     method: Literal["bitfit"] = "bitfit"
     add_missing_bias: bool = False
-    """Give linear layers that have no bias a new one, starting at zero (roles of `all-linear`, or the targets asked
-    for)."""
+    """Give linear layers that have no bias a new one, starting at zero (those with the role
+    `all-linear`)."""
 
 
 class BitFit(Method):
