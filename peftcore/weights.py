@@ -159,12 +159,6 @@ class ConvTransposed(Layer):
         return self._swap(logical)
 
 
-def _conv(module: _ConvNd) -> Layer:
-    plain = module.groups == 1 and module.padding_mode == "zeros"
-    padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
-    return Conv(called=plain, stride=module.stride, padding=padding, dilation=module.dilation)
-
-
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class below our grafts and torch's parametrizations: the one whose forward reads plain tensors."""
     cls = type(module)
@@ -173,14 +167,28 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
     return cls
 
 
+def _runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """True when the module's forward is that of one of `kinds`: subclasses may make something else of the same tensors.
+
+    Scaled embeddings (Gemma), standardized or self-padding convolutions (timm) do: they are acted on through the weight.
+    """
+    return any(plain_class(module).forward is kind.forward for kind in kinds)
+
+
+def _conv(module: _ConvNd) -> Layer:
+    plain = module.groups == 1 and module.padding_mode == "zeros" and _runs(module, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
+    return Conv(called=plain, stride=module.stride, padding=padding, dilation=module.dilation)
+
+
 def _embedding(module: nn.Embedding) -> Layer:
-    plain = plain_class(module).forward is nn.Embedding.forward  # scaled embeddings (Gemma) have a forward of their own
+    plain = _runs(module, nn.Embedding)
     simple = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
     return Table(called=plain and simple, one_hot=True, padding_idx=module.padding_idx)
 
 
 _KINDS: dict[type, Callable[[Any], Layer]] = {
-    nn.Linear: lambda module: Linear(called=True),
+    nn.Linear: lambda module: Linear(called=_runs(module, nn.Linear)),
     nn.Embedding: _embedding,
     _ConvNd: _conv,
     _ConvTransposeNd: lambda module: ConvTransposed(groups=module.groups),
@@ -190,7 +198,11 @@ _KINDS: dict[type, Callable[[Any], Layer]] = {
 def _kinds() -> dict[type, Callable[[Any], Layer]]:
     """The known classes. transformers' Conv1D is looked up, not imported: without transformers no module can be one."""
     utils = sys.modules.get("transformers.pytorch_utils")
-    return _KINDS if utils is None else {**_KINDS, utils.Conv1D: lambda module: Transposed(called=True)}
+    return (
+        _KINDS
+        if utils is None
+        else {**_KINDS, utils.Conv1D: lambda module: Transposed(called=_runs(module, utils.Conv1D))}
+    )
 
 
 def dense_layer(module: nn.Module, tensor: str) -> Layer:

@@ -114,7 +114,7 @@ class _Recorder(TorchFunctionMode):
         self._frames: list[Frame] = []
         self._outputs: dict[str, Output] = {}
         self._products: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._softmax: tuple[Tensor, int] | None = None
+        self._softmax: tuple[Tensor, Tensor, int] | None = None  # input, output, number of products before
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def watch(self, model: nn.Module) -> None:
@@ -155,7 +155,7 @@ class _Recorder(TorchFunctionMode):
             q, k, v = (args[i] if i < len(args) else kwargs[name] for i, name in enumerate(names))
             self._attend(q, k, v)
         elif getattr(func, "__name__", "") in _SOFTMAX and isinstance(output, Tensor) and output.dim() >= 3:
-            self._softmax = output, len(self._products)
+            self._softmax = args[0] if args else kwargs["input"], output, len(self._products)
         elif (factors := product_factors(func, args, kwargs)) is not None and isinstance(output, Tensor):
             self._multiply(*factors, output)
         return output
@@ -163,12 +163,11 @@ class _Recorder(TorchFunctionMode):
     def _multiply(self, left: Tensor, right: Tensor, output: Tensor) -> None:
         """A product whose left factor comes from the last softmax is the attention's second one."""
         if self._softmax is not None and right.dim() >= 3:
-            probabilities, before = self._softmax
+            scores, probabilities, before = self._softmax
             if comes_from(left, probabilities):
-                for query, key, scores in reversed(self._products[:before]):
-                    if scores.shape[-2:] == probabilities.shape[-2:]:
-                        self._attend(query, key, right)
-                        break
+                first = first_product(self._products[:before], scores)
+                if first is not None:
+                    self._attend(*first, right)
                 self._softmax = None
                 self._products.clear()
                 return
@@ -192,11 +191,21 @@ def product_factors(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     return tuple(factors) if len(factors) == 2 and all(isinstance(f, Tensor) for f in factors) else None
 
 
+def first_product(products: list[tuple[Tensor, Tensor, Tensor]], scores: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The query and key of a softmax: the last product of its shape, else the one it comes from (gpt_oss adds a
+    column).
+    """
+    latest = products[::-1]
+    alike = ((query, key) for query, key, output in latest if output.shape[-2:] == scores.shape[-2:])
+    source = ((query, key) for query, key, output in latest if comes_from(scores, output))
+    return next(alike, None) or next(source, None)
+
+
 def comes_from(value: Tensor, source: Tensor) -> bool:
-    """Whether `value` is `source` after a few steps of masking, casting or reshaping."""
+    """Whether `value` is `source` after a few steps of masking, casting, slicing or reshaping."""
     if value is source:
         return True
-    if value.numel() != source.numel() or source.grad_fn is None:
+    if source.grad_fn is None:
         return False
     waiting, seen = [value.grad_fn], 0
     while waiting and seen < _SHALLOW:

@@ -187,9 +187,10 @@ def weight_of(module: nn.Module) -> torch.Tensor | None:
 
 def declared_fan(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a Linear or of whatever stands for one: packed weights have no telling shape."""
-    fan = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    childless = not any(name not in GUESTS for name in module._modules)
-    return fan if childless and isinstance(fan[0], int) and isinstance(fan[1], int) else None  # type: ignore[return-value]
+    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not isinstance(inputs, int) or not isinstance(outputs, int) or not GUESTS.issuperset(module._modules):
+        return None
+    return (inputs, outputs) if inputs > 0 else None  # a lazy Linear declares 0
 
 
 def bare_parameters(module: nn.Module) -> list[str]:

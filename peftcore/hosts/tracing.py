@@ -195,7 +195,8 @@ def random_like(value: Tensor) -> Tensor:
 
 
 def as_layout(rows: Mapping[str, tuple[int, ...]]) -> Layout:
-    return Layout(tuple((name, as_ranges(part)) for name, part in rows.items()))
+    """The layout with its parts in the order of their rows."""
+    return Layout(tuple((name, as_ranges(rows[name])) for name in sorted(rows, key=lambda name: rows[name][0])))
 
 
 def as_ranges(rows: Sequence[int]) -> Ranges:
@@ -220,11 +221,11 @@ def refine_gates(changes: Changes, event: DownEvent) -> None:
     values = [y for _, y in ups]
     gradients = torch.autograd.grad(event.value, values, direction, retain_graph=True, allow_unused=True)
     shares = [
-        output_rows(changes.known(path), (gradient * y).double()).flatten(1)
+        output_rows(changes.known(path), (gradient * y.detach()).double()).flatten(1)
         for (path, y), gradient in zip(ups, gradients, strict=True)
         if gradient is not None
     ]
-    expected = output_rows(changes.known(event.path), (direction * event.value).double()).flatten(1)
+    expected = output_rows(changes.known(event.path), (direction * event.value.detach()).double()).flatten(1)
     if len(shares) != len(ups) or any(share.shape[1] != expected.shape[1] for share in shares):
         return
     contracted = torch.cat(shares)
@@ -284,8 +285,7 @@ def matching_ups(changes: Changes, event: DownEvent) -> list[str]:
 
 def write_gates(changes: Changes, paths: Sequence[str], order: GateOrder) -> None:
     if len(paths) == 1:
-        parts = sorted({"gate": order.gate, "up": order.up}.items(), key=lambda part: part[1].start)
-        changes.set(paths[0], layout=as_layout({name: tuple(rows) for name, rows in parts}))
+        changes.set(paths[0], layout=as_layout({"gate": tuple(order.gate), "up": tuple(order.up)}))
     else:
         gate_first = order.gate.start == 0
         for path, role in zip(paths, ("mlp.gate", "mlp.up") if gate_first else ("mlp.up", "mlp.gate"), strict=True):

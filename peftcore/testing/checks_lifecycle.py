@@ -186,7 +186,7 @@ def others_leave_requires_grad_alone(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder, findable(case.method):
         first.save(folder)
         others = [case.apply(model, name="third"), peftcore.load(model, folder, name="fourth", trainable=True)]
-    for step in (lambda: None, others[0].remove, others[1].remove):
+    for step in (lambda: None, others[1].remove, others[0].remove):
         step()
         now = [p.requires_grad for each in (first, second) for p in each.parameters()]
         case.expect(now == before, "requires_grad of an injection changed when another came or went")
