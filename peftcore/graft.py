@@ -129,7 +129,9 @@ def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str
     """What acts, in order. A mergeable onion layer that came before a weight operator acts on the weight too, so that
     several active injections compose as merging them one after the other would."""
     acting = [mount for name in active for mount in mounts if mount.name == name]
-    last = max((i for i, mount in enumerate(acting) if mount.form == "weight"), default=-1)
+    last = -1
+    for index, mount in enumerate(acting):  # a plain loop: this may run while torch.compile traces
+        last = index if mount.form == "weight" else last
     weights: dict[str, list[Mount]] = {}
     biases: dict[str, list[Mount]] = {}
     onion: list[Mount] = []
@@ -246,17 +248,20 @@ def _kept(slot: Slot, module: nn.Module, acting: Acting) -> dict[str, Tensor | N
     return kept[1]
 
 
+def _transformed() -> bool:
+    """True inside torch.func's grad, vmap and the like, which know neither saved-tensor hooks nor addresses."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwargs: Any) -> Any:
     """The base forward on the view. In training the effective weight does not outlive its use: it is computed again in
     backward."""
-    if not acting.derives:
+    if not acting.derives or torch.compiler.is_compiling() or _transformed():
         return _on_view(module, acting, args, kwargs)
     if torch.is_grad_enabled():
         slot.kept = None
-        if torch.compiler.is_compiling():
-            return _on_view(module, acting, args, kwargs)
         return checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
-    if module.training or torch.compiler.is_compiling():
+    if module.training:
         return _on_view(module, acting, args, kwargs)
     return _run_view(module, acting, _kept(slot, module, acting), args, kwargs)
 

@@ -168,9 +168,9 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """True when the module's forward is that of one of `kinds`: subclasses may make something else of the same tensors.
+    """True when the module's forward is that of one of `kinds`: subclasses may make something else of the tensors.
 
-    Scaled embeddings (Gemma), standardized or self-padding convolutions (timm) do: they are acted on through the weight.
+    Scaled embeddings (Gemma) and standardized or self-padding convolutions (timm) do: act on their weight instead.
     """
     return any(plain_class(module).forward is kind.forward for kind in kinds)
 

@@ -25,7 +25,7 @@ class Config(MethodConfig):
     method: Literal["bitfit"] = "bitfit"
     add_missing_bias: bool = False
     """Give linear layers that have no bias a new one, starting at zero (those with the role
-    `all-linear`)."""
+    `all-linear`, or the targets asked for)."""
 
 
 class BitFit(Method):
@@ -41,10 +41,13 @@ class BitFit(Method):
             for tensor in site.tensors():
                 if tensor.endswith("bias") and not site.missing(tensor):
                     surgeon.replace(site.at(tensor))
-        for site in surgeon.at("all-linear") if config.add_missing_bias else ():
+        for site in self._without_bias(surgeon) if config.add_missing_bias else ():
             for tensor in site.tensors():
                 if tensor.rpartition(".")[2] == "bias" and site.missing(tensor):
                     surgeon.replace(site.at(tensor))
+
+    def _without_bias(self, surgeon: Surgeon) -> list[Site]:
+        return surgeon.at("all-linear") if surgeon.wishes.target is None else surgeon.sites()
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
