@@ -209,8 +209,11 @@ class Surgeon:
         return found
 
     def _defaults(self, target: Target) -> list[Site]:
-        tower = self.resolver.host.main_tower()
-        return self.resolver.sites(target, exclude=self.wishes.exclude, tower=tower)[0]
+        exclude = self.wishes.exclude
+        try:
+            return self.resolver.sites(target, exclude=exclude, tower=self.resolver.host.main_tower())[0]
+        except TargetError:
+            return self.resolver.sites(target, exclude=exclude)[0]  # heads and projectors stand outside of all towers
 
     def _tied(self, site: Site, tensor: Tensor | None) -> Iterator[Site]:
         yield site

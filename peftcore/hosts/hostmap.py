@@ -156,8 +156,8 @@ class HostMap:
                     continue
                 if entry.layout is None:
                     raise TargetError(
-                        f"the rows of {role!r} in {entry.path!r} ({entry.role}) are not known without a forward; "
-                        f"target {entry.role!r} as a whole, or refine the map by peftcore.hosts.probe(model, inputs, host)"
+                        f"the rows of {role!r} in {entry.path!r} are not known without a forward: target {entry.role!r}"
+                        ", which is all of it, or refine the map: peftcore.hosts.probe(model, inputs, host)"
                     )
                 rows = entry.layout.rows(role.partition(".")[2])
                 found.append((entry, None if rows == ((0, entry.rows),) else rows))

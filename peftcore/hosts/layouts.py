@@ -1,4 +1,4 @@
-"""The row order of fused projections, without a forward (rule R15).
+"""The row order of fused projections, without a forward.
 
 Every fused attention layout has one form: G groups, each a run of parts with their widths. ``[q|k|v]`` is one group,
 GPT-NeoX's is a group for each head, Falcon's a group for each key-value head. What the form is, modules mostly tell

@@ -14,7 +14,7 @@ MULTIHEAD_OPERANDS = {"in_proj_weight": "qkv", "q_proj_weight": "q", "k_proj_wei
 
 @dataclass(slots=True, eq=False)
 class Attention:
-    """An attention module and the operands that its input matrices make; none for nn.MultiheadAttention."""
+    """An attention, what its input matrices make (nn.MultiheadAttention has none of its own), and its outputs."""
 
     node: Node
     operands: dict[Node, str]
@@ -152,9 +152,7 @@ class AttentionRoles:
         module.role = self.family
 
     def operand_role(self, node: Node, operand: str) -> str:
-        """R4: what looks like qkv beside a separate query makes only k and v; a and b mark the two halves of a
-        low-rank pair.
-        """
+        """R4: beside a separate query, qkv makes k and v only; a and b mark the two factors of a low-rank pair."""
         if operand == "qkv" and self.attention.separate_query:
             operand = "kv"
         if operand in ("q", "kv"):

@@ -47,9 +47,7 @@ class FeedForwards:
         return own_norm.shape[0] if own_norm else None
 
     def _assign_experts(self, node: Node) -> None:
-        """R11: parameters of an expert stack by name. Inside an attention they are a mixture of heads (JetMoe): query
-        and output.
-        """
+        """R11: parameters of a stack by name. Inside an attention they mix heads (JetMoe): query and output."""
         whole = [node] if node.shape else []
         in_attention = self.mixers.attention_around(node) is not None
         for tensor in [*whole, *node.tensors]:
@@ -70,9 +68,7 @@ class FeedForwards:
                 branch.role = branch.role or "mlp"
 
     def _assign_router(self, node: Node, count: int | None) -> None:
-        """R11: the router is the matrix beside the experts with one output for each; what holds both is the MLP
-        branch.
-        """
+        """R11: the router is the matrix beside the experts with one output for each; both make one MLP branch."""
         for scope in node.ancestors():
             if scope is node.block or not scope.path:
                 return
@@ -178,9 +174,7 @@ class Pairing:
         return fans
 
     def _assign_pair(self, down: Node, ups: list[Node], scope: Node) -> None:
-        """Of two ups the one named gate is the gate, else the first registered: 42 of 42 hosts register the gate
-        first.
-        """
+        """Of two ups the one named gate is the gate, else the first: 42 of 42 pairs register the gate first."""
         down.role = "mlp.down"
         gates = [up for up in ups if up.words & V.GATE] or (ups[:1] if len(ups) == 2 else [])
         for up in ups:
@@ -194,9 +188,7 @@ class Pairing:
             scope.role = "mlp"
 
     def _assign_single_stream(self) -> None:
-        """R10: attention without an output matrix, beside a matrix that reads attention and hidden MLP side by side
-        (Flux).
-        """
+        """R10: no output matrix in the attention, but one beside it that reads attention and hidden MLP (Flux)."""
         matrices = self.owner.survey.matrices
         if all(any((m.role or "").endswith("out") for m in matrices.under(mixer)) for mixer in self.mixers):
             return

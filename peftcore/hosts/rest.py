@@ -1,6 +1,4 @@
-"""Everything that is neither mixer nor feed-forward: embeddings, norms, patches, modulation, convolutions, heads (R12
-to R14).
-"""
+"""What is neither mixer nor feed-forward: embeddings, norms, patches, modulation, convolutions, heads (R12 to R14)."""
 
 from __future__ import annotations
 

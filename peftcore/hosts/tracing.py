@@ -136,9 +136,7 @@ class _Attention:
         return rows
 
     def _last_feeders(self, rows: Mapping[str, Mapping[str, Any]], operands: set[str]) -> set[str]:
-        """Nobody knew what makes these operands: what ran last among all that feeds one makes it, the others come
-        before.
-        """
+        """Nobody knew what makes these operands: of all that feeds one, what ran last makes it."""
         found = set()
         for name in operands:
             feeding = [path for path, reached in rows.items() if name in reached and path in self.event.outputs]
@@ -208,11 +206,10 @@ def as_ranges(rows: Sequence[int]) -> Ranges:
 
 
 def refine_gates(changes: Changes, event: DownEvent) -> None:
-    """Which rows are the up part: the product is linear in them, so contracting its derivative with them gives the
-    product back.
+    """Which rows are the up part: the product is linear in them, so its derivative contracted with them gives it back.
 
-    In the gate the product is not linear. Where it is (ReLU) or where more happens in between, more or fewer than one
-    order fits, and nothing is changed.
+    In the gate the product is not linear. Where it is (ReLU), or where more happens in between, not exactly one order
+    fits, and nothing is changed.
     """
     ups = [(path, event.outputs[path].value) for path in matching_ups(changes, event)]
     if not ups or not event.value.requires_grad:

@@ -2,8 +2,8 @@
 
 Structure decides first (shapes, who holds whom, what repeats); words decide only where structure is silent: which of
 three square matrices is the query, which table holds positions. Names are compared token by token, never as
-substrings, except where a pattern below says so. Two rules have to look at the name of a *class*; these patterns
-stand together at the end, with the reason.
+substrings, except where a pattern below says so. Where a rule has to look at the name of a *class*, the pattern stands
+below with the others of its kind, and with the reason.
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ def words(text: str) -> frozenset[str]:
 
 @lru_cache(maxsize=65536)
 def is_generic(component: str) -> bool:
-    """Whether one path component says nothing: a number, or a generic word with or without its number (`conv2d`,
-    `fc1`).
-    """
+    """Whether one path component says nothing: a number, or a generic word with or without one (`conv2d`, `fc1`)."""
     return component.isdigit() or re.sub(r"\d+d?$", "", component) in GENERIC
 
 

@@ -17,4 +17,15 @@ from peftcore.testing.kit import CHECKS, Case, Check, CheckFailed, Host, NotAppl
 for _module in sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name.startswith("checks_")):
     importlib.import_module(f"{__name__}.{_module}")
 
-__all__ = ["CHECKS", "HOSTS", "Case", "Check", "CheckFailed", "Host", "NotApplicable", "Result", "check_method", "conformance"]
+__all__ = [
+    "CHECKS",
+    "HOSTS",
+    "Case",
+    "Check",
+    "CheckFailed",
+    "Host",
+    "NotApplicable",
+    "Result",
+    "check_method",
+    "conformance",
+]

@@ -118,8 +118,9 @@ def conformance(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Turn one test function into a test for each check and host: its argument `check` is called without arguments.
 
-    Takes what `check_method` takes. Without `hosts`, a quick run takes the two most telling ones; all when PEFTCORE_TEST_ALL=1. An expected
-    failure that passes fails the test. No host is built and no host's package imported before a test runs.
+    Takes what `check_method` takes. Without `hosts`, a quick run takes the two most telling ones; all when
+    PEFTCORE_TEST_ALL=1. An expected failure that passes fails the test. No host is built, and no package of a host
+    imported, before a test runs.
     """
     import pytest
 

@@ -1,7 +1,7 @@
 """Tiny hosts on which the checks run: random, built from configurations, nothing is downloaded.
 
-Each has what real ones have and toy ones lack: biases and gains away from their initial values, padding in the batch, tied tensors,
-fused projections, grouped and overlapping convolutions, statistics of batch norms.
+Each has what real ones have and toy ones lack: biases and gains away from their initial values, padding in the batch,
+tied tensors, fused projections, grouped and overlapping convolutions, statistics of batch norms.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, padding: Tensor) -> Tensor:
         encoded = self.encoder(x, src_key_padding_mask=padding)
-        kept = encoded.masked_fill(padding[..., None], 0.0)  # the fused path leaves other values at padding than the plain one
+        kept = encoded.masked_fill(
+            padding[..., None], 0.0
+        )  # the fused path leaves other values at padding than the plain one
         logits: Tensor = self.head(kept)
         return logits
 
@@ -105,7 +107,10 @@ def _transformers(config: str, model: str, **sizes: Any) -> Callable[[], tuple[n
         except ImportError as error:
             raise NotApplicable(f"this host needs transformers, which is not installed ({error})") from None
         host = getattr(library, model)(getattr(library, config)(**_TOKENS, **sizes))
-        inputs = {"input_ids": torch.randint(3, VOCABULARY, (2, 5)), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+        inputs = {
+            "input_ids": torch.randint(3, VOCABULARY, (2, 5)),
+            "attention_mask": torch.ones(2, 5, dtype=torch.long),
+        }
         inputs["attention_mask"][1, 3:] = 0
         if host.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = torch.randint(3, VOCABULARY, (2, 4))
@@ -169,12 +174,22 @@ HOSTS: dict[str, Host] = {
         ),
         Host(
             "gpt2",
-            _transformers("GPT2Config", "GPT2LMHeadModel", n_embd=WIDTH, n_layer=2, n_head=2, n_positions=32, initializer_range=0.3),
+            _transformers(
+                "GPT2Config",
+                "GPT2LMHeadModel",
+                n_embd=WIDTH,
+                n_layer=2,
+                n_head=2,
+                n_positions=32,
+                initializer_range=0.3,
+            ),
             _logits,
         ),
         Host(
             "moe",
-            _transformers("MixtralConfig", "MixtralForCausalLM", **_DECODER, num_local_experts=3, num_experts_per_tok=2),
+            _transformers(
+                "MixtralConfig", "MixtralForCausalLM", **_DECODER, num_local_experts=3, num_experts_per_tok=2
+            ),
             _logits,
         ),
         Host("convnet", _convnet, _same, fallback=["stem", "grouped", "last"]),

@@ -122,15 +122,17 @@ class Case:
         tolerance = TOLERANCES[expected.dtype] * factor
         scale = max(expected.abs().max().item(), 1e-3)
         error = (actual.double() - expected.double()).abs().max().item() / scale
-        self.expect(actual.shape == expected.shape and error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}")
+        self.expect(
+            actual.shape == expected.shape and error <= tolerance,
+            f"{what}: relative error {error:.2e} > {tolerance:.0e}",
+        )
 
     def expect_equal(self, actual: Tensor, expected: Tensor, what: str) -> None:
         """Fail unless the tensors are the same to the bit."""
         self.expect(torch.equal(actual, expected), f"{what}: not the same to the bit")
 
     def expect_moved(self, actual: Tensor, base: Tensor, what: str) -> None:
-        """Fail unless the output moved by at least 100 times the tolerance: otherwise a comparison would prove nothing.
-        """
+        """Fail unless the output moved by at least 100 times the tolerance: otherwise a comparison would prove nothing."""
         scale = max(base.abs().max().item(), 1e-3)
         moved = (actual.double() - base.double()).abs().max().item() / scale
         self.expect(moved > 100 * TOLERANCES[base.dtype], f"{what}: moved by {moved:.2e} only")
@@ -206,7 +208,9 @@ def applicable(case: Case) -> str | None:
     return None
 
 
-def cases(method: type[Method], hosts: Mapping[str, Host], options: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[Check, Case]]:
+def cases(
+    method: type[Method], hosts: Mapping[str, Host], options: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[Check, Case]]:
     """Every check on every host that the check wants, by the method's tags."""
     for each in CHECKS:
         if not each.when(method.tags):

@@ -1,9 +1,9 @@
-"""What checks share: traces of a host, expected errors, methods by name, and partners for one injection among several."""
+"""What checks share: traces of a host, expected errors, methods by name, and partners for an injection."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -59,15 +59,16 @@ def _same(one: Any, other: Any) -> bool:
 
 @contextmanager
 def raises(
-    case: Case, kind: type[Exception] | tuple[type[Exception], ...], what: str, names: str = ""
+    case: Case, kind: type[Exception] | tuple[type[Exception], ...], what: str, names: str | Iterable[str] = ()
 ) -> Iterator[None]:
-    """Fail the check unless the block raises an error of this kind whose message contains `names`."""
+    """Fail the check unless the block raises an error of this kind whose message contains all of `names`."""
     kinds = kind if isinstance(kind, tuple) else (kind,)
     expected = " or ".join(each.__name__ for each in kinds)
     try:
         yield
     except kinds as error:
-        case.expect(names in str(error), f"{what}: {error!r} does not name {names}")
+        missing = [name for name in ([names] if isinstance(names, str) else names) if name not in str(error)]
+        case.expect(not missing, f"{what}: {error!r} does not name {missing}")
     except Exception as error:
         case.expect(False, f"{what}: {error!r} instead of {expected}")
     else:
@@ -132,7 +133,8 @@ class _TurnedOperator(WeightOperator):
         flat = weight.flatten(1)
         mixed = flat + self.turn @ flat
         lengths = torch.linalg.vector_norm(mixed, dim=1, keepdim=True).clamp_min(1e-6)
-        return (mixed / lengths * (self.lengths[:, None] + 0.5)).view(weight.shape)
+        turned: Tensor = mixed / lengths * (self.lengths[:, None] + 0.5)
+        return turned.view(weight.shape)
 
 
 class _LowRank(Method):
@@ -166,7 +168,7 @@ class _Turned(Method):
 
 
 def partners(case: Case) -> Iterator[tuple[Maker, Maker]]:
-    """Pairs of ways to adapt a model: the method twice, and before and after operators on activations and on weights."""
+    """Pairs of ways to adapt a model: the method twice, before and after operators on activations and on weights."""
 
     def own(model: nn.Module, seed: int, name: str) -> Injection:
         return case.filled(model, seed, name=name)

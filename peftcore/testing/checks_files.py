@@ -1,0 +1,361 @@
+"""Checks of files: the same adapter comes back anywhere, equal adapters are equal bytes, and nothing wrong loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import CheckpointError, ConfigError, HostMismatch, NewerFormat, UnknownMethod
+from peftcore.injection import Injection
+from peftcore.testing.kit import Case, NotApplicable, check, fill
+from peftcore.testing.tools import differences, findable, raises, trace
+
+ENVELOPE, TENSORS = "adapter.json", "adapter.safetensors"
+OUTSIDE = "what the operators compute with is neither a parameter nor a buffer nor an option, so it is not in the file"
+NAMED = "an operator puts the injection's name or other changing text into its tensors' names or the options"
+CHECKED = "`inject` or the operator changes the host before the surgeon does, so a refused file leaves traces"
+ONE = ("mlp", "encoder", "llama")
+"""Hosts for checks of the file itself, which hardly depends on the host."""
+
+
+@contextmanager
+def _saved(case: Case, **changes: Any) -> Iterator[tuple[Path, Injection, nn.Module, dict[str, Any]]]:
+    """A filled injection of the case and the folder where it is saved."""
+    model, inputs = case.fresh()
+    injection = case.apply(model, seed=7, **changes)
+    fill(injection)
+    with TemporaryDirectory() as folder, findable(case.method):
+        path = Path(folder) / "adapter"
+        injection.save(path)
+        yield path, injection, model, inputs
+
+
+def _refused(case: Case, path: Path, kind: Any, what: str, *names: str, host: nn.Module | None = None) -> None:
+    """Loading must raise `kind`, naming everything, and leave the host as it was."""
+    model = case.fresh()[0] if host is None else host
+    before = trace(model)
+    with raises(case, kind, what, names):
+        peftcore.load(model, path)
+    case.expect(not (wrong := differences(before, trace(model))), f"{what}: the host was changed: {wrong}")
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the envelope."""
+    envelope = json.loads((path / ENVELOPE).read_text(encoding="utf-8"))
+    change(envelope)
+    (path / ENVELOPE).write_text(json.dumps(envelope), encoding="utf-8")
+
+
+@check("a saved adapter gives the same outputs on another copy of the host, whatever the seed", OUTSIDE)
+def loading_gives_the_same_outputs(case: Case) -> None:
+    with _saved(case) as (path, injection, model, inputs):
+        expected = case.quiet(model, inputs)
+        other, _ = case.fresh()
+        base = case.quiet(other, inputs)
+        state = torch.random.get_rng_state()
+        torch.manual_seed(1234)
+        loaded = peftcore.load(other, path)
+        torch.random.set_rng_state(state)
+        case.expect_moved(expected, base, "the saved adapter's output")
+        case.expect_equal(case.quiet(other, inputs), expected, "output of the loaded adapter")
+        case.expect(list(loaded.operators) == list(injection.operators), "it stands elsewhere")
+        for key, value in injection.state_dict().items():
+            case.expect_equal(loaded.state_dict()[key], value, key)
+
+
+@check("a file loads under any name, beside others: a site's, a method's, one that holds another", NAMED, hosts=ONE)
+def a_file_loads_under_any_name(case: Case) -> None:
+    with _saved(case, name="first") as (path, injection, _, inputs):
+        alone, _ = case.fresh()
+        peftcore.load(alone, path, name="first")
+        expected = case.quiet(alone, inputs)
+        leaf = injection.sites[0].module_path.rpartition(".")[2] or "self"
+        names = list(dict.fromkeys(["first2", "firs", leaf, "peft", "weight", case.method.name]))
+        other, _ = case.fresh()
+        for name in names:
+            peftcore.load(other, path, name=name)
+        case.expect(list(peftcore.injections(other)) == names, f"loaded as {list(peftcore.injections(other))}")
+        for name in names:
+            with peftcore.activate(other, name):
+                case.expect_equal(case.quiet(other, inputs), expected, f"output under the name {name!r}")
+        for name in names[1:]:
+            peftcore.injections(other)[name].remove()
+        case.expect_equal(case.quiet(other, inputs), expected, "output once the others left")
+
+
+@check("a loaded adapter is frozen unless asked for, and then trains what a fresh one trains", OUTSIDE, hosts=ONE)
+def a_loaded_adapter_is_frozen(case: Case) -> None:
+    with _saved(case) as (path, _, model, _):
+        training = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        other, _ = case.fresh()
+        loaded = peftcore.load(other, path)
+        case.expect(not any(p.requires_grad for p in other.parameters()), "something trains after load")
+        loaded.trainable()
+        for each in (other, case.fresh()[0]):
+            if not peftcore.injections(each):
+                peftcore.load(each, path, trainable=True)
+            found = [name for name, parameter in each.named_parameters() if parameter.requires_grad]
+            case.expect(found == training, "something else trains than after apply")
+
+
+@check("equal adapters are equal bytes, under any injection name", NAMED, hosts=ONE)
+def equal_adapters_are_equal_bytes(case: Case) -> None:
+    files = []
+    for name in ("one", "another_name"):
+        with _saved(case, name=name) as (path, injection, _, _):
+            again = path.parent / "again"
+            injection.save(again)
+            files += [{each.name: each.read_bytes() for each in folder.iterdir()} for folder in (path, again)]
+            keys = [key for key in load_file(path / TENSORS) if name in key]
+            case.expect(not keys, f"keys that know the injection's name: {keys[:4]}")
+    for other in files[1:]:
+        wrong = [name for name in files[0] if files[0][name] != other.get(name)]
+        case.expect(not wrong, f"{wrong} differ between two saves of equal adapters")
+
+
+@check("save writes two files, whole, and nothing else, also over an older adapter", NAMED, hosts=ONE)
+def save_writes_two_files(case: Case) -> None:
+    with _saved(case) as (path, injection, _, _):
+        with torch.no_grad():
+            for parameter in injection.parameters():
+                parameter.add_(0.1)
+        injection.save(path)
+        case.expect(sorted(each.name for each in path.iterdir()) == [ENVELOPE, TENSORS], f"{list(path.iterdir())}")
+        case.expect(sorted(each.name for each in path.parent.iterdir()) == ["adapter"], "files beside the folder")
+        written, now = load_file(path / TENSORS), injection.state_dict()
+        case.expect(sorted(written) == sorted(now), "the file holds other tensors")
+        for key, value in now.items():
+            case.expect_equal(written[key], value, f"{key} in the file saved last")
+
+
+@check(
+    "the file holds each tensor once: no larger than the tensors and their names",
+    "an operator registers a shared module as its own; keep what `surgeon.own` returns",
+    hosts=ONE,
+)
+def the_file_holds_each_tensor_once(case: Case) -> None:
+    with _saved(case) as (path, injection, _, _):
+        held = {id(t): t for _, module in injection.modules() for t in (*module.parameters(), *module.buffers())}
+        keys = injection.state_dict()
+        unique = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+        size, allowed = (path / TENSORS).stat().st_size, unique + sum(len(key) + 120 for key in keys) + 200
+        case.expect(size <= allowed, f"{size} bytes for {unique} bytes of tensors and {len(keys)} names")
+        case.expect(len(keys) <= len(held), f"{len(keys)} entries for {len(held)} tensors")
+
+
+@check(
+    "options and targets come back as the user wrote them",
+    "options are kept in types that lose order or kind (sets, objects); targets are rewritten in `inject`",
+    hosts=ONE,
+)
+def options_come_back_as_written(case: Case) -> None:
+    model, _ = case.fresh()
+    sites = case.apply(model).selections[""]
+    called = [site for site in sites if not isinstance(site.module, nn.MultiheadAttention)] or sites
+    paths = list(dict.fromkeys(site.module_path for site in called if site.module_path))
+    overrides: dict[str, dict[str, Any]] = {f"*{paths[0]}*": {}, "*": {}}  # the first that matches counts
+    for target in (paths[::-1], [f"*{paths[0]}", paths[-1]]):
+        with _saved(case, target=target, exclude=["*.no_such_module"], overrides=overrides) as (path, injection, _, _):
+            envelope = json.loads((path / ENVELOPE).read_text(encoding="utf-8"))
+            case.expect(envelope["target"] == target, f"target {target} became {envelope['target']}")
+            case.expect(envelope["exclude"] == ["*.no_such_module"], f"exclude became {envelope['exclude']}")
+            other, _ = case.fresh()
+            loaded = peftcore.load(other, path)
+            case.expect(loaded.config == injection.config, f"{injection.config} became {loaded.config}")
+            case.expect(list(loaded.config.overrides) == list(overrides), "overrides come back in another order")
+            case.expect(list(loaded.operators) == list(injection.operators), "it stands elsewhere")
+            loaded.save(path.parent / "again")
+            for name in (ENVELOPE, TENSORS):
+                same = (path / name).read_bytes() == (path.parent / "again" / name).read_bytes()
+                case.expect(same, f"{name} is another one when saved, loaded and saved")
+
+
+@check(
+    "modules named in train= travel with the adapter, and the host's own stay as they are",
+    "`inject` forgets or replaces what the user named in train=",
+    hosts=ONE,
+)
+def trained_modules_travel_along(case: Case) -> None:
+    model, _ = case.fresh()
+    taken = {graft.site.module_path for graft in case.apply(model).grafts}
+    model, _ = case.fresh()
+    paths = [path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.LayerNorm)]
+    chosen = next((path for path in reversed(paths) if path not in taken and "self_attn" not in path), None)
+    if chosen is None:
+        raise NotApplicable("every module that could train along is adapted already")
+    own = {key: value.clone() for key, value in model.get_submodule(chosen).state_dict().items()}
+    with _saved(case, train=[chosen]) as (path, injection, _, _):
+        trained = [site for site in injection.operators if f"{site}.".startswith(f"{chosen}.")]
+        case.expect(bool(trained), f"{chosen} does not train")
+        other, _ = case.fresh()
+        loaded = peftcore.load(other, path)
+        for site in trained:
+            for key, value in injection.operators[site].state_dict().items():
+                case.expect_equal(loaded.operators[site].state_dict()[key], value, f"the trained {site}")
+        loaded.remove()
+        for key, value in other.get_submodule(chosen).state_dict().items():
+            case.expect_equal(value, own[key], f"the host's own {chosen}.{key}")
+
+
+@check(
+    "operators come back in the dtype in which they were saved",
+    "the operator makes its tensors in a dtype of its own when it is built or called",
+    hosts=ONE,
+)
+def dtypes_come_back(case: Case) -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        with _saved(case, dtype=dtype) as (path, injection, _, _):
+            other, _ = case.fresh()
+            loaded = peftcore.load(other, path)
+            for key, value in injection.state_dict().items():
+                got = loaded.state_dict()[key]
+                case.expect(
+                    got.dtype == value.dtype == load_file(path / TENSORS)[key].dtype, f"{key} became {got.dtype}"
+                )
+                case.expect(got.dtype == dtype or not got.is_floating_point(), f"{key} is {got.dtype}, not {dtype}")
+
+
+def _damages(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Damage up to four tensors, each in another way; what must be named, by key."""
+    keys = sorted(tensors)
+    tensors["unheard.of"] = torch.zeros(2)
+    damaged = {"unheard.of": "unknown"}
+    for key, way in zip(keys, ("missing", "shape", "dtype"), strict=False):
+        damaged[key] = way
+        if way == "missing":
+            del tensors[key]
+        elif way == "shape" or not tensors[key].is_floating_point():
+            tensors[key] = torch.zeros(*tensors[key].shape, 2)
+        else:
+            tensors[key] = torch.zeros(tensors[key].shape, dtype=torch.int32)
+    return damaged
+
+
+@check(
+    "missing, unknown, misshaped tensors and wrong dtypes give one error that lists them all, and nothing loads",
+    "the operator overrides `_load_from_state_dict` or `state_dict`",
+    hosts=ONE,
+)
+def damaged_tensors_are_listed(case: Case) -> None:
+    with _saved(case) as (path, injection, _, _):
+        tensors = load_file(path / TENSORS)
+        damaged = _damages(tensors)
+        save_file(tensors, path / TENSORS)
+        _refused(case, path, CheckpointError, "a damaged file", *damaged)
+        tensors = {key: value.clone() for key, value in injection.state_dict().items()}
+        gone = max(key for key, value in tensors.items() if value.is_floating_point())
+        lost = tensors.pop(gone)
+        save_file({**tensors, "unheard.of": torch.zeros(2)}, path / TENSORS)
+        loaded = peftcore.load(case.fresh()[0], path, strict=False)
+        for key, value in tensors.items():
+            case.expect_equal(loaded.state_dict()[key], value, f"{key} with strict=False")
+        case.expect(not torch.equal(loaded.state_dict()[gone], lost), f"{gone} is not in the file and not fresh")
+
+
+@check("unreadable files are refused with a CheckpointError, and nothing loads", CHECKED, hosts=("mlp",))
+def unreadable_files_are_refused(case: Case) -> None:
+    for name in (ENVELOPE, TENSORS):
+        with _saved(case) as (path, _, _, _):
+            whole = (path / name).read_bytes()
+            for content in (whole[: len(whole) // 2], b"", b"\x80\x04.", b"[]"):
+                (path / name).write_bytes(content)
+                _refused(case, path, CheckpointError, f"{name} cut or overwritten")
+            (path / name).unlink()
+            _refused(case, path, CheckpointError, f"{name} missing", name)
+
+
+@check("files of a newer format or of newer options are refused, and nothing loads", CHECKED, hosts=("mlp", "llama"))
+def newer_files_are_refused(case: Case) -> None:
+    for key in ("format", "config_version"):
+        with _saved(case) as (path, _, _, _):
+            _edit(path, lambda envelope, key=key: envelope.update({key: envelope[key] + 1}))  # type: ignore[misc]
+            _refused(case, path, NewerFormat, f"a newer {key}", "pip install")
+
+
+@check(
+    "options and fields that are unknown, or whose values break a rule, are refused, and nothing loads",
+    "the method's Config allows extra fields",
+    hosts=("mlp", "llama"),
+)
+def unknown_options_in_files_are_refused(case: Case) -> None:
+    changes: tuple[Callable[[dict[str, Any]], Any], ...] = (
+        lambda envelope: envelope["config"].update(unheard_of=1),
+        lambda envelope: envelope["config"].update(overrides=3),
+        lambda envelope: envelope.update(unheard_of=1),
+    )
+    for change, named in zip(changes, ("unheard_of", "overrides", "unheard_of"), strict=True):
+        with _saved(case) as (path, _, _, _):
+            _edit(path, change)
+            _refused(case, path, (CheckpointError, ConfigError), "an unknown option", named)
+
+
+@check(
+    "an adapter of another base is refused with HostMismatch, and nothing loads",
+    "the operator's shapes do not follow the site",
+    hosts=("mlp", "encoder", "llama", "convnet"),
+)
+def another_base_is_refused(case: Case) -> None:
+    with _saved(case) as (path, injection, _, _):
+        sites = [site for selection in injection.selections.values() for site in selection]
+        site = next(each for each in sites if each.layer.read(each.module, each.tensor) is not None)
+        wider, _ = case.fresh()
+        owner = wider.get_submodule(site.module_path).get_submodule(site.tensor.rpartition(".")[0])
+        leaf = site.tensor.rpartition(".")[2]
+        owner._parameters[leaf] = nn.Parameter(torch.zeros([size + 1 for size in owner.get_parameter(leaf).shape]))
+        _refused(case, path, HostMismatch, "a base with other shapes", site.module_path, host=wider)
+        other = nn.ModuleDict({"unheard_of": nn.Linear(3, 3)})
+        _refused(case, path, HostMismatch, "a base of another kind", host=other)
+
+
+@check("a file of a method that is not installed names what to install, and imports nothing", CHECKED, hosts=("mlp",))
+def an_absent_method_is_named(case: Case) -> None:
+    with _saved(case) as (path, _, _, _):
+        absent = {"method": "unheard_of", "plugin": "unheard", "plugin_version": "peftcore-unheard 1.2"}
+        _edit(path, lambda envelope: envelope.update(absent))
+        _refused(case, path, UnknownMethod, "a method that is not installed", "unheard_of", "peftcore-unheard")
+
+
+@check("the state dict of an adapted host loads into another adapted host", OUTSIDE)
+def the_state_dict_round_trips(case: Case) -> None:
+    model, inputs = case.fresh()
+    case.filled(model, 1)
+    expected = case.quiet(model, inputs)
+    other, _ = case.fresh()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05)
+    case.filled(other, 2)
+    case.expect(not torch.equal(case.quiet(other, inputs), expected), "two different hosts give the same outputs")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    other.load_state_dict(state)
+    case.expect_equal(case.quiet(other, inputs), expected, "output after load_state_dict")
+
+
+@check(
+    "the base keeps its names in an adapted host, whose operators a base's state dict leaves alone",
+    "`inject` renames, moves or re-registers modules of the host",
+)
+def base_weights_load_into_an_adapted_host(case: Case) -> None:
+    base, inputs = case.fresh()
+    names = list(base.state_dict())
+    model, _ = case.fresh()
+    case.filled(model)
+    expected = case.quiet(model, inputs)
+    kept = [key for key in model.state_dict() if ".peft." not in f".{key}"]
+    case.expect(kept == names, f"the base's keys became {sorted(set(kept) ^ set(names))[:4]} or another order")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in names:
+                parameter.add_(0.05)
+    case.expect(not torch.equal(case.quiet(model, inputs), expected), "another base gives the same outputs")
+    model.load_state_dict(base.state_dict())
+    case.expect_equal(case.quiet(model, inputs), expected, "output once the base is back")

@@ -1,0 +1,530 @@
+"""Checks of injection: what a fresh adapter does, where it stands, what it costs, and that an error leaves no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.config import validate_json
+from peftcore.contract import Method, MethodConfig
+from peftcore.errors import ConfigError, InactiveSite, TargetError, UnsupportedSite
+from peftcore.injection import Injection
+from peftcore.operators import Replacement
+from peftcore.testing.kit import Case, NotApplicable, check, fill
+from peftcore.testing.tools import differences, raises, trace
+
+DRAWS = "random numbers are drawn outside the operator's __init__, or from a generator of the method's own"
+SITES = "`inject` picks modules by itself instead of asking `surgeon.sites()`"
+
+
+def planned(case: Case, model: nn.Module, **changes: Any) -> peftcore.Plan:
+    """The plan for what `case.apply` does."""
+    arguments: dict[str, Any] = {**case.options, **changes}
+    try:
+        return peftcore.plan(model, case.method, **arguments)
+    except TargetError:
+        if "target" in arguments or case.host.fallback is None:
+            raise
+        return peftcore.plan(model, case.method, target=case.host.fallback, **arguments)
+
+
+def _identity_options(case: Case) -> dict[str, Any]:
+    return dict(case.tags.identity_options or {})
+
+
+def _promises_identity(tags: peftcore.Tags) -> bool:
+    return tags.identity_at_init or tags.identity_options is not None
+
+
+@check(
+    "a fresh adapter leaves outputs unchanged, with `identity_options` where defaults do not",
+    "the factor that should start at zero (or the gain that should start at one) does not",
+    when=_promises_identity,
+)
+def a_fresh_adapter_changes_nothing(case: Case) -> None:
+    model, inputs = case.fresh()
+    base = case.quiet(model, inputs)
+    case.apply(model, **_identity_options(case))
+    case.expect_close(case.quiet(model, inputs), base, "a fresh adapter's output")
+
+
+@check(
+    "a method that claims no identity at init changes outputs at init",
+    "the tag `identity_at_init=False` is outdated; users would pay for a switch that nothing needs",
+    when=lambda tags: not tags.identity_at_init,
+    hosts=("mlp", "encoder", "llama", "bert", "t5", "gpt2", "convnet"),  # grouped matrix products know no float64
+)
+def a_denied_identity_is_none(case: Case) -> None:
+    model, inputs = case.fresh(torch.float64)
+    base = case.quiet(model, inputs)
+    case.apply(model, dtype="float64")
+    moved = (case.quiet(model, inputs) - base).abs().max().item()
+    case.expect(moved > 1e-9, f"with default options a fresh adapter moves the output by {moved:.1e} only")
+
+
+class Holder(nn.Module):
+    """A host of one layer, with an input that fits it."""
+
+    def __init__(self, layer: nn.Module, example: Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.example = example
+
+    def forward(self) -> Tensor:
+        output: Tensor = self.layer(self.example)
+        return output
+
+
+def zoo() -> Iterator[tuple[str, Holder]]:
+    """Every kind of layer with realistic shapes: overlapping patches, stride, padding, dilation, groups, bias or none."""
+    for bias in (True, False):
+        for features in (7, 8):
+            for shape in ((3, 8), (2, 3, 8), (2, 2, 3, 8), (1, 2, 2, 3, 8)):
+                yield (
+                    f"Linear(8, {features}) on {len(shape)}-D",
+                    Holder(nn.Linear(8, features, bias=bias), torch.randn(shape)),
+                )
+        for groups in (1, 2):
+            same: dict[str, Any] = {"bias": bias, "groups": groups}
+            yield "Conv1d", Holder(nn.Conv1d(4, 6, 3, stride=2, padding=1, **same), torch.randn(2, 4, 9))
+            yield "Conv1d same", Holder(nn.Conv1d(4, 6, 4, padding="same", dilation=2, **same), torch.randn(2, 4, 9))
+            yield "Conv2d 1x1", Holder(nn.Conv2d(4, 4, 1, **same), torch.randn(2, 4, 5, 6))
+            yield (
+                "Conv2d",
+                Holder(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), **same), torch.randn(2, 4, 7, 8)),
+            )
+            yield "Conv2d dilated", Holder(nn.Conv2d(4, 6, 3, padding=2, dilation=2, **same), torch.randn(2, 4, 7, 8))
+            circular = nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular", **same)
+            yield "Conv2d circular", Holder(circular, torch.randn(2, 4, 7, 8))
+            yield "Conv3d", Holder(nn.Conv3d(4, 6, (1, 3, 2), **same), torch.randn(1, 4, 3, 4, 5))
+            transposed = nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, **same)
+            yield "ConvTranspose2d", Holder(transposed, torch.randn(2, 4, 5, 5))
+    yield "Embedding", Holder(nn.Embedding(9, 6), torch.randint(9, (2, 5)))
+    yield "Embedding with padding", Holder(nn.Embedding(9, 6, padding_idx=0), torch.arange(9))
+    yield "LayerNorm", Holder(nn.LayerNorm(6), torch.randn(2, 3, 6))
+
+
+def adapted_zoo(case: Case, **changes: Any) -> Iterator[tuple[str, Holder, Tensor, Injection]]:
+    """Each layer that the method accepts: its name, the holder, the base output and the fresh injection."""
+    accepted = 0
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        holders = list(zoo())
+    for name, holder in holders:
+        holder.double().eval()
+        if holder.example.is_floating_point():
+            holder.example = holder.example.double()
+        base = holder().detach()
+        try:
+            injection = peftcore.apply(
+                holder, case.method, target="layer", dtype="float64", **{**case.options, **changes}
+            )
+        except (TargetError, UnsupportedSite):
+            continue
+        accepted += 1
+        yield name, holder, base, injection
+    if not accepted:
+        raise NotApplicable(f"{case.method.name} acts on none of the layers of torch alone")
+
+
+@check(
+    "on every kind of layer that a method accepts, a fresh adapter leaves the output unchanged",
+    "the operator's formula holds for matrices only: fold sums overlapping patches, groups and kernels are left out",
+    when=_promises_identity,
+    hosts=("mlp",),
+)
+def every_kind_of_layer_starts_unchanged(case: Case) -> None:
+    for name, holder, base, _ in adapted_zoo(case, **_identity_options(case)):
+        case.expect_close(holder(), base, f"{name}: a fresh adapter's output")
+
+
+@check(
+    "on every kind of layer, what the operator computes is what its effective weight computes",
+    "`forward` leaves out stride, dilation or padding, or `merged` lays out kernel or rows differently",
+    when=lambda tags: tags.mergeable,
+    hosts=("mlp",),
+)
+def every_kind_of_layer_equals_its_effective_weight(case: Case) -> None:
+    for name, holder, base, injection in adapted_zoo(case):
+        fill(injection)
+        adapted = holder().detach()
+        case.expect_moved(adapted, base, f"{name}: the filled adapter's output")
+        injection.merge(keep=None)
+        case.expect_close(holder(), adapted, f"{name}: output through the effective weight", factor=10)
+
+
+@check(
+    "the closed formula gives the number of parameters at each site",
+    "the formula forgot a bias, the kernel, or the number of experts",
+)
+def the_parameter_count_is_the_declared_one(case: Case) -> None:
+    model, _ = case.fresh()
+    injection = case.apply(model)
+    for graft in injection.grafts:
+        real = sum(parameter.numel() for parameter in graft.operator.parameters())
+        declared = case.method.parameter_count(graft.site, injection.config.at(graft.site.path))
+        case.expect(real == declared, f"{graft.site.path}: {declared} declared, {real} there")
+
+
+@check("plan() tells what apply() then does", "`inject` or the operator looks at values, which a plan does not have")
+def a_plan_comes_true(case: Case) -> None:
+    model, _ = case.fresh()
+    plan = planned(case, model)
+    injection = case.apply(model)
+    state = injection.state_dict()
+    case.expect([s.path for s in plan.sites] == [s.path for s in injection.sites], "other sites than planned")
+    case.expect(plan.shapes == {key: tensor.shape for key, tensor in state.items()}, "other tensors than planned")
+    real = sum(parameter.numel() for parameter in injection.parameters())
+    case.expect(plan.trainable == real, f"{plan.trainable} parameters planned, {real} there")
+    case.expect(plan.bytes == sum(t.numel() * t.element_size() for t in state.values()), "another size than planned")
+
+
+@check("plan() changes nothing", "`inject` changes the host itself instead of recording with the surgeon's verbs")
+def a_plan_changes_nothing(case: Case) -> None:
+    model, inputs = case.fresh()
+    base, before = case.quiet(model, inputs), trace(model)
+    planned(case, model)
+    case.expect(not (wrong := differences(before, trace(model))), f"other than before: {wrong}")
+    case.expect_equal(case.quiet(model, inputs), base, "the output")
+
+
+@check(
+    "a host on the meta device can be planned, with the same result",
+    "values are read from the host's modules; `site.weight()` is the way that also works while planning",
+)
+def a_host_without_memory_can_be_planned(case: Case) -> None:
+    model, _ = case.fresh()
+    real = planned(case, model)
+    there = planned(case, model.to("meta"))
+    case.expect(
+        there.shapes == real.shapes and there.trainable == real.trainable, "another plan than for the real host"
+    )
+
+
+class Interrupted(Exception):
+    """What the checks raise in the middle of things."""
+
+
+def interrupted(method: type[Method], stop: int | None) -> type[Method]:
+    """The method, but its `stop`-th operator cannot be built; with None, it fails when all of them stand in the host."""
+
+    def inject(self: Method, model: nn.Module, config: MethodConfig, surgeon: Any) -> None:
+        left = [stop]
+        build = surgeon._build
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            if left[0] == 0:
+                raise Interrupted
+            left[0] = None if left[0] is None else left[0] - 1
+            return build(*args, **kwargs)
+
+        surgeon._build = counting
+        method().inject(model, config, surgeon)
+
+    def trainable(self: Method, *args: Any) -> None:
+        raise Interrupted
+
+    members = {
+        "name": method.name,
+        "Config": method.Config,
+        "tags": method.tags,
+        "target": method.target,
+        "inject": inject,
+    }
+    members |= {"parameter_count": staticmethod(method.parameter_count), "trainable": trainable}
+    return type(f"Interrupted{method.__name__}", (Method,), members)
+
+
+@check(
+    "a failed injection leaves the host as it was, to the bit: at the first operator, the last, and after the surgery",
+    "`inject` sets something on the host and takes it back at its end only",
+)
+def a_failed_injection_leaves_no_trace(case: Case) -> None:
+    model, inputs = case.fresh()
+    last = len(planned(case, model).sites) - 1
+    base, before = case.quiet(model, inputs), trace(model)
+    for stop in (0, last, None):
+        failing = replace(case, method=interrupted(case.method, stop))
+        with raises(case, Interrupted, f"apply() whose operator {stop} cannot be built"):
+            failing.apply(model)
+        case.expect(
+            not (wrong := differences(before, trace(model))), f"failed at operator {stop}; other than before: {wrong}"
+        )
+        case.expect_equal(case.quiet(model, inputs), base, "the output after a failed injection")
+
+
+@check(
+    "a target that matches nothing, or is excluded altogether, is a TargetError raised before anything changes",
+    "`inject` changes the host before it asks the surgeon for sites",
+)
+def unmatched_targets_change_nothing(case: Case) -> None:
+    model, _ = case.fresh()
+    before = trace(model)
+    for wish in ({"target": "nowhere"}, {"target": "re:nowhere.*"}, {"target": "*", "exclude": "*"}):
+        with raises(case, TargetError, f"apply(model, ..., {wish})"):
+            case.apply(model, **wish)
+        case.expect(not (wrong := differences(before, trace(model))), f"{wish}: other than before: {wrong}")
+
+
+def _main_modules(case: Case, injection: Injection) -> list[str]:
+    """The modules that the user's `target` (or the default) selected, and that carry operators."""
+    grafted = {site.module_path for site in injection.sites}
+    return list(dict.fromkeys(s.module_path for s in injection.selections.get("", []) if s.module_path in grafted))
+
+
+def _addressable(case: Case, model: nn.Module) -> str:
+    """The last module of the default target that a plain path can name (an attention's output has a role, no path)."""
+    injection = case.apply(model)
+    modules = _main_modules(case, injection)
+    injection.remove()
+    case.expect(bool(modules), "the method never asked for the sites of the user's target")
+    for path in reversed(modules):
+        with contextlib.suppress(UnsupportedSite):
+            planned(case, model, target=[path])
+            return path
+    raise NotApplicable("the method acts on outputs that have a role but no path of their own")
+
+
+@check("`target` decides where a method acts, however it is written", SITES)
+def the_target_decides(case: Case) -> None:
+    model, _ = case.fresh()
+    wanted = _addressable(case, model)
+    default = case.apply(model)
+    others = set(_main_modules(case, default)) - {wanted}
+    default.remove()
+    forms: list[Any] = [f"re:{wanted}".replace(".", r"\."), [wanted], lambda path, module: path == wanted]
+    sites = []
+    for form in forms:
+        injection = case.apply(model, target=form)
+        sites.append([site.path for site in injection.sites])
+        case.expect(
+            _main_modules(case, injection) == [wanted], f"target={form!r} gave {_main_modules(case, injection)}"
+        )
+        besides = others.intersection(site.module_path for site in injection.sites)
+        case.expect(not besides, f"target={form!r} gave {', '.join(sorted(besides))} besides")
+        injection.remove()
+    case.expect(all(each == sites[0] for each in sites), f"different sites for the same target: {sites}")
+
+
+@check("a target that matches in part warns, naming what matched nothing", SITES)
+def partly_unmatched_targets_warn(case: Case) -> None:
+    model, _ = case.fresh()
+    wanted = _addressable(case, model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        case.apply(model, target=[wanted, "nowhere"])
+    case.expect(
+        any("nowhere" in str(each.message) for each in caught), "no warning names the target that matched nothing"
+    )
+
+
+class Wrapper(nn.Module):
+    """The host as a module of another one, under any name."""
+
+    def __init__(self, name: str, model: nn.Module) -> None:
+        super().__init__()
+        self.add_module(name, model)
+        self.inner = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.get_submodule(self.inner)(*args, **kwargs)
+
+
+@check(
+    "modules of the host that are called like the method are ordinary modules",
+    "own modules are recognized by parts of names; ask the surgeon, which knows them by class",
+)
+def modules_named_like_the_method_are_ordinary(case: Case) -> None:
+    counts = []
+    for name in ("net", case.method.name):
+        model, inputs = case.fresh()
+        wrapper = Wrapper(name, model)
+        injection = case.filled(wrapper)
+        case.expect(torch.isfinite(case.quiet(wrapper, inputs)).all().item(), "the wrapped host's output is not finite")
+        counts.append([site.path.removeprefix(f"{name}.") for site in injection.sites])
+    case.expect(counts[0] == counts[1], f"{len(counts[1])} sites instead of {len(counts[0])}")
+
+
+@check(
+    "injecting does not change the config object", "`inject` or an operator writes into a list or dict of the config"
+)
+def the_config_is_not_changed(case: Case) -> None:
+    model, _ = case.fresh()
+    before = case.method.Config.model_validate(dict(case.options)).model_dump_json()
+    injection = case.apply(model)
+    case.expect(injection.config.model_dump_json() == before, "the config changed while injecting")
+
+
+@check(
+    "a config is written the same in every process, and read back equal",
+    "a set among the options: its order is another one in each process; use a list",
+    hosts=("mlp",),
+)
+def configs_are_written_in_one_order(case: Case) -> None:
+    config = case.method.Config.model_validate(dict(case.options))
+    unordered = [name for name, value in config.model_dump().items() if isinstance(value, set | frozenset)]
+    case.expect(not unordered, f"options without an order: {', '.join(unordered)}")
+    case.expect(validate_json(type(config), config.model_dump_json()) == config, "it is read back as another one")
+
+
+@check(
+    "unknown options are a ConfigError",
+    'the Config loosens `extra="forbid"`, so that misspelled options are lost',
+    hosts=("mlp",),
+)
+def misspelled_options_are_refused(case: Case) -> None:
+    model, _ = case.fresh()
+    before = trace(model)
+    with raises(case, ConfigError, "apply() with an option that does not exist"):
+        case.apply(model, no_such_option=1)
+    case.expect(not (wrong := differences(before, trace(model))), f"other than before: {wrong}")
+
+
+@check(
+    "every option says what it does",
+    "a field of Config has no docstring below it; forms and help are made of them",
+    hosts=("mlp",),
+)
+def every_option_is_described(case: Case) -> None:
+    own = {name: field for name, field in case.method.Config.model_fields.items() if name != "method"}
+    silent = [name for name, field in own.items() if not field.description]
+    case.expect(not silent, f"options without a description: {', '.join(silent)}")
+
+
+@check("an adapter's start depends on the seed and the path alone, not on other sites or the global generator", DRAWS)
+def the_start_depends_on_seed_and_path(case: Case) -> None:
+    model, _ = case.fresh()
+    torch.manual_seed(5)
+    first = case.apply(model, seed=3)
+    start = {key: tensor.clone() for key, tensor in first.state_dict().items()}
+    modules = _main_modules(case, first)
+    first.remove()
+    torch.manual_seed(6)
+    for wish in ({}, {"exclude": modules[0]} if len(modules) > 1 else {}):
+        injection = case.apply(model, seed=3, **wish)
+        for key, tensor in injection.state_dict().items():
+            case.expect_equal(tensor, start[key], f"{key} at the start, with {wish or 'the same seed'}")
+        injection.remove()
+
+
+@check("injecting does not move the global generator", DRAWS)
+def the_global_generator_stays(case: Case) -> None:
+    model, _ = case.fresh()
+    before = torch.random.get_rng_state()
+    case.apply(model)
+    case.expect_equal(torch.random.get_rng_state(), before, "the state of the global generator")
+
+
+@check(
+    "operators have the dtype that was asked for, float32 by default",
+    "a tensor is a plain attribute, which moves with nothing; make it a parameter or a buffer",
+)
+def operators_have_the_asked_dtype(case: Case) -> None:
+    for asked, dtype in ((None, torch.float32), ("bfloat16", torch.bfloat16)):
+        model, _ = case.fresh(torch.bfloat16)
+        injection = case.apply(model, dtype=asked)
+        for path, operator in injection.modules():
+            tensors = [*operator.parameters(), *operator.buffers()]
+            tensors += [v for module in operator.modules() for v in vars(module).values() if isinstance(v, Tensor)]
+            wrong = {tensor.dtype for tensor in tensors if tensor.is_floating_point()} - {dtype}
+            case.expect(not wrong, f"dtype={asked}: a tensor of {path} has {wrong}")
+
+
+class Unused(nn.Module):
+    """The host beside a layer that is there but never called."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.unused = nn.Linear(6, 6)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+@check(
+    "an adapter on a module that is never called is an error at the first forward, not a silence",
+    "the method meddles with the witness of the graft",
+    hosts=("mlp", "llama"),
+)
+def sites_that_never_run_are_reported(case: Case) -> None:
+    model, inputs = case.fresh()
+    host = Unused(model)
+    case.apply(host, target=["unused"])
+    with raises(case, InactiveSite, "the first forward"):
+        case.quiet(host, inputs)
+
+
+@check(
+    "the output projection of nn.MultiheadAttention, which is read and never called, is adapted or refused",
+    "`merged` passes over tensors that it does not know; raise UnsupportedSite for them",
+    hosts=("encoder",),
+)
+def the_attention_output_projection_is_no_silent_noop(case: Case) -> None:
+    model, inputs = case.fresh()
+    base = case.quiet(model, inputs)
+    try:
+        case.filled(model, target="*.out_proj")
+    except (TargetError, UnsupportedSite) as refused:
+        raise NotApplicable(f"refused: {refused}") from None
+    case.expect_moved(case.quiet(model, inputs), base, "the output with an adapter on out_proj alone")
+
+
+@check(
+    "`low_rank` is claimed exactly when factors() gives the update of the effective weight",
+    "the scale is left out of factors(), or the tag was forgotten",
+)
+def factors_are_the_update(case: Case) -> None:
+    model, _ = case.fresh(torch.float64)
+    injection = case.filled(model, dtype="float64")
+    grafts = [graft for graft in injection.grafts if graft.by_method and not isinstance(graft.operator, Replacement)]
+    given = [(graft, factors) for graft in grafts if (factors := graft.operator.factors()) is not None]
+    claimed = case.tags.low_rank
+    case.expect(bool(given) == claimed, f"low_rank={claimed}, but {len(given)} of {len(grafts)} operators give factors")
+    case.expect(not claimed or len(given) == len(grafts), f"{len(grafts) - len(given)} operators give no factors")
+    with injection.disabled():
+        for graft, (A, B, scale) in given:
+            weight = graft.site.weight()
+            update = scale * (B @ A.flatten(graft.site.layer.batch_dims + 1)).view(weight.shape)
+            case.expect_close(graft.operator.merged(weight) - weight, update, f"{graft.site.path}: merged minus base")
+
+
+@contextlib.contextmanager
+def counted_calls() -> Iterator[list[int]]:
+    """Counts the Python functions called in the block: work without a clock."""
+    count = [0]
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        count[0] += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        yield count
+    finally:
+        sys.setprofile(before)
+
+
+@check(
+    "the work of injecting does not grow with the number of adapters that are there already",
+    "`inject` walks over `model.modules()`, operators of other injections included",
+    hosts=("mlp", "encoder"),
+)
+def injecting_costs_the_same_each_time(case: Case) -> None:
+    model, _ = case.fresh()
+    work = []
+    for index in range(12):
+        peftcore.activate(model)
+        with counted_calls() as count:
+            case.apply(model, name=f"number{index}")
+        work.append(count[0])
+    case.expect(work[-1] < 1.2 * work[1], f"{work[1]} calls for the second adapter, {work[-1]} for the twelfth")

@@ -1,0 +1,295 @@
+"""Checks of merging: the same effect, all or nothing, and every bit back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.contract import Tags
+from peftcore.errors import MergeError, NotMergeable
+from peftcore.injection import Injection
+from peftcore.testing.kit import Case, NotApplicable, check
+from peftcore.testing.tools import differences, raises, trace
+
+KEEPS: tuple[Any, ...] = ("cpu", "record", "device")
+SAME = "`merged` is not the mathematics of `forward`: another scale, sign, axis or bias"
+PURE = "`merged` has effects of its own or answers differently each time; it must only compute"
+HALF = "`merged` rounds inside: it casts to the base's dtype before the sum is complete"
+
+
+def _mergeable(tags: Tags) -> bool:
+    return tags.mergeable
+
+
+def _unchanged(case: Case, before: dict[str, Any], model: nn.Module, what: str) -> None:
+    wrong = differences(before, trace(model))
+    case.expect(not wrong, f"{what}: changed: {wrong}")
+
+
+@check("merging keeps the outputs", SAME, when=_mergeable)
+def merging_keeps_the_outputs(case: Case) -> None:
+    model, inputs = case.fresh()
+    base = case.quiet(model, inputs)
+    injection = case.filled(model)
+    adapted = case.quiet(model, inputs)
+    case.expect_moved(adapted, base, "the filled adapter's output")
+    injection.merge()
+    case.expect(injection.merged, "not called merged")
+    case.expect_close(case.quiet(model, inputs), adapted, "output when merged")
+    with peftcore.activate(model):
+        case.expect_close(case.quiet(model, inputs), adapted, "output when merged and not active")
+
+
+@check("merging keeps the outputs of a host in bfloat16", HALF, when=_mergeable, hosts=("mlp", "encoder", "llama"))
+def merging_keeps_the_outputs_in_bfloat16(case: Case) -> None:
+    model, inputs = case.fresh(torch.bfloat16)
+    injection = case.filled(model)
+    adapted = case.quiet(model, inputs)
+    injection.merge()
+    merged = case.quiet(model, inputs)
+    case.expect(merged.dtype == torch.bfloat16, f"the output became {merged.dtype}")
+    case.expect_close(merged, adapted, "output when merged")
+
+
+@check("unmerging restores every bit, whatever was kept", PURE, when=_mergeable)
+def unmerging_restores_every_bit(case: Case) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model, inputs = case.fresh(dtype)
+        injection = case.filled(model)
+        adapted, before = case.quiet(model, inputs), trace(model)
+        for keep in KEEPS:
+            injection.merge(keep=keep)
+            case.expect(bool(differences(before, trace(model))), "merging changes no tensor")
+            injection.unmerge()
+            _unchanged(case, before, model, f"merged and unmerged with keep={keep!r} in {dtype}")
+            case.expect_equal(case.quiet(model, inputs), adapted, f"output after keep={keep!r}")
+
+
+@check("with keep=None unmerge and remove refuse, and nothing changes", PURE, when=_mergeable, hosts=("mlp", "llama"))
+def nothing_kept_is_nothing_promised(case: Case) -> None:
+    model, inputs = case.fresh()
+    injection = case.filled(model)
+    adapted = case.quiet(model, inputs)
+    injection.merge(keep=None)
+    before = trace(model)
+    for call in (injection.unmerge, injection.remove, injection.disabled().__enter__):
+        with raises(case, MergeError, "undoing a merge that kept nothing", names=injection.name):
+            call()
+        _unchanged(case, before, model, "an undoing that was refused")
+    case.expect(injection.merged, "not called merged any more")
+    case.expect_close(case.quiet(model, inputs), adapted, "output")
+
+
+@check("merging twice changes nothing more", PURE, when=_mergeable)
+def merging_twice_is_merging_once(case: Case) -> None:
+    model, inputs = case.fresh()
+    injection = case.filled(model)
+    case.quiet(model, inputs)
+    start = trace(model)
+    injection.merge()
+    once = trace(model)
+    injection.merge(keep="record")
+    _unchanged(case, once, model, "merged again")
+    for _ in range(2):
+        injection.unmerge()
+        _unchanged(case, start, model, "unmerged")
+
+
+@check("several injections merge in order, unmerge in the order back, and refuse any other", SAME, when=_mergeable)
+def several_merge_in_order(case: Case) -> None:
+    model, inputs = case.fresh()
+    first, second = case.filled(model, 1, name="first"), case.filled(model, 2, name="second")
+    both = case.quiet(model, inputs)
+    start = trace(model)
+    with raises(case, MergeError, "merging the second under the first", names="first"):
+        second.merge()
+    _unchanged(case, start, model, "a merge that was refused")
+    first.merge()
+    middle, between = trace(model), case.quiet(model, inputs)
+    case.expect_close(between, both, "the first merged, the second active", factor=3)
+    second.merge()
+    case.expect_close(case.quiet(model, inputs), both, "both merged", factor=3)
+    end = trace(model)
+    with raises(case, MergeError, "unmerging the first under the second", names="second"):
+        first.unmerge()
+    _unchanged(case, end, model, "an unmerge that was refused")
+    second.unmerge()
+    _unchanged(case, middle, model, "the second unmerged")
+    first.unmerge()
+    _unchanged(case, start, model, "both unmerged")
+
+
+@check("merging changes values and nothing else", PURE, when=_mergeable)
+def merging_changes_values_alone(case: Case) -> None:
+    model, inputs = case.fresh(torch.bfloat16)
+    for index, module in enumerate(model.modules()):
+        module.training = index % 3 == 0
+    injection = case.filled(model)
+    case.quiet(model, inputs)
+    tensors = {name: value.clone() for name, value in injection.state_dict().items()}
+    before = trace(model)
+    injection.merge()
+    after = trace(model)
+    added = [key for key in after if key not in before]
+    fresh = [key.partition(" of ")[2] for key in added if key.startswith("values of ")]
+    case.expect(all(name.endswith("bias") for name in fresh), f"a merge added {fresh}")
+    passing = ("values of ", "order of ", *added)
+    case.expect(not (wrong := differences(before, after, passing)), f"other than values changed: {wrong}")
+    dtypes = {key for key in before if key.startswith("values of ") and before[key].dtype != after[key].dtype}
+    case.expect(not dtypes, f"dtypes changed: {sorted(dtypes)[:4]}")
+    for name, value in injection.state_dict().items():
+        case.expect_equal(value, tensors[name], f"the operators' own {name}")
+
+
+@check("baking leaves a plain model with the effect, whose state dict loads into a plain base", SAME, when=_mergeable)
+def baking_leaves_a_plain_model(case: Case) -> None:
+    model, inputs = case.fresh()
+    plain = trace(model)
+    injection = case.filled(model)
+    adapted = case.quiet(model, inputs)
+    injection.bake()
+    case.expect(not peftcore.injections(model), "an injection is left")
+    case.expect_close(case.quiet(model, inputs), adapted, "output when baked")
+    added = [key.partition(" of ")[2] for key in trace(model) if key not in plain and key.startswith("values of ")]
+    passing = (
+        "values of ",
+        "order of ",
+        *(f"{what} of {name}" for what in ("identity", "requires_grad") for name in added),
+    )
+    case.expect(not (wrong := differences(plain, trace(model), passing)), f"left behind: {wrong}")
+    base, _ = case.fresh()
+    for name in added:  # new biases: a plain base needs slots for them
+        owner, _, leaf = name.rpartition(".")
+        case.expect(leaf == "bias", f"baking added {name}")
+        base.get_submodule(owner).register_parameter(leaf, nn.Parameter(torch.zeros_like(model.get_parameter(name))))
+    base.load_state_dict(model.state_dict())
+    case.expect_equal(
+        case.quiet(base, inputs), case.quiet(model, inputs), "output of a plain base with the baked weights"
+    )
+
+
+@check(
+    "an effect that is not finite is refused, and nothing changes",
+    "`merged` hides numbers that are not finite (nan_to_num, clamp)",
+    when=_mergeable,
+)
+def what_is_not_finite_is_refused(case: Case) -> None:
+    for number in (float("nan"), float("inf")):
+        model, inputs = case.fresh()
+        injection = case.filled(model)
+        case.quiet(model, inputs)
+        last = list(injection.parameters())[-1]
+        with torch.no_grad():
+            last.view(-1)[-1] = number
+        before = trace(model)
+        for keep in (*KEEPS, None):
+            with raises(case, MergeError, f"merging {number}"):
+                injection.merge(keep=keep)
+            _unchanged(case, before, model, f"a merge of {number} that was refused")
+        case.expect(not injection.merged, "called merged")
+        with raises(case, MergeError, f"baking {number}"):
+            injection.bake()
+        _unchanged(case, before, model, f"a bake of {number} that was refused")
+
+
+@check(
+    "fifty merges and unmerges in bfloat16 drift by nothing", PURE, when=_mergeable, hosts=("mlp", "llama", "convnet")
+)
+def fifty_merges_drift_by_nothing(case: Case) -> None:
+    model, _ = case.fresh(torch.bfloat16)
+    injection = case.filled(model)
+    before = trace(model)
+    injection.merge()
+    merged = trace(model)
+    injection.unmerge()
+    for cycle in range(1, 50):
+        injection.merge(keep=KEEPS[cycle % 3])
+        wrong = differences(merged, trace(model), passing="identity of") if cycle % 7 == 0 else ""
+        case.expect(not wrong, f"merge {cycle} differs from the first: {wrong}")
+        injection.unmerge()
+    _unchanged(case, before, model, "after 50 merges")
+
+
+@check("merging in half precision rounds once: it gives what float32 gives, cast", HALF, when=_mergeable)
+def merging_rounds_once(case: Case) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        low, _ = case.fresh(dtype)
+        high, _ = case.fresh(dtype)
+        for model in (low, high.float()):
+            case.filled(model).bake()
+        wide = dict(high.named_parameters())
+        for name, value in low.named_parameters():
+            case.expect_equal(value.detach(), wide[name].detach().to(dtype), f"{name} in {dtype}")
+
+
+@check(
+    "a method that cannot merge says so with NotMergeable, and nothing changes",
+    "`mergeable` is not declared though every operator defines `merged`",
+    when=lambda tags: not tags.mergeable,
+)
+def methods_that_cannot_merge_say_so(case: Case) -> None:
+    model, inputs = case.fresh()
+    injection = case.filled(model)
+    adapted = case.quiet(model, inputs)
+    before = trace(model)
+    for call in (injection.merge, injection.bake):
+        with raises(case, NotMergeable, "merging", names=case.method.name):
+            call()
+        _unchanged(case, before, model, "a merge that was refused")
+    case.expect(not injection.merged, "called merged")
+    case.expect_equal(case.quiet(model, inputs), adapted, "output after the refusal")
+
+
+def _tie(model: nn.Module, injection: Injection) -> tuple[nn.Module, Tensor]:
+    """Let another module of the host hold the first tensor on which the injection acts in a copy of the host."""
+    for graft in injection.grafts:
+        module = model.get_submodule(graft.site.module_path).get_submodule(graft.site.tensor.rpartition(".")[0])
+        tensor = module._parameters.get(graft.site.tensor.rpartition(".")[2])
+        if tensor is not None:
+            twin = nn.Module()
+            twin.register_parameter("held", tensor)
+            model.add_module("twin", twin)
+            return twin, tensor
+    raise NotApplicable("it adds tensors and touches none that exists")
+
+
+@check(
+    "a tensor that others hold too is merged only where they are adapted alike; else the merge is refused",
+    "`inject` writes into the host's tensors itself, so ties are not seen",
+    when=_mergeable,
+    hosts=("mlp", "encoder", "llama", "gpt2"),
+)
+def tied_tensors_are_never_changed_silently(case: Case) -> None:
+    scout, _ = case.fresh()
+    model, inputs = case.fresh()
+    twin, tensor = _tie(model, case.apply(scout))
+    start = tensor.detach().clone()
+    injection = case.filled(model)
+    adapted = case.quiet(model, inputs)
+    alike = any(site.module_path == "twin" for graft in injection.grafts for site in graft.holders)
+    before = trace(model)
+    try:
+        injection.merge()
+    except MergeError:
+        case.expect(not alike, "refused though every holder is adapted alike")
+        _unchanged(case, before, model, "a merge that was refused")
+        return
+    case.expect(alike or torch.equal(tensor, start), "the merge changed a tensor that another module holds")
+    case.expect(twin._parameters["held"] is tensor, "the tie is cut")
+    case.expect_close(case.quiet(model, inputs), adapted, "output when merged")
+
+
+@check("removing a merged injection restores the base to the bit", PURE, when=_mergeable)
+def removing_a_merged_injection_restores_the_base(case: Case) -> None:
+    for keep in KEEPS:
+        model, inputs = case.fresh()
+        base, before = case.quiet(model, inputs), trace(model)
+        injection = case.filled(model)
+        injection.merge(keep=keep)
+        case.quiet(model, inputs)
+        injection.remove()
+        _unchanged(case, before, model, f"merged with keep={keep!r} and removed")
+        case.expect_equal(case.quiet(model, inputs), base, f"output after keep={keep!r}")
