@@ -168,6 +168,7 @@ def establish(surgeon: Surgeon, name: str) -> Injection:
         del state.injections[name]
         state.active, state.threads = active, threads
         uninstall(surgeon, name)
+        state.replan()
         for parameter in thawed:
             parameter.requires_grad_(True)
         if fresh:

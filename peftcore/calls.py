@@ -19,6 +19,7 @@ from torch import nn
 from peftcore.errors import UnknownInjection
 
 if TYPE_CHECKING:
+    from peftcore.graft import Slot
     from peftcore.injection import Injection
 
 _KEY = "_peftcore_state"
@@ -35,6 +36,9 @@ class HostState:
     threads: dict[int, Active] = field(default_factory=dict)
     frozen: list[nn.Parameter] = field(default_factory=list)
     """Parameters whose requires_grad was turned off, to be turned on again when the last injection goes."""
+
+    slots: set[Slot] = field(default_factory=set)
+    """Slots of the grafted modules: they plan what acts when it changes, so that a compiler never traces the planning."""
 
     def current(self) -> Active:
         """The names that act in this thread, in the order in which they were applied.
@@ -55,8 +59,14 @@ class HostState:
         ident = threading.get_ident()
         if ident == self.owner:
             self.active = names
+            self.replan()
         else:
             self.threads[ident] = names
+
+    def replan(self) -> None:
+        """Let every slot plan for the names that are active now."""
+        for slot in self.slots:
+            slot.plan(self.active)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start with one thread of their own."""

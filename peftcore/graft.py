@@ -164,12 +164,23 @@ class Slot:
         self.mounts: list[Mount] = []
         self.stances: list[tuple[str | None, Mapping[str, Any]]] = []
         self.ran = False
+        self.planned: tuple[Active, Acting] | None = None
         self.plans: dict[Active, Acting] = {}
         self.kept: tuple[tuple[Any, ...], dict[str, Tensor | None]] | None = None
 
     def acting(self) -> Acting:
-        """The plan for the names that act in this thread and are not merged."""
+        """What the names that act in this thread and are not merged do here."""
         active = self.state.current()
+        planned = self.planned  # read once: another thread may plan anew
+        if planned is not None and planned[0] == active:
+            return planned[1]
+        return self._plan(active)  # a thread that chose for itself
+
+    def plan(self, active: Active) -> None:
+        """Plan ahead for the host's active names."""
+        self.planned = active, self._plan(active)
+
+    def _plan(self, active: Active) -> Acting:
         plan = self.plans.get(active)
         if plan is None:
             plan = self.plans[active] = plan_acting(self.mounts, self.stances, self.state.unmerged(active))
@@ -177,7 +188,7 @@ class Slot:
 
     def changed(self) -> None:
         """Forget what was planned and computed."""
-        self.plans, self.kept = {}, None
+        self.planned, self.plans, self.kept = None, {}, None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "plans": {}, "kept": None}
@@ -320,6 +331,7 @@ def attach(module: nn.Module, state: HostState) -> Slot:
     slot = slot_of(module)
     if slot is None:
         slot = module.__dict__[_SLOT] = Slot(state)
+        state.slots.add(slot)
         module.__class__ = grafted_class(type(module))
     slot.changed()
     return slot
@@ -339,7 +351,9 @@ def detach(module: nn.Module, name: str) -> None:
 
 def ungraft(module: nn.Module) -> None:
     """Give the module its own class back."""
-    module.__dict__.pop(_SLOT, None)
+    slot = module.__dict__.pop(_SLOT, None)
+    if slot is not None:
+        slot.state.slots.discard(slot)
     if GRAFTED in vars(type(module)):
         module.__class__ = vars(type(module))[GRAFTED]
 

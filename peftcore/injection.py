@@ -227,6 +227,7 @@ class Injection:
                 slot = slot_of(site.module)
                 if slot is not None:
                     slot.changed()
+        self.state.replan()
 
     def _alive(self) -> None:
         if self.state.injections.get(self.name) is not self:
@@ -240,6 +241,7 @@ class Injection:
         del state.injections[self.name]
         state.active = tuple(name for name in state.active if name != self.name)
         state.threads = {k: tuple(n for n in v if n != self.name) for k, v in state.threads.items()}
+        state.replan()
         if not state.injections:
             for parameter in state.frozen:
                 parameter.requires_grad_(True)

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.config import validate_json
-from peftcore.contract import Method, MethodConfig
-from peftcore.errors import ConfigError, InactiveSite, TargetError, UnsupportedSite
+from peftcore.errors import InactiveSite, TargetError, UnsupportedSite
 from peftcore.injection import Injection
-from peftcore.operators import Replacement
 from peftcore.testing.kit import Case, NotApplicable, check, fill
+from peftcore.testing.probes import Holder, Interrupted, Unused, Wrapper, counted_calls, interrupted, zoo
 from peftcore.testing.tools import differences, raises, trace
 
 DRAWS = "random numbers are drawn outside the operator's __init__, or from a generator of the method's own"
@@ -55,62 +51,6 @@ def a_fresh_adapter_changes_nothing(case: Case) -> None:
     base = case.quiet(model, inputs)
     case.apply(model, **_identity_options(case))
     case.expect_close(case.quiet(model, inputs), base, "a fresh adapter's output")
-
-
-@check(
-    "a method that claims no identity at init changes outputs at init",
-    "the tag `identity_at_init=False` is outdated; users would pay for a switch that nothing needs",
-    when=lambda tags: not tags.identity_at_init,
-    hosts=("mlp", "encoder", "llama", "bert", "t5", "gpt2", "convnet"),  # grouped matrix products know no float64
-)
-def a_denied_identity_is_none(case: Case) -> None:
-    model, inputs = case.fresh(torch.float64)
-    base = case.quiet(model, inputs)
-    case.apply(model, dtype="float64")
-    moved = (case.quiet(model, inputs) - base).abs().max().item()
-    case.expect(moved > 1e-9, f"with default options a fresh adapter moves the output by {moved:.1e} only")
-
-
-class Holder(nn.Module):
-    """A host of one layer, with an input that fits it."""
-
-    def __init__(self, layer: nn.Module, example: Tensor) -> None:
-        super().__init__()
-        self.layer = layer
-        self.example = example
-
-    def forward(self) -> Tensor:
-        output: Tensor = self.layer(self.example)
-        return output
-
-
-def zoo() -> Iterator[tuple[str, Holder]]:
-    """Every kind of layer with realistic shapes: overlapping patches, stride, padding, dilation, groups, bias or none."""
-    for bias in (True, False):
-        for features in (7, 8):
-            for shape in ((3, 8), (2, 3, 8), (2, 2, 3, 8), (1, 2, 2, 3, 8)):
-                yield (
-                    f"Linear(8, {features}) on {len(shape)}-D",
-                    Holder(nn.Linear(8, features, bias=bias), torch.randn(shape)),
-                )
-        for groups in (1, 2):
-            same: dict[str, Any] = {"bias": bias, "groups": groups}
-            yield "Conv1d", Holder(nn.Conv1d(4, 6, 3, stride=2, padding=1, **same), torch.randn(2, 4, 9))
-            yield "Conv1d same", Holder(nn.Conv1d(4, 6, 4, padding="same", dilation=2, **same), torch.randn(2, 4, 9))
-            yield "Conv2d 1x1", Holder(nn.Conv2d(4, 4, 1, **same), torch.randn(2, 4, 5, 6))
-            yield (
-                "Conv2d",
-                Holder(nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), **same), torch.randn(2, 4, 7, 8)),
-            )
-            yield "Conv2d dilated", Holder(nn.Conv2d(4, 6, 3, padding=2, dilation=2, **same), torch.randn(2, 4, 7, 8))
-            circular = nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular", **same)
-            yield "Conv2d circular", Holder(circular, torch.randn(2, 4, 7, 8))
-            yield "Conv3d", Holder(nn.Conv3d(4, 6, (1, 3, 2), **same), torch.randn(1, 4, 3, 4, 5))
-            transposed = nn.ConvTranspose2d(4, 6, 3, stride=2, output_padding=1, **same)
-            yield "ConvTranspose2d", Holder(transposed, torch.randn(2, 4, 5, 5))
-    yield "Embedding", Holder(nn.Embedding(9, 6), torch.randint(9, (2, 5)))
-    yield "Embedding with padding", Holder(nn.Embedding(9, 6, padding_idx=0), torch.arange(9))
-    yield "LayerNorm", Holder(nn.LayerNorm(6), torch.randn(2, 3, 6))
 
 
 def adapted_zoo(case: Case, **changes: Any) -> Iterator[tuple[str, Holder, Tensor, Injection]]:
@@ -162,19 +102,6 @@ def every_kind_of_layer_equals_its_effective_weight(case: Case) -> None:
         case.expect_close(holder(), adapted, f"{name}: output through the effective weight", factor=10)
 
 
-@check(
-    "the closed formula gives the number of parameters at each site",
-    "the formula forgot a bias, the kernel, or the number of experts",
-)
-def the_parameter_count_is_the_declared_one(case: Case) -> None:
-    model, _ = case.fresh()
-    injection = case.apply(model)
-    for graft in injection.grafts:
-        real = sum(parameter.numel() for parameter in graft.operator.parameters())
-        declared = case.method.parameter_count(graft.site, injection.config.at(graft.site.path))
-        case.expect(real == declared, f"{graft.site.path}: {declared} declared, {real} there")
-
-
 @check("plan() tells what apply() then does", "`inject` or the operator looks at values, which a plan does not have")
 def a_plan_comes_true(case: Case) -> None:
     model, _ = case.fresh()
@@ -208,40 +135,6 @@ def a_host_without_memory_can_be_planned(case: Case) -> None:
     case.expect(
         there.shapes == real.shapes and there.trainable == real.trainable, "another plan than for the real host"
     )
-
-
-class Interrupted(Exception):
-    """What the checks raise in the middle of things."""
-
-
-def interrupted(method: type[Method], stop: int | None) -> type[Method]:
-    """The method, but its `stop`-th operator cannot be built; with None, it fails when all of them stand in the host."""
-
-    def inject(self: Method, model: nn.Module, config: MethodConfig, surgeon: Any) -> None:
-        left = [stop]
-        build = surgeon._build
-
-        def counting(*args: Any, **kwargs: Any) -> Any:
-            if left[0] == 0:
-                raise Interrupted
-            left[0] = None if left[0] is None else left[0] - 1
-            return build(*args, **kwargs)
-
-        surgeon._build = counting
-        method().inject(model, config, surgeon)
-
-    def trainable(self: Method, *args: Any) -> None:
-        raise Interrupted
-
-    members = {
-        "name": method.name,
-        "Config": method.Config,
-        "tags": method.tags,
-        "target": method.target,
-        "inject": inject,
-    }
-    members |= {"parameter_count": staticmethod(method.parameter_count), "trainable": trainable}
-    return type(f"Interrupted{method.__name__}", (Method,), members)
 
 
 @check(
@@ -327,18 +220,6 @@ def partly_unmatched_targets_warn(case: Case) -> None:
     )
 
 
-class Wrapper(nn.Module):
-    """The host as a module of another one, under any name."""
-
-    def __init__(self, name: str, model: nn.Module) -> None:
-        super().__init__()
-        self.add_module(name, model)
-        self.inner = name
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.get_submodule(self.inner)(*args, **kwargs)
-
-
 @check(
     "modules of the host that are called like the method are ordinary modules",
     "own modules are recognized by parts of names; ask the surgeon, which knows them by class",
@@ -349,55 +230,9 @@ def modules_named_like_the_method_are_ordinary(case: Case) -> None:
         model, inputs = case.fresh()
         wrapper = Wrapper(name, model)
         injection = case.filled(wrapper)
-        case.expect(torch.isfinite(case.quiet(wrapper, inputs)).all().item(), "the wrapped host's output is not finite")
+        case.expect(bool(torch.isfinite(case.quiet(wrapper, inputs)).all()), "the wrapped host's output is not finite")
         counts.append([site.path.removeprefix(f"{name}.") for site in injection.sites])
     case.expect(counts[0] == counts[1], f"{len(counts[1])} sites instead of {len(counts[0])}")
-
-
-@check(
-    "injecting does not change the config object", "`inject` or an operator writes into a list or dict of the config"
-)
-def the_config_is_not_changed(case: Case) -> None:
-    model, _ = case.fresh()
-    before = case.method.Config.model_validate(dict(case.options)).model_dump_json()
-    injection = case.apply(model)
-    case.expect(injection.config.model_dump_json() == before, "the config changed while injecting")
-
-
-@check(
-    "a config is written the same in every process, and read back equal",
-    "a set among the options: its order is another one in each process; use a list",
-    hosts=("mlp",),
-)
-def configs_are_written_in_one_order(case: Case) -> None:
-    config = case.method.Config.model_validate(dict(case.options))
-    unordered = [name for name, value in config.model_dump().items() if isinstance(value, set | frozenset)]
-    case.expect(not unordered, f"options without an order: {', '.join(unordered)}")
-    case.expect(validate_json(type(config), config.model_dump_json()) == config, "it is read back as another one")
-
-
-@check(
-    "unknown options are a ConfigError",
-    'the Config loosens `extra="forbid"`, so that misspelled options are lost',
-    hosts=("mlp",),
-)
-def misspelled_options_are_refused(case: Case) -> None:
-    model, _ = case.fresh()
-    before = trace(model)
-    with raises(case, ConfigError, "apply() with an option that does not exist"):
-        case.apply(model, no_such_option=1)
-    case.expect(not (wrong := differences(before, trace(model))), f"other than before: {wrong}")
-
-
-@check(
-    "every option says what it does",
-    "a field of Config has no docstring below it; forms and help are made of them",
-    hosts=("mlp",),
-)
-def every_option_is_described(case: Case) -> None:
-    own = {name: field for name, field in case.method.Config.model_fields.items() if name != "method"}
-    silent = [name for name, field in own.items() if not field.description]
-    case.expect(not silent, f"options without a description: {', '.join(silent)}")
 
 
 @check("an adapter's start depends on the seed and the path alone, not on other sites or the global generator", DRAWS)
@@ -439,18 +274,6 @@ def operators_have_the_asked_dtype(case: Case) -> None:
             case.expect(not wrong, f"dtype={asked}: a tensor of {path} has {wrong}")
 
 
-class Unused(nn.Module):
-    """The host beside a layer that is there but never called."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.unused = nn.Linear(6, 6)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-
 @check(
     "an adapter on a module that is never called is an error at the first forward, not a silence",
     "the method meddles with the witness of the graft",
@@ -477,41 +300,6 @@ def the_attention_output_projection_is_no_silent_noop(case: Case) -> None:
     except (TargetError, UnsupportedSite) as refused:
         raise NotApplicable(f"refused: {refused}") from None
     case.expect_moved(case.quiet(model, inputs), base, "the output with an adapter on out_proj alone")
-
-
-@check(
-    "`low_rank` is claimed exactly when factors() gives the update of the effective weight",
-    "the scale is left out of factors(), or the tag was forgotten",
-)
-def factors_are_the_update(case: Case) -> None:
-    model, _ = case.fresh(torch.float64)
-    injection = case.filled(model, dtype="float64")
-    grafts = [graft for graft in injection.grafts if graft.by_method and not isinstance(graft.operator, Replacement)]
-    given = [(graft, factors) for graft in grafts if (factors := graft.operator.factors()) is not None]
-    claimed = case.tags.low_rank
-    case.expect(bool(given) == claimed, f"low_rank={claimed}, but {len(given)} of {len(grafts)} operators give factors")
-    case.expect(not claimed or len(given) == len(grafts), f"{len(grafts) - len(given)} operators give no factors")
-    with injection.disabled():
-        for graft, (A, B, scale) in given:
-            weight = graft.site.weight()
-            update = scale * (B @ A.flatten(graft.site.layer.batch_dims + 1)).view(weight.shape)
-            case.expect_close(graft.operator.merged(weight) - weight, update, f"{graft.site.path}: merged minus base")
-
-
-@contextlib.contextmanager
-def counted_calls() -> Iterator[list[int]]:
-    """Counts the Python functions called in the block: work without a clock."""
-    count = [0]
-
-    def profile(frame: FrameType, event: str, argument: object) -> None:
-        count[0] += event == "call"
-
-    before = sys.getprofile()
-    sys.setprofile(profile)
-    try:
-        yield count
-    finally:
-        sys.setprofile(before)
 
 
 @check(

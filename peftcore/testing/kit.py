@@ -132,7 +132,7 @@ class Case:
         self.expect(torch.equal(actual, expected), f"{what}: not the same to the bit")
 
     def expect_moved(self, actual: Tensor, base: Tensor, what: str) -> None:
-        """Fail unless the output moved by at least 100 times the tolerance: otherwise a comparison would prove nothing."""
+        """Fail unless the output moved by 100 times the tolerance: otherwise a comparison would prove nothing."""
         scale = max(base.abs().max().item(), 1e-3)
         moved = (actual.double() - base.double()).abs().max().item() / scale
         self.expect(moved > 100 * TOLERANCES[base.dtype], f"{what}: moved by {moved:.2e} only")
