@@ -38,7 +38,7 @@ class HostState:
     """Parameters whose requires_grad was turned off, to be turned on again when the last injection goes."""
 
     slots: set[Slot] = field(default_factory=set)
-    """Slots of the grafted modules: they plan what acts when it changes, so that a compiler never traces the planning."""
+    """Slots of the grafted modules: they plan what acts when it changes, so no compiler ever traces the planning."""
 
     def current(self) -> Active:
         """The names that act in this thread, in the order in which they were applied.

@@ -57,9 +57,10 @@ class Mixers:
         return self.by_node[around] if around is not None else None
 
     def assign(self) -> None:
+        all_body = not any(node.is_block for node in self.survey.nodes)
         for attention in self.attentions:
             if attention.node.kind is Kind.MHA:
-                assign_multihead(attention)
+                assign_multihead(attention, all_body)
             else:
                 AttentionRoles(self.survey, attention).assign()
         for node in self.ssm:
@@ -108,8 +109,9 @@ def is_cross(attention: Attention) -> bool:
     return len(queries) == len(keys) == 1 and queries[0].fan_in != keys[0].fan_in
 
 
-def assign_multihead(attention: Attention) -> None:
-    """nn.MultiheadAttention names its parameters itself. Outside any block it pools tokens (SigLIP's head).
+def assign_multihead(attention: Attention, all_body: bool) -> None:
+    """nn.MultiheadAttention names its parameters itself. Outside any block it pools tokens (SigLIP's head), unless the
+    host has no blocks at all: then it is all body (a lone nn.TransformerEncoderLayer).
 
     Beside a sibling that is called self_attn it is the cross attention (nn.TransformerDecoderLayer).
     """
@@ -117,7 +119,7 @@ def assign_multihead(attention: Attention) -> None:
     siblings = [child for child in node.parent.children if child.kind is Kind.MHA] if node.parent is not None else []
     beside_self = "self" not in V.words(node.name) and any("self" in V.words(child.name) for child in siblings)
     node.role = "cross" if beside_self or V.CROSS.search(node.name.lower()) else "attn"
-    family = node.role if node.block is not None else "pool"
+    family = node.role if node.block is not None or all_body else "pool"
     for tensor in node.tensors:
         operand = MULTIHEAD_OPERANDS.get(tensor.name)
         tensor.role = f"{family}.{operand}" if operand else None

@@ -154,7 +154,8 @@ class Survey:
             node.tensors.append(self._add(Node(prefix + key, key, module, node, len(self.nodes), tensor=key)))
             classify_bare(node.tensors[-1])
         for key, child in module._modules.items():
-            if child is not None and key not in GUESTS and id(child) not in self._seen:
+            opaque = child is None or key in GUESTS or isinstance(child, torch.jit.ScriptModule)
+            if child is not None and not opaque and id(child) not in self._seen:
                 node.children.append(self._walk(child, prefix + key, key, node))
         node.end = len(self.nodes)
         return node
