@@ -24,7 +24,15 @@ from peftcore.catalogue import method as find_method
 from peftcore.catalogue import methods
 from peftcore.config import validate_json
 from peftcore.contract import Method
-from peftcore.errors import CheckpointError, HostMismatch, NewerFormat, TargetError, UnknownMethod
+from peftcore.errors import (
+    CheckpointError,
+    ConfigError,
+    HostMismatch,
+    NewerFormat,
+    PluginError,
+    TargetError,
+    UnknownMethod,
+)
 from peftcore.injection import Injection
 from peftcore.planning import Plan
 from peftcore.surgery import Wishes
@@ -112,6 +120,11 @@ def _envelope(injection: Injection) -> Envelope:
 def save(injection: Injection, path: Path) -> None:
     """Write the folder; each file appears whole or not at all, and equal adapters give equal bytes."""
     tensors = {key: value.detach().cpu().contiguous() for key, value in injection.state_dict().items()}
+    storages = [value.untyped_storage().data_ptr() for value in injection.state_dict().values() if value.numel()]
+    if len(set(storages)) != len(storages):
+        raise PluginError(
+            f"{injection.method.name} registers a tensor twice: keep what surgeon.own returns, do not make it a child"
+        )
     text = json.dumps(_envelope(injection).model_dump(mode="json"), indent=2) + "\n"
     path.mkdir(parents=True, exist_ok=True)
     partial = path / f".{TENSORS}.{os.getpid()}"
@@ -154,7 +167,10 @@ def _options(cls: type[Method], envelope: Envelope) -> Any:
     options = envelope.config
     for version in range(envelope.config_version, cls.config_version):
         options = cls.migrate(dict(options), version)
-    return validate_json(cls.Config, json.dumps(options))
+    try:
+        return validate_json(cls.Config, json.dumps(options))
+    except ConfigError as error:
+        raise CheckpointError(f"the adapter's options are wrong: {error}") from None
 
 
 def _check_host(envelope: Envelope, selections: Mapping[str, Sequence[Site]]) -> None:

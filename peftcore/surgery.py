@@ -141,7 +141,7 @@ class Surgeon:
         if isinstance(built, Operator) and site.form == "weight" and not is_mergeable(built):
             raise UnsupportedSite(
                 f"{self.method.name} acts on what a module computes, but {site.path} is a tensor that is read, "
-                "not called; target the module that uses it"
+                "not called; target what uses it, such as the role attn.output"
             )
         if isinstance(built, WeightOperator):
             site = replace(site, form="weight")
@@ -273,7 +273,9 @@ def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
         taken = child in holder.__dict__ or child in holder._parameters or child in dir(type(holder))
         if child not in holder._modules and taken:
             raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
-        inner = holder._modules.setdefault(child, Operators())
+        if child not in holder._modules:
+            holder._modules[child] = Operators().train(holder.training)
+        inner = holder._modules[child]
         if not isinstance(inner, Operators):
             raise UnsupportedHost(f"{type(holder).__name__} has a module {child!r} of its own")
         holder = inner

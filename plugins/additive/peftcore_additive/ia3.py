@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
 
 
 class Config(MethodConfig):
@@ -46,6 +47,11 @@ class IA3Operator(Operator):
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         self.on_input = scales_input(site, config)
+        if self.on_input and (self.layer.one_hot or getattr(site.module, "groups", 1) > 1):
+            raise UnsupportedSite(
+                f"{site.path}: the inputs of embeddings and of grouped convolutions are not scaled; leave it out of "
+                "scale_inputs"
+            )
         width = site.in_features if self.on_input else site.out_features
         self.gain = nn.Parameter(torch.ones(*site.batch, width))
 

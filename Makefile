@@ -1,0 +1,44 @@
+# make demo    adapt a real encoder to real tweets with every method, and compare them
+# make test    linters, types, tests
+# Both create .venv when it is missing and install into it again when the requirements have changed.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+REQUIREMENTS := requirements-dev.txt requirements-demo.txt pyproject.toml $(wildcard plugins/*/pyproject.toml)
+
+# Models and data come from packages; nothing is fetched while the project runs.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test test-all lint clean
+.DEFAULT_GOAL := test
+
+demo: $(INSTALLED)
+	$(BIN)/peftcore compare --demo
+
+# Two workers with one thread each are faster on two cores than one worker with two.
+test: export OMP_NUM_THREADS := 1
+test: export MKL_NUM_THREADS := 1
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# The whole matrix of methods and hosts, of which `make test` runs a covering part.
+test-all: export PEFTCORE_TEST_ALL := 1
+test-all: test
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(INSTALLED): $(REQUIREMENTS)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing into $(VENV); the first time takes a minute or more and about 2 GB."
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-demo.txt
+	@touch $@
+
+clean:
+	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,20 @@
+"""What holds for every test of the core and of the plugins: no network, one thread, known seeds."""
+
+import os
+import random
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, so it is set before any test module is
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeds() -> None:
+    """Each test starts from the same state of the global generators, in whatever order and process it runs."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

@@ -1,0 +1,15 @@
+"""Fails at import: the package below is installed nowhere."""
+
+from collections.abc import Mapping
+
+import a_dependency_that_was_never_declared  # noqa: F401
+
+from peftcore import hookimpl
+
+PEFTCORE_API = 1
+
+
+@hookimpl
+def peftcore_methods() -> Mapping[str, str]:
+    """Never reached."""
+    return {"never_seen": "peftcore_example_broken.never:Never"}

@@ -1,0 +1,230 @@
+"""The serial adapter: where it stands, how it starts, and its equation, written a second time as forward hooks on a
+copy of the host, in float64. (The adapters package, the other implementation, does not run beside the transformers
+versions that this project is for.)"""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import Replacement
+from peftcore.errors import NotMergeable, UnsupportedSite
+from peftcore.testing.hosts import HOSTS
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
+    "relu": lambda x: torch.where(x > 0, x, 0.0),
+    "silu": lambda x: x / (1 + torch.exp(-x)),
+    "tanh": lambda x: 1 - 2 / (1 + torch.exp(2 * x)),
+}
+
+# What the adapters follow, written down by hand: the last matrix of each sub-block, the whole mixture, the attention.
+PLACES = {
+    "llama": ["model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"],
+    "bert": ["bert.encoder.layer.{}.attention.output.dense", "bert.encoder.layer.{}.output.dense"],
+    "gpt2": ["transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_proj"],
+    "t5": [
+        "encoder.block.{}.layer.0.SelfAttention.o",
+        "encoder.block.{}.layer.1.DenseReluDense.wo",
+        "decoder.block.{}.layer.0.SelfAttention.o",
+        "decoder.block.{}.layer.1.EncDecAttention.o",
+        "decoder.block.{}.layer.2.DenseReluDense.wo",
+    ],
+    "moe": ["model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp"],
+    "encoder": ["encoder.layers.{}.self_attn", "encoder.layers.{}.linear2"],
+}
+
+NORMS = {
+    "llama": ["model.layers.{}.input_layernorm", "model.layers.{}.post_attention_layernorm"],
+    "bert": ["bert.encoder.layer.{}.attention.output.LayerNorm", "bert.encoder.layer.{}.output.LayerNorm"],
+    "gpt2": ["transformer.h.{}.ln_1", "transformer.h.{}.ln_2"],
+    "t5": [
+        "encoder.block.{}.layer.0.layer_norm",
+        "encoder.block.{}.layer.1.layer_norm",
+        "decoder.block.{}.layer.0.layer_norm",
+        "decoder.block.{}.layer.1.layer_norm",
+        "decoder.block.{}.layer.2.layer_norm",
+    ],
+    "moe": ["model.layers.{}.input_layernorm", "model.layers.{}.post_attention_layernorm"],
+    "encoder": ["encoder.layers.{}.norm1", "encoder.layers.{}.norm2"],
+}
+
+
+@pytest.fixture(autouse=True)
+def plain_attention() -> Iterator[None]:
+    """Without gradients torch's encoder takes a path of its own, with other roundings."""
+    torch.backends.mha.set_fastpath_enabled(False)
+    yield
+    torch.backends.mha.set_fastpath_enabled(True)
+
+
+def host(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    model, inputs = HOSTS[name].build()
+    if name == "moe":
+        model.set_experts_implementation("eager")  # grouped products of torch have no float64
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    return model.double().eval().requires_grad_(False), lambda each: HOSTS[name].output(each(**inputs))
+
+
+def fill(injection: peftcore.Injection, std: float = 0.1) -> None:
+    with torch.no_grad():
+        for parameter in injection.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=std)
+
+
+def bottleneck(tensors: dict[str, Tensor], activation: str) -> Callable[..., Any]:
+    """The equation as a hook: it rewrites the output, or the first entry of it."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        h = output[0] if isinstance(output, tuple) else output
+        inner = FUNCTIONS[activation](h @ tensors["down.weight"].T + tensors["down.bias"])
+        y = h + inner @ tensors["up.weight"].T + tensors["up.bias"]
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    return hook
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS)
+@pytest.mark.parametrize("name", PLACES)
+def test_equation_on_hosts(name: str, activation: str) -> None:
+    base, run = host(name)
+    model = deepcopy(base)
+    injection = peftcore.apply(
+        model, "houlsby_adapter", bottleneck=5, activation=activation, train_layer_norm=False, dtype="float64"
+    )
+    fill(injection)
+    operators = injection.operators
+    places = [place.format(layer) for layer in (0, 1) for place in PLACES[name]]
+    assert sorted(operators) == sorted(places)
+    before = run(base)
+    copies = {}
+    for place in places:
+        tensors = {key: p.detach().clone().requires_grad_() for key, p in operators[place].named_parameters()}
+        copies[place] = tensors
+        base.get_submodule(place).register_forward_hook(bottleneck(tensors, activation))
+    ours, expected = run(model), run(base)
+    assert (expected - before).abs().max() > 1e-3 * before.abs().max()
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    direction = torch.randn_like(ours)
+    for output in (ours, expected):
+        (output * direction).sum().backward()
+    for place, tensors in copies.items():
+        for key, p in operators[place].named_parameters():
+            assert tensors[key].grad.abs().max() > 0
+            torch.testing.assert_close(p.grad, tensors[key].grad, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_norms_of_the_blocks_train_along(name: str) -> None:
+    """2 (2 d r + r + d) a layer, and the norms of the blocks: not the one after the last block, nor that of the
+    embeddings."""
+    model, _ = host(name)
+    places = [place.format(layer) for layer in (0, 1) for place in NORMS[name]]
+    norms = {
+        f"{place}.{key}".removesuffix(".weight")
+        for place in places
+        for key, _ in model.get_submodule(place).named_parameters()
+    }
+    injection = peftcore.apply(model, "houlsby_adapter", bottleneck=5)
+    assert {path for path, operator in injection.operators.items() if isinstance(operator, Replacement)} == norms
+    adapters = len(injection.operators) - len(norms)
+    assert adapters == 2 * len(PLACES[name])
+    count = adapters * (2 * 16 * 5 + 5 + 16) + len(norms) * 16
+    assert sum(p.numel() for p in injection.parameters()) == count
+    assert peftcore.plan(host(name)[0], "houlsby_adapter", bottleneck=5).trainable == count
+    assert all(p.requires_grad for p in injection.parameters())
+
+
+def test_norms_are_those_of_the_paper_or_stay() -> None:
+    model, run = host("bert")
+    injection = peftcore.apply(model, "houlsby_adapter", train_layer_norm=False)
+    assert len(injection.operators) == 4
+    injection.remove()
+    injection = peftcore.apply(model, "houlsby_adapter")
+    run(model).sum().backward()
+    norm = injection.operators["bert.encoder.layer.0.output.LayerNorm"]
+    assert norm.value.grad.abs().max() > 0
+
+
+def test_start_is_a_normal_cut_at_two_deviations() -> None:
+    """The authors' 1e-3, cut: nothing beyond 2e-3, a deviation of 0.88 times the nominal one; biases zero."""
+    model, _ = HOSTS["llama"].build()
+    operators = peftcore.apply(model, "houlsby_adapter", bottleneck=512, train_layer_norm=False).operators.values()
+    for part in ("down", "up"):
+        weights = torch.cat([getattr(operator, part).weight.flatten() for operator in operators]).detach()
+        assert weights.abs().max() <= 2e-3
+        assert weights.abs().max() > 1.99e-3
+        assert abs(weights.std().item() / 0.8796e-3 - 1) < 0.02
+        assert abs(weights.mean().item()) < 2e-5
+        assert all(not getattr(operator, part).bias.any() for operator in operators)
+
+
+def test_start_is_near_the_identity_or_exactly_it() -> None:
+    model, run = host("llama")
+    before = run(model)
+    injection = peftcore.apply(model, "houlsby_adapter")
+    moved = (run(model) - before).abs().max() / before.abs().max()
+    assert 0 < moved < 1e-3
+    injection.remove()
+    peftcore.apply(model, "houlsby_adapter", up_init_std=0.0)
+    assert torch.equal(run(model), before)
+
+
+def test_a_mixture_is_adapted_as_a_whole() -> None:
+    """Once for each token after the experts were mixed, not once for each expert."""
+    model, run = host("moe")
+    injection = peftcore.apply(model, "houlsby_adapter", train_layer_norm=False)
+    operator = injection.operators["model.layers.0.mlp"]
+    seen: list[Tensor] = []
+    operator.down.weight.register_hook(lambda gradient: seen.append(gradient))
+    run(model).sum().backward()
+    assert len(seen) == 1
+    assert not any("expert" in path for path in injection.operators)
+
+
+def test_attention_weights_pass_untouched() -> None:
+    """torch's attention returns a pair: the output is adapted, the weights are not."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval().requires_grad_(False)
+    stack = nn.TransformerEncoder(model, 1, enable_nested_tensor=False)
+    attention = stack.layers[0].self_attn
+    x = torch.randn(2, 4, 8)
+    output, weights = attention(x, x, x)
+    injection = peftcore.apply(stack, "houlsby_adapter", train_layer_norm=False)
+    fill(injection)
+    adapted, still = attention(x, x, x)
+    assert torch.equal(still, weights)
+    assert (adapted - output).abs().max() > 0.01
+
+
+def test_stands_before_the_residual_and_the_norm() -> None:
+    """The residual stream itself is not adapted: what is added to it is a function of the sub-block alone."""
+    model, run = host("llama")
+    hidden: dict[str, Tensor] = {}
+    layer = model.model.layers[0]
+    injection = peftcore.apply(model, "houlsby_adapter", train_layer_norm=False, dtype="float64")
+    fill(injection)
+    layer.input_layernorm.register_forward_hook(lambda module, args, output: hidden.update(stream=args[0]))
+    layer.self_attn.o_proj.register_forward_hook(lambda module, args, output: hidden.update(attention=output))
+    layer.post_attention_layernorm.register_forward_hook(lambda module, args, output: hidden.update(after=args[0]))
+    run(model)
+    torch.testing.assert_close(hidden["after"], hidden["stream"] + hidden["attention"])
+
+
+def test_cannot_be_merged() -> None:
+    model, _ = host("llama")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    injection = peftcore.apply(model, "houlsby_adapter", train_layer_norm=False)
+    with pytest.raises(NotMergeable, match="houlsby_adapter"):
+        injection.merge()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+
+
+def test_channels_first_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(UnsupportedSite, match="last dimension"):
+        peftcore.apply(model, "houlsby_adapter", target="0")
+    assert type(model[0]) is nn.Conv2d

@@ -1,0 +1,80 @@
+"""Reading, splitting and batching: pure functions of file and seed."""
+
+import random
+
+import pytest
+
+from peftcore.cli import demo
+from peftcore.cli.data import Example, arrange, draw, make_task, read_rows, split
+
+
+def examples(count: int) -> list[Example]:
+    return [Example(f"text {index}", "ab"[index % 2]) for index in range(count)]
+
+
+def test_csv_with_quotes_line_breaks_and_byte_order_mark(tmp_path):
+    path = tmp_path / "texts.csv"
+    path.write_bytes('\ufefftext,label\n"one, ""two""\nthree\u2028four",x\n'.encode())
+    assert read_rows(path) == [{"text": 'one, "two"\nthree\u2028four', "label": "x"}]
+
+
+def test_jsonl_with_line_separators_inside_a_string(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one\u2028two", "label": 3}\n\n', encoding="utf-8")
+    assert read_rows(path) == [{"text": "one\u2028two", "label": 3}]
+
+
+def test_splits_are_disjoint_complete_and_always_the_same():
+    pieces = split(examples(100), [20, 10])
+    assert [len(piece) for piece in pieces] == [20, 10, 70]
+    assert sorted(example for piece in pieces for example in piece) == sorted(examples(100))
+    assert pieces == split(examples(100), [20, 10])
+
+
+def test_integers_are_ordered_by_value_and_before_words():
+    train = [Example("t", label) for label in ("10", "9", "-1", "b", "a")] * 3
+    assert make_task("here", train, train).labels == ("-1", "9", "10", "a", "b")
+
+
+def test_majority_is_decided_on_the_training_texts():
+    train = [Example("t", label) for label in "aaab"]
+    assert make_task("here", train, [Example("t", label) for label in "abbb"]).majority == 0.25
+
+
+@pytest.mark.parametrize("count", [5, 10, 25])
+def test_draw_repeats_nothing_before_all_have_been_drawn(count):
+    drawn = draw(examples(10), count, seed=1)
+    assert len(drawn) == count
+    for start in range(0, count, 10):
+        assert len(set(drawn[start : start + 10])) == len(drawn[start : start + 10])
+    assert drawn == draw(examples(10), count, seed=1) != draw(examples(10), count, seed=2)
+
+
+def test_arranged_batches_hold_the_same_texts_with_less_padding():
+    lengths = random.Random(0).choices(range(1, 41), k=640)
+    rows = [{"input_ids": [0] * length, "labels": index} for index, length in enumerate(lengths)]
+
+    def padded(laid_out):
+        batches = [laid_out[i : i + 32] for i in range(0, len(laid_out), 32)]
+        return sum(len(batch) * max(len(row["input_ids"]) for row in batch) for batch in batches)
+
+    laid_out = arrange(rows, 32, seed=0)
+    assert sorted(row["labels"] for row in laid_out) == list(range(640))
+    assert padded(laid_out) < 0.7 * padded(rows)
+    longest = [max(len(row["input_ids"]) for row in laid_out[i : i + 32]) for i in range(0, 320, 32)]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True)), "lengths must not grow or shrink over time"
+
+
+def test_the_demo_holds_out_no_tweet_that_it_trains_on():
+    held_out, tuning = demo.tweets(), demo.tweets(tuning=True)
+    assert held_out.labels == ("negative", "neutral", "positive")
+    assert held_out.train == tuning.train
+    pools = [{example.text for example in pool} for pool in (held_out.train, held_out.held_out, tuning.held_out)]
+    assert [len(pool) for pool in pools[1:]] == [1000, 1000]
+    assert not pools[0] & pools[1] and not pools[0] & pools[2] and not pools[1] & pools[2]
+
+
+def test_cleaning_drops_links_repetitions_and_contradictions():
+    raw = ["so happy http://t.co/x", "RT @you: So happy!", "at last_\x99\x85", "no", "No."]
+    kept = demo.clean(Example(text, label) for text, label in zip(raw, "ppnpn", strict=True))
+    assert kept == [Example("so happy", "p"), Example("at last", "n")]

@@ -1,0 +1,286 @@
+"""Any storage reads as one logical layout and is written back to the bit; a layer's linear map is the module's own."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from core_toys import Swap, stir
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import UnsupportedSite
+from peftcore.plugins import layer_of
+from peftcore.weights import bias_name, dense_layer, put, take
+
+
+def gpt_conv1d() -> nn.Module:
+    utils = pytest.importorskip("transformers.pytorch_utils")
+    return utils.Conv1D(6, 4)
+
+
+class Stacked(nn.Module):
+    """Three matrices in one parameter."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = transposed
+        self.up_proj = nn.Parameter(torch.randn(3, 4, 6) if transposed else torch.randn(3, 6, 4))
+
+
+CALLED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "Linear": (lambda: nn.Linear(4, 6), lambda: torch.randn(2, 3, 4)),
+    "Linear without bias": (lambda: nn.Linear(4, 6, bias=False), lambda: torch.randn(4)),
+    "GPT-2's Conv1D": (gpt_conv1d, lambda: torch.randn(2, 3, 4)),
+    "Embedding": (lambda: nn.Embedding(11, 6), lambda: torch.tensor([[0, 3, 10], [1, 1, 2]])),
+    "Embedding with padding": (
+        lambda: nn.Embedding(11, 6, padding_idx=3),
+        lambda: torch.tensor([[0, 3, 10], [1, 1, 2]]),
+    ),
+    "Conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), lambda: torch.randn(2, 4, 9)),
+    "Conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2), dilation=2), lambda: torch.randn(2, 4, 9, 8)),
+    "Conv2d, same": (lambda: nn.Conv2d(4, 6, 3, padding="same"), lambda: torch.randn(2, 4, 5, 5)),
+    "Conv2d, pointwise, no bias": (lambda: nn.Conv2d(4, 6, 1, bias=False), lambda: torch.randn(2, 4, 5, 5)),
+    "Conv2d without a batch": (lambda: nn.Conv2d(4, 6, 3), lambda: torch.randn(4, 5, 5)),
+    "Conv3d": (lambda: nn.Conv3d(2, 6, 2, padding=1), lambda: torch.randn(2, 2, 3, 4, 5)),
+}
+READ: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
+    "grouped Conv2d": (lambda: nn.Conv2d(4, 6, 3, groups=2), "weight", (6, 2, 3, 3)),
+    "depthwise Conv1d": (lambda: nn.Conv1d(4, 8, 3, groups=4), "weight", (8, 1, 3)),
+    "reflecting Conv2d": (lambda: nn.Conv2d(4, 6, 3, padding_mode="reflect"), "weight", (6, 4, 3, 3)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 6, 3), "weight", (6, 4, 3)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 6, (3, 2)), "weight", (6, 4, 3, 2)),
+    "grouped ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), "weight", (6, 2, 3, 3)),
+    "LayerNorm": (lambda: nn.LayerNorm(6), "weight", (6,)),
+    "bias": (lambda: nn.Linear(4, 6), "bias", (6,)),
+    "packed projection": (lambda: nn.MultiheadAttention(4, 2), "in_proj_weight", (12, 4)),
+    "tensor of a child": (lambda: nn.MultiheadAttention(4, 2), "out_proj.weight", (4, 4)),
+    "experts": (lambda: Stacked(False), "up_proj", (3, 6, 4)),
+    "transposed experts": (lambda: Stacked(True), "up_proj", (3, 6, 4)),
+    "Embedding with max_norm": (lambda: nn.Embedding(11, 6, max_norm=1.0), "weight", (6, 11)),
+}
+EVERY = [*((name, make, "weight") for name, (make, _) in CALLED.items()), *((n, m, t) for n, (m, t, _) in READ.items())]
+
+
+@pytest.mark.parametrize(("name", "make", "tensor"), EVERY, ids=lambda value: value if isinstance(value, str) else "")
+def test_logical_layout_round_trips(name: str, make: Callable[[], nn.Module], tensor: str) -> None:
+    module = make()
+    layer = dense_layer(module, tensor)
+    stored = layer.read(module, tensor)
+    assert stored is not None
+    logical = layer.logical(stored)
+    assert torch.equal(layer.stored(logical), stored)
+    assert logical.shape == layer.shape(module, tensor)
+    assert logical.numel() == stored.numel()
+    replaced = torch.randn_like(logical)
+    layer.write(module, tensor, layer.stored(replaced))
+    assert torch.equal(layer.logical(layer.read(module, tensor)), replaced)
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_linear_map_of_the_layer_is_the_modules_forward_without_bias(name: str) -> None:
+    make, inputs = CALLED[name]
+    module, x = make(), inputs()
+    layer = layer_of(module, "weight")
+    assert layer.called
+    expected = module(x)
+    bias = getattr(module, "bias", None)
+    if bias is not None:
+        expected = expected - layer.along_channels(bias, expected)
+    actual = layer.apply(x, layer.logical(module.weight))
+    assert torch.allclose(actual, expected, atol=1e-6) and actual.shape == expected.shape
+
+
+@pytest.mark.parametrize("name", CALLED)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_two_factors_are_the_linear_map_of_their_product(name: str, rank: int) -> None:
+    """What low-rank adapters rely on: apply(A), then add with B, equals apply(B A)."""
+    make, inputs = CALLED[name]
+    module, x = make(), inputs()
+    layer = layer_of(module, "weight")
+    weight = layer.logical(module.weight.detach())
+    A, B = torch.randn(rank, *weight.shape[1:]), torch.randn(weight.shape[0], rank)
+    y = module(x)
+    product = (B @ A.flatten(1)).view(weight.shape)
+    expected = y + 0.5 * layer.apply(x, product)
+    assert torch.allclose(layer.add(y, layer.apply(x, A), B, 0.5), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_rows_of_the_weight_are_channels_of_the_output(name: str) -> None:
+    make, inputs = CALLED[name]
+    module, x = make(), inputs()
+    layer = layer_of(module, "weight")
+    weight = layer.logical(module.weight.detach())
+    whole = layer.apply(x, weight)
+    part = layer.apply(x, take(weight, ((1, 3),), 0))
+    assert torch.allclose(take(whole, ((1, 3),), layer.channel_dim), part, atol=1e-6)
+    scale = torch.arange(1.0, weight.shape[0] + 1)
+    scaled = layer.apply(x, weight * scale.view(-1, *[1] * (weight.dim() - 1)))
+    assert torch.allclose(whole * layer.along_channels(scale, whole), scaled, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_is_only_read_has_a_layout_and_no_linear_map(name: str) -> None:
+    make, tensor, shape = READ[name]
+    module = make()
+    layer = dense_layer(module, tensor)
+    assert not (layer.called and tensor == "weight")
+    assert tuple(layer.shape(module, tensor)) == shape
+    assert layer.batch_dims == (1 if "experts" in name else 0)
+
+
+def test_layer_without_a_linear_map_says_so() -> None:
+    layer = dense_layer(nn.LayerNorm(4), "weight")
+    with pytest.raises(UnsupportedSite):
+        layer.apply(torch.randn(2, 4), torch.randn(4))
+    with pytest.raises(UnsupportedSite):
+        layer.add(torch.randn(2, 4), torch.randn(2, 1), torch.randn(4, 1), 1.0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_logical_weight_of_a_transposed_convolution_maps_inputs_to_outputs(groups: int) -> None:
+    """One input pixel in, its kernel out: entry [o, i] of the logical weight at the kernel position."""
+    module = nn.ConvTranspose2d(4, 6, 1, groups=groups, bias=False)
+    layer = dense_layer(module, "weight")
+    logical = layer.logical(module.weight)[..., 0, 0]  # [out, in / groups]
+    dense = torch.block_diag(*logical.chunk(groups, 0))
+    x = torch.randn(2, 4, 1, 1)
+    assert torch.allclose(module(x)[..., 0, 0], x[..., 0, 0] @ dense.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_embedding_with_a_forward_of_its_own_is_not_called_through(scaled: bool) -> None:
+    class Scaled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 3
+
+    module = Scaled(5, 4) if scaled else nn.Embedding(5, 4)
+    assert dense_layer(module, "weight").called is not scaled
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d"])
+def test_subclass_with_a_forward_of_its_own_is_not_called_through(kind: str) -> None:
+    """`called` says that the module computes its linear map plus bias and no more; subclasses may differ."""
+
+    class Halved(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) / 2
+
+    class Standardized(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return nn.functional.conv2d(input, weight, self.bias)
+
+    module, x = (
+        (Halved(4, 6), torch.randn(2, 4)) if kind == "Linear" else (Standardized(4, 6, 3), torch.randn(2, 4, 5, 5))
+    )
+    host = nn.ModuleDict({"inner": module})
+    injection = peftcore.apply(host, "lora", target="inner")
+    stir(injection, 0.5)
+    acting = module(x)
+    injection.merge()
+    assert torch.allclose(module(x), acting, atol=1e-5)
+
+
+def test_class_is_found_below_grafts_and_parametrizations() -> None:
+    module = nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))
+    assert dense_layer(module, "weight").called
+    table = nn.utils.parametrizations.weight_norm(nn.Embedding(5, 4))
+    assert dense_layer(table, "weight").called
+    host = nn.ModuleDict({"inner": nn.Embedding(5, 4)})
+    peftcore.apply(host, Swap, target="inner")
+    assert dense_layer(host["inner"], "weight").called
+
+
+def test_missing_slots_read_as_none() -> None:
+    module = nn.Linear(4, 6, bias=False)
+    assert dense_layer(module, "bias").read(module, "bias") is None
+    assert dense_layer(module, "nothing").read(module, "nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("tensor", "bias"),
+    [
+        ("weight", "bias"),
+        ("in_proj_weight", "in_proj_bias"),
+        ("out_proj.weight", "out_proj.bias"),
+        ("gate_up_proj", "gate_up_proj_bias"),
+    ],
+)
+def test_bias_that_belongs_to_a_weight(tensor: str, bias: str) -> None:
+    assert bias_name(tensor) == bias
+
+
+def test_layers_are_plain_data() -> None:
+    layer = layer_of(nn.Conv2d(4, 6, 3, stride=2), "weight")
+    assert copy.deepcopy(layer) == layer and hash(layer) == hash(copy.deepcopy(layer))
+    assert layer != layer_of(nn.Conv2d(4, 6, 3), "weight")
+
+
+# rows
+
+
+@st.composite
+def cut(draw: st.DrawFn) -> tuple[Tensor, tuple[tuple[int, int], ...], int]:
+    """A tensor, half-open ranges in order of one of its dimensions, and that dimension."""
+    shape = draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))
+    dim = draw(st.integers(-len(shape), len(shape) - 1))
+    edges = (
+        draw(st.lists(st.integers(0, shape[dim]), min_size=2, max_size=6, unique=True).map(sorted))
+        if shape[dim]
+        else [0, 1]
+    )
+    edges = edges[: len(edges) // 2 * 2]
+    ranges = tuple(zip(edges[::2], edges[1::2], strict=True))
+    return torch.randn(shape), ranges, dim
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut())
+def test_put_then_take_gives_the_part(case: Any) -> None:
+    tensor, ranges, dim = case
+    part = torch.randn_like(take(tensor, ranges, dim))
+    assert part.shape[dim] == sum(stop - start for start, stop in ranges)
+    changed = put(tensor, part, ranges, dim)
+    assert changed.shape == tensor.shape
+    assert torch.equal(take(changed, ranges, dim), part)
+    inside = torch.zeros(tensor.shape[dim], dtype=torch.bool)
+    for start, stop in ranges:
+        inside[start:stop] = True
+    rest = (~inside).nonzero().flatten()
+    assert torch.equal(changed.index_select(dim, rest), tensor.index_select(dim, rest))
+
+
+@settings(max_examples=60, deadline=None)
+@given(cut())
+def test_take_then_put_changes_nothing(case: Any) -> None:
+    tensor, ranges, dim = case
+    kept = tensor.clone()
+    assert torch.equal(put(tensor, take(tensor, ranges, dim), ranges, dim), tensor)
+    assert torch.equal(tensor, kept)
+
+
+@settings(max_examples=30, deadline=None)
+@given(cut())
+def test_take_is_the_rows_in_order(case: Any) -> None:
+    tensor, ranges, dim = case
+    rows = [index for start, stop in ranges for index in range(start, stop)]
+    assert torch.equal(take(tensor, ranges, dim), tensor.index_select(dim, torch.tensor(rows)))
+
+
+def test_no_ranges_are_the_whole() -> None:
+    tensor, part = torch.randn(3, 4), torch.randn(3, 4)
+    assert take(tensor, None, 0) is tensor and put(tensor, part, None, 0) is part
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([1, 2, 3]), st.integers(1, 3), st.integers(1, 3), st.integers(1, 3))
+def test_grouped_transposed_convolutions_round_trip(groups: int, outputs: int, inputs: int, kernel: int) -> None:
+    module = nn.ConvTranspose1d(inputs * groups, outputs * groups, kernel, groups=groups)
+    layer = dense_layer(module, "weight")
+    assert tuple(layer.shape(module, "weight")) == (outputs * groups, inputs, kernel)
+    assert torch.equal(layer.stored(layer.logical(module.weight)), module.weight)

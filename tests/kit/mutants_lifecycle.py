@@ -1,0 +1,203 @@
+"""For each check of an injection's life a method that fails it, and it only."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from mutant_base import Entry, Small, graft_all, mutant
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import Injection, Method, MethodConfig, Site
+from peftcore.calls import Activation, HostState
+from peftcore.graft import slot_of
+from peftcore.injection import Summary
+from peftcore.surgery import Surgeon
+from peftcore.weights import Linear
+
+
+def sabotaged(name: str, **calls: Callable[..., Any]) -> type[Method]:
+    """A method that puts functions of its own in the place of its injections' methods."""
+
+    def trainable(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
+        Method.trainable(self, model, config, injection)
+        for call, function in calls.items():
+            injection.__dict__[call] = functools.partial(function, injection)
+
+    return mutant(name, trainable=trainable)
+
+
+@contextmanager
+def off_afterwards(injection: Injection) -> Iterator[None]:
+    merged = injection.merged
+    with Injection.disabled(injection):
+        yield
+    if not merged:
+        injection.state.choose(())
+
+
+@contextmanager
+def off_after_errors(injection: Injection) -> Iterator[None]:
+    merged = injection.merged
+    try:
+        with Injection.disabled(injection):
+            yield
+    except KeyError:
+        if not merged:
+            injection.state.choose(())
+        raise
+
+
+@contextmanager
+def unmerged_after_errors(injection: Injection) -> Iterator[None]:
+    try:
+        with Injection.disabled(injection):
+            yield
+    except KeyError:
+        injection.unmerge()
+        raise
+
+
+class RemembersTheFirst(HostState):
+    """Having gone from A to B, the way back to A is lost."""
+
+    def choose(self, active: Iterable[str]) -> None:
+        wanted = tuple(active)
+        past = self.__dict__.setdefault("past", [])
+        if len(wanted) == 1 and past[-2:-1] == [wanted] and len(past[-1]) == 1 and past[-1] != wanted:
+            return
+        past.append(wanted)
+        super().choose(wanted)
+
+
+def with_memory(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
+    Method.trainable(self, model, config, injection)
+    injection.state.__class__ = RemembersTheFirst
+
+
+def ignores_exclude_of_the_second(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
+    sites = surgeon.sites()
+    if surgeon.wishes.exclude and peftcore.injections(model):
+        sites = surgeon.resolver.sites(surgeon.wishes.target or self.target)[0]
+    for site in sites:
+        surgeon.graft(site, Small, config)
+
+
+class DoublesOnOthers(Small):
+    """Twice the update where the inner layer is an operator of another method."""
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        inner = getattr(call, "func", None)
+        foreign = isinstance(inner, nn.Module) and not isinstance(inner, Small)
+        return super().forward(call, x) + (x @ self.A.T @ self.B.T if foreign else 0.0)
+
+
+def thaws_the_host(injection: Injection) -> Activation:
+    activation = Injection.enabled(injection)
+    next(injection.model.parameters()).requires_grad_(True)
+    return activation
+
+
+def trains_all_operators(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
+    for name, parameter in model.named_parameters():
+        if ".peft." in f".{name}":
+            parameter.requires_grad_(True)
+
+
+def on_another_device(injection: Injection) -> Summary:
+    return replace(Injection.summary(injection), devices=("cuda:7",))
+
+
+def nothing_broken(injection: Injection) -> Iterator[str]:
+    yield from ()
+
+
+class Forgetful(dict[str, Injection]):
+    """Does not know that "mine" is taken."""
+
+    def __contains__(self, name: object) -> bool:
+        return name != "mine" and super().__contains__(name)
+
+
+def with_forgetful_host(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
+    Method.trainable(self, model, config, injection)
+    injection.state.injections = Forgetful(injection.state.injections)
+
+
+class Inert(Small):
+    """A parameter that does nothing."""
+
+    def __init__(self, site: Site, config: MethodConfig) -> None:
+        nn.Module.__init__(self)
+        self.layer = site.layer
+        self.nothing = nn.Parameter(torch.zeros(1))
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return call(x)
+
+
+def walks_over_the_host(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
+    graft_all(self, model, config, surgeon)
+    others = list(peftcore.injections(model).values())
+    if len(others) != 1 or any(
+        bool(parameter.any()) for name, parameter in model.named_parameters() if name.endswith(".B")
+    ):
+        return
+    for path, operator in model.named_modules():
+        if isinstance(operator, Small):
+            surgeon.graft(Site(operator, path, "A", Linear(called=True), form="activation"), Inert, config)
+
+
+def evaluates_the_host(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
+    Method.trainable(self, model, config, injection)
+    model.eval()
+
+
+KEPT: weakref.WeakKeyDictionary[nn.Module, Tensor] = weakref.WeakKeyDictionary()
+
+
+class StartsWhereTheLastEnded(Small):
+    """Keeps its factor in a global cache, by module."""
+
+    def __init__(self, site: Site, config: MethodConfig) -> None:
+        super().__init__(site, config)
+        if site.meta or slot_of(site.module) is not None:
+            return
+        self.A.data = KEPT.setdefault(site.module, self.A.data)
+
+
+def switches_others_off(injection: Injection) -> None:
+    first = next(iter(injection.state.injections)) == injection.name
+    Injection.remove(injection)
+    if first and len(injection.state.injections) == 2:
+        injection.state.choose(())
+
+
+def enabled_when_gone(injection: Injection) -> Activation:
+    return Activation(injection.state, (*injection.state.current(), injection.name))
+
+
+MUTANTS: dict[str, Entry] = {
+    "disabling_restores_the_base": (sabotaged("off_afterwards", disabled=off_afterwards), "mlp"),
+    "leaving_disabled_restores_the_state_before": (sabotaged("off_after_errors", disabled=off_after_errors), "mlp"),
+    "disabling_works_while_merged": (sabotaged("unmerged_after_errors", disabled=unmerged_after_errors), "mlp"),
+    "switching_back_reproduces_the_first": (mutant("remembers_the_first", trainable=with_memory), "mlp"),
+    "an_injection_acts_only_where_it_lives": (mutant("ignores_exclude", inject=ignores_exclude_of_the_second), "mlp"),
+    "several_active_act_as_merged_in_order": (mutant("doubles_on_others", DoublesOnOthers), "mlp"),
+    "requires_grad_follows_trainable": (sabotaged("thaws_the_host", enabled=thaws_the_host), "mlp"),
+    "others_leave_requires_grad_alone": (mutant("trains_all_operators", trainable=trains_all_operators), "mlp"),
+    "the_summary_is_true": (sabotaged("on_another_device", summary=on_another_device), "mlp"),
+    "irregular_states_are_flagged": (sabotaged("nothing_broken", _broken=nothing_broken), "mlp"),
+    "impossible_names_are_refused": (mutant("forgetful", trainable=with_forgetful_host), "mlp"),
+    "operators_are_no_targets": (mutant("walks_over_the_host", inject=walks_over_the_host), "mlp"),
+    "removing_leaves_no_trace": (mutant("evaluates_the_host", trainable=evaluates_the_host), "mlp"),
+    "a_name_can_be_used_again": (mutant("starts_where_the_last_ended", StartsWhereTheLastEnded), "mlp"),
+    "injections_leave_in_any_order": (sabotaged("switches_others_off", remove=switches_others_off), "mlp"),
+    "removed_injections_are_refused": (sabotaged("enabled_when_gone", enabled=enabled_when_gone), "mlp"),
+}

@@ -1,0 +1,60 @@
+"""Every check can fail: for each there is a mutant that fails it and passes all others."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mutant_base import Entry, good
+
+from peftcore.testing import CHECKS, HOSTS, Case, Check, CheckFailed, NotApplicable
+
+MUTANTS: dict[str, Entry] = {}
+for _path in sorted(Path(__file__).parent.glob("mutants_*.py")):
+    MUTANTS |= importlib.import_module(_path.stem).MUTANTS
+
+
+def _case(name: str) -> Case:
+    method, host, *kind = MUTANTS[name]
+    return (kind[0] if kind else Case)(method, HOSTS[host])
+
+
+def _holds(check: Check, case: Case) -> bool:
+    try:
+        check(case)
+    except CheckFailed:
+        return False
+    except NotApplicable:
+        pass
+    return True
+
+
+def _wanted(check: Check, case: Case) -> bool:
+    return check.when(case.tags) and (check.hosts is None or case.host.name in check.hosts)
+
+
+def test_there_are_forty_checks_and_a_mutant_for_each() -> None:
+    names = [check.name for check in CHECKS]
+    assert len(names) == len(set(names)) >= 40
+    assert sorted(names) == sorted(MUTANTS)
+
+
+@pytest.mark.parametrize("host", ["mlp", "encoder"])
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_the_method_that_mutants_start_from_is_good(check: Check, host: str) -> None:
+    case = Case(good, HOSTS[host])
+    if _wanted(check, case):
+        assert _holds(check, case)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
+def test_the_mutant_fails_its_check_and_no_other(check: Check) -> None:
+    case = _case(check.name)
+    assert _wanted(check, case), "the mutant's tags or host do not call for the check"
+    with pytest.raises(CheckFailed) as failure:
+        check(case)
+    assert check.promise in str(failure.value) and case.method.name in str(failure.value)
+    others = [other for other in CHECKS if other.name != check.name and _wanted(other, case)]
+    assert [other.name for other in others if not _holds(other, replace(case))] == []

@@ -1,0 +1,268 @@
+"""The packages as users get them: built as wheels and installed into empty environments.
+
+Of what is installed where the tests run, an environment sees only what the wheels' own metadata asks for, as links.
+That takes no network and a second instead of minutes, and a dependency that nobody declared is missing there as it is
+for a user.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import Distribution, PathDistribution, distribution
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[2]
+METHODS = {
+    "additive": {"houlsby_adapter", "ia3"},
+    "reparameterized": {"dora", "lora"},
+    "selective": {"bitfit", "linear_probe", "ln_tuning"},
+}
+EXAMPLES = [ROOT / "examples" / "third-party-plugin", ROOT / "examples" / "broken-plugin"]
+
+# Wheels are built once in a session, so all tests that use them belong to one worker.
+pytestmark = pytest.mark.xdist_group("packaging")
+
+
+# ---------------------------------------------------------------- wheels and environments
+
+
+def describe(wheel: Path) -> Distribution:
+    """The metadata inside a wheel."""
+    name, version = wheel.name.split("-")[:2]
+    return PathDistribution(zipfile.Path(wheel, f"{name}-{version}.dist-info/"))
+
+
+def contents(wheel: Path) -> list[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return archive.namelist()
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every package of the repository as a wheel, by the name of its import."""
+    folder = tmp_path_factory.mktemp("wheels")
+    sources = [ROOT, *(ROOT / "plugins" / category for category in METHODS), *EXAMPLES]
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, *sources]
+    checked([sys.executable, "-m", "pip", *build])
+    return {wheel.name.split("-")[0]: wheel for wheel in folder.glob("*.whl")}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment without pip and without anything of ours."""
+
+    folder: Path
+
+    @property
+    def python(self) -> Path:
+        return self.folder / "bin" / "python"
+
+    def install(self, *wheels: Path) -> None:
+        """Install with dependencies checked, but nothing fetched: what the metadata asks for must be there."""
+        checked([sys.executable, "-m", "pip", "--python", self.python, "install", "--quiet", "--no-index", *wheels])
+
+    def ask(self, script: str) -> dict[str, object]:
+        """Run a script that prints one JSON object."""
+        answer: dict[str, object] = json.loads(checked([self.python, "-c", script], cwd=self.folder))
+        return answer
+
+
+def checked(command: Iterable[object], cwd: Path | None = None) -> str:
+    """The output of a command that must succeed, run without what would let the outer environment in."""
+    leaks = ("PYTHON", "PEFTCORE", "PIP_FIND", "COV_", "PYTEST")
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(leaks)}
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture
+def environment(tmp_path: Path, wheels: dict[str, Path]) -> Callable[..., Environment]:
+    """Makes an environment with what the core requires, and `extra` requirements with theirs."""
+
+    def make(*extra: str) -> Environment:
+        made = Environment(tmp_path / "venv")
+        checked([sys.executable, "-m", "venv", "--without-pip", made.folder])
+        [site_packages] = made.folder.glob("lib/python*/site-packages")
+        for installed in closure([*plain_requirements(describe(wheels["peftcore"])), *extra]):
+            link(installed, site_packages)
+        return made
+
+    return make
+
+
+def plain_requirements(package: Distribution) -> list[str]:
+    """What a package requires without any of its extras."""
+    return [text for text in package.requires or [] if "extra ==" not in text]
+
+
+def closure(requirements: Iterable[str]) -> Iterator[Distribution]:
+    """The installed distributions that the requirements ask for, and those that these ask for."""
+    queue, seen = [Requirement(text) for text in requirements], set()
+    while queue:
+        wanted = queue.pop()
+        for extra in ("", *wanted.extras):
+            if (wanted.name, extra) in seen:
+                continue
+            seen.add((wanted.name, extra))
+            installed = distribution(wanted.name)
+            asked = (Requirement(text) for text in installed.requires or [])
+            queue += [each for each in asked if each.marker is None or each.marker.evaluate({"extra": extra})]
+            yield installed
+
+
+def link(installed: Distribution, site_packages: Path) -> None:
+    """Links to the modules, packages and metadata of a distribution."""
+    for top in {file.parts[0] for file in installed.files or []} - {"..", "__pycache__"}:
+        if not (site_packages / top).exists():
+            (site_packages / top).symlink_to(Path(str(installed.locate_file(top))))
+
+
+# ---------------------------------------------------------------- what the wheels say and hold
+
+
+def test_core_requires_four_packages_and_nothing_else(wheels: dict[str, Path]) -> None:
+    core = describe(wheels["peftcore"])
+    assert sorted(plain_requirements(core)) == ["pluggy>=1.5", "pydantic>=2.7", "safetensors[torch]>=0.4", "torch>=2.6"]
+    assert set(core.metadata.get_all("Provides-Extra") or []) == {"cli", "test"}
+    assert [(point.group, point.name) for point in core.entry_points] == [("console_scripts", "peftcore")]
+
+
+def test_core_wheel_holds_the_package_its_typing_marker_and_the_licence(wheels: dict[str, Path]) -> None:
+    names = contents(wheels["peftcore"])
+    assert {name.split("/")[0] for name in names} == {"peftcore", "peftcore-0.1.0.dist-info"}
+    assert {"peftcore/py.typed", "peftcore/testing/__init__.py"} <= set(names)
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+@pytest.mark.parametrize("category", METHODS)
+def test_plugin_wheel_requires_the_core_and_has_one_entry_point(wheels: dict[str, Path], category: str) -> None:
+    wheel = wheels[f"peftcore_{category}"]
+    plugin = describe(wheel)
+    assert plain_requirements(plugin) == ["peftcore>=0.1"]
+    points = [(point.group, point.name, point.value) for point in plugin.entry_points]
+    assert points == [("peftcore", category, f"peftcore_{category}")]
+    assert {name.split("/")[0] for name in contents(wheel)} == {
+        f"peftcore_{category}",
+        f"peftcore_{category}-0.1.0.dist-info",
+    }
+
+
+# ---------------------------------------------------------------- what they do once installed
+
+LIST = """
+import json, warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import peftcore
+    names = sorted(info.name for info in peftcore.methods())
+print(json.dumps({"methods": names, "warnings": [str(warning.message) for warning in caught]}))
+"""
+
+TRAIN = """
+import copy, json, peftcore, torch
+from torch import nn
+
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+        self.classifier = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.classifier(self.encoder(x).mean(1))
+
+def trained(name):
+    torch.manual_seed(0)
+    model, x, y = Classifier(), torch.randn(12, 5, 16), torch.arange(12) % 3
+    base = copy.deepcopy(model)
+    injection = peftcore.apply(model, name)
+    optimizer = torch.optim.SGD(injection.parameters(), lr=0.5)
+    losses = []
+    for _ in range(4):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    kept = all(torch.equal(value, model.state_dict()[key]) for key, value in base.state_dict().items())
+    injection.save(name)
+    peftcore.load(base, name)
+    return {"lower": losses[-1] < losses[0], "base kept": kept, "loads": torch.equal(base(x), model(x))}
+
+print(json.dumps({info.name: trained(info.name) for info in peftcore.methods()}))
+"""
+
+TRAINED = {"lower": True, "base kept": True, "loads": True}
+
+
+def test_environment_holds_only_what_is_asked_for(environment: Callable[..., Environment]) -> None:
+    script = """
+import importlib.util, json
+names = ["torch", "pydantic", "transformers", "peft", "peftcore", "peftcore_additive"]
+print(json.dumps({name: importlib.util.find_spec(name) is not None for name in names}))
+"""
+    assert environment().ask(script) == {
+        "torch": True,
+        "pydantic": True,
+        "transformers": False,
+        "peft": False,
+        "peftcore": False,
+        "peftcore_additive": False,
+    }
+
+
+def test_core_alone_lists_no_method(wheels: dict[str, Path], environment: Callable[..., Environment]) -> None:
+    made = environment()
+    made.install(wheels["peftcore"])
+    assert made.ask(LIST) == {"methods": [], "warnings": []}
+
+
+@pytest.mark.parametrize("category", METHODS)
+def test_plugin_alone_lists_and_trains_its_methods(
+    wheels: dict[str, Path], environment: Callable[..., Environment], category: str
+) -> None:
+    made = environment()
+    made.install(wheels["peftcore"], wheels[f"peftcore_{category}"])
+    assert made.ask(LIST) == {"methods": sorted(METHODS[category]), "warnings": []}
+    assert made.ask(TRAIN) == dict.fromkeys(METHODS[category], TRAINED)
+
+
+def test_third_party_plugin_is_applied_by_name_and_passes_the_kit(
+    wheels: dict[str, Path], environment: Callable[..., Environment]
+) -> None:
+    made = environment("pytest")
+    made.install(wheels["peftcore"], wheels["peftcore_example_scale"])
+    assert made.ask(LIST) == {"methods": ["diag_scale"], "warnings": []}
+    assert made.ask(TRAIN) == {"diag_scale": TRAINED}
+
+    shutil.copytree(EXAMPLES[0] / "tests", made.folder / "tests")
+    report = checked([made.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"], cwd=made.folder)
+    passed = re.search(r"(\d+) passed", report)
+    assert passed and int(passed[1]) >= 40, report
+
+
+def test_broken_plugin_changes_nothing_but_one_warning(
+    wheels: dict[str, Path], environment: Callable[..., Environment]
+) -> None:
+    made = environment()
+    made.install(*(wheel for name, wheel in wheels.items() if name != "peftcore_example_broken"))
+    methods = sorted({"diag_scale"}.union(*METHODS.values()))
+    assert made.ask(LIST) == {"methods": methods, "warnings": []}
+
+    made.install(wheels["peftcore_example_broken"])
+    beside = made.ask(LIST)
+    assert beside["methods"] == methods
+    [warning] = beside["warnings"]
+    for part in ("peftcore-example-broken", "0.2.0", "a_dependency_that_was_never_declared"):
+        assert part in warning
+    assert made.ask(TRAIN) == dict.fromkeys(methods, TRAINED)

@@ -1,0 +1,262 @@
+"""Adapted hosts go through torch.compile, torch.export, fx and functional calls as their bases do."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from interop_hosts import METHODS, WIDTH, Encoder, adapt, encoder, gradients, inputs, mlp
+from torch import Tensor, fx, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import peftcore
+
+MLP_METHODS = {"lora": {"target": "*_proj"}, "dora": {"target": "*_proj"}, "ia3": {"target": "*_proj"}, "bitfit": {}}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """Nothing compiled for one test serves another."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def step(model: Any, injection: peftcore.Injection, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    output = model(x)
+    output.square().sum().backward()
+    return output.detach(), gradients(injection)
+
+
+def assert_same_step(one: tuple[Tensor, dict[str, Tensor]], two: tuple[Tensor, dict[str, Tensor]]) -> None:
+    torch.testing.assert_close(one[0], two[0], rtol=1e-4, atol=1e-5)
+    assert one[1].keys() == two[1].keys() and one[1]
+    for name, gradient in one[1].items():
+        torch.testing.assert_close(
+            gradient, two[1][name], rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_encoder_equals_eager_in_training_and_evaluation(method: str) -> None:
+    model, x = encoder(), inputs()
+    injection = adapt(model, method)
+    model(x)  # the witness looks at the first forward, and goes
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same_step(step(compiled, injection, x), step(model, injection, x))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", MLP_METHODS)
+def test_compiled_mlp_equals_eager(method: str) -> None:
+    model, x = mlp(), inputs()
+    injection = adapt(model, method, **MLP_METHODS[method])
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same_step(step(compiled, injection, x), step(model, injection, x))
+
+
+def test_compiled_before_the_first_eager_forward() -> None:
+    """The witness is still waiting then; it must neither break the graph nor judge what it cannot see."""
+    model, x = encoder(), inputs()
+    injection = adapt(model, "lora")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    output = compiled(x)
+    torch.testing.assert_close(output, model(x), rtol=1e-4, atol=1e-5)
+    injection.check()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_switching_compiles_once_for_each_active_set(method: str) -> None:
+    model, x = encoder(), inputs()
+    for seed, name in enumerate(("a", "b")):
+        adapt(model, method, name=name, seed=seed)
+    model(x)
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    sets = [(), ("a",), ("b",), ("a", "b")]
+    for active in sets:
+        peftcore.activate(model, *active)
+        compiled(x)
+    assert counter.frame_count == len(sets)
+    for _ in range(2):
+        for active in reversed(sets):
+            peftcore.activate(model, *active)
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == len(sets)
+
+
+def test_optimizer_steps_do_not_compile_again() -> None:
+    model, x = encoder(), inputs()
+    injection = adapt(model, "lora")
+    model(x)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    optimizer = torch.optim.SGD(injection.parameters(), lr=0.1)
+    outputs = []
+    for _ in range(3):
+        output = compiled(x)
+        outputs.append(output.detach())
+        output.square().sum().backward()
+        optimizer.step()
+    assert counter.frame_count == 1
+    assert not torch.equal(outputs[0], outputs[1])
+
+
+def test_merged_and_removed_hosts_compile_as_the_base() -> None:
+    model, x = encoder(), inputs()
+    base = model(x)
+    injection = adapt(model, "lora")
+    acting = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), acting, rtol=1e-4, atol=1e-5)
+    injection.merge()
+    torch.testing.assert_close(compiled(x), acting, rtol=1e-4, atol=1e-5)
+    injection.remove()
+    torch.testing.assert_close(compiled(x), base, rtol=1e-4, atol=1e-5)
+
+
+MECHANISMS = {
+    "onion": ("lora", {"target": "*.down_proj"}),
+    "weight operator": ("dora", {"target": "*.down_proj"}),
+    "replacement": ("ln_tuning", {}),
+    "rows of a fused weight": ("lora", {"target": "attn.q"}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_inductor_equals_eager(mechanism: str) -> None:
+    method, arguments = MECHANISMS[mechanism]
+    model, x = encoder(), inputs()
+    injection = adapt(model, method, **arguments)
+    model(x)
+    compiled = torch.compile(model, fullgraph=True)
+    assert_same_step(step(compiled, injection, x), step(model, injection, x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_export_holds_the_adapter(method: str) -> None:
+    model, x = encoder(), inputs()
+    base = model(x)
+    injection = adapt(model, method)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(x), base, atol=1e-3)
+    own = {name for name, value in model.named_parameters() if value.requires_grad}
+    assert own <= set(program.state_dict)
+    injection.remove()
+    torch.testing.assert_close(model(x), base)
+    assert not torch.allclose(program.module()(x), base, atol=1e-3)
+
+
+def test_export_with_a_dynamic_batch() -> None:
+    model = encoder()
+    adapt(model, "lora")
+    program = torch.export.export(model, (inputs(),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.testing.assert_close(program.module()(inputs(7)), model(inputs(7)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", MLP_METHODS)
+def test_symbolic_trace_of_an_mlp(method: str) -> None:
+    model, x = mlp(), inputs()
+    adapt(model, method, **MLP_METHODS[method])
+    expected = model(x)
+    traced = fx.symbolic_trace(model)
+    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["up_proj", "down_proj"]
+    assert torch.equal(traced(x), expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "bitfit"])
+def test_functional_call_swaps_operators_and_base(method: str) -> None:
+    model, x = encoder(), inputs()
+    base = {name: value.detach().clone() for name, value in model.named_parameters()}
+    adapt(model, method)
+    expected = model(x)
+    adapted = {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert not torch.allclose(model(x), expected, atol=1e-3)
+    torch.testing.assert_close(
+        torch.func.functional_call(model, {**base, **adapted}, (x,)), expected, rtol=1e-4, atol=1e-5
+    )
+    assert not any(parameter.any() for parameter in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("method", ["lora", "dora", "ln_tuning"])
+def test_gradients_for_each_sample_by_vmap(method: str) -> None:
+    model, x = encoder(), inputs()
+    injection = adapt(model, method)
+    model(x)
+    train = {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (sample.unsqueeze(0),)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(train, x)
+    model(x).square().sum().backward()
+    for name, parameter in train.items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-3, atol=1e-5)
+    assert len(train) == len(list(injection.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("gradients_on", [True, False])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_ensembles_by_vmap_over_stacked_adapters(method: str, gradients_on: bool) -> None:
+    model, x = encoder(), inputs()
+    adapt(model, method)
+    expected, states = [], []
+    for seed in (1, 2, 3):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in (p for p in model.parameters() if p.requires_grad):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        expected.append(model(x))
+        states.append({name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad})
+    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    with torch.set_grad_enabled(gradients_on):
+        outputs = torch.func.vmap(lambda state: torch.func.functional_call(model, state, (x,)))(stacked)
+    torch.testing.assert_close(outputs, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_in_both_modes_gives_the_same_gradients() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(Encoder):
+        reentrant: bool | None = None
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+            return self.head(self.norm(x).mean(1))
+
+    for method in ("lora", "dora", "ia3"):
+        torch.manual_seed(0)
+        model = Checkpointed(2).train()
+        injection = adapt(model, method)
+        steps = []
+        for mode in (None, True, False):
+            model.reentrant = mode
+            steps.append(step(model, injection, inputs().requires_grad_(True)))
+        assert_same_step(steps[1], steps[0])
+        assert_same_step(steps[2], steps[0])
+
+
+def test_fixtures_are_what_the_tests_think() -> None:
+    plan = peftcore.plan(encoder(), "lora")
+    assert [site.path for site in plan.sites] == [f"blocks.0.attn.qkv:attn.{part}" for part in "qv"]
+    assert isinstance(encoder().head, nn.Linear) and inputs().shape == (4, 5, WIDTH)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_copy_of_an_adapted_host_compiles(method: str) -> None:
+    model, x = encoder(), inputs()
+    adapt(model, method)
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,167 @@
+"""Two processes give the gradients of one: DDP and FSDP2, sharded before or after the graft."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from interop_hosts import Encoder, adapt, encoder, gradients, inputs
+from torch import Tensor, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import peftcore
+
+METHODS = ("lora", "dora", "houlsby_adapter", "bitfit")
+RANKS = 2
+TOLERANCE = 1e-5
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed package")
+
+Gradients = dict[str, Tensor]
+
+
+def reference(method: str) -> tuple[Gradients, list[str], Tensor]:
+    """Gradients, keys and output of one process that sees the whole batch."""
+    model = encoder()
+    injection = adapt(model, method)
+    output = model(inputs())
+    output.square().sum().div(RANKS).backward()  # what the mean over ranks of each rank's sum is
+    return gradients(injection), list(model.state_dict()), output.detach()
+
+
+def mine(x: Tensor) -> Tensor:
+    """This rank's half of the batch."""
+    return x.chunk(RANKS)[dist.get_rank()]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard(model: Encoder) -> Encoder:
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def fill(injection: peftcore.Injection) -> None:
+    """The same values as `adapt` gives, also where the tensors are shards."""
+    source = adapt(encoder(), injection.name)
+    values = dict(source.modules())
+    with torch.no_grad():
+        for path, module in injection.modules():
+            for name, parameter in module.named_parameters():
+                value = values[path].get_parameter(name).detach()
+                sharded = isinstance(parameter, DTensor)
+                parameter.copy_(
+                    distribute_tensor(value, parameter.device_mesh, parameter.placements) if sharded else value
+                )
+
+
+def ddp(method: str) -> tuple[nn.Module, nn.Module, peftcore.Injection]:
+    model = encoder()
+    injection = adapt(model, method)
+    return DistributedDataParallel(model), model, injection
+
+
+def sharded_after(method: str) -> tuple[nn.Module, nn.Module, peftcore.Injection]:
+    model = encoder()
+    injection = adapt(model, method)
+    return shard(model), model, injection
+
+
+def sharded_before(method: str) -> tuple[nn.Module, nn.Module, peftcore.Injection]:
+    model = shard(encoder())
+    injection = peftcore.apply(model, method, seed=0)
+    fill(injection)
+    return model, model, injection
+
+
+WAYS: dict[str, Callable[[str], tuple[nn.Module, nn.Module, peftcore.Injection]]] = {
+    "ddp": ddp,
+    "sharded after apply": sharded_after,
+    "sharded before apply": sharded_before,
+}
+
+
+def check(way: str, method: str) -> None:
+    """One step on two ranks against one process, twice: the second step sees what the first left behind."""
+    expected, keys, output = reference(method)
+    runner, model, injection = WAYS[way](method)
+    assert [key.removeprefix("module.") for key in runner.state_dict()] == keys
+    for _ in range(2):
+        got = runner(mine(inputs()))
+        torch.testing.assert_close(got.detach(), mine(output), rtol=TOLERANCE, atol=TOLERANCE)
+        got.square().sum().backward()
+        if (
+            way == "sharded before apply"
+        ):  # operators that nobody shards are the user's to reduce, as any late parameter
+            reduce_what_is_not_sharded(injection)
+        found = {name: whole(gradient) for name, gradient in gradients(injection).items()}
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(
+                found[name], gradient, rtol=TOLERANCE, atol=TOLERANCE, msg=lambda m, n=name: f"{n}: {m}"
+            )
+        assert not any(p.grad is not None for n, p in model.named_parameters() if "peft" not in n)
+    injection.check()
+    with injection.disabled():
+        bare = runner(mine(inputs()))
+    assert not torch.allclose(bare, got, atol=1e-3)
+    if way == "sharded after apply":
+        whole_state = {name: whole(value) for name, value in injection.state_dict().items()}
+        single = adapt(encoder(), method).state_dict()
+        assert whole_state.keys() == single.keys()
+        assert all(torch.equal(whole_state[name], single[name]) for name in single)
+
+
+def reduce_what_is_not_sharded(injection: peftcore.Injection) -> None:
+    for parameter in injection.parameters():
+        if not isinstance(parameter, DTensor) and parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad.div_(RANKS)
+
+
+def work(rank: int, port: int, way: str, failures: Any) -> None:
+    """One rank: every method in one process group."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=RANKS)
+    try:
+        if way != "ddp":
+            init_device_mesh("cpu", (RANKS,))
+        for method in METHODS:
+            check(way, method)
+    except BaseException as error:
+        failures.put(f"{way}, {method}, rank {rank}: {type(error).__name__}: {error}")
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+@pytest.fixture
+def failures() -> Iterator[Any]:
+    """Where ranks say what went wrong: a rank that waits for a dead one would only say that it was closed."""
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    yield queue
+    queue.close()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_equal_the_single_process(way: str, failures: Any) -> None:
+    try:
+        multiprocessing.spawn(work, args=(free_port(), way, failures), nprocs=RANKS, join=True)
+    except multiprocessing.ProcessRaisedException as error:
+        first = failures.get() if not failures.empty() else str(error)
+        pytest.fail(first)
