@@ -67,7 +67,8 @@ def prepare(
             f"{method.name} found nothing to act on in this {type(model).__name__}; "
             f"its target is {wishes.target or method.target!r}"
         )
-    paths = [graft.site.path for graft in surgeon.grafts]
+    paths = {graft.site.path for graft in surgeon.grafts}
+    paths |= {site.path for selection in surgeon.selections.values() for site in selection}
     idle = [each for each in config.overrides if not any(fnmatch.fnmatchcase(path, each) for path in paths)]
     if idle:
         warnings.warn(f"these overrides match no site and are passed over: {idle}", UserWarning, stacklevel=3)

@@ -46,7 +46,9 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Texts in a step.")]
 MaxLength = Annotated[int | None, typer.Option(min=4, help="Tokens kept of a text (128; in the demo 40).")]
 EvalSize = Annotated[int | None, typer.Option(min=1, help="Texts held out (a fifth, at most 1000).")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the head, the adapters, the batches and dropout.")]
-LearningRate = Annotated[float | None, typer.Option(help="One learning rate for all instead of each method's own.")]
+LearningRate = Annotated[
+    float | None, typer.Option(help="One learning rate for all, instead of those that suit the demo.")
+]
 Out = Annotated[Path, typer.Option(help="Folder for results.json, results.png and adapters/.")]
 Tuning = Annotated[bool, typer.Option("--tuning", help="Demo: score the split that is there to choose settings by.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]

@@ -45,10 +45,10 @@ FULL = "full"
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "linear_probe": Recipe(1e-2),
+        "linear_probe": Recipe(3e-2),
         "bitfit": Recipe(5e-3),
-        "ln_tuning": Recipe(5e-3),
-        "ia3": Recipe(1e-2),
+        "ln_tuning": Recipe(2e-2),
+        "ia3": Recipe(5e-2),
         "lora": Recipe(2e-3, {"target": "all-linear"}),
         "dora": Recipe(2e-3, {"target": "all-linear"}),
         "houlsby_adapter": Recipe(2e-3),

@@ -73,10 +73,10 @@ def test_saved_adapters_load_into_a_fresh_model_and_score_the_same(finished, enc
     for result in report["results"]:
         saved = folder / "out" / result["folder"]
         assert result["file_size"] == sum(file.stat().st_size for file in saved.iterdir())
-        if result["method"] == "full":
-            continue
-        model, _ = load_model(encoder, task.labels, tokenizer, seed=99)
-        peftcore.load(model, saved)
+        full = result["method"] == "full"
+        model, _ = load_model(saved if full else encoder, task.labels, tokenizer, seed=99)
+        if not full:
+            peftcore.load(model, saved)
         with torch.no_grad():
             accuracy = (model.eval()(**batch).logits.argmax(-1) == truth).float().mean()
         assert float(accuracy) == pytest.approx(result["accuracy_after"]), result["method"]

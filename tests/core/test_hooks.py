@@ -1,4 +1,4 @@
-"""Each hook says when it runs, what it gets and returns, can be answered earlier and wrapped, and stays out of a step."""
+"""Each hook says when it runs, what it gets and returns, can be answered earlier and wrapped, and rests in a step."""
 
 import inspect
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Every python block in README and docs runs, in the order of the page; what claims to be a file's text is that text."""
+"""Every python block in README and docs runs, in page order; what claims to be a file is the text of that file."""
 
 import ast
 import re
