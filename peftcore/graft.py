@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peftcore.calls import Active, HostState
 from peftcore.operators import WeightOperator, _Base, is_mergeable
-from peftcore.weights import GRAFTED, Layer, Ranges, bias_name, plain_class, put, take
+from peftcore.weights import GRAFTED, Layer, Ranges, bias_name, plain_class, put, take, whole
 
 _SLOT = "_peftcore_slot"
 
@@ -372,6 +372,7 @@ def effective_weight(module: nn.Module, tensor: str, layer: Layer, rows: Ranges 
     """The logical weight as the injections that act now leave it."""
     stored = layer.read(module, tensor)
     assert stored is not None
+    stored = whole(stored)
     slot = slot_of(module)
     if slot is not None:
         active = slot.state.unmerged(slot.state.current())

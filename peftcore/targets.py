@@ -236,9 +236,10 @@ class Resolver:
         return Site(module, module_path, tensor, layer, role, rows, form, self._layer_of)
 
     def _whole(self, path: str, role: str | None = None) -> Site:
-        if isinstance(self.modules[path], nn.MultiheadAttention) and role is None:
-            return self.site(path, "in_proj_weight")
-        return self.site(path, "weight", role)
+        return self.site(path, self._own_tensor(path), role)
+
+    def _own_tensor(self, path: str) -> str:
+        return "in_proj_weight" if isinstance(self.modules[path], nn.MultiheadAttention) else "weight"
 
     def _match(self, pattern: Any, tower: str | None) -> Iterator[Site]:
         if self._is_role(pattern):
@@ -268,7 +269,7 @@ class Resolver:
         if role.endswith(".output"):
             return self.site(entry.module, entry.tensor or self._last_matrix(entry), role, rows)
         named = entry.role if role.endswith("*") or role == "all-linear" else role
-        return self.site(entry.module, entry.tensor or "weight", named, rows)
+        return self.site(entry.module, entry.tensor or self._own_tensor(entry.module), named, rows)
 
     def _last_matrix(self, entry: HostEntry) -> str:
         """The tensor below a module from which its output comes: its own weight, or its experts' second matrices."""

@@ -229,6 +229,13 @@ def bias_name(tensor: str) -> str:
     return tensor[: -len("weight")] + "bias" if tensor.endswith("weight") else f"{tensor}_bias"
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is cut over processes (FSDP2, tensor parallel). Looked up, not imported: else there are none."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    cut = distributed is not None and isinstance(tensor, distributed.DTensor)
+    return tensor.full_tensor() if cut else tensor  # type: ignore[attr-defined]
+
+
 def take(tensor: Tensor, rows: Ranges | None, dim: int) -> Tensor:
     """The rows of one part; the tensor itself when `rows` is None."""
     if rows is None:

@@ -52,7 +52,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "lora": Recipe(2e-3, {"target": "all-linear"}),
         "dora": Recipe(2e-3, {"target": "all-linear"}),
         "houlsby_adapter": Recipe(2e-3),
-        FULL: Recipe(1e-4),
+        FULL: Recipe(2e-4),
     }
 )
 

@@ -213,7 +213,6 @@ def no_hook_runs_in_forward(case: Case) -> None:
 @check(
     "torch.compile without graph breaks gives the same outputs and gradients",
     "Python that depends on values of tensors: `.item()`, `if tensor:`",
-    hosts=("mlp",),
 )
 def compiled_equals_eager(case: Case) -> None:
     model, inputs = case.fresh()

@@ -243,6 +243,19 @@ def test_rows_of_multihead_attention(part: str) -> None:
     assert moved.abs().sum().item() == pytest.approx(64, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("host", "prefix"),
+    [
+        (nn.MultiheadAttention(8, 2), ""),
+        (nn.TransformerEncoderLayer(8, 2, 16), "self_attn."),
+    ],
+    ids=["attention", "layer"],
+)
+def test_roles_of_a_host_that_is_one_attention_or_one_layer(host: nn.Module, prefix: str) -> None:
+    assert paths(host) == [f"{prefix}in_proj_weight:attn.q"]
+    assert paths(host, target="attn.out") == [f"{prefix}out_proj.weight"]
+
+
 def test_multihead_attention_with_separate_projections_has_its_three_tensors() -> None:
     encoder = encoder_of(nn.MultiheadAttention(8, 2, kdim=4, vdim=6, batch_first=True))
     found = peftcore.plan(encoder, Shift, target=["attn.q", "attn.k", "attn.v"], exclude="layers.1").sites

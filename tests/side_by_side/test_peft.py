@@ -202,13 +202,8 @@ def test_lora_on_gpt2_by_default() -> None:
     ranks = {"attn.q": slice(0, 3), "attn.v": slice(3, 6)}
 
     def blocks(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
-        A, B = (
-            factors[ADAPTER].weight
-            for factors in (
-                theirs.get_submodule(site.module_path).lora_A,
-                theirs.get_submodule(site.module_path).lora_B,
-            )
-        )
+        layer = theirs.get_submodule(site.module_path)
+        A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
         if site.role == "attn.q":
             nn.init.zeros_(B)
         row, rank = rows[site.role], ranks[site.role]
