@@ -230,7 +230,7 @@ def bias_name(tensor: str) -> str:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that is cut over processes (FSDP2, tensor parallel). Looked up, not imported: else there are none."""
+    """All of a tensor that is cut over processes (FSDP2). Looked up, not imported: without it no tensor is one."""
     distributed = sys.modules.get("torch.distributed.tensor")
     cut = distributed is not None and isinstance(tensor, distributed.DTensor)
     return tensor.full_tensor() if cut else tensor  # type: ignore[attr-defined]
