@@ -19,6 +19,8 @@ from torch.func import functional_call
 import peftcore
 from peftcore.testing.hosts import HOSTS
 
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
 RANK, ALPHA = 3, 5.0
 EXACT = 1e-10
 """Accepted difference in float64."""
