@@ -21,6 +21,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors, low_rank_update
 
 
 class Config(MethodConfig):
@@ -39,13 +40,7 @@ class DoRAOperator(WeightOperator):
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         self.scale = config.alpha / config.rank
-        self.A = nn.Parameter(torch.zeros(*site.batch, config.rank, site.in_features, *site.kernel))
-        self.B = nn.Parameter(torch.zeros(*site.batch, site.out_features, config.rank))
-        if self.layer.one_hot:
-            nn.init.normal_(self.B)
-        else:
-            bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))
-            nn.init.uniform_(self.A, -bound, bound)
+        self.A, self.B = low_rank_factors(site, config.rank)
         weight = site.weight()
         precise = torch.promote_types(weight.dtype, torch.float32)
         self.magnitude = nn.Parameter(self._norm(weight.to(precise)))  # [*batch, out]
@@ -54,8 +49,7 @@ class DoRAOperator(WeightOperator):
         return torch.linalg.vector_norm(weight.detach().flatten(self.layer.batch_dims + 1), dim=-1)
 
     def forward(self, weight: Tensor) -> Tensor:
-        delta = self.B @ self.A.flatten(self.layer.batch_dims + 1)  # [*batch, out, in * kernel]
-        direction = weight + self.scale * delta.view(weight.shape)
+        direction = weight + self.scale * low_rank_update(self.A, self.B, weight)
         norm = self._norm(direction)
         gain = self.magnitude / torch.where(norm == 0, 1.0, norm)
         return direction * gain.view(*gain.shape, *[1] * (weight.dim() - gain.dim()))
@@ -75,5 +69,4 @@ class DoRA(Method):
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
-        low_rank = config.rank * (site.in_features * math.prod(site.kernel) + site.out_features)
-        return math.prod(site.batch) * (low_rank + site.out_features)
+        return low_rank_count(site, config.rank) + math.prod(site.batch) * site.out_features

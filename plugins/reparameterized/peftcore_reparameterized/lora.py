@@ -13,16 +13,15 @@ Use it first: it merges, adds no latency then, and suits nearly every task. More
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
+from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors, low_rank_update
 
 
 class Config(MethodConfig):
@@ -48,13 +47,7 @@ class LoRAOperator(Operator):
             )
         self.scale = config.alpha / config.rank
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-        self.A = nn.Parameter(torch.zeros(*site.batch, config.rank, site.in_features, *site.kernel))
-        self.B = nn.Parameter(torch.zeros(*site.batch, site.out_features, config.rank))
-        if self.layer.one_hot:
-            nn.init.normal_(self.B)
-        else:
-            bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))
-            nn.init.uniform_(self.A, -bound, bound)
+        self.A, self.B = low_rank_factors(site, config.rank)
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         y = call(x)
@@ -63,8 +56,7 @@ class LoRAOperator(Operator):
         return self.layer.add(y, low, B, self.scale)
 
     def merged(self, weight: Tensor) -> Tensor:
-        delta = self.B @ self.A.flatten(self.layer.batch_dims + 1)  # [*batch, out, in * kernel]
-        return weight + self.scale * delta.view(weight.shape)
+        return weight + self.scale * low_rank_update(self.A, self.B, weight)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.A, self.B, self.scale
@@ -84,4 +76,4 @@ class LoRA(Method):
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
-        return math.prod(site.batch) * config.rank * (site.in_features * math.prod(site.kernel) + site.out_features)
+        return low_rank_count(site, config.rank)

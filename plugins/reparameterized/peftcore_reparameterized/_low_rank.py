@@ -1,0 +1,36 @@
+"""What low-rank methods share: the two factors of an update, their start, and their product in the weight's shape."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import Site
+
+
+def low_rank_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """A [*batch, rank, in, *kernel] and B [*batch, out, rank], of which exactly one is zero.
+
+    A is uniform in +-1/sqrt(in * kernel) and B zero; for embeddings A is zero and B ~ N(0, 1), since an input picks a
+    single column of A.
+    """
+    A = nn.Parameter(torch.zeros(*site.batch, rank, site.in_features, *site.kernel))
+    B = nn.Parameter(torch.zeros(*site.batch, site.out_features, rank))
+    if site.layer.one_hot:
+        nn.init.normal_(B)
+    else:
+        bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))
+        nn.init.uniform_(A, -bound, bound)
+    return A, B
+
+
+def low_rank_update(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
+    """The product B A in the shape of `weight` [*batch, out, in, *kernel]."""
+    return (B @ A.flatten(B.dim() - 1)).view(weight.shape)
+
+
+def low_rank_count(site: Site, rank: int) -> int:
+    """Values in both factors."""
+    return math.prod(site.batch) * rank * (site.in_features * math.prod(site.kernel) + site.out_features)
