@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,60 +98,63 @@ def _around_rows(mount: Mount, call: Callable[..., Any], *args: Any, **kwargs: A
     return put(whole[-1], changed, rows, dim)
 
 
+Effect = tuple[Mount, bool]
+"""A mount that acts on a tensor: on the one it stands at, or (True) on the bias that goes with it."""
+
+
+def effects_of(mounts: Iterable[Mount]) -> dict[str, list[Effect]]:
+    """What acts on each tensor of a module, in order: an operator may act on a weight and on its bias."""
+    effects: dict[str, list[Effect]] = {}
+    for mount in mounts:
+        effects.setdefault(mount.tensor, []).append((mount, False))
+        if type(mount.operator).merged_bias is not _Base.merged_bias:
+            effects.setdefault(bias_name(mount.tensor), []).append((mount, True))
+    return effects
+
+
+def fold(effects: Iterable[Effect], tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """The stored tensor after all effects; new ones get the dtype of `like`."""
+    for mount, on_bias in effects:
+        tensor = mount.effective_bias(tensor, like) if on_bias else mount.effective(tensor, like)
+    return tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Acting:
     """What one active set does at one module."""
 
-    weights: tuple[tuple[str, tuple[Mount, ...]], ...] = ()
-    biases: tuple[tuple[str, tuple[Mount, ...]], ...] = ()
+    effects: tuple[tuple[str, tuple[Effect, ...]], ...] = ()
+    """What acts on tensors, by path below the module."""
     onion: tuple[Mount, ...] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
     derives: bool = False
 
     def effective(self, module: nn.Module) -> dict[str, Tensor | None]:
         """The effective tensors by path below the module, computed at the operators' own precision."""
-        tensors: dict[str, Tensor | None] = {}
         like = next(module.parameters())
         with torch.autocast(like.device.type, enabled=False):
-            for path, mounts in self.weights:
-                tensors[path] = mounts[0].layer.read(module, path)
-                for mount in mounts:
-                    tensors[path] = mount.effective(tensors[path], like)
-            for path, mounts in self.biases:
-                if path not in tensors:
-                    tensors[path] = mounts[0].layer.read(module, path)
-                for mount in mounts:
-                    tensors[path] = mount.effective_bias(tensors[path], like)
-        return tensors
+            return {path: fold(each, each[0][0].layer.read(module, path), like) for path, each in self.effects}
 
 
 def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str, Any]]], active: Active) -> Acting:
     """What acts, in order. A mergeable onion layer that came before a weight operator acts on the weight too, so that
     several active injections compose as merging them one after the other would."""
     acting = [mount for name in active for mount in mounts if mount.name == name]
-    last = -1
-    for index, mount in enumerate(acting):  # a plain loop: this may run while torch.compile traces
-        last = index if mount.form == "weight" else last
-    weights: dict[str, list[Mount]] = {}
-    biases: dict[str, list[Mount]] = {}
+    last = max((index for index, mount in enumerate(acting) if mount.form == "weight"), default=-1)
+    weight: list[Mount] = []
     onion: list[Mount] = []
     for index, mount in enumerate(acting):
-        if mount.form == "weight" or (index < last and is_mergeable(mount.operator)):
-            weights.setdefault(mount.tensor, []).append(mount)
-            if type(mount.operator).merged_bias is not _Base.merged_bias:
-                biases.setdefault(bias_name(mount.tensor), []).append(mount)
-        else:
-            onion.append(mount)
+        on_weight = mount.form == "weight" or (index < last and is_mergeable(mount.operator))
+        (weight if on_weight else onion).append(mount)
     attributes: dict[str, Any] = {}
     for name, stance in stances:
         if name is None or name in active:
             attributes.update(stance)
     return Acting(
-        weights=tuple((path, tuple(each)) for path, each in weights.items()),
-        biases=tuple((path, tuple(each)) for path, each in biases.items()),
+        effects=tuple((path, tuple(each)) for path, each in effects_of(weight).items()),
         onion=tuple(onion),
         attributes=attributes,
-        derives=any(mount.operator.derives for each in weights.values() for mount in each),
+        derives=any(mount.operator.derives for mount in weight),
     )
 
 
@@ -246,8 +249,8 @@ def _kept(slot: Slot, module: nn.Module, acting: Acting) -> dict[str, Tensor | N
     drops what is kept, so an optimizer that writes so is seen.
     """
     sources = [*module.parameters(), *module.buffers()]
-    for _, mounts in acting.weights:
-        for mount in mounts:
+    for _, effects in acting.effects:
+        for mount, _ in effects:
             sources += [*mount.operator.parameters(), *mount.operator.buffers()]
     if any(source.is_inference() for source in sources):
         return acting.effective(module)
@@ -290,7 +293,7 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if not args and first in kwargs:
             args = (kwargs.pop(first),)  # operators get what they act on by position, however the module was called
         call: Callable[..., Any] = functools.partial(base.forward, self)
-        if acting.weights or acting.biases or acting.attributes:
+        if acting.effects or acting.attributes:
             call = functools.partial(_base_call, slot, self, acting)
         for mount in acting.onion:
             call = mount.around(call)

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import MergeError, NotMergeable
-from peftcore.graft import Mount
-from peftcore.operators import _Base, is_mergeable
+from peftcore.graft import Effect, Mount, effects_of, fold
+from peftcore.operators import is_mergeable
 from peftcore.plugins import layer_of, registry
-from peftcore.weights import bias_name
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection
@@ -42,45 +41,36 @@ class Original:
     digest: bytes = b""
 
 
-def _mounts(injection: Injection) -> dict[Key, list[Mount]]:
-    """The injection's operators by the tensor they act on."""
-    mounts: dict[Key, list[Mount]] = {}
+def _effects(injection: Injection) -> dict[Key, list[Effect]]:
+    """What the injection does to each tensor, in order."""
+    mounts: dict[str, list[Mount]] = {}
     for graft in injection.grafts:
         for site in graft.holders:
             mount = Mount(injection.name, graft.operator, "weight", site.tensor, site.layer, site.rows)
-            mounts.setdefault((site.module_path, site.tensor), []).append(mount)
-    return mounts
+            mounts.setdefault(site.module_path, []).append(mount)
+    return {(path, tensor): each for path, own in mounts.items() for tensor, each in effects_of(own).items()}
 
 
 def _precise(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _folded(module: nn.Module, tensor: str, mounts: list[Mount], base: Tensor | None) -> Tensor:
-    """The new stored tensor."""
+def _folded(module: nn.Module, effects: list[Effect], base: Tensor | None) -> Tensor | None:
+    """The new stored tensor, computed in float32 or better and rounded once."""
     like = next(module.parameters()) if base is None else base
-    value = None if base is None else _precise(base)
-    for mount in mounts:
-        value = mount.effective(value, _precise(like))
-    assert value is not None
-    return value.to(like.dtype)
+    new = fold(effects, None if base is None else _precise(base), _precise(like))
+    return None if new is None else new.to(like.dtype)
 
 
 @torch.no_grad()
 def merged_tensors(injection: Injection) -> Mapping[Key, Tensor]:
     """What a merge writes: every site's effective tensors, by (module path, tensor path)."""
     new: dict[Key, Tensor] = {}
-    for (path, tensor), mounts in _mounts(injection).items():
-        module, layer = injection.model.get_submodule(path), mounts[0].layer
-        new[path, tensor] = _folded(module, tensor, mounts, layer.read(module, tensor))
-        with_bias = [m for m in mounts if type(m.operator).merged_bias is not _Base.merged_bias]
-        if with_bias:
-            bias: Tensor | None = layer.read(module, bias_name(tensor))
-            like = new[path, tensor]
-            for mount in with_bias:
-                bias = mount.effective_bias(bias, like)
-            if bias is not None:
-                new[path, bias_name(tensor)] = bias
+    for (path, tensor), effects in _effects(injection).items():
+        module = injection.model.get_submodule(path)
+        folded = _folded(module, effects, effects[0][0].layer.read(module, tensor))
+        if folded is not None:
+            new[path, tensor] = folded
     return new
 
 
@@ -157,13 +147,10 @@ def _digest(tensor: Tensor) -> bytes:
 
 def _prediction(injection: Injection, key: Key, merged: Tensor) -> Tensor:
     """The original as subtracting the delta would give it; the same numbers at merge and at unmerge."""
-    path, tensor = key
     merged = merged.contiguous()  # sums over other strides round otherwise
-    mounts = _mounts(injection).get(key)
-    if mounts is None:
-        return merged
-    module = injection.model.get_submodule(path)
-    delta = _folded(module, tensor, mounts, torch.zeros_like(_precise(merged)))
+    module = injection.model.get_submodule(key[0])
+    delta = _folded(module, _effects(injection)[key], torch.zeros_like(_precise(merged)))
+    assert delta is not None
     return (_precise(merged) - _precise(delta)).to(merged.dtype)
 
 

@@ -896,3 +896,21 @@ def test_attention_with_keyword_only_forward_can_be_a_site() -> None:
         for parameter in injection.parameters():
             parameter.fill_(0.0)
     assert not torch.allclose(model(token_ids()), base, atol=1e-3)
+
+
+def test_effects_on_one_bias_compose_in_order() -> None:
+    """Gains that scale a bias, then a replacement of it: the later one has the last word, merged or not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    gains = peftcore.apply(model, "ia3", target=["0"])
+    biases = peftcore.apply(model, "bitfit", target=["0"])
+    with torch.no_grad():
+        for parameter in (*gains.parameters(), *biases.parameters()):
+            parameter.add_(torch.randn_like(parameter))
+    gain, bias = (next(each.parameters()).detach() for each in (gains, biases))
+    expected = model[1](gain * (x @ model[0].weight.T) + bias)
+    torch.testing.assert_close(model(x), expected)
+    gains.merge()
+    biases.merge()
+    torch.testing.assert_close(model(x), expected)
