@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from peftcore.errors import NotMergeable
+
 if TYPE_CHECKING:
     from peftcore.targets import Site
 
@@ -34,8 +36,12 @@ class _Base(nn.Module):
         self.layer = site.layer
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The effective weight for the base weight `weight` (logical layout): the same mathematics as forward."""
-        raise NotImplementedError
+        """The effective weight for the base weight `weight` (logical layout): the same mathematics as forward.
+
+        Raises:
+            NotMergeable: unless the operator overrides it.
+        """
+        raise NotMergeable(f"{type(self).__name__} does not say what its merged weight is")
 
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         """The effective bias that goes with `merged`; most methods leave it alone."""
