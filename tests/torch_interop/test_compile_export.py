@@ -1,6 +1,7 @@
 """Adapted hosts go through torch.compile, torch.export, fx and functional calls as their bases do."""
 
 import copy
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import peftcore
 
+COMPILERS = ("g++", "clang++", "c++")
 MLP_METHODS = {"lora": {"target": "*_proj"}, "dora": {"target": "*_proj"}, "ia3": {"target": "*_proj"}, "bitfit": {}}
 
 
@@ -126,6 +128,9 @@ MECHANISMS = {
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not any(map(shutil.which, COMPILERS)), reason="inductor needs a C++ compiler, and none is installed"
+)
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_inductor_equals_eager(mechanism: str) -> None:
     method, arguments = MECHANISMS[mechanism]
