@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -58,6 +59,10 @@ def prepare(
         raise UnsupportedHost("TorchScript modules cannot change; apply before scripting, merge, then script")
     for changes in config.overrides.values():
         config.replace(**{**changes, "overrides": {}})  # wrong options are errors, also where no site matches
+    if _is_tensor_parallel(model):
+        raise UnsupportedHost(
+            "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"
+        )
     resolver = Resolver(model, host or host_map(model), layer_of, _is_ours)
     surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry)
     registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
@@ -73,6 +78,18 @@ def prepare(
     if idle:
         warnings.warn(f"these overrides match no site and are passed over: {idle}", UserWarning, stacklevel=3)
     return surgeon
+
+
+def _is_tensor_parallel(model: nn.Module) -> bool:
+    """Weights that are distributed tensors by other means than FSDP2, which gathers them before each use.
+
+    Looked up, not imported: in a process that never imported torch.distributed.tensor no weight is one.
+    """
+    tensors, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
+    if tensors is None or (fsdp is not None and isinstance(model, fsdp.FSDPModule)):
+        return False
+    own = any(isinstance(parameter, tensors.DTensor) for parameter in model._parameters.values())
+    return own or any(_is_tensor_parallel(child) for child in model._modules.values() if child is not None)
 
 
 def _is_ours(module: nn.Module) -> bool:
