@@ -89,7 +89,8 @@ def _is_tensor_parallel(model: nn.Module) -> bool:
     if tensors is None or (fsdp is not None and isinstance(model, fsdp.FSDPModule)):
         return False
     own = any(isinstance(parameter, tensors.DTensor) for parameter in model._parameters.values())
-    return own or any(_is_tensor_parallel(child) for child in model._modules.values() if child is not None)
+    children = (child for child in model._modules.values() if child is not None and not _is_ours(child))
+    return own or any(_is_tensor_parallel(child) for child in children)
 
 
 def _is_ours(module: nn.Module) -> bool:

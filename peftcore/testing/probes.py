@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import sys
 import threading
@@ -181,18 +182,24 @@ def together(*tasks: Callable[[], Tensor]) -> list[Any]:
 
 @contextlib.contextmanager
 def counted_calls() -> Iterator[list[int]]:
-    """Counts the Python functions called in the block: work without a clock."""
+    """Counts the Python functions called in the block: work without a clock.
+
+    The garbage collector waits: what it frees runs finalizers, and they belong to whoever ran before.
+    """
     count = [0]
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
         count[0] += event == "call"
 
-    before = sys.getprofile()
+    before, collecting = sys.getprofile(), gc.isenabled()
+    gc.disable()
     sys.setprofile(profile)
     try:
         yield count
     finally:
         sys.setprofile(before)
+        if collecting:
+            gc.enable()
 
 
 @contextmanager
