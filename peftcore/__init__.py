@@ -1,7 +1,7 @@
 """peftcore: a registry of parameter-efficient fine-tuning methods that anyone extends without touching its core."""
 
 from peftcore.applying import apply, plan
-from peftcore.calls import activate, injections
+from peftcore.calls import activate, call, injections, route
 from peftcore.catalogue import method, methods, register
 from peftcore.checkpoint import load
 from peftcore.contract import Method, MethodConfig, MethodInfo, Tags
@@ -9,13 +9,20 @@ from peftcore.hookspecs import API, hookimpl
 from peftcore.injection import Injection
 from peftcore.operators import Operator, Replacement, WeightOperator, on_first
 from peftcore.planning import Plan
+from peftcore.records import Call, Tap, current_call
 from peftcore.surgery import Surgeon
 from peftcore.targets import Site
+from peftcore.training.batches import Batch, Batches
+from peftcore.training.optimizer import GradientRule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "API",
+    "Batch",
+    "Batches",
+    "Call",
+    "GradientRule",
     "Injection",
     "Method",
     "MethodConfig",
@@ -26,9 +33,12 @@ __all__ = [
     "Site",
     "Surgeon",
     "Tags",
+    "Tap",
     "WeightOperator",
     "activate",
     "apply",
+    "call",
+    "current_call",
     "hookimpl",
     "injections",
     "load",
@@ -37,4 +47,5 @@ __all__ = [
     "on_first",
     "plan",
     "register",
+    "route",
 ]

@@ -16,7 +16,7 @@ from peftcore.calls import drop_state, ensure_state, state_of
 from peftcore.catalogue import method as find_method
 from peftcore.config import dtype_of, validate
 from peftcore.contract import Method, MethodConfig
-from peftcore.errors import DuplicateInjection, TargetError, UnsupportedHost
+from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
 from peftcore.graft import slot_of
 from peftcore.hosts import HostMap
 from peftcore.injection import Injection
@@ -24,6 +24,7 @@ from peftcore.planning import Plan
 from peftcore.plugins import layer_of, registry
 from peftcore.surgery import Operators, Surgeon, Wishes, install, release, uninstall
 from peftcore.targets import Resolver, Target
+from peftcore.training.batches import Data, calibrate
 
 
 def resolve_method(
@@ -117,6 +118,7 @@ def apply(
     target: Target | None = None,
     exclude: Target | None = None,
     train: Sequence[str] | str = (),
+    data: Data | None = None,
     seed: int | None = None,
     dtype: torch.dtype | str | None = None,
     host: HostMap | None = None,
@@ -134,19 +136,29 @@ def apply(
             paths, "re:…", a type, a predicate of (path, module), or a list of these.
         exclude: what of it to leave out, in the same forms.
         train: modules of the host (heads, norms) that train along, as replacements saved with the adapter.
+        data: batches for methods that look at data first (tag `needs_data`): mappings are called as model(**batch),
+            tuples as model(*batch), functions as batch(model); the output is, or has, the loss.
         seed: operators are drawn from (seed, path); torch's initial seed by default. The global generator does not
             move.
         dtype: dtype of the operators, float32 by default.
         host: a host map to use instead of the derived one (`peftcore.hosts.probe`, `HostMap.override`).
         config: the method's options.
 
-    Raises: UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost, DuplicateInjection: nothing was
-        changed.
+    Raises: UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost, DuplicateInjection,
+        CalibrationError: nothing was changed.
     """
     found, options = resolve_method(method, config)
+    _check_data(found, data)
     name = check_name(model, found.name if name is None else name)
     surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=False)
-    return establish(surgeon, name)
+    return establish(surgeon, name, data)
+
+
+def _check_data(method: Method, data: Data | None) -> None:
+    if method.tags.needs_data and data is None:
+        raise CalibrationError(f"{method.name} looks at data before training: apply(..., data=batches)")
+    if data is not None and not method.tags.needs_data:
+        raise CalibrationError(f"{method.name} looks at no data before training; leave data= out")
 
 
 def check_name(model: nn.Module, name: str) -> str:
@@ -167,8 +179,8 @@ def check_name(model: nn.Module, name: str) -> str:
     return name
 
 
-def establish(surgeon: Surgeon, name: str) -> Injection:
-    """Install what was recorded and make it the host's."""
+def establish(surgeon: Surgeon, name: str, data: Data | None = None) -> Injection:
+    """Install what was recorded, make it the host's, and let the method look at the data, if there is any."""
     model = surgeon.model
     fresh = state_of(model) is None
     state = ensure_state(model)
@@ -176,16 +188,18 @@ def establish(surgeon: Surgeon, name: str) -> Injection:
     state.injections[name] = injection
     base = [p for module in surgeon.resolver.modules.values() for p in module._parameters.values() if p is not None]
     thawed = list({id(p): p for p in base if p.requires_grad}.values())
-    active, threads = state.active, dict(state.threads)
+    choice, threads = state.choice, dict(state.threads)
     try:
         install(surgeon, state, name)
         for parameter in thawed:
             parameter.requires_grad_(False)
         state.choose((*state.current(), name))
         injection.trainable(True)
+        if data is not None:
+            calibrate(injection, data)
     except BaseException:
         del state.injections[name]
-        state.active, state.threads = active, threads
+        state.choice, state.threads = choice, threads
         uninstall(surgeon, name)
         state.replan()
         for parameter in thawed:
@@ -213,6 +227,7 @@ def plan(
     target: Target | None = None,
     exclude: Target | None = None,
     train: Sequence[str] | str = (),
+    data: Data | None = None,
     seed: int | None = None,
     dtype: torch.dtype | str | None = None,
     host: HostMap | None = None,
@@ -220,7 +235,7 @@ def plan(
 ) -> Plan:
     """What `apply` with the same arguments would do: sites, shapes, parameters, bytes. Nothing is changed or allocated.
 
-    The host may be on the meta device. Raises the same errors as `apply`.
+    The host may be on the meta device; data is not looked at. Raises the same errors as `apply`.
     """
     found, options = resolve_method(method, config)
     surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=True)

@@ -1,29 +1,83 @@
-"""What holds while the host runs: which injections act, in which thread.
+"""What holds while the host runs: which injections act, on which rows, in what context, in which thread.
 
 `HostState` is one plain object on the root of an adapted host. The thread that applied the first injection owns it:
-what it activates holds for every thread that has not chosen for itself; any other thread chooses for itself alone, so
-two threads never meet.
+what it chooses holds for every thread that has not chosen for itself; any other thread chooses for itself alone, so
+two threads never meet. A forward that runs inside backward (gradient checkpointing) follows the choice of the forward
+that it repeats; see `peftcore.records`.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from peftcore.errors import UnknownInjection
+from peftcore.errors import MergeError, RouteError, UnknownInjection
+from peftcore.records import Recorder, replayed, repeating
 
 if TYPE_CHECKING:
-    from peftcore.graft import Slot
+    from peftcore.mounts import Slot
     from peftcore.injection import Injection
 
 _KEY = "_peftcore_state"
 Active = tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """A different injection for each row of a batch."""
+
+    names: Active
+    """The injections that occur, in the order in which they were applied."""
+    index: Tensor
+    """[rows] int64: the row's position in `names`, -1 for the bare base model."""
+    copies: int = 1
+    """How many rows of the batch may stand for one of these, one beside the other (beams)."""
+
+    def fits(self, batch: int) -> bool:
+        """Whether a batch of the host has this many rows."""
+        return batch in (len(self.index), len(self.index) * self.copies)
+
+    def rows(self, count: int, device: torch.device) -> Tensor:
+        """The index for `count` rows: each repeated where a module sees several rows of each (windows, flat tokens).
+
+        Raises:
+            RouteError: `count` is no multiple of the rows.
+        """
+        times, rest = divmod(count, len(self.index))
+        if rest:
+            raise RouteError(f"a module got {count} rows, which cannot be told apart by a route of {len(self.index)}")
+        index = self.index.to(device)
+        return index if times == 1 else index.repeat_interleave(times)
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What one thread asked for."""
+
+    active: Active = ()
+    route: Route | None = None
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def acting(self) -> Active:
+        """The names that act on any row."""
+        return self.active if self.route is None else self.route.names
+
+    @property
+    def key(self) -> tuple[Active, Active | None]:
+        """What plans depend on: not on the assignment of rows, so that all of them share one compiled graph."""
+        return self.active, None if self.route is None else self.route.names
+
+    def same(self, other: Choice) -> bool:
+        """Whether two forwards under these choices do the same."""
+        return self.active == other.active and self.route is other.route and self.context is other.context
 
 
 @dataclass(eq=False)
@@ -31,22 +85,38 @@ class HostState:
     """Everything peftcore remembers about one host."""
 
     injections: dict[str, Injection] = field(default_factory=dict)
-    active: Active = ()
+    choice: Choice = field(default_factory=Choice)
     owner: int = field(default_factory=threading.get_ident)
-    threads: dict[int, Active] = field(default_factory=dict)
+    threads: dict[int, Choice] = field(default_factory=dict)
     frozen: list[nn.Parameter] = field(default_factory=list)
     """Parameters whose requires_grad was turned off, to be turned on again when the last injection goes."""
 
     slots: set[Slot] = field(default_factory=set)
     """Slots of the grafted modules: they plan what acts when it changes, so no compiler ever traces the planning."""
 
-    def current(self) -> Active:
-        """The names that act in this thread, in the order in which they were applied.
+    recorder: Recorder = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.recorder = Recorder(self)
+
+    @property
+    def active(self) -> Active:
+        """The names that act in every thread that did not choose for itself."""
+        return self.choice.active
+
+    def now(self) -> Choice:
+        """What this thread chose; in a forward repeated inside backward, what its first run saw.
 
         While no other thread has chosen, this reads one attribute: torch.compile guards on it, one graph for each
         active set.
         """
-        return self.threads.get(threading.get_ident(), self.active) if self.threads else self.active
+        if not torch.compiler.is_compiling() and repeating():
+            return replayed(self)
+        return self.threads.get(threading.get_ident(), self.choice) if self.threads else self.choice
+
+    def current(self) -> Active:
+        """The names that act in this thread, in the order in which they were applied."""
+        return self.now().acting
 
     def unmerged(self, active: Active) -> Active:
         """Those of `active` whose effect is not in the weights already."""
@@ -56,21 +126,37 @@ class HostState:
         """Set the active names for this thread (for all that did not choose, when this thread is the owner)."""
         wanted = set(active)
         names = tuple(name for name in self.injections if name in wanted)
+        self.set(Choice(names, None, self.now().context))
+
+    def set(self, choice: Choice) -> None:
+        """Set what holds for this thread (for all that did not choose, when this thread is the owner)."""
         ident = threading.get_ident()
-        if ident == self.owner:
-            self.active = names
+        if ident == self.owner and ident not in self.threads:
+            self.choice = choice
             self.replan()
         else:
-            self.threads[ident] = names
+            self.threads[ident] = choice
 
     def replan(self) -> None:
-        """Let every slot plan for the names that are active now."""
+        """Let every slot plan for the choice that holds now."""
         for slot in self.slots:
-            slot.plan(self.active)
+            slot.plan(self.choice)
+
+    def forget(self, name: str) -> None:
+        """Drop an injection, wherever it was chosen."""
+        del self.injections[name]
+
+        def without(choice: Choice) -> Choice:
+            route = choice.route if choice.route is None or name not in choice.route.names else None
+            return Choice(tuple(each for each in choice.active if each != name), route, choice.context)
+
+        self.choice = without(self.choice)
+        self.threads = {ident: without(choice) for ident, choice in self.threads.items()}
+        self.replan()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start with one thread of their own."""
-        return {**self.__dict__, "threads": {}}
+        """Copies and pickles start with one thread of their own, outside of any route."""
+        return {**self.__dict__, "threads": {}, "choice": Choice(self.choice.active)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, owner=threading.get_ident())
@@ -82,24 +168,30 @@ def state_of(model: nn.Module) -> HostState | None:
 
 
 def ensure_state(model: nn.Module) -> HostState:
-    """The host's state, made when missing."""
-    state: HostState = model.__dict__.setdefault(_KEY, HostState())
+    """The host's state, made when missing; from then on each forward of the host keeps a record."""
+    state = state_of(model)
+    if state is None:
+        state = model.__dict__[_KEY] = HostState()
+        model.register_forward_pre_hook(state.recorder.enter, with_kwargs=True)
+        model.register_forward_hook(state.recorder.leave, with_kwargs=True, always_call=True)
     return state
 
 
 def drop_state(model: nn.Module) -> None:
     """Forget a host that has no injection left."""
-    model.__dict__.pop(_KEY, None)
+    state = model.__dict__.pop(_KEY, None)
+    if state is not None:
+        state.recorder.unhook(model)
 
 
-class Activation(AbstractContextManager["Activation"]):
-    """What `activate` returns: already in force; as a context manager it restores what held before."""
+class Chosen(AbstractContextManager["Chosen"]):
+    """What `activate`, `route` and `call` return: already in force; as a context manager it restores what held."""
 
-    def __init__(self, state: HostState, active: Iterable[str]) -> None:
+    def __init__(self, state: HostState, choice: Choice) -> None:
         self._state = state
         self._mine = state.threads.get(threading.get_ident())
-        self._before = state.current()
-        state.choose(active)
+        self._before = state.now()
+        state.set(choice)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -107,7 +199,21 @@ class Activation(AbstractContextManager["Activation"]):
         if self._mine is None and threading.get_ident() != self._state.owner:
             self._state.threads.pop(threading.get_ident(), None)  # this thread had not chosen before
         else:
-            self._state.choose(self._before)
+            self._state.set(self._alive(self._before))
+
+    def _alive(self, choice: Choice) -> Choice:
+        """The choice without what was removed meanwhile."""
+        here = self._state.injections
+        gone = choice.route is not None and any(name not in here for name in choice.route.names)
+        active = tuple(name for name in choice.active if name in here)
+        return choice if active == choice.active and not gone else Choice(active, None, choice.context)
+
+
+def Activation(state: HostState, active: Iterable[str]) -> Chosen:  # noqa: N802  # reads like what it returns
+    """Choose these names, in the order in which they were applied."""
+    wanted = set(active)
+    names = tuple(name for name in state.injections if name in wanted)
+    return Chosen(state, Choice(names, None, state.now().context))
 
 
 def injections(model: nn.Module) -> dict[str, Injection]:
@@ -116,7 +222,15 @@ def injections(model: nn.Module) -> dict[str, Injection]:
     return dict(state.injections) if state else {}
 
 
-def activate(model: nn.Module, *names: str) -> Activation:
+def _known(state: HostState, names: Iterable[str]) -> None:
+    for name in names:
+        if name not in state.injections:
+            raise UnknownInjection(
+                f"no injection named {name!r}; this host has: {', '.join(state.injections) or 'none'}"
+            )
+
+
+def activate(model: nn.Module, *names: str) -> Chosen:
     """Make exactly these injections act, in the order in which they were applied; no names: the bare base model.
 
     Applies at once. The result is also a context manager that restores what held before:
@@ -132,9 +246,55 @@ def activate(model: nn.Module, *names: str) -> Activation:
         UnknownInjection: the host has no injection of such a name.
     """
     state = state_of(model) or HostState()
-    for name in names:
-        if name not in state.injections:
-            raise UnknownInjection(
-                f"no injection named {name!r}; this host has: {', '.join(state.injections) or 'none'}"
-            )
+    _known(state, names)
     return Activation(state, names)
+
+
+def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> Chosen:
+    """Let a different injection act on each row of the batch.
+
+    Best as a context manager, round forward or generate:
+
+        with route(model, ["summarize", None, "translate"]):
+            model(**batch_of_three)
+
+    Row by row the outputs equal separate passes. Any assignment of the same names shares one compiled graph. Holds for
+    threads as `activate` does.
+
+    Args:
+        model: the host.
+        names: one for each row of the batch; None for the bare base model.
+        copies: how many rows stand for one of these where `generate` repeats rows (``num_beams``).
+
+    Raises:
+        UnknownInjection: the host has no injection of such a name.
+        RouteError: a named injection cannot tell rows apart in this host, or (in forward) the batch has another length.
+        MergeError: a named injection is merged, so it would act on every row.
+    """
+    state = state_of(model) or HostState()
+    wanted = [name for name in names if name is not None]
+    _known(state, wanted)
+    if not names:
+        raise RouteError("a route names one injection (or None) for each row; it got no rows")
+    used = tuple(name for name in state.injections if name in set(wanted))
+    for name in used:
+        if state.injections[name].merged:
+            raise MergeError(f"{name!r} is merged and acts on every row; unmerge() it before routing")
+        state.injections[name].check_routable()
+    positions = [-1 if name is None else used.index(name) for name in names]
+    device = next((parameter.device for parameter in model.parameters()), None)
+    chosen = Route(used, torch.tensor(positions, device=device), copies)
+    return Chosen(state, replace(state.now(), route=chosen))
+
+
+def call(model: nn.Module, **context: Any) -> Chosen:
+    """Tell methods what they need and forward has no argument for: a task, a timestep.
+
+    Best as a context manager, round forward or generate; what was told before stays unless it is told anew:
+
+        with call(model, task="rte"):
+            model(**batch)
+    """
+    state = state_of(model) or HostState()
+    now = state.now()
+    return Chosen(state, replace(now, context={**now.context, **context}))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore.errors import PluginError
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from peftcore.injection import Injection
     from peftcore.surgery import Surgeon
     from peftcore.targets import Site
+    from peftcore.training.batches import Batches
+    from peftcore.training.optimizer import GradientRule
 
 CATEGORIES = (
     "additive",
@@ -92,8 +94,14 @@ class Tags:
     """A fresh injection with default options leaves the host's outputs unchanged, up to rounding."""
     identity_options: Mapping[str, Any] | None = None
     """Where a fresh injection changes outputs, as the paper has it: the options with which it does not."""
+    per_row: bool = True
+    """Rows of a batch may go to different injections (`route`)."""
     low_rank: bool = False
     """`factors()` of every operator gives the update as A, B and a scale."""
+    needs_data: bool = False
+    """`calibrate` looks at the user's data before training; `apply` then wants ``data=``."""
+    scheduled: bool = False
+    """`on_step` changes the adapter while it trains, so whoever steps must know how many steps there will be."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,33 @@ class Method(ABC):
         """What trains once injected: by default every parameter of the operators."""
         for parameter in injection.parameters():
             parameter.requires_grad_(True)
+
+    def calibrate(self, model: nn.Module, data: Batches, config: Any, injection: Injection) -> None:
+        """Look at data before training (tag `needs_data`). Runs once, in `apply`, when the operators stand and are
+        active; never on loading, so what it finds goes into parameters or buffers of the operators.
+
+        Gradients, training mode and `requires_grad` are put back afterwards.
+        """
+        raise PluginError(f"{self.name} has the tag needs_data and does not define calibrate")
+
+    def on_step(self, injection: Injection, step: int, total: int) -> None:
+        """Change the adapter after step 1, 2, …, `total` of the optimizer, while the gradients of that step are still
+        there (tag `scheduled`). What is to survive a resumed training, and is of no use afterwards, goes into
+        non-persistent buffers of the operators: the optimizer saves them."""
+        raise PluginError(f"{self.name} has the tag scheduled and does not define on_step")
+
+    def aux_loss(self, injection: Injection) -> Tensor | None:
+        """A scalar that is added to the host's loss in training."""
+        return None
+
+    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        """What trains, as the parameter groups of a torch optimizer; `defaults` are its other options. By default one
+        group."""
+        return [{"params": [p for p in injection.parameters() if p.requires_grad], "lr": lr, **defaults}]
+
+    def gradient_rule(self, injection: Injection) -> GradientRule | None:
+        """What happens to gradients before the optimizer sees them, and to its updates before they are applied."""
+        return None
 
     @staticmethod
     @abstractmethod

@@ -48,6 +48,26 @@ class InactiveSite(PeftcoreError, RuntimeError):
     """The host ran, but a grafted site did not: its adapter would train nothing."""
 
 
+class RouteError(PeftcoreError, RuntimeError):
+    """Rows of a batch cannot go to different injections here: the method, the host or the length of the batch."""
+
+
+class MissingContext(PeftcoreError, LookupError):
+    """A method needs to be told something that forward has no argument for: ``with peftcore.call(model, task=...)``."""
+
+
+class AmbiguousBackward(PeftcoreError, RuntimeError):
+    """A layer is computed again inside backward, and several forwards under different choices could be meant."""
+
+
+class CalibrationError(PeftcoreError, ValueError):
+    """The method's look at data is impossible: no ``data=``, data that it has no use for, or batches without a loss."""
+
+
+class TrainingError(PeftcoreError, RuntimeError):
+    """Training set up like this would not do what the method says."""
+
+
 class MergeError(PeftcoreError, RuntimeError):
     """A merge or its undoing is impossible now; no weight was changed."""
 

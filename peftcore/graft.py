@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,9 +24,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
-from peftcore.calls import Active, HostState
-from peftcore.operators import WeightOperator, _Base, is_mergeable
-from peftcore.weights import GRAFTED, Layer, Ranges, bias_name, plain_class, put, take, whole
+from peftcore.attention import attributes
+from peftcore.calls import HostState, Route
+from peftcore.mounts import Acting, Edits, Planned, Slot
+from peftcore.operators import is_mergeable
+from peftcore.rows import Once, select_rows
+from peftcore.weights import GRAFTED, Layer, Ranges, plain_class, take, whole
 
 _SLOT = "_peftcore_slot"
 
@@ -46,155 +49,6 @@ STANCES: tuple[tuple[type[nn.Module], bool, Mapping[str, Any]], ...] = (
         {"activation_relu_or_gelu": 0},
     ),  # the fused path reads the children's weights itself
 )
-
-
-@dataclass(frozen=True, eq=False)
-class Mount:
-    """One operator at one site, as the slot of the site's module keeps it."""
-
-    name: str
-    operator: _Base
-    form: str
-    """"activation": around the module's forward; "weight": on one tensor."""
-    tensor: str
-    layer: Layer
-    rows: Ranges | None = None
-
-    def effective(self, stored: Tensor | None, like: Tensor) -> Tensor:
-        """The effective tensor, in storage layout and in the dtype of `stored` (of `like` where the host has none)."""
-        operate = self.operator if isinstance(self.operator, WeightOperator) else self.operator.merged
-        if stored is None:
-            new: Tensor = operate(None)  # type: ignore[arg-type]  # only replacements accept a missing tensor
-            return new.to(like.dtype)
-        logical = self.layer.logical(stored)
-        part = operate(take(logical, self.rows, self.layer.batch_dims)).to(stored.dtype)
-        return self.layer.stored(put(logical, part, self.rows, self.layer.batch_dims))
-
-    def effective_bias(self, bias: Tensor | None, like: Tensor) -> Tensor | None:
-        """The bias that goes with `effective`."""
-        dim = self.layer.batch_dims
-        part = self.operator.merged_bias(None if bias is None else take(bias, self.rows, dim))
-        if bias is None or part is None:
-            return part if part is None else part.to(like.dtype)
-        return put(bias, part.to(bias.dtype), self.rows, dim)
-
-    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The next onion layer."""
-        if self.rows is None:
-            return functools.partial(self.operator, call)
-        return functools.partial(_around_rows, self, call)
-
-
-def _around_rows(mount: Mount, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-    """An onion layer that sees some rows of the output: those of one part of a fused projection."""
-    rows, dim = mount.rows, mount.layer.channel_dim
-    whole: list[Tensor] = []
-
-    def part(*inner_args: Any, **inner_kwargs: Any) -> Tensor:
-        whole.append(call(*inner_args, **inner_kwargs))
-        return take(whole[-1], rows, dim)
-
-    changed = mount.operator(part, *args, **kwargs)
-    return put(whole[-1], changed, rows, dim)
-
-
-Effect = tuple[Mount, bool]
-"""A mount that acts on a tensor: on the one it stands at, or (True) on the bias that goes with it."""
-
-
-def effects_of(mounts: Iterable[Mount]) -> dict[str, list[Effect]]:
-    """What acts on each tensor of a module, in order: an operator may act on a weight and on its bias."""
-    effects: dict[str, list[Effect]] = {}
-    for mount in mounts:
-        effects.setdefault(mount.tensor, []).append((mount, False))
-        if type(mount.operator).merged_bias is not _Base.merged_bias:
-            effects.setdefault(bias_name(mount.tensor), []).append((mount, True))
-    return effects
-
-
-def fold(effects: Iterable[Effect], tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    """The stored tensor after all effects; new ones get the dtype of `like`."""
-    for mount, on_bias in effects:
-        tensor = mount.effective_bias(tensor, like) if on_bias else mount.effective(tensor, like)
-    return tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Acting:
-    """What one active set does at one module."""
-
-    effects: tuple[tuple[str, tuple[Effect, ...]], ...] = ()
-    """What acts on tensors, by path below the module."""
-    onion: tuple[Mount, ...] = ()
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    derives: bool = False
-
-    def effective(self, module: nn.Module) -> dict[str, Tensor | None]:
-        """The effective tensors by path below the module, computed at the operators' own precision."""
-        like = next(module.parameters())
-        with torch.autocast(like.device.type, enabled=False):
-            return {path: fold(each, each[0][0].layer.read(module, path), like) for path, each in self.effects}
-
-
-def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str, Any]]], active: Active) -> Acting:
-    """What acts, in order. A mergeable onion layer that came before a weight operator acts on the weight too, so that
-    several active injections compose as merging them one after the other would."""
-    acting = [mount for name in active for mount in mounts if mount.name == name]
-    last = max((index for index, mount in enumerate(acting) if mount.form == "weight"), default=-1)
-    weight: list[Mount] = []
-    onion: list[Mount] = []
-    for index, mount in enumerate(acting):
-        on_weight = mount.form == "weight" or (index < last and is_mergeable(mount.operator))
-        (weight if on_weight else onion).append(mount)
-    attributes: dict[str, Any] = {}
-    for name, stance in stances:
-        if name is None or name in active:
-            attributes.update(stance)
-    return Acting(
-        effects=tuple((path, tuple(each)) for path, each in effects_of(weight).items()),
-        onion=tuple(onion),
-        attributes=attributes,
-        derives=any(mount.operator.derives for mount in weight),
-    )
-
-
-class Slot:
-    """What a grafted module carries: its mounts, a witness that it ran, and what it computed for the present active
-    set."""
-
-    def __init__(self, state: HostState) -> None:
-        self.state = state
-        self.mounts: list[Mount] = []
-        self.stances: list[tuple[str | None, Mapping[str, Any]]] = []
-        self.ran = False
-        self.planned: tuple[Active, Acting] | None = None
-        self.plans: dict[Active, Acting] = {}
-        self.kept: tuple[tuple[Any, ...], dict[str, Tensor | None]] | None = None
-
-    def acting(self) -> Acting:
-        """What the names that act in this thread and are not merged do here."""
-        active = self.state.current()
-        planned = self.planned  # read once: another thread may plan anew
-        if planned is not None and planned[0] == active:
-            return planned[1]
-        return self._plan(active)  # a thread that chose for itself
-
-    def plan(self, active: Active) -> None:
-        """Plan ahead for the host's active names."""
-        self.planned = active, self._plan(active)
-
-    def _plan(self, active: Active) -> Acting:
-        plan = self.plans.get(active)
-        if plan is None:
-            plan = self.plans[active] = plan_acting(self.mounts, self.stances, self.state.unmerged(active))
-        return plan
-
-    def changed(self) -> None:
-        """Forget what was planned and computed."""
-        self.planned, self.plans, self.kept = None, {}, None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}, "kept": None}
 
 
 def slot_of(module: nn.Module) -> Slot | None:
@@ -255,7 +109,7 @@ def _kept(slot: Slot, module: nn.Module, acting: Acting) -> dict[str, Tensor | N
     if any(source.is_inference() for source in sources):
         return acting.effective(module)
     inference = torch.is_inference_mode_enabled()
-    key = (id(acting), inference, *((id(source), source._version, source.data_ptr()) for source in sources))
+    key = (acting.effects, inference, *((id(source), source._version, source.data_ptr()) for source in sources))
     kept = slot.kept
     if kept is None or kept[0] != key:
         kept = slot.kept = (key, acting.effective(module))
@@ -280,6 +134,47 @@ def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwar
     return _run_view(module, acting, _kept(slot, module, acting), args, kwargs)
 
 
+def _inner(
+    base: type[nn.Module], slot: Slot, module: nn.Module, acting: Acting, route: Route | None = None
+) -> Callable[..., Any]:
+    """The base forward with what acts inside it: on its tensors, its attributes, its attention."""
+    if acting.attention:
+        edits = Edits(acting.attention, slot, route)
+        acting = replace(acting, attributes={**acting.attributes, **attributes(module, edits)})
+    if acting.effects or acting.attributes:
+        return functools.partial(_base_call, slot, module, acting)
+    return functools.partial(base.forward, module)
+
+
+def _around(acting: Acting, call: Callable[..., Any]) -> Callable[..., Any]:
+    for mount in acting.onion:
+        call = mount.around(call)
+    return call
+
+
+def _by_rows(
+    base: type[nn.Module],
+    slot: Slot,
+    module: nn.Module,
+    planned: Planned,
+    route: Route,
+    inner: Once,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """What each injection of a route computes, put together row by row. Those that only wrap share one base forward."""
+    output = inner(*args, **kwargs)
+    for position, acting in enumerate(planned.routed):
+        if acting.effects:
+            other = _around(acting, _inner(base, slot, module, replace(acting, attention=())))(*args, **kwargs)
+        elif acting.onion:
+            other = _around(acting, inner)(*args, **kwargs)
+        else:
+            continue
+        output = select_rows(output, other, route, position)
+    return output
+
+
 def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
     inputs = list(inspect.signature(base.forward).parameters.values())[1:2]
     first = next((each.name for each in inputs if each.kind is each.POSITIONAL_OR_KEYWORD), None)
@@ -288,16 +183,18 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
         slot = slot_of(self)
         if slot is None:
             return base.forward(self, *args, **kwargs)
-        slot.ran = True
-        acting = slot.acting()
+        choice = slot.state.now()
+        if self.training and not torch.compiler.is_compiling():
+            slot.state.recorder.note_outside(choice)
+        planned = slot.plan_for(choice)
+        if not planned.acting.attention:  # else the edits say so: a host may go round them
+            slot.ran = True
         if not args and first in kwargs:
             args = (kwargs.pop(first),)  # operators get what they act on by position, however the module was called
-        call: Callable[..., Any] = functools.partial(base.forward, self)
-        if acting.effects or acting.attributes:
-            call = functools.partial(_base_call, slot, self, acting)
-        for mount in acting.onion:
-            call = mount.around(call)
-        return call(*args, **kwargs)
+        inner = _inner(base, slot, self, planned.acting, choice.route)
+        if choice.route is not None:
+            return _by_rows(base, slot, self, planned, choice.route, Once(inner, self), args, kwargs)
+        return _around(planned.acting, inner)(*args, **kwargs)
 
     forward.__qualname__, forward.__doc__ = f"{base.__qualname__}.forward", base.forward.__doc__
     # Not functools.wraps: accelerate unwraps through __wrapped__ and would leave the graft out.
@@ -378,7 +275,7 @@ def effective_weight(module: nn.Module, tensor: str, layer: Layer, rows: Ranges 
     stored = whole(stored)
     slot = slot_of(module)
     if slot is not None:
-        active = slot.state.unmerged(slot.state.current())
+        active = slot.state.unmerged(slot.state.now().active)
         mounts = [mount for name in active for mount in slot.mounts if mount.name == name and mount.tensor == tensor]
         with torch.no_grad():
             for mount in mounts:

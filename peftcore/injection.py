@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from peftcore import merging, witness
 from peftcore.calls import Activation, HostState, drop_state
 from peftcore.contract import Method, MethodConfig
-from peftcore.errors import InactiveSite, MergeError, UnknownInjection
+from peftcore.errors import InactiveSite, MergeError, RouteError, UnknownInjection
 from peftcore.graft import slot_of
 from peftcore.operators import _Base, trainable_numbers
 from peftcore.plugins import registry
 from peftcore.surgery import Graft, Surgeon, Wishes, release, uninstall
 from peftcore.targets import Site
 from peftcore.weights import GRAFTED
+
+MIXES_ROWS = ("experts", "pos")
+"""Families of roles whose modules see no rows of the batch: chosen tokens, or positions."""
 
 
 class Injection:
@@ -120,6 +125,25 @@ class Injection:
             parameter.requires_grad_(False)
         if mode:
             registry().hook.peftcore_select(model=self.model, method=self.method, config=self.config, injection=self)
+
+    def optimizer(
+        self, cls: Callable[..., Optimizer], *, lr: float, total_steps: int | None = None, **options: Any
+    ) -> Optimizer:
+        """A torch optimizer of class `cls` over the method's parameter groups, with the method's rule for gradients.
+
+        Args:
+            cls: any torch optimizer, such as ``torch.optim.AdamW``.
+            lr: its learning rate; methods may give some parameters another one.
+            total_steps: how many steps there will be, for methods with a schedule.
+            options: its other options.
+
+        Raises:
+            TrainingError: the injection is frozen.
+        """
+        self._alive()
+        from peftcore.training.optimizer import method_optimizer
+
+        return method_optimizer(self, cls, lr, total_steps, options)
 
     def merge(self, keep: merging.Keep = "cpu") -> None:
         """Fold it into the host's tensors; merging twice changes nothing more.
@@ -229,6 +253,18 @@ class Injection:
                     slot.changed()
         self.state.replan()
 
+    def check_routable(self) -> None:
+        """Verify that rows of a batch can be told apart at every site.
+
+        Raises:
+            RouteError: the method or a site cannot: experts get tokens of all rows, position tables get no rows.
+        """
+        if not self.method.tags.per_row:
+            raise RouteError(f"{self.method.name} acts on the whole batch, so it cannot be routed by rows")
+        for site in self.sites:
+            if (site.role or "").partition(".")[0] in MIXES_ROWS or site.role == "embed.pos":
+                raise RouteError(f"{self.name!r} acts on {site.path}, where rows of the batch cannot be told apart")
+
     def _alive(self) -> None:
         if self.state.injections.get(self.name) is not self:
             raise UnknownInjection(f"injection {self.name!r} is not on its host any more")
@@ -238,10 +274,7 @@ class Injection:
         witness.forget(self.model, slots)
         uninstall(self._surgeon, self.name)
         state = self.state
-        del state.injections[self.name]
-        state.active = tuple(name for name in state.active if name != self.name)
-        state.threads = {k: tuple(n for n in v if n != self.name) for k, v in state.threads.items()}
-        state.replan()
+        state.forget(self.name)
         if not state.injections:
             for parameter in state.frozen:
                 parameter.requires_grad_(True)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import MergeError, NotMergeable
-from peftcore.graft import Effect, Mount, effects_of, fold
+from peftcore.mounts import Effect, Mount, effects_of, fold
 from peftcore.operators import is_mergeable
 from peftcore.plugins import layer_of, registry
 

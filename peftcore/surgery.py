@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from peftcore.attention_sites import locate as locate_attention
 from peftcore.calls import HostState
 from peftcore.errors import PluginError, TargetError, UnsupportedHost, UnsupportedSite
-from peftcore.graft import Mount, attach, detach, slot_of, stance_of, ungraft
+from peftcore.graft import attach, detach, slot_of, stance_of, ungraft
+from peftcore.mounts import Mount
 from peftcore.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable
 from peftcore.targets import Resolver, Site, Target
 from peftcore.weights import Layer, Ranges
@@ -147,6 +149,15 @@ class Surgeon:
             site = replace(site, form="weight")
         self._record(Graft(site, built, (site,), self._by_method))
         return built
+
+    def attention(self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None) -> O:
+        """Put ``operator(site, config)``, an `AttentionOperator`, inside an attention module: around what its queries,
+        keys and values go through.
+
+        Raises:
+            UnsupportedSite: the module's attention cannot be edited.
+        """
+        return self.graft(locate_attention(site, self.resolver), operator, config)
 
     def own(self, name: str, module: Callable[[], nn.Module]) -> Shared:
         """State that sites share, registered and saved once: built on the first call with that name."""

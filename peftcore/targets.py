@@ -38,7 +38,7 @@ class Site:
         role: the role by which it was found, if any.
         rows: the rows of the logical output dimension, for one part of a fused projection.
         form: "activation" where an operator may wrap the module's forward, "weight" where only the tensor can be acted
-            on.
+            on; "attention" for what acts inside an attention module.
     """
 
     module: nn.Module
@@ -55,6 +55,8 @@ class Site:
     def path(self) -> str:
         """The name of the site in files and messages: ``h.0.attn.c_attn``, ``mha.in_proj_weight``,
         ``h.0.attn.c_attn:attn.q``."""
+        if self.form == "attention":
+            return f"{self.module_path}:attention"
         plain = self.tensor == "weight" or self.form == "activation"
         path = self.module_path if plain else f"{self.module_path}.{self.tensor}".lstrip(".")
         return path if self.rows is None else f"{path}:{self.role or self.rows[0][0]}"

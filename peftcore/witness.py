@@ -14,7 +14,7 @@ from torch import nn
 
 from peftcore.calls import HostState
 from peftcore.errors import InactiveSite
-from peftcore.graft import Slot
+from peftcore.mounts import Slot
 
 
 class Expected(NamedTuple):

@@ -1,0 +1,204 @@
+"""What stands at one module and what it does under one choice: mounts, their order, the plan that the module's slot
+keeps.
+
+Planned once for each choice, so that running looks up and never thinks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.calls import Active, Choice, HostState, Route
+from peftcore.operators import WeightOperator, _Base, is_mergeable
+from peftcore.weights import Layer, Ranges, bias_name, put, take
+
+
+@dataclass(frozen=True, eq=False)
+class Mount:
+    """One operator at one site, as the slot of the site's module keeps it."""
+
+    name: str
+    operator: _Base
+    form: str
+    """"activation": around the module's forward; "weight": on one tensor; "attention": inside an attention module,
+    around what its queries, keys and values go through."""
+    tensor: str
+    layer: Layer
+    rows: Ranges | None = None
+
+    def effective(self, stored: Tensor | None, like: Tensor) -> Tensor:
+        """The effective tensor, in storage layout and in the dtype of `stored` (of `like` where the host has none)."""
+        operate = self.operator if isinstance(self.operator, WeightOperator) else self.operator.merged
+        if stored is None:
+            new: Tensor = operate(None)  # type: ignore[arg-type]  # only replacements accept a missing tensor
+            return new.to(like.dtype)
+        logical = self.layer.logical(stored)
+        part = operate(take(logical, self.rows, self.layer.batch_dims)).to(stored.dtype)
+        return self.layer.stored(put(logical, part, self.rows, self.layer.batch_dims))
+
+    def effective_bias(self, bias: Tensor | None, like: Tensor) -> Tensor | None:
+        """The bias that goes with `effective`."""
+        dim = self.layer.batch_dims
+        part = self.operator.merged_bias(None if bias is None else take(bias, self.rows, dim))
+        if bias is None or part is None:
+            return part if part is None else part.to(like.dtype)
+        return put(bias, part.to(bias.dtype), self.rows, dim)
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The next onion layer."""
+        if self.rows is None:
+            return functools.partial(self.operator, call)
+        return functools.partial(_around_rows, self, call)
+
+
+def _around_rows(mount: Mount, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    """An onion layer that sees some rows of the output: those of one part of a fused projection."""
+    rows, dim = mount.rows, mount.layer.channel_dim
+    whole: list[Tensor] = []
+
+    def part(*inner_args: Any, **inner_kwargs: Any) -> Tensor:
+        whole.append(call(*inner_args, **inner_kwargs))
+        return take(whole[-1], rows, dim)
+
+    changed = mount.operator(part, *args, **kwargs)
+    return put(whole[-1], changed, rows, dim)
+
+
+Effect = tuple[Mount, bool]
+"""A mount that acts on a tensor: on the one it stands at, or (True) on the bias that goes with it."""
+
+
+def effects_of(mounts: Iterable[Mount]) -> dict[str, list[Effect]]:
+    """What acts on each tensor of a module, in order: an operator may act on a weight and on its bias."""
+    effects: dict[str, list[Effect]] = {}
+    for mount in mounts:
+        effects.setdefault(mount.tensor, []).append((mount, False))
+        if type(mount.operator).merged_bias is not _Base.merged_bias:
+            effects.setdefault(bias_name(mount.tensor), []).append((mount, True))
+    return effects
+
+
+def fold(effects: Iterable[Effect], tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    """The stored tensor after all effects; new ones get the dtype of `like`."""
+    for mount, on_bias in effects:
+        tensor = mount.effective_bias(tensor, like) if on_bias else mount.effective(tensor, like)
+    return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Edits:
+    """What acts inside an attention module in one forward."""
+
+    mounts: tuple[Mount, ...]
+    slot: Slot
+    """Told that it ran by whoever asks the edits."""
+    route: Route | None = None
+    """Where rows go to different injections: each mount acts on the rows of its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Acting:
+    """What one active set does at one module."""
+
+    effects: tuple[tuple[str, tuple[Effect, ...]], ...] = ()
+    """What acts on tensors, by path below the module."""
+    onion: tuple[Mount, ...] = ()
+    attention: tuple[Mount, ...] = ()
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    derives: bool = False
+
+    def effective(self, module: nn.Module) -> dict[str, Tensor | None]:
+        """The effective tensors by path below the module, computed at the operators' own precision."""
+        like = next(module.parameters())
+        with torch.autocast(like.device.type, enabled=False):
+            return {path: fold(each, each[0][0].layer.read(module, path), like) for path, each in self.effects}
+
+
+def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str, Any]]], active: Active) -> Acting:
+    """What acts, in order. A mergeable onion layer that came before a weight operator acts on the weight too, so that
+    several active injections compose as merging them one after the other would."""
+    acting = [mount for name in active for mount in mounts if mount.name == name]
+    last = max((index for index, mount in enumerate(acting) if mount.form == "weight"), default=-1)
+    weight: list[Mount] = []
+    onion: list[Mount] = []
+    for index, mount in enumerate(acting):
+        if mount.form == "attention":
+            continue
+        on_weight = mount.form == "weight" or (index < last and is_mergeable(mount.operator))
+        (weight if on_weight else onion).append(mount)
+    attributes: dict[str, Any] = {}
+    for name, stance in stances:
+        if name is None or name in active:
+            attributes.update(stance)
+    return Acting(
+        effects=tuple((path, tuple(each)) for path, each in effects_of(weight).items()),
+        onion=tuple(onion),
+        attention=tuple(mount for mount in acting if mount.form == "attention"),
+        attributes=attributes,
+        derives=any(mount.operator.derives for mount in weight),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """What one choice does at one module."""
+
+    key: tuple[Active, Active | None]
+    acting: Acting
+    """With a route: what acts on no row in particular; attention edits pick their rows themselves."""
+    routed: tuple[Acting, ...] = ()
+    """With a route: what acts on the rows of each of its names."""
+
+
+class Slot:
+    """What a grafted module carries: its mounts, a witness that it ran, and what it computed for the present choice."""
+
+    def __init__(self, state: HostState) -> None:
+        self.state = state
+        self.mounts: list[Mount] = []
+        self.stances: list[tuple[str | None, Mapping[str, Any]]] = []
+        self.ran = False
+        self.planned: Planned | None = None
+        self.plans: dict[tuple[Active, Active | None], Planned] = {}
+        self.kept: tuple[tuple[Any, ...], dict[str, Tensor | None]] | None = None
+
+    def plan_for(self, choice: Choice) -> Planned:
+        """What the choice does here, as far as it is not merged."""
+        planned = self.planned  # read once: another thread may plan anew
+        if planned is not None and planned.key == choice.key:
+            return planned
+        return self._plan(choice)  # a thread that chose for itself
+
+    def plan(self, choice: Choice) -> None:
+        """Plan ahead for what the host's owner chose."""
+        self.planned = self._plan(choice)
+
+    def _plan(self, choice: Choice) -> Planned:
+        plan = self.plans.get(choice.key)
+        if plan is None:
+            plan = self.plans[choice.key] = self._make_plan(choice)
+        return plan
+
+    def _make_plan(self, choice: Choice) -> Planned:
+        if choice.route is None:
+            return Planned(choice.key, self._acting(choice.active))
+        each = tuple(self._acting((name,)) for name in choice.route.names)
+        edits = tuple(mount for acting in each for mount in acting.attention)
+        stand = plan_acting([], self.stances, choice.route.names)
+        return Planned(choice.key, replace(stand, attention=edits), each)
+
+    def _acting(self, active: Active) -> Acting:
+        return plan_acting(self.mounts, self.stances, self.state.unmerged(active))
+
+    def changed(self) -> None:
+        """Forget what was planned and computed."""
+        self.planned, self.plans, self.kept = None, {}, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "plans": {}, "kept": None}

@@ -1,0 +1,303 @@
+"""The record of one forward of the host: its inputs, the choice it ran under, taps, losses.
+
+Two hooks on the root open and close it; operators reach it through `current_call`. Modules that run again inside
+backward (gradient checkpointing) find the record of the forward that they repeat: its outputs' autograd nodes announce
+it before any of its modules can run again. So leaving `activate` or `route` before `backward()` changes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import AmbiguousBackward, MissingContext, RouteError
+
+if TYPE_CHECKING:
+    from peftcore.calls import Choice, HostState
+
+_CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
+"""The names under which transformers hands its caches on."""
+
+
+class _Threads(threading.local):
+    """What one thread has open."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.announced: dict[int, tuple[int, Call]] = {}
+        """By host: the backward pass (its number) and the forward that it goes through now."""
+
+
+_HERE = _Threads()
+_TRACED: list[Call] = []
+"""The open records while torch.compile traces: it follows a plain list, not what belongs to a thread."""
+
+
+def graph_task() -> int:
+    """The number of the backward pass that this thread runs, -1 outside of any.
+
+    A private function of torch, the only one of peftcore's: nothing public tells a repeated forward from a first one.
+    """
+    return int(torch._C._current_graph_task_id())
+
+
+def repeating() -> bool:
+    """Whether this thread is inside a backward pass: what runs forward now repeats what ran before."""
+    return graph_task() != -1
+
+
+class Call:
+    """One forward of the host.
+
+    Attributes:
+        choice: what was chosen when it began.
+        taps: what operators leave for each other, by `Tap`; empty again when the host returns.
+        losses: what operators add to the loss of the output; see `add_loss`.
+    """
+
+    def __init__(
+        self, state: HostState | None, choice: Choice | None, model: nn.Module | None, args: Any = (), kwargs: Any = None
+    ) -> None:
+        self.state, self.choice = state, choice
+        self.taps: dict[int, Any] = {}
+        self.losses: list[Tensor] = []
+        self.open = True
+        self._model, self._args, self._kwargs = model, args, kwargs or {}
+
+    @property
+    def context(self) -> Mapping[str, Any]:
+        """What `peftcore.call(model, ...)` said."""
+        return {} if self.choice is None else self.choice.context
+
+    def need(self, name: str) -> Any:
+        """One entry of the context.
+
+        Raises:
+            MissingContext: nobody said it.
+        """
+        if name not in self.context:
+            raise MissingContext(f"this method needs to be told {name!r}: with peftcore.call(model, {name}=...): ...")
+        return self.context[name]
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """The host's arguments by the names of its forward; empty where a part of the host was called by itself."""
+        if self._model is None:
+            return {}
+        return bound(self._model, self._args, self._kwargs)
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Let the host's output add a scalar to its loss, in training. Repeated forwards add nothing twice."""
+        if self.open:
+            self.losses.append(loss)
+
+    def without(self, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """An extra pass: ``run(*args, **kwargs)`` with the injection `name` off, in this thread alone.
+
+        Caches are copied for it, so the pass sees what is in them and leaves them as they are.
+        """
+        state, ident = self.state, threading.get_ident()
+        if state is None or self.choice is None:
+            return run(*args, **kwargs)
+        before = state.threads.get(ident)
+        active = tuple(each for each in self.choice.active if each != name)
+        state.threads[ident] = dataclasses.replace(self.choice, active=active, route=None)
+        kwargs = {key: copy.deepcopy(value) if key in _CACHES else value for key, value in kwargs.items()}
+        inner = Call(state, state.threads[ident], self._model, self._args, self._kwargs)
+        try:
+            output = run(*args, **kwargs)
+        finally:
+            if before is None:
+                del state.threads[ident]
+            else:
+                state.threads[ident] = before
+        _announce(output, inner)
+        return output
+
+    def close(self) -> None:
+        """The host has returned: taps hold activations, so they go."""
+        self.open = False
+        self.taps = {}
+
+
+def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a module's forward by name; what a ``**kwargs`` takes stands beside the named ones."""
+    signature = inspect.signature(module.forward)
+    arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name, {}))
+    return arguments
+
+
+def current_call() -> Call:
+    """The forward of the host that runs in this thread; inside backward, the forward that is being repeated.
+
+    For operators, inside their forward. Where a part of the host was called by itself (an encoder by `generate`), the
+    record has no inputs.
+    """
+    if torch.compiler.is_compiling():
+        return _TRACED[-1] if _TRACED else Call(None, None, None)
+    if repeating():
+        here = graph_task()
+        for task, call in reversed(_HERE.announced.values()):
+            if task == here:
+                return call
+    return _HERE.calls[-1] if _HERE.calls else Call(None, None, None)
+
+
+class Tap:
+    """A place where one operator leaves a value for another during one forward, both holding the tap."""
+
+    _numbers = itertools.count()
+
+    def __init__(self) -> None:
+        self.key = next(self._numbers)
+
+    def put(self, value: Any) -> None:
+        """Leave a value for the rest of this forward."""
+        current_call().taps[self.key] = value
+
+    def get(self) -> Any:
+        """The value that was left in this forward; None when there is none."""
+        return current_call().taps.get(self.key)
+
+
+class Recorder:
+    """Opens a record when the host starts and closes it when it returns or fails: two hooks on the root."""
+
+    def __init__(self, state: HostState) -> None:
+        self.state = state
+        self.recent: list[Choice] = []
+        """The last two different choices of the forwards since the last backward."""
+        self.drained = False
+
+    def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the host runs."""
+        call = Call(self.state, self.state.now(), model, args, kwargs)
+        if torch.compiler.is_compiling():
+            _TRACED.append(call)
+            return
+        _HERE.calls.append(call)
+        _check_rows(call)
+        if torch.is_grad_enabled() and not repeating():
+            self.note(self.state.now())
+
+    def leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """After it, also when it raised."""
+        call = _TRACED.pop() if torch.compiler.is_compiling() else _HERE.calls.pop()
+        call.close()
+        if output is None or not torch.is_grad_enabled():
+            return None
+        if model.training:
+            output = _with_losses(output, [*call.losses, *self._aux_losses(call)])
+        if not torch.compiler.is_compiling():
+            _announce(output, call)
+        return output
+
+    def unhook(self, model: nn.Module) -> None:
+        """Take both hooks off the root."""
+        for hooks, mine, notes in (
+            (model._forward_pre_hooks, self.enter, (model._forward_pre_hooks_with_kwargs,)),
+            (model._forward_hooks, self.leave, (model._forward_hooks_with_kwargs, model._forward_hooks_always_called)),
+        ):
+            for key in [key for key, hook in hooks.items() if hook == mine]:
+                del hooks[key]
+                for note in notes:
+                    note.pop(key, None)
+
+    def note(self, choice: Choice) -> None:
+        """A forward runs under this choice, and backward may repeat it."""
+        if self.drained:
+            self.recent, self.drained = [], False
+        if not any(choice.same(other) for other in self.recent):
+            self.recent = [*self.recent[-1:], choice]
+
+    def note_outside(self, choice: Choice) -> None:
+        """The same for a module that runs without the host: through `forward_features`, or an encoder by itself."""
+        if not _HERE.calls and not repeating():
+            self.note(choice)
+
+    def _aux_losses(self, call: Call) -> Iterator[Tensor]:
+        for name in call.choice.acting if call.choice is not None else ():
+            injection = self.state.injections[name]
+            loss = injection.method.aux_loss(injection)
+            if loss is not None:
+                yield loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"state": self.state, "recent": [], "drained": False}
+
+
+def _check_rows(call: Call) -> None:
+    route = None if call.choice is None else call.choice.route
+    if route is None:
+        return
+    tensors = [value for value in call.inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
+    if tensors and not route.fits(len(tensors[0])):
+        raise RouteError(
+            f"the route has {len(route.index)} rows (times {route.copies} copies), the batch {len(tensors[0])}; name one "
+            "injection (or None) for each row, and say copies=num_beams where generate repeats rows"
+        )
+
+
+def _with_losses(output: Any, losses: list[Tensor]) -> Any:
+    if losses and isinstance(output, MutableMapping) and isinstance(output.get("loss"), Tensor):
+        output["loss"] = output["loss"] + sum(losses[1:], losses[0])
+    return output
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(output):
+        yield from _tensors(vars(output))
+
+
+def _announce(output: Any, call: Call) -> None:
+    """Let backward say that it goes through this forward: the nodes of the outputs run before anything inside."""
+    if call.state is None or torch._C._are_functorch_transforms_active():
+        return
+    state = call.state
+
+    def announce(gradients: tuple[Any, ...]) -> None:
+        _HERE.announced[id(state)] = graph_task(), call
+        state.recorder.drained = True
+
+    for tensor in _tensors(output):
+        if tensor.grad_fn is not None:
+            tensor.grad_fn.register_prehook(announce)
+
+
+def replayed(state: HostState) -> Choice:
+    """The choice of the forward whose modules run again now.
+
+    Raises:
+        AmbiguousBackward: forwards under different choices came before this backward, and nothing says which one it is:
+            a nested reentrant checkpoint, or a loss that was not made from the host's outputs.
+    """
+    task, call = _HERE.announced.get(id(state), (-1, None))
+    if task == graph_task() and call is not None and call.choice is not None:
+        return call.choice
+    recent, state.recorder.drained = state.recorder.recent, True
+    if len(recent) > 1:
+        raise AmbiguousBackward(
+            "several forwards with different active injections, routes or contexts came before this backward, and a "
+            "recomputed layer cannot tell which one it belongs to; run backward after each forward, or use "
+            "non-reentrant checkpointing on the host's own outputs"
+        )
+    return recent[0] if recent else state.threads.get(threading.get_ident(), state.choice)

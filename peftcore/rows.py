@@ -1,0 +1,64 @@
+"""Rows of a batch that go to different injections: one base forward for all of them, and one output put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.calls import Route
+from peftcore.errors import RouteError
+
+
+class Once:
+    """A forward that runs once for the same inputs, however many injections of a route ask for its output."""
+
+    def __init__(self, run: Callable[..., Any], module: nn.Module) -> None:
+        self._run, self._module = run, module
+        self._asked: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._output: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._asked is None:
+            self._asked, self._output = (args, kwargs), self._run(*args, **kwargs)
+            return self._output
+        if self._same(args, kwargs):
+            return self._output
+        if self._module._modules:
+            raise RouteError(
+                f"an injection changes the inputs of a whole {type(self._module).__name__}, which would have to run "
+                "once for each injection of the route (and fill caches more than once); route without it"
+            )
+        return self._run(*args, **kwargs)
+
+    def _same(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        assert self._asked is not None
+        before, named = self._asked
+        alike = len(args) == len(before) and kwargs.keys() == named.keys()
+        return alike and all(a is b for a, b in zip(args, before, strict=True)) and all(
+            value is named[key] for key, value in kwargs.items()
+        )
+
+
+def select_rows(output: Any, other: Any, route: Route, position: int) -> Any:
+    """`output`, with the rows that go to the injection at `position` taken from `other`; whatever holds tensors.
+
+    Raises:
+        RouteError: the rows of a tensor cannot be told apart.
+    """
+    if isinstance(output, Tensor):
+        if output is other or not output.dim():
+            return output
+        if len(output) == 1 and len(other) == 1:  # shared by all rows: one for each from here on
+            chosen = route.index.to(output.device) == position
+        else:
+            chosen = route.rows(max(len(output), len(other)), output.device) == position
+        return torch.where(chosen.view(-1, *[1] * (output.dim() - 1)), other, output)
+    if isinstance(output, Mapping):
+        changed = {key: select_rows(value, other[key], route, position) for key, value in output.items()}
+        return type(output)(**changed)
+    if isinstance(output, list | tuple):
+        return type(output)(select_rows(a, b, route, position) for a, b in zip(output, other, strict=True))
+    return output
