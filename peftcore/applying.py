@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from peftcore import witness
-from peftcore.calls import drop_state, ensure_state, state_of
+from peftcore.calls import HostState, drop_state, ensure_state, state_of
 from peftcore.catalogue import method as find_method
 from peftcore.config import dtype_of, validate
 from peftcore.contract import Method, MethodConfig
@@ -20,21 +20,35 @@ from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, U
 from peftcore.graft import slot_of
 from peftcore.hosts import HostMap
 from peftcore.injection import Injection
+from peftcore.installation import Operators, install, release, uninstall
 from peftcore.planning import Plan
 from peftcore.plugins import layer_of, registry
-from peftcore.surgery import Operators, Surgeon, Wishes, install, release, uninstall
+from peftcore.surgery import Surgeon, Wishes
 from peftcore.targets import Resolver, Target
 from peftcore.training.batches import Data, calibrate
 
 
+Part = str | MethodConfig | Mapping[str, Any]
+"""One method of a hybrid: a name, a config object, or the options as a mapping with the name under "method" (and, where
+the part has its own, a "target")."""
+
+
 def resolve_method(
-    method: str | MethodConfig | type[Method], options: Mapping[str, Any]
+    method: str | MethodConfig | type[Method] | Sequence[Part], options: Mapping[str, Any]
 ) -> tuple[Method, MethodConfig]:
-    """The method and its checked options, from a name, a config object or a method class."""
+    """The method and its checked options, from a name, a config object, a method class, or a list of parts."""
+    if isinstance(method, Sequence) and not isinstance(method, str):
+        return resolve_method("config_union", {"parts": [_spelled(part) for part in method], **options})
     if isinstance(method, MethodConfig):
         return find_method(method.method)(), method.replace(**options) if options else method
     cls = find_method(method) if isinstance(method, str) else method
     return cls(), validate(cls.Config, dict(options))
+
+
+def _spelled(part: Part) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"method": part}
+    return part.model_dump(mode="json") if isinstance(part, MethodConfig) else dict(part)
 
 
 def host_map(model: nn.Module) -> HostMap:
@@ -112,7 +126,7 @@ def wishes_of(
 
 def apply(
     model: nn.Module,
-    method: str | MethodConfig | type[Method],
+    method: str | MethodConfig | type[Method] | Sequence[Part],
     *,
     name: str | None = None,
     target: Target | None = None,
@@ -130,7 +144,8 @@ def apply(
 
     Args:
         model: the host; changed in place, its class and parameter names stay.
-        method: a name, ``"plugin/name"``, a config object, or a method class.
+        method: a name, ``"plugin/name"``, a config object, or a method class; a list of names, config objects or
+            mappings (``{"method": "lora", "rank": 4, "target": "attn.q"}``) applies all of them as one injection.
         name: name of the injection on this host; the method's by default. No dots.
         target: where to act, instead of the method's default roles: a role ("attn.q", "all-linear"), a glob, ends of
             paths, "re:…", a type, a predicate of (path, module), or a list of these.
@@ -195,9 +210,11 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None) -> Injectio
             parameter.requires_grad_(False)
         state.choose((*state.current(), name))
         injection.trainable(True)
+        _watch(surgeon, state, name)
         if data is not None:
             calibrate(injection, data)
     except BaseException:
+        witness.forget(model, {id(slot_of(site.module)) for graft in surgeon.grafts for site in graft.holders})
         del state.injections[name]
         state.choice, state.threads = choice, threads
         uninstall(surgeon, name)
@@ -209,7 +226,12 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None) -> Injectio
             drop_state(model)
         raise
     state.frozen += thawed
-    watcher = witness.attend(model, state)
+    return injection
+
+
+def _watch(surgeon: Surgeon, state: HostState, name: str) -> None:
+    """Expect every site to run, each tower of a multimodal host for itself."""
+    watcher = witness.attend(surgeon.model, state)
     towers = sorted({entry.tower for entry in surgeon.resolver.host.entries}, key=len, reverse=True)
     for graft in surgeon.grafts:
         site = graft.site
@@ -217,12 +239,11 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None) -> Injectio
         tower = next((t for t in towers if t and f"{site.module_path}.".startswith(f"{t}.")), "")
         if slot is not None and graft.by_method:
             watcher.watch(site.module_path, slot, tower, name)
-    return injection
 
 
 def plan(
     model: nn.Module,
-    method: str | MethodConfig | type[Method],
+    method: str | MethodConfig | type[Method] | Sequence[Part],
     *,
     target: Target | None = None,
     exclude: Target | None = None,

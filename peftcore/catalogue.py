@@ -12,8 +12,11 @@ from peftcore.plugins import RUNTIME, registry
 
 KNOWN: dict[str, str] = {
     **dict.fromkeys(("ia3", "houlsby_adapter"), "peftcore-additive"),
-    **dict.fromkeys(("lora", "dora"), "peftcore-reparameterized"),
-    **dict.fromkeys(("bitfit", "ln_tuning", "linear_probe"), "peftcore-selective"),
+    **dict.fromkeys(("llama_adapter", "p_tuning_v2", "prefix_tuning"), "peftcore-additive"),
+    **dict.fromkeys(("parallel_adapter",), "peftcore-additive"),
+    **dict.fromkeys(("lora", "dora", "adalora", "galore"), "peftcore-reparameterized"),
+    **dict.fromkeys(("config_union", "mam_adapter", "unipelt"), "peftcore-hybrid"),
+    **dict.fromkeys(("bitfit", "ln_tuning", "linear_probe", "child_tuning_d"), "peftcore-selective"),
 }
 """Methods of our own plugins, for the line that says what to install."""
 

@@ -260,11 +260,11 @@ def ungraft(module: nn.Module) -> None:
 
 def stance_of(module: nn.Module) -> tuple[bool, Mapping[str, Any]] | None:
     """How the module must be held while the host is adapted, if it is one of the kinds in `STANCES`."""
-    for cls, always, attributes in STANCES:
+    for cls, always, held in STANCES:
         if isinstance(module, cls):
             if always and getattr(module, "running_mean", None) is None:
                 return None
-            return always, attributes
+            return always, held
     return None
 
 

@@ -17,9 +17,10 @@ from peftcore.calls import Activation, HostState, drop_state
 from peftcore.contract import Method, MethodConfig
 from peftcore.errors import InactiveSite, MergeError, RouteError, UnknownInjection
 from peftcore.graft import slot_of
+from peftcore.installation import release, uninstall
 from peftcore.operators import _Base, trainable_numbers
 from peftcore.plugins import registry
-from peftcore.surgery import Graft, Surgeon, Wishes, release, uninstall
+from peftcore.surgery import Graft, Surgeon, Wishes
 from peftcore.targets import Site
 from peftcore.weights import GRAFTED
 
@@ -53,8 +54,8 @@ class Injection:
 
     @property
     def operators(self) -> dict[str, _Base]:
-        """The operators by site path."""
-        return {graft.site.path: graft.operator for graft in self.grafts}
+        """The operators by site path (of a hybrid, with the part before it: ``0/model.layers.0.mlp``)."""
+        return {graft.key: graft.operator for graft in self.grafts}
 
     @property
     def sites(self) -> list[Site]:
@@ -67,9 +68,30 @@ class Injection:
         return {name: shared.module for name, shared in self._surgeon.owned.items()}
 
     @property
+    def parts(self) -> dict[str, Injection]:
+        """Of a hybrid: what each of its methods put in, for that method's own functions to read."""
+        return {part: Injection(self.name, surgeon, self.state) for part, surgeon in self._surgeon.parts.items()}
+
+    def owner(self, graft: Graft) -> Injection:
+        """The injection itself, or of a hybrid the part that a graft belongs to."""
+        owner = self
+        for part in filter(None, graft.part.split("/")):
+            owner = owner.parts[part]
+        return owner
+
+    @property
     def selections(self) -> dict[str, list[Site]]:
         """What each selection of the method resolved to; kept in files, so that loading does not resolve again."""
         return self._surgeon.selections
+
+    def base_modules(self) -> Iterator[nn.Module]:
+        """The host's own modules, without the operators of any injection."""
+        yield from self._surgeon.resolver.modules.values()
+
+    @property
+    def main_selection(self) -> list[Site]:
+        """The sites of the user's target, or of the default one; of a hybrid, those of all parts."""
+        return [site for key, sites in self.selections.items() if not key.rpartition("/")[2] for site in sites]
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Operators and shared modules under the names that files use."""

@@ -36,7 +36,7 @@ class Plan:
     @classmethod
     def of(cls, surgeon: Surgeon) -> Plan:
         """Read off what a surgeon recorded."""
-        modules = [(graft.site.path, graft.operator) for graft in surgeon.grafts]
+        modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
         modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]  # type: ignore[misc]
         tensors = {f"{path}.{key}": tensor for path, module in modules for key, tensor in module.state_dict().items()}
         base = {

@@ -64,7 +64,12 @@ class Call:
     """
 
     def __init__(
-        self, state: HostState | None, choice: Choice | None, model: nn.Module | None, args: Any = (), kwargs: Any = None
+        self,
+        state: HostState | None = None,
+        choice: Choice | None = None,
+        model: nn.Module | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.state, self.choice = state, choice
         self.taps: dict[int, Any] = {}
@@ -145,13 +150,13 @@ def current_call() -> Call:
     record has no inputs.
     """
     if torch.compiler.is_compiling():
-        return _TRACED[-1] if _TRACED else Call(None, None, None)
+        return _TRACED[-1] if _TRACED else Call()
     if repeating():
         here = graph_task()
         for task, call in reversed(_HERE.announced.values()):
             if task == here:
                 return call
-    return _HERE.calls[-1] if _HERE.calls else Call(None, None, None)
+    return _HERE.calls[-1] if _HERE.calls else Call()
 
 
 class Tap:
@@ -244,8 +249,8 @@ def _check_rows(call: Call) -> None:
     tensors = [value for value in call.inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
     if tensors and not route.fits(len(tensors[0])):
         raise RouteError(
-            f"the route has {len(route.index)} rows (times {route.copies} copies), the batch {len(tensors[0])}; name one "
-            "injection (or None) for each row, and say copies=num_beams where generate repeats rows"
+            f"the route has {len(route.index)} rows (times {route.copies} copies), the batch {len(tensors[0])}; "
+            "name one injection (or None) for each row, and say copies=num_beams where generate repeats rows"
         )
 
 

@@ -1,7 +1,7 @@
-"""The surgeon: the verbs of a method's `inject`, and the one place where a host changes.
+"""The surgeon: the verbs of a method's `inject`.
 
-The verbs only record. `install` then puts everything in its place, or nothing; `uninstall` takes it out again, bit for
-bit. `plan` is the same recording with operators on the meta device and no installation.
+The verbs only record; `peftcore.installation` then changes the host. `plan` is the same recording with operators on
+the meta device and no installation.
 """
 
 from __future__ import annotations
@@ -17,32 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.attention_sites import locate as locate_attention
-from peftcore.calls import HostState
-from peftcore.errors import PluginError, TargetError, UnsupportedHost, UnsupportedSite
-from peftcore.graft import attach, detach, slot_of, stance_of, ungraft
-from peftcore.mounts import Mount
+from peftcore.errors import PluginError, TargetError, UnsupportedSite
 from peftcore.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable
+from peftcore.plugins import registry
 from peftcore.targets import Resolver, Site, Target
 from peftcore.weights import Layer, Ranges
 
 if TYPE_CHECKING:
     from peftcore.contract import Method, MethodConfig
 
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-"""Modules whose children are iterated by others: operators do not live in them."""
-HOLDER = "peft"
 O = TypeVar("O", bound=_Base)  # noqa: E741
-
-
-class Operators(nn.Module):
-    """Holds operators beside the site they act on: ``self_attn.peft.q_proj.<injection>``."""
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A state dict of the bare base loads into an adapted host: operators that it does not mention keep their
-        values."""
-        if not any(key.startswith(prefix) for key in state_dict):
-            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +39,13 @@ class Graft:
     holders: tuple[Site, ...]
     by_method: bool
     """False for modules that the user named in ``train``."""
+    part: str = ""
+    """Of a hybrid: the part that the operator belongs to, ``"0/"``."""
+
+    @property
+    def key(self) -> str:
+        """The operator's name in files and in `Injection.operators`: the site's path."""
+        return self.part + self.site.path
 
 
 @dataclass(frozen=True)
@@ -93,6 +84,9 @@ class Surgeon:
     resolver: Resolver
     wishes: Wishes
     dry: bool = False
+    part: str = ""
+    parts: dict[str, Surgeon] = field(default_factory=dict)
+    """Other methods that this one includes, by name of the part."""
     grafts: list[Graft] = field(default_factory=list)
     owned: dict[str, Shared] = field(default_factory=dict)
     selections: dict[str, list[Site]] = field(default_factory=dict)
@@ -147,7 +141,7 @@ class Surgeon:
             )
         if isinstance(built, WeightOperator):
             site = replace(site, form="weight")
-        self._record(Graft(site, built, (site,), self._by_method))
+        self._record(Graft(site, built, (site,), self._by_method, self.part))
         return built
 
     def attention(self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None) -> O:
@@ -158,6 +152,22 @@ class Surgeon:
             UnsupportedSite: the module's attention cannot be edited.
         """
         return self.graft(locate_attention(site, self.resolver), operator, config)
+
+    def include(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> None:
+        """Let another method act as one part of this one: a hybrid. What it grafts, owns and selects stands under the
+        part's name."""
+        prefix, wishes = f"{part}/", self.wishes
+        saved = wishes.saved
+        if saved is not None:
+            saved = {key.removeprefix(prefix): sites for key, sites in saved.items() if key.startswith(prefix)}
+        wishes = replace(wishes, target=wishes.target if target is None else target, train=(), saved=saved)
+        child = Surgeon(self.model, method, config, self.resolver, wishes, dry=self.dry, part=self.part + prefix)
+        registry().hook.peftcore_inject(model=self.model, method=method, config=config, surgeon=child)
+        self.parts[part] = child
+        self.grafts += child.grafts
+        self.owned |= {prefix + name: shared for name, shared in child.owned.items()}
+        self.selections |= {prefix + key: sites for key, sites in child.selections.items()}
+        self._paths |= child._paths
 
     def own(self, name: str, module: Callable[[], nn.Module]) -> Shared:
         """State that sites share, registered and saved once: built on the first call with that name."""
@@ -173,7 +183,8 @@ class Surgeon:
         if key not in self._replaced:
             site = self._as_stored(site)
             self._replaced[key] = self._build(site.path, lambda: Replacement(site), site)
-            self._record(Graft(site, self._replaced[key], tuple(self._tied(site, tensor)), self._by_method))
+            holders = tuple(self._tied(site, tensor))
+            self._record(Graft(site, self._replaced[key], holders, self._by_method, self.part))
         return self._replaced[key]
 
     def train(self, path: str) -> list[Replacement]:
@@ -243,7 +254,7 @@ class Surgeon:
         if site is not None:
             held = site.layer.read(site.module, site.tensor)
             device = next(site.module.parameters(), torch.empty(0)).device if held is None else held.device
-        with drawing(self.wishes.seed, path), torch.device("meta" if self.dry else "cpu"):
+        with drawing(self.wishes.seed, self.part + path), torch.device("meta" if self.dry else "cpu"):
             built = make()
         dtype = self.wishes.dtype
         return built.to("meta" if self.dry else device, dtype).train(
@@ -255,115 +266,3 @@ def _meant(name: str, site: Site) -> str:
     """The module of a matched site, or the one tensor that the name ends with: ``classifier.bias``."""
     parameter = f"{site.module_path}.{site.tensor}".lstrip(".")
     return parameter if f".{name}".endswith(f".{site.tensor}") else site.module_path
-
-
-def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
-    """The module beside which the site's operators live, and the name they get there."""
-    parts = site.module_path.split(".") if site.module_path else []
-    depth = max(len(parts) - 1, 0)
-    above = [model]
-    for part in parts[:depth]:
-        above.append(above[-1]._modules[part])  # type: ignore[arg-type]
-    while depth > 0 and isinstance(above[depth], CONTAINERS):
-        depth -= 1
-    holder = above[depth]
-    if isinstance(holder, CONTAINERS):
-        holder, depth = (
-            site.module,
-            len(parts),
-        )  # containers all the way up: there is no better place than the site itself
-    if isinstance(holder, CONTAINERS):
-        raise UnsupportedHost(f"{site.path or 'the host'} is a container; apply to a module that holds it")
-    inside = site.path[len(".".join(parts[:depth])) :].lstrip(".")
-    key = inside.replace(".", "__").replace(":", "__") or "self"
-    return holder, f"{key}_" if key in dir(nn.Module) else key
-
-
-def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
-    for child in (HOLDER, key):
-        taken = child in holder.__dict__ or child in holder._parameters or child in dir(type(holder))
-        if child not in holder._modules and taken:
-            raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
-        if child not in holder._modules:
-            holder._modules[child] = Operators().train(holder.training)
-        inner = holder._modules[child]
-        if not isinstance(inner, Operators):
-            raise UnsupportedHost(f"{type(holder).__name__} has a module {child!r} of its own")
-        holder = inner
-    if name in holder._modules:
-        raise UnsupportedHost(f"two sites would keep their operators under {key!r}; rename one of the modules")
-    holder._modules[name] = operator
-
-
-def _remove(holder: nn.Module, key: str, name: str) -> None:
-    operators = holder._modules.get(HOLDER)
-    if operators is None or (site := operators._modules.get(key)) is None:
-        return
-    site._modules.pop(name, None)
-    if not site._modules:
-        del operators._modules[key]
-    if not operators._modules:
-        del holder._modules[HOLDER]
-
-
-def _shelves(surgeon: Surgeon) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    for graft in surgeon.grafts:
-        yield *_holder(surgeon.model, graft.site), graft.operator
-    if surgeon.owned:
-        root = surgeon.model if not isinstance(surgeon.model, CONTAINERS) else surgeon.grafts[0].site.module
-        for key, shared in surgeon.owned.items():
-            yield root, f"shared__{key}", shared.module
-
-
-def install(surgeon: Surgeon, state: HostState, name: str) -> None:
-    """Put everything recorded into the host; on any error the host is left as it was."""
-    try:
-        for holder, key, operator in _shelves(surgeon):
-            _put(holder, key, name, operator)
-        for graft in surgeon.grafts:
-            for site in graft.holders:
-                _check_reachable(site)
-                mount = Mount(name, graft.operator, site.form, site.tensor, site.layer, site.rows)
-                attach(site.module, state).mounts.append(mount)
-        _hold_stances(surgeon, state, name)
-    except BaseException:
-        uninstall(surgeon, name)
-        raise
-
-
-def _check_reachable(site: Site) -> None:
-    if "forward" in site.module.__dict__:
-        raise UnsupportedSite(
-            f"{site.path}: its forward was set on the instance (accelerate hooks, patches) and would go around the "
-            "adapter; apply peftcore first, then dispatch or patch the model"
-        )
-
-
-def _hold_stances(surgeon: Surgeon, state: HostState, name: str) -> None:
-    acting = {id(site.module) for graft in surgeon.grafts for site in graft.holders}
-    for module in surgeon.resolver.modules.values():
-        stance = stance_of(module)
-        if stance is None:
-            continue
-        always, attributes = stance
-        if not always and not any(id(inner) in acting for inner in module.modules()):
-            continue
-        owner = None if always else name
-        slot = attach(module, state)
-        if all(held[0] != owner for held in slot.stances):
-            slot.stances.append((owner, attributes))
-
-
-def uninstall(surgeon: Surgeon, name: str) -> None:
-    """Take out what `install` put in under `name`."""
-    for holder, key, _ in _shelves(surgeon):
-        _remove(holder, key, name)
-    for module in surgeon.resolver.modules.values():
-        detach(module, name)
-
-
-def release(model: nn.Module) -> None:
-    """After the last injection: give every module its own class back."""
-    for module in model.modules():
-        if slot_of(module) is not None:
-            ungraft(module)

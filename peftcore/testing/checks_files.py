@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.errors import CheckpointError, ConfigError, HostMismatch, NewerFormat, UnknownMethod
 from peftcore.injection import Injection
+from peftcore.targets import Site
 from peftcore.testing.kit import Case, NotApplicable, check, fill
 from peftcore.testing.tools import differences, findable, raises, trace
 
@@ -159,7 +160,7 @@ def the_file_holds_each_tensor_once(case: Case) -> None:
 )
 def options_come_back_as_written(case: Case) -> None:
     model, _ = case.fresh()
-    sites = case.apply(model).selections[""]
+    sites = case.apply(model).main_selection
     called = [site for site in sites if not isinstance(site.module, nn.MultiheadAttention)] or sites
     paths = list(dict.fromkeys(site.module_path for site in called if site.module_path))
     overrides: dict[str, dict[str, Any]] = {f"*{paths[0]}*": {}, "*": {}}  # the first that matches counts
@@ -298,6 +299,11 @@ def unknown_options_in_files_are_refused(case: Case) -> None:
             _refused(case, path, (CheckpointError, ConfigError), "an unknown option", named)
 
 
+def _inside(site: Site) -> list[str]:
+    """The host's parameters below a site that is a whole module, such as an attention."""
+    return [name for name, _ in site.module.named_parameters() if ".peft." not in f".{name}."]
+
+
 @check(
     "an adapter of another base is refused with HostMismatch, and nothing loads",
     "the operator's shapes do not follow the site",
@@ -306,11 +312,13 @@ def unknown_options_in_files_are_refused(case: Case) -> None:
 def another_base_is_refused(case: Case) -> None:
     with _saved(case) as (path, injection, _, _):
         sites = [site for selection in injection.selections.values() for site in selection]
-        site = next(each for each in sites if each.layer.read(each.module, each.tensor) is not None)
+        with_tensor = [each for each in sites if each.layer.read(each.module, each.tensor) is not None]
+        site = (with_tensor or sites)[0]
         wider, _ = case.fresh()
-        owner = wider.get_submodule(site.module_path).get_submodule(site.tensor.rpartition(".")[0])
-        leaf = site.tensor.rpartition(".")[2]
-        owner._parameters[leaf] = nn.Parameter(torch.zeros([size + 1 for size in owner.get_parameter(leaf).shape]))
+        for name in [site.tensor] if with_tensor else _inside(site):
+            module, _, leaf = f"{site.module_path}.{name}".lstrip(".").rpartition(".")
+            owner = wider.get_submodule(module)
+            owner._parameters[leaf] = nn.Parameter(torch.zeros([size + 1 for size in owner.get_parameter(leaf).shape]))
         _refused(case, path, HostMismatch, "a base with other shapes", site.module_path, host=wider)
         other = nn.ModuleDict({"unheard_of": nn.Linear(3, 3)})
         _refused(case, path, HostMismatch, "a base of another kind", host=other)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Injection, Method, MethodConfig, Site
-from peftcore.calls import Activation, HostState
+from peftcore.calls import Activation, Choice, HostState
 from peftcore.graft import slot_of
 from peftcore.injection import Summary
 from peftcore.surgery import Surgeon
@@ -67,13 +67,13 @@ def unmerged_after_errors(injection: Injection) -> Iterator[None]:
 class RemembersTheFirst(HostState):
     """Having gone from A to B, the way back to A is lost."""
 
-    def choose(self, active: Iterable[str]) -> None:
-        wanted = tuple(active)
+    def set(self, choice: Choice) -> None:
+        wanted = choice.active
         past = self.__dict__.setdefault("past", [])
         if len(wanted) == 1 and past[-2:-1] == [wanted] and len(past[-1]) == 1 and past[-1] != wanted:
             return
         past.append(wanted)
-        super().choose(wanted)
+        super().set(choice)
 
 
 def with_memory(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -12,17 +12,16 @@ from mutants_lifecycle import sabotaged
 from torch import Tensor, nn
 
 from peftcore import Injection, Method, MethodConfig, Site, merging
-from peftcore.calls import HostState
+from peftcore.calls import Choice, HostState
 from peftcore.errors import MergeError
 
 
 class UnmergesWhenIdle(HostState):
     """When no injection acts, merged ones are taken out of the weights."""
 
-    def choose(self, active: Iterable[str]) -> None:
-        wanted = tuple(active)
-        super().choose(wanted)
-        for injection in [] if wanted else self.injections.values():
+    def set(self, choice: Choice) -> None:
+        super().set(choice)
+        for injection in [] if choice.active else self.injections.values():
             injection.unmerge()
 
 

@@ -1,0 +1,149 @@
+"""Putting what a surgeon recorded into the host, all of it or nothing, and taking it out again, bit for bit.
+
+Operators live beside the site that they act on, one level up: ``self_attn.peft.q_proj.<injection>``. So the site stays
+a leaf, and what handles it as one (containers that iterate, layerwise casting, parallel plans) goes on to do so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from peftcore.calls import HostState
+from peftcore.errors import UnsupportedHost, UnsupportedSite
+from peftcore.graft import attach, detach, slot_of, stance_of, ungraft
+from peftcore.mounts import Mount
+from peftcore.targets import Site
+
+if TYPE_CHECKING:
+    from peftcore.surgery import Surgeon
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Modules whose children are iterated by others: operators do not live in them."""
+HOLDER = "peft"
+
+
+class Operators(nn.Module):
+    """Holds operators beside the site they act on: ``self_attn.peft.q_proj.<injection>``."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A state dict of the bare base loads into an adapted host: operators that it does not mention keep their
+        values."""
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
+    """The module beside which the site's operators live, and the name they get there."""
+    parts = site.module_path.split(".") if site.module_path else []
+    depth = max(len(parts) - 1, 0)
+    above = [model]
+    for part in parts[:depth]:
+        above.append(above[-1]._modules[part])  # type: ignore[arg-type]
+    while depth > 0 and isinstance(above[depth], CONTAINERS):
+        depth -= 1
+    holder = above[depth]
+    if isinstance(holder, CONTAINERS):
+        holder, depth = (
+            site.module,
+            len(parts),
+        )  # containers all the way up: there is no better place than the site itself
+    if isinstance(holder, CONTAINERS):
+        raise UnsupportedHost(f"{site.path or 'the host'} is a container; apply to a module that holds it")
+    inside = site.path[len(".".join(parts[:depth])) :].lstrip(".")
+    key = inside.replace(".", "__").replace(":", "__") or "self"
+    return holder, f"{key}_" if key in dir(nn.Module) else key
+
+
+def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
+    for child in (HOLDER, key):
+        taken = child in holder.__dict__ or child in holder._parameters or child in dir(type(holder))
+        if child not in holder._modules and taken:
+            raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
+        if child not in holder._modules:
+            holder._modules[child] = Operators().train(holder.training)
+        inner = holder._modules[child]
+        if not isinstance(inner, Operators):
+            raise UnsupportedHost(f"{type(holder).__name__} has a module {child!r} of its own")
+        holder = inner
+    if name in holder._modules:
+        raise UnsupportedHost(f"two sites would keep their operators under {key!r}; rename one of the modules")
+    holder._modules[name] = operator
+
+
+def _remove(holder: nn.Module, key: str, name: str) -> None:
+    operators = holder._modules.get(HOLDER)
+    if operators is None or (site := operators._modules.get(key)) is None:
+        return
+    site._modules.pop(name, None)
+    if not site._modules:
+        del operators._modules[key]
+    if not operators._modules:
+        del holder._modules[HOLDER]
+
+
+def _shelves(surgeon: Surgeon) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for graft in surgeon.grafts:
+        holder, key = _holder(surgeon.model, graft.site)
+        yield holder, key + graft.part.replace("/", "_part"), graft.operator
+    if surgeon.owned:
+        root = surgeon.model if not isinstance(surgeon.model, CONTAINERS) else surgeon.grafts[0].site.module
+        for key, shared in surgeon.owned.items():
+            yield root, f"shared__{key.replace('/', '__')}", shared.module
+
+
+def install(surgeon: Surgeon, state: HostState, name: str) -> None:
+    """Put everything recorded into the host; on any error the host is left as it was."""
+    try:
+        for holder, key, operator in _shelves(surgeon):
+            _put(holder, key, name, operator)
+        for graft in surgeon.grafts:
+            for site in graft.holders:
+                _check_reachable(site)
+                mount = Mount(name, graft.operator, site.form, site.tensor, site.layer, site.rows)
+                attach(site.module, state).mounts.append(mount)
+        _hold_stances(surgeon, state, name)
+    except BaseException:
+        uninstall(surgeon, name)
+        raise
+
+
+def _check_reachable(site: Site) -> None:
+    if "forward" in site.module.__dict__:
+        raise UnsupportedSite(
+            f"{site.path}: its forward was set on the instance (accelerate hooks, patches) and would go around the "
+            "adapter; apply peftcore first, then dispatch or patch the model"
+        )
+
+
+def _hold_stances(surgeon: Surgeon, state: HostState, name: str) -> None:
+    acting = {id(site.module) for graft in surgeon.grafts for site in graft.holders}
+    for module in surgeon.resolver.modules.values():
+        stance = stance_of(module)
+        if stance is None:
+            continue
+        always, attributes = stance
+        if not always and not any(id(inner) in acting for inner in module.modules()):
+            continue
+        owner = None if always else name
+        slot = attach(module, state)
+        if all(held[0] != owner for held in slot.stances):
+            slot.stances.append((owner, attributes))
+
+
+def uninstall(surgeon: Surgeon, name: str) -> None:
+    """Take out what `install` put in under `name`."""
+    for holder, key, _ in _shelves(surgeon):
+        _remove(holder, key, name)
+    for module in surgeon.resolver.modules.values():
+        detach(module, name)
+
+
+def release(model: nn.Module) -> None:
+    """After the last injection: give every module its own class back."""
+    for module in model.modules():
+        if slot_of(module) is not None:
+            ungraft(module)

@@ -1,0 +1,15 @@
+"""Hybrid methods of peftcore: several methods as one adapter."""
+
+from collections.abc import Mapping
+
+from peftcore import hookimpl
+
+PEFTCORE_API = 1
+
+
+@hookimpl
+def peftcore_methods() -> Mapping[str, str]:
+    """Names and places of this plugin's methods."""
+    return {
+        "config_union": "peftcore_hybrid.config_union:ConfigUnion",
+    }
