@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import MergeError, RouteError, UnknownInjection
-from peftcore.records import Recorder, replayed, repeating
+from peftcore.records import Recorder, repeating, replayed
 
 if TYPE_CHECKING:
-    from peftcore.mounts import Slot
     from peftcore.injection import Injection
+    from peftcore.mounts import Slot
 
 _KEY = "_peftcore_state"
 Active = tuple[str, ...]
@@ -209,7 +209,7 @@ class Chosen(AbstractContextManager["Chosen"]):
         return choice if active == choice.active and not gone else Choice(active, None, choice.context)
 
 
-def Activation(state: HostState, active: Iterable[str]) -> Chosen:  # noqa: N802  # reads like what it returns
+def Activation(state: HostState, active: Iterable[str]) -> Chosen:  # reads like what it returns
     """Choose these names, in the order in which they were applied."""
     wanted = set(active)
     names = tuple(name for name in state.injections if name in wanted)

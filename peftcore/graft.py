@@ -184,8 +184,8 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if slot is None:
             return base.forward(self, *args, **kwargs)
         choice = slot.state.now()
-        if self.training and not torch.compiler.is_compiling():
-            slot.state.recorder.note_outside(choice)
+        if not torch.compiler.is_compiling():
+            slot.state.recorder.visit(choice, self.training)
         planned = slot.plan_for(choice)
         if not planned.acting.attention:  # else the edits say so: a host may go round them
             slot.ran = True

@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +33,16 @@ class _Threads(threading.local):
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.announced: dict[int, tuple[int, Call]] = {}
-        """By host: the backward pass (its number) and the forward that it goes through now."""
+        self.outside: Call | None = None
+        """What stands for one where a part of the host runs by itself."""
+        self.announced: dict[int, tuple[int, weakref.ref[Call]]] = {}
+        """By host: the backward pass (its number) and the forward that it goes through now, which its graph holds."""
 
 
 _HERE = _Threads()
 _TRACED: list[Call] = []
-"""The open records while torch.compile traces: it follows a plain list, not what belongs to a thread."""
+"""The open records of all threads, for code that torch.compile traces: it follows a plain list, not what belongs to a
+thread."""
 
 
 def graph_task() -> int:
@@ -153,10 +157,11 @@ def current_call() -> Call:
         return _TRACED[-1] if _TRACED else Call()
     if repeating():
         here = graph_task()
-        for task, call in reversed(_HERE.announced.values()):
-            if task == here:
+        for task, reference in reversed(_HERE.announced.values()):
+            call = reference()
+            if task == here and call is not None:
                 return call
-    return _HERE.calls[-1] if _HERE.calls else Call()
+    return _HERE.calls[-1] if _HERE.calls else _HERE.outside or Call()
 
 
 class Tap:
@@ -188,17 +193,19 @@ class Recorder:
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the host runs."""
         call = Call(self.state, self.state.now(), model, args, kwargs)
+        _TRACED.append(call)
         if torch.compiler.is_compiling():
-            _TRACED.append(call)
             return
         _HERE.calls.append(call)
+        _HERE.outside = None
         _check_rows(call)
         if torch.is_grad_enabled() and not repeating():
             self.note(self.state.now())
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After it, also when it raised."""
-        call = _TRACED.pop() if torch.compiler.is_compiling() else _HERE.calls.pop()
+        call = _TRACED[-1] if torch.compiler.is_compiling() else _HERE.calls.pop()
+        _TRACED.remove(call)
         call.close()
         if output is None or not torch.is_grad_enabled():
             return None
@@ -226,9 +233,15 @@ class Recorder:
         if not any(choice.same(other) for other in self.recent):
             self.recent = [*self.recent[-1:], choice]
 
-    def note_outside(self, choice: Choice) -> None:
-        """The same for a module that runs without the host: through `forward_features`, or an encoder by itself."""
-        if not _HERE.calls and not repeating():
+    def visit(self, choice: Choice, training: bool) -> None:
+        """A grafted module runs. Where the host itself does not (through `forward_features`, an encoder by itself),
+        there is a record all the same, without inputs, until the next forward of the host."""
+        if _HERE.calls:
+            return
+        outside = _HERE.outside
+        if outside is None or outside.state is not self.state or outside.choice is not choice:
+            _HERE.outside = Call(self.state, choice)
+        if training and not repeating():
             self.note(choice)
 
     def _aux_losses(self, call: Call) -> Iterator[Tensor]:
@@ -280,7 +293,7 @@ def _announce(output: Any, call: Call) -> None:
     state = call.state
 
     def announce(gradients: tuple[Any, ...]) -> None:
-        _HERE.announced[id(state)] = graph_task(), call
+        _HERE.announced[id(state)] = graph_task(), weakref.ref(call)
         state.recorder.drained = True
 
     for tensor in _tensors(output):
@@ -295,7 +308,8 @@ def replayed(state: HostState) -> Choice:
         AmbiguousBackward: forwards under different choices came before this backward, and nothing says which one it is:
             a nested reentrant checkpoint, or a loss that was not made from the host's outputs.
     """
-    task, call = _HERE.announced.get(id(state), (-1, None))
+    task, reference = _HERE.announced.get(id(state), (-1, None))
+    call = None if reference is None else reference()
     if task == graph_task() and call is not None and call.choice is not None:
         return call.choice
     recent, state.recorder.drained = state.recorder.recent, True

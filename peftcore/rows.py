@@ -37,8 +37,10 @@ class Once:
         assert self._asked is not None
         before, named = self._asked
         alike = len(args) == len(before) and kwargs.keys() == named.keys()
-        return alike and all(a is b for a, b in zip(args, before, strict=True)) and all(
-            value is named[key] for key, value in kwargs.items()
+        return (
+            alike
+            and all(a is b for a, b in zip(args, before, strict=True))
+            and all(value is named[key] for key, value in kwargs.items())
         )
 
 

@@ -232,7 +232,8 @@ class Resolver:
         module = self.modules[module_path]
         output = role is not None and role.endswith(".output")  # the operator acts on what the module returns
         layer = self._layer_of(module, tensor)
-        form = "activation" if output or (layer.called and tensor == "weight") else "weight"
+        whole = tensor == "weight" and layer.read(module, tensor) is None  # a module without a weight of its own
+        form = "activation" if output or whole or (layer.called and tensor == "weight") else "weight"
         if role is None:
             role = self._role_of.get(module_path if tensor == "weight" else f"{module_path}.{tensor}")
         return Site(module, module_path, tensor, layer, role, rows, form, self._layer_of)

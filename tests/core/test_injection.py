@@ -25,7 +25,7 @@ from core_toys import (
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import hookimpl
+from peftcore import hookimpl, installation
 from peftcore.errors import (
     ConfigError,
     DuplicateInjection,
@@ -253,17 +253,15 @@ class BreakingOperator(peftcore.WeightOperator):
 
 
 def break_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    import peftcore.surgery as surgery
-
     calls = iter(range(100))
-    real = surgery.attach
+    real = installation.attach
 
     def attach(*args: Any) -> Any:
         if next(calls) == 1:
             raise ZeroDivisionError("install")
         return real(*args)
 
-    monkeypatch.setattr(surgery, "attach", attach)
+    monkeypatch.setattr(installation, "attach", attach)
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["bare host", "host with another injection"])

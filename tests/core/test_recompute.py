@@ -1,0 +1,222 @@
+"""Layers that run again inside backward see what their forward saw, whatever was left or chosen since."""
+
+import threading
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from call_toys import Checkpointed, TaskMethod, fill, gradients, host
+from core_toys import token_ids
+from torch import Tensor
+
+import peftcore
+from peftcore import Injection, activate, call, route
+from peftcore.errors import AmbiguousBackward
+from peftcore.records import graph_task, repeating
+
+MODES = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+Choose = Callable[[Checkpointed], object]
+
+CHOICES: dict[str, Choose] = {
+    "one": lambda model: activate(model, "one"),
+    "other": lambda model: activate(model, "two"),
+    "both": lambda model: activate(model, "one", "two"),
+    "route": lambda model: route(model, ["two", None, "one"]),
+    "context": lambda model: call(model, strength=2.0),
+}
+
+
+def adapted(reentrant: bool | None, nested: bool = False) -> tuple[Checkpointed, list[Injection]]:
+    model = host(reentrant, nested)
+    one = peftcore.apply(model, "lora", name="one", target="all-linear")
+    two = peftcore.apply(model, "dora", name="two", target="all-linear")
+    tasks = peftcore.apply(model, TaskMethod, name="tasks")
+    for index, injection in enumerate((one, two, tasks)):
+        fill(injection, index)
+    call(model, strength=0.5)
+    activate(model, "tasks")
+    return model, [one, two, tasks]
+
+
+def loss(model: Checkpointed, choose: Choose, seed: int = 0) -> Tensor:
+    """The loss under a choice that is left before it is returned."""
+    ids = (token_ids(3) + seed) % 11
+    with choose(model):  # type: ignore[attr-defined]
+        output = model(ids, labels=ids.roll(1, 1))
+    return output["loss"]
+
+
+def test_graph_task_is_a_number_inside_backward_only() -> None:
+    seen = []
+    x = torch.ones(2, requires_grad=True)
+    y = (x * 2).sum()
+    y.register_hook(lambda gradient: seen.append((graph_task(), repeating())))
+    assert graph_task() == -1 and not repeating()
+    y.backward()
+    (x * 3).sum().backward()
+    assert len(seen) == 1 and seen[0][0] >= 0 and seen[0][1]
+    assert graph_task() == -1 and not repeating()
+
+
+@MODES
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_choice_left_before_backward_changes_no_gradient(choice: str, reentrant: bool) -> None:
+    plain, checkpointed = adapted(None), adapted(reentrant)
+    results = []
+    for model, injections in (plain, checkpointed):
+        value = loss(model, CHOICES[choice])
+        with activate(model), call(model, strength=100.0):
+            value.backward()
+        results.append(gradients(*injections))
+    assert sum(gradient.abs().sum() for gradient in results[0]) > 0.1
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+@MODES
+@pytest.mark.parametrize(("first", "second"), [("one", "other"), ("route", "both"), ("context", "one")])
+def test_two_differing_forwards_before_one_backward(first: str, second: str, reentrant: bool) -> None:
+    plain, checkpointed = adapted(None), adapted(reentrant)
+    results = []
+    for model, injections in (plain, checkpointed):
+        total = 3 * loss(model, CHOICES[first]) + loss(model, CHOICES[second], seed=1)
+        total.backward()
+        results.append(gradients(*injections))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+    alone = []
+    for choice, seed, factor in ((first, 0, 3), (second, 1, 1)):
+        (factor * loss(plain[0], CHOICES[choice], seed)).backward()
+        alone.append(gradients(*plain[1]))
+    for one, two, both in zip(*alone, results[1], strict=True):
+        torch.testing.assert_close(one + two, both, rtol=1e-5, atol=1e-6)
+
+
+@MODES
+def test_forwards_go_backward_in_any_order(reentrant: bool) -> None:
+    plain, checkpointed = adapted(None), adapted(reentrant)
+    results = []
+    for model, injections in (plain, checkpointed):
+        early, late = loss(model, CHOICES["one"]), loss(model, CHOICES["other"])
+        early.backward()
+        between = loss(model, CHOICES["route"])
+        late.backward()
+        between.backward()
+        results.append(gradients(*injections))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+@MODES
+def test_backward_in_another_thread(reentrant: bool) -> None:
+    """As on a GPU, where torch runs backward in a thread of the device."""
+    plain, checkpointed = adapted(None), adapted(reentrant)
+    results = []
+    for model, injections in (plain, checkpointed):
+        value = loss(model, CHOICES["one"])
+        thread = threading.Thread(target=value.backward)
+        thread.start()
+        thread.join()
+        results.append(gradients(*injections))
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def trunk_loss(model: Checkpointed, choose: Choose, seed: int = 0) -> Tensor:
+    with choose(model):  # type: ignore[attr-defined]
+        return model.trunk((token_ids(3) + seed) % 11).square().mean()
+
+
+@MODES
+def test_a_part_of_the_host_called_by_itself(reentrant: bool) -> None:
+    """No output of the host announces the backward: one choice is enough to know, two are an error."""
+    plain, checkpointed = adapted(None), adapted(reentrant)
+    results = []
+    for model, injections in (plain, checkpointed):
+        for choice in ("one", "other"):
+            trunk_loss(model, CHOICES[choice]).backward()
+        results.append(gradients(*injections))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+    model, _ = checkpointed
+    total = trunk_loss(model, CHOICES["one"]) + trunk_loss(model, CHOICES["other"], seed=1)
+    with pytest.raises(AmbiguousBackward, match="several forwards"):
+        total.backward()
+    trunk_loss(model, CHOICES["one"]).backward()
+
+
+@MODES
+def test_nested_checkpoints(reentrant: bool) -> None:
+    plain, nested = adapted(None), adapted(reentrant, nested=True)
+    results = []
+    for model, injections in (plain, nested):
+        loss(model, CHOICES["one"]).backward()
+        results.append(gradients(*injections))
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+    model, injections = nested
+    total = loss(model, CHOICES["one"]) + loss(model, CHOICES["other"], seed=1)
+    if reentrant:  # the inner recomputation belongs to a backward pass of its own
+        with pytest.raises(AmbiguousBackward, match="several forwards"):
+            total.backward()
+    else:
+        total.backward()
+
+
+@MODES
+def test_losses_of_operators_count_once(reentrant: bool) -> None:
+    from call_toys import TapMethod
+
+    results = []
+    for model in (host(None), host(reentrant)):
+        injection = peftcore.apply(model, TapMethod)
+        fill(injection, 5)
+        ids = token_ids(3)
+        output = model(ids, labels=ids)["loss"]
+        output.backward()
+        results.append([output.detach(), *gradients(injection)])
+    for expected, actual in zip(*results, strict=True):
+        if reentrant:  # a loss made inside a reentrant checkpoint has no graph: its value counts, its gradient is lost
+            continue
+        torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(results[0][0], results[1][0])
+
+
+def test_records_die_with_their_graphs() -> None:
+    model, _ = adapted(False)
+    seen: list[weakref.ref[peftcore.Call]] = []
+    model.norm.register_forward_hook(lambda *_: seen.append(weakref.ref(peftcore.current_call())))
+    value = loss(model, CHOICES["one"])
+    assert seen[0]() is not None
+    value.backward()
+    del value
+    assert seen[0]() is None
+
+
+def test_hosts_of_transformers_with_their_own_checkpointing() -> None:
+    from peftcore.testing.hosts import HOSTS
+
+    for name in ("llama", "bert", "gpt2", "t5"):
+        results = []
+        for reentrant in (None, False, True):
+            torch.manual_seed(0)
+            model, inputs = HOSTS[name].build()
+            one = peftcore.apply(model, "lora", name="one", target="all-linear")
+            two = peftcore.apply(model, "dora", name="two", target="all-linear")
+            fill(one, 1), fill(two, 2)
+            model.train()
+            if reentrant is not None:
+                model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+                model.enable_input_require_grads()
+            torch.manual_seed(0)
+            rows = (["one", "two", None] * 3)[: len(next(iter(inputs.values())))]
+            with route(model, rows):
+                output = HOSTS[name].output(model(**inputs))
+            with activate(model):
+                output.square().mean().backward()
+            results.append(gradients(one, two))
+        assert sum(gradient.abs().sum() for gradient in results[0]) > 1e-4
+        for actual in results[1:]:
+            for gradient, expected in zip(actual, results[0], strict=True):
+                assert torch.equal(gradient, expected), name
