@@ -146,9 +146,9 @@ def _inner(
     return functools.partial(base.forward, module)
 
 
-def _around(acting: Acting, call: Callable[..., Any]) -> Callable[..., Any]:
+def _around(acting: Acting, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
     for mount in acting.onion:
-        call = mount.around(call)
+        call = mount.around(call, module)
     return call
 
 
@@ -166,9 +166,10 @@ def _by_rows(
     output = inner(*args, **kwargs)
     for position, acting in enumerate(planned.routed):
         if acting.effects:
-            other = _around(acting, _inner(base, slot, module, replace(acting, attention=())))(*args, **kwargs)
+            call = _inner(base, slot, module, replace(acting, attention=()))
+            other = _around(acting, call, module)(*args, **kwargs)
         elif acting.onion:
-            other = _around(acting, inner)(*args, **kwargs)
+            other = _around(acting, inner, module)(*args, **kwargs)
         else:
             continue
         output = select_rows(output, other, route, position)
@@ -194,7 +195,7 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
         inner = _inner(base, slot, self, planned.acting, choice.route)
         if choice.route is not None:
             return _by_rows(base, slot, self, planned, choice.route, Once(inner, self), args, kwargs)
-        return _around(planned.acting, inner)(*args, **kwargs)
+        return _around(planned.acting, inner, self)(*args, **kwargs)
 
     forward.__qualname__, forward.__doc__ = f"{base.__qualname__}.forward", base.forward.__doc__
     # Not functools.wraps: accelerate unwraps through __wrapped__ and would leave the graft out.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.calls import Active, Choice, HostState, Route
-from peftcore.operators import WeightOperator, _Base, is_mergeable
+from peftcore.operators import Operator, WeightOperator, _Base, is_mergeable
 from peftcore.weights import Layer, Ranges, bias_name, put, take
 
 
@@ -50,10 +50,11 @@ class Mount:
             return part if part is None else part.to(like.dtype)
         return put(bias, part.to(bias.dtype), self.rows, dim)
 
-    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """The next onion layer."""
+    def around(self, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+        """The next onion layer around a module's forward."""
         if self.rows is None:
-            return functools.partial(self.operator, call)
+            assert isinstance(self.operator, Operator)
+            return functools.partial(self.operator.at(self.form, module), call)
         return functools.partial(_around_rows, self, call)
 
 

@@ -64,6 +64,11 @@ class Operator(_Base):
         """Act around `call`."""
         raise NotImplementedError
 
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        """What acts around a module: the operator itself. One that stands at several modules tells them apart by the
+        form of the site (and reads what it needs of the module, but never keeps it)."""
+        return self
+
     def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """`tensors` in the dtype of `like`: also under autocast, which would promote elementwise products."""
         return tuple(tensor.to(like.dtype) for tensor in tensors)

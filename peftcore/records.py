@@ -63,7 +63,8 @@ class Call:
 
     Attributes:
         choice: what was chosen when it began.
-        taps: what operators leave for each other, by `Tap`; empty again when the host returns.
+        taps: what operators leave for each other, by number of the `Tap`; empty again when the host returns. A list,
+            since torch.compile does not trace grafts behind a change of a dict that was there before.
         losses: what operators add to the loss of the output; see `add_loss`.
     """
 
@@ -76,7 +77,7 @@ class Call:
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.state, self.choice = state, choice
-        self.taps: dict[int, Any] = {}
+        self.taps: list[tuple[int, Any]] = []
         self.losses: list[Tensor] = []
         self.open = True
         self._model, self._args, self._kwargs = model, args, kwargs or {}
@@ -134,7 +135,11 @@ class Call:
     def close(self) -> None:
         """The host has returned: taps hold activations, so they go."""
         self.open = False
-        self.taps = {}
+        self.taps = []
+
+
+_COMPILED_ALONE = Call()
+"""For parts of a host that are compiled and run by themselves."""
 
 
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,7 +159,7 @@ def current_call() -> Call:
     record has no inputs.
     """
     if torch.compiler.is_compiling():
-        return _TRACED[-1] if _TRACED else Call()
+        return _TRACED[-1] if _TRACED else _COMPILED_ALONE
     if repeating():
         here = graph_task()
         for task, reference in reversed(_HERE.announced.values()):
@@ -174,11 +179,20 @@ class Tap:
 
     def put(self, value: Any) -> None:
         """Leave a value for the rest of this forward."""
-        current_call().taps[self.key] = value
+        current_call().taps.append((self.key, value))
 
     def get(self) -> Any:
         """The value that was left in this forward; None when there is none."""
-        return current_call().taps.get(self.key)
+        return next((value for key, value in reversed(current_call().taps) if key == self.key), None)
+
+    def take(self) -> Any:
+        """The same, and it is not kept any longer: what one operator alone reads is freed when it has."""
+        value, taps = self.get(), current_call().taps
+        taps[:] = [tap for tap in taps if tap[0] != self.key]
+        return value
+
+    def __setstate__(self, state: object) -> None:
+        self.key = next(self._numbers)  # a number of another process may be taken in this one
 
 
 class Recorder:
@@ -204,8 +218,13 @@ class Recorder:
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After it, also when it raised."""
-        call = _TRACED[-1] if torch.compiler.is_compiling() else _HERE.calls.pop()
-        _TRACED.remove(call)
+        calls = _TRACED if torch.compiler.is_compiling() else _HERE.calls
+        if not calls:
+            return None  # tracing failed half-way: nothing was opened here
+        call = calls[-1]
+        calls.remove(call)
+        if calls is not _TRACED:
+            _TRACED.remove(call)
         call.close()
         if output is None or not torch.is_grad_enabled():
             return None

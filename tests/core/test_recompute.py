@@ -219,4 +219,7 @@ def test_hosts_of_transformers_with_their_own_checkpointing() -> None:
         assert sum(gradient.abs().sum() for gradient in results[0]) > 1e-4
         for actual in results[1:]:
             for gradient, expected in zip(actual, results[0], strict=True):
-                assert torch.equal(gradient, expected), name
+                if name == "t5":  # its decoder layers add up gradients of the encoder in another order, adapted or not
+                    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
+                else:
+                    assert torch.equal(gradient, expected), name
