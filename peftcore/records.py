@@ -213,7 +213,7 @@ class Recorder:
         _HERE.calls.append(call)
         _HERE.outside = None
         _check_rows(call)
-        if torch.is_grad_enabled() and not repeating():
+        if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
             self.note(self.state.now())
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

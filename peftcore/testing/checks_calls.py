@@ -1,0 +1,163 @@
+"""Checks of one forward's record: rows that go to different injections, choices that backward repeats, generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import peftcore
+from peftcore.calls import Route, state_of
+from peftcore.errors import RouteError
+from peftcore.injection import Injection
+from peftcore.testing.checks_training import backward, expect_same_gradients, gradients_of, loss
+from peftcore.testing.kit import TOLERANCES, Case, NotApplicable, check
+from peftcore.testing.tools import raises
+
+GENERATORS = ("llama", "gpt2", "t5", "moe")
+
+
+def _two(case: Case) -> tuple[nn.Module, Mapping[str, Any], list[Injection]]:
+    """Two filled injections of the method, neither of which acts yet."""
+    model, inputs = case.fresh()
+    injections = [case.filled(model, seed=seed, name=name) for seed, name in ((1, "one"), (5, "two"))]
+    peftcore.activate(model)
+    return model, inputs, injections
+
+
+def _names(inputs: Mapping[str, Any]) -> list[str | None]:
+    rows = max(len(value) for value in inputs.values() if isinstance(value, Tensor))
+    return [(None, "two", "one")[row % 3] for row in range(rows)][::-1]
+
+
+def _separately(case: Case, model: nn.Module, inputs: Mapping[str, Any], names: Sequence[str | None]) -> Tensor:
+    rows = []
+    for row, name in enumerate(names):
+        with peftcore.activate(model, *([] if name is None else [name])):
+            rows.append(case.run(model, inputs)[row])
+    return torch.stack(rows)
+
+
+def _routable(model: nn.Module, names: Sequence[str | None]) -> Any:
+    """The route.
+
+    Raises:
+        NotApplicable: the method's default sites in this host see no rows.
+    """
+    try:
+        return peftcore.route(model, names)
+    except RouteError as error:
+        raise NotApplicable(str(error)) from None
+
+
+@check(
+    "rows of a batch that go to different injections equal separate passes, in training and evaluation",
+    "an operator mixes rows, or reads which injections are active; a method that must do so has per_row=False",
+    when=lambda tags: tags.per_row,
+)
+def routed_rows_equal_separate_passes(case: Case) -> None:
+    model, inputs, injections = _two(case)
+    names = _names(inputs)
+    expected = _separately(case, model, inputs, names)
+    loss(expected).backward()  # type: ignore[no-untyped-call]
+    gradients = [gradients_of(injection) for injection in injections]
+    model.zero_grad()
+    with _routable(model, names):
+        routed = case.run(model, inputs)
+        quiet = case.quiet(model, inputs)
+    case.expect_moved(expected, case.run(model, inputs), "the rows")
+    case.expect_close(routed, expected, "routed rows")
+    case.expect_close(quiet, expected, "routed rows without gradients")
+    loss(routed).backward()  # type: ignore[no-untyped-call]
+    for injection, wanted in zip(injections, gradients, strict=True):
+        if any(gradient.abs().max() > 0 for gradient in wanted.values()):
+            expect_same_gradients(case, gradients_of(injection), wanted, f"routed, {injection.name}")
+
+
+@check(
+    "a method that cannot tell rows apart refuses to be routed, and none refuses without need",
+    "per_row=False is declared, but rows route well: leave the tag away",
+    when=lambda tags: not tags.per_row,
+)
+def routing_is_refused_where_rows_mix(case: Case) -> None:
+    model, inputs, _ = _two(case)
+    names = _names(inputs)
+    with raises(case, RouteError, "route()"):
+        peftcore.route(model, names)
+    expected = _separately(case, model, inputs, names)
+    state = state_of(model)
+    assert state is not None
+    index = torch.tensor([-1 if name is None else ("one", "two").index(name) for name in names])
+    try:
+        state.set(replace(state.choice, route=Route(("one", "two"), index)))
+        forced = case.run(model, inputs)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return
+    error = (forced - expected).abs().max().item() / max(expected.abs().max().item(), 1e-3)
+    case.expect(error > TOLERANCES[expected.dtype], "rows route well, so per_row=False claims too little")
+
+
+@check(
+    "a choice of injections that is left before backward still counts where layers are computed again",
+    "an operator looks at the host's state, or at something of its own, instead of `current_call()`",
+)
+def backward_repeats_the_choice_of_its_forward(case: Case) -> None:
+    model, inputs, (one, two) = _two(case)
+    with peftcore.activate(model, "two"):
+        _, expected = backward(case, model, inputs, two)
+    for reentrant in (False, True):
+        model.zero_grad()
+        trigger = torch.zeros((), requires_grad=True)
+        with peftcore.activate(model, "two"):
+            output: Tensor = checkpoint(lambda _: case.run(model, inputs), trigger, use_reentrant=reentrant)
+        with peftcore.activate(model, "one"):
+            loss(output).backward()  # type: ignore[no-untyped-call]
+        expect_same_gradients(case, gradients_of(two), expected, f"left before backward, reentrant={reentrant}")
+        stray = [name for name, gradient in gradients_of(one).items() if gradient.abs().max() > 0]
+        case.expect(not stray, f"reentrant={reentrant}: the other injection got gradients: {', '.join(stray[:3])}")
+
+
+@check(
+    "any assignment of rows to the same injections runs in one compiled graph",
+    "an operator reads the values of the route (`.item()`, `.tolist()`, a Python `if`)",
+    when=lambda tags: tags.per_row,
+    hosts=("llama", "mlp"),
+)
+def assignments_share_a_compiled_graph(case: Case) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    model, inputs, _ = _two(case)
+    names = _names(inputs)
+    with _routable(model, names):
+        case.quiet(model, inputs)
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    model.compile(backend=counter, fullgraph=True)
+    frames, eager = [], type(model).forward
+    for turned in (names, names[1:] + names[:1]):
+        with torch.no_grad(), peftcore.route(model, turned):
+            routed = case.run(model, inputs)
+            frames.append(counter.frame_count)
+            expected = case.host.output(eager(model, **inputs))
+        case.expect_close(routed, expected, f"rows {turned}, compiled", factor=10)
+    torch.compiler.reset()
+    case.expect(frames[0] == frames[1], f"{frames[0]} graphs for one assignment, {frames[1]} for two")
+
+
+@check(
+    "generation with and without a cache gives the same tokens",
+    "what a token gets depends on how many tokens are in the same pass",
+    hosts=GENERATORS,
+)
+def generation_does_not_depend_on_the_cache(case: Case) -> None:
+    model, inputs = case.fresh()
+    given = {"input_ids": inputs["input_ids"], "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    base = model.generate(**given)  # type: ignore[operator]
+    case.filled(model)
+    cached, uncached = (model.generate(**given, use_cache=use) for use in (True, False))  # type: ignore[operator]
+    case.expect(cached.shape == base.shape, f"{tuple(cached.shape)} tokens come out where the base gives {base.shape}")
+    case.expect_equal(cached, uncached, "tokens generated with a cache, and without")
