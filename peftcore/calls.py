@@ -209,7 +209,7 @@ class Chosen(AbstractContextManager["Chosen"]):
         return choice if active == choice.active and not gone else Choice(active, None, choice.context)
 
 
-def Activation(state: HostState, active: Iterable[str]) -> Chosen:  # reads like what it returns
+def chosen(state: HostState, active: Iterable[str]) -> Chosen:
     """Choose these names, in the order in which they were applied."""
     wanted = set(active)
     names = tuple(name for name in state.injections if name in wanted)
@@ -247,7 +247,7 @@ def activate(model: nn.Module, *names: str) -> Chosen:
     """
     state = state_of(model) or HostState()
     _known(state, names)
-    return Activation(state, names)
+    return chosen(state, names)
 
 
 def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> Chosen:
@@ -283,8 +283,8 @@ def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> 
         state.injections[name].check_routable()
     positions = [-1 if name is None else used.index(name) for name in names]
     device = next((parameter.device for parameter in model.parameters()), None)
-    chosen = Route(used, torch.tensor(positions, device=device), copies)
-    return Chosen(state, replace(state.now(), route=chosen))
+    routed = Route(used, torch.tensor(positions, device=device), copies)
+    return Chosen(state, replace(state.now(), route=routed))
 
 
 def call(model: nn.Module, **context: Any) -> Chosen:

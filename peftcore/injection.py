@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftcore import merging, witness
-from peftcore.calls import Activation, HostState, drop_state
+from peftcore.calls import Chosen, HostState, chosen, drop_state
 from peftcore.contract import Method, MethodConfig
 from peftcore.errors import InactiveSite, MergeError, RouteError, UnknownInjection
 from peftcore.graft import slot_of
@@ -117,10 +117,10 @@ class Injection:
         """Whether it acts in this thread."""
         return self.name in self.state.current()
 
-    def enabled(self) -> Activation:
+    def enabled(self) -> Chosen:
         """Make it act besides those that act now; as a context manager, until the end of the block."""
         self._alive()
-        return Activation(self.state, (*self.state.current(), self.name))
+        return chosen(self.state, (*self.state.current(), self.name))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -134,7 +134,7 @@ class Injection:
         if merged:
             self.unmerge()
         try:
-            with Activation(self.state, [name for name in self.state.current() if name != self.name]):
+            with chosen(self.state, [name for name in self.state.current() if name != self.name]):
                 yield
         finally:
             if merged:

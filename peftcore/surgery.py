@@ -20,6 +20,7 @@ from peftcore.attention_sites import locate as locate_attention
 from peftcore.errors import PluginError, TargetError, UnsupportedSite
 from peftcore.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable
 from peftcore.plugins import registry
+from peftcore.sequence import locate as locate_stack
 from peftcore.targets import Resolver, Site, Target
 from peftcore.weights import Layer, Ranges
 
@@ -122,9 +123,15 @@ class Surgeon:
         """The sites of one role in the main tower; nothing when the host has none."""
         return self.sites(role, optional=True)
 
-    def graft(self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None) -> O:
+    def graft(
+        self,
+        site: Site,
+        operator: Callable[..., O],
+        config: MethodConfig | None = None,
+        holders: tuple[Site, ...] = (),
+    ) -> O:
         """Put ``operator(site, config)`` at a site: built from (seed, path), moved to the site's device, in the wished
-        dtype.
+        dtype. At `holders` the same operator acts too; see `Operator.at`.
 
         Raises:
             UnsupportedSite: the operator wraps a forward, but the site is a tensor that is read, not called.
@@ -141,7 +148,7 @@ class Surgeon:
             )
         if isinstance(built, WeightOperator):
             site = replace(site, form="weight")
-        self._record(Graft(site, built, (site,), self._by_method, self.part))
+        self._record(Graft(site, built, (site, *holders), self._by_method, self.part))
         return built
 
     def attention(self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None) -> O:
@@ -152,6 +159,15 @@ class Surgeon:
             UnsupportedSite: the module's attention cannot be edited.
         """
         return self.graft(locate_attention(site, self.resolver), operator, config)
+
+    def sequence(self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None) -> O:
+        """Put ``operator(site, config)``, a `SequenceOperator`, at a stack: its rows go in front of the tokens.
+
+        Raises:
+            UnsupportedSite: the site is no stack: no module that takes token ids, embeds them and runs blocks.
+        """
+        found = locate_stack(site, self.resolver)
+        return self.graft(found, operator, config, found.places)
 
     def include(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> None:
         """Let another method act as one part of this one: a hybrid. What it grafts, owns and selects stands under the

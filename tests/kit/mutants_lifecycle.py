@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Injection, Method, MethodConfig, Site
-from peftcore.calls import Activation, Choice, HostState
+from peftcore.calls import Choice, Chosen, HostState, chosen
 from peftcore.graft import slot_of
 from peftcore.injection import Summary
 from peftcore.surgery import Surgeon
@@ -98,7 +98,7 @@ class DoublesOnOthers(Small):
         return super().forward(call, x) + (x @ self.A.T @ self.B.T if foreign else 0.0)
 
 
-def thaws_the_host(injection: Injection) -> Activation:
+def thaws_the_host(injection: Injection) -> Chosen:
     activation = Injection.enabled(injection)
     next(injection.model.parameters()).requires_grad_(True)
     return activation
@@ -179,8 +179,8 @@ def switches_others_off(injection: Injection) -> None:
         injection.state.choose(())
 
 
-def enabled_when_gone(injection: Injection) -> Activation:
-    return Activation(injection.state, (*injection.state.current(), injection.name))
+def enabled_when_gone(injection: Injection) -> Chosen:
+    return chosen(injection.state, (*injection.state.current(), injection.name))
 
 
 MUTANTS: dict[str, Entry] = {
