@@ -264,8 +264,15 @@ class Injection:
                     yield f"{site.path} lost its operator"
                 elif "forward" in site.module.__dict__:
                     yield f"{site.path} has a forward set on the instance"
-                elif self.model.get_submodule(site.module_path) is not site.module:
+                elif self._module(site.module_path) is not site.module:
                     yield f"{site.path} was replaced"
+
+    def _module(self, path: str) -> nn.Module | None:
+        """What is at a path now; None where a module above it was replaced."""
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            return None
 
     def _replan(self) -> None:
         for graft in self.grafts:

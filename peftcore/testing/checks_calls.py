@@ -18,7 +18,7 @@ from peftcore.testing.checks_training import backward, expect_same_gradients, gr
 from peftcore.testing.kit import TOLERANCES, Case, NotApplicable, check
 from peftcore.testing.tools import raises
 
-GENERATORS = ("llama", "gpt2", "t5", "moe")
+GENERATORS = ("llama", "gpt2", "t5", "moe", "mistral")
 
 
 def _two(case: Case) -> tuple[nn.Module, Mapping[str, Any], list[Injection]]:

@@ -119,6 +119,22 @@ def _transformers(config: str, model: str, **sizes: Any) -> Callable[[], tuple[n
     return build
 
 
+def _vit() -> tuple[nn.Module, dict[str, Any]]:
+    sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1}
+    host, _ = _transformers(
+        "ViTConfig",
+        "ViTForImageClassification",
+        **sizes,
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        num_labels=3,
+    )()
+    return host, {"pixel_values": torch.randn(2, 1, 8, 8)}
+
+
 def _logits(output: Any) -> Tensor:
     logits: Tensor = output.logits
     return logits
@@ -192,6 +208,8 @@ HOSTS: dict[str, Host] = {
             ),
             _logits,
         ),
+        Host("mistral", _transformers("MistralConfig", "MistralForCausalLM", **_DECODER, sliding_window=3), _logits),
+        Host("vit", _vit, _logits),
         Host("convnet", _convnet, _same, fallback=["stem", "grouped", "last"]),
     )
 }
