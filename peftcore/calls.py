@@ -64,16 +64,16 @@ class Choice:
     active: Active = ()
     route: Route | None = None
     context: Mapping[str, Any] = field(default_factory=dict)
+    key: tuple[Active, Active | None] = field(init=False)
+    """What plans depend on: not on the assignment of rows, so that all of them share one compiled graph."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", (self.active, None if self.route is None else self.route.names))
 
     @property
     def acting(self) -> Active:
         """The names that act on any row."""
         return self.active if self.route is None else self.route.names
-
-    @property
-    def key(self) -> tuple[Active, Active | None]:
-        """What plans depend on: not on the assignment of rows, so that all of them share one compiled graph."""
-        return self.active, None if self.route is None else self.route.names
 
     def same(self, other: Choice) -> bool:
         """Whether two forwards under these choices do the same."""

@@ -50,7 +50,8 @@ def graph_task() -> int:
 
     A private function of torch, the only one of peftcore's: nothing public tells a repeated forward from a first one.
     """
-    return int(torch._C._current_graph_task_id())
+    task: int = torch._C._current_graph_task_id()
+    return task
 
 
 def repeating() -> bool:
