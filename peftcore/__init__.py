@@ -1,6 +1,8 @@
 """peftcore: a registry of parameter-efficient fine-tuning methods that anyone extends without touching its core."""
 
 from peftcore.applying import apply, plan
+from peftcore.attention import Attend, AttentionOperator
+from peftcore.attention_sites import AttentionSite
 from peftcore.calls import activate, call, injections, route
 from peftcore.catalogue import method, methods, register
 from peftcore.checkpoint import load
@@ -10,6 +12,7 @@ from peftcore.injection import Injection
 from peftcore.operators import Operator, Replacement, WeightOperator, on_first
 from peftcore.planning import Plan
 from peftcore.records import Call, Tap, current_call
+from peftcore.sequence import SequenceOperator, SequenceSite
 from peftcore.surgery import Surgeon
 from peftcore.targets import Site
 from peftcore.training.batches import Batch, Batches
@@ -19,6 +22,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "API",
+    "Attend",
+    "AttentionOperator",
+    "AttentionSite",
     "Batch",
     "Batches",
     "Call",
@@ -30,6 +36,8 @@ __all__ = [
     "Operator",
     "Plan",
     "Replacement",
+    "SequenceOperator",
+    "SequenceSite",
     "Site",
     "Surgeon",
     "Tags",

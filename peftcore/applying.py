@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from peftcore.plugins import layer_of, registry
 from peftcore.surgery import Surgeon, Wishes
 from peftcore.targets import Resolver, Target
 from peftcore.training.batches import Data, calibrate
-
 
 Part = str | MethodConfig | Mapping[str, Any]
 """One method of a hybrid: a name, a config object, or the options as a mapping with the name under "method" (and, where
@@ -163,17 +162,25 @@ def apply(
         CalibrationError: nothing was changed.
     """
     found, options = resolve_method(method, config)
-    _check_data(found, data)
     name = check_name(model, found.name if name is None else name)
     surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=False)
+    _check_data(surgeon, data)
     return establish(surgeon, name, data)
 
 
-def _check_data(method: Method, data: Data | None) -> None:
-    if method.tags.needs_data and data is None:
-        raise CalibrationError(f"{method.name} looks at data before training: apply(..., data=batches)")
-    if data is not None and not method.tags.needs_data:
-        raise CalibrationError(f"{method.name} looks at no data before training; leave data= out")
+def _check_data(surgeon: Surgeon, data: Data | None) -> None:
+    """Data is there exactly when the method, or a part of a hybrid, looks at it."""
+    curious = [method.name for method in _methods(surgeon) if method.tags.needs_data]
+    if curious and data is None:
+        raise CalibrationError(f"{curious[0]} looks at data before training: apply(..., data=batches)")
+    if data is not None and not curious:
+        raise CalibrationError(f"{surgeon.method.name} looks at no data before training; leave data= out")
+
+
+def _methods(surgeon: Surgeon) -> Iterator[Method]:
+    yield surgeon.method
+    for part in surgeon.parts.values():
+        yield from _methods(part)
 
 
 def check_name(model: nn.Module, name: str) -> str:

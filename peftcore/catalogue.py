@@ -10,14 +10,14 @@ from peftcore.contract import Method, MethodInfo, check_method_class
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
 from peftcore.plugins import RUNTIME, registry
 
-KNOWN: dict[str, str] = {
-    **dict.fromkeys(("ia3", "houlsby_adapter"), "peftcore-additive"),
-    **dict.fromkeys(("llama_adapter", "p_tuning_v2", "prefix_tuning"), "peftcore-additive"),
-    **dict.fromkeys(("parallel_adapter",), "peftcore-additive"),
-    **dict.fromkeys(("lora", "dora", "adalora", "galore"), "peftcore-reparameterized"),
-    **dict.fromkeys(("config_union", "mam_adapter", "unipelt"), "peftcore-hybrid"),
-    **dict.fromkeys(("bitfit", "ln_tuning", "linear_probe", "child_tuning_d"), "peftcore-selective"),
+_OURS = {
+    "additive": "adapterdrop houlsby_adapter ia3 llama_adapter loreft lst p_tuning p_tuning_v2 parallel_adapter "
+    "prefix_tuning prompt_tuning",
+    "hybrid": "config_union mam_adapter unipelt",
+    "reparameterized": "adalora dora galore lora",
+    "selective": "bitfit child_tuning_d linear_probe ln_tuning",
 }
+KNOWN = {name: f"peftcore-{plugin}" for plugin, names in _OURS.items() for name in names.split()}
 """Methods of our own plugins, for the line that says what to install."""
 
 M = TypeVar("M", bound=type[Method])

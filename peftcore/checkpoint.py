@@ -32,6 +32,7 @@ from peftcore.errors import (
     PluginError,
     TargetError,
     UnknownMethod,
+    UnsupportedSite,
 )
 from peftcore.injection import Injection
 from peftcore.planning import Plan
@@ -242,6 +243,8 @@ def load(
         raise HostMismatch(
             f"the adapter belongs to another base (it was made on {envelope.host}): no {error} here"
         ) from None
+    except UnsupportedSite as error:
+        raise HostMismatch(f"the adapter does not fit this base (it was made on {envelope.host}): {error}") from None
     _check_host(envelope, rehearsal.selections)
     _check_tensors(Plan.of(rehearsal), tensors, strict)
     injection = establish(prepare(model, cls(), config, wishes, None, dry=False), name)

@@ -184,8 +184,8 @@ class Method(ABC):
         return None
 
     def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
-        """What trains, as the parameter groups of a torch optimizer; `defaults` are its other options. By default one
-        group."""
+        """What trains, as the parameter groups of a torch optimizer; `defaults` are its other options. Parameters that
+        train and are in no group (modules that the user named in ``train``) come in one more, with `lr`."""
         return [{"params": [p for p in injection.parameters() if p.requires_grad], "lr": lr, **defaults}]
 
     def gradient_rule(self, injection: Injection) -> GradientRule | None:

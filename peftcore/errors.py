@@ -68,6 +68,10 @@ class TrainingError(PeftcoreError, RuntimeError):
     """Training set up like this would not do what the method says."""
 
 
+class SequenceError(PeftcoreError, RuntimeError):
+    """Rows cannot stand in front of this sequence: an argument or a cache that nobody knows how to keep in step."""
+
+
 class MergeError(PeftcoreError, RuntimeError):
     """A merge or its undoing is impossible now; no weight was changed."""
 

@@ -17,6 +17,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from peftcore.rows import Once, select_rows
 from peftcore.weights import GRAFTED, Layer, Ranges, plain_class, take, whole
 
 _SLOT = "_peftcore_slot"
+_FORWARDS = ("forward", "_old_forward")
+"""Where a forward may be set on an instance: by anybody, and by accelerate the one that its hook calls."""
 
 STANCES: tuple[tuple[type[nn.Module], bool, Mapping[str, Any]], ...] = (
     # (class, always, attributes of the view): modules of torch that would go behind the back of grafts or move a frozen
@@ -233,7 +236,7 @@ def attach(module: nn.Module, state: HostState) -> Slot:
     if slot is None:
         slot = module.__dict__[_SLOT] = Slot(state)
         state.slots.add(slot)
-        module.__class__ = grafted_class(type(module))
+        _change_class(module, grafted_class(type(module)))
     slot.changed()
     return slot
 
@@ -256,7 +259,26 @@ def ungraft(module: nn.Module) -> None:
     if slot is not None:
         slot.state.slots.discard(slot)
     if GRAFTED in vars(type(module)):
-        module.__class__ = vars(type(module))[GRAFTED]
+        _change_class(module, vars(type(module))[GRAFTED])
+
+
+def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Swap the class, and forwards on the instance that are methods of the old one."""
+    before, module.__class__ = type(module).forward, cls
+    for key in _FORWARDS:
+        if _is_method(module.__dict__.get(key), before):
+            module.__dict__[key] = MethodType(cls.forward, module)
+
+
+def _is_method(forward: Any, function: Callable[..., Any]) -> bool:
+    return isinstance(forward, MethodType) and forward.__func__ is function
+
+
+def is_reached(module: nn.Module) -> bool:
+    """Whether calls arrive at the forward of the module's class: also through accelerate's hooks, which set a forward
+    on the instance and keep the one that they call."""
+    kept = [module.__dict__[key] for key in _FORWARDS if key in module.__dict__]
+    return not kept or any(_is_method(forward, type(module).forward) for forward in kept)
 
 
 def stance_of(module: nn.Module) -> tuple[bool, Mapping[str, Any]] | None:

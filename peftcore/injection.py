@@ -16,7 +16,7 @@ from peftcore import merging, witness
 from peftcore.calls import Chosen, HostState, chosen, drop_state
 from peftcore.contract import Method, MethodConfig
 from peftcore.errors import InactiveSite, MergeError, RouteError, UnknownInjection
-from peftcore.graft import slot_of
+from peftcore.graft import is_reached, slot_of
 from peftcore.installation import release, uninstall
 from peftcore.operators import _Base, trainable_numbers
 from peftcore.plugins import registry
@@ -71,6 +71,12 @@ class Injection:
     def parts(self) -> dict[str, Injection]:
         """Of a hybrid: what each of its methods put in, for that method's own functions to read."""
         return {part: Injection(self.name, surgeon, self.state) for part, surgeon in self._surgeon.parts.items()}
+
+    def family(self) -> Iterator[Injection]:
+        """The injection itself and, of a hybrid, all its parts."""
+        yield self
+        for part in self.parts.values():
+            yield from part.family()
 
     def owner(self, graft: Graft) -> Injection:
         """The injection itself, or of a hybrid the part that a graft belongs to."""
@@ -147,6 +153,9 @@ class Injection:
             parameter.requires_grad_(False)
         if mode:
             registry().hook.peftcore_select(model=self.model, method=self.method, config=self.config, injection=self)
+            for graft in self.grafts:
+                if not graft.by_method:  # what the user named in `train` trains, whatever the method selects
+                    graft.operator.requires_grad_(True)
 
     def optimizer(
         self, cls: Callable[..., Optimizer], *, lr: float, total_steps: int | None = None, **options: Any
@@ -262,7 +271,7 @@ class Injection:
                 swapped = any(GRAFTED in vars(cls) for cls in type(site.module).__mro__)
                 if slot is None or not swapped or all(mount.operator is not graft.operator for mount in slot.mounts):
                     yield f"{site.path} lost its operator"
-                elif "forward" in site.module.__dict__:
+                elif not is_reached(site.module):
                     yield f"{site.path} has a forward set on the instance"
                 elif self._module(site.module_path) is not site.module:
                     yield f"{site.path} was replaced"

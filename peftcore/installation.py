@@ -13,7 +13,7 @@ from torch import nn
 
 from peftcore.calls import HostState
 from peftcore.errors import UnsupportedHost, UnsupportedSite
-from peftcore.graft import attach, detach, slot_of, stance_of, ungraft
+from peftcore.graft import attach, detach, is_reached, slot_of, stance_of, ungraft
 from peftcore.mounts import Mount
 from peftcore.targets import Site
 
@@ -112,10 +112,15 @@ def install(surgeon: Surgeon, state: HostState, name: str) -> None:
 
 
 def _check_reachable(site: Site) -> None:
-    if "forward" in site.module.__dict__:
+    if not is_reached(site.module):
         raise UnsupportedSite(
-            f"{site.path}: its forward was set on the instance (accelerate hooks, patches) and would go around the "
-            "adapter; apply peftcore first, then dispatch or patch the model"
+            f"{site.path}: its forward was set on the instance and would go around the adapter; apply peftcore first, "
+            "then patch the model"
+        )
+    if "forward" in site.module.__dict__ and any(p.is_meta for p in site.module.parameters()):
+        raise UnsupportedSite(
+            f"{site.path}: its weights are offloaded, so an adapter cannot start from them; apply peftcore first, then "
+            "offload the model"
         )
 
 

@@ -64,8 +64,9 @@ class Call:
 
     Attributes:
         choice: what was chosen when it began.
-        taps: what operators leave for each other, by number of the `Tap`; empty again when the host returns. A list,
-            since torch.compile does not trace grafts behind a change of a dict that was there before.
+        taps: what operators leave for each other, by number of the `Tap`; of these only the kept ones are there when
+            the host has returned. A list, since torch.compile does not trace grafts behind a change of a dict that was
+            there before.
         losses: what operators add to the loss of the output; see `add_loss`.
     """
 
@@ -78,7 +79,7 @@ class Call:
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.state, self.choice = state, choice
-        self.taps: list[tuple[int, Any]] = []
+        self.taps: list[tuple[int, Any, bool]] = []
         self.losses: list[Tensor] = []
         self.open = True
         self._model, self._args, self._kwargs = model, args, kwargs or {}
@@ -134,9 +135,9 @@ class Call:
         return output
 
     def close(self) -> None:
-        """The host has returned: taps hold activations, so they go."""
+        """The host has returned: taps hold activations, so they go, but for those that backward will read."""
         self.open = False
-        self.taps = []
+        self.taps = [tap for tap in self.taps if tap[2]]
 
 
 _COMPILED_ALONE = Call()
@@ -171,20 +172,25 @@ def current_call() -> Call:
 
 
 class Tap:
-    """A place where one operator leaves a value for another during one forward, both holding the tap."""
+    """A place where one operator leaves a value for another during one forward, both holding the tap.
+
+    Args:
+        kept: hold the value until backward is done with this forward. For operators in different blocks: gradient
+            checkpointing runs one block again without the other.
+    """
 
     _numbers = itertools.count()
 
-    def __init__(self) -> None:
-        self.key = next(self._numbers)
+    def __init__(self, kept: bool = False) -> None:
+        self.key, self.kept = next(self._numbers), kept
 
     def put(self, value: Any) -> None:
         """Leave a value for the rest of this forward."""
-        current_call().taps.append((self.key, value))
+        current_call().taps.append((self.key, value, self.kept))
 
     def get(self) -> Any:
         """The value that was left in this forward; None when there is none."""
-        return next((value for key, value in reversed(current_call().taps) if key == self.key), None)
+        return next((value for key, value, _ in reversed(current_call().taps) if key == self.key), None)
 
     def take(self) -> Any:
         """The same, and it is not kept any longer: what one operator alone reads is freed when it has."""
@@ -192,8 +198,8 @@ class Tap:
         taps[:] = [tap for tap in taps if tap[0] != self.key]
         return value
 
-    def __setstate__(self, state: object) -> None:
-        self.key = next(self._numbers)  # a number of another process may be taken in this one
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, key=next(self._numbers))  # a number of another process may be taken in this one
 
 
 class Recorder:

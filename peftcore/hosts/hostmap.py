@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
+from itertools import takewhile
 from math import prod
 
 from peftcore.errors import TargetError
@@ -132,16 +133,20 @@ class HostMap:
         """The places of a role, in the order of the host, each with its rows when it is a part of a fused weight.
 
         * a role: "attn.q" finds the query matrices and the query rows of fused ones;
-        * a family: "norm.*" finds every role that starts so, and "norm" itself;
+        * a family: "norm.*" finds the weights of every role that starts so, and of "norm" itself (modules, where it
+          has no weights);
         * virtual: "all-linear", every matrix inside blocks that a linear adapter makes sense on; "attn.output" and
-          "mlp.output", the places whose output a branch adds to the residual stream.
+          "mlp.output", the places whose output a branch adds to the residual stream; "attn.core" and "cross.core", the
+          modules that compute attention.
         """
         if role in VIRTUAL:
             found: Selection = [(entry, None) for entry in VIRTUAL[role](self)]
         elif role.endswith(".*"):
             family = role[:-2]
             names = [name for name in self._by_role if name == family or name.startswith(family + ".")]
-            found = [(entry, None) for name in names for entry in self._by_role[name]]
+            all_of_it = [entry for name in names for entry in self._by_role[name]]
+            weights = [entry for entry in all_of_it if entry.kind != "container"]
+            found = [(entry, None) for entry in weights or all_of_it]
         else:
             found = [(entry, None) for entry in self._by_role.get(role, [])] + self._parts(role)
         found.sort(key=lambda place: self._order[place[0].path, place[0].role])
@@ -286,6 +291,38 @@ def _attention_outputs(host: HostMap) -> list[HostEntry]:
     return list(found.values())
 
 
+def _cores(family: str) -> Callable[[HostMap], list[HostEntry]]:
+    """The module that computes an attention: the one in which its query, key and value matrices lie. Mostly that is the
+    attention itself; BERT's also holds the output matrix and the norm, and computes in a module of its own.
+    """
+
+    def cores(host: HostMap) -> list[HostEntry]:
+        owners: dict[str, list[list[str]]] = {}
+        for entry in host.entries:
+            place = _enclosing(host, entry.path, family) if entry.role in _CORE_ROLES[family] else None
+            if place is not None:
+                owner = entry.module if entry.tensor is not None else entry.module.rpartition(".")[0]
+                owners.setdefault(place.path, []).append(owner.split("."))
+        return [
+            replace(entry, module=".".join(_common(owners.get(entry.path, [entry.module.split(".")]))))
+            for entry in host._by_role.get(family, [])
+            if _in_body(host, entry)
+        ]
+
+    return cores
+
+
+_CORE_ROLES = {
+    family: {f"{family}.{part}" for part in ("q", "k", "v", "qkv", "kv", "q_b", "kv_b")} for family in ("attn", "cross")
+}
+
+
+def _common(paths: list[list[str]]) -> list[str]:
+    """The steps that all paths begin with."""
+    same = takewhile(lambda steps: len(set(steps)) == 1, zip(*paths, strict=False))
+    return [steps[0] for steps in same]
+
+
 def _mlp_outputs(host: HostMap) -> list[HostEntry]:
     """The down matrix; where experts are summed, the module that sums them, together with its shared experts."""
     sums: dict[str, HostEntry] = {}
@@ -310,6 +347,8 @@ def _prefixes(path: str) -> list[str]:
 VIRTUAL: dict[str, Callable[[HostMap], list[HostEntry]]] = {
     "all-linear": _all_linear,
     "attn.output": _attention_outputs,
+    "attn.core": _cores("attn"),
+    "cross.core": _cores("cross"),
     "mlp.output": _mlp_outputs,
 }
 """Roles that no single weight has: each is found by a rule over the whole map."""

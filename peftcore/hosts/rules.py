@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from peftcore.hosts.blocks import Blocks
@@ -10,6 +12,7 @@ from peftcore.hosts.layouts import logical_shape, static_layout
 from peftcore.hosts.mixers import Mixers
 from peftcore.hosts.mlps import FeedForwards
 from peftcore.hosts.rest import Rest
+from peftcore.hosts.stacks import find
 from peftcore.hosts.survey import Kind, Node, Survey
 from peftcore.hosts.towers import Towers, layers
 from peftcore.hosts.vocabulary import FUSED_ROLES, OTHER
@@ -37,7 +40,20 @@ def derive(model: nn.Module) -> HostMap:
             layout = static_layout(node, mixers.attention_around(node)) if role in FUSED_ROLES else None
             layer = layer_of[node.block] if node.block is not None else None
             entries.append(entry_of(node, role, towers[node.index], layer, layout))
-    return HostMap(tuple(entries))
+    return HostMap(tuple(with_stacks(survey, entries)))
+
+
+def with_stacks(survey: Survey, entries: list[HostEntry]) -> list[HostEntry]:
+    """The modules that take token ids get a role, "stack.decoder" where they read another one, else "stack"; their
+    tensor is the token table."""
+    modules = {node.path: node.module for node in survey.nodes if node.tensor is None}
+    stacks = {stack.path: stack for stack in find(modules, entries)}
+    return [
+        replace(entry, role=stacks[entry.path].role, tensor=f"{stacks[entry.path].table}.weight")
+        if entry.role == OTHER and entry.path in stacks
+        else entry
+        for entry in entries
+    ]
 
 
 def entry_of(node: Node, role: str, tower: str, layer: int | None, layout: Layout | None) -> HostEntry:

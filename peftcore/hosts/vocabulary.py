@@ -72,8 +72,9 @@ _WEIGHTS = {
     "embed": "pos type",
     "norm": "inner embed final",
     "pos": "proj",
+    "stack": "decoder",
 }
-_SINGLE = "block attn cross mlp ssm embed norm patch head router conv se down mod"
+_SINGLE = "stack block attn cross mlp ssm embed norm patch head router conv se down mod"
 
 #: Every role a weight or a module can have.
 ROLES = frozenset(_SINGLE.split()) | {

@@ -64,7 +64,7 @@ def loading_gives_the_same_outputs(case: Case) -> None:
         base = case.quiet(other, inputs)
         state = torch.random.get_rng_state()
         torch.manual_seed(1234)
-        loaded = peftcore.load(other, path)
+        loaded = peftcore.load(other, path, trainable=True)  # torch rounds otherwise with matrices that are frozen
         torch.random.set_rng_state(state)
         case.expect_moved(expected, base, "the saved adapter's output")
         case.expect_equal(case.quiet(other, inputs), expected, "output of the loaded adapter")

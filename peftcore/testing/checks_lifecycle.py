@@ -13,7 +13,7 @@ import peftcore
 from peftcore.errors import DuplicateInjection, InactiveSite, UnknownInjection
 from peftcore.injection import Injection
 from peftcore.testing.kit import Case, NotApplicable, check
-from peftcore.testing.tools import differences, findable, partners, raises, trace
+from peftcore.testing.tools import differences, findable, partners, raises, trace, without_fast_paths
 
 HOOKED = "an operator or `inject` changes the host by itself; record it with the surgeon's verbs, which are undone"
 STATE = (
@@ -105,6 +105,7 @@ def _called_alone(model: nn.Module, paths: list[str], forward: Callable[[], Any]
 )
 def an_injection_acts_only_where_it_lives(case: Case) -> None:
     plain, inputs = case.fresh()
+    plain.requires_grad_(False)  # torch rounds otherwise with matrices that are frozen
     model, _ = case.fresh()
     everywhere = case.filled(model, name="everywhere")
     places = list(dict.fromkeys(graft.site.module_path for graft in everywhere.grafts))
@@ -121,9 +122,11 @@ def an_injection_acts_only_where_it_lives(case: Case) -> None:
     case.expect(
         not lives.intersection(left_out), f"lives where it was excluded: {sorted(lives.intersection(left_out))}"
     )
-    for path, calls in _called_alone(model, free, lambda: case.quiet(model, inputs)).items():
+    with without_fast_paths():
+        called = _called_alone(model, free, lambda: case.quiet(model, inputs))
+    for path, calls in called.items():
         for args, kwargs, output in calls:
-            with torch.no_grad():
+            with torch.no_grad(), without_fast_paths():
                 expected = plain.get_submodule(path)(*args, **kwargs)
             for got, want in zip(_tensors(output), _tensors(expected), strict=True):
                 case.expect_equal(got, want, f"output of {path}, where only the inactive injection lives,")
@@ -249,7 +252,7 @@ def irregular_states_are_flagged(case: Case) -> None:
         case.expect(bool(injection.summary().irregular), "one tensor frozen by hand is not flagged")
         parameters[0].requires_grad_(not parameters[0].requires_grad)
     site = injection.sites[0]
-    site.module.__dict__["forward"] = site.module.forward
+    site.module.__dict__["forward"] = lambda *args, **kwargs: None
     with raises(case, InactiveSite, "a forward set on the instance", names=site.module_path):
         injection.check()
     del site.module.__dict__["forward"]

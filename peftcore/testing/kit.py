@@ -79,13 +79,22 @@ class Case:
 
     def apply(self, model: nn.Module, **changes: Any) -> Injection:
         """Apply the method with its default targets, or with the host's fallback where it has none of these roles."""
-        arguments: dict[str, Any] = {**self.options, **changes}
+        _, inputs = self.fresh(next(model.parameters()).dtype) if self.tags.needs_data else (None, {})
+        arguments = {**self.batches(lambda host: self.run(host, inputs)), **self.options, **changes}
         if "target" in arguments or self.host.fallback is None:
             return peftcore.apply(model, self.method, **arguments)
         try:
             return peftcore.apply(model, self.method, **arguments)
         except TargetError:
             return peftcore.apply(model, self.method, target=self.host.fallback, **arguments)
+
+    def batches(self, run: Callable[[nn.Module], Tensor]) -> dict[str, Any]:
+        """``data=`` for a method that looks at data: two batches, in each of which half of what `run` gives counts."""
+
+        def batch(half: int) -> Callable[[nn.Module], Tensor]:
+            return lambda model: run(model).flatten()[half::2].square().mean()
+
+        return {"data": [batch(0), batch(1)]} if self.tags.needs_data else {}
 
     def filled(self, model: nn.Module, seed: int = 1, **changes: Any) -> Injection:
         """Apply, and move every operator tensor by N(0, FILL)."""

@@ -58,6 +58,18 @@ def _same(one: Any, other: Any) -> bool:
 
 
 @contextmanager
+def without_fast_paths() -> Iterator[None]:
+    """Without the fused path that torch's encoder takes where nothing needs gradients and nothing is hooked: it rounds
+    in another way."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def raises(
     case: Case, kind: type[Exception] | tuple[type[Exception], ...], what: str, names: str | Iterable[str] = ()
 ) -> Iterator[None]:

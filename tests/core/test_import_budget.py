@@ -38,7 +38,7 @@ def test_import_is_light_and_lists_methods_without_importing_them() -> None:
     assert not [name for name in run["added"] if name.partition(".")[0] in OPTIONAL]
     assert not [name for name in run["added"] if name.startswith(("peftcore_", "peftcore.testing", "peftcore.cli"))]
     assert {"lora", "dora", "ia3", "houlsby_adapter", "bitfit", "ln_tuning", "linear_probe"} <= set(run["listed"])
-    plugins = {"peftcore_additive", "peftcore_reparameterized", "peftcore_selective"}
+    plugins = {"peftcore_additive", "peftcore_hybrid", "peftcore_reparameterized", "peftcore_selective"}
     assert {name for name in run["after"] if name.partition(".")[0] in plugins} == plugins
     assert not [name for name in run["after"] if name.partition(".")[0] in OPTIONAL]
 

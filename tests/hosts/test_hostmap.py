@@ -277,7 +277,7 @@ def test_override_refuses_what_it_does_not_know(roles: dict[str, str], says: str
 def test_tree_folds_what_repeats() -> None:
     text = host_of("gpt_neox").tree()
     assert text.splitlines() == [
-        "gpt_neox",
+        "gpt_neox                      stack",
         "  embed_in                    embed       99 x 48",
         "  layers.[0-1]                block",
         "    input_layernorm           norm        48",

@@ -183,6 +183,6 @@ MUTANTS: dict[str, Entry] = {
     "unknown_options_in_files_are_refused": (mutant("lenient", config=Lenient), "mlp"),
     "another_base_is_refused": (mutant("knows_some_sizes", KnowsSomeSizes), "mlp"),
     "an_absent_method_is_named": (mutant("answers_to_all", aliases=("unheard_of",)), "mlp"),
-    "the_state_dict_round_trips": (mutant("loads_half", LoadsHalf), "mlp"),
+    "the_state_dict_round_trips": (mutant("loads_half", LoadsHalf), "bert"),
     "base_weights_load_into_an_adapted_host": (mutant("starts_again", StartsAgain), "mlp"),
 }

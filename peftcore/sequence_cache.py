@@ -1,0 +1,221 @@
+"""Caches of transformers that hold more than the user's tokens: rows that a sequence edit put in front of them.
+
+Inside the stack the cache counts everything, so masks, positions and windows come out as for one long sequence.
+Outside, `generate` slices ids by what the cache counts and makes masks of that length, so there it must count the
+user's tokens alone. Hence the object that the user holds becomes a *marked* cache: a subclass of its own class that
+leaves the rows out of every count, and the stack gets a plain one that shares its layers. The mark says whose rows the
+cache holds, so a cache filled without them, or by another prompt, is an error and not a wrong number.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from peftcore.errors import SequenceError
+
+Rows = tuple[tuple[str, int], ...]
+"""Whose rows a cache holds in front, the outermost last: (stamp of the operator, number of rows)."""
+
+
+class Marked:
+    """What marked caches have before their own class: all counts leave out the rows in front."""
+
+    unmarked: type[Any]
+    """The class that it is a cache of."""
+    layers: list[Any]
+    rows: Rows
+    grown = 0
+    """By how much the capacity of static layers was raised."""
+
+    @property
+    def _front(self) -> int:
+        return sum(count for _, count in self.rows)
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return super().get_seq_length(layer_idx) - self._front  # type: ignore[misc]
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        length, offset = super().get_mask_sizes(query_length, layer_idx)  # type: ignore[misc]
+        return length - max(self._front - offset, 0), max(offset - self._front, 0)
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        if layer_idx is None:
+            return max(map(self.get_max_length, range(len(self.layers))), default=-1)
+        length: int = super().get_max_length(layer_idx)  # type: ignore[misc]
+        return length - self.grown if _grows(self.layers[layer_idx]) else length
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise SequenceError(
+            f"this cache begins with {self._front} rows of soft prompts that do not act now; activate the injections "
+            "that it was filled with, or start with an empty cache"
+        )
+
+    def reset(self) -> None:
+        """Emptied, it is the cache that it was."""
+        super().reset()  # type: ignore[misc]
+        if self.grown:
+            _grow(self, -self.grown)
+        self.__class__ = self.unmarked
+        self.__dict__.pop("rows")
+        self.__dict__.pop("grown", None)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self.unmarked,), self.__dict__
+
+
+_CLASSES: dict[type, type[Any]] = {}
+
+
+def _marked_class(base: type) -> type[Any]:
+    if base not in _CLASSES:
+        _CLASSES[base] = type(base.__name__, (Marked, base), {"unmarked": base, "__module__": base.__module__})
+    return _CLASSES[base]
+
+
+def _rebuild(base: type[Any]) -> Any:
+    cls = _marked_class(base)
+    return object.__new__(cls)
+
+
+def is_cache(value: Any) -> bool:
+    """Whether a value is a cache. Looked up, not imported: without transformers nothing is one."""
+    utils = sys.modules.get("transformers.cache_utils")
+    return utils is not None and isinstance(value, utils.Cache)
+
+
+def _view(own: Any, rows: Rows) -> Any:
+    """Another object with the same layers, that counts all but `rows`."""
+    base: Any = own.unmarked if isinstance(own, Marked) else type(own)
+    view: Any = object.__new__(_marked_class(base) if rows else base)
+    view.__dict__.update(own.__dict__)
+    view.__dict__["rows"] = rows
+    return view
+
+
+def _rows(own: Any) -> Rows:
+    """Whose rows it holds in front."""
+    return own.rows if isinstance(own, Marked) else ()
+
+
+def _own(cache: Any) -> Any:
+    """The part of a cache that grows with the stack's own tokens.
+
+    Raises:
+        SequenceError: it is no cache of transformers.
+    """
+    from transformers.cache_utils import Cache, EncoderDecoderCache
+
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.self_attention_cache
+    if not isinstance(cache, Cache):
+        raise SequenceError(f"a {type(cache).__name__} is no cache of transformers, so nobody can tell what it holds")
+    return cache
+
+
+def _with_own(cache: Any, own: Any) -> Any:
+    if _own(cache) is cache:
+        return own
+    other: Any = object.__new__(type(cache))
+    other.__dict__.update(cache.__dict__, self_attention_cache=own)
+    return other
+
+
+def _grows(layer: Any) -> bool:
+    """Whether a layer of a cache has a fixed size that is meant for all tokens, not for a window of them."""
+    from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+    if isinstance(layer, StaticSlidingWindowLayer):  # mixtures say what their other parent can
+        return bool(StaticSlidingWindowLayer.is_croppable.__get__(layer))
+    return isinstance(layer, StaticLayer)
+
+
+def _grow(own: Any, count: int) -> None:
+    """Raise the capacity of empty static layers; they are allocated at their first update, or again."""
+    for layer in filter(_grows, own.layers):
+        layer.max_cache_len += count
+        layer.is_initialized = False
+
+
+def is_filled(cache: Any) -> bool:
+    """Whether a cache holds anything."""
+    own = _own(cache)
+    if own.layers and all(own.is_linear):
+        return bool(own.has_previous_state())
+    return int(own.get_seq_length()) > 0
+
+
+@dataclass(frozen=True, eq=False)
+class Opened:
+    """A cache as one sequence edit sees it in one forward."""
+
+    given: Any
+    """The object of the user, or of the edit outside of this one; None when there is none yet."""
+    inner: Any
+    """What goes on to the stack: it counts this edit's rows too."""
+    held: bool
+    """Whether the rows are in it already; otherwise they go in with this forward."""
+
+    @property
+    def past(self) -> Any:
+        """How much it holds, these rows included: a number, or a tensor in static caches."""
+        return 0 if self.inner is None else _own(self.inner).get_seq_length()
+
+    def sizes(self, queries: int, sliding: bool) -> tuple[int, int]:
+        """Number and first position of the keys that queries of the layers of one kind will see."""
+        own = _own(self.inner)
+        index = next((index for index, each in enumerate(own.is_sliding) if each == sliding), 0)
+        length, offset = own.get_mask_sizes(queries, index)
+        return length, offset
+
+    def mark(self, mark: tuple[str, int]) -> None:
+        """After the forward: the user's cache holds the rows now, and says so."""
+        if self.given is None or self.held or not is_filled(self.inner):
+            return
+        own, inner = _own(self.given), _own(self.inner)
+        own.__dict__.update(rows=(*_rows(inner), mark), grown=inner.__dict__.get("grown", 0))
+        own.__class__ = _marked_class(type(own))
+
+    def abandon(self, mark: tuple[str, int]) -> None:
+        """After a forward that failed before it filled anything: the room made for the rows is given back."""
+        grew = self.given is not None and not self.held and "grown" in _own(self.inner).__dict__
+        if grew and not is_filled(self.given):
+            _grow(_own(self.given), -mark[1])
+
+    def outward(self, found: Any, mark: tuple[str, int]) -> Any:
+        """What the user gets for a cache that the stack gives back: the one handed in, or the new one, marked."""
+        if found is self.inner:
+            return self.given
+        own = _own(found)
+        if self.given is None:
+            return _with_own(found, _view(own, (*_rows(own), mark)))
+        return _with_own(found, _own(self.given)) if own is _own(self.inner) else found
+
+
+def opened(cache: Any, mark: tuple[str, int]) -> Opened:
+    """The cache as the stack is to see it.
+
+    Raises:
+        SequenceError: it holds other rows than those of the edit that acts now, or none.
+    """
+    if cache is None:
+        return Opened(None, None, held=False)
+    own = _own(cache)
+    if isinstance(own, Marked):
+        if own.rows[-1] != mark:
+            raise SequenceError(
+                f"this cache was filled behind {own.rows[-1][1]} rows of another soft prompt than the one that acts "
+                "now; activate the one it was filled with, or start with an empty cache"
+            )
+        return Opened(cache, _with_own(cache, _view(own, own.rows[:-1])), held=True)
+    if is_filled(cache):
+        raise SequenceError(
+            "this cache was filled without the soft prompt that acts now, which cannot get in front any more; start "
+            "with an empty cache, or disable the injection"
+        )
+    inner = _view(own, ())
+    if any(map(_grows, own.layers)):
+        _grow(own, mark[1])
+        inner.grown = own.__dict__.get("grown", 0) + mark[1]  # what an edit outside of this one needed, and this one
+    return Opened(cache, _with_own(cache, inner), held=False)

@@ -1,0 +1,133 @@
+"""The user's data, as a method sees it before training: batches with an output and a loss, behind a progress bar."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from peftcore.injection import Injection
+
+Data = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any]]
+"""Batches: mappings are called as ``model(**batch)``, tuples and lists as ``model(*batch)``; a function of the model
+runs it itself, and returns the loss where the model does not."""
+
+
+class Batch:
+    """One batch of the user's data."""
+
+    def __init__(self, model: nn.Module, content: Any) -> None:
+        self._model, self._content = model, content
+
+    def output(self) -> Any:
+        """What the model makes of it.
+
+        Raises:
+            CalibrationError: the batch is nothing that a model can be called with.
+        """
+        if isinstance(self._content, Mapping):
+            return self._model(**_to(_device(self._model), dict(self._content)))
+        if isinstance(self._content, tuple | list):
+            return self._model(*_to(_device(self._model), list(self._content)))
+        if callable(self._content):
+            return self._content(self._model)
+        raise CalibrationError(
+            f"a batch is a {type(self._content).__name__}; batches are mappings (model(**batch)), tuples "
+            "(model(*batch)) or functions of the model"
+        )
+
+    def loss(self) -> Tensor:
+        """The output's loss, or the output itself where it is a scalar.
+
+        Raises:
+            CalibrationError: there is none.
+        """
+        output = self.output()
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise CalibrationError(
+                f"the model's {type(output).__name__} has no loss: give batches with labels, or functions of the model "
+                "that return the loss"
+            )
+        return loss.view(())
+
+
+class Batches:
+    """The batches in their order; can be read again as often as the user's data can."""
+
+    def __init__(self, model: nn.Module, data: Data, title: str) -> None:
+        self._model, self._data, self._title = model, data, title
+
+    def __iter__(self) -> Iterator[Batch]:
+        count = 0
+        for content in _with_bar(self._data, self._title):
+            count += 1
+            yield Batch(self._model, content)
+        if not count:
+            raise CalibrationError(f"{self._title}: the data has no batches (or was an iterator that is used up)")
+
+
+def calibrate(injection: Injection, data: Data) -> None:
+    """Let the method (of a hybrid: those that want to) look at the data; afterwards gradients, modes, flags and the
+    random generator are as before."""
+    model = injection.model
+    modules = [*injection.base_modules(), *(inner for _, module in injection.modules() for inner in module.modules())]
+    modes = {module: module.training for module in modules}
+    flags = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters(recurse=False)}
+    with _gradients_aside(flags), torch.random.fork_rng(_generators(model)):
+        try:
+            for each in injection.family():
+                if each.method.tags.needs_data:
+                    batches = Batches(model, data, f"{each.method.name} looks at the data")
+                    each.method.calibrate(model, batches, each.config, each)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    kept = {parameter: parameter.grad for parameter in parameters}
+    for parameter in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept.items():
+            parameter.grad = gradient
+
+
+def _generators(model: nn.Module) -> list[int]:
+    """The CUDA devices whose generators dropout may move (the CPU's is always kept)."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _device(model: nn.Module) -> torch.device | None:
+    return next((parameter.device for parameter in model.parameters()), None)
+
+
+def _to(device: torch.device | None, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value if device is None or device.type == "meta" else value.to(device)
+    if isinstance(value, dict):
+        return {key: _to(device, each) for key, each in value.items()}
+    return [_to(device, each) for each in value] if isinstance(value, list) else value
+
+
+def _with_bar(data: Iterable[Any], title: str) -> Iterable[Any]:
+    """A progress bar where tqdm is installed and somebody watches."""
+    try:
+        tqdm = importlib.import_module("tqdm.auto").tqdm
+    except ImportError:
+        return data
+    bar: Iterable[Any] = tqdm(data, desc=title, leave=False, disable=None)  # None: silent unless on a terminal
+    return bar

@@ -1,0 +1,256 @@
+"""Optimizers for an injection: the method's parameter groups, its rule for gradients, and its steps.
+
+A plain torch optimizer wherever that is all there is to do; otherwise `MethodOptimizer` round it, which schedulers,
+`transformers.Trainer`, accelerate and gradient scalers take for a torch optimizer, because it is one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peftcore.errors import TrainingError
+
+if TYPE_CHECKING:
+    from peftcore.injection import Injection
+
+KEY = "peftcore"
+"""Under this key of an optimizer's state dict stands what a `MethodOptimizer` adds."""
+
+
+class GradientRule(ABC):
+    """What a method does with each gradient before the optimizer sees it, and with the optimizer's update.
+
+    Attributes:
+        state: what the rule remembers of each parameter: tensors and numbers, saved with the optimizer's own state.
+    """
+
+    def __init__(self) -> None:
+        self.state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+
+    @abstractmethod
+    def project(self, grad: Tensor, param: nn.Parameter) -> Tensor:
+        """The gradient that the optimizer gets; `grad` itself leaves the parameter to the optimizer as it is."""
+
+    def restore(self, update: Tensor, param: nn.Parameter) -> Tensor:
+        """What is added to the parameter, for an `update` in the shape that `project` gave.
+
+        Where a rule defines this, the optimizer works on zeros in the projected shape, so its state has that shape too.
+        Weight decay is then applied to the parameter afterwards, decoupled from the gradient; optimizers that scale
+        updates by the size of the parameter (Adafactor, LARS) see zeros.
+        """
+        return update
+
+
+class MethodOptimizer(Optimizer):
+    """A torch optimizer within a method's rules. State, groups and options are those of the optimizer inside.
+
+    Attributes:
+        injection: what it trains.
+        inner: the torch optimizer.
+        rules: the rules for gradients: the method's or, of a hybrid, those of its parts.
+        total_steps: how many steps there will be; None until somebody knows (the Trainer's callback sets it).
+        steps: how many there were.
+    """
+
+    def __init__(
+        self, injection: Injection, inner: Optimizer, rules: list[GradientRule], total_steps: int | None
+    ) -> None:
+        super().__init__(inner.param_groups, inner.defaults)
+        self.injection, self.inner, self.rules = injection, inner, rules
+        self.total_steps, self.steps = total_steps, 0
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the optimizer inside, then of the method.
+
+        Raises:
+            TrainingError: the method's schedule needs the number of steps, and nobody said it.
+        """
+        if self.total_steps is None and any(True for _ in scheduled(self.injection)):
+            raise TrainingError(
+                f"{self.injection.method.name} changes with the steps: say how many in injection.optimizer(..., "
+                "total_steps=N), or give transformers' Trainer the callback peftcore.training.PeftcoreCallback"
+            )
+        loss = self._by_rules(closure) if self.rules else self.inner.step(closure)
+        self.steps += 1
+        if self.total_steps is not None:
+            with torch.no_grad():
+                for each in scheduled(self.injection):
+                    each.method.on_step(each, self.steps, self.total_steps)
+        return loss
+
+    @torch.no_grad()
+    def _by_rules(self, closure: Callable[[], Any] | None) -> Any:
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        aside: list[_Aside] = []
+        with _decay_kept(self.param_groups):
+            try:
+                for group in self.param_groups:
+                    self._set_aside(group, aside)
+                self.inner.step()
+            finally:
+                updates = [each.put_back() for each in aside]
+        for each, update in zip(aside, updates, strict=True):
+            if each.data is not None:
+                each.param.add_(each.rule.restore(update, each.param).to(each.param.dtype))
+                if decay := each.group.get("weight_decay"):
+                    each.param.mul_(1 - each.group["lr"] * decay)
+        return loss
+
+    def _set_aside(self, group: dict[str, Any], aside: list[_Aside]) -> None:
+        """Put projected gradients in place, and zeros of their shape where updates are restored."""
+        in_place = 0
+        for param in group["params"]:
+            grad = param.grad
+            if grad is None:
+                continue
+            rule, projected = self._projected(param, grad)
+            if rule is None:
+                in_place += 1
+                continue
+            restores = type(rule).restore is not GradientRule.restore
+            in_place += not restores
+            aside.append(_Aside(param, rule, param.data if restores else None, grad, group))
+            param.grad = None
+            if restores:
+                whole, param.data = param.shape, torch.zeros_like(projected, dtype=param.dtype)
+                self._shrink_state(param, whole)
+            param.grad = projected.to(param.dtype)
+        if not in_place and "weight_decay" in group:
+            group["weight_decay"] = 0.0  # an optimizer that decays last would shrink the update
+
+    def _projected(self, param: nn.Parameter, grad: Tensor) -> tuple[GradientRule | None, Tensor]:
+        """The rule that changes the gradient, and what it makes of it."""
+        for rule in self.rules:
+            projected = rule.project(grad, param)
+            if projected is not grad:
+                return rule, projected
+        return None, grad
+
+    def _shrink_state(self, param: nn.Parameter, whole: torch.Size) -> None:
+        """Give state the projected shape where the optimizer made it when it was built, the same in every entry."""
+        for key, value in self.inner.state.get(param, {}).items():
+            if isinstance(value, Tensor) and value.shape == whole != param.shape:
+                self.inner.state[param][key] = value.flatten()[:1].expand(param.shape).clone()
+
+    def _parameters(self) -> Iterator[tuple[int, nn.Parameter]]:
+        return enumerate(param for group in self.param_groups for param in group["params"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the optimizer inside and, under one more key, steps, the state of rules and what methods keep
+        for their next step."""
+        rules = [{i: dict(rule.state[p]) for i, p in self._parameters() if p in rule.state} for rule in self.rules]
+        ours = {"steps": self.steps, "rules": rules, "buffers": dict(transient(self.injection))}
+        return {**self.inner.state_dict(), KEY: ours}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on exactly where the saved optimizer was.
+
+        Raises:
+            TrainingError: the state is not one of this kind of optimizer and this injection.
+        """
+        ours = state_dict.get(KEY)
+        buffers = dict(transient(self.injection))
+        if ours is None or ours["buffers"].keys() != buffers.keys():
+            raise TrainingError(
+                "this optimizer state was not written by the optimizer of such an injection; make the injection and "
+                "its optimizer as they were when it was saved"
+            )
+        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+        self._share()
+        self.steps = ours["steps"]
+        for name, buffer in buffers.items():
+            buffer.copy_(ours["buffers"][name])
+        for rule, kept in zip(self.rules, ours["rules"], strict=True):
+            rule.state.clear()
+            for index, param in self._parameters():
+                if index in kept:
+                    rule.state[param] = {k: _copied(v, param.device) for k, v in kept[index].items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__.copy()
+
+
+@dataclass(frozen=True)
+class _Aside:
+    """A parameter in whose place the optimizer sees another gradient, or a whole other tensor."""
+
+    param: nn.Parameter
+    rule: GradientRule
+    data: Tensor | None
+    """Its own tensor, where another one is in its place."""
+    grad: Tensor
+    group: dict[str, Any]
+
+    def put_back(self) -> Tensor:
+        """What stood in its place."""
+        stood, self.param.grad = self.param.data, None
+        if self.data is not None:
+            self.param.data = self.data
+        self.param.grad = self.grad
+        return stood
+
+
+@contextmanager
+def _decay_kept(groups: list[dict[str, Any]]) -> Iterator[None]:
+    """The weight decay of each group is afterwards what it was."""
+    kept = [(group, group["weight_decay"]) for group in groups if "weight_decay" in group]
+    try:
+        yield
+    finally:
+        for group, decay in kept:
+            group["weight_decay"] = decay
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    return value.to(device, copy=True) if isinstance(value, Tensor) else value
+
+
+def transient(injection: Injection) -> Iterator[tuple[str, Tensor]]:
+    """The non-persistent buffers of the operators: what a method keeps between steps, and no file needs."""
+    for path, module in injection.modules():
+        for prefix, inner in module.named_modules():
+            for name in sorted(inner._non_persistent_buffers_set):
+                yield ".".join(filter(None, (path, prefix, name))), inner.get_buffer(name)
+
+
+def method_optimizer(
+    injection: Injection, cls: Callable[..., Optimizer], lr: float, total_steps: int | None, options: dict[str, Any]
+) -> Optimizer:
+    """See `Injection.optimizer`."""
+    method = injection.method
+    groups = [group for group in method.parameter_groups(injection, lr=lr, **options) if group["params"]]
+    held = {parameter for group in groups for parameter in group["params"]}
+    others = [p for p in injection.parameters() if p.requires_grad and p not in held]
+    groups += [{"params": others, "lr": lr, **options}] if others else []
+    if not groups:
+        raise TrainingError(f"{injection.name!r} is frozen; call trainable() before making its optimizer")
+    inner = cls(groups, lr=lr, **options)
+    rules = gradient_rules(injection)
+    if not rules and not any(True for _ in scheduled(injection)):
+        return inner
+    return MethodOptimizer(injection, inner, rules, total_steps)
+
+
+def gradient_rules(injection: Injection) -> list[GradientRule]:
+    """The rule of the method or, of a hybrid, those of its parts."""
+    rules = [each.method.gradient_rule(each) for each in injection.family()]
+    return [rule for rule in rules if rule is not None]
+
+
+def scheduled(injection: Injection) -> Iterator[Injection]:
+    """Who wants to be told of steps: the injection or, of a hybrid, parts of it."""
+    return (each for each in injection.family() if each.method.tags.scheduled)

@@ -1,0 +1,87 @@
+"""For each check of what methods do round training (data, steps, losses) a method that fails it, and it only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from mutant_base import TAGS, Entry, Small, mutant
+from torch import Tensor, nn
+
+from peftcore import Batches, Injection, Method, MethodConfig, Site
+from peftcore.surgery import Surgeon
+
+WITH_DATA = replace(TAGS, needs_data=True)
+SCHEDULED = replace(TAGS, scheduled=True)
+
+
+def looks_and_forgets(self: Method, model: nn.Module, data: Batches, config: Any, injection: Injection) -> None:
+    for batch in data:
+        batch.loss()
+
+
+class Sees(Small):
+    """A buffer for what data says."""
+
+    def __init__(self, site: Site, config: MethodConfig) -> None:
+        super().__init__(site, config)
+        self.register_buffer("seen", torch.zeros(()))
+
+
+def graft_seeing(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
+    for site in surgeon.sites():
+        surgeon.graft(site, Sees, config)
+
+
+def marks_the_host(self: Method, model: nn.Module, data: Batches, config: Any, injection: Injection) -> None:
+    """Keeps the mean loss, and a mark on the host that it takes away when all goes well."""
+    model.__dict__["marked"] = True
+    losses = [batch.loss().detach() for batch in data]
+    for operator in injection.operators.values():
+        if isinstance(operator, Sees):
+            operator.get_buffer("seen").copy_(sum(losses))
+    del model.__dict__["marked"]
+
+
+def does_nothing(self: Method, injection: Injection, step: int, total: int) -> None:
+    pass
+
+
+def adds_a_vector(self: Method, injection: Injection) -> Tensor:
+    return torch.cat([operator.get_parameter("A").flatten() for operator in injection.operators.values()])
+
+
+def all_of_them(self: Method, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+    return [{"params": list(injection.parameters()), "lr": lr, **defaults}]
+
+
+class Counts(Small):
+    """Counts its steps in a plain attribute."""
+
+    def __init__(self, site: Site, config: MethodConfig) -> None:
+        super().__init__(site, config)
+        self.steps = 0
+
+
+def grows(self: Method, injection: Injection, step: int, total: int) -> None:
+    for operator in injection.operators.values():
+        if isinstance(operator, Counts):
+            operator.steps += 1
+            operator.A.mul_(1 + 0.01 * operator.steps)
+
+
+MUTANTS: dict[str, Entry] = {
+    "data_counts_where_it_is_asked_for": (
+        mutant("looks_and_forgets", tags=WITH_DATA, calibrate=looks_and_forgets),
+        "mlp",
+    ),
+    "data_that_breaks_off_leaves_no_trace": (
+        mutant("marks_the_host", Sees, tags=WITH_DATA, inject=graft_seeing, calibrate=marks_the_host),
+        "mlp",
+    ),
+    "steps_count_where_they_are_asked_for": (mutant("does_nothing", tags=SCHEDULED, on_step=does_nothing), "mlp"),
+    "the_own_loss_is_a_number": (mutant("adds_a_vector", aux_loss=adds_a_vector), "mlp"),
+    "the_optimizer_holds_what_trains": (mutant("all_of_them", parameter_groups=all_of_them), "mlp"),
+    "training_resumes_exactly": (mutant("counts_steps", Counts, tags=SCHEDULED, on_step=grows), "mlp"),
+}

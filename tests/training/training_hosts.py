@@ -1,0 +1,64 @@
+"""Tiny hosts with labels, rows of data for them, and a Trainer that writes little."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from peftcore.testing.hosts import HOSTS, VOCABULARY
+
+STEPS = 6
+
+
+def host(name: str) -> nn.Module:
+    """A seeded host of the kit."""
+    torch.manual_seed(0)
+    return HOSTS[name].build()[0]
+
+
+def inputs(name: str) -> dict[str, torch.Tensor]:
+    """The kit's inputs for it, always the same."""
+    torch.manual_seed(0)
+    return HOSTS[name].build()[1]
+
+
+def rows(name: str, count: int = 12) -> list[dict[str, torch.Tensor]]:
+    """Labelled rows: a class for BERT, the text itself for a language model."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for index in range(count):
+        ids = torch.randint(3, VOCABULARY, (5,), generator=generator)
+        labels = torch.tensor(index % 3) if name == "bert" else ids
+        found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    return found
+
+
+def arguments(folder: Path, **changes: Any) -> transformers.TrainingArguments:
+    given: dict[str, Any] = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 0.05,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+    }
+    return transformers.TrainingArguments(output_dir=str(folder), **{**given, **changes})
+
+
+def trainer(model: nn.Module, name: str, folder: Path, callbacks: list[Any], **changes: Any) -> transformers.Trainer:
+    optimizers = changes.pop("optimizers", (None, None))
+    made = transformers.Trainer(
+        model=model,
+        args=arguments(folder, **changes),
+        train_dataset=rows(name),
+        eval_dataset=rows(name, 4),
+        callbacks=callbacks,
+        optimizers=optimizers,
+    )
+    made.remove_callback(transformers.PrinterCallback)
+    return made
