@@ -11,6 +11,15 @@ PEFTCORE_API = 1
 def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
+        "adapterdrop": "peftcore_additive.adapterdrop:AdapterDrop",
         "houlsby_adapter": "peftcore_additive.houlsby_adapter:HoulsbyAdapter",
         "ia3": "peftcore_additive.ia3:IA3",
+        "llama_adapter": "peftcore_additive.llama_adapter:LlamaAdapter",
+        "loreft": "peftcore_additive.loreft:LoReFT",
+        "lst": "peftcore_additive.lst:LST",
+        "p_tuning": "peftcore_additive.p_tuning:PTuning",
+        "p_tuning_v2": "peftcore_additive.p_tuning_v2:PTuningV2",
+        "parallel_adapter": "peftcore_additive.parallel_adapter:ParallelAdapter",
+        "prefix_tuning": "peftcore_additive.prefix_tuning:PrefixTuning",
+        "prompt_tuning": "peftcore_additive.prompt_tuning:PromptTuning",
     }

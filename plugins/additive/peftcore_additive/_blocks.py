@@ -1,0 +1,86 @@
+"""What methods share that act on whole blocks: where those are, how they are numbered, how wide their stream is."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from peftcore import Site, Surgeon
+from peftcore.errors import UnsupportedSite
+from peftcore.hosts import HostEntry
+
+WIDTHS = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out", "ssm.out")
+"""Roles of what adds to the stream of a block, so that its rows are as many as the stream is wide."""
+MIXERS = ("attn", "attn_mlp", "cross", "ssm")
+"""Families of roles that mix tokens: what has none of them inside has no sequence."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSite(Site):
+    """A whole block."""
+
+    width: int = 0
+    """Features of the stream that goes through it."""
+    depth: int = 0
+    """Its number in its stack, from 0 on."""
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """What stands for a shape in plans and files: the width."""
+        return torch.Size([self.width])
+
+
+def depths(surgeon: Surgeon) -> dict[str | None, int]:
+    """The blocks by path, each with its number in its stack; the stages of a pyramid count as one stack."""
+    counts: Counter[str] = Counter()
+    numbers: dict[str | None, int] = {}
+    for entry in surgeon.resolver.host.entries:
+        if entry.block is not None and entry.block not in numbers:
+            stack = re.sub(r"\d+", "*", entry.block)
+            numbers[entry.block] = counts[stack]
+            counts[stack] += 1
+    return numbers
+
+
+def block_sites(surgeon: Surgeon) -> list[BlockSite]:
+    """The blocks among the user's targets, or all that the method's target means.
+
+    Raises:
+        UnsupportedSite: a target is no block, or one through which no sequence of features goes.
+    """
+    numbers = depths(surgeon)
+    sites = [_block_site(surgeon, site, numbers) for site in surgeon.sites()]
+    for site in sites:
+        for other in sites:
+            if site.width != other.width and site.path.rpartition(".")[0] == other.path.rpartition(".")[0]:
+                raise UnsupportedSite(
+                    f"{site.path} is {site.width} wide, but {other.path} {other.width}: one stream has one width"
+                )
+    return sites
+
+
+def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int]) -> BlockSite:
+    path = site.module_path
+    if path not in numbers:
+        raise UnsupportedSite(f"{site.path or 'the host'} is no block of this host; target the role block")
+    inside = [entry for entry in surgeon.resolver.host.entries if entry.block == path]
+    if not any(entry.role.partition(".")[0] in MIXERS for entry in inside):
+        raise UnsupportedSite(f"{path} has no sequence: nothing inside mixes tokens")
+    if any(entry.stream == "context" for entry in inside):
+        raise UnsupportedSite(f"{path} returns two streams; nothing says which of them is meant")
+    for module in surgeon.resolver.modules[path].modules():
+        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+            raise UnsupportedSite(f"{path} has the sequence in front of the batch; build it with batch_first=True")
+    return BlockSite(**{**vars(site), "form": "activation"}, width=_width(surgeon, path, inside), depth=numbers[path])
+
+
+def _width(surgeon: Surgeon, path: str, inside: list[HostEntry]) -> int:
+    for role in WIDTHS:
+        for entry in inside:
+            if entry.role == role and entry.stream == "main":
+                return surgeon.resolver.site(entry.module, entry.tensor or "weight", role).out_features
+    raise UnsupportedSite(f"{path}: nothing inside tells how wide its stream is")

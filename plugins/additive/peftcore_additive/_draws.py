@@ -1,0 +1,68 @@
+"""Numbers that a method draws once for each forward of the host, the same in all of its layers."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from peftcore import Call
+from peftcore.errors import AmbiguousBackward, TrainingError
+from peftcore.records import repeating
+
+
+class Draws(nn.Module):
+    """A number from 0 to `most`, evenly drawn for each forward of the host in training.
+
+    It depends on the seed and on the number of forwards alone: the global generator does not move, the processes of one
+    training draw the same, and a resumed training goes on where it was. What backward computes again gets the number
+    that the first run got.
+    """
+
+    def __init__(self, most: int) -> None:
+        """Drawn from torch's generator: the surgeon sets it by the seed."""
+        super().__init__()
+        self.most = most
+        self.register_buffer("seed", torch.randint(2**62, ()), persistent=False)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.drawn: WeakKeyDictionary[Call, int] = WeakKeyDictionary()
+        self.blind: set[int] = set()  # what forwards without gradients drew: a reentrant checkpoint round the host
+        self.repeated = False  # runs them again inside backward, under another record
+
+    @torch.compiler.disable
+    def forward(self, call: Call) -> int:
+        """The number of one forward.
+
+        Raises:
+            TrainingError: a part of the host runs by itself, where nothing tells one forward from the next.
+            AmbiguousBackward: backward repeats a whole forward, and several could be meant.
+        """
+        if call not in self.drawn:
+            self.drawn[call] = self._again() if repeating() else self._anew(call)
+        return self.drawn[call]
+
+    def _anew(self, call: Call) -> int:
+        if not call.inputs:
+            raise TrainingError(
+                "this method draws once for each forward of the host: train the host itself, not a part"
+            )
+        self.count += 1
+        number = random.Random(f"{self.seed} {self.count}").randint(0, self.most)
+        if not torch.is_grad_enabled():
+            self.blind, self.repeated = {number, *(() if self.repeated else self.blind)}, False
+        return number
+
+    def _again(self) -> int:
+        if len(self.blind) != 1:
+            raise AmbiguousBackward("several forwards drew before this backward: run backward after each of them")
+        self.repeated = True
+        return min(self.blind)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "drawn"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "drawn": WeakKeyDictionary()})

@@ -1,0 +1,182 @@
+"""What the tokens are that go through a block: where the prompt begins and ends, and which of them see which; with and
+without caches, padding, labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from peftcore import Site, Surgeon, current_call
+from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
+from peftcore.hosts.stacks import CACHES, Stack, find
+from peftcore_additive._blocks import BlockSite
+
+S = TypeVar("S", bound=Site)
+MASKS = ("attention_mask", "src_key_padding_mask", "tgt_key_padding_mask")
+"""How blocks are told of padding; in those of torch's own layers, zero (or False) is a token."""
+IGNORED = -100
+"""The label of what is not to be predicted."""
+REMEDY = "say where the prompt ends: with peftcore.call(model, prompt_length=...): ..."
+
+
+class Stacks:
+    """The stacks of a host: what takes tokens, and runs blocks."""
+
+    def __init__(self, surgeon: Surgeon) -> None:
+        self.stacks = find(surgeon.resolver.modules, surgeon.resolver.host.entries)
+
+    def of(self, site: Site) -> Stack | None:
+        """The stack that a block belongs to; None where it takes no tokens (images)."""
+        above = [stack for stack in self.stacks if f"{site.module_path}.".startswith(f"{stack.path}.".lstrip("."))]
+        return max(above, key=lambda stack: len(stack.path), default=None)
+
+    def generates(self, site: Site) -> bool:
+        """Whether a block's tokens may go on: a causal stack that nothing else reads."""
+        stack = self.of(site)
+        return stack is not None and stack.causal and not stack.readers
+
+    def prompted(self, sites: list[S], strict: bool) -> list[S]:
+        """The blocks through which the prompt goes: not those that read what an encoder made of it.
+
+        Raises:
+            UnsupportedSite: `strict`, and there are such.
+        """
+        reading = [site for site in sites if (stack := self.of(site)) is not None and stack.reads]
+        if reading and strict:
+            raise UnsupportedSite(f"{reading[0].path} reads what an encoder made of the prompt; target the encoder")
+        return [site for site in sites if site not in reading]
+
+    def answering(self, sites: list[BlockSite], strict: bool) -> list[BlockSite]:
+        """The blocks that the host answers from, from the first to the last: not those of an encoder that others read.
+
+        Raises:
+            UnsupportedSite: they do not have one stream in common; or `strict`, and there are some of an encoder too.
+        """
+        last = [site for site in sites if (stack := self.of(site)) is None or not stack.readers]
+        chosen = sorted(sites if strict or not last else last, key=lambda site: site.depth)
+        if len({(re.sub(r"\d+", "*", site.module_path), site.width) for site in chosen}) > 1:
+            raise UnsupportedSite(
+                f"{chosen[0].path} and {chosen[-1].path} have no stream in common; target the blocks of one stack"
+            )
+        return chosen
+
+
+class Prompt:
+    """Finds the first and the last positions of the prompt in one forward.
+
+    The prompt is what ``peftcore.call(model, prompt_length=...)`` says (a number, or one a row; padding does not
+    count); otherwise, in a language model that is told labels, what comes before the first of them; otherwise the whole
+    input. A step that adds one token to a cache is no prompt.
+    """
+
+    def __init__(self, depth: int, generates: bool, first: int, last: int) -> None:
+        self.depth, self.generates, self.first, self.last = depth, generates, first, last
+
+    def positions(self, hidden: Tensor, given: Mapping[str, Any], training: bool) -> tuple[Tensor, Tensor] | None:
+        """Masks ``[batch or 1, tokens]`` of the first and of the last positions (none is in both), for the input of a
+        block and its other arguments by name; None where no token is of the prompt.
+
+        Raises:
+            MissingContext: the input may be more than the prompt, and nobody said where that ends.
+            SequenceError: nothing tells which tokens are padding.
+        """
+        rows, new = len(hidden), hidden[0, ..., 0].numel()
+        running = current_call()
+        inputs, told = running.inputs, running.context.get("prompt_length")
+        held = cached_tokens(given, self.depth, new)
+        if told is None and held:
+            if new == 1:
+                return None
+            if self.last:
+                raise MissingContext(f"this input goes on from a cache, and may be prompt or not: {REMEDY}")
+        real = _real([inputs, given], held + new, hidden.device)
+        index = real.cumsum(-1) - 1
+        length = index[:, -1:] + 1
+        labels = inputs.get("labels") if self.generates else None
+        if told is not None:
+            length = _per_row(told, rows, hidden.device)
+        elif isinstance(labels, Tensor) and labels.shape == (rows, new):
+            length = _before_labels(labels, real, length)
+        elif self.generates and not training and inputs.get("use_cache") is False:
+            self._check_uncached(length)
+        real, index = real[:, held : held + new], index[:, held : held + new]
+        front = real & (index < length) & (index < self.first)
+        back = real & (index < length) & (index >= length - self.last) & ~front
+        return front, back
+
+    def _check_uncached(self, length: Tensor) -> None:
+        """Generation without a cache gives the whole sequence at each step: its end is not the prompt's."""
+        if self.last:
+            raise MissingContext(f"with use_cache=False, generated tokens are part of the input: {REMEDY}")
+        if not torch.compiler.is_compiling() and bool((length < self.first).any()):
+            raise MissingContext(f"the input is shorter than {self.first} positions, and may grow: {REMEDY}")
+
+
+class Visible:
+    """Which tokens each token sees, for a network beside the host: what is no padding, in causal stacks from the first
+    token on up to itself, and itself always."""
+
+    def __init__(self, stack: Stack | None) -> None:
+        self.causal = stack is not None and stack.causal
+        self.reads = stack is not None and stack.reads  # then the host's masks may be those of what is read
+
+    def mask(self, count: int, given: Mapping[str, Any], device: torch.device) -> Tensor:
+        """For so many tokens, and the arguments of a block by name: True where a token is seen,
+        ``[batch or 1, 1, tokens, tokens]``."""
+        real = _real([given] if self.reads else [current_call().inputs, given], count, device)
+        seen = real[:, None, None, :count].expand(-1, 1, count, count)
+        if self.causal:
+            seen = seen.tril()
+        return seen | torch.eye(count, dtype=torch.bool, device=device)
+
+
+def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
+    """How many tokens of earlier forwards the cache holds that a block of this depth is given (its arguments by name),
+    when `new` tokens go through it."""
+    cache = next((given[name] for name in sorted(CACHES) if given.get(name) is not None), None)
+    if cache is None:
+        return 0
+    if torch.compiler.is_compiling():  # static caches count in tensors, and are compiled for decoding
+        return int(new == 1)
+    return int(cache.get_seq_length(depth))  # of this layer: those below hold the new tokens already
+
+
+def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) -> Tensor:
+    """Which of so many tokens, from the first in the cache on, are no padding ``[batch or 1, tokens]``.
+
+    The host's own mask says it; where it has none (a part that runs by itself), or not for these tokens, the block's.
+    """
+    masks = [(name, source[name]) for source in sources for name in MASKS if source.get(name) is not None]
+    for name, mask in masks:
+        if isinstance(mask, Mapping):  # one for each kind of layer
+            mask = mask.get("full_attention")
+        if not isinstance(mask, Tensor):
+            continue
+        if mask.dim() == 4:  # which tokens see which: one that nobody sees is padding
+            mask = (mask == 0 if mask.is_floating_point() else mask != 0).flatten(1, 2).any(1)
+        elif name != "attention_mask":
+            mask = mask == 0
+        if mask.dim() == 2 and mask.shape[-1] >= count:
+            return mask != 0
+    if masks:
+        raise SequenceError(
+            f"none of the masks given ({', '.join(name for name, _ in masks)}) tells padding from tokens"
+        )
+    return torch.ones(1, count, dtype=torch.bool, device=device)
+
+
+def _per_row(told: Any, rows: int, device: torch.device) -> Tensor:
+    """Lengths ``[batch or 1, 1]``; rows that generate repeats (beams) have one together."""
+    lengths = torch.as_tensor(told, device=device).view(-1, 1)
+    return lengths if len(lengths) in (1, rows) else lengths.repeat_interleave(rows // len(lengths), 0)
+
+
+def _before_labels(labels: Tensor, real: Tensor, length: Tensor) -> Tensor:
+    """How many tokens come before the first label; all of them where the first token has one, or none has."""
+    started = (real & (labels != IGNORED)).cumsum(-1) > 0
+    before = (real & ~started).sum(-1, keepdim=True)
+    return torch.where(before > 0, before, length)

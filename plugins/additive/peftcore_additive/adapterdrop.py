@@ -1,0 +1,107 @@
+"""AdapterDrop.   Rücklé et al. 2021, arXiv 2010.11918 (code: adapter-hub/adapters).
+
+    y = h + W_up f(W_down h + b_down) + b_up   in the layers l >= m,   y = h   in those below
+
+Bottleneck adapters behind the feed-forward, as many as are worth their time. *Specialised*: the first m layers have
+none; they are cheaper at inference, and backward ends at layer m, since nothing below it trains. *Robust*: all layers
+have one, and each forward in training leaves the first m out, m drawn evenly from 0 to `drop_first_layers`; afterwards
+one adapter serves every m:
+
+    with peftcore.call(model, drop_first_layers=5): ...
+
+m is drawn once for a forward, so that layers, and what backward computes again, agree; it depends on the seed and on
+the number of forwards alone, so the processes of one training draw the same. The top layer always keeps its adapter.
+Layers are counted in each stack: those of an encoder and those of a decoder from 0 on.
+
+Parameters: 2 d r + r + d an adapter, L - m of them; L when robust. ``target=("attn.output", "mlp.output")`` has two a
+layer.
+
+Use it where adapters have to be fast. Under torch.compile, training the robust kind breaks the graph at each adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
+from torch import nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, current_call
+from peftcore.errors import TargetError, UnsupportedSite
+from peftcore.operators import Shared
+from peftcore_additive._blocks import depths
+from peftcore_additive._draws import Draws
+from peftcore_additive.houlsby_adapter import BottleneckOperator
+
+
+class Config(MethodConfig):
+    """Options of AdapterDrop."""
+
+    method: Literal["adapterdrop"] = "adapterdrop"
+    drop_first_layers: NonNegativeInt = 5
+    """The layers m, from the bottom of each stack, that get no adapter; when robust, the most that are left out."""
+    robust: bool = False
+    """Adapt all layers, and leave out another number of them at each forward in training."""
+    bottleneck: PositiveInt = 64
+    """Width r of the bottleneck."""
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
+    """The non-linearity f."""
+    init_std: NonNegativeFloat = 1e-3
+    """Standard deviation of W_down at the start."""
+    up_init_std: NonNegativeFloat = 1e-3
+    """Standard deviation of W_up at the start; 0 makes a fresh adapter an exact identity."""
+
+
+class DroppableOperator(BottleneckOperator):
+    """A bottleneck adapter that knows its layer."""
+
+    def __init__(self, site: Site, config: Config, depth: int, draws: Shared | None) -> None:
+        super().__init__(site, config)
+        self.depth, self.draws = depth, draws
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs) if self.depth < self._dropped() else super().forward(call, *args, **kwargs)
+
+    def _dropped(self) -> int:
+        running = current_call()
+        told = running.context.get("drop_first_layers")
+        if told is None and self.draws is not None and self.training:
+            return self.draws.module(running)
+        return told or 0
+
+
+class AdapterDrop(Method):
+    """Bottleneck adapters that the lowest layers do without."""
+
+    name = "adapterdrop"
+    Config = Config
+    tags = Tags(category="additive", paper="2010.11918", identity_at_init=False, identity_options={"up_init_std": 0.0})
+    target = ("mlp.output",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        numbers = depths(surgeon)
+        found = [(site, self._depth(site, surgeon, numbers)) for site in surgeon.sites()]
+        top = max(depth for _, depth in found)
+        if config.drop_first_layers > top and not config.robust:
+            raise TargetError(
+                f"drop_first_layers={config.drop_first_layers} leaves none of {top + 1} layers an adapter"
+            )
+        most = min(config.drop_first_layers, top)
+        draws = surgeon.own("draws", lambda: Draws(most)) if config.robust else None
+        for site, depth in found:
+            if config.robust or depth >= config.drop_first_layers:
+                surgeon.graft(site, lambda at, own, depth=depth: DroppableOperator(at, own, depth, draws), config)
+
+    @staticmethod
+    def _depth(site: Site, surgeon: Surgeon, numbers: dict[str | None, int]) -> int:
+        block = next((entry.block for entry in surgeon.resolver.host.at(site.module_path)), None)
+        if block is None:
+            raise UnsupportedSite(
+                f"{site.path} stands in none of the host's layers, so there is no layer to drop it by"
+            )
+        return numbers[block]
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return 2 * site.out_features * config.bottleneck + config.bottleneck + site.out_features

@@ -1,0 +1,80 @@
+"""LLaMA-Adapter: zero-init gated attention.   Zhang et al. 2023, arXiv 2303.16199 (code: OpenGVLab/LLaMA-Adapter).
+
+    y = Attention(q, K, V) + tanh(g) * softmax(q (W_k P)^T / sqrt(d_h)) (W_v P)   in the top layers
+
+y is what goes into the layer's output matrix. P [length, d] is a prompt of the layer; the layer's own frozen matrices
+(as other active injections leave them) make keys and values of it, biases included, without rotation. Its softmax is
+apart from that of the words, so the gate g, one number a head and zero at first, decides alone how much of the prompt
+comes in: a fresh injection changes nothing. The tanh is that of the authors' training code.
+
+Parameters: length * d + heads in each of the top layers.
+
+Use it to teach instructions to a language model on top of what it knows, undisturbed at the start. Nothing merges, and
+the prompt's keys stay out of the cache. Where a host normalizes its keys (Qwen 3), those of the prompt are not.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Attend, AttentionOperator, AttentionSite, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+
+
+class Config(MethodConfig):
+    """Options of LLaMA-Adapter."""
+
+    method: Literal["llama_adapter"] = "llama_adapter"
+    length: PositiveInt = 10
+    """Vectors of a layer's prompt."""
+    layers: PositiveInt = 30
+    """How many of the top layers of each stack are adapted (the authors' 30 of 32); all where there are fewer."""
+
+
+class LlamaAdapterOperator(AttentionOperator):
+    """The prompt and the gate of one layer."""
+
+    def __init__(self, site: AttentionSite, config: Config) -> None:
+        super().__init__(site)
+        sizes = site.geometry
+        made = {part: projection.out_features for part, projection in site.projections.items()}
+        if (made.get("k"), made.get("v")) != (sizes.kv_heads * sizes.head_dim, sizes.kv_heads * sizes.value_dim):
+            raise UnsupportedSite(f"{site.path} makes its keys and values of more than one matrix each, or of none")
+        self.prompt = nn.Parameter(torch.randn(config.length, site.projections["k"].in_features))
+        self.gate = nn.Parameter(torch.zeros(sizes.heads))
+
+    def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        prompt, gate = self.cast(query, self.prompt, self.gate.tanh())
+        prompt_key = attend.project("k", prompt).to(key.dtype).expand(len(key), -1, -1, -1)
+        prompt_value = attend.project("v", prompt).to(value.dtype).expand(len(value), -1, -1, -1)
+        return attend(query, key, value) + gate.view(-1, 1, 1) * attend.apart(query, prompt_key, prompt_value)
+
+
+def top(sites: list[Site], layers: int) -> list[Site]:
+    """The last `layers` sites of each stack: those whose paths differ in numbers only."""
+    stacks: dict[str, list[Site]] = {}
+    for site in sites:
+        stacks.setdefault(re.sub(r"\d+", "*", site.module_path), []).append(site)
+    return [site for stack in stacks.values() for site in stack[-layers:]]
+
+
+class LlamaAdapter(Method):
+    """Gated attention to a prompt beside that to the words."""
+
+    name = "llama_adapter"
+    Config = Config
+    tags = Tags(category="additive", paper="2303.16199")
+    target = ("attn.core",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in top(surgeon.sites(), config.layers):
+            surgeon.attention(site, LlamaAdapterOperator, config)
+
+    @staticmethod
+    def parameter_count(site: AttentionSite, config: Config) -> int:
+        return config.length * site.projections["k"].in_features + site.geometry.heads

@@ -1,0 +1,150 @@
+"""LoReFT, representation finetuning.   Wu et al. 2024, arXiv 2404.03592 (code: stanfordnlp/pyreft).
+
+    loreft   h' = h + R^T (W h + b - R h),   R [r, d] with orthonormal rows
+    noreft   h' = h + R^T (W h + b - R h),   R [r, d] free
+    direft   h' = h + R^T (W h + b),         R free
+
+h is what a block returns, at the first f and the last l positions of the prompt, in each chosen layer; the two ends
+have an R, W, b each unless tied. R starts with random orthonormal rows, W and b as torch's linear layers do (R too,
+where it is free); ``identity=True`` starts at h' = h. Orthonormal rows are those that R's Cholesky factor makes of R:
+R itself at the start. Dropout acts on h' as a whole, as in the authors' code.
+
+The prompt is intervened on when it is read, never while tokens are generated. What the prompt is, `_prompt.Prompt`
+says: what comes before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` says it.
+In encoder-decoder hosts it goes through the encoder; in hosts of images it is the block's tokens. Where positions
+overlap, the first ones come first.
+
+Parameters: 2 d r + r for each end (one end when tied), each layer.
+
+Use it where few numbers should do much: ten to fifty times fewer than LoRA's. It cannot be merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Surgeon, Tags, on_first
+from peftcore.errors import TargetError, UnsupportedSite
+from peftcore.hosts.stacks import arguments
+from peftcore.weights import plain_class
+from peftcore_additive._blocks import BlockSite, block_sites
+from peftcore_additive._prompt import Prompt, Stacks
+
+
+class Config(MethodConfig):
+    """Options of LoReFT and its ablations."""
+
+    method: Literal["loreft"] = "loreft"
+    kind: Literal["loreft", "noreft", "direft"] = "loreft"
+    """Which of the three equations."""
+    rank: PositiveInt = 4
+    """Dimensions r of the subspace."""
+    prefix_positions: NonNegativeInt = 3
+    """The first positions f of the prompt."""
+    suffix_positions: NonNegativeInt = 0
+    """The last positions l of the prompt."""
+    layers: list[NonNegativeInt] | None = None
+    """The layers, by number; None takes all."""
+    tied: bool = False
+    """One intervention for both ends of the prompt."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which numbers of h' are dropped in training."""
+    identity: bool = False
+    """Start at h' = h: W = R and b = 0 (W = 0 and b = 0 in direft)."""
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> Self:
+        if not self.prefix_positions + self.suffix_positions:
+            raise ValueError("prefix_positions and suffix_positions are both 0: there is nothing to intervene on")
+        return self
+
+
+class Intervention(nn.Module):
+    """h' of h."""
+
+    def __init__(self, width: int, config: Config) -> None:
+        super().__init__()
+        self.orthonormal, self.subtracts = config.kind == "loreft", config.kind != "direft"
+        self.R = nn.Parameter(torch.empty(config.rank, width))
+        self.learned = nn.Linear(width, config.rank)
+        nn.init.orthogonal_(self.R) if self.orthonormal else nn.init.kaiming_uniform_(self.R, a=5**0.5)
+        if config.identity:
+            with torch.no_grad():
+                self.learned.weight.copy_(self.R if self.subtracts else torch.zeros_like(self.R))
+                self.learned.bias.zero_()
+        self.dropout = nn.Dropout(config.dropout)
+
+    def rotation(self) -> Tensor:
+        """R, with orthonormal rows where they have to be (in float32 at least: no half precision has these factors)."""
+        if not self.orthonormal:
+            return self.R
+        with torch.autocast(self.R.device.type, enabled=False):
+            R = self.R.to(torch.promote_types(self.R.dtype, torch.float32))
+            factor: Tensor = torch.linalg.cholesky(R @ R.mT)  # [r, r], the identity where the rows are orthonormal
+            return torch.linalg.solve_triangular(factor, R, upper=False)
+
+    def forward(self, h: Tensor) -> Tensor:
+        R, weight, bias = (each.to(h.dtype) for each in (self.rotation(), self.learned.weight, self.learned.bias))
+        moved = nn.functional.linear(h, weight - R if self.subtracts else weight, bias)  # [..., r]
+        return self.dropout(h + moved @ R)
+
+
+class ReftOperator(Operator):
+    """Intervenes on what a block returns, at both ends of the prompt."""
+
+    def __init__(self, site: BlockSite, config: Config, generates: bool) -> None:
+        super().__init__(site)
+        if config.rank > site.width:
+            raise UnsupportedSite(f"{site.path} is {site.width} wide, which has no subspace of rank {config.rank}")
+        self.names = arguments(plain_class(site.module))
+        self.prompt = Prompt(site.depth, generates, config.prefix_positions, config.suffix_positions)
+        ends = {"prefix": config.prefix_positions, "suffix": config.suffix_positions}
+        names = ["both"] if config.tied else [name for name, count in ends.items() if count]
+        self.ends = nn.ModuleDict({name: Intervention(site.width, config) for name in names})
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        found = self.prompt.positions(args[0], given, self.training)  # before the block fills its cache
+        output = call(*args, **kwargs)
+        return output if found is None else on_first(output, lambda h: self._intervene(h, *found))
+
+    def _intervene(self, h: Tensor, front: Tensor, back: Tensor) -> Tensor:
+        chosen = {"both": front | back, "prefix": front, "suffix": back}
+        for name, intervention in self.ends.items():
+            where = chosen[name].view(-1, *h.shape[1:-1], 1)  # [batch or 1, *tokens, 1]
+            h = torch.where(where, intervention(h), h)
+        return h
+
+
+class LoReFT(Method):
+    """Low-rank interventions on hidden states at both ends of the prompt."""
+
+    name = "loreft"
+    Config = Config
+    tags = Tags(category="additive", paper="2404.03592", identity_at_init=False, identity_options={"identity": True})
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        stacks = Stacks(surgeon)
+        for site in _chosen(surgeon, stacks, config):
+            generates = stacks.generates(site)
+            surgeon.graft(site, lambda at, own, generates=generates: ReftOperator(at, own, generates), config)
+
+    @staticmethod
+    def parameter_count(site: BlockSite, config: Config) -> int:
+        ends = 1 if config.tied else bool(config.prefix_positions) + bool(config.suffix_positions)
+        return ends * (2 * site.width * config.rank + config.rank)
+
+
+def _chosen(surgeon: Surgeon, stacks: Stacks, config: Config) -> list[BlockSite]:
+    """The blocks of the chosen layers through which the prompt goes."""
+    sites = stacks.prompted(block_sites(surgeon), surgeon.wishes.target is not None)
+    there = {site.depth for site in sites}
+    if not there.issuperset(config.layers or ()):
+        raise TargetError(f"layers={config.layers}: there are the layers {min(there)} to {max(there)}")
+    return [site for site in sites if config.layers is None or site.depth in config.layers]

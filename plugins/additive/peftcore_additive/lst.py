@@ -1,0 +1,148 @@
+"""LST, ladder side-tuning.   Sung et al. 2022, arXiv 2206.06522 (code: ylsung/Ladder-Side-Tuning).
+
+    z_0 = W_0 b_0,   z_l = S_l(mu_l z_{l-1} + (1 - mu_l) W_l b_l),   mu_l = sigmoid(alpha_l / T)
+    y   = W_out LN(z_L)   in the place of b_L
+
+b_0 is what the first block reads, b_l what block l returns. No gradient goes into the backbone, so none of its
+activations are kept for backward. S_l are transformer blocks (pre-norm, attention, then a feed-forward
+four times as wide) of width d / R, causal where the backbone is; W_l [d/R, d] with bias. alpha_l starts at 0, all else
+as torch's layers do: the authors start S_l from rows of the backbone that pruning finds important, and put y behind its
+last norm, which here acts on y. The host predicts from the side network alone, so no start is an identity.
+
+In encoder-decoder hosts the decoder has the ladder, whose side blocks read the encoder through b_l only. The side
+network has no cache: generate with ``use_cache=False``. What else is adapted inside the blocks gets no gradient.
+
+Parameters, with w = d / R and L blocks: (L + 1)(d w + w) + L (12 w^2 + 13 w + 1) + 2 w + w d + d.
+
+Use it where memory is short: backward touches nothing but the small network. It cannot be merged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, on_first
+from peftcore.errors import ConfigError, SequenceError
+from peftcore.hosts.stacks import arguments
+from peftcore.operators import Shared
+from peftcore.weights import plain_class
+from peftcore_additive._blocks import BlockSite, block_sites
+from peftcore_additive._prompt import Stacks, Visible, cached_tokens
+
+
+class Config(MethodConfig):
+    """Options of ladder side-tuning."""
+
+    method: Literal["lst"] = "lst"
+    reduction: PositiveInt = 8
+    """How many times narrower the side network is: R."""
+    heads: PositiveInt = 4
+    """Heads of its attention; their greatest common divisor with its width, where they do not divide it."""
+    temperature: PositiveFloat = 0.1
+    """T: the smaller, the sooner a gate is open or shut."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which what a side block adds is dropped in training."""
+
+    def width(self, width: int) -> int:
+        """The width w of the side network beside a stream of a width."""
+        return max(1, width // self.reduction)
+
+
+class SideBlock(nn.Module):
+    """A rung: what block l returned joins the side stream, and one narrow transformer block follows."""
+
+    def __init__(self, width: int, config: Config) -> None:
+        super().__init__()
+        narrow = config.width(width)
+        self.heads, self.temperature = math.gcd(narrow, config.heads), config.temperature
+        self.down, self.gate = nn.Linear(width, narrow), nn.Parameter(torch.zeros(()))
+        self.norm1, self.norm2 = nn.LayerNorm(narrow), nn.LayerNorm(narrow)
+        self.qkv, self.out = nn.Linear(narrow, 3 * narrow), nn.Linear(narrow, narrow)
+        self.feed_forward = nn.Sequential(nn.Linear(narrow, 4 * narrow), nn.GELU(), nn.Linear(4 * narrow, narrow))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, z: Tensor, state: Tensor, visible: Tensor) -> Tensor:
+        mu = torch.sigmoid(self.gate / self.temperature)
+        z = mu * z + (1 - mu) * self.down(state)
+        parts = self.qkv(self.norm1(z)).unflatten(-1, (3, self.heads, -1))  # [batch, tokens, 3, heads, w / heads]
+        attended = nn.functional.scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4), attn_mask=visible)
+        z = z + self.dropout(self.out(attended.transpose(1, 2).flatten(-2)))
+        return z + self.dropout(self.feed_forward(self.norm2(z)))
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The side network; its parts belong to the injection."""
+
+    down: Shared
+    blocks: list[Shared]
+    up: Shared
+
+    def climb(self, states: Sequence[Tensor], visible: Tensor) -> Tensor:
+        """From the states ``[batch, tokens, d]`` before the first and behind each block to what replaces the last."""
+        dtype = self.down.module.weight.dtype
+        z = self.down.module(states[0].to(dtype))
+        for block, state in zip(self.blocks, states[1:], strict=True):
+            z = block.module(z, state.to(dtype), visible)
+        y: Tensor = self.up.module(z)
+        return y
+
+
+class LadderOperator(Operator):
+    """Keeps what a block returns, out of reach of gradients; at the last block, the side network answers."""
+
+    def __init__(self, site: BlockSite, taps: Sequence[Tap], visible: Visible, ladder: Ladder | None) -> None:
+        super().__init__(site)
+        self.names, self.depth = arguments(plain_class(site.module)), site.depth
+        self.taps, self.visible, self.ladder = taps, visible, ladder
+
+    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if len(self.taps) == 2:
+            self.taps[0].put(x.detach())
+        given = {**dict(zip(self.names[1:], args, strict=False)), **kwargs}
+        if cached_tokens(given, self.depth, x.shape[1]):
+            raise SequenceError("the side network has no cache: generate with use_cache=False")
+        return on_first(call(x, *args, **kwargs), lambda h: self._detached(h, given))
+
+    def _detached(self, h: Tensor, given: dict[str, Any]) -> Tensor:
+        h = h.detach()
+        self.taps[-1].put(h)
+        if self.ladder is None:
+            return h
+        states = [tap.get().flatten(1, -2) for tap in self.taps]  # [batch, tokens, d], also for images
+        visible = self.visible.mask(states[0].shape[1], given, h.device)
+        return self.ladder.climb(states, visible).to(h.dtype).view_as(h)
+
+
+class LST(Method):
+    """A small transformer beside the host, which reads what its blocks return and answers in their place."""
+
+    name = "lst"
+    Config = Config
+    tags = Tags(category="additive", paper="2206.06522", identity_at_init=False)
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any(config.overrides.values()):
+            raise ConfigError("lst has one side network for all sites; give its options without overrides")
+        stacks = Stacks(surgeon)
+        sites = stacks.answering(block_sites(surgeon), surgeon.wishes.target is not None)
+        width, narrow = sites[0].width, config.width(sites[0].width)
+        down = surgeon.own("down", lambda: nn.Linear(width, narrow))
+        blocks = [surgeon.own(site.path.replace(".", "_"), lambda: SideBlock(width, config)) for site in sites]
+        up = surgeon.own("up", lambda: nn.Sequential(nn.LayerNorm(narrow), nn.Linear(narrow, width)))
+        visible, taps = Visible(stacks.of(sites[0])), [Tap(kept=True) for _ in (None, *sites)]
+        for number, site in enumerate(sites, 2):
+            ladder, read = Ladder(down, blocks, up) if site is sites[-1] else None, taps[:number]
+            surgeon.graft(site, lambda at, read=read, ladder=ladder: LadderOperator(at, read, visible, ladder))
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return 0  # the side network belongs to no site

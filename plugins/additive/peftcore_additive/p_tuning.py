@@ -1,0 +1,84 @@
+"""P-tuning: a prompt made by a small network.   Liu et al. 2021, arXiv 2103.10385.
+
+    X' = [P ; E(ids)],   P = f(Z),   Z [length, d] trained
+
+f is a multilayer perceptron, Linear(d, h) relu Linear(h, h) relu Linear(h, d), or a two-layer bidirectional LSTM of
+width h in each direction followed by Linear(2h, 2h) relu Linear(2h, d). P stands in front of the tokens as in
+prompt_tuning, in every respect; it is made anew in each forward, at the network's own precision. Z starts from a
+standard normal, the network as torch initializes it: nothing is identity.
+
+Parameters, besides length * d: (d + 1) h + (h + 1) h + (h + 1) d for the perceptron; 2 (4 h (d + h) + 8 h) and
+2 (4 h (2h + h) + 8 h) for the layers of the LSTM, (2h + 1) 2h + (2h + 1) d for its head.
+
+Use it where prompt_tuning trains unsteadily: the network ties the rows together.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, SequenceOperator, SequenceSite, Site, Surgeon, Tags
+
+
+class Config(MethodConfig):
+    """Options of P-tuning."""
+
+    method: Literal["p_tuning"] = "p_tuning"
+    length: PositiveInt = 20
+    """Rows of the prompt."""
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    """The network that makes the prompt: a perceptron, or the paper's bidirectional LSTM."""
+    hidden: PositiveInt | None = None
+    """Width h of the network; the width of the embeddings unless given."""
+    lstm_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout between the two layers of the LSTM, in training."""
+
+
+class PTuningOperator(SequenceOperator):
+    """The prompt of one stack and the network that makes it."""
+
+    def __init__(self, site: SequenceSite, config: Config) -> None:
+        super().__init__(site, config.length)
+        width, hidden = self.width, config.hidden or self.width
+        self.start = nn.Parameter(torch.randn(config.length, width))
+        self.lstm = None
+        if config.encoder == "lstm":
+            self.lstm = nn.LSTM(
+                width, hidden, num_layers=2, bidirectional=True, batch_first=True, dropout=config.lstm_dropout
+            )
+            self.head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
+        else:
+            layers = [nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
+            self.head = nn.Sequential(*layers, nn.Linear(hidden, width))
+
+    def rows(self, embeds: Tensor) -> Tensor:
+        with torch.autocast(embeds.device.type, enabled=False):
+            made = self.start if self.lstm is None else self.lstm(self.start[None])[0][0]
+            rows: Tensor = self.head(made)
+        return rows
+
+
+class PTuning(Method):
+    """A prompt made by a small network, in front of the embedded tokens."""
+
+    name = "p_tuning"
+    Config = Config
+    tags = Tags(category="additive", paper="2103.10385", identity_at_init=False, per_row=False)
+    target = "stack"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.sequence(site, PTuningOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        d = site.out_features
+        h = config.hidden or d
+        if config.encoder == "mlp":
+            return config.length * d + (d + 1) * h + (h + 1) * h + (h + 1) * d
+        layers = 2 * (4 * h * (d + h) + 8 * h) + 2 * (4 * h * 3 * h + 8 * h)
+        return config.length * d + layers + (2 * h + 1) * 2 * h + (2 * h + 1) * d

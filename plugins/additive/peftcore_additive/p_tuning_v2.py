@@ -1,0 +1,60 @@
+"""P-tuning v2, deep prompts for understanding.   Liu et al. 2021, arXiv 2110.07602 (code: THUDM/P-tuning-v2).
+
+    Attention(q, [P_k; K], [P_v; V])   in every layer;   P trained itself, or P = W_l tanh(W Z + b) + b_l
+
+The equation is prefix tuning's, carried over from generation to understanding. In the authors' code three things
+differ: P trains directly, from N(0, 1), unless `projection` asks for the network; numbers of the prefix are dropped in
+training; and a fresh linear head for the classes of the task trains along (no words stand for labels). Name that head
+in ``train=``, as in ``train=["classifier"]``. It acts on self-attention only.
+
+The prompts have no positions, and those of the tokens stay as they are.
+
+Parameters: length * 2 d a layer (d: the width of its keys); with projection (projection + 1) * 2 d a layer and
+(length d + (d + 1) projection) a stack.
+
+Use it for classification and tagging with a frozen encoder or decoder: easy tasks want a length below 20, hard ones
+about 100. Nothing merges; rows of a batch may have different prompts.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+from torch import nn
+
+from peftcore import AttentionSite, Method, MethodConfig, Surgeon, Tags
+from peftcore_additive._prefix import PrefixOperator, prefix_count, shared_encoder
+
+
+class Config(MethodConfig):
+    """Options of P-tuning v2."""
+
+    method: Literal["p_tuning_v2"] = "p_tuning_v2"
+    length: PositiveInt = 20
+    """Deep prompts a layer; the authors search from 4 to 160 by task."""
+    projection: PositiveInt | None = None
+    """Width of the network that makes the prompts while they train (512 in the authors' code); None trains them
+    themselves."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Probability with which numbers of the prompts are dropped in training."""
+
+
+class PTuningV2(Method):
+    """Trained keys and values in front of those of every self-attention, made for tasks of understanding."""
+
+    name = "p_tuning_v2"
+    Config = Config
+    tags = Tags(category="additive", paper="2110.07602", identity_at_init=False)
+    target = ("attn.core",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        def prompts(site: AttentionSite, own: Config) -> PrefixOperator:
+            return PrefixOperator(site, own, shared_encoder(surgeon, site, own))
+
+        for site in surgeon.sites():
+            surgeon.attention(site, prompts, config)
+
+    @staticmethod
+    def parameter_count(site: AttentionSite, config: Config) -> int:
+        return prefix_count(site, config)

@@ -1,0 +1,64 @@
+"""Prefix tuning.   Li and Liang 2021, arXiv 2101.00190 (code: XiangLi1999/PrefixTuning).
+
+    Attention(q, [P_k; K], [P_v; V])   in every layer;   P = W_l tanh(W Z + b) + b_l,   or P itself
+
+P_k, P_v are `length` keys and values a layer, in the same softmax as the attention's own. While they train they are
+made by a network: Z [length, d] and (W, b) are shared by the layers of a stack, (W_l, b_l) is the layer's slice of the
+last matrix; with ``projection=None`` P trains directly, from N(0, 1). Encoder, decoder and cross-attention have
+prefixes of their own. Prefix keys carry no rotation and no relative bias, and the positions of tokens stay as they are
+(the authors' start behind the prefix). Under grouped-query attention a prefix has the heads of the keys; d is their
+width.
+
+No start is an identity: a prefix takes mass in the softmax even where its values are zero. With ``gate=True`` (ours,
+not the paper's) the attention with prefix is mixed in by a scalar a layer that starts at zero, at twice the cost.
+
+Parameters: length * 2 d a layer; with projection (projection + 1) * 2 d a layer and (length d + (d + 1) projection) a
+stack; with a gate one more a layer.
+
+Use it for generation with frozen weights, one prefix a task or a user: nothing merges, and rows of a batch may have
+different ones.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+from torch import nn
+
+from peftcore import AttentionSite, Method, MethodConfig, Surgeon, Tags
+from peftcore_additive._prefix import PrefixOperator, prefix_count, shared_encoder
+
+
+class Config(MethodConfig):
+    """Options of prefix tuning."""
+
+    method: Literal["prefix_tuning"] = "prefix_tuning"
+    length: PositiveInt = 10
+    """Keys and values in front of each attention's own: 10 for tables to text, 200 for summaries in the paper."""
+    projection: PositiveInt | None = 512
+    """Width of the network that makes the prefix while it trains; None trains the prefix itself."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which numbers of the prefix are dropped in training."""
+    gate: bool = False
+    """Mix the prefix in through a trained scalar that starts at zero, so that a fresh injection changes nothing."""
+
+
+class PrefixTuning(Method):
+    """Trained keys and values in front of those of every attention."""
+
+    name = "prefix_tuning"
+    Config = Config
+    tags = Tags(category="additive", paper="2101.00190", identity_at_init=False, identity_options={"gate": True})
+    target = ("attn.core", "cross.core")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        def prefix(site: AttentionSite, own: Config) -> PrefixOperator:
+            return PrefixOperator(site, own, shared_encoder(surgeon, site, own), own.gate)
+
+        for site in surgeon.sites():
+            surgeon.attention(site, prefix, config)
+
+    @staticmethod
+    def parameter_count(site: AttentionSite, config: Config) -> int:
+        return prefix_count(site, config) + config.gate

@@ -1,0 +1,135 @@
+"""P-tuning: the other implementation with the same tensors, for both networks; counts; how the prompt is made."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.testing.hosts import HOSTS
+from peftcore.testing.kit import fill
+
+peft = pytest.importorskip("peft")
+LENGTH, HIDDEN = 4, 6
+
+
+def host(name: str) -> tuple[Any, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model, inputs = HOSTS[name].build()
+    return model.double().eval().requires_grad_(False), inputs
+
+
+def name_in_the_other(key: str) -> str:
+    """Its name for one of our tensors: the embedding, the LSTM, the perceptron."""
+    if key == "start":
+        return "embedding.weight"
+    return key.replace("head.", "mlp_head.").replace("lstm.", "lstm_head.")
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder"), [("llama", "mlp"), ("llama", "lstm"), ("gpt2", "mlp"), ("gpt2", "lstm"), ("t5", "mlp")]
+)
+def test_the_other_implementation_with_the_same_tensors(name: str, encoder: str) -> None:
+    """(On encoder-decoders its LSTM runs over rows for both halves at once and uses the encoder's: another prompt.)"""
+    model, inputs = host(name)
+    base = deepcopy(model)
+    injection = peftcore.apply(model, "p_tuning", length=LENGTH, hidden=HIDDEN, encoder=encoder, dtype="float64")
+    fill(injection)
+    (operator,) = injection.operators.values()
+    config = peft.PromptEncoderConfig(
+        task_type="SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM",
+        num_virtual_tokens=LENGTH,
+        encoder_hidden_size=HIDDEN,
+        encoder_reparameterization_type=encoder.upper(),
+    )
+    other = peft.get_peft_model(base, config).double().eval()
+    theirs = dict(other.prompt_encoder["default"].named_parameters())
+    for key, value in operator.named_parameters():
+        with torch.no_grad():
+            theirs[name_in_the_other(key)][: len(value)] = value  # the embedding of an encoder-decoder has more rows
+    ours, expected = model(**inputs).logits, other(**inputs).logits
+    expected = expected if name == "t5" else expected[:, LENGTH:]
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    direction = torch.randn_like(ours)
+    for output in (ours, expected):
+        (output * direction).sum().backward()
+    for key, value in operator.named_parameters():
+        gradient = theirs[name_in_the_other(key)].grad[: len(value)]
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(value.grad, gradient, rtol=1e-8, atol=1e-8)
+
+
+def equation(tensors: dict[str, Tensor], encoder: str) -> Tensor:
+    """The prompt, written a second time: the perceptron, or the recurrences of the LSTM gate by gate."""
+    rows = tensors["start"]
+    for layer in (0, 1) if encoder == "lstm" else ():
+        directions = []
+        for suffix in ("", "_reverse"):
+            weights = [tensors[f"lstm.{kind}_l{layer}{suffix}"] for kind in ("weight_ih", "weight_hh")]
+            biases = [tensors[f"lstm.{kind}_l{layer}{suffix}"] for kind in ("bias_ih", "bias_hh")]
+            hidden = cell = torch.zeros(HIDDEN, dtype=torch.float64)
+            outputs = []
+            for row in rows.flip(0) if suffix else rows:
+                gates = weights[0] @ row + biases[0] + weights[1] @ hidden + biases[1]
+                enter, keep, new, leave = gates.view(4, -1)
+                cell = keep.sigmoid() * cell + enter.sigmoid() * new.tanh()
+                hidden = leave.sigmoid() * cell.tanh()
+                outputs.append(hidden)
+            directions.append(torch.stack(outputs[::-1] if suffix else outputs))
+        rows = torch.cat(directions, dim=-1)
+    last = 2 if encoder == "lstm" else 4
+    for index in range(0, last + 1, 2):
+        rows = rows @ tensors[f"head.{index}.weight"].T + tensors[f"head.{index}.bias"]
+        rows = rows if index == last else rows.clamp(min=0)
+    return rows
+
+
+@pytest.mark.parametrize("encoder", ["mlp", "lstm"])
+def test_equation(encoder: str) -> None:
+    model, inputs = host("llama")
+    base = deepcopy(model)
+    injection = peftcore.apply(model, "p_tuning", length=LENGTH, hidden=HIDDEN, encoder=encoder, dtype="float64")
+    fill(injection)
+    (operator,) = injection.operators.values()
+    tensors = {key: value.detach().clone() for key, value in operator.named_parameters()}
+    rows = equation(tensors, encoder)
+    embeds = torch.cat([rows.expand(2, -1, -1), base.model.embed_tokens(inputs["input_ids"])], dim=1)
+    mask = torch.cat([torch.ones(2, LENGTH, dtype=torch.long), inputs["attention_mask"]], dim=1)
+    expected = base(inputs_embeds=embeds, attention_mask=mask).logits[:, LENGTH:]
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("encoder", "hidden"), [("mlp", None), ("mlp", 6), ("lstm", None), ("lstm", 6)])
+def test_counts(encoder: str, hidden: int | None) -> None:
+    """By the layers' own sizes: d = 16."""
+    model, _ = host("llama")
+    injection = peftcore.apply(model, "p_tuning", length=5, encoder=encoder, hidden=hidden)
+    h = hidden or 16
+    layers = [nn.Linear(16, h), nn.Linear(h, h), nn.Linear(h, 16)]
+    if encoder == "lstm":
+        layers = [nn.LSTM(16, h, 2, bidirectional=True), nn.Linear(2 * h, 2 * h), nn.Linear(2 * h, 16)]
+    expected = 5 * 16 + sum(p.numel() for layer in layers for p in layer.parameters())
+    assert sum(p.numel() for p in injection.parameters()) == expected
+
+
+def test_dropout_between_the_layers_acts_in_training_only() -> None:
+    model, inputs = host("llama")
+    peftcore.apply(model, "p_tuning", length=LENGTH, encoder="lstm", lstm_dropout=0.5, dtype="float64")
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+    model.train()
+    torch.manual_seed(0)
+    assert not torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+def test_it_trains_under_autocast_at_its_own_precision() -> None:
+    torch.manual_seed(0)
+    model, inputs = HOSTS["llama"].build()
+    injection = peftcore.apply(model, "p_tuning", length=LENGTH, encoder="lstm")
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**inputs).logits
+    output.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in injection.parameters())

@@ -1,0 +1,259 @@
+"""Prefix tuning against the real peft (its plain forward; its `generate` is wrong under these transformers), and
+against the authors' parametrisation, written a second time in float64 with a prefilled cache in the place of an edited
+attention."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+import peftcore
+from peftcore.testing.hosts import HOSTS
+
+LENGTH, HIDDEN = 5, 12
+
+
+def host(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, dict[str, Tensor]]:
+    model, inputs = HOSTS[name].build()
+    return model.to(dtype).eval().requires_grad_(False), inputs
+
+
+@torch.no_grad()
+def fill(injection: peftcore.Injection) -> None:
+    for parameter in injection.parameters():
+        parameter.normal_(0, 0.5)
+
+
+def logits(model: Any, **inputs: Any) -> Tensor:
+    output: Tensor = model(**inputs).logits
+    return output
+
+
+def behind(inputs: dict[str, Tensor], length: int = LENGTH) -> dict[str, Tensor]:
+    """Positions as the authors and peft have them: tokens start behind the prefix."""
+    rows, words = inputs["input_ids"].shape
+    return {**inputs, "position_ids": torch.arange(length, length + words).expand(rows, -1)}
+
+
+@pytest.mark.parametrize("projection", [None, HIDDEN])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_forward_is_that_of_peft(name: str, projection: int | None) -> None:
+    """Grouped key heads in llama; the network is one for all layers there, and cut into slices here."""
+    peft = pytest.importorskip("peft")
+    base, inputs = host(name)
+    options = {"encoder_hidden_size": projection} if projection else {}
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, prefix_projection=projection is not None, **options
+    )
+    theirs = peft.get_peft_model(deepcopy(base), config).double().eval()
+    encoder = theirs.prompt_encoder["default"]
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.normal_(0, 0.5)
+    ours = deepcopy(base)
+    injection = peftcore.apply(ours, "prefix_tuning", length=LENGTH, projection=projection, dtype="float64")
+    operators = list(injection.operators.values())
+    with torch.no_grad():
+        for index, operator in enumerate(operators):
+            if projection is None:
+                operator.prefix.copy_(encoder.embedding.weight.chunk(len(operators), 1)[index])
+            else:
+                operator.out.weight.copy_(encoder.transform[2].weight.chunk(len(operators), 0)[index])
+                operator.out.bias.copy_(encoder.transform[2].bias.chunk(len(operators), 0)[index])
+        for shared in injection.shared.values():
+            shared.embedding.weight.copy_(encoder.embedding.weight)
+            shared.hidden.weight.copy_(encoder.transform[0].weight)
+            shared.hidden.bias.copy_(encoder.transform[0].bias)
+    valid = inputs["attention_mask"].bool()
+    expected = logits(theirs, **inputs)[valid]
+    assert (expected - logits(base, **inputs)[valid]).abs().max() > 0.01
+    torch.testing.assert_close(logits(ours, **behind(inputs))[valid], expected, rtol=1e-10, atol=1e-10)
+    mine = torch.autograd.grad(logits(ours, **behind(inputs))[valid].square().sum(), list(injection.parameters()))
+    other = torch.autograd.grad(expected.square().sum(), list(encoder.parameters()))
+    assert sum(g.square().sum() for g in mine).item() == pytest.approx(
+        sum(g.square().sum() for g in other).item(), rel=1e-9
+    )
+
+
+class Authors(nn.Module):
+    """The parametrisation of the authors' code: one network for all layers, whose output is cut, layer by layer, into
+    keys and values by heads."""
+
+    def __init__(self, layers: int, heads: int, width: int, hidden: int | None) -> None:
+        super().__init__()
+        self.sizes = (LENGTH, 2 * layers, heads, width // heads)
+        self.flat = nn.Parameter(torch.randn(LENGTH, layers * 2 * width)) if hidden is None else None
+        self.z = nn.Parameter(torch.randn(LENGTH, width))
+        self.network = nn.Sequential(
+            nn.Linear(width, hidden or 1), nn.Tanh(), nn.Linear(hidden or 1, 2 * layers * width)
+        )
+
+    def cache(self, rows: int) -> DynamicCache:
+        made = self.network(self.z) if self.flat is None else self.flat
+        by_layer = made.view(self.sizes).permute(1, 2, 0, 3)  # keys and values in turn, [heads, length, head_dim]
+        cache = DynamicCache()
+        for layer in range(self.sizes[1] // 2):
+            key, value = (each.expand(rows, -1, -1, -1) for each in by_layer[2 * layer : 2 * layer + 2])
+            cache.update(key, value, layer)
+        return cache
+
+
+@pytest.mark.parametrize("hidden", [None, HIDDEN])
+def test_equation_of_the_authors(hidden: int | None) -> None:
+    base, inputs = host("gpt2")
+    authors = Authors(2, 2, 16, hidden).double()
+    model = deepcopy(base)
+    model.set_attn_implementation("sdpa")
+    injection = peftcore.apply(model, "prefix_tuning", length=LENGTH, projection=hidden, dtype="float64")
+    first, second = injection.operators.values()
+    with torch.no_grad():
+        if hidden is None:
+            first.prefix.copy_(authors.flat[:, :32])
+            second.prefix.copy_(authors.flat[:, 32:])
+            pairs = [((first.prefix, second.prefix), authors.flat, 1)]
+        else:
+            (shared,) = injection.shared.values()
+            last = authors.network[2]
+            pairs = [
+                ((shared.embedding.weight,), authors.z, 0),
+                ((shared.hidden.weight,), authors.network[0].weight, 0),
+                ((shared.hidden.bias,), authors.network[0].bias, 0),
+                ((first.out.weight, second.out.weight), last.weight, 0),
+                ((first.out.bias, second.out.bias), last.bias, 0),
+            ]
+            for mine, whole, dim in pairs:
+                for part, value in zip(mine, whole.chunk(len(mine), dim), strict=True):
+                    part.copy_(value)
+    valid = inputs["attention_mask"].bool()
+    ours = logits(model, **behind(inputs))[valid]
+    wide = torch.cat([torch.ones(2, LENGTH).long(), inputs["attention_mask"]], 1)
+    places = behind(inputs)["position_ids"]
+    expected = base(
+        input_ids=inputs["input_ids"], attention_mask=wide, position_ids=places, cache=authors.cache(2), use_cache=True
+    ).logits[valid]
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    direction = torch.randn_like(ours)
+    (ours * direction).sum().backward()
+    (expected * direction).sum().backward()
+    for mine, whole, dim in pairs:
+        gradient = torch.cat([part.grad for part in mine], dim)
+        assert whole.grad.abs().max() > 0
+        torch.testing.assert_close(gradient, whole.grad, rtol=1e-8, atol=1e-9)
+
+
+# Layers of each stack, and the width of a layer's keys and values: t5 has two stacks, and cross-attention.
+STACKS = {"llama": ([2], 8), "gpt2": ([2], 16), "bert": ([2], 16), "t5": ([2, 2, 2], 16)}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_parameters(name: str) -> None:
+    """2 k d a layer; with the network (m + 1) 2 d a layer and k d + (d + 1) m a stack."""
+    model, _ = host(name)
+    stacks, width = STACKS[name]
+    flat = peftcore.plan(model, "prefix_tuning", length=LENGTH, projection=None)
+    assert flat.trainable == sum(stacks) * LENGTH * 2 * width
+    made = peftcore.plan(model, "prefix_tuning", length=LENGTH, projection=HIDDEN)
+    shared = len(stacks) * (LENGTH * width + (width + 1) * HIDDEN)
+    assert made.trainable == sum(stacks) * (HIDDEN + 1) * 2 * width + shared
+    gated = peftcore.plan(model, "prefix_tuning", length=LENGTH, projection=None, gate=True)
+    assert gated.trainable == flat.trainable + sum(stacks)
+
+
+def test_encoder_decoder_and_cross_attention_have_prefixes_of_their_own() -> None:
+    injection = peftcore.apply(host("t5")[0], "prefix_tuning", length=LENGTH, projection=HIDDEN)
+    kinds = (
+        "encoder_block_layer_SelfAttention",
+        "decoder_block_layer_SelfAttention",
+        "decoder_block_layer_EncDecAttention",
+    )
+    assert set(injection.shared) == {f"{kind}_{LENGTH}x{HIDDEN}" for kind in kinds}
+    assert len(injection.operators) == 6
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("projection", [None, HIDDEN])
+def test_a_gate_at_zero_is_the_identity_and_at_one_the_prefix(name: str, projection: int | None) -> None:
+    base, inputs = host(name)
+    expected = logits(base, **inputs)
+    gated, open_ = deepcopy(base), deepcopy(base)
+    options = {"length": LENGTH, "projection": projection, "dtype": "float64", "seed": 0}
+    plain = peftcore.apply(open_, "prefix_tuning", **options)
+    injection = peftcore.apply(gated, "prefix_tuning", gate=True, **options)
+    assert torch.equal(logits(gated, **inputs), expected)
+    with torch.no_grad():
+        for path, module in injection.modules():
+            source = dict(plain.modules())[path]
+            for key, parameter in source.named_parameters():
+                module.get_parameter(key).copy_(parameter)
+            for key, parameter in module.named_parameters():
+                if key == "gate":
+                    parameter.fill_(1)
+    moved = logits(open_, **inputs)
+    assert (moved - expected).abs().max() > 1e-3
+    torch.testing.assert_close(logits(gated, **inputs), moved, rtol=1e-10, atol=1e-10)
+
+
+def test_a_gate_learns_first() -> None:
+    model, inputs = host("llama")
+    injection = peftcore.apply(model, "prefix_tuning", gate=True, projection=None, dtype="float64")
+    logits(model, **inputs).square().sum().backward()
+    for operator in injection.operators.values():
+        assert operator.gate.grad.abs() > 0
+        assert not operator.prefix.grad.any()
+
+
+def test_start() -> None:
+    """N(0, 1) where the prefix itself trains; what torch gives embeddings and linear maps where a network makes it."""
+    model, _ = host("llama")
+    injection = peftcore.apply(model, "prefix_tuning", length=4000, projection=None)
+    drawn = torch.cat([operator.prefix.flatten() for operator in injection.operators.values()]).detach()
+    assert abs(drawn.std() - 1) < 0.02 and abs(drawn.mean()) < 0.02
+    injection.remove()
+    made = peftcore.apply(model, "prefix_tuning", length=4000)
+    (shared,) = made.shared.values()
+    assert abs(shared.embedding.weight.std() - 1) < 0.02
+    bound = 512**-0.5  # the last matrix has 512 inputs, whether it is whole or a slice
+    largest = max(operator.out.weight.abs().max().item() for operator in made.operators.values())
+    assert 0.99 * bound < largest <= bound
+
+
+def test_dropout_is_drawn_for_each_row() -> None:
+    model, inputs = host("llama")
+    inputs = {key: value[:1].repeat(2, 1) for key, value in inputs.items()}
+    injection = peftcore.apply(model, "prefix_tuning", dropout=0.5, projection=None, dtype="float64")
+    still = logits(model, **inputs)
+    torch.testing.assert_close(still[0], still[1])
+    for operator in injection.operators.values():
+        operator.train()
+    moving = logits(model, **inputs)
+    assert (moving[0] - moving[1]).abs().max() > 1e-3
+
+
+def test_layers_may_have_prefixes_of_other_lengths(tmp_path: Path) -> None:
+    model, inputs = host("llama", torch.float32)
+    other = deepcopy(model)
+    overrides = {"*layers.1.*": {"length": 2, "projection": 3}}
+    injection = peftcore.apply(model, "prefix_tuning", length=LENGTH, projection=HIDDEN, overrides=overrides)
+    assert len(injection.shared) == 2
+    fill(injection)
+    expected = logits(model, **inputs)
+    injection.save(tmp_path)
+    peftcore.load(other, tmp_path)
+    assert torch.equal(logits(other, **inputs), expected)
+
+
+def test_generation_follows_the_prefix() -> None:
+    """What peft 0.21.2 gets wrong under these transformers: with a cache and without, the same text, not the base's."""
+    model, inputs = host("llama", torch.float32)
+    words = {key: value[:1] for key, value in inputs.items()}
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 8, "do_sample": False}
+    base = model.generate(**words, **options)
+    fill(peftcore.apply(model, "prefix_tuning", length=LENGTH, projection=None))
+    cached = model.generate(**words, **options, use_cache=True)
+    assert torch.equal(cached, model.generate(**words, **options, use_cache=False))
+    assert not torch.equal(cached, base)

@@ -1,0 +1,136 @@
+"""Prompt tuning: the other implementation with the same prompt, where it stands, how it starts.
+
+(The other implementation is compared in a plain forward: its `generate` gives wrong text with the transformers versions
+that this project is for. What it is compared with there stands in tests/sequence.)"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import ConfigError, NotMergeable, UnsupportedSite
+from peftcore.testing.hosts import HOSTS
+from peftcore.testing.kit import fill
+
+peft = pytest.importorskip("peft")
+LENGTH = 4
+
+
+def host(name: str) -> tuple[Any, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model, inputs = HOSTS[name].build()
+    if name == "moe":
+        model.set_experts_implementation("eager")  # grouped products of torch have no float64
+    return model.double().eval().requires_grad_(False), inputs
+
+
+def prompted(model: nn.Module, **options: Any) -> tuple[peftcore.Injection, Tensor]:
+    injection = peftcore.apply(model, "prompt_tuning", length=LENGTH, dtype="float64", **options)
+    fill(injection)
+    (operator,) = injection.operators.values()
+    return injection, operator.prompt
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "moe", "t5"])
+def test_the_other_implementation_with_the_same_prompt(name: str) -> None:
+    model, inputs = host(name)
+    base = deepcopy(model)
+    _, prompt = prompted(model)
+    task = "SEQ_2_SEQ_LM" if name == "t5" else "CAUSAL_LM"
+    other = (
+        peft.get_peft_model(base, peft.PromptTuningConfig(task_type=task, num_virtual_tokens=LENGTH)).double().eval()
+    )
+    table = other.prompt_encoder["default"].embedding.weight
+    with torch.no_grad():
+        table[:LENGTH] = prompt  # for both halves of an encoder-decoder it makes rows, and uses the encoder's
+    ours, theirs = model(**inputs).logits, other(**inputs).logits
+    theirs = theirs if name == "t5" else theirs[:, LENGTH:]
+    alone = base(**inputs).logits if name != "t5" else HOSTS[name].output(deepcopy(host(name)[0])(**inputs))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+    assert (ours - alone).abs().max() > 1e-3
+    direction = torch.randn_like(ours)
+    for output in (ours, theirs):
+        (output * direction).sum().backward()
+    assert table.grad is not None and table.grad.abs().max() > 0
+    torch.testing.assert_close(prompt.grad, table.grad[:LENGTH], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [("llama", "model"), ("gpt2", "transformer"), ("bert", "bert"), ("t5", "encoder"), ("moe", "model")],
+)
+def test_it_stands_at_the_stack(name: str, place: str) -> None:
+    model, _ = host(name)
+    injection = peftcore.apply(model, "prompt_tuning")
+    assert list(injection.operators) == [f"{place}:sequence"]
+    assert sum(p.numel() for p in injection.parameters()) == 20 * 16
+    assert list(injection.state_dict()) == [f"{place}:sequence.prompt"]
+
+
+def test_it_starts_from_rows_of_the_table() -> None:
+    model, _ = host("llama")
+    table = model.model.embed_tokens.weight
+    injection = peftcore.apply(model, "prompt_tuning", length=30, seed=1, dtype="float64")
+    prompt = injection.operators["model:sequence"].prompt
+    where = (prompt[:, None] == table[None]).all(-1)
+    assert where.any(1).all()
+    assert len(where.nonzero()[:, 1].unique()) > 10  # drawn, not counted off
+
+
+def test_it_starts_from_given_tokens_repeated_or_cut() -> None:
+    model, _ = host("llama")
+    table = model.model.embed_tokens.weight
+    for length, ids in ((5, [7, 3, 7, 3, 7]), (1, [7])):
+        name = f"rows{length}"
+        injection = peftcore.apply(model, "prompt_tuning", name=name, length=length, init_ids=[7, 3], dtype="float64")
+        assert torch.equal(injection.operators["model:sequence"].prompt, table[torch.tensor(ids)])
+
+
+def test_embeddings_that_are_scaled_start_it_scaled() -> None:
+    """It stands behind the scaling."""
+    import transformers
+
+    config = transformers.Gemma3TextConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.Gemma3ForCausalLM(config).eval()
+    injection = peftcore.apply(model, "prompt_tuning", length=2, init_ids=[7, 3])
+    expected = model.model.embed_tokens(torch.tensor([7, 3]))
+    assert torch.equal(injection.operators["model:sequence"].prompt, expected)
+    assert torch.allclose(expected, model.model.embed_tokens.weight[[7, 3]] * 4)
+
+
+def test_it_starts_uniform() -> None:
+    model, _ = host("llama")
+    prompt = peftcore.apply(model, "prompt_tuning", length=200, init="uniform").operators["model:sequence"].prompt
+    assert prompt.min() >= -0.5 and prompt.max() <= 0.5 and prompt.std() > 0.25
+    assert prompt.mean().abs() < 0.05
+
+
+def test_tokens_outside_of_the_vocabulary_are_refused() -> None:
+    model, _ = host("llama")
+    with pytest.raises(ConfigError, match="40"):
+        peftcore.apply(model, "prompt_tuning", init_ids=[3, 40])
+    assert not peftcore.injections(model)
+
+
+def test_a_decoder_can_be_prompted_instead() -> None:
+    model, inputs = host("t5")
+    injection, _ = prompted(model, target="decoder")
+    assert list(injection.operators) == ["decoder:sequence"]
+    assert model(**inputs).logits.shape[1] == inputs["decoder_input_ids"].shape[1]
+
+
+def test_what_it_cannot_do() -> None:
+    with pytest.raises(UnsupportedSite, match="no stack of tokens"):
+        peftcore.apply(nn.Sequential(nn.Linear(4, 4)), "prompt_tuning", target="0")
+    model, _ = host("llama")
+    injection, _ = prompted(model)
+    with pytest.raises(NotMergeable):
+        injection.merge()
