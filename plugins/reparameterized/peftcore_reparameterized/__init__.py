@@ -11,6 +11,8 @@ PEFTCORE_API = 1
 def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
+        "adalora": "peftcore_reparameterized.adalora:AdaLoRA",
         "dora": "peftcore_reparameterized.dora:DoRA",
+        "galore": "peftcore_reparameterized.galore:GaLore",
         "lora": "peftcore_reparameterized.lora:LoRA",
     }

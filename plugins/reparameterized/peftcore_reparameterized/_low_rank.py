@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import Site
+from peftcore.errors import UnsupportedSite
 
 
 def low_rank_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -34,3 +35,16 @@ def low_rank_update(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
 def low_rank_count(site: Site, rank: int) -> int:
     """Values in both factors."""
     return math.prod(site.batch) * rank * (site.in_features * math.prod(site.kernel) + site.out_features)
+
+
+def input_dropout(site: Site, probability: float) -> nn.Module:
+    """Dropout of the update's input.
+
+    Raises:
+        UnsupportedSite: the site is a tensor that is read, so the update has no input.
+    """
+    if probability and site.form == "weight":
+        raise UnsupportedSite(
+            f"{site.path} is read, not called, so dropout cannot reach its input; use dropout=0 or exclude it"
+        )
+    return nn.Dropout(probability) if probability else nn.Identity()

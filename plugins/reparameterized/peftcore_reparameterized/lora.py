@@ -20,8 +20,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
-from peftcore.errors import UnsupportedSite
-from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors, low_rank_update
+from peftcore_reparameterized._low_rank import input_dropout, low_rank_count, low_rank_factors, low_rank_update
 
 
 class Config(MethodConfig):
@@ -41,12 +40,8 @@ class LoRAOperator(Operator):
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
-        if config.dropout and site.form == "weight":
-            raise UnsupportedSite(
-                f"{site.path} is read, not called, so dropout cannot reach its input; use dropout=0 or exclude it"
-            )
         self.scale = config.alpha / config.rank
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.dropout = input_dropout(site, config.dropout)
         self.A, self.B = low_rank_factors(site, config.rank)
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:

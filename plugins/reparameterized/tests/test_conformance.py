@@ -5,8 +5,18 @@ from collections.abc import Callable
 from peftcore.testing import conformance
 
 
+@conformance("adalora", options={"mlp": {"rank": 9}})  # at rank 12 its factors have the shapes of weights there
+def test_adalora(check: Callable[[], None]) -> None:
+    check()
+
+
 @conformance("dora")
 def test_dora(check: Callable[[], None]) -> None:
+    check()
+
+
+@conformance("galore")
+def test_galore(check: Callable[[], None]) -> None:
     check()
 
 

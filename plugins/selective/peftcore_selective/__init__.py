@@ -12,6 +12,7 @@ def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
         "bitfit": "peftcore_selective.bitfit:BitFit",
+        "child_tuning_d": "peftcore_selective.child_tuning_d:ChildTuningD",
         "linear_probe": "peftcore_selective.linear_probe:LinearProbe",
         "ln_tuning": "peftcore_selective.ln_tuning:LNTuning",
     }

@@ -1,0 +1,150 @@
+"""AdaLoRA: a low-rank update whose ranks are allotted while it trains.   Zhang et al. 2023, arXiv 2303.10512.
+
+    y = W x + b + s B diag(E) A dropout(x),   s = alpha / (rank + 1e-5),   A, B ~ N(0, 0.02),   E zero
+
+The loss gains orthogonality * mean(||A A' - I||, ||B' B - I||). A triple is a column of B, an entry of E, a row of A;
+its importance is S(E) + mean S(A) + mean S(B), S the product of the moving averages of |w dw| and its fluctuation.
+After `warmup` steps a budget for all sites falls as a cubic from all triples to `target_rank` a site; every `interval`
+steps E becomes zero in the least important ones, which may come back. In the last `final` steps the choice stays.
+
+Parameters: rank * (in * kernel + out + 1) a site, times the number of experts.
+
+Use it to spread a small budget over many sites when it is unknown which of them matter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Injection, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.errors import TrainingError
+from peftcore_reparameterized._low_rank import input_dropout, low_rank_count, low_rank_update
+
+
+class Config(MethodConfig):
+    """Options of AdaLoRA."""
+
+    method: Literal["adalora"] = "adalora"
+    rank: PositiveInt = 12
+    """Rank of each update at first; half as much again as the target is usual."""
+    target_rank: PositiveInt = 8
+    """Rank of the updates at the end, on average over the sites."""
+    alpha: PositiveFloat = 8.0
+    """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+    warmup: NonNegativeInt = 0
+    """Steps before the budget falls."""
+    final: NonNegativeInt = 0
+    """Steps at the end in which what was chosen stays."""
+    interval: PositiveInt = 1
+    """Steps from one choice to the next."""
+    beta1: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
+    """Decay of the moving average of the importance."""
+    beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
+    """Decay of the moving average of its fluctuation."""
+    orthogonality: NonNegativeFloat = 0.5
+    """Weight of the orthogonality of A and B in the loss."""
+
+
+class AdaLoRAOperator(Operator):
+    """The update of one site in triples, and what is known of their importance."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        self.scale = config.alpha / (config.rank + 1e-5)
+        self.dropout = input_dropout(site, config.dropout)
+        self.A = nn.Parameter(torch.randn(*site.batch, config.rank, site.in_features, *site.kernel) * 0.02)
+        self.B = nn.Parameter(torch.randn(*site.batch, site.out_features, config.rank) * 0.02)
+        self.E = nn.Parameter(torch.zeros(*site.batch, config.rank))
+        for name, factor in list(self._parameters.items()):
+            for statistic in ("importance", "fluctuation"):
+                self.register_buffer(f"{statistic}_{name}", torch.zeros_like(factor), persistent=False)
+        self.register_buffer("chosen", torch.ones_like(self.E, dtype=torch.bool), persistent=False)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.A * self.E.view(*self.E.shape, *[1] * (self.A.dim() - self.E.dim())), self.B, self.scale
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, *self.factors()[:2])
+        return self.layer.add(y, self.layer.apply(self.dropout(x), A), B, self.scale)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * low_rank_update(*self.factors()[:2], weight)
+
+    def distances(self) -> Tensor:
+        """How far A and B are from orthogonal, for each expert."""
+        rows = self.A.flatten(self.E.dim()), self.B.transpose(-1, -2)  # [*batch, rank, n]
+        grams = torch.stack([each @ each.transpose(-1, -2) for each in rows])
+        return torch.linalg.matrix_norm(grams - torch.eye(grams.shape[-1]).to(grams)).flatten()
+
+    def observe(self, config: Config) -> None:
+        """Update the moving averages from the gradients."""
+        for name in "ABE":
+            weight = self.get_parameter(name)
+            change = torch.zeros_like(weight) if weight.grad is None else (weight * weight.grad).abs()
+            mean, spread = self.get_buffer(f"importance_{name}"), self.get_buffer(f"fluctuation_{name}")
+            mean.mul_(config.beta1).add_(change, alpha=1 - config.beta1)
+            spread.mul_(config.beta2).add_((change - mean).abs(), alpha=1 - config.beta2)
+
+    def scores(self) -> Tensor:
+        """The importance of each triple, [*batch, rank]."""
+        A, B, E = (self.get_buffer(f"importance_{name}") * self.get_buffer(f"fluctuation_{name}") for name in "ABE")
+        return E + A.flatten(self.E.dim()).mean(-1) + B.mean(-2)
+
+
+class AdaLoRA(Method):
+    """Low-rank adaptation with ranks by importance."""
+
+    name = "adalora"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2303.10512", mergeable=True, low_rank=True, scheduled=True)
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, AdaLoRAOperator, config)
+
+    def aux_loss(self, injection: Injection) -> Tensor | None:
+        distances = torch.cat([operator.distances() for operator in _operators(injection)])
+        return injection.config.orthogonality * distances.mean()
+
+    @torch.no_grad()
+    def on_step(self, injection: Injection, step: int, total: int) -> None:
+        config, operators, last = injection.config, _operators(injection), total - injection.config.final
+        if last <= config.warmup:
+            raise TrainingError(f"adalora: warmup and final leave none of the {total} steps in which ranks could fall")
+        if step < last:
+            for operator in operators:
+                operator.observe(config)
+        if step == last or (config.warmup < step < last and step % config.interval == 0):
+            _choose(operators, config.target_rank, (1 - (step - config.warmup) / (last - config.warmup)) ** 3)
+        elif step <= last:
+            return
+        for operator in operators:
+            operator.E.masked_fill_(~operator.chosen, 0.0)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return low_rank_count(site, config.rank) + math.prod(site.batch) * config.rank
+
+
+def _operators(injection: Injection) -> list[AdaLoRAOperator]:
+    return [operator for operator in injection.operators.values() if isinstance(operator, AdaLoRAOperator)]
+
+
+def _choose(operators: list[AdaLoRAOperator], target: int, share: float) -> None:
+    """Keep the most important triples of all sites: the target, and a share of what is above it."""
+    scores = [operator.scores() for operator in operators]
+    every, target = torch.cat([s.flatten() for s in scores]), target * sum(math.prod(s.shape[:-1]) for s in scores)
+    dropped = len(every) - int((len(every) - target) * share + target)
+    threshold = every.kthvalue(dropped).values if dropped > 0 else every.new_tensor(-math.inf)
+    for operator, score in zip(operators, scores, strict=True):
+        operator.chosen.copy_(score > threshold)

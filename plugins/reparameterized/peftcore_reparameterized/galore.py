@@ -1,0 +1,114 @@
+"""GaLore: gradients projected to low rank before the optimizer.   Zhao et al. 2024, arXiv 2403.03507.
+
+    G = U S V',   every `gap` steps   P = V[:, :rank]'  (out >= in)   or   P = U[:, :rank]  (out < in)
+    g = G P'  or  P' G,     W <- W + scale * (step(g) P)   or   W + scale * (P step(g))
+
+All of W trains; it is the state of the optimizer that becomes small: 2 rank max(in, out) numbers for Adam instead of
+2 in out. `step` is what any torch optimizer makes of g, so this acts through ``injection.optimizer(...)`` only. The
+moments stay when P changes, as in the authors' code. Weight decay is decoupled and comes last. The trained weights are
+replacements: the base stays, merging writes them into it.
+
+Parameters: in * out a site.
+
+Use it where full fine-tuning is wanted and the optimizer's state does not fit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import GradientRule, Injection, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+
+Side = Literal["std", "reverse_std", "right", "left", "full"]
+
+
+class Config(MethodConfig):
+    """Options of GaLore."""
+
+    method: Literal["galore"] = "galore"
+    rank: PositiveInt = 128
+    """Rank of the projected gradients; that of the weight where it is smaller."""
+    gap: PositiveInt = 200
+    """Steps from one projection to the next."""
+    scale: PositiveFloat = 0.25
+    """Factor of every update."""
+    side: Side = "std"
+    """Which side of the gradient is projected: "std" the longer one's partner (the optimizer's state is smallest),
+    "reverse_std" the other, "right", "left", or both ("full")."""
+
+
+def factors(gradient: Tensor, rank: int, side: Side) -> dict[str, Tensor]:
+    """The leading singular vectors on the projected sides: "left" [out, rank], "right" [rank, in]."""
+    tall = gradient.shape[0] >= gradient.shape[1]
+    sides = {
+        "std": ("right",) if tall else ("left",),
+        "reverse_std": ("left",) if tall else ("right",),
+        "right": ("right",),
+        "left": ("left",),
+        "full": ("left", "right"),
+    }[side]
+    U, _, V = torch.linalg.svd(gradient.to(torch.promote_types(gradient.dtype, torch.float32)), full_matrices=False)
+    both = {"left": U[:, :rank], "right": V[:rank]}
+    return {name: both[name].to(gradient.dtype, copy=True) for name in sides}
+
+
+class Projection(GradientRule):
+    """Into the leading directions of the gradient, and back."""
+
+    def __init__(self, configs: dict[nn.Parameter, Config]) -> None:
+        super().__init__()
+        self.configs = configs
+
+    def project(self, grad: Tensor, param: nn.Parameter) -> Tensor:
+        config = self.configs.get(param)
+        if config is None:  # heads and norms that the user trains along
+            return grad
+        state = self.state[param]
+        steps = state.get("steps", 0)
+        if steps % config.gap == 0:
+            state.update(factors(grad, config.rank, config.side))
+        state["steps"] = steps + 1
+        low = state["left"].T @ grad if "left" in state else grad
+        return low @ state["right"].T if "right" in state else low
+
+    def restore(self, update: Tensor, param: nn.Parameter) -> Tensor:
+        state = self.state[param]
+        whole = state["left"] @ update if "left" in state else update
+        whole = whole @ state["right"] if "right" in state else whole
+        return whole * self.configs[param].scale
+
+
+class GaLore(Method):
+    """Gradient low-rank projection."""
+
+    name = "galore"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2403.03507", mergeable=True)
+    target = "all-linear"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            if len(site.weight_shape) != 2:
+                raise UnsupportedSite(f"{site.path} has {len(site.weight_shape)} dimensions; GaLore projects matrices")
+            surgeon.replace(site)
+
+    def gradient_rule(self, injection: Injection) -> GradientRule:
+        return Projection(_configs(injection))
+
+    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        return [{"params": [value for value in _configs(injection) if value.requires_grad], "lr": lr, **defaults}]
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return site.numel
+
+
+def _configs(injection: Injection) -> dict[nn.Parameter, Config]:
+    """The projected weights and their options."""
+    grafts = [graft for graft in injection.grafts if graft.by_method]
+    return {graft.operator.get_parameter("value"): injection.config.at(graft.site.path) for graft in grafts}

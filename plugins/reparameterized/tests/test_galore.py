@@ -1,0 +1,238 @@
+"""GaLore: which side is projected, what the optimizer keeps, and the authors' own optimizer, written a second time."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import UnsupportedSite
+from peftcore.testing.hosts import HOSTS
+
+SHAPES = ((20, 12), (9, 20), (9, 9))
+RANK, GAP, SCALE, LR, DECAY, BETAS, EPS = 4, 3, 0.25, 0.01, 0.1, (0.9, 0.999), 1e-8
+SIDES = ("std", "reverse_std", "right", "left", "full")
+
+
+class Chain(nn.Module):
+    """A tall matrix, a wide one, a square one, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(inputs, outputs) for outputs, inputs in SHAPES)
+        self.head = nn.Linear(9, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for linear in self.maps:
+            x = torch.tanh(linear(x))
+        return self.head(x)
+
+
+def adapted(dtype: str = "float64", **options: Any) -> tuple[nn.Module, peftcore.Injection, list[nn.Parameter]]:
+    """The host, its injection (with a head that trains along), and the projected weights."""
+    torch.manual_seed(0)
+    model = Chain().to(getattr(torch, dtype))
+    given = {"rank": RANK, "gap": GAP, "scale": SCALE, **options}
+    injection = peftcore.apply(model, "galore", target="maps.*", train=["head"], dtype=dtype, **given)
+    values = [injection.operators[f"maps.{index}"].value for index in range(len(SHAPES))]
+    return model, injection, values
+
+
+class Reference:
+    """The authors' optimizer for one matrix, from its description: Adam on a projection of the gradient that is renewed
+    every `GAP` steps, the update back-projected and scaled, weight decay last."""
+
+    def __init__(self, weight: Tensor, side: str) -> None:
+        self.weight, self.side, self.steps = weight.clone(), side, 0
+        self.left = self.right = self.mean = self.square = torch.empty(0)
+
+    def step(self, gradient: Tensor) -> None:
+        tall = gradient.shape[0] >= gradient.shape[1]
+        by_shape = {"std": ("right" if tall else "left"), "reverse_std": ("left" if tall else "right")}
+        side = by_shape.get(self.side, self.side)
+        on_left, on_right = side in ("left", "full"), side in ("right", "full")
+        if self.steps % GAP == 0:
+            U, _, V = torch.linalg.svd(gradient, full_matrices=False)
+            self.left, self.right = U[:, :RANK], V[:RANK]
+        low = self.left.T @ gradient if on_left else gradient
+        low = low @ self.right.T if on_right else low
+        if self.steps == 0:
+            self.mean, self.square = torch.zeros_like(low), torch.zeros_like(low)
+        self.steps += 1
+        self.mean = BETAS[0] * self.mean + (1 - BETAS[0]) * low
+        self.square = BETAS[1] * self.square + (1 - BETAS[1]) * low**2
+        first, second = 1 - BETAS[0] ** self.steps, 1 - BETAS[1] ** self.steps
+        update = (self.mean / first) / ((self.square / second).sqrt() + EPS)
+        update = self.left @ update if on_left else update
+        update = update @ self.right if on_right else update
+        self.weight = (self.weight - LR * SCALE * update) * (1 - LR * DECAY)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_authors_optimizer(side: str) -> None:
+    _, injection, values = adapted(side=side)
+    optimizer = injection.optimizer(torch.optim.AdamW, lr=LR, weight_decay=DECAY, betas=BETAS, eps=EPS)
+    references = [Reference(value.detach(), side) for value in values]
+    for _ in range(8):
+        for parameter in injection.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        for value, reference in zip(values, references, strict=True):
+            reference.step(value.grad)
+        optimizer.step()
+        for value, reference in zip(values, references, strict=True):
+            assert (value - reference.weight).abs().max() < 1e-12
+            assert optimizer.state[value]["exp_avg"].shape == reference.mean.shape
+
+
+AUTHORS = {
+    "std": (-6.28683, 5.68534, -2.70510),
+    "reverse_std": (-6.32388, 5.57972, -2.74825),
+    "left": (-6.32388, 5.68534, -2.74825),
+    "right": (-6.28683, 5.57972, -2.70510),
+}
+"""What `galore_torch` 1.0 (AdamW, rank 4, update_proj_gap 3, scale 0.25, lr 0.05, eps 1e-12, weight_decay 0.1) makes of
+the three matrices in eight steps: each as its product with cosines. Both sides at once are left out: off the diagonal
+that gradient is zero but for rounding, which Adam blows up to full steps."""
+
+
+def wave(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Numbers that look random and are the same everywhere."""
+    steps = torch.arange(1.0, math.prod(shape) + 1, dtype=torch.float64)
+    return torch.sin(steps**1.5 * (0.37 + 0.11 * seed)).view(shape).float()
+
+
+@pytest.mark.parametrize("side", AUTHORS)
+def test_numbers_of_the_authors_package(side: str) -> None:
+    _, injection, values = adapted(dtype="float32", side=side)
+    optimizer = injection.optimizer(torch.optim.AdamW, lr=0.05, eps=1e-12, weight_decay=0.1)
+    for index, value in enumerate(values):
+        value.data.copy_(wave(SHAPES[index], 10 + index))
+    for step in range(8):
+        for index, value in enumerate(values):
+            value.grad = wave(SHAPES[index], step + index)
+        optimizer.step()
+    for value, expected in zip(values, AUTHORS[side], strict=True):
+        cosines = torch.cos(torch.arange(value.numel()) * 1.0).view(value.shape)
+        assert (value.double() * cosines.double()).sum().item() == pytest.approx(expected, abs=2e-4)
+
+
+def test_what_trains_along_is_trained_as_usual() -> None:
+    _, injection, _ = adapted()
+    plain = [parameter.detach().clone().requires_grad_() for parameter in injection.parameters()][-2:]
+    head = list(injection.parameters())[-2:]
+    optimizer = injection.optimizer(torch.optim.AdamW, lr=LR, weight_decay=DECAY)
+    reference = torch.optim.AdamW(plain, lr=LR, weight_decay=DECAY)
+    for _ in range(3):
+        for parameter in injection.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        for one, other in zip(plain, head, strict=True):
+            one.grad = other.grad.clone()
+        optimizer.step()
+        reference.step()
+    assert all(torch.equal(*pair) for pair in zip(plain, head, strict=True))
+    assert [len(group["params"]) for group in optimizer.param_groups] == [3, 2]
+
+
+def test_the_state_of_the_optimizer_is_small() -> None:
+    """2 rank max(in, out) numbers a matrix for Adam's moments, and rank min(in, out) for the projection."""
+    _, injection, values = adapted()
+    optimizer = injection.optimizer(torch.optim.AdamW, lr=LR)
+    for parameter in injection.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for value, (outputs, inputs) in zip(values, SHAPES, strict=True):
+        moments = sum(state.numel() for state in optimizer.state[value].values() if state.dim() == 2)
+        projection = sum(v.numel() for v in optimizer.rules[0].state[value].values() if isinstance(v, Tensor))
+        assert moments == 2 * RANK * max(inputs, outputs)
+        assert projection == RANK * min(inputs, outputs)
+
+
+def test_the_projection_is_the_best_of_its_rank() -> None:
+    """At the step that renews it, back-projecting the projected gradient is the truncated SVD."""
+    _, injection, values = adapted()
+    rule = injection.method.gradient_rule(injection)
+    for value in values:
+        gradient = torch.randn_like(value)
+        U, S, V = torch.linalg.svd(gradient, full_matrices=False)
+        best = U[:, :RANK] @ S[:RANK].diag() @ V[:RANK]
+        torch.testing.assert_close(rule.restore(rule.project(gradient, value), value), SCALE * best)
+
+
+def test_the_projection_is_renewed_every_gap_steps() -> None:
+    _, injection, (value, *_) = adapted()
+    rule = injection.method.gradient_rule(injection)
+    seen = []
+    for _ in range(2 * GAP + 1):
+        rule.project(torch.randn_like(value), value)
+        seen.append(rule.state[value]["right"])
+    assert [torch.equal(one, other) for one, other in itertools.pairwise(seen)] == [True, True, False] * 2
+
+
+def test_a_rank_above_the_width_is_plain_training_in_other_coordinates() -> None:
+    """With SGD, whose updates are linear in the gradient, nothing is lost."""
+    _, injection, values = adapted(rank=100, scale=1.0)
+    optimizer = injection.optimizer(torch.optim.SGD, lr=0.1)
+    before = [value.detach().clone() for value in values]
+    for parameter in injection.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for value, old in zip(values, before, strict=True):
+        torch.testing.assert_close(value.detach(), old - 0.1 * value.grad)
+
+
+def test_gradients_in_half_precision_are_projected_in_full() -> None:
+    """SVD knows no bfloat16; state and updates keep the dtype of the weights."""
+    _, injection, values = adapted(dtype="bfloat16")
+    optimizer = injection.optimizer(torch.optim.AdamW, lr=LR)
+    before = [value.detach().clone() for value in values]
+    for parameter in injection.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    for value, old in zip(values, before, strict=True):
+        assert value.dtype is optimizer.state[value]["exp_avg"].dtype is torch.bfloat16
+        assert not torch.equal(value, old)
+
+
+def test_the_base_stays_and_merging_writes_into_it() -> None:
+    model, injection, _ = adapted(dtype="float32")
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if "peft" not in name}
+    optimizer = injection.optimizer(torch.optim.AdamW, lr=LR)
+    x = torch.randn(5, 12)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in base.items())
+    expected = model(x)
+    injection.bake()
+    torch.testing.assert_close(model(x), expected)
+    assert not any(torch.equal(linear.weight, base[f"maps.{i}.weight"]) for i, linear in enumerate(model.maps))
+
+
+def test_options_may_differ_from_site_to_site() -> None:
+    _, injection, values = adapted(overrides={"maps.1": {"rank": 2, "side": "right"}})
+    rule = injection.method.gradient_rule(injection)
+    shapes = [rule.project(torch.randn_like(value), value).shape for value in values]
+    assert shapes == [(20, RANK), (9, 2), (9, RANK)]
+
+
+def test_default_targets_are_the_matrices_of_the_blocks() -> None:
+    model, _ = HOSTS["gpt2"].build()
+    injection = peftcore.apply(model, "galore")
+    wanted = {f"transformer.h.{layer}.{name}" for layer in (0, 1) for name in ("attn.c_attn", "mlp.c_fc")}
+    assert wanted <= set(injection.operators)
+    assert all(operator.value.dim() == 2 for operator in injection.operators.values())
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.LayerNorm(4)])
+def test_only_matrices_are_projected(layer: nn.Module) -> None:
+    with pytest.raises(UnsupportedSite, match="dimension"):
+        peftcore.apply(nn.Sequential(layer), "galore", target="0")
+
+
+def test_number_of_parameters() -> None:
+    _, injection, _ = adapted()
+    assert sum(parameter.numel() for parameter in injection.parameters()) == sum(math.prod(s) for s in SHAPES) + 30

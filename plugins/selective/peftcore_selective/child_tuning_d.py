@@ -1,0 +1,94 @@
+"""Child-Tuning_D: the weights that matter most to the task train.   Xu et al. 2021, arXiv 2109.05687.
+
+    F = mean over the batches of (dL/dW)^2,   mask = F >= its (1 - share) quantile,   G <- mask * G
+
+F is the diagonal of the Fisher information, looked at once before training (``data=``); the quantile is one for all
+weights of the blocks. As in the authors' code, the gradient of each tensor is clipped before it is squared, and weight
+decay still reaches what the mask holds. What `train` names (heads) trains whole. The masked gradients are the
+optimizer's business, so train with ``injection.optimizer(...)``.
+
+Parameters: those of the blocks, of which `share` moves.
+
+Use it to fine-tune on little data without forgetting; it costs a backward pass over the data.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat
+from torch import Tensor, nn
+
+from peftcore import Batches, GradientRule, Injection, Method, MethodConfig, Site, Surgeon, Tags
+
+
+class Config(MethodConfig):
+    """Options of Child-Tuning_D."""
+
+    method: Literal["child_tuning_d"] = "child_tuning_d"
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.3
+    """Share of the weights that train."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Norm to which the gradient of each tensor is clipped before it is squared; None does not clip."""
+
+
+class Mask(GradientRule):
+    """Gradients outside of the child network are zero."""
+
+    def __init__(self, masks: dict[Tensor, Tensor]) -> None:
+        super().__init__()
+        self.masks = masks
+
+    def project(self, grad: Tensor, param: nn.Parameter) -> Tensor:
+        mask = self.masks.get(param)
+        return grad if mask is None else grad * mask
+
+
+class ChildTuningD(Method):
+    """Train the child network of the task."""
+
+    name = "child_tuning_d"
+    Config = Config
+    tags = Tags(category="selective", paper="2109.05687", mergeable=True, needs_data=True)
+    target = ("all-linear", "norm", "norm.inner")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        values = {value for site in surgeon.sites() for value in surgeon.train(site.module_path)}
+        for value in values:
+            value.register_buffer("mask", torch.ones_like(value.value, dtype=torch.bool))
+
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: Injection) -> None:
+        values = [value for value, _ in _masked(injection)]
+        fisher = [torch.zeros_like(value, dtype=torch.float32) for value in values]
+        for batch in data:
+            batch.loss().backward()  # type: ignore[no-untyped-call]
+            for value, sum_of_squares in zip(values, fisher, strict=True):
+                if value.grad is None:  # not used by this batch
+                    continue
+                if config.max_grad_norm is not None:
+                    nn.utils.clip_grad_norm_(value, config.max_grad_norm)
+                sum_of_squares.add_(value.grad.float().square())  # the mean, times a number that orders nothing
+                value.grad = None
+        threshold = _quantile(torch.cat([each.flatten() for each in fisher]), 1 - config.share)
+        for (_, mask), information in zip(_masked(injection), fisher, strict=True):
+            mask.copy_(information >= threshold)
+
+    def gradient_rule(self, injection: Injection) -> GradientRule:
+        return Mask(dict(_masked(injection)))
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return site.numel
+
+
+def _masked(injection: Injection) -> list[tuple[nn.Parameter, Tensor]]:
+    """The trained values and their masks."""
+    operators = [graft.operator for graft in injection.grafts if graft.by_method]
+    return [(operator.get_parameter("value"), operator.get_buffer("mask")) for operator in operators]
+
+
+def _quantile(values: Tensor, share: float) -> Tensor:
+    """The smallest value above that share of the values: what ``>=`` an interpolated quantile picks, of any size."""
+    return values.kthvalue(math.ceil((len(values) - 1) * share) + 1).values

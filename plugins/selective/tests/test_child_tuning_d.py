@@ -1,0 +1,169 @@
+"""Child-Tuning_D: which weights are in the child network, and the authors' optimizer, written a second time."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import CalibrationError
+from peftcore.testing.hosts import HOSTS
+
+SHARE = 0.3
+
+
+class Stack(nn.Module):
+    """Three linear maps and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        for linear in self.maps:
+            x = torch.tanh(linear(x))
+        logits = self.head(x)
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def host() -> Stack:
+    torch.manual_seed(0)
+    return Stack().double()
+
+
+def batches(count: int = 4) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    xs = [torch.randn(5, 6, generator=generator).double() * (1 + 3 * index) for index in range(count)]
+    return [{"x": x, "labels": torch.arange(5) % 3} for x in xs]
+
+
+def adapted(**options: Any) -> tuple[Stack, peftcore.Injection]:
+    model = host()
+    given = {"share": SHARE, "target": "maps.*", "train": ["head"], "data": batches(), **options}
+    return model, peftcore.apply(model, "child_tuning_d", dtype="float64", **given)
+
+
+def masks(injection: peftcore.Injection) -> dict[str, Tensor]:
+    return {path: o.mask for path, o in injection.operators.items() if not path.startswith("head")}
+
+
+def expected_masks(share: float = SHARE, norm: float | None = 1.0) -> dict[str, Tensor]:
+    """Squared gradients of the host itself, clipped one tensor at a time; numpy's percentile of all of them."""
+    model = host()
+    fisher = {name: torch.zeros_like(p) for name, p in model.maps.named_parameters(prefix="maps")}
+    for given in batches():
+        model.zero_grad()
+        model(**given)["loss"].backward()
+        for name, total in fisher.items():
+            gradient = model.get_parameter(name).grad
+            scale = 1.0 if norm is None else min(1.0, norm / (gradient.norm().item() + 1e-6))
+            total += (gradient * scale) ** 2 / len(batches())
+    threshold = np.percentile(np.concatenate([each.flatten().numpy() for each in fisher.values()]), 100 * (1 - share))
+    return {name: total >= threshold for name, total in fisher.items()}
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
+@pytest.mark.parametrize("norm", [None, 0.05, 1.0])
+def test_the_child_network_is_that_of_the_authors(share: float, norm: float | None) -> None:
+    _, injection = adapted(share=share, max_grad_norm=norm)
+    found = masks(injection)
+    expected = expected_masks(share, norm)
+    named = {path if path.endswith("bias") else f"{path}.weight": mask for path, mask in found.items()}
+    assert named.keys() == expected.keys()
+    assert all(torch.equal(mask, expected[path]) for path, mask in named.items())
+    count = sum(mask.numel() for mask in found.values())
+    assert sum(int(mask.sum()) for mask in found.values()) == pytest.approx(share * count, abs=1)
+
+
+def test_clipping_matters() -> None:
+    one, other = expected_masks(norm=None), expected_masks(norm=0.05)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_authors_optimizer() -> None:
+    """AdamW on masked gradients: moments see zeros outside of the child, weight decay does not know of it."""
+    lr, decay, betas, eps = 0.01, 0.1, (0.9, 0.999), 1e-8
+    model, injection = adapted()
+    optimizer = injection.optimizer(torch.optim.AdamW, lr=lr, weight_decay=decay, betas=betas, eps=eps)
+    values = {path: operator.value for path, operator in injection.operators.items()}
+    weights = {path: value.detach().clone() for path, value in values.items()}
+    means = {path: torch.zeros_like(value) for path, value in weights.items()}
+    squares = {path: torch.zeros_like(value) for path, value in weights.items()}
+    found = masks(injection)
+    for step in range(1, 6):
+        optimizer.zero_grad()
+        model(**batches()[step % 4])["loss"].backward()
+        for path, value in values.items():
+            gradient = value.grad * found.get(path, 1.0)
+            means[path] = betas[0] * means[path] + (1 - betas[0]) * gradient
+            squares[path] = betas[1] * squares[path] + (1 - betas[1]) * gradient**2
+            update = (means[path] / (1 - betas[0] ** step)) / ((squares[path] / (1 - betas[1] ** step)).sqrt() + eps)
+            weights[path] = weights[path] * (1 - lr * decay) - lr * update
+        optimizer.step()
+        for path, value in values.items():
+            assert (value - weights[path]).abs().max() < 1e-12, path
+
+
+def test_nothing_outside_of_the_child_moves_without_weight_decay() -> None:
+    model, injection = adapted()
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = injection.optimizer(torch.optim.AdamW, lr=0.01, weight_decay=0.0)
+    before = {path: operator.value.detach().clone() for path, operator in injection.operators.items()}
+    for given in batches():
+        optimizer.zero_grad()
+        model(**given)["loss"].backward()
+        optimizer.step()
+    for path, mask in masks(injection).items():
+        assert torch.equal(injection.operators[path].value != before[path], mask), path
+    for path in ("head", "head.bias"):  # trained whole
+        assert (injection.operators[path].value != before[path]).all()
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in base.items() if "peft" not in name)
+
+
+def test_the_child_is_kept_in_the_file_and_loading_wants_no_data(tmp_path: Any) -> None:
+    _, injection = adapted()
+    injection.save(tmp_path)
+    loaded = peftcore.load(host(), tmp_path, trainable=True)
+    assert all(torch.equal(mask, masks(injection)[path]) for path, mask in masks(loaded).items())
+    rule = loaded.method.gradient_rule(loaded)
+    operator = loaded.operators["maps.0"]
+    assert torch.equal(rule.project(torch.ones_like(operator.value), operator.value), operator.mask.double())
+
+
+def test_data_is_needed() -> None:
+    with pytest.raises(CalibrationError, match="data="):
+        peftcore.apply(host(), "child_tuning_d", target="maps.*")
+
+
+def test_default_targets_are_what_the_blocks_hold() -> None:
+    model, inputs = HOSTS["bert"].build()
+    inputs["labels"] = torch.tensor([0, 2])
+    injection = peftcore.apply(model, "child_tuning_d", data=[inputs], share=0.2)
+    blocks = {name for name, _ in model.named_parameters() if ".layer." in name and "peft" not in name}
+    found = injection.operators
+    named = {name for name in blocks if name in found or name.removesuffix(".weight") in found}
+    assert named == blocks
+    total = sum(operator.mask.numel() for operator in injection.operators.values())
+    assert sum(int(operator.mask.sum()) for operator in injection.operators.values()) == pytest.approx(
+        0.2 * total, abs=1
+    )
+
+
+def test_tied_weights_count_once() -> None:
+    class Tied(Stack):
+        def __init__(self) -> None:
+            super().__init__()
+            self.maps[2].weight = self.maps[0].weight
+
+    torch.manual_seed(0)
+    model = Tied().double()
+    injection = peftcore.apply(model, "child_tuning_d", target="maps.*", data=batches(), dtype="float64")
+    assert "maps.2" not in injection.operators
+    assert sum(parameter.numel() for parameter in injection.parameters()) == 2 * 36 + 3 * 6
+
+
+def test_number_of_parameters() -> None:
+    assert peftcore.plan(host(), "child_tuning_d", target="maps.*").trainable == 3 * (36 + 6)
