@@ -12,4 +12,6 @@ def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
         "config_union": "peftcore_hybrid.config_union:ConfigUnion",
+        "mam_adapter": "peftcore_hybrid.mam_adapter:MAMAdapter",
+        "unipelt": "peftcore_hybrid.unipelt:UniPELT",
     }

@@ -32,7 +32,7 @@ class Config(MethodConfig):
 
     method: Literal["config_union"] = "config_union"
     parts: list[dict[str, Any]] = Field(min_length=1)
-    """The methods in order: for each its options, with its name under "method" and, where it has its own, a "target"."""
+    """The methods in order: each as its options, with its name under "method" and its "target" if it has its own."""
 
     @field_validator("parts")
     @classmethod

@@ -1,0 +1,97 @@
+"""MAM adapter: a prefix in attention, a parallel adapter at the feed-forward.   He et al. 2021, arXiv 2110.04366.
+
+    Attention(q, [P_k; K], [P_v; V])   in every attention,   P made by a tanh network while it trains
+    out = FFN(x) + s W_up relu(W_down x + b_down) + s b_up     at every feed-forward
+
+The mix that the paper's comparison ends with ("mix and match"): a short prefix, which is enough to change where heads
+look, and the capacity where it pays most, at the feed-forward. Both parts are the methods `prefix_tuning` and
+`parallel_adapter` with the authors' sizes (code: jxhe/unify-parameter-efficient-tuning), and all that is said there
+holds: encoder, decoder and cross-attention have prefixes of their own; the adapter starts as an exact identity, the
+prefix does not.
+
+Parameters: those of both parts. With prefix_length k, prefix_mid_dim t and keys of width d: 2 d (t + 1) an attention
+and k d + (d + 1) t a stack; with ffn_bottleneck r and a stream of width e: 2 e r + r + e a feed-forward.
+
+Use it where a few percent of parameters are affordable and merging is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_additive import parallel_adapter, prefix_tuning
+
+PREFIX = {"prefix_length": "length", "prefix_mid_dim": "projection", "prefix_dropout": "dropout"}
+FFN = {"ffn_bottleneck": "bottleneck", "ffn_scale": "scale", "ffn_dropout": "dropout"}
+"""Options by the names that they have in the part."""
+BLOCKS = ("mlp.output", "mlp.down")
+
+
+class Config(MethodConfig):
+    """Options of the MAM adapter."""
+
+    method: Literal["mam_adapter"] = "mam_adapter"
+    prefix_length: PositiveInt = 30
+    """Keys and values in front of each attention's own."""
+    prefix_mid_dim: PositiveInt | None = 800
+    """Width of the network that makes the prefix while it trains; None trains the prefix itself."""
+    prefix_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which numbers of the prefix are dropped in training."""
+    ffn_bottleneck: PositiveInt = 512
+    """Width r of the adapter at the feed-forward."""
+    ffn_scale: PositiveFloat | Literal["learned"] = 4.0
+    """The factor s in front of the adapter; "learned" trains one for each feed-forward, from 1."""
+    ffn_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which the bottleneck's numbers are dropped in training."""
+
+
+def _translated(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names[name]: value for name, value in options.items() if name in names}
+
+
+def prefix_options(config: Config) -> prefix_tuning.Config:
+    """The options of the prefix."""
+    overrides = {pattern: _translated(changes, PREFIX) for pattern, changes in config.overrides.items()}
+    return prefix_tuning.Config(**_translated(config.model_dump(), PREFIX), overrides=overrides)
+
+
+def ffn_options(config: Config) -> parallel_adapter.Config:
+    """The options of the adapter at the feed-forward."""
+    overrides = {pattern: _translated(changes, FFN) for pattern, changes in config.overrides.items()}
+    return parallel_adapter.Config(**_translated(config.model_dump(), FFN), overrides=overrides)
+
+
+def _chosen(paths: list[str], surgeon: Surgeon) -> Callable[[str, nn.Module], bool] | None:
+    """Of the user's target, what a part acts on; without one, each part has its own."""
+    return None if surgeon.wishes.target is None else lambda path, module: path in paths
+
+
+class MAMAdapter(Method):
+    """Prefixes in attention and parallel adapters at feed-forwards under one name."""
+
+    name = "mam_adapter"
+    Config = Config
+    tags = Tags(category="hybrid", paper="2110.04366", identity_at_init=False)
+    target = ("attn.core", "cross.core", "mlp.output")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = surgeon.sites()
+        attentions = [site.module_path for site in sites if site.role not in BLOCKS]
+        blocks = [site.module_path for site in sites if site.role in BLOCKS]
+        if attentions or surgeon.wishes.target is surgeon.wishes.exclude is None:  # else the prefix says what is wrong
+            chosen = _chosen(attentions, surgeon)
+            surgeon.include("prefix", prefix_tuning.PrefixTuning(), prefix_options(config), chosen)
+        if blocks:
+            chosen = _chosen(blocks, surgeon)
+            surgeon.include("ffn", parallel_adapter.ParallelAdapter(), ffn_options(config), chosen)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if site.form == "attention":
+            return prefix_tuning.PrefixTuning.parameter_count(site, prefix_options(config))
+        return parallel_adapter.ParallelAdapter.parameter_count(site, ffn_options(config))

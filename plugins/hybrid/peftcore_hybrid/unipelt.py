@@ -1,0 +1,147 @@
+"""UniPELT: LoRA, prefix and adapter, each behind a gate.   Mao et al. 2022, arXiv 2110.07577 (morningmoni/UniPELT).
+
+    g = sigmoid(u . x + c)                    x: what the part itself reads; each operator has a gate of its own
+    queries, values   y = W x + g B A x       g stands in the place of alpha / rank
+    attention         softmax over [g P_k; K], with values [g P_v; V]
+    feed-forward      y = h + g (W_up relu(W_down h + b_down) + b_up),    h: what its last matrix returns
+
+``gate="sequence"`` is the paper's: g is the mean over a row's tokens, here without padding (by the host's
+`attention_mask`), which the authors count in. A mean sees what comes later, and beside a cache the last token only, so
+it is refused where attention is causal. By default every token has a gate of its own. As tokens share the keys of a
+prefix, it scales the change that the prefix makes for the token, at the price of a second softmax:
+
+    attention         y = Attn(q, K, V) + g (Attn(q, [P_k; K], [P_v; V]) - Attn(q, K, V))
+
+Gates start near one half: u and the adapter's W from N(0, 0.02), biases at zero, A and B as in LoRA. The adapter reads
+h, the authors' reads it behind BERT's norm. Gates depend on the input, so nothing merges.
+
+Parameters: a prefix as in `prefix_tuning`, rank (d + d_out) for queries and for values each, 2 d r + r + d a
+feed-forward, r = d / reduction; and d + 1 for the gate of each of these.
+
+Use it where it is not known which of the three suits the task.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Attend, AttentionSite, Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap
+from peftcore.errors import TargetError, UnsupportedSite
+from peftcore_additive import prefix_tuning
+from peftcore_additive._prefix import PrefixOperator, prefix_count, shared_encoder
+from peftcore_hybrid._gates import Gate, GatedAdapter
+
+QUERIES, VALUES, BLOCKS = ("attn.q", "cross.q"), ("attn.v", "cross.v"), ("mlp.output", "mlp.down")
+
+
+class Config(MethodConfig):
+    """Options of UniPELT."""
+
+    method: Literal["unipelt"] = "unipelt"
+    gate: Literal["token", "sequence"] = "token"
+    """A gate for each token, or the paper's, the mean over the tokens of a row: for encoders only."""
+    rank: PositiveInt = 8
+    """Rank of the updates of queries and values."""
+    prefix_length: PositiveInt = 10
+    """Keys and values in front of each attention's own."""
+    prefix_mid_dim: PositiveInt | None = 512
+    """Width of the network that makes the prefix while it trains; None trains the prefix itself."""
+    adapter_reduction: PositiveInt = 16
+    """How many times narrower than the stream the adapter's bottleneck is."""
+
+    def prefix(self) -> prefix_tuning.Config:
+        """The options of the prefix."""
+        return prefix_tuning.Config(length=self.prefix_length, projection=self.prefix_mid_dim)
+
+    def bottleneck(self, site: Site) -> int:
+        """The width of an adapter's bottleneck."""
+        return max(site.out_features // self.adapter_reduction, 1)
+
+
+class GatedLoRA(Operator):
+    """The update of queries or values; at queries also the gate of the prefix, which reads the same."""
+
+    def __init__(self, site: Site, config: Config, prefix: Tap | None) -> None:
+        super().__init__(site)
+        bound = site.in_features**-0.5
+        self.A = nn.Parameter(torch.empty(config.rank, site.in_features).uniform_(-bound, bound))
+        self.B = nn.Parameter(torch.zeros(site.out_features, config.rank))
+        self.gate = Gate(site.in_features, config.gate)
+        self.prefix = prefix
+        self.prefix_gate = None if prefix is None else Gate(site.in_features, config.gate)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if self.prefix is not None and self.prefix_gate is not None:
+            self.prefix.put(self.prefix_gate(x))
+        y = call(x)
+        A, B, gate = self.cast(y, self.A, self.B, self.gate(x))
+        return self.layer.add(y, self.layer.apply(x, A) * gate, B, 1.0)
+
+
+class GatedPrefix(PrefixOperator):
+    """Keys and values in front of the attention's own, as far as the gate is open."""
+
+    def __init__(self, site: AttentionSite, config: Config, surgeon: Surgeon, opening: Tap) -> None:
+        super().__init__(site, config.prefix(), shared_encoder(surgeon, site, config.prefix()))
+        self.opening, self.sequence = opening, config.gate == "sequence"
+
+    def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        gate, front_key, front_value = self.cast(query, self.opening.get().unsqueeze(1), *self.made(len(key)))
+        if self.sequence:
+            return attend(query, torch.cat([gate * front_key, key], 2), torch.cat([gate * front_value, value], 2))
+        plain = attend(query, key, value)
+        edited = attend(query, torch.cat([front_key, key], 2), torch.cat([front_value, value], 2))
+        return plain + gate * (edited - plain)
+
+
+class UniPELT(Method):
+    """LoRA, prefix and adapter behind gates."""
+
+    name = "unipelt"
+    Config = Config
+    tags = Tags(category="hybrid", paper="2110.07577", identity_at_init=False)
+    target = ("attn.core", "cross.core", "mlp.output")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        gates = {config.gate, *(changes.get("gate") for changes in config.overrides.values())}
+        if "sequence" in gates and any(getattr(each, "is_causal", False) for each in surgeon.resolver.modules.values()):
+            raise UnsupportedSite('gate="sequence" sees what comes later, and attention in this host is causal')
+        sites = surgeon.sites()
+        attentions = [site for site in sites if site.role not in BLOCKS]
+        if not attentions and surgeon.wishes.target is surgeon.wishes.exclude is None:
+            raise TargetError("unipelt puts a prefix into attention, and this host has none")
+        matrices = [site for role in QUERIES + VALUES for site in surgeon.at(role)]
+        for site in attentions:
+            inside = [each for each in matrices if each.module_path.startswith(f"{site.module_path}.")]
+            _adapt_attention(site, inside, config, surgeon)
+        for site in sites:
+            if site.role in BLOCKS:
+                surgeon.graft(site, lambda place, own: GatedAdapter(place, own.bottleneck(place), own.gate), config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if isinstance(site, AttentionSite):
+            return prefix_count(site, config.prefix())
+        if site.role in QUERIES + VALUES:
+            gates = 2 if site.role in QUERIES else 1
+            return config.rank * (site.in_features + site.out_features) + gates * (site.in_features + 1)
+        return (2 * site.out_features + 1) * (config.bottleneck(site) + 1)
+
+
+def _adapt_attention(site: Site, inside: list[Site], config: Config, surgeon: Surgeon) -> None:
+    """The prefix of an attention and the updates of its queries and values, which are `inside` it."""
+    opening = Tap()
+    queries = [each for each in inside if each.role in QUERIES]
+    if queries or surgeon.wishes.exclude is None:  # where queries are excluded, the prefix goes with its gate
+        surgeon.attention(site, lambda place, own: GatedPrefix(place, own, surgeon, opening), config)
+        if not queries:
+            raise UnsupportedSite(f"{site.path}: no matrix inside makes queries of what the attention reads")
+    for each in inside:
+        tap = opening if each in queries else None
+        surgeon.graft(each, functools.partial(GatedLoRA, prefix=tap), config)

@@ -1,0 +1,181 @@
+"""The MAM adapter: its equations written a second time in float64, and its two parts applied one by one. (The authors'
+code is a fork of an old transformers: it does not run here.)"""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hybrid_equations import (
+    ATTENTIONS,
+    FEED_FORWARDS,
+    LAYERS,
+    Tensors,
+    attention_by,
+    compare,
+    copies,
+    fill,
+    host,
+    in_front,
+    prefix,
+)
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import ConfigError, NotMergeable, TargetError, UnsupportedSite
+
+SMALL = {"prefix_length": 4, "prefix_mid_dim": 6, "ffn_bottleneck": 5}
+
+
+def apply(model: nn.Module, **options: Any) -> peftcore.Injection:
+    injection = peftcore.apply(model, "mam_adapter", dtype="float64", **{**SMALL, **options})
+    fill(injection)
+    return injection
+
+
+def expected(name: str, base: Any, run: Any, tensors: dict[str, Tensors]) -> Tensor:
+    """What the host gives with the equations around its modules."""
+    hooks = []
+    for first, last in [(a.format(layer), b.format(layer)) for layer in LAYERS for a, b in FEED_FORWARDS[name]]:
+        own, read = tensors[f"ffn/{last}"], {}
+
+        def before(module: Any, args: Any, read: Any = read) -> None:
+            (read["x"],) = args
+
+        def after(module: Any, args: Any, y: Tensor, own: Any = own, read: Any = read) -> Tensor:
+            z = read.pop("x") @ own["down.weight"].T + own["down.bias"]
+            return y + own.get("scale", 4.0) * (torch.where(z > 0, z, 0.0) @ own["up.weight"].T + own["up.bias"])
+
+        hooks += [
+            base.get_submodule(first).register_forward_pre_hook(before),
+            base.get_submodule(last).register_forward_hook(after),
+        ]
+
+    def edit(path: str, attend: Any, key: Tensor, value: Tensor) -> Tensor:
+        own = tensors[f"prefix/{path}:attention"]
+        stack = "_".join(step for step in path.split(".") if not step.isdigit())
+        front_key, front_value = prefix(own, tensors.get(f"shared:prefix/{stack}_4x6"), key.shape[1], 4)
+        return attend(in_front(front_key, key), in_front(front_value, value))
+
+    with attention_by(base, edit):
+        output = run(base)
+    for hook in hooks:
+        hook.remove()
+    return output
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix_mid_dim": None}, {"ffn_scale": "learned"}], ids=str)
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_equation(name: str, options: dict[str, Any]) -> None:
+    base, _, run = host(name)
+    model = deepcopy(base)
+    injection = apply(model, **options)
+    plain = run(base)
+    tensors = copies(injection)
+    theirs = expected(name, base, run, {path: each for path, each in tensors.items() if each})
+    assert (theirs - plain).abs().max() > 1e-3 * plain.abs().max()
+    compare(injection, tensors, run(model), theirs)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "t5", "moe"])
+def test_it_is_its_parts_one_after_the_other(name: str) -> None:
+    model, _, _ = host(name)
+    model = model.float()
+    other = deepcopy(model)
+    options = {"length": 4, "projection": 6}, {"bottleneck": 5, "scale": 4.0}
+    parts = [peftcore.apply(other, m, **o) for m, o in zip(("prefix_tuning", "parallel_adapter"), options, strict=True)]
+    injection = peftcore.apply(model, "mam_adapter", **SMALL)
+    fill(injection)
+    names = {
+        **{f"prefix/{k}": v for k, v in parts[0].operators.items()},
+        **{f"ffn/{k}": v for k, v in parts[1].operators.items()},
+    }
+    assert injection.operators.keys() == names.keys()
+    for key, operator in injection.operators.items():
+        names[key].load_state_dict(operator.state_dict())
+    for key, shared in injection.shared.items():
+        parts[0].shared[key.removeprefix("prefix/")].load_state_dict(shared.state_dict())
+    _, inputs, _ = host(name)
+    ours, theirs = model(**inputs).logits, other(**inputs).logits
+    assert torch.equal(ours, theirs)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    for key, operator in injection.operators.items():
+        for mine, its in zip(operator.parameters(), names[key].parameters(), strict=True):
+            assert torch.equal(mine.grad, its.grad)
+
+
+def test_defaults_are_those_of_the_paper() -> None:
+    model, _, _ = host("bert")
+    shapes = peftcore.plan(model, "mam_adapter").shapes
+    assert shapes["shared:prefix/bert_encoder_layer_attention_self_30x800.embedding.weight"] == (30, 16)
+    assert shapes["prefix/bert.encoder.layer.0.attention.self:attention.out.weight"] == (32, 800)
+    assert shapes["ffn/bert.encoder.layer.0.output.dense.down.weight"] == (512, 16)
+    injection = peftcore.apply(model, "mam_adapter")
+    assert injection.operators["ffn/bert.encoder.layer.0.output.dense"].scale == 4.0
+
+
+def test_parameters_are_those_of_the_formula() -> None:
+    model, _, _ = host("t5")
+    prefixes = 6 * 2 * 16 * (6 + 1) + 3 * (4 * 16 + (16 + 1) * 6)
+    adapters = 4 * (2 * 16 * 5 + 5 + 16)
+    assert peftcore.plan(model, "mam_adapter", **SMALL).trainable == prefixes + adapters
+    assert sum(p.numel() for p in apply(model).parameters()) == prefixes + adapters
+
+
+def test_overrides_reach_the_part_that_has_the_option() -> None:
+    model, _, _ = host("llama")
+    overrides = {"*.1.*": {"ffn_bottleneck": 2, "prefix_mid_dim": 3}, "*.0.mlp*": {"ffn_scale": 1.0}}
+    operators = apply(model, overrides=overrides).operators
+    assert operators["ffn/model.layers.1.mlp.down_proj"].down.out_features == 2
+    assert operators["ffn/model.layers.0.mlp.down_proj"].down.out_features == 5
+    assert [operators[f"ffn/model.layers.{layer}.mlp.down_proj"].scale for layer in LAYERS] == [1.0, 4.0]
+    assert operators["prefix/model.layers.1.self_attn:attention"].out.in_features == 3
+    assert operators["prefix/model.layers.0.self_attn:attention"].out.in_features == 6
+    with pytest.raises(ConfigError, match="bottleneck"):
+        peftcore.plan(model, "mam_adapter", overrides={"*": {"bottleneck": 2}})
+
+
+def paths(**arguments: Any) -> set[str]:
+    model, _, _ = host("llama")
+    return {site.path for site in peftcore.plan(model, "mam_adapter", **arguments).sites if site.path}
+
+
+def test_target_names_attentions_and_feed_forwards() -> None:
+    attention, last = "model.layers.0.self_attn", "model.layers.1.mlp.down_proj"
+    mine = {f"{attention}:attention", last, "model.layers.1.mlp.gate_proj"}
+    assert paths(target=[attention, last]) == mine
+    assert paths(target=attention) == {f"{attention}:attention"}
+    left = paths(exclude="model.layers.0.*")
+    assert left
+    assert all(path.startswith("model.layers.1.") for path in left)
+    assert not any("self_attn" in path for path in paths(exclude="attn.core"))
+
+
+def test_hosts_without_such_an_attention_are_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_sizes": [8, 8], "depths": [1, 1], "num_stages": 2}
+    convnext = transformers.ConvNextModel(transformers.ConvNextConfig(**sizes))
+    with pytest.raises(TargetError):
+        peftcore.apply(convnext, "mam_adapter")
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, batch_first=True), 1, False)
+    with pytest.raises(UnsupportedSite, match="attention interface"):
+        peftcore.apply(encoder, "mam_adapter")
+    assert not peftcore.injections(encoder)
+
+
+def test_a_file_holds_both_parts(tmp_path: Path) -> None:
+    model, _, run = host("t5")
+    injection = apply(model, exclude="*.0.*", ffn_scale=2.0)
+    injection.save(tmp_path)
+    fresh, _, _ = host("t5")
+    loaded = peftcore.load(fresh, tmp_path)
+    assert loaded.config == injection.config
+    assert torch.equal(run(fresh), run(model))
+
+
+def test_cannot_be_merged() -> None:
+    model, _, _ = host("llama")
+    with pytest.raises(NotMergeable, match="mam_adapter"):
+        apply(model).merge()
