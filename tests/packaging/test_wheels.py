@@ -22,10 +22,25 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 METHODS = {
-    "additive": {"houlsby_adapter", "ia3"},
-    "reparameterized": {"dora", "lora"},
-    "selective": {"bitfit", "linear_probe", "ln_tuning"},
+    "additive": {
+        "adapterdrop",
+        "houlsby_adapter",
+        "ia3",
+        "llama_adapter",
+        "loreft",
+        "lst",
+        "p_tuning",
+        "p_tuning_v2",
+        "parallel_adapter",
+        "prefix_tuning",
+        "prompt_tuning",
+    },
+    "reparameterized": {"adalora", "dora", "galore", "lora"},
+    "selective": {"bitfit", "child_tuning_d", "linear_probe", "ln_tuning"},
+    "hybrid": {"config_union", "mam_adapter", "unipelt"},
 }
+NEEDS = {"hybrid": ("additive",)}
+"""The plugins whose methods a plugin puts together."""
 EXAMPLES = [ROOT / "examples" / "third-party-plugin", ROOT / "examples" / "broken-plugin"]
 
 # Wheels are built once in a session, so all tests that use them belong to one worker.
@@ -148,7 +163,8 @@ def test_core_wheel_holds_the_package_its_typing_marker_and_the_licence(wheels: 
 def test_plugin_wheel_requires_the_core_and_has_one_entry_point(wheels: dict[str, Path], category: str) -> None:
     wheel = wheels[f"peftcore_{category}"]
     plugin = describe(wheel)
-    assert plain_requirements(plugin) == ["peftcore>=0.1"]
+    parts = [f"peftcore-{each}>=0.1" for each in NEEDS.get(category, ())]
+    assert sorted(plain_requirements(plugin)) == sorted(["peftcore>=0.1", *parts])
     points = [(point.group, point.name, point.value) for point in plugin.entry_points]
     assert points == [("peftcore", category, f"peftcore_{category}")]
     assert {name.split("/")[0] for name in contents(wheel)} == {
@@ -175,31 +191,49 @@ from torch import nn
 class Classifier(nn.Module):
     def __init__(self):
         super().__init__()
+        self.embed = nn.Embedding(20, 16)
         self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
         self.classifier = nn.Linear(16, 3)
 
-    def forward(self, x):
-        return self.classifier(self.encoder(x).mean(1))
+    def forward(self, input_ids):
+        return self.classifier(self.encoder(self.embed(input_ids)).mean(1))
 
-def trained(name):
+def host():
+    try:
+        import transformers
+    except ImportError:
+        return Classifier(), lambda output: output
+    sizes = dict(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    config = transformers.BertConfig(**sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3)
+    return transformers.BertForSequenceClassification(config), lambda output: output.logits
+
+OPTIONS = {
+    "adapterdrop": {"drop_first_layers": 1},
+    "config_union": {"parts": [{"method": "houlsby_adapter"}]},
+    "lst": {"reduction": 2},
+}
+
+def trained(info):
     torch.manual_seed(0)
-    model, x, y = Classifier(), torch.randn(12, 5, 16), torch.arange(12) % 3
+    (model, logits), x, y = host(), torch.randint(20, (12, 5)), torch.arange(12) % 3
+    loss = lambda model: nn.functional.cross_entropy(logits(model(input_ids=x)), y)
     base = copy.deepcopy(model)
-    injection = peftcore.apply(model, name)
-    optimizer = torch.optim.SGD(injection.parameters(), lr=0.5)
+    data = {"data": [loss]} if info.tags.needs_data else {}
+    injection = peftcore.apply(model, info.name, **data, **OPTIONS.get(info.name, {}))
+    optimizer = injection.optimizer(torch.optim.AdamW, lr=0.05, total_steps=20)
     losses = []
-    for _ in range(4):
-        loss = nn.functional.cross_entropy(model(x), y)
+    for _ in range(20):
+        losses.append(loss(model))
         optimizer.zero_grad()
-        loss.backward()
+        losses[-1].backward()
         optimizer.step()
-        losses.append(loss.item())
     kept = all(torch.equal(value, model.state_dict()[key]) for key, value in base.state_dict().items())
-    injection.save(name)
-    peftcore.load(base, name)
-    return {"lower": losses[-1] < losses[0], "base kept": kept, "loads": torch.equal(base(x), model(x))}
+    injection.save(info.name)
+    peftcore.load(base, info.name)
+    loads = torch.allclose(logits(base.eval()(input_ids=x)), logits(model.eval()(input_ids=x)), atol=1e-6)
+    return {"lower": (losses[-1] < losses[0]).item(), "base kept": kept, "loads": loads}
 
-print(json.dumps({info.name: trained(info.name) for info in peftcore.methods()}))
+print(json.dumps({info.name: trained(info) for info in peftcore.methods()}))
 """
 
 TRAINED = {"lower": True, "base kept": True, "loads": True}
@@ -231,10 +265,11 @@ def test_core_alone_lists_no_method(wheels: dict[str, Path], environment: Callab
 def test_plugin_alone_lists_and_trains_its_methods(
     wheels: dict[str, Path], environment: Callable[..., Environment], category: str
 ) -> None:
-    made = environment()
-    made.install(wheels["peftcore"], wheels[f"peftcore_{category}"])
-    assert made.ask(LIST) == {"methods": sorted(METHODS[category]), "warnings": []}
-    assert made.ask(TRAIN) == dict.fromkeys(METHODS[category], TRAINED)
+    made = environment("transformers")
+    made.install(wheels["peftcore"], *(wheels[f"peftcore_{each}"] for each in (*NEEDS.get(category, ()), category)))
+    methods = sorted(METHODS[category].union(*(METHODS[each] for each in NEEDS.get(category, ()))))
+    assert made.ask(LIST) == {"methods": methods, "warnings": []}
+    assert made.ask(TRAIN) == dict.fromkeys(methods, TRAINED)
 
 
 def test_third_party_plugin_is_applied_by_name_and_passes_the_kit(
@@ -254,7 +289,7 @@ def test_third_party_plugin_is_applied_by_name_and_passes_the_kit(
 def test_broken_plugin_changes_nothing_but_one_warning(
     wheels: dict[str, Path], environment: Callable[..., Environment]
 ) -> None:
-    made = environment()
+    made = environment("transformers")
     made.install(*(wheel for name, wheel in wheels.items() if name != "peftcore_example_broken"))
     methods = sorted({"diag_scale"}.union(*METHODS.values()))
     assert made.ask(LIST) == {"methods": methods, "warnings": []}
