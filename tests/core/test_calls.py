@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -234,6 +235,30 @@ def test_taps_and_losses(compiled: bool) -> None:
     assert model(ids).keys() == {"logits"}
     assert not peftcore.current_call().taps
     torch.compiler.reset()
+
+
+def test_kept_taps_last_until_backward_is_done() -> None:
+    """What one block leaves for another must be there when that one alone runs again; other taps must be gone."""
+    model = host()
+    kept, passing = peftcore.Tap(kept=True), peftcore.Tap()
+    states: list[Any] = []
+
+    def write(module: Any, args: Any, output: Tensor) -> None:
+        for tap in (kept, passing):
+            tap.put(output.detach())
+        states.append(weakref.ref(kept.get()))
+
+    def read(gradient: Tensor) -> None:
+        assert kept.get() is states[0]()
+        assert passing.get() is None
+
+    peftcore.apply(model, "lora")
+    model.layers[0].register_forward_hook(write)
+    model.layers[1].register_forward_hook(lambda module, args, output: output.register_hook(read) and None)
+    logits = model(token_ids(2))["logits"]
+    logits.sum().backward()
+    del logits
+    assert states[0]() is None
 
 
 def test_an_extra_pass_leaves_out_the_injection_and_nothing_else() -> None:

@@ -27,11 +27,20 @@ class BlockSite(Site):
     """Features of the stream that goes through it."""
     depth: int = 0
     """Its number in its stack, from 0 on."""
+    stack: str = ""
+    """What its path has in common with those of the other blocks of its stack."""
+    blocks: int = 0
+    """How many blocks that stack has."""
 
     @property
     def weight_shape(self) -> torch.Size:
         """What stands for a shape in plans and files: the width."""
         return torch.Size([self.width])
+
+
+def stack_of(path: str) -> str:
+    """The path of a block without the numbers, which is the same for all blocks of a stack."""
+    return re.sub(r"\d+", "*", path)
 
 
 def depths(surgeon: Surgeon) -> dict[str | None, int]:
@@ -40,7 +49,7 @@ def depths(surgeon: Surgeon) -> dict[str | None, int]:
     numbers: dict[str | None, int] = {}
     for entry in surgeon.resolver.host.entries:
         if entry.block is not None and entry.block not in numbers:
-            stack = re.sub(r"\d+", "*", entry.block)
+            stack = stack_of(entry.block)
             numbers[entry.block] = counts[stack]
             counts[stack] += 1
     return numbers
@@ -75,7 +84,10 @@ def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int]) ->
     for module in surgeon.resolver.modules[path].modules():
         if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
             raise UnsupportedSite(f"{path} has the sequence in front of the batch; build it with batch_first=True")
-    return BlockSite(**{**vars(site), "form": "activation"}, width=_width(surgeon, path, inside), depth=numbers[path])
+    stack = stack_of(path)
+    blocks = sum(stack_of(other or "") == stack for other in numbers)
+    known = {**vars(site), "form": "activation"}
+    return BlockSite(**known, width=_width(surgeon, path, inside), depth=numbers[path], stack=stack, blocks=blocks)
 
 
 def _width(surgeon: Surgeon, path: str, inside: list[HostEntry]) -> int:

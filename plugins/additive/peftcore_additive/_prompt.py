@@ -3,7 +3,6 @@ without caches, padding, labels."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -58,7 +57,7 @@ class Stacks:
         """
         last = [site for site in sites if (stack := self.of(site)) is None or not stack.readers]
         chosen = sorted(sites if strict or not last else last, key=lambda site: site.depth)
-        if len({(re.sub(r"\d+", "*", site.module_path), site.width) for site in chosen}) > 1:
+        if len({(site.stack, site.width) for site in chosen}) > 1:
             raise UnsupportedSite(
                 f"{chosen[0].path} and {chosen[-1].path} have no stream in common; target the blocks of one stack"
             )
@@ -124,14 +123,15 @@ class Visible:
         self.causal = stack is not None and stack.causal
         self.reads = stack is not None and stack.reads  # then the host's masks may be those of what is read
 
-    def mask(self, count: int, given: Mapping[str, Any], device: torch.device) -> Tensor:
-        """For so many tokens, and the arguments of a block by name: True where a token is seen,
-        ``[batch or 1, 1, tokens, tokens]``."""
+    def mask(self, held: int, new: int, given: Mapping[str, Any], device: torch.device) -> Tensor:
+        """For `new` tokens behind the `held` ones in a cache, and the arguments of a block by name: True where a token
+        is seen, ``[batch or 1, 1, new, held + new]``."""
+        count = held + new
         real = _real([given] if self.reads else [current_call().inputs, given], count, device)
-        seen = real[:, None, None, :count].expand(-1, 1, count, count)
+        seen = real[:, None, None, :count].expand(-1, 1, new, count)
         if self.causal:
-            seen = seen.tril()
-        return seen | torch.eye(count, dtype=torch.bool, device=device)
+            seen = seen.tril(held)
+        return seen | torch.ones(new, count, dtype=torch.bool, device=device).triu(held).tril(held)
 
 
 def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
@@ -148,7 +148,8 @@ def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
 def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) -> Tensor:
     """Which of so many tokens, from the first in the cache on, are no padding ``[batch or 1, tokens]``.
 
-    The host's own mask says it; where it has none (a part that runs by itself), or not for these tokens, the block's.
+    The host's own mask says it; where it has none (a part that runs by itself), or not for these tokens, the block's. A
+    block that looks through a window does not show all tokens: then there is none, if the host was told of none.
     """
     masks = [(name, source[name]) for source in sources for name in MASKS if source.get(name) is not None]
     for name, mask in masks:
@@ -162,7 +163,8 @@ def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) ->
             mask = mask == 0
         if mask.dim() == 2 and mask.shape[-1] >= count:
             return mask != 0
-    if masks:
+    host_told_of_none = len(sources) > 1 and sources[0] and not any(sources[0].get(name) is not None for name in MASKS)
+    if masks and not host_told_of_none:
         raise SequenceError(
             f"none of the masks given ({', '.join(name for name, _ in masks)}) tells padding from tokens"
         )

@@ -9,8 +9,8 @@ four times as wide) of width d / R, causal where the backbone is; W_l [d/R, d] w
 as torch's layers do: the authors start S_l from rows of the backbone that pruning finds important, and put y behind its
 last norm, which here acts on y. The host predicts from the side network alone, so no start is an identity.
 
-In encoder-decoder hosts the decoder has the ladder, whose side blocks read the encoder through b_l only. The side
-network has no cache: generate with ``use_cache=False``. What else is adapted inside the blocks gets no gradient.
+In encoder-decoder hosts the decoder has the ladder, whose side blocks read the encoder through b_l only. The host's
+cache holds the keys and values of the side blocks too. What else is adapted inside the blocks gets no gradient.
 
 Parameters, with w = d / R and L blocks: (L + 1)(d w + w) + L (12 w^2 + 13 w + 1) + 2 w + w d + d.
 
@@ -19,22 +19,22 @@ Use it where memory is short: backward touches nothing but the small network. It
 
 from __future__ import annotations
 
-import math
+import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, on_first
-from peftcore.errors import ConfigError, SequenceError
+from peftcore.errors import ConfigError
 from peftcore.hosts.stacks import arguments
 from peftcore.operators import Shared
 from peftcore.weights import plain_class
 from peftcore_additive._blocks import BlockSite, block_sites
 from peftcore_additive._prompt import Stacks, Visible, cached_tokens
+from peftcore_additive._side import Ends, SideBlock, held_by, side_layers
 
 
 class Config(MethodConfig):
@@ -54,27 +54,9 @@ class Config(MethodConfig):
         """The width w of the side network beside a stream of a width."""
         return max(1, width // self.reduction)
 
-
-class SideBlock(nn.Module):
-    """A rung: what block l returned joins the side stream, and one narrow transformer block follows."""
-
-    def __init__(self, width: int, config: Config) -> None:
-        super().__init__()
-        narrow = config.width(width)
-        self.heads, self.temperature = math.gcd(narrow, config.heads), config.temperature
-        self.down, self.gate = nn.Linear(width, narrow), nn.Parameter(torch.zeros(()))
-        self.norm1, self.norm2 = nn.LayerNorm(narrow), nn.LayerNorm(narrow)
-        self.qkv, self.out = nn.Linear(narrow, 3 * narrow), nn.Linear(narrow, narrow)
-        self.feed_forward = nn.Sequential(nn.Linear(narrow, 4 * narrow), nn.GELU(), nn.Linear(4 * narrow, narrow))
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, z: Tensor, state: Tensor, visible: Tensor) -> Tensor:
-        mu = torch.sigmoid(self.gate / self.temperature)
-        z = mu * z + (1 - mu) * self.down(state)
-        parts = self.qkv(self.norm1(z)).unflatten(-1, (3, self.heads, -1))  # [batch, tokens, 3, heads, w / heads]
-        attended = nn.functional.scaled_dot_product_attention(*parts.permute(2, 0, 3, 1, 4), attn_mask=visible)
-        z = z + self.dropout(self.out(attended.transpose(1, 2).flatten(-2)))
-        return z + self.dropout(self.feed_forward(self.norm2(z)))
+    def block(self, width: int) -> SideBlock:
+        """One block of it."""
+        return SideBlock(width, self.width(width), self.heads, self.temperature, self.dropout)
 
 
 @dataclass(frozen=True)
@@ -84,13 +66,15 @@ class Ladder:
     down: Shared
     blocks: list[Shared]
     up: Shared
+    below: int
+    """How many blocks the host's stack has."""
+    stamp: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def climb(self, states: Sequence[Tensor], visible: Tensor) -> Tensor:
+    def climb(self, states: Sequence[Tensor], visible: Tensor, caches: Sequence[Any]) -> Tensor:
         """From the states ``[batch, tokens, d]`` before the first and behind each block to what replaces the last."""
-        dtype = self.down.module.weight.dtype
-        z = self.down.module(states[0].to(dtype))
-        for block, state in zip(self.blocks, states[1:], strict=True):
-            z = block.module(z, state.to(dtype), visible)
+        z = self.down.module(states[0])
+        for block, state, cache in zip(self.blocks, states[1:], caches or [None] * len(self.blocks), strict=True):
+            z = block.module(z, state, visible, cache)
         y: Tensor = self.up.module(z)
         return y
 
@@ -107,18 +91,20 @@ class LadderOperator(Operator):
         if len(self.taps) == 2:
             self.taps[0].put(x.detach())
         given = {**dict(zip(self.names[1:], args, strict=False)), **kwargs}
-        if cached_tokens(given, self.depth, x.shape[1]):
-            raise SequenceError("the side network has no cache: generate with use_cache=False")
-        return on_first(call(x, *args, **kwargs), lambda h: self._detached(h, given))
+        held = cached_tokens(given, self.depth, x.shape[1])  # before the block adds its own
+        output = call(x.detach() if x.requires_grad else x, *args, **kwargs)
+        return on_first(output, lambda h: self._answer(h.detach(), x, given, held))
 
-    def _detached(self, h: Tensor, given: dict[str, Any]) -> Tensor:
-        h = h.detach()
+    def _answer(self, h: Tensor, x: Tensor, given: dict[str, Any], held: int) -> Tensor:
+        ladder = self.ladder
         self.taps[-1].put(h)
-        if self.ladder is None:
-            return h
-        states = [tap.get().flatten(1, -2) for tap in self.taps]  # [batch, tokens, d], also for images
-        visible = self.visible.mask(states[0].shape[1], given, h.device)
-        return self.ladder.climb(states, visible).to(h.dtype).view_as(h)
+        if ladder is None:
+            return Ends.apply(h, x) if x.requires_grad else h
+        dtype = ladder.down.module.weight.dtype
+        states = [tap.get().flatten(1, -2).to(dtype) for tap in self.taps]  # [batch, tokens, d], also for images
+        caches = side_layers(given, ladder.stamp, len(ladder.blocks), ladder.below)
+        visible = self.visible.mask(held_by(caches, held), states[0].shape[1], given, h.device)
+        return ladder.climb(states, visible, caches).to(h.dtype).view_as(h)
 
 
 class LST(Method):
@@ -131,16 +117,16 @@ class LST(Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
-            raise ConfigError("lst has one side network for all sites; give its options without overrides")
+            raise ConfigError("lst has one side network for all sites: it takes no overrides")
         stacks = Stacks(surgeon)
         sites = stacks.answering(block_sites(surgeon), surgeon.wishes.target is not None)
         width, narrow = sites[0].width, config.width(sites[0].width)
         down = surgeon.own("down", lambda: nn.Linear(width, narrow))
-        blocks = [surgeon.own(site.path.replace(".", "_"), lambda: SideBlock(width, config)) for site in sites]
+        blocks = [surgeon.own(site.path.replace(".", "_"), lambda: config.block(width)) for site in sites]
         up = surgeon.own("up", lambda: nn.Sequential(nn.LayerNorm(narrow), nn.Linear(narrow, width)))
         visible, taps = Visible(stacks.of(sites[0])), [Tap(kept=True) for _ in (None, *sites)]
         for number, site in enumerate(sites, 2):
-            ladder, read = Ladder(down, blocks, up) if site is sites[-1] else None, taps[:number]
+            ladder, read = Ladder(down, blocks, up, site.blocks) if site is sites[-1] else None, taps[:number]
             surgeon.graft(site, lambda at, read=read, ladder=ladder: LadderOperator(at, read, visible, ladder))
 
     @staticmethod

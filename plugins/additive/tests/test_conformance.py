@@ -40,17 +40,7 @@ def test_loreft(check: Callable[[], None]) -> None:
     check()
 
 
-UNCACHED = "the side network has no cache, and says so: generate with use_cache=False"
-
-
-@conformance(
-    "lst",
-    options={"*": {"reduction": 2}},
-    expected_failures={
-        f"generation_does_not_depend_on_the_cache-{host}": UNCACHED
-        for host in ("llama", "gpt2", "t5", "moe", "mistral")
-    },
-)
+@conformance("lst", options={"*": {"reduction": 2}})
 def test_lst(check: Callable[[], None]) -> None:
     check()
 
