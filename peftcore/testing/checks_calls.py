@@ -161,3 +161,26 @@ def generation_does_not_depend_on_the_cache(case: Case) -> None:
     cached, uncached = (model.generate(**given, use_cache=use) for use in (True, False))  # type: ignore[operator]
     case.expect(cached.shape == base.shape, f"{tuple(cached.shape)} tokens come out where the base gives {base.shape}")
     case.expect_equal(cached, uncached, "tokens generated with a cache, and without")
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "padding on the left": {},
+    "a static cache": {"cache_implementation": "static"},
+    "beams": {"num_beams": 2},
+}
+
+
+@check(
+    "padding on the left, static caches and beams: generation gives what it gives without a cache",
+    "an operator takes positions, masks or rows from somewhere else than the forward that runs",
+    hosts=GENERATORS,
+)
+def generation_in_other_ways_does_not_depend_on_the_cache(case: Case) -> None:
+    model, inputs = case.fresh()
+    case.filled(model)
+    given = {name: inputs[name].flip(1) for name in ("input_ids", "attention_mask")}
+    for name, way in WAYS.items():
+        common = {**given, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, **way}
+        uncached = {key: value for key, value in common.items() if key != "cache_implementation"}
+        expected = model.generate(**uncached, use_cache=False)  # type: ignore[operator]
+        case.expect_equal(model.generate(**common, use_cache=True), expected, f"tokens with {name}")  # type: ignore[operator]

@@ -275,6 +275,18 @@ def operators_have_the_asked_dtype(case: Case) -> None:
 
 
 @check(
+    "every parameter has a dimension, since FSDP2 shards along the first",
+    "a scalar parameter: `torch.zeros(())`; make it `torch.zeros(1)`",
+)
+def parameters_have_a_dimension(case: Case) -> None:
+    for options in ({}, case.tags.identity_options or {}):
+        model, _ = case.fresh()
+        for path, operator in case.apply(model, **options).modules():
+            scalars = [name for name, parameter in operator.named_parameters() if not parameter.dim()]
+            case.expect(not scalars, f"scalars in {path}: {', '.join(scalars)}")
+
+
+@check(
     "an adapter on a module that is never called is an error at the first forward, not a silence",
     "the method meddles with the witness of the graft",
     hosts=("mlp", "llama"),

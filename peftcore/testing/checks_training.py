@@ -186,6 +186,31 @@ def gradient_checkpointing_changes_nothing(case: Case) -> None:
         expect_same_gradients(case, gradients_of(injection), expected, f"reentrant={reentrant}")
 
 
+CHECKPOINTED = ("llama", "bert", "t5", "gpt2", "moe", "mistral", "vit")
+"""Hosts that checkpoint each of their blocks by themselves."""
+
+
+@check(
+    "blocks that run again in backward, each by itself, give the same gradients, with both kinds of checkpointing",
+    "one block reads what an operator of another left in a Tap without `kept=True`; or, in the reentrant kind, a "
+    "block's output does not depend on its input",
+    hosts=CHECKPOINTED,
+)
+def each_block_may_run_again(case: Case) -> None:
+    model, inputs = case.fresh()
+    injection = case.filled(model)
+    _without_dropout(model)  # also without that of the method
+    model.train()
+    _, expected = backward(case, model, inputs, injection)
+    model.enable_input_require_grads()  # type: ignore[operator]  # what the reentrant kind needs
+    for reentrant in (False, True):
+        model.zero_grad()
+        kind = {"use_reentrant": reentrant}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kind)  # type: ignore[operator]
+        _, again = backward(case, model, inputs, injection)
+        expect_same_gradients(case, again, expected, f"reentrant={reentrant}")
+
+
 @check(
     "in training, no effective weight is kept for backward",
     "forward computes a weight by itself; say it as a WeightOperator, and the core computes it again in backward",

@@ -52,11 +52,20 @@ def _with_state(self: Any, model: Any, config: Any, injection: Any) -> None:
 
 
 class CountsTokens(Small):
-    """Doubles a token that comes alone."""
+    """Doubles a token that comes alone, where no padding is."""
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         y = super().forward(call, x)
-        return 2 * y - call(x) if x.dim() == 3 and x.shape[1] == 1 else y
+        padded = current_call().inputs.get("attention_mask") is not None
+        return 2 * y - call(x) if x.dim() == 3 and x.shape[1] == 1 and not padded else y
+
+
+class CountsBeams(Small):
+    """Doubles a token that comes alone in each of four rows."""
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = super().forward(call, x)
+        return 2 * y - call(x) if x.shape[:2] == (4, 1) else y
 
 
 MUTANTS: dict[str, Entry] = {
@@ -68,4 +77,5 @@ MUTANTS: dict[str, Entry] = {
     ),
     "assignments_share_a_compiled_graph": (mutant("reads_the_route", ReadsTheRoute), "llama"),
     "generation_does_not_depend_on_the_cache": (mutant("counts_tokens", CountsTokens), "llama"),
+    "generation_in_other_ways_does_not_depend_on_the_cache": (mutant("counts_beams", CountsBeams), "llama"),
 }

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from mutant_base import RANK, TAGS, Entry, Small, SmallConfig, graft_all, mutant
+from mutant_base import RANK, TAGS, Entry, Small, SmallConfig, count, graft_all, mutant
 from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site
 from peftcore.graft import slot_of
 from peftcore.surgery import Surgeon
+
+
+class HasAScalar(Small):
+    def __init__(self, site: Site, config: MethodConfig) -> None:
+        super().__init__(site, config)
+        self.gain = nn.Parameter(torch.ones(()))
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B, gain = self.cast(y, self.A, self.B, self.gain)
+        return self.layer.add(y, self.layer.apply(x, A), B * gain, 1.0)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self.gain * (self.B @ self.A.flatten(1)).view(weight.shape)
 
 
 class StartsOff(Small):
@@ -201,6 +216,9 @@ MUTANTS: dict[str, Entry] = {
     "the_start_depends_on_seed_and_path": _on_mlp("by_position", inject=_by_position),
     "the_global_generator_stays": _on_mlp("draws", inject=_drawing),
     "operators_have_the_asked_dtype": _on_mlp("plain_attribute", PlainAttribute),
+    "parameters_have_a_dimension": _on_mlp(
+        "has_a_scalar", HasAScalar, parameter_count=lambda site, config: count(site, config) + 1
+    ),
     "sites_that_never_run_are_reported": _on_mlp("says_it_ran", trainable=_says_it_ran),
     "the_attention_output_projection_is_no_silent_noop": (mutant("passes_over", PassesOver), "encoder"),
     "factors_are_the_update": _on_mlp("wrong_factors", WrongFactors, tags=replace(TAGS, low_rank=True)),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from mutant_base import TAGS, Entry, Small, mutant
+from mutant_base import NOT_MERGEABLE, TAGS, Entry, Small, Unmergeable, mutant
 from torch import Tensor, nn
 
-from peftcore import Batches, Injection, Method, MethodConfig, Site
+from peftcore import Batches, Injection, Method, MethodConfig, Site, Tap
 from peftcore.surgery import Surgeon
 
 WITH_DATA = replace(TAGS, needs_data=True)
@@ -71,7 +73,31 @@ def grows(self: Method, injection: Injection, step: int, total: int) -> None:
             operator.A.mul_(1 + 0.01 * operator.steps)
 
 
+class ReadsTheOneBefore(Unmergeable):
+    """Adds to its update what the operator before it left, which is gone when its block runs again."""
+
+    def __init__(self, site: Site, config: MethodConfig, before: Tap, mine: Tap) -> None:
+        super().__init__(site, config)
+        self.before, self.mine = before, mine
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        low, before = self.layer.apply(x, A), self.before.get()
+        self.mine.put(low.detach())
+        return self.layer.add(y, low if before is None else low + before, B, 1.0)
+
+
+def graft_in_a_row(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
+    before = Tap()
+    for site in surgeon.sites():
+        mine = Tap()
+        surgeon.graft(site, functools.partial(ReadsTheOneBefore, before=before, mine=mine), config)
+        before = mine
+
+
 MUTANTS: dict[str, Entry] = {
+    "each_block_may_run_again": (mutant("in_a_row", tags=NOT_MERGEABLE, inject=graft_in_a_row), "llama"),
     "data_counts_where_it_is_asked_for": (
         mutant("looks_and_forgets", tags=WITH_DATA, calibrate=looks_and_forgets),
         "mlp",

@@ -47,7 +47,7 @@ class PrefixOperator(AttentionOperator):
         else:
             self.out = nn.Linear(config.projection, prefix_width(site))
         self.dropout = nn.Dropout(config.dropout)
-        self.gate = nn.Parameter(torch.zeros(())) if gate else None
+        self.gate = nn.Parameter(torch.zeros(1)) if gate else None
 
     def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         front_key, front_value = self.made(len(key))

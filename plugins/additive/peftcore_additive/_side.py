@@ -24,7 +24,7 @@ class SideBlock(nn.Module):
     def __init__(self, width: int, narrow: int, heads: int, temperature: float, dropout: float) -> None:
         super().__init__()
         self.heads, self.temperature = math.gcd(narrow, heads), temperature
-        self.down, self.gate = nn.Linear(width, narrow), nn.Parameter(torch.zeros(()))
+        self.down, self.gate = nn.Linear(width, narrow), nn.Parameter(torch.zeros(1))
         self.norm1, self.norm2 = nn.LayerNorm(narrow), nn.LayerNorm(narrow)
         self.qkv, self.out = nn.Linear(narrow, 3 * narrow), nn.Linear(narrow, narrow)
         self.feed_forward = nn.Sequential(nn.Linear(narrow, 4 * narrow), nn.GELU(), nn.Linear(4 * narrow, narrow))

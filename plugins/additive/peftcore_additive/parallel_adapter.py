@@ -86,7 +86,7 @@ class ParallelOperator(Operator):
         self.activation = ACTIVATIONS[config.activation]()
         self.dropout = nn.Dropout(config.dropout)
         self.up = nn.Linear(config.bottleneck, site.out_features)
-        self.scale = nn.Parameter(torch.ones(())) if config.scale == "learned" else config.scale
+        self.scale = nn.Parameter(torch.ones(1)) if config.scale == "learned" else config.scale
         nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
         for zero in (self.down.bias, self.up.weight, self.up.bias):
             nn.init.zeros_(zero)

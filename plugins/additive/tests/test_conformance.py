@@ -40,7 +40,14 @@ def test_loreft(check: Callable[[], None]) -> None:
     check()
 
 
-@conformance("lst", options={"*": {"reduction": 2}})
+@conformance(
+    "lst",
+    options={"*": {"reduction": 2}},
+    expected_failures={
+        "generation_in_other_ways_does_not_depend_on_the_cache-mistral": "the masks of a static cache speak of the "
+        "window alone, so nothing tells which of the tokens before it are padding; it is refused"
+    },
+)
 def test_lst(check: Callable[[], None]) -> None:
     check()
 
