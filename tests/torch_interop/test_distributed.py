@@ -1,8 +1,9 @@
 """Two processes give the gradients of one: DDP and FSDP2, sharded before or after the graft."""
 
+import functools
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import peftcore
+from peftcore.testing.hosts import HOSTS
 
 METHODS = ("lora", "dora", "houlsby_adapter", "bitfit")
 RANKS = 2
@@ -127,18 +129,66 @@ def reduce_what_is_not_sharded(injection: peftcore.Injection) -> None:
             parameter.grad.div_(RANKS)
 
 
-def work(rank: int, port: int, way: str, failures: Any) -> None:
+# ---------------------------------------------------------------- methods of attention, sequences and whole blocks
+
+LLAMA_METHODS: dict[str, Any] = {
+    "prompt_tuning": {"length": 3},
+    "prefix_tuning": {"length": 3, "projection": 4},
+    "llama_adapter": {"layers": 2, "length": 3},
+    "parallel_adapter": {"bottleneck": 4},
+    "loreft": {"rank": 2},
+    "lst": {"reduction": 2},
+    "adalora": {},
+    "a list": ["lora", {"method": "prefix_tuning", "length": 2, "projection": None}],
+}
+
+
+def llama(name: str) -> tuple[nn.Module, peftcore.Injection, Tensor]:
+    torch.manual_seed(0)
+    model, _ = HOSTS["llama"].build()
+    given = LLAMA_METHODS[name]
+    method, options = (name, given) if isinstance(given, dict) else (given, {})
+    injection = peftcore.apply(model.eval(), method, name="one", **options)
+    with torch.no_grad():
+        for parameter in injection.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model, injection, torch.randint(3, 40, (2 * RANKS, 6))
+
+
+def check_llama(way: str, name: str) -> None:
+    model, injection, ids = llama(name)
+    model(input_ids=ids).logits.square().sum().div(RANKS).backward()
+    expected = [p.grad.clone() for p in injection.parameters() if p.grad is not None]
+    assert max(gradient.abs().max() for gradient in expected) > 1e-3
+    model, injection, ids = llama(name)
+    if way == "ddp":
+        runner: nn.Module = DistributedDataParallel(model)
+    else:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        runner = fully_shard(model)
+    for _ in range(2):  # the second step sees what the first left behind
+        runner.zero_grad()
+        runner(input_ids=mine(ids)).logits.square().sum().backward()
+        found = [whole(p.grad) for p in injection.parameters() if p.grad is not None]
+        for got, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+# ---------------------------------------------------------------- two ranks
+
+
+def work(rank: int, port: int, run: Callable[[str], None], names: Sequence[str], failures: Any) -> None:
     """One rank: every method in one process group."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     try:
-        if way != "ddp":
-            init_device_mesh("cpu", (RANKS,))
-        for method in METHODS:
-            check(way, method)
+        init_device_mesh("cpu", (RANKS,))
+        for name in names:
+            run(name)
     except BaseException as error:
-        failures.put(f"{way}, {method}, rank {rank}: {type(error).__name__}: {error}")
+        failures.put(f"{name}, rank {rank}: {type(error).__name__}: {error}")
         raise
     finally:
         dist.destroy_process_group()
@@ -150,18 +200,21 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-@pytest.fixture
-def failures() -> Iterator[Any]:
-    """Where ranks say what went wrong: a rank that waits for a dead one would only say that it was closed."""
-    queue = multiprocessing.get_context("spawn").SimpleQueue()
-    yield queue
-    queue.close()
+def on_two_ranks(run: Callable[[str], None], names: Sequence[str]) -> None:
+    failures = multiprocessing.get_context("spawn").SimpleQueue()  # a rank that waits for a dead one cannot say why
+    try:
+        multiprocessing.spawn(work, args=(free_port(), run, names, failures), nprocs=RANKS, join=True)
+    except multiprocessing.ProcessRaisedException as error:
+        pytest.fail(failures.get() if not failures.empty() else str(error))
+    finally:
+        failures.close()
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_gradients_equal_the_single_process(way: str, failures: Any) -> None:
-    try:
-        multiprocessing.spawn(work, args=(free_port(), way, failures), nprocs=RANKS, join=True)
-    except multiprocessing.ProcessRaisedException as error:
-        first = failures.get() if not failures.empty() else str(error)
-        pytest.fail(first)
+def test_gradients_equal_the_single_process(way: str) -> None:
+    on_two_ranks(functools.partial(check, way), METHODS)
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_gradients_of_methods_beyond_weights_equal_the_single_process(way: str) -> None:
+    on_two_ranks(functools.partial(check_llama, way), list(LLAMA_METHODS))
