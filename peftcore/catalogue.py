@@ -14,7 +14,7 @@ _OURS = {
     "additive": "adapterdrop houlsby_adapter ia3 llama_adapter loreft lst p_tuning p_tuning_v2 parallel_adapter "
     "prefix_tuning prompt_tuning",
     "hybrid": "config_union mam_adapter unipelt",
-    "reparameterized": "adalora dora galore lora",
+    "reparameterized": "adalora dora galore lora lora_plus",
     "selective": "bitfit child_tuning_d linear_probe ln_tuning",
 }
 KNOWN = {name: f"peftcore-{plugin}" for plugin, names in _OURS.items() for name in names.split()}

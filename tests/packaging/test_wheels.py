@@ -35,7 +35,7 @@ METHODS = {
         "prefix_tuning",
         "prompt_tuning",
     },
-    "reparameterized": {"adalora", "dora", "galore", "lora"},
+    "reparameterized": {"adalora", "dora", "galore", "lora", "lora_plus"},
     "selective": {"bitfit", "child_tuning_d", "linear_probe", "ln_tuning"},
     "hybrid": {"config_union", "mam_adapter", "unipelt"},
 }

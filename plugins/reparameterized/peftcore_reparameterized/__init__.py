@@ -15,4 +15,5 @@ def peftcore_methods() -> Mapping[str, str]:
         "dora": "peftcore_reparameterized.dora:DoRA",
         "galore": "peftcore_reparameterized.galore:GaLore",
         "lora": "peftcore_reparameterized.lora:LoRA",
+        "lora_plus": "peftcore_reparameterized.lora_plus:LoRAPlus",
     }

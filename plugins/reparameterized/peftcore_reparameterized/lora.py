@@ -6,6 +6,9 @@ Convolutions: A is a convolution to `rank` channels and B mixes them, delta[o, i
 grouped one, i counts inside the group of o. Embeddings: A [rank, num] zero and B ~ N(0, 1), as in loralib, since every
 input picks a single column of A. Stacked experts have factors of their own each.
 
+scaling="sqrt_rank" is rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(rank), with which outputs and
+gradients keep their size at any rank. Use it at ranks of 64 and more; alpha / rank makes those learn too slowly.
+
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
 Use it first: it merges, adds no latency then, and suits nearly every task. More sites help more than more rank.
@@ -13,6 +16,7 @@ Use it first: it merges, adds no latency then, and suits nearly every task. More
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Annotated, Literal
 
@@ -31,6 +35,8 @@ class Config(MethodConfig):
     """Rank of the update."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``: change the rank without touching the learning rate."""
+    scaling: Literal["rank", "sqrt_rank"] = "rank"
+    """Denominator of the scale: the rank, or its square root (rsLoRA)."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training."""
 
@@ -40,7 +46,7 @@ class LoRAOperator(Operator):
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
-        self.scale = config.alpha / config.rank
+        self.scale = config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))
         self.dropout = input_dropout(site, config.dropout)
         self.A, self.B = low_rank_factors(site, config.rank)
 

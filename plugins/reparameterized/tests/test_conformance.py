@@ -23,3 +23,8 @@ def test_galore(check: Callable[[], None]) -> None:
 @conformance("lora")
 def test_lora(check: Callable[[], None]) -> None:
     check()
+
+
+@conformance("lora_plus")
+def test_lora_plus(check: Callable[[], None]) -> None:
+    check()

@@ -1,0 +1,73 @@
+"""LoRA+: low-rank adaptation whose B learns faster than A.   Hayou et al. 2024, arXiv 2402.12354.
+
+    y = W x + b + s B A dropout(x)   as in LoRA,     lr(A) = lr,     lr(B) = ratio * lr
+
+B starts at zero and A does not: with one rate for both, a wide layer either learns too little by B or too much by A.
+The rates are parameter groups, so this acts through ``injection.optimizer(...)`` only.
+
+As in the authors' code, both factors of an embedding have a rate of their own, `embedding_lr`, which does not follow
+lr. Theirs (and peft's) takes every vector for a B, so that biases of a head learn `ratio` times as fast as its matrix;
+here what the user names in `train` has lr. They set the weight decay of all groups to zero unless told otherwise; here
+it is that of the optimizer.
+
+Parameters: rank * (in * kernel + out) a site, times the number of experts.
+
+Use it in place of LoRA when training is slow to start, with lr about half of LoRA's.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import nn
+
+from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_reparameterized._low_rank import low_rank_count
+from peftcore_reparameterized.lora import LoRAOperator
+
+
+class Config(MethodConfig):
+    """Options of LoRA+: LoRA's, and the rates."""
+
+    method: Literal["lora_plus"] = "lora_plus"
+    rank: PositiveInt = 8
+    """Rank of the update."""
+    alpha: PositiveFloat = 8.0
+    """Numerator of the scale ``alpha / rank``."""
+    scaling: Literal["rank", "sqrt_rank"] = "rank"
+    """Denominator of the scale: the rank, or its square root (rsLoRA)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+    ratio: Annotated[float, Field(ge=1.0)] = 16.0
+    """How many times faster B learns than A."""
+    embedding_lr: PositiveFloat = 1e-6
+    """Learning rate of both factors of embeddings."""
+
+
+class LoRAPlus(Method):
+    """Low-rank adaptation with two learning rates."""
+
+    name = "lora_plus"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2402.12354", mergeable=True, low_rank=True)
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, LoRAOperator, config)
+
+    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        by_rate: defaultdict[float, list[nn.Parameter]] = defaultdict(list)
+        for graft in injection.grafts:
+            if graft.by_method:
+                config, embedding = injection.config.at(graft.site.path), graft.site.layer.one_hot
+                for factor, rate in (("A", lr), ("B", config.ratio * lr)):
+                    by_rate[config.embedding_lr if embedding else rate].append(graft.operator.get_parameter(factor))
+        groups = ((rate, [p for p in factors if p.requires_grad]) for rate, factors in by_rate.items())
+        return [{"params": factors, **defaults, "lr": rate} for rate, factors in groups]
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return low_rank_count(site, config.rank)
