@@ -39,7 +39,7 @@ class BlockSite(Site):
 
 
 def stack_of(path: str) -> str:
-    """The path of a block without the numbers, which is the same for all blocks of a stack."""
+    """The path of a module with its numbers left out, which is the same for all blocks of a stack."""
     return re.sub(r"\d+", "*", path)
 
 

@@ -15,7 +15,6 @@ the prompt's keys stay out of the cache. Where a host normalizes its keys (Qwen 
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from peftcore import Attend, AttentionOperator, AttentionSite, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
+from peftcore_additive._blocks import stack_of
 
 
 class Config(MethodConfig):
@@ -56,10 +56,10 @@ class LlamaAdapterOperator(AttentionOperator):
 
 
 def top(sites: list[Site], layers: int) -> list[Site]:
-    """The last `layers` sites of each stack: those whose paths differ in numbers only."""
+    """The last `layers` sites of each stack."""
     stacks: dict[str, list[Site]] = {}
     for site in sites:
-        stacks.setdefault(re.sub(r"\d+", "*", site.module_path), []).append(site)
+        stacks.setdefault(stack_of(site.module_path), []).append(site)
     return [site for stack in stacks.values() for site in stack[-layers:]]
 
 

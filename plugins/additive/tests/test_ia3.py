@@ -11,14 +11,14 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.errors import UnsupportedSite
 from peftcore.testing.hosts import HOSTS
+from peftcore.testing.tools import without_fast_paths
 
 
 @pytest.fixture(autouse=True)
 def plain_attention() -> Iterator[None]:
     """Without gradients torch's encoder takes a path of its own, with other roundings."""
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(True)
+    with without_fast_paths():
+        yield
 
 
 class One(nn.Module):

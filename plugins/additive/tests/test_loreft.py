@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, NotMergeable, TargetError, UnsupportedSite
 from peftcore.testing.hosts import HOSTS
+from peftcore.testing.tools import without_fast_paths
 
 BLOCKS = {
     "llama": "model.layers.{}",
@@ -29,9 +30,8 @@ Positions = Sequence[tuple[int, int]]
 @pytest.fixture(autouse=True)
 def plain_attention() -> Any:
     """Without gradients torch's encoder takes a path of its own, with other roundings."""
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(True)
+    with without_fast_paths():
+        yield
 
 
 def host(name: str) -> tuple[nn.Module, dict[str, Tensor]]:

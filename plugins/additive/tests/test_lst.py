@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.errors import ConfigError, SequenceError, TargetError, UnsupportedSite
 from peftcore.testing.hosts import HOSTS
+from peftcore.testing.tools import without_fast_paths
 
 BLOCKS = {
     "llama": "model.layers.{}",
@@ -31,9 +32,8 @@ TOKENS = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
 @pytest.fixture(autouse=True)
 def plain_attention() -> Any:
     """Without gradients torch's encoder takes a path of its own, on nested tensors."""
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(True)
+    with without_fast_paths():
+        yield
 
 
 def host(name: str) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -14,6 +14,7 @@ import peftcore
 from peftcore import current_call
 from peftcore.errors import NotMergeable, UnsupportedSite
 from peftcore.testing.hosts import HOSTS
+from peftcore.testing.tools import without_fast_paths
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
@@ -128,9 +129,8 @@ def compare(name: str, places: Places, activation: str, **options: Any) -> None:
 @pytest.fixture(autouse=True)
 def plain_attention() -> Any:
     """Without gradients torch's encoder takes a path of its own, with other roundings."""
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(True)
+    with without_fast_paths():
+        yield
 
 
 @pytest.mark.parametrize("activation", FUNCTIONS)
