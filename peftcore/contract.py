@@ -102,6 +102,8 @@ class Tags:
     """`calibrate` looks at the user's data before training; `apply` then wants ``data=``."""
     scheduled: bool = False
     """`on_step` changes the adapter while it trains, so whoever steps must know how many steps there will be."""
+    checked_against: str = ""
+    """Whose numbers its tests compare with: ``"peft 0.21"``, ``"the equation in float64"``."""
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,8 @@ def _kept(slot: Slot, module: nn.Module, acting: Acting) -> dict[str, Tensor | N
     """
     sources = [*module.parameters(), *module.buffers()]
     for _, effects in acting.effects:
-        for mount, _ in effects:
-            sources += [*mount.operator.parameters(), *mount.operator.buffers()]
+        for effect in effects:
+            sources += [*effect.mount.operator.parameters(), *effect.mount.operator.buffers()]
     if any(source.is_inference() for source in sources):
         return acting.effective(module)
     inference = torch.is_inference_mode_enabled()

@@ -58,7 +58,7 @@ def _precise(tensor: Tensor) -> Tensor:
 def _folded(module: nn.Module, effects: list[Effect], base: Tensor | None) -> Tensor | None:
     """The new stored tensor, computed in float32 or better and rounded once."""
     like = next(module.parameters()) if base is None else base
-    new = fold(effects, None if base is None else _precise(base), _precise(like))
+    new = fold(module, effects, None if base is None else _precise(base), _precise(like), _precise)
     return None if new is None else new.to(like.dtype)
 
 
@@ -68,7 +68,7 @@ def merged_tensors(injection: Injection) -> Mapping[Key, Tensor]:
     new: dict[Key, Tensor] = {}
     for (path, tensor), effects in _effects(injection).items():
         module = injection.model.get_submodule(path)
-        folded = _folded(module, effects, effects[0][0].layer.read(module, tensor))
+        folded = _folded(module, effects, effects[0].mount.layer.read(module, tensor))
         if folded is not None:
             new[path, tensor] = folded
     return new

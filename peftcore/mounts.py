@@ -42,12 +42,20 @@ class Mount:
         part = operate(take(logical, self.rows, self.layer.batch_dims)).to(stored.dtype)
         return self.layer.stored(put(logical, part, self.rows, self.layer.batch_dims))
 
-    def effective_bias(self, bias: Tensor | None, like: Tensor) -> Tensor | None:
-        """The bias that goes with `effective`."""
+    def effective_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+        """The bias that goes with `effective`, of the stored weight that `weight` reads when it is asked."""
         dim = self.layer.batch_dims
-        part = self.operator.merged_bias(None if bias is None else take(bias, self.rows, dim))
-        if bias is None or part is None:
-            return part if part is None else part.to(like.dtype)
+
+        def logical() -> Tensor:
+            return take(self.layer.logical(weight()), self.rows, dim)
+
+        part = self.operator.merged_bias(None if bias is None else take(bias, self.rows, dim), logical)
+        if part is None:
+            return None
+        if bias is None:
+            stored = weight()
+            whole = self.layer.logical(stored).shape[: dim + 1]
+            bias = stored.new_zeros(whole)
         return put(bias, part.to(bias.dtype), self.rows, dim)
 
     def around(self, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
@@ -71,24 +79,55 @@ def _around_rows(mount: Mount, call: Callable[..., Any], *args: Any, **kwargs: A
     return put(whole[-1], changed, rows, dim)
 
 
-Effect = tuple[Mount, bool]
-"""A mount that acts on a tensor: on the one it stands at, or (True) on the bias that goes with it."""
+Cast = Callable[[Any], Any]
+"""Raises the precision of a tensor, for what is written once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """A mount that acts on a tensor: on the one it stands at, or on the bias that goes with it."""
+
+    mount: Mount
+    before: tuple[Mount, ...] | None = None
+    """For a bias: what acts on the weight beside it earlier."""
+
+    def __call__(self, module: nn.Module, tensor: Tensor | None, like: Tensor, cast: Cast) -> Tensor | None:
+        """The stored tensor after this effect."""
+        if self.before is None:
+            return self.mount.effective(tensor, like)
+
+        def weight() -> Tensor:
+            stored: Tensor = cast(self.mount.layer.read(module, self.mount.tensor))
+            for mount in self.before or ():
+                stored = mount.effective(stored, like)
+            return stored
+
+        return self.mount.effective_bias(tensor, weight)
 
 
 def effects_of(mounts: Iterable[Mount]) -> dict[str, list[Effect]]:
     """What acts on each tensor of a module, in order: an operator may act on a weight and on its bias."""
     effects: dict[str, list[Effect]] = {}
     for mount in mounts:
-        effects.setdefault(mount.tensor, []).append((mount, False))
+        earlier = effects.setdefault(mount.tensor, [])
         if type(mount.operator).merged_bias is not _Base.merged_bias:
-            effects.setdefault(bias_name(mount.tensor), []).append((mount, True))
+            before = tuple(each.mount for each in earlier)
+            effects.setdefault(bias_name(mount.tensor), []).append(Effect(mount, before))
+        earlier.append(Effect(mount))
     return effects
 
 
-def fold(effects: Iterable[Effect], tensor: Tensor | None, like: Tensor) -> Tensor | None:
-    """The stored tensor after all effects; new ones get the dtype of `like`."""
-    for mount, on_bias in effects:
-        tensor = mount.effective_bias(tensor, like) if on_bias else mount.effective(tensor, like)
+def _as_it_is(tensor: Any) -> Any:
+    return tensor
+
+
+def fold(
+    module: nn.Module, effects: Iterable[Effect], tensor: Tensor | None, like: Tensor, cast: Cast = _as_it_is
+) -> Tensor | None:
+    """The stored tensor after all effects; new ones get the dtype of `like`. What else is read of the module goes
+    through `cast`."""
+    for effect in effects:
+        tensor = effect(module, tensor, like, cast)
     return tensor
 
 
@@ -118,7 +157,9 @@ class Acting:
         """The effective tensors by path below the module, computed at the operators' own precision."""
         like = next(module.parameters())
         with torch.autocast(like.device.type, enabled=False):
-            return {path: fold(each, each[0][0].layer.read(module, path), like) for path, each in self.effects}
+            return {
+                path: fold(module, each, each[0].mount.layer.read(module, path), like) for path, each in self.effects
+            }
 
 
 def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str, Any]]], active: Active) -> Acting:

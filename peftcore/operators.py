@@ -43,8 +43,9 @@ class _Base(nn.Module):
         """
         raise NotMergeable(f"{type(self).__name__} does not say what its merged weight is")
 
-    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
-        """The effective bias that goes with `merged`; most methods leave it alone."""
+    def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+        """The effective bias that goes with `merged`; most methods leave it alone. `weight` gives the weight that
+        `merged` gets, for the few whose bias depends on it."""
         return bias
 
     def factors(self) -> Factors | None:

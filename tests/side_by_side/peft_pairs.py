@@ -11,9 +11,8 @@ from typing import Any
 
 import peft
 import torch
-from peft.tuners.ia3 import IA3Model
-from peft.tuners.ln_tuning import LNTuningModel
-from peft.tuners.lora import LoraModel, ParamWrapper
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
 import peftcore
@@ -32,8 +31,6 @@ GRADIENTS = 1e-4
 """Accepted difference of the gradient of a tensor, relative to its largest entry."""
 MERGED = 1e-6
 """Accepted difference of a merged weight, relative to its largest entry."""
-
-TUNERS = {peft.LoraConfig: LoraModel, peft.IA3Config: IA3Model, peft.LNTuningConfig: LNTuningModel}
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ class Both:
     ) -> None:
         self.base, self.ours = base, deepcopy(base)
         self.injection: Injection = peftcore.apply(self.ours, method, **options)
-        self.tuner = TUNERS[type(config)](deepcopy(base), config, ADAPTER)
+        self.tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](deepcopy(base), config, ADAPTER)
         pairing = pairing or PAIRINGS[method]
         operators = self.injection.operators
         self.pairs = [

@@ -68,7 +68,7 @@ class IA3Operator(Operator):
         shape = [*weight.shape[: self.layer.batch_dims], *[1] * (lead - self.layer.batch_dims), self.gain.shape[-1]]
         return weight * self.gain.view(*shape, *[1] * (weight.dim() - len(shape)))
 
-    def merged_bias(self, bias: Tensor | None) -> Tensor | None:
+    def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
         return bias if bias is None or self.on_input else bias * self.gain
 
 

@@ -1,0 +1,13 @@
+"""Vision methods of peftcore: prompts and adapters for image models."""
+
+from collections.abc import Mapping
+
+from peftcore import hookimpl
+
+PEFTCORE_API = 1
+
+
+@hookimpl
+def peftcore_methods() -> Mapping[str, str]:
+    """Names and places of this plugin's methods."""
+    return {}
