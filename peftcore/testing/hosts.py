@@ -135,6 +135,70 @@ def _vit() -> tuple[nn.Module, dict[str, Any]]:
     return host, {"pixel_values": torch.randn(2, 1, 8, 8)}
 
 
+def _diffusers(model: str, **sizes: Any) -> nn.Module:
+    """A model of diffusers, imported on the first use only."""
+    try:
+        library = importlib.import_module("diffusers")
+    except ImportError as error:
+        raise NotApplicable(f"this host needs diffusers, which is not installed ({error})") from None
+    host: nn.Module = getattr(library, model)(**sizes)
+    return stir(host)
+
+
+def _unet() -> tuple[nn.Module, dict[str, Any]]:
+    host = _diffusers(
+        "UNet2DConditionModel",
+        sample_size=8,
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8, WIDTH),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=14,
+        attention_head_dim=2,
+        norm_num_groups=4,
+    )
+    inputs = {
+        "sample": torch.randn(2, 2, 8, 8),
+        "timestep": torch.tensor([3, 5]),
+        "encoder_hidden_states": torch.randn(2, 5, 14),
+    }
+    return host, inputs
+
+
+def _dit() -> tuple[nn.Module, dict[str, Any]]:
+    host = _diffusers(
+        "DiTTransformer2DModel",
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=2,
+        out_channels=4,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+    )
+    for name, module in host.named_modules():
+        if name.endswith("class_embedder"):
+            module.dropout_prob = 0.0  # labels left out at random are the training's noise, not the model's
+        elif name.endswith("norm1.linear"):
+            module.weight.data *= 3  # gates of attention and feed-forward that let something through
+    inputs = {
+        "hidden_states": torch.randn(2, 2, 8, 8),
+        "timestep": torch.tensor([3, 5]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+    return host, inputs
+
+
+def _sample(output: Any) -> Tensor:
+    sample: Tensor = output.sample
+    return sample
+
+
 def _logits(output: Any) -> Tensor:
     logits: Tensor = output.logits
     return logits
@@ -210,6 +274,8 @@ HOSTS: dict[str, Host] = {
         ),
         Host("mistral", _transformers("MistralConfig", "MistralForCausalLM", **_DECODER, sliding_window=3), _logits),
         Host("vit", _vit, _logits),
+        Host("unet", _unet, _sample),
+        Host("dit", _dit, _sample),
         Host("convnet", _convnet, _same, fallback=["stem", "grouped", "last"]),
     )
 }
