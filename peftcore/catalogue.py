@@ -6,19 +6,9 @@ import difflib
 import importlib
 from typing import TypeVar
 
-from peftcore.contract import Method, MethodInfo, check_method_class
+from peftcore.contract import CATEGORIES, Method, MethodInfo, check_method_class
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
 from peftcore.plugins import RUNTIME, registry
-
-_OURS = {
-    "additive": "adapterdrop houlsby_adapter ia3 llama_adapter loreft lst p_tuning p_tuning_v2 parallel_adapter "
-    "prefix_tuning prompt_tuning",
-    "hybrid": "config_union mam_adapter unipelt",
-    "reparameterized": "adalora dora galore lora lora_plus",
-    "selective": "bitfit child_tuning_d linear_probe ln_tuning",
-}
-KNOWN = {name: f"peftcore-{plugin}" for plugin, names in _OURS.items() for name in names.split()}
-"""Methods of our own plugins, for the line that says what to install."""
 
 M = TypeVar("M", bound=type[Method])
 _registered: dict[str, type[Method]] = {}
@@ -93,12 +83,13 @@ def _load(info: MethodInfo) -> type[Method]:
 
 def _unknown(name: str, short: str, known: list[str]) -> str:
     lines = [f"no method named {name!r}"]
-    close = difflib.get_close_matches(short, sorted({*known, *KNOWN}), n=3)
-    if close and short not in close:
+    close = difflib.get_close_matches(short, sorted(set(known)), n=3)
+    if close:
         lines.append(f"did you mean {' or '.join(repr(each) for each in close)}?")
-    if short in KNOWN:
-        lines.append(f"it comes with: pip install {KNOWN[short]}")
     lines += [str(failure) for failure in registry().failures]
-    if len(lines) == 1:
-        lines.append(f"there are: {', '.join(known) or 'none; install a plugin, such as peftcore-reparameterized'}")
+    if not close:
+        missing = [f"peftcore-{each}" for each in CATEGORIES if each not in registry().plugins]
+        if missing:
+            lines.append(f"it may be in a plugin that is not installed (pip install {' '.join(missing)})")
+        lines.append(f"there are: {', '.join(known) or 'none'}")
     return "; ".join(lines)

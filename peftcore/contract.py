@@ -139,6 +139,36 @@ class MethodInfo:
         """Reference of the defining paper (imports the method's module)."""
         return self._tags().paper
 
+    @property
+    def mergeable(self) -> bool:
+        """`Tags.mergeable` (imports the method's module)."""
+        return self._tags().mergeable
+
+    @property
+    def per_row(self) -> bool:
+        """`Tags.per_row` (imports the method's module)."""
+        return self._tags().per_row
+
+    @property
+    def needs_data(self) -> bool:
+        """`Tags.needs_data` (imports the method's module)."""
+        return self._tags().needs_data
+
+    @property
+    def checked_against(self) -> str:
+        """`Tags.checked_against` (imports the method's module)."""
+        return self._tags().checked_against
+
+    @property
+    def budgets(self) -> Mapping[str, int]:
+        """Values that train with default options, by name of the reference hosts that the method has a place in.
+
+        Plans on the meta device, for those of transformers and diffusers that are installed; takes a second or two.
+        """
+        from peftcore.references import budgets
+
+        return budgets(f"{self.plugin}/{self.name}")
+
 
 class Method(ABC):
     """A method. Subclasses are final: variants are options only where the paper's own code has them as options."""

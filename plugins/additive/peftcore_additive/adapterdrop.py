@@ -76,7 +76,13 @@ class AdapterDrop(Method):
 
     name = "adapterdrop"
     Config = Config
-    tags = Tags(category="additive", paper="2010.11918", identity_at_init=False, identity_options={"up_init_std": 0.0})
+    tags = Tags(
+        category="additive",
+        paper="2010.11918",
+        identity_at_init=False,
+        identity_options={"up_init_std": 0.0},
+        checked_against="the equation in float64",
+    )
     target = ("mlp.output",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

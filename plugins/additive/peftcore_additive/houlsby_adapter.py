@@ -74,7 +74,13 @@ class HoulsbyAdapter(Method):
 
     name = "houlsby_adapter"
     Config = Config
-    tags = Tags(category="additive", paper="1902.00751", identity_at_init=False, identity_options={"up_init_std": 0.0})
+    tags = Tags(
+        category="additive",
+        paper="1902.00751",
+        identity_at_init=False,
+        identity_options={"up_init_std": 0.0},
+        checked_against="the equation in float64",
+    )
     target = ("attn.output", "mlp.output")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -112,7 +112,9 @@ class LST(Method):
 
     name = "lst"
     Config = Config
-    tags = Tags(category="additive", paper="2206.06522", identity_at_init=False)
+    tags = Tags(
+        category="additive", paper="2206.06522", identity_at_init=False, checked_against="the equation in float64"
+    )
     target = ("block",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

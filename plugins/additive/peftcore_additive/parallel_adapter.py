@@ -127,7 +127,7 @@ class ParallelAdapter(Method):
 
     name = "parallel_adapter"
     Config = Config
-    tags = Tags(category="additive", paper="2110.04366")
+    tags = Tags(category="additive", paper="2110.04366", checked_against="the equation in float64")
     target = ("mlp.output",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

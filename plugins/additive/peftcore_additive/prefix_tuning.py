@@ -49,7 +49,13 @@ class PrefixTuning(Method):
 
     name = "prefix_tuning"
     Config = Config
-    tags = Tags(category="additive", paper="2101.00190", identity_at_init=False, identity_options={"gate": True})
+    tags = Tags(
+        category="additive",
+        paper="2101.00190",
+        identity_at_init=False,
+        identity_options={"gate": True},
+        checked_against="peft 0.21",
+    )
     target = ("attn.core", "cross.core")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import peftcore
 from peftcore import current_call
 from peftcore.errors import AmbiguousBackward, NotMergeable, TargetError, TrainingError, UnsupportedSite
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.training.optimizer import transient
 
@@ -37,6 +38,11 @@ CONFIGS = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"num_hidden_layers": LAYERS, "n_positions": 32}),
     "t5": ("T5Config", "T5ForConditionalGeneration", {"num_layers": LAYERS, "d_ff": 24, "d_kv": 8}),
 }
+
+
+@conformance("adapterdrop", options={"*": {"drop_first_layers": 1}})
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 def host(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import Replacement
 from peftcore.errors import NotMergeable, UnsupportedSite
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 
@@ -53,6 +54,11 @@ NORMS = {
     "moe": ["model.layers.{}.input_layernorm", "model.layers.{}.post_attention_layernorm"],
     "encoder": ["encoder.layers.{}.norm1", "encoder.layers.{}.norm2"],
 }
+
+
+@conformance("houlsby_adapter")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 @pytest.fixture(autouse=True)

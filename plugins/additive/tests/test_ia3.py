@@ -1,7 +1,7 @@
 """(IA)^3: where its vectors stand, what they do to biases, and that they multiply. Its numbers beside peft's are in the
 repository's side-by-side tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +10,14 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
+
+
+@conformance("ia3")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 @pytest.fixture(autouse=True)

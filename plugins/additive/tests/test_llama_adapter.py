@@ -12,10 +12,16 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import HostMismatch, UnsupportedSite
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 
 LENGTH = 3
 WIDTH = 16
+
+
+@conformance("llama_adapter")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 def host(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, NotMergeable, TargetError, UnsupportedSite
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 
@@ -25,6 +26,11 @@ BLOCKS = {
 KINDS = ("loreft", "noreft", "direft")
 Positions = Sequence[tuple[int, int]]
 """(row, token)."""
+
+
+@conformance("loreft")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, SequenceError, TargetError, UnsupportedSite
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 
@@ -27,6 +28,18 @@ CAUSAL = ("llama", "gpt2", "t5")
 WIDTH, NARROW, HEADS = 16, 8, 4
 TOKENS = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
 """Which tokens of the kit's batch are no padding."""
+
+
+@conformance(
+    "lst",
+    options={"*": {"reduction": 2}},
+    expected_failures={
+        "generation_in_other_ways_does_not_depend_on_the_cache-mistral": "the masks of a static cache speak of the "
+        "window alone, so nothing tells which of the tokens before it are padding; it is refused"
+    },
+)
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -10,11 +11,17 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
 peft = pytest.importorskip("peft")
 LENGTH, HIDDEN = 4, 6
+
+
+@conformance("p_tuning", options={"gpt2": {"length": 4}})  # a table of 32 positions: 20 rows do not fit often
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 def host(name: str) -> tuple[Any, dict[str, Tensor]]:

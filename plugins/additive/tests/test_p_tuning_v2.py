@@ -10,9 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 
 LENGTH, HIDDEN = 4, 12
+
+
+@conformance("p_tuning_v2")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 def host(name: str = "bert", dtype: torch.dtype = torch.float64) -> tuple[Any, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import current_call
 from peftcore.errors import NotMergeable, UnsupportedSite
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 
@@ -62,6 +63,11 @@ ATTENTIONS: dict[str, Places] = {
     ],
     "encoder": [("encoder.layers.{}.self_attn", "encoder.layers.{}.self_attn", "encoder.layers.{}.self_attn")],
 }
+
+
+@conformance("parallel_adapter")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 def host(name: str) -> tuple[nn.Module, dict[str, Tensor], Callable[[nn.Module], Tensor]]:

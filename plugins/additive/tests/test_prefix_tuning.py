@@ -2,6 +2,7 @@
 against the authors' parametrisation, written a second time in float64 with a prefilled cache in the place of an edited
 attention."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import peftcore
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 
 LENGTH, HIDDEN = 5, 12
+
+
+@conformance("prefix_tuning")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 def host(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, dict[str, Tensor]]:

@@ -5,6 +5,7 @@ that this project is for. What it is compared with there stands in tests/sequenc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -14,11 +15,17 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, NotMergeable, UnsupportedSite
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
 peft = pytest.importorskip("peft")
 LENGTH = 4
+
+
+@conformance("prompt_tuning", options={"gpt2": {"length": 4}})  # a table of 32 positions: 20 rows do not fit often
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 def host(name: str) -> tuple[Any, dict[str, Tensor]]:

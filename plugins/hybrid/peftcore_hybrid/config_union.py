@@ -60,7 +60,7 @@ class ConfigUnion(Method):
 
     name = "config_union"
     Config = Config
-    tags = Tags(category="hybrid", paper="2311.11077")
+    tags = Tags(category="hybrid", paper="2311.11077", checked_against="its parts, one by one")
     target = ()
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -105,7 +105,9 @@ class UniPELT(Method):
 
     name = "unipelt"
     Config = Config
-    tags = Tags(category="hybrid", paper="2110.07577", identity_at_init=False)
+    tags = Tags(
+        category="hybrid", paper="2110.07577", identity_at_init=False, checked_against="the equation in float64"
+    )
     target = ("attn.core", "cross.core", "mlp.output")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -1,6 +1,7 @@
 """The MAM adapter: its equations written a second time in float64, and its two parts applied one by one. (The authors'
 code is a fork of an old transformers: it does not run here.)"""
 
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,14 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, NotMergeable, TargetError, UnsupportedSite
+from peftcore.testing import conformance
 
 SMALL = {"prefix_length": 4, "prefix_mid_dim": 6, "ffn_bottleneck": 5}
+
+
+@conformance("mam_adapter")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 def apply(model: nn.Module, **options: Any) -> peftcore.Injection:

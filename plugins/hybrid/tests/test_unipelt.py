@@ -1,6 +1,7 @@
 """UniPELT: its equations written a second time in float64, what its gates see, where its parts stand. (The authors'
 code is a fork of an old transformers, for BERT alone.)"""
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -23,9 +24,15 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import MissingContext, NotMergeable, TargetError, UnsupportedSite
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 
 LENGTH = 4
+
+
+@conformance("unipelt")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 def apply(model: nn.Module, **options: Any) -> peftcore.Injection:

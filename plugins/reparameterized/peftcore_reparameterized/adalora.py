@@ -2,10 +2,10 @@
 
     y = W x + b + s B diag(E) A dropout(x),   s = alpha / (rank + 1e-5),   A, B ~ N(0, 0.02),   E zero
 
-The loss gains orthogonality * mean(||A A' - I||, ||B' B - I||). A triple is a column of B, an entry of E, a row of A;
-its importance is S(E) + mean S(A) + mean S(B), S the product of the moving averages of |w dw| and its fluctuation.
-After `warmup` steps a budget for all sites falls as a cubic from all triples to `target_rank` a site; every `interval`
-steps E becomes zero in the least important ones, which may come back. In the last `final` steps the choice stays.
+The loss gains orthogonality * mean(||A A' - I||, ||B' B - I||). The importance of a triple (column of B, entry of E, row
+of A) is S(E) + mean S(A) + mean S(B), S the product of the moving averages of |w dw| and its fluctuation. From step
+`warmup` to the last `final` ones a budget for all sites falls as a cubic from all triples to `target_rank` a site; every
+`interval` steps E becomes zero in the least important ones, which may come back.
 
 Parameters: rank * (in * kernel + out + 1) a site, times the number of experts.
 
@@ -81,8 +81,7 @@ class AdaLoRAOperator(Operator):
 
     def distances(self) -> Tensor:
         """How far A and B are from orthogonal, for each expert."""
-        rows = self.A.flatten(self.E.dim()), self.B.transpose(-1, -2)  # [*batch, rank, n]
-        grams = torch.stack([each @ each.transpose(-1, -2) for each in rows])
+        grams = torch.stack([each @ each.mT for each in (self.A.flatten(self.E.dim()), self.B.mT)])
         return torch.linalg.matrix_norm(grams - torch.eye(grams.shape[-1]).to(grams)).flatten()
 
     def observe(self, config: Config) -> None:
@@ -105,7 +104,7 @@ class AdaLoRA(Method):
 
     name = "adalora"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2303.10512", mergeable=True, low_rank=True, scheduled=True)
+    tags = Tags("reparameterized", "2303.10512", mergeable=True, low_rank=True, scheduled=True, checked_against="peft")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

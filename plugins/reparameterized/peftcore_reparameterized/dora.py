@@ -60,7 +60,7 @@ class DoRA(Method):
 
     name = "dora"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2402.09353", mergeable=True)
+    tags = Tags(category="reparameterized", paper="2402.09353", mergeable=True, checked_against="peft 0.21")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -68,7 +68,9 @@ class LoRA(Method):
 
     name = "lora"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2106.09685", mergeable=True, low_rank=True)
+    tags = Tags(
+        category="reparameterized", paper="2106.09685", mergeable=True, low_rank=True, checked_against="peft 0.21"
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -51,7 +51,9 @@ class LoRAPlus(Method):
 
     name = "lora_plus"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2402.12354", mergeable=True, low_rank=True)
+    tags = Tags(
+        category="reparameterized", paper="2402.12354", mergeable=True, low_rank=True, checked_against="peft 0.21"
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -1,6 +1,7 @@
 """AdaLoRA: its start, its loss, and how its budget falls. Its numbers beside peft's, step by step, are in the
 repository's side-by-side tests."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,9 +10,15 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import TrainingError, UnsupportedSite
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 
 SITES = 3
+
+
+@conformance("adalora", options={"mlp": {"rank": 9}})  # at rank 12 its factors have the shapes of weights there
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 class Stack(nn.Module):

@@ -1,6 +1,7 @@
 """DoRA: magnitude and direction, the norm as a constant of backward, rows without a direction. Its numbers beside
 peft's, and its equation on the layers that peft lacks, are in the repository's side-by-side tests."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,13 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
+
+
+@conformance("dora")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 class One(nn.Module):

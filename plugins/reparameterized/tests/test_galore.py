@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,11 +11,17 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 
 SHAPES = ((20, 12), (9, 20), (9, 9))
 RANK, GAP, SCALE, LR, DECAY, BETAS, EPS = 4, 3, 0.25, 0.01, 0.1, (0.9, 0.999), 1e-8
 SIDES = ("std", "reverse_std", "right", "left", "full")
+
+
+@conformance("galore")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 class Chain(nn.Module):

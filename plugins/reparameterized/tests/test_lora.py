@@ -2,6 +2,7 @@
 layers that peft lacks, are in the repository's side-by-side tests."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,13 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
+
+
+@conformance("lora")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 class One(nn.Module):

@@ -1,6 +1,7 @@
 """LoRA+: the same training as with peft's optimizer of that name, and who learns at which rate."""
 
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -12,9 +13,15 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, TrainingError
+from peftcore.testing import conformance
 
 LR, RATIO, EMBEDDING, DECAY, STEPS = 0.03, 8.0, 0.002, 0.1, 6
 EXACT = 1e-11
+
+
+@conformance("lora_plus")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 class Words(nn.Module):

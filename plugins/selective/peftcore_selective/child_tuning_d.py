@@ -51,7 +51,13 @@ class ChildTuningD(Method):
 
     name = "child_tuning_d"
     Config = Config
-    tags = Tags(category="selective", paper="2109.05687", mergeable=True, needs_data=True)
+    tags = Tags(
+        category="selective",
+        paper="2109.05687",
+        mergeable=True,
+        needs_data=True,
+        checked_against="the equation in float64",
+    )
     target = ("all-linear", "norm", "norm.inner")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

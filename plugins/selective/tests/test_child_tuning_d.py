@@ -1,5 +1,6 @@
 """Child-Tuning_D: which weights are in the child network, and the authors' optimizer, written a second time."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,21 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import CalibrationError
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 
 SHARE = 0.3
+
+
+@conformance(
+    "child_tuning_d",
+    expected_failures={
+        "factors_are_the_update-moe": "looking at data runs the host, whose grouped products know no float64",
+        "base_weights_load_into_an_adapted_host-mlp": "every tensor of this host trains, so the base does not show",
+    },
+)
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 class Stack(nn.Module):

@@ -1,6 +1,7 @@
 """Linear probe: the head trains, on features that stay. That this equals training the head in place is shown by the
 repository's side-by-side tests."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,7 +10,13 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import TargetError
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
+
+
+@conformance("linear_probe")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 def host(name: str) -> tuple[nn.Module, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Norm tuning: which norms train, and running statistics that stay. Its numbers beside peft's and beside training in
 place are in the repository's side-by-side tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,8 +10,14 @@ import transformers
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
+
+
+@conformance("ln_tuning")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
 
 
 @pytest.fixture(autouse=True)

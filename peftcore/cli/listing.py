@@ -1,0 +1,64 @@
+"""What `peftcore methods` prints: the survey's table, made from tags and plans."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from rich.progress import track
+from rich.table import Table
+
+from peftcore.contract import MethodInfo
+from peftcore.errors import PeftcoreError
+
+
+def records(infos: Iterable[MethodInfo], sizes: bool) -> list[dict[str, Any]]:
+    """One record a method; a method that cannot be imported says why. `sizes` plans it in the reference hosts."""
+    listed = list(infos)
+    shown = track(listed, "planning", transient=True, disable=not sizes)
+    return [_record(info, sizes) for info in shown]
+
+
+def _record(info: MethodInfo, sizes: bool) -> dict[str, Any]:
+    record: dict[str, Any] = {"name": info.name, "distribution": info.distribution}
+    try:
+        record |= {
+            "category": info.category,
+            "paper": info.paper,
+            "mergeable": info.mergeable,
+            "per_row": info.per_row,
+            "needs_data": info.needs_data,
+            "checked_against": info.checked_against,
+        }
+        if sizes:
+            record["parameters"] = dict(info.budgets)
+    except PeftcoreError as error:
+        record["error"] = str(error)
+    return record
+
+
+def as_json(found: list[dict[str, Any]]) -> str:
+    """For scripts."""
+    return json.dumps(found, indent=2)
+
+
+def as_table(found: list[dict[str, Any]], sizes: bool) -> Table:
+    """For people. Parameters are those in the first reference host that the method has a place in."""
+    table = Table("method", "category", "paper", "merges", "per row", "data", "checked against")
+    if sizes:
+        table.add_column("parameters", justify="right")
+        table.add_column("hosts")
+    for record in sorted(found, key=lambda each: (each.get("category", ""), each["name"])):
+        if "error" in record:
+            table.add_row(record["name"], f"[red]{record['error']}")
+            continue
+        row = [record["name"], record["category"], record["paper"]]
+        row += ["yes" if record[key] else "" for key in ("mergeable", "per_row", "needs_data")]
+        row.append(record["checked_against"])
+        if sizes:
+            budgets: dict[str, int] = record["parameters"]
+            first = next(iter(budgets), None)
+            row += [f"{budgets[first]:,} ({first})" if first else "by its options", ", ".join(budgets)]
+        table.add_row(*row)
+    return table
