@@ -13,7 +13,17 @@ from peftcore.testing.doors import Result, check_method, conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import CHECKS, Case, Check, CheckFailed, Host, NotApplicable
 
-for _name in ("injection", "declared", "forward", "training", "lifecycle", "calls", "merge", "files"):  # as they run
+for _name in (
+    "injection",
+    "declared",
+    "forward",
+    "training",
+    "lifecycle",
+    "calls",
+    "merge",
+    "files",
+    "learning",
+):  # as they run
     importlib.import_module(f"{__name__}.checks_{_name}")
 
 __all__ = [

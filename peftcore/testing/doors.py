@@ -12,7 +12,7 @@ from peftcore.catalogue import method as find_method
 from peftcore.contract import Method
 from peftcore.errors import ConfigError
 from peftcore.testing.hosts import HOSTS
-from peftcore.testing.kit import Case, Check, CheckFailed, NotApplicable, applicable, cases
+from peftcore.testing.kit import ANYWHERE, Case, Check, CheckFailed, NotApplicable, applicable, cases
 
 TELLING = ("llama", "encoder")
 """The hosts of a quick run: separate projections called as modules, and a packed one read by its owner."""
@@ -67,12 +67,12 @@ def _named(
 
 def _telling(check: Check) -> tuple[str, ...]:
     """The hosts of a check in a quick run: the telling ones, or the first of those that the check wants."""
-    wanted = TELLING if check.hosts is None else check.hosts
+    wanted = (ANYWHERE.name,) if check.chooses else TELLING if check.hosts is None else check.hosts
     return tuple(name for name in TELLING if name in wanted) or wanted[:1]
 
 
 def _run(check: Check, case: Case) -> None:
-    reason = applicable(case)
+    reason = None if check.chooses else applicable(case)
     if reason is not None:
         raise NotApplicable(reason)
     check(case)

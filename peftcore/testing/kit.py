@@ -52,6 +52,14 @@ class Host:
     fallback: Any = None
 
 
+def _nothing(*_: Any) -> Any:
+    raise NotApplicable("the check finds hosts by itself")
+
+
+ANYWHERE = Host("task", _nothing, _nothing)
+"""Stands for the hosts that a check finds by itself; options for these stand under its name."""
+
+
 @dataclass
 class Case:
     """One method on one host."""
@@ -158,6 +166,8 @@ class Check:
     when: Callable[[Tags], bool]
     hosts: tuple[str, ...] | None = None
     """Names of the hosts on which the check runs; all when None (a check of files needs one host, not eight)."""
+    chooses: bool = False
+    """It finds hosts by itself, and runs once a method."""
 
     @property
     def name(self) -> str:
@@ -186,12 +196,17 @@ CHECKS: list[Check] = []
 
 
 def check(
-    promise: str, cause: str, *, when: Callable[[Tags], bool] = lambda tags: True, hosts: tuple[str, ...] | None = None
+    promise: str,
+    cause: str,
+    *,
+    when: Callable[[Tags], bool] = lambda tags: True,
+    hosts: tuple[str, ...] | None = None,
+    chooses: bool = False,
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
     """File a function as a check."""
 
     def file(function: Callable[[Case], None]) -> Callable[[Case], None]:
-        CHECKS.append(Check(function, promise, cause, when, hosts))
+        CHECKS.append(Check(function, promise, cause, when, hosts, chooses))
         return function
 
     return file
@@ -223,6 +238,9 @@ def cases(
     """Every check on every host that the check wants, by the method's tags."""
     for each in CHECKS:
         if not each.when(method.tags):
+            continue
+        if each.chooses:
+            yield each, Case(method, ANYWHERE, {**options.get("*", {}), **options.get(ANYWHERE.name, {})})
             continue
         for name, host in hosts.items():
             if each.hosts is None or name in each.hosts:

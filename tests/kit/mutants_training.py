@@ -58,6 +58,11 @@ def all_of_them(self: Method, injection: Injection, *, lr: float, **defaults: An
     return [{"params": list(injection.parameters()), "lr": lr, **defaults}]
 
 
+def hardly_moves(self: Method, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+    trained = [parameter for parameter in injection.parameters() if parameter.requires_grad]
+    return [{"params": trained, "lr": lr * 1e-4, **defaults}]
+
+
 class Counts(Small):
     """Counts its steps in a plain attribute."""
 
@@ -109,5 +114,6 @@ MUTANTS: dict[str, Entry] = {
     "steps_count_where_they_are_asked_for": (mutant("does_nothing", tags=SCHEDULED, on_step=does_nothing), "mlp"),
     "the_own_loss_is_a_number": (mutant("adds_a_vector", aux_loss=adds_a_vector), "mlp"),
     "the_optimizer_holds_what_trains": (mutant("all_of_them", parameter_groups=all_of_them), "mlp"),
+    "it_learns": (mutant("hardly_moves", parameter_groups=hardly_moves), "task"),
     "training_resumes_exactly": (mutant("counts_steps", Counts, tags=SCHEDULED, on_step=grows), "mlp"),
 }

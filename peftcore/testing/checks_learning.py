@@ -1,0 +1,60 @@
+"""The check that a method learns: on a small real task, as the kit defines it and not the method's author."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+import peftcore
+from peftcore.errors import TargetError, UnsupportedSite
+from peftcore.injection import Injection
+from peftcore.testing.kit import Case, NotApplicable, check
+from peftcore.testing.tasks import STEPS, TASKS, Task, full_fine_tuning
+
+SHARE = 1 / 3
+"""Of what full fine-tuning gains in the same steps."""
+RATES = (1e-2, 3e-2, 1e-1, 3e-3)
+"""Learning rates to try; methods differ by far in what suits them."""
+
+
+def _adapted(case: Case, task: Task) -> Injection:
+    """The method with its default target in a fresh host of the task."""
+    data = [lambda model: task.loss(model, task.batch(STEPS))] if case.tags.needs_data else None
+    return peftcore.apply(task.pretrained(), case.method, data=data, **case.options)
+
+
+def _gains(case: Case, task: Task) -> Iterator[tuple[float, float]]:
+    """Shares of the gain of full fine-tuning, before training and after it, by learning rate."""
+    base = task.scored(task.pretrained())
+    whole = full_fine_tuning(task) - base
+    for rate in RATES:
+        injection = _adapted(case, task)
+        model = injection.model
+        before = task.scored(model)
+        optimizer = injection.optimizer(torch.optim.AdamW, lr=rate, weight_decay=0.0, total_steps=STEPS)
+        task.learn(model, optimizer)
+        yield (before - base) / whole, (task.scored(model) - base) / whole
+
+
+@check(
+    "on a small real task it gains a third of what full fine-tuning gains in the same steps",
+    "the update is scaled far too small, or the optimizer does not get what should train",
+    chooses=True,
+)
+def it_learns(case: Case) -> None:
+    tried: dict[str, list[str]] = {}
+    for task in TASKS:
+        try:
+            _adapted(case, task)
+        except (TargetError, UnsupportedSite):
+            continue
+        for frozen, gained in _gains(case, task):
+            case.expect(frozen < SHARE, f"{task.name}: untrained it gains {frozen:.0%}, so nothing would be learned")
+            if gained >= SHARE:
+                return
+            tried.setdefault(task.name, []).append(f"{gained:.0%}")
+    if not tried:
+        raise NotApplicable("no task has a host in which the method has a place")
+    gains = "; ".join(f"{name} {' '.join(each)}" for name, each in tried.items())
+    case.expect(False, f"gains by task and learning rate: {gains}")
