@@ -12,6 +12,7 @@ def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
         "adapterdrop": "peftcore_additive.adapterdrop:AdapterDrop",
+        "compacter": "peftcore_additive.compacter:Compacter",
         "houlsby_adapter": "peftcore_additive.houlsby_adapter:HoulsbyAdapter",
         "ia3": "peftcore_additive.ia3:IA3",
         "llama_adapter": "peftcore_additive.llama_adapter:LlamaAdapter",
@@ -20,6 +21,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "p_tuning": "peftcore_additive.p_tuning:PTuning",
         "p_tuning_v2": "peftcore_additive.p_tuning_v2:PTuningV2",
         "parallel_adapter": "peftcore_additive.parallel_adapter:ParallelAdapter",
+        "pfeiffer_adapter": "peftcore_additive.pfeiffer_adapter:PfeifferAdapter",
         "prefix_tuning": "peftcore_additive.prefix_tuning:PrefixTuning",
         "prompt_tuning": "peftcore_additive.prompt_tuning:PromptTuning",
     }

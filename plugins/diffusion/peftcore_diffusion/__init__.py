@@ -10,4 +10,6 @@ PEFTCORE_API = 1
 @hookimpl
 def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
-    return {}
+    return {
+        "svdiff": "peftcore_diffusion.svdiff:SVDiff",
+    }

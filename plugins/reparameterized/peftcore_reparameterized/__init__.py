@@ -12,8 +12,16 @@ def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
         "adalora": "peftcore_reparameterized.adalora:AdaLoRA",
+        "boft": "peftcore_reparameterized.boft:BOFT",
         "dora": "peftcore_reparameterized.dora:DoRA",
+        "fourierft": "peftcore_reparameterized.fourierft:FourierFT",
         "galore": "peftcore_reparameterized.galore:GaLore",
+        "hra": "peftcore_reparameterized.hra:HRA",
+        "loha": "peftcore_reparameterized.loha:LoHa",
         "lora": "peftcore_reparameterized.lora:LoRA",
         "lora_plus": "peftcore_reparameterized.lora_plus:LoRAPlus",
+        "lora_xs": "peftcore_reparameterized.lora_xs:LoRAXS",
+        "oft": "peftcore_reparameterized.oft:OFT",
+        "olora": "peftcore_reparameterized.olora:OLoRA",
+        "pissa": "peftcore_reparameterized.pissa:PiSSA",
     }

@@ -15,4 +15,5 @@ def peftcore_methods() -> Mapping[str, str]:
         "child_tuning_d": "peftcore_selective.child_tuning_d:ChildTuningD",
         "linear_probe": "peftcore_selective.linear_probe:LinearProbe",
         "ln_tuning": "peftcore_selective.ln_tuning:LNTuning",
+        "shira": "peftcore_selective.shira:SHiRA",
     }

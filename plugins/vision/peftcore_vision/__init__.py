@@ -10,4 +10,9 @@ PEFTCORE_API = 1
 @hookimpl
 def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
-    return {}
+    return {
+        "adaptformer": "peftcore_vision.adaptformer:AdaptFormer",
+        "clip_adapter": "peftcore_vision.clip_adapter:CLIPAdapter",
+        "vpt_deep": "peftcore_vision.vpt_deep:VPTDeep",
+        "vpt_shallow": "peftcore_vision.vpt_shallow:VPTShallow",
+    }

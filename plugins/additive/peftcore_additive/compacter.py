@@ -1,0 +1,151 @@
+"""Compacter: adapters of sums of Kronecker products.   Karimi Mahabadi et al. 2021, arXiv 2106.04647.
+
+    y = h + (f(h H_down + b_down) H_up + b_up),   H = sum_i R_i (x) (S_i T_i),   i = 1..n   ((x): Kronecker product)
+
+R_i [n, n] are the rules, one set for all adapters and both of their matrices; S_i [in / n, q] and T_i [q, out / n] are
+each matrix' own, of rank q = 1. h is what a sub-block is about to add to the stream, as in `houlsby_adapter`, but of
+self-attention and feed-forward alone: the authors leave cross-attention out (name its matrix as a target to have it
+adapted). Compacter++ leaves self-attention out too. All norms of the host train along, as in the authors' code
+(rabeehk/compacter).
+
+The rules start as N(0, 1e-4), S and T from Glorot's uniform draw with gain sqrt(2), as in that code: nearly the
+identity. The adapters package draws S and T from a normal.
+A PHM adapter, in the paper the step before Compacter, is ``shared_rule=False, factorized=False, rule_std=0.01``: each
+matrix has rules of its own, and whole blocks [in / n, out / n] in place of S_i T_i.
+
+Parameters: 2 q (d + r) + r + d an adapter, n^3 once; of a PHM adapter 2 d r / n + 2 n^3 + r + d. The norms besides.
+
+Use it where adapters must be small: it trains less than a tenth of a percent of T5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, on_first
+from peftcore.errors import UnsupportedSite
+from peftcore.operators import Shared
+from peftcore_additive.houlsby_adapter import ACTIVATIONS
+
+FUNCTIONS = {**ACTIVATIONS, "gelu_tanh": lambda: nn.GELU("tanh")}
+
+
+class Config(MethodConfig):
+    """Options of Compacter."""
+
+    method: Literal["compacter"] = "compacter"
+    bottleneck: PositiveInt = 24
+    """Width r of the bottleneck, a multiple of `phm_dim`; the paper's is a 32nd of the stream."""
+    phm_dim: PositiveInt = 4
+    """Number n of Kronecker products in each matrix; it must divide the width of the stream."""
+    rank: PositiveInt = 1
+    """Rank q of the second factors, where they are factorized."""
+    placement: Literal["compacter", "compacter_pp"] = "compacter"
+    """Behind self-attention and feed-forward, or behind the feed-forward alone (Compacter++)."""
+    shared_rule: bool = True
+    """One set of rules for all matrices; without it, each has its own."""
+    factorized: bool = True
+    """Second factors of low rank; without it, whole ones."""
+    rule_std: NonNegativeFloat = 1e-4
+    """Standard deviation of the rules at the start; 0 makes a fresh adapter an exact identity."""
+    activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "gelu_tanh"
+    """The non-linearity f."""
+    train_layer_norm: bool = True
+    """Train the norms of the host along, as the paper does."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.bottleneck % self.phm_dim:
+            raise ValueError(f"bottleneck={self.bottleneck} is no multiple of phm_dim={self.phm_dim}")
+        return self
+
+
+class Rule(nn.Module):
+    """The first factors, [n, n, n]."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        n = config.phm_dim
+        self.value = nn.Parameter(torch.randn(n, n, n) * config.rule_std)
+
+
+class KroneckerLinear(nn.Module):
+    """x H + b."""
+
+    def __init__(self, inputs: int, outputs: int, config: Config, shared: Shared | None) -> None:
+        super().__init__()
+        n, self.shared = config.phm_dim, shared
+        self.rule = None if shared else Rule(config)
+        width = config.rank if config.factorized else outputs // n
+        self.left = nn.Parameter(torch.empty(n, inputs // n, width))  # S, or the whole blocks
+        self.right = nn.Parameter(torch.empty(n, width, outputs // n)) if config.factorized else None
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        for factors in (self.left, self.right):
+            for factor in () if factors is None else factors.detach():  # each product is a matrix of its own
+                nn.init.xavier_uniform_(factor, gain=math.sqrt(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rule = (self.rule if self.shared is None else self.shared.module).value
+        blocks = self.left if self.right is None else self.left @ self.right
+        H = torch.einsum("iab,icd->acbd", rule, blocks).reshape(-1, self.bias.shape[0])  # [in, out]
+        return nn.functional.linear(x, H.T.to(x.dtype), self.bias.to(x.dtype))
+
+
+class CompacterOperator(Operator):
+    """Rewrites what the site returns (the first entry, where attention returns a tuple)."""
+
+    def __init__(self, site: Site, config: Config, rule: Shared | None) -> None:
+        super().__init__(site)
+        if self.layer.channel_dim != -1:
+            raise UnsupportedSite(f"{site.path}: a bottleneck adapter needs features in the last dimension")
+        if site.out_features % config.phm_dim:
+            raise UnsupportedSite(
+                f"{site.path}: {site.out_features} features are no multiple of phm_dim={config.phm_dim}"
+            )
+        self.down = KroneckerLinear(site.out_features, config.bottleneck, config, rule)
+        self.activation = FUNCTIONS[config.activation]()
+        self.up = KroneckerLinear(config.bottleneck, site.out_features, config, rule)
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return on_first(call(*args, **kwargs), lambda h: h + self.up(self.activation(self.down(h))))
+
+
+class Compacter(Method):
+    """Bottleneck adapters of Kronecker products with shared rules."""
+
+    name = "compacter"
+    Config = Config
+    tags = Tags(
+        category="additive",
+        paper="2106.04647",
+        identity_at_init=False,
+        identity_options={"rule_std": 0.0},
+        checked_against="the authors' code",
+    )
+    target = ("attn.output", "mlp.output")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            own = config.at(site.path)
+            families = {entry.role.partition(".")[0] for entry in surgeon.resolver.host.at(site.module_path)}
+            left_out = {"cross", "attn"} if own.placement == "compacter_pp" else {"cross"}
+            if site.role == "attn.output" and families & left_out:  # named by the role, not by the user
+                continue
+            rule = surgeon.own(f"rule_{own.phm_dim}", lambda own=own: Rule(own)) if own.shared_rule else None
+            surgeon.graft(site, lambda s, c, rule=rule: CompacterOperator(s, c, rule), config)
+        for site in surgeon.at("norm.*") if config.train_layer_norm else ():
+            surgeon.train(site.module_path)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if site.form == "weight":  # a norm's gain or bias
+            return site.numel
+        d, r, n = site.out_features, config.bottleneck, config.phm_dim
+        factors = 2 * config.rank * (d + r) if config.factorized else 2 * d * r // n
+        return factors + r + d + (0 if config.shared_rule else 2 * n**3)

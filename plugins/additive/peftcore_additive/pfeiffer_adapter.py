@@ -1,0 +1,149 @@
+"""Pfeiffer adapter: one bottleneck a layer, at the stream.   Pfeiffer et al. 2020, arXiv 2005.00247, 2005.00052.
+
+    u = LN(x + o),   y = LN(x + o + W_up f(W_down u + b_down) + b_up)   post-norm hosts: LN is the block's last norm
+    u = x + o,       y = x + o + W_up f(W_down u + b_down) + b_up       pre-norm hosts
+
+x is the stream, o what the feed-forward adds to it. The adapter reads the stream behind the feed-forward and is added
+to it again; in post-norm hosts the frozen norm runs twice, with the same weights. Nothing stands at the attention, and
+no norm trains: that, and what is read, is the difference to `houlsby_adapter`. Both matrices start from N(0, 0.02),
+biases at zero: near the identity. All of this as the adapters package has it (its `seq_bn`).
+
+A host is post-norm when no norm stands behind its blocks; torch's own layers say what they are. An operator's
+`placement` tells the verdict; where it is wrong (wav2vec2 looks the same with `do_stable_layer_norm` and without),
+choose it. Many later papers call a bottleneck on o itself "Pfeiffer": that is "branch", and stands at any target.
+
+Parameters: 2 d r + r + d a layer.
+
+Use it where a Houlsby adapter would do, at half its size; adapters for languages and tasks are stacked so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore.hosts import HostMap
+from peftcore.hosts.hostmap import under
+from peftcore_additive._blocks import MIXERS
+from peftcore_additive.houlsby_adapter import BottleneckOperator
+
+STREAM = "stream"  # the form of the site where an adapter acts, unless it is the one that it is named for
+Placement = Literal["post", "pre", "branch"]
+
+
+class Config(MethodConfig):
+    """Options of the Pfeiffer adapter."""
+
+    method: Literal["pfeiffer_adapter"] = "pfeiffer_adapter"
+    bottleneck: PositiveInt = 48
+    """Width r of the bottleneck; the paper's is a sixteenth of the stream."""
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
+    """The non-linearity f."""
+    placement: Literal["auto", "post", "pre", "branch"] = "auto"
+    """What it reads: the stream behind the norm that ends a block, or as the block returns it ("auto" is one of these,
+    as the host is), or what the target itself returns."""
+    init_std: NonNegativeFloat = 0.02
+    """Standard deviation of W_down at the start."""
+    up_init_std: NonNegativeFloat = 0.02
+    """Standard deviation of W_up at the start; 0 makes a fresh adapter an exact identity."""
+
+
+class PfeifferOperator(BottleneckOperator):
+    """Named for a feed-forward, it acts in the stream: around the norm that ends the block, or around the block."""
+
+    def __init__(self, site: Site, config: Config, placement: Placement) -> None:
+        super().__init__(site, config)
+        self.placement = placement
+        nn.init.normal_(self.down.weight, std=config.init_std)
+        nn.init.normal_(self.up.weight, std=config.up_init_std)
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        if self.placement == "branch":
+            return self
+        if form != STREAM:  # the feed-forward itself
+            return lambda call, *args, **kwargs: call(*args, **kwargs)
+        return self._around_norm if self.placement == "post" else self
+
+    def _around_norm(self, call: Callable[..., Tensor], stream: Tensor) -> Tensor:
+        return call(stream + self._added(call(stream)).to(stream.dtype))
+
+    def _adapt(self, h: Tensor) -> Tensor:
+        return h + self._added(h)
+
+    def _added(self, u: Tensor) -> Tensor:
+        down, down_bias, up, up_bias = self.cast(u, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        inner = self.activation(nn.functional.linear(u, down, down_bias))  # [..., r]
+        return nn.functional.linear(inner, up, up_bias)
+
+
+class PfeifferAdapter(Method):
+    """One bottleneck adapter a layer, at the residual stream."""
+
+    name = "pfeiffer_adapter"
+    Config = Config
+    tags = Tags(
+        category="additive",
+        paper="2005.00247",
+        identity_at_init=False,
+        identity_options={"up_init_std": 0.0},
+        checked_against="adapters 1.3",
+    )
+    target = ("mlp.output",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        blocks: set[str] = set()
+        for site in surgeon.sites():
+            placement, holders = config.at(site.path).placement, ()
+            if placement != "branch":
+                block = _block_of(site, surgeon.resolver.host)
+                if block in blocks:
+                    continue  # macaron blocks have two feed-forwards: one adapter a layer
+                blocks.add(block)
+                placement, place = _place(surgeon, block, placement)
+                holders = (replace(place, form=STREAM),)
+            surgeon.graft(site, lambda s, c, placement=placement: PfeifferOperator(s, c, placement), config, holders)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return 2 * site.out_features * config.bottleneck + config.bottleneck + site.out_features
+
+
+def _block_of(site: Site, host: HostMap) -> str:
+    """The path of the block whose feed-forward a site ends."""
+    block = next((each.block for each in host.at(site.module_path) if each.role in ("mlp.down", "mlp")), None)
+    if block is None:
+        raise UnsupportedSite(f'{site.path} is no feed-forward of a layer; placement="branch" adapts what it returns')
+    inside = [entry for entry in host.entries if entry.block == block]
+    mixes = any(each.role.partition(".")[0] in MIXERS for each in inside)
+    if site.layer.channel_dim != -1 or not mixes or any(each.stream == "context" for each in inside):
+        raise UnsupportedSite(f"{block}: a Pfeiffer adapter needs one stream of tokens, with features last")
+    return block
+
+
+def _place(surgeon: Surgeon, block: str, wish: str) -> tuple[Placement, Site]:
+    """Where in the stream the adapter of a block stands: at its last norm outside of its attentions, or at itself."""
+    inside = [entry for entry in surgeon.resolver.host.entries if entry.block == block]
+    attentions = [f"{entry.path}." for entry in inside if entry.role in ("attn", "cross") and entry.path != block]
+    norms = [e.path for e in inside if e.role == "norm" and not any(e.path.startswith(each) for each in attentions)]
+    if norms and (wish == "post" or (wish == "auto" and _is_post_norm(surgeon, block))):
+        return "post", surgeon.resolver.site(norms[-1], "weight", "norm")
+    if wish == "post":
+        raise UnsupportedSite(f'{block}: no norm ends this block; choose placement="pre" or "branch"')
+    return "pre", surgeon.resolver.site(block, "weight", "block")
+
+
+def _is_post_norm(surgeon: Surgeon, block: str) -> bool:
+    """Torch's layers say it; other hosts that normalize in front of branches have one more norm behind their blocks."""
+    module, host = surgeon.resolver.modules[block], surgeon.resolver.host
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        return not module.norm_first
+    stacks = [entry.path for entry in host.entries if entry.role.startswith("stack") and under(block, entry.path)]
+    stack, tower = max(stacks, key=len, default=""), host.at(block)[0].tower  # heads have norms of their own
+    finals = [entry for entry in host.entries if entry.role == "norm.final" and entry.tower == tower]
+    return not any(under(entry.path, stack) for entry in finals)

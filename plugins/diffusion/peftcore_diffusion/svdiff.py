@@ -1,0 +1,125 @@
+"""SVDiff: the singular values of every weight are shifted.   Han et al. 2023, arXiv 2303.11305.
+
+    W = U S V',   W' = U diag(relu(S + scale * delta)) V' = W + U diag(max(scale * delta, -S)) V',   delta = 0 at first
+
+Kernels of convolutions are decomposed as [out, in * kernel], tables as they are, experts each on its own; a vector (the
+gain of a norm) is a matrix of one row. The right-hand form is that of this code: a fresh injection is the base to the
+bit, where the authors' product of U, S and V' is it up to rounding. U, S and V' are those of the base, whatever else
+acts on it; they are computed again when an adapter is loaded, so that its file holds the shifts alone.
+
+As in the code that the numbers come from (mkshing/svdiff-pytorch), all weights of the host are adapted but for biases,
+and gains learn at a rate of their own, `vector_lr`, in ``injection.optimizer(...)``.
+
+Parameters: min(out, in * kernel) a matrix, times the number of experts; 1 a vector.
+
+Use it for subjects and styles from few images: a file is hundreds of times smaller than the host. Shifts of several
+subjects may be added: apply one after the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor, nn
+
+from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.weights import Layer, take, whole
+from peftcore_diffusion._ties import alike, foremost, stored_as
+
+
+class Config(MethodConfig):
+    """Options of SVDiff."""
+
+    method: Literal["svdiff"] = "svdiff"
+    scale: PositiveFloat = 1.0
+    """By how much the shifts count: 1 in training; below or above, when the adapter is loaded, for less or more of the
+    effect."""
+    vector_lr: PositiveFloat = 1e-6
+    """Learning rate of the shifts of vectors; that of matrices is the optimizer's (1e-3 is usual)."""
+
+
+class SVDiffOperator(WeightOperator):
+    """The shifts of one tensor, and the frozen directions along which they act."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        self.scale, self.stale = config.scale, False
+        U, S, V = self._decompose(_base(site))
+        for name, tensor in (("U", U), ("S", S), ("V", V)):
+            self.register_buffer(name, tensor.contiguous(), persistent=False)
+        self.delta = nn.Parameter(torch.zeros(S.shape))  # [*batch, min(out, in * kernel)]
+
+    def _decompose(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        lead = self.layer.batch_dims
+        matrix = weight.detach().flatten(lead + 1) if weight.dim() > lead + 1 else weight.detach().unsqueeze(lead)
+        U, S, V = torch.linalg.svd(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), full_matrices=False)
+        return U, S, V
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.stale = True  # a state dict of the whole host brings another base
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.stale:
+            with torch.no_grad():
+                for buffer, found in zip((self.U, self.S, self.V), self._decompose(weight), strict=True):
+                    buffer.copy_(found)
+            self.stale = False
+        shift = self.scale * self.delta
+        shift = torch.where(self.S + shift <= 0, -self.S, shift)  # relu(S + shift) - S, with the gradient of relu
+        return weight + ((self.U * shift.unsqueeze(-2)) @ self.V).view(weight.shape)
+
+
+class SVDiff(Method):
+    """Shifts of singular values."""
+
+    name = "svdiff"
+    Config = Config
+    tags = Tags(category="diffusion", paper="2303.11305", mergeable=True, checked_against="the authors' code")
+    target = "*"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for group in alike(weight for site in surgeon.sites() for weight in _weights(site)):
+            site, rest = foremost(group), [each for each in group if each is not foremost(group)]
+            if rest:  # one shift for all, in the layout of storage
+                site, *rest = (stored_as(each, Layer()) for each in (site, *rest))
+            surgeon.graft(site, SVDiffOperator, config, tuple(rest))
+
+    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        groups: dict[float, list[nn.Parameter]] = {}
+        for graft in injection.grafts:
+            if graft.by_method and graft.operator.get_parameter("delta").requires_grad:
+                vector = len(graft.site.weight_shape) == 1
+                rate = injection.config.at(graft.site.path).vector_lr if vector else lr
+                groups.setdefault(rate, []).append(graft.operator.get_parameter("delta"))
+        return [{"params": shifts, **defaults, "lr": rate} for rate, shifts in groups.items()]
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        shape = site.weight_shape[site.layer.batch_dims :]
+        return math.prod(site.batch) * (min(shape[0], math.prod(shape[1:])) if len(shape) > 1 else 1)
+
+
+def _base(site: Site) -> Tensor:
+    """The weight without what other injections do."""
+    if site.meta or (stored := site.layer.read(site.module, site.tensor)) is None:
+        return site.weight()
+    return take(site.layer.logical(whole(stored)), site.rows, site.layer.batch_dims)
+
+
+def _weights(site: Site) -> Iterator[Site]:
+    """The site; where it is a module without a weight of its own, its bare parameters but for biases."""
+    if site.layer.read(site.module, site.tensor) is not None:
+        yield site
+        return
+    for tensor in site.tensors():
+        if not tensor.endswith("bias") and not site.missing(tensor) and site.module.get_parameter(tensor).dim():
+            yield site.at(tensor)

@@ -1,0 +1,106 @@
+"""Which task each row of a batch belongs to: two options of a method, and ``peftcore.call(model, task=...)``."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, Self
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor
+
+from peftcore import MethodConfig, Site, current_call
+from peftcore.errors import ConfigError, MissingContext, RouteError
+from peftcore.injection import MIXES_ROWS
+
+
+class TaskConfig(MethodConfig):
+    """Options of a method that knows tasks."""
+
+    tasks: PositiveInt | list[str] = 1
+    """How many tasks there are, or their names."""
+    task: NonNegativeInt | str | None = None
+    """The task where no call says one. Without it, a call has to, unless there is one task only."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if isinstance(self.tasks, list) and (not self.tasks or len(set(self.tasks)) < len(self.tasks)):
+            raise ValueError("tasks is a number, or a list of different names")
+        if self.task is not None:
+            position(self.task, self.tasks)
+        return self
+
+
+def task_count(config: TaskConfig) -> int:
+    """How many tasks there are."""
+    return config.tasks if isinstance(config.tasks, int) else len(config.tasks)
+
+
+def position(task: Any, tasks: int | list[str]) -> int:
+    """The number of one task.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    if isinstance(task, str):
+        if isinstance(tasks, list) and task in tasks:
+            return tasks.index(task)
+        known = ", ".join(tasks) if isinstance(tasks, list) else f"none has a name; they are 0 to {tasks - 1}"
+        raise ConfigError(f"there is no task {task!r}: {known}")
+    index, count = operator.index(task), tasks if isinstance(tasks, int) else len(tasks)
+    if not 0 <= index < count:
+        raise ConfigError(f"task {index} is not one of 0 to {count - 1}")
+    return index
+
+
+class Tasks:
+    """Looks up what belongs to the task of each row.
+
+    What a call says is one task, a number or a name, for all rows; or a list or an integer tensor with one for each
+    row. Rows come first in what a module sees.
+    """
+
+    def __init__(self, site: Site, config: TaskConfig) -> None:
+        self.tasks, self.default, self.path = config.tasks, config.task, site.path
+        self.apart = (site.role or "").partition(".")[0] not in MIXES_ROWS and site.role != "embed.pos"
+        if self.default is None and task_count(config) == 1:
+            self.default = 0
+
+    def of_rows(self, table: Tensor, rows: int) -> Tensor:
+        """The entries of `table` ``[tasks, ...]`` for so many rows: ``[1, ...]`` where all have one task, else ``[rows,
+        ...]``, each repeated where a module sees several rows of one (beams, windows, flat tokens).
+
+        Raises:
+            MissingContext: nobody said the task.
+            RouteError: there are not as many rows.
+        """
+        told = current_call().context.get("task", self.default)
+        if told is None:
+            raise MissingContext(
+                "this method needs to be told the task, one or a list of one for each row: with "
+                "peftcore.call(model, task=...): ... (or give it a default, the option task)"
+            )
+        if isinstance(told, Tensor) and told.dim():
+            index = self._checked(told).to(table.device)
+        elif isinstance(told, list | tuple):
+            index = torch.tensor([position(each, self.tasks) for each in told], device=table.device)
+        else:
+            one = position(told, self.tasks)
+            return table[one : one + 1]
+        times, rest = divmod(rows, len(index))
+        if rest or not times or not self.apart:
+            raise RouteError(
+                f"{self.path} got {rows} rows, which cannot be told apart by {len(index)} tasks; name one for each row "
+                "of the batch, or one for all"
+            )
+        return table[index if times == 1 else index.repeat_interleave(times)]
+
+    def _checked(self, told: Tensor) -> Tensor:
+        if told.dim() != 1 or told.is_floating_point() or told.dtype == torch.bool:
+            raise ConfigError(
+                f"task={told.dtype} {tuple(told.shape)}: tasks of rows are a list, or a vector of integers"
+            )
+        if told.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would cost a wait
+            for each in told.tolist():
+                position(each, self.tasks)
+        return told.long()

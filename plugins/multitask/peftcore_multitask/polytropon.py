@@ -1,0 +1,122 @@
+"""Polytropon, and its multi-head routing.   Ponti et al. 2022, arXiv 2202.13914; Caccia et al. 2022, arXiv 2211.03831.
+
+    y = W x + b + s (sum_k w_k B_k) (sum_k w_k A_k) x,   s = 1 / rank,   w = z / sum_k z
+
+Skill k of a site is a low-rank update A_k [rank, in], B_k [out, rank], started as in LoRA. Task t has a logit for each
+skill, Z_t, uniform in +-0.001 at first: z = sigmoid(Z_t), and in training a draw for each row from the relaxed
+Bernoulli distribution with these logits, z = sigmoid(Z_t + log u - log(1 - u)), u uniform. A and B are averaged apart.
+
+With `splits` it is multi-head routing (Poly-S): the inputs of A and the outputs of B are cut into groups, and each
+group has logits, and skills, of its own. Convolutions and embeddings have factors as in LoRA.
+
+The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So one weight
+cannot stand for the update, and it does not merge; a tensor that is read instead of called has no rows, and is refused.
+
+The authors (microsoft/mttl) train Z a hundred times faster than the skills, without weight decay; peft leaves that to
+the user. Parameters: skills * rank * (in * kernel + out) + tasks * splits * skills a site.
+
+Use it for many related tasks: what they share is learned once, and a new task needs few examples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Injection, Method, Operator, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore_multitask._skills import factors
+from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
+
+
+class Config(TaskConfig):
+    """Options of Polytropon."""
+
+    method: Literal["polytropon"] = "polytropon"
+    skills: PositiveInt = 4
+    """Low-rank updates that the tasks of a site share."""
+    splits: PositiveInt = 1
+    """Groups of inputs and of outputs that are routed apart: more than 1 is multi-head routing."""
+    rank: PositiveInt = 8
+    """Rank of each skill."""
+    sampled: bool = True
+    """Draw the weights of skills in training; False takes what evaluation takes."""
+    routing_ratio: PositiveFloat = 100.0
+    """The learning rate of the logits, relative to that of the skills."""
+
+
+def _blocks(parts: Tensor) -> Tensor:
+    """``[n * a, n * b, ...]`` with the parts ``[n, a, b, ...]`` on its diagonal, and zeros beside them."""
+    n = len(parts)
+    eye = torch.eye(n, dtype=parts.dtype, device=parts.device).view(n, 1, n, 1, *[1] * (parts.dim() - 3))
+    return (eye * parts.unsqueeze(2)).flatten(2, 3).flatten(0, 1)
+
+
+class PolytroponOperator(Operator):
+    """The skills of one site, and the logits of its tasks."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        splits = config.splits
+        if site.in_features % splits or site.out_features % splits:
+            raise UnsupportedSite(
+                f"{site.path} has {site.in_features} inputs and {site.out_features} outputs, which {splits} groups do "
+                "not divide; choose other splits"
+            )
+        inputs, outputs = site.in_features // splits, site.out_features // splits
+        self.scale, self.sampled, self.tasks = 1 / config.rank, config.sampled, Tasks(site, config)
+        lead = (splits, config.skills)
+        self.A, self.B = factors(site, (*lead, config.rank, inputs), (*lead, outputs, config.rank), inputs)
+        self.logits = nn.Parameter(torch.empty(task_count(config), *lead).uniform_(-1e-3, 1e-3))
+
+    def weights(self, rows: int) -> Tensor:
+        """How much of each skill a row gets, ``[rows or 1, splits, skills]``."""
+        logits = self.tasks.of_rows(self.logits, rows)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.training and self.sampled:
+            uniform = torch.rand(rows, *logits.shape[1:], dtype=logits.dtype, device=logits.device)
+            logits = logits + torch.logit(uniform, eps=torch.finfo(logits.dtype).eps)
+        chosen = logits.sigmoid()
+        return chosen / (chosen.sum(-1, keepdim=True) + 1e-12)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y, channels = call(x), self.layer.channel_dim
+        A, B = self.cast(y, self.A, self.B)
+        low = self.layer.apply(x, _blocks(A.flatten(1, 2))).movedim(channels, -1)  # [..., splits * skills * rank]
+        batched = low.dim() > -channels
+        (w,) = self.cast(y, self.weights(len(low) if batched else 1))
+        w = w.view(*w.shape[: int(batched)], *[1] * (low.dim() - 1 - int(batched)), *w.shape[-2:], 1)
+        low = (low.unflatten(-1, self.A.shape[:3]) * w).sum((-3, -2))  # [..., rank]
+        low = (low[..., None, None, :] * w).flatten(-3).movedim(-1, channels)
+        return self.layer.add(y, low, _blocks(B.transpose(1, 2).flatten(2)), self.scale)
+
+
+class Polytropon(Method):
+    """Low-rank skills that tasks choose from."""
+
+    name = "polytropon"
+    Config = Config
+    tags = Tags(category="multitask", paper="2202.13914", checked_against="peft 0.21")
+    target = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, PolytroponOperator, config)
+
+    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        operators = [each for each in injection.operators.values() if isinstance(each, PolytroponOperator)]
+        logits = {id(each.logits) for each in operators}
+        trained = [p for p in injection.parameters() if p.requires_grad]
+        skills = {"params": [p for p in trained if id(p) not in logits], **defaults, "lr": lr}
+        routing = {"params": [p for p in trained if id(p) in logits], **defaults}
+        return [skills, {**routing, "lr": lr * injection.config.routing_ratio, "weight_decay": 0.0}]
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        numbers = site.in_features * math.prod(site.kernel) + site.out_features
+        return config.skills * (config.rank * numbers + task_count(config) * config.splits)

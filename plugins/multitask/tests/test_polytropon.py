@@ -1,0 +1,210 @@
+"""Polytropon and multi-head routing: the kit; the real peft, in evaluation, in training and in generation; a task for
+each row; kinds of layers that peft does not know; what is refused."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft_pairs import ADAPTER, Both, Pair, difference
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import ConfigError, MissingContext, RouteError, UnsupportedSite
+from peftcore.operators import _Base
+from peftcore.targets import Site
+from peftcore.testing import conformance
+from peftcore.testing.hosts import HOSTS
+from peftcore.testing.kit import fill
+
+TASKS, SKILLS, RANK = 4, 3, 3
+OPTIONS = {"tasks": TASKS, "skills": SKILLS, "rank": RANK}
+
+
+# Without draws: a forward in training is then what it is in evaluation, as the kit wants it.
+@conformance("polytropon", options={"*": {**OPTIONS, "splits": 2, "task": 1, "sampled": False}})
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+def pairs(site: Site, operator: _Base, theirs: nn.Module) -> Iterator[Pair]:
+    """peft's factors are transposed, and its logits lie in one row a task."""
+    layer: Any = theirs.get_submodule(site.module_path)
+    yield Pair(f"{site.path}.A", operator.A, layer.poly_lora_A[ADAPTER], lambda t: t.mT)
+    yield Pair(f"{site.path}.B", operator.B, layer.poly_lora_B[ADAPTER], lambda t: t.mT)
+    logits = layer.poly_router[ADAPTER].module_logits
+    yield Pair(f"{site.path}.logits", operator.logits, logits, lambda t: t.view(operator.logits.shape))
+
+
+def both(splits: int, train: bool = False) -> tuple[Both, Callable[..., Callable[[nn.Module], Tensor]]]:
+    """llama in both libraries, the logits with a deviation of one, and how it is run with tasks."""
+    torch.manual_seed(0)
+    base, inputs = HOSTS["llama"].build()
+    config = peft.PolyConfig(
+        r=RANK, n_tasks=TASKS, n_skills=SKILLS, n_splits=splits, target_modules=["q_proj", "v_proj", "o_proj"]
+    )
+    options = {**OPTIONS, "splits": splits, "target": ["attn.q", "attn.v", "attn.out"]}
+    found = Both(base.train(train), "polytropon", options, config, pairs)
+    for pair in found.pairs:
+        if pair.name.endswith("logits"):
+            found.change(pair.name, lambda t: t.mul_(10))
+
+    def running(told: Any, ids: list[int]) -> Callable[[nn.Module], Tensor]:
+        def run(model: nn.Module) -> Tensor:
+            if model is found.tuner.model:
+                return found.tuner(**inputs, task_ids=torch.tensor(ids)).logits
+            with peftcore.call(model, task=told):
+                return model(**inputs).logits
+
+        return run
+
+    return found, running
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("splits", [1, 4])
+def test_peft(splits: int, train: bool) -> None:
+    """Outputs and gradients, in training with the same draws: two rows of different tasks."""
+    found, running = both(splits, train)
+    found.assert_same_gradients(*found.assert_same_outputs(running([3, 1], [3, 1])))
+
+
+def test_one_task_for_all_rows_and_a_tensor_of_tasks() -> None:
+    found, running = both(2)
+    for told, ids in ((2, [2, 2]), (torch.tensor([0, 2]), [0, 2])):
+        found.assert_same_outputs(running(told, ids))
+
+
+def test_names_and_a_default() -> None:
+    torch.manual_seed(0)
+    model, inputs = HOSTS["llama"].build()
+    model.eval()
+    fill(peftcore.apply(model, "polytropon", tasks=["rte", "sst", "mrpc"], task="sst", skills=SKILLS))
+
+    def told(**context: Any) -> Tensor:
+        with peftcore.call(model, **context):
+            return model(**inputs).logits
+
+    assert torch.equal(told(), told(task="sst")) and torch.equal(told(), told(task=1))
+    mixed = told(task=["mrpc", "sst"])
+    torch.testing.assert_close(mixed, torch.stack([told(task="mrpc")[0], told()[1]]))
+    assert difference(told()[0], mixed[0]) > 1e-3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_blocks_that_run_again_draw_the_same(reentrant: bool) -> None:
+    torch.manual_seed(0)
+    model, inputs = HOSTS["llama"].build()
+    injection = peftcore.apply(model.train(), "polytropon", **OPTIONS)
+    fill(injection)
+    found = []
+    for again in (False, True):
+        if again:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.zero_grad()
+        torch.manual_seed(1)
+        with peftcore.call(model, task=[0, 3]):
+            output = model(**inputs).logits
+        with peftcore.call(model, task=[1, 1]):  # left before backward
+            output.square().sum().backward()
+        found.append([output.detach(), *(p.grad.clone() for p in injection.parameters())])
+    for plain, repeated in zip(*found, strict=True):
+        assert difference(repeated, plain) <= 1e-5 and plain.abs().max() > 0
+
+
+@pytest.mark.parametrize("host", ["llama", "t5"])
+def test_beams_keep_the_tasks_of_their_rows(host: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = HOSTS[host].build()
+    model.eval()
+    injection = peftcore.apply(model, "polytropon", **OPTIONS)
+    with torch.no_grad():
+        for parameter in injection.parameters():
+            parameter.normal_(0, 1)
+    ids = inputs["input_ids"]
+    options = {"num_beams": 3, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    with peftcore.call(model, task=[3, 0]):
+        together = model.generate(ids, **options)
+    for row, task in enumerate((3, 0)):
+        with peftcore.call(model, task=task):
+            assert torch.equal(model.generate(ids[row : row + 1], **options)[0], together[row])
+    with peftcore.call(model, task=1):
+        assert not torch.equal(model.generate(ids, **options), together)
+
+
+LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "linear-2d": lambda: (nn.Linear(12, 8), torch.randn(4, 12)),
+    "linear-unbatched": lambda: (nn.Linear(12, 8), torch.randn(12)),
+    "conv2d": lambda: (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0)), torch.randn(4, 4, 7, 6)),
+    "conv2d-unbatched": lambda: (nn.Conv2d(4, 6, 3, padding=1), torch.randn(4, 5, 5)),
+    "embedding": lambda: (
+        nn.Embedding(20, 6, padding_idx=0),
+        torch.tensor([[0, 3, 5], [1, 1, 19], [2, 0, 4], [7, 8, 9]]),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_kinds_of_layers_against_the_equation(kind: str) -> None:
+    """The effective weight of each task, in float64, run by the layer itself: a row at a time."""
+    torch.manual_seed(0)
+    layer, x = LAYERS[kind]()
+    base = nn.Sequential(layer).double()
+    x = x.double() if x.is_floating_point() else x
+    model = deepcopy(base).eval()
+    injection = peftcore.apply(model, "polytropon", target="0", **OPTIONS, splits=2, dtype="float64")
+    fill(injection)
+    (op,) = injection.operators.values()
+    alone = "unbatched" in kind
+    tasks = [2] if alone else [2, 0, 3, 1]
+    with peftcore.call(model, task=2 if alone else tasks):
+        ours = model(x)[None] if alone else model(x)
+    for row, task in enumerate(tasks):
+        w = op.logits[task].sigmoid()
+        w = w / w.sum(-1, keepdim=True)
+        A = torch.cat([sum(w[q, s] * op.A[q, s] for s in range(SKILLS)) for q in range(2)], 1)  # [rank, in, *kernel]
+        B = torch.cat([sum(w[q, s] * op.B[q, s] for s in range(SKILLS)) for q in range(2)], 0)
+        update = torch.einsum("or,r...->o...", B, A) / RANK
+        update = update.T if kind == "embedding" else update
+        twin = deepcopy(base)
+        twin[0].weight.data += update
+        twin[0].padding_idx = None
+        expected = twin(x) if alone else twin(x)[row]
+        assert difference(expected, base(x) if alone else base(x)[row]) > 1e-3
+        torch.testing.assert_close(ours[row], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_logits_learn_at_a_rate_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    injection = peftcore.apply(model, "polytropon", target="0", tasks=2)
+    (op,) = injection.operators.values()
+    groups = injection.optimizer(torch.optim.AdamW, lr=1e-3, weight_decay=0.1).param_groups
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert rates == {id(op.A): (1e-3, 0.1), id(op.B): (1e-3, 0.1), id(op.logits): (0.1, 0.0)}
+
+
+def test_what_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    injection = peftcore.apply(model, "polytropon", target="0", tasks=2)
+    x = torch.randn(3, 6)
+    with pytest.raises(MissingContext, match=r"peftcore\.call\(model, task="):
+        model(x)
+    for told, error in (
+        (2, ConfigError),
+        ("rte", ConfigError),
+        ([0, 1], RouteError),
+        (torch.tensor([0, 5, 1]), ConfigError),
+    ):
+        with pytest.raises(error), peftcore.call(model, task=told):
+            model(x)
+    injection.remove()
+    with pytest.raises(UnsupportedSite, match="groups"):
+        peftcore.apply(model, "polytropon", target="0", splits=4)
+    with pytest.raises(UnsupportedSite, match="read"):
+        peftcore.apply(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "polytropon", target="0")
+    for options in ({"tasks": ["a", "a"]}, {"tasks": 2, "task": 2}, {"tasks": ["a"], "task": "b"}):
+        with pytest.raises(ConfigError):
+            peftcore.apply(model, "polytropon", target="0", **options)

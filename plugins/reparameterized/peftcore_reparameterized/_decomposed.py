@@ -1,0 +1,94 @@
+"""What methods that start from a decomposition of the weight share: the weight as a matrix, its principal part, and an
+update that trains a pair of factors against a frozen copy of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import Operator, Site
+from peftcore_reparameterized._low_rank import low_rank_update
+
+
+def rank_within(site: Site, rank: int) -> int:
+    """`rank`, or that of the weight where it is smaller: a decomposition has no more directions."""
+    return min(rank, site.out_features, site.in_features * math.prod(site.kernel))
+
+
+def as_matrix(site: Site) -> Tensor:
+    """The weight as ``[*batch, out, in * kernel]``, in float32 at least: no decomposition knows half precision."""
+    columns = site.in_features * math.prod(site.kernel)
+    weight = site.weight().detach().reshape(*site.batch, site.out_features, columns)
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def as_rows(site: Site, rows: Tensor) -> Tensor:
+    """Rows ``[*batch, rank, in * kernel]`` in the layout of a first factor, ``[*batch, rank, in, *kernel]``."""
+    return rows.unflatten(-1, (site.in_features, *site.kernel))
+
+
+def principal(matrix: Tensor, rank: int, iterations: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """U ``[*batch, out, rank]``, S ``[*batch, rank]`` and V' ``[*batch, rank, in]`` of the largest singular values.
+
+    With `iterations` an approximation: random directions, turned that many times towards the principal ones. They are
+    drawn on the CPU, so that they depend on the seed alone. A pair of singular vectors may change its sign, and which
+    one comes out is up to the machine: here the largest entry of each column of U is positive.
+    """
+    if iterations is None:
+        U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+        U, S, V = U[..., :rank], S[..., :rank], V[..., :rank, :]
+    else:
+        basis = _orthonormal(matrix @ torch.randn(matrix.shape[-1], rank, dtype=matrix.dtype).to(matrix.device))
+        for _ in range(iterations):
+            basis = _orthonormal(matrix @ _orthonormal(matrix.mT @ basis))
+        U, S, V = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+        U = basis @ U
+    sign = positive(U.gather(-2, U.abs().argmax(-2, keepdim=True)))  # [*batch, 1, rank]
+    return U * sign, S, V * sign.mT
+
+
+def _orthonormal(columns: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(columns).Q
+    return basis
+
+
+def positive(values: Tensor) -> Tensor:
+    """What makes each value positive when multiplied with it: 1 or -1."""
+    return 1 - 2 * (values < 0).to(values.dtype)
+
+
+class PairOperator(Operator):
+    """``s (B A - B0 A0)``: A and B train, A0 and B0 are what they started as.
+
+    A method that takes BA out of the base and trains it back in computes the same, but here the base stays as it is:
+    so the adapter can be left, routed, stacked, and loaded into the base as it came. A0 and B0 are in its file: found
+    a second time, on another machine, they would be others, by rounding at least.
+    """
+
+    A0: Tensor
+    B0: Tensor
+
+    def __init__(self, site: Site, A: Tensor, B: Tensor, scale: float) -> None:
+        super().__init__(site)
+        self.scale = scale
+        A, B = A.contiguous(), B.contiguous()
+        self.A, self.B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
+        self.register_buffer("A0", A)
+        self.register_buffer("B0", B)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """``B (A - A0) + (B - B0) A0``: nothing at first, to the bit, and what training changes is not lost in the
+        rounding of two large products."""
+        A = torch.cat([self.A - self.A0, self.A0], self.layer.batch_dims)  # [*batch, 2 rank, in, *kernel]
+        return A, torch.cat([self.B, self.B - self.B0], -1), self.scale  # B: [*batch, out, 2 rank]
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, *self.factors()[:2])
+        return self.layer.add(y, self.layer.apply(x, A), B, self.scale)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * low_rank_update(*self.factors()[:2], weight)

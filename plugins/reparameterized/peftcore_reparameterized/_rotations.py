@@ -1,0 +1,75 @@
+"""What orthogonal methods share: the side of a weight that turns, skew-symmetric matrices, their Cayley transform, and
+rotation in blocks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from peftcore import Site
+from peftcore.errors import UnsupportedSite
+from peftcore.weights import Layer
+
+
+def width(site: Site) -> int:
+    """Coordinates of the turned side: the inputs of one output (with the kernel), or what an embedding returns.
+
+    The inputs of an embedding are tokens, which no rotation should mix.
+    """
+    return site.out_features if site.layer.one_hot else site.in_features * math.prod(site.kernel)
+
+
+def rows(weight: Tensor, layer: Layer) -> Tensor:
+    """The weight [*batch, out, in, *kernel] as rows [*batch, n, width] of the turned side, at full precision."""
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return weight.mT if layer.one_hot else weight.flatten(layer.batch_dims + 1)
+
+
+def weight_of(rows: Tensor, layer: Layer, shape: torch.Size) -> Tensor:
+    """The way back from `rows`."""
+    return rows.mT if layer.one_hot else rows.view(shape)
+
+
+def block_size(site: Site, wanted: int, factors: int = 1) -> int:
+    """The width of a block that is nearest to the wanted one (the smaller of two) and cuts the turned side evenly, for
+    a butterfly of that many factors.
+
+    Raises:
+        UnsupportedSite: there is none up to twice the wanted one.
+    """
+    halves = 2 ** (factors - 1)  # a factor joins halves of blocks across a distance that doubles
+    even = 1 if factors == 1 else 2
+    fitting = [n for n in range(2, 2 * wanted + 1) if n % even == 0 and width(site) % (n * halves) == 0]
+    if not fitting:
+        raise UnsupportedSite(
+            f"{site.path} turns {width(site)} coordinates, which no blocks of width 2 to {2 * wanted} cut evenly; "
+            "exclude it, or set other options for it in overrides"
+        )
+    return min(fitting, key=lambda n: (abs(n - wanted), n))
+
+
+def skew(entries: Tensor, size: int) -> Tensor:
+    """Skew-symmetric matrices [..., size, size] from what stands above the diagonal, row by row."""
+    row, column = torch.triu_indices(size, size, 1, device=entries.device)
+    entries = entries.to(torch.promote_types(entries.dtype, torch.float32))
+    matrix = entries.new_zeros(*entries.shape[:-1], size * size)
+    matrix = matrix.index_copy(-1, row * size + column, entries).unflatten(-1, (size, size))
+    return matrix - matrix.mT
+
+
+def cayley(K: Tensor) -> Tensor:
+    """The rotations (I - K) (I + K)^-1 of skew-symmetric matrices; every rotation without the eigenvalue -1 is one."""
+    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    rotation: Tensor = torch.linalg.solve(identity + K, identity - K)  # the two factors commute
+    return rotation
+
+
+def rotate(rows: Tensor, R: Tensor) -> Tensor:
+    """Rows [*batch, n, width] times the transpose of a block-diagonal matrix R [*batch, blocks, size, size]; one block
+    stands for all."""
+    dtype = torch.promote_types(rows.dtype, R.dtype)
+    parts = rows.to(dtype).unflatten(-1, (-1, R.shape[-1]))  # [*batch, n, blocks, size]
+    turned = parts.transpose(-3, -2) @ R.to(dtype).mT  # [*batch, blocks, n, size]
+    return turned.transpose(-3, -2).flatten(-2)

@@ -1,0 +1,85 @@
+"""BOFT: orthogonal fine-tuning by butterfly factors.   Liu et al. 2023, arXiv 2311.06243.
+
+    W' = diag(s) W R^T,   R = B_m ... B_1,   B_i = P_i diag(R_1, ..., R_k) P_i^T,   R_j = (I - K_j) (I + K_j)^-1
+
+The turned side is cut into halves of blocks, b / 2 coordinates each. A block of B_1 joins neighbours, one of B_i halves
+at the distance 2^(i - 1), as in a fast Fourier transform: after m factors each input has met b 2^(m - 1) others, with
+few parameters. K is skew-symmetric and zero at first, s [out] is one; the bias is not scaled. One factor is OFT with
+the gains s. Convolutions and embeddings turn as in OFT.
+
+As in OFT, what is above the diagonal of K is trained, where the authors (whose code is peft's) train a full Q with K =
+(Q - Q^T) / 2. Without its CUDA kernel peft falls back to one factor, and its convolutions pass over dilation; here the
+permutations are views. LyCORIS turns the outputs instead, with the inverse transform and the coordinates of a block in
+turns from its two halves. The defaults are those of the paper's language models, m = 2 and b = 8.
+
+Parameters: m k b (b - 1) / 2 + out a site, k = in * kernel / b, times the number of experts.
+
+Use it where OFT's blocks are too narrow to mix what belongs together.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore_reparameterized._rotations import block_size, cayley, rotate, rows, skew, weight_of, width
+
+
+class Config(MethodConfig):
+    """Options of BOFT."""
+
+    method: Literal["boft"] = "boft"
+    block_size: Annotated[int, Field(ge=2)] = 8
+    """Width b of a block; at a site whose inputs it does not fit, the nearest width that does."""
+    factors: PositiveInt = 2
+    """Number m of butterfly factors; b * 2^(m - 1) divides the inputs of a site."""
+
+
+class BOFTOperator(WeightOperator):
+    """The rotation of one site and the gains of its outputs."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        self.size = block_size(site, config.block_size, config.factors)
+        entries = self.size * (self.size - 1) // 2
+        self.K = nn.Parameter(torch.zeros(*site.batch, config.factors, width(site) // self.size, entries))
+        self.gain = nn.Parameter(torch.ones(*site.batch, site.out_features))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        turned = rows(weight, self.layer)  # [*batch, n, width]
+        for factor, R in enumerate(cayley(skew(self.K, self.size)).unbind(-4)):
+            turned = _swap(rotate(_swap(turned, 2, 2**factor, self.size), R), 2**factor, 2, self.size)
+        turned = weight_of(turned, self.layer, weight.shape)
+        return turned * self.gain.view(*self.gain.shape, *[1] * (weight.dim() - self.gain.dim()))
+
+
+def _swap(rows: Tensor, one: int, other: int, size: int) -> Tensor:
+    """Exchange two levels of the order of halves: to where those at the distance 2^factor stand side by side, and
+    back."""
+    if one == 1 or other == 1:  # neighbours already
+        return rows
+    return rows.unflatten(-1, (-1, one, other, size // 2)).transpose(-3, -2).flatten(-4)
+
+
+class BOFT(Method):
+    """Butterfly orthogonal fine-tuning."""
+
+    name = "boft"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2311.06243", mergeable=True, checked_against="peft 0.21")
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, BOFTOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        size = block_size(site, config.block_size, config.factors)
+        rotations = config.factors * width(site) // size * size * (size - 1) // 2
+        return math.prod(site.batch) * (rotations + site.out_features)

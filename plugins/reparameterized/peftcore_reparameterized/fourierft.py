@@ -1,0 +1,93 @@
+"""FourierFT: an update with a sparse Fourier spectrum.   Gao et al. 2024, arXiv 2405.03003.
+
+    W' = W + alpha Re(ifft2(F)),   F [out, in] zero except for n trained entries c
+
+    delta[p, q] = alpha / (out in) sum_j c_j cos(2 pi (u_j p / out + v_j q / in))
+
+The positions (u_j, v_j) are drawn from `entry_seed` alone, so all sites of one shape have the same ones, and files keep
+only c; they are those that peft draws from its `random_loc_seed`. In convolutions q counts all inputs of an output,
+kernel and all; stacked experts have an F of their own each. c starts as N(0, `init_std`): a fresh adapter changes
+outputs, as the authors and peft have it, unless `init_std` is 0. The authors' code takes square weights only and
+applies the transpose of this update; peft computes in float32 whatever the dtype, here float64 stays exact.
+
+Parameters: n a site, times the number of experts, whatever the size of the weight.
+
+Use it where adapters must be tiny; each forward costs a Fourier transform of the weight's size, until it is merged.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.errors import UnsupportedSite
+
+
+class Config(MethodConfig):
+    """Options of FourierFT."""
+
+    method: Literal["fourierft"] = "fourierft"
+    n_frequency: PositiveInt = 1000
+    """Number n of spectral entries that are trained at each site."""
+    alpha: PositiveFloat = 150.0
+    """Factor of the update; larger ones want smaller learning rates."""
+    entry_seed: NonNegativeInt = 777
+    """Seed of the positions in the spectrum."""
+    init_std: NonNegativeFloat = 1.0
+    """Standard deviation with which the entries start; 0 leaves the host's outputs as they are at first."""
+
+
+class FourierFTOperator(WeightOperator):
+    """The spectrum of one site's update."""
+
+    entries: Tensor
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        self.alpha = config.alpha
+        size = site.out_features * site.in_features * math.prod(site.kernel)
+        if config.n_frequency > size:
+            raise UnsupportedSite(
+                f"{site.path} has {size} entries in its spectrum, fewer than n_frequency={config.n_frequency}; "
+                "lower it, there alone with overrides, or exclude the site"
+            )
+        self.c = nn.Parameter(torch.randn(*site.batch, config.n_frequency) * config.init_std)
+        generator = torch.Generator("cpu").manual_seed(config.entry_seed)  # also while planning
+        entries = torch.randperm(size, generator=generator, device="cpu")[: config.n_frequency]
+        self.register_buffer("entries", entries, persistent=False)  # row after row of [out, in * kernel]
+
+    def forward(self, weight: Tensor) -> Tensor:
+        matrix = weight.flatten(self.layer.batch_dims + 1)  # [*batch, out, in * kernel]
+        c = self.c.to(torch.promote_types(self.c.dtype, torch.float32))  # half precision has no transform
+        spectrum = c.new_zeros(*c.shape[:-1], math.prod(matrix.shape[-2:])).index_copy(-1, self.entries, c)
+        delta = torch.fft.fft2(spectrum.unflatten(-1, matrix.shape[-2:])).real
+        return weight + self.alpha * delta.reshape(weight.shape)
+
+
+class FourierFT(Method):
+    """Updates in the Fourier domain."""
+
+    name = "fourierft"
+    Config = Config
+    tags = Tags(
+        category="reparameterized",
+        paper="2405.03003",
+        mergeable=True,
+        identity_at_init=False,
+        identity_options={"init_std": 0.0},
+        checked_against="peft 0.21",
+    )
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, FourierFTOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return math.prod(site.batch) * config.n_frequency

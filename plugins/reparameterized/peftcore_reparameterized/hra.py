@@ -1,0 +1,106 @@
+"""HRA: Householder reflection adaptation.   Yuan et al. 2024, arXiv 2405.17484.
+
+    W' = W H_1 H_2 ... H_r,   H_i = I - 2 u_i u_i^T / ||u_i||^2,   u_1 = u_2, u_3 = u_4, ... at first, so that W' = W
+
+The reflections act on the inputs of a weight, as in peft and the authors' code for diffusion and DeBERTa (their code
+for Llama reflects the outputs); in convolutions on the whole kernel of an output, in embeddings on the vector that is
+returned. Their product is computed at once, as I - N^T T N with T [r, r] triangular: no matrix [in, in] is made. The
+u_i start uniform in +-1/sqrt(r / 2); a u of zeros reflects nothing. peft also takes an odd rank, which starts with one
+reflection too many; its convolutions are right for square kernels without dilation or groups.
+
+With `orthogonality` the loss gains that weight times the sum over the sites of ||I - N N^T||, N the u_i / ||u_i||.
+With `gram_schmidt` they are made orthonormal, W' = W (I - 2 Q Q^T): r reflections across different directions, never
+the identity. There they start unpaired. The authors and peft keep the pairs, whose second half is then normalized from
+rounding errors: what they compute at first depends on the machine, and may be nan.
+
+Parameters: rank * in * kernel a site, times the number of experts.
+
+Use it as OFT, at a cost that grows with the rank instead of the block.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat
+from torch import Tensor, nn
+
+from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.errors import UnsupportedSite
+from peftcore_reparameterized._rotations import rows, weight_of, width
+
+
+class Config(MethodConfig):
+    """Options of HRA."""
+
+    method: Literal["hra"] = "hra"
+    rank: Annotated[int, Field(ge=2, multiple_of=2)] = 8
+    """Number of reflections: even, since they start in pairs."""
+    orthogonality: NonNegativeFloat = 0.0
+    """Weight of the orthogonality of the reflections in the loss."""
+    gram_schmidt: bool = False
+    """Reflect across orthonormal directions; a fresh adapter then changes outputs."""
+
+
+class HRAOperator(WeightOperator):
+    """The reflections of one site."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        self.gram_schmidt = config.gram_schmidt
+        if self.gram_schmidt and config.rank > width(site):
+            raise UnsupportedSite(
+                f"{site.path} has {width(site)} inputs, so no {config.rank} directions are orthogonal; lower the rank"
+            )
+        drawn = config.rank if self.gram_schmidt else config.rank // 2
+        bound = 1 / math.sqrt(config.rank / 2)
+        u = torch.empty(*site.batch, drawn, width(site)).uniform_(-bound, bound)
+        self.U = nn.Parameter(u.repeat_interleave(config.rank // drawn, dim=-2))
+
+    def directions(self) -> Tensor:
+        """The u_i at length one: [*batch, rank, in]."""
+        U = self.U.to(torch.promote_types(self.U.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(U, dim=-1, keepdim=True)
+        return U / torch.where(norm == 0, 1.0, norm)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        base, N = rows(weight, self.layer), self.directions()
+        dtype = torch.promote_types(base.dtype, N.dtype)
+        base, N = base.to(dtype), N.to(dtype)
+        if self.gram_schmidt:
+            N = torch.linalg.qr(N.mT).Q.mT
+            low = 2 * (base @ N.mT)  # [*batch, n, rank]
+        else:
+            half = torch.eye(N.shape[-2], dtype=dtype, device=N.device) / 2
+            inverse = half + (N @ N.mT).triu(1)  # of T
+            low = torch.linalg.solve_triangular(inverse, base @ N.mT, upper=True, left=False)
+        return weight_of(base - low @ N, self.layer, weight.shape)
+
+    def distance(self) -> Tensor:
+        """How far the directions are from orthogonal, for each expert."""
+        N = self.directions()
+        return torch.linalg.matrix_norm(torch.eye(N.shape[-2]).to(N) - N @ N.mT)
+
+
+class HRA(Method):
+    """Householder reflection adaptation."""
+
+    name = "hra"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2405.17484", mergeable=True, checked_against="peft 0.21")
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, HRAOperator, config)
+
+    def aux_loss(self, injection: Injection) -> Tensor | None:
+        weight = injection.config.orthogonality
+        operators = [each for each in injection.operators.values() if isinstance(each, HRAOperator)]
+        return weight * torch.cat([each.distance().flatten() for each in operators]).sum() if weight else None
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return math.prod(site.batch) * config.rank * width(site)

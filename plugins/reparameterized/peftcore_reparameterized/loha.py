@@ -1,0 +1,88 @@
+"""LoHa: low-rank Hadamard product.   Hyeon-Woo et al. 2021, arXiv 2108.06098 (FedPara); Yeh et al. 2023, 2309.14859.
+
+    W' = W + s (B1 A1) o (B2 A2),   s = alpha / rank,   A [rank, in * kernel] ~ N(0, 1),   B1 ~ N(0, 0.1),   B2 zero
+
+The entrywise product of two matrices of rank r has rank up to r^2, for the parameters of a LoRA of rank 2 r. With
+`tucker` the factors of convolutions leave the kernel to a third one (proposition 3 of FedPara): H[o, i, k] = sum_pq
+T[p, q, k] B[o, p] A[q, i] with T [rank, rank, kernel] ~ N(0, 0.1) for each of the two. Stacked experts have factors of
+their own. The start is that of LyCORIS, whose code defines LoHa (FedPara itself trains from scratch); peft starts A2 at
+zero instead of B2, and with factored kernels gives B the gradient of the wrong matrix. LyCORIS applies s once in
+training and a second time when it merges; here it is once.
+
+Parameters: 2 rank (in * kernel + out) a site, with `tucker` 2 rank (in + out + rank * kernel), times the number of
+experts.
+
+Use it for styles and concepts in diffusion models: more rank for the same file than LoRA, at low rank (2 to 8).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+
+
+class Config(MethodConfig):
+    """Options of LoHa."""
+
+    method: Literal["loha"] = "loha"
+    rank: PositiveInt = 8
+    """Rank of each of the two matrices; the update's is up to its square."""
+    alpha: PositiveFloat = 8.0
+    """Numerator of the scale ``alpha / rank``."""
+    tucker: bool = False
+    """Factor the kernels of convolutions too (peft: use_effective_conv2d); of no effect on other layers."""
+
+
+class LoHaOperator(WeightOperator):
+    """The update of one site."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        self.scale = config.alpha / config.rank
+        for name, shape in _shapes(site, config).items():
+            std = {"A": 1.0, "B": 0.1, "T": 0.1}[name[0]] * (name != "B2")
+            self.register_parameter(name, nn.Parameter(torch.randn(*site.batch, *shape) * std))
+
+    def half(self, number: int) -> Tensor:
+        """One of the two matrices: [*batch, out, in * kernel], or with the kernel's own dimensions."""
+        A, B = self.get_parameter(f"A{number}"), self.get_parameter(f"B{number}")
+        core = self._parameters.get(f"T{number}")
+        return B @ A if core is None else torch.einsum("pq...,op,qi->oi...", core, B, A)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * (self.half(1) * self.half(2)).view(weight.shape)
+
+
+class LoHa(Method):
+    """Low-rank Hadamard product."""
+
+    name = "loha"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2108.06098", mergeable=True, checked_against="LyCORIS 4.1")
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, LoHaOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return math.prod(site.batch) * sum(math.prod(shape) for shape in _shapes(site, config).values())
+
+
+def _shapes(site: Site, config: Config) -> dict[str, tuple[int, ...]]:
+    """What is trained, for one expert."""
+    tucker = config.tucker and math.prod(site.kernel) > 1
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number in (1, 2):
+        shapes[f"A{number}"] = (config.rank, site.in_features * (1 if tucker else math.prod(site.kernel)))
+        shapes[f"B{number}"] = (site.out_features, config.rank)
+        if tucker:
+            shapes[f"T{number}"] = (config.rank, config.rank, *site.kernel)
+    return shapes

@@ -1,0 +1,101 @@
+"""LoRA-XS: low-rank adaptation with an extremely small number of parameters.   Bałazy et al. 2024, arXiv 2405.17604
+(MohammadrezaBanaei/LoRA-XS).
+
+    W = U S V',   B = U_r,   A = S_r V_r'       of the r largest singular values, frozen
+    y = W x + b + s B R A dropout(x),   R [r, r] ~ N(0, 1e-5),   s = alpha / rank
+
+Only R trains, between the directions of the weight that matter most, so its size does not depend on the layer's. All
+singular values stand in A, as in the authors' code. That finds them by a fast approximation in 10 iterations; here they
+are exact unless `iterations` is given. Kernels of convolutions are decomposed as [out, in * kernel], experts each on
+its own, embeddings as [dim, num].
+
+A and B are in the adapter's file: R means nothing without them, and found a second time, on another machine, they would
+be others, by rounding at least. So files are as large as LoRA's; what trains, and the optimizer's state, is not.
+
+Parameters: rank * rank a site, times the number of experts; rank at most that of the weight.
+
+Use it where thousands of adapters, or their optimizers, must be held at once; with a larger learning rate than LoRA's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore_reparameterized._decomposed import as_matrix, as_rows, principal, rank_within
+from peftcore_reparameterized._low_rank import input_dropout, low_rank_update
+
+
+class Config(MethodConfig):
+    """Options of LoRA-XS."""
+
+    method: Literal["lora_xs"] = "lora_xs"
+    rank: PositiveInt = 16
+    """How many singular values R mixes; at most those that there are."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / rank``."""
+    std: NonNegativeFloat = 1e-5
+    """Standard deviation of R at the start; with 0 a fresh adapter changes nothing at all."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+    iterations: PositiveInt | None = None
+    """Find the singular vectors by so many steps of a fast approximation; None is exact."""
+
+
+class LoRAXSOperator(Operator):
+    """The core of one site between the frozen factors of its weight."""
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        self.scale = config.alpha / config.rank
+        self.dropout = input_dropout(site, config.dropout)
+        rank = rank_within(site, config.rank)
+        U, S, V = principal(as_matrix(site), rank, config.iterations)
+        self.register_buffer("A", as_rows(site, S.unsqueeze(-1) * V).contiguous())
+        self.register_buffer("B", U.contiguous())
+        self.R = nn.Parameter(torch.randn(*site.batch, rank, rank) * config.std)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.A, self.B @ self.R, self.scale
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, *self.factors()[:2])
+        return self.layer.add(y, self.layer.apply(self.dropout(x), A), B, self.scale)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * low_rank_update(*self.factors()[:2], weight)
+
+
+class LoRAXS(Method):
+    """Low-rank adaptation with a trainable core alone."""
+
+    name = "lora_xs"
+    Config = Config
+    tags = Tags(
+        category="reparameterized",
+        paper="2405.17604",
+        mergeable=True,
+        identity_at_init=False,
+        identity_options={"std": 0.0},
+        low_rank=True,
+        checked_against="the authors' code",
+    )
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, LoRAXSOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return math.prod(site.batch) * rank_within(site, config.rank) ** 2

@@ -1,0 +1,91 @@
+"""OFT: orthogonal fine-tuning.   Qiu et al. 2023, arXiv 2306.07280.
+
+    W' = W R^T,   R = diag(R_1, ..., R_k),   R_j = (I - K_j) (I + K_j)^-1,   K_j skew-symmetric [b, b], zero at first
+
+The inputs of a weight turn in blocks of b, so the lengths of its rows and the angles between them stay. In convolutions
+the inputs of one output are all of its kernel, channel by channel (grouped ones: the channels of a group, R the same in
+each); in embeddings the vector turns that is returned. As in peft, what is above the diagonal of K is trained; the
+authors train a full Q with K = (Q - Q^T) / 2, which moves alike under Adam. Their convolution views [out, in, kernel]
+as [in * kernel, out], which mixes outputs into rows; peft folds the patches of a turned image back together, so that
+kernels above 1 are wrong, takes all inputs of four dimensions for images, and turns embeddings the other way. Its
+default is a Neumann series of (I + K) (I - K)^-1, which turns the other way too, and is orthogonal for small K only;
+this is the form that it has without the series.
+
+Constrained (COFT, `eps`): each K_j counts as scaled down to the norm eps b^2 / sqrt(k), as in the authors' code (peft
+leaves b^2 out). Its gradient is the one at the scaled K_j, as for both, who overwrite the parameter in each forward;
+here it stays as it is.
+
+Parameters: k b (b - 1) / 2 a site, k = in * kernel / b, times the number of experts; those of one block with
+`block_share`.
+
+Use it where fine-tuning must keep what the base knows: subject-driven diffusion, little data.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore_reparameterized._rotations import block_size, cayley, rotate, rows, skew, weight_of, width
+
+
+class Config(MethodConfig):
+    """Options of OFT."""
+
+    method: Literal["oft"] = "oft"
+    block_size: Annotated[int, Field(ge=2)] = 32
+    """Width b of a block; at a site whose inputs it does not divide, the nearest width that does."""
+    block_share: bool = False
+    """One rotation for all blocks of a site."""
+    eps: PositiveFloat | None = None
+    """How far R may leave the identity (COFT), such as 6e-5; None leaves it free."""
+
+
+class OFTOperator(WeightOperator):
+    """The rotation of one site."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        blocks, self.size = _blocks(site, config)
+        self.radius = None if config.eps is None else config.eps * self.size**2 / math.sqrt(blocks)
+        self.K = nn.Parameter(torch.zeros(*site.batch, blocks, self.size * (self.size - 1) // 2))
+
+    def rotation(self) -> Tensor:
+        """R, block by block: [*batch, blocks, size, size]."""
+        K = skew(self.K, self.size)
+        if self.radius is not None:
+            norm = torch.linalg.matrix_norm(K, keepdim=True)
+            K = K + (K * (self.radius / norm.clamp(min=self.radius)) - K).detach()
+        return cayley(K)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight_of(rotate(rows(weight, self.layer), self.rotation()), self.layer, weight.shape)
+
+
+class OFT(Method):
+    """Orthogonal fine-tuning."""
+
+    name = "oft"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2306.07280", mergeable=True, checked_against="peft 0.21")
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, OFTOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        blocks, size = _blocks(site, config)
+        return math.prod(site.batch) * blocks * size * (size - 1) // 2
+
+
+def _blocks(site: Site, config: Config) -> tuple[int, int]:
+    """How many blocks have a rotation of their own, and their width."""
+    size = block_size(site, config.block_size)
+    return (1 if config.block_share else width(site) // size), size

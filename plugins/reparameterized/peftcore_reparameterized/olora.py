@@ -1,0 +1,70 @@
+"""OLoRA: orthonormal low-rank adaptation.   Büyükakyüz 2024, arXiv 2406.01775 (in peft by its author).
+
+    W = Q R,   B0 = Q[:, :r],   A0 = R[:r]       the diagonal of R positive, which makes the two unique
+    W' = (W - s B0 A0) + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first,   s = alpha / rank
+
+LoRA whose B starts with orthonormal columns that span the first r columns of W. As the paper has it, no power of s is
+taken out of the factors, so s scales how much of W is replaced. peft writes W - s B0 A0 into the base; here the base
+stays, and A0 and B0 stand frozen beside A and B. Outputs and gradients are the same, and the adapter fits the base as
+it came. The change is that of a LoRA of twice the rank. peft decomposes transformers' Conv1D as it is stored,
+transposed, so that its factors do not fit the layer; ours are those of the [out, in] matrix.
+
+There is no dropout: it would drop what the base itself computes. Kernels of convolutions are decomposed as
+[out, in * kernel], experts each on its own, embeddings as [dim, num].
+
+Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
+
+Use it in place of LoRA where training is short, and `pissa` is too slow to start.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_rows, positive, rank_within
+from peftcore_reparameterized._low_rank import low_rank_count
+
+
+class Config(MethodConfig):
+    """Options of OLoRA."""
+
+    method: Literal["olora"] = "olora"
+    rank: PositiveInt = 8
+    """How many columns of Q are adapted; at most those that there are."""
+    alpha: PositiveFloat = 8.0
+    """Numerator of the scale ``alpha / rank``."""
+
+
+class OLoRAOperator(PairOperator):
+    """The first columns and rows of one weight's decomposition, and what they were."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        rank = rank_within(site, config.rank)
+        Q, R = torch.linalg.qr(as_matrix(site))
+        sign = positive(R.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)  # [*batch, 1, min(out, in * kernel)]
+        Q, R = Q * sign, R * sign.mT
+        super().__init__(site, as_rows(site, R[..., :rank, :]), Q[..., :rank], config.alpha / config.rank)
+
+
+class OLoRA(Method):
+    """Orthonormal low-rank adaptation."""
+
+    name = "olora"
+    Config = Config
+    tags = Tags(
+        category="reparameterized", paper="2406.01775", mergeable=True, low_rank=True, checked_against="peft 0.21"
+    )
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, OLoRAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return low_rank_count(site, rank_within(site, config.rank))

@@ -1,0 +1,69 @@
+"""PiSSA: principal singular values and vectors adaptation.   Meng et al. 2024, arXiv 2404.02948 (GraphPKU/PiSSA).
+
+    W = U S V',   B0 = U_r sqrt(S_r / s),   A0 = sqrt(S_r / s) V_r'       of the r largest singular values
+    W' = (W - s B0 A0) + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first,   s = alpha / rank
+
+LoRA that starts at the directions that matter most, with gradients in both factors from the first step. The authors'
+code and peft write W - s B0 A0 into the base; here the base stays, and A0 and B0 stand frozen beside A and B. Outputs
+and gradients are the same, and the adapter fits the base as it came. The change is that of a LoRA of twice the rank.
+
+There is no dropout: it would drop what the base itself computes (the authors use none). Kernels of convolutions are
+decomposed as [out, in * kernel], experts each on its own, embeddings as [dim, num]; peft has linear layers alone, and
+no float64.
+
+Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
+
+Use it in place of LoRA where training is short, with the same learning rate and alpha = rank.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt
+from torch import nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_rows, principal, rank_within
+from peftcore_reparameterized._low_rank import low_rank_count
+
+
+class Config(MethodConfig):
+    """Options of PiSSA."""
+
+    method: Literal["pissa"] = "pissa"
+    rank: PositiveInt = 8
+    """How many singular values are adapted; at most those that there are."""
+    alpha: PositiveFloat = 8.0
+    """Numerator of the scale ``alpha / rank``."""
+    iterations: PositiveInt | None = None
+    """Find the singular vectors by so many steps of a fast approximation, 4 to 16; None is exact."""
+
+
+class PiSSAOperator(PairOperator):
+    """The principal part of one weight, and what it was."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        scale = config.alpha / config.rank
+        U, S, V = principal(as_matrix(site), rank_within(site, config.rank), config.iterations)
+        root = (S / scale).sqrt()
+        super().__init__(site, as_rows(site, root.unsqueeze(-1) * V), U * root.unsqueeze(-2), scale)
+
+
+class PiSSA(Method):
+    """Principal singular values and vectors adaptation."""
+
+    name = "pissa"
+    Config = Config
+    tags = Tags(
+        category="reparameterized", paper="2404.02948", mergeable=True, low_rank=True, checked_against="peft 0.21"
+    )
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, PiSSAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return low_rank_count(site, rank_within(site, config.rank))

@@ -1,0 +1,149 @@
+"""FourierFT: the promises of the kit, peft's numbers from the same positions, the update as a sum of cosines in
+float64, and where the positions come from."""
+
+import math
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft_pairs import ADAPTER, Both, Pair, difference
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+import peftcore
+from peftcore.errors import UnsupportedSite
+from peftcore.testing import HOSTS, conformance
+
+pytestmark = pytest.mark.filterwarnings("ignore:::peft")
+EXACT, N = 1e-12, 9
+
+
+@conformance(
+    "fourierft", options={"*": {"n_frequency": N, "alpha": 8.0}}
+)  # narrow weights: larger updates at the same n
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+class One(nn.Module):
+    """A host of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
+    layer: Any = theirs.get_submodule(site.module_path)
+    yield Pair(site.path, operator.c, layer.fourierft_spectrum[ADAPTER], lambda t: t)
+
+
+def both(base: nn.Module, target: list[str], seed: int, **options: Any) -> Both:
+    config = peft.FourierFTConfig(
+        target_modules=target, n_frequency=N, scaling=40.0, random_loc_seed=seed, init_weights=True, **options
+    )
+    ours = {"target": target, "n_frequency": N, "alpha": 40.0, "entry_seed": seed}
+    return Both(base, "fourierft", ours, config, pairs)
+
+
+@pytest.mark.parametrize("seed", [777, 5])
+@pytest.mark.parametrize("layer", [nn.Linear(12, 7), nn.Linear(12, 7, bias=False), Conv1D(7, 12)], ids=str)
+def test_beside_peft(layer: nn.Module, seed: int) -> None:
+    """Outputs, gradients and merged weights."""
+    x, transposed = torch.randn(2, 3, 12), isinstance(layer, Conv1D)
+    both(One(layer), ["layer"], seed, fan_in_fan_out=transposed).assert_same(lambda model: model(x))
+
+
+def test_a_model_beside_peft() -> None:
+    model, inputs = HOSTS["llama"].build()
+    both(model.eval(), ["q_proj", "v_proj"], 3).assert_same(lambda adapted: adapted(**inputs).logits)
+
+
+def cosines(c: Tensor, entries: list[int], out: int, inputs: int) -> Tensor:
+    """The update [out, in] for a factor of one, wave by wave."""
+    p, q = torch.arange(out).double()[:, None], torch.arange(inputs).double()[None, :]
+    waves = [torch.cos(2 * math.pi * (e // inputs * p / out + e % inputs * q / inputs)) for e in entries]
+    return sum(value * wave for value, wave in zip(c, waves, strict=True)) / (out * inputs)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(12, 7), (5, 12)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "grouped": (lambda: nn.Conv2d(8, 6, (3, 2), groups=2), (2, 8, 5, 4)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 3, 3)),
+    "embedding": (lambda: nn.Embedding(9, 8), (2, 5)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_equation(name: str) -> None:
+    """Outputs, gradients and merged weight."""
+    build, shape = LAYERS[name]
+    base = build().double().requires_grad_(False)
+    x = torch.randint(9, shape) if name == "embedding" else torch.randn(shape).double()
+    model = One(deepcopy(base))
+    injection = peftcore.apply(model, "fourierft", target="layer", n_frequency=N, alpha=40.0, dtype="float64")
+    (operator,) = injection.operators.values()
+    c = nn.init.normal_(operator.c, std=0.1).detach().clone().requires_grad_()
+    swap = int(name in ("transposed", "embedding"))
+    logical = base.weight.transpose(0, swap)
+    rows = logical.flatten(1)
+    delta = 40 * cosines(c, operator.entries.tolist(), *rows.shape)
+    weight = (rows + delta).view(logical.shape).transpose(0, swap)
+    ours, expected = model(x), functional_call(base, {"weight": weight}, (x,))
+    assert difference(ours, base(x)) > 0.01
+    assert difference(ours, expected) <= EXACT
+    direction = torch.randn_like(ours)
+    for output in (ours, expected):
+        (output * direction).sum().backward()
+    assert difference(operator.c.grad, c.grad) <= EXACT
+    injection.bake()
+    assert difference(model.layer.weight, weight) <= EXACT
+
+
+def test_experts_have_spectra_of_their_own() -> None:
+    model, _ = HOSTS["moe"].build()
+    path = "model.layers.0.mlp.experts.down_proj"
+    before = model.double().get_parameter(path).detach().clone()
+    injection = peftcore.apply(model, "fourierft", target=f"*.{path[6:]}", n_frequency=N, dtype="float64")
+    operator = injection.operators[path]
+    injection.merge()
+    for c, old, new in zip(operator.c, before, model.get_parameter(path), strict=True):
+        assert difference(new, old) > 0.01
+        assert difference(new, old + 150 * cosines(c, operator.entries.tolist(), *old.shape)) <= EXACT
+
+
+def test_positions_come_from_the_option_alone(tmp_path: Path) -> None:
+    """Not from the seed of `apply`, which files do not keep; two sites of one shape have the same ones."""
+    base, x = nn.Sequential(*(nn.Linear(*shape) for shape in ((8, 8), (8, 9), (9, 8), (8, 8)))), torch.randn(5, 8)
+    model, options = deepcopy(base), {"target": ["0", "1", "3"], "n_frequency": N, "entry_seed": 4}
+    injection = peftcore.apply(model, "fourierft", seed=9, **options)
+    first, other, last = (operator.entries.tolist() for operator in injection.operators.values())
+    assert first == last != other
+    assert len(set(first)) == N
+    assert not torch.equal(*(injection.operators[name].c for name in "03"))
+    injection.save(tmp_path / "adapter")
+    assert sum(tensor.numel() for tensor in injection.state_dict().values()) == 3 * N
+    peftcore.load(base, tmp_path / "adapter")
+    assert torch.equal(base(x), model(x))
+
+
+def test_a_fresh_adapter_has_entries_of_the_wished_size() -> None:
+    options = {"target": "layer", "n_frequency": 4000}
+    for std in (1.0, 0.2):
+        (operator,) = peftcore.apply(One(nn.Linear(80, 60)), "fourierft", init_std=std, **options).operators.values()
+        assert operator.c.std().item() == pytest.approx(std, rel=0.05)
+
+
+@pytest.mark.parametrize("act", [peftcore.plan, peftcore.apply])
+def test_more_entries_than_the_weight_has_are_refused(act: Callable[..., Any]) -> None:
+    with pytest.raises(UnsupportedSite, match="layer has 84 entries in its spectrum, fewer than n_frequency=1000"):
+        act(One(nn.Linear(12, 7)), "fourierft", target="layer")

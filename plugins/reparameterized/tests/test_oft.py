@@ -1,0 +1,171 @@
+"""OFT: the promises of the kit, peft's numbers without its Neumann series, the equation in float64 on the layers where
+peft computes something else, and what a rotation keeps."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft_pairs import ADAPTER, MOVED, OUTPUTS, Both, Pair, difference
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+import peftcore
+from peftcore.errors import UnsupportedSite
+from peftcore.testing import HOSTS, conformance
+
+pytestmark = pytest.mark.filterwarnings("ignore:::peft")
+EXACT, BLOCK = 1e-12, 4
+
+
+@conformance("oft", options={"*": {"block_size": BLOCK}})  # several blocks, also in narrow hosts
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+class One(nn.Module):
+    """A host of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def both(base: nn.Module, target: list[str], series: bool = False, eps: float | None = None, **options: Any) -> Both:
+    """The same adapter here and in peft, whose `eps` has no b^2 in it."""
+    config = peft.OFTConfig(target_modules=target, r=0, oft_block_size=BLOCK, use_cayley_neumann=series, **options)
+    config.coft, config.eps = eps is not None, (eps or 0) * BLOCK**2
+    return Both(base, "oft", {"target": target, "block_size": BLOCK, "eps": eps, **options}, config, pairs)
+
+
+def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
+    layer: Any = theirs.get_submodule(site.module_path)
+    yield Pair(site.path, operator.K, layer.oft_R[ADAPTER].weight, lambda t: t)
+
+
+OPTIONS = [{}, {"block_share": True}, {"eps": 0.01}, {"eps": 0.01, "block_share": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["blocks", "shared", "coft", "coft-shared"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_beside_peft(bias: bool, options: dict[str, Any]) -> None:
+    """Outputs, gradients and merged weights."""
+    x = torch.randn(2, 3, 12)
+    both(One(nn.Linear(12, 7, bias=bias)), ["layer"], **options).assert_same(lambda model: model(x))
+
+
+def test_a_model_beside_peft() -> None:
+    model, inputs = HOSTS["llama"].build()
+    both(model.eval(), ["q_proj", "v_proj"]).assert_same(lambda adapted: adapted(**inputs).logits)
+
+
+def test_where_peft_differs() -> None:
+    """Its series turns the other way, and is near for small entries; its 3x3 kernels are no identity."""
+    x = torch.randn(5, 12)
+    pair = both(One(nn.Linear(12, 7)), ["layer"], series=True)
+    pair.change("layer", lambda K: K.mul_(0.1))
+    pair.pairs[0].theirs.data.neg_()
+    pair.assert_same_outputs(lambda model: model(x))
+    pair = both(One(nn.Conv2d(4, 6, 3)), ["layer"])
+    pair.change("layer", torch.Tensor.zero_)
+    base, ours, theirs = pair.outputs(lambda model: model(torch.ones(1, 4, 5, 5)))
+    assert difference(ours, base) <= OUTPUTS < MOVED < difference(theirs, base)
+
+
+def adapted(layer: nn.Module, **options: Any) -> tuple[nn.Module, peftcore.Injection, Any]:
+    """A double host, its injection with random entries, and the operator."""
+    model = One(layer).double()
+    options = {"target": "layer", "dtype": "float64", "block_size": BLOCK} | options
+    injection = peftcore.apply(model, "oft", **options)
+    (operator,) = injection.operators.values()
+    nn.init.normal_(operator.K, std=0.1)
+    return model, injection, operator
+
+
+def rotation(entries: Tensor, size: int, width: int) -> Tensor:
+    """The whole R [width, width]: one matrix a block, entry by entry."""
+    one, blocks = torch.eye(size, dtype=torch.float64), []
+    for block in entries.expand(width // size, -1):
+        upper = [(i, j) for i in range(size) for j in range(i + 1, size)]
+        turns = [torch.outer(one[i], one[j]) - torch.outer(one[j], one[i]) for i, j in upper]
+        K = sum(value * turn for value, turn in zip(block, turns, strict=True))
+        blocks.append((one - K) @ torch.linalg.inv(one + K))
+    return torch.block_diag(*blocks)
+
+
+def by_rows(weight: Tensor, R: Tensor) -> Tensor:
+    """Each filter is one row, whatever the shape of its kernel."""
+    return torch.stack([R @ row.flatten() for row in weight]).view(weight.shape)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
+    "transformers-conv1d": (lambda: Conv1D(7, 12), (5, 12), 12),
+    "linear-4d": (lambda: nn.Linear(12, 7), (2, 3, 4, 12), 12),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9), 12),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), dilation=2), (2, 4, 7, 6), 24),
+    "grouped": (lambda: nn.Conv2d(8, 6, (3, 1), groups=2), (2, 8, 5, 4), 12),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 3, 3), 36),
+    "embedding": (lambda: nn.Embedding(9, 8), (2, 5), 8),
+}
+
+
+@pytest.mark.parametrize("share", [False, True], ids=["blocks", "shared"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_equation(name: str, share: bool) -> None:
+    """Outputs, gradients and merged weight."""
+    build, shape, width = LAYERS[name]
+    base = build().double().requires_grad_(False)
+    x = torch.randint(9, shape) if name == "embedding" else torch.randn(shape).double()
+    model, injection, operator = adapted(deepcopy(base), block_share=share)
+    entries, swap = operator.K.detach().clone().requires_grad_(), int(name.startswith("trans"))
+    weight = by_rows(base.weight.transpose(0, swap), rotation(entries, BLOCK, width)).transpose(0, swap)
+    ours, expected = model(x), functional_call(base, {"weight": weight}, (x,))
+    assert difference(ours, base(x)) > 0.01
+    assert difference(ours, expected) <= EXACT
+    direction = torch.randn_like(ours)
+    for output in (ours, expected):
+        (output * direction).sum().backward()
+    assert difference(operator.K.grad, entries.grad) <= EXACT
+    injection.bake()
+    assert difference(model.layer.weight, weight) <= EXACT
+
+
+def test_experts_turn_each_by_itself() -> None:
+    model, _ = HOSTS["moe"].build()
+    path = "model.layers.0.mlp.experts.down_proj"
+    before = model.double().get_parameter(path).detach().clone()
+    injection = peftcore.apply(model, "oft", target=f"*.{path[6:]}", block_size=BLOCK, dtype="float64")
+    K = nn.init.normal_(injection.operators[path].K, std=0.1)
+    injection.merge()
+    for entries, old, new in zip(K, before, model.get_parameter(path), strict=True):
+        assert difference(new, old) > 0.01
+        assert difference(new, by_rows(old, rotation(entries, BLOCK, old.shape[-1]))) <= EXACT
+
+
+@pytest.mark.parametrize("size", [0.1, 3.0, 1e3])
+def test_lengths_and_angles_stay_however_large_the_entries(size: float) -> None:
+    layer = nn.Linear(12, 7).double()
+    before = layer.weight.detach().clone()
+    _, injection, operator = adapted(layer)
+    nn.init.normal_(operator.K, std=size)
+    injection.merge()
+    assert difference(layer.weight, before) > 0.1
+    assert difference(layer.weight @ layer.weight.T, before @ before.T) <= 1e-10
+    assert torch.linalg.det(operator.rotation()).min() > 0.99
+
+
+@pytest.mark.parametrize(("width", "wanted", "size"), [(12, 5, 4), (10, 4, 5), (36, 32, 36), (147, 32, 21)])
+def test_blocks_have_the_nearest_width_that_fits(width: int, wanted: int, size: int) -> None:
+    assert adapted(nn.Linear(width, 3), block_size=wanted)[2].rotation().shape == (width // size, size, size)
+
+
+@pytest.mark.parametrize("act", [peftcore.plan, peftcore.apply])
+def test_a_prime_width_far_from_the_wanted_one_is_refused(act: Callable[..., Any]) -> None:
+    with pytest.raises(UnsupportedSite, match="layer turns 127 coordinates, which no blocks of width 2 to 64"):
+        act(One(nn.Linear(127, 3)), "oft", target="layer")

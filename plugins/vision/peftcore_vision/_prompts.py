@@ -1,0 +1,184 @@
+"""What visual prompts share: the blocks that image patches go through, and rows beside the patches.
+
+Attention without positions treats its tokens as a set, so where the rows of a prompt stand among them changes nothing
+but the order of the rows that come out. Those that stay between blocks stand behind the host's own tokens, where class
+tokens keep their places; those of one block alone stand in front. So each finds its own, whatever else is active.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MethodConfig, Operator, Site, Surgeon
+from peftcore.errors import SequenceError, UnsupportedSite
+from peftcore.hosts import HostEntry
+from peftcore.hosts.stacks import find
+from peftcore.operators import Shared
+from peftcore.weights import plain_class
+
+STREAM = ("mlp.down", "experts.down", "attn.out")
+"""Roles of what adds to the stream of a block: its rows are as many as the stream is wide."""
+ROTARY = re.compile(r"rope|rotary", re.IGNORECASE)
+"""How rotary positions are called, which are handed to blocks token by token."""
+
+
+class PromptConfig(MethodConfig):
+    """Options of both kinds of visual prompts."""
+
+    length: PositiveInt = 5
+    """Rows of a prompt; the authors search from 1 to 200 by task."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which numbers of the prompts are dropped in training."""
+    projection: PositiveInt | None = None
+    """Width of prompts that one linear map brings to the width of the stream; None trains them in that width."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptSite(Site):
+    """A block that image patches go through."""
+
+    width: int = 0
+    """Features of the stream."""
+    patch: int = 0
+    """Values in one patch of the image."""
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """What stands for a shape in plans and files: the width."""
+        return torch.Size([self.width])
+
+
+def prompt_sites(surgeon: Surgeon) -> list[PromptSite]:
+    """The blocks among the user's targets; without these, all blocks of the tower that has an image in patches.
+
+    Raises:
+        UnsupportedSite: a target is no such block, or one to which tokens cannot be added.
+    """
+    host = surgeon.resolver.host
+    patches = [entry for entry in host.entries if entry.role == "patch" and entry.block is None]
+    towers = [entry.tower for entry in patches]
+    if surgeon.wishes.target is None and patches and host.main_tower() not in towers:
+        blocks = [entry.path for entry, _ in host.select("block", towers[0])]
+        found = surgeon.sites([f"re:{re.escape(path)}" for path in blocks])
+    else:
+        found = surgeon.sites()
+    stacks = [stack.path for stack in find(surgeon.resolver.modules, host.entries)]
+    for site in found:
+        if any(f"{site.module_path}.".startswith(f"{stack}.".lstrip(".")) for stack in stacks):
+            raise UnsupportedSite(f"{site.path} goes over tokens of a text; prompt_tuning puts rows in front of those")
+    sites = [_prompt_site(surgeon, site, patches) for site in found]
+    for one, other in itertools.pairwise(sites):
+        if one.width != other.width and _owner(one) == _owner(other):
+            raise UnsupportedSite(
+                f"{one.path} is {one.width} wide, {other.path} {other.width}: between them tokens merge"
+            )
+    return sites
+
+
+def _owner(site: Site) -> str:
+    """The path of the list that a block stands in."""
+    return site.module_path.rpartition(".")[0]
+
+
+def _prompt_site(surgeon: Surgeon, site: Site, patches: list[HostEntry]) -> PromptSite:
+    inside = [entry for entry in surgeon.resolver.host.entries if entry.block == site.module_path]
+    tower = inside[0].tower if inside else ""
+    sizes = [math.prod(entry.shape[1:]) for entry in patches if entry.tower == tower]
+    for reason in _obstacles(surgeon, site, inside, tower):
+        raise UnsupportedSite(f"{site.path or 'the host'} {reason}, so no tokens can be added to those of the image")
+    if not sizes:
+        raise UnsupportedSite(f"{site.path} has no image in patches before it")
+    width = next(entry.rows for entry in inside if entry.role in STREAM)
+    return PromptSite(**{**vars(site), "form": "activation"}, width=width, patch=sizes[-1])
+
+
+def _obstacles(surgeon: Surgeon, site: Site, inside: list[HostEntry], tower: str) -> Iterator[str]:
+    """Why a block's tokens are no mere set that may grow."""
+    modules = surgeon.resolver.modules
+    roles = {entry.role for entry in inside}
+    if not any(entry.role == "block" and entry.path == site.module_path for entry in inside):
+        yield "is no block of this host"
+    if not roles.intersection(STREAM) or not any(role.partition(".")[0] == "attn" for role in roles):
+        yield "has no attention by which its tokens see each other"
+    if any(role == "embed.pos" or role.startswith("pos.") for role in roles):
+        yield "has positions of its own for each of its tokens (relative ones, windows)"
+    if any(entry.kind == "conv" for entry in inside):
+        yield "lays its tokens on a grid and convolves them"
+    for path, module in modules.items():
+        if path.startswith(f"{tower}.".lstrip(".")) and ROTARY.search(plain_class(module).__name__):
+            yield f"gets rotary positions for each of its tokens from {path}"
+    for module in modules[site.module_path].modules():
+        if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
+            yield "has the sequence in front of the batch (batch_first=False)"
+
+
+def stack_ends(surgeon: Surgeon, sites: list[PromptSite]) -> tuple[PromptSite, PromptSite]:
+    """The first and the last block, when the sites are all blocks of one stack.
+
+    Raises:
+        UnsupportedSite: they are not.
+    """
+    owner = _owner(sites[0])
+    blocks = [entry.path for entry in surgeon.resolver.host.entries if entry.role == "block"]
+    whole = [path for path in blocks if path.rpartition(".")[0] == owner]
+    if [site.module_path for site in sites] != whole:
+        raise UnsupportedSite(
+            f"a prompt goes through all blocks of one stack, as those of {owner or 'the host'} ({len(whole)}), not "
+            f"through these {len(sites)}; vpt_deep takes any"
+        )
+    return sites[0], sites[-1]
+
+
+class PromptOperator(Operator):
+    """The rows of one prompt, and how they are put to the tokens of a block."""
+
+    def __init__(self, site: PromptSite, config: PromptConfig, projection: Shared | None) -> None:
+        super().__init__(site)
+        width = config.projection or site.width
+        bound = math.sqrt(6 / (site.patch + width))
+        self.length, self.projection = config.length, projection
+        self.prompt = nn.Parameter(torch.empty(config.length, width).uniform_(-bound, bound))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def rows(self, x: Tensor, others: tuple[Any, ...]) -> Tensor:
+        """[batch, length, width] for tokens [batch, tokens, width]; `others` are the block's other arguments.
+
+        Raises:
+            SequenceError: these say something of each token, or the tokens lie on a grid.
+        """
+        if x.dim() != 3 or any(isinstance(each, Tensor) and each.dim() > 1 for each in _flat(others)):
+            raise SequenceError(
+                "a block with visual prompts takes tokens [batch, tokens, width] and nothing that is said of each of "
+                "them (masks, positions): nobody knows what it is for the rows of the prompt"
+            )
+        rows = self.prompt if self.projection is None else self.projection.module(self.prompt)
+        (rows,) = self.cast(x, rows)
+        dropped: Tensor = self.dropout(rows.expand(len(x), -1, -1))
+        return dropped
+
+
+def _flat(values: Any) -> Iterator[Any]:
+    for value in values:
+        yield from _flat(value) if isinstance(value, tuple | list) else (value,)
+
+
+def shared_projection(surgeon: Surgeon, site: PromptSite, config: PromptConfig) -> Shared | None:
+    """The one map of all prompts, where the options want it."""
+    if config.projection is None:
+        return None
+    return surgeon.own(f"projection_{config.projection}_{site.width}", lambda: _projection(config, site.width))
+
+
+def _projection(config: PromptConfig, width: int) -> nn.Linear:
+    linear = nn.Linear(config.projection or width, width)
+    nn.init.kaiming_normal_(linear.weight, mode="fan_out")
+    return linear

@@ -1,0 +1,95 @@
+"""AdaptFormer.   Chen et al. 2022, arXiv 2205.13535 (code: ShoufaChen/AdaptFormer).
+
+    out = MLP(LN(x)) + s (W_up relu(W_down x + b_down) + b_up) + x,   W_down [r, d],  W_up [d, r]
+
+x is the residual stream in front of the feed-forward's norm. The paper's equation normalizes what the adapter reads, by
+an LN of its own; the authors' code does so with layer_norm="in" and not by default, and "out" normalizes what comes out
+of it instead. W_down starts from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity.
+
+The norm in front is the one whose output the feed-forward reads; where there is none (Swin V2), x is what the
+feed-forward reads. That it is in post-norm blocks (BERT, torch's encoder) too, and there reads="branch" says so. What
+the host does to the feed-forward's output on its way to the stream (layer scale, stochastic depth) it does to the
+adapter's too, since that joins it at the last matrix.
+
+Parameters: 2 d r + r + d a block, 2 d more with a norm, one more when s is learned.
+
+Use it to adapt image and video transformers to other kinds of pictures. It cannot be merged.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import Method, MethodConfig, Surgeon, Tags
+from peftcore_vision._bypass import BranchSite, Bypass, branch
+
+
+class Config(MethodConfig):
+    """Options of AdaptFormer."""
+
+    method: Literal["adaptformer"] = "adaptformer"
+    bottleneck: PositiveInt = 64
+    """Width r of the bottleneck."""
+    scale: PositiveFloat | Literal["learned"] = 0.1
+    """The factor s in front of the adapter; "learned" trains one for each block, from 1."""
+    layer_norm: Literal["none", "in", "out"] = "none"
+    """A norm of the adapter's own: of what it reads, or of what it adds."""
+    reads: Literal["stream", "branch"] = "stream"
+    """What the adapter reads: the stream in front of the feed-forward's norm, or what the feed-forward itself reads."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which the bottleneck's numbers are dropped in training; 0.1 in the authors' code."""
+
+
+class AdaptFormerOperator(Bypass):
+    """The bottleneck beside one feed-forward."""
+
+    def __init__(self, site: BranchSite, config: Config) -> None:
+        super().__init__(site)
+        self.normed = config.layer_norm
+        if self.normed != "none":
+            self.layer_norm = nn.LayerNorm(site.width if self.normed == "in" else site.out_features)
+        self.down = nn.Linear(site.width, config.bottleneck)
+        self.dropout = nn.Dropout(config.dropout)
+        self.up = nn.Linear(config.bottleneck, site.out_features)
+        self.scale = nn.Parameter(torch.ones(1)) if config.scale == "learned" else config.scale
+        nn.init.kaiming_uniform_(self.down.weight, a=math.sqrt(5))
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def beside(self, x: Tensor) -> Tensor:
+        down, down_bias, up, up_bias = self.cast(x, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        read = self._norm(x) if self.normed == "in" else x
+        inner = self.dropout(torch.relu(F.linear(read, down, down_bias)))  # [..., r]
+        scale = self.scale.to(x.dtype) if isinstance(self.scale, Tensor) else self.scale
+        added = scale * F.linear(inner, up, up_bias)
+        return self._norm(added) if self.normed == "out" else added
+
+    def _norm(self, x: Tensor) -> Tensor:
+        gain, bias = self.cast(x, self.layer_norm.weight, self.layer_norm.bias)
+        return F.layer_norm(x, gain.shape, gain, bias, self.layer_norm.eps).to(x.dtype)
+
+
+class AdaptFormer(Method):
+    """A bottleneck beside each feed-forward of an image transformer."""
+
+    name = "adaptformer"
+    Config = Config
+    tags = Tags(category="vision", paper="2205.13535", checked_against="the authors' code")
+    target = ("mlp.output",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            place = branch(surgeon, site, before_norm=config.at(site.path).reads == "stream")
+            surgeon.graft(place, AdaptFormerOperator, config, place.places)
+
+    @staticmethod
+    def parameter_count(site: BranchSite, config: Config) -> int:
+        bottleneck = (site.width + site.out_features) * config.bottleneck + config.bottleneck + site.out_features
+        norm = {"none": 0, "in": 2 * site.width, "out": 2 * site.out_features}[config.layer_norm]
+        return bottleneck + norm + (config.scale == "learned")

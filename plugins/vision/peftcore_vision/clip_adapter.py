@@ -1,0 +1,131 @@
+"""CLIP-Adapter.   Gao et al. 2021, arXiv 2110.04544 (code: gaopengcuhk/CLIP-Adapter).
+
+    f' = ratio * relu(W2 relu(W1 f)) + (1 - ratio) * f,   W1 [d / reduction, d],   W2 [d, d / reduction], no biases
+
+f are the features of an image before they are normalized and compared with those of texts: what CLIP's projection of
+images returns, the default, as in the authors' code. For other models name what returns them, as in
+``target="vision_model.head"`` for SigLIP. The paper also tries an adapter of the texts, with a ratio of its own:
+
+    peftcore.apply(model, "clip_adapter", target=["visual_projection", "text_projection"],
+                   overrides={"text_projection": {"ratio": 0.1}})
+
+Where a classifier takes the place of the texts (the paper's W are text features as weights of one),
+``features="input"`` adapts what the head is given.
+
+Both matrices start as torch's linear layers do, so a fresh adapter already mixes in noise; ``ratio=0`` is the host
+itself. Parameters: 2 d (d // reduction). The authors train with 1 to 16 images a class and search the ratio by task.
+
+Use it with few images a class: only features are touched, so the host's own forward needs no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.errors import TargetError, UnsupportedSite
+from peftcore.hosts.vocabulary import words
+
+IMAGES = frozenset({"visual", "vision", "image", "images", "img"})
+"""How the head of images is called where there is also one of texts."""
+
+
+class Config(MethodConfig):
+    """Options of CLIP-Adapter."""
+
+    method: Literal["clip_adapter"] = "clip_adapter"
+    reduction: PositiveInt = 4
+    """How many times narrower the bottleneck is than the features."""
+    ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.2
+    """Share of what the adapter makes; the rest is the features as they were."""
+    features: Literal["output", "input"] = "output"
+    """Whether the features are what the site returns (a projection) or what it is given (a classifier)."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureSite(Site):
+    """A module that returns features, or is given them."""
+
+    width: int = 0
+    """How many."""
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """What stands for a shape in plans and files: the width."""
+        return torch.Size([self.width])
+
+
+class FeatureOperator(Operator):
+    """Mixes features with what a bottleneck makes of them."""
+
+    def __init__(self, site: FeatureSite, config: Config) -> None:
+        super().__init__(site)
+        narrow = site.width // config.reduction
+        if not narrow:
+            raise UnsupportedSite(f"{site.path} has {site.width} features; use a reduction of {site.width} at most")
+        self.ratio, self.features = config.ratio, config.features
+        self.down = nn.Linear(site.width, narrow, bias=False)
+        self.up = nn.Linear(narrow, site.width, bias=False)
+
+    def forward(self, call: Callable[..., Any], f: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.features == "input":
+            return call(self._mixed(f), *args, **kwargs)
+        return self._mixed(call(f, *args, **kwargs))
+
+    def _mixed(self, f: Tensor) -> Tensor:
+        down, up = self.cast(f, self.down.weight, self.up.weight)
+        inner = nn.functional.linear(f, down).relu()  # [..., d / reduction]
+        adapted = nn.functional.linear(inner, up).relu().to(f.dtype)
+        return self.ratio * adapted + (1 - self.ratio) * f
+
+
+class CLIPAdapter(Method):
+    """A bottleneck on image features, mixed with them."""
+
+    name = "clip_adapter"
+    Config = Config
+    tags = Tags(
+        category="vision",
+        paper="2110.04544",
+        identity_at_init=False,
+        identity_options={"ratio": 0.0},
+        checked_against="the authors' code",
+    )
+    target = ("head",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = surgeon.sites()
+        if surgeon.wishes.target is None and config.features == "output":
+            sites = [site for site in sites if words(site.module_path) & IMAGES]
+            if not sites:
+                raise TargetError(
+                    f"this {type(model).__name__} has no projection of images; name in target= what returns their "
+                    'features, or say features="input" to adapt what a classifier is given'
+                )
+        for site in sites:
+            surgeon.graft(_feature_site(surgeon, site, config.at(site.path)), FeatureOperator, config)
+
+    @staticmethod
+    def parameter_count(site: FeatureSite, config: Config) -> int:
+        return 2 * site.width * (site.width // config.reduction)
+
+
+def _feature_site(surgeon: Surgeon, site: Site, config: Config) -> FeatureSite:
+    """The site with its width: that of its matrix, or of the last one below it (a pooling head)."""
+    if site.layer.channel_dim != -1 or site.layer.one_hot:
+        raise UnsupportedSite(f"{site.path} does not map features in the last dimension to others")
+    if site.layer.read(site.module, site.tensor) is not None:
+        width = site.out_features if config.features == "output" else site.in_features
+    else:
+        below = [each for each in surgeon.resolver.host.entries if each.path.startswith(f"{site.module_path}.")]
+        matrices = [each for each in below if len(each.shape) == 2]
+        if not matrices or config.features == "input":
+            raise UnsupportedSite(f"{site.path or 'the host'}: nothing tells how many features go in or out")
+        width = matrices[-1].rows
+    return FeatureSite(**vars(site), width=width)

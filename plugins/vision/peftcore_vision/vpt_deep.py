@@ -1,0 +1,73 @@
+"""VPT-deep, visual prompt tuning.   Jia et al. 2022, arXiv 2203.12119 (code: KMnP/vpt).
+
+    [x_l; _] = L_l([x_{l-1}; P_l])   at each block l,   y = head(x_L),   P_l [length, d]
+
+Each block has a prompt of its own. What it makes of its prompt is dropped, as the authors overwrite it before the next
+block, so between blocks the host's hidden states have the shape that they always had, and behind the last one norms,
+poolers and heads see the host's own tokens alone: for hosts that read the class token this is the authors' model. Where
+they average over tokens (their MAE models), the authors count the last prompt's rows in unless VIT_POOL_TYPE is
+"img_pool", which is what happens here. Blocks that `target` leaves out run without a prompt (FORWARD_DEEP_NOEXPAND in
+the authors' ablations).
+
+Prompts start uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. With `projection` they have that width, and one
+linear map brings all of them to d. Train the head along: ``train=["head"]``. The authors keep dropout of the frozen
+blocks off while prompts train: put the host in eval mode for that. They search learning rates from 0.05 to 50 with SGD.
+
+Never identity at the start. Parameters: length * d a block; with projection length * projection a block, and
+(projection + 1) * d for the map.
+
+Use it on vision transformers with few images a class. It needs tokens that are a set: relative and rotary positions,
+windows and convolutions between tokens are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from peftcore import Method, Surgeon, Tags, on_first
+from peftcore_vision._prompts import PromptConfig, PromptOperator, PromptSite, prompt_sites, shared_projection
+
+
+class Config(PromptConfig):
+    """Options of VPT-deep."""
+
+    method: Literal["vpt_deep"] = "vpt_deep"
+
+
+class DeepOperator(PromptOperator):
+    """The prompt of one block."""
+
+    def forward(self, call: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = self.rows(x, (*args, *kwargs.values()))
+        output = call(torch.cat([rows, x], dim=1), *args, **kwargs)
+        return on_first(output, lambda y: y[:, self.length :].contiguous())  # heads may want to view it
+
+
+class VPTDeep(Method):
+    """Trained prompts, fresh ones at each block of a vision transformer."""
+
+    name = "vpt_deep"
+    Config = Config
+    tags = Tags(
+        category="vision",
+        paper="2203.12119",
+        identity_at_init=False,
+        per_row=False,
+        checked_against="the equation in float64",
+    )
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        def prompt(site: PromptSite, own: Config) -> DeepOperator:
+            return DeepOperator(site, own, shared_projection(surgeon, site, own))
+
+        for site in prompt_sites(surgeon):
+            surgeon.graft(site, prompt, config)
+
+    @staticmethod
+    def parameter_count(site: PromptSite, config: Config) -> int:
+        return config.length * (config.projection or site.width)

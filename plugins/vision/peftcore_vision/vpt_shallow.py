@@ -1,0 +1,88 @@
+"""VPT-shallow, visual prompt tuning.   Jia et al. 2022, arXiv 2203.12119 (code: KMnP/vpt).
+
+    [x_1; Z_1] = L_1([x_0; P]),   [x_l; Z_l] = L_l([x_{l-1}; Z_{l-1}]),   y = head(x_L),   P [length, d]
+
+P joins the tokens of an image (class token x and patches alike) once they are embedded and have their positions; it has
+none. It goes through all blocks, and its rows are dropped behind the last one, so that norms, poolers and heads see the
+host's own tokens alone: for hosts that read the class token this is the authors' model. Where they average over tokens
+(their MAE models), the authors count the prompt's rows in unless VIT_POOL_TYPE is "img_pool", which is what happens
+here. Between the blocks, hidden states carry the prompt behind the host's tokens.
+
+P starts uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. With `projection` it has that width, and one linear
+map brings it to d. Train the head along: ``train=["head"]``. The authors keep dropout of the frozen blocks off while
+prompts train: put the host in eval mode for that. They search learning rates from 0.05 to 50 with SGD.
+
+Never identity at the start: anything beside the tokens moves the outputs. Parameters: length * d; with projection
+length * projection and (projection + 1) * d for the map.
+
+Use it as the smallest of visual prompts; vpt_deep is better on nearly all tasks. It needs tokens that are a set:
+relative and rotary positions, windows and convolutions between tokens are refused.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from peftcore import Method, Surgeon, Tags, on_first
+from peftcore_vision._prompts import (
+    PromptConfig,
+    PromptOperator,
+    PromptSite,
+    prompt_sites,
+    shared_projection,
+    stack_ends,
+)
+
+LEAVE = "prompt.leave"
+"""The form of the block behind which the rows are dropped."""
+
+
+class Config(PromptConfig):
+    """Options of VPT-shallow."""
+
+    method: Literal["vpt_shallow"] = "vpt_shallow"
+
+
+class ShallowOperator(PromptOperator):
+    """Enters at the first block, leaves behind the last one."""
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        return self._leave if form == LEAVE else self
+
+    def forward(self, call: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        rows = self.rows(x, (*args, *kwargs.values()))
+        return call(torch.cat([x, rows], dim=1), *args, **kwargs)
+
+    def _leave(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return on_first(call(*args, **kwargs), lambda y: y[:, : -self.length].contiguous())  # heads may want to view it
+
+
+class VPTShallow(Method):
+    """A trained prompt that goes through a vision transformer with the patches."""
+
+    name = "vpt_shallow"
+    Config = Config
+    tags = Tags(
+        category="vision",
+        paper="2203.12119",
+        identity_at_init=False,
+        per_row=False,
+        checked_against="the equation in float64",
+    )
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        first, last = stack_ends(surgeon, prompt_sites(surgeon))
+        own = config.at(first.path)
+        operator = functools.partial(ShallowOperator, projection=shared_projection(surgeon, first, own))
+        surgeon.graft(first, operator, config, holders=(replace(last, form=LEAVE),))
+
+    @staticmethod
+    def parameter_count(site: PromptSite, config: Config) -> int:
+        return config.length * (config.projection or site.width)

@@ -1,0 +1,92 @@
+"""VPT-deep: the authors' class, the equation on seven hosts, and hidden states that keep their shape."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from vpt_equations import HOSTS, authors_numbers, compare, host, pixels, prompted
+
+import peftcore
+from peftcore.testing import conformance
+
+# PromptedVisionTransformer of KMnP/vpt at 4410440 with DEEP, run on the numbers of `wave`, by PROJECT.
+AUTHORS = {
+    None: [
+        [0.14133981292406977, 1.9814376227453339, -1.930067811774514],
+        [0.14129342801099026, 1.9815640177363014, -1.930141835292238],
+    ],
+    6: [
+        [0.14586016343434255, 1.9798783815645888, -1.9331027728529682],
+        [0.14570731105799367, 1.9800666939632534, -1.9331293136649932],
+    ],
+}
+
+
+@conformance(
+    "vpt_deep",
+    hosts=["vit", "dit"],  # the kit's other hosts have no image in patches
+    expected_failures={
+        "compiled_equals_eager-dit": "diffusers lets dynamo put its block's class into the graph as it is, and then "
+        "dynamo does not trace the forward that is read off that class"
+    },
+)
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+@pytest.mark.parametrize("projection", AUTHORS)
+def test_the_authors_class_with_the_same_numbers(projection: int | None) -> None:
+    expected = torch.tensor(AUTHORS[projection], dtype=torch.float64)
+    torch.testing.assert_close(authors_numbers("vpt_deep", projection), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_equation(name: str) -> None:
+    model = host(name)
+    _, prompts = prompted(model, "vpt_deep")
+    assert len(prompts) == 3
+    compare(name, model, prompts)
+
+
+def test_two_of_them_are_one_of_both() -> None:
+    """And a shallow one beside them goes through all blocks."""
+    model, joined = host("timm"), host("timm")
+    _, one = prompted(model, "vpt_deep", name="one")
+    prompted(model, "vpt_shallow", name="shallow", seed=1)
+    _, other = prompted(model, "vpt_deep", name="other", seed=2)
+    _, both = prompted(joined, "vpt_deep", length=8, name="both")
+    prompted(joined, "vpt_shallow", name="shallow", seed=1)
+    peftcore.activate(model, "one", "shallow", "other")
+    peftcore.activate(joined, "both", "shallow")
+    with torch.no_grad():
+        for prompt, *parts in zip(both, one, other, strict=True):
+            prompt.copy_(torch.cat(parts))
+    torch.testing.assert_close(model(pixels()), joined(pixels()), rtol=1e-10, atol=1e-10)
+
+
+def test_blocks_without_one_see_the_hosts_tokens_alone() -> None:
+    model, base = host("timm"), host("timm")
+    injection, (prompt,) = prompted(model, "vpt_deep", target="blocks.1")
+    assert list(injection.operators) == ["blocks.1"]
+    x = base.blocks[0](base._pos_embed(base.patch_embed(pixels())))
+    x = base.blocks[1](torch.cat([x[:, :1], prompt.expand(2, -1, -1), x[:, 1:]], 1))
+    x = base.blocks[2](torch.cat([x[:, :1], x[:, 5:]], 1))
+    torch.testing.assert_close(model(pixels()), base.head(base.norm(x)[:, 0]), rtol=1e-10, atol=1e-10)
+
+
+def test_hidden_states_keep_their_shape() -> None:
+    model, fresh = host("vit"), host("vit")
+    prompted(model, "vpt_deep")
+    shapes = [[h.shape for h in each(pixels(), output_hidden_states=True).hidden_states] for each in (fresh, model)]
+    assert shapes[0] == shapes[1]
+    model = host("timm")
+    prompted(model, "vpt_deep")
+    last, grids = model.forward_intermediates(pixels(), norm=True)
+    assert [grid.shape for grid in grids] == [(2, 16, 2, 2)] * 3
+    torch.testing.assert_close(last[:, 1:].mT.reshape(2, 16, 2, 2), grids[-1], rtol=1e-10, atol=1e-10)
+
+
+def test_one_map_serves_all_blocks() -> None:
+    injection = peftcore.apply(host("timm"), "vpt_deep", length=4, projection=6)
+    assert sum(p.numel() for p in injection.parameters()) == 3 * 4 * 6 + (6 + 1) * 16
+    assert list(injection.shared) == ["projection_6_16"]

@@ -1,0 +1,156 @@
+"""VPT-shallow: the authors' class, the equation on seven hosts, where the prompt is and where it cannot be."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from vpt_equations import HOSTS, authors_numbers, compare, host, pixels, prompted, timm
+
+import peftcore
+from peftcore.errors import SequenceError, UnsupportedSite
+from peftcore.testing import conformance
+from peftcore.testing.hosts import HOSTS as KIT
+
+# PromptedVisionTransformer of KMnP/vpt at 4410440, run on the numbers of `wave`, by PROJECT.
+AUTHORS = {
+    None: [
+        [0.13674824025576143, 1.9822649375971346, -1.9262643690971437],
+        [0.13699373419674715, 1.9822540376351148, -1.9264994793408592],
+    ],
+    6: [
+        [0.13803531032568378, 1.9821565206061165, -1.9274481572279556],
+        [0.13825537346142797, 1.9821582234686141, -1.9276698425719823],
+    ],
+}
+
+
+@conformance(
+    "vpt_shallow",
+    hosts=["vit", "dit"],  # the kit's other hosts have no image in patches
+    expected_failures={
+        "compiled_equals_eager-dit": "diffusers lets dynamo put its block's class into the graph as it is, and then "
+        "dynamo does not trace the forward that is read off that class"
+    },
+)
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+@pytest.mark.parametrize("projection", AUTHORS)
+def test_the_authors_class_with_the_same_numbers(projection: int | None) -> None:
+    expected = torch.tensor(AUTHORS[projection], dtype=torch.float64)
+    torch.testing.assert_close(authors_numbers("vpt_shallow", projection), expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_equation(name: str) -> None:
+    """Also in the smaller tower of a model of images and texts."""
+    model = host(name)
+    injection, prompts = prompted(model, "vpt_shallow")
+    assert list(injection.operators) == [f"{HOSTS[name].blocks}.{'encoder_layer_' * (name == 'torchvision')}0"]
+    compare(name, model, prompts)
+
+
+def test_two_prompts_are_one_of_both() -> None:
+    model = host("timm")
+    (one,), (other,) = prompted(model, "vpt_shallow", name="one")[1], prompted(model, "vpt_shallow", name="other")[1]
+    peftcore.activate(model, "one", "other")
+    together, joined = model(pixels()), host("timm")
+    with torch.no_grad():
+        prompted(joined, "vpt_shallow", length=8)[1][0].copy_(torch.cat([one, other]))
+    torch.testing.assert_close(together, joined(pixels()), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("projection", "width"), [(None, 16), (400, 400)])
+def test_it_starts_uniform(projection: int | None, width: int) -> None:
+    operator = peftcore.apply(host("timm"), "vpt_shallow", length=200, projection=projection).operators["blocks.0"]
+    bound = (6 / (3 * 4 * 4 + width)) ** 0.5
+    assert 0.98 * bound < operator.prompt.abs().max() <= bound
+    assert abs(operator.prompt.std() / bound - 3**-0.5) < 0.02
+
+
+def test_dropout_drops_numbers_of_the_prompt_for_each_image() -> None:
+    model = host("timm")
+    _, (prompt,) = prompted(model, "vpt_shallow", dropout=0.5)
+    seen: list[torch.Tensor] = []
+    model.blocks[0].norm1.register_forward_pre_hook(lambda module, args: seen.append(args[0][:, -4:]))
+    model(pixels())
+    assert torch.equal(seen[0], prompt.expand(2, -1, -1))
+    model.train()(pixels())
+    kept = seen[1] != 0
+    assert torch.equal(seen[1], torch.where(kept, 2 * prompt, 0))
+    assert 0.2 < kept.double().mean() < 0.8 and not torch.equal(kept[0], kept[1])
+
+
+def test_between_the_blocks_it_stands_behind_the_tokens() -> None:
+    model = host("vit")
+    length = model(pixels(), output_hidden_states=True).hidden_states[0].shape[1]
+    prompted(model, "vpt_shallow")
+    states = model(pixels(), output_hidden_states=True).hidden_states
+    assert [state.shape[1] - length for state in states] == [0, 4, 4, 0]
+
+
+def test_the_smaller_tower_is_found_again(tmp_path: Path) -> None:
+    model, fresh, run = host("clip"), host("clip"), HOSTS["clip"].run
+    prompted(model, "vpt_shallow")[0].save(tmp_path)
+    peftcore.load(fresh, tmp_path)
+    assert torch.equal(run(fresh, pixels()), run(model, pixels()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["vit", "timm"])
+@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep"])
+def test_blocks_that_run_again(method: str, name: str, reentrant: bool) -> None:
+    gradients, before = [], timm.layers.use_reentrant_ckpt()
+    for again in (False, True):
+        model = host(name).train()
+        _, prompts = prompted(model, method, dropout=0.2)
+        if again and name == "vit":
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        elif again:
+            model.set_grad_checkpointing()
+        torch.manual_seed(0)
+        try:
+            timm.layers.set_reentrant_ckpt(reentrant)
+            HOSTS[name].run(model, pixels().requires_grad_()).square().sum().backward()
+        finally:
+            timm.layers.set_reentrant_ckpt(before)
+        gradients.append([prompt.grad for prompt in prompts])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    assert all(gradient.abs().max() > 1e-4 for gradient in gradients[0])
+
+
+REFUSED = {
+    "swin_tiny_patch4_window7_224": "positions of its own",
+    "beit_base_patch16_224": "positions of its own",
+    "eva02_tiny_patch14_224": "rotary positions",
+    "xcit_nano_12_p8_224": "convolves",
+    "mixer_s32_224": "no attention",
+    "hiera_tiny_224": "tokens merge",
+    "resnet18": "no attention",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep"])
+def test_tokens_that_are_no_set_are_refused(method: str, name: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.raises(UnsupportedSite, match=REFUSED[name]):
+        peftcore.plan(model, method)
+
+
+def test_where_else_it_cannot_be() -> None:
+    with pytest.raises(UnsupportedSite, match="all blocks of one stack"):
+        peftcore.apply(host("timm"), "vpt_shallow", target=["blocks.0", "blocks.1"])
+    with pytest.raises(UnsupportedSite, match="no block"):
+        peftcore.apply(host("timm"), "vpt_shallow", target="blocks.0.attn")
+    with pytest.raises(UnsupportedSite, match="tokens of a text"):
+        peftcore.apply(host("clip"), "vpt_shallow", target="re:text_model.encoder.layers.[012]")
+    with pytest.raises(UnsupportedSite, match="no image in patches"):
+        peftcore.apply(KIT["encoder"].build()[0], "vpt_shallow")
+    model = host("vit")
+    peftcore.apply(model, "vpt_shallow")
+    with pytest.raises(SequenceError, match="said of each"):
+        model.vit(pixels(), attention_mask=torch.tensor([[1, 1, 1, 1, 0]] * 2))

@@ -1,0 +1,185 @@
+"""Vision transformers that visual prompts go through, and the equations of VPT written a second time: the prompt behind
+the class tokens, as the authors place it, and the host's own parts called one after the other."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.testing.hosts import stir
+from peftcore.testing.kit import fill
+
+timm = pytest.importorskip("timm")
+torchvision = pytest.importorskip("torchvision")
+transformers = pytest.importorskip("transformers")
+
+TIMM = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2, "mlp_ratio": 1.5, "num_classes": 3}
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "initializer_range": 0.3,
+}
+TEXT = {
+    **{key: TOWER[key] for key in ("intermediate_size", "num_hidden_layers", "num_attention_heads")},
+    "hidden_size": 32,  # the larger tower
+    "vocab_size": 40,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+@dataclass(frozen=True)
+class Images:
+    """A host, and its parts: what embeds an image, its blocks, what makes the output of the last block's tokens."""
+
+    build: Callable[[], nn.Module]
+    blocks: str
+    embed: Callable[[Any, Tensor], Tensor]
+    finish: Callable[[Any, Tensor], Tensor]
+    classes: int = 1
+    run: Callable[[Any, Tensor], Tensor] = lambda model, pixels: model(pixels)
+
+
+def _timm(**options: Any) -> Callable[[], nn.Module]:
+    return lambda: timm.models.VisionTransformer(**{**TIMM, **options})
+
+
+def _embed_timm(model: Any, pixels: Tensor) -> Tensor:
+    return model.norm_pre(model._pos_embed(model.patch_embed(pixels)))
+
+
+def _embed_torchvision(model: Any, pixels: Tensor) -> Tensor:
+    x = model._process_input(pixels)
+    return torch.cat([model.class_token.expand(len(x), -1, -1), x], 1) + model.encoder.pos_embedding
+
+
+HOSTS = {
+    "vit": Images(
+        lambda: transformers.ViTForImageClassification(transformers.ViTConfig(**TOWER, num_labels=3)),
+        "vit.layers",
+        lambda model, pixels: model.vit.embeddings(pixels),
+        lambda model, x: model.classifier(model.vit.layernorm(x)[:, 0]),
+        run=lambda model, pixels: model(pixels).logits,
+    ),
+    "clip": Images(
+        lambda: transformers.CLIPModel(transformers.CLIPConfig(text_config=TEXT, vision_config=TOWER)),
+        "vision_model.encoder.layers",
+        lambda model, pixels: model.vision_model.pre_layrnorm(model.vision_model.embeddings(pixels)),
+        lambda model, x: model.visual_projection(model.vision_model.post_layernorm(x[:, 0])),
+        run=lambda model, pixels: model.get_image_features(pixels).pooler_output,
+    ),
+    "siglip": Images(
+        lambda: transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**TOWER)),
+        "encoder.layers",
+        lambda model, pixels: model.embeddings(pixels),
+        lambda model, x: model.head(model.post_layernorm(x)),
+        classes=0,
+        run=lambda model, pixels: model(pixels).pooler_output,
+    ),
+    "timm": Images(_timm(), "blocks", _embed_timm, lambda model, x: model.head(model.norm(x)[:, 0])),
+    "timm_mean": Images(
+        _timm(global_pool="avg", reg_tokens=2, class_token=False),
+        "blocks",
+        _embed_timm,
+        lambda model, x: model.head(model.fc_norm(x[:, 2:].mean(1))),
+        classes=2,
+    ),
+    "timm_distilled": Images(
+        lambda: timm.models.deit.VisionTransformerDistilled(**TIMM),
+        "blocks",
+        _embed_timm,
+        lambda model, x: (model.head(model.norm(x)[:, 0]) + model.head_dist(model.norm(x)[:, 1])) / 2,
+        classes=2,
+    ),
+    "torchvision": Images(
+        lambda: torchvision.models.VisionTransformer(8, 4, 3, 2, 16, 24, num_classes=3),
+        "encoder.layers",
+        _embed_torchvision,
+        lambda model, x: model.heads(model.encoder.ln(x)[:, 0]),
+    ),
+}
+
+
+def host(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = HOSTS[name].build()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.3)
+    return stir(model).double().eval().requires_grad_(False)
+
+
+def pixels() -> Tensor:
+    return torch.randn(2, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def prompted(model: nn.Module, method: str, **options: Any) -> tuple[peftcore.Injection, list[Tensor]]:
+    """Apply, and move every tensor by N(0, 0.1)."""
+    injection = peftcore.apply(model, method, **{"length": 4, "dtype": "float64", **options})
+    fill(injection)
+    return injection, [operator.prompt for operator in injection.operators.values()]
+
+
+def by_hand(name: str, model: Any, images: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+    """The output with one prompt before the first block, or one before each."""
+    parts, k, n = HOSTS[name], HOSTS[name].classes, len(prompts[0])
+    x = parts.embed(model, images)
+    x = torch.cat([x[:, :k], prompts[0].expand(len(x), -1, -1), x[:, k:]], 1)
+    for number, block in enumerate(model.get_submodule(parts.blocks)):
+        if 0 < number < len(prompts):
+            x = torch.cat([x[:, :k], prompts[number].expand(len(x), -1, -1), x[:, k + n :]], 1)
+        x = block(x, None) if name in ("clip", "siglip") else block(x)
+    return parts.finish(model, torch.cat([x[:, :k], x[:, k + n :]], 1))
+
+
+def compare(name: str, model: nn.Module, prompts: Sequence[Tensor]) -> None:
+    """Outputs and gradients of a host with prompts, and of the equation on a fresh host with copies of them."""
+    base, images = host(name), pixels()
+    copies = [prompt.detach().clone().requires_grad_() for prompt in prompts]
+    plain, ours, expected = (
+        HOSTS[name].run(base, images),
+        HOSTS[name].run(model, images),
+        by_hand(name, base, images, copies),
+    )
+    assert (expected - plain).abs().max() > 1e-3 * plain.abs().max()
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    direction = torch.randn_like(ours)
+    for output in (ours, expected):
+        (output * direction).sum().backward()
+    for prompt, copy in zip(prompts, copies, strict=True):
+        assert copy.grad is not None and copy.grad.abs().max() > 1e-4
+        torch.testing.assert_close(prompt.grad, copy.grad, rtol=1e-8, atol=1e-9)
+
+
+def wave(shape: Sequence[int], key: str) -> Tensor:
+    """Numbers that depend on a name alone."""
+    count = torch.Size(shape).numel()
+    return torch.cos(torch.arange(count, dtype=torch.float64) * 1.7 + zlib.crc32(key.encode()) % 97).view(*shape) / 2
+
+
+@torch.no_grad()
+def authors_numbers(method: str, projection: int | None) -> Tensor:
+    """What a host of such numbers gives for such images; the authors' class was run on the same."""
+    model = timm.models.VisionTransformer(**TIMM).double().eval()
+    for name, parameter in model.named_parameters():
+        parameter.copy_(wave(parameter.shape, name))
+    injection, prompts = prompted(model, method, length=2, projection=projection)
+    for number, prompt in enumerate(prompts):
+        prompt.copy_(wave(prompt.shape, f"prompt.{number}"))
+    for shared in injection.shared.values():
+        for name, parameter in shared.named_parameters():
+            parameter.copy_(wave(parameter.shape, f"projection.{name}"))
+    result: Tensor = model(wave((2, 3, 8, 8), "images"))
+    return result
