@@ -12,6 +12,7 @@ def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
         "config_union": "peftcore_hybrid.config_union:ConfigUnion",
+        "glora": "peftcore_hybrid.glora:GLoRA",
         "mam_adapter": "peftcore_hybrid.mam_adapter:MAMAdapter",
         "unipelt": "peftcore_hybrid.unipelt:UniPELT",
     }

@@ -1,0 +1,127 @@
+"""GLoRA: generalized LoRA.   Chavan et al. 2023, arXiv 2306.07967 (code: Arnav0400/ViT-Slim, GLoRA/layer.py).
+
+    W' = W + W * A + B,   b' = b + b * D + E + W C      (*: entry by entry)
+
+A and B are as large as W, C as its rows, D and E as b. Each is chosen to be of low rank (X_d X_u: X_d starts at zero,
+X_u from Glorot's uniform draw), a vector (for A and B: one number an output), a constant, or none; all start at zero,
+so that W' = W at first. In convolutions an input is a channel at a place of the kernel.
+
+The authors train all choices at once, a path drawn at random for each forward, and then search the best path under a
+budget. Here, as in peft, the choice is fixed; what a search found for a site is said in `overrides`. As in the authors'
+code, and unlike peft's, a layer without a bias gets one from E and W C (D scales nothing there and is left out); what
+knows no bias, an embedding or a stack of experts, is changed by A and B alone. peft starts X_u from Kaiming's draw.
+
+Parameters: of low rank r, r (in * kernel + out) for A and for B, r (in * kernel + 1) for C; vectors have out or, for C,
+in * kernel; constants one. Times the number of experts.
+
+Use it where LoRA's update is too plain: it also scales the weight and shifts the output, and merges all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.errors import UnsupportedSite
+from peftcore.weights import bias_name
+
+Matrix = Literal["lora", "vector", "constant", "none"]
+Vector = Literal["vector", "constant", "none"]
+
+
+class Config(MethodConfig):
+    """Options of GLoRA."""
+
+    method: Literal["glora"] = "glora"
+    rank: PositiveInt = 8
+    """Rank of what is of low rank; the authors' is 4."""
+    A: Matrix = "lora"
+    """What scales the weight."""
+    B: Matrix = "lora"
+    """What is added to the weight."""
+    C: Literal["lora", "vector", "none"] = "lora"
+    """What the weight maps to a shift of the bias: a constant input."""
+    D: Vector = "constant"
+    """What scales the bias."""
+    E: Vector = "constant"
+    """What is added to the bias."""
+
+
+def terms(site: Site, config: Config) -> dict[str, tuple[tuple[int, ...], ...]]:
+    """The shapes behind each term that acts at a site, without the experts': two factors, or the term itself."""
+    inputs, outputs, rank = site.in_features * math.prod(site.kernel), site.out_features, config.rank
+    of_rows = {"lora": ((outputs, rank), (rank, inputs)), "vector": ((outputs, 1),), "constant": ((1, 1),)}
+    of_inputs = {"lora": ((inputs, rank), (rank, 1)), "vector": ((inputs, 1),)}
+    found = {"A": of_rows.get(config.A), "B": of_rows.get(config.B)}
+    bias = bias_name(site.tensor)
+    if bias in site.tensors():
+        found |= {"C": of_inputs.get(config.C), "E": of_rows.get(config.E)}
+        if not site.missing(bias):
+            found["D"] = of_rows.get(config.D)
+    return {name: each for name, each in found.items() if each}
+
+
+class GLoRAOperator(WeightOperator):
+    """The terms of one site, as matrices that broadcast to the weight [*batch, out, in * kernel] or to a column."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        shapes = terms(site, config)
+        if not shapes:
+            raise UnsupportedSite(f"{site.path}: nothing is left to learn here; choose another A or B")
+        self.bias_shape = (*site.batch, site.out_features)
+        for name, (first, *second) in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(*site.batch, *first)))
+            for shape in second:
+                bound = math.sqrt(6 / sum(shape))
+                drawn = torch.empty(*site.batch, *shape).uniform_(-bound, bound)
+                self.register_parameter(f"{name}_up", nn.Parameter(drawn))
+
+    def _term(self, name: str) -> Tensor | None:
+        value, up = self._parameters.get(name), self._parameters.get(f"{name}_up")
+        return value if value is None or up is None else value @ up
+
+    def forward(self, weight: Tensor) -> Tensor:
+        A, B = self._term("A"), self._term("B")
+        flat = weight.flatten(self.layer.batch_dims + 1)  # [*batch, out, in * kernel]
+        scaled = flat if A is None else flat + flat * A
+        return (scaled if B is None else scaled + B).view(weight.shape)
+
+    def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+        C, D, E = self._term("C"), self._term("D"), self._term("E")
+        for addend in (
+            None if D is None or bias is None else bias * D.squeeze(-1),
+            None if E is None else E.squeeze(-1).expand(self.bias_shape),
+            None if C is None else self._mapped(C, weight()),
+        ):
+            if addend is not None:
+                bias = addend.clone() if bias is None else bias + addend
+        return bias
+
+    def _mapped(self, C: Tensor, weight: Tensor) -> Tensor:
+        precise = torch.promote_types(weight.dtype, C.dtype)
+        flat = weight.flatten(self.layer.batch_dims + 1)  # [*batch, out, in * kernel]
+        return (flat.to(precise) @ C.to(precise)).squeeze(-1)
+
+
+class GLoRA(Method):
+    """LoRA, scales and shifts of a layer's weight and bias."""
+
+    name = "glora"
+    Config = Config
+    tags = Tags(category="hybrid", paper="2306.07967", mergeable=True, checked_against="peft 0.21")
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, GLoRAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return math.prod(site.batch) * sum(math.prod(shape) for each in terms(site, config).values() for shape in each)

@@ -1,0 +1,155 @@
+"""GLoRA beside peft's and beside numbers of the authors' layer (Arnav0400/ViT-Slim at 0fed674, GLoRA/layer.py, run once
+in float64); its equation on the kinds of layers that both lack; layers without a bias."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft_pairs import ADAPTER, Both, Pair
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import peftcore
+from peftcore.errors import UnsupportedSite
+from peftcore.testing import conformance
+from peftcore.testing.hosts import HOSTS
+from peftcore.testing.kit import fill
+
+
+@conformance("glora")
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+def pairs(site: peftcore.Site, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
+    layer: Any = theirs.get_submodule(site.module_path)
+    for name in "ABCDE":
+        for their, our in (("X", name), ("Xd", name), ("Xu", f"{name}_up")):
+            tensor = getattr(getattr(layer, f"glora_{name}")[ADAPTER], their, None)
+            if tensor is not None:
+                mine = operator.get_parameter(our)
+                yield Pair(f"{site.path}.{our}", mine, tensor, lambda t, shape=mine.shape: t.view(shape))
+
+
+CHOICES = [
+    pytest.param("lora", "lora", "constant", id="default"),
+    pytest.param("vector", "vector", "vector", id="vectors"),
+    pytest.param("constant", "none", "none", id="constants"),
+    pytest.param("none", "lora", "vector", id="bias"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:::peft")
+@pytest.mark.parametrize(("matrices", "column", "vectors"), CHOICES)
+def test_beside_peft(matrices: Any, column: Any, vectors: Any) -> None:
+    torch.manual_seed(0)
+    model, inputs = HOSTS["bert"].build()
+    target = ["query", "value", "output.dense"]
+    config = peft.GloraConfig(r=3, target_modules=target, config_A_B=matrices, config_C=column, config_D_E=vectors)
+    options = {"A": matrices, "B": matrices, "C": column, "D": vectors, "E": vectors}
+    both = Both(model, "glora", {"rank": 3, "target": target, **options}, config, pairs)
+    both.assert_same(lambda each: each(**inputs).logits)
+
+
+def wave(shape: tuple[int, ...], k: float) -> Tensor:
+    size = torch.Size(shape).numel()
+    return torch.sin(torch.arange(size, dtype=torch.float64) * k + k).view(shape)
+
+
+# Outputs and the gradient of E; peft leaves C and E away where there is no bias.
+AUTHORS = {
+    True: (
+        [5.4749851, 6.4757824, -0.2349993, -4.3916667, -0.3145825, -3.1137513, -0.4798777, 2.5829575],
+        [10.3208052, 6.7240622, -1.4297541, -3.6174184],
+    ),
+    False: (
+        [4.0664147, 4.5130615, -1.5613106, -4.2770456, -1.7231529, -5.0764723, -1.806189, 2.6975785],
+        [4.6865235, -1.1268215, -6.7349991, -3.1589343],
+    ),
+}
+
+
+@pytest.mark.parametrize("bias", AUTHORS)
+def test_the_authors_numbers(bias: bool) -> None:
+    model = nn.Sequential(nn.Linear(6, 4, bias=bias)).double().requires_grad_(False)
+    model[0].weight.copy_(wave((4, 6), 0.9))
+    if bias:
+        model[0].bias.copy_(wave((4,), 0.8))
+    choice = {"A": "lora", "B": "vector", "C": "lora", "D": "constant", "E": "vector"}
+    injection = peftcore.apply(model, "glora", target="0", rank=2, dtype="float64", **choice)
+    values = dict(injection.operators["0"].named_parameters())
+    theirs = {"A": wave((4, 2), 0.3), "A_up": wave((2, 6), 0.5), "B": wave((4, 2), 0.7)[:, :1]}
+    theirs |= {"C": wave((6, 2), 0.9), "C_up": wave((2, 1), 1.1), "E": wave((4, 1), 1.5)}
+    theirs |= {"D": wave((1, 1), 1.3)} if bias else {}
+    assert values.keys() == theirs.keys()
+    with torch.no_grad():
+        for name, value in theirs.items():
+            values[name].copy_(value)
+    y = model(wave((2, 6), 0.5))
+    y.square().sum().backward()
+    outputs, gradient = AUTHORS[bias]
+    assert y.flatten().tolist() == pytest.approx(outputs, abs=1e-6)
+    assert values["E"].grad.flatten().tolist() == pytest.approx(gradient, abs=1e-6)
+
+
+LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "conv1d-of-transformers": lambda: (Conv1D(5, 6), torch.randn(3, 6)),
+    "grouped": lambda: (nn.Conv2d(4, 6, (3, 2), groups=2, bias=False), torch.randn(2, 4, 5, 5)),
+    "transposed": lambda: (nn.ConvTranspose1d(4, 6, 3), torch.randn(2, 4, 5)),
+    "embedding": lambda: (nn.Embedding(9, 5), torch.tensor([[0, 8, 3]])),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_equation_on_other_layers(name: str) -> None:
+    """The layer itself with W' and b', put there by hand; merging gives the same, and gives a bias where none was."""
+    layer, x = LAYERS[name]()
+    x = x.double() if x.is_floating_point() else x
+    model = nn.Sequential(layer).double().requires_grad_(False)
+    before = model(x)
+    injection = peftcore.apply(model, "glora", target="0", rank=2, dtype="float64", D="vector", E="vector")
+    fill(injection)
+    operator = injection.operators["0"]
+    v = {key: p.detach() for key, p in operator.named_parameters()}
+    logical = operator.layer.logical(layer.weight)
+    W, b = logical.flatten(1), layer._parameters.get("bias")
+    expected = W * (1 + v["A"] @ v["A_up"]) + v["B"] @ v["B_up"]
+    shift = torch.zeros(len(W)).double() if b is None else b * (1 + v["D"][:, 0])
+    assert ("D" in v) == (b is not None) and ("C" in v) == ("E" in v) == (name != "embedding")
+    if "C" in v:
+        shift = shift + W @ (v["C"] @ v["C_up"])[:, 0] + v["E"][:, 0]
+    adapted = model(x)
+    injection.bake()
+    torch.testing.assert_close(model(x), adapted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(operator.layer.logical(layer.weight).flatten(1), expected, rtol=1e-12, atol=1e-12)
+    if name != "embedding":
+        torch.testing.assert_close(layer.bias, shift, rtol=1e-12, atol=1e-12)
+    assert (adapted - before).abs().max() > 1e-2 * before.abs().max()
+
+
+def test_start() -> None:
+    """X_u uniform within sqrt(6 / (rows + columns)), all else zero."""
+    model = nn.Sequential(nn.Linear(500, 40))
+    injection = peftcore.apply(model, "glora", target="0", rank=4, D="vector")
+    for name, value in injection.operators["0"].named_parameters():
+        if name.endswith("_up"):
+            bound = (6 / sum(value.shape)) ** 0.5
+            assert 0.1 * bound < value.abs().max() <= bound
+        else:
+            assert not value.any()
+    largest = injection.operators["0"].get_parameter("A_up").abs().max().item()
+    assert largest > 0.99 * (6 / 504) ** 0.5
+
+
+def test_sites_may_choose_for_themselves() -> None:
+    """What a search found is said in `overrides`; where nothing is left, it is refused."""
+    model, _ = HOSTS["bert"].build()
+    overrides = {"*layer.0.*": {"A": "none", "C": "vector", "E": "none"}}
+    injection = peftcore.apply(model, "glora", target="query", overrides=overrides)
+    first, second = injection.operators.values()
+    assert dict(first.named_parameters()).keys() == {"B", "B_up", "C", "D"}
+    assert len(dict(second.named_parameters())) == 8
+    with pytest.raises(UnsupportedSite, match="nothing is left"):
+        peftcore.plan(nn.Sequential(nn.Embedding(5, 4)), "glora", target="0", A="none", B="none")
