@@ -6,10 +6,19 @@ from peftcore.attention_sites import AttentionSite
 from peftcore.calls import activate, call, injections, route
 from peftcore.catalogue import method, methods, register
 from peftcore.checkpoint import load
+from peftcore.compositions import (
+    Average,
+    Fuse,
+    Split,
+    Stack,
+    Sum,
+    load_composition,
+    save_composition,
+)
 from peftcore.contract import Method, MethodConfig, MethodInfo, Tags
 from peftcore.hookspecs import API, hookimpl
 from peftcore.injection import Injection
-from peftcore.operators import Operator, Replacement, WeightOperator, on_first
+from peftcore.operators import Combiner, Operator, Replacement, WeightOperator, on_first
 from peftcore.planning import Plan
 from peftcore.records import Call, Tap, current_call
 from peftcore.sequence import SequenceOperator, SequenceSite
@@ -25,9 +34,12 @@ __all__ = [
     "Attend",
     "AttentionOperator",
     "AttentionSite",
+    "Average",
     "Batch",
     "Batches",
     "Call",
+    "Combiner",
+    "Fuse",
     "GradientRule",
     "Injection",
     "Method",
@@ -39,6 +51,9 @@ __all__ = [
     "SequenceOperator",
     "SequenceSite",
     "Site",
+    "Split",
+    "Stack",
+    "Sum",
     "Surgeon",
     "Tags",
     "Tap",
@@ -50,10 +65,12 @@ __all__ = [
     "hookimpl",
     "injections",
     "load",
+    "load_composition",
     "method",
     "methods",
     "on_first",
     "plan",
     "register",
     "route",
+    "save_composition",
 ]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.compositions import Composition, Stack
 from peftcore.errors import MergeError, RouteError, UnknownInjection
 from peftcore.records import Recorder, repeating, replayed
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _KEY = "_peftcore_state"
 Active = tuple[str, ...]
+Key = tuple[Active, Active | None, Composition | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +66,14 @@ class Choice:
     active: Active = ()
     route: Route | None = None
     context: Mapping[str, Any] = field(default_factory=dict)
-    key: tuple[Active, Active | None] = field(init=False)
+    composition: Composition | None = None
+    """How the active ones act together; None: in the order in which they were applied."""
+    key: Key = field(init=False)
     """What plans depend on: not on the assignment of rows, so that all of them share one compiled graph."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "key", (self.active, None if self.route is None else self.route.names))
+        routed = None if self.route is None else self.route.names
+        object.__setattr__(self, "key", (self.active, routed, self.composition))
 
     @property
     def acting(self) -> Active:
@@ -77,7 +82,7 @@ class Choice:
 
     def same(self, other: Choice) -> bool:
         """Whether two forwards under these choices do the same."""
-        return self.active == other.active and self.route is other.route and self.context is other.context
+        return self.key == other.key and self.route is other.route and self.context is other.context
 
 
 @dataclass(eq=False)
@@ -148,7 +153,8 @@ class HostState:
 
         def without(choice: Choice) -> Choice:
             route = choice.route if choice.route is None or name not in choice.route.names else None
-            return Choice(tuple(each for each in choice.active if each != name), route, choice.context)
+            composition = None if name in choice.active else choice.composition
+            return Choice(tuple(each for each in choice.active if each != name), route, choice.context, composition)
 
         self.choice = without(self.choice)
         self.threads = {ident: without(choice) for ident, choice in self.threads.items()}
@@ -156,7 +162,8 @@ class HostState:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start with one thread of their own, outside of any route."""
-        return {**self.__dict__, "threads": {}, "choice": Choice(self.choice.active)}
+        choice = Choice(self.choice.active, composition=self.choice.composition)
+        return {**self.__dict__, "threads": {}, "choice": choice}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, owner=threading.get_ident())
@@ -222,16 +229,24 @@ def injections(model: nn.Module) -> dict[str, Injection]:
     return dict(state.injections) if state else {}
 
 
-def _known(state: HostState, names: Iterable[str]) -> None:
+def known(model: nn.Module, names: Iterable[str]) -> HostState:
+    """The host's state, when it has injections of all these names.
+
+    Raises:
+        UnknownInjection: it lacks one.
+    """
+    state = state_of(model) or HostState()
     for name in names:
         if name not in state.injections:
             raise UnknownInjection(
                 f"no injection named {name!r}; this host has: {', '.join(state.injections) or 'none'}"
             )
+    return state
 
 
-def activate(model: nn.Module, *names: str) -> Chosen:
+def activate(model: nn.Module, *names: str | Composition) -> Chosen:
     """Make exactly these injections act, in the order in which they were applied; no names: the bare base model.
+    Compositions (`Stack`, `Sum`, `Average`, `Split`, `Fuse`) say otherwise; names beside them stack in the order given.
 
     Applies at once. The result is also a context manager that restores what held before:
 
@@ -244,10 +259,22 @@ def activate(model: nn.Module, *names: str) -> Chosen:
 
     Raises:
         UnknownInjection: the host has no injection of such a name.
+        CompositionError: an injection cannot be put together with others.
+        MergeError: an injection in a composition is merged.
     """
-    state = state_of(model) or HostState()
-    _known(state, names)
-    return chosen(state, names)
+    plain = [name for name in names if isinstance(name, str)]
+    if len(plain) == len(names):
+        return chosen(known(model, plain), plain)
+    composition = names[0] if len(names) == 1 and isinstance(names[0], Composition) else Stack(*names)
+    state = known(model, composition.names())
+    wanted = set(composition.names())
+    active = tuple(name for name in state.injections if name in wanted)
+    for name in active:
+        if state.injections[name].merged:
+            raise MergeError(f"{name!r} is merged and acts in all branches; unmerge() it before composing")
+    for name in composition.combined():
+        state.injections[name].check_combinable()
+    return Chosen(state, Choice(active, None, state.now().context, composition))
 
 
 def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> Chosen:
@@ -271,9 +298,8 @@ def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> 
         RouteError: a named injection cannot tell rows apart in this host, or (in forward) the batch has another length.
         MergeError: a named injection is merged, so it would act on every row.
     """
-    state = state_of(model) or HostState()
     wanted = [name for name in names if name is not None]
-    _known(state, wanted)
+    state = known(model, wanted)
     if not names:
         raise RouteError("a route names one injection (or None) for each row; it got no rows")
     used = tuple(name for name in state.injections if name in set(wanted))
@@ -284,7 +310,7 @@ def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> 
     positions = [-1 if name is None else used.index(name) for name in names]
     device = next((parameter.device for parameter in model.parameters()), None)
     routed = Route(used, torch.tensor(positions, device=device), copies)
-    return Chosen(state, replace(state.now(), route=routed))
+    return Chosen(state, replace(state.now(), route=routed, composition=None))
 
 
 def call(model: nn.Module, **context: Any) -> Chosen:

@@ -52,6 +52,10 @@ class RouteError(PeftcoreError, RuntimeError):
     """Rows of a batch cannot go to different injections here: the method, the host or the length of the batch."""
 
 
+class CompositionError(PeftcoreError, ValueError):
+    """Injections cannot act together as asked."""
+
+
 class MissingContext(PeftcoreError, LookupError):
     """A method needs to be told something that forward has no argument for: ``with peftcore.call(model, task=...)``."""
 

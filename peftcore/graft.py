@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peftcore.attention import attributes
 from peftcore.calls import HostState, Route
+from peftcore.compositions import composed
 from peftcore.mounts import Acting, Edits, Planned, Slot
 from peftcore.operators import is_mergeable
 from peftcore.rows import Once, select_rows
@@ -179,6 +180,29 @@ def _by_rows(
     return output
 
 
+def _composed(
+    base: type[nn.Module],
+    slot: Slot,
+    module: nn.Module,
+    planned: Planned,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """What the branches of a composition compute, put together. Those that only wrap share one base forward."""
+    assert planned.composition is not None
+    plain = Once(_inner(base, slot, module, Acting(attributes=planned.acting.attributes)), module)
+    outputs: dict[int, Any] = {}
+
+    def run(names: tuple[str, ...]) -> Any:
+        acting = planned.branches[names]
+        if id(acting) not in outputs:
+            call = _inner(base, slot, module, acting) if acting.effects or acting.attention else plain
+            outputs[id(acting)] = _around(acting, call, module)(*args, **kwargs)
+        return outputs[id(acting)]
+
+    return composed(planned.composition, run, planned.combiners)
+
+
 def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
     inputs = list(inspect.signature(base.forward).parameters.values())[1:2]
     first = next((each.name for each in inputs if each.kind is each.POSITIONAL_OR_KEYWORD), None)
@@ -195,6 +219,8 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
             slot.ran = True
         if not args and first in kwargs:
             args = (kwargs.pop(first),)  # operators get what they act on by position, however the module was called
+        if planned.composition is not None:
+            return _composed(base, slot, self, planned, args, kwargs)
         inner = _inner(base, slot, self, planned.acting, choice.route)
         if choice.route is not None:
             return _by_rows(base, slot, self, planned, choice.route, Once(inner, self), args, kwargs)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from peftcore import merging, witness
 from peftcore.calls import Chosen, HostState, chosen, drop_state
 from peftcore.contract import Method, MethodConfig
-from peftcore.errors import InactiveSite, MergeError, RouteError, UnknownInjection
+from peftcore.errors import CompositionError, InactiveSite, MergeError, RouteError, UnknownInjection
 from peftcore.graft import is_reached, slot_of
 from peftcore.installation import release, uninstall
 from peftcore.operators import _Base, trainable_numbers
@@ -302,6 +302,18 @@ class Injection:
         for site in self.sites:
             if (site.role or "").partition(".")[0] in MIXES_ROWS or site.role == "embed.pos":
                 raise RouteError(f"{self.name!r} acts on {site.path}, where rows of the batch cannot be told apart")
+
+    def check_combinable(self) -> None:
+        """Verify that what the injection makes of a module's output can be put together with what others do.
+
+        Raises:
+            CompositionError: it acts inside attention, or on the whole sequence or batch.
+        """
+        if not self.method.tags.per_row or any(graft.site.form == "attention" for graft in self.grafts):
+            raise CompositionError(
+                f"{self.name!r} ({self.method.name}) does not act on outputs of modules alone, so these cannot be "
+                "summed, averaged, split or fused with others; stack it"
+            )
 
     def _alive(self) -> None:
         if self.state.injections.get(self.name) is not self:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.calls import Active, Choice, HostState, Route
-from peftcore.operators import Operator, WeightOperator, _Base, is_mergeable
+from peftcore.calls import Active, Choice, HostState, Key, Route
+from peftcore.compositions import Composition, branches
+from peftcore.operators import Combiner, Operator, WeightOperator, _Base, is_mergeable
 from peftcore.weights import Layer, Ranges, bias_name, put, take
 
 
@@ -191,11 +192,16 @@ def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str
 class Planned:
     """What one choice does at one module."""
 
-    key: tuple[Active, Active | None]
+    key: Key
     acting: Acting
     """With a route: what acts on no row in particular; attention edits pick their rows themselves."""
     routed: tuple[Acting, ...] = ()
     """With a route: what acts on the rows of each of its names."""
+    composition: Composition | None = None
+    branches: Mapping[Active, Acting] = field(default_factory=dict)
+    """With a composition: what acts in each of its branches; the same object where the same acts."""
+    combiners: Mapping[str, Combiner] = field(default_factory=dict)
+    """With a composition: the combiners that stand here, by injection."""
 
 
 class Slot:
@@ -207,7 +213,7 @@ class Slot:
         self.stances: list[tuple[str | None, Mapping[str, Any]]] = []
         self.ran = False
         self.planned: Planned | None = None
-        self.plans: dict[tuple[Active, Active | None], Planned] = {}
+        self.plans: dict[Key, Planned] = {}
         self.kept: tuple[tuple[Any, ...], dict[str, Tensor | None]] | None = None
 
     def plan_for(self, choice: Choice) -> Planned:
@@ -228,12 +234,27 @@ class Slot:
         return plan
 
     def _make_plan(self, choice: Choice) -> Planned:
+        if choice.composition is not None:
+            return self._composed(choice, choice.composition)
         if choice.route is None:
             return Planned(choice.key, self._acting(choice.active))
         each = tuple(self._acting((name,)) for name in choice.route.names)
         edits = tuple(mount for acting in each for mount in acting.attention)
         stand = plan_acting([], self.stances, choice.route.names)
         return Planned(choice.key, replace(stand, attention=edits), each)
+
+    def _composed(self, choice: Choice, composition: Composition) -> Planned:
+        mounted = {mount.name for mount in self.mounts}
+        combiners = {mount.name: mount.operator for mount in self.mounts if isinstance(mount.operator, Combiner)}
+        distinct: dict[Active, Acting] = {}
+        ways = {}
+        for names in branches([composition]):
+            here = tuple(name for name in names if name in mounted)
+            if here not in distinct:
+                distinct[here] = self._acting(here)
+            ways[names] = distinct[here]
+        whole = self._acting(choice.active)
+        return Planned(choice.key, whole, composition=composition, branches=ways, combiners=combiners)
 
     def _acting(self, active: Active) -> Acting:
         return plan_acting(self.mounts, self.stances, self.state.unmerged(active))

@@ -75,6 +75,18 @@ class Operator(_Base):
         return tuple(tensor.to(like.dtype) for tensor in tensors)
 
 
+class Combiner(Operator):
+    """Makes one output of those of several injections, in the composition `Fuse`; by itself it acts on nothing."""
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What the module returns."""
+        return call(*args, **kwargs)
+
+    def combine(self, outputs: list[Tensor], base: Tensor) -> Tensor:
+        """One output, from that of each part and what the module returns without them, all [..., features]."""
+        raise NotImplementedError
+
+
 class WeightOperator(_Base):
     """A reparameterization: maps one tensor, in logical layout, to the effective one. Works on every kind of module."""
 

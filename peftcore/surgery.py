@@ -172,6 +172,14 @@ class Surgeon:
     def include(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> None:
         """Let another method act as one part of this one: a hybrid. What it grafts, owns and selects stands under the
         part's name."""
+        self.grafts += self.collect(part, method, config, target)
+        self._paths |= self.parts[part]._paths
+
+    def collect(
+        self, part: str, method: Method, config: MethodConfig, target: Target | None = None
+    ) -> list[Graft]:
+        """What another method would graft as a part of this one. It does not act: the operators are for this method to
+        put into its own, as children. What the part owns and selects is recorded as by `include`."""
         prefix, wishes = f"{part}/", self.wishes
         saved = wishes.saved
         if saved is not None:
@@ -180,10 +188,9 @@ class Surgeon:
         child = Surgeon(self.model, method, config, self.resolver, wishes, dry=self.dry, part=self.part + prefix)
         registry().hook.peftcore_inject(model=self.model, method=method, config=config, surgeon=child)
         self.parts[part] = child
-        self.grafts += child.grafts
         self.owned |= {prefix + name: shared for name, shared in child.owned.items()}
         self.selections |= {prefix + key: sites for key, sites in child.selections.items()}
-        self._paths |= child._paths
+        return child.grafts
 
     def own(self, name: str, module: Callable[[], nn.Module]) -> Shared:
         """State that sites share, registered and saved once: built on the first call with that name."""
