@@ -11,5 +11,6 @@ PEFTCORE_API = 1
 def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
+        "locon": "peftcore_diffusion.locon:LoCon",
         "svdiff": "peftcore_diffusion.svdiff:SVDiff",
     }

@@ -11,5 +11,7 @@ PEFTCORE_API = 1
 def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
+        "hydralora": "peftcore_multitask.hydralora:HydraLoRA",
+        "multitask_prompt_tuning": "peftcore_multitask.multitask_prompt_tuning:MultitaskPromptTuning",
         "polytropon": "peftcore_multitask.polytropon:Polytropon",
     }

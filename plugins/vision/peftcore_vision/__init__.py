@@ -13,6 +13,7 @@ def peftcore_methods() -> Mapping[str, str]:
     return {
         "adaptformer": "peftcore_vision.adaptformer:AdaptFormer",
         "clip_adapter": "peftcore_vision.clip_adapter:CLIPAdapter",
+        "coop": "peftcore_vision.coop:CoOp",
         "vpt_deep": "peftcore_vision.vpt_deep:VPTDeep",
         "vpt_shallow": "peftcore_vision.vpt_shallow:VPTShallow",
     }

@@ -1,0 +1,115 @@
+"""LoCon: LoRA for all of a diffusion model, convolutions with a rank of their own.   Yeh et al. 2023, arXiv 2309.14859.
+
+    y = W x + b + s U D x,   s = alpha / rank,   delta[o, i, k] = s sum_r U[o, r] D[r, i, k]
+    use_tucker:              delta[o, i, k] = s sum_pq U[o, p] M[p, q, k] D[q, i]
+
+D (and M) start uniform in +-1/sqrt(inputs of one of their outputs), U at zero. In a grouped convolution i counts inside
+the group of o. `conv_rank` and `conv_alpha` are for kernels of more than one point; a kernel of one point is a linear
+map and has `rank` and `alpha` (LyCORIS looks at the first size of a kernel only). Stride, padding and dilation are the
+layer's own; the convolutions that LyCORIS has for its `bypass_mode` forget the dilation. Embeddings, which LyCORIS
+passes over, start with D at zero and U ~ N(0, 1), as in LoRA.
+
+By default every linear map and convolution of the blocks, with what stands around them in a UNet (the preset "full"):
+projections, resamplers, the first and the last convolution, the embedding of the timestep. scaling="sqrt_rank" is
+`rs_lora`. There is no dropout: that of LyCORIS acts in `bypass_mode` alone.
+
+Parameters: rank * (in * kernel + out) a site; with use_tucker, conv_rank * (in + out) + conv_rank^2 * kernel a
+convolution of more than one point.
+
+Use it where LoRA on attention alone does not learn a style: textures are made by convolutions. It merges.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+
+AROUND = ("*.proj_in", "*.proj_out", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
+"""What the preset "full" adapts and no role means."""
+
+
+class Config(MethodConfig):
+    """Options of LoCon."""
+
+    method: Literal["locon"] = "locon"
+    rank: PositiveInt = 16
+    """Rank of the update of linear maps, 1x1 convolutions among them."""
+    alpha: PositiveFloat = 8.0
+    """Numerator of its scale ``alpha / rank``."""
+    conv_rank: PositiveInt = 8
+    """Rank of the update of larger kernels."""
+    conv_alpha: PositiveFloat = 1.0
+    """Numerator of its scale ``conv_alpha / conv_rank``."""
+    use_tucker: bool = False
+    """Give larger kernels a core: two 1x1 maps and a small kernel from rank to rank between them."""
+    scaling: Literal["rank", "sqrt_rank"] = "rank"
+    """Denominator of the scale: the rank, or its square root."""
+
+
+def _sizes(site: Site, config: Config) -> tuple[int, float, bool]:
+    """Rank, alpha, and whether there is a core, at one site."""
+    if math.prod(site.kernel) == 1:
+        return config.rank, config.alpha, False
+    return config.conv_rank, config.conv_alpha, config.use_tucker
+
+
+def _uniform(*shape: int, inputs: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape).uniform_(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs)))
+
+
+class LoConOperator(Operator):
+    """The update of one site."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        rank, alpha, tucker = _sizes(site, config)
+        self.scale = alpha / (rank if config.scaling == "rank" else math.sqrt(rank))
+        kernel, points = site.kernel, math.prod(site.kernel)
+        narrow, inputs = ((), site.in_features) if tucker else (kernel, site.in_features * points)
+        self.down = _uniform(*site.batch, rank, site.in_features, *narrow, inputs=inputs)
+        self.core = _uniform(rank, rank, *kernel, inputs=rank * points) if tucker else None
+        self.up = nn.Parameter(torch.zeros(*site.batch, site.out_features, rank))
+        if site.layer.one_hot:
+            nn.init.zeros_(self.down)
+            nn.init.normal_(self.up)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """The core and the map below it are one map."""
+        down = self.down if self.core is None else torch.einsum("pq...,qi->pi...", self.core, self.down)
+        return down, self.up, self.scale
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        down, up = self.cast(y, *self.factors()[:2])
+        return self.layer.add(y, self.layer.apply(x, down), up, self.scale)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        down, up, scale = self.factors()
+        return weight + scale * (up @ down.flatten(up.dim() - 1)).view(weight.shape)
+
+
+class LoCon(Method):
+    """Low-rank adaptation of linear maps and convolutions."""
+
+    name = "locon"
+    Config = Config
+    tags = Tags(category="diffusion", paper="2309.14859", mergeable=True, low_rank=True, checked_against="LyCORIS 4.1")
+    target = ("all-linear", "conv", "down", "mod", *AROUND)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, LoConOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        rank, _, tucker = _sizes(site, config)
+        points, experts = math.prod(site.kernel), math.prod(site.batch)
+        core = rank**2 * points if tucker else 0
+        return experts * rank * (site.in_features * (1 if tucker else points) + site.out_features) + core

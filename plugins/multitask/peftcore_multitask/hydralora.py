@@ -1,0 +1,89 @@
+"""HydraLoRA: one A, several B, a gate for each token.   Tian et al. 2024, arXiv 2404.19245 (Clin0212/HydraLoRA).
+
+    y = W x + b + s sum_e g_e B_e A dropout(x),   s = alpha / rank,   g = softmax(W_g x)
+
+A [rank, in] holds what all of the data has in common, the heads B_e [out, rank] what only parts of it have; W_g [heads,
+in] has no bias. A and W_g start uniform in +-1/sqrt(in), B_e at zero. The softmax is taken in float32 at least.
+Convolutions: A and W_g are convolutions, so every position has a gate; embeddings: A starts at zero and B_e ~ N(0, 1),
+as in LoRA, and W_g has a column for each token.
+
+As in the authors' code, the gate reads x without dropout and each head drops for itself; the paper does not say. The
+paper finds the number of heads by clustering the data; here it is an option. The gate depends on the token, so nothing
+merges, and a tensor that is read instead of called is refused.
+
+Parameters: rank * in * kernel + heads * rank * out + heads * in * kernel a site.
+
+Use it for data of several kinds that nobody has told apart: it needs no task, and costs less than as many LoRAs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore_multitask._skills import factors
+
+
+class Config(MethodConfig):
+    """Options of HydraLoRA."""
+
+    method: Literal["hydralora"] = "hydralora"
+    rank: PositiveInt = 8
+    """Rank of each head's update."""
+    heads: PositiveInt = 4
+    """How many B there are."""
+    alpha: PositiveFloat = 32.0
+    """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of a head's update are dropped in training."""
+
+
+class HydraLoRAOperator(Operator):
+    """The shared A, the heads and the gate of one site."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        if config.dropout and self.layer.one_hot:
+            raise UnsupportedSite(f"{site.path} gets ids, of which nothing can be dropped; use dropout=0 or exclude it")
+        self.scale, self.heads = config.alpha / config.rank, config.heads
+        self.dropout = nn.Dropout(config.dropout)
+        inputs, outputs = site.in_features, site.out_features
+        self.A, self.B = factors(site, (config.rank, inputs), (config.heads, outputs, config.rank), inputs)
+        bound = 1 / math.sqrt(inputs * math.prod(site.kernel))
+        self.gate = nn.Parameter(torch.empty(config.heads, inputs, *site.kernel).uniform_(-bound, bound))
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y, channels = call(x), self.layer.channel_dim
+        A, B, gate = self.cast(y, self.A, self.B, self.gate)
+        logits = self.layer.apply(x, gate)
+        shares = logits.softmax(channels, dtype=torch.promote_types(logits.dtype, torch.float32))
+        (shares,) = self.cast(y, shares)  # channels: heads
+        draws = self.heads if self.training and self.dropout.p else 1
+        lows = [self.layer.apply(self.dropout(x), A) for _ in range(draws)]  # channels: rank
+        mixed = [lows[e % draws] * shares.narrow(channels, e, 1) for e in range(self.heads)]
+        return self.layer.add(y, torch.cat(mixed, channels), B.transpose(0, 1).flatten(1), self.scale)
+
+
+class HydraLoRA(Method):
+    """Low-rank adaptation with one A and several gated B."""
+
+    name = "hydralora"
+    Config = Config
+    tags = Tags(category="multitask", paper="2404.19245", checked_against="the authors' code")
+    target = ("mlp.gate", "mlp.up", "mlp.down")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, HydraLoRAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        inputs = site.in_features * math.prod(site.kernel)
+        return (config.rank + config.heads) * inputs + config.heads * config.rank * site.out_features

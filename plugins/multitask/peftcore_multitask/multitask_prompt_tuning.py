@@ -1,0 +1,99 @@
+"""MPT: multitask prompt tuning.   Wang et al. 2023, arXiv 2303.02861.
+
+    X' = [P_t ; E(ids)],   P_t = P * (u_t v_t)      (* entry by entry)
+
+P [length, d] is shared by all tasks; u_t [length, rank] and v_t [rank, d] are the task's own, of rank 1 in the paper.
+P_t stands in front of the embedded tokens as in prompt_tuning, in every respect, and is made at its own precision. The
+task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each.
+
+P starts as in prompt_tuning. u_t v_t starts as all ones, so that each task begins at P: the first column of u and the
+first row of v are ones, further rows of v zeros, further columns of u N(0, 0.02). ``task_init="normal"`` is what peft
+does, N(0, 0.02) for both: then P_t starts some thousand times smaller than P, and learns slowly.
+
+The paper trains many source tasks with losses that distil a teacher's prompt for each; here, as in peft, the host's
+loss trains it. For a target task it starts from P and the mean (or one) of the source tasks' u and v: copy the tensors.
+Never identity at the start: anything in front moves the outputs. Parameters: length * d + tasks * rank * (length + d).
+
+Use it where many tasks share one large model and a new one has few examples: it costs length + d numbers more.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, SequenceOperator, SequenceSite, Site, Surgeon, Tags
+from peftcore.errors import ConfigError
+from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
+
+
+class Config(TaskConfig):
+    """Options of multitask prompt tuning."""
+
+    method: Literal["multitask_prompt_tuning"] = "multitask_prompt_tuning"
+    length: PositiveInt = 20
+    """Rows of the prompt; 100 in the paper."""
+    rank: PositiveInt = 1
+    """Rank of what tells the tasks apart."""
+    init: Literal["vocabulary", "uniform"] = "vocabulary"
+    """Start the shared prompt from embeddings of tokens drawn from the vocabulary, or uniform in +-0.5."""
+    init_ids: list[NonNegativeInt] = Field(default_factory=list)
+    """Start it from the embeddings of these tokens instead, repeated or cut to its length."""
+    task_init: Literal["ones", "normal"] = "ones"
+    """Start every task at the shared prompt, or as peft does, close to zero."""
+
+
+class MultitaskPromptOperator(SequenceOperator):
+    """The shared prompt of one stack, and what the tasks make of it."""
+
+    def __init__(self, site: SequenceSite, config: Config) -> None:
+        super().__init__(site, config.length)
+        self.tasks, count = Tasks(site, config), task_count(config)
+        if config.init == "vocabulary" or config.init_ids:
+            start = site.embedded(_ids(site.in_features, config))
+        else:
+            start = torch.rand(config.length, self.width) - 0.5
+        self.prompt = nn.Parameter(start.to(torch.get_default_dtype(), copy=True))
+        self.u = nn.Parameter(torch.randn(count, config.length, config.rank) * 0.02)
+        self.v = nn.Parameter(torch.randn(count, config.rank, self.width) * 0.02)
+        if config.task_init == "ones":
+            with torch.no_grad():
+                self.u[..., 0] = 1.0
+                self.v[:, 0], self.v[:, 1:] = 1.0, 0.0
+
+    def rows(self, embeds: Tensor) -> Tensor:
+        u, v = (self.tasks.of_rows(each, len(embeds)) for each in (self.u, self.v))
+        with torch.autocast(embeds.device.type, enabled=False):
+            return self.prompt * (u @ v)  # [1 or batch, length, width]
+
+
+def _ids(vocabulary: int, config: Config) -> Tensor:
+    """The tokens that the shared prompt starts from."""
+    if not config.init_ids:
+        return torch.randint(vocabulary, (config.length,))
+    if max(config.init_ids) >= vocabulary:
+        raise ConfigError(f"init_ids: {max(config.init_ids)} is no token of a vocabulary of {vocabulary}")
+    return torch.tensor(config.init_ids).repeat(-(-config.length // len(config.init_ids)))[: config.length]
+
+
+class MultitaskPromptTuning(Method):
+    """A trained prompt that tasks share, and each scales for itself."""
+
+    name = "multitask_prompt_tuning"
+    Config = Config
+    tags = Tags(
+        category="multitask", paper="2303.02861", identity_at_init=False, per_row=False, checked_against="peft 0.21"
+    )
+    target = "stack"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.sequence(site, MultitaskPromptOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        length, width = config.length, site.out_features
+        return length * width + task_count(config) * config.rank * (length + width)

@@ -1,0 +1,136 @@
+"""HydraLoRA: the kit; numbers of the authors' own layer (Clin0212/HydraLoRA at afb693b, HydraLoRA/peft/tuners/lora.py,
+run once in float64, its softmax in float32); the equation in float64 for several kinds of layers."""
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+
+import pytest
+import torch
+from peft_pairs import difference
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import NotMergeable, UnsupportedSite
+from peftcore.testing import conformance
+from peftcore.testing.kit import fill
+
+HEADS, RANK, ALPHA = 3, 2, 3.0
+OPTIONS = {"target": "0", "heads": HEADS, "rank": RANK, "alpha": ALPHA}
+
+
+@conformance("hydralora", options={"*": {"heads": HEADS, "rank": RANK}})
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+def wave(*shape: int, step: float) -> Tensor:
+    """Numbers that are the same everywhere: sin(0), sin(step), sin(2 step), ..."""
+    return (torch.arange(math.prod(shape), dtype=torch.float64) * step).sin().view(shape)
+
+
+AUTHORS = {  # flattened
+    "y": [0.63041628, 2.56879504, 2.24820680, -1.84120312, -0.28193389, 3.23693829, 1.08538387, 0.87084997],
+    "A": [
+        0.00241472, 0.69907440, 0.86668851, 0.37841003, -0.39624161, -0.17177124, -0.60796867, -0.58406753, -0.11815573,
+        0.43717398,
+    ],
+    "B": [
+        -0.67707965, 0.53878991, -0.74147648, 0.38970197, -0.73963943, 0.20580310, -0.67173258, 0.00352046, -0.66796905,
+        0.53154010, -0.71533917, 0.56377067, -0.69881017, 0.54564128, -0.61985855, 0.47877139, -0.08960244, 0.07130164,
+        -0.11688425, -0.15658501, -0.13372514, -0.37048438, -0.13862076, -0.55128949,
+    ],
+    "gate": [
+        0.04544186, 0.14630689, 0.13644978, 0.02333020, -0.10744522, -0.03318217, -0.02539225, 0.00161402, 0.02739883,
+        0.03244875, -0.01225970, -0.12091463, -0.13806379, -0.05072902, 0.07499646,
+    ],
+}  # fmt: skip
+
+
+def test_numbers_of_the_authors() -> None:
+    """The output, then the gradients."""
+    model = nn.Sequential(nn.Linear(5, 4)).double()
+    injection = peftcore.apply(model, "hydralora", **OPTIONS, dtype="float64")
+    (op,) = injection.operators.values()
+    with torch.no_grad():
+        model[0].weight.copy_(wave(4, 5, step=1.1))
+        model[0].bias.copy_(wave(4, step=1.3))
+        op.A.copy_(wave(2, 5, step=1.7))
+        op.gate.copy_(wave(3, 5, step=0.7))
+        op.B.copy_(wave(3, 4, 2, step=2.3))
+    x = wave(1, 2, 5, step=0.9)
+    y = model(x)
+    (y * wave(1, 2, 4, step=0.3)).sum().backward()
+    with injection.disabled():
+        assert difference(model(x), y) > 1e-3
+    for name, found in {"y": y, "A": op.A.grad, "B": op.B.grad, "gate": op.gate.grad}.items():
+        assert difference(found.flatten(), torch.tensor(AUTHORS[name], dtype=torch.float64)) < 1e-6, name
+
+
+LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
+    "linear": lambda: (nn.Linear(12, 8), torch.randn(2, 3, 12)),
+    "conv2d": lambda: (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0)), torch.randn(2, 4, 7, 6)),
+    "embedding": lambda: (nn.Embedding(20, 6), torch.tensor([[0, 3, 5], [1, 1, 19]])),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_equation(kind: str) -> None:
+    """Each head as a layer of its own, with its effective weight; their changes weighted position by position."""
+    torch.manual_seed(0)
+    layer, x = LAYERS[kind]()
+    base = nn.Sequential(layer).double()
+    x = x.double() if x.is_floating_point() else x
+    model = deepcopy(base).eval()
+    injection = peftcore.apply(model, "hydralora", **OPTIONS, dtype="float64")
+    fill(injection)
+    (op,) = injection.operators.values()
+    plain, channels = base(x), 1 if kind == "conv2d" else -1
+
+    def with_weight(weight: Tensor) -> Tensor:
+        twin = deepcopy(base)
+        twin[0].weight.data = weight.T if kind == "embedding" else weight
+        twin[0].bias = None
+        return twin(x).movedim(channels, -1)
+
+    shares = with_weight(op.gate.detach()).exp()
+    shares = shares / shares.sum(-1, keepdim=True)
+    heads = [with_weight(torch.einsum("or,r...->o...", B, op.A).detach()) for B in op.B]
+    expected = plain.movedim(channels, -1) + ALPHA / RANK * sum(shares[..., e, None] * heads[e] for e in range(HEADS))
+    assert difference(model(x), plain) > 1e-3
+    torch.testing.assert_close(model(x).movedim(channels, -1), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_each_head_drops_for_itself_and_the_gate_does_not() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 8)).double()
+    x = torch.randn(5, 12).double()
+    plain = model(x)
+    injection = peftcore.apply(model, "hydralora", **OPTIONS, dropout=0.5, dtype="float64")
+    fill(injection)
+    (op,) = injection.operators.values()
+    torch.manual_seed(1)
+    found = model(x)
+    torch.manual_seed(1)
+    shares = (x @ op.gate.T).softmax(-1)
+    heads = [nn.functional.dropout(x, 0.5) @ op.A.T @ B.T for B in op.B]
+    expected = plain + ALPHA / RANK * sum(shares[:, e : e + 1] * heads[e] for e in range(HEADS))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_how_it_starts_and_what_it_cannot_do() -> None:
+    model = nn.Sequential(nn.Embedding(20, 100))
+    ids = torch.arange(20)
+    before = model(ids)
+    injection = peftcore.apply(model, "hydralora", **OPTIONS)
+    (op,) = injection.operators.values()
+    assert torch.equal(model(ids), before) and not op.A.any() and op.B.std() > 0.8
+    with pytest.raises(NotMergeable):
+        injection.merge()
+    injection.remove()
+    with pytest.raises(UnsupportedSite, match="dropout=0"):
+        peftcore.apply(model, "hydralora", **OPTIONS, dropout=0.1)
+    (op,) = peftcore.apply(nn.Sequential(nn.Linear(100, 7)), "hydralora", **OPTIONS).operators.values()
+    for started in (op.A, op.gate):  # within 1/sqrt(100), and nearly as far
+        assert 0.09 < started.abs().max() <= 0.1
+    assert not op.B.any()

@@ -1,0 +1,142 @@
+"""CoOp, context optimization.   Zhou et al. 2021, arXiv 2109.01134 (code: KaiyangZhou/CoOp).
+
+    t_k = g([SOS; v_1 ... v_M; name_k; EOS]),   p(k | x) = softmax_k(scale * cos(f(x), t_k)),   v [M, d]
+
+Context vectors stand in the place of the words "a photo of a" in front of the names of classes, before positions are
+added. As in the authors' code the texts hold the places: tokenize ``"X X X X " + name + "."`` with M words of one token
+each; whatever they are, the M places behind the first token get v. Lengths, masks, positions and the place of EOS are
+then the host's own affair. The authors' other orders (the name in the middle, or in front) put the words elsewhere; for
+these say which token holds a place: ``placeholder=343`` is "x" in CLIP's vocabulary. The batch of texts is the classes:
+
+    peftcore.apply(clip, "coop", length=4)
+    clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
+
+With `classes` each class has a context of its own (CSC): row k of the batch gets the k-th, or
+``peftcore.call(model, classes=[2, 0])`` says whose each row is.
+
+v starts as N(0, 0.02), or as the embeddings of `init_ids`. Parameters: M d, or classes M d. Nothing merges, but once
+trained the features of all classes can be kept.
+
+Use it to adapt CLIP with 16 or fewer images a class; an adapter holds for any names that follow it, with CSC for its
+own classes. Models that generate are refused: prompt_tuning is for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, current_call
+from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
+from peftcore.hosts.stacks import CACHES, arguments, find
+
+
+class Config(MethodConfig):
+    """Options of CoOp."""
+
+    method: Literal["coop"] = "coop"
+    length: PositiveInt = 16
+    """Context vectors M."""
+    init_ids: list[NonNegativeInt] = Field(default_factory=list)
+    """Start from the embeddings of these tokens; there are as many context vectors then."""
+    placeholder: NonNegativeInt | None = None
+    """The token whose places the vectors take, in their order; None takes the places behind the first token."""
+    classes: PositiveInt | None = None
+    """How many classes have contexts of their own; None shares one."""
+
+    @property
+    def count(self) -> int:
+        """Vectors of a context."""
+        return len(self.init_ids) or self.length
+
+
+class ContextOperator(Operator):
+    """Puts context vectors in their places among the embedded tokens."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        self.placeholder, self.classes = config.placeholder, config.classes
+        start = torch.randn(config.classes or 1, config.count, site.out_features) * 0.02
+        if config.init_ids:
+            if max(config.init_ids) >= site.in_features:
+                raise ConfigError(f"init_ids: {max(config.init_ids)} is no token of a vocabulary of {site.in_features}")
+            words = site.weight().detach()[:, config.init_ids].T
+            start = words.to(start).expand_as(start).clone()
+        self.context = nn.Parameter(start)  # [classes or 1, M, d]
+
+    def forward(self, call: Callable[..., Any], ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        embedded: Tensor = call(ids, *args, **kwargs)
+        (context,) = self.cast(embedded, self.context)
+        held = self._held(ids)
+        number = (held.cumsum(-1) - 1).clamp(0, context.shape[1] - 1)  # which of the vectors a place gets
+        chosen = context[self._rows(ids)[:, None], number]  # [batch, tokens, d]
+        return torch.where(held[..., None], chosen, embedded)
+
+    def _held(self, ids: Tensor) -> Tensor:
+        """The places of the context [batch, tokens].
+
+        Raises:
+            SequenceError: there are not as many as vectors.
+        """
+        count = self.context.shape[1]
+        if self.placeholder is None:
+            at = torch.arange(ids.shape[-1], device=ids.device)
+            held, enough = ((at >= 1) & (at <= count)).expand_as(ids), ids.shape[-1] > count
+        else:
+            held = ids == self.placeholder
+            enough = torch.compiler.is_compiling() or bool((held.sum(-1) == count).all())
+        if not enough:
+            raise SequenceError(
+                f"a text of {ids.shape[-1]} tokens does not have the {count} places of the context: tokenize as many "
+                "placeholders with the names of the classes"
+            )
+        return held
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Whose context each row of the batch gets."""
+        if self.classes is None:
+            return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        told = current_call().context.get("classes")
+        if told is None and len(ids) != self.classes:
+            raise MissingContext(
+                f"{len(ids)} texts, but {self.classes} classes: say whose each is: with peftcore.call(model, "
+                "classes=[...]): ..."
+            )
+        return torch.as_tensor(range(self.classes) if told is None else told, device=ids.device)
+
+
+class CoOp(Method):
+    """Trained words in front of the names of classes."""
+
+    name = "coop"
+    Config = Config
+    tags = Tags(category="vision", paper="2109.01134", identity_at_init=False, checked_against="the authors' code")
+    target = ("embed",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        modules = surgeon.resolver.modules
+        stacks = {
+            f"{each.path}.{each.table}".lstrip("."): each for each in find(modules, surgeon.resolver.host.entries)
+        }
+        sites, refused = [], []
+        for site in surgeon.sites():
+            stack = stacks.get(site.module_path)
+            if stack is None:
+                refused.append(f"{site.path} embeds no texts of a tower")
+            elif stack.causal and CACHES.intersection(arguments(type(modules[stack.path]))):
+                refused.append(f"{site.path} embeds what a model generates; prompt_tuning is for that")
+            else:
+                sites.append(site)
+        if refused and (surgeon.wishes.target is not None or not sites):
+            raise UnsupportedSite(refused[0])
+        for site in sites:
+            surgeon.graft(replace(site, form="activation"), ContextOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return (config.classes or 1) * config.count * site.out_features
