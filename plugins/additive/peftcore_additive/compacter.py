@@ -14,7 +14,6 @@ A PHM adapter, in the paper the step before Compacter, is ``shared_rule=False, f
 matrix has rules of its own, and whole blocks [in / n, out / n] in place of S_i T_i.
 
 Parameters: 2 q (d + r) + r + d an adapter, n^3 once; of a PHM adapter 2 d r / n + 2 n^3 + r + d. The norms besides.
-
 Use it where adapters must be small: it trains less than a tenth of a percent of T5.
 """
 

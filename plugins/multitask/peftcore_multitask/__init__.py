@@ -12,6 +12,7 @@ def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
         "hydralora": "peftcore_multitask.hydralora:HydraLoRA",
+        "mov": "peftcore_multitask.mov:MoV",
         "multitask_prompt_tuning": "peftcore_multitask.multitask_prompt_tuning:MultitaskPromptTuning",
         "polytropon": "peftcore_multitask.polytropon:Polytropon",
     }

@@ -87,8 +87,8 @@ class Tasks:
         else:
             one = position(told, self.tasks)
             return table[one : one + 1]
-        times, rest = divmod(rows, len(index))
-        if rest or not times or not self.apart:
+        times = rows // max(len(index), 1)
+        if not times or times * len(index) != rows or not self.apart:
             raise RouteError(
                 f"{self.path} got {rows} rows, which cannot be told apart by {len(index)} tasks; name one for each row "
                 "of the batch, or one for all"

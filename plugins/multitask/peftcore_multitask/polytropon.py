@@ -3,11 +3,12 @@
     y = W x + b + s (sum_k w_k B_k) (sum_k w_k A_k) x,   s = 1 / rank,   w = z / sum_k z
 
 Skill k of a site is a low-rank update A_k [rank, in], B_k [out, rank], started as in LoRA. Task t has a logit for each
-skill, Z_t, uniform in +-0.001 at first: z = sigmoid(Z_t), and in training a draw for each row from the relaxed
-Bernoulli distribution with these logits, z = sigmoid(Z_t + log u - log(1 - u)), u uniform. A and B are averaged apart.
+skill, Z_t, uniform in +-0.001 at first: z = sigmoid(Z_t), and in training a draw for each row that the module sees from
+the relaxed Bernoulli distribution with these logits, z = sigmoid(Z_t + log u - log(1 - u)), u uniform. A and B are
+averaged apart.
 
-With `splits` it is multi-head routing (Poly-S): the inputs of A and the outputs of B are cut into groups, and each
-group has logits, and skills, of its own. Convolutions and embeddings have factors as in LoRA.
+With `splits` it is multi-head routing: the inputs of A and the outputs of B are cut into groups, and each group has
+logits, and skills, of its own. Convolutions and embeddings have factors as in LoRA.
 
 The task comes with the call, ``with peftcore.call(model, task=...)``: one for all rows, or one for each. So one weight
 cannot stand for the update, and it does not merge; a tensor that is read instead of called has no rows, and is refused.

@@ -1,5 +1,5 @@
-"""Polytropon and multi-head routing: the kit; the real peft, in evaluation, in training and in generation; a task for
-each row; kinds of layers that peft does not know; what is refused."""
+"""Polytropon and multi-head routing: the kit; the real peft, in evaluation and in training; draws that are computed
+again; beams; kinds of layers that peft does not know; what is refused. (How tasks are told: test_tasks.py.)"""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -12,7 +12,7 @@ from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.errors import ConfigError, MissingContext, RouteError, UnsupportedSite
+from peftcore.errors import NotMergeable, UnsupportedSite
 from peftcore.operators import _Base
 from peftcore.targets import Site
 from peftcore.testing import conformance
@@ -75,22 +75,6 @@ def test_one_task_for_all_rows_and_a_tensor_of_tasks() -> None:
     found, running = both(2)
     for told, ids in ((2, [2, 2]), (torch.tensor([0, 2]), [0, 2])):
         found.assert_same_outputs(running(told, ids))
-
-
-def test_names_and_a_default() -> None:
-    torch.manual_seed(0)
-    model, inputs = HOSTS["llama"].build()
-    model.eval()
-    fill(peftcore.apply(model, "polytropon", tasks=["rte", "sst", "mrpc"], task="sst", skills=SKILLS))
-
-    def told(**context: Any) -> Tensor:
-        with peftcore.call(model, **context):
-            return model(**inputs).logits
-
-    assert torch.equal(told(), told(task="sst")) and torch.equal(told(), told(task=1))
-    mixed = told(task=["mrpc", "sst"])
-    torch.testing.assert_close(mixed, torch.stack([told(task="mrpc")[0], told()[1]]))
-    assert difference(told()[0], mixed[0]) > 1e-3
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -187,24 +171,12 @@ def test_logits_learn_at_a_rate_of_their_own() -> None:
 
 
 def test_what_is_refused() -> None:
-    model = nn.Sequential(nn.Linear(6, 4))
-    injection = peftcore.apply(model, "polytropon", target="0", tasks=2)
-    x = torch.randn(3, 6)
-    with pytest.raises(MissingContext, match=r"peftcore\.call\(model, task="):
-        model(x)
-    for told, error in (
-        (2, ConfigError),
-        ("rte", ConfigError),
-        ([0, 1], RouteError),
-        (torch.tensor([0, 5, 1]), ConfigError),
+    for layer, options, reason in (
+        (nn.Linear(6, 4), {"splits": 4}, "groups"),
+        (nn.Conv2d(4, 4, 3, groups=2), {}, "read, not called"),
     ):
-        with pytest.raises(error), peftcore.call(model, task=told):
-            model(x)
-    injection.remove()
-    with pytest.raises(UnsupportedSite, match="groups"):
-        peftcore.apply(model, "polytropon", target="0", splits=4)
-    with pytest.raises(UnsupportedSite, match="read"):
-        peftcore.apply(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "polytropon", target="0")
-    for options in ({"tasks": ["a", "a"]}, {"tasks": 2, "task": 2}, {"tasks": ["a"], "task": "b"}):
-        with pytest.raises(ConfigError):
-            peftcore.apply(model, "polytropon", target="0", **options)
+        with pytest.raises(UnsupportedSite, match=reason):
+            peftcore.apply(nn.Sequential(layer), "polytropon", target="0", **options)
+    injection = peftcore.apply(nn.Sequential(nn.Linear(6, 4)), "polytropon", target="0")
+    with pytest.raises(NotMergeable):
+        injection.merge()

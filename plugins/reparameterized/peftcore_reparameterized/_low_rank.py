@@ -41,8 +41,11 @@ def input_dropout(site: Site, probability: float) -> nn.Module:
     """Dropout of the update's input.
 
     Raises:
-        UnsupportedSite: the site is a tensor that is read, so the update has no input.
+        UnsupportedSite: the site is a tensor that is read, so the update has no input; or an embedding, whose inputs
+            are tokens.
     """
+    if probability and site.layer.one_hot:
+        raise UnsupportedSite(f"{site.path} is given tokens, which cannot be dropped in parts; use dropout=0 there")
     if probability and site.form == "weight":
         raise UnsupportedSite(
             f"{site.path} is read, not called, so dropout cannot reach its input; use dropout=0 or exclude it"

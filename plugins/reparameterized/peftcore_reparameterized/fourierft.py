@@ -65,7 +65,7 @@ class FourierFTOperator(WeightOperator):
         matrix = weight.flatten(self.layer.batch_dims + 1)  # [*batch, out, in * kernel]
         c = self.c.to(torch.promote_types(self.c.dtype, torch.float32))  # half precision has no transform
         spectrum = c.new_zeros(*c.shape[:-1], math.prod(matrix.shape[-2:])).index_copy(-1, self.entries, c)
-        delta = torch.fft.fft2(spectrum.unflatten(-1, matrix.shape[-2:])).real
+        delta = torch.fft.ifft2(spectrum.unflatten(-1, matrix.shape[-2:])).real
         return weight + self.alpha * delta.reshape(weight.shape)
 
 

@@ -26,9 +26,16 @@ ABOVE = torch.triu_indices(BLOCK, BLOCK, 1)
 ONE = {
     "factors": 1
 }  # widths that cannot be halved: 27 in the convolutions, 14 in the UNet, 6 in the perceptron's checks
+OPTIONS = {
+    "*": {"block_size": BLOCK},
+    "convnet": ONE,
+    "mlp": ONE,
+    "unet": ONE,
+    "moe": {"block_size": 8},  # where no two of its experts are nearly tied in bfloat16
+}
 
 
-@conformance("boft", options={"*": {"block_size": BLOCK}, "convnet": ONE, "mlp": ONE, "unet": ONE})
+@conformance("boft", options=OPTIONS)
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

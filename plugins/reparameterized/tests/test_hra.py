@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 EXACT, RANK = 1e-12, 4
 
 
-@conformance("hra")
+@conformance("hra", options={"moe": {"rank": 6}})  # where no two of its experts are nearly tied in bfloat16
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

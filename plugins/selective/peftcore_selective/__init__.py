@@ -11,9 +11,11 @@ PEFTCORE_API = 1
 def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
+        "attention_only": "peftcore_selective.attention_only:AttentionOnly",
         "bitfit": "peftcore_selective.bitfit:BitFit",
         "child_tuning_d": "peftcore_selective.child_tuning_d:ChildTuningD",
         "linear_probe": "peftcore_selective.linear_probe:LinearProbe",
         "ln_tuning": "peftcore_selective.ln_tuning:LNTuning",
+        "partial_k": "peftcore_selective.partial_k:PartialK",
         "shira": "peftcore_selective.shira:SHiRA",
     }

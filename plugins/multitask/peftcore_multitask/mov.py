@@ -1,0 +1,126 @@
+"""MoV: a mixture of (IA)^3 vectors.   Zadouri et al. 2023, arXiv 2309.05444 (for-ai/parameter-efficient-moe).
+
+    a' = a * sum_e p_e l_e,   p = softmax(W_g a)      (* entry by entry)
+
+a is what (IA)^3 scales: keys and values where they leave their projection, the feed-forward's inner activations where
+they enter the second matrix. The router reads a itself, a token at a time; of keys and values a head at a time, W_g
+[experts, head] one for all heads, l [heads, experts, head]. All experts take part, the softmax is in float32 at least.
+All l start at one, so a fresh injection changes nothing (up to rounding); W_g ~ N(0, 0.02), without bias.
+
+How wide heads are, attentions of transformers tell; elsewhere the option `head` says it. What scales depends on the
+token, so nothing merges; a tensor that is read instead of called (stacked experts, torch's own attention) is refused.
+
+Parameters: experts * (in + in) for the second matrix, experts * (out + head) for keys and for values.
+
+Use it for instructions and tasks of many kinds at the price of a few (IA)^3: soft routing needs no task, nor a balance.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.attention_sites import locate
+from peftcore.errors import UnsupportedSite
+
+HEADED = ("attn.k", "attn.v", "cross.k", "cross.v")
+"""Roles whose output is a run of heads."""
+
+
+class Config(MethodConfig):
+    """Options of the mixture."""
+
+    method: Literal["mov"] = "mov"
+    experts: PositiveInt = 30
+    """Vectors of each site."""
+    scale_inputs: list[str] = Field(default_factory=lambda: ["mlp.down"])
+    """Sites whose input is scaled instead of their output: roles, or globs for site paths."""
+    head: PositiveInt | None = None
+    """Width of a head of keys and values; None asks the host's attention."""
+
+
+@dataclass(frozen=True, eq=False)
+class RoutedSite(Site):
+    """A site whose activation is known to be a run of heads."""
+
+    inputs: bool = False
+    """Whether its input is scaled."""
+    width: int = 0
+    """Features of the activation that is scaled."""
+    head: int = 0
+    """Features that the router reads at once."""
+
+
+class MoVOperator(Operator):
+    """The vectors of one site, and their router."""
+
+    def __init__(self, site: RoutedSite, config: Config) -> None:
+        super().__init__(site)
+        if site.inputs and self.layer.one_hot:
+            raise UnsupportedSite(f"{site.path} has no input to scale; leave it out of scale_inputs")
+        if site.width % site.head:
+            raise UnsupportedSite(f"{site.path} makes {site.width} features, which are not heads of {site.head}")
+        self.inputs = site.inputs
+        self.gain = nn.Parameter(torch.ones(site.width // site.head, config.experts, site.head))
+        self.router = nn.Parameter(torch.randn(config.experts, site.head) * 0.02)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return call(self.scaled(x)) if self.inputs else self.scaled(call(x))
+
+    def scaled(self, a: Tensor) -> Tensor:
+        """The activation times its mixture of vectors."""
+        dim = self.layer.channel_dim
+        with torch.autocast(a.device.type, enabled=False):
+            precise = torch.promote_types(self.gain.dtype, torch.float32)
+            heads = a.movedim(dim, -1).unflatten(-1, (len(self.gain), -1)).to(precise)  # [..., heads, head]
+            shares = (heads @ self.router.to(precise).T).softmax(-1)  # [..., heads, experts]
+            gain = torch.einsum("...he,hew->...hw", shares, self.gain.to(precise)).flatten(-2)
+        return a * gain.movedim(-1, dim).to(a.dtype)
+
+
+def _routed(surgeon: Surgeon, site: Site, config: Config) -> RoutedSite:
+    """The site, and what its router reads at once.
+
+    Raises:
+        UnsupportedSite: nothing tells how wide the heads of keys and values are.
+    """
+    config = config.at(site.path)
+    inputs = any(site.role == each or fnmatch.fnmatchcase(site.path, each) for each in config.scale_inputs)
+    width = site.in_features if inputs else site.out_features
+    head = width
+    if not inputs and site.role in HEADED and site.form == "activation":
+        head = config.head or _head(surgeon, site)
+    return RoutedSite(**vars(site), inputs=inputs, width=width, head=head)
+
+
+def _head(surgeon: Surgeon, site: Site) -> int:
+    try:
+        above = surgeon.resolver.module_site(site.module_path.rpartition(".")[0])
+        sizes = locate(above, surgeon.resolver).geometry
+    except UnsupportedSite as error:
+        raise UnsupportedSite(f"{site.path}: how wide are its heads? Say it: head=... ({error})") from None
+    return sizes.value_dim if site.role in ("attn.v", "cross.v") else sizes.head_dim
+
+
+class MoV(Method):
+    """Mixtures of gains for keys, values and inner activations of the feed-forward."""
+
+    name = "mov"
+    Config = Config
+    tags = Tags(category="multitask", paper="2309.05444", checked_against="the authors' code")
+    target = ("attn.k", "attn.v", "cross.k", "cross.v", "mlp.down")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(_routed(surgeon, site, config), MoVOperator, config)
+
+    @staticmethod
+    def parameter_count(site: RoutedSite, config: Config) -> int:
+        return config.experts * (site.width + site.head)

@@ -1,0 +1,116 @@
+"""LoKr: low-rank Kronecker product.   Yeh et al. 2023, arXiv 2309.14859 (LyCORIS).
+
+    W' = W + s (w1 (x) w2),   w1 [l, m],   w2 [k, n * kernel] = w2a w2b,   l k = out,   m n = in,   s = alpha / r
+
+w1 scales copies of w2: delta[i k + j, p n + q] = s w1[i, p] w2[j, q]. out and in are cut next to their square root, or
+at `factor`, the smaller part first. w2 is one full matrix where r >= max(k, n) / 2, or with `full_matrix`; w1 is one,
+or with `decompose_both` and r < max(l, m) / 2 a product w1a w1b too. With both full s is 1. With `tucker` the factors
+of a convolution's w2 leave the kernel to a third one, t2 [r, r, kernel]. Stacked experts have factors of their own. At
+first w2, or else w2b, is zero; all else is uniform in +-1/sqrt(inputs).
+
+All this is as in LyCORIS, which defines the method, but for its merging: it has s in it twice. peft keeps s = alpha / r
+with both factors full, starts w1 at zero, puts `factor` first where it divides even if it is the larger part, and lays
+out the product wrongly with a full w2 in one-dimensional convolutions. Kronecker adapters as such are KronA's (Edalati
+et al. 2022, arXiv 2212.10650), without the low rank and the rule for the cuts.
+
+Parameters: l m + r (k + n * kernel) a site with w1 full and w2 not, l m + k n * kernel with both full, times the number
+of experts.
+
+Use it for the smallest files of the family, in diffusion models above all: its rank is not bound by its size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+
+
+class Config(MethodConfig):
+    """Options of LoKr."""
+
+    method: Literal["lokr"] = "lokr"
+    rank: PositiveInt = 8
+    """Rank r of the factors that are products."""
+    alpha: PositiveFloat = 8.0
+    """Numerator of the scale ``alpha / rank``; of no effect where both factors are full."""
+    factor: PositiveInt | None = None
+    """Where dimensions are cut: at it where it divides them, at the largest divisor below it elsewhere; None: next to
+    the square root."""
+    decompose_both: bool = False
+    """Make w1 a product too, where the rank is below half of its larger side."""
+    full_matrix: bool = False
+    """Make no factor a product."""
+    tucker: bool = False
+    """Factor the kernels of convolutions too (peft: use_effective_conv2d); of no effect on other layers."""
+
+
+class LoKrOperator(WeightOperator):
+    """The update of one site."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        shapes = _shapes(site, config)
+        self.scale = 1.0 if shapes.keys() == {"w1", "w2"} else config.alpha / config.rank
+        for name, shape in shapes.items():
+            bound = 0.0 if name in ("w2", "w2b") else 1 / math.sqrt(math.prod(shape[1:]))
+            values = torch.empty(*site.batch, *shape).uniform_(-bound, bound)
+            self.register_parameter(name, nn.Parameter(values))
+
+    def factor(self, name: str) -> Tensor:
+        """w1 [*batch, l, m] or w2 [*batch, k, n * kernel]."""
+        held = self._parameters
+        if name in held:
+            return self.get_parameter(name)
+        a, b = self.get_parameter(f"{name}a"), self.get_parameter(f"{name}b")
+        core = held.get("t2") if name == "w2" else None
+        return a @ b if core is None else torch.einsum("pq...,po,qi->oi...", core, a, b).flatten(1)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        w1, w2 = self.factor("w1"), self.factor("w2")
+        delta = w1[..., :, None, :, None] * w2[..., None, :, None, :]  # [*batch, l, k, m, n * kernel]
+        return weight + self.scale * delta.reshape(weight.shape)
+
+
+class LoKr(Method):
+    """Low-rank Kronecker product."""
+
+    name = "lokr"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2309.14859", mergeable=True, checked_against="LyCORIS 4.1")
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, LoKrOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return math.prod(site.batch) * sum(math.prod(shape) for shape in _shapes(site, config).values())
+
+
+def _cut(size: int, factor: int | None) -> tuple[int, int]:
+    """Two factors of a dimension, the smaller one first."""
+    if factor is not None and size % factor == 0:
+        return min(factor, size // factor), max(factor, size // factor)
+    small = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0 and n <= (factor or size))
+    return small, size // small
+
+
+def _shapes(site: Site, config: Config) -> dict[str, tuple[int, ...]]:
+    """What is trained, for one expert."""
+    (low_out, out), (low_in, inputs) = (_cut(size, config.factor) for size in (site.out_features, site.in_features))
+    rank, kernel = config.rank, math.prod(site.kernel)
+    shapes: dict[str, tuple[int, ...]] = {"w1": (low_out, low_in)}
+    if config.decompose_both and rank < max(low_out, low_in) / 2 and not config.full_matrix:
+        shapes = {"w1a": (low_out, rank), "w1b": (rank, low_in)}
+    if rank >= max(out, inputs) / 2 or config.full_matrix:
+        return shapes | {"w2": (out, inputs * kernel)}
+    if config.tucker and kernel > 1:
+        return shapes | {"w2a": (rank, out), "w2b": (rank, inputs), "t2": (rank, rank, *site.kernel)}
+    return shapes | {"w2a": (out, rank), "w2b": (rank, inputs * kernel)}

@@ -1,0 +1,200 @@
+"""LoKr: the promises of the kit, the numbers of LyCORIS and of peft in each of its forms, torch's Kronecker product in
+float64 on the layers that both lack, its cuts and its start."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from lycoris.functional import factorization
+from lycoris.modules.lokr import LokrModule
+from peft_pairs import ADAPTER, MOVED, Both, Pair, difference
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+import peftcore
+from peftcore.testing import HOSTS, conformance
+from peftcore_reparameterized.lokr import _cut
+
+pytestmark = pytest.mark.filterwarnings("ignore:::peft")
+EXACT, ALPHA = 1e-12, 6.0
+
+
+OPTIONS = {
+    "*": {"rank": 1},  # the factors of narrow weights are full beyond that
+    "moe": {"alpha": 4.0},  # where no two of its experts are nearly tied in bfloat16
+}
+
+
+@conformance("lokr", options=OPTIONS)
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+@conformance("lokr", hosts=["convnet"], options={"convnet": {"rank": 1, "tucker": True, "decompose_both": True}})
+def test_conformance_of_factored_kernels(check: Callable[[], None]) -> None:
+    check()
+
+
+class One(nn.Module):
+    """A host of one layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(24, 30), (2, 3, 24)),
+    "conv1d": (lambda: nn.Conv1d(24, 20, 3, stride=2, padding=1, bias=False), (2, 24, 9)),
+    "conv2d": (lambda: nn.Conv2d(24, 20, (3, 2), dilation=2), (2, 24, 7, 6)),
+    "grouped": (lambda: nn.Conv2d(48, 20, (3, 1), groups=2), (2, 48, 5, 4)),
+    "pointwise": (lambda: nn.Conv2d(24, 30, 1), (2, 24, 3, 3)),
+}
+FORMS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "plain": ({"rank": 2}, {"w1", "w2a", "w2b"}),
+    "tucker": ({"rank": 2, "tucker": True}, {"w1", "w2a", "w2b", "t2"}),
+    "both": ({"rank": 1, "decompose_both": True}, {"w1a", "w1b", "w2a", "w2b"}),
+    "cut": ({"rank": 2, "factor": 4}, {"w1", "w2a", "w2b"}),
+    "full": ({"rank": 11}, {"w1", "w2"}),
+}
+
+
+def theirs_of(name: str) -> str:
+    return f"lokr_{name}" if len(name) == 2 else f"lokr_{name[:2]}_{name[2]}"
+
+
+@pytest.mark.parametrize("form", [*FORMS, "full_matrix"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_beside_lycoris(name: str, form: str) -> None:
+    """Outputs and gradients; what it merges has the scale in it twice."""
+    (build, shape), options = LAYERS[name], {"rank": 1, "full_matrix": True}
+    if form in FORMS:
+        options, _ = FORMS[form]
+    base, x = build().double(), torch.randn(shape).double()
+    model = One(deepcopy(base))
+    injection = peftcore.apply(model, "lokr", target="layer", alpha=ALPHA, dtype="float64", **options)
+    also = {key: options[key] for key in ("decompose_both", "factor", "full_matrix") if key in options}
+    tucker, rank = options.get("tucker", False), options["rank"]
+    theirs = LokrModule("", base, lora_dim=rank, alpha=ALPHA, use_tucker=tucker, **also).double()
+    operator = injection.operators["layer"]
+    pairs = [(ours, getattr(theirs, theirs_of(each))) for each, ours in operator.named_parameters()]
+    for ours, held in pairs:
+        held.data.copy_(nn.init.normal_(ours, std=0.1).view(held.shape))
+    assert len(pairs) == len(list(theirs.parameters()))
+    output, expected = model(x), theirs(x)
+    assert difference(output, base(x)) > 1000 * EXACT
+    assert difference(output, expected) <= EXACT
+    direction = torch.randn_like(output)
+    for each in (output, expected):
+        (each * direction).sum().backward()
+    for ours, held in pairs:
+        assert difference(ours.grad, held.grad.view(ours.shape)) <= EXACT
+    assert operator.scale == (1 if form.startswith("full") else ALPHA / rank)
+    delta = theirs.get_diff_weight(shape=base.weight.shape)[0] / operator.scale
+    injection.bake()
+    assert difference(model.layer.weight, base.weight + delta) <= EXACT
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_beside_peft(name: str, form: str) -> None:
+    """Outputs, gradients and merged weights; with both factors full its scale is one for alpha = rank only."""
+    (build, shape), (options, names) = LAYERS[name], FORMS[form]
+    x, alpha = torch.randn(shape), options["rank"] if form == "full" else ALPHA
+    config = peft.LoKrConfig(
+        target_modules=["layer"],
+        r=options["rank"],
+        alpha=alpha,
+        use_effective_conv2d=options.get("tucker", False),
+        decompose_both=options.get("decompose_both", False),
+        decompose_factor=options.get("factor", -1),
+    )
+
+    def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
+        layer: Any = theirs.get_submodule(site.module_path)
+        for each, ours in operator.named_parameters():
+            held = getattr(layer, theirs_of(each))[ADAPTER]
+            yield Pair(each, ours, held, lambda t, shape=ours.shape: t.view(shape))
+
+    both = Both(One(build()), "lokr", {"target": "layer", "alpha": float(alpha), **options}, config, pairs)
+    assert {pair.name for pair in both.pairs} == names - ({"t2"} if name in ("linear", "pointwise") else set())
+    for pair in both.pairs:  # products of small numbers would hardly move the output
+        both.change(pair.name, lambda t: t.mul_(5))
+    if (name, form) == ("conv1d", "full"):  # there peft lays the product out wrongly
+        base, ours, theirs = both.outputs(lambda model: model(x))
+        assert min(difference(ours, base), difference(theirs, ours)) > MOVED
+    else:
+        both.assert_same(lambda model: model(x))
+
+
+def update(tensors: dict[str, Tensor], shape: torch.Size) -> Tensor:
+    """The update at rank 2 by torch's own Kronecker product."""
+    return ALPHA / 2 * torch.kron(tensors["w1"], tensors["w2a"] @ tensors["w2b"]).view(shape)
+
+
+@pytest.mark.parametrize("name", ["transformers-conv1d", "transposed", "embedding"])
+def test_equation(name: str) -> None:
+    """Outputs, gradients and merged weight where the other two have nothing; these weights are stored [in, out]."""
+    build, shape = {
+        "transformers-conv1d": (lambda: Conv1D(30, 24), (5, 24)),
+        "transposed": (lambda: nn.ConvTranspose2d(24, 30, 3, stride=2), (2, 24, 3, 3)),
+        "embedding": (lambda: nn.Embedding(35, 30), (2, 5)),
+    }[name]
+    base = build().double().requires_grad_(False)
+    x = torch.randint(35, shape) if name == "embedding" else torch.randn(shape).double()
+    model = One(deepcopy(base))
+    injection = peftcore.apply(model, "lokr", target="layer", rank=2, alpha=ALPHA, dtype="float64")
+    operator = injection.operators["layer"]
+    tensors = {
+        each: nn.init.normal_(p, std=0.1).detach().clone().requires_grad_() for each, p in operator.named_parameters()
+    }
+    weight = base.weight + update(tensors, base.weight.transpose(0, 1).shape).transpose(0, 1)
+    ours, expected = model(x), functional_call(base, {"weight": weight}, (x,))
+    assert difference(ours, base(x)) > 1000 * EXACT
+    assert difference(ours, expected) <= EXACT
+    direction = torch.randn_like(ours)
+    for output in (ours, expected):
+        (output * direction).sum().backward()
+    for each, tensor in tensors.items():
+        assert difference(operator.get_parameter(each).grad, tensor.grad) <= EXACT
+    injection.bake()
+    assert difference(model.layer.weight, weight) <= EXACT
+
+
+def test_experts_have_updates_of_their_own() -> None:
+    model, _ = HOSTS["moe"].build()
+    path = "model.layers.0.mlp.experts.down_proj"
+    before = model.double().get_parameter(path).detach().clone()
+    options = {"target": f"*.{path[6:]}", "rank": 2, "factor": 2, "alpha": ALPHA, "dtype": "float64"}
+    injection = peftcore.apply(model, "lokr", **options)
+    tensors = {each: nn.init.normal_(p) for each, p in injection.operators[path].named_parameters()}
+    injection.merge()
+    for expert, (old, new) in enumerate(zip(before, model.get_parameter(path), strict=True)):
+        assert difference(new, old) > 0.1
+        assert difference(new, old + update({k: t[expert] for k, t in tensors.items()}, old.shape)) <= EXACT
+
+
+def test_cuts_are_those_of_lycoris() -> None:
+    for factor in (None, 1, 2, 4, 7, 8, 16, 100):
+        for size in [*range(1, 200), 768, 1000, 4096]:
+            assert _cut(size, factor) == factorization(size, -1 if factor is None else factor)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_starts_as_lycoris_does(form: str) -> None:
+    """Same sizes, and the same tensor zero."""
+    layer, (options, _) = nn.Conv2d(400, 420, 3), FORMS[form]
+    operator = peftcore.apply(One(layer), "lokr", target="layer", **options).operators["layer"]
+    given = {key: options[key] for key in ("decompose_both", "factor") if key in options}
+    theirs = LokrModule("", layer, lora_dim=options["rank"], use_tucker=options.get("tucker", False), **given)
+    for each, ours in operator.named_parameters():
+        expected = getattr(theirs, theirs_of(each)).abs().max().item()
+        assert ours.abs().max().item() == pytest.approx(expected, rel=0.3)
+        assert (expected == 0) == (each in ("w2", "w2b"))

@@ -1,0 +1,51 @@
+"""Attention-only tuning: the attention layers train, and nothing else.   Touvron et al. 2022, arXiv 2203.09795.
+
+    W' for W in {W_q, W_k, W_v, W_o} of every block, and their biases,   trained, starting from the host's
+
+Feed-forwards, norms and embeddings stay. Cross-attention stays too, which the paper's image models do not have: target
+("attn.*", "cross.*") to train it along. A matrix that makes queries, keys and values together trains whole; a target
+such as attn.q trains its rows of it. Where one matrix serves attention and feed-forward together, target the parts of
+the first (attn.q, attn.k, attn.v); what both leave through has no rows of its own for attention.
+
+Parameters: 4 d^2 + 4 d a block, about a third of a transformer's.
+
+Use it in place of full fine-tuning on images: a third of the memory for gradients, at nearly the same accuracy.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.weights import bias_name
+
+
+class Config(MethodConfig):
+    """Options of attention-only tuning."""
+
+    method: Literal["attention_only"] = "attention_only"
+    include_bias: bool = True
+    """Train the biases along."""
+
+
+class AttentionOnly(Method):
+    """Train the attention layers."""
+
+    name = "attention_only"
+    Config = Config
+    tags = Tags(category="selective", paper="2203.09795", mergeable=True, checked_against="training in place")
+    target = "attn.*"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            if not site.missing(site.tensor):
+                surgeon.replace(site)
+            bias = bias_name(site.tensor)
+            if config.include_bias and bias in site.tensors() and not site.missing(bias):
+                surgeon.replace(site.at(bias))
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return site.numel
