@@ -6,6 +6,7 @@ from peftcore.attention_sites import AttentionSite
 from peftcore.calls import activate, call, injections, route
 from peftcore.catalogue import method, methods, register
 from peftcore.checkpoint import load
+from peftcore.combining import combine, deltas, to_lora
 from peftcore.compositions import (
     Average,
     Fuse,
@@ -61,7 +62,9 @@ __all__ = [
     "activate",
     "apply",
     "call",
+    "combine",
     "current_call",
+    "deltas",
     "hookimpl",
     "injections",
     "load",
@@ -73,4 +76,5 @@ __all__ = [
     "register",
     "route",
     "save_composition",
+    "to_lora",
 ]

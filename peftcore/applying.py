@@ -221,7 +221,7 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None) -> Injectio
         if data is not None:
             calibrate(injection, data)
     except BaseException:
-        witness.forget(model, {id(slot_of(site.module)) for graft in surgeon.grafts for site in graft.holders})
+        witness.forget(model, state, name)
         del state.injections[name]
         state.choice, state.threads = choice, threads
         uninstall(surgeon, name)
@@ -242,10 +242,11 @@ def _watch(surgeon: Surgeon, state: HostState, name: str) -> None:
     towers = sorted({entry.tower for entry in surgeon.resolver.host.entries}, key=len, reverse=True)
     for graft in surgeon.grafts:
         site = graft.site
-        slot = slot_of(site.module)
+        slots = tuple(slot for each in graft.holders if (slot := slot_of(each.module)) is not None)
         tower = next((t for t in towers if t and f"{site.module_path}.".startswith(f"{t}.")), "")
-        if slot is not None and graft.by_method:
-            watcher.watch(site.module_path, slot, tower, name)
+        if slots and graft.by_method:
+            holder = surgeon.resolver.modules.get(site.module_path.rpartition(".")[0], site.module)
+            watcher.watch(holder, witness.Expected(site.module_path, slots, tower, name))
 
 
 def plan(

@@ -25,6 +25,7 @@ from peftcore.records import Recorder, repeating, replayed
 if TYPE_CHECKING:
     from peftcore.injection import Injection
     from peftcore.mounts import Slot
+    from peftcore.witness import Witness
 
 _KEY = "_peftcore_state"
 Active = tuple[str, ...]
@@ -98,6 +99,9 @@ class HostState:
 
     slots: set[Slot] = field(default_factory=set)
     """Slots of the grafted modules: they plan what acts when it changes, so no compiler ever traces the planning."""
+
+    witness: Witness | None = None
+    """Sees to it that adapted sites run."""
 
     recorder: Recorder = field(init=False)
 

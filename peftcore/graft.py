@@ -55,6 +55,9 @@ STANCES: tuple[tuple[type[nn.Module], bool, Mapping[str, Any]], ...] = (
 )
 
 
+Forward = Callable[..., Any]
+
+
 def slot_of(module: nn.Module) -> Slot | None:
     """The module's slot; None when it is not grafted."""
     return module.__dict__.get(_SLOT)
@@ -109,15 +112,15 @@ def _kept(slot: Slot, module: nn.Module, acting: Acting) -> dict[str, Tensor | N
     sources = [*module.parameters(), *module.buffers()]
     for _, effects in acting.effects:
         for effect in effects:
-            sources += [*effect.mount.operator.parameters(), *effect.mount.operator.buffers()]
+            sources += effect.mount.operator.tensors()
     if any(source.is_inference() for source in sources):
         return acting.effective(module)
-    inference = torch.is_inference_mode_enabled()
+    inference, context = torch.is_inference_mode_enabled(), slot.state.now().context
     key = (acting.effects, inference, *((id(source), source._version, source.data_ptr()) for source in sources))
     kept = slot.kept
-    if kept is None or kept[0] != key:
-        kept = slot.kept = (key, acting.effective(module))
-    return kept[1]
+    if kept is None or kept[0] != key or kept[1] is not context:
+        kept = slot.kept = (key, context, acting.effective(module))
+    return kept[2]
 
 
 def _transformed() -> bool:
@@ -139,7 +142,7 @@ def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwar
 
 
 def _inner(
-    base: type[nn.Module], slot: Slot, module: nn.Module, acting: Acting, route: Route | None = None
+    plain: Forward, slot: Slot, module: nn.Module, acting: Acting, route: Route | None = None
 ) -> Callable[..., Any]:
     """The base forward with what acts inside it: on its tensors, its attributes, its attention."""
     if acting.attention:
@@ -147,7 +150,7 @@ def _inner(
         acting = replace(acting, attributes={**acting.attributes, **attributes(module, edits)})
     if acting.effects or acting.attributes:
         return functools.partial(_base_call, slot, module, acting)
-    return functools.partial(base.forward, module)
+    return functools.partial(plain, module)
 
 
 def _around(acting: Acting, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
@@ -157,7 +160,7 @@ def _around(acting: Acting, call: Callable[..., Any], module: nn.Module) -> Call
 
 
 def _by_rows(
-    base: type[nn.Module],
+    plain: Forward,
     slot: Slot,
     module: nn.Module,
     planned: Planned,
@@ -170,7 +173,7 @@ def _by_rows(
     output = inner(*args, **kwargs)
     for position, acting in enumerate(planned.routed):
         if acting.effects:
-            call = _inner(base, slot, module, replace(acting, attention=()))
+            call = _inner(plain, slot, module, replace(acting, attention=()))
             other = _around(acting, call, module)(*args, **kwargs)
         elif acting.onion:
             other = _around(acting, inner, module)(*args, **kwargs)
@@ -181,7 +184,7 @@ def _by_rows(
 
 
 def _composed(
-    base: type[nn.Module],
+    plain: Forward,
     slot: Slot,
     module: nn.Module,
     planned: Planned,
@@ -190,13 +193,13 @@ def _composed(
 ) -> Any:
     """What the branches of a composition compute, put together. Those that only wrap share one base forward."""
     assert planned.composition is not None
-    plain = Once(_inner(base, slot, module, Acting(attributes=planned.acting.attributes)), module)
+    shared = Once(_inner(plain, slot, module, Acting(attributes=planned.acting.attributes)), module)
     outputs: dict[int, Any] = {}
 
     def run(names: tuple[str, ...]) -> Any:
         acting = planned.branches[names]
         if id(acting) not in outputs:
-            call = _inner(base, slot, module, acting) if acting.effects or acting.attention else plain
+            call = _inner(plain, slot, module, acting) if acting.effects or acting.attention else shared
             outputs[id(acting)] = _around(acting, call, module)(*args, **kwargs)
         return outputs[id(acting)]
 
@@ -206,11 +209,12 @@ def _composed(
 def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
     inputs = list(inspect.signature(base.forward).parameters.values())[1:2]
     first = next((each.name for each in inputs if each.kind is each.POSITIONAL_OR_KEYWORD), None)
+    plain: Forward = base.forward  # the function: dynamo does not read it off every class (diffusers' blocks)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         slot = slot_of(self)
         if slot is None:
-            return base.forward(self, *args, **kwargs)
+            return plain(self, *args, **kwargs)
         choice = slot.state.now()
         if not torch.compiler.is_compiling():
             slot.state.recorder.visit(choice, self.training)
@@ -220,10 +224,10 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if not args and first in kwargs:
             args = (kwargs.pop(first),)  # operators get what they act on by position, however the module was called
         if planned.composition is not None:
-            return _composed(base, slot, self, planned, args, kwargs)
-        inner = _inner(base, slot, self, planned.acting, choice.route)
+            return _composed(plain, slot, self, planned, args, kwargs)
+        inner = _inner(plain, slot, self, planned.acting, choice.route)
         if choice.route is not None:
-            return _by_rows(base, slot, self, planned, choice.route, Once(inner, self), args, kwargs)
+            return _by_rows(plain, slot, self, planned, choice.route, Once(inner, self), args, kwargs)
         return _around(planned.acting, inner, self)(*args, **kwargs)
 
     forward.__qualname__, forward.__doc__ = f"{base.__qualname__}.forward", base.forward.__doc__

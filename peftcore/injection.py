@@ -320,8 +320,7 @@ class Injection:
             raise UnknownInjection(f"injection {self.name!r} is not on its host any more")
 
     def _leave(self) -> None:
-        slots = {id(slot_of(site.module)) for graft in self.grafts for site in graft.holders}
-        witness.forget(self.model, slots)
+        witness.forget(self.model, self.state, self.name)
         uninstall(self._surgeon, self.name)
         state = self.state
         state.forget(self.name)

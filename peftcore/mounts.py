@@ -214,7 +214,7 @@ class Slot:
         self.ran = False
         self.planned: Planned | None = None
         self.plans: dict[Key, Planned] = {}
-        self.kept: tuple[tuple[Any, ...], dict[str, Tensor | None]] | None = None
+        self.kept: tuple[tuple[Any, ...], Mapping[str, Any], dict[str, Tensor | None]] | None = None
 
     def plan_for(self, choice: Choice) -> Planned:
         """What the choice does here, as far as it is not merged."""

@@ -9,7 +9,7 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -47,6 +47,15 @@ class _Base(nn.Module):
         """The effective bias that goes with `merged`; most methods leave it alone. `weight` gives the weight that
         `merged` gets, for the few whose bias depends on it."""
         return bias
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it computes with: its parameters and buffers, and those of shared modules that it holds."""
+        for module in self.modules():
+            own = (*module._parameters.values(), *module._buffers.values())
+            yield from (tensor for tensor in own if tensor is not None)
+            for held in vars(module).values():
+                if isinstance(held, Shared):
+                    yield from (*held.module.parameters(), *held.module.buffers())
 
     def factors(self) -> Factors | None:
         """The low-rank factors, where the update is one: what export, routing and adapter algebra need to know."""

@@ -219,6 +219,8 @@ class Recorder:
             return
         _HERE.calls.append(call)
         _HERE.outside = None
+        if self.state.witness is not None:
+            self.state.witness.look(model)
         _check_rows(call)
         if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
             self.note(self.state.now())

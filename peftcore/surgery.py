@@ -175,9 +175,7 @@ class Surgeon:
         self.grafts += self.collect(part, method, config, target)
         self._paths |= self.parts[part]._paths
 
-    def collect(
-        self, part: str, method: Method, config: MethodConfig, target: Target | None = None
-    ) -> list[Graft]:
+    def collect(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> list[Graft]:
         """What another method would graft as a part of this one. It does not act: the operators are for this method to
         put into its own, as children. What the part owns and selects is recorded as by `include`."""
         prefix, wishes = f"{part}/", self.wishes

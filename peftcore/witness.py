@@ -14,6 +14,7 @@ from torch import nn
 
 from peftcore.calls import HostState
 from peftcore.errors import InactiveSite
+from peftcore.installation import HOLDER
 from peftcore.mounts import Slot
 
 
@@ -21,13 +22,23 @@ class Expected(NamedTuple):
     """One site that should run."""
 
     path: str
-    slot: Slot
+    slots: tuple[Slot, ...]
+    """Of all the modules at which its operator stands: one that runs is enough."""
     tower: str
     name: str
 
 
+class Beside(NamedTuple):
+    """A site that should run, and the module that holds it."""
+
+    holder: nn.Module
+    children: frozenset[str]
+    site: Expected
+
+
 class Witness:
-    """A forward hook on the host that judges once, and then takes itself away.
+    """A forward hook on the host that judges once, and then takes itself away. It comes back when a module was added
+    beside an adapted one: a projection made of several, for one, that read their weights and takes their place.
 
     Sites are judged in groups that differ only in numbers (layers, experts): one that ran speaks for all, since layers
     may be dropped and experts may get no tokens. A tower of a multimodal host from which nothing ran has not been used
@@ -37,10 +48,27 @@ class Witness:
     def __init__(self, state: HostState) -> None:
         self.state = state
         self.waiting: dict[str, list[Expected]] = {}
+        self.beside: list[Beside] = []
 
-    def watch(self, path: str, slot: Slot, tower: str, name: str) -> None:
-        """Expect the site of the injection `name` to run."""
-        self.waiting.setdefault(re.sub(r"\d+", "*", path), []).append(Expected(path, slot, tower, name))
+    def watch(self, holder: nn.Module, site: Expected) -> None:
+        """Expect a site to run; `holder` is the module whose child it is."""
+        self._expect(site)
+        self.beside.append(Beside(holder, frozenset(holder._modules), site))
+
+    def _expect(self, site: Expected) -> None:
+        self.waiting.setdefault(re.sub(r"\d+", "*", site.path), []).append(site)
+
+    def look(self, model: nn.Module) -> None:
+        """Expect sites anew beside which modules were added since."""
+        for index, (holder, children, site) in enumerate(self.beside):
+            if len(holder._modules) != len(children):
+                self.beside[index] = Beside(holder, frozenset(holder._modules), site)
+                if not holder._modules.keys() <= children | {HOLDER}:
+                    for slot in site.slots:
+                        slot.ran = False
+                    self._expect(site)
+        if self.waiting and self not in model._forward_hooks.values():
+            model.register_forward_hook(self)
 
     def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -48,7 +76,7 @@ class Witness:
         acting = self.state.unmerged(self.state.current())
         silent: list[str] = []
         for group, members in list(self.waiting.items()):
-            if any(member.slot.ran for member in members):
+            if any(slot.ran for member in members for slot in member.slots):
                 del self.waiting[group]
             elif not members[0].tower:  # not in a tower of its own, so it has had its chance
                 silent += [member.path for member in members if member.name in acting]
@@ -59,17 +87,16 @@ class Witness:
             raise InactiveSite(
                 f"the host ran, but {len(silent)} adapted sites did not: {shown}. Usually their weights are read by "
                 "the module around them instead of being called: hand apply the map that peftcore.hosts.probe makes "
-                "from example inputs, or target the module around them"
+                "from example inputs, or target the module around them. If they ran before, their weights were fused "
+                "into new modules (fuse_qkv_projections): undo that, or merge before it"
             )
 
 
 def attend(model: nn.Module, state: HostState) -> Witness:
-    """The host's witness; hooks it in when there is none."""
-    for hook in model._forward_hooks.values():
-        if isinstance(hook, Witness):
-            return hook
-    witness = Witness(state)
-    model.register_forward_hook(witness)
+    """The host's witness, hooked in."""
+    witness = state.witness = state.witness or Witness(state)
+    if witness not in model._forward_hooks.values():
+        model.register_forward_hook(witness)
     return witness
 
 
@@ -80,11 +107,12 @@ def leave(model: nn.Module) -> None:
             del model._forward_hooks[key]
 
 
-def forget(model: nn.Module, slots: set[int]) -> None:
-    """Stop expecting these slots to run: their injection is gone."""
-    for hook in list(model._forward_hooks.values()):
-        if isinstance(hook, Witness):
-            kept = {g: [m for m in members if id(m.slot) not in slots] for g, members in hook.waiting.items()}
-            hook.waiting = {group: members for group, members in kept.items() if members}
-            if not hook.waiting:
-                leave(model)
+def forget(model: nn.Module, state: HostState, name: str) -> None:
+    """Stop expecting anything of an injection: it is gone."""
+    witness = state.witness
+    if witness is not None:
+        witness.beside = [each for each in witness.beside if each.site.name != name]
+        kept = {group: [each for each in members if each.name != name] for group, members in witness.waiting.items()}
+        witness.waiting = {group: members for group, members in kept.items() if members}
+        if not witness.waiting:
+            leave(model)

@@ -18,6 +18,8 @@ TELLING = ("llama", "encoder")
 """The hosts of a quick run: separate projections called as modules, and a packed one read by its owner."""
 ALL = "PEFTCORE_TEST_ALL"
 """Environment variable: set to 1, every method runs on every host."""
+CHANGED = "PEFTCORE_TEST_CHANGED"
+"""Environment variable: names of methods, separated by blanks, that run on every host in a quick run too."""
 
 Options = Mapping[str, Mapping[str, Any]]
 Status = Literal["passed", "failed", "expected", "skipped"]
@@ -125,14 +127,15 @@ def conformance(
     """Turn one test function into a test for each check and host: its argument `check` is called without arguments.
 
     Takes what `check_method` takes. Without `hosts`, a quick run takes the two most telling ones; all when
-    PEFTCORE_TEST_ALL=1. An expected failure that passes fails the test. No host is built, and no package of a host
-    imported, before a test runs.
+    PEFTCORE_TEST_ALL=1, or when PEFTCORE_TEST_CHANGED names the method. An expected failure that passes fails the test.
+    No host is built, and no package of a host imported, before a test runs.
     """
     import pytest
 
-    everything = os.environ.get(ALL) == "1"
+    found = _method(method)
+    everything = os.environ.get(ALL) == "1" or found.name in os.environ.get(CHANGED, "").split()
     expected = expected_failures or {}
-    named = _named(_method(method), _hosts(hosts, HOSTS), options, expected)
+    named = _named(found, _hosts(hosts, HOSTS), options, expected)
     if hosts is None and not everything:
         named = {name: pair for name, pair in named.items() if pair[1].host.name in _telling(pair[0])}
 

@@ -81,7 +81,7 @@ def calibrate(injection: Injection, data: Data) -> None:
     modules = [*injection.base_modules(), *(inner for _, module in injection.modules() for inner in module.modules())]
     modes = {module: module.training for module in modules}
     flags = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters(recurse=False)}
-    with _gradients_aside(flags), torch.random.fork_rng(_generators(model)):
+    with _gradients_aside([*flags, *model.parameters()]), torch.random.fork_rng(_generators(model)):
         try:
             for each in injection.family():
                 if each.method.tags.needs_data:

@@ -136,13 +136,20 @@ class Visible:
 
 def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
     """How many tokens of earlier forwards the cache holds that a block of this depth is given (its arguments by name),
-    when `new` tokens go through it."""
+    when `new` tokens go through it.
+
+    Raises:
+        SequenceError: the cache does not count tokens.
+    """
     cache = next((given[name] for name in sorted(CACHES) if given.get(name) is not None), None)
     if cache is None:
         return 0
     if torch.compiler.is_compiling():  # static caches count in tensors, and are compiled for decoding
         return int(new == 1)
-    return int(cache.get_seq_length(depth))  # of this layer: those below hold the new tokens already
+    try:
+        return int(cache.get_seq_length(depth))  # of this layer: those below hold the new tokens already
+    except (AttributeError, ValueError) as error:  # caches of states, not of tokens: state-space layers
+        raise SequenceError(f"this cache does not say how many tokens it has seen ({error}); use_cache=False") from None
 
 
 def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) -> Tensor:

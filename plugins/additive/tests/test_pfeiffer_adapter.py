@@ -31,13 +31,9 @@ PLACES = {
     "encoder": [("encoder.layers.{}.linear2", "encoder.layers.{}.norm2")],
 }
 POST = {"bert", "encoder"}
-OPAQUE = "diffusers marks its blocks with allow_in_graph: what stands around one cannot be traced"
 
 
-@conformance(
-    "pfeiffer_adapter",
-    expected_failures={f"compiled_equals_eager-{name}": OPAQUE for name in ("unet", "dit")},
-)
+@conformance("pfeiffer_adapter")
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

@@ -27,4 +27,6 @@ def peftcore_methods() -> Mapping[str, str]:
         "oft": "peftcore_reparameterized.oft:OFT",
         "olora": "peftcore_reparameterized.olora:OLoRA",
         "pissa": "peftcore_reparameterized.pissa:PiSSA",
+        "randlora": "peftcore_reparameterized.randlora:RandLoRA",
+        "vera": "peftcore_reparameterized.vera:VeRA",
     }

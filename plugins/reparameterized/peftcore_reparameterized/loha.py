@@ -49,14 +49,14 @@ class LoHaOperator(WeightOperator):
             std = {"A": 1.0, "B": 0.1, "T": 0.1}[name[0]] * (name != "B2")
             self.register_parameter(name, nn.Parameter(torch.randn(*site.batch, *shape) * std))
 
-    def half(self, number: int) -> Tensor:
+    def matrix(self, number: int) -> Tensor:
         """One of the two matrices: [*batch, out, in * kernel], or with the kernel's own dimensions."""
         A, B = self.get_parameter(f"A{number}"), self.get_parameter(f"B{number}")
         core = self._parameters.get(f"T{number}")
         return B @ A if core is None else torch.einsum("pq...,op,qi->oi...", core, B, A)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * (self.half(1) * self.half(2)).view(weight.shape)
+        return weight + self.scale * (self.matrix(1) * self.matrix(2)).view(weight.shape)
 
 
 class LoHa(Method):

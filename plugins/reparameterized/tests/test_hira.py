@@ -18,7 +18,7 @@ from peftcore.testing import conformance
 RANK = 3
 
 
-# At twice or the same as the width of these hosts, factors would have the shape of weights.
+# Factors of the default rank would be larger than these hosts' weights.
 @conformance("hira", options={"*": {"rank": 4}})
 def test_conformance(check: Callable[[], None]) -> None:
     check()

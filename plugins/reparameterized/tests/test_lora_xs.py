@@ -76,6 +76,7 @@ def test_files_bring_the_factors_that_the_core_was_trained_for(tmp_path: Path) -
     injection.save(tmp_path / "adapter")
     update = operator.merged(torch.zeros_like(host.layer.weight))
     other = One(nn.Linear(12, 7)).double()
+    nn.init.uniform_(other.layer.weight)
     loaded: Any = peftcore.load(other, tmp_path / "adapter").operators["layer"]
     assert torch.equal(loaded.merged(torch.zeros_like(host.layer.weight)), update)
 

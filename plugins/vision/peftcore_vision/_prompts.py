@@ -40,6 +40,8 @@ class PromptConfig(MethodConfig):
     """Probability with which numbers of the prompts are dropped in training."""
     projection: PositiveInt | None = None
     """Width of prompts that one linear map brings to the width of the stream; None trains them in that width."""
+    train_head: bool = True
+    """Train the head of the images along, as the paper does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +124,8 @@ def _obstacles(surgeon: Surgeon, site: Site, inside: list[HostEntry], tower: str
 
 
 def stack_ends(surgeon: Surgeon, sites: list[PromptSite]) -> tuple[PromptSite, PromptSite]:
-    """The first and the last block, when the sites are all blocks of one stack.
+    """The first and the last of the sites, when they are a block and all that follow it in its stack: then all prompts
+    leave together, whatever else is active.
 
     Raises:
         UnsupportedSite: they are not.
@@ -130,10 +133,10 @@ def stack_ends(surgeon: Surgeon, sites: list[PromptSite]) -> tuple[PromptSite, P
     owner = _owner(sites[0])
     blocks = [entry.path for entry in surgeon.resolver.host.entries if entry.role == "block"]
     whole = [path for path in blocks if path.rpartition(".")[0] == owner]
-    if [site.module_path for site in sites] != whole:
+    if [site.module_path for site in sites] != whole[-len(sites) :]:
         raise UnsupportedSite(
-            f"a prompt goes through all blocks of one stack, as those of {owner or 'the host'} ({len(whole)}), not "
-            f"through these {len(sites)}; vpt_deep takes any"
+            f"a prompt goes from one block through all that follow it in {owner or 'the host'}, not from "
+            f"{sites[0].path} to {sites[-1].path} alone; vpt_deep takes any"
         )
     return sites[0], sites[-1]
 
@@ -169,6 +172,24 @@ class PromptOperator(Operator):
 def _flat(values: Any) -> Iterator[Any]:
     for value in values:
         yield from _flat(value) if isinstance(value, tuple | list) else (value,)
+
+
+def train_heads(surgeon: Surgeon, sites: list[PromptSite]) -> None:
+    """Train the heads that stand in one tower with the blocks: none at which images and texts meet, and none where
+    blocks are modulated by a condition, since diffusion has no classes."""
+    host, blocks = surgeon.resolver.host, {site.module_path for site in sites}
+    if any(entry.role == "mod" and entry.block in blocks for entry in host.entries):
+        return
+    towers = {host.at(path)[0].tower for path in blocks}
+    for site in surgeon.at("head"):
+        matrix = site.layer.read(site.module, site.tensor) is not None  # no pooling head (SigLIP)
+        if matrix and host.at(site.module_path)[0].tower in towers:
+            surgeon.train(site.module_path)
+
+
+def prompt_count(site: Site, config: PromptConfig) -> int:
+    """Values of a prompt, or of a part of the head."""
+    return site.numel if site.form == "weight" else config.length * (config.projection or site.out_features)
 
 
 def shared_projection(surgeon: Surgeon, site: PromptSite, config: PromptConfig) -> Shared | None:

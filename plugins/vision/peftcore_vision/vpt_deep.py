@@ -10,11 +10,12 @@ they average over tokens (their MAE models), the authors count the last prompt's
 the authors' ablations).
 
 Prompts start uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. With `projection` they have that width, and one
-linear map brings all of them to d. Train the head along: ``train=["head"]``. The authors keep dropout of the frozen
-blocks off while prompts train: put the host in eval mode for that. They search learning rates from 0.05 to 50 with SGD.
+linear map brings all of them to d. The head trains along, as in the paper, from where the host's is; not where images
+meet texts, nor in diffusion. The authors keep dropout of the frozen blocks off while prompts train: put the host in
+eval mode for that. They search learning rates from 0.05 to 50 with SGD.
 
 Never identity at the start. Parameters: length * d a block; with projection length * projection a block, and
-(projection + 1) * d for the map.
+(projection + 1) * d for the map; and the head.
 
 Use it on vision transformers with few images a class. It needs tokens that are a set: relative and rotary positions,
 windows and convolutions between tokens are refused.
@@ -28,8 +29,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftcore import Method, Surgeon, Tags, on_first
-from peftcore_vision._prompts import PromptConfig, PromptOperator, PromptSite, prompt_sites, shared_projection
+from peftcore import Method, Site, Surgeon, Tags, on_first
+from peftcore_vision._prompts import (
+    PromptConfig,
+    PromptOperator,
+    PromptSite,
+    prompt_count,
+    prompt_sites,
+    shared_projection,
+    train_heads,
+)
 
 
 class Config(PromptConfig):
@@ -57,7 +66,7 @@ class VPTDeep(Method):
         paper="2203.12119",
         identity_at_init=False,
         per_row=False,
-        checked_against="the equation in float64",
+        checked_against="the authors' code",
     )
     target = ("block",)
 
@@ -65,9 +74,12 @@ class VPTDeep(Method):
         def prompt(site: PromptSite, own: Config) -> DeepOperator:
             return DeepOperator(site, own, shared_projection(surgeon, site, own))
 
-        for site in prompt_sites(surgeon):
+        sites = prompt_sites(surgeon)
+        for site in sites:
             surgeon.graft(site, prompt, config)
+        if config.train_head:
+            train_heads(surgeon, sites)
 
     @staticmethod
-    def parameter_count(site: PromptSite, config: Config) -> int:
-        return config.length * (config.projection or site.width)
+    def parameter_count(site: Site, config: Config) -> int:
+        return prompt_count(site, config)

@@ -3,17 +3,19 @@
     [x_1; Z_1] = L_1([x_0; P]),   [x_l; Z_l] = L_l([x_{l-1}; Z_{l-1}]),   y = head(x_L),   P [length, d]
 
 P joins the tokens of an image (class token x and patches alike) once they are embedded and have their positions; it has
-none. It goes through all blocks, and its rows are dropped behind the last one, so that norms, poolers and heads see the
-host's own tokens alone: for hosts that read the class token this is the authors' model. Where they average over tokens
-(their MAE models), the authors count the prompt's rows in unless VIT_POOL_TYPE is "img_pool", which is what happens
-here. Between the blocks, hidden states carry the prompt behind the host's tokens.
+none. It goes through all blocks (from the first one that `target` has), and its rows are dropped behind the last one,
+so that norms, poolers and heads see the host's own tokens alone: for hosts that read the class token this is the
+authors' model. Where they average over tokens (their MAE models), the authors count the prompt's rows in unless
+VIT_POOL_TYPE is "img_pool", which is what happens here. Between the blocks, hidden states carry the prompt behind the
+host's tokens.
 
 P starts uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. With `projection` it has that width, and one linear
-map brings it to d. Train the head along: ``train=["head"]``. The authors keep dropout of the frozen blocks off while
-prompts train: put the host in eval mode for that. They search learning rates from 0.05 to 50 with SGD.
+map brings it to d. The head trains along, as in the paper, from where the host's is; not where images meet texts, nor
+in diffusion. The authors keep dropout of the frozen blocks off while prompts train: put the host in eval mode for that.
+They search learning rates from 0.05 to 50 with SGD.
 
 Never identity at the start: anything beside the tokens moves the outputs. Parameters: length * d; with projection
-length * projection and (projection + 1) * d for the map.
+length * projection and (projection + 1) * d for the map; and the head.
 
 Use it as the smallest of visual prompts; vpt_deep is better on nearly all tasks. It needs tokens that are a set:
 relative and rotary positions, windows and convolutions between tokens are refused.
@@ -29,14 +31,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftcore import Method, Surgeon, Tags, on_first
+from peftcore import Method, Site, Surgeon, Tags, on_first
 from peftcore_vision._prompts import (
     PromptConfig,
     PromptOperator,
-    PromptSite,
+    prompt_count,
     prompt_sites,
     shared_projection,
     stack_ends,
+    train_heads,
 )
 
 LEAVE = "prompt.leave"
@@ -73,16 +76,19 @@ class VPTShallow(Method):
         paper="2203.12119",
         identity_at_init=False,
         per_row=False,
-        checked_against="the equation in float64",
+        checked_against="the authors' code",
     )
     target = ("block",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        first, last = stack_ends(surgeon, prompt_sites(surgeon))
+        sites = prompt_sites(surgeon)
+        first, last = stack_ends(surgeon, sites)
         own = config.at(first.path)
         operator = functools.partial(ShallowOperator, projection=shared_projection(surgeon, first, own))
         surgeon.graft(first, operator, config, holders=(replace(last, form=LEAVE),))
+        if own.train_head:
+            train_heads(surgeon, sites)
 
     @staticmethod
-    def parameter_count(site: PromptSite, config: Config) -> int:
-        return config.length * (config.projection or site.width)
+    def parameter_count(site: Site, config: Config) -> int:
+        return prompt_count(site, config)

@@ -21,7 +21,7 @@ AUTHORS = [
 AUTHORS_DOWN = [0.02072372613645248, -0.023209156070975574, -0.014742982182470941, 0.027008260238392326]
 AUTHORS_UP = [0.08278317011899773, 0.007426058744187034]
 IDS = torch.tensor([[1, 5, 7, 2], [1, 9, 2, 0], [1, 8, 2, 0]])
-WITH_HEADS = ("llama", "bert", "t5", "gpt2", "moe", "mistral", "vit", "convnet")
+WITH_HEADS = ("llama", "bert", "t5", "gpt2", "moe", "mistral", "vit", "convnet", "task")
 
 
 @conformance(

@@ -4,10 +4,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from vpt_equations import HOSTS, authors_numbers, compare, host, pixels, prompted
+from vpt_equations import HOSTS, authors_numbers, compare, host, pixels, prompted, timm
 
 import peftcore
 from peftcore.testing import conformance
+from peftcore.testing.hosts import HOSTS as KIT
 
 # PromptedVisionTransformer of KMnP/vpt at 4410440 with DEEP, run on the numbers of `wave`, by PROJECT.
 AUTHORS = {
@@ -22,14 +23,7 @@ AUTHORS = {
 }
 
 
-@conformance(
-    "vpt_deep",
-    hosts=["vit", "dit"],  # the kit's other hosts have no image in patches
-    expected_failures={
-        "compiled_equals_eager-dit": "diffusers lets dynamo put its block's class into the graph as it is, and then "
-        "dynamo does not trace the forward that is read off that class"
-    },
-)
+@conformance("vpt_deep", hosts=["vit", "dit"])  # the kit's other hosts have no image in patches
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
@@ -87,6 +81,42 @@ def test_hidden_states_keep_their_shape() -> None:
 
 
 def test_one_map_serves_all_blocks() -> None:
-    injection = peftcore.apply(host("timm"), "vpt_deep", length=4, projection=6)
+    injection = peftcore.apply(host("timm"), "vpt_deep", length=4, projection=6, train_head=False)
     assert sum(p.numel() for p in injection.parameters()) == 3 * 4 * 6 + (6 + 1) * 16
     assert list(injection.shared) == ["projection_6_16"]
+
+
+@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep"])
+def test_the_head_trains_along_but_not_what_images_share_with_texts(method: str) -> None:
+    heads = {"vit": {"classifier", "classifier.bias"}, "clip": set(), "siglip": set()}
+    heads["timm_distilled"] = {"head", "head.bias", "head_dist", "head_dist.bias"}
+    diffusion = peftcore.apply(KIT["dit"].build()[0], method)
+    assert all(path.startswith("transformer_blocks") for path in diffusion.operators)
+    for name, expected in heads.items():
+        injection = peftcore.apply(host(name), method)
+        found = {path for path in injection.operators if HOSTS[name].blocks not in path}
+        assert found == expected
+        assert all(p.requires_grad for path in found for p in injection.operators[path].parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["vit", "timm"])
+@pytest.mark.parametrize("method", ["vpt_shallow", "vpt_deep"])
+def test_blocks_that_run_again(method: str, name: str, reentrant: bool) -> None:
+    gradients, before = [], timm.layers.use_reentrant_ckpt()
+    for again in (False, True):
+        model = host(name).train()
+        _, prompts = prompted(model, method, dropout=0.2)
+        if again and name == "vit":
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        elif again:
+            model.set_grad_checkpointing()
+        torch.manual_seed(0)
+        try:
+            timm.layers.set_reentrant_ckpt(reentrant)
+            HOSTS[name].run(model, pixels().requires_grad_()).square().sum().backward()
+        finally:
+            timm.layers.set_reentrant_ckpt(before)
+        gradients.append([prompt.grad for prompt in prompts])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=0)
+    assert all(gradient.abs().max() > 1e-4 for gradient in gradients[0])

@@ -126,8 +126,9 @@ def pixels() -> Tensor:
 
 
 def prompted(model: nn.Module, method: str, **options: Any) -> tuple[peftcore.Injection, list[Tensor]]:
-    """Apply, and move every tensor by N(0, 0.1)."""
-    injection = peftcore.apply(model, method, **{"length": 4, "dtype": "float64", **options})
+    """Apply without the head, and move every tensor by N(0, 0.1)."""
+    options = {"length": 4, "dtype": "float64", "train_head": False, **options}
+    injection = peftcore.apply(model, method, **options)
     fill(injection)
     return injection, [operator.prompt for operator in injection.operators.values()]
 

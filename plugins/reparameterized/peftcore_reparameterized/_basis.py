@@ -1,0 +1,41 @@
+"""What methods with frozen random matrices share: a pair of them that all sites read, drawn from a seed of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import Site
+
+
+class Basis(nn.Module):
+    """A and B, each site's from the corner of the same large ones.
+
+    No file holds them: whoever loads an adapter draws them again, on the CPU, where a seed gives the same numbers on
+    every machine. So the seed is an option of the method and not that of `apply`, which files do not keep.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(
+        self, seed: int, draw: Callable[[torch.Generator, Sequence[int]], Tensor], A: Sequence[int], B: Sequence[int]
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.register_buffer("A", draw(generator, A), persistent=False)
+        self.register_buffer("B", draw(generator, B), persistent=False)
+
+
+def columns(site: Site) -> int:
+    """Columns of the weight as a matrix ``[out, in * kernel]``."""
+    return site.in_features * math.prod(site.kernel)
+
+
+def largest(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    """The shape in whose corner all of `shapes` find place."""
+    first, second = zip(*shapes, strict=True)
+    return max(first), max(second)

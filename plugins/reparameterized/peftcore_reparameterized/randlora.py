@@ -1,0 +1,110 @@
+"""RandLoRA: full-rank adaptation by random bases.   Albert et al. 2025, arXiv 2502.00987 (PaulAlbert31/RandLoRA).
+
+    W' = W + s sum_j B_j diag(L[:, j]) A diag(G[j]),   j = 1 … n,   n = ceil(min(in, out) / rank),   s = alpha / rank
+    A [rank, min(in, out)],   B_j [max(in, out), rank],   L [rank, n] zero,   G [n, min(in, out)] = 1 / max(its shape)
+
+and the transposed sum where out < in. A and all B_j are random, frozen, and the same for all sites, each of which takes
+the corner that it needs. They come from `projection_seed`, and no file holds them: uniform of variance 1, or signs and
+zeros of variance 1, with `basis` sparse one sign in 3 entries, very sparse one in sqrt(min). All B_j lie in one [max,
+n, rank]; flattened, its columns j, n + j, 2 n + j, … are B_j. That order is the authors' and peft's, who flatten B and
+the sum's other side differently; for random columns it is as good as any. peft draws in half precision: other numbers.
+
+scaling="bases" divides s by sqrt(n) too, as in the authors' code; their later one, in peft, does not.
+
+Kernels of convolutions count as columns, in * kernel; embeddings as [dim, num]. Experts have L and G of their own.
+
+Parameters: n * (rank + min(in * kernel, out)) a site, times the number of experts: more at a lower rank.
+
+Use it where low rank is what limits; each step makes the update as a whole matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.operators import Shared
+from peftcore_reparameterized._basis import Basis, columns, largest
+
+
+class Config(MethodConfig):
+    """Options of RandLoRA."""
+
+    method: Literal["randlora"] = "randlora"
+    rank: PositiveInt = 32
+    """Rank of each basis; a lower one needs more of them, and so more parameters."""
+    alpha: PositiveFloat = 640.0
+    """Numerator of the scale ``alpha / rank``."""
+    scaling: Literal["rank", "bases"] = "rank"
+    """Denominator of the scale: the rank, or the rank times the square root of the number of bases."""
+    basis: Literal["uniform", "sparse", "very_sparse"] = "uniform"
+    """What the random matrices are drawn from."""
+    projection_seed: NonNegativeInt = 0
+    """Seed of the random matrices."""
+
+
+def bases(site: Site, rank: int) -> int:
+    """How many bases make a full rank."""
+    return -(-min(site.out_features, columns(site)) // rank)
+
+
+def draw(sparsity: float, generator: torch.Generator, shape: Sequence[int]) -> Tensor:
+    """Of variance 1: uniform, or zeros and a sign in about one of `sparsity` entries; while planning, a shape."""
+    drawn = torch.empty(*shape).uniform_(-1, 1, generator=generator)
+    if sparsity:
+        drawn = drawn.sign() * (drawn.abs() > 1 - 1 / sparsity)
+    size = drawn.double().square().mean().sqrt()  # precise, so that it is the same on every machine
+    return drawn / size.clamp(min=1e-6).float()
+
+
+class RandLoRAOperator(WeightOperator):
+    """What one site makes of the bases."""
+
+    def __init__(self, site: Site, config: Config, basis: Shared) -> None:
+        super().__init__(site)
+        self.basis = basis
+        short, count = min(site.out_features, columns(site)), bases(site, config.rank)
+        self.long, self.wide = max(site.out_features, columns(site)), site.out_features < columns(site)
+        self.scale = config.alpha / config.rank / (1 if config.scaling == "rank" else math.sqrt(count))
+        self.L = nn.Parameter(torch.zeros(*site.batch, config.rank, count))
+        self.G = nn.Parameter(torch.full((*site.batch, count, short), 1 / max(count, short)))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        count, short = self.G.shape[-2:]
+        A, B = self.basis.module.A[:, :short].to(self.G), self.basis.module.B[: self.long, :count].to(self.G)
+        scaled = self.L.unsqueeze(-1) * A.unsqueeze(-2) * self.G.unsqueeze(-3)  # [*batch, rank, bases, short]
+        update = B.flatten(1) @ scaled.flatten(-3, -2)  # [*batch, long, short]
+        return weight + self.scale * (update.mT if self.wide else update).reshape(weight.shape)
+
+
+class RandLoRA(Method):
+    """Full-rank adaptation by random bases."""
+
+    name = "randlora"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2502.00987", mergeable=True, checked_against="peft 0.21")
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = surgeon.sites()
+        pairs = [sorted((site.out_features, columns(site))) for site in sites]
+        short, long = largest((a, b) for a, b in pairs)
+        sparsity = {"uniform": 0.0, "sparse": 3.0, "very_sparse": math.sqrt(short)}
+        for site in sites:
+            own = config.at(site.path)  # a site with other options has bases of its own
+            shapes = (own.rank, short), (long, -(-short // own.rank), own.rank)
+            make = partial(Basis, own.projection_seed, partial(draw, sparsity[own.basis]), *shapes)
+            basis = surgeon.own(f"{own.basis}_{own.projection_seed}_{own.rank}", make)
+            surgeon.graft(site, partial(RandLoRAOperator, basis=basis), config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        each = config.rank + min(site.out_features, columns(site))
+        return math.prod(site.batch) * bases(site, config.rank) * each

@@ -1,0 +1,102 @@
+"""VeRA: vector-based random matrix adaptation.   Kopiczko et al. 2023, arXiv 2310.11454 (in peft by its authors).
+
+    y = W x + b + diag(b) B diag(d) A dropout(x),   d [rank] = d_initial,   b [out] zero
+
+A [rank, in] and B [out, rank] are random, frozen, and the same for all sites: one pair as large as the largest site
+needs, of which each takes the corner. Uniform in +-sqrt(6 / columns), from `projection_seed` alone: the numbers are
+those of peft for the same seed and sites. No file holds them (peft's may), since whoever loads an adapter draws them
+again; nor has each layer a copy. There is no scale.
+
+Kernels of convolutions count as columns, [rank, in * kernel]; embeddings as [dim, num], so one with many tokens makes A
+large. Experts have vectors of their own. peft has linear layers alone.
+
+Parameters: rank + out a site, times the number of experts.
+
+Use it where an adapter must be tiny, as one for each of many users; its rank and learning rate are large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.operators import Shared
+from peftcore_reparameterized._basis import Basis, columns, largest
+from peftcore_reparameterized._low_rank import input_dropout, low_rank_update
+
+
+class Config(MethodConfig):
+    """Options of VeRA."""
+
+    method: Literal["vera"] = "vera"
+    rank: PositiveInt = 256
+    """Rows of A, columns of B; it costs parameters hardly at all."""
+    d_initial: PositiveFloat = 0.1
+    """What d starts from."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+    projection_seed: NonNegativeInt = 0
+    """Seed of A and B."""
+
+
+def draw(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
+    """The initialization of He et al. for a layer before a ReLU; while planning, a shape."""
+    bound = math.sqrt(6 / shape[-1])
+    return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
+
+
+class VeRAOperator(Operator):
+    """The vectors of one site, and the matrices of all."""
+
+    def __init__(self, site: Site, config: Config, basis: Shared) -> None:
+        super().__init__(site)
+        self.basis = basis
+        self.dropout = input_dropout(site, config.dropout)
+        self.inputs, self.columns = (site.in_features, *site.kernel), columns(site)
+        self.d = nn.Parameter(torch.full((*site.batch, config.rank), config.d_initial))
+        self.b = nn.Parameter(torch.zeros(*site.batch, site.out_features))
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        rank, out = self.d.shape[-1], self.b.shape[-1]
+        A, B = self.basis.module.A[:rank, : self.columns], self.basis.module.B[:out, :rank]
+        A = (self.d.unsqueeze(-1) * A.to(self.d)).unflatten(-1, self.inputs)
+        return A, self.b.unsqueeze(-1) * B.to(self.b), 1.0
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, *self.factors()[:2])
+        return self.layer.add(y, self.layer.apply(self.dropout(x), A), B, 1.0)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + low_rank_update(*self.factors()[:2], weight)
+
+
+class VeRA(Method):
+    """Vector-based random matrix adaptation."""
+
+    name = "vera"
+    Config = Config
+    tags = Tags(
+        category="reparameterized", paper="2310.11454", mergeable=True, low_rank=True, checked_against="peft 0.21"
+    )
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = surgeon.sites()
+        rows, width = largest((site.out_features, columns(site)) for site in sites)
+        for site in sites:
+            own = config.at(site.path)  # a site with a rank or a seed of its own has a basis of its own
+            make = partial(Basis, own.projection_seed, draw, (own.rank, width), (rows, own.rank))
+            basis = surgeon.own(f"basis_{own.projection_seed}_{own.rank}", make)
+            surgeon.graft(site, partial(VeRAOperator, basis=basis), config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return math.prod(site.batch) * (config.rank + site.out_features)
