@@ -79,8 +79,11 @@ def prepare(
         )
     resolver = Resolver(model, host or host_map(model), layer_of, _is_ours)
     surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry)
-    registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
-    surgeon.train_wishes()
+    try:
+        registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
+        surgeon.train_wishes()
+    finally:
+        surgeon.progress.close()
     if not surgeon.grafts:
         raise TargetError(
             f"{method.name} found nothing to act on in this {type(model).__name__}; "

@@ -20,6 +20,7 @@ from peftcore.attention_sites import locate as locate_attention
 from peftcore.errors import PluginError, TargetError, UnsupportedSite
 from peftcore.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable
 from peftcore.plugins import registry
+from peftcore.progress import Progress
 from peftcore.sequence import locate as locate_stack
 from peftcore.targets import Resolver, Site, Target
 from peftcore.weights import Layer, Ranges
@@ -91,6 +92,8 @@ class Surgeon:
     grafts: list[Graft] = field(default_factory=list)
     owned: dict[str, Shared] = field(default_factory=dict)
     selections: dict[str, list[Site]] = field(default_factory=dict)
+    progress: Progress = field(default_factory=lambda: Progress("building operators"))
+    """Steps on with each operator: decompositions of many weights take their time."""
     _by_method: bool = True
     _paths: set[str] = field(default_factory=set)
     _replaced: dict[tuple[str | int, Ranges | None], Replacement] = field(default_factory=dict)
@@ -117,6 +120,7 @@ class Surgeon:
                 raise
             found = []
         self.selections[key] = found
+        self.progress.expect(0 if self.dry else len(found))
         return [replace(site, meta=True) for site in found] if self.dry else found
 
     def at(self, role: str) -> list[Site]:
@@ -183,7 +187,16 @@ class Surgeon:
         if saved is not None:
             saved = {key.removeprefix(prefix): sites for key, sites in saved.items() if key.startswith(prefix)}
         wishes = replace(wishes, target=wishes.target if target is None else target, train=(), saved=saved)
-        child = Surgeon(self.model, method, config, self.resolver, wishes, dry=self.dry, part=self.part + prefix)
+        child = Surgeon(
+            self.model,
+            method,
+            config,
+            self.resolver,
+            wishes,
+            dry=self.dry,
+            part=self.part + prefix,
+            progress=self.progress,
+        )
         registry().hook.peftcore_inject(model=self.model, method=method, config=config, surgeon=child)
         self.parts[part] = child
         self.owned |= {prefix + name: shared for name, shared in child.owned.items()}
@@ -242,6 +255,7 @@ class Surgeon:
                 f"{graft.site.path} would be adapted and replaced at once; exclude= it from the target, or leave it "
                 "out of train="
             )
+        self.progress.step()
         self.grafts.append(graft)
         self._paths.add(graft.site.path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import CalibrationError
+from peftcore.progress import through
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection
@@ -67,7 +67,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         count = 0
-        for content in _with_bar(self._data, self._title):
+        for content in through(self._data, self._title):
             count += 1
             yield Batch(self._model, content)
         if not count:
@@ -121,13 +121,3 @@ def _to(device: torch.device | None, value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _to(device, each) for key, each in value.items()}
     return [_to(device, each) for each in value] if isinstance(value, list) else value
-
-
-def _with_bar(data: Iterable[Any], title: str) -> Iterable[Any]:
-    """A progress bar where tqdm is installed and somebody watches."""
-    try:
-        tqdm = importlib.import_module("tqdm.auto").tqdm
-    except ImportError:
-        return data
-    bar: Iterable[Any] = tqdm(data, desc=title, leave=False, disable=None)  # None: silent unless on a terminal
-    return bar

@@ -932,3 +932,28 @@ def test_tensor_parallel_weights_are_refused(tmp_path: Path) -> None:
         assert [type(module) for module in model.modules()] == before
     finally:
         distributed.destroy_process_group()
+
+
+def test_building_many_operators_shows_its_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[Any] = []
+
+    class Bar:
+        def __init__(self, **options: Any) -> None:
+            self.total, self.done, self.open = 0, 0, True
+            self.delay = options["delay"]
+            shown.append(self)
+
+        def update(self) -> None:
+            self.done += 1
+
+        def close(self) -> None:
+            self.open = False
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(5)))
+    peftcore.plan(model, "lora", target=nn.Linear)
+    assert not shown
+    injection = peftcore.apply(model, "lora", target=nn.Linear)
+    (bar,) = shown
+    assert (bar.total, bar.done, bar.open, bar.delay > 0) == (5, 5, False, True)
+    copy.deepcopy(injection.model)

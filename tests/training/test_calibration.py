@@ -185,7 +185,7 @@ def test_there_is_a_progress_bar_where_tqdm_is(monkeypatch: pytest.MonkeyPatch) 
         return data
 
     monkeypatch.setattr(auto, "tqdm", bar)
-    peftcore.apply(toy(), Looks, data=[batch()])
+    peftcore.apply(toy(), Looks, data=[batch()], target="up")  # one operator: none for building
     assert titles == ["looks looks at the data"]
 
 
