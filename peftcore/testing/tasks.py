@@ -1,8 +1,8 @@
 """Small real tasks to learn: a host that was trained on one kind of data, and data of another kind.
 
 Digits are scikit-learn's scans of handwriting, turned by a quarter; the text is Python's own documentation, with small
-and capital letters exchanged; the denoiser meets negatives of the digits that it knows. Everything is drawn from seeds,
-and what a host learned first is learned once a process.
+and capital letters exchanged; a matcher of pictures and names gets turned pictures; the denoiser meets negatives of the
+digits that it knows. Everything is drawn from seeds, and what a host learned first is learned once a process.
 """
 
 from __future__ import annotations
@@ -229,6 +229,52 @@ def _denoiser() -> nn.Module:
     return _learned(make, lambda model, step: _denoised(model, _noised(step, sign=1.0)), 4e-3)
 
 
+# ---------------------------------------------------------------- pictures and their names
+
+
+PLACES = 4
+"""How many words without a meaning stand before each name, where a method may put its own."""
+
+
+def _named(number: int, turned: bool = True) -> Batch:
+    """Digits and the texts of all ten names: start, places, the name, end."""
+    images, labels = _scans(number)
+    names = torch.arange(4, 14).view(10, 1)
+    texts = torch.cat([torch.full((10, 1), 1), torch.full((10, PLACES), 3), names, torch.full((10, 1), 2)], 1)
+    return {
+        "pixel_values": torch.rot90(images, 1, (-2, -1)) if turned else images,
+        "input_ids": texts,
+        "labels": labels,
+    }
+
+
+def _matches(model: nn.Module, batch: Batch) -> Tensor:
+    logits: Tensor = model(pixel_values=batch["pixel_values"], input_ids=batch["input_ids"]).logits_per_image
+    return logits
+
+
+def _matched(model: nn.Module, batch: Batch) -> Tensor:
+    return nn.functional.cross_entropy(_matches(model, batch), batch["labels"])
+
+
+def _right(model: nn.Module, batch: Batch) -> float:
+    right: float = (_matches(model, batch).argmax(-1) == batch["labels"]).float().mean().item()
+    return right
+
+
+@functools.cache
+def _matcher() -> nn.Module:
+    library = _needs("transformers")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    words = {"vocab_size": 16, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = library.CLIPConfig(
+        text_config={**shape, **words},
+        vision_config={**shape, "image_size": 8, "patch_size": 2, "num_channels": 1},
+        projection_dim=32,
+    )
+    return _learned(lambda: library.CLIPModel(config), lambda m, step: _matched(m, _named(step, False)), 2e-3)
+
+
 def _copies(of: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return lambda: copy.deepcopy(of())
 
@@ -236,6 +282,7 @@ def _copies(of: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 TASKS: Iterable[Task] = (
     Task("digits", _copies(_classifier), _turned, _classified, _accuracy),
     Task("text", _copies(_writer), _exchanged, _continued, lambda model, batch: -_continued(model, batch).item()),
+    Task("names", _copies(_matcher), _named, _matched, _right),
     Task("denoiser", _copies(_denoiser), _noised, _denoised, lambda model, batch: -_denoised(model, batch).item()),
 )
 """The tasks, in the order in which a method tries them."""
