@@ -73,10 +73,14 @@ def _around_rows(mount: Mount, call: Callable[..., Any], *args: Any, **kwargs: A
     whole: list[Tensor] = []
 
     def part(*inner_args: Any, **inner_kwargs: Any) -> Tensor:
-        whole.append(call(*inner_args, **inner_kwargs))
-        return take(whole[-1], rows, dim)
+        output: Tensor = call(*inner_args, **inner_kwargs)
+        if all(inner is outer for inner, outer in zip(inner_args, args, strict=False)):
+            whole.append(output)
+        return take(output, rows, dim)
 
     changed = mount.operator(part, *args, **kwargs)
+    if not whole:  # the operator changed its input, which is none of the other rows' affair
+        whole.append(call(*args, **kwargs))
     return put(whole[-1], changed, rows, dim)
 
 

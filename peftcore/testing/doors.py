@@ -12,7 +12,7 @@ from peftcore.catalogue import method as find_method
 from peftcore.contract import Method
 from peftcore.errors import ConfigError
 from peftcore.testing.hosts import HOSTS
-from peftcore.testing.kit import ANYWHERE, Case, Check, CheckFailed, NotApplicable, applicable, cases
+from peftcore.testing.kit import ANYWHERE, Case, Check, CheckFailed, Context, NotApplicable, applicable, cases
 
 TELLING = ("llama", "encoder")
 """The hosts of a quick run: separate projections called as modules, and a packed one read by its owner."""
@@ -52,7 +52,11 @@ def _hosts(hosts: Iterable[str] | None, default: Iterable[str]) -> list[str]:
 
 
 def _named(
-    method: type[Method], hosts: Iterable[str], options: Options | None, expected: Mapping[str, str]
+    method: type[Method],
+    hosts: Iterable[str],
+    options: Options | None,
+    expected: Mapping[str, str],
+    context: Context | None,
 ) -> dict[str, tuple[Check, Case]]:
     """The checks that the method's tags call for, by id.
 
@@ -60,17 +64,20 @@ def _named(
         ConfigError: a failure is expected of a check that does not run.
     """
     chosen = {name: HOSTS[name] for name in hosts}
-    named = {f"{check.name}-{case.host.name}": (check, case) for check, case in cases(method, chosen, options or {})}
+    named = {
+        f"{check.name}-{case.host.name}": (check, case) for check, case in cases(method, chosen, options or {}, context)
+    }
     stray = [name for name in expected if name not in named and name.rpartition("-")[2] in chosen]
     if stray:
         raise ConfigError(f"{method.name}: failures are expected of checks that do not run: {', '.join(stray)}")
     return named
 
 
-def _telling(check: Check) -> tuple[str, ...]:
+def _telling(check: Check, telling: Iterable[str]) -> tuple[str, ...]:
     """The hosts of a check in a quick run: the telling ones, or the first of those that the check wants."""
-    wanted = (ANYWHERE.name,) if check.chooses else TELLING if check.hosts is None else check.hosts
-    return tuple(name for name in TELLING if name in wanted) or wanted[:1]
+    if check.chooses:
+        return (ANYWHERE.name,)
+    return tuple(name for name in telling if check.hosts is None or name in check.hosts) or (check.hosts or ())[:1]
 
 
 def _run(check: Check, case: Case) -> None:
@@ -86,6 +93,7 @@ def check_method(
     hosts: Iterable[str] | None = None,
     options: Options | None = None,
     expected_failures: Mapping[str, str] | None = None,
+    context: Context | None = None,
 ) -> list[Result]:
     """Run every check that the method's tags call for, on all hosts unless `hosts` names some.
 
@@ -94,10 +102,12 @@ def check_method(
         hosts: names of `HOSTS`.
         options: options of the method by host name; those under "*" hold for every host.
         expected_failures: reasons by "<check>-<host>"; a check listed here that passes counts as failed.
+        context: what calls are told, for methods that need it: from the host and a picture [rows or 1, 1, 16, 16] to
+            the arguments of ``peftcore.call``.
     """
     expected = expected_failures or {}
     results = []
-    for name, (check, case) in _named(_method(method), _hosts(hosts, HOSTS), options, expected).items():
+    for name, (check, case) in _named(_method(method), _hosts(hosts, HOSTS), options, expected, context).items():
         results.append(_judge(check, case, expected.get(name)))
     return results
 
@@ -121,12 +131,14 @@ def conformance(
     method: str | type[Method],
     *,
     hosts: Iterable[str] | None = None,
+    telling: Iterable[str] = TELLING,
     options: Options | None = None,
     expected_failures: Mapping[str, str] | None = None,
+    context: Context | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Turn one test function into a test for each check and host: its argument `check` is called without arguments.
 
-    Takes what `check_method` takes. Without `hosts`, a quick run takes the two most telling ones; all when
+    Takes what `check_method` takes. Without `hosts`, a quick run takes the two most `telling` ones; all when
     PEFTCORE_TEST_ALL=1, or when PEFTCORE_TEST_CHANGED names the method. An expected failure that passes fails the test.
     No host is built, and no package of a host imported, before a test runs.
     """
@@ -135,9 +147,10 @@ def conformance(
     found = _method(method)
     everything = os.environ.get(ALL) == "1" or found.name in os.environ.get(CHANGED, "").split()
     expected = expected_failures or {}
-    named = _named(found, _hosts(hosts, HOSTS), options, expected)
+    named = _named(found, _hosts(hosts, HOSTS), options, expected, context)
+    quick = tuple(telling)
     if hosts is None and not everything:
-        named = {name: pair for name, pair in named.items() if pair[1].host.name in _telling(pair[0])}
+        named = {name: pair for name, pair in named.items() if pair[1].host.name in _telling(pair[0], quick)}
 
     def thunk(check: Check, case: Case) -> Callable[[], None]:
         def run() -> None:

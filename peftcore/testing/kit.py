@@ -60,6 +60,10 @@ ANYWHERE = Host("task", _nothing, _nothing)
 """Stands for the hosts that a check finds by itself; options for these stand under its name."""
 
 
+Context = Callable[[nn.Module, Tensor], Mapping[str, Any]]
+"""Makes what ``peftcore.call(model, ...)`` is told of pictures [rows or 1, 1, 16, 16]."""
+
+
 @dataclass
 class Case:
     """One method on one host."""
@@ -68,6 +72,8 @@ class Case:
     host: Host
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method that this host needs (``add_missing_bias`` on hosts without biases)."""
+    context: Context | None = None
+    """What every call is told, for methods that need it."""
 
     @property
     def tags(self) -> Tags:
@@ -89,12 +95,23 @@ class Case:
         """Apply the method with its default targets, or with the host's fallback where it has none of these roles."""
         _, inputs = self.fresh(next(model.parameters()).dtype) if self.tags.needs_data else (None, {})
         arguments = {**self.batches(lambda host: self.run(host, inputs)), **self.options, **changes}
+        injection = self._applied(model, arguments)
+        self.tell(model)
+        return injection
+
+    def _applied(self, model: nn.Module, arguments: Mapping[str, Any]) -> Injection:
         if "target" in arguments or self.host.fallback is None:
             return peftcore.apply(model, self.method, **arguments)
         try:
             return peftcore.apply(model, self.method, **arguments)
         except TargetError:
             return peftcore.apply(model, self.method, target=self.host.fallback, **arguments)
+
+    def tell(self, model: nn.Module) -> None:
+        """Tell the model's calls from now on what the method needs: of one picture for all rows."""
+        if self.context is not None:
+            picture = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+            peftcore.call(model, **self.context(model, picture))
 
     def batches(self, run: Callable[[nn.Module], Tensor]) -> dict[str, Any]:
         """``data=`` for a method that looks at data: two batches, in each of which half of what `run` gives counts."""
@@ -112,12 +129,14 @@ class Case:
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """The host's output tensor, with gradients."""
+        self.tell(model)
         return self.host.output(model(**inputs))
 
     def quiet(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         """The host's output tensor under no_grad, in eval mode; training mode is restored."""
         training = {name: module.training for name, module in model.named_modules()}
         model.eval()
+        self.tell(model)
         with torch.no_grad():
             result = self.host.output(model(**inputs))
         for name, module in model.named_modules():
@@ -233,15 +252,18 @@ def applicable(case: Case) -> str | None:
 
 
 def cases(
-    method: type[Method], hosts: Mapping[str, Host], options: Mapping[str, Mapping[str, Any]]
+    method: type[Method],
+    hosts: Mapping[str, Host],
+    options: Mapping[str, Mapping[str, Any]],
+    context: Context | None = None,
 ) -> Iterator[tuple[Check, Case]]:
     """Every check on every host that the check wants, by the method's tags."""
     for each in CHECKS:
         if not each.when(method.tags):
             continue
         if each.chooses:
-            yield each, Case(method, ANYWHERE, {**options.get("*", {}), **options.get(ANYWHERE.name, {})})
+            yield each, Case(method, ANYWHERE, {**options.get("*", {}), **options.get(ANYWHERE.name, {})}, context)
             continue
         for name, host in hosts.items():
             if each.hosts is None or name in each.hosts:
-                yield each, Case(method, host, {**options.get("*", {}), **options.get(name, {})})
+                yield each, Case(method, host, {**options.get("*", {}), **options.get(name, {})}, context)

@@ -22,6 +22,8 @@ from peftcore.testing.kit import NotApplicable
 Batch = dict[str, Tensor]
 STEPS = 80
 """Steps of every adaptation."""
+PICTURE = "picture"
+"""The entry of a batch that a method may be told of; only some tasks have it."""
 HELD_OUT = -1
 """The number of the batch that scores are taken from; batches to learn from are 0, 1, 2, …"""
 
@@ -198,11 +200,13 @@ def _noised(number: int, sign: float = -1.0) -> Batch:
     signal = torch.cos(times / 1000 * torch.pi / 2).view(-1, 1, 1, 1)
     words = torch.randn(10, 4, 16, generator=_drawn(0))[labels]
     mixed = signal * sign * images + (1 - signal**2).sqrt() * noise
-    return {"sample": mixed, "timestep": times, "encoder_hidden_states": words, "noise": noise}
+    picture = nn.functional.interpolate(sign * images, scale_factor=2)  # for methods that are told a condition
+    inputs = {"sample": mixed, "timestep": times, "encoder_hidden_states": words}
+    return {**inputs, "noise": noise, PICTURE: picture}
 
 
 def _denoised(model: nn.Module, batch: Batch) -> Tensor:
-    inputs = {name: value for name, value in batch.items() if name != "noise"}
+    inputs = {name: value for name, value in batch.items() if name not in ("noise", PICTURE)}
     loss: Tensor = nn.functional.mse_loss(model(**inputs).sample, batch["noise"])
     return loss
 

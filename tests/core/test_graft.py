@@ -756,3 +756,24 @@ def test_grafted_transformer_equals_its_base_when_fresh() -> None:
     base = model(token_ids())
     peftcore.apply(model, "dora", target="all-linear")
     assert torch.allclose(model(token_ids()), base, atol=1e-5)
+
+
+def test_an_input_changed_for_some_rows_of_a_fused_projection_leaves_the_others() -> None:
+    """Queries, keys and values in one matrix: what scales the inputs of queries does nothing to keys and values."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, num_heads=2, depth=1, num_classes=3)
+    qkv = model.eval().double().blocks[0].attn.qkv
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    before = qkv(x)
+    injection = peftcore.apply(model, "ia3", target="attn.q", scale_inputs=["attn.q"], dtype=torch.float64)
+    gain = next(injection.parameters())
+    with torch.no_grad():
+        gain.normal_(1, 0.1)
+        after = qkv(x)
+        torch.testing.assert_close(after[..., 24:], before[..., 24:], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            after[..., :24], torch.nn.functional.linear(x * gain, qkv.weight, qkv.bias)[..., :24]
+        )
+        injection.merge()
+        torch.testing.assert_close(qkv(x), after, rtol=0, atol=1e-12)

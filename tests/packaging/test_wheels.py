@@ -29,7 +29,7 @@ METHODS = {
     for folder in sorted(path.parent for path in ROOT.glob("plugins/*/pyproject.toml"))
 }
 """The methods by plugin, as the plugins' own tables name them."""
-NEEDS = {"hybrid": ("additive",)}
+NEEDS = {"hybrid": ("additive",), "multitask": ("additive", "reparameterized")}
 """The plugins whose methods a plugin puts together."""
 EXAMPLES = [ROOT / "examples" / "third-party-plugin", ROOT / "examples" / "broken-plugin"]
 

@@ -11,6 +11,11 @@ PEFTCORE_API = 1
 def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
+        "controlnet": "peftcore_diffusion.controlnet:ControlNet",
+        "custom_diffusion": "peftcore_diffusion.custom_diffusion:CustomDiffusion",
+        "ip_adapter": "peftcore_diffusion.ip_adapter:IPAdapter",
         "locon": "peftcore_diffusion.locon:LoCon",
         "svdiff": "peftcore_diffusion.svdiff:SVDiff",
+        "t2i_adapter": "peftcore_diffusion.t2i_adapter:T2IAdapter",
+        "textual_inversion": "peftcore_diffusion.textual_inversion:TextualInversion",
     }

@@ -1,0 +1,57 @@
+"""The trainable copy of a UNet's encoder, and how it comes to what the UNet gets."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcore import Operator, Site, Tap
+from peftcore.operators import Shared
+
+GIVEN = ("sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs")
+"""What the copy gets of the UNet's inputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """The copy of one UNet, and where its operators meet."""
+
+    network: Shared
+    inputs: Tap | None
+    """What the UNet gets; None where it is the host, whose inputs are known."""
+    controls: Tap = dataclasses.field(default_factory=lambda: Tap(kept=True))
+
+
+class InputsOperator(Operator):
+    """Leaves what a UNet inside a host gets."""
+
+    def __init__(self, site: Site, inputs: Tap) -> None:
+        super().__init__(site)
+        self.names, self.inputs = tuple(inspect.signature(site.module.forward).parameters), inputs
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.inputs.put({**dict(zip(self.names, args, strict=False)), **kwargs})
+        return call(*args, **kwargs)
+
+
+def encoder_copy(model: Any, widths: tuple[int, ...], channels: int) -> nn.Module:
+    """A ControlNet for a UNet, with that one's weights."""
+    import diffusers
+
+    copy: nn.Module = diffusers.ControlNetModel.from_unet(
+        model,
+        conditioning_embedding_out_channels=widths,
+        conditioning_channels=channels,
+        load_weights_from_unet=False,  # that knows no host with other adapters in it
+    )
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            if name in own:
+                parameter.copy_(own[name])
+    return copy

@@ -1,0 +1,38 @@
+"""What methods share that act on a tensor with several holders: an embedding that is also the head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from torch import nn
+
+from peftcore import Site, Surgeon
+from peftcore.weights import Layer
+
+
+def alike(sites: Iterable[Site]) -> list[list[Site]]:
+    """The sites in groups: those that hold the very same tensor stand together."""
+    groups: dict[object, list[Site]] = {}
+    for site in sites:
+        tensor = site.layer.read(site.module, site.tensor)
+        tied = isinstance(tensor, nn.Parameter) and site.rows is None
+        groups.setdefault(id(tensor) if tied else site.path, []).append(site)
+    return list(groups.values())
+
+
+def holders(surgeon: Surgeon, site: Site) -> list[Site]:
+    """All that hold the site's tensor, whether they are targets or not."""
+    tensor = site.layer.read(site.module, site.tensor)
+    found = surgeon.resolver.holders(tensor) if isinstance(tensor, nn.Parameter) else []
+    return [dataclasses.replace(surgeon.resolver.site(*each), meta=site.meta) for each in found] or [site]
+
+
+def foremost(sites: list[Site]) -> Site:
+    """The one of a group that is called for sure: the first may be a mere store (T5's `shared`)."""
+    return [site for site in sites if site.layer.called or site is sites[0]][-1]
+
+
+def stored_as(site: Site, layer: Layer) -> Site:
+    """The site, whose tensor is read and acted on as that of another kind of layer."""
+    return dataclasses.replace(site, form="weight", layer=layer)

@@ -1,0 +1,35 @@
+"""What methods share that are told an image in each call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from peftcore import current_call
+from peftcore.errors import RouteError
+
+
+def told(name: str, rows: int) -> Tensor:
+    """The tensor of that name in ``peftcore.call(model, ...)``, one entry for each of so many rows: repeated where a
+    module sees several rows of one (frames), or where one image is for all.
+
+    Raises:
+        MissingContext: nobody said it.
+        RouteError: there are not as many rows.
+    """
+    value: Tensor = current_call().need(name)
+    times, rest = divmod(rows, len(value))
+    if rest or not times:
+        raise RouteError(
+            f"{name} has {len(value)} entries, and the batch {rows}; give one for each row, or one for all"
+        )
+    return value if times == 1 else value.repeat_interleave(times, 0)
+
+
+def cast(value: Any, like: Tensor) -> Any:
+    """Floating-point tensors in the dtype of `like`, also those in a mapping; all else as it is."""
+    if isinstance(value, Mapping):
+        return {name: cast(each, like) for name, each in value.items()}
+    return value.to(like.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

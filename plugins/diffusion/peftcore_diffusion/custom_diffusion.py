@@ -1,0 +1,84 @@
+"""Custom diffusion: keys and values of cross-attention train.   Kumari et al. 2022, arXiv 2212.04488.
+
+    k = (W_k + delta_k) c,   v = (W_v + delta_v) c,   c the text,   delta = 0 at first
+
+W + delta is a full matrix that starts from W. The authors' code (adobe-research/custom-diffusion) trains it in place;
+here the change is a parameter of its own, so the base stays, a fresh injection changes nothing to the bit, and weight
+decay pulls to the base instead of to zero. As in their code, the first token of the text, its start, gives delta no
+gradient. With `modifier_tokens`, the words that name the concept train along (`textual_inversion`) in a host that holds
+its text encoder too; a text encoder that is a host of its own takes `textual_inversion` by itself.
+
+Images that keep the class as it is (prior preservation) are the training loop's business: they are more data. The
+closed-form merge of several concepts and the compression of delta are not here.
+
+Parameters: in * out a matrix; n * dim for the words.
+
+Use it to teach a few subjects at once, with lr 1e-5 and few steps. It merges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pydantic import Field, NonNegativeInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore_diffusion import textual_inversion
+
+
+class Config(MethodConfig):
+    """Options of custom diffusion."""
+
+    method: Literal["custom_diffusion"] = "custom_diffusion"
+    hold_first: bool = True
+    """Keys and values of the first token of the text give no gradient."""
+    modifier_tokens: list[int] = Field(default_factory=list)
+    """Ids of the words for the concepts, whose embeddings train along; negative ones count from the end."""
+    initializer: NonNegativeInt | None = None
+    """Id of the word from which they start (a rare one is usual); None starts them as they are."""
+
+
+class CustomDiffusionOperator(Operator):
+    """The change of one matrix."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        text = site.role in ("cross.k", "cross.v") and site.layer.channel_dim == -1
+        self.hold_first = config.hold_first and text
+        self.delta = nn.Parameter(torch.zeros(site.weight_shape))
+
+    def forward(self, call: Callable[..., Tensor], c: Tensor) -> Tensor:
+        y = call(c)
+        (delta,) = self.cast(y, self.delta)
+        change = self.layer.apply(c, delta)  # [batch, tokens, out]
+        if self.hold_first:
+            change = torch.cat([change[..., :1, :].detach(), change[..., 1:, :]], -2)
+        return y + change
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self.delta
+
+
+class CustomDiffusion(Method):
+    """Train what cross-attention reads of the text."""
+
+    name = "custom_diffusion"
+    Config = Config
+    tags = Tags(category="diffusion", paper="2212.04488", mergeable=True, checked_against="diffusers 0.42")
+    target = ("cross.k", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, CustomDiffusionOperator, config)
+        if config.modifier_tokens:
+            words = textual_inversion.Config(tokens=config.modifier_tokens, initializer=config.initializer)
+            surgeon.include("words", textual_inversion.TextualInversion(), words, "embed")
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if site.layer.one_hot and site.role not in ("cross.k", "cross.v"):
+            return len(config.modifier_tokens) * site.out_features
+        return site.numel

@@ -1,0 +1,124 @@
+"""IP-Adapter: an image as a prompt, by cross-attention of its own.   Ye et al. 2023, arXiv 2308.06721.
+
+    y = W_o (Attention(q, W_k c, W_v c) + scale * Attention(q, K e, V e)),   K = W_k, V = W_v at first
+
+c is the text, e [tokens, dim] the image, which comes with the call: ``with peftcore.call(model, image_tokens=e): ...``,
+one for each row or one for all. With `embed_dim` the call gives ``image_embeds`` [batch, embed_dim] instead (of CLIP),
+and a projection that trains along makes e of them: LN(W x + b) in `tokens` parts. Rows without an image (half of a
+batch under classifier-free guidance) have an embedding of zeros. ``image_scale=`` in a call takes the place of `scale`.
+
+Image tokens of another width than the text's (`image_dim`) cannot start from W_k and W_v: K and V start as torch's
+linear layers do. No start is an identity, but for a scale of 0. The resampler of the variant "Plus" is not here: give
+its output as image_tokens.
+
+Parameters: 2 * inner * dim an attention; with embed_dim, dim * (tokens * (embed_dim + 1) + 2) besides.
+
+Use it to steer by a picture: attention to the text stays as it is. It cannot be merged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, current_call
+from peftcore.errors import UnsupportedSite
+from peftcore_diffusion._image import ImageSite, Projection, matrices
+from peftcore_diffusion._told import told
+
+
+class Config(MethodConfig):
+    """Options of IP-Adapter."""
+
+    method: Literal["ip_adapter"] = "ip_adapter"
+    scale: NonNegativeFloat = 1.0
+    """By how much the image counts, where the call says nothing else."""
+    image_dim: PositiveInt | None = None
+    """Width of the image tokens; None where it is that of the text."""
+    embed_dim: PositiveInt | None = None
+    """Width of the image embedding that calls give in place of tokens; None where they give tokens."""
+    tokens: PositiveInt = 4
+    """How many tokens are made of one embedding."""
+
+
+class QueryOperator(Operator):
+    """Leaves the queries for the attention to the image."""
+
+    def __init__(self, site: Site, query: Tap) -> None:
+        super().__init__(site)
+        self.query = query
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        self.query.put(y)
+        return y
+
+
+class IPAdapterOperator(Operator):
+    """Attention to the image, added to what goes into the output matrix."""
+
+    def __init__(self, site: ImageSite, config: Config) -> None:
+        super().__init__(site)
+        self.scale, self.heads, self.query, self.projection = config.scale, site.heads, site.query, site.projection
+        self.key, self.value = (_start(each, config.image_dim or each.in_features) for each in (site.key, site.value))
+
+    def forward(self, call: Callable[..., Tensor], h: Tensor) -> Tensor:
+        query = self.query.take()
+        if self.projection is None:
+            tokens = told("image_tokens", len(h))
+        else:
+            tokens = self.projection.module(told("image_embeds", len(h)))
+        tokens, key, value = self.cast(query, tokens, self.key, self.value)
+        parts = (query, nn.functional.linear(tokens, key), nn.functional.linear(tokens, value))
+        attended = nn.functional.scaled_dot_product_attention(*(self._by_head(part) for part in parts))
+        scale = current_call().context.get("image_scale", self.scale)
+        return call(h + scale * attended.transpose(1, 2).flatten(2).to(h.dtype))
+
+    def _by_head(self, part: Tensor) -> Tensor:
+        return part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [batch, heads, tokens, inner / heads]
+
+
+def _start(site: Site, width: int) -> nn.Parameter:
+    if width == site.in_features:
+        return nn.Parameter(site.weight().detach().clone())
+    return nn.Parameter(torch.empty(site.out_features, width).uniform_(-1, 1) / math.sqrt(width))
+
+
+class IPAdapter(Method):
+    """Decoupled cross-attention to an image."""
+
+    name = "ip_adapter"
+    Config = Config
+    tags = Tags(
+        category="diffusion",
+        paper="2308.06721",
+        identity_at_init=False,
+        identity_options={"scale": 0.0},
+        checked_against="diffusers 0.42",
+    )
+    target = ("cross.out",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for out in surgeon.sites():
+            attention, query, key, value = matrices(surgeon, out)
+            heads: Any = getattr(attention, "heads", None)
+            if not isinstance(heads, int) or query.out_features != key.out_features:
+                raise UnsupportedSite(f"{out.path} is in no attention of diffusers with a key for each query's head")
+            width, projection = config.image_dim or key.in_features, None
+            if config.embed_dim is not None:
+                sizes = config.embed_dim, config.tokens, width
+                projection = surgeon.own(f"projection{width}", lambda sizes=sizes: Projection(*sizes))
+            known = {"heads": heads, "key": key, "value": value, "query": Tap(), "projection": projection}
+            surgeon.graft(query, lambda at, tap=known["query"]: QueryOperator(at, tap))
+            surgeon.graft(ImageSite(**vars(out), **known), IPAdapterOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if not isinstance(site, ImageSite):  # the queries, which are read only
+            return 0
+        return 2 * site.key.out_features * (config.image_dim or site.key.in_features)

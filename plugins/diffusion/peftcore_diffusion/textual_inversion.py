@@ -1,0 +1,104 @@
+"""Textual inversion: new words for a text encoder.   Gal et al. 2022, arXiv 2208.01618.
+
+    E'[tokens] = v,   E' = E in all other rows,   v [n, dim] = E[tokens], or E[initializer], at first
+
+Only v trains, with the loss of the frozen diffusion model. Apply it to the text encoder (of SDXL to both) once the
+tokenizer knows the placeholders: `add_tokens`, then ``text_encoder.resize_token_embeddings(len(tokenizer))``; the
+prompt has to name them all. v is a parameter of its own, so weight decay, moments of the optimizer and the file are of
+n rows; the script of diffusers trains the whole table and writes the other rows back after each step. Train in float32
+(the default here, whatever the encoder's dtype): the rows of a half-precision encoder hardly move.
+
+Where the table is also the head of the host, both see v.
+
+Parameters: n * dim.
+
+Use it to teach a subject or a style as a word: the file is a few kilobytes, the host stays as it is. It merges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore.weights import Transposed
+from peftcore_diffusion._ties import alike, foremost, holders, stored_as
+
+
+class Config(MethodConfig):
+    """Options of textual inversion."""
+
+    method: Literal["textual_inversion"] = "textual_inversion"
+    tokens: Annotated[list[int], Field(min_length=1)] = Field(default_factory=lambda: [-1])
+    """Ids of the placeholder tokens, one for each vector; negative ones count from the end of the table, where
+    `resize_token_embeddings` puts new ones."""
+    initializer: NonNegativeInt | None = None
+    """Id of a word that says roughly what the new one means, from which all vectors start; None starts them from the
+    rows that the placeholders have."""
+
+
+def _rows(site: Site, config: Config) -> list[int]:
+    """The ids, checked against the table."""
+    size = site.in_features
+    rows = [token + size if token < 0 else token for token in config.tokens]
+    wrong = [token for token in (*rows, config.initializer or 0) if not 0 <= token < size]
+    if wrong or len(set(rows)) < len(rows):
+        reason = f"has {size} rows, none for {wrong}: resize the table first" if wrong else "is told a token twice"
+        raise UnsupportedSite(f"{site.path} {reason}")
+    return rows
+
+
+class TextualInversionOperator(Operator):
+    """The vectors of the placeholders."""
+
+    tokens: Tensor
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        if not site.layer.one_hot:
+            raise UnsupportedSite(f"{site.path} is no embedding of tokens")
+        rows, table = _rows(site, config), site.weight().detach()  # [dim, num]
+        self.register_buffer("tokens", torch.tensor(rows), persistent=False)
+        start = rows if config.initializer is None else [config.initializer] * len(rows)
+        self.vectors = nn.Parameter(table[:, torch.tensor(start, device=table.device)].mT.contiguous())  # [n, dim]
+
+    def forward(self, call: Callable[..., Tensor], ids: Tensor) -> Tensor:
+        y = call(ids)
+        hits = ids.unsqueeze(-1) == self.tokens  # [..., n]
+        (vectors,) = self.cast(y, self.vectors)
+        new = nn.functional.embedding(hits.int().argmax(-1), vectors)
+        return torch.where(hits.any(-1, keepdim=True), new, y)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight.index_copy(1, self.tokens, self.vectors.mT.to(weight.dtype))
+
+
+class TextualInversion(Method):
+    """Train the embeddings of new words."""
+
+    name = "textual_inversion"
+    Config = Config
+    tags = Tags(
+        category="diffusion",
+        paper="2208.01618",
+        mergeable=True,
+        checked_against="peft 0.21",
+    )
+    target = ("embed",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for group in alike(surgeon.sites()):
+            held = holders(surgeon, group[0])
+            site = foremost([each for each in held if each.layer.one_hot] or group)
+            rest = (each for each in held if each.path != site.path)
+            others = (each if each.layer.one_hot else stored_as(each, Transposed()) for each in rest)
+            surgeon.graft(site, TextualInversionOperator, config, tuple(others))
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return len(config.tokens) * site.out_features

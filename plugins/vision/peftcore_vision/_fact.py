@@ -1,0 +1,120 @@
+"""What the two kinds of factor tuning share: the weights of a host as one stack of square slices, two factors that all
+slices have in common, and their product with the middle factor of a site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MethodConfig, Operator, Site, Surgeon
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.operators import Shared
+
+
+class FactConfig(MethodConfig):
+    """Options of factor tuning."""
+
+    rank: PositiveInt = 16
+    """Rank r of the decomposition."""
+    scale: PositiveFloat = 1.0
+    """The factor s in front of the update; the authors search it between 0.01 and 100."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which what V reads is dropped in training; 0.1 in the authors' code."""
+
+
+@dataclass(frozen=True, eq=False)
+class FactSite(Site):
+    """A weight that is cut into slices of ``[d, d]``."""
+
+    side: int = 1
+    """d."""
+    total: int = 0
+    """Slices of all sites together."""
+
+    @property
+    def cut(self) -> tuple[int, int, int]:
+        """Slices along outputs and along inputs, and places of the kernel."""
+        return self.out_features // self.side, self.in_features // self.side, math.prod(self.kernel)
+
+    @property
+    def slices(self) -> int:
+        """How many there are."""
+        return math.prod(self.batch) * math.prod(self.cut)
+
+
+def _common(sites: Iterable[Site]) -> int:
+    """The largest number that divides all widths."""
+    return math.gcd(*(width for site in sites for width in (site.out_features, site.in_features)))
+
+
+def fact_sites(surgeon: Surgeon, config: FactConfig) -> list[FactSite]:
+    """The targets; d is the largest number that divides all their widths: the stream's width in image transformers.
+
+    Raises:
+        UnsupportedSite: what the widths have in common is smaller than the rank.
+    """
+    if any("rank" in changes for changes in config.overrides.values()):
+        raise ConfigError(f"{config.method}: all sites share their factors, so overrides cannot change the rank")
+    sites = [site for site in surgeon.sites() if site.role != "router"]  # some have the path of a gate
+    side = _common(sites)
+    if side < config.rank:
+        modules = dict.fromkeys(site.module_path for site in sites)
+        odd = max(modules, key=lambda path: _common(site for site in sites if site.module_path != path))
+        raise UnsupportedSite(
+            f"{config.method} cuts weights into squares, and the widths of the targets have only the divisor {side} in "
+            f"common, which is less than the rank {config.rank}; lower the rank or exclude= what differs, such as {odd}"
+        )
+    cut = [FactSite(**vars(site), side=side) for site in sites]
+    return [replace(site, total=sum(each.slices for each in cut)) for site in cut]
+
+
+def shared_factors(surgeon: Surgeon, side: int, rank: int) -> tuple[Shared, Shared]:
+    """U [r, d] as a linear layer starts, and V [d, r] zero."""
+
+    def zero() -> nn.Module:
+        linear = nn.Linear(rank, side, bias=False)
+        nn.init.zeros_(linear.weight)
+        return linear
+
+    return surgeon.own("U", lambda: nn.Linear(side, rank, bias=False)), surgeon.own("V", zero)
+
+
+class FactOperator(Operator):
+    """The update of one site, as two factors: the middle one goes with U, and V stands once for each row of slices."""
+
+    def __init__(self, site: FactSite, config: FactConfig, U: Shared, V: Shared) -> None:
+        super().__init__(site)
+        if config.dropout and site.form == "weight":
+            raise UnsupportedSite(
+                f"{site.path} is read, not called, so dropout cannot reach its update; use dropout=0 or exclude it"
+            )
+        self.U, self.V, self.rank, self.scale = U, V, config.rank, config.scale
+        self.batch, self.cut, self.kernel = site.batch, site.cut, site.kernel
+        self.dropout = nn.Dropout(config.dropout)
+
+    def middle(self) -> Tensor:
+        """Sigma ``[*batch, kernel, outputs * r, inputs * r]``, in the places of the slices."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        U, V = self.U.module.weight, self.V.module.weight
+        rows, columns, _ = self.cut
+        middle = self.middle().unflatten(-1, (columns, self.rank))
+        A = torch.einsum("...koiq,qd->...oidk", middle, U).flatten(-3, -2)  # [*batch, rows * r, in, kernel]
+        B = V if rows == 1 else torch.kron(torch.eye(rows, dtype=V.dtype, device=V.device), V)
+        return A.reshape(*A.shape[:-1], *self.kernel), B.expand(*self.batch, *B.shape), self.scale
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, *self.factors()[:2])
+        return self.layer.add(y, self.dropout(self.layer.apply(x, A)), B, self.scale)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        A, B, scale = self.factors()
+        return weight + scale * (B @ A.flatten(B.dim() - 1)).view(weight.shape)

@@ -1,0 +1,150 @@
+"""Convpass, convolutional bypasses.   Jie and Deng 2022, arXiv 2207.07039 (code: JieShibo/PETL-ViT).
+
+    out = Branch(x) + s (W_up q(conv_3x3(q(W_down x + b_down)) + b_up),   q(u) = u sigmoid(1.702 u)
+
+beside attention and feed-forward. x is what the branch reads (behind the norm), W_down [h, d], W_up [d, h]; the
+convolution has h channels and a bias, and sees the patches where they lie in the picture, with zeros around. Tokens in
+front of the patches (class, distillation, registers) are pictures of one pixel to the same convolution: only its centre
+acts on them. W_down starts from a Xavier-uniform draw, the convolution from the identity (or Xavier), W_up at zero.
+
+Activations of four dimensions (Swin, ConvNeXt) are grids already. A sequence is the largest grid in the proportions of
+the patches that the host embeds, behind as many other tokens as are left. Each window of a host that has windows is a
+picture: the authors' variant for Swin looks over borders. Stochastic depth and layer scale act on the bypass too.
+
+Parameters: 2 d h + h + d + 9 h^2 + h a bypass, two a block. It cannot be merged. Use it with few labels.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import Method, MethodConfig, Surgeon, Tags, Tap
+from peftcore.errors import UnsupportedSite
+from peftcore_vision._bypass import BranchSite, Bypass, branch, patch_sites
+
+
+class Config(MethodConfig):
+    """Options of Convpass."""
+
+    method: Literal["convpass"] = "convpass"
+    bottleneck: PositiveInt = 8
+    """Channels h of the convolution."""
+    scale: PositiveFloat = 1.0
+    """The factor s in front of the bypass; the authors search it between 0.01 and 100."""
+    conv_init: Literal["identity", "xavier"] = "identity"
+    """Start of the convolution: one at the centre of each channel, or a Xavier-uniform draw."""
+    grid: tuple[PositiveInt, PositiveInt] | None = None
+    """Rows and columns of the patches; only their proportion counts. By default that of the patches that the host
+    embeds, or of a square where a part of the host runs by itself and embeds none."""
+    prefix_tokens: NonNegativeInt | None = None
+    """How many tokens stand in front of the patches. By default as many as the largest grid leaves over."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which what W_up reads is dropped in training; 0.1 in the authors' code."""
+
+
+def _quick_gelu(u: Tensor) -> Tensor:
+    return u * torch.sigmoid(1.702 * u)
+
+
+class ConvpassOperator(Bypass):
+    """The bypass of one branch. At the convolution that embeds the patches (form "patch") it sees how they lie."""
+
+    def __init__(self, site: BranchSite, config: Config, lie: Tap) -> None:
+        super().__init__(site)
+        if isinstance(site.module, nn.MultiheadAttention) and not site.module.batch_first:
+            raise UnsupportedSite(f"{site.path} has the sequence in front of the batch; build it with batch_first=True")
+        self.scale, self.grid, self.prefix_tokens, self.lie = config.scale, config.grid, config.prefix_tokens, lie
+        channels = config.bottleneck
+        self.down = nn.Linear(site.width, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.dropout = nn.Dropout(config.dropout)
+        self.up = nn.Linear(channels, site.out_features)
+        nn.init.xavier_uniform_(self.down.weight)
+        nn.init.xavier_uniform_(self.conv.weight) if config.conv_init == "xavier" else nn.init.dirac_(self.conv.weight)
+        for zero in (self.down.bias, self.conv.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        return self._at_patches if form == "patch" else super().at(form, module)
+
+    def _at_patches(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        patches = call(*args, **kwargs)  # [batch, features, rows, columns]
+        self.lie.put((patches.shape[0], patches.shape[-2], patches.shape[-1]))
+        return patches
+
+    def beside(self, x: Tensor) -> Tensor:
+        down, down_bias, up, up_bias = self.cast(x, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
+        inner = _quick_gelu(F.linear(x, down, down_bias))  # [batch, ..., h]
+        inner = self.dropout(_quick_gelu(self._convolve(inner)))
+        return self.scale * F.linear(inner, up, up_bias)
+
+    def _convolve(self, u: Tensor) -> Tensor:
+        weight, bias = self.cast(u, self.conv.weight, self.conv.bias)
+        if u.dim() >= 4:  # [..., rows, columns, h]: pictures, and those of a video one by one
+            pictures = u.flatten(0, -4).movedim(-1, 1)
+            return F.conv2d(pictures, weight, bias, padding=1).movedim(1, -1).reshape(u.shape)
+        if u.dim() == 2:  # one token of each: nothing around it
+            return F.linear(u, weight[:, :, 1, 1], bias)
+        rows, columns = self._layout(*u.shape[:2])
+        others = u.shape[1] - rows * columns
+        alone = F.linear(u[:, :others], weight[:, :, 1, 1], bias)
+        if not rows * columns:
+            return alone
+        patches = F.conv2d(u[:, others:].unflatten(1, (rows, columns)).movedim(-1, 1), weight, bias, padding=1)
+        return torch.cat([alone, patches.movedim(1, -1).flatten(1, 2).to(alone.dtype)], 1)
+
+    def _layout(self, batch: int, tokens: int) -> tuple[int, int]:
+        """Rows and columns of the patches."""
+        images, high, wide = self.lie.get() or (batch, 1, 1)
+        if self.grid is not None:
+            high, wide = self.grid
+        elif images != batch:  # windows of them
+            high, wide = 1, 1
+        if self.prefix_tokens is None:
+            rows = math.isqrt(tokens * high // wide)
+            return rows, rows * wide // high
+        patches = tokens - self.prefix_tokens
+        rows = round(math.sqrt(max(patches, 0) * high / wide))
+        if not rows or patches % rows:
+            raise UnsupportedSite(
+                f"convpass: {tokens} tokens, {self.prefix_tokens} of them in front, leave no grid of {high} to {wide}; "
+                "set grid= and prefix_tokens= (overrides= for single sites)"
+            )
+        return rows, patches // rows
+
+
+class Convpass(Method):
+    """A convolution beside each attention and each feed-forward."""
+
+    name = "convpass"
+    Config = Config
+    tags = Tags(category="vision", paper="2207.07039", checked_against="the authors' code")
+    target = ("attn.output", "mlp.output")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        lies: dict[str, Tap] = {}
+        for site in surgeon.sites():
+            place, patches = branch(surgeon, site), patch_sites(surgeon, site)
+            if not patches and config.at(site.path).grid is None:
+                raise UnsupportedSite(
+                    f"{site.path}: no convolution in this tower embeds patches of a picture, so its tokens have no "
+                    "grid; target a tower of images, or set grid="
+                )
+            tower = patches[0].path if patches else ""
+            seen = () if tower in lies else tuple(patches)
+            lie = lies.setdefault(tower, Tap(kept=True))
+            build = functools.partial(ConvpassOperator, lie=lie)
+            surgeon.graft(place, build, config, (*place.places, *seen))
+
+    @staticmethod
+    def parameter_count(site: BranchSite, config: Config) -> int:
+        h = config.bottleneck
+        return (site.width + site.out_features) * h + h + site.out_features + 9 * h * h + h

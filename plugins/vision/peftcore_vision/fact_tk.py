@@ -1,0 +1,83 @@
+"""FacT-TK: factor tuning by a Tucker decomposition.   Jie and Deng 2022, arXiv 2212.03145 (code: JieShibo/PETL-ViT).
+
+    dW_t = s V Sigma_t U,   Sigma_t^T = sum_k C[:, :, k] P[k, t]
+
+U [r, d], V [d, r] and the core C [r, r, r] are shared by all sites; a slice t of a site has only its column P[:, t].
+What the slices are, FacT-TT says. Where a matrix has several, the authors' code differs from the equation, and so does
+this: their reshape of the n matrices C P [r, r, n] to [r, n r] deals the columns of all out to the slices in turn, so
+that output p of slice c is column (c r + p) // n of matrix (c r + p) % n. In matrices with more slices along inputs,
+inputs are what is dealt out. U starts as a linear layer, C and P from Xavier-uniform draws, V at zero: an identity.
+
+Parameters: r a slice, and 2 d r + r^3 once: 2 d r + r^3 + 12 L r for a ViT of L blocks.
+
+Use it where FacT-TT would do and every number counts; it merges.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import Method, Surgeon, Tags
+from peftcore.operators import Shared
+from peftcore_vision._fact import FactConfig, FactOperator, FactSite, fact_sites, shared_factors
+
+
+class Config(FactConfig):
+    """Options of FacT-TK."""
+
+    method: Literal["fact_tk"] = "fact_tk"
+
+
+class Core(nn.Module):
+    """C."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rank, rank, rank))
+        nn.init.xavier_uniform_(self.weight)
+
+
+class FactTKOperator(FactOperator):
+    """The slices of one site, each a mixture of what the core holds."""
+
+    def __init__(self, site: FactSite, config: Config, U: Shared, V: Shared, core: Shared) -> None:
+        super().__init__(site, config, U, V)
+        self.core = core
+        self.P = nn.Parameter(torch.empty(config.rank, site.slices))
+        bound = math.sqrt(6 / (config.rank + site.total))  # Xavier's for the columns of all sites together
+        nn.init.uniform_(self.P, -bound, bound)
+
+    def middle(self) -> Tensor:
+        rows, columns, places = self.cut
+        few, many = sorted((rows, columns))
+        mixed = (self.core.module.weight @ self.P).unflatten(-1, (*self.batch, places, few, many))
+        dealt = mixed.movedim((0, 1), (-3, -2)).flatten(-2).unflatten(-1, (many, -1))  # [..., few, r, many, r]
+        if rows >= columns:  # [..., columns, r of inputs, rows, r of outputs]
+            dealt = dealt.movedim((-2, -1), (-4, -3))
+        return dealt.flatten(-4, -3).flatten(-2)
+
+
+class FactTK(Method):
+    """Updates of which the layers share all but a few mixing numbers."""
+
+    name = "fact_tk"
+    Config = Config
+    tags = Tags(
+        category="vision", paper="2212.03145", mergeable=True, low_rank=True, checked_against="the authors' code"
+    )
+    target = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = fact_sites(surgeon, config)
+        U, V = shared_factors(surgeon, sites[0].side, config.rank)
+        core = surgeon.own("C", lambda: Core(config.rank))
+        for site in sites:
+            surgeon.graft(site, lambda at, own: FactTKOperator(at, own, U, V, core), config)
+
+    @staticmethod
+    def parameter_count(site: FactSite, config: Config) -> int:
+        return site.slices * config.rank

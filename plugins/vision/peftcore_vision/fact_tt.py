@@ -1,0 +1,68 @@
+"""FacT-TT: factor tuning by a tensor train.   Jie and Deng 2022, arXiv 2212.03145 (code: JieShibo/PETL-ViT).
+
+    dW_t = s V Sigma_t U,   U [r, d] and V [d, r] shared by all sites,   Sigma_t [r, r] for each slice t
+
+The weights of a host are one stack of slices [d, d], where d is the width of its stream: queries, keys, values and the
+attention's output are one each, either matrix of a feed-forward is four, so that a block of a ViT has 12. Matrices are
+cut into slices in both directions: d is the largest number that divides all widths, so that other feed-forwards and
+stacks of several widths (Swin) fit too. The authors' code has d = 768 and the four written into it. U and Sigma start
+as linear layers do, V at zero: an exact identity. A convolution has slices for each place of its kernel, stacked
+experts have them for each expert.
+
+Parameters: r^2 a slice, and 2 d r once: 2 d r + 12 L r^2 for a ViT of L blocks.
+
+Use it where the adapter itself must be tiny, as when many tasks are kept; it merges.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import Method, Surgeon, Tags
+from peftcore.operators import Shared
+from peftcore_vision._fact import FactConfig, FactOperator, FactSite, fact_sites, shared_factors
+
+
+class Config(FactConfig):
+    """Options of FacT-TT."""
+
+    method: Literal["fact_tt"] = "fact_tt"
+
+
+class FactTTOperator(FactOperator):
+    """The slices of one site, each with a core of its own."""
+
+    def __init__(self, site: FactSite, config: Config, U: Shared, V: Shared) -> None:
+        super().__init__(site, config, U, V)
+        rows, columns, places = site.cut
+        self.sigma = nn.Parameter(torch.empty(*site.batch, places, rows * config.rank, columns * config.rank))
+        bound = 1 / math.sqrt(places * columns * config.rank)
+        nn.init.uniform_(self.sigma, -bound, bound)
+
+    def middle(self) -> Tensor:
+        return self.sigma
+
+
+class FactTT(Method):
+    """Updates whose outer factors all layers share."""
+
+    name = "fact_tt"
+    Config = Config
+    tags = Tags(
+        category="vision", paper="2212.03145", mergeable=True, low_rank=True, checked_against="the authors' code"
+    )
+    target = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = fact_sites(surgeon, config)
+        U, V = shared_factors(surgeon, sites[0].side, config.rank)
+        for site in sites:
+            surgeon.graft(site, lambda at, own: FactTTOperator(at, own, U, V), config)
+
+    @staticmethod
+    def parameter_count(site: FactSite, config: Config) -> int:
+        return site.slices * config.rank**2

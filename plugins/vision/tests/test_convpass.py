@@ -1,0 +1,206 @@
+"""Convpass: the conformance kit; numbers of the authors' code; its equation on image models, written a second time as
+hooks on a copy of the host, in float64; and where the patches lie."""
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import RouteError, UnsupportedSite
+from peftcore.testing import conformance
+from peftcore.testing.hosts import HOSTS
+
+timm = pytest.importorskip("timm")
+SQUARE = {"grid": (1, 1)}
+
+# convpass/vtab/convpass.py of JieShibo/PETL-ViT at 026e4f1, on the tensors of `wave`: 3.0 times what Convpass makes of
+# tokens 0, 1, 14, 100 and 196 of a ViT, and Convpass_swin of places 0, 4 and 8 of a grid; the first four features.
+VIT_TOKENS = [
+    [0.77250835, -0.488915957, -0.353253528, 0.955067462],
+    [0.709679354, -0.53181362, -0.334326343, 1.01733536],
+    [0.816714055, -0.493499411, -0.402149976, 0.909609901],
+    [0.7558486, -0.568038744, -0.417568669, 0.96836962],
+    [0.823007625, -0.522304886, -0.437923299, 0.901804672],
+]
+SWIN_PLACES = [
+    [0.823735437, -0.600891071, -0.555002839, 0.818086856],
+    [0.797991786, -0.589165318, -0.508870506, 0.886575771],
+    [0.688876636, -0.652530672, -0.509934716, 0.948090682],
+]
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+SWIN = {"img_size": 32, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
+NEXT = {"dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1)}
+# A host, its options, how many tokens stand in front of the patches, and how many bypasses there are.
+HOSTED: dict[str, tuple[dict[str, Any], int, int]] = {
+    "vit_tiny_patch16_224": (VIT, 1, 4),
+    "deit_tiny_distilled_patch16_224": (VIT, 2, 4),
+    "beit_base_patch16_224": (VIT, 1, 4),  # reads the weight of qkv, which is not called
+    "swin_tiny_patch4_window7_224": (SWIN, 0, 8),  # the attentions read windows of four by four
+    "convnext_atto": (NEXT, 0, 4),  # [batch, channels, rows, columns] and 1x1 convolutions
+    "convnextv2_atto": (NEXT, 0, 4),  # [batch, rows, columns, features]
+    "vit": ({}, 1, 4),  # of transformers
+}
+
+
+@conformance(
+    "convpass",
+    telling=["vit", "unet"],
+    options={"mlp": SQUARE, "encoder": SQUARE, "unet": {"bottleneck": 7}},  # 8 is the width of weights there
+    expected_failures={
+        "leading_dimensions_do_not_matter-mlp": "rows and columns of the patches are dimensions, and they matter"
+    },
+)
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+def wave(*shape: int, step: float) -> Tensor:
+    return 0.3 * torch.sin(step * torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)).view(shape)
+
+
+def image_model(name: str, **changes: Any) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    torch.manual_seed(0)
+    if name in HOSTS:
+        model, inputs = HOSTS[name].build()
+    else:
+        model = timm.create_model(name, num_classes=5, **{**HOSTED[name][0], **changes})
+        inputs = {"x": torch.randn(2, 3, *changes.get("img_size", (32, 32)))}
+        for parameter in model.parameters():  # away from the zeros and the tiny scales at which some start
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    inputs = {key: value.double() for key, value in inputs.items()}
+    output = HOSTS[name].output if name in HOSTS else lambda y: y
+    return model.double().eval().requires_grad_(False), lambda each: output(each(**inputs))
+
+
+def apply(model: nn.Module, **options: Any) -> peftcore.Injection:
+    injection = peftcore.apply(model, "convpass", bottleneck=3, scale=0.7, dtype="float64", **options)
+    with torch.no_grad():
+        for parameter in injection.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return injection
+
+
+def quick_gelu(u: Tensor) -> Tensor:
+    return u / (1 + torch.exp(-1.702 * u))
+
+
+def equation(x: Tensor, t: dict[str, Tensor], prefix: int, wide: float) -> Tensor:
+    """Of [batch, tokens, features] or [batch, rows, columns, features]; the convolution as nine shifted products."""
+    u = quick_gelu(x @ t["down.weight"].T + t["down.bias"])
+    front, patches = (u[:, :prefix], u[:, prefix:]) if x.dim() == 3 else (u[:, :0, 0], u)
+    rows = round(math.sqrt(patches.flatten(1, -2).shape[1] / wide))
+    grid = patches.reshape(len(u), rows, -1, u.shape[-1])
+    around = nn.functional.pad(grid, (0, 0, 1, 1, 1, 1))
+    shifted = [(i, j, around[:, i : i + grid.shape[1], j : j + grid.shape[2]]) for i in range(3) for j in range(3)]
+    seen = t["conv.bias"] + sum(each @ t["conv.weight"][:, :, i, j].T for i, j, each in shifted)
+    alone = front @ t["conv.weight"][:, :, 1, 1].T + t["conv.bias"]
+    whole = torch.cat([alone, seen.flatten(1, 2)], 1).reshape(*x.shape[:-1], -1)
+    return 0.7 * (quick_gelu(whole) @ t["up.weight"].T + t["up.bias"])
+
+
+def compare(name: str, prefix: int, wide: float = 1.0, changes: Any = None, **options: Any) -> int:
+    """Outputs and gradients of the equation beside each attention and feed-forward; how many there were."""
+    base, run = image_model(name, **(changes or {}))
+    model = deepcopy(base)
+    injection = apply(model, **options)
+    unchanged = run(base)
+    copies = {}
+    for path, operator in injection.operators.items():
+        tensors = {key: p.detach().clone().requires_grad_() for key, p in operator.named_parameters()}
+        branch, last = base.get_submodule(path.rpartition(".")[0]), base.get_submodule(path)
+        first, copies[path], read = isinstance(last, nn.Conv2d), tensors, []
+        branch.register_forward_pre_hook(
+            lambda m, args, kwargs, read=read: read.append(args[0] if args else kwargs["hidden_states"]),
+            with_kwargs=True,
+        )
+
+        def after(module: nn.Module, args: Any, y: Tensor, read=read, t=tensors, first=first) -> Tensor:
+            x = read.pop().movedim(1, -1) if first else read.pop()
+            added = equation(x, t, prefix, wide)
+            return y + (added.movedim(-1, 1) if first else added)
+
+        last.register_forward_hook(after)
+    ours, expected = run(model), run(base)
+    assert (expected - unchanged).abs().max() > 1e-3 * unchanged.abs().max()
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    for output in (ours, expected):
+        output.square().sum().backward()
+    for path, tensors in copies.items():
+        for key, p in injection.operators[path].named_parameters():
+            assert tensors[key].grad.abs().max() > 0
+            torch.testing.assert_close(p.grad, tensors[key].grad, rtol=1e-8, atol=1e-10)
+    return len(copies)
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels", "places", "numbers"),
+    [
+        ((1, 197, 6), 8, [0, 1, 14, 100, 196], VIT_TOKENS),
+        ((2, 9, 6), 4, [0, 4, 8], SWIN_PLACES),
+        ((2, 3, 3, 6), 4, [0, 4, 8], SWIN_PLACES),
+    ],
+)
+def test_numbers_of_the_authors_code(shape: tuple[int, ...], channels: int, places: list[int], numbers: Any) -> None:
+    host = nn.Sequential(nn.Linear(6, 6)).double()
+    options = {"bottleneck": channels, "scale": 3.0, "dtype": "float64", **SQUARE}
+    injection = peftcore.apply(host, "convpass", target="0", **options)
+    steps = {"down.weight": 1.1, "down.bias": 1.3, "up.weight": 1.7, "up.bias": 1.9}
+    steps |= {"conv.weight": 2.3, "conv.bias": 2.9}
+    with torch.no_grad():
+        for name, parameter in injection.operators["0"].named_parameters():
+            parameter.copy_(wave(*parameter.shape, step=steps[name]))
+    x = 5 * wave(*shape, step=2.1)
+    added = host(x)
+    with injection.disabled():
+        added = (added - host(x))[-1].flatten(0, -2)[places, :4]
+    torch.testing.assert_close(added, torch.tensor(numbers).double(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", HOSTED)
+def test_equation_on_image_models(name: str) -> None:
+    _, prefix, bypasses = HOSTED[name]
+    assert compare(name, prefix, prefix_tokens=2 if "distilled" in name else None) == bypasses
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix_tokens": 1}, {"grid": (2, 4)}])
+def test_grid_has_the_proportions_of_the_image(options: dict[str, Any]) -> None:
+    """Two rows of four patches behind a class token; a square would be three by three."""
+    compare("vit_tiny_patch16_224", 1, 2.0, {"img_size": (16, 32)}, **options)
+
+
+def test_start_is_the_identity_or_xavier() -> None:
+    for start in ("identity", "xavier"):
+        model, run = image_model("vit_tiny_patch16_224")
+        before = run(model)
+        injection = peftcore.apply(model, "convpass", conv_init=start, dtype="float64")
+        assert torch.equal(run(model), before)
+        operator = injection.operators["blocks.1.mlp.fc2"]
+        x = torch.randn(1, 8, 4, 4, dtype=torch.float64)
+        assert torch.equal(operator.conv(x), x) == (start == "identity")
+        assert operator.down.weight.abs().max() <= math.sqrt(6 / (24 + 8))
+        assert sum(p.numel() for p in injection.parameters()) == 4 * (2 * 24 * 8 + 8 + 24 + 9 * 8 * 8 + 8)
+
+
+def test_what_has_no_grid_is_refused() -> None:
+    with pytest.raises(UnsupportedSite, match="no grid"):
+        peftcore.plan(HOSTS["bert"].build()[0], "convpass")
+    model, run = image_model("vit_tiny_patch16_224")
+    injection = apply(model, prefix_tokens=4)  # of 17 tokens
+    with pytest.raises(UnsupportedSite, match="17 tokens, 4 of them"):
+        run(model)
+    injection.remove()
+    sequence_first = nn.Sequential(nn.MultiheadAttention(6, 2))
+    with pytest.raises(UnsupportedSite, match="batch_first"):
+        peftcore.apply(sequence_first, "convpass", target="0", **SQUARE)
+
+
+def test_rows_are_not_routed_where_an_attention_reads_a_weight_by_itself() -> None:
+    model, run = image_model("beit_base_patch16_224")
+    apply(model, name="one")
+    with peftcore.route(model, ["one", None]), pytest.raises(RouteError, match="not called"):
+        run(model)
