@@ -1,6 +1,7 @@
 """Multi-task methods of peftcore: skills, routers and compositions that several tasks share."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from peftcore import hookimpl
 
@@ -11,8 +12,22 @@ PEFTCORE_API = 1
 def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
+        "adapter_fusion": "peftcore_multitask.adapter_fusion:AdapterFusion",
+        "adapter_soup": "peftcore_multitask.adapter_soup:AdapterSoup",
+        "dare": "peftcore_multitask.dare:DARE",
         "hydralora": "peftcore_multitask.hydralora:HydraLoRA",
         "mov": "peftcore_multitask.mov:MoV",
         "multitask_prompt_tuning": "peftcore_multitask.multitask_prompt_tuning:MultitaskPromptTuning",
         "polytropon": "peftcore_multitask.polytropon:Polytropon",
+        "task_arithmetic": "peftcore_multitask.task_arithmetic:TaskArithmetic",
+        "ties_merging": "peftcore_multitask.ties_merging:TIESMerging",
     }
+
+
+def __getattr__(name: str) -> Any:
+    """`gather`, imported when it is asked for: listing methods imports none of them."""
+    if name == "gather":
+        from peftcore_multitask._merging import gather
+
+        return gather
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

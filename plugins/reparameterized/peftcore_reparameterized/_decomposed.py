@@ -4,13 +4,12 @@ update that trains a pair of factors against a frozen copy of them."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from peftcore import Operator, Site
-from peftcore_reparameterized._low_rank import low_rank_update
+from peftcore import Site
+from peftcore_reparameterized._low_rank import LowRankOperator
 
 
 def rank_within(site: Site, rank: int) -> int:
@@ -60,7 +59,7 @@ def positive(values: Tensor) -> Tensor:
     return 1 - 2 * (values < 0).to(values.dtype)
 
 
-class PairOperator(Operator):
+class PairOperator(LowRankOperator):
     """``s (B A - B0 A0)``: A and B train, A0 and B0 are what they started as.
 
     A method that takes BA out of the base and trains it back in computes the same, but here the base stays as it is:
@@ -84,11 +83,3 @@ class PairOperator(Operator):
         rounding of two large products."""
         A = torch.cat([self.A - self.A0, self.A0], self.layer.batch_dims)  # [*batch, 2 rank, in, *kernel]
         return A, torch.cat([self.B, self.B - self.B0], -1), self.scale  # B: [*batch, out, 2 rank]
-
-    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y = call(x)
-        A, B = self.cast(y, *self.factors()[:2])
-        return self.layer.add(y, self.layer.apply(x, A), B, self.scale)
-
-    def merged(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * low_rank_update(*self.factors()[:2], weight)

@@ -1,13 +1,15 @@
-"""What low-rank methods share: the two factors of an update, their start, and their product in the weight's shape."""
+"""What low-rank methods share: the two factors of an update, their start, what they compute, and their product in the
+weight's shape."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from peftcore import Site
+from peftcore import Operator, Site
 from peftcore.errors import UnsupportedSite
 
 
@@ -51,3 +53,26 @@ def input_dropout(site: Site, probability: float) -> nn.Module:
             f"{site.path} is read, not called, so dropout cannot reach its input; use dropout=0 or exclude it"
         )
     return nn.Dropout(probability) if probability else nn.Identity()
+
+
+class LowRankOperator(Operator):
+    """An update that is a product: ``y = W x + b + s B A dropout(x)``, of what `factors` gives."""
+
+    def __init__(self, site: Site, dropout: float = 0.0) -> None:
+        super().__init__(site)
+        self.dropout = input_dropout(site, dropout)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A ``[*batch, rank, in, *kernel]``, B ``[*batch, out, rank]`` and the scale s."""
+        raise NotImplementedError
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B, scale = self.factors()
+        A, B = self.cast(y, A, B)
+        low = self.layer.apply(self.dropout(x), A)  # channels: rank
+        return self.layer.add(y, low, B, scale)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        A, B, scale = self.factors()
+        return weight + scale * low_rank_update(A, B, weight)

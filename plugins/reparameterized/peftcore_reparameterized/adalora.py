@@ -15,16 +15,15 @@ Use it to spread a small budget over many sites when it is unknown which of them
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Injection, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import TrainingError
-from peftcore_reparameterized._low_rank import input_dropout, low_rank_count, low_rank_update
+from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count
 
 
 class Config(MethodConfig):
@@ -53,13 +52,12 @@ class Config(MethodConfig):
     """Weight of the orthogonality of A and B in the loss."""
 
 
-class AdaLoRAOperator(Operator):
+class AdaLoRAOperator(LowRankOperator):
     """The update of one site in triples, and what is known of their importance."""
 
     def __init__(self, site: Site, config: Config) -> None:
-        super().__init__(site)
+        super().__init__(site, config.dropout)
         self.scale = config.alpha / (config.rank + 1e-5)
-        self.dropout = input_dropout(site, config.dropout)
         self.A = nn.Parameter(torch.randn(*site.batch, config.rank, site.in_features, *site.kernel) * 0.02)
         self.B = nn.Parameter(torch.randn(*site.batch, site.out_features, config.rank) * 0.02)
         self.E = nn.Parameter(torch.zeros(*site.batch, config.rank))
@@ -70,14 +68,6 @@ class AdaLoRAOperator(Operator):
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.A * self.E.view(*self.E.shape, *[1] * (self.A.dim() - self.E.dim())), self.B, self.scale
-
-    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y = call(x)
-        A, B = self.cast(y, *self.factors()[:2])
-        return self.layer.add(y, self.layer.apply(self.dropout(x), A), B, self.scale)
-
-    def merged(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * low_rank_update(*self.factors()[:2], weight)
 
     def distances(self) -> Tensor:
         """How far A and B are from orthogonal, for each expert."""

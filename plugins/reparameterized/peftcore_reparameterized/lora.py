@@ -17,14 +17,13 @@ Use it first: it merges, adds no latency then, and suits nearly every task. More
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
-from peftcore_reparameterized._low_rank import input_dropout, low_rank_count, low_rank_factors, low_rank_update
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count, low_rank_factors
 
 
 class Config(MethodConfig):
@@ -41,23 +40,13 @@ class Config(MethodConfig):
     """Probability with which inputs of the update are dropped in training."""
 
 
-class LoRAOperator(Operator):
+class LoRAOperator(LowRankOperator):
     """The update of one site."""
 
     def __init__(self, site: Site, config: Config) -> None:
-        super().__init__(site)
+        super().__init__(site, config.dropout)
         self.scale = config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))
-        self.dropout = input_dropout(site, config.dropout)
         self.A, self.B = low_rank_factors(site, config.rank)
-
-    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y = call(x)
-        A, B = self.cast(y, self.A, self.B)
-        low = self.layer.apply(self.dropout(x), A)  # channels: rank
-        return self.layer.add(y, low, B, self.scale)
-
-    def merged(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * low_rank_update(self.A, self.B, weight)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.A, self.B, self.scale

@@ -20,16 +20,15 @@ Use it where thousands of adapters, or their optimizers, must be held at once; w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_reparameterized._decomposed import as_matrix, as_rows, principal, rank_within
-from peftcore_reparameterized._low_rank import input_dropout, low_rank_update
+from peftcore_reparameterized._low_rank import LowRankOperator
 
 
 class Config(MethodConfig):
@@ -48,16 +47,15 @@ class Config(MethodConfig):
     """Find the singular vectors by so many steps of a fast approximation; None is exact."""
 
 
-class LoRAXSOperator(Operator):
+class LoRAXSOperator(LowRankOperator):
     """The core of one site between the frozen factors of its weight."""
 
     A: Tensor
     B: Tensor
 
     def __init__(self, site: Site, config: Config) -> None:
-        super().__init__(site)
+        super().__init__(site, config.dropout)
         self.scale = config.alpha / config.rank
-        self.dropout = input_dropout(site, config.dropout)
         rank = rank_within(site, config.rank)
         U, S, V = principal(as_matrix(site), rank, config.iterations)
         self.register_buffer("A", as_rows(site, S.unsqueeze(-1) * V).contiguous())
@@ -66,14 +64,6 @@ class LoRAXSOperator(Operator):
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.A, self.B @ self.R, self.scale
-
-    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y = call(x)
-        A, B = self.cast(y, *self.factors()[:2])
-        return self.layer.add(y, self.layer.apply(self.dropout(x), A), B, self.scale)
-
-    def merged(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * low_rank_update(*self.factors()[:2], weight)
 
 
 class LoRAXS(Method):

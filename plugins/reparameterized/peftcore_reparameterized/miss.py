@@ -17,15 +17,14 @@ Use it in place of LoRA for half the parameters at the same rank, and with one f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
-from peftcore_reparameterized._low_rank import input_dropout, low_rank_update
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_reparameterized._low_rank import LowRankOperator
 
 
 class Config(MethodConfig):
@@ -43,12 +42,11 @@ def shard(site: Site, config: Config) -> int:
     return min(config.rank, site.in_features * math.prod(site.kernel))
 
 
-class MiSSOperator(Operator):
+class MiSSOperator(LowRankOperator):
     """The update that the shards of one weight share."""
 
     def __init__(self, site: Site, config: Config) -> None:
-        super().__init__(site)
-        self.dropout = input_dropout(site, config.dropout)
+        super().__init__(site, config.dropout)
         self.inputs = (site.in_features, *site.kernel)
         self.D = nn.Parameter(torch.zeros(*site.batch, shard(site, config), site.out_features))
 
@@ -58,14 +56,6 @@ class MiSSOperator(Operator):
         rows = torch.arange(math.prod(self.inputs), device=device) % rank == torch.arange(rank, device=device)[:, None]
         A = rows.to(self.D.dtype).view(rank, *self.inputs)
         return A.expand(*self.D.shape[:-2], *A.shape), self.D.mT, 1.0
-
-    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y = call(x)
-        A, B = self.cast(y, *self.factors()[:2])
-        return self.layer.add(y, self.layer.apply(self.dropout(x), A), B, 1.0)
-
-    def merged(self, weight: Tensor) -> Tensor:
-        return weight + low_rank_update(*self.factors()[:2], weight)
 
 
 class MiSS(Method):

@@ -18,7 +18,7 @@ Use it where an adapter must be tiny, as one for each of many users; its rank an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Literal
 
@@ -26,10 +26,10 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.operators import Shared
 from peftcore_reparameterized._basis import Basis, columns, largest
-from peftcore_reparameterized._low_rank import input_dropout, low_rank_update
+from peftcore_reparameterized._low_rank import LowRankOperator
 
 
 class Config(MethodConfig):
@@ -52,13 +52,12 @@ def draw(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
     return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
 
 
-class VeRAOperator(Operator):
+class VeRAOperator(LowRankOperator):
     """The vectors of one site, and the matrices of all."""
 
     def __init__(self, site: Site, config: Config, basis: Shared) -> None:
-        super().__init__(site)
+        super().__init__(site, config.dropout)
         self.basis = basis
-        self.dropout = input_dropout(site, config.dropout)
         self.inputs, self.columns = (site.in_features, *site.kernel), columns(site)
         self.d = nn.Parameter(torch.full((*site.batch, config.rank), config.d_initial))
         self.b = nn.Parameter(torch.zeros(*site.batch, site.out_features))
@@ -68,14 +67,6 @@ class VeRAOperator(Operator):
         A, B = self.basis.module.A[:rank, : self.columns], self.basis.module.B[:out, :rank]
         A = (self.d.unsqueeze(-1) * A.to(self.d)).unflatten(-1, self.inputs)
         return A, self.b.unsqueeze(-1) * B.to(self.b), 1.0
-
-    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y = call(x)
-        A, B = self.cast(y, *self.factors()[:2])
-        return self.layer.add(y, self.layer.apply(self.dropout(x), A), B, 1.0)
-
-    def merged(self, weight: Tensor) -> Tensor:
-        return weight + low_rank_update(*self.factors()[:2], weight)
 
 
 class VeRA(Method):

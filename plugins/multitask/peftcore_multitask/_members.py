@@ -1,0 +1,117 @@
+"""Where several adapters meet at a module: those of the host, or the parts that a method brings along."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import Replacement, Site, Surgeon
+from peftcore.calls import known
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.rows import Once
+from peftcore.surgery import Graft
+from peftcore.targets import Target
+from peftcore_multitask._merging import options_of
+
+Members = list[list[nn.Module]]
+"""The operators of each adapter at one place; several where an adapter is a hybrid."""
+
+
+def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
+    """The modules at which injections of the host act, as far as the user's target and exclude go: each with others at
+    which the same operators act too. Values that stand for tensors of the host are passed over.
+
+    Raises:
+        UnknownInjection: the host lacks one.
+        CompositionError: one does not act on outputs of modules alone.
+    """
+    state = known(surgeon.model, names)
+    places: dict[str, list[Site]] = {}
+    taken: dict[str, list[Site]] = {}
+    for injection in [state.injections[name] for name in names]:
+        injection.check_combinable()
+        for graft in injection.grafts:
+            if isinstance(graft.operator, Replacement):
+                continue
+            paths = [site.module_path for site in graft.holders]
+            place = next((taken[path] for path in paths if path in taken), None)
+            place = places.setdefault(paths[0], []) if place is None else place
+            for site in graft.holders:
+                if site.module_path not in taken:
+                    taken[site.module_path] = place
+                    place.append(_as_called(surgeon, site))
+    wishes = surgeon.wishes
+    target: Target = [f"re:{re.escape(path)}" for path in places] if wishes.target is None else wishes.target
+    wanted, _ = surgeon.resolver.sites(target, exclude=wishes.exclude)
+    here = {site.module_path for site in wanted}
+    return [place for path, place in places.items() if path in here]
+
+
+def _as_called(surgeon: Surgeon, site: Site) -> Site:
+    """The whole module of a site, as something that is called; where it cannot be, the surgeon will say so."""
+    if site.form == "weight":
+        site = surgeon.resolver.site(site.module_path, site.tensor)
+    return replace(site, rows=None, meta=surgeon.dry)
+
+
+def of_parts(surgeon: Surgeon, parts: Sequence[dict[str, Any]]) -> list[tuple[Site, tuple[Site, ...], Members]]:
+    """The sites at which any of these parts acts, what its operators hold besides, and the operators of each part.
+
+    Raises:
+        ConfigError: a part does not act on outputs of modules alone, looks at data, or changes with the steps.
+        UnsupportedSite: a part acts on a tensor, or parts meet in different ways.
+    """
+    found: dict[str, dict[int, list[Graft]]] = {}
+    for index, part in enumerate(parts):
+        options = options_of(part)
+        method = peftcore.method(part["method"])()
+        tags = method.tags
+        if tags.needs_data or tags.scheduled or not tags.per_row:
+            raise ConfigError(
+                f"{method.name} cannot be a part: parts act on outputs of modules alone, without a schedule and "
+                "without a look at data"
+            )
+        for graft in surgeon.collect(str(index), method, options, part.get("target")):
+            path = graft.site.path
+            if graft.site.form != "activation":
+                raise UnsupportedSite(
+                    f"{path}: {method.name} acts on a tensor or inside an attention there, so it has no output of its "
+                    "own; fuse injections of it (adapters=), or exclude it"
+                )
+            found.setdefault(path, {}).setdefault(index, []).append(graft)
+    places = []
+    for path, members in found.items():
+        grafts = [graft for part in members.values() for graft in part]
+        ways = {tuple(site.module_path for site in graft.holders) for graft in grafts}
+        if len(ways) > 1:
+            raise UnsupportedSite(f"{path}: the parts that are named for it stand at different modules")
+        operators = [[graft.operator for graft in part] for part in members.values()]
+        places.append((grafts[0].site, grafts[0].holders[1:], operators))
+    return places
+
+
+def outputs_of(
+    parts: Sequence[Sequence[Callable[..., Any]]],
+    module: nn.Module,
+    call: Callable[..., Any],
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Any, list[Tensor]]:
+    """What the module returns by itself and with each part; no parts where all pass on. They share one forward."""
+    once = Once(call, module)
+    base = once(*args, **kwargs)
+    outputs = []
+    for part in parts:
+        inner: Callable[..., Any] = once
+        for around in part:
+            inner = functools.partial(around, inner)
+        outputs.append(inner(*args, **kwargs))
+    if all(output is base for output in outputs):
+        return base, []
+    return base, [output[0] if isinstance(output, tuple) else output for output in outputs]

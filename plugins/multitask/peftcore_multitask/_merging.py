@@ -1,0 +1,259 @@
+"""What methods share that make one change of a weight out of those of several adapters, their *parts*.
+
+The parts do not act one after the other: at each site their deltas tau_t = W_t - W are combined, and W' = W + combined.
+Everything stays differentiable, so parts may train together. A part is any method that can be merged; what it does to
+biases is combined in the same way. What is no change of a weight (a dropout of inputs) does not act.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import Injection, MethodConfig, Site, Surgeon, WeightOperator
+from peftcore.algebra import product
+from peftcore.combining import established, opened, warn_of_heads
+from peftcore.config import validate, validate_json
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.operators import _Base, is_mergeable
+from peftcore.plugins import registry
+from peftcore.weights import bias_name
+
+if TYPE_CHECKING:
+    from peftcore.surgery import Graft
+    from peftcore.weights import Ranges
+
+    Key = tuple[str, str, Ranges | None]
+
+Members = dict[int, "Graft"]
+"""What stands at one tensor, by number of the part; parts without a site there are left out."""
+
+
+class PartsConfig(MethodConfig):
+    """Options of a method that combines parts."""
+
+    changes_weights: ClassVar[bool] = True
+    """Whether every part has to be a change of weights."""
+
+    parts: list[dict[str, Any]] = Field(default_factory=lambda: [{"method": "lora"}, {"method": "lora"}], min_length=1)
+    """The adapters: each as its options, with its name under "method" and its "target" if it has its own."""
+    weights: list[float] | None = None
+    """One for each part, negative ones too; all the same without."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for part in self.parts:
+            options_of(part)
+            tags = peftcore.method(part["method"]).tags
+            if tags.needs_data or tags.scheduled or (self.changes_weights and not tags.mergeable):
+                raise ConfigError(
+                    f"{part['method']!r} cannot be a part of {self.method}: parts are changes of weights, without a "
+                    "schedule and without a look at data"
+                )
+        if self.weights is not None and len(self.weights) != len(self.parts):
+            raise ConfigError(f"{len(self.weights)} weights for {len(self.parts)} parts")
+        return self
+
+
+def options_of(part: Mapping[str, Any]) -> MethodConfig:
+    """The checked options of one part.
+
+    Raises:
+        ConfigError: it names no method, or its options break a rule of that method.
+    """
+    if "method" not in part:
+        raise ConfigError('every part says which method it is: {"method": "lora", ...}')
+    kind = peftcore.method(part["method"]).Config
+    options = {key: value for key, value in part.items() if key != "target"}
+    return validate_json(kind, json.dumps({**options, "method": kind.model_fields["method"].default}))
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """In float32 or better, so that small changes are not lost in the weight."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class MergingOperator(WeightOperator):
+    """The combined change of one tensor, and of the bias that goes with it."""
+
+    def __init__(self, site: Site, config: PartsConfig, members: Members) -> None:
+        super().__init__(site)
+        self.parts = nn.ModuleDict({str(index): graft.operator for index, graft in members.items()})
+        self.layers = {str(index): graft.site.layer for index, graft in members.items()}
+        weights = [1.0] * len(config.parts) if config.weights is None else config.weights
+        self.weights = {str(index): weights[index] for index in members}
+
+    def combined(self, deltas: dict[str, Tensor]) -> Tensor:
+        """One delta of those of the parts, by number; some may be missing for a bias."""
+        raise NotImplementedError
+
+    def forward(self, weight: Tensor | None) -> Tensor:
+        base = None if weight is None else precise(weight)
+        change = self.combined({index: self._delta(index, base) for index in self.parts})
+        return change if base is None else base + change
+
+    def _delta(self, index: str, base: Tensor | None) -> Tensor:
+        operator: Any = self.parts[index]
+        if base is None:
+            return precise(operator.merged(None))
+        factors = operator.factors()
+        if factors is not None:
+            return product(factors).view(base.shape)
+        if self.layers[index] == self.layer:
+            new: Tensor = operator.merged(base)
+        else:  # a value in the place of the whole tensor is as it is stored
+            theirs = self.layers[index]
+            new = self.layer.logical(theirs.stored(operator.merged(theirs.logical(self.layer.stored(base)))))
+        return new - base
+
+    def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+        base = None if bias is None else precise(bias)
+        operators: dict[str, Any] = dict(self.parts.items())
+        new = {index: each.merged_bias(base, lambda: precise(weight())) for index, each in operators.items()}
+        deltas = {k: v if base is None else v - base for k, v in new.items() if v is not None and v is not base}
+        if not deltas:
+            return bias
+        change = self.combined(deltas)
+        return change if base is None else base + change
+
+
+class OfParts:
+    """What a method of parts hands on to them."""
+
+    def trainable(self, model: nn.Module, config: Any, injection: Injection) -> None:
+        """What the parts let train."""
+        for part in injection.parts.values():
+            registry().hook.peftcore_select(model=model, method=part.method, config=part.config, injection=part)
+
+    def aux_loss(self, injection: Injection) -> Tensor | None:
+        """The sum of the parts' own."""
+        losses = [part.method.aux_loss(part) for part in injection.parts.values()]
+        given = [loss for loss in losses if loss is not None]
+        return sum(given[1:], given[0]) if given else None
+
+    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        """Those of the parts."""
+        parts = injection.parts.values()
+        return [group for part in parts for group in part.method.parameter_groups(part, lr=lr, **defaults)]
+
+    @staticmethod
+    def parameter_count(site: Site, config: Any) -> int:
+        """Of a site that all parts have."""
+        every = [(peftcore.method(part["method"]), options_of(part)) for part in config.parts]
+        return sum(method.parameter_count(site, options.at(site.path)) for method, options in every)
+
+
+def collected(surgeon: Surgeon, config: PartsConfig) -> dict[Key, Members]:
+    """What the parts would graft, by tensor.
+
+    Raises:
+        UnsupportedSite: parts meet in one tensor in different ways, so that there is no one delta of each.
+    """
+    groups: dict[Key, Members] = {}
+    for index, part in enumerate(config.parts):
+        method = peftcore.method(part["method"])()
+        for graft in surgeon.collect(str(index), method, options_of(part), part.get("target")):
+            site = graft.site
+            members = groups.setdefault((site.module_path, site.tensor, site.rows), {})
+            if index in members:
+                raise UnsupportedSite(f"{site.path}: {method.name} acts there twice, so it has no one delta")
+            members[index] = graft
+    _check_apart(groups)
+    return groups
+
+
+def merge_parts(surgeon: Surgeon, config: PartsConfig, operator: Callable[..., MergingOperator]) -> None:
+    """Graft one operator for each tensor that any part changes.
+
+    Raises:
+        UnsupportedSite: a part is no change of a weight there, or parts meet in different ways.
+    """
+    for members in collected(surgeon, config).values():
+        for graft in members.values():
+            if not is_mergeable(graft.operator):
+                raise UnsupportedSite(f"{graft.site.path}: {type(graft.operator).__name__} is no change of a weight")
+        first = next(iter(members.values()))
+        surgeon.graft(first.site, functools.partial(operator, members=members), config, first.holders[1:])
+
+
+def _check_apart(groups: Mapping[Key, Members]) -> None:
+    """Each tensor belongs to one group: also biases that change with a weight."""
+    held: dict[str, list[tuple[Key, Ranges | None]]] = {}
+    for key, members in groups.items():
+        places = [{_name(each.module_path, each.tensor) for each in graft.holders} for graft in members.values()]
+        biases = {_name(key[0], bias_name(key[1])) for graft in members.values() if _changes_bias(graft.operator)}
+        for name in sorted(biases.union(*places)):
+            crossed = any(other != key and _meet(rows, key[2]) for other, rows in held.get(name, ()))
+            if crossed or any(place != places[0] for place in places):
+                raise UnsupportedSite(
+                    f"parts meet at {name} in different ways (as a whole and in rows, tied and alone, with the weight "
+                    "and without it, or from another module); give them targets that name the same, or exclude it"
+                )
+            held.setdefault(name, []).append((key, key[2]))
+
+
+def _name(module: str, tensor: str) -> str:
+    return f"{module}.{tensor}".lstrip(".")
+
+
+def _changes_bias(operator: _Base) -> bool:
+    return type(operator).merged_bias is not _Base.merged_bias
+
+
+def _meet(one: Ranges | None, other: Ranges | None) -> bool:
+    if one is None or other is None:
+        return True
+    return any(start < end and begin < stop for start, stop in one for begin, end in other)
+
+
+@torch.no_grad()
+def gather(
+    model: nn.Module,
+    method: str,
+    sources: Mapping[str | os.PathLike[str], float],
+    *,
+    name: str | None = None,
+    **options: Any,
+) -> Injection:
+    """An injection of `method` whose parts are adapters that exist already, by folder or by name on this host, each
+    with its weight. It is frozen (``trainable()`` lets it train on), and acts in the place of those on the host.
+
+    Args:
+        model: the host.
+        method: a method of parts: "task_arithmetic", "ties_merging", "dare", "adapter_soup".
+        sources: weights by folder or name.
+        name: name of the new injection; the method's by default.
+        options: the method's other options.
+
+    Raises: as `peftcore.load` and `peftcore.apply`; nothing was changed.
+    """
+    kind = peftcore.method(method)
+    with opened(model, sources) as adapters:
+        warn_of_heads(adapters)
+        parts = [each.config.model_dump(mode="json") for each in adapters]
+        found = [(_tensors(each), each.selections, each.wishes.dtype) for each in adapters]
+        instead = [each.name for each in adapters]
+    config = validate(kind.Config, {"parts": parts, "weights": list(sources.values()), **options})
+    selections = {f"{index}/{key}": sites for index, each in enumerate(found) for key, sites in each[1].items()}
+    dtype = functools.reduce(torch.promote_types, (each[2] for each in found))
+    made = established(model, kind, config, name or kind.name, selections, dtype=dtype, instead=instead)
+    for part, (tensors, _, _) in zip(made.parts.values(), found, strict=True):
+        for key, value in _tensors(part).items():
+            value.copy_(tensors[key])
+    return made
+
+
+def _tensors(injection: Injection) -> dict[str, Tensor]:
+    """The tensors of an injection, or of a part by the names that they would have without it."""
+    ours = [(graft.site.path, graft.operator) for graft in injection.grafts if graft.by_method]
+    shared = [(f"shared:{name}", module) for name, module in injection.shared.items()]
+    modules: Sequence[tuple[str, nn.Module]] = [*ours, *shared]
+    return {f"{path}.{key}": value for path, module in modules for key, value in module.state_dict().items()}

@@ -1,0 +1,149 @@
+"""AdapterFusion: attention over adapters.   Pfeiffer et al. 2021, arXiv 2005.00247 (code: adapter-hub/adapters).
+
+    y = h + V sum_t a_t z_t,   a = softmax_t((Q h + q) . K z_t),   z_t = y_t - h
+
+h is what a module returns by itself and y_t what it returns with adapter t alone: each token weighs what adapters add.
+Q and K start from N(0, 0.02), q at zero, V as the identity with 1e-6 beside its diagonal: at first about the adapters'
+mean, as long as they add little. The loss gets regularizer * |V - I|^2 from each module. Over adapters of the host:
+
+    peftcore.apply(model, "adapter_fusion", name="fusion", adapters=["a", "b"])
+    peftcore.activate(model, Fuse("a", "b", by="fusion"))
+
+It stands where these act around modules (norms that they train are averaged), whatever their order, and does nothing
+alone. It freezes nobody; the paper's adapters are frozen: ``injections(model)["a"].trainable(False)``. Without
+`adapters` it brings `parts` of its own and is one adapter with all of them; without `train_parts` they are frozen.
+
+The package's K has a bias, which adds the same to all scores of a token and cancels: left out. So is its temperature,
+which changes in evaluation. It drops scores as often as the host drops attention; here that is `dropout`, 0. In hosts
+that normalize behind their blocks, its adapters read behind the last norm and are added in front of it; here z_t is a
+difference of outputs, behind that norm or, with placement="branch", in front of it.
+
+Parameters: 3 d^2 + d a module (2 d^2 + d without V), and those of its own parts.
+
+Use it to let a task draw on adapters that were trained apart for other tasks, and stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat
+from torch import Tensor, nn
+
+from peftcore import Combiner, Injection, Method, MethodConfig, Site, Surgeon, Tags, on_first
+from peftcore.errors import CompositionError
+from peftcore_multitask._members import Members, of_host, of_parts, outputs_of
+from peftcore_multitask._merging import OfParts
+
+ADAPTER = {"method": "pfeiffer_adapter", "placement": "branch"}
+
+
+class Config(MethodConfig):
+    """Options of AdapterFusion."""
+
+    method: Literal["adapter_fusion"] = "adapter_fusion"
+    adapters: Annotated[list[str], Field(min_length=1)] | None = None
+    """Injections of the host that are fused, by name; without them, `parts` are."""
+    parts: list[dict[str, Any]] = Field(default_factory=lambda: [dict(ADAPTER), dict(ADAPTER)], min_length=1)
+    """Adapters of its own: each as its options, with its name under "method" and its "target" if it has its own."""
+    train_parts: bool = True
+    """Train the parts along; in the paper they were trained before, each for itself, and are frozen."""
+    value: bool = True
+    """Have the matrix V; the package calls a fusion without it static."""
+    regularizer: NonNegativeFloat = 0.01
+    """Factor of |V - I|^2 in the loss."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which scores are dropped (set to zero) in training."""
+
+
+class FusionOperator(Combiner):
+    """The attention of one module over adapters, and those that are its own."""
+
+    def __init__(self, site: Site, config: Config, parts: Members | None = None) -> None:
+        super().__init__(site)
+        width = self.width = site.out_features
+        self.parts = nn.ModuleList(nn.ModuleList(part) for part in parts or ())
+        self.dropout, self.regularizer = nn.Dropout(config.dropout), config.regularizer
+        self.query, self.key = (nn.Parameter(torch.randn(width, width) * 0.02) for _ in range(2))
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.value = nn.Parameter(torch.full((width, width), 1e-6).fill_diagonal_(1.0)) if config.value else None
+
+    def forward(self, *call: Any, **kwargs: Any) -> Any:
+        return self.at("activation", nn.Identity())(*call, **kwargs)  # around rows, which a plain matrix has
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        around = [[operator.at(form, module) for operator in part] for part in self.parts]
+        return functools.partial(self._fused, around, module)
+
+    def _fused(self, parts: list[list[Callable[..., Any]]], module: nn.Module, *call: Any, **kwargs: Any) -> Any:
+        base, outputs = outputs_of(parts, module, *call, **kwargs)
+        return on_first(base, lambda h: self.combine(outputs, h)) if outputs else base
+
+    def combine(self, outputs: list[Tensor], base: Tensor) -> Tensor:
+        channels = self.layer.channel_dim
+        h = base.movedim(channels, -1)
+        if h.shape[-1] != self.width:
+            raise CompositionError(f"a fusion of {self.width} features met an output of {list(base.shape)}")
+        query, bias, key = self.cast(h, self.query, self.bias, self.key)
+        looked = nn.functional.linear(nn.functional.linear(h, query, bias), key.T)  # K' (Q h + q), for all adapters
+        z = torch.stack([output.movedim(channels, -1) - h for output in outputs], -2)  # [..., adapters, d]
+        scores = self.dropout((z @ looked.unsqueeze(-1)).squeeze(-1))
+        (shares,) = self.cast(z, scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)))
+        mixed = (shares.unsqueeze(-2) @ z).squeeze(-2)
+        if self.value is not None:
+            mixed = nn.functional.linear(mixed, *self.cast(h, self.value))
+        return (h + mixed.to(h.dtype)).movedim(-1, channels)
+
+
+class AdapterFusion(OfParts, Method):
+    """Attention over adapters, for each token at each module."""
+
+    name = "adapter_fusion"
+    Config = Config
+    tags = Tags(
+        category="multitask",
+        paper="2005.00247",
+        identity_at_init=False,
+        identity_options={"parts": [{**ADAPTER, "up_init_std": 0.0}] * 2},
+        checked_against="adapters 1.3",
+    )
+    target = ()
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site, *others in of_host(surgeon, config.adapters) if config.adapters else ():
+            surgeon.graft(site, FusionOperator, config, tuple(others))
+        for site, others, members in of_parts(surgeon, config.parts) if not config.adapters else ():
+            surgeon.graft(site, functools.partial(FusionOperator, parts=members), config, others)
+
+    def trainable(self, model: nn.Module, config: Config, injection: Injection) -> None:
+        if config.train_parts:
+            super().trainable(model, config, injection)
+        for parameter in _own(injection):
+            parameter.requires_grad_(True)
+
+    def aux_loss(self, injection: Injection) -> Tensor | None:
+        theirs = super().aux_loss(injection) if injection.config.train_parts else None
+        losses = [] if theirs is None else [theirs]
+        for each in injection.operators.values():
+            value = each.value if isinstance(each, FusionOperator) else None
+            if value is not None and value.requires_grad:
+                eye = torch.eye(len(value), dtype=value.dtype, device=value.device)
+                losses.append(each.regularizer * (value - eye).square().sum())
+        return torch.stack(losses).sum() if losses else None
+
+    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        own = {"params": [p for p in _own(injection) if p.requires_grad], "lr": lr, **defaults}
+        return [each for each in (own, *super().parameter_groups(injection, lr=lr, **defaults)) if each["params"]]
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        inside = 0 if config.adapters else OfParts.parameter_count(site, config)
+        return (3 if config.value else 2) * site.out_features**2 + site.out_features + inside
+
+
+def _own(injection: Injection) -> list[nn.Parameter]:
+    fusions = [each for each in injection.operators.values() if isinstance(each, FusionOperator)]
+    return [parameter for each in fusions for parameter in each.parameters(recurse=False)]

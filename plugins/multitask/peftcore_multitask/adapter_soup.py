@@ -1,0 +1,120 @@
+"""AdapterSoup: the mean of adapters' parameters.   Chronopoulou et al. 2023, arXiv 2302.07027.
+
+    theta = sum_t w_t theta_t,   w_t = 1/N by default;   then the method once, with theta
+
+Which adapters go into a soup is the user's choice; the authors choose by similarity of domains. All parts are of one
+method, with the same options and sites, and none has a choice (an integer) among its numbers: those have no mean. It is
+the mean of what makes the change, not of the changes: of LoRAs the mean of A times the mean of B, which is not the mean
+of the products (`task_arithmetic` with a scale of 1/N is that). Bottlenecks, the paper's own adapters, make a soup too,
+which cannot be merged, as they cannot. Weights are used as they are; the Adapters library divides them by their sum.
+
+Parameters: those of the parts, N times those of one.
+
+Use it with `peftcore_multitask.gather` for adapters of related domains, trained from one start: those lie in one basin.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from peftcore import Method, Operator, Site, Surgeon, Tags, WeightOperator
+from peftcore.algebra import linear
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.graft import view
+from peftcore.operators import Factors, is_mergeable
+from peftcore_multitask._merging import Members, OfParts, PartsConfig, collected, options_of
+
+
+class Config(PartsConfig):
+    """Options of an adapter soup."""
+
+    method: Literal["adapter_soup"] = "adapter_soup"
+    changes_weights: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def _alike(self) -> Self:
+        kinds = [(options_of(part), part.get("target")) for part in self.parts]
+        if any(kind != kinds[0] for kind in kinds):
+            raise ConfigError("the parts of a soup differ in method, options or target; there is no mean of them")
+        return self
+
+
+class _Soup(nn.Module):
+    """Equal operators, and one that has the mean of their numbers."""
+
+    def __init__(self, members: Members, config: Config) -> None:
+        super().__init__()
+        self.parts = nn.ModuleDict({str(index): graft.operator for index, graft in members.items()})
+        self.weights = [1 / len(self.parts)] * len(self.parts) if config.weights is None else config.weights
+
+    def mean(self) -> Any:
+        """Made for each use and shared with nobody: threads do not meet in it."""
+        every = [dict(part.named_parameters()) | dict(part.named_buffers()) for part in self.parts.values()]
+        mixed = {name: linear([each[name] for each in every], self.weights) for name in every[0]}
+        return view(self.parts["0"], mixed)
+
+
+class SoupOperator(WeightOperator):
+    """The mean adapter, where it is a change of a weight."""
+
+    def __init__(self, site: Site, config: Config, members: Members) -> None:
+        super().__init__(site)
+        self.soup = _Soup(members, config)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        merged: Tensor = self.soup.mean().merged(weight)
+        return merged
+
+    def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+        changed: Tensor | None = self.soup.mean().merged_bias(bias, weight)
+        return changed
+
+    def factors(self) -> Factors | None:
+        given: Factors | None = self.soup.mean().factors()
+        return given
+
+
+class SoupAround(Operator):
+    """The mean adapter, where it acts on what a module computes."""
+
+    def __init__(self, site: Site, config: Config, members: Members) -> None:
+        super().__init__(site)
+        self.soup = _Soup(members, config)
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.soup.mean()(call, *args, **kwargs)
+
+
+class AdapterSoup(OfParts, Method):
+    """One adapter with the mean of several adapters' parameters."""
+
+    name = "adapter_soup"
+    Config = Config
+    tags = Tags(
+        category="multitask",
+        paper="2302.07027",
+        mergeable=True,
+        low_rank=True,
+        checked_against="the equation in float64",
+    )
+    target = ()
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for members in collected(surgeon, config).values():
+            first = next(iter(members.values()))
+            site, whole = first.site, is_mergeable(first.operator)
+            tensors = [*first.operator.parameters(), *first.operator.buffers()]
+            if len(members) < len(config.parts) or surgeon.owned or not all(t.is_floating_point() for t in tensors):
+                raise UnsupportedSite(
+                    f"{site.path}: {config.parts[0]['method']} shares numbers between sites or holds choices, which "
+                    "have no mean"
+                )
+            if not whole and (site.form != "activation" or first.holders[1:]):
+                raise UnsupportedSite(f"{site.path}: a soup stands at weights and around modules, not in an attention")
+            operator = SoupOperator if whole else SoupAround
+            surgeon.graft(site, functools.partial(operator, members=members), config, first.holders[1:])

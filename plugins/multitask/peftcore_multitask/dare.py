@@ -1,0 +1,90 @@
+"""DARE: drop most of a change, rescale the rest, then merge.   Yu et al. 2023, arXiv 2311.03099.
+
+    tau~_t = m_t * tau_t / (1 - p),   m_t = 1 with probability 1 - p, value by value
+    W' = W + s sum_t w_t tau~_t        or, with merge="ties", s times TIES of the w_t tau~_t
+
+What is left of each part is so sparse that parts hardly meet, and has the old mean. Masks are drawn once for each
+part and site, from (mask_seed, part, site) on the CPU, so that they are the same everywhere; files have `mask_seed`
+instead of them. The authors' code (yule-BUAA/MergeLM) draws anew at each merge and trims for TIES to 0.2 afterwards;
+peft trims no more, like the default here, and calls 1 - p the density.
+
+Parameters: those of the parts. A mask takes one byte for each value of a weight.
+
+Use it with `peftcore_multitask.gather`, at p = 0.9 for changes that are small, as fine-tuning makes them; large ones
+bear less.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from peftcore import Method, Site, Surgeon, Tags
+from peftcore.algebra import Sign, linear, random_mask, ties
+from peftcore_multitask._merging import Members, MergingOperator, OfParts, PartsConfig, merge_parts
+
+
+class Config(PartsConfig):
+    """Options of DARE."""
+
+    method: Literal["dare"] = "dare"
+    drop_rate: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Probability p with which a value is dropped."""
+    mask_seed: int = 0
+    """What the masks are drawn from."""
+    merge: Literal["linear", "ties"] = "linear"
+    """What the sparse changes go into: their sum, or TIES."""
+    density: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """For TIES: the share of each part's values that is kept, of all."""
+    sign: Sign = "total"
+    """For TIES: whose sign is elected, that of the sum or that of more parts ("frequency")."""
+    scale: float = 1.0
+    """The factor s of the merged change."""
+
+
+class DAREOperator(MergingOperator):
+    """The merged rest of deltas, under masks that stay."""
+
+    def __init__(self, site: Site, config: Config, members: Members) -> None:
+        super().__init__(site, config, members)
+        self.config = config
+        shape = site.weight_shape
+        for index in self.parts:
+            for name, sizes in (("mask", shape), ("bias_mask", shape[: self.layer.batch_dims + 1])):
+                digest = hashlib.sha256(f"{config.mask_seed}:{index}/{site.path}:{name}".encode()).digest()
+                mask = self._drawn(sizes, int.from_bytes(digest[:8], "big") >> 1, site.meta)
+                self.register_buffer(f"{name}_{index}", mask, persistent=False)
+
+    def _drawn(self, shape: torch.Size, seed: int, meta: bool) -> Tensor:
+        if meta:
+            return torch.empty(shape, dtype=torch.bool, device="meta")
+        generator = torch.Generator().manual_seed(seed)
+        return random_mask(shape, 1 - self.config.drop_rate, generator)
+
+    def _rest(self, index: str, delta: Tensor) -> Tensor:
+        mask = self.get_buffer(f"mask_{index}")
+        if mask.shape != delta.shape:
+            mask = self.get_buffer(f"bias_mask_{index}")
+        return delta * mask / (1 - self.config.drop_rate)
+
+    def combined(self, deltas: dict[str, Tensor]) -> Tensor:
+        rest, weights = [self._rest(*each) for each in deltas.items()], [self.weights[index] for index in deltas]
+        if self.config.merge == "ties":
+            return self.config.scale * ties(rest, weights, self.config.density, self.config.sign)
+        return self.config.scale * linear(rest, weights)
+
+
+class DARE(OfParts, Method):
+    """Changes of weights, thinned out at random before they are merged."""
+
+    name = "dare"
+    Config = Config
+    tags = Tags(category="multitask", paper="2311.03099", mergeable=True, checked_against="peft 0.21")
+    target = ()
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        merge_parts(surgeon, config, DAREOperator)

@@ -1,0 +1,70 @@
+"""Task arithmetic: adding and negating what tasks did to weights.   Ilharco et al. 2022, arXiv 2212.04089.
+
+    W' = W + s sum_t w_t tau_t,   tau_t = W_t - W,   s = 0.4
+
+tau_t is what part t does to the weight: of a LoRA B A, of weights trained in place their difference. w_t = -1 forgets a
+task, w = (1, 1, -1) is an analogy. The authors sum over the whole of models that were trained in full
+(mlfoundations/task_vectors); here every site that a part has counts, and parts may differ in method and sites. peft's
+"linear" sums factors of LoRAs instead of their products, which is another thing; its "cat" is this one.
+
+Where all parts are low-rank, so is the sum: `factors` gives it, with the ranks added.
+
+Parameters: those of the parts.
+
+Use it with `peftcore_multitask.gather` to put trained adapters together; choose s on held-out data, the more tasks the
+smaller.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from peftcore import Method, Site, Surgeon, Tags
+from peftcore.algebra import cat, linear
+from peftcore.operators import Factors
+from peftcore_multitask._merging import Members, MergingOperator, OfParts, PartsConfig, merge_parts
+
+
+class Config(PartsConfig):
+    """Options of task arithmetic."""
+
+    method: Literal["task_arithmetic"] = "task_arithmetic"
+    scale: float = 0.4
+    """The factor s of the sum."""
+
+
+class TaskArithmeticOperator(MergingOperator):
+    """The scaled sum of deltas."""
+
+    def __init__(self, site: Site, config: Config, members: Members) -> None:
+        super().__init__(site, config, members)
+        self.scale = config.scale
+
+    def combined(self, deltas: dict[str, Tensor]) -> Tensor:
+        return self.scale * linear(list(deltas.values()), [self.weights[index] for index in deltas])
+
+    def factors(self) -> Factors | None:
+        operators: list[Any] = list(self.parts.values())
+        every = [operator.factors() for operator in operators]
+        given = [factors for factors in every if factors is not None]
+        return cat(given, [self.scale * w for w in self.weights.values()]) if len(given) == len(every) else None
+
+
+class TaskArithmetic(OfParts, Method):
+    """A weighted sum of changes of weights."""
+
+    name = "task_arithmetic"
+    Config = Config
+    tags = Tags(
+        category="multitask",
+        paper="2212.04089",
+        mergeable=True,
+        low_rank=True,
+        checked_against="the equation in float64",
+    )
+    target = ()
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        merge_parts(surgeon, config, TaskArithmeticOperator)

@@ -1,0 +1,64 @@
+"""TIES merging: trim, elect signs, merge what agrees.   Yadav et al. 2023, arXiv 2306.01708.
+
+    tau^_t = the share `density` of w_t tau_t that is largest by magnitude, else 0
+    gamma  = sign(sum_t tau^_t),                      value by value
+    W'     = W + s mean {tau^_t : sign tau^_t = gamma},   0 where there is none
+
+Tasks that disagree would wash each other out in a mean; here the minority keeps still. The authors' code
+(prateeky2806/ties-merging) trims the flattened model as a whole; here, as in peft, each weight for itself. Where the
+sum is exactly 0 the sign is that of most values, as the authors have it, not +1 as in peft, which also elects before it
+weighs. Of LoRAs the products B A are merged (peft's "ties_svd" without the svd), not A and B apart (its "ties").
+
+Gradients reach what was kept and agrees; where no part has anything they reach all parts, so that fresh ones learn.
+
+Parameters: those of the parts.
+
+Use it with `peftcore_multitask.gather` for three and more trained adapters, where plain sums lose.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from peftcore import Method, Site, Surgeon, Tags
+from peftcore.algebra import Sign, ties
+from peftcore_multitask._merging import Members, MergingOperator, OfParts, PartsConfig, merge_parts
+
+
+class Config(PartsConfig):
+    """Options of TIES merging."""
+
+    method: Literal["ties_merging"] = "ties_merging"
+    density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+    """Share of each part's values that is kept."""
+    sign: Sign = "total"
+    """Whose sign is elected: that of the sum of values, or that of more parts ("frequency")."""
+    scale: float = 1.0
+    """The factor s of the merged change."""
+
+
+class TIESOperator(MergingOperator):
+    """The mean of what is large and agrees."""
+
+    def __init__(self, site: Site, config: Config, members: Members) -> None:
+        super().__init__(site, config, members)
+        self.density, self.sign, self.scale = config.density, config.sign, config.scale
+
+    def combined(self, deltas: dict[str, Tensor]) -> Tensor:
+        weights = [self.weights[index] for index in deltas]
+        return self.scale * ties(list(deltas.values()), weights, self.density, self.sign)
+
+
+class TIESMerging(OfParts, Method):
+    """Changes of weights, merged where their signs agree."""
+
+    name = "ties_merging"
+    Config = Config
+    tags = Tags(category="multitask", paper="2306.01708", mergeable=True, checked_against="peft 0.21")
+    target = ()
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        merge_parts(surgeon, config, TIESOperator)

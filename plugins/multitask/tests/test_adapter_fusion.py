@@ -1,0 +1,288 @@
+"""AdapterFusion: the kit; numbers of the adapters package (1.3.0 with transformers 4.57.6, three `SeqBnConfig` adapters
+in a `Fuse`, run once in float64), over adapters of the host and over parts; the equation where that cannot go."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import Fuse, Injection, Stack
+from peftcore.errors import CompositionError, ConfigError, TargetError, UnknownInjection, UnsupportedSite
+from peftcore.testing import conformance
+from peftcore.testing.hosts import HOSTS
+from peftcore.testing.kit import fill
+
+PART = {"method": "pfeiffer_adapter", "bottleneck": 4}
+LARGE = {"method": "pfeiffer_adapter", "placement": "branch", "init_std": 0.5, "up_init_std": 0.5}
+
+
+@conformance(
+    "adapter_fusion",
+    options={
+        "unet": {"parts": [LARGE] * 2}
+    },  # what the default ones add there is too little for dropped scores to show
+)
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+def wave(like: Tensor, k: float) -> Tensor:
+    return torch.sin(torch.arange(like.numel(), dtype=torch.float64) * k + k).view_as(like)
+
+
+@torch.no_grad()
+def waves(tensors: Iterable[Tensor], start: float, step: float = 0.37) -> None:
+    for index, tensor in enumerate(tensors):
+        tensor.copy_(0.5 * wave(tensor, start + step * index))
+
+
+# With V and without: numbers of the output; of the gradients of Q, q, K and V in both layers, each times a wave; the
+# penalty. The package's K had a bias too, 0.5 * wave: no number depends on it.
+PACKAGE: dict[bool, tuple[list[float], list[float], float | None]] = {
+    True: (
+        [0.6006193, 0.4055617, -0.4372138, -0.0399944, 0.0606505, 0.7720919, -0.0620694, -0.0559943],
+        [0.0579581, -0.0262956, 0.0027772, -0.4962533, -0.296988, -0.5624224, 0.4393419, 0.0782539],
+        0.31325331063851297,
+    ),
+    False: (
+        [0.5487047, -0.6405648, -0.1606985, -0.2200685, 0.7277464, 0.012983, -0.0526716, -0.1165093],
+        [1.0525276, -0.0930494, 0.0068783, -0.0774179, -0.0552594, 0.2227892],
+        None,
+    ),
+}
+
+
+def own(injection: Injection) -> list[list[nn.Parameter]]:
+    """Q, q, K and V of each module."""
+    return [
+        [p for p in (each.query, each.bias, each.key, each.value) if p is not None]
+        for each in injection.operators.values()
+    ]
+
+
+@pytest.mark.parametrize("value", PACKAGE)
+@pytest.mark.parametrize("over", ["adapters", "parts"])
+def test_the_numbers_of_the_adapters_package(over: str, value: bool) -> None:
+    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+    model = transformers.LlamaModel(
+        transformers.LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=16)
+    )
+    model = model.double().eval()
+    waves(model.parameters(), 0.1)
+    if over == "parts":
+        options = {"parts": [PART] * 3, "train_parts": False, "value": value}
+        fusion = peftcore.apply(model, "adapter_fusion", dtype="float64", **options)
+        adapters = list(fusion.parts.values())
+    else:
+        adapters = [peftcore.apply(model, **PART, name=name, dtype="float64") for name in "abc"]
+        options = {"adapters": ["a", "b", "c"], "value": value, "dtype": "float64"}
+        fusion = peftcore.apply(model, "adapter_fusion", name="by", **options)
+        for adapter in adapters:
+            adapter.trainable(False)
+        peftcore.activate(model, Fuse("c", "a", "b", by="by"))
+    for k, adapter in enumerate(adapters):
+        waves(adapter.parameters(), 0.2 + k)
+    for layer, tensors in enumerate(own(fusion)):
+        waves(tensors, 0.7 + layer, 0.31)
+    y = model(input_ids=torch.tensor([[1, 5, 3, 9, 2]])).last_hidden_state
+    (y.square() * wave(y, 0.3)).sum().backward()
+    outputs, gradients, penalty = PACKAGE[value]
+    assert y.flatten()[::5].tolist() == pytest.approx(outputs, abs=1e-7)
+    ours = [(p.grad * wave(p, 0.5)).sum().item() for tensors in own(fusion) for p in tensors if p.grad is not None]
+    assert ours == pytest.approx(gradients, abs=1e-7)
+    assert {p for p in model.parameters() if p.grad is not None} == {p for tensors in own(fusion) for p in tensors}
+    loss = fusion.method.aux_loss(fusion)
+    assert (loss if loss is None else loss.item()) == (penalty if penalty is None else pytest.approx(penalty))
+
+
+class Layers(nn.Module):
+    """A convolution, and a matrix on its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 5, 2), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).tanh().flatten(2).mT)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return Layers().double()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2, 3, 5, 5, dtype=torch.float64)
+
+
+def apply(model: nn.Module, method: str, name: str, seed: int = 1, **options: Any) -> Injection:
+    injection = peftcore.apply(model, method, name=name, dtype="float64", **options)
+    fill(injection, seed)
+    return injection
+
+
+def equation(h: Tensor, outputs: list[Tensor], fusion: Any, drop: float = 0.0) -> Tensor:
+    """As the authors compute it: keys and values of every adapter; features last."""
+    z = torch.stack([y - h for y in outputs], -2)
+    scores = torch.einsum("...d,...td->...t", h @ fusion.query.T + fusion.bias, z @ fusion.key.T)
+    shares = nn.functional.dropout(scores, drop).softmax(-1)
+    return h + torch.einsum("...t,...td->...d", shares, z @ fusion.value.T)
+
+
+def test_over_any_methods_at_any_layers(model: Any, x: Tensor) -> None:
+    for seed, (name, method) in enumerate({"a": "lora", "b": "ia3", "c": "dora"}.items()):
+        apply(model, method, name, seed, target=["conv", "head"])
+    fusions = apply(model, "adapter_fusion", "by", adapters=["a", "c"]).operators
+    assert list(fusions) == ["conv", "head"]
+
+    def alone(module: nn.Module, inputs: Tensor, *names: str) -> Tensor:
+        with peftcore.activate(model, *([Stack(*names)] if names else [])):
+            output = module(inputs)
+        return output.movedim(1, -1) if module is model.conv else output
+
+    def fused(name: str, inputs: Tensor, *behind: str) -> Tensor:
+        module = model.get_submodule(name)
+        outputs = [alone(module, inputs, each, *behind) for each in "ac"]
+        return equation(alone(module, inputs, *behind), outputs, fusions[name])
+
+    with peftcore.activate(model):
+        base = model(x)
+    with peftcore.activate(model, "by"):
+        assert torch.equal(model(x), base)
+    for composition, behind in ((Fuse("a", "c", by="by"), ()), (Stack(Fuse("a", "c", by="by"), "b"), ("b",))):
+        expected = fused("head", fused("conv", x, *behind).flatten(1, 2).tanh(), *behind)
+        with peftcore.activate(model, composition):
+            torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+        assert (expected - base).abs().max() > 1e-3
+
+
+def test_over_rows_and_hybrids_as_parts() -> None:
+    """The queries of a fused projection; the second part is two methods, one after the other."""
+    host, _ = HOSTS["gpt2"].build()
+    host = host.double().eval()
+    union = {"method": "config_union", "parts": [{"method": "lora"}, {"method": "ia3"}]}
+    fusion = apply(host, "adapter_fusion", "fusion", parts=[{"method": "lora"}, union], target="attn.q")
+    operator: Any = next(iter(fusion.operators.values()))
+    site, inputs = fusion.sites[0], torch.randn(2, 3, 16, dtype=torch.float64)
+    (one,), (two, gain) = operator.parts
+    with torch.no_grad():
+        got = site.module(inputs)
+        with fusion.disabled():
+            base = site.module(inputs)
+        h = base[..., :16]
+        first, second = (h + each.scale * inputs @ each.A.T @ each.B.T for each in (one, two))
+        expected = equation(h, [first, second * gain.gain], operator)
+    torch.testing.assert_close(got[..., :16], expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(got[..., 16:], base[..., 16:])
+    assert (expected - h).abs().max() > 1e-3
+
+
+def test_over_adapters_of_rows() -> None:
+    """A module has one output, so it has one fusion, of all its rows."""
+    host, _ = HOSTS["gpt2"].build()
+    for name, target in (("a", "attn.q"), ("b", ["attn.q", "attn.v"])):
+        apply(host.double().eval(), "lora", name, ord(name), target=target)
+    fusion = apply(host, "adapter_fusion", "by", adapters=["a", "b"])
+    assert list(fusion.operators) == ["transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn"]
+    module, inputs = fusion.sites[0].module, torch.randn(2, 3, 16, dtype=torch.float64)
+    outputs = []
+    for names in ((), ("a",), ("b",), (Fuse("a", "b", by="by"),)):
+        with peftcore.activate(host, *names):
+            outputs.append(module(inputs))
+    h, *each, got = outputs
+    torch.testing.assert_close(got, equation(h, each, fusion.operators[fusion.sites[0].path]), rtol=1e-12, atol=1e-12)
+    assert (got - h).abs().max() > 1e-3
+
+
+def test_parts_are_what_adapters_are_behind_a_norm_too() -> None:
+    """Adapters that stand beside what they are named for, in a host that normalizes behind its blocks."""
+    outputs = []
+    for over in ("parts", "adapters"):
+        torch.manual_seed(0)
+        host, inputs = HOSTS["bert"].build()
+        if over == "parts":
+            fusion = apply(host.double().eval(), "adapter_fusion", "by", parts=[PART] * 2)
+            adapters = list(fusion.parts.values())
+        else:
+            adapters = [apply(host.double().eval(), **PART, name=name) for name in "ab"]
+            fusion = apply(host, "adapter_fusion", "by", adapters=["a", "b"])
+            peftcore.activate(host, Fuse("a", "b", by="by"))
+        for index, adapter in enumerate(adapters):
+            waves(adapter.parameters(), 0.2 + index)
+        assert [site.form for site in fusion.grafts[0].holders] == ["activation", "stream"]
+        with torch.no_grad():
+            outputs.append(host(**inputs).logits)
+    torch.testing.assert_close(*outputs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_start() -> None:
+    host = nn.Sequential(nn.Linear(300, 300)).double()
+    parts = [{"method": "houlsby_adapter", "train_layer_norm": False, "up_init_std": 0.1}] * 3
+    injection = peftcore.apply(host, "adapter_fusion", target="0", parts=parts, train_parts=False, dtype="float64")
+    operator: Any = injection.operators["0"]
+    assert operator.query.std().item() == pytest.approx(0.02, rel=0.02)
+    assert operator.key.std().item() == pytest.approx(0.02, rel=0.02)
+    assert torch.equal(operator.value, torch.full((300, 300), 1e-6).fill_diagonal_(1.0).double())
+    trains = {name for name, p in operator.named_parameters() if p.requires_grad}
+    assert trains == {"query", "bias", "key", "value"}
+    h = torch.randn(4, 300, dtype=torch.float64)
+    outputs = [h + 0.05 * z for z in torch.randn(3, 4, 300, dtype=torch.float64)]
+    torch.testing.assert_close(operator.combine(outputs, h), torch.stack(outputs).mean(0), rtol=0, atol=0.02)
+    both = peftcore.apply(host, "adapter_fusion", name="both", target="0", parts=parts)
+    assert all(p.requires_grad for p in both.parameters())
+
+
+def test_scores_are_dropped_in_training_only(model: Any) -> None:
+    apply(model, "lora", "a", target="head")
+    operator: Any = apply(model, "adapter_fusion", "by", adapters=["a"], dropout=0.5).operators["head"]
+    h, *outputs = torch.randn(5, 2, 3, 4, dtype=torch.float64)
+    for training, drop in ((True, 0.5), (False, 0.0)):
+        operator.train(training)
+        torch.manual_seed(3)
+        got = operator.combine(outputs, h)
+        torch.manual_seed(3)
+        torch.testing.assert_close(got, equation(h, outputs, operator, drop), rtol=1e-12, atol=1e-12)
+
+
+def test_saved_with_its_adapters(model: nn.Module, x: Tensor, tmp_path: Path) -> None:
+    for name in "ab":
+        apply(model, "lora", name, ord(name), target=["conv", "head"])
+    assert list(apply(model, "adapter_fusion", "by", adapters=["b", "a"], exclude="conv").operators) == ["head"]
+    fuse = Fuse("a", "b", by="by")
+    peftcore.save_composition(model, fuse, tmp_path)
+    with peftcore.activate(model, fuse):
+        expected = model(x)
+    for injection in list(peftcore.injections(model).values()):
+        injection.remove()
+    with pytest.raises(UnknownInjection, match="'b'"):
+        peftcore.load(model, tmp_path / "by")
+    assert peftcore.load_composition(model, tmp_path) == fuse
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)  # what trains is rounded otherwise
+
+
+def test_what_cannot_be_fused_is_refused(model: nn.Module) -> None:
+    def refused(error: type[Exception], match: str, host: nn.Module = model, **options: Any) -> None:
+        with pytest.raises(error, match=match):
+            peftcore.apply(host, "adapter_fusion", **options)
+
+    refused(UnknownInjection, "'zzz'", adapters=["zzz"])
+    refused(ConfigError, "at least 1", adapters=[])
+    refused(ConfigError, "adalora cannot be a part", parts=[{"method": "adalora"}], target="head")
+    refused(UnsupportedSite, "dora acts on a tensor", parts=[{"method": "dora"}], target="head")
+    llama, _ = HOSTS["llama"].build()
+    refused(UnsupportedSite, "different modules", llama, parts=[PART, {**PART, "placement": "branch"}])
+    peftcore.apply(llama, "prefix_tuning")
+    refused(CompositionError, "prefix_tuning", llama, adapters=["prefix_tuning"])
+    attention = nn.TransformerEncoderLayer(8, 2, 16)
+    peftcore.apply(attention, "lora")
+    refused(UnsupportedSite, "in_proj_weight is a tensor that is read", attention, adapters=["lora"])
+    peftcore.apply(model, "bitfit")
+    refused(TargetError, "nothing", adapters=["bitfit"])
+    assert list(peftcore.injections(model)) == ["bitfit"]
