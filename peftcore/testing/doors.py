@@ -74,10 +74,13 @@ def _named(
 
 
 def _telling(check: Check, telling: Iterable[str]) -> tuple[str, ...]:
-    """The hosts of a check in a quick run: the telling ones, or the first of those that the check wants."""
+    """The hosts of a check in a quick run: the telling ones, or one of those that the check wants, where it does not want
+    all."""
     if check.chooses:
         return (ANYWHERE.name,)
-    return tuple(name for name in telling if check.hosts is None or name in check.hosts) or (check.hosts or ())[:1]
+    if check.hosts is None:
+        return tuple(telling)
+    return (*(name for name in telling if name in check.hosts), *check.hosts)[:1]
 
 
 def _run(check: Check, case: Case) -> None:

@@ -81,7 +81,9 @@ def calibrate(injection: Injection, data: Data) -> None:
     modules = [*injection.base_modules(), *(inner for _, module in injection.modules() for inner in module.modules())]
     modes = {module: module.training for module in modules}
     flags = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters(recurse=False)}
-    with _gradients_aside([*flags, *model.parameters()]), torch.random.fork_rng(_generators(model)):
+    acting = [injection.state.injections[name] for name in injection.state.current()]
+    others = [parameter for each in acting for parameter in each.parameters()]  # a loss reaches these too
+    with _gradients_aside([*flags, *others]), torch.random.fork_rng(_generators(flags)):
         try:
             for each in injection.family():
                 if each.method.tags.needs_data:
@@ -106,9 +108,9 @@ def _gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def _generators(model: nn.Module) -> list[int]:
+def _generators(parameters: Iterable[nn.Parameter]) -> list[int]:
     """The CUDA devices whose generators dropout may move (the CPU's is always kept)."""
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    return sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
 
 
 def _device(model: nn.Module) -> torch.device | None:

@@ -52,7 +52,7 @@ def test_diffusion(tmp_path: Path) -> None:
         bare = rows.pop("unadapted")
         assert len(rows) == 3
         assert set(rows) <= set(printed.split())
-        # Digits take longer than a few steps to learn; that the paper is white is seen at once.
+        # Digits take longer than a few steps to learn; that the paper is grey shows at once.
         assert max(row["style"] for row in rows.values()) > bare["style"] + 0.3, (bare, rows)
     steering = {row["method"]: row["overlap"] for row in document["steering"]}
     assert steering.keys() == {"unadapted", "controlnet", "t2i_adapter", "controlnet + lora"}

@@ -24,4 +24,5 @@ def peftcore_methods() -> Mapping[str, str]:
         "pfeiffer_adapter": "peftcore_additive.pfeiffer_adapter:PfeifferAdapter",
         "prefix_tuning": "peftcore_additive.prefix_tuning:PrefixTuning",
         "prompt_tuning": "peftcore_additive.prompt_tuning:PromptTuning",
+        "ssf": "peftcore_additive.ssf:SSF",
     }

@@ -14,8 +14,10 @@ def peftcore_methods() -> Mapping[str, str]:
         "attention_only": "peftcore_selective.attention_only:AttentionOnly",
         "bitfit": "peftcore_selective.bitfit:BitFit",
         "child_tuning_d": "peftcore_selective.child_tuning_d:ChildTuningD",
+        "fish_mask": "peftcore_selective.fish_mask:FishMask",
         "linear_probe": "peftcore_selective.linear_probe:LinearProbe",
         "ln_tuning": "peftcore_selective.ln_tuning:LNTuning",
         "partial_k": "peftcore_selective.partial_k:PartialK",
         "shira": "peftcore_selective.shira:SHiRA",
+        "trainable_tokens": "peftcore_selective.trainable_tokens:TrainableTokens",
     }

@@ -22,6 +22,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from peftcore import Batches, GradientRule, Injection, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_selective._fisher import squared_gradients
 
 
 class Config(MethodConfig):
@@ -67,16 +68,7 @@ class ChildTuningD(Method):
 
     def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: Injection) -> None:
         values = [value for value, _ in _masked(injection)]
-        fisher = [torch.zeros_like(value, dtype=torch.float32) for value in values]
-        for batch in data:
-            batch.loss().backward()  # type: ignore[no-untyped-call]
-            for value, sum_of_squares in zip(values, fisher, strict=True):
-                if value.grad is None:  # not used by this batch
-                    continue
-                if config.max_grad_norm is not None:
-                    nn.utils.clip_grad_norm_(value, config.max_grad_norm)
-                sum_of_squares.add_(value.grad.float().square())  # the mean, times a number that orders nothing
-                value.grad = None
+        fisher = list(squared_gradients(values, data, config.max_grad_norm).values())
         threshold = _quantile(torch.cat([each.flatten() for each in fisher]), 1 - config.share)
         for (_, mask), information in zip(_masked(injection), fisher, strict=True):
             mask.copy_(information >= threshold)

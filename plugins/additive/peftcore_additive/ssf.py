@@ -1,0 +1,126 @@
+"""SSF: scaling and shifting features.   Lian et al. 2022, arXiv 2210.08823 (code: dongzelian/SSF).
+
+    y = gamma * f(x) + beta   after every operation f: linear layers, norms, convolutions; one number a channel
+
+As in the authors' code, gamma starts at N(1, 0.02) and beta at N(0, 0.02), so a fresh injection changes the outputs a
+little; ``init_std=0`` starts from the identity. They merge into W' = gamma * W and b' = gamma * b + beta: a layer
+without a bias gets one. What has no place for a bias (RMSNorm, a stack of experts) is scaled only. The authors' models
+have no table of tokens and no router: both are left alone, unless a target names them, as is the head, which the
+authors train whole (``train=["classifier"]``).
+
+Parameters: 2 out for each operation (out where nothing is shifted), times the number of experts.
+
+Use it to adapt a vision model to a task with few examples, for nothing at inference. Without weight decay: it pulls
+gamma to 0, not to 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from copy import copy
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeFloat
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.weights import bias_name, plain_class
+
+
+class Config(MethodConfig):
+    """Options of SSF."""
+
+    method: Literal["ssf"] = "ssf"
+    init_std: NonNegativeFloat = 0.02
+    """Standard deviation of both at the start; 0 leaves the outputs as they are."""
+
+
+def shifts(site: Site) -> bool:
+    """Whether there is a place for beta: a bias, though it may be empty, or the rows of a table."""
+    return site.layer.one_hot or bias_name(site.tensor) in site.tensors()
+
+
+class SSFOperator(Operator):
+    """A scale and a shift for each channel."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        shape = (*site.batch, site.out_features)
+        self.gain = nn.Parameter(1 + config.init_std * torch.randn(shape))
+        self.shift = nn.Parameter(config.init_std * torch.randn(shape)) if shifts(site) else None
+        self.added = _added(site)
+
+    def forward(self, call: Callable[..., Tensor], *args: Tensor) -> Tensor:
+        y = call(*args)
+        vectors = (self.gain,) if self.shift is None else (self.gain, self.shift)
+        gain, *shift = (self.layer.along_channels(each, y) for each in self.cast(y, *vectors))
+        return y * gain + shift[0] if shift else y * gain
+
+    def merged(self, weight: Tensor) -> Tensor:
+        gain = self._column(self.gain, weight)
+        new = weight * gain if not self.added else weight * gain + self.added * (gain - 1)
+        if self.shift is not None and self.layer.one_hot:
+            new = new + self._column(self.shift, weight)
+        return new
+
+    def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+        scaled = None if bias is None else bias * self.gain
+        if self.shift is None or self.layer.one_hot:
+            return scaled
+        return self.shift.clone() if scaled is None else scaled + self.shift
+
+    def _column(self, vector: Tensor, weight: Tensor) -> Tensor:
+        return vector.view(*vector.shape, *[1] * (weight.dim() - vector.dim()))
+
+
+def _added(site: Site) -> float:
+    """What an RMSNorm adds to its weight before it multiplies: 1 in Gemma's, 0 in most.
+
+    Only running it tells: where nothing is added, nothing is left of the output when the weight is zero.
+    """
+    weight = site.layer.read(site.module, site.tensor)
+    if site.meta or shifts(site) or weight is None or weight.dim() != 1 or weight.is_meta:
+        return 0.0
+    norm = copy(site.module)
+    norm.__class__ = plain_class(norm)
+    norm._parameters = {site.tensor: nn.Parameter(torch.zeros_like(weight), requires_grad=False)}
+    x = torch.linspace(-1, 1, len(weight) + 1, dtype=weight.dtype, device=weight.device)[None, 1:]
+    try:
+        return float(norm.forward(x).any())
+    except (AttributeError, TypeError):  # norms with a gate want a second input; they add nothing
+        return 0.0
+
+
+class SSF(Method):
+    """Learned scales and shifts after every operation."""
+
+    name = "ssf"
+    Config = Config
+    tags = Tags(
+        category="additive",
+        paper="2210.08823",
+        mergeable=True,
+        identity_at_init=False,
+        identity_options={"init_std": 0.0},
+        checked_against="the authors' code",
+    )
+    target = ("*", "all-linear", "experts.*")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        found = surgeon.sites()
+        sites = [site for site in found if site.layer.read(site.module, site.tensor) is not None] or found
+        for site in sites if surgeon.wishes.target is not None else filter(_operation, sites):
+            surgeon.graft(site, SSFOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return math.prod(site.batch) * site.out_features * (2 if shifts(site) else 1)
+
+
+def _operation(site: Site) -> bool:
+    """What the method adapts of itself."""
+    if site.role in ("head", "router") or site.layer.one_hot:
+        return False
+    return len(site.weight_shape) > 1 or (site.role is not None and site.role.startswith("norm"))

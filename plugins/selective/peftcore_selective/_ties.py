@@ -1,0 +1,30 @@
+"""What methods share that adapt a tensor wherever it is held: tables of tokens that are heads too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from peftcore import Site, Surgeon
+from peftcore.weights import Ranges
+
+
+def one_each(sites: Iterable[Site]) -> list[Site]:
+    """One site for each tensor. Of those that are tied the deepest: a table that stands above its users is handed down
+    to them, and may never be called itself."""
+    found: dict[tuple[int | str, Ranges | None], Site] = {}
+    for site in sites:
+        tensor = site.layer.read(site.module, site.tensor)
+        key = (site.path if tensor is None else id(tensor), site.rows)
+        if key not in found or site.module_path.count(".") > found[key].module_path.count("."):
+            found[key] = site
+    return list(found.values())
+
+
+def tied_to(site: Site, surgeon: Surgeon) -> list[Site]:
+    """The other places that hold the site's tensor, where the site is all of it."""
+    resolver, tensor = surgeon.resolver, site.layer.read(site.module, site.tensor)
+    places = resolver.holders(tensor) if isinstance(tensor, nn.Parameter) and site.rows is None else []
+    here = site.module_path, site.tensor
+    return [each for each in (resolver.site(*place) for place in places) if (each.module_path, each.tensor) != here]

@@ -1,0 +1,131 @@
+"""FISH Mask: the weights that matter most to the task train.   Sung et al. 2021, arXiv 2111.09839.
+
+    F = mean over the examples of (dL/dtheta)^2,   I = the k largest of F,   theta' = theta + scatter(v at I),   v zero
+
+F is the diagonal of the empirical Fisher information, looked at once before training (``data=``), in evaluation; k is
+`share` of all weights, and one ranking goes through all of them: tables, matrices, norms, biases. The squares are those
+of single examples, so a batch has to be one example: the square of a mean over a batch is something else. As v is a
+difference, weight decay pulls what trains to the base and leaves the rest alone; the authors mask gradients only.
+
+The authors train the classifier whole and take its size off k. Here the head is left out, unless a target names it;
+``train=["classifier"]`` trains it whole, and does not count. Their code also takes absolute values for squares, or the
+expectation over labels, which is another forward for each class.
+
+Parameters: share * (those of all sites), in one vector; the file has their places besides, 8 bytes each.
+
+Use it where a change has to be small to send or to keep: half a percent of the weights is usual.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Batches, Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.operators import Shared
+from peftcore.weights import Layer, take
+from peftcore_selective._fisher import squared_gradients
+from peftcore_selective._ties import one_each, tied_to
+
+
+class Config(MethodConfig):
+    """Options of FISH Mask."""
+
+    method: Literal["fish_mask"] = "fish_mask"
+    share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.005
+    """Share of the weights that train."""
+    samples: PositiveInt = 1024
+    """How many batches of the data are looked at, at most; each has to be one example."""
+
+
+class Mask(nn.Module):
+    """What is added, and where: places in all sites one after the other, ascending."""
+
+    index: Tensor
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.zeros(count))
+        self.register_buffer("index", torch.arange(count))
+
+
+class FishOperator(WeightOperator):
+    """The part of the mask that lies in one tensor."""
+
+    def __init__(self, site: Site, start: int, mask: Shared) -> None:
+        super().__init__(site)
+        self.start, self.mask = start, mask
+
+    def forward(self, weight: Tensor) -> Tensor:
+        size, mask = weight.numel(), self.mask.module
+        values, index = (each.to(weight.device) for each in (mask.get_parameter("values"), mask.get_buffer("index")))
+        # How many places lie here is only known on the device, but not more than this; the rest go behind the end.
+        window = torch.arange(min(len(index), size), device=weight.device)
+        order = torch.searchsorted(index, self.start) + window
+        found = order.clamp(max=len(index) - 1)
+        place = index[found] - self.start
+        inside = (order < len(index)) & (place < size)
+        flat = torch.cat([weight.flatten(), weight.new_zeros(len(window))])
+        place = torch.where(inside, place, size + window)
+        new = flat.gather(0, place) + torch.where(inside, values[found], 0.0)
+        return flat.scatter(0, place, new.to(flat.dtype))[:size].view(weight.shape)
+
+
+class FishMask(Method):
+    """Train the weights with the largest Fisher information."""
+
+    name = "fish_mask"
+    Config = Config
+    tags = Tags(
+        category="selective",
+        paper="2111.09839",
+        mergeable=True,
+        needs_data=True,
+        checked_against="the authors' code",
+    )
+    target = "*"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        heads = surgeon.at("head") if surgeon.wishes.target is None else ()
+        left_out = {site.module_path for site in heads}
+        sites = [site for site in surgeon.sites() if site.module_path not in left_out]
+        tensors = one_each(each for site in sites for each in map(site.at, site.tensors()) if _there(each))
+        count = max(1, int(config.share * sum(each.numel for each in tensors)))
+        mask = surgeon.own("mask", lambda: Mask(count))
+        start = 0
+        for each in tensors:
+            holders = tuple(map(_stored, tied_to(each, surgeon)))
+            surgeon.graft(_stored(each), lambda site, start=start: FishOperator(site, start, mask), None, holders)
+            start += each.numel
+
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: Injection) -> None:
+        model.eval()
+        sites = [graft.site for graft in injection.grafts if graft.by_method]
+        weights = [site.module.get_parameter(site.tensor) for site in sites]
+        for weight in weights:
+            weight.requires_grad_(True)
+        fisher = squared_gradients(weights, islice(data, config.samples))
+        parts = [
+            take(site.layer.logical(fisher[weight]), site.rows, site.layer.batch_dims).flatten()
+            for site, weight in zip(sites, weights, strict=True)
+        ]
+        index = injection.shared["mask"].get_buffer("index")
+        index.copy_(torch.cat(parts).topk(len(index)).indices.sort().values)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return 0  # all of them are in the mask, which belongs to no site
+
+
+def _there(site: Site) -> bool:
+    return not site.missing(site.tensor) and site.module.get_parameter(site.tensor).is_floating_point()
+
+
+def _stored(site: Site) -> Site:
+    """A whole tensor as it is stored, so that holders of different kinds (table, head) share it."""
+    return replace(site, form="weight", layer=site.layer if site.rows else Layer())

@@ -1,0 +1,99 @@
+"""Trainable tokens: some rows of the table of tokens train.   From peft; there is no paper.
+
+    E'[i] = t_i for the given token indices i,   E'[i] = E[i] for all others,   t_i trained, starting from E[i]
+
+A head that is tied to the table sees the rows too, and keeps its bias (peft computes such a head without it). What is
+saved are the rows themselves, in ascending order of their indices, not differences from a base: new tokens come out the
+same whatever random numbers a resized table started from. The table looks its rows up without being copied; a tied
+head, and tables that scale what they look up, are run on a copy in which the rows are put.
+
+Parameters: as many as the indices, times the width of the table.
+
+Use it to teach a model new tokens (special ones, a domain's words) while all others stay what they are; besides another
+adapter, as it touches nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import torch
+from pydantic import AfterValidator, Field, NonNegativeInt
+from torch import Tensor, nn
+
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore.weights import Layer
+from peftcore_selective._ties import one_each, tied_to
+
+
+def _different(indices: list[int]) -> list[int]:
+    if len(set(indices)) != len(indices):
+        raise ValueError("an index stands there twice")
+    return indices
+
+
+class Config(MethodConfig):
+    """Options of trainable tokens."""
+
+    method: Literal["trainable_tokens"] = "trainable_tokens"
+    token_indices: Annotated[list[NonNegativeInt], Field(min_length=1), AfterValidator(_different)]
+    """The tokens whose rows train, as the tokenizer numbers them."""
+
+
+class TokensOperator(Operator):
+    """Rows that stand for some of a table's, and which these are."""
+
+    index: Tensor
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        if site.rows is not None or len(site.weight_shape) != 2:
+            raise UnsupportedSite(f"{site.path} is no table: it has no rows that could belong to tokens")
+        if max(config.token_indices) >= site.out_features:
+            raise UnsupportedSite(
+                f"{site.path} has {site.out_features} rows, but token_indices has {max(config.token_indices)}; "
+                "resize the table first (resize_token_embeddings)"
+            )
+        self.padding = site.module.padding_idx if isinstance(site.module, nn.Embedding) else None
+        self.register_buffer("index", torch.tensor(sorted(config.token_indices)), persistent=False)
+        self.value = nn.Parameter(site.weight().detach()[self.index].clone())  # [tokens, width]
+
+    def forward(self, call: Callable[..., Tensor], ids: Tensor) -> Tensor:
+        y = call(ids)
+        place = torch.searchsorted(self.index, ids.to(self.index.dtype)).clamp(max=len(self.index) - 1)
+        (value,) = self.cast(y, self.value)
+        rows = nn.functional.embedding(place, value)  # [..., width]
+        if self.padding is not None:  # looked up like all others, but it does not learn from that
+            rows = torch.where((ids == self.padding)[..., None], rows.detach(), rows)
+        return torch.where((self.index[place] == ids)[..., None], rows, y)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight.index_copy(0, self.index, self.value.to(weight.dtype))
+
+
+class TrainableTokens(Method):
+    """Train some rows of the table of tokens."""
+
+    name = "trainable_tokens"
+    Config = Config
+    tags = Tags(category="selective", paper="none: huggingface/peft", mergeable=True, checked_against="peft 0.21")
+    target = "embed"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in one_each(surgeon.sites()):
+            holders = tuple(_by_rows(each) for each in tied_to(site, surgeon))
+            surgeon.graft(_by_rows(site), TokensOperator, config, holders)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return len(config.token_indices) * site.in_features
+
+
+def _by_rows(site: Site) -> Site:
+    """The tensor as rows of tokens, whoever holds it: a table, or the head that is tied to one."""
+    if site.layer.one_hot:
+        return replace(site, layer=Layer())
+    return replace(site, form="weight")
