@@ -74,8 +74,8 @@ def _named(
 
 
 def _telling(check: Check, telling: Iterable[str]) -> tuple[str, ...]:
-    """The hosts of a check in a quick run: the telling ones, or one of those that the check wants, where it does not want
-    all."""
+    """The hosts of a check in a quick run: the telling ones, or one of those that the check wants, where it wants some
+    hosts only."""
     if check.chooses:
         return (ANYWHERE.name,)
     if check.hosts is None:
