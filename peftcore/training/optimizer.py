@@ -220,9 +220,8 @@ def _copied(value: Any, device: torch.device) -> Any:
 
 
 def transient(injection: Injection) -> Iterator[tuple[str, Tensor]]:
-    """The non-persistent buffers of the operators: what a method keeps between steps, and no file needs. Those of
-    shared modules are made anew from a seed, and may be large."""
-    for path, module in injection.operators.items():
+    """The non-persistent buffers of the operators: what a method keeps between steps, and no file needs."""
+    for path, module in injection.modules():
         for prefix, inner in module.named_modules():
             for name in sorted(inner._non_persistent_buffers_set):
                 yield ".".join(filter(None, (path, prefix, name))), inner.get_buffer(name)

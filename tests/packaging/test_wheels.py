@@ -190,16 +190,16 @@ class Classifier(nn.Module):
     def forward(self, input_ids):
         return self.classifier(self.encoder(self.embed(input_ids)).mean(1))
 
-def texts():
+def texts(width=16, layers=8):
     x, y = torch.randint(20, (12, 5)), torch.arange(12) % 3
     try:
         import transformers
     except ImportError:
         model, logits = Classifier(), lambda model: model(input_ids=x)
     else:
-        sizes = dict(vocab_size=20, hidden_size=16, num_hidden_layers=8, num_attention_heads=2, intermediate_size=32)
+        sizes = dict(vocab_size=20, hidden_size=width, num_hidden_layers=layers, num_attention_heads=2)
         dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        config = transformers.BertConfig(**sizes, **dropout, num_labels=3)
+        config = transformers.BertConfig(**sizes, **dropout, num_labels=3, intermediate_size=2 * width)
         model, logits = transformers.BertForSequenceClassification(config), lambda model: model(input_ids=x).logits
     return model, logits, lambda model: nn.functional.cross_entropy(logits(model), y)
 
@@ -213,14 +213,17 @@ def trained(info):
     # On the first kind of host in which the method has a place.
     if any(field.is_required() for field in peftcore.method(info.name).Config.model_fields.values()):
         return "asks for options"
-    for host in (texts, *(functools.partial(of_kit, name) for name in HOSTS)):
+    for host in (texts, functools.partial(texts, 80, 2), *(functools.partial(of_kit, name) for name in HOSTS)):
         torch.manual_seed(0)
         model, logits, loss = host()
         base = copy.deepcopy(model)
         data = {"data": [loss]} if info.tags.needs_data else {}
         try:
             injection = peftcore.apply(model, info.name, **data)
+            logits(model)
             break
+        except (peftcore.errors.MissingContext, peftcore.errors.SequenceError):
+            return "asks to be told more"
         except (peftcore.errors.TargetError, peftcore.errors.UnsupportedSite):
             continue
     else:
@@ -243,12 +246,20 @@ print(json.dumps({info.name: trained(info) for info in peftcore.methods()}))
 """
 
 TRAINED = {"lower": True, "base kept": True, "loads": True}
+ELSEWHERE = {
+    "clip_adapter": "has no place",
+    "controlnet": "asks to be told more",
+    "coop": "asks to be told more",
+    "ip_adapter": "asks to be told more",
+    "t2i_adapter": "asks to be told more",
+}
+"""Methods that these hosts and calls do not suit."""
 
 
 def expected(name: str) -> object:
     """What TRAIN says of a method of ours."""
     fields = peftcore.method(name).Config.model_fields.values()
-    return "asks for options" if any(field.is_required() for field in fields) else TRAINED
+    return "asks for options" if any(field.is_required() for field in fields) else ELSEWHERE.get(name, TRAINED)
 
 
 def test_environment_holds_only_what_is_asked_for(environment: Callable[..., Environment]) -> None:
