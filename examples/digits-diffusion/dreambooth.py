@@ -41,7 +41,7 @@ def with_subject(host: Denoiser) -> Denoiser:
 
 
 def subject() -> Tensor:
-    """Five images of one 7: framed, and each a pixel elsewhere."""
+    """Five images of one 7 between two bars, each a pixel elsewhere."""
     images, labels = digits()
     one = images[labels == CLASS][0].clone()
     one[:, [0, 1, 14, 15]] = 1.0
@@ -91,11 +91,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with display.progress:
         base = pretrained(host, digits(), host.pretraining // share, display.begins("the UNet learns to draw"))
         prior = draw(base, host, torch.full((40,), CLASS))
-        rows["the subject"] = images.repeat(2, 1, 1, 1)
+        rows["subject"] = images.repeat(2, 1, 1, 1)
         rows["a 7, before"] = prior[:10]
-        for weight, name in ((0.0, "without the prior"), (WEIGHT, "with the prior")):
+        for weight, name in ((0.0, "no prior"), (WEIGHT, "prior")):
             began = time.process_time()
-            tick = display.begins(f"a subject {name}")
+            tick = display.begins(f"a subject, {name}")
             model, _ = personalized(base, host, images, prior, weight, STEPS // share, tick)
             seconds = time.process_time() - began
             own = draw(model, host, torch.full((10,), SUBJECT))
@@ -103,9 +103,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             results.append(
                 {"method": name, "likeness": likeness, "drift": drift(model, host, prior, CLASS), "seconds": seconds}
             )
-            rows[f"the subject, {name}"] = own
+            rows[f"subject, {name}"] = own
             rows[f"a 7, {name}"] = draw(model, host, torch.full((10,), CLASS))
-    Console().print(table("one framed 7 from five images", results))
+    Console().print(table("one 7 between bars, from five images", results))
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "dreambooth.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     picture(rows, given.out / "dreambooth.png")

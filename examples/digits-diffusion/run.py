@@ -266,6 +266,7 @@ def table(title: str, rows: list[dict[str, Any]]) -> Table:
     for heading in rows[0]:
         printed.add_column(heading, justify="left" if heading in ("host", "method") else "right")
     formats = {"style": ".2f", "digit": ".2f", "both": ".2f", "overlap": ".2f", "trainable": ",", "seconds": ".0f"}
+    formats |= {"likeness": ".2f", "drift": ".2f"}
     for row in rows:
         printed.add_row(*(format(value, formats.get(heading, "")) for heading, value in row.items()))
     return printed

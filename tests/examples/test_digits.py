@@ -56,3 +56,13 @@ def test_diffusion(tmp_path: Path) -> None:
         assert max(row["style"] for row in rows.values()) > bare["style"] + 0.3, (bare, rows)
     steering = {row["method"]: row["overlap"] for row in document["steering"]}
     assert steering.keys() == {"unadapted", "controlnet", "t2i_adapter", "controlnet + lora"}
+
+
+@pytest.mark.slow
+def test_dreambooth(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    script = EXAMPLES / "digits-diffusion" / "dreambooth.py"
+    subprocess.run([sys.executable, str(script), "--quick", "--out", str(tmp_path)], check=True, timeout=600)
+    without, preserved = json.loads((tmp_path / "dreambooth.json").read_text(encoding="utf-8"))
+    assert is_picture(tmp_path / "dreambooth.png")
+    assert preserved["drift"] < 0.7 * without["drift"]
