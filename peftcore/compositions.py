@@ -231,20 +231,21 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
     folder = Path(path)
     try:
         composition = _read(json.loads((folder / FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, CompositionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, CompositionError) as error:
         raise CheckpointError(f"{folder} holds no composition that can be read: {error}") from None
-    assert isinstance(composition, Composition)
+    if not isinstance(composition, Composition):
+        raise CheckpointError(f"{folder} holds no composition: {composition!r} is the name of an adapter")
     loaded = []
     try:
         for name in dict.fromkeys(composition.names()):
             if not (folder / name).resolve().is_relative_to(folder.resolve()):
                 raise CheckpointError(f"{folder}: {name!r} is no name of an adapter below it")
             loaded.append(load(model, folder / name, name=name))
-    except Exception:
+        activate(model, composition)
+    except BaseException:  # whatever it was: nothing stays behind
         for injection in reversed(loaded):
             injection.remove()
         raise
-    activate(model, composition)
     return composition
 
 

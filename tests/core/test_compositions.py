@@ -202,7 +202,8 @@ def test_a_broken_file_loads_nothing(host: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         peftcore.load_composition(bare, tmp_path)
     assert peftcore.injections(bare) == {}
-    for text in ("no json", '{"kind": "Fold", "parts": ["a"]}', '{"kind": "Sum", "parts": ["../a"]}'):
+    texts = ("no json", '"a"', "[1]", '{"kind": "Fold", "parts": ["a"]}', '{"kind": "Sum", "parts": ["../a"]}')
+    for text in texts:
         (tmp_path / "composition.json").write_text(text)
         with pytest.raises(CheckpointError):
             peftcore.load_composition(bare, tmp_path)

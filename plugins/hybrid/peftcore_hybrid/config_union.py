@@ -13,18 +13,15 @@ Use it to try combinations (LoRA with a prefix, adapters with trained norms) wit
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import nn
 
 import peftcore
-from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags
-from peftcore.config import validate_json
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
-from peftcore.plugins import registry
+from peftcore.parts import OfParts, options_of
 
 
 class Config(MethodConfig):
@@ -42,20 +39,7 @@ class Config(MethodConfig):
         return parts
 
 
-def options_of(part: Mapping[str, Any]) -> MethodConfig:
-    """The checked options of one part.
-
-    Raises:
-        ConfigError: it names no method, or its options break a rule of that method.
-    """
-    if "method" not in part:
-        raise ConfigError('every part of a union says which it is: {"method": "lora", ...}')
-    options = {key: value for key, value in part.items() if key != "target"}
-    kind = peftcore.method(part["method"]).Config
-    return validate_json(kind, json.dumps({**options, "method": kind.model_fields["method"].default}))
-
-
-class ConfigUnion(Method):
+class ConfigUnion(OfParts, Method):
     """Several methods under one name."""
 
     name = "config_union"
@@ -66,19 +50,6 @@ class ConfigUnion(Method):
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for index, part in enumerate(config.parts):
             surgeon.include(str(index), peftcore.method(part["method"])(), options_of(part), part.get("target"))
-
-    def trainable(self, model: nn.Module, config: Config, injection: Injection) -> None:
-        for part in injection.parts.values():
-            registry().hook.peftcore_select(model=model, method=part.method, config=part.config, injection=part)
-
-    def aux_loss(self, injection: Injection) -> Tensor | None:
-        losses = [part.method.aux_loss(part) for part in injection.parts.values()]
-        given = [loss for loss in losses if loss is not None]
-        return sum(given[1:], given[0]) if given else None
-
-    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
-        parts = injection.parts.values()
-        return [group for part in parts for group in part.method.parameter_groups(part, lr=lr, **defaults)]
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

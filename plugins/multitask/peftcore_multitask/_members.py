@@ -14,10 +14,10 @@ import peftcore
 from peftcore import Replacement, Site, Surgeon
 from peftcore.calls import known
 from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.parts import options_of
 from peftcore.rows import Once
 from peftcore.surgery import Graft
 from peftcore.targets import Target
-from peftcore_multitask._merging import options_of
 
 Members = list[list[nn.Module]]
 """The operators of each adapter at one place; several where an adapter is a hybrid."""

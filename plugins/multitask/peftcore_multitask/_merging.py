@@ -8,7 +8,6 @@ biases is combined in the same way. What is no change of a weight (a dropout of 
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -21,10 +20,10 @@ import peftcore
 from peftcore import Injection, MethodConfig, Site, Surgeon, WeightOperator
 from peftcore.algebra import product
 from peftcore.combining import established, opened, warn_of_heads
-from peftcore.config import validate, validate_json
+from peftcore.config import validate
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.operators import _Base, is_mergeable
-from peftcore.plugins import registry
+from peftcore.parts import OfParts, options_of
 from peftcore.weights import bias_name
 
 if TYPE_CHECKING:
@@ -61,19 +60,6 @@ class PartsConfig(MethodConfig):
         if self.weights is not None and len(self.weights) != len(self.parts):
             raise ConfigError(f"{len(self.weights)} weights for {len(self.parts)} parts")
         return self
-
-
-def options_of(part: Mapping[str, Any]) -> MethodConfig:
-    """The checked options of one part.
-
-    Raises:
-        ConfigError: it names no method, or its options break a rule of that method.
-    """
-    if "method" not in part:
-        raise ConfigError('every part says which method it is: {"method": "lora", ...}')
-    kind = peftcore.method(part["method"]).Config
-    options = {key: value for key, value in part.items() if key != "target"}
-    return validate_json(kind, json.dumps({**options, "method": kind.model_fields["method"].default}))
 
 
 def precise(tensor: Tensor) -> Tensor:
@@ -125,24 +111,8 @@ class MergingOperator(WeightOperator):
         return change if base is None else base + change
 
 
-class OfParts:
-    """What a method of parts hands on to them."""
-
-    def trainable(self, model: nn.Module, config: Any, injection: Injection) -> None:
-        """What the parts let train."""
-        for part in injection.parts.values():
-            registry().hook.peftcore_select(model=model, method=part.method, config=part.config, injection=part)
-
-    def aux_loss(self, injection: Injection) -> Tensor | None:
-        """The sum of the parts' own."""
-        losses = [part.method.aux_loss(part) for part in injection.parts.values()]
-        given = [loss for loss in losses if loss is not None]
-        return sum(given[1:], given[0]) if given else None
-
-    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
-        """Those of the parts."""
-        parts = injection.parts.values()
-        return [group for part in parts for group in part.method.parameter_groups(part, lr=lr, **defaults)]
+class OfMergedParts(OfParts):
+    """What a method of parts hands on to them, and how many values they have."""
 
     @staticmethod
     def parameter_count(site: Site, config: Any) -> int:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from peftcore import Combiner, Injection, Method, MethodConfig, Site, Surgeon, Tags, on_first
 from peftcore.errors import CompositionError
 from peftcore_multitask._members import Members, of_host, of_parts, outputs_of
-from peftcore_multitask._merging import OfParts
+from peftcore_multitask._merging import OfMergedParts
 
 ADAPTER = {"method": "pfeiffer_adapter", "placement": "branch"}
 
@@ -98,7 +98,7 @@ class FusionOperator(Combiner):
         return (h + mixed.to(h.dtype)).movedim(-1, channels)
 
 
-class AdapterFusion(OfParts, Method):
+class AdapterFusion(OfMergedParts, Method):
     """Attention over adapters, for each token at each module."""
 
     name = "adapter_fusion"
@@ -140,7 +140,7 @@ class AdapterFusion(OfParts, Method):
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
-        inside = 0 if config.adapters else OfParts.parameter_count(site, config)
+        inside = 0 if config.adapters else OfMergedParts.parameter_count(site, config)
         return (3 if config.value else 2) * site.out_features**2 + site.out_features + inside
 
 

@@ -27,7 +27,8 @@ from peftcore.algebra import linear
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.graft import view
 from peftcore.operators import Factors, is_mergeable
-from peftcore_multitask._merging import Members, OfParts, PartsConfig, collected, options_of
+from peftcore.parts import options_of
+from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
 
 
 class Config(PartsConfig):
@@ -90,7 +91,7 @@ class SoupAround(Operator):
         return self.soup.mean()(call, *args, **kwargs)
 
 
-class AdapterSoup(OfParts, Method):
+class AdapterSoup(OfMergedParts, Method):
     """One adapter with the mean of several adapters' parameters."""
 
     name = "adapter_soup"

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, Site, Surgeon, Tags
 from peftcore.algebra import Sign, linear, random_mask, ties
-from peftcore_multitask._merging import Members, MergingOperator, OfParts, PartsConfig, merge_parts
+from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts
 
 
 class Config(PartsConfig):
@@ -78,7 +78,7 @@ class DAREOperator(MergingOperator):
         return self.config.scale * linear(rest, weights)
 
 
-class DARE(OfParts, Method):
+class DARE(OfMergedParts, Method):
     """Changes of weights, thinned out at random before they are merged."""
 
     name = "dare"

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from peftcore import Method, Site, Surgeon, Tags
 from peftcore.algebra import cat, linear
 from peftcore.operators import Factors
-from peftcore_multitask._merging import Members, MergingOperator, OfParts, PartsConfig, merge_parts
+from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts
 
 
 class Config(PartsConfig):
@@ -52,7 +52,7 @@ class TaskArithmeticOperator(MergingOperator):
         return cat(given, [self.scale * w for w in self.weights.values()]) if len(given) == len(every) else None
 
 
-class TaskArithmetic(OfParts, Method):
+class TaskArithmetic(OfMergedParts, Method):
     """A weighted sum of changes of weights."""
 
     name = "task_arithmetic"

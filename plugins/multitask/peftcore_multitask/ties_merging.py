@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, Site, Surgeon, Tags
 from peftcore.algebra import Sign, ties
-from peftcore_multitask._merging import Members, MergingOperator, OfParts, PartsConfig, merge_parts
+from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts
 
 
 class Config(PartsConfig):
@@ -52,7 +52,7 @@ class TIESOperator(MergingOperator):
         return self.scale * ties(list(deltas.values()), weights, self.density, self.sign)
 
 
-class TIESMerging(OfParts, Method):
+class TIESMerging(OfMergedParts, Method):
     """Changes of weights, merged where their signs agree."""
 
     name = "ties_merging"
