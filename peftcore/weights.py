@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -206,15 +206,16 @@ def _kinds() -> dict[type, Callable[[Any], Layer]]:
 
 
 def dense_layer(module: nn.Module, tensor: str) -> Layer:
-    """The layer of a dense tensor: of the module's own `weight` by the module's class, of any other tensor by its
-    dimensions."""
-    if tensor == "weight":
-        kinds = _kinds()
-        for cls in type(module).__mro__:
-            if cls in kinds:
-                return kinds[cls](module)
+    """The layer of a dense tensor: of a `weight` by the class of the module that holds it, of any other tensor by its
+    dimensions. What a module reads of one below it is stored alike, but is never called at the module."""
     path, _, name = tensor.rpartition(".")
     owner = module.get_submodule(path)
+    if name == "weight":
+        kinds = _kinds()
+        for cls in type(owner).__mro__:
+            if cls in kinds:
+                layer = kinds[cls](owner)
+                return layer if owner is module else replace(layer, called=False)
     value = getattr(owner, name, None)
     if isinstance(value, Tensor) and value.dim() == 3:
         # Stacked experts describe themselves (transformers: `is_transposed`); without a word they are stored [experts,

@@ -41,7 +41,6 @@ REFUSALS = (TargetError, UnsupportedSite)
 LATER = (SequenceError, MissingContext, UnsupportedSite)
 """It stands, and forward wants to be told more, or cannot be followed."""
 KNOWN = {
-    ("mamba", "ssf"): "to be mended: the shift of a convolution whose weights are read gets two dimensions",
     ("mamba", "fish_mask"): "in evaluation the host fills a cache, which what runs again in backward would fill again",
     ("llava", "vpt_shallow"): "the projector takes hidden states from between the blocks of the vision tower",
 }
