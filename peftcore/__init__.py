@@ -21,6 +21,7 @@ from peftcore.hookspecs import API, hookimpl
 from peftcore.injection import Injection
 from peftcore.operators import Combiner, Operator, Replacement, WeightOperator, on_first
 from peftcore.planning import Plan
+from peftcore.quantization import quantize, schemes
 from peftcore.records import Call, Tap, current_call
 from peftcore.sequence import SequenceOperator, SequenceSite
 from peftcore.surgery import Surgeon
@@ -73,8 +74,10 @@ __all__ = [
     "methods",
     "on_first",
     "plan",
+    "quantize",
     "register",
     "route",
     "save_composition",
+    "schemes",
     "to_lora",
 ]

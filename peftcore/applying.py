@@ -77,7 +77,7 @@ def prepare(
         raise UnsupportedHost(
             "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"
         )
-    resolver = Resolver(model, host or host_map(model), layer_of, _is_ours)
+    resolver = Resolver(model, host or host_map(model), layer_of, is_ours)
     surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry)
     try:
         registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
@@ -106,11 +106,12 @@ def _is_tensor_parallel(model: nn.Module) -> bool:
     if tensors is None or (fsdp is not None and isinstance(model, fsdp.FSDPModule)):
         return False
     own = any(isinstance(parameter, tensors.DTensor) for parameter in model._parameters.values())
-    children = (child for child in model._modules.values() if child is not None and not _is_ours(child))
+    children = (child for child in model._modules.values() if child is not None and not is_ours(child))
     return own or any(_is_tensor_parallel(child) for child in children)
 
 
-def _is_ours(module: nn.Module) -> bool:
+def is_ours(module: nn.Module) -> bool:
+    """Whether a module of the host belongs to an injection."""
     return isinstance(module, Operators)
 
 

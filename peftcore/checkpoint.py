@@ -189,7 +189,7 @@ def _check_host(envelope: Envelope, selections: Mapping[str, Sequence[Site]]) ->
 
 def _shape(site: Site) -> tuple[int, ...]:
     """The logical shape of a selected site; empty for a module without a weight of its own."""
-    return () if site.layer.read(site.module, site.tensor) is None else tuple(site.weight_shape)
+    return tuple(site.weight_shape) if site.layer.has(site.module, site.tensor) else ()
 
 
 def _check_tensors(plan: Plan, tensors: dict[str, torch.Tensor], strict: bool) -> None:

@@ -26,6 +26,12 @@ class Defaults:
         return dense_layer(module, tensor)
 
     @hookimpl(trylast=True)
+    def peftcore_stance(self, cls: type[nn.Module]) -> Any:
+        from peftcore.stances import STANCES
+
+        return next((stance for known, stance in STANCES.items() if issubclass(cls, known)), None)
+
+    @hookimpl(trylast=True)
     def peftcore_inject(self, model: nn.Module, method: Any, config: Any, surgeon: Any) -> bool:
         method.inject(model, config, surgeon)
         return True

@@ -76,6 +76,10 @@ class SequenceError(PeftcoreError, RuntimeError):
     """Rows cannot stand in front of this sequence: an argument or a cache that nobody knows how to keep in step."""
 
 
+class QuantizationError(PeftcoreError, ValueError):
+    """Weights cannot be packed as asked: an unknown scheme, a missing package, a format that does not fit."""
+
+
 class MergeError(PeftcoreError, RuntimeError):
     """A merge or its undoing is impossible now; no weight was changed."""
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from peftcore.attention import attributes
@@ -37,24 +36,6 @@ _SLOT = "_peftcore_slot"
 _FORWARDS = ("forward", "_old_forward")
 """Where a forward may be set on an instance: by anybody, and by accelerate the one that its hook calls."""
 
-STANCES: tuple[tuple[type[nn.Module], bool, Mapping[str, Any]], ...] = (
-    # (class, always, attributes of the view): modules of torch that would go behind the back of grafts or move a frozen
-    # base.
-    # "always" holds while any injection is on the host; otherwise only while one acts inside the module.
-    (_NormBase, True, {"training": False}),  # running statistics of a frozen base stay
-    (
-        nn.TransformerEncoder,
-        False,
-        {"use_nested_tensor": False},
-    ),  # the nested-tensor path works on the fused layer path only
-    (
-        nn.TransformerEncoderLayer,
-        False,
-        {"activation_relu_or_gelu": 0},
-    ),  # the fused path reads the children's weights itself
-)
-
-
 Forward = Callable[..., Any]
 
 
@@ -64,15 +45,18 @@ def slot_of(module: nn.Module) -> Slot | None:
 
 
 def view(
-    module: nn.Module, effective: Mapping[str, Tensor | None], attributes: Mapping[str, Any] | None = None
+    module: nn.Module,
+    effective: Mapping[str, Tensor | None],
+    attributes: Mapping[str, Any] | None = None,
+    cls: type[nn.Module] | None = None,
 ) -> nn.Module:
-    """A stand-in of the plain class that shares the module's `__dict__` but for the effective tensors (paths may reach
-    into children)."""
+    """A stand-in of the plain class (or of `cls`) that shares the module's `__dict__` but for the effective tensors
+    (paths may reach into children)."""
     own = {path: tensor for path, tensor in effective.items() if "." not in path}
     parametrized = module._modules.get("parametrizations")
     for name in parametrized._modules if parametrized is not None else ():  # the plain class does not compute them
         own.setdefault(name, getattr(module, name))
-    stand_in: nn.Module = object.__new__(plain_class(module))
+    stand_in: nn.Module = object.__new__(cls or plain_class(module))
     fields = {key: value for key, value in module.__dict__.items() if key not in own and key != _SLOT}
     fields["_parameters"] = {**module._parameters, **own}
     nested: dict[str, dict[str, Tensor | None]] = {}
@@ -98,7 +82,7 @@ def _run_view(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    stand_in = view(module, tensors, acting.attributes)
+    stand_in = view(module, tensors, acting.attributes, acting.runs_dense)
     return type(stand_in).forward(stand_in, *args, **kwargs)
 
 
@@ -136,7 +120,7 @@ def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwar
     if torch.is_grad_enabled():
         slot.kept = None
         return checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
-    if module.training:
+    if module.training or acting.packed:  # a kept copy would undo what packing is for
         return _on_view(module, acting, args, kwargs)
     return _run_view(module, acting, _kept(slot, module, acting), args, kwargs)
 
@@ -266,7 +250,7 @@ def attach(module: nn.Module, state: HostState) -> Slot:
     if slot is None:
         slot = module.__dict__[_SLOT] = Slot(state)
         state.slots.add(slot)
-        _change_class(module, grafted_class(type(module)))
+        change_class(module, grafted_class(type(module)))
     slot.changed()
     return slot
 
@@ -289,10 +273,10 @@ def ungraft(module: nn.Module) -> None:
     if slot is not None:
         slot.state.slots.discard(slot)
     if GRAFTED in vars(type(module)):
-        _change_class(module, vars(type(module))[GRAFTED])
+        change_class(module, vars(type(module))[GRAFTED])
 
 
-def _change_class(module: nn.Module, cls: type[nn.Module]) -> None:
+def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Swap the class, and forwards on the instance that are methods of the old one."""
     before, module.__class__ = type(module).forward, cls
     for key in _FORWARDS:
@@ -309,16 +293,6 @@ def is_reached(module: nn.Module) -> bool:
     on the instance and keep the one that they call."""
     kept = [module.__dict__[key] for key in _FORWARDS if key in module.__dict__]
     return not kept or any(_is_method(forward, type(module).forward) for forward in kept)
-
-
-def stance_of(module: nn.Module) -> tuple[bool, Mapping[str, Any]] | None:
-    """How the module must be held while the host is adapted, if it is one of the kinds in `STANCES`."""
-    for cls, always, held in STANCES:
-        if isinstance(module, cls):
-            if always and getattr(module, "running_mean", None) is None:
-                return None
-            return always, held
-    return None
 
 
 def effective_weight(module: nn.Module, tensor: str, layer: Layer, rows: Ranges | None) -> Tensor:

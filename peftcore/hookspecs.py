@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from peftcore.contract import Method, MethodConfig
     from peftcore.hosts import HostMap
     from peftcore.injection import Injection
+    from peftcore.stances import Stance
     from peftcore.surgery import Surgeon
     from peftcore.weights import Layer
 
@@ -56,6 +57,24 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
     Runs once for each site, when it is chosen; the answer is plain data that later reads and writes without hooks. Gets
     the module and the path of the tensor below it ("weight" for most). Returns a `Layer`, or None; the core answers for
     dense tensors, a quantizing plugin for packed ones. Stops at the first result that is not None.
+    """
+
+
+@hookspec(firstresult=True)
+def peftcore_stance(cls: type[nn.Module]) -> Stance | None:
+    """Say how modules of a class must be held while their host is adapted.
+
+    Runs once for each class of modules that an adapted host has. Gets the class. Returns a `Stance`: attributes that
+    the module's view has, or None; the core answers for modules of torch. Stops at the first result that is not None.
+    """
+
+
+@hookspec
+def peftcore_schemes() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """Name the ways of packing weights that a plugin brings, for `quantize`.
+
+    Runs when a scheme is first asked for. Returns names mapped to ``"module:Class"``, each a `Scheme`. Strings, so that
+    what they need is imported on first use only. Modules so packed are recognized by `peftcore_layer`.
     """
 
 

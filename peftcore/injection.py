@@ -51,6 +51,8 @@ class Injection:
         self.kept: dict[merging.Key, merging.Original] | None = None
         self._surgeon = surgeon
         self._keep: merging.Keep = "cpu"
+        self._merge_report = merging.MergeReport()
+        self._again: dict[str, Any] = {}
 
     @property
     def operators(self) -> dict[str, _Base]:
@@ -136,7 +138,7 @@ class Injection:
             MergeError: it is merged and the originals were not kept.
         """
         self._alive()
-        merged, keep = self.merged, self._keep
+        merged, keep, again = self.merged, self._keep, self._again
         if merged:
             self.unmerge()
         try:
@@ -144,7 +146,7 @@ class Injection:
                 yield
         finally:
             if merged:
-                self.merge(keep)
+                self.merge(keep, **again)
 
     def trainable(self, mode: bool = True) -> None:
         """Let its parameters train, or freeze them. Nothing else on the host changes."""
@@ -176,23 +178,34 @@ class Injection:
 
         return method_optimizer(self, cls, lr, total_steps, options)
 
-    def merge(self, keep: merging.Keep = "cpu") -> None:
+    def merge(
+        self, keep: merging.Keep = "cpu", *, into: merging.Into = "float", max_error: float = merging.BOUND
+    ) -> merging.MergeReport:
         """Fold it into the host's tensors; merging twice changes nothing more.
 
         Args:
             keep: how `unmerge` gets the originals back: their values on the "cpu" or on the "device", a compressed
-                "record" of ulps, or None (then it cannot).
+                "record" of ulps, or None (then it cannot). Of packed weights the codes are kept where they are.
+            into: what becomes of packed weights: "float" makes their modules dense; "same" packs the merged weights
+                again, which costs accuracy: the report says how much at each site.
+            max_error: the error (norm of the difference over norm of the weight) above which packing again is refused.
+
+        Returns:
+            What was written; it prints as a table.
 
         Raises:
             NotMergeable: the method has no merged form.
-            MergeError: not possible now, or the result would not be finite; no weight was changed.
+            MergeError: not possible now, the result would not be finite, or a weight cannot be packed again or not
+                well enough; no weight was changed.
         """
         self._alive()
         if self.merged:
-            return
-        kept = merging.merge(self, keep)
+            return self._merge_report
+        kept, report = merging.merge(self, keep, into, max_error)
         self.kept, self.merged, self._keep = None if keep is None else kept, True, keep
+        self._merge_report, self._again = report, {"into": into, "max_error": max_error}
         self._replan()
+        return report
 
     def unmerge(self) -> None:
         """Restore the host's tensors bit for bit; the injection acts through its operators again.
@@ -290,6 +303,10 @@ class Injection:
                 if slot is not None:
                     slot.changed()
         self.state.replan()
+
+    def stored_anew(self, module: nn.Module) -> None:
+        """A module of the host was packed or made dense: sites there are read in another way from now on."""
+        self._surgeon.stored_anew(module)
 
     def check_routable(self) -> None:
         """Verify that rows of a batch can be told apart at every site.

@@ -13,8 +13,9 @@ from torch import nn
 
 from peftcore.calls import HostState
 from peftcore.errors import UnsupportedHost, UnsupportedSite
-from peftcore.graft import attach, detach, is_reached, slot_of, stance_of, ungraft
+from peftcore.graft import attach, detach, is_reached, slot_of, ungraft
 from peftcore.mounts import Mount
+from peftcore.stances import stance_of
 from peftcore.targets import Site
 
 if TYPE_CHECKING:
@@ -130,13 +131,13 @@ def _hold_stances(surgeon: Surgeon, state: HostState, name: str) -> None:
         stance = stance_of(module)
         if stance is None:
             continue
-        always, attributes = stance
-        if not always and not any(id(inner) in acting for inner in module.modules()):
+        if not stance.always and not any(id(inner) in acting for inner in module.modules()):
             continue
-        owner = None if always else name
+        stance.ready(module)
+        owner = None if stance.always else name
         slot = attach(module, state)
         if all(held[0] != owner for held in slot.stances):
-            slot.stances.append((owner, attributes))
+            slot.stances.append((owner, stance.attributes))
 
 
 def uninstall(surgeon: Surgeon, name: str) -> None:

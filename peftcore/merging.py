@@ -5,6 +5,9 @@ to undo is kept as
 asked: the originals on the CPU or on their device, or a record of ulps: how many representable steps the original lies
 from what subtracting the delta again would give; for additive methods nearly all zeros, so it compresses to a few
 percent.
+
+A packed weight is made dense by a merge, or packed again with the measured error in the report; its codes are what is
+kept of it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -21,14 +24,18 @@ from torch import Tensor, nn
 from peftcore.errors import MergeError, NotMergeable
 from peftcore.mounts import Effect, Mount, effects_of, fold
 from peftcore.operators import is_mergeable
+from peftcore.packing import Form, Packed, become, restore
 from peftcore.plugins import layer_of, registry
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection
 
 Keep = Literal["cpu", "record", "device"] | None
+Into = Literal["float", "same"]
 Key = tuple[str, str]
 """(module path, tensor path below it)"""
+BOUND = 0.25
+"""The error of packing again above which a merge is refused: about twice that of the coarsest 4-bit format."""
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -39,6 +46,35 @@ class Original:
     values: Tensor | None
     record: bytes | None = None
     digest: bytes = b""
+    form: Form | None = None
+    """Of a packed weight: what the module was, codes and all."""
+
+
+@dataclass(frozen=True)
+class Repacked:
+    """What packing a merged weight again did to it."""
+
+    error: float
+    """Norm of the difference to the weight that was meant, over the norm of that weight."""
+    lost: float
+    """The same difference over what the merge changed: at 1 it drowns the adapter."""
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge wrote."""
+
+    dense: tuple[str, ...] = ()
+    """Modules that were packed and are dense now."""
+    repacked: Mapping[str, Repacked] = field(default_factory=dict)
+    """Modules that were packed again, with their errors."""
+    tensors: int = 0
+    """How many tensors were written."""
+
+    def __str__(self) -> str:
+        lines = [f"{self.tensors} tensors merged, {len(self.dense)} of them made dense"]
+        lines += [f"  {path}: error {r.error:.3g}, of the change {r.lost:.3g}" for path, r in self.repacked.items()]
+        return "\n".join(lines)
 
 
 def _effects(injection: Injection) -> dict[Key, list[Effect]]:
@@ -57,7 +93,7 @@ def _precise(tensor: Tensor) -> Tensor:
 
 def _folded(module: nn.Module, effects: list[Effect], base: Tensor | None) -> Tensor | None:
     """The new stored tensor, computed in float32 or better and rounded once."""
-    like = next(module.parameters()) if base is None else base
+    like = effects[0].mount.layer.like(module, effects[0].mount.tensor) if base is None else base
     new = fold(module, effects, None if base is None else _precise(base), _precise(like), _precise)
     return None if new is None else new.to(like.dtype)
 
@@ -178,13 +214,15 @@ def _original(injection: Injection, key: Key, kept: Original, merged: Tensor) ->
 
 
 @torch.no_grad()
-def merge(injection: Injection, keep: Keep) -> dict[Key, Original]:
-    """Write the effective tensors, all or none; returns what undoes it.
+def merge(
+    injection: Injection, keep: Keep, into: Into = "float", bound: float = BOUND
+) -> tuple[dict[Key, Original], MergeReport]:
+    """Write the effective tensors, all or none; returns what undoes it, and a report.
 
     Raises:
         NotMergeable: the method has no merged form.
-        MergeError: an effective tensor is not finite, a tied tensor would change elsewhere, or an earlier injection
-            must go first.
+        MergeError: an effective tensor is not finite, a tied tensor would change elsewhere, an earlier injection
+            must go first, or a weight cannot be packed again or not well enough.
     """
     _check(injection)
     new = registry().hook.peftcore_merge(
@@ -195,9 +233,16 @@ def merge(injection: Injection, keep: Keep) -> dict[Key, Original]:
         raise MergeError(f"the merged weights would not be finite: {', '.join(bad[:4])}; nothing was changed")
     _check_ties(injection.model, new)
     kept: dict[Key, Original] = {}
+    repacked: dict[str, Repacked] = {}
     done: set[int] = set()
     try:
         for key, tensor in new.items():
+            layer = layer_of(injection.model.get_submodule(key[0]), key[1])
+            if isinstance(layer, Packed):
+                kept[key], error = _write_packed(injection.model, key, layer, tensor, into)
+                if error is not None:
+                    repacked[key[0]] = _within(error, bound, key[0])
+                continue
             old = _read(injection.model, key)
             if id(old) in done:
                 continue  # tied to one that is written
@@ -207,17 +252,54 @@ def merge(injection: Injection, keep: Keep) -> dict[Key, Original]:
     except BaseException:
         _restore(injection, kept)
         raise
-    return kept
+    dense = [key[0] for key, original in kept.items() if original.form is not None and key[0] not in repacked]
+    return kept, MergeReport(tuple(dense), repacked, len(new))
+
+
+def _write_packed(
+    model: nn.Module, key: Key, layer: Packed, weight: Tensor, into: Into
+) -> tuple[Original, Repacked | None]:
+    """Write a weight where a packed one is: as a dense linear layer, or packed in the same way."""
+    module, _ = _owner(model, key)
+    if into == "float":
+        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta").train(module.training)
+        dtype = layer.dtype(module) or _floating_dtype(model)
+        dense.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
+        return Original(None, form=become(module, dense)), None
+    before = layer.unpack(module)
+    again = layer.pack(module, weight).train(module.training)
+    off = _precise(layer.unpack(again)) - _precise(weight)
+    size, change = _precise(weight).norm(), (_precise(weight) - _precise(before)).norm()
+    error = Repacked(float(off.norm() / size.clamp_min(1e-30)), float(off.norm() / change.clamp_min(1e-30)))
+    return Original(None, form=become(module, again)), error
+
+
+def _floating_dtype(model: nn.Module) -> torch.dtype:
+    """That of the host's first matrix which is not packed: an embedding, most likely."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dim() > 1), torch.float32)
+
+
+def _within(error: Repacked, bound: float, path: str) -> Repacked:
+    if error.error > bound:
+        raise MergeError(
+            f"{path}: packing the merged weight again would change it by {error.error:.3g} of its norm, more than "
+            f"{bound:.3g}; nothing was changed. Merge into='float', or raise max_error"
+        )
+    return error
 
 
 def _restore(injection: Injection, kept: Mapping[Key, Original]) -> None:
     originals = {}
     for key, original in kept.items():
-        merged = _read(injection.model, key)
-        assert merged is not None
-        originals[key] = _original(injection, key, original, merged)
+        if original.form is None:
+            merged = _read(injection.model, key)
+            assert merged is not None
+            originals[key] = _original(injection, key, original, merged)
     for key, value in originals.items():
         _write(injection.model, key, value)
+    for key, original in kept.items():
+        if original.form is not None:
+            restore(_owner(injection.model, key)[0], original.form)
 
 
 @torch.no_grad()

@@ -157,14 +157,19 @@ class Acting:
     attention: tuple[Mount, ...] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
     derives: bool = False
+    packed: bool = False
+    """Whether a tensor that it acts on is kept packed: each effective tensor is a dense copy."""
+    runs_dense: type[nn.Module] | None = None
+    """The class whose forward takes the effective tensors, where the module's own cannot."""
 
     def effective(self, module: nn.Module) -> dict[str, Tensor | None]:
         """The effective tensors by path below the module, computed at the operators' own precision."""
-        like = next(module.parameters())
-        with torch.autocast(like.device.type, enabled=False):
-            return {
-                path: fold(module, each, each[0].mount.layer.read(module, path), like) for path, each in self.effects
-            }
+        tensors: dict[str, Tensor | None] = {}
+        for path, each in self.effects:
+            like = each[0].mount.layer.like(module, path)
+            with torch.autocast(like.device.type, enabled=False):
+                tensors[path] = fold(module, each, each[0].mount.layer.read(module, path), like)
+        return tensors
 
 
 def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str, Any]]], active: Active) -> Acting:
@@ -189,6 +194,8 @@ def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str
         attention=tuple(mount for mount in acting if mount.form == "attention"),
         attributes=attributes,
         derives=any(mount.operator.derives for mount in weight),
+        packed=any(mount.layer.packed for mount in weight),
+        runs_dense=next((mount.layer.runs_dense for mount in weight if mount.layer.runs_dense), None),
     )
 
 

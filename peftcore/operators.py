@@ -48,6 +48,14 @@ class _Base(nn.Module):
         `merged` gets, for the few whose bias depends on it."""
         return bias
 
+    def base_to_pack(self, weight: Tensor) -> Tensor:
+        """What `quantize` packs in place of the base weight ``[out, in]``, for methods that are made for a packed base;
+        most leave it alone."""
+        return weight
+
+    def base_was_packed(self) -> None:
+        """What `base_to_pack` said is packed now, and is the base from here on."""
+
     def tensors(self) -> Iterator[Tensor]:
         """All that it computes with: its parameters and buffers, and those of shared modules that it holds."""
         for module in self.modules():

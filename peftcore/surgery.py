@@ -212,7 +212,7 @@ class Surgeon:
 
     def replace(self, site: Site) -> Replacement:
         """Let a value stand for the site's tensor: one for each tensor, so all that is tied to it sees the same."""
-        tensor = site.layer.read(site.module, site.tensor)
+        tensor = None if site.layer.packed else site.layer.read(site.module, site.tensor)
         key = (site.path if tensor is None else id(tensor), site.rows)
         if key not in self._replaced:
             site = self._as_stored(site)
@@ -238,6 +238,19 @@ class Surgeon:
             if value is not None
         ]
         return [self.replace(replace(site, meta=self.dry)) for site in sites]
+
+    def stored_anew(self, module: nn.Module) -> None:
+        """Look again at how a module stores what the recorded sites are."""
+
+        def anew(site: Site) -> Site:
+            return replace(site, layer=site.layer_of(module, site.tensor)) if site.module is module else site
+
+        self.grafts[:] = [
+            replace(graft, site=anew(graft.site), holders=tuple(map(anew, graft.holders))) for graft in self.grafts
+        ]
+        self.selections |= {key: [anew(site) for site in sites] for key, sites in self.selections.items()}
+        for part in self.parts.values():
+            part.stored_anew(module)
 
     def train_wishes(self) -> None:
         """Record what the user named in ``train``: paths, or ends of paths."""
@@ -283,12 +296,11 @@ class Surgeon:
     @staticmethod
     def _as_stored(site: Site) -> Site:
         """A whole tensor is replaced as it is stored, so that holders of different kinds (table, head) share it."""
-        return replace(site, form="weight", layer=site.layer if site.rows else Layer())
+        return replace(site, form="weight", layer=site.layer if site.rows or site.layer.packed else Layer())
 
     def _build(self, path: str, make: Callable[[], Any], site: Site | None, device: torch.device | None = None) -> Any:
         if site is not None:
-            held = site.layer.read(site.module, site.tensor)
-            device = next(site.module.parameters(), torch.empty(0)).device if held is None else held.device
+            device = site.device
         with drawing(self.wishes.seed, self.part + path), torch.device("meta" if self.dry else "cpu"):
             built = make()
         dtype = self.wishes.dtype

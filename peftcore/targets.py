@@ -64,7 +64,7 @@ class Site:
     @property
     def weight_shape(self) -> torch.Size:
         """The logical shape ``[*batch, out, in, *kernel]``, also when the weight is packed; rows only."""
-        if self.layer.read(self.module, self.tensor) is None:
+        if not self.layer.has(self.module, self.tensor):
             return torch.Size([self._beside().out_features])
         shape = list(self.layer.shape(self.module, self.tensor))
         if self.rows is not None:
@@ -102,12 +102,20 @@ class Site:
             raise UnsupportedSite(f"{self.path} is a vector of {self.out_features}; this method needs a matrix")
         return inputs
 
+    @property
+    def device(self) -> torch.device:
+        """Where the module computes."""
+        held: Tensor | None = next(self.module.parameters(), None)
+        if self.layer.has(self.module, self.tensor):
+            held = self.layer.like(self.module, self.tensor)
+        return torch.device("cpu") if held is None else held.device
+
     def weight(self) -> Tensor:
         """The dense logical weight as the active injections leave it; zeros for a missing bias, shape only while
         planning."""
         if self.meta:
             return torch.empty(self.weight_shape, device="meta")
-        if self.layer.read(self.module, self.tensor) is None:
+        if not self.layer.has(self.module, self.tensor):
             return self._beside().weight().new_zeros(self.weight_shape)
         return effective_weight(self.module, self.tensor, self.layer, self.rows)
 
@@ -232,7 +240,7 @@ class Resolver:
         module = self.modules[module_path]
         output = role is not None and role.endswith(".output")  # the operator acts on what the module returns
         layer = self._layer_of(module, tensor)
-        whole = tensor == "weight" and layer.read(module, tensor) is None  # a module without a weight of its own
+        whole = tensor == "weight" and not layer.has(module, tensor)  # a module without a weight of its own
         form = "activation" if output or whole or (layer.called and tensor == "weight") else "weight"
         if role is None:
             role = self._role_of.get(module_path if tensor == "weight" else f"{module_path}.{tensor}")

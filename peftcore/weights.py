@@ -39,6 +39,16 @@ class Layer:
     """True when each input picks a single column of the logical weight (embeddings)."""
 
     @property
+    def packed(self) -> bool:
+        """True when the tensor is kept in another form, such as codes, and each `read` makes a dense copy."""
+        return False
+
+    @property
+    def runs_dense(self) -> type[nn.Module] | None:
+        """The class whose forward takes an effective tensor in place of the module's own; None for the module's."""
+        return None
+
+    @property
     def channel_dim(self) -> int:
         """The dimension of the module's output along which the logical rows lie."""
         return -1
@@ -56,6 +66,15 @@ class Layer:
         owner, _, name = tensor.rpartition(".")
         value = getattr(module.get_submodule(owner), name, None)
         return value if value is None or isinstance(value, Tensor) else None
+
+    def has(self, module: nn.Module, tensor: str) -> bool:
+        """Whether the module has such a tensor; cheap, also where reading is not."""
+        return self.read(module, tensor) is not None
+
+    def like(self, module: nn.Module, tensor: str) -> Tensor:
+        """A tensor of the dtype and on the device of `read`, also where the module has none (a missing bias)."""
+        held = self.read(module, tensor)
+        return next(module.parameters()) if held is None else held
 
     def shape(self, module: nn.Module, tensor: str) -> torch.Size:
         """The logical shape, also where the stored form is packed."""
@@ -92,6 +111,30 @@ class Linear(Layer):
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
         flat = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), matrix.T, alpha=scale)
         return flat.view(y.shape)
+
+
+@dataclass(frozen=True)
+class Opaque(Linear):
+    """A linear layer whose weight nobody here can read: its module may be called, and that is all."""
+
+    def read(self, module: nn.Module, tensor: str) -> Tensor | None:
+        held = super().read(module, tensor)
+        raise UnsupportedSite(
+            f"{tensor!r} of {type(module).__name__} is a {type(held).__name__} of {held and held.dtype}, which no "
+            "installed plugin can read, and this method needs the weight itself; pip install peftcore-quantized knows "
+            "bitsandbytes, torchao and HQQ, and a plugin for another format is one file"
+        )
+
+    def has(self, module: nn.Module, tensor: str) -> bool:
+        return True
+
+    def like(self, module: nn.Module, tensor: str) -> Tensor:
+        floats = (each for each in (*module.parameters(), *module.buffers()) if each.is_floating_point())
+        return next(floats, torch.empty(0, device=next(module.parameters()).device))
+
+    def shape(self, module: nn.Module, tensor: str) -> torch.Size:
+        features = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        return torch.Size(features) if all(features) else self.logical(self.read(module, tensor)).shape  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -205,19 +248,34 @@ def _kinds() -> dict[type, Callable[[Any], Layer]]:
     )
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor holds the numbers that it stands for: no codes, no bytes that want a scale, and no subclass that
+    makes numbers as it is used.
+
+    DTensors (FSDP2) and fake ones (while a graph is traced) do. Looked up, not imported.
+    """
+    known = (("torch.distributed.tensor", "DTensor"), ("torch._subclasses.fake_tensor", "FakeTensor"))
+    plain = tuple(vars(sys.modules[module])[name] for module, name in known if module in sys.modules)
+    own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    wide = tensor.element_size() > 1 and (tensor.is_floating_point() or tensor.is_complex())
+    return wide and (not own or isinstance(tensor, plain))
+
+
 def dense_layer(module: nn.Module, tensor: str) -> Layer:
     """The layer of a dense tensor: of a `weight` by the class of the module that holds it, of any other tensor by its
     dimensions. What a module reads of one below it is stored alike, but is never called at the module."""
     path, _, name = tensor.rpartition(".")
     owner = module.get_submodule(path)
+    held = getattr(owner, name, None)
+    if isinstance(held, Tensor) and not is_dense(held):
+        return Opaque(called=owner is module)
     if name == "weight":
         kinds = _kinds()
         for cls in type(owner).__mro__:
             if cls in kinds:
                 layer = kinds[cls](owner)
                 return layer if owner is module else replace(layer, called=False)
-    value = getattr(owner, name, None)
-    if isinstance(value, Tensor) and value.dim() == 3:
+    if isinstance(held, Tensor) and held.dim() == 3:
         # Stacked experts describe themselves (transformers: `is_transposed`); without a word they are stored [experts,
         # out, in].
         return Transposed(batch_dims=1) if getattr(owner, "is_transposed", False) else Layer(batch_dims=1)

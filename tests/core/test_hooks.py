@@ -9,13 +9,23 @@ import pluggy
 import pytest
 import torch
 from core_toys import Doubling, DoublingOperator, Shift, perceptron, token_ids, transformer
+from torch import Tensor, nn
 
 import peftcore
 from peftcore import hookimpl, hookspecs
 from peftcore.plugins import registry
+from peftcore.quantization import schemes
+from peftcore.stances import Stance
 
 HOOKS = [name for name in vars(hookspecs) if name.startswith("peftcore_")]
-FIRSTRESULT = ["peftcore_map", "peftcore_layer", "peftcore_inject", "peftcore_select", "peftcore_merge"]
+FIRSTRESULT = [
+    "peftcore_map",
+    "peftcore_layer",
+    "peftcore_stance",
+    "peftcore_inject",
+    "peftcore_select",
+    "peftcore_merge",
+]
 
 
 class Observer:
@@ -83,7 +93,7 @@ def _holder(hook: str, implementation: Callable[..., Any], arguments: tuple[str,
 
 def test_these_are_all_the_hooks() -> None:
     """A hook is added only together with a plugin that needs it, and with a test below."""
-    assert ["peftcore_methods", *FIRSTRESULT] == HOOKS
+    assert sorted(["peftcore_methods", "peftcore_schemes", *FIRSTRESULT]) == sorted(HOOKS)
     tested = {name.removeprefix("test_hook_") for name in globals() if name.startswith("test_hook_")}
     assert {name.removeprefix("peftcore_") for name in HOOKS} <= tested
 
@@ -167,6 +177,38 @@ def test_hook_layer(answer: Add) -> None:
     with pytest.raises(peftcore.errors.UnsupportedSite, match="read, not called"):
         peftcore.plan(model, Doubling, target="first")
     assert peftcore.plan(model, Doubling, target="second").sites[0].form == "activation"
+
+
+def test_hook_stance(answer: Add) -> None:
+    """Asked once for each class; what it says is seen by the forward alone."""
+
+    class Guarded(nn.Linear):
+        fast = True
+
+        def forward(self, input: Tensor) -> Tensor:
+            assert not self.fast, "the fast path has no gradient"
+            return super().forward(input)
+
+    readied: list[nn.Module] = []
+    stance = Stance({"fast": False}, ready=readied.append)
+    observer = answer("peftcore_stance", lambda cls: stance if cls is Guarded else None)
+    model = nn.Sequential(Guarded(3, 3), Guarded(3, 3), nn.Linear(3, 3))
+    injection = peftcore.apply(model, Doubling, target="2")
+    model(torch.randn(1, 3))
+    assert [call["cls"] for call in observer.calls].count(Guarded) == 1
+    assert readied == [model[0], model[1]] and model[0].fast
+    injection.remove()
+    with pytest.raises(AssertionError, match="fast path"):
+        model(torch.randn(1, 3))
+
+
+def test_hook_schemes(answer: Add) -> None:
+    """Not firstresult: every plugin names its own; one name for two places is an error."""
+    answer("peftcore_schemes", lambda: {"rounded": "somewhere:Rounded"})
+    assert schemes()["rounded"] == "somewhere:Rounded"
+    answer("peftcore_schemes", lambda: {"rounded": "elsewhere:Rounded"})
+    with pytest.raises(peftcore.errors.PluginError, match=r"(some|else)where:Rounded and in"):
+        schemes()
 
 
 def test_hook_inject(answer: Add) -> None:

@@ -52,13 +52,13 @@ def exactly_removed(injection: Injection) -> None:
     Injection.remove(injection)
 
 
-def keeps_anyway(injection: Injection, keep: merging.Keep = "cpu") -> None:
-    Injection.merge(injection, keep or "cpu")
+def keeps_anyway(injection: Injection, keep: merging.Keep = "cpu", **how: Any) -> None:
+    Injection.merge(injection, keep or "cpu", **how)
 
 
-def merges_again(injection: Injection, keep: merging.Keep = "cpu") -> None:
+def merges_again(injection: Injection, keep: merging.Keep = "cpu", **how: Any) -> None:
     injection.merged = False
-    Injection.merge(injection, keep)
+    Injection.merge(injection, keep, **how)
 
 
 def unmerges_below_others(injection: Injection) -> None:
@@ -72,8 +72,8 @@ def unmerges_below_others(injection: Injection) -> None:
             other.merged = True
 
 
-def evaluates_the_host(injection: Injection, keep: merging.Keep = "cpu") -> None:
-    Injection.merge(injection, keep)
+def evaluates_the_host(injection: Injection, keep: merging.Keep = "cpu", **how: Any) -> None:
+    Injection.merge(injection, keep, **how)
     for path, module in injection.model.named_modules():
         if not path.startswith("peft"):
             module.training = False

@@ -68,8 +68,11 @@ def test_all_packages_have_one_version() -> None:
 def test_plugin_is_named_after_its_folder(plugin: Path) -> None:
     project = toml(plugin / "pyproject.toml")["project"]
     assert project["name"] == f"peftcore-{plugin.name}"
-    assert project["entry-points"] == {"peftcore": {plugin.name: f"peftcore_{plugin.name}"}}
-    assert f"-e plugins/{plugin.name}" in (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    package = f"peftcore_{plugin.name}"
+    backends = {path.stem: f"{package}.backends.{path.stem}" for path in (plugin / package).glob("backends/[!_]*.py")}
+    assert project["entry-points"] == {"peftcore": {plugin.name: package, **backends}}
+    development = (ROOT / "requirements-dev.txt").read_text(encoding="utf-8")
+    assert f"-e plugins/{plugin.name}" in {line.partition("[")[0] for line in development.splitlines()}
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("requirements*.txt"), *PYPROJECTS], ids=relative)

@@ -156,7 +156,9 @@ def test_plugin_wheel_requires_the_core_and_has_one_entry_point(wheels: dict[str
     parts = [f"peftcore-{each}>=0.1" for each in NEEDS.get(category, ())]
     assert sorted(plain_requirements(plugin)) == sorted(["peftcore>=0.1", *parts])
     points = [(point.group, point.name, point.value) for point in plugin.entry_points]
-    assert points == [("peftcore", category, f"peftcore_{category}")]
+    backends = sorted(path.stem for path in (ROOT / "plugins" / category).glob("*/backends/[!_]*.py"))
+    wanted = [(category, f"peftcore_{category}"), *((b, f"peftcore_{category}.backends.{b}") for b in backends)]
+    assert sorted(points) == sorted(("peftcore", *each) for each in wanted)
     assert {name.split("/")[0] for name in contents(wheel)} == {
         f"peftcore_{category}",
         f"peftcore_{category}-0.1.0.dist-info",

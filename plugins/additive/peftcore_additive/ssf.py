@@ -110,7 +110,7 @@ class SSF(Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         found = surgeon.sites()
-        sites = [site for site in found if site.layer.read(site.module, site.tensor) is not None] or found
+        sites = [site for site in found if site.layer.has(site.module, site.tensor)] or found
         for site in sites if surgeon.wishes.target is not None else filter(_operation, sites):
             surgeon.graft(site, SSFOperator, config)
 

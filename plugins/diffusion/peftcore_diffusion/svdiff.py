@@ -117,7 +117,7 @@ def _base(site: Site) -> Tensor:
 
 def _weights(site: Site) -> Iterator[Site]:
     """The site; where it is a module without a weight of its own, its bare parameters but for biases."""
-    if site.layer.read(site.module, site.tensor) is not None:
+    if site.layer.has(site.module, site.tensor):
         yield site
         return
     for tensor in site.tensors():

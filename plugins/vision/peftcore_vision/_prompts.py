@@ -182,7 +182,7 @@ def train_heads(surgeon: Surgeon, sites: list[PromptSite]) -> None:
         return
     towers = {host.at(path)[0].tower for path in blocks}
     for site in surgeon.at("head"):
-        matrix = site.layer.read(site.module, site.tensor) is not None  # no pooling head (SigLIP)
+        matrix = site.layer.has(site.module, site.tensor)  # no pooling head (SigLIP)
         if matrix and host.at(site.module_path)[0].tower in towers:
             surgeon.train(site.module_path)
 

@@ -120,7 +120,7 @@ def _feature_site(surgeon: Surgeon, site: Site, config: Config) -> FeatureSite:
     """The site with its width: that of its matrix, or of the last one below it (a pooling head)."""
     if site.layer.channel_dim != -1 or site.layer.one_hot:
         raise UnsupportedSite(f"{site.path} does not map features in the last dimension to others")
-    if site.layer.read(site.module, site.tensor) is not None:
+    if site.layer.has(site.module, site.tensor):
         width = site.out_features if config.features == "output" else site.in_features
     else:
         below = [each for each in surgeon.resolver.host.entries if each.path.startswith(f"{site.module_path}.")]

@@ -1,0 +1,55 @@
+"""How modules that would go behind the back of grafts, or move a frozen base, are held while a host is adapted.
+
+A stance is a set of attributes that the module's view has: no flag is set on the module itself. Those of torch's own
+modules stand here; plugins add theirs with the hook `peftcore_stance`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from peftcore.plugins import registry
+from peftcore.weights import plain_class
+
+
+@dataclass(frozen=True)
+class Stance:
+    """How modules of one class are held."""
+
+    attributes: Mapping[str, Any]
+    """What the view has in place of the module's own attributes."""
+    always: bool = True
+    """Held while any injection is on the host; otherwise only while one acts inside the module."""
+    wanted: Callable[[nn.Module], bool] = lambda module: True
+    """Whether this very module needs it."""
+    ready: Callable[[nn.Module], None] = lambda module: None
+    """Brings a module back into the state that the stance keeps it in; its weights stay what they are."""
+
+
+STANCES: Mapping[type[nn.Module], Stance] = {
+    # Running statistics of a frozen base stay.
+    _NormBase: Stance({"training": False}, wanted=lambda module: getattr(module, "running_mean", None) is not None),
+    # The nested-tensor path works on the fused layer path only,
+    nn.TransformerEncoder: Stance({"use_nested_tensor": False}, always=False),
+    # and the fused path reads the children's weights itself.
+    nn.TransformerEncoderLayer: Stance({"activation_relu_or_gelu": 0}, always=False),
+}
+
+
+@functools.cache
+def _of_class(cls: Any) -> Stance | None:
+    stance: Stance | None = registry().hook.peftcore_stance(cls=cls)
+    return stance
+
+
+def stance_of(module: nn.Module) -> Stance | None:
+    """How the module must be held while the host is adapted, if at all."""
+    cls: Any = plain_class(module)
+    stance = _of_class(cls)
+    return stance if stance is not None and stance.wanted(module) else None

@@ -1,0 +1,16 @@
+"""Quantized methods of peftcore, and the schemes that pack weights (in `backends`, each a plugin of its own)."""
+
+from collections.abc import Mapping
+
+from peftcore import hookimpl
+
+PEFTCORE_API = 1
+
+
+@hookimpl
+def peftcore_methods() -> Mapping[str, str]:
+    """Names and places of this plugin's methods."""
+    return {
+        "loftq": "peftcore_quantized.loftq:LoftQ",
+        "qlora": "peftcore_quantized.qlora:QLoRA",
+    }

@@ -1,0 +1,175 @@
+"""What methods that are made for a packed base share: what the base holds, and a low-rank update beside it.
+
+    y = Q x + b + s B A x,   Q = round(W - s B0 A0),   W the original weight,   round: pack and unpack by the scheme
+
+`B0 A0` is what the method has taken out of the weight before it is packed, nothing for QLoRA. The same operator serves
+a host in three states, and a saved adapter fits all of them:
+
+* dense: W is there, and Q is computed from it in every forward. The same numbers as below, and no memory saved.
+* dense, then packed by `quantize`: the host holds Q, codes for codes.
+* packed by others: the host holds round(W), and W - s B0 A0 is approximated by round(W) - s B0 A0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MethodConfig, Operator, Site
+from peftcore.errors import QuantizationError, UnsupportedSite
+from peftcore.quantization import round_trip, scheme_key
+
+
+class PackedConfig(MethodConfig):
+    """The options that they share."""
+
+    rank: PositiveInt = 8
+    """Rank of the update."""
+    scheme: str = "nf4"
+    """How the base is packed, or will be by ``peftcore.quantize(model, scheme)``. One that is packed already stays."""
+    scheme_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of the scheme, such as ``{"double_quant": True}``."""
+
+    def rounding(self) -> str:
+        """The scheme, as `round_trip` takes it.
+
+        Raises:
+            QuantizationError: it is unknown, or lacks a package.
+        """
+        return scheme_key(self.scheme, self.scheme_options)
+
+
+class Factors(NamedTuple):
+    """A ``[*batch, rank, in, *kernel]`` and B ``[*batch, out, rank]``."""
+
+    A: Tensor
+    B: Tensor
+
+
+def update_count(site: Site, rank: int) -> int:
+    """Values in both factors."""
+    return math.prod(site.batch) * rank * (site.in_features * math.prod(site.kernel) + site.out_features)
+
+
+def matrices(weight: Tensor, batch_dims: int) -> Tensor:
+    """A weight ``[*batch, out, in, *kernel]`` as matrices ``[*batch, out, in * kernel]``."""
+    return weight.flatten(batch_dims + 1)
+
+
+def round_weight(rounding: str, weight: Tensor, batch_dims: int) -> Tensor:
+    """A weight of any kind, packed and unpacked as a matrix; experts one under the other.
+
+    Raises:
+        UnsupportedSite: it does not fit the format.
+    """
+    flat = matrices(weight, batch_dims).flatten(0, batch_dims)
+    try:
+        return round_trip(flat, rounding).view(weight.shape)
+    except QuantizationError as error:
+        raise UnsupportedSite(str(error)) from None
+
+
+def lora_start(site: Site, rank: int) -> Factors:
+    """A uniform in +-1/sqrt(in * kernel), B zero: LoRA's."""
+    A = torch.zeros(*site.batch, rank, site.in_features, *site.kernel)
+    bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))
+    return Factors(nn.init.uniform_(A, -bound, bound), torch.zeros(*site.batch, site.out_features, rank))
+
+
+class PackedBaseOperator(Operator):
+    """The update of one site, and what its base holds.
+
+    Args:
+        site: the site; see `place`.
+        config: rank and scheme.
+        start: where A and B start.
+        taken: what has been taken out of the weight before it is packed, if anything.
+        scale: s.
+    """
+
+    A0: Tensor | None
+    B0: Tensor | None
+
+    def __init__(
+        self, site: Site, config: PackedConfig, start: Factors, taken: Factors | None = None, scale: float = 1.0
+    ) -> None:
+        super().__init__(site)
+        self.rounding, self.scale = config.rounding(), scale
+        self.simulates = not site.layer.packed
+        """Whether the host's weight is still to be rounded."""
+        self.packed_for_us = False
+        """Whether the host holds Q itself."""
+        self.A, self.B = nn.Parameter(start.A), nn.Parameter(start.B)
+        self.register_buffer("A0", None if taken is None else taken.A.clone())
+        self.register_buffer("B0", None if taken is None else taken.B.clone())
+
+    def product(self, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
+        """``s B A`` in the shape of `weight`."""
+        return self.scale * (B @ matrices(A, self.layer.batch_dims)).view(weight.shape)
+
+    def base_to_pack(self, weight: Tensor) -> Tensor:
+        if self.A0 is None or self.B0 is None:
+            return weight
+        return weight - self.product(self.A0, self.B0, weight).to(weight.dtype)
+
+    def base_was_packed(self) -> None:
+        self.simulates, self.packed_for_us = False, True
+
+    def held(self, weight: Tensor) -> Tensor:
+        """What the packed base computes with, of what the host holds."""
+        if self.packed_for_us:
+            return weight
+        rest = self.base_to_pack(weight)
+        return round_weight(self.rounding, rest, self.layer.batch_dims) if self.simulates else rest
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return self.held(weight) + self.product(self.A, self.B, weight)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """Around a packed linear layer alone: others are acted on by `merged`."""
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        y = self.layer.add(y, self.layer.apply(x, A), B, self.scale)
+        if self.A0 is None or self.B0 is None or self.packed_for_us:
+            return y
+        A0, B0 = self.cast(y, self.A0, self.B0)
+        return self.layer.add(y, self.layer.apply(x, A0), B0, -self.scale)
+
+
+def place(site: Site) -> Site:
+    """The site as these operators act on it: on the weight, unless that is packed."""
+    return site if site.layer.packed else replace(site, form="weight")
+
+
+def original(site: Site) -> Tensor:
+    """The weight that is going to be packed, as matrices in float32."""
+    assert site.in_features, "a vector raises here"
+    return matrices(site.weight(), site.layer.batch_dims).float()
+
+
+def as_factors(site: Site, A: Tensor, B: Tensor) -> Factors:
+    """Factors of matrices as factors of the site's weight."""
+    return Factors(A.reshape(*A.shape[:-1], site.in_features, *site.kernel), B)
+
+
+def principal(matrix: Tensor, rank: int) -> Factors:
+    """The best ``B A`` of a rank for ``[*batch, out, in]``, the singular values shared by both; zeros where the rank of
+    the matrix is less. Signs do not depend on the machine."""
+    if matrix.is_meta:
+        return Factors(
+            matrix.new_empty(*matrix.shape[:-2], rank, matrix.shape[-1]), matrix.new_empty(*matrix.shape[:-1], rank)
+        )
+    U, S, V = torch.linalg.svd(matrix.double(), full_matrices=False)
+    sign = U.gather(-2, U.abs().argmax(-2, keepdim=True)).sign()
+    root = S[..., :rank].sqrt()
+    A, B = (V.mT * sign)[..., :rank] * root.unsqueeze(-2), (U * sign)[..., :rank] * root.unsqueeze(-2)
+    missing = rank - root.shape[-1]
+    if missing > 0:
+        A, B = nn.functional.pad(A, (0, missing)), nn.functional.pad(B, (0, missing))
+    return Factors(A.mT.contiguous().to(matrix.dtype), B.contiguous().to(matrix.dtype))

@@ -1,0 +1,190 @@
+"""bitsandbytes: the schemes bnb-nf4, bnb-fp4 and bnb-int8 (LLM.int8), and models that transformers loaded with them.
+
+On CPUs with AVX512-BF16 a pass in evaluation packs the codes of a `Linear4bit` once more, for a kernel without
+gradient: training after it would have gradients of zero and say nothing. While a host is adapted its modules are held
+so that they never do, and one that already has is brought back.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import NonNegativeFloat
+from torch import Tensor, nn
+
+from peftcore import hookimpl
+from peftcore.packing import Packed, packed_layer
+from peftcore.quantization import Scheme
+from peftcore.stances import Stance
+from peftcore.weights import Layer
+
+PEFTCORE_API = 1
+
+
+def _nn() -> Any:
+    """bitsandbytes' modules. Looked up, not imported: without it no module can be one of them."""
+    return sys.modules.get("bitsandbytes.nn.modules")
+
+
+def _plain_codes(weight: Any) -> tuple[Tensor, Any]:
+    """The codes and their state in the common layout, whatever a pass in evaluation made of them. Nothing changes."""
+    state = weight.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        return weight.data, state
+    functional = sys.modules["bitsandbytes.functional"]
+    unpack = vars(functional)["_convert_weight_packed_for_cpu_inverse"]
+    codes, plain = unpack(weight.data, copy.copy(state))
+    return codes, plain
+
+
+@dataclass(frozen=True)
+class FourBit(Packed):
+    """How the core reads and packs `Linear4bit`."""
+
+    def unpack(self, module: nn.Module) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        codes, state = _plain_codes(module.weight)
+        return dequantize_4bit(codes, state)
+
+    def dtype(self, module: nn.Module) -> torch.dtype | None:
+        return module.weight.quant_state.dtype  # type: ignore[union-attr,return-value]
+
+    def pack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        held: Any = module.weight
+        new = _four_bit(weight, held.quant_type, held.blocksize, held.compress_statistics, held.quant_storage)
+        new.compute_dtype, new.compute_type_is_set = module.compute_dtype, module.compute_type_is_set
+        return new  # type: ignore[no-any-return]
+
+
+def _four_bit(weight: Tensor, kind: str, block_size: int, double: bool, storage: torch.dtype = torch.uint8) -> Any:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    rows, columns = weight.shape
+    module = Linear4bit(columns, rows, bias=False, quant_type=kind, compress_statistics=double, quant_storage=storage)
+    codes = Params4bit(
+        weight.detach().contiguous(),
+        requires_grad=False,
+        blocksize=block_size,
+        compress_statistics=double,
+        quant_type=kind,
+        quant_storage=storage,
+        module=module,
+    )
+    module.weight = codes.to(weight.device)
+    return module
+
+
+@dataclass(frozen=True)
+class EightBit(Packed):
+    """How the core reads and packs `Linear8bitLt`. It does not remember the dtype that it was packed from."""
+
+    def unpack(self, module: nn.Module) -> Tensor:
+        codes, scale = _eight_bit_state(module)
+        return codes * (scale / 127)[:, None]
+
+    def dtype(self, module: nn.Module) -> torch.dtype | None:
+        return None
+
+    def pack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        return _eight_bit(weight, module.state.threshold)  # type: ignore[union-attr,no-any-return]
+
+
+def _eight_bit_state(module: Any) -> tuple[Tensor, Tensor]:
+    """Codes and row scales: at the weight until the first forward, at the module's state from then on."""
+    moved = module.weight.SCB is None
+    return (module.weight.data, module.state.SCB) if moved else (module.weight.CB, module.weight.SCB)
+
+
+def _eight_bit(weight: Tensor, threshold: float) -> Any:
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    rows, columns = weight.shape
+    module = Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=threshold)
+    module.weight = Int8Params(weight.detach().float().contiguous().cpu(), requires_grad=False, has_fp16_weights=False)
+    module.weight = module.weight.to(weight.device)
+    return module
+
+
+class BnbScheme(Scheme):
+    """What the three share."""
+
+    requires: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
+    extra: ClassVar[str] = "peftcore-quantized[bitsandbytes]"
+
+
+class NF4(BnbScheme):
+    """4-bit NormalFloat of bitsandbytes."""
+
+    layer: ClassVar[Packed] = FourBit()
+    kind: ClassVar[str] = "nf4"
+    block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
+    """How many weights share a scale."""
+    double_quant: bool = False
+    """Keep the scales in 8 bits."""
+
+    def module(self, weight: Tensor) -> nn.Module:
+        return _four_bit(weight, self.kind, self.block_size, self.double_quant)  # type: ignore[no-any-return]
+
+
+class FP4(NF4):
+    """4-bit floating point of bitsandbytes."""
+
+    kind: ClassVar[str] = "fp4"
+
+
+class Int8(BnbScheme):
+    """LLM.int8: 8-bit integers, one scale a row; inputs are packed too, but for columns with outliers."""
+
+    layer: ClassVar[Packed] = EightBit()
+    threshold: NonNegativeFloat = 6.0
+    """Columns of the input with a value above this are multiplied in floating point; 0 for none."""
+
+    def module(self, weight: Tensor) -> nn.Module:
+        return _eight_bit(weight, self.threshold)  # type: ignore[no-any-return]
+
+
+@hookimpl
+def peftcore_schemes() -> dict[str, str]:
+    """Names and places."""
+    return {name: f"{__name__}:{c.__name__}" for name, c in (("bnb-nf4", NF4), ("bnb-fp4", FP4), ("bnb-int8", Int8))}
+
+
+@hookimpl
+def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
+    """What bitsandbytes has packed."""
+    classes, owner = _nn(), module.get_submodule(tensor.rpartition(".")[0])
+    if classes is None:
+        return None
+    if isinstance(owner, classes.Linear4bit):
+        return packed_layer(module, tensor, NF4.layer) if _is_packed(owner) else None
+    eight = isinstance(owner, classes.Linear8bitLt) and not owner.state.has_fp16_weights
+    return packed_layer(module, tensor, Int8.layer) if eight else None
+
+
+def _is_packed(module: Any) -> bool:
+    """Before it is moved to its device for the first time it holds its weight as it was given."""
+    return isinstance(module.weight, _nn().Params4bit) and module.weight.quant_state is not None
+
+
+def _unpack_for_gradients(module: Any) -> None:
+    if _is_packed(module):
+        module.weight.data, module.weight.quant_state = _plain_codes(module.weight)
+        module.quant_state = module.weight.quant_state
+
+
+@functools.cache
+def _held() -> Stance:
+    return Stance({"support_avx512bf16_for_cpu": False}, ready=_unpack_for_gradients)
+
+
+@hookimpl
+def peftcore_stance(cls: type[nn.Module]) -> Stance | None:
+    """Codes stay in the layout that gradients go through."""
+    classes = _nn()
+    return _held() if classes is not None and issubclass(cls, classes.Linear4bit) else None

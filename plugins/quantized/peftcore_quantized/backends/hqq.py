@@ -1,0 +1,83 @@
+"""HQQ (half-quadratic quantization): the schemes hqq-8 and hqq-4, and whatever else is an `HQQLinear`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from peftcore import hookimpl
+from peftcore.errors import QuantizationError
+from peftcore.packing import Packed, packed_layer
+from peftcore.quantization import Scheme
+from peftcore.weights import Layer
+
+PEFTCORE_API = 1
+
+
+@torch.no_grad()
+def _packed(weight: Tensor, config: dict[str, Any]) -> Any:
+    from hqq.core.quantize import HQQLinear
+
+    dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    dense.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    module = HQQLinear(dense, config, compute_dtype=weight.dtype, device=str(weight.device))
+    del module.bias  # an attribute, which would hide the parameter
+    module.register_parameter("bias", None)
+    return module
+
+
+@dataclass(frozen=True)
+class HQQLayer(Packed):
+    """How the core reads and packs `HQQLinear`."""
+
+    def unpack(self, module: Any) -> Tensor:
+        return module.dequantize()  # type: ignore[no-any-return]
+
+    def dtype(self, module: Any) -> torch.dtype | None:
+        return module.compute_dtype  # type: ignore[no-any-return]
+
+    def pack(self, module: Any, weight: Tensor) -> nn.Module:
+        return _packed(weight.to(module.compute_dtype), {**module.quant_config, "offload_meta": module.offload_meta})  # type: ignore[no-any-return]
+
+
+class HQQ8(Scheme):
+    """8 bits of HQQ."""
+
+    layer: ClassVar[Packed] = HQQLayer()
+    requires: ClassVar[tuple[str, ...]] = ("hqq",)
+    extra: ClassVar[str] = "peftcore-quantized[hqq]"
+    bits: ClassVar[int] = 8
+    group_size: PositiveInt = 64
+    """How many weights of a row share a scale and a zero; divides the number of weights."""
+
+    def module(self, weight: Tensor) -> nn.Module:
+        from hqq.core.quantize import BaseQuantizeConfig
+
+        if weight.numel() % self.group_size:
+            raise QuantizationError(f"hqq: {tuple(weight.shape)} is not divisible by group_size={self.group_size}")
+        return _packed(weight, BaseQuantizeConfig(nbits=self.bits, group_size=self.group_size, axis=1))  # type: ignore[no-any-return]
+
+
+class HQQ4(HQQ8):
+    """4 bits of HQQ."""
+
+    bits: ClassVar[int] = 4
+
+
+@hookimpl
+def peftcore_schemes() -> dict[str, str]:
+    """Names and places."""
+    return {"hqq-8": f"{__name__}:HQQ8", "hqq-4": f"{__name__}:HQQ4"}
+
+
+@hookimpl
+def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
+    """What HQQ has packed. Looked up, not imported: without it no module can be one of its own."""
+    hqq = sys.modules.get("hqq.core.quantize")
+    owner = module.get_submodule(tensor.rpartition(".")[0])
+    return packed_layer(module, tensor, HQQ8.layer) if hqq is not None and isinstance(owner, hqq.HQQLinear) else None

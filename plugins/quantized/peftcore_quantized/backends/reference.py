@@ -1,0 +1,245 @@
+"""Packing in plain torch, on any device: the schemes nf4, int8 and int4, against which faster ones are checked.
+
+    nf4    QLoRA's 4-bit NormalFloat (arXiv 2305.14314): the nearest of 16 quantiles of a normal distribution to
+           w / absmax, in blocks of the flattened weight; with `double_quant` the absmax are kept in 8 bits themselves.
+           Codes and numbers are those of bitsandbytes, to the bit.
+    int8   round(127 w / absmax), one absmax for each row
+    int4   round(w / scale + zero), one scale and one zero for each group of a row, both in floating point
+
+The weight is made dense in forward and again in backward, and not kept between.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from peftcore import hookimpl
+from peftcore.errors import QuantizationError
+from peftcore.packing import Packed, packed_layer
+from peftcore.quantization import Scheme
+from peftcore.weights import Layer
+
+PEFTCORE_API = 1
+DOUBLE = 256
+"""How many absmax share a scale when they are packed themselves."""
+
+
+@functools.cache
+def normal_quantiles() -> Tensor:
+    """The 16 levels of NF4, ascending: quantiles of the normal distribution, eight above zero and seven below, scaled
+    to [-1, 1]."""
+    top = 0.9677083  # halfway between the last quantiles of 15 and of 16 levels
+    upper = torch.special.ndtri(torch.linspace(top, 0.5, 9, dtype=torch.float64)[:-1])
+    lower = -torch.special.ndtri(torch.linspace(top, 0.5, 8, dtype=torch.float64)[:-1])
+    levels = torch.cat([lower, torch.zeros(1, dtype=torch.float64), upper]).sort().values
+    return (levels / levels.max()).float()
+
+
+@functools.cache
+def dynamic_levels() -> Tensor:
+    """The 256 levels of the dynamic 8-bit type (arXiv 1511.04561): seven decades, each with twice the levels of the one
+    below it."""
+    positive = []
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        positive += [10 ** (decade - 6) * middle for middle in ((edges[:-1] + edges[1:]) / 2).tolist()]
+    return torch.tensor(sorted([*(-level for level in positive), *positive, 0.0, 1.0]))
+
+
+def nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """The index of the level nearest to each value, as bytes."""
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+
+
+def blocks_of(values: Tensor, size: int) -> Tensor:
+    """The flattened values in rows of `size`, the last one filled with zeros."""
+    return F.pad(values.reshape(-1), (0, -values.numel() % size)).view(-1, size)
+
+
+def nibbles(codes: Tensor) -> Tensor:
+    """Two 4-bit codes a byte, the first in the upper half."""
+    pairs = blocks_of(codes, 2)
+    return pairs[:, 0] << 4 | pairs[:, 1]
+
+
+def from_nibbles(packed: Tensor) -> Tensor:
+    """The codes again, two for each byte, as int32."""
+    return torch.stack([packed >> 4, packed & 15], -1).reshape(-1).int()
+
+
+class Frozen(torch.autograd.Function):
+    """``x W^T`` with W made by `decode` from packed tensors, in forward and again in backward."""
+
+    @staticmethod
+    def forward(x: Tensor, decode: Callable[..., Tensor], *packed: Tensor) -> Tensor:
+        return F.linear(x, decode(*packed).to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.decode, *packed = inputs
+        ctx.save_for_backward(*packed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        packed = ctx.saved_tensors
+        return grad @ ctx.decode(*packed).to(grad.dtype), None, *(None for _ in packed)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer with a packed weight. Subclasses say how to encode and how to decode."""
+
+    def __init__(self, weight: Tensor, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.dtype, self.options = weight.dtype, options
+        for name, tensor in self.encode(weight.detach().float(), **options).items():
+            self.register_buffer(name, tensor)
+        self.register_parameter("bias", None)
+
+    def encode(self, weight: Tensor, **options: Any) -> dict[str, Tensor]:
+        """The packed tensors of a weight ``[out, in]``."""
+        raise NotImplementedError
+
+    def decode(self, *packed: Tensor) -> Tensor:
+        """The weight from the packed tensors, in float32."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """A dense copy of the weight."""
+        return self.decode(*self._buffers.values()).to(self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in] -> [..., out]``, in the dtype of x."""
+        y: Tensor = Frozen.apply(x, self.decode, *self._buffers.values())
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        options = "".join(f", {key}={value}" for key, value in self.options.items())
+        return f"in_features={self.in_features}, out_features={self.out_features}{options}"
+
+
+class NF4Linear(PackedLinear):
+    """4-bit NormalFloat in blocks."""
+
+    def encode(self, weight: Tensor, block_size: int, double_quant: bool) -> dict[str, Tensor]:  # type: ignore[override]
+        blocks = blocks_of(weight, block_size)
+        absmax = blocks.abs().amax(1)
+        codes = nearest(blocks / absmax.clamp_min(1e-38)[:, None], normal_quantiles().to(weight.device))
+        packed = {"codes": nibbles(codes.view(-1)[: weight.numel()])}
+        if not double_quant:
+            return {**packed, "absmax": absmax}
+        mean = absmax.mean()
+        rest = blocks_of(absmax - mean, DOUBLE)
+        scale = rest.abs().amax(1)
+        small = nearest(rest / scale.clamp_min(1e-38)[:, None], dynamic_levels().to(weight.device))
+        return {**packed, "absmax_codes": small.view(-1)[: absmax.numel()], "absmax_scale": scale, "absmax_mean": mean}
+
+    def decode(self, codes: Tensor, *absmax: Tensor) -> Tensor:
+        size, shape = self.options["block_size"], (self.out_features, self.in_features)
+        if self.options["double_quant"]:
+            small, scale, mean = absmax
+            levels = dynamic_levels().to(codes.device)[small.int()]
+            block_absmax = (blocks_of(levels, DOUBLE) * scale[:, None]).view(-1)[: small.numel()] + mean
+        else:
+            (block_absmax,) = absmax
+        levels = normal_quantiles().to(codes.device)[from_nibbles(codes)[: shape[0] * shape[1]]]
+        return (blocks_of(levels, size) * block_absmax.float()[:, None]).view(-1)[: levels.numel()].view(shape)
+
+
+class Int8Linear(PackedLinear):
+    """8-bit integers, one scale a row."""
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        return {"codes": (weight / scale.clamp_min(1e-38)).round().to(torch.int8), "scale": scale}
+
+    def decode(self, codes: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        return codes * scale.float()
+
+
+class Int4Linear(PackedLinear):
+    """4-bit integers, a scale and a floating-point zero for each group of a row."""
+
+    def encode(self, weight: Tensor, group_size: int) -> dict[str, Tensor]:  # type: ignore[override]
+        if weight.shape[1] % group_size:
+            raise QuantizationError(f"int4: {weight.shape[1]} inputs are not divisible by group_size={group_size}")
+        groups = weight.view(weight.shape[0], -1, group_size)
+        low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+        scale = ((high - low) / 15).clamp_min(1e-38)
+        codes = ((groups - low) / scale).round().to(torch.uint8)
+        return {"codes": nibbles(codes.view(-1)), "scale": scale.squeeze(2), "zero": (-low / scale).squeeze(2)}
+
+    def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:  # type: ignore[override]
+        shape = (self.out_features, self.in_features)
+        levels = from_nibbles(codes)[: shape[0] * shape[1]].view(shape[0], -1, self.options["group_size"])
+        return ((levels - zero.float()[:, :, None]) * scale.float()[:, :, None]).view(shape)
+
+
+@dataclass(frozen=True)
+class ReferenceLayer(Packed):
+    """How the core reads and packs these modules."""
+
+    def unpack(self, module: nn.Module) -> Tensor:
+        return module.weight  # type: ignore[return-value]
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        return module.dtype  # type: ignore[return-value]
+
+    def pack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        return type(module)(weight.to(self.dtype(module)), module.options)
+
+
+class Reference(Scheme):
+    """The common part of the three."""
+
+    layer: ClassVar[Packed] = ReferenceLayer()
+    kind: ClassVar[type[PackedLinear]]
+
+    def module(self, weight: Tensor) -> nn.Module:
+        return self.kind(weight, self.model_dump())
+
+
+class NF4(Reference):
+    """4-bit NormalFloat."""
+
+    kind = NF4Linear
+    block_size: PositiveInt = 64
+    """How many weights share a scale."""
+    double_quant: bool = False
+    """Keep the scales in 8 bits."""
+
+
+class Int8(Reference):
+    """8-bit integers."""
+
+    kind = Int8Linear
+
+
+class Int4(Reference):
+    """4-bit integers with zeros."""
+
+    kind = Int4Linear
+    group_size: PositiveInt = 32
+    """How many weights of a row share a scale and a zero; divides the number of inputs."""
+
+
+@hookimpl
+def peftcore_schemes() -> dict[str, str]:
+    """Names and places."""
+    return {name: f"{__name__}:{cls.__name__}" for name, cls in (("nf4", NF4), ("int8", Int8), ("int4", Int4))}
+
+
+@hookimpl
+def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
+    """What is packed by one of these."""
+    owner = module.get_submodule(tensor.rpartition(".")[0])
+    return packed_layer(module, tensor, NF4.layer) if isinstance(owner, PackedLinear) else None

@@ -1,0 +1,129 @@
+"""torchao: the schemes torchao-int8, torchao-int4 and torchao-float8 (weights only), and other weights of its tensor
+classes.
+
+Its formats that pack the inputs too are read and made dense, but their own forward has no gradient.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from peftcore import hookimpl
+from peftcore.errors import MergeError, QuantizationError
+from peftcore.packing import Packed, packed_layer
+from peftcore.quantization import Scheme
+from peftcore.weights import Layer
+
+PEFTCORE_API = 1
+
+
+def _packed(weight: Tensor, config: Any) -> nn.Module:
+    from torchao.quantization import quantize_
+
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    quantize_(module, config)
+    module.weight.requires_grad_(False)
+    return module
+
+
+def _int8(weight: Any) -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig()
+
+
+def _float8(weight: Any) -> Any:
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    return Float8WeightOnlyConfig()
+
+
+def _intx(weight: Any) -> Any:
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+
+    return IntxWeightOnlyConfig(weight_dtype=weight.target_dtype, granularity=PerGroup(weight.block_size[-1]))
+
+
+PACKERS: dict[str, Callable[[Any], Any]] = {
+    "Int8Tensor": _int8,
+    "Float8Tensor": _float8,
+    "IntxUnpackedToInt8Tensor": _intx,
+}
+"""How a weight is packed again, by its class in `torchao.quantization`; formats that are not here are refused."""
+
+
+@dataclass(frozen=True)
+class TorchAOLayer(Packed):
+    """How the core reads and packs linear layers whose weight is one of torchao's tensors."""
+
+    def unpack(self, module: nn.Module) -> Tensor:
+        return module.weight.dequantize()  # type: ignore[union-attr,operator]
+
+    def dtype(self, module: nn.Module) -> torch.dtype | None:
+        return module.weight.dtype  # type: ignore[return-value]
+
+    def pack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        held: Any = module.weight
+        classes = vars(sys.modules["torchao.quantization"])
+        config = next((pack for name, pack in PACKERS.items() if type(held) is classes.get(name)), None)
+        if config is None or getattr(held, "act_quant_kwargs", None) is not None:
+            raise MergeError(f"torchao has no way back into {type(held).__name__} here; merge into='float'")
+        return _packed(weight.to(held.dtype), config(held))
+
+
+class Int8(Scheme):
+    """8-bit integers of torchao, one scale a row."""
+
+    layer: ClassVar[Packed] = TorchAOLayer()
+    requires: ClassVar[tuple[str, ...]] = ("torchao",)
+    extra: ClassVar[str] = "peftcore-quantized[torchao]"
+
+    def module(self, weight: Tensor) -> nn.Module:
+        return _packed(weight, _int8(weight))
+
+
+class Float8(Int8):
+    """8-bit floating point of torchao, one scale a row."""
+
+    def module(self, weight: Tensor) -> nn.Module:
+        return _packed(weight, _float8(weight))
+
+
+class Int4(Int8):
+    """4-bit integers of torchao, a scale for each group. On a CPU they are stored in a byte each."""
+
+    group_size: PositiveInt = 32
+    """How many weights of a row share a scale; divides the number of inputs."""
+
+    def module(self, weight: Tensor) -> nn.Module:
+        from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+
+        if weight.shape[1] % self.group_size:
+            raise QuantizationError(f"{weight.shape[1]} inputs are not divisible by group_size={self.group_size}")
+        return _packed(weight, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(self.group_size)))
+
+
+@hookimpl
+def peftcore_schemes() -> dict[str, str]:
+    """Names and places."""
+    known = (("torchao-int8", Int8), ("torchao-int4", Int4), ("torchao-float8", Float8))
+    return {name: f"{__name__}:{cls.__name__}" for name, cls in known}
+
+
+@hookimpl
+def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
+    """What torchao has packed. Looked up, not imported: without it no tensor can be one of its own."""
+    utils, path, name = sys.modules.get("torchao.utils"), *tensor.rpartition(".")[::2]
+    if utils is None:
+        return None
+    weight = module.get_submodule(path)._parameters.get("weight" if name == "bias" else name)
+    ours = isinstance(weight, utils.TorchAOBaseTensor) and weight.dim() == 2
+    return packed_layer(module, tensor, Int8.layer) if ours else None

@@ -1,0 +1,106 @@
+"""LoftQ: quantization and low-rank adapters that start together.   Li et al. 2023, arXiv 2310.08659 (yxli2123/LoftQ).
+
+    Q_t = round(W - B_{t-1} A_{t-1}),   B_t A_t = the best of the rank for W - Q_t,   t = 1 .. iterations,   B_0 A_0 = 0
+    y = Q_t x + b + B A x,   A and B start at A_t and B_t of the t whose Q_t + B_t A_t comes closest to W
+
+The distance may grow again from one iteration to the next; the authors' code and peft keep the last, this keeps the
+best. Q_t is what ``peftcore.quantize(model, scheme)`` packs afterwards; until then it is computed from the dense weight
+in every forward. With one iteration that is round(W), so the adapter fits a base that was packed by others as well. On
+a base that is packed before the method comes, the original is gone, and nothing is left to reconstruct: there it starts
+as LoRA does.
+
+The scale is 1 (the authors and peft start with factors that leave alpha / rank out, which is right only where it is 1).
+
+Parameters: rank * (in * kernel + out) a site, times the number of experts.
+
+Use it in place of QLoRA at 4 bits and below, where the dense model can be loaded once.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, Site, Surgeon, Tags
+from peftcore_quantized._packed_base import (
+    Factors,
+    PackedBaseOperator,
+    PackedConfig,
+    as_factors,
+    lora_start,
+    original,
+    place,
+    principal,
+    round_weight,
+    update_count,
+)
+
+
+class Config(PackedConfig):
+    """Options of LoftQ."""
+
+    method: Literal["loftq"] = "loftq"
+    rank: PositiveInt = 16
+    """Rank of the update."""
+    iterations: PositiveInt = 5
+    """How often rounding and decomposition take turns (the authors: 5; peft: 1)."""
+
+
+def alternate(weight: Tensor, rank: int, rounding: str, iterations: int) -> tuple[Factors, Factors | None]:
+    """The best of the iterates for a weight ``[*batch, out, in]``: the factors, and those whose product was taken out
+    before the rounding (None in the first iteration)."""
+    taken: Factors | None = None
+    best: tuple[Factors, Factors | None] | None = None
+    least = float("inf")
+    for _ in range(iterations):
+        rest = weight if taken is None else weight - taken.B @ taken.A
+        gap = weight - round_weight(rounding, rest, weight.dim() - 2)
+        found = principal(gap, rank)
+        distance = float((gap - found.B @ found.A).norm()) if not weight.is_meta else 0.0
+        if distance < least:
+            best, least = (found, taken), distance
+        taken = found
+    assert best is not None, "there is one iteration or more"
+    return best
+
+
+class LoftQOperator(PackedBaseOperator):
+    """The update of one site, which starts at what rounding lost."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        if site.layer.packed:
+            found: Factors = lora_start(site, config.rank)
+            taken: Factors | None = None
+        else:
+            with torch.no_grad():
+                found, taken = alternate(original(site), config.rank, config.rounding(), config.iterations)
+            found, taken = as_factors(site, *found), None if taken is None else as_factors(site, *taken)
+        if config.iterations > 1 and taken is None:  # one shape of files, whichever iterate was best
+            taken = Factors(*(torch.zeros_like(each) for each in found))
+        super().__init__(site, config, found, taken)
+
+
+class LoftQ(Method):
+    """Quantization and low-rank adapters that start together."""
+
+    name = "loftq"
+    Config = Config
+    tags = Tags(
+        category="quantized",
+        paper="2310.08659",
+        mergeable=True,
+        identity_at_init=False,
+        checked_against="peft 0.21 on bitsandbytes",
+    )
+    target = ("all-linear",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(place(site), LoftQOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return update_count(site, config.rank)

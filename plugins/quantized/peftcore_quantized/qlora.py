@@ -1,0 +1,81 @@
+"""QLoRA: low-rank adapters on a 4-bit base.   Dettmers et al. 2023, arXiv 2305.14314 (artidoro/qlora).
+
+    y = Q x + b + s B A dropout(x),   s = alpha / rank,   Q = nf4(W): 16 levels, blocks of 64, A and B as in LoRA
+
+Meant for a base that is packed: by ``peftcore.quantize(model, "nf4", double_quant=True)`` (or "bnb-nf4", …) before it
+or after it, or by transformers' `BitsAndBytesConfig`. On a host that is dense still, the weights are rounded in every
+forward, so that the numbers are those of the packed one. Where the base is packed already, it stays as it is, whatever
+`scheme` says. Paged optimizer states are the optimizer's affair: ``injection.optimizer(bnb.optim.PagedAdamW32bit, …)``.
+
+A merge writes Q + s B A; into="same" rounds that again, which may cost more than the adapter is worth (the report says
+what it costs): merge into floating point, or keep the adapter.
+
+Parameters: rank * (in * kernel + out) a site, times the number of experts.
+
+Use it where the model in 16 bits leaves no room for training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore_quantized._packed_base import PackedBaseOperator, PackedConfig, lora_start, place, update_count
+
+
+class Config(PackedConfig):
+    """Options of QLoRA."""
+
+    method: Literal["qlora"] = "qlora"
+    rank: PositiveInt = 64
+    """Rank of the update."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training (the paper: 0.1, or 0.05 for large models);
+    only where the base is packed already."""
+    scheme_options: dict[str, Any] = Field(default_factory=lambda: {"double_quant": True})
+    """Options of the scheme; the scales in 8 bits too."""
+
+
+class QLoRAOperator(PackedBaseOperator):
+    """The update of one site."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        if config.dropout and not site.layer.packed:
+            raise UnsupportedSite(f"{site.path} is not packed yet, so its inputs are not dropped; quantize first")
+        super().__init__(site, config, lora_start(site, config.rank), scale=config.alpha / config.rank)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        return self.layer.add(y, self.layer.apply(self.dropout(x), A), B, self.scale)
+
+
+class QLoRA(Method):
+    """Low-rank adapters on a 4-bit base."""
+
+    name = "qlora"
+    Config = Config
+    tags = Tags(
+        category="quantized",
+        paper="2305.14314",
+        mergeable=True,
+        identity_at_init=False,
+        checked_against="peft 0.21 on bitsandbytes",
+    )
+    target = ("all-linear",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(place(site), QLoRAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return update_count(site, config.rank)
