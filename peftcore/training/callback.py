@@ -4,7 +4,9 @@
     optimizer = injection.optimizer(torch.optim.AdamW, lr=1e-3)
     trainer = Trainer(model, args, ..., optimizers=(optimizer, None), callbacks=[PeftcoreCallback()])
 
-Leave ``optimizers`` out for methods that need none of their own; the callback says so where one is needed.
+Leave ``optimizers`` out for methods that need none of their own; the callback says so where one is needed. A model that
+transformers has quantized is given to the callback, ``PeftcoreCallback(model)``: the Trainer refuses it otherwise, since
+it knows no adapters but its own.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import nn
 from peftcore.calls import injections
 from peftcore.errors import TrainingError
 from peftcore.injection import Injection
+from peftcore.plugins import layer_of
 from peftcore.training.optimizer import MethodOptimizer, gradient_rules, scheduled, transient
 
 
@@ -31,9 +34,14 @@ class PeftcoreCallback(transformers.TrainerCallback):
     * After training, ``trainer.save_model()`` writes the base without adapters; `Injection.save` writes those.
 
     Nothing of it stays on the model when training ends or fails.
+
+    Args:
+        model: the adapted model, where transformers has quantized it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module | None = None) -> None:
+        if model is not None and injections(model):
+            vars(model)[ADMITTED] = _Once(model)
         self._frozen: set[str] = set()
         self._undo: Callable[[], Any] | None = None
         self._evaluating = False
@@ -41,6 +49,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer loads the checkpoint to resume from before it says that training begins."""
+        vars(kwargs["model"]).pop(ADMITTED, None)
         self._await_checkpoint(kwargs["model"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -153,6 +162,21 @@ class PeftcoreCallback(transformers.TrainerCallback):
             undo()
 
 
+ADMITTED = "_hf_peft_config_loaded"
+"""By this transformers knows of adapters on a quantized model. Left true, it would save those of peft."""
+
+
+class _Once:
+    """True to the first who asks, the Trainer as it begins, and gone from the model then."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __bool__(self) -> bool:
+        vars(self._model).pop(ADMITTED, None)
+        return True
+
+
 def _inside(optimizer: Any) -> Any:
     """The optimizer that accelerate wrapped."""
     while isinstance(optimizer, AcceleratedOptimizer):
@@ -187,9 +211,13 @@ def adapter_keys(model: nn.Module) -> set[str]:
 
 
 def frozen_keys(model: nn.Module) -> set[str]:
-    """The keys of the host's state dict that cannot change in training: frozen parameters of the base.
+    """The keys of the host's state dict that cannot change in training: frozen parameters of the base, and all that a
+    packed weight is made of.
 
     Buffers of the base stay: the host may write into them.
     """
     frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    packed = [path for path, module in model.named_modules() if layer_of(module, "weight").packed]
+    below = tuple(f"{path}." for path in packed if path)
+    frozen |= {key for key in model.state_dict() if below and key.startswith(below)}
     return frozen - adapter_keys(model)
