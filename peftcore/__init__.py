@@ -21,7 +21,7 @@ from peftcore.hookspecs import API, hookimpl
 from peftcore.injection import Injection
 from peftcore.operators import Combiner, Operator, Replacement, WeightOperator, on_first
 from peftcore.planning import Plan
-from peftcore.quantization import quantize, schemes
+from peftcore.quantization import dequantize, quantize, schemes
 from peftcore.records import Call, Tap, current_call
 from peftcore.sequence import SequenceOperator, SequenceSite
 from peftcore.surgery import Surgeon
@@ -66,6 +66,7 @@ __all__ = [
     "combine",
     "current_call",
     "deltas",
+    "dequantize",
     "hookimpl",
     "injections",
     "load",

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from peftcore.errors import MergeError, NotMergeable
 from peftcore.mounts import Effect, Mount, effects_of, fold
 from peftcore.operators import is_mergeable
-from peftcore.packing import Form, Packed, become, restore
+from peftcore.packing import Form, Packed, become, dense_linear, floating_dtype, restore
 from peftcore.plugins import layer_of, registry
 
 if TYPE_CHECKING:
@@ -262,21 +262,14 @@ def _write_packed(
     """Write a weight where a packed one is: as a dense linear layer, or packed in the same way."""
     module, _ = _owner(model, key)
     if into == "float":
-        dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta").train(module.training)
-        dtype = layer.dtype(module) or _floating_dtype(model)
-        dense.weight = nn.Parameter(weight.to(dtype, copy=True), requires_grad=False)
-        return Original(None, form=become(module, dense)), None
+        dense = dense_linear(weight, layer.dtype(module) or floating_dtype(model))
+        return Original(None, form=become(module, dense.train(module.training))), None
     before = layer.unpack(module)
     again = layer.pack(module, weight).train(module.training)
     off = _precise(layer.unpack(again)) - _precise(weight)
     size, change = _precise(weight).norm(), (_precise(weight) - _precise(before)).norm()
     error = Repacked(float(off.norm() / size.clamp_min(1e-30)), float(off.norm() / change.clamp_min(1e-30)))
     return Original(None, form=become(module, again)), error
-
-
-def _floating_dtype(model: nn.Module) -> torch.dtype:
-    """That of the host's first matrix which is not packed: an embedding, most likely."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dim() > 1), torch.float32)
 
 
 def _within(error: Repacked, bound: float, path: str) -> Repacked:

@@ -75,6 +75,9 @@ class Packed(Linear):
     def runs_dense(self) -> type[nn.Module] | None:
         return Dense
 
+    def as_stored(self) -> Layer:
+        return self
+
     def has(self, module: nn.Module, tensor: str) -> bool:
         return tensor.endswith("weight") or super().has(module, tensor)
 
@@ -99,6 +102,9 @@ class Beside(Layer):
 
     weight: Packed = Packed()
 
+    def as_stored(self) -> Layer:
+        return self
+
     def like(self, module: nn.Module, tensor: str) -> Tensor:
         held = self.read(module, tensor)
         return self.weight.like(module, tensor) if held is None else held
@@ -114,6 +120,18 @@ def packed_layer(module: nn.Module, tensor: str, layer: Packed) -> Layer | None:
         if name == "bias"
         else None
     )
+
+
+def dense_linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
+    """A frozen linear layer without bias that holds the weight ``[out, in]``."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
+    return layer
+
+
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """That of the host's first matrix which is not packed: an embedding, most likely."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dim() > 1), torch.float32)
 
 
 _BARE = vars(nn.Module())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from peftcore.applying import host_map, is_ours
 from peftcore.errors import PluginError, QuantizationError, TargetError, UnsupportedSite
 from peftcore.graft import slot_of
-from peftcore.packing import Packed, become
+from peftcore.packing import Packed, become, dense_linear, floating_dtype
 from peftcore.plugins import layer_of, registry
 from peftcore.progress import Progress
 from peftcore.targets import Resolver, Site, Target
@@ -111,7 +111,7 @@ def scheme_key(name: str, options: Mapping[str, Any]) -> str:
 @torch.library.custom_op("peftcore::round_trip", mutates_args=(), schema="(Tensor weight, str key) -> Tensor")
 def _round_trip(weight: Tensor, key: str) -> Tensor:
     chosen = _scheme(key)
-    return chosen.layer.unpack(chosen.module(weight)).to(weight.dtype, copy=True)
+    return chosen.layer.unpack(chosen.module(weight.contiguous())).to(weight.dtype, copy=True)
 
 
 @_round_trip.register_fake
@@ -168,6 +168,19 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
     return model
 
 
+def dequantize(model: M) -> M:
+    """Make every packed linear layer of a host dense, in place: the weights are those that the codes stand for.
+
+    Injections stay active, and what they compute stays the same.
+    """
+    dtype = floating_dtype(model)
+    for module in list(model.modules()):
+        layer = layer_of(module, "weight")
+        if isinstance(layer, Packed):
+            become(module, dense_linear(layer.unpack(module), layer.dtype(module) or dtype).train(module.training))
+    return model
+
+
 def _sites(model: nn.Module, target: Target | None, exclude: Target | None) -> Iterator[Site]:
     resolver = Resolver(model, host_map(model), layer_of, is_ours)
     try:
@@ -204,4 +217,4 @@ def _to_pack(site: Site) -> Tensor:
     weight = site.layer.logical(stored)
     for operator in _operators(site.module):
         weight = operator.base_to_pack(weight)
-    return weight.detach()
+    return weight.detach().contiguous()

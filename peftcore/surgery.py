@@ -23,7 +23,7 @@ from peftcore.plugins import registry
 from peftcore.progress import Progress
 from peftcore.sequence import locate as locate_stack
 from peftcore.targets import Resolver, Site, Target
-from peftcore.weights import Layer, Ranges
+from peftcore.weights import Ranges
 
 if TYPE_CHECKING:
     from peftcore.contract import Method, MethodConfig
@@ -296,7 +296,7 @@ class Surgeon:
     @staticmethod
     def _as_stored(site: Site) -> Site:
         """A whole tensor is replaced as it is stored, so that holders of different kinds (table, head) share it."""
-        return replace(site, form="weight", layer=site.layer if site.rows or site.layer.packed else Layer())
+        return replace(site, form="weight", layer=site.layer if site.rows else site.layer.as_stored())
 
     def _build(self, path: str, make: Callable[[], Any], site: Site | None, device: torch.device | None = None) -> Any:
         if site is not None:

@@ -133,8 +133,7 @@ class Site:
 
     def missing(self, tensor: str) -> bool:
         """True for a parameter slot that the host left empty."""
-        owner, _, name = tensor.rpartition(".")
-        return self.module.get_submodule(owner)._parameters.get(name) is None
+        return not self.layer_of(self.module, tensor).has(self.module, tensor)
 
     def at(self, tensor: str) -> Site:
         """The same rows of another tensor of the module."""

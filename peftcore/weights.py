@@ -61,6 +61,10 @@ class Layer:
         """The way back from `logical`."""
         return logical
 
+    def as_stored(self) -> Layer:
+        """The layer to which the tensor looks as it is stored."""
+        return Layer()
+
     def read(self, module: nn.Module, tensor: str) -> Tensor | None:
         """The dense stored tensor at the path `tensor` below `module`; None where there is none (a missing bias)."""
         owner, _, name = tensor.rpartition(".")

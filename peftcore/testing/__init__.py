@@ -22,6 +22,7 @@ for _name in (
     "calls",
     "merge",
     "files",
+    "packed",
     "learning",
 ):  # as they run
     importlib.import_module(f"{__name__}.checks_{_name}")

@@ -12,12 +12,10 @@ from peftcore.catalogue import method as find_method
 from peftcore.contract import Method
 from peftcore.errors import ConfigError
 from peftcore.testing.hosts import HOSTS
-from peftcore.testing.kit import ANYWHERE, Case, Check, CheckFailed, Context, NotApplicable, applicable, cases
+from peftcore.testing.kit import ALL, ANYWHERE, Case, Check, CheckFailed, Context, NotApplicable, applicable, cases
 
 TELLING = ("llama", "encoder")
 """The hosts of a quick run: separate projections called as modules, and a packed one read by its owner."""
-ALL = "PEFTCORE_TEST_ALL"
-"""Environment variable: set to 1, every method runs on every host."""
 CHANGED = "PEFTCORE_TEST_CHANGED"
 """Environment variable: names of methods, separated by blanks, that run on every host in a quick run too."""
 

@@ -22,6 +22,8 @@ from peftcore.injection import Injection
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest accepted difference relative to the largest output, by dtype."""
+ALL = "PEFTCORE_TEST_ALL"
+"""Environment variable: set to 1, every method runs on every host."""
 FILL = 0.1
 """Operator tensors are filled with N(0, FILL): at init alone every LoRA-like method equals the base."""
 

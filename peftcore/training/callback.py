@@ -5,8 +5,8 @@
     trainer = Trainer(model, args, ..., optimizers=(optimizer, None), callbacks=[PeftcoreCallback()])
 
 Leave ``optimizers`` out for methods that need none of their own; the callback says so where one is needed. A model that
-transformers has quantized is given to the callback, ``PeftcoreCallback(model)``: the Trainer refuses it otherwise, since
-it knows no adapters but its own.
+transformers has quantized is given to the callback, ``PeftcoreCallback(model)``: the Trainer would refuse it, since it
+knows no adapters but its own.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import nn
 
 from peftcore import Operator, Site, Tap
 from peftcore.operators import Shared
+from peftcore.plugins import layer_of
 
 GIVEN = ("sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs")
 """What the copy gets of the UNet's inputs."""
@@ -49,9 +50,11 @@ def encoder_copy(model: Any, widths: tuple[int, ...], channels: int) -> nn.Modul
         conditioning_channels=channels,
         load_weights_from_unet=False,  # that knows no host with other adapters in it
     )
-    own = dict(model.named_parameters())
+    own = dict(model.named_modules())
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
-            if name in own:
-                parameter.copy_(own[name])
+            path, _, tensor = name.rpartition(".")
+            held = layer_of(own[path], tensor).read(own[path], tensor) if path in own else None  # packed or not
+            if held is not None:
+                parameter.copy_(held)
     return copy

@@ -13,7 +13,6 @@ import peftcore
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 
-
 ROWS = "what linear maps get there, 32 rows of 16 channels, has the shape of a weight"
 
 
