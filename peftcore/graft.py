@@ -33,6 +33,8 @@ from peftcore.rows import Once, select_rows
 from peftcore.weights import GRAFTED, Layer, Ranges, plain_class, take, whole
 
 _SLOT = "_peftcore_slot"
+_TORCHS = frozenset(vars(nn.Module()))
+"""Attributes that are torch's own."""
 _FORWARDS = ("forward", "_old_forward")
 """Where a forward may be set on an instance: by anybody, and by accelerate the one that its hook calls."""
 
@@ -57,7 +59,11 @@ def view(
     for name in parametrized._modules if parametrized is not None else ():  # the plain class does not compute them
         own.setdefault(name, getattr(module, name))
     stand_in: nn.Module = object.__new__(cls or plain_class(module))
-    fields = {key: value for key, value in module.__dict__.items() if key not in own and key != _SLOT}
+    fields = {
+        key: {} if effective and key not in _TORCHS and _is_cache(value) else value
+        for key, value in module.__dict__.items()
+        if key not in own and key != _SLOT
+    }
     fields["_parameters"] = {**module._parameters, **own}
     nested: dict[str, dict[str, Tensor | None]] = {}
     for path, tensor in effective.items():
@@ -69,6 +75,12 @@ def view(
         fields["_modules"] = {**module._modules, **children}
     stand_in.__dict__.update(fields, **(attributes or {}))
     return stand_in
+
+
+def _is_cache(value: Any) -> bool:
+    """A dictionary of tensors, or one to fill. What a module keeps there comes of its own tensors (LeViT's gathered
+    biases), so a view neither reads nor leaves anything in it."""
+    return type(value) is dict and all(isinstance(each, Tensor) for each in value.values())
 
 
 def _on_view(module: nn.Module, acting: Acting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

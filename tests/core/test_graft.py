@@ -325,6 +325,34 @@ def test_attributes_that_forward_sets_reach_the_site() -> None:
     assert len(model["reader"].seen) == 1
 
 
+class Keeper(nn.Module):
+    """Keeps what it made of its table, in evaluation, as LeViT does with its biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3, 4))
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "rows" not in self.kept:
+            self.kept["rows"] = self.table[:, [2, 0, 1]]
+        return x @ self.kept["rows"].T
+
+
+@pytest.mark.parametrize("fresh", [True, False])
+def test_what_a_module_keeps_of_its_tensors_is_not_taken_for_what_acts(fresh: bool) -> None:
+    model, x = nn.ModuleDict({"keeper": Keeper()}), torch.randn(2, 3)
+    base = x @ model["keeper"].table[:, [2, 0, 1]].T
+    if not fresh:
+        model["keeper"](x)
+    injection = peftcore.apply(model, Shift, target="keeper.table")
+    moved = model["keeper"](x)
+    assert torch.allclose(moved, base + x.sum(-1, keepdim=True), atol=1e-6)
+    moved.sum().backward()  # where the module runs again
+    injection.remove()
+    assert torch.equal(model["keeper"](x), base)
+
+
 def test_effective_bias_of_a_missing_slot() -> None:
     model = perceptron()
     model.first = nn.Linear(4, 6, bias=False)
