@@ -353,6 +353,31 @@ def test_what_a_module_keeps_of_its_tensors_is_not_taken_for_what_acts(fresh: bo
     assert torch.equal(model["keeper"](x), base)
 
 
+class Frozen(nn.Module):
+    """A norm as detection models have it: buffers and no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.randn(4).bfloat16())
+        self.register_buffer("bias", torch.randn(4).bfloat16())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.get_buffer("weight") + self.get_buffer("bias")
+
+
+def test_a_module_without_parameters() -> None:
+    model, x = perceptron().bfloat16(), torch.randn(2, 4).bfloat16()
+    model.first, model.second = Frozen(), nn.Linear(4, 3).bfloat16()
+    base, norm = model(x), model.first(x)
+    injection = peftcore.apply(model, Shift, target="first")
+    moved = model(x)
+    assert moved.dtype == torch.bfloat16 and torch.allclose(model.first(x), norm + x, atol=0.05)
+    injection.merge()
+    assert torch.equal(model(x), moved)
+    injection.remove()
+    assert torch.equal(model(x), base)
+
+
 def test_effective_bias_of_a_missing_slot() -> None:
     model = perceptron()
     model.first = nn.Linear(4, 6, bias=False)
