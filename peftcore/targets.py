@@ -176,7 +176,7 @@ class Resolver:
         self._order = {path: index for index, path in enumerate(self.modules)}
         self._roles = host.roles()
         self._role_of = {entry.path: entry.role for entry in host.entries}
-        self._read = {entry.path for entry in host.entries if not entry.called and entry.tensor is None}
+        self._readers = {entry.module: entry.reader for entry in host.entries if entry.reader is not None}
         self._holders: dict[int, list[tuple[str, str]]] | None = None
 
     def sites(
@@ -231,11 +231,13 @@ class Resolver:
         raise TargetError(self._nothing(path))
 
     def site(self, module_path: str, tensor: str, role: str | None = None, rows: Ranges | None = None) -> Site:
-        """One site, described exactly; what is read without being called is a tensor of the module above."""
+        """One site, described exactly; what is read without being called is a tensor of the module above that reads
+        it."""
         parent, _, leaf = module_path.rpartition(".")
         attention = leaf == "out_proj" and isinstance(self.modules.get(parent), nn.MultiheadAttention)
-        if attention or module_path in self._read:
-            module_path, tensor = parent, f"{leaf}.{tensor}"
+        reader = parent if attention else self._readers.get(module_path)
+        if reader is not None:
+            module_path, tensor = reader, f"{module_path}.{tensor}".removeprefix(f"{reader}.")
         module = self.modules[module_path]
         output = role is not None and role.endswith(".output")  # the operator acts on what the module returns
         layer = self._layer_of(module, tensor)

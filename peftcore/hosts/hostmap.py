@@ -49,6 +49,7 @@ class HostEntry:
     * `layout`: the rows of a fused projection, None when there is nothing fused or the order is not known without a
       probe.
     * `called`: False when the weight is known to be read without its module being called.
+    * `reader`: where the module that holds the weight is known never to be called: the nearest one above that is.
     * `kind`: "container", "linear", "conv", "norm", "table", "experts", "mha", "raw" or "tensor".
     * `shape`: of the weight; (out, in) for a matrix whatever the storage.
     """
@@ -63,6 +64,7 @@ class HostEntry:
     layer: int | None = None
     layout: Layout | None = None
     called: bool = True
+    reader: str | None = None
     kind: str = "container"
     shape: tuple[int, ...] = ()
 

@@ -57,7 +57,7 @@ def with_stacks(survey: Survey, entries: list[HostEntry]) -> list[HostEntry]:
 
 
 def entry_of(node: Node, role: str, tower: str, layer: int | None, layout: Layout | None) -> HostEntry:
-    module, tensor = owner(node)
+    (module, tensor), reader = owner(node), reader_of(node)
     return HostEntry(
         path=node.path,
         module=module,
@@ -68,7 +68,8 @@ def entry_of(node: Node, role: str, tower: str, layer: int | None, layout: Layou
         block=node.block.path if node.block is not None else None,
         layer=layer,
         layout=layout,
-        called=tensor is None,
+        called=tensor is None and reader is None,
+        reader=reader,
         kind=node.kind.value,
         shape=logical_shape(node),
     )
@@ -82,3 +83,15 @@ def owner(node: Node) -> tuple[str, str | None]:
     if parent is not None and parent.kind is Kind.MHA and node.name == "out_proj":
         return parent.path, "out_proj.weight"
     return node.path, None
+
+
+def reader_of(node: Node) -> str | None:
+    """A list of parameters has no forward: what holds it reads them."""
+    holder = node if node.tensor is None or node.parent is None else node.parent
+    if not holder.module._parameters or _has_forward(holder):
+        return None
+    return next((above.path for above in holder.ancestors() if _has_forward(above)), None)
+
+
+def _has_forward(node: Node) -> bool:
+    return type(node.module).forward is not nn.Module.forward

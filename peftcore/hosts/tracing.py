@@ -335,24 +335,31 @@ def refine_head(changes: Changes, recording: Recording) -> None:
 
 
 def refine_calls(model: nn.Module, changes: Changes, recording: Recording) -> None:
-    """A weight that the result depends on although its module never ran is read by somebody else."""
-    silent = {
-        entry.path: parameter
-        for entry in changes.entries
-        if entry.shape
-        and entry.tensor is None
-        and entry.path not in recording.first_call
-        and (parameter := own_parameter(model, entry)) is not None
-        and parameter.requires_grad
-    }
+    """Parameters that the result depends on although their module never ran are read by somebody else: the nearest
+    module above that ran, or one below it.
+    """
+    silent = [
+        (path, parameter)
+        for path, module in model.named_modules()
+        if path not in recording.first_call
+        for parameter in module._parameters.values()
+        if parameter is not None and parameter.requires_grad
+    ]
     results = [tensor for tensor in tensors_in(recording.result) if tensor.requires_grad]
     if not silent or not results:
         return
-    directions = [random_like(result) for result in results]
-    gradients = torch.autograd.grad(results, list(silent.values()), directions, retain_graph=True, allow_unused=True)
-    for path, gradient in zip(silent, gradients, strict=True):
-        if gradient is not None:
-            changes.set(path, called=False)
+    parameters, directions = [parameter for _, parameter in silent], [random_like(result) for result in results]
+    gradients = torch.autograd.grad(results, parameters, directions, retain_graph=True, allow_unused=True)
+    read = {path for (path, _), gradient in zip(silent, gradients, strict=True) if gradient is not None}
+    for entry in list(changes.entries):
+        if entry.module in read:
+            changes.set(entry.path, called=False, reader=nearest_running(entry.module, recording))
+
+
+def nearest_running(path: str, recording: Recording) -> str:
+    while path and path not in recording.first_call:
+        path = path.rpartition(".")[0]
+    return path
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from core_toys import Doubling, Shift, Swap, perceptron, snapshot, stir, token_ids, transformer
-from torch import nn
+from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import TargetError, UnsupportedSite
@@ -26,6 +26,30 @@ INNER = [
 
 def paths(model: nn.Module, method: Any = Shift, **arguments: Any) -> list[str]:
     return [site.path for site in peftcore.plan(model, method, **arguments).sites]
+
+
+class Listed(nn.Module):
+    """Rows in a list of parameters, which has no forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.ParameterList([torch.randn(3, 4), torch.randn(2, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, *self.rows])
+
+
+def test_lists_of_parameters_are_read_by_what_holds_them() -> None:
+    model, x = nn.Sequential(Listed()), torch.randn(1, 4)
+    base = model(x)
+    injection = peftcore.apply(model, Shift, target="0.rows.1")
+    assert list(injection.operators) == ["0.rows.1"]
+    moved = torch.tensor([0.0, 0, 0, 0, 1, 1]).unsqueeze(1)
+    assert torch.allclose(model(x) - base, moved.expand(6, 4), atol=1e-6)
+    injection.merge()
+    assert torch.allclose(model(x) - base, moved.expand(6, 4), atol=1e-6)
+    injection.remove()
+    assert torch.equal(model(x), base)
 
 
 def by_class(path: str, module: nn.Module) -> bool:

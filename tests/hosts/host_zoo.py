@@ -411,6 +411,7 @@ def sam() -> Built:
             "global_attn_indexes": [1],
             "mlp_dim": 80,
             "num_pos_feats": 16,
+            "initializer_range": 0.02,  # the class's own of 1e-10 drowns in the eps of the norms behind it
         },
         prompt_encoder_config={
             "hidden_size": 32,
@@ -430,7 +431,8 @@ def sam() -> Built:
             "iou_head_hidden_dim": 32,
         },
     )
-    return transformers.SamModel(config), {"pixel_values": image(1), "input_points": torch.tensor([[[[5.0, 6.0]]]])}
+    prompts = {"input_points": torch.tensor([[[[5.0, 6.0]]]]), "input_boxes": torch.tensor([[[3.0, 4.0, 9.0, 8.0]]])}
+    return transformers.SamModel(config), {"pixel_values": image(1), **prompts, "input_masks": image(1, 1, 16)}
 
 
 def with_image_tokens(token: int, count: int) -> Tensor:

@@ -63,6 +63,7 @@ def test_a_spoiled_map_is_restored(name: str) -> None:
     assert roles_and_layouts(probe(model, inputs, spoiled)) == roles_and_layouts(host)
 
 
+ATTENTION = "stages.0.blocks.0.attn_block.attn"
 READ_NOT_CALLED = {
     "timm_beit": {"blocks.0.attn.qkv", "blocks.1.attn.qkv"},
     "timm_eva02": {"blocks.0.attn.qkv", "blocks.1.attn.qkv"},
@@ -73,6 +74,8 @@ READ_NOT_CALLED = {
     "bart": {"model.shared"},
     "deberta_v2": {"deberta.encoder.rel_embeddings"},
     "detr": {"model.query_position_embeddings"},
+    "sam": {f"prompt_encoder.{name}" for name in ("not_a_point_embed", *(f"point_embed.{index}" for index in range(4)))}
+    | {f"mask_decoder.{name}" for name in ("iou_token", "mask_tokens")},
     "llama": set(),
     "gpt2": set(),
     "sd15_unet": set(),
@@ -88,9 +91,25 @@ def test_weights_that_are_read_and_not_called(name: str) -> None:
     assert {entry.path for entry in probed.entries if not entry.called} - before == READ_NOT_CALLED[name]
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "reader"),
+    [
+        ("sam", "prompt_encoder.point_embed.2", "prompt_encoder"),
+        ("timm_swinv2", "layers.0.blocks.0.attn.qkv", "layers.0.blocks.0.attn"),
+        ("timm_maxvit_tf", f"{ATTENTION}.rel_pos.relative_position_bias_table", ATTENTION),
+        ("t5", "shared", ""),
+    ],
+)
+def test_who_reads_a_weight_is_the_nearest_that_runs(name: str, path: str, reader: str) -> None:
+    """Neither a list of modules runs nor a module that has more methods than forward."""
+    model, inputs = build(name)
+    assert [entry.reader for entry in probe(model, inputs, derive(model)).at(path)] == [reader]
+
+
 def test_what_never_runs_is_not_called_read() -> None:
     """SAM without a mask prompt leaves its mask embedding alone: nothing is known about it."""
     model, inputs = build("sam")
+    del inputs["input_masks"]
     probed = probe(model, inputs, derive(model))
     assert probed.at("prompt_encoder.mask_embed.conv1")[0].called
 

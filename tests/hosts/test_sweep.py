@@ -40,8 +40,11 @@ REFUSALS = (TargetError, UnsupportedSite)
 """The method has nothing to act on in the host, or a site of a kind that it does not know."""
 LATER = (SequenceError, MissingContext, UnsupportedSite)
 """It stands, and forward wants to be told more, or cannot be followed."""
+CACHE = "in evaluation the host fills a cache, which what runs again in backward would fill again"
+PROMPTS = "a prompt with a mask does not use the embedding of none, and one without a mask not that of masks"
 KNOWN = {
-    ("mamba", "fish_mask"): "in evaluation the host fills a cache, which what runs again in backward would fill again",
+    **{(name, "fish_mask"): CACHE for name in ("mamba", "mamba2", "jamba", "zamba")},
+    **{("sam", name): PROMPTS for name in ("fish_mask", "svdiff")},
     ("llava", "vpt_shallow"): "the projector takes hidden states from between the blocks of the vision tower",
 }
 """Failures by host and method, with reasons."""
@@ -72,11 +75,12 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 def enliven(model: nn.Module) -> nn.Module:
-    """Fill tensors that start at zero (heads, gates), behind which nothing would show."""
+    """Fill tensors that start at zero (heads, gates), behind which nothing would show; the same each time."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():
-                parameter.normal_(0, 0.1)
+                parameter.normal_(0, 0.1, generator=generator)
     return model
 
 
