@@ -174,6 +174,19 @@ class HostMap:
     def has_blocks(self) -> bool:
         return "block" in self._by_role
 
+    def on_grid(self, block: str) -> bool:
+        """Whether a block mixes features by convolutions beside its attentions and feed-forwards: then its stream is a
+        grid with features in front of it (MaxViT), not a sequence.
+        """
+        return any(
+            entry.block == block
+            and entry.role == "conv"
+            and len(entry.shape) > 3
+            and entry.shape[1] > 1  # a depthwise one says nothing: TinyViT reshapes its sequence for it
+            and not any(_enclosing(self, entry.path, branch) for branch in ("attn", "cross", "mlp"))
+            for entry in self.entries
+        )
+
     def main_tower(self) -> str:
         """The tower with most parameters in its blocks."""
         sizes: dict[str, int] = {}

@@ -202,6 +202,22 @@ def test_towers(name: str, towers: set[str]) -> None:
     assert {entry.tower for entry in host_of(name).entries} == towers | {""}
 
 
+def test_blocks_whose_stream_is_a_grid() -> None:
+    """MaxViT mixes features by convolutions; TinyViT's are depthwise and Mamba's go over a sequence."""
+    assert {name: _on_grid(name) for name in ("timm_maxvit", "timm_tiny_vit", "mamba", "timm_resnet18", "vit")} == {
+        "timm_maxvit": True,
+        "timm_tiny_vit": False,
+        "mamba": False,
+        "timm_resnet18": True,
+        "vit": False,
+    }
+
+
+def _on_grid(name: str) -> bool:
+    host = host_of(name)
+    return host.on_grid(host.select("block")[-1][0].path)
+
+
 def test_select_takes_one_tower() -> None:
     host = host_of("clip")
     text, both = paths(host, "attn.q", "text_model"), paths(host, "attn.q")

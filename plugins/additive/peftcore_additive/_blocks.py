@@ -79,6 +79,8 @@ def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int]) ->
     inside = [entry for entry in surgeon.resolver.host.entries if entry.block == path]
     if not any(entry.role.partition(".")[0] in MIXERS for entry in inside):
         raise UnsupportedSite(f"{path} has no sequence: nothing inside mixes tokens")
+    if surgeon.resolver.host.on_grid(path):
+        raise UnsupportedSite(f"{path} has no sequence, but a grid that it convolves")
     if any(entry.stream == "context" for entry in inside):
         raise UnsupportedSite(f"{path} returns two streams; nothing says which of them is meant")
     for module in surgeon.resolver.modules[path].modules():

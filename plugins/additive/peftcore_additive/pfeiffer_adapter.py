@@ -121,7 +121,8 @@ def _block_of(site: Site, host: HostMap) -> str:
         raise UnsupportedSite(f'{site.path} is no feed-forward of a layer; placement="branch" adapts what it returns')
     inside = [entry for entry in host.entries if entry.block == block]
     mixes = any(each.role.partition(".")[0] in MIXERS for each in inside)
-    if site.layer.channel_dim != -1 or not mixes or any(each.stream == "context" for each in inside):
+    last = site.layer.channel_dim == -1 and not host.on_grid(block)
+    if not last or not mixes or any(each.stream == "context" for each in inside):
         raise UnsupportedSite(f"{block}: a Pfeiffer adapter needs one stream of tokens, with features last")
     return block
 

@@ -404,6 +404,26 @@ def test_blocks_without_a_sequence_are_refused() -> None:
         peftcore.apply(transformers.ConvNextModel(config), "loreft")
 
 
+class Gridded(nn.Module):
+    """Convolves a grid of features, then attends over it as a sequence: MaxViT in small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.LayerNorm(8)
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(self.conv(x).flatten(2).mT)
+        return self.attn(tokens, tokens, tokens)[0].mT.view_as(x)
+
+
+@pytest.mark.parametrize("method", ["loreft", "lst"])
+def test_blocks_of_a_grid_are_refused(method: str) -> None:
+    with pytest.raises(UnsupportedSite, match="grid"):
+        peftcore.apply(nn.Sequential(Gridded(), Gridded()), method, target="block")
+
+
 def test_cannot_be_merged() -> None:
     with pytest.raises(NotMergeable, match="loreft"):
         apply(host("llama")[0]).merge()

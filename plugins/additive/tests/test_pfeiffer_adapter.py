@@ -203,3 +203,7 @@ def test_what_has_no_stream_behind_it() -> None:
         peftcore.apply(host("llama")[0], "pfeiffer_adapter", target="q_proj")
     with pytest.raises(UnsupportedSite, match="no norm ends"):
         peftcore.plan(tiny("OlmoForCausalLM"), "pfeiffer_adapter", placement="post")
+    with torch.device("meta"):
+        grid = pytest.importorskip("timm").create_model("maxvit_rmlp_pico_rw_256", img_size=64)
+    with pytest.raises(UnsupportedSite, match="one stream of tokens"):
+        peftcore.plan(grid, "pfeiffer_adapter")
