@@ -1,4 +1,4 @@
-"""The helper module of this folder is importable."""
+"""The helper modules of this folder are importable."""
 
 import sys
 from pathlib import Path

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from one_layer import One
 from peft_pairs import difference
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import peftcore
+from peftcore.testing import HOSTS
 
 EXACT = 1e-10
 """Accepted relative difference, in float64."""
@@ -21,17 +23,6 @@ MOVED = 1000 * EXACT
 """The outputs must have moved by this much, or their being equal proves nothing."""
 Equation = Callable[[Tensor, dict[str, Tensor]], Tensor]
 """An effective weight [out, in, *kernel] from a weight and the tensors of an operator; of one expert, in a stack."""
-
-
-class One(nn.Module):
-    """A host of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 class Stack(nn.Module):
@@ -104,24 +95,87 @@ def fill(operator: nn.Module) -> None:
         parameter.normal_(0, 0.1, generator=generator)
 
 
+def copies(operator: nn.Module) -> dict[str, Tensor]:
+    """All that trains, once more, for the equation."""
+    return {name: p.detach().clone().requires_grad_() for name, p in operator.named_parameters()}
+
+
 def assert_equation(kind: str, method: str, equation: Equation, **options: Any) -> None:
     """With all that trains N(0, 0.1), outputs, gradients and merged weights are those of the equation."""
     base, x = hosted(kind)
-    model, injection, operator = adapted(kind, method, **options)
+    _, injection, operator = adapted(kind, method, **options)
     fill(operator)
     copy = deepcopy(operator)
     effective = [equation(weight, tensors) for weight, tensors in experts(kind, copy)]
     effective = torch.stack(effective) if kind == "experts" else effective[0]
     stored = effective.T if KINDS[kind].transposed else effective
-    ours, expected = model(x), functional_call(base, {KINDS[kind].tensor: stored}, (x,))
-    assert difference(ours, base(x)) >= MOVED, "the adapter hardly moved the output"
-    assert difference(ours, expected) <= EXACT
+    assert_weight(base, x, injection, stored, dict(copy.named_parameters()), tensor=KINDS[kind].tensor)
+
+
+def assert_weight(
+    base: nn.Module,
+    x: Tensor,
+    injection: peftcore.Injection,
+    stored: Tensor,
+    tensors: dict[str, Tensor],
+    tensor: str = "layer.weight",
+    exact: float = EXACT,
+    moved: float = MOVED,
+) -> None:
+    """Outputs, gradients and merged weight are those of a weight that was made of copies of the operator's tensors."""
+    model, (operator,) = injection.model, injection.operators.values()
+    ours, expected = model(x), functional_call(base, {tensor: stored}, (x,))
+    assert difference(ours, base(x)) >= moved, "the adapter hardly moved the output"
+    assert difference(ours, expected) <= exact
     direction = torch.randn_like(ours)
     for output in (ours, expected):
         (output * direction).sum().backward()
-    for name, parameter in operator.named_parameters():
-        wanted = copy.get_parameter(name).grad
-        assert wanted.abs().max() > 0, f"{name} gets no gradient"
-        assert difference(parameter.grad, wanted) <= EXACT, f"the gradient of {name} is another"
+    assert tensors.keys() == dict(operator.named_parameters()).keys()
+    for name, copy in tensors.items():
+        assert copy.grad.abs().max() > 0, f"{name} gets no gradient"
+        assert difference(operator.get_parameter(name).grad, copy.grad) <= exact, f"the gradient of {name} is another"
+    injection.bake()
+    assert difference(model.get_parameter(tensor), stored) <= exact
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(12, 7), (2, 3, 4, 12)),
+    "linear-no-bias": (lambda: nn.Linear(12, 7, bias=False), (5, 12)),
+    "transformers-conv1d": (lambda: Conv1D(7, 12), (5, 12)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), dilation=2), (2, 4, 7, 6)),
+    "grouped": (lambda: nn.Conv2d(8, 6, (3, 1), groups=2), (2, 8, 5, 4)),
+    "pointwise": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 3, 3)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 3, 3)),
+    "embedding": (lambda: nn.Embedding(9, 8), (2, 5)),
+}
+"""Layers and shapes of their inputs, for equations that see to the layout of weights themselves."""
+LACKING = ("conv1d", "conv2d", "grouped", "transposed", "embedding")
+"""Those that peft's methods mostly lack."""
+
+
+def frozen(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[One, Tensor]:
+    """A host of one layer in float64, and an input of that shape."""
+    host = One(build()).double().requires_grad_(False)
+    table = isinstance(host.layer, nn.Embedding)
+    return host, torch.randint(host.layer.num_embeddings, shape) if table else torch.randn(shape).double()
+
+
+EXPERTS = "model.layers.0.mlp.experts.down_proj"
+
+
+def merged_experts(
+    method: str, fill: Callable[[Any], Any], **options: Any
+) -> tuple[Any, list[tuple[Tensor, Tensor, dict[str, Tensor]]]]:
+    """The operator at a stack of experts, and of each expert the weight before and after a merge and its tensors."""
+    model, _ = HOSTS["moe"].build()
+    before = model.double().get_parameter(EXPERTS).detach().clone()
+    target = f"*.{EXPERTS.removeprefix('model.')}"
+    injection = peftcore.apply(model, method, target=target, dtype="float64", **options)
+    operator = injection.operators[EXPERTS]
+    with torch.no_grad():
+        fill(operator)
     injection.merge()
-    assert difference(model.get_parameter(KINDS[kind].tensor), stored) <= EXACT
+    pairs = enumerate(zip(before, model.get_parameter(EXPERTS), strict=True))
+    own = dict(operator.named_parameters())
+    return operator, [(old, new, {name: p[expert] for name, p in own.items()}) for expert, (old, new) in pairs]

@@ -8,11 +8,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from equation_in_float64 import assert_weight, copies, frozen, merged_experts
 from lycoris.functional.boft import diff_weight
+from one_layer import One
 from peft.tuners.boft import layer as peft_boft
 from peft_pairs import ADAPTER, FILL, MERGED, MOVED, Both, Pair, difference
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import peftcore
 from peftcore.errors import UnsupportedSite
@@ -38,17 +39,6 @@ OPTIONS = {
 @conformance("boft", options=OPTIONS)
 def test_conformance(check: Callable[[], None]) -> None:
     check()
-
-
-class One(nn.Module):
-    """A host of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 class Kernel:
@@ -157,53 +147,36 @@ def by_rows(weight: Tensor, R: Tensor, gain: Tensor) -> Tensor:
     return torch.stack([s * (R @ row.flatten()) for s, row in zip(gain, weight, strict=True)]).view(weight.shape)
 
 
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "conv1d": (lambda: nn.Conv1d(8, 6, 2, stride=2, padding=1), (2, 8, 9), 16),
-    "conv2d": (lambda: nn.Conv2d(8, 6, (3, 2), dilation=2), (2, 8, 7, 6), 48),
-    "grouped": (lambda: nn.Conv2d(32, 6, (3, 1), groups=2), (2, 32, 5, 4), 48),
-    "transposed": (lambda: nn.ConvTranspose2d(16, 6, 3, stride=2), (2, 16, 3, 3), 144),
-    "embedding": (lambda: nn.Embedding(9, 16), (2, 5), 16),
+WIDER: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {  # their widths can be halved
+    "conv1d": (lambda: nn.Conv1d(8, 6, 2, stride=2, padding=1), (2, 8, 9)),
+    "conv2d": (lambda: nn.Conv2d(8, 6, (3, 2), dilation=2), (2, 8, 7, 6)),
+    "grouped": (lambda: nn.Conv2d(32, 6, (3, 1), groups=2), (2, 32, 5, 4)),
+    "transposed": (lambda: nn.ConvTranspose2d(16, 6, 3, stride=2), (2, 16, 3, 3)),
+    "embedding": (lambda: nn.Embedding(9, 16), (2, 5)),
 }
 
 
 @pytest.mark.parametrize("factors", [1, 3])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", WIDER)
 def test_equation(name: str, factors: int) -> None:
-    """Outputs, gradients and merged weight."""
-    build, shape, width = LAYERS[name]
-    base = build().double().requires_grad_(False)
-    x = torch.randint(9, shape) if name == "embedding" else torch.randn(shape).double()
-    model, injection, operator = adapted(deepcopy(base), factors=factors)
-    K, gain = (each.detach().clone().requires_grad_() for each in (operator.K, operator.gain))
-    if name == "embedding":
-        weight = torch.stack([gain * (rotation(K, BLOCK, width) @ row) for row in base.weight])
-    else:
-        swap = int(name == "transposed")
-        weight = by_rows(base.weight.transpose(0, swap), rotation(K, BLOCK, width), gain).transpose(0, swap)
-    ours, expected = model(x), functional_call(base, {"weight": weight}, (x,))
-    assert difference(ours, base(x)) > 0.01
-    assert difference(ours, expected) <= EXACT
-    direction = torch.randn_like(ours)
-    for output in (ours, expected):
-        (output * direction).sum().backward()
-    assert difference(operator.K.grad, K.grad) <= EXACT
-    assert difference(operator.gain.grad, gain.grad) <= EXACT
-    injection.bake()
-    assert difference(model.layer.weight, weight) <= EXACT
+    base, x = frozen(*WIDER[name])
+    _, injection, operator = adapted(deepcopy(base.layer), factors=factors)
+    tensors, swap = copies(operator), int(name == "transposed")
+    rows, gain = base.layer.weight.transpose(0, swap), tensors["gain"]
+    R = rotation(tensors["K"], BLOCK, rows[0].numel())
+    weight = torch.stack([gain * (R @ row) for row in rows]) if name == "embedding" else by_rows(rows, R, gain)
+    assert_weight(base, x, injection, weight.transpose(0, swap), tensors, exact=EXACT, moved=0.01)
 
 
 def test_experts_turn_each_by_itself() -> None:
-    model, _ = HOSTS["moe"].build()
-    path = "model.layers.0.mlp.experts.down_proj"
-    before = model.double().get_parameter(path).detach().clone()
-    injection = peftcore.apply(model, "boft", target=f"*.{path[6:]}", block_size=BLOCK, dtype="float64")
-    operator = injection.operators[path]
-    nn.init.normal_(operator.K, std=0.1)
-    nn.init.normal_(operator.gain, mean=1.0, std=0.1)
-    injection.merge()
-    for expert, (old, new) in enumerate(zip(before, model.get_parameter(path), strict=True)):
-        R = rotation(operator.K[expert], BLOCK, old.shape[-1])
-        assert difference(new, by_rows(old, R, operator.gain[expert])) <= EXACT
+    def fill(operator: Any) -> None:
+        nn.init.normal_(operator.K, std=0.1)
+        nn.init.normal_(operator.gain, mean=1.0, std=0.1)
+
+    _, experts = merged_experts("boft", fill, block_size=BLOCK)
+    for old, new, tensors in experts:
+        R = rotation(tensors["K"], BLOCK, old.shape[-1])
+        assert difference(new, by_rows(old, R, tensors["gain"])) <= EXACT
 
 
 @pytest.mark.parametrize("factors", [1, 2, 3, 4])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from one_layer import One
 from torch import Tensor, nn
 
 import peftcore
@@ -16,17 +17,6 @@ from peftcore.testing.hosts import HOSTS
 @conformance("dora")
 def test_conformance(check: Callable[[], None]) -> None:
     check()
-
-
-class One(nn.Module):
-    """A host of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 def adapted(layer: nn.Module, **options: Any) -> tuple[nn.Module, peftcore.Injection, Any]:

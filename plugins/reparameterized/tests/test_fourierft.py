@@ -10,9 +10,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from equation_in_float64 import LACKING, LAYERS, assert_weight, copies, frozen, merged_experts
+from one_layer import One
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import peftcore
@@ -32,17 +33,6 @@ OPTIONS = {
 @conformance("fourierft", options=OPTIONS)
 def test_conformance(check: Callable[[], None]) -> None:
     check()
-
-
-class One(nn.Module):
-    """A host of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -80,51 +70,25 @@ def cosines(c: Tensor, entries: list[int], out: int, inputs: int) -> Tensor:
     return sum(value * wave for value, wave in zip(c, waves, strict=True)) / (out * inputs)
 
 
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "linear": (lambda: nn.Linear(12, 7), (5, 12)),
-    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
-    "grouped": (lambda: nn.Conv2d(8, 6, (3, 2), groups=2), (2, 8, 5, 4)),
-    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 3, 3)),
-    "embedding": (lambda: nn.Embedding(9, 8), (2, 5)),
-}
-
-
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ["linear", *LACKING])
 def test_equation(name: str) -> None:
-    """Outputs, gradients and merged weight."""
-    build, shape = LAYERS[name]
-    base = build().double().requires_grad_(False)
-    x = torch.randint(9, shape) if name == "embedding" else torch.randn(shape).double()
-    model = One(deepcopy(base))
-    injection = peftcore.apply(model, "fourierft", target="layer", n_frequency=N, alpha=40.0, dtype="float64")
+    base, x = frozen(*LAYERS[name])
+    options = {"target": "layer", "n_frequency": N, "alpha": 40.0, "dtype": "float64"}
+    injection = peftcore.apply(deepcopy(base), "fourierft", **options)
     (operator,) = injection.operators.values()
-    c = nn.init.normal_(operator.c, std=0.1).detach().clone().requires_grad_()
-    swap = int(name in ("transposed", "embedding"))
-    logical = base.weight.transpose(0, swap)
-    rows = logical.flatten(1)
-    delta = 40 * cosines(c, operator.entries.tolist(), *rows.shape)
-    weight = (rows + delta).view(logical.shape).transpose(0, swap)
-    ours, expected = model(x), functional_call(base, {"weight": weight}, (x,))
-    assert difference(ours, base(x)) > 0.01
-    assert difference(ours, expected) <= EXACT
-    direction = torch.randn_like(ours)
-    for output in (ours, expected):
-        (output * direction).sum().backward()
-    assert difference(operator.c.grad, c.grad) <= EXACT
-    injection.bake()
-    assert difference(model.layer.weight, weight) <= EXACT
+    nn.init.normal_(operator.c, std=0.1)
+    tensors, swap = copies(operator), int(name in ("transposed", "embedding"))
+    rows = base.layer.weight.transpose(0, swap)
+    delta = 40 * cosines(tensors["c"], operator.entries.tolist(), *rows.flatten(1).shape)
+    weight = (rows + delta.view(rows.shape)).transpose(0, swap)
+    assert_weight(base, x, injection, weight, tensors, exact=EXACT, moved=0.01)
 
 
 def test_experts_have_spectra_of_their_own() -> None:
-    model, _ = HOSTS["moe"].build()
-    path = "model.layers.0.mlp.experts.down_proj"
-    before = model.double().get_parameter(path).detach().clone()
-    injection = peftcore.apply(model, "fourierft", target=f"*.{path[6:]}", n_frequency=N, dtype="float64")
-    operator = injection.operators[path]
-    injection.merge()
-    for c, old, new in zip(operator.c, before, model.get_parameter(path), strict=True):
+    operator, experts = merged_experts("fourierft", lambda operator: None, n_frequency=N)
+    for old, new, tensors in experts:
         assert difference(new, old) > 0.01
-        assert difference(new, old + 150 * cosines(c, operator.entries.tolist(), *old.shape)) <= EXACT
+        assert difference(new, old + 150 * cosines(tensors["c"], operator.entries.tolist(), *old.shape)) <= EXACT
 
 
 def test_positions_come_from_the_option_alone(tmp_path: Path) -> None:

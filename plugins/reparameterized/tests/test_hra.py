@@ -9,9 +9,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from equation_in_float64 import LACKING, LAYERS, assert_weight, copies, frozen, merged_experts
+from one_layer import One
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
-from torch.func import functional_call
 
 import peftcore
 from peftcore.errors import ConfigError, UnsupportedSite
@@ -24,17 +25,6 @@ EXACT, RANK = 1e-12, 4
 @conformance("hra", options={"moe": {"rank": 6}})  # where no two of its experts are nearly tied in bfloat16
 def test_conformance(check: Callable[[], None]) -> None:
     check()
-
-
-class One(nn.Module):
-    """A host of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
@@ -93,46 +83,21 @@ def by_rows(weight: Tensor, U: Tensor, gram_schmidt: bool = False) -> Tensor:
     return rows.view(weight.shape)
 
 
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
-    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), dilation=2), (2, 4, 7, 6)),
-    "grouped": (lambda: nn.Conv2d(8, 6, (3, 1), groups=2), (2, 8, 5, 4)),
-    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 3, 3)),
-    "embedding": (lambda: nn.Embedding(9, 8), (2, 5)),
-}
-
-
 @FORMS
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", LACKING)
 def test_equation(name: str, gram_schmidt: bool) -> None:
-    """Outputs, gradients and merged weight."""
-    build, shape = LAYERS[name]
-    base = build().double().requires_grad_(False)
-    x = torch.randint(9, shape) if name == "embedding" else torch.randn(shape).double()
-    model, injection, operator = adapted(deepcopy(base), gram_schmidt=gram_schmidt)
-    U, swap = operator.U.detach().clone().requires_grad_(), int(name == "transposed")
-    weight = by_rows(base.weight.transpose(0, swap), U, gram_schmidt).transpose(0, swap)
-    ours, expected = model(x), functional_call(base, {"weight": weight}, (x,))
-    assert difference(ours, base(x)) > 0.01
-    assert difference(ours, expected) <= EXACT
-    direction = torch.randn_like(ours)
-    for output in (ours, expected):
-        (output * direction).sum().backward()
-    assert difference(operator.U.grad, U.grad) <= EXACT
-    injection.bake()
-    assert difference(model.layer.weight, weight) <= EXACT
+    base, x = frozen(*LAYERS[name])
+    _, injection, operator = adapted(deepcopy(base.layer), gram_schmidt=gram_schmidt)
+    tensors, swap = copies(operator), int(name == "transposed")
+    weight = by_rows(base.layer.weight.transpose(0, swap), tensors["U"], gram_schmidt).transpose(0, swap)
+    assert_weight(base, x, injection, weight, tensors, exact=EXACT, moved=0.01)
 
 
 def test_experts_reflect_each_by_itself() -> None:
-    model, _ = HOSTS["moe"].build()
-    path = "model.layers.0.mlp.experts.down_proj"
-    before = model.double().get_parameter(path).detach().clone()
-    injection = peftcore.apply(model, "hra", target=f"*.{path[6:]}", rank=RANK, dtype="float64")
-    U = nn.init.normal_(injection.operators[path].U, std=0.1)
-    injection.merge()
-    for vectors, old, new in zip(U, before, model.get_parameter(path), strict=True):
+    _, experts = merged_experts("hra", lambda operator: nn.init.normal_(operator.U, std=0.1), rank=RANK)
+    for old, new, tensors in experts:
         assert difference(new, old) > 0.01
-        assert difference(new, by_rows(old, vectors)) <= EXACT
+        assert difference(new, by_rows(old, tensors["U"])) <= EXACT
 
 
 def test_starts_in_pairs_that_cancel() -> None:

@@ -8,14 +8,14 @@ from typing import Any
 import peft
 import pytest
 import torch
+from equation_in_float64 import LAYERS, assert_weight, copies, frozen, merged_experts
 from lycoris.modules.loha import LohaModule
+from one_layer import One
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
-from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
 import peftcore
-from peftcore.testing import HOSTS, conformance
+from peftcore.testing import conformance
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 EXACT, RANK, ALPHA = 1e-12, 3, 6.0
@@ -31,24 +31,7 @@ def test_conformance_of_factored_kernels(check: Callable[[], None]) -> None:
     check()
 
 
-class One(nn.Module):
-    """A host of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "linear": (lambda: nn.Linear(12, 7), (2, 3, 12)),
-    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, bias=False), (2, 4, 9)),
-    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), dilation=2), (2, 4, 7, 6)),
-    "grouped": (lambda: nn.Conv2d(8, 6, (3, 1), groups=2), (2, 8, 5, 4)),
-    "pointwise": (lambda: nn.Conv2d(4, 6, 1), (2, 4, 3, 3)),
-}
+BESIDE = ("linear", "linear-no-bias", "conv1d", "conv2d", "grouped", "pointwise")
 TUCKER = pytest.mark.parametrize("tucker", [False, True], ids=["flat", "tucker"])
 
 
@@ -59,7 +42,7 @@ def theirs_of(name: str) -> tuple[str, bool]:
 
 
 @TUCKER
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", BESIDE)
 def test_beside_lycoris(name: str, tucker: bool) -> None:
     """Outputs and gradients; what it merges has the scale in it twice."""
     build, shape = LAYERS[name]
@@ -90,7 +73,7 @@ def test_beside_lycoris(name: str, tucker: bool) -> None:
 
 
 @TUCKER
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", BESIDE)
 def test_beside_peft(name: str, tucker: bool) -> None:
     """Outputs, gradients and merged weights. Where kernels are factored, peft's gradient of B is that of the other
     matrix's factors; LyCORIS's is right, see above."""
@@ -130,43 +113,26 @@ def update(tensors: dict[str, Tensor], shape: torch.Size) -> Tensor:
 
 @pytest.mark.parametrize("name", ["transformers-conv1d", "transposed", "embedding"])
 def test_equation(name: str) -> None:
-    """Outputs, gradients and merged weight where the other two have nothing; these weights are stored [in, out]."""
-    build, shape = {
-        "transformers-conv1d": (lambda: Conv1D(7, 12), (5, 12)),
-        "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 3, 3)),
-        "embedding": (lambda: nn.Embedding(9, 8), (2, 5)),
-    }[name]
-    base = build().double().requires_grad_(False)
-    x = torch.randint(9, shape) if name == "embedding" else torch.randn(shape).double()
-    model = One(deepcopy(base))
-    injection = peftcore.apply(model, "loha", target="layer", rank=RANK, alpha=ALPHA, dtype="float64")
+    """Where the other two have nothing; these weights are stored [in, out]."""
+    base, x = frozen(*LAYERS[name])
+    injection = peftcore.apply(deepcopy(base), "loha", target="layer", rank=RANK, alpha=ALPHA, dtype="float64")
     operator = injection.operators["layer"]
-    tensors = {
-        each: nn.init.normal_(p, std=0.1).detach().clone().requires_grad_() for each, p in operator.named_parameters()
-    }
-    weight = base.weight + update(tensors, base.weight.transpose(0, 1).shape).transpose(0, 1)
-    ours, expected = model(x), functional_call(base, {"weight": weight}, (x,))
-    assert difference(ours, base(x)) > 1000 * EXACT
-    assert difference(ours, expected) <= EXACT
-    direction = torch.randn_like(ours)
-    for output in (ours, expected):
-        (output * direction).sum().backward()
-    for each, tensor in tensors.items():
-        assert difference(operator.get_parameter(each).grad, tensor.grad) <= EXACT
-    injection.bake()
-    assert difference(model.layer.weight, weight) <= EXACT
+    normal(operator, std=0.1)
+    tensors = copies(operator)
+    weight = base.layer.weight + update(tensors, base.layer.weight.transpose(0, 1).shape).transpose(0, 1)
+    assert_weight(base, x, injection, weight, tensors, exact=EXACT, moved=1000 * EXACT)
+
+
+def normal(operator: nn.Module, std: float = 1.0) -> None:
+    for parameter in operator.parameters():
+        nn.init.normal_(parameter, std=std)
 
 
 def test_experts_have_updates_of_their_own() -> None:
-    model, _ = HOSTS["moe"].build()
-    path = "model.layers.0.mlp.experts.down_proj"
-    before = model.double().get_parameter(path).detach().clone()
-    injection = peftcore.apply(model, "loha", target=f"*.{path[6:]}", rank=RANK, alpha=ALPHA, dtype="float64")
-    tensors = {each: nn.init.normal_(p) for each, p in injection.operators[path].named_parameters()}
-    injection.merge()
-    for expert, (old, new) in enumerate(zip(before, model.get_parameter(path), strict=True)):
+    _, experts = merged_experts("loha", normal, rank=RANK, alpha=ALPHA)
+    for old, new, tensors in experts:
         assert difference(new, old) > 0.1
-        assert difference(new, old + update({k: t[expert] for k, t in tensors.items()}, old.shape)) <= EXACT
+        assert difference(new, old + update(tensors, old.shape)) <= EXACT
 
 
 def test_rank_is_the_square_and_the_start_that_of_lycoris() -> None:

@@ -8,15 +8,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+from equation_in_float64 import assert_weight, copies, frozen, merged_experts
 from lycoris.functional import factorization
 from lycoris.modules.lokr import LokrModule
+from one_layer import One
 from peft_pairs import ADAPTER, MOVED, Both, Pair, difference
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
 import peftcore
-from peftcore.testing import HOSTS, conformance
+from peftcore.testing import conformance
 from peftcore_reparameterized.lokr import _cut
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
@@ -37,17 +38,6 @@ def test_conformance(check: Callable[[], None]) -> None:
 @conformance("lokr", hosts=["convnet"], options={"convnet": {"rank": 1, "tucker": True, "decompose_both": True}})
 def test_conformance_of_factored_kernels(check: Callable[[], None]) -> None:
     check()
-
-
-class One(nn.Module):
-    """A host of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -139,46 +129,35 @@ def update(tensors: dict[str, Tensor], shape: torch.Size) -> Tensor:
     return ALPHA / 2 * torch.kron(tensors["w1"], tensors["w2a"] @ tensors["w2b"]).view(shape)
 
 
-@pytest.mark.parametrize("name", ["transformers-conv1d", "transposed", "embedding"])
+STORED_ACROSS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "transformers-conv1d": (lambda: Conv1D(30, 24), (5, 24)),
+    "transposed": (lambda: nn.ConvTranspose2d(24, 30, 3, stride=2), (2, 24, 3, 3)),
+    "embedding": (lambda: nn.Embedding(35, 30), (2, 5)),
+}
+
+
+@pytest.mark.parametrize("name", STORED_ACROSS)
 def test_equation(name: str) -> None:
-    """Outputs, gradients and merged weight where the other two have nothing; these weights are stored [in, out]."""
-    build, shape = {
-        "transformers-conv1d": (lambda: Conv1D(30, 24), (5, 24)),
-        "transposed": (lambda: nn.ConvTranspose2d(24, 30, 3, stride=2), (2, 24, 3, 3)),
-        "embedding": (lambda: nn.Embedding(35, 30), (2, 5)),
-    }[name]
-    base = build().double().requires_grad_(False)
-    x = torch.randint(35, shape) if name == "embedding" else torch.randn(shape).double()
-    model = One(deepcopy(base))
-    injection = peftcore.apply(model, "lokr", target="layer", rank=2, alpha=ALPHA, dtype="float64")
+    """Where the other two have nothing; these weights are stored [in, out]."""
+    base, x = frozen(*STORED_ACROSS[name])
+    injection = peftcore.apply(deepcopy(base), "lokr", target="layer", rank=2, alpha=ALPHA, dtype="float64")
     operator = injection.operators["layer"]
-    tensors = {
-        each: nn.init.normal_(p, std=0.1).detach().clone().requires_grad_() for each, p in operator.named_parameters()
-    }
-    weight = base.weight + update(tensors, base.weight.transpose(0, 1).shape).transpose(0, 1)
-    ours, expected = model(x), functional_call(base, {"weight": weight}, (x,))
-    assert difference(ours, base(x)) > 1000 * EXACT
-    assert difference(ours, expected) <= EXACT
-    direction = torch.randn_like(ours)
-    for output in (ours, expected):
-        (output * direction).sum().backward()
-    for each, tensor in tensors.items():
-        assert difference(operator.get_parameter(each).grad, tensor.grad) <= EXACT
-    injection.bake()
-    assert difference(model.layer.weight, weight) <= EXACT
+    normal(operator, std=0.1)
+    tensors = copies(operator)
+    weight = base.layer.weight + update(tensors, base.layer.weight.transpose(0, 1).shape).transpose(0, 1)
+    assert_weight(base, x, injection, weight, tensors, exact=EXACT, moved=1000 * EXACT)
+
+
+def normal(operator: nn.Module, std: float = 1.0) -> None:
+    for parameter in operator.parameters():
+        nn.init.normal_(parameter, std=std)
 
 
 def test_experts_have_updates_of_their_own() -> None:
-    model, _ = HOSTS["moe"].build()
-    path = "model.layers.0.mlp.experts.down_proj"
-    before = model.double().get_parameter(path).detach().clone()
-    options = {"target": f"*.{path[6:]}", "rank": 2, "factor": 2, "alpha": ALPHA, "dtype": "float64"}
-    injection = peftcore.apply(model, "lokr", **options)
-    tensors = {each: nn.init.normal_(p) for each, p in injection.operators[path].named_parameters()}
-    injection.merge()
-    for expert, (old, new) in enumerate(zip(before, model.get_parameter(path), strict=True)):
+    _, experts = merged_experts("lokr", normal, rank=2, factor=2, alpha=ALPHA)
+    for old, new, tensors in experts:
         assert difference(new, old) > 0.1
-        assert difference(new, old + update({k: t[expert] for k, t in tensors.items()}, old.shape)) <= EXACT
+        assert difference(new, old + update(tensors, old.shape)) <= EXACT
 
 
 def test_cuts_are_those_of_lycoris() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from one_layer import One
+from torch import nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
@@ -18,17 +19,6 @@ from peftcore.testing.hosts import HOSTS
 @conformance("lora")
 def test_conformance(check: Callable[[], None]) -> None:
     check()
-
-
-class One(nn.Module):
-    """A host of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *args: Tensor) -> Any:
-        return self.layer(*args)
 
 
 def operator_on(layer: nn.Module, **options: Any) -> Any:

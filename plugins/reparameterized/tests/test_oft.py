@@ -8,10 +8,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from equation_in_float64 import LACKING, LAYERS, assert_weight, copies, frozen, merged_experts
+from one_layer import One
 from peft_pairs import ADAPTER, MOVED, OUTPUTS, Both, Pair, difference
 from torch import Tensor, nn
-from torch.func import functional_call
-from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import UnsupportedSite
@@ -24,17 +24,6 @@ EXACT, BLOCK = 1e-12, 4
 @conformance("oft", options={"*": {"block_size": BLOCK}})  # several blocks, also in narrow hosts
 def test_conformance(check: Callable[[], None]) -> None:
     check()
-
-
-class One(nn.Module):
-    """A host of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 def both(base: nn.Module, target: list[str], series: bool = False, eps: float | None = None, **options: Any) -> Both:
@@ -104,48 +93,22 @@ def by_rows(weight: Tensor, R: Tensor) -> Tensor:
     return torch.stack([R @ row.flatten() for row in weight]).view(weight.shape)
 
 
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
-    "transformers-conv1d": (lambda: Conv1D(7, 12), (5, 12), 12),
-    "linear-4d": (lambda: nn.Linear(12, 7), (2, 3, 4, 12), 12),
-    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9), 12),
-    "conv2d": (lambda: nn.Conv2d(4, 6, (3, 2), dilation=2), (2, 4, 7, 6), 24),
-    "grouped": (lambda: nn.Conv2d(8, 6, (3, 1), groups=2), (2, 8, 5, 4), 12),
-    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 3, 3), 36),
-    "embedding": (lambda: nn.Embedding(9, 8), (2, 5), 8),
-}
-
-
 @pytest.mark.parametrize("share", [False, True], ids=["blocks", "shared"])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", ["transformers-conv1d", "linear", *LACKING])
 def test_equation(name: str, share: bool) -> None:
-    """Outputs, gradients and merged weight."""
-    build, shape, width = LAYERS[name]
-    base = build().double().requires_grad_(False)
-    x = torch.randint(9, shape) if name == "embedding" else torch.randn(shape).double()
-    model, injection, operator = adapted(deepcopy(base), block_share=share)
-    entries, swap = operator.K.detach().clone().requires_grad_(), int(name.startswith("trans"))
-    weight = by_rows(base.weight.transpose(0, swap), rotation(entries, BLOCK, width)).transpose(0, swap)
-    ours, expected = model(x), functional_call(base, {"weight": weight}, (x,))
-    assert difference(ours, base(x)) > 0.01
-    assert difference(ours, expected) <= EXACT
-    direction = torch.randn_like(ours)
-    for output in (ours, expected):
-        (output * direction).sum().backward()
-    assert difference(operator.K.grad, entries.grad) <= EXACT
-    injection.bake()
-    assert difference(model.layer.weight, weight) <= EXACT
+    base, x = frozen(*LAYERS[name])
+    _, injection, operator = adapted(deepcopy(base.layer), block_share=share)
+    tensors, swap = copies(operator), int(name.startswith("trans"))
+    rows = base.layer.weight.transpose(0, swap)
+    weight = by_rows(rows, rotation(tensors["K"], BLOCK, rows[0].numel())).transpose(0, swap)
+    assert_weight(base, x, injection, weight, tensors, exact=EXACT, moved=0.01)
 
 
 def test_experts_turn_each_by_itself() -> None:
-    model, _ = HOSTS["moe"].build()
-    path = "model.layers.0.mlp.experts.down_proj"
-    before = model.double().get_parameter(path).detach().clone()
-    injection = peftcore.apply(model, "oft", target=f"*.{path[6:]}", block_size=BLOCK, dtype="float64")
-    K = nn.init.normal_(injection.operators[path].K, std=0.1)
-    injection.merge()
-    for entries, old, new in zip(K, before, model.get_parameter(path), strict=True):
+    _, experts = merged_experts("oft", lambda operator: nn.init.normal_(operator.K, std=0.1), block_size=BLOCK)
+    for old, new, tensors in experts:
         assert difference(new, old) > 0.01
-        assert difference(new, by_rows(old, rotation(entries, BLOCK, old.shape[-1]))) <= EXACT
+        assert difference(new, by_rows(old, rotation(tensors["K"], BLOCK, old.shape[-1]))) <= EXACT
 
 
 @pytest.mark.parametrize("size", [0.1, 3.0, 1e3])

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from one_layer import One
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -23,17 +24,6 @@ LAYERS = {
     "convolution": lambda: (nn.Conv2d(4, 6, (3, 2), stride=2, padding=1), torch.randn(2, 4, 7, 6).double()),
     "embedding": lambda: (nn.Embedding(9, 7), torch.randint(9, (2, 4))),
 }
-
-
-class One(nn.Module):
-    """A host of one layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
