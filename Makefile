@@ -1,5 +1,6 @@
 # make demo    adapt a real encoder to real tweets with every method, and compare them
 # make test    linters, types, tests
+# make quantization-matrix    try every method on every packed base, and write docs/quantization.md
 # Both create .venv when it is missing and install into it again when the requirements have changed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -11,7 +12,7 @@ REQUIREMENTS := requirements-dev.txt requirements-demo.txt pyproject.toml $(wild
 # Models and data come from packages; nothing is fetched while the project runs.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint quantization-matrix clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -31,6 +32,9 @@ test: lint
 # The whole matrix of methods and hosts, of which `make test` runs a covering part.
 test-all: export PEFTCORE_TEST_ALL := 1
 test-all: test
+
+quantization-matrix: $(INSTALLED)
+	$(BIN)/python docs/quantization_matrix.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

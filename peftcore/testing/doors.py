@@ -128,6 +128,21 @@ def _judge(check: Check, case: Case, reason: str | None) -> Result:
     return result("passed") if reason is None else result("failed", f"passes, but was expected to fail: {reason}")
 
 
+@dataclass(frozen=True)
+class Declared:
+    """What a test told `conformance` of a method; the decorated function keeps it as its attribute `declared`."""
+
+    method: type[Method]
+    telling: tuple[str, ...]
+    options: Options
+    context: Context | None
+
+    def case(self, host: str) -> Case:
+        """The method on one host, as the test has it."""
+        options = {**self.options.get("*", {}), **self.options.get(host, {})}
+        return Case(self.method, HOSTS[host], options, self.context)
+
+
 def conformance(
     method: str | type[Method],
     *,
@@ -170,4 +185,11 @@ def conformance(
         )
         for name, (check, case) in named.items()
     ]
-    return pytest.mark.parametrize("check", parameters)
+    told = Declared(found, quick, options or {}, context)
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        vars(function)["declared"] = told
+        marked: Callable[..., None] = pytest.mark.parametrize("check", parameters)(function)
+        return marked
+
+    return decorate

@@ -1,0 +1,105 @@
+"""Writes the matrix of methods and packed bases in quantization.md: ``make quantization-matrix`` (ten minutes).
+
+Each cell is one run of `peftcore.testing.checks_packed.life`: evaluate, train, merge, save, load; nothing is written by
+hand. How a method is tried stands in its test file, where the conformance kit is told of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from peftcore.catalogue import methods
+from peftcore.errors import PeftcoreError
+from peftcore.testing.checks_packed import HOSTS, Life, installed_schemes, life
+from peftcore.testing.doors import Declared
+from peftcore.testing.kit import Case, NotApplicable, applicable
+
+ROOT = Path(__file__).parents[1]
+HELPERS = [str(ROOT / "tests" / folder) for folder in ("hosts", "kit", "side_by_side")]
+PAGE = Path(__file__).with_name("quantization.md")
+BEGIN, END = "<!-- matrix: written by docs/quantization_matrix.py -->", "<!-- end of the matrix -->"
+SIGNS = {"yes": "●", "no, as on a dense base": "–", "nothing to train": "–", "acts on no packed weight": "–"}
+
+
+def declared(name: str) -> Declared | None:
+    """What the test file of a method tells the kit."""
+    for path in ROOT.glob(f"plugins/*/tests/test_{name}.py"):
+        sys.path[:0] = [each for each in (*HELPERS, str(path.parent)) if each not in sys.path]
+        spec = importlib.util.spec_from_file_location(f"declared_{name}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found = (vars(each).get("declared") for each in vars(module).values() if callable(each))
+        return next((each for each in found if isinstance(each, Declared) and each.method.name == name), None)
+    return None
+
+
+def case_of(name: str) -> Case | None:
+    """The first of the kit's hosts of packed bases in which the method has a place."""
+    told = declared(name)
+    for host in HOSTS if told is None else (*(each for each in told.telling if each in HOSTS), *HOSTS):
+        case = told.case(host) if told is not None else None
+        if case is not None and applicable(case) is None:
+            return case
+    return None
+
+
+def cell(case: Case, scheme: str) -> str:
+    """One run, as the table shows it: trains, merges, packs again."""
+    try:
+        found = life(case, scheme)
+    except NotApplicable:
+        return ""
+    except PeftcoreError as error:
+        return f"refused: {type(error).__name__}"
+    return " ".join(_sign(each) for each in _parts(found))
+
+
+def _parts(found: Life) -> Iterable[str]:
+    return found.trains, found.merges, found.repacks
+
+
+def _sign(verdict: str) -> str:
+    return SIGNS.get(verdict, "refused" if verdict.startswith("refused") else verdict)
+
+
+def rows(names: Iterable[str], schemes: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Methods and their cells by scheme; those that are tried on no host of packed bases are passed over."""
+    for name in names:
+        case = case_of(name)
+        if case is not None:
+            yield name, {scheme: cell(case, scheme) for scheme in schemes}
+
+
+def table(found: Iterable[tuple[str, dict[str, str]]], schemes: list[str]) -> str:
+    """The matrix in Markdown."""
+    lines = ["| method | " + " | ".join(schemes) + " |", "|---" * (len(schemes) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(cells[each] for each in schemes) + " |" for name, cells in found]
+    return "\n".join(lines)
+
+
+def written(page: str) -> dict[str, dict[str, str]]:
+    """The matrix that stands in the page."""
+    lines = page[page.index(BEGIN) + len(BEGIN) : page.index(END)].strip().splitlines()
+    split = [[each.strip() for each in line.strip("|").split("|")] for line in lines]
+    return {name: dict(zip(split[0][1:], cells, strict=True)) for name, *cells in split[2:]}
+
+
+def main() -> None:
+    """Run every cell and write the page anew."""
+    schemes, names = installed_schemes(), [info.name for info in methods()]
+    found: list[tuple[str, dict[str, Any]]] = []
+    for name, cells in rows(names, schemes):
+        print(name, *cells.values(), sep="  ", flush=True)
+        found.append((name, cells))
+    page = PAGE.read_text(encoding="utf-8")
+    before, after = page[: page.index(BEGIN)], page[page.index(END) :]
+    PAGE.write_text(f"{before}{BEGIN}\n{table(found, schemes)}\n{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
