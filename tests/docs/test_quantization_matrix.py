@@ -13,7 +13,7 @@ from peftcore.testing.kit import ALL
 
 DOCS = Path(__file__).parents[2] / "docs"
 TELLING = ("lora", "dora", "oft", "bitfit", "fish_mask", "prefix_tuning", "qlora", "locon")
-"""Methods of a quick run: an activation, a weight, a rotation, biases, masks, attention, a packed base, convolutions."""
+"""Methods of a quick run: an activation, a weight, a rotation, biases, masks, attention, a packed base, kernels."""
 
 
 @pytest.fixture(scope="module")
