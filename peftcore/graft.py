@@ -144,7 +144,7 @@ def _inner(
     if acting.attention:
         edits = Edits(acting.attention, slot, route)
         acting = replace(acting, attributes={**acting.attributes, **attributes(module, edits)})
-    if acting.effects or acting.attributes:
+    if acting.effects or acting.attributes or acting.derives:
         return functools.partial(_base_call, slot, module, acting)
     return functools.partial(plain, module)
 

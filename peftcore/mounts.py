@@ -157,6 +157,7 @@ class Acting:
     attention: tuple[Mount, ...] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
     derives: bool = False
+    """Whether forward makes tensors that must not outlive their use: it is computed again in backward."""
     packed: bool = False
     """Whether a tensor that it acts on is kept packed: each effective tensor is a dense copy."""
     runs_dense: type[nn.Module] | None = None
@@ -193,8 +194,8 @@ def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str
         onion=tuple(onion),
         attention=tuple(mount for mount in acting if mount.form == "attention"),
         attributes=attributes,
-        derives=any(mount.operator.derives for mount in weight),
-        packed=any(mount.layer.packed for mount in weight),
+        derives=any(mount.operator.derives for mount in weight) or any(mount.layer.saves_dense for mount in onion),
+        packed=any(mount.layer.packed for mount in (*weight, *onion)),
         runs_dense=next((mount.layer.runs_dense for mount in weight if mount.layer.runs_dense), None),
     )
 

@@ -6,6 +6,7 @@ was, so containers, ties, hooks and grafts go on to hold it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,6 +76,7 @@ class Packed(Linear):
     def runs_dense(self) -> type[nn.Module] | None:
         return Dense
 
+    @property
     def as_stored(self) -> Layer:
         return self
 
@@ -102,6 +104,7 @@ class Beside(Layer):
 
     weight: Packed = Packed()
 
+    @property
     def as_stored(self) -> Layer:
         return self
 
@@ -136,7 +139,8 @@ def floating_dtype(model: nn.Module) -> torch.dtype:
 
 _BARE = vars(nn.Module())
 """What every module has; hooks among it."""
-TENSORS = ("_parameters", "_buffers")
+TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+"""What a module holds its tensors by."""
 FOREIGN = ("forward", "_old_forward", "_hf_hook")
 """What others (accelerate) set on an instance, and what stays there."""
 
@@ -153,7 +157,7 @@ class Form:
 def become(module: nn.Module, other: nn.Module) -> Form:
     """Give `module` class, parameters, buffers and attributes of `other`, but keep what stands on it: hooks, grafts,
     its own bias, training mode. Returns the way back."""
-    kept = {key: dict(value) if isinstance(value, dict) else value for key, value in _own(module)}
+    kept = {key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in _own(module)}
     hooks = {
         key: value for key, value in vars(other).items() if isinstance(value, dict) and key in _BARE and "hooks" in key
     }
@@ -194,7 +198,7 @@ def _take(module: nn.Module, cls: type[nn.Module], fields: dict[str, Any]) -> No
     slot = slot_of(module)
     for key in [key for key, _ in _own(module)]:
         del vars(module)[key]
-    vars(module).update({key: dict(value) if key in TENSORS else value for key, value in fields.items()})
+    vars(module).update({key: copy.copy(value) if key in TENSORS else value for key, value in fields.items()})
     change_class(module, cls if slot is None else grafted_class(cls))
     if slot is None:
         return

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Size
+from torch import Size, nn
 
 from peftcore.hosts import HostMap
+from peftcore.plugins import layer_of
 from peftcore.targets import Site
 
 if TYPE_CHECKING:
     from peftcore.surgery import Surgeon
+
+
+def _size(modules: Iterable[nn.Module]) -> int:
+    """Values in the modules' parameters, each counted once; for a packed weight those that it stands for."""
+    sizes: dict[int, int] = {}
+    for module in modules:
+        layer = layer_of(module, "weight")
+        if layer.packed:
+            sizes[id(module)] = layer.shape(module, "weight").numel()
+        own = {"bias": module._parameters.get("bias")} if layer.packed else module._parameters
+        sizes |= {id(each): each.numel() for each in own.values() if each is not None}
+    return sum(sizes.values())
 
 
 @dataclass(frozen=True)
@@ -39,15 +53,12 @@ class Plan:
         modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
         modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]  # type: ignore[misc]
         tensors = {f"{path}.{key}": tensor for path, module in modules for key, tensor in module.state_dict().items()}
-        base = {
-            id(p): p.numel() for m in surgeon.resolver.modules.values() for p in m._parameters.values() if p is not None
-        }
         return cls(
             sites=tuple(graft.site for graft in surgeon.grafts),
             shapes={key: tensor.shape for key, tensor in tensors.items()},
             floating={key: tensor.is_floating_point() for key, tensor in tensors.items()},
             trainable=sum(p.numel() for _, module in modules for p in module.parameters()),
-            total=sum(base.values()),
+            total=_size(surgeon.resolver.modules.values()),
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
             host=surgeon.resolver.host,
         )

@@ -67,11 +67,11 @@ def schemes() -> dict[str, str]:
     return found
 
 
-def scheme(name: str, **options: Any) -> Scheme:
-    """A scheme by name, with its options.
+def scheme_class(name: str) -> type[Scheme]:
+    """The class of a scheme by name, whether or not its packages are installed.
 
     Raises:
-        QuantizationError: no plugin has it, an option is wrong, or a package is missing; it says what to do.
+        QuantizationError: no plugin has it.
     """
     known = schemes()
     if name not in known:
@@ -81,6 +81,16 @@ def scheme(name: str, **options: Any) -> Scheme:
         raise QuantizationError(f"no scheme named {name!r}{hint}; there are: {there}")
     module, _, attribute = known[name].partition(":")
     cls: type[Scheme] = getattr(importlib.import_module(module), attribute)
+    return cls
+
+
+def scheme(name: str, **options: Any) -> Scheme:
+    """A scheme by name, with its options.
+
+    Raises:
+        QuantizationError: no plugin has it, an option is wrong, or a package is missing; it says what to do.
+    """
+    cls = scheme_class(name)
     missing = [package for package in cls.requires if importlib.util.find_spec(package) is None]
     if missing:
         raise QuantizationError(f"scheme {name!r} needs {' and '.join(missing)}: pip install '{cls.extra}'")

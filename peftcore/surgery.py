@@ -296,7 +296,7 @@ class Surgeon:
     @staticmethod
     def _as_stored(site: Site) -> Site:
         """A whole tensor is replaced as it is stored, so that holders of different kinds (table, head) share it."""
-        return replace(site, form="weight", layer=site.layer if site.rows else site.layer.as_stored())
+        return replace(site, form="weight", layer=site.layer if site.rows else site.layer.as_stored)
 
     def _build(self, path: str, make: Callable[[], Any], site: Site | None, device: torch.device | None = None) -> Any:
         if site is not None:

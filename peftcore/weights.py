@@ -49,6 +49,17 @@ class Layer:
         return None
 
     @property
+    def saves_dense(self) -> bool:
+        """True when the module's own forward keeps a dense copy of a packed weight for backward; the core computes it
+        again instead."""
+        return False
+
+    @property
+    def as_stored(self) -> Layer:
+        """The same tensor as it lies there, without a logical layout, for a value that stands for it."""
+        return Layer()
+
+    @property
     def channel_dim(self) -> int:
         """The dimension of the module's output along which the logical rows lie."""
         return -1
@@ -60,10 +71,6 @@ class Layer:
     def stored(self, logical: Tensor) -> Tensor:
         """The way back from `logical`."""
         return logical
-
-    def as_stored(self) -> Layer:
-        """The layer to which the tensor looks as it is stored."""
-        return Layer()
 
     def read(self, module: nn.Module, tensor: str) -> Tensor | None:
         """The dense stored tensor at the path `tensor` below `module`; None where there is none (a missing bias)."""

@@ -4,7 +4,8 @@
     def test_conformance(check):
         check()
 
-or, without pytest, ``for result in check_method("mymethod"): print(result)``.
+or, without pytest, ``for result in check_method("mymethod"): print(result)``. Of schemes that pack weights:
+`quantizer_conformance` and `check_quantizer`.
 """
 
 import importlib
@@ -12,6 +13,7 @@ import importlib
 from peftcore.testing.doors import Result, check_method, conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import CHECKS, Case, Check, CheckFailed, Host, NotApplicable
+from peftcore.testing.quantizers import QUANTIZER_CHECKS, check_quantizer, quantizer_conformance
 
 for _name in (
     "injection",
@@ -24,12 +26,14 @@ for _name in (
     "files",
     "packed",
     "learning",
+    "quantizers",
 ):  # as they run
     importlib.import_module(f"{__name__}.checks_{_name}")
 
 __all__ = [
     "CHECKS",
     "HOSTS",
+    "QUANTIZER_CHECKS",
     "Case",
     "Check",
     "CheckFailed",
@@ -37,5 +41,7 @@ __all__ = [
     "NotApplicable",
     "Result",
     "check_method",
+    "check_quantizer",
     "conformance",
+    "quantizer_conformance",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -81,11 +82,11 @@ def _telling(check: Check, telling: Iterable[str]) -> tuple[str, ...]:
     return (*(name for name in telling if name in check.hosts), *check.hosts)[:1]
 
 
-def _run(check: Check, case: Case) -> None:
+def _run(check: Check, case: Case) -> str | None:
     reason = None if check.chooses else applicable(case)
     if reason is not None:
         raise NotApplicable(reason)
-    check(case)
+    return check(case)
 
 
 def check_method(
@@ -109,23 +110,54 @@ def check_method(
     expected = expected_failures or {}
     results = []
     for name, (check, case) in _named(_method(method), _hosts(hosts, HOSTS), options, expected, context).items():
-        results.append(_judge(check, case, expected.get(name)))
+        run = functools.partial(_run, check, case)
+        results.append(judged(check, case.host.name, run, expected.get(name)))
     return results
 
 
-def _judge(check: Check, case: Case, reason: str | None) -> Result:
+def judged(check: Check, where: str, run: Callable[[], str | None], reason: str | None) -> Result:
+    """Run a check and say what came of it; `reason` why it is expected to fail."""
+
     def result(status: Status, message: str = "") -> Result:
-        return Result(check.name, case.host.name, status, message)
+        return Result(check.name, where, status, message)
 
     try:
-        _run(check, case)
+        measured = run()
     except NotApplicable as skip:
         return result("skipped", str(skip))
     except CheckFailed as failure:
         return result("failed", str(failure)) if reason is None else result("expected", reason)
-    except Exception:  # a method under test may raise anything, and the other checks still count
+    except Exception:  # what is under test may raise anything, and the other checks still count
         return result("failed", traceback.format_exc()) if reason is None else result("expected", reason)
-    return result("passed") if reason is None else result("failed", f"passes, but was expected to fail: {reason}")
+    if reason is None:
+        return result("passed", measured or "")
+    return result("failed", f"passes, but was expected to fail: {reason}")
+
+
+def parametrized(
+    runs: Mapping[str, Callable[[], object]], expected: Mapping[str, str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A test for each run by its id, with an argument `check`; those that are expected to fail must."""
+    import pytest
+
+    def thunk(run: Callable[[], object]) -> Callable[[], None]:
+        def check() -> None:
+            try:
+                run()
+            except NotApplicable as skip:
+                pytest.skip(str(skip))
+
+        return check
+
+    parameters = [
+        pytest.param(
+            thunk(run),
+            id=name,
+            marks=[pytest.mark.xfail(reason=expected[name], strict=True)] if name in expected else [],
+        )
+        for name, run in runs.items()
+    ]
+    return pytest.mark.parametrize("check", parameters)
 
 
 @dataclass(frozen=True)
@@ -158,8 +190,6 @@ def conformance(
     PEFTCORE_TEST_ALL=1, or when PEFTCORE_TEST_CHANGED names the method. An expected failure that passes fails the test.
     No host is built, and no package of a host imported, before a test runs.
     """
-    import pytest
-
     found = _method(method)
     everything = os.environ.get(ALL) == "1" or found.name in os.environ.get(CHANGED, "").split()
     expected = expected_failures or {}
@@ -168,28 +198,11 @@ def conformance(
     if hosts is None and not everything:
         named = {name: pair for name, pair in named.items() if pair[1].host.name in _telling(pair[0], quick)}
 
-    def thunk(check: Check, case: Case) -> Callable[[], None]:
-        def run() -> None:
-            try:
-                _run(check, case)
-            except NotApplicable as skip:
-                pytest.skip(str(skip))
-
-        return run
-
-    parameters = [
-        pytest.param(
-            thunk(check, case),
-            id=name,
-            marks=[pytest.mark.xfail(reason=expected[name], strict=True)] if name in expected else [],
-        )
-        for name, (check, case) in named.items()
-    ]
+    runs = {name: functools.partial(_run, check, case) for name, (check, case) in named.items()}
     told = Declared(found, quick, options or {}, context)
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         vars(function)["declared"] = told
-        marked: Callable[..., None] = pytest.mark.parametrize("check", parameters)(function)
-        return marked
+        return parametrized(runs, expected)(function)
 
     return decorate

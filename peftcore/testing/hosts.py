@@ -119,6 +119,12 @@ def _transformers(config: str, model: str, **sizes: Any) -> Callable[[], tuple[n
     return build
 
 
+def gpt2(width: int) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
+    """Builds a GPT-2: transposed and fused weights."""
+    sizes = {"n_embd": width, "n_layer": 2, "n_head": 2, "n_positions": 32, "initializer_range": 0.3}
+    return _transformers("GPT2Config", "GPT2LMHeadModel", **sizes)
+
+
 def _moe() -> tuple[nn.Module, dict[str, Any]]:
     sizes = {**_DECODER, "num_local_experts": 3, "num_experts_per_tok": 2}
     host, inputs = _transformers("MixtralConfig", "MixtralForCausalLM", **sizes)()
@@ -261,19 +267,7 @@ HOSTS: dict[str, Host] = {
             ),
             _logits,
         ),
-        Host(
-            "gpt2",
-            _transformers(
-                "GPT2Config",
-                "GPT2LMHeadModel",
-                n_embd=WIDTH,
-                n_layer=2,
-                n_head=2,
-                n_positions=32,
-                initializer_range=0.3,
-            ),
-            _logits,
-        ),
+        Host("gpt2", gpt2(WIDTH), _logits),
         Host("moe", _moe, _logits),
         Host("mistral", _transformers("MistralConfig", "MistralForCausalLM", **_DECODER, sliding_window=3), _logits),
         Host("vit", _vit, _logits),

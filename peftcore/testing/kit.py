@@ -66,8 +66,47 @@ Context = Callable[[nn.Module, Tensor], Mapping[str, Any]]
 """Makes what ``peftcore.call(model, ...)`` is told of pictures [rows or 1, 1, 16, 16]."""
 
 
+class Expecting:
+    """What checks say of what they found."""
+
+    @property
+    def label(self) -> str:
+        """What is checked, and on what."""
+        raise NotImplementedError
+
+    def expect(self, holds: bool, what: str) -> None:
+        """Fail the check unless `holds`.
+
+        Raises:
+            CheckFailed: with `what` went wrong; the frame adds promise and usual cause.
+        """
+        if not holds:
+            raise CheckFailed(what)
+
+    def expect_close(self, actual: Tensor, expected: Tensor, what: str, factor: float = 1.0) -> None:
+        """Fail unless the tensors agree within the tolerance of their dtype (times `factor`, for sums of many such
+        errors)."""
+        tolerance = TOLERANCES[expected.dtype] * factor
+        scale = max(expected.abs().max().item(), 1e-3)
+        error = (actual.double() - expected.double()).abs().max().item() / scale
+        self.expect(
+            actual.shape == expected.shape and error <= tolerance,
+            f"{what}: relative error {error:.2e} > {tolerance:.0e}",
+        )
+
+    def expect_equal(self, actual: Tensor, expected: Tensor, what: str) -> None:
+        """Fail unless the tensors are the same to the bit."""
+        self.expect(torch.equal(actual, expected), f"{what}: not the same to the bit")
+
+    def expect_moved(self, actual: Tensor, base: Tensor, what: str) -> None:
+        """Fail unless the output moved by 100 times the tolerance: otherwise a comparison would prove nothing."""
+        scale = max(base.abs().max().item(), 1e-3)
+        moved = (actual.double() - base.double()).abs().max().item() / scale
+        self.expect(moved > 100 * TOLERANCES[base.dtype], f"{what}: moved by {moved:.2e} only")
+
+
 @dataclass
-class Case:
+class Case(Expecting):
     """One method on one host."""
 
     method: type[Method]
@@ -76,6 +115,10 @@ class Case:
     """Options of the method that this host needs (``add_missing_bias`` on hosts without biases)."""
     context: Context | None = None
     """What every call is told, for methods that need it."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.method.name} on {self.host.name}"
 
     @property
     def tags(self) -> Tags:
@@ -145,46 +188,17 @@ class Case:
             module.training = training[name]
         return result
 
-    def expect(self, holds: bool, what: str) -> None:
-        """Fail the check unless `holds`.
-
-        Raises:
-            CheckFailed: with `what` went wrong; the frame adds promise and usual cause.
-        """
-        if not holds:
-            raise CheckFailed(what)
-
-    def expect_close(self, actual: Tensor, expected: Tensor, what: str, factor: float = 1.0) -> None:
-        """Fail unless the tensors agree within the tolerance of their dtype (times `factor`, for sums of many such
-        errors)."""
-        tolerance = TOLERANCES[expected.dtype] * factor
-        scale = max(expected.abs().max().item(), 1e-3)
-        error = (actual.double() - expected.double()).abs().max().item() / scale
-        self.expect(
-            actual.shape == expected.shape and error <= tolerance,
-            f"{what}: relative error {error:.2e} > {tolerance:.0e}",
-        )
-
-    def expect_equal(self, actual: Tensor, expected: Tensor, what: str) -> None:
-        """Fail unless the tensors are the same to the bit."""
-        self.expect(torch.equal(actual, expected), f"{what}: not the same to the bit")
-
-    def expect_moved(self, actual: Tensor, base: Tensor, what: str) -> None:
-        """Fail unless the output moved by 100 times the tolerance: otherwise a comparison would prove nothing."""
-        scale = max(base.abs().max().item(), 1e-3)
-        moved = (actual.double() - base.double()).abs().max().item() / scale
-        self.expect(moved > 100 * TOLERANCES[base.dtype], f"{what}: moved by {moved:.2e} only")
-
 
 @dataclass(frozen=True)
 class Check:
     """One promise and the function that proves it."""
 
-    function: Callable[[Case], None]
+    function: Callable[[Any], str | None]
+    """May return what it measured."""
     promise: str
     cause: str
     """The usual cause of a failure, for the message."""
-    when: Callable[[Tags], bool]
+    when: Callable[[Tags], bool] = lambda tags: True
     hosts: tuple[str, ...] | None = None
     """Names of the hosts on which the check runs; all when None (a check of files needs one host, not eight)."""
     chooses: bool = False
@@ -194,7 +208,7 @@ class Check:
     def name(self) -> str:
         return self.function.__name__
 
-    def __call__(self, case: Case) -> None:
+    def __call__(self, case: Expecting) -> str | None:
         """Run on one case.
 
         Raises:
@@ -202,14 +216,12 @@ class Check:
             NotApplicable: the method has nothing to act on in the host.
         """
         try:
-            self.function(case)
+            return self.function(case)
         except NotApplicable:
             raise
         except Exception as error:
             what = str(error) if isinstance(error, CheckFailed) else f"{type(error).__name__}: {error}"
-            raise CheckFailed(
-                f"{case.method.name} on {case.host.name}: {self.promise} -- {what}. Usual cause: {self.cause}"
-            ) from error
+            raise CheckFailed(f"{case.label}: {self.promise} -- {what}. Usual cause: {self.cause}") from error
 
 
 CHECKS: list[Check] = []

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import peftcore
 from peftcore import catalogue
@@ -39,9 +40,20 @@ def trace(model: nn.Module) -> Trace:
             if tensor is not None:
                 found[f"identity of {path}.{name}"] = id(tensor)
                 found[f"requires_grad of {path}.{name}"] = tensor.requires_grad
-                found[f"values of {path}.{name}"] = tensor.detach().clone()
+                for part, values in _held(tensor.detach()):
+                    found[f"values of {path}.{name}{part}"] = values.clone()
     found["order of parameters"] = [name for name, _ in model.named_parameters()]
     return found
+
+
+def _held(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that one is made of: of a packed one its codes and scales, in bytes where they are that small."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            if getattr(tensor, name) is not None:
+                yield from ((f".{name}{part}", values) for part, values in _held(getattr(tensor, name)))
+    else:
+        yield "", tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
 def differences(before: Trace, after: Trace, passing: str | tuple[str, ...] = ()) -> str:
@@ -142,7 +154,7 @@ class _TurnedOperator(WeightOperator):
         self.turn = nn.Parameter(torch.zeros(site.out_features, site.out_features))
 
     def forward(self, weight: Tensor) -> Tensor:
-        flat = weight.flatten(1)
+        flat = weight.flatten(1).to(self.turn.dtype)
         mixed = flat + self.turn @ flat
         lengths = torch.linalg.vector_norm(mixed, dim=1, keepdim=True).clamp_min(1e-6)
         turned: Tensor = mixed / lengths * (self.lengths[:, None] + 0.5)
@@ -177,6 +189,55 @@ class _Turned(Method):
     @staticmethod
     def parameter_count(site: Site, config: Any) -> int:
         return site.out_features * (site.out_features + 1)
+
+
+class _GainOperator(Operator):
+    """Scales what the module returns, its bias too."""
+
+    def __init__(self, site: Site, config: MethodConfig) -> None:
+        super().__init__(site)
+        self.gain = nn.Parameter(torch.ones(site.out_features))
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        (gain,) = self.cast(y, self.gain)
+        return y * self.layer.along_channels(gain, y)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight * self.gain.view(-1, *[1] * (weight.dim() - 1))
+
+    def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+        return None if bias is None else bias * self.gain
+
+
+KINDS = ("activation", "weight", "gain", "bias")
+"""Kinds of operators: beside a module, on its weight, on what it returns, in place of its bias."""
+
+
+class _KindsConfig(MethodConfig):
+    method: Literal["partner_kinds"] = "partner_kinds"
+    kind: Literal["activation", "weight", "gain", "bias"]
+
+
+class Kinds(Method):
+    """Operators of one kind."""
+
+    name = "partner_kinds"
+    Config = _KindsConfig
+    tags = Tags(category="reparameterized", paper="2106.09685", mergeable=True)
+    target = "all-linear"
+
+    def inject(self, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
+        operators = {"activation": _LowRankOperator, "weight": _TurnedOperator, "gain": _GainOperator}
+        for site in surgeon.sites():
+            if config.kind == "bias":
+                surgeon.replace(site.at("bias"))
+            else:
+                surgeon.graft(site, operators[config.kind], config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Any) -> int:
+        return site.numel
 
 
 def partners(case: Case) -> Iterator[tuple[Maker, Maker]]:

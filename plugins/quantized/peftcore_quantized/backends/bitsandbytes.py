@@ -1,8 +1,9 @@
 """bitsandbytes: the schemes bnb-nf4, bnb-fp4 and bnb-int8 (LLM.int8), and models that transformers loaded with them.
 
 On CPUs with AVX512-BF16 a pass in evaluation packs the codes of a `Linear4bit` once more, for a kernel without
-gradient: training after it would have gradients of zero and say nothing. While a host is adapted its modules are held
-so that they never do, and one that already has is brought back.
+gradient: training after it would have gradients of zero and say nothing. It also rounds the scales, and fails where
+rows are no multiple of 32. What is packed here never does; a host that others have packed is held so while it is
+adapted, and brought back if it already has (with the rounded scales; the others are gone).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from peftcore import hookimpl
+from peftcore.errors import QuantizationError
 from peftcore.packing import Packed, packed_layer
 from peftcore.quantization import Scheme
 from peftcore.stances import Stance
@@ -77,6 +79,7 @@ def _four_bit(weight: Tensor, kind: str, block_size: int, double: bool, storage:
         module=module,
     )
     module.weight = codes.to(weight.device)
+    module.support_avx512bf16_for_cpu = False
     return module
 
 
@@ -104,6 +107,8 @@ def _eight_bit_state(module: Any) -> tuple[Tensor, Tensor]:
 def _eight_bit(weight: Tensor, threshold: float) -> Any:
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
+    if weight.shape[1] < 2:
+        raise QuantizationError("bitsandbytes computes wrong outputs with 8-bit weights of one input")
     rows, columns = weight.shape
     module = Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=threshold)
     module.weight = Int8Params(weight.detach().float().contiguous().cpu(), requires_grad=False, has_fp16_weights=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,13 +20,33 @@ from peftcore.weights import Layer
 PEFTCORE_API = 1
 
 
-@torch.no_grad()
-def _packed(weight: Tensor, config: dict[str, Any]) -> Any:
+@functools.cache
+def _linear() -> Any:
+    """HQQ's class, with the bias as a parameter, as all others have it: HQQ's own loads it as a plain tensor."""
     from hqq.core.quantize import HQQLinear
 
+    def load(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        bias = state_dict.get(f"{prefix}bias")
+        if bias is not None:
+            state_dict[f"{prefix}bias"] = nn.Parameter(bias, requires_grad=False)
+        HQQLinear._load_from_state_dict(self, state_dict, prefix, *rest)
+
+    members = {"_load_from_state_dict": load, "__module__": __name__, "__doc__": HQQLinear.__doc__}
+    return type("HQQLinear", (HQQLinear,), members)
+
+
+def __getattr__(name: str) -> Any:
+    """Files of pickled modules find the class here."""
+    if name == "HQQLinear":
+        return _linear()
+    raise AttributeError(name)
+
+
+@torch.no_grad()
+def _packed(weight: Tensor, config: dict[str, Any]) -> Any:
     dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     dense.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    module = HQQLinear(dense, config, compute_dtype=weight.dtype, device=str(weight.device))
+    module = _linear()(dense, config, compute_dtype=weight.dtype, device=str(weight.device))
     del module.bias  # an attribute, which would hide the parameter
     module.register_parameter("bias", None)
     return module
@@ -60,6 +81,9 @@ class HQQ8(Scheme):
 
         if weight.numel() % self.group_size:
             raise QuantizationError(f"hqq: {tuple(weight.shape)} is not divisible by group_size={self.group_size}")
+        groups, share = weight.numel() // self.group_size, 8 // self.bits
+        if groups % share:
+            raise QuantizationError(f"hqq: the {groups} groups of {tuple(weight.shape)} are not divisible by {share}")
         return _packed(weight, BaseQuantizeConfig(nbits=self.bits, group_size=self.group_size, axis=1))  # type: ignore[no-any-return]
 
 

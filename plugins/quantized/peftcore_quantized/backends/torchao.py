@@ -27,10 +27,16 @@ PEFTCORE_API = 1
 def _packed(weight: Tensor, config: Any) -> nn.Module:
     from torchao.quantization import quantize_
 
+    if weight.shape[1] < 2:
+        raise QuantizationError("torchao does not pack weights with one input")
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     quantize_(module, config)
     module.weight.requires_grad_(False)
+    codes: Any = module.weight.qdata
+    if codes.is_floating_point():
+        codes.view(torch.uint8)[(weight == 0).all(1)] = 0  # the scale of such rows is zero too, and the quotient NaN
+    vars(module).pop("extra_repr", None)  # bound to this module, and no process but this one can read it
     return module
 
 
@@ -63,6 +69,10 @@ PACKERS: dict[str, Callable[[Any], Any]] = {
 @dataclass(frozen=True)
 class TorchAOLayer(Packed):
     """How the core reads and packs linear layers whose weight is one of torchao's tensors."""
+
+    @property
+    def saves_dense(self) -> bool:
+        return True
 
     def unpack(self, module: nn.Module) -> Tensor:
         return module.weight.dequantize()  # type: ignore[union-attr,operator]

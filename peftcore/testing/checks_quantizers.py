@@ -1,0 +1,367 @@
+"""Checks of quantizers: of a format by itself, and under operators of every kind."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import peftcore
+from peftcore.errors import MergeError, QuantizationError
+from peftcore.plugins import layer_of
+from peftcore.quantization import quantize, scheme, scheme_class
+from peftcore.testing.hosts import gpt2
+from peftcore.testing.kit import NotApplicable, fill
+from peftcore.testing.quantizers import LINEAR, Packing, check
+from peftcore.testing.tools import KINDS, Kinds, differences, raises, trace
+
+USELESS = 0.3
+"""The error of a round trip from which on a scheme is no use: more than formats of 3 bits have."""
+ATTRIBUTES = "attributes of"
+
+
+@check("what is packed is read back, always the same, near the weight", "`module` and `unpack` do not fit together")
+def what_is_packed_is_read_back(case: Packing) -> str:
+    chosen, weight = case.scheme, case.values(128, 64)
+    weight[5] = 0
+    once, again = chosen.module(weight), chosen.module(weight.clone())
+    read = chosen.layer.unpack(once)
+    case.expect(read.shape == weight.shape, f"{tuple(weight.shape)} is read as {tuple(read.shape)}")
+    case.expect_equal(chosen.layer.unpack(again), read, "packed twice")
+    case.expect_equal(chosen.layer.unpack(once), read, "read twice")
+    case.expect(bool(read.isfinite().all()), "what is read is not finite")
+    case.expect(read.dtype == (chosen.layer.dtype(once) or torch.float32), f"`dtype` is not that of {read.dtype}")
+    case.expect(layer_of(once, "weight") == chosen.layer, "`peftcore_layer` does not answer with the scheme's layer")
+    error = case.error(weight)
+    case.expect(error < USELESS, f"the error is {error:.3g}")
+    case.expect(case.error(read) < 1.1 * error + 1e-6, "what was read is packed worse than the weight")
+    return f"error {error:.3g}"
+
+
+@check("forward is x W^T + b with the weight that is read", "scales or the bias are used in another way in forward")
+def forward_uses_the_weight_that_is_read(case: Packing) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = case.packed(dtype)
+        for path, width in zip(LINEAR, (64, 128), strict=True):
+            module, x = model.get_submodule(path), case.values(7, width, dtype=dtype)
+            bias = None if module.bias is None else module.bias.double()  # type: ignore[operator]
+            expected = nn.functional.linear(x.double(), case.read(module).double(), bias)
+            actual = module(x)
+            case.expect(actual.dtype == dtype, f"{path} makes {actual.dtype} of {dtype}")
+            case.expect_near(actual, expected.to(dtype), f"{path} in {dtype}")
+
+
+@check("gradients pass to the input as through the dense weight", "the kernel has no backward, or another weight in it")
+def gradients_pass_to_the_input(case: Packing) -> None:
+    for shape in ((7, 64), (3, 5, 64)):
+        module, x, weights = case.packed().first, case.values(*shape).requires_grad_(), case.values(*shape[:-1], 128)
+        module.train()(x).backward(weights)  # type: ignore[operator]
+        case.expect(x.grad is not None, "no gradient")
+        case.expect_near(x.grad, weights @ case.read(module).float(), f"input {shape}")  # type: ignore[arg-type]
+
+
+@contextmanager
+def never_unpacking(case: Packing) -> Iterator[None]:
+    """Fail the check if a weight is unpacked meanwhile."""
+    kind = type(case.scheme.layer)
+    with mock.patch.object(kind, "unpack", autospec=True, side_effect=kind.unpack) as unpack:
+        yield
+        case.expect(not unpack.call_count, f"unpacked {unpack.call_count} times")
+
+
+@check(
+    "shapes and counts are those of the dense layers, told without unpacking", "`features` or `dtype` read the weight"
+)
+def shapes_are_told_without_unpacking(case: Packing) -> None:
+    dense, packed = case.dense(), case.packed()
+    with never_unpacking(case):
+        facts = []
+        for model in (dense, packed):
+            plan = peftcore.plan(model, Kinds, kind="activation", target=list(LINEAR))
+            injection = peftcore.apply(model, Kinds, kind="activation", target=list(LINEAR))
+            sites = [(s.weight_shape, s.in_features, s.out_features, s.numel, s.device) for s in injection.sites]
+            summary = injection.summary()
+            facts.append([*sites, plan.trainable, plan.total, plan.bytes, summary.parameters, summary.trainable])
+    case.expect(facts[0] == facts[1], f"{facts[0]} became {facts[1]}")
+
+
+@check("quantize keeps modules, hooks, biases, modes and all other modules", "the module goes round torch's `__call__`")
+def quantize_keeps_what_stands_there(case: Packing) -> None:
+    model, seen = case.dense(), list[Any]()
+    first, bias, before = model.first, model.first.bias, trace(model.norm)  # type: ignore[union-attr,arg-type]
+    model.second.train()  # type: ignore[operator]
+    first.register_forward_hook(lambda module, inputs, output: seen.append(module))  # type: ignore[operator]
+    first.register_forward_pre_hook(lambda module, inputs: seen.append(module))  # type: ignore[operator]
+    quantize(model, case.name, **case.options)
+    case.expect(model.first is first and first.bias is bias, "the module or its bias is another one")  # type: ignore[union-attr]
+    case.expect(all(layer_of(model.get_submodule(path), "weight").packed for path in LINEAR), "not all are packed")
+    case.expect((model.training, first.training, model.second.training) == (False, False, True), "modes changed")  # type: ignore[union-attr]
+    wrong = differences(before, trace(model.norm))  # type: ignore[arg-type]
+    case.expect(not wrong, f"another module changed: {wrong}")
+    model(case.values(2, 64))
+    case.expect(seen == [first, first], f"{len(seen)} of two hooks ran")
+
+
+@check("fused and transposed layers of transformers are packed right", "the weight's strides are not looked at")
+def fused_and_transposed_layers_are_packed(case: Packing) -> None:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model, inputs = gpt2(64)()
+    before = {
+        path: module.weight.detach().T.contiguous() for path, module in model.named_modules() if _is_conv1d(module)
+    }
+    quantize(model.eval(), case.name, **case.options)
+    for path, weight in before.items():
+        module, x = model.get_submodule(path), case.values(3, weight.shape[1])
+        read = case.read(module)
+        case.expect_close(read, case.scheme.layer.unpack(case.scheme.module(weight)).float(), f"weight of {path}")
+        case.expect_near(module(x), nn.functional.linear(x, read.float(), module.bias), path)  # type: ignore[arg-type]
+    injection = peftcore.apply(model, Kinds, kind="activation", target=["attn.q", "attn.v", "mlp.up"])
+    fill(injection)
+    adapted = model(**inputs).logits
+    injection.merge()
+    case.expect_near(model(**inputs).logits, adapted, "output when parts of fused layers are merged")
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D"
+
+
+@check("a copy computes the same, and holds codes of its own", "something in the module cannot be copied")
+def copies_compute_the_same(case: Packing) -> None:
+    model = case.packed()
+    case.adapt(model, "activation")
+    other, expected = copy.deepcopy(model), case.run(model)
+    case.expect_equal(case.run(other), expected, "output of the copy")
+    shared = {id(t) for t in (*model.buffers(), *model.parameters())} & {
+        id(t) for t in (*other.buffers(), *other.parameters())
+    }
+    case.expect(not shared and other.first is not model.first, "the copy shares tensors or modules")
+
+
+@check("a module that was pickled computes the same", "something in the module is known to this process alone")
+def pickles_compute_the_same(case: Packing) -> None:
+    model, file = case.packed(), io.BytesIO()
+    expected = case.run(model)
+    torch.save(model, file)
+    file.seek(0)
+    case.expect_equal(case.run(torch.load(file, weights_only=False)), expected, "output of what was read")
+
+
+@check("a state_dict goes through safetensors into a host packed anew", "a tensor is no buffer, or is not persistent")
+def state_is_saved_and_loaded(case: Packing) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, other = case.packed(), case.dense()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-2)
+    quantize(other, case.name, **case.options)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.safetensors")
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, file)
+        other.load_state_dict(load_file(file))
+    case.expect_equal(case.run(other), case.run(model), "output of the host that was loaded into")
+
+
+@check(
+    "an evaluation between takes no gradient away", "evaluation packs the weight again, for a kernel without backward"
+)
+def evaluation_does_not_disturb_training(case: Packing) -> None:
+    for kind in ("activation", "weight"):
+        model = case.packed()
+        expected = case.train(model, case.adapt(model, kind))
+        for before in (False, True):  # before the operators come, or after
+            other = case.packed()
+            if before:
+                case.run(other)
+            injection = case.adapt(other, kind)
+            case.run(other)
+            with torch.inference_mode():
+                other.eval()(case.values(2, 64))
+            for name, gradient in case.train(other, injection).items():
+                case.expect(bool(gradient.abs().max() > 0), f"{name} of {kind!r} has no gradient but zeros")
+                case.expect_close(gradient, expected[name], f"gradient of {name} of {kind!r}")
+
+
+@check("operators of every kind train as on the dense weights that are read", "`runs_dense`, the bias, or the backward")
+def every_kind_of_operator_trains(case: Packing) -> None:
+    for kind in KINDS:
+        model = case.packed()
+        twin = case.twin(model)
+        injection, other = case.adapt(model, kind), case.adapt(twin, kind)
+        gradients, expected = case.train(model, injection), case.train(twin, other)
+        for name, gradient in expected.items():
+            case.expect(bool(gradient.abs().max() > 0), f"{name} of {kind!r} does not matter here")
+            case.expect_near(gradients[name], gradient, f"gradient of {name} of {kind!r}")
+        case.expect_near(case.run(model), case.run(twin), f"output with {kind!r}")
+
+
+@check("a merge into floating point keeps the output, and its undoing the codes", "`dtype` is not what was packed from")
+def merging_into_float_keeps_the_output_and_the_codes(case: Packing) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in KINDS:
+            model = case.packed(dtype)
+            injection = case.adapt(model, kind)
+            adapted, before = case.run(model, dtype), case.state(model)
+            report = injection.merge(into="float")
+            dense = LINEAR if kind != "bias" else ()
+            case.expect(report.dense == dense, f"{report.dense} are told to be dense after {kind!r}")
+            for path in dense:
+                case.expect(not layer_of(model.get_submodule(path), "weight").packed, f"{path} is still packed")
+            case.expect_near(case.run(model, dtype), adapted, f"output when {kind!r} is merged in {dtype}")
+            injection.unmerge()
+            case.expect_unchanged(before, model, f"{kind!r} merged and unmerged", ATTRIBUTES)
+            case.expect_equal(case.run(model, dtype), adapted, f"output when {kind!r} is unmerged")
+
+
+@check("a merge into the same format tells its error, or refuses", "`pack` does not take over the module's options")
+def merging_into_the_same_format_tells_its_error(case: Packing) -> None:
+    for kind in KINDS:
+        model, other = case.packed(), case.packed()
+        injection = case.adapt(model, kind)
+        adapted, before = case.run(model), case.state(model)
+        case.adapt(other, kind).merge(into="float")
+        try:
+            report = injection.merge(into="same")
+        except MergeError:
+            case.expect_unchanged(before, model, f"a merge of {kind!r} that was refused", ATTRIBUTES)
+            continue
+        case.expect(tuple(report.repacked) == (LINEAR if kind != "bias" else ()), f"{report} of {kind!r}")
+        for path, told in report.repacked.items():
+            meant, module = case.read(other.get_submodule(path)).float(), model.get_submodule(path)
+            case.expect(layer_of(module, "weight").packed, f"{path} is dense")
+            error, own = float((case.read(module).float() - meant).norm() / meant.norm()), case.error(meant)
+            case.expect(abs(error - told.error) < 1e-3 * error + 1e-6, f"error {error:.3g}, told {told.error:.3g}")
+            case.expect(error < 1.2 * own + 1e-6, f"error {error:.3g}, by the scheme itself {own:.3g}")
+        case.expect_near(case.run(model), case.run(case.twin(model)), f"output when {kind!r} is packed again")
+        injection.unmerge()
+        case.expect_unchanged(before, model, f"{kind!r} packed again and unmerged", ATTRIBUTES)
+        case.expect_equal(case.run(model), adapted, f"output when {kind!r} is unmerged")
+
+
+@check("a merge above its bound refuses, and nothing changes", "`pack` changes the module that it is to be packed like")
+def a_bound_refuses_and_changes_nothing(case: Packing) -> None:
+    model = case.packed()
+    injection = case.adapt(model, "activation")
+    adapted, before = case.run(model), case.state(model)
+    try:
+        report = injection.merge(into="same", max_error=0.0)
+    except MergeError:
+        case.expect_unchanged(before, model, "a merge that was refused")
+        case.expect_equal(case.run(model), adapted, "output after a merge that was refused")
+        return
+    worst = max((each.error for each in report.repacked.values()), default=1.0)
+    case.expect(worst == 0, f"merged with an error of {worst:.3g}")
+
+
+def _as_large(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() >= 64 * 128
+
+
+class _Made(TorchDispatchMode):
+    """Remembers which dense tensors as large as weights are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: list[tuple[torch.Size, StorageWeakRef]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, tuple | list) else (result,):
+            if type(each) in (Tensor, nn.Parameter) and _as_large(each):
+                self.held.append((each.shape, StorageWeakRef(each.untyped_storage())))
+        return result
+
+    def alive(self) -> list[torch.Size]:
+        return [shape for shape, storage in self.held if not storage.expired()]
+
+
+@check("no dense copy is kept after an evaluation or for backward", "a weight that was unpacked is kept at the module")
+def no_dense_copy_is_kept(case: Packing) -> None:
+    for kind in ("activation", "weight"):
+        model = case.packed()
+        case.adapt(model, kind)
+        with _Made() as made:
+            case.run(model)
+        case.expect(not made.alive(), f"after an evaluation with {kind!r}: {made.alive()[:2]}")
+        with _Made() as made:
+            output = model.train()(case.values(3, 5, 64))
+        case.expect(not made.alive(), f"for backward with {kind!r}: {made.alive()[:2]}")
+        output.sum().backward()
+
+
+@check("removing leaves codes, class and attributes as they were", "reading sets attributes")
+def removing_leaves_no_trace(case: Packing) -> None:
+    for kind in KINDS:
+        model = case.packed()
+        with torch.no_grad():  # some set attributes in their first forward
+            output = model.train()(case.values(3, 5, 64))
+        model.eval()
+        before = case.state(model)
+        injection = case.adapt(model, kind)
+        case.train(model, injection)
+        with torch.no_grad():
+            for parameter in injection.parameters():
+                parameter.sub_(parameter.grad, alpha=0.1)  # type: ignore[arg-type]
+        case.run(model)
+        injection.remove()
+        case.expect_unchanged(before, model, f"{kind!r} came and went")
+        with torch.no_grad():
+            case.expect_equal(model.train()(case.values(3, 5, 64)), output, "output")
+
+
+@check("a wrong option is one error that says which there are", "the scheme's fields are not strict")
+def wrong_options_are_refused(case: Packing) -> None:
+    fields = scheme_class(case.name).model_fields
+    for wrong in ("no_such_option", *fields):
+        model = case.dense()
+        before = trace(model)
+        with raises(case, QuantizationError, f"{wrong} is an object", names=[case.name, wrong, *fields]):
+            quantize(model, case.name, **{**case.options, wrong: object()})
+        case.expect(not differences(before, trace(model)), "the host changed")
+
+
+@check("a missing package is one error that says what to install", "`extra` does not say it")
+def missing_packages_are_told(case: Packing) -> None:
+    kind = scheme_class(case.name)
+    if not kind.requires:
+        raise NotApplicable(f"{case.name} needs no package")
+    case.expect(bool(kind.extra), "`extra` is empty")
+    find = importlib.util.find_spec
+    for package in kind.requires:
+        without = mock.patch.object(
+            importlib.util, "find_spec", lambda name, *rest, gone=package: None if name == gone else find(name, *rest)
+        )
+        names = [case.name, package, f"pip install '{kind.extra}'"]
+        with without, raises(case, QuantizationError, f"without {package}", names=names):
+            scheme(case.name, **case.options)
+
+
+@check("a weight of any shape is packed right, or refused with nothing changed", "a shape is not looked at in `module`")
+def what_does_not_fit_is_refused(case: Packing) -> None:
+    chosen = case.scheme
+    for shape in ((7, 5), (3, 1), (1, 64), (33, 17), (64, 33), (33, 64)):
+        model = nn.Sequential(nn.Linear(128, 64), nn.Linear(shape[1], shape[0])).eval()
+        weight, before = model[1].weight.detach().clone(), trace(model)
+        try:
+            quantize(model, case.name, **case.options)
+        except QuantizationError:
+            case.expect(not differences(before, trace(model)), f"{shape} was refused, but the host changed")
+            continue
+        read, x = case.read(model[1]), case.values(4, shape[1])
+        case.expect_close(read.float(), chosen.layer.unpack(chosen.module(weight)).float(), f"weight {shape}")
+        case.expect(read.shape == weight.shape, f"{shape} is read as {tuple(read.shape)}")
+        case.expect(case.error(weight) < USELESS, f"the error of {shape} is {case.error(weight):.3g}")
+        case.expect_near(model[1](x), nn.functional.linear(x, read.float(), model[1].bias), f"output of {shape}")

@@ -1,0 +1,192 @@
+"""The kit for quantizers: what a scheme and its `Packed` layer promise to methods and to users.
+
+    @quantizer_conformance("nf4", double_quant=True, declared={"pickles_compute_the_same": "why"})
+    def test_conformance(check):
+        check()
+
+or, without pytest, ``for result in check_quantizer("nf4"): print(result)``; the first result states the error.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import ConfigError
+from peftcore.injection import Injection
+from peftcore.plugins import layer_of
+from peftcore.quantization import Scheme, quantize, scheme, scheme_class
+from peftcore.testing.doors import Result, judged, parametrized
+from peftcore.testing.kit import TOLERANCES, Check, Expecting, NotApplicable, fill
+from peftcore.testing.tools import Kinds, Trace, differences, trace
+
+LINEAR = ("first", "second")
+
+
+class Block(nn.Module):
+    """Two linear layers, one with a bias, of sizes that groups of 64 divide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(64, 128), nn.LayerNorm(128), nn.Linear(128, 64, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., 64] -> [..., 64]"""
+        y: Tensor = self.second(torch.tanh(self.norm(self.first(x))))
+        return y
+
+
+@dataclass(frozen=True)
+class Packing(Expecting):
+    """A scheme with options, on small hosts that are always the same."""
+
+    name: str
+    options: Mapping[str, Any]
+    tolerance: float | None = None
+
+    @property
+    def label(self) -> str:
+        return self.name + "".join(f" {key}={value}" for key, value in self.options.items())
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme itself."""
+        return scheme(self.name, **self.options)
+
+    def values(self, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """N(0, 1)."""
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A host before it is packed."""
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            return Block().to(dtype).eval()
+
+    def packed(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The same, packed."""
+        return quantize(self.dense(dtype), self.name, **self.options)
+
+    def twin(self, packed: nn.Module) -> nn.Module:
+        """A dense host with the weights that are read of a packed one."""
+        twin = self.dense()
+        for path in LINEAR:
+            module = twin.get_submodule(path)
+            module.weight = nn.Parameter(self.read(packed.get_submodule(path)).to(torch.float32, copy=True))
+            bias = packed.get_submodule(path).bias
+            module.bias = None if bias is None else nn.Parameter(bias.detach().float())  # type: ignore[arg-type]
+        return twin
+
+    def read(self, module: nn.Module) -> Tensor:
+        """The weight of a module, packed or not."""
+        weight = layer_of(module, "weight").read(module, "weight")
+        assert weight is not None
+        return weight.detach()
+
+    def adapt(self, model: nn.Module, kind: str) -> Injection:
+        """Operators of one kind at both layers, their tensors filled with noise."""
+        injection = peftcore.apply(model, Kinds, kind=kind, target=list(LINEAR), seed=0)
+        fill(injection)
+        return injection
+
+    def run(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The output in evaluation."""
+        with torch.no_grad():
+            output: Tensor = model.eval()(self.values(3, 5, 64, seed=1, dtype=dtype))
+        return output
+
+    def train(self, model: nn.Module, injection: Injection) -> dict[str, Tensor]:
+        """Gradients of the operators, by name."""
+        injection.model.zero_grad()
+        model.train()(self.values(3, 5, 64, seed=1)).square().mean().backward()
+        model.eval()
+        named = {f"{path}.{name}": p for path, module in injection.modules() for name, p in module.named_parameters()}
+        self.expect(all(p.grad is not None for p in named.values()), "a parameter has no gradient")
+        return {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
+
+    def state(self, model: nn.Module) -> Trace:
+        """All that could be noticed on a host, and the weights that are read."""
+        return {**trace(model), **{f"weight of {path}": self.read(model.get_submodule(path)) for path in LINEAR}}
+
+    def expect_unchanged(self, before: Trace, model: nn.Module, what: str, passing: str | tuple[str, ...] = ()) -> None:
+        """Fail unless the host is in the state that it was in."""
+        wrong = differences(before, self.state(model), passing)
+        self.expect(not wrong, f"{what}: changed: {wrong}")
+
+    def expect_near(self, actual: Tensor, expected: Tensor, what: str) -> None:
+        """Fail unless the tensors agree within the tolerance of their dtype, or within the declared one."""
+        factor = 3.0 if self.tolerance is None else max(3.0, self.tolerance / TOLERANCES[expected.dtype])
+        self.expect_close(actual, expected, what, factor)
+
+    def error(self, weight: Tensor) -> float:
+        """What a round trip costs: norm of the difference over norm of the weight."""
+        chosen = self.scheme
+        off = chosen.layer.unpack(chosen.module(weight)).float() - weight.float()
+        return float(off.norm() / weight.float().norm())
+
+
+QUANTIZER_CHECKS: list[Check] = []
+"""Every check of a quantizer."""
+
+
+def check(promise: str, cause: str) -> Callable[[Callable[[Packing], Any]], Callable[[Packing], Any]]:
+    """File a function as a check."""
+
+    def file(function: Callable[[Packing], Any]) -> Callable[[Packing], Any]:
+        QUANTIZER_CHECKS.append(Check(function, promise, cause))
+        return function
+
+    return file
+
+
+def check_quantizer(
+    name: str, *, tolerance: float | None = None, declared: Mapping[str, str] | None = None, **options: Any
+) -> list[Result]:
+    """Run every check on a scheme that a plugin brings.
+
+    Args:
+        name: the scheme.
+        tolerance: how far forward may be from that of the weight, relative to the largest output, and gradients behind
+            it; for formats that pack inputs too.
+        declared: reasons by the names of checks that the scheme is known to fail; one listed here that passes counts
+            as failed.
+        options: the scheme's options.
+    """
+    expected, runs = declared or {}, _runs(name, tolerance, declared or {}, options)
+    case = Packing(name, options, tolerance)
+    return [judged(each, case.label, runs[each.name], expected.get(each.name)) for each in QUANTIZER_CHECKS]
+
+
+def quantizer_conformance(
+    name: str, *, tolerance: float | None = None, declared: Mapping[str, str] | None = None, **options: Any
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Turn one test function into a test for each check: its argument `check` is called without arguments.
+
+    Takes what `check_quantizer` takes. A declared failure that passes fails the test. Where a package of the scheme is
+    missing, the tests are skipped.
+    """
+    return parametrized(_runs(name, tolerance, declared or {}, options), declared or {})
+
+
+def _runs(
+    name: str, tolerance: float | None, declared: Mapping[str, str], options: Mapping[str, Any]
+) -> dict[str, Callable[[], str | None]]:
+    case = Packing(name, options, tolerance)
+    stray = [each for each in declared if each not in {check.name for check in QUANTIZER_CHECKS}]
+    if stray:
+        raise ConfigError(f"{name}: there is no check {', '.join(stray)}")
+    return {each.name: functools.partial(_run, each, case) for each in QUANTIZER_CHECKS}
+
+
+def _run(check: Check, case: Packing) -> str | None:
+    missing = [each for each in scheme_class(case.name).requires if importlib.util.find_spec(each) is None]
+    if missing:
+        raise NotApplicable(f"{case.name} needs {', '.join(missing)}")
+    return check(case)
