@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore.errors import MergeError, NotMergeable
+from peftcore.errors import MergeError, NotMergeable, UnsupportedSite
 from peftcore.mounts import Effect, Mount, effects_of, fold
 from peftcore.operators import is_mergeable
 from peftcore.packing import Form, Packed, become, dense_linear, floating_dtype, restore
@@ -118,6 +118,11 @@ def _check(injection: Injection) -> None:
             f"{injection.method.name} cannot be folded into weights: what it computes is no function of the weight "
             f"alone (first at {stuck[0]}). Keep it active, or remove() it"
         )
+    for site in (site for graft in injection.grafts for site in graft.holders):
+        try:
+            site.layer.check_readable(site.module, site.tensor)
+        except UnsupportedSite as error:
+            raise MergeError(f"{site.path} cannot be merged, keep {name!r} active: {error}") from None
     state = injection.state
     before = list(state.injections)[: list(state.injections).index(name)]
     mine = {(site.module_path, site.tensor) for graft in injection.grafts for site in graft.holders}
@@ -239,7 +244,7 @@ def merge(
         for key, tensor in new.items():
             layer = layer_of(injection.model.get_submodule(key[0]), key[1])
             if isinstance(layer, Packed):
-                kept[key], error = _write_packed(injection.model, key, layer, tensor, into)
+                kept[key], error = _write_packed(injection, key, layer, tensor, into)
                 if error is not None:
                     repacked[key[0]] = _within(error, bound, key[0])
                 continue
@@ -257,12 +262,12 @@ def merge(
 
 
 def _write_packed(
-    model: nn.Module, key: Key, layer: Packed, weight: Tensor, into: Into
+    injection: Injection, key: Key, layer: Packed, weight: Tensor, into: Into
 ) -> tuple[Original, Repacked | None]:
     """Write a weight where a packed one is: as a dense linear layer, or packed in the same way."""
-    module, _ = _owner(model, key)
+    module, _ = _owner(injection.model, key)
     if into == "float":
-        dense = dense_linear(weight, layer.dtype(module) or floating_dtype(model))
+        dense = dense_linear(weight, layer.dtype(module) or floating_dtype(injection.base_modules()))
         return Original(None, form=become(module, dense.train(module.training))), None
     before = layer.unpack(module)
     again = layer.pack(module, weight).train(module.training)

@@ -7,7 +7,7 @@ was, so containers, ties, hooks and grafts go on to hold it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -132,9 +132,11 @@ def dense_linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
     return layer
 
 
-def floating_dtype(model: nn.Module) -> torch.dtype:
-    """That of the host's first matrix which is not packed: an embedding, most likely."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dim() > 1), torch.float32)
+def floating_dtype(modules: Iterable[nn.Module]) -> torch.dtype:
+    """That of a host's first matrix which is not packed: an embedding, most likely. Where all are packed, that of any
+    other parameter."""
+    own = [p for module in modules for p in module._parameters.values() if p is not None and p.is_floating_point()]
+    return min(own, key=lambda p: p.dim() < 2).dtype if own else torch.float32
 
 
 _BARE = vars(nn.Module())

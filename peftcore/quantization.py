@@ -183,7 +183,7 @@ def dequantize(model: M) -> M:
 
     Injections stay active, and what they compute stays the same.
     """
-    dtype = floating_dtype(model)
+    dtype = floating_dtype(module for module in model.modules() if not is_ours(module))
     for module in list(model.modules()):
         layer = layer_of(module, "weight")
         if isinstance(layer, Packed):

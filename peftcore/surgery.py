@@ -138,7 +138,8 @@ class Surgeon:
         dtype. At `holders` the same operator acts too; see `Operator.at`.
 
         Raises:
-            UnsupportedSite: the operator wraps a forward, but the site is a tensor that is read, not called.
+            UnsupportedSite: the operator wraps a forward, but the site is a tensor that is read, not called; or it
+                acts on a weight that nobody here can read.
         """
         if site.path in self._paths:
             raise PluginError(f"{self.method.name} grafts {site.path} twice")
@@ -152,6 +153,9 @@ class Surgeon:
             )
         if isinstance(built, WeightOperator):
             site = replace(site, form="weight")
+        for each in (site, *holders):
+            if each.form == "weight":
+                each.layer.check_readable(each.module, each.tensor)
         self._record(Graft(site, built, (site, *holders), self._by_method, self.part))
         return built
 

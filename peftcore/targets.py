@@ -113,6 +113,7 @@ class Site:
     def weight(self) -> Tensor:
         """The dense logical weight as the active injections leave it; zeros for a missing bias, shape only while
         planning."""
+        self.layer.check_readable(self.module, self.tensor)
         if self.meta:
             return torch.empty(self.weight_shape, device="meta")
         if not self.layer.has(self.module, self.tensor):

@@ -78,6 +78,13 @@ class Layer:
         value = getattr(module.get_submodule(owner), name, None)
         return value if value is None or isinstance(value, Tensor) else None
 
+    def check_readable(self, module: nn.Module, tensor: str) -> None:
+        """Verify that `read` knows the format; cheap, and without values.
+
+        Raises:
+            UnsupportedSite: it does not.
+        """
+
     def has(self, module: nn.Module, tensor: str) -> bool:
         """Whether the module has such a tensor; cheap, also where reading is not."""
         return self.read(module, tensor) is not None
@@ -128,13 +135,19 @@ class Linear(Layer):
 class Opaque(Linear):
     """A linear layer whose weight nobody here can read: its module may be called, and that is all."""
 
-    def read(self, module: nn.Module, tensor: str) -> Tensor | None:
+    def check_readable(self, module: nn.Module, tensor: str) -> None:
         held = super().read(module, tensor)
+        kind = "no tensor" if held is None else f"{type(held).__name__} of {held.dtype}".replace("torch.", "")
         raise UnsupportedSite(
-            f"{tensor!r} of {type(module).__name__} is a {type(held).__name__} of {held and held.dtype}, which no "
-            "installed plugin can read, and this method needs the weight itself; pip install peftcore-quantized knows "
-            "bitsandbytes, torchao and HQQ, and a plugin for another format is one file"
+            f"{tensor!r} of {type(module).__name__} is stored as {kind}, which no installed plugin can read, and this "
+            "needs the weight itself. Use a method that acts beside the layer, such as lora, or a plugin that reads "
+            "it: peftcore-quantized knows bitsandbytes, torchao and HQQ; for another format it is one file that "
+            "answers peftcore_layer"
         )
+
+    def read(self, module: nn.Module, tensor: str) -> Tensor | None:
+        self.check_readable(module, tensor)
+        return None
 
     def has(self, module: nn.Module, tensor: str) -> bool:
         return True

@@ -22,7 +22,7 @@ from peftcore.errors import MergeError, QuantizationError
 from peftcore.plugins import layer_of
 from peftcore.quantization import quantize, scheme, scheme_class
 from peftcore.testing.hosts import gpt2
-from peftcore.testing.kit import NotApplicable, fill
+from peftcore.testing.kit import CheckFailed, NotApplicable, fill
 from peftcore.testing.quantizers import LINEAR, Packing, check
 from peftcore.testing.tools import KINDS, Kinds, differences, raises, trace
 
@@ -55,7 +55,7 @@ def forward_uses_the_weight_that_is_read(case: Packing) -> None:
         model = case.packed(dtype)
         for path, width in zip(LINEAR, (64, 128), strict=True):
             module, x = model.get_submodule(path), case.values(7, width, dtype=dtype)
-            bias = None if module.bias is None else module.bias.double()  # type: ignore[operator]
+            bias = None if module.bias is None else module.bias.double()
             expected = nn.functional.linear(x.double(), case.read(module).double(), bias)
             actual = module(x)
             case.expect(actual.dtype == dtype, f"{path} makes {actual.dtype} of {dtype}")
@@ -66,9 +66,10 @@ def forward_uses_the_weight_that_is_read(case: Packing) -> None:
 def gradients_pass_to_the_input(case: Packing) -> None:
     for shape in ((7, 64), (3, 5, 64)):
         module, x, weights = case.packed().first, case.values(*shape).requires_grad_(), case.values(*shape[:-1], 128)
-        module.train()(x).backward(weights)  # type: ignore[operator]
-        case.expect(x.grad is not None, "no gradient")
-        case.expect_near(x.grad, weights @ case.read(module).float(), f"input {shape}")  # type: ignore[arg-type]
+        module.train()(x).backward(weights)
+        if x.grad is None:
+            raise CheckFailed("no gradient")
+        case.expect_near(x.grad, weights @ case.read(module).float(), f"input {shape}")
 
 
 @contextmanager
@@ -99,15 +100,15 @@ def shapes_are_told_without_unpacking(case: Packing) -> None:
 @check("quantize keeps modules, hooks, biases, modes and all other modules", "the module goes round torch's `__call__`")
 def quantize_keeps_what_stands_there(case: Packing) -> None:
     model, seen = case.dense(), list[Any]()
-    first, bias, before = model.first, model.first.bias, trace(model.norm)  # type: ignore[union-attr,arg-type]
-    model.second.train()  # type: ignore[operator]
-    first.register_forward_hook(lambda module, inputs, output: seen.append(module))  # type: ignore[operator]
-    first.register_forward_pre_hook(lambda module, inputs: seen.append(module))  # type: ignore[operator]
+    first, bias, before = model.first, model.first.bias, trace(model.norm)
+    model.second.train()
+    first.register_forward_hook(lambda module, inputs, output: seen.append(module))
+    first.register_forward_pre_hook(lambda module, inputs: seen.append(module))
     quantize(model, case.name, **case.options)
-    case.expect(model.first is first and first.bias is bias, "the module or its bias is another one")  # type: ignore[union-attr]
+    case.expect(model.first is first and first.bias is bias, "the module or its bias is another one")
     case.expect(all(layer_of(model.get_submodule(path), "weight").packed for path in LINEAR), "not all are packed")
-    case.expect((model.training, first.training, model.second.training) == (False, False, True), "modes changed")  # type: ignore[union-attr]
-    wrong = differences(before, trace(model.norm))  # type: ignore[arg-type]
+    case.expect((model.training, first.training, model.second.training) == (False, False, True), "modes changed")
+    wrong = differences(before, trace(model.norm))
     case.expect(not wrong, f"another module changed: {wrong}")
     model(case.values(2, 64))
     case.expect(seen == [first, first], f"{len(seen)} of two hooks ran")
@@ -123,10 +124,11 @@ def fused_and_transposed_layers_are_packed(case: Packing) -> None:
     }
     quantize(model.eval(), case.name, **case.options)
     for path, weight in before.items():
-        module, x = model.get_submodule(path), case.values(3, weight.shape[1])
+        module: Any = model.get_submodule(path)
+        x = case.values(3, weight.shape[1])
         read = case.read(module)
         case.expect_close(read, case.scheme.layer.unpack(case.scheme.module(weight)).float(), f"weight of {path}")
-        case.expect_near(module(x), nn.functional.linear(x, read.float(), module.bias), path)  # type: ignore[arg-type]
+        case.expect_near(module(x), nn.functional.linear(x, read.float(), module.bias), path)
     injection = peftcore.apply(model, Kinds, kind="activation", target=["attn.q", "attn.v", "mlp.up"])
     fill(injection)
     adapted = model(**inputs).logits
@@ -270,18 +272,18 @@ def _as_large(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() > 1 and tensor.numel() >= 64 * 128
 
 
-class _Made(TorchDispatchMode):
+class _Made(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Remembers which dense tensors as large as weights are made."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.held: list[tuple[torch.Size, StorageWeakRef]] = []
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held: list[tuple[torch.Size, Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for each in result if isinstance(result, tuple | list) else (result,):
             if type(each) in (Tensor, nn.Parameter) and _as_large(each):
-                self.held.append((each.shape, StorageWeakRef(each.untyped_storage())))
+                self.held.append((each.shape, StorageWeakRef(each.untyped_storage())))  # type: ignore[no-untyped-call]
         return result
 
     def alive(self) -> list[torch.Size]:
@@ -314,7 +316,7 @@ def removing_leaves_no_trace(case: Packing) -> None:
         case.train(model, injection)
         with torch.no_grad():
             for parameter in injection.parameters():
-                parameter.sub_(parameter.grad, alpha=0.1)  # type: ignore[arg-type]
+                parameter.sub_(0.1 * torch.ones_like(parameter))
         case.run(model)
         injection.remove()
         case.expect_unchanged(before, model, f"{kind!r} came and went")
@@ -353,7 +355,7 @@ def missing_packages_are_told(case: Packing) -> None:
 def what_does_not_fit_is_refused(case: Packing) -> None:
     chosen = case.scheme
     for shape in ((7, 5), (3, 1), (1, 64), (33, 17), (64, 33), (33, 64)):
-        model = nn.Sequential(nn.Linear(128, 64), nn.Linear(shape[1], shape[0])).eval()
+        model: Any = nn.Sequential(nn.Linear(128, 64), nn.Linear(shape[1], shape[0])).eval()
         weight, before = model[1].weight.detach().clone(), trace(model)
         try:
             quantize(model, case.name, **case.options)

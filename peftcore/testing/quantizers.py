@@ -64,24 +64,24 @@ class Packing(Expecting):
         """N(0, 1)."""
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
-    def dense(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def dense(self, dtype: torch.dtype = torch.float32) -> Any:
         """A host before it is packed."""
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
             return Block().to(dtype).eval()
 
-    def packed(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def packed(self, dtype: torch.dtype = torch.float32) -> Any:
         """The same, packed."""
         return quantize(self.dense(dtype), self.name, **self.options)
 
-    def twin(self, packed: nn.Module) -> nn.Module:
+    def twin(self, packed: nn.Module) -> Any:
         """A dense host with the weights that are read of a packed one."""
         twin = self.dense()
         for path in LINEAR:
-            module = twin.get_submodule(path)
+            module: Any = twin.get_submodule(path)
             module.weight = nn.Parameter(self.read(packed.get_submodule(path)).to(torch.float32, copy=True))
-            bias = packed.get_submodule(path).bias
-            module.bias = None if bias is None else nn.Parameter(bias.detach().float())  # type: ignore[arg-type]
+            bias: Any = packed.get_submodule(path).bias
+            module.bias = None if bias is None else nn.Parameter(bias.detach().float())
         return twin
 
     def read(self, module: nn.Module) -> Tensor:

@@ -20,7 +20,7 @@ from peftcore.operators import Operator, WeightOperator
 from peftcore.plugins import layer_of
 from peftcore.surgery import Surgeon
 from peftcore.targets import Site
-from peftcore.testing.kit import Case, fill
+from peftcore.testing.kit import Case, Expecting, fill
 
 Trace = dict[str, Any]
 Maker = Callable[[nn.Module, int, str], Injection]
@@ -83,7 +83,7 @@ def without_fast_paths() -> Iterator[None]:
 
 @contextmanager
 def raises(
-    case: Case, kind: type[Exception] | tuple[type[Exception], ...], what: str, names: str | Iterable[str] = ()
+    case: Expecting, kind: type[Exception] | tuple[type[Exception], ...], what: str, names: str | Iterable[str] = ()
 ) -> Iterator[None]:
     """Fail the check unless the block raises an error of this kind whose message contains all of `names`."""
     kinds = kind if isinstance(kind, tuple) else (kind,)

@@ -41,6 +41,8 @@ def _plain_codes(weight: Any) -> tuple[Tensor, Any]:
     functional = sys.modules["bitsandbytes.functional"]
     unpack = vars(functional)["_convert_weight_packed_for_cpu_inverse"]
     codes, plain = unpack(weight.data, copy.copy(state))
+    if not plain.nested:  # bitsandbytes 0.50 leaves these scales as they lay: [blocks of a row, rows]
+        plain.absmax = state.absmax.T.reshape(-1).to(torch.float32)
     return codes, plain
 
 

@@ -37,10 +37,10 @@ def normal_quantiles() -> Tensor:
     """The 16 levels of NF4, ascending: quantiles of the normal distribution, eight above zero and seven below, scaled
     to [-1, 1]."""
     top = 0.9677083  # halfway between the last quantiles of 15 and of 16 levels
-    upper = torch.special.ndtri(torch.linspace(top, 0.5, 9, dtype=torch.float64)[:-1])
-    lower = -torch.special.ndtri(torch.linspace(top, 0.5, 8, dtype=torch.float64)[:-1])
-    levels = torch.cat([lower, torch.zeros(1, dtype=torch.float64), upper]).sort().values
-    return (levels / levels.max()).float()
+    upper = torch.special.ndtri(torch.linspace(top, 0.5, 9)[:-1].double())
+    lower = -torch.special.ndtri(torch.linspace(top, 0.5, 8)[:-1].double())
+    levels = torch.cat([lower, torch.zeros(1, dtype=torch.float64), upper]).sort().values.float()
+    return levels / levels.max()  # rounded where bitsandbytes rounds
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def dynamic_levels() -> Tensor:
     positive = []
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
-        positive += [10 ** (decade - 6) * middle for middle in ((edges[:-1] + edges[1:]) / 2).tolist()]
+        positive += (10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
     return torch.tensor(sorted([*(-level for level in positive), *positive, 0.0, 1.0]))
 
 
@@ -100,7 +100,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.dtype, self.options = weight.dtype, options
-        for name, tensor in self.encode(weight.detach().float(), **options).items():
+        for name, tensor in self.encode(weight.detach().float().contiguous(), **options).items():
             self.register_buffer(name, tensor)
         self.register_parameter("bias", None)
 
