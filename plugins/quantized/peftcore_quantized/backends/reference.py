@@ -11,7 +11,6 @@ The weight is made dense in forward and again in backward, and not kept between.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,43 +29,54 @@ from peftcore.weights import Layer
 PEFTCORE_API = 1
 DOUBLE = 256
 """How many absmax share a scale when they are packed themselves."""
+GRID = 65535
+"""The steps of their grid between -1 and 1."""
+TINY = 1e-38
+"""Divided by where all values are zero."""
 
 
-@functools.cache
-def normal_quantiles() -> Tensor:
-    """The 16 levels of NF4, ascending: quantiles of the normal distribution, eight above zero and seven below, scaled
-    to [-1, 1]."""
+def _normal_quantiles() -> list[float]:
     top = 0.9677083  # halfway between the last quantiles of 15 and of 16 levels
-    upper = torch.special.ndtri(torch.linspace(top, 0.5, 9)[:-1].double())
-    lower = -torch.special.ndtri(torch.linspace(top, 0.5, 8)[:-1].double())
-    levels = torch.cat([lower, torch.zeros(1, dtype=torch.float64), upper]).sort().values.float()
-    return levels / levels.max()  # rounded where bitsandbytes rounds
+    upper, lower = (torch.linspace(top, 0.5, n, dtype=torch.float32, device="cpu")[:-1].double() for n in (9, 8))
+    levels = torch.cat([-torch.special.ndtri(lower), upper.new_zeros(1), torch.special.ndtri(upper)]).float().sort()
+    return (levels.values / levels.values[-1]).tolist()  # type: ignore[no-any-return]
 
 
-@functools.cache
-def dynamic_levels() -> Tensor:
-    """The 256 levels of the dynamic 8-bit type (arXiv 1511.04561): seven decades, each with twice the levels of the one
-    below it."""
+def _dynamic() -> list[float]:
     positive = []
     for decade in range(7):
-        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32, device="cpu")
         positive += (10 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
-    return torch.tensor(sorted([*(-level for level in positive), *positive, 0.0, 1.0]))
+    return sorted([*(-level for level in positive), *positive, 0.0, 1.0])
 
 
-def nearest(values: Tensor, levels: Tensor) -> Tensor:
-    """The index of the level nearest to each value, as bytes."""
-    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+NORMAL = _normal_quantiles()
+"""The 16 levels of NF4, ascending: quantiles of the normal distribution, eight above zero and seven below, scaled to
+[-1, 1]. Numbers, not tensors: those would belong to one device, or to a compiler that happens to trace."""
+DYNAMIC = _dynamic()
+"""The 256 levels of the dynamic 8-bit type (arXiv 1511.04561): seven decades, each with twice the levels of the one
+below it."""
 
 
-def blocks_of(values: Tensor, size: int) -> Tensor:
-    """The flattened values in rows of `size`, the last one filled with zeros."""
-    return F.pad(values.reshape(-1), (0, -values.numel() % size)).view(-1, size)
+def nearest(values: Tensor, levels: list[float]) -> Tensor:
+    """The index of the level nearest to each value, the lower one of two, as bytes."""
+    known = torch.tensor(levels, dtype=torch.float32, device=values.device)
+    return torch.bucketize(values, (known[1:] + known[:-1]) / 2).to(torch.uint8)
 
 
-def nibbles(codes: Tensor) -> Tensor:
+def look_up(codes: Tensor, levels: list[float]) -> Tensor:
+    """The levels of codes."""
+    return torch.tensor(levels, dtype=torch.float32, device=codes.device)[codes.int()]
+
+
+def blocks_of(values: Tensor, size: int, fill: int = 0) -> Tensor:
+    """The flattened values in rows of `size`, the last one filled up."""
+    return F.pad(values.reshape(-1), (0, -values.numel() % size), value=fill).view(-1, size)
+
+
+def nibbles(codes: Tensor, fill: int = 0) -> Tensor:
     """Two 4-bit codes a byte, the first in the upper half."""
-    pairs = blocks_of(codes, 2)
+    pairs = blocks_of(codes, 2, fill)
     return pairs[:, 0] << 4 | pairs[:, 1]
 
 
@@ -112,6 +122,19 @@ class PackedLinear(nn.Module):
         """The weight from the packed tensors, in float32."""
         raise NotImplementedError
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
+        """Casts say what dtype the weight has when it is made dense, and what the bias has; what is packed moves to
+        other devices and stays as precise as it is."""
+        packed = {id(tensor) for tensor in self._buffers.values()}
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if id(tensor) in packed and new.dtype != tensor.dtype else new
+
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     @property
     def weight(self) -> Tensor:
         """A dense copy of the weight."""
@@ -133,37 +156,46 @@ class NF4Linear(PackedLinear):
     def encode(self, weight: Tensor, block_size: int, double_quant: bool) -> dict[str, Tensor]:  # type: ignore[override]
         blocks = blocks_of(weight, block_size)
         absmax = blocks.abs().amax(1)
-        codes = nearest(blocks / absmax.clamp_min(1e-38)[:, None], normal_quantiles().to(weight.device))
-        packed = {"codes": nibbles(codes.view(-1)[: weight.numel()])}
-        if not double_quant:
-            return {**packed, "absmax": absmax}
+        scaled = blocks * (1 / absmax.clamp_min(TINY))[:, None]
+        if weight.numel() % block_size:  # bitsandbytes treats the last block another way
+            absmax[-1].clamp_min_(TINY)
+            scaled[-1] = blocks[-1] / absmax[-1]
+        codes = nearest(scaled.view(-1)[: weight.numel()], NORMAL)
+        packed = {"codes": nibbles(codes, fill=NORMAL.index(0))}
+        return {**packed, **(self._in_eight_bits(absmax) if double_quant else {"absmax": absmax})}
+
+    @staticmethod
+    def _in_eight_bits(absmax: Tensor) -> dict[str, Tensor]:
+        """Their difference from the mean, dynamic; bitsandbytes rounds it to a grid before it looks for the level."""
         mean = absmax.mean()
         rest = blocks_of(absmax - mean, DOUBLE)
         scale = rest.abs().amax(1)
-        small = nearest(rest / scale.clamp_min(1e-38)[:, None], dynamic_levels().to(weight.device))
-        return {**packed, "absmax_codes": small.view(-1)[: absmax.numel()], "absmax_scale": scale, "absmax_mean": mean}
+        scaled = (rest * (1 / scale)[:, None]).clamp(-1, 1)
+        steps = ((scaled + 1) * 0.5 * GRID + 0.5).floor()
+        codes = nearest(steps / GRID * 2 - 1, DYNAMIC).where(scale[:, None] > 0, 0).view(-1)[: absmax.numel()]
+        return {"absmax_codes": codes, "absmax_scale": scale, "absmax_mean": mean}
 
     def decode(self, codes: Tensor, *absmax: Tensor) -> Tensor:
         size, shape = self.options["block_size"], (self.out_features, self.in_features)
+        block_absmax = absmax[0]
         if self.options["double_quant"]:
             small, scale, mean = absmax
-            levels = dynamic_levels().to(codes.device)[small.int()]
-            block_absmax = (blocks_of(levels, DOUBLE) * scale[:, None]).view(-1)[: small.numel()] + mean
-        else:
-            (block_absmax,) = absmax
-        levels = normal_quantiles().to(codes.device)[from_nibbles(codes)[: shape[0] * shape[1]]]
-        return (blocks_of(levels, size) * block_absmax.float()[:, None]).view(-1)[: levels.numel()].view(shape)
+            block_absmax = (blocks_of(look_up(small, DYNAMIC), DOUBLE) * scale[:, None]).view(-1)[
+                : small.numel()
+            ] + mean
+        levels = look_up(from_nibbles(codes)[: shape[0] * shape[1]], NORMAL)
+        return (blocks_of(levels, size) * block_absmax[:, None]).view(-1)[: levels.numel()].view(shape)
 
 
 class Int8Linear(PackedLinear):
     """8-bit integers, one scale a row."""
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        return {"codes": (weight / scale.clamp_min(1e-38)).round().to(torch.int8), "scale": scale}
+        absmax = weight.abs().amax(1, keepdim=True)
+        return {"codes": (weight * (127 / absmax.clamp_min(TINY))).round().to(torch.int8), "scale": absmax / 127}
 
     def decode(self, codes: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
-        return codes * scale.float()
+        return codes * scale
 
 
 class Int4Linear(PackedLinear):
@@ -174,14 +206,14 @@ class Int4Linear(PackedLinear):
             raise QuantizationError(f"int4: {weight.shape[1]} inputs are not divisible by group_size={group_size}")
         groups = weight.view(weight.shape[0], -1, group_size)
         low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
-        scale = ((high - low) / 15).clamp_min(1e-38)
+        scale = ((high - low) / 15).clamp_min(TINY)
         codes = ((groups - low) / scale).round().to(torch.uint8)
         return {"codes": nibbles(codes.view(-1)), "scale": scale.squeeze(2), "zero": (-low / scale).squeeze(2)}
 
     def decode(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:  # type: ignore[override]
         shape = (self.out_features, self.in_features)
         levels = from_nibbles(codes)[: shape[0] * shape[1]].view(shape[0], -1, self.options["group_size"])
-        return ((levels - zero.float()[:, :, None]) * scale.float()[:, :, None]).view(shape)
+        return ((levels - zero[:, :, None]) * scale[:, :, None]).view(shape)
 
 
 @dataclass(frozen=True)
