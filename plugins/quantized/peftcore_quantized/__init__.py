@@ -12,5 +12,6 @@ def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
         "loftq": "peftcore_quantized.loftq:LoftQ",
+        "qa_lora": "peftcore_quantized.qa_lora:QALoRA",
         "qlora": "peftcore_quantized.qlora:QLoRA",
     }

@@ -26,11 +26,9 @@ from peftcore.errors import QuantizationError, UnsupportedSite
 from peftcore.quantization import round_trip, scheme_key
 
 
-class PackedConfig(MethodConfig):
-    """The options that they share."""
+class SchemeConfig(MethodConfig):
+    """The options that all of them share."""
 
-    rank: PositiveInt = 8
-    """Rank of the update."""
     scheme: str = "nf4"
     """How the base is packed, or will be by ``peftcore.quantize(model, scheme)``. One that is packed already stays."""
     scheme_options: dict[str, Any] = Field(default_factory=dict)
@@ -43,6 +41,13 @@ class PackedConfig(MethodConfig):
             QuantizationError: it is unknown, or lacks a package.
         """
         return scheme_key(self.scheme, self.scheme_options)
+
+
+class PackedConfig(SchemeConfig):
+    """And those with a low-rank update."""
+
+    rank: PositiveInt = 8
+    """Rank of the update."""
 
 
 class Factors(NamedTuple):
@@ -82,7 +87,29 @@ def lora_start(site: Site, rank: int) -> Factors:
     return Factors(nn.init.uniform_(A, -bound, bound), torch.zeros(*site.batch, site.out_features, rank))
 
 
-class PackedBaseOperator(Operator):
+class HeldOperator(Operator):
+    """An operator of one site that knows what its base holds; see `place`."""
+
+    def __init__(self, site: Site, config: SchemeConfig) -> None:
+        super().__init__(site)
+        self.rounding = config.rounding()
+        self.simulates = not site.layer.packed
+        """Whether the host's weight is still to be rounded."""
+        self.packed_for_us = False
+        """Whether the host holds Q itself."""
+
+    def base_was_packed(self) -> None:
+        self.simulates, self.packed_for_us = False, True
+
+    def held(self, weight: Tensor) -> Tensor:
+        """What the packed base computes with, of what the host holds."""
+        if self.packed_for_us:
+            return weight
+        rest = self.base_to_pack(weight)
+        return round_weight(self.rounding, rest, self.layer.batch_dims) if self.simulates else rest
+
+
+class PackedBaseOperator(HeldOperator):
     """The update of one site, and what its base holds.
 
     Args:
@@ -99,12 +126,8 @@ class PackedBaseOperator(Operator):
     def __init__(
         self, site: Site, config: PackedConfig, start: Factors, taken: Factors | None = None, scale: float = 1.0
     ) -> None:
-        super().__init__(site)
-        self.rounding, self.scale = config.rounding(), scale
-        self.simulates = not site.layer.packed
-        """Whether the host's weight is still to be rounded."""
-        self.packed_for_us = False
-        """Whether the host holds Q itself."""
+        super().__init__(site, config)
+        self.scale = scale
         self.A, self.B = nn.Parameter(start.A), nn.Parameter(start.B)
         self.register_buffer("A0", None if taken is None else taken.A.clone())
         self.register_buffer("B0", None if taken is None else taken.B.clone())
@@ -117,16 +140,6 @@ class PackedBaseOperator(Operator):
         if self.A0 is None or self.B0 is None:
             return weight
         return weight - self.product(self.A0, self.B0, weight).to(weight.dtype)
-
-    def base_was_packed(self) -> None:
-        self.simulates, self.packed_for_us = False, True
-
-    def held(self, weight: Tensor) -> Tensor:
-        """What the packed base computes with, of what the host holds."""
-        if self.packed_for_us:
-            return weight
-        rest = self.base_to_pack(weight)
-        return round_weight(self.rounding, rest, self.layer.batch_dims) if self.simulates else rest
 
     def merged(self, weight: Tensor) -> Tensor:
         return self.held(weight) + self.product(self.A, self.B, weight)
@@ -144,7 +157,24 @@ class PackedBaseOperator(Operator):
 
 def place(site: Site) -> Site:
     """The site as these operators act on it: on the weight, unless that is packed."""
-    return site if site.layer.packed else replace(site, form="weight")
+    return site if site.layer.packed else on_weight(site)
+
+
+def on_weight(site: Site) -> Site:
+    """The site as an operator acts on it that changes the weight alone, packed or not."""
+    return replace(site, form="weight")
+
+
+def group_count(site: Site, group_size: int | None) -> int:
+    """Groups of inputs: in a convolution, of all positions of the kernel.
+
+    Raises:
+        UnsupportedSite: they do not come out even.
+    """
+    inputs = site.in_features * math.prod(site.kernel)
+    if group_size is not None and inputs % group_size:
+        raise UnsupportedSite(f"{site.path}: {inputs} inputs are not divisible by group_size={group_size}")
+    return 1 if group_size is None else inputs // group_size
 
 
 def original(site: Site) -> Tensor:

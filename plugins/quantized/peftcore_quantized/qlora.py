@@ -17,45 +17,27 @@ Use it where the model in 16 bits leaves no room for training.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from pydantic import Field, PositiveInt
+from torch import nn
 
 from peftcore import Method, Site, Surgeon, Tags
-from peftcore.errors import UnsupportedSite
-from peftcore_quantized._packed_base import PackedBaseOperator, PackedConfig, lora_start, place, update_count
+from peftcore_quantized._lora_on_packed import LoRAConfig, LoRAOnPacked
+from peftcore_quantized._packed_base import place, update_count
 
 
-class Config(PackedConfig):
+class Config(LoRAConfig):
     """Options of QLoRA."""
 
     method: Literal["qlora"] = "qlora"
     rank: PositiveInt = 64
     """Rank of the update."""
-    alpha: PositiveFloat = 16.0
-    """Numerator of the scale ``alpha / rank``."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training (the paper: 0.1, or 0.05 for large models);
     only where the base is packed already."""
     scheme_options: dict[str, Any] = Field(default_factory=lambda: {"double_quant": True})
     """Options of the scheme; the scales in 8 bits too."""
-
-
-class QLoRAOperator(PackedBaseOperator):
-    """The update of one site."""
-
-    def __init__(self, site: Site, config: Config) -> None:
-        if config.dropout and not site.layer.packed:
-            raise UnsupportedSite(f"{site.path} is not packed yet, so its inputs are not dropped; quantize first")
-        super().__init__(site, config, lora_start(site, config.rank), scale=config.alpha / config.rank)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
-
-    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y = call(x)
-        A, B = self.cast(y, self.A, self.B)
-        return self.layer.add(y, self.layer.apply(self.dropout(x), A), B, self.scale)
 
 
 class QLoRA(Method):
@@ -74,7 +56,7 @@ class QLoRA(Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            surgeon.graft(place(site), QLoRAOperator, config)
+            surgeon.graft(place(site), LoRAOnPacked, config)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

@@ -1,0 +1,47 @@
+"""What LoRA's kin on a packed base share: alpha, and a dropout where the inputs are seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+from pydantic import Field, PositiveFloat
+from torch import Tensor, nn
+
+from peftcore import Site
+from peftcore.errors import UnsupportedSite
+from peftcore_quantized._packed_base import Factors, PackedBaseOperator, PackedConfig, lora_start
+
+
+class LoRAConfig(PackedConfig):
+    """The options that they share."""
+
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training; only where the base is packed already."""
+
+
+class LoRAOnPacked(PackedBaseOperator):
+    """LoRA's update of one site.
+
+    Args:
+        site: the site.
+        config: its options.
+        start: where A and B start; as LoRA's by default.
+    """
+
+    def __init__(self, site: Site, config: LoRAConfig, start: Factors | None = None) -> None:
+        if config.dropout and not site.layer.packed:
+            raise UnsupportedSite(f"{site.path} is not packed yet, so its inputs are not dropped; quantize first")
+        super().__init__(site, config, start or lora_start(site, config.rank), scale=config.alpha / config.rank)
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        return self.layer.add(y, self.layer.apply(self.dropout(self.seen(x)), A), B, self.scale)
+
+    def seen(self, x: Tensor) -> Tensor:
+        """What A acts on, of what the layer gets."""
+        return x

@@ -1,0 +1,85 @@
+"""QA-LoRA: low-rank adapters that zeros of codes take up.   Xu et al. 2023, arXiv 2309.14717 (yuhuixu1993/qa-lora).
+
+    y = Q x + b + s B A dropout(mean(x)),   mean(x)[g] the mean over group g of inputs,   s = alpha / rank
+    dW[o, i] = s / group_size (B A)[o, group of i]
+
+The update is one number for each output and group of inputs. Where a group is packed as ``scale * (code - zero)``, it
+moves nothing but the zero, so a merge into="same" is exact up to rounding: codes and scales stay (the scheme "int4", or
+any with floating-point zeros whose groups divide `group_size`). On formats without zeros (nf4, int8) it is not.
+
+The authors' code and its merge take the mean, the paper's algorithm the sum: multiply alpha by group_size for that.
+peft multiplies the mean by the number of groups instead of by their size, so its update is ``in / group_size`` times
+this one, and what its own merge would have to write is written nowhere. A starts Xavier-uniform as the authors' does
+(peft: Kaiming), B at zero. Inputs are those of the quantizer: in a convolution, of all positions of the kernel.
+
+Parameters: rank * (in * kernel / group_size + out) a site, times the number of experts.
+
+Use it where the merged model has to stay in 4 bits. It has fewer parameters than QLoRA of the same rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, Site, Surgeon, Tags
+from peftcore_quantized._lora_on_packed import LoRAConfig, LoRAOnPacked
+from peftcore_quantized._packed_base import Factors, group_count, place
+
+
+class Config(LoRAConfig):
+    """Options of QA-LoRA."""
+
+    method: Literal["qa_lora"] = "qa_lora"
+    rank: PositiveInt = 64
+    """Rank of the update."""
+    scheme: str = "int4"
+    """How the base is packed, or will be by ``peftcore.quantize(model, scheme)``. One that is packed already stays."""
+    group_size: PositiveInt = 32
+    """How many inputs share an update; divides their number. A multiple of the scheme's group size, which it does not
+    set, or the merge is not exact."""
+
+
+class QALoRAOperator(LoRAOnPacked):
+    """The update of one site: A ``[*batch, rank, groups]``, B ``[*batch, out, rank]``."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        groups = group_count(site, config.group_size)
+        bound = math.sqrt(6 / (groups + config.rank))
+        A = nn.init.uniform_(torch.empty(*site.batch, config.rank, groups), -bound, bound)
+        super().__init__(site, config, Factors(A, torch.zeros(*site.batch, site.out_features, config.rank)))
+        self.group_size = config.group_size
+
+    def product(self, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
+        shared = (self.scale / self.group_size) * (B @ A)  # [*batch, out, groups]
+        return shared.repeat_interleave(self.group_size, -1).view(weight.shape)
+
+    def seen(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.group_size)).mean(-1)  # [..., groups]
+
+
+class QALoRA(Method):
+    """Low-rank adapters that zeros of codes take up."""
+
+    name = "qa_lora"
+    Config = Config
+    tags = Tags(
+        category="quantized",
+        paper="2309.14717",
+        mergeable=True,
+        identity_at_init=False,
+        checked_against="the authors' code",
+    )
+    target = ("all-linear",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(place(site), QALoRAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return math.prod(site.batch) * config.rank * (group_count(site, config.group_size) + site.out_features)
