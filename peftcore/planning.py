@@ -11,6 +11,7 @@ from torch import Size, nn
 from peftcore.hosts import HostMap
 from peftcore.plugins import layer_of
 from peftcore.targets import Site
+from peftcore.weights import is_dense
 
 if TYPE_CHECKING:
     from peftcore.surgery import Surgeon
@@ -20,11 +21,12 @@ def _size(modules: Iterable[nn.Module]) -> int:
     """Values in the modules' parameters, each counted once; for a packed weight those that it stands for."""
     sizes: dict[int, int] = {}
     for module in modules:
-        layer = layer_of(module, "weight")
-        if layer.packed:
+        own = {name: each for name, each in module._parameters.items() if each is not None}
+        may_be_packed = any(module._buffers) or not all(is_dense(each) for each in own.values())
+        if may_be_packed and (layer := layer_of(module, "weight")).packed:
             sizes[id(module)] = layer.shape(module, "weight").numel()
-        own = {"bias": module._parameters.get("bias")} if layer.packed else module._parameters
-        sizes |= {id(each): each.numel() for each in own.values() if each is not None}
+            own = {name: each for name, each in own.items() if name == "bias"}
+        sizes |= {id(each): each.numel() for each in own.values()}
     return sum(sizes.values())
 
 
