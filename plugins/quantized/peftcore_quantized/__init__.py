@@ -11,6 +11,7 @@ PEFTCORE_API = 1
 def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
+        "ir_qlora": "peftcore_quantized.ir_qlora:IRQLoRA",
         "loftq": "peftcore_quantized.loftq:LoftQ",
         "qa_lora": "peftcore_quantized.qa_lora:QALoRA",
         "qlora": "peftcore_quantized.qlora:QLoRA",

@@ -19,8 +19,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "int8": {},
     "torchao-int8": {},
     "hqq-4": {},
+    "nf4-icq": {"double_quant": True, "tau_steps": 4},
 }
-SCHEMES = pytest.mark.parametrize("scheme", KINDS)
+SCHEMES = pytest.mark.parametrize("scheme", ["nf4", "bnb-nf4", "int8", "torchao-int8", "hqq-4"])
 STATES = ["dense", "quantize", "others"]
 TARGET = ["first", "second"]
 

@@ -19,8 +19,8 @@ from peftcore.quantization import scheme
 from peftcore_quantized.backends import reference
 
 SIZES = [(1024, 1024), (1000, 1001), (129, 65), (3, 7), (64, 100)]
-ALL = [("nf4", {}), ("nf4", {"double_quant": True}), ("int8", {}), ("int4", {})]
-SCHEMES = pytest.mark.parametrize(("name", "options"), ALL, ids=["nf4", "nf4-double", "int8", "int4"])
+ALL = [("nf4", {}), ("nf4", {"double_quant": True}), ("nf4-icq", {"tau_steps": 2}), ("int8", {}), ("int4", {})]
+SCHEMES = pytest.mark.parametrize(("name", "options"), ALL, ids=["nf4", "nf4-double", "nf4-icq", "int8", "int4"])
 
 
 def test_levels_are_those_of_bitsandbytes() -> None:

@@ -7,6 +7,8 @@
     int8   round(127 w / absmax), one absmax for each row
     int4   round(w / scale + zero), one scale and one zero for each group of a row, both in floating point
 
+and nf4-icq, which is nf4 of shifted blocks (see `_icq`).
+
 The weight is made dense in forward and again in backward, and not kept between.
 """
 
@@ -268,7 +270,8 @@ class Int4(Reference):
 @hookimpl
 def peftcore_schemes() -> dict[str, str]:
     """Names and places."""
-    return {name: f"{__name__}:{cls.__name__}" for name, cls in (("nf4", NF4), ("int8", Int8), ("int4", Int4))}
+    here = {name: f"{__name__}:{cls.__name__}" for name, cls in (("nf4", NF4), ("int8", Int8), ("int4", Int4))}
+    return {**here, "nf4-icq": f"{__package__}._icq:ICQ"}
 
 
 @hookimpl

@@ -1,0 +1,89 @@
+"""Information calibration: the scheme nf4-icq of IR-QLoRA (arXiv 2402.05445, htqin/IR-QLoRA).
+
+    W = nf4(W - t) + t,   one t for each block: median + f absmax(block - median)
+
+f is that number of a grid around zero with which the 16 codes are used most evenly (their entropy in the block is
+largest; the first of equal ones). t is kept in 8 bits, 256 of them with one scale. As in the authors' code what is
+subtracted is t itself, and what is added t in 8 bits. That code takes only weights with a multiple of 256 blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from peftcore_quantized.backends.reference import (
+    DOUBLE,
+    DYNAMIC,
+    NORMAL,
+    TINY,
+    NF4Linear,
+    Reference,
+    blocks_of,
+    look_up,
+    nearest,
+)
+
+SIGMA = 1 / float(torch.special.ndtri(torch.tensor(0.9677083, dtype=torch.float64, device="cpu")))
+"""The standard deviation of the normal distribution whose quantiles NF4 scales to 1."""
+
+
+def unevenness(codes: Tensor, counted: Tensor) -> Tensor:
+    """What grows as the entropy of the codes in each block falls: the sum of n log n over how often each is used."""
+    counts = torch.zeros(len(codes), len(NORMAL), dtype=torch.float64, device=codes.device)
+    counts.scatter_add_(1, codes.long(), counted.to(counts.dtype))
+    return (counts * counts.clamp_min(1).log2()).sum(1).mul(1e6).round()  # so that equal ones are equal
+
+
+def calibration(blocks: Tensor, spread: float, steps: int) -> Tensor:
+    """t ``[blocks, 1]`` of each block; NaN are no values."""
+    counted = ~blocks.isnan()
+    middle = blocks.nanmedian(1, keepdim=True).values
+    absmax = (blocks - middle).abs().nan_to_num(0).amax(1, keepdim=True)
+    best, least = torch.zeros_like(middle), torch.full_like(middle, torch.inf, dtype=torch.float64)
+    for step in range(-steps, steps + 1):
+        tau = spread * SIGMA * step / steps * absmax + middle
+        moved = (blocks - tau).nan_to_num(0)
+        scale = 1 / moved.abs().amax(1, keepdim=True).clamp_min(TINY)
+        found = unevenness(nearest(moved * scale, NORMAL), counted)[:, None]
+        best, least = torch.where(found < least, tau, best), torch.minimum(found, least)
+    return best
+
+
+class ICQLinear(NF4Linear):
+    """4-bit NormalFloat in blocks that are calibrated."""
+
+    def encode(  # type: ignore[override]
+        self, weight: Tensor, block_size: int, double_quant: bool, tau_range: float, tau_steps: int
+    ) -> dict[str, Tensor]:
+        padding = -weight.numel() % block_size
+        blocks = F.pad(weight.reshape(-1), (0, padding), value=torch.nan).view(-1, block_size)
+        tau = calibration(blocks, tau_range, tau_steps)
+        packed = super().encode((blocks - tau).view(-1)[: weight.numel()].view(weight.shape), block_size, double_quant)
+        groups = blocks_of(tau, DOUBLE)
+        scale = groups.abs().amax(1)
+        codes = nearest(groups / scale.clamp_min(TINY)[:, None], DYNAMIC).view(-1)[: tau.numel()]
+        return {**packed, "tau_codes": codes, "tau_scale": scale}
+
+    def decode(self, codes: Tensor, *rest: Tensor) -> Tensor:
+        *absmax, tau_codes, tau_scale = rest
+        weight = super().decode(codes, *absmax)
+        tau = blocks_of(look_up(tau_codes, DYNAMIC), DOUBLE) * tau_scale[:, None]
+        blocks = blocks_of(weight, self.options["block_size"]) + tau.view(-1)[: tau_codes.numel(), None]
+        return blocks.view(-1)[: weight.numel()].view(weight.shape)
+
+
+class ICQ(Reference):
+    """4-bit NormalFloat, calibrated."""
+
+    kind = ICQLinear
+    block_size: PositiveInt = 64
+    """How many weights share a scale and a calibration."""
+    double_quant: bool = False
+    """Keep the scales in 8 bits."""
+    tau_range: PositiveFloat = 0.1
+    """How far the calibration is looked for around the median, in standard deviations of the codes' distribution."""
+    tau_steps: PositiveInt = 51
+    """On how many steps to either side (the authors' script: 100). Packing takes time in proportion."""

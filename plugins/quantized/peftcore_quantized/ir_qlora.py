@@ -1,0 +1,104 @@
+"""IR-QLoRA: information retention.   Qin et al. 2024, arXiv 2402.05445 (htqin/IR-QLoRA).
+
+    y = Q x + b + s (B h + b2 repeat(h)),   h = A dropout(x) + b1 mean(x),   s = alpha / rank
+    Q = nf4(W - t) + t,   t the shift of each block with which the 16 codes carry the most information
+
+mean(x) [rank] are the means of `rank` groups of neighbouring inputs, and repeat(h) [out] repeats each number of h
+out / rank times: elastic connections past A and B, with gates b1 and b2 [1] that start at zero. B starts at zero too.
+The map is linear: (B + b2 R)(A + b1 P), P and R constant, so it merges. The rank has to divide inputs and outputs; the
+paper has a greatest common divisor there, the authors' code does not.
+
+The quantizer is the scheme "nf4-icq", and the connections act on any other as well. It looks for t whenever it packs,
+on a host that is dense still in every forward: quantize first. Groups of a convolution's inputs are channels with all
+of the kernel; experts share the gates.
+
+Parameters: rank * (in * kernel + out) a site, times the number of experts, + 2.
+
+Use it in place of QLoRA where 4 bits cost too much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Method, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore_quantized._packed_base import Factors, PackedBaseOperator, PackedConfig, lora_start, place, update_count
+
+
+class Config(PackedConfig):
+    """Options of IR-QLoRA."""
+
+    method: Literal["ir_qlora"] = "ir_qlora"
+    rank: PositiveInt = 64
+    """Rank of the update; divides the numbers of inputs and outputs."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of A are dropped in training, not those of the means; only where the base is packed
+    already."""
+    scheme: str = "nf4-icq"
+    """How the base is packed, or will be by ``peftcore.quantize(model, scheme)``. One that is packed already stays."""
+
+
+class IRQLoRAOperator(PackedBaseOperator):
+    """The update of one site and the connections past its factors."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        rank = config.rank
+        if site.in_features % rank or site.out_features % rank:
+            sizes = f"{site.in_features} inputs and {site.out_features} outputs"
+            raise UnsupportedSite(f"{site.path}: rank {rank} has to divide {sizes}")
+        if config.dropout and not site.layer.packed:
+            raise UnsupportedSite(f"{site.path} is not packed yet, so its inputs are not dropped; quantize first")
+        super().__init__(site, config, lora_start(site, rank), scale=config.alpha / rank)
+        self.b1, self.b2 = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+
+    def connected(self) -> Factors:
+        """``A + b1 P`` and ``B + b2 R``."""
+        batch = self.layer.batch_dims
+        rank, inputs, *kernel = self.A.shape[batch:]
+        unit = torch.eye(rank, dtype=self.A.dtype, device=self.A.device)
+        means = unit.repeat_interleave(inputs // rank, 1) * (rank / (inputs * math.prod(kernel)))  # [rank, in]
+        repeats = unit.repeat_interleave(self.B.shape[-2] // rank, 0)  # [out, rank]
+        return Factors(self.A + self.b1 * means.view(rank, inputs, *[1] * len(kernel)), self.B + self.b2 * repeats)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return self.held(weight) + self.product(*self.connected(), weight)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B, b1, b2 = self.cast(y, self.A, self.B, self.b1, self.b2)
+        means = x.unflatten(-1, (len(A), -1)).mean(-1)  # [..., rank]
+        h = self.layer.apply(self.dropout(x), A).to(y.dtype) + b1 * means.to(y.dtype)
+        return self.layer.add(y, h, B, self.scale) + self.scale * b2 * h.repeat_interleave(len(B) // len(A), -1)
+
+
+class IRQLoRA(Method):
+    """Information retention in a 4-bit base and past low-rank adapters."""
+
+    name = "ir_qlora"
+    Config = Config
+    tags = Tags(
+        category="quantized",
+        paper="2402.05445",
+        mergeable=True,
+        identity_at_init=False,
+        checked_against="the authors' code",
+    )
+    target = ("all-linear",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(place(site), IRQLoRAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return update_count(site, config.rank) + 2
