@@ -1,0 +1,58 @@
+"""LoRA on an 8-bit base.   Dettmers et al. 2022, arXiv 2208.07339 (LLM.int8); Hu et al. 2021, arXiv 2106.09685 (LoRA).
+
+    y = Q x + b + s B A dropout(x),   s = alpha / rank,   Q = absmax / 127 * codes, one absmax a row, A and B as in LoRA
+
+Meant for a base that is packed: by ``peftcore.quantize(model, "int8")`` (or "bnb-int8", "torchao-int8", …) before it or
+after it, or by transformers' `BitsAndBytesConfig`. The scheme "bnb-int8" is LLM.int8 itself: it packs the inputs too,
+but for columns with a value above its `threshold`, which it multiplies in floating point; the others pack weights
+alone. The update always sees the inputs as they are. On a host that is dense still, the weights are rounded in every
+forward (and the inputs are not).
+
+A merge writes Q + s B A; into="same" rounds that again: at 8 bits it mostly keeps what was learned, and the report says
+how much. peft merges into the same format without saying so.
+
+Parameters: rank * (in * kernel + out) a site, times the number of experts.
+
+Use it where the model in 16 bits leaves no room for training, and in 8 bits does.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from peftcore import Method, Site, Surgeon, Tags
+from peftcore_quantized._lora_on_packed import LoRAConfig, LoRAOnPacked
+from peftcore_quantized._packed_base import place, update_count
+
+
+class Config(LoRAConfig):
+    """Options of LoRA on an 8-bit base."""
+
+    method: Literal["lora_int8"] = "lora_int8"
+    scheme: str = "int8"
+    """How the base is packed, or will be by ``peftcore.quantize(model, scheme)``. One that is packed already stays."""
+
+
+class LoRAInt8(Method):
+    """LoRA on an 8-bit base."""
+
+    name = "lora_int8"
+    Config = Config
+    tags = Tags(
+        category="quantized",
+        paper="2208.07339",
+        mergeable=True,
+        identity_at_init=False,
+        checked_against="peft 0.21 on bitsandbytes",
+    )
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(place(site), LoRAOnPacked, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return update_count(site, config.rank)
