@@ -1,0 +1,91 @@
+"""PEQA: only the scales of quantized weights train.   Kim et al. 2023, arXiv 2305.14152 (no code of the authors).
+
+    y = W x + b,   W = (s0 + ds) (q - z) = Q (1 + ds / s0),   Q = round(W0) = s0 (q - z)
+
+ds [out, groups] trains from zero: one number for each row, or for each `group_size` inputs of a row. Codes and zeros
+stay. A base may be packed by any scheme, and schemes have scales of different kinds; so s0 is counted alike everywhere,
+as the largest |Q| of the group over 2^(bits - 1) - 1, and the base is multiplied. With another s0 the same weights are
+reached by another ds: it sets nothing but the unit in which learning rates count.
+
+A merge into="same" of formats that scale by the largest values of a block (nf4, int8, int4) keeps the codes, where each
+block lies inside a group: the scales change, and nothing is lost.
+
+Parameters: out * groups a site, times the number of experts.
+
+Use it where a task should cost as little as a vector a layer, on one packed model that all tasks share; the paper's
+learning rates are 1e-5 to 6e-5. Weight decay is off.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Injection, Method, Site, Surgeon, Tags
+from peftcore_quantized._packed_base import HeldOperator, SchemeConfig, group_count, on_weight
+
+
+class Config(SchemeConfig):
+    """Options of PEQA."""
+
+    method: Literal["peqa"] = "peqa"
+    group_size: PositiveInt | None = None
+    """How many inputs share a scale; divides their number. None: all of a row."""
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    """Bits of the codes in whose steps s0 counts."""
+
+
+class PEQAOperator(HeldOperator):
+    """The scales of one site: their change, and where they come from (a buffer)."""
+
+    s0: Tensor
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site, config)
+        self.groups = group_count(site, config.group_size)
+        with torch.no_grad():
+            weight = site.weight()
+            held = self.held(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+            largest = self.grouped(held).abs().amax(-1)  # [*batch, out, groups]
+        self.register_buffer("s0", torch.where(largest == 0, 1.0, largest) / (2 ** (config.bits - 1) - 1))
+        self.ds = nn.Parameter(torch.zeros_like(self.s0))
+
+    def grouped(self, weight: Tensor) -> Tensor:
+        """``[*batch, out, in, *kernel] -> [*batch, out, groups, group_size]``."""
+        return weight.flatten(self.layer.batch_dims + 1).unflatten(-1, (self.groups, -1))
+
+    def merged(self, weight: Tensor) -> Tensor:
+        gain = 1 + self.ds / self.s0
+        return (self.grouped(self.held(weight)) * gain.unsqueeze(-1)).view(weight.shape)
+
+
+class PEQA(Method):
+    """Only the scales of quantized weights train."""
+
+    name = "peqa"
+    Config = Config
+    tags = Tags(
+        category="quantized",
+        paper="2305.14152",
+        mergeable=True,
+        identity_at_init=False,
+        checked_against="the equation in float64",
+    )
+    target = ("all-linear",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(on_weight(site), PEQAOperator, config)
+
+    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        changes = (graft.operator.get_parameter("ds") for graft in injection.grafts if graft.by_method)
+        trained = [ds for ds in changes if ds.requires_grad]
+        return [{"params": trained, **defaults, "lr": lr, "weight_decay": 0.0}]
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return math.prod(site.batch) * site.out_features * group_count(site, config.group_size)
