@@ -11,6 +11,7 @@ PEFTCORE_API = 1
 def peftcore_methods() -> Mapping[str, str]:
     """Names and places of this plugin's methods."""
     return {
+        "bi_adaptformer": "peftcore_quantized.bi_adaptformer:BiAdaptFormer",
         "ir_qlora": "peftcore_quantized.ir_qlora:IRQLoRA",
         "loftq": "peftcore_quantized.loftq:LoftQ",
         "lora_int8": "peftcore_quantized.lora_int8:LoRAInt8",

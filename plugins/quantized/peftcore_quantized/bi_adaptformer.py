@@ -1,0 +1,81 @@
+"""Bi-AdaptFormer: an adapter of one bit a weight.   Jie et al. 2023, arXiv 2307.16867 (JieShibo/PETL-ViT).
+
+    out = MLP(LN(x)) + s U' dropout(relu(D' x)) + x,   w' = std(w) c((w - mean(w)) / (std(w) + 1e-5)) + mean(w)
+
+D [r, d] and U [d, r] train in floating point, and in every forward each is rounded to 2^bits codes c, times its
+deviation, plus its mean (one bit: c = +-0.6745); the gradient goes through the rounding as if it were not there, and
+through mean and deviation. x is the residual stream in front of the feed-forward's norm, and no bias is there. What is
+saved are D and U; a trained adapter needs of them the codes and two numbers a matrix.
+
+The host may be dense or packed. D starts as nn.Linear does and U from a normal distribution of 0.001, cut at 0.002: a
+rounded U is never zero, so a fresh adapter changes the output a little.
+
+Parameters: 2 d r a block.
+
+Use it to store one adapter for each of many tasks of an image transformer. Search s from 0.01 to 100 as the authors do.
+It cannot be merged.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import Method, MethodConfig, Surgeon, Tags
+from peftcore_quantized._beside_branch import BesideBranch, BranchSite, beside_branch
+from peftcore_quantized._binary import in_bits
+
+
+class Config(MethodConfig):
+    """Options of Bi-AdaptFormer."""
+
+    method: Literal["bi_adaptformer"] = "bi_adaptformer"
+    bottleneck: PositiveInt = 32
+    """Width r of the bottleneck."""
+    bits: Annotated[int, Field(ge=1, le=4)] = 1
+    """Bits of each weight of the adapter."""
+    scale: PositiveFloat = 1.0
+    """The factor s in front of the adapter."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which the bottleneck's numbers are dropped in training; 0.1 in the authors' code."""
+
+
+class BiAdaptFormerOperator(BesideBranch):
+    """The bottleneck beside one feed-forward."""
+
+    def __init__(self, site: BranchSite, config: Config) -> None:
+        super().__init__(site)
+        self.bits, self.scale = config.bits, config.scale
+        self.down = nn.Parameter(torch.empty(config.bottleneck, site.width))
+        self.up = nn.Parameter(torch.empty(site.out_features, config.bottleneck))
+        self.dropout = nn.Dropout(config.dropout)
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        nn.init.trunc_normal_(self.up, std=0.001, a=-0.002, b=0.002)
+
+    def beside(self, x: Tensor) -> Tensor:
+        down, up = self.cast(x, in_bits(self.down, self.bits), in_bits(self.up, self.bits))
+        inner = self.dropout(torch.relu(F.linear(x, down)))  # [..., r]
+        return self.scale * F.linear(inner, up)
+
+
+class BiAdaptFormer(Method):
+    """A bottleneck of a few bits beside each feed-forward."""
+
+    name = "bi_adaptformer"
+    Config = Config
+    tags = Tags(category="quantized", paper="2307.16867", identity_at_init=False, checked_against="the authors' code")
+    target = ("mlp.output",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            place = beside_branch(surgeon, site)
+            surgeon.graft(place, BiAdaptFormerOperator, config, place.places)
+
+    @staticmethod
+    def parameter_count(site: BranchSite, config: Config) -> int:
+        return (site.width + site.out_features) * config.bottleneck

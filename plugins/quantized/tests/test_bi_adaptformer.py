@@ -1,0 +1,224 @@
+"""Bi-AdaptFormer: the conformance kit; numbers of the authors' code; and its equation on transformers, written a second
+time as hooks on a copy of the host, in float64."""
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from peft_pairs import difference
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import ConfigError, NotMergeable, UnsupportedSite
+from peftcore.testing import conformance
+from peftcore.testing.hosts import HOSTS
+from peftcore.testing.tools import without_fast_paths
+from peftcore_quantized._binary import normal_codes
+
+# binary_adapter/utils.py of JieShibo/PETL-ViT at 026e4f1, by bits: the codes.
+CODES = {
+    1: [-0.674489737, 0.674489737],
+    2: [-1.265720367, -0.377754152, 0.377754152, 1.265720367],
+    4: [0.105550282, 0.319036007, 0.540072083, 0.775192022, 1.034006238, 1.333106637, 1.707737565, 2.265490532],
+}
+# Adapter of binary_adapter/adaptformer.py there, with QLinear of 6 and 4 features, on the tensors of `wave`: what is
+# added to the tokens, and the first two rows of the gradients of up and down.
+AUTHORS = {
+    1: (
+        [
+            [0.00457088782, -0.00349859704, 0.00228914709, -0.00121685631, 7.40636021e-06, 0.00106488442],
+            [0.00460543239, -0.00352503775, 0.00232471299, -0.00124431835, 4.39935875e-05, 0.00103640105],
+        ],
+        [
+            [0.00214603051, 0.00171499033, 0.00186940287, 0.00126857488],
+            [-0.00274495068, -0.00208709185, -0.00194703357, -0.000937024073],
+        ],
+        [
+            [-0.16374958, 0.175751067, -0.00498916441, -0.173379995, 0.168031637, -0.00539962683],
+            [0.171666362, -0.170278203, 0.00634422117, 0.15767456, -0.178134959, 0.0160819123],
+        ],
+    ),
+    2: (
+        [
+            [0.00754736334, -0.00797020172, 0.00656298411, -0.00507177993, 0.00359621287, 0.000198882811],
+            [0.00765430904, -0.00810643366, 0.00669337338, -0.00518154779, 0.00370434386, 0.000137292013],
+        ],
+        [
+            [0.0032251191, 0.00224338356, 0.00411205533, 0.0036294569],
+            [-0.00376917489, -0.00258793147, -0.00460389479, -0.00394109619],
+        ],
+        [
+            [-0.280765873, 0.304918191, -0.0103257718, -0.299626537, 0.289716093, -0.0104566896],
+            [0.298229412, -0.292549395, 0.00886613892, 0.271663356, -0.307400301, 0.0269612887],
+        ],
+    ),
+}
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+# A host: of timm, with its options, or of the kit; what its operators' paths end with inside of a block; the modules
+# there that read the stream in front of the norm, and that return what the feed-forward returns.
+HOSTED: dict[str, tuple[dict[str, Any] | None, str, str, str]] = {
+    "vit_tiny_patch16_224": (VIT, "mlp.fc2", "norm2", "mlp"),
+    "vit": (None, "mlp.fc2", "layernorm_after", "mlp"),
+    "llama": (None, "mlp.down_proj", "post_attention_layernorm", "mlp"),
+    "bert": (None, "output.dense", "attention.output.LayerNorm", "output.dense"),
+    "encoder": (None, "linear2", "norm1", "linear2"),
+}
+
+
+# The default width is that of a host's feed-forward: the rounded matrices would have the shape of weights.
+@conformance("bi_adaptformer", options={"*": {"bottleneck": 5}})
+def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+def wave(*shape: int, step: float) -> Tensor:
+    return 0.3 * torch.sin(step * torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)).view(shape)
+
+
+@pytest.mark.parametrize("bits", CODES)
+def test_codes_of_the_authors_code(bits: int) -> None:
+    codes = normal_codes(bits)
+    assert len(codes) == 2**bits
+    torch.testing.assert_close(codes, -codes.flip(0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(codes[-len(CODES[bits]) :], torch.tensor(CODES[bits]).double(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits", AUTHORS)
+def test_numbers_of_the_authors_code(bits: int) -> None:
+    host = nn.Sequential(nn.Linear(6, 6)).double()
+    injection = peftcore.apply(host, "bi_adaptformer", target="0", bottleneck=4, bits=bits, dtype="float64")
+    (operator,) = injection.operators.values()
+    with torch.no_grad():
+        operator.down.copy_(wave(4, 6, step=1.1))
+        operator.up.copy_(wave(6, 4, step=0.7))
+    x = 5 * wave(1, 2, 6, step=2.1)
+    with injection.disabled():
+        base = host(x)
+    added = host(x) - base
+    (added * wave(1, 2, 6, step=2.9)).sum().backward()
+    for ours, theirs in zip((added[0], operator.up.grad[:2], operator.down.grad[:2]), AUTHORS[bits], strict=True):
+        torch.testing.assert_close(ours, torch.tensor(theirs).double(), rtol=1e-6, atol=1e-9)
+
+
+def host(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    torch.manual_seed(0)
+    if options := HOSTED[name][0]:
+        timm = pytest.importorskip("timm")
+        model, inputs = timm.create_model(name, num_classes=5, **options), {"x": torch.randn(2, 3, 32, 32)}
+    else:
+        model, inputs = HOSTS[name].build()
+    inputs = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    output = HOSTS[name].output if name in HOSTS else lambda y: y
+    return model.double().eval().requires_grad_(False), lambda each: output(each(**inputs))
+
+
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    """The nearest code by its distance; what is added to have it is no affair of gradients."""
+    mean = weight.sum() / weight.numel()
+    spread = ((weight - mean).square().sum() / (weight.numel() - 1)).sqrt()
+    unit, codes = (weight - mean) / (spread + 1e-5), normal_codes(bits)
+    nearest = codes[(unit.detach()[..., None] - codes).abs().argmin(-1)]
+    return mean + spread * unit + spread * (nearest - unit.detach())
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+@pytest.mark.parametrize("name", HOSTED)
+def test_equation(name: str, bits: int) -> None:
+    """Outputs and gradients, with hooks outside of the matrices at which the operator stands."""
+    _, suffix, stream, end = HOSTED[name]
+    base, run = host(name)
+    model = deepcopy(base)
+    options = {"bottleneck": 5, "bits": bits, "scale": 0.7, "dtype": "float64"}
+    injection = peftcore.apply(model, "bi_adaptformer", **options)
+    for parameter in injection.parameters():
+        parameter.data.normal_(0, 0.1)
+    with without_fast_paths():
+        unchanged = run(base)
+        copies = {}
+        for path, operator in injection.operators.items():
+            tensors = {key: p.detach().clone().requires_grad_() for key, p in operator.named_parameters()}
+            copies[path], read = tensors, []
+            block = base.get_submodule(path.removesuffix(f".{suffix}"))
+            block.get_submodule(stream).register_forward_pre_hook(lambda module, args, read=read: read.append(args[0]))
+
+            def after(module: nn.Module, args: Any, y: Tensor, read: list[Tensor] = read, t: dict = tensors) -> Tensor:
+                inner = (read.pop() @ rounded(t["down"], bits).T).clamp(min=0)
+                return y + 0.7 * inner @ rounded(t["up"], bits).T
+
+            block.get_submodule(end).register_forward_hook(after)
+        ours, expected = run(model), run(base)
+    assert len(copies) == 2
+    assert difference(expected, unchanged) > 1e-3
+    assert difference(ours, expected) <= 1e-10
+    for output in (ours, expected):
+        output.square().sum().backward()
+    for path, tensors in copies.items():
+        for key, p in injection.operators[path].named_parameters():
+            assert tensors[key].grad.abs().max() > 0
+            assert difference(p.grad, tensors[key].grad) <= 1e-8
+
+
+def test_a_fresh_adapter_is_near_the_identity() -> None:
+    """Up is rounded to +-0.67 of its deviation: the output changes, by as much as the deviation is small."""
+    model, run = host("vit")
+    before = run(model)
+    injection = peftcore.apply(model, "bi_adaptformer", dtype="float64")
+    assert 0 < difference(run(model), before) < 0.05
+    for operator in injection.operators.values():
+        assert 0.0005 < operator.up.std() < 0.001
+        assert operator.up.abs().max() <= 0.002
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "bnb-nf4", "int8", "torchao-int8"])
+def test_beside_packed_matrices(scheme: str) -> None:
+    """It acts on activations alone: it reads and adds the same there, and trains."""
+    if "-" in scheme:
+        pytest.importorskip({"bnb": "bitsandbytes"}.get(scheme.split("-")[0], "torchao"))
+    torch.manual_seed(0)
+    model, inputs = HOSTS["vit"].build()
+    peftcore.quantize(model, scheme)
+    injection = peftcore.apply(model, "bi_adaptformer", bottleneck=4)
+    for parameter in injection.parameters():
+        parameter.data.normal_(0, 0.1)
+    (path, operator), *_ = injection.operators.items()
+    seen: dict[str, Tensor] = {}
+    block = model.get_submodule(path.removesuffix(".mlp.fc2"))
+    block.layernorm_after.register_forward_pre_hook(lambda module, args: seen.update(stream=args[0]))
+    block.mlp.register_forward_hook(lambda module, args, y: seen.update(y=y, inner=args[0]))
+    HOSTS["vit"].output(model(**inputs)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in injection.parameters())
+    with torch.no_grad(), injection.disabled():
+        y, stream, inner = seen["y"], seen["stream"], seen["inner"]  # before the hooks see more
+        base = block.mlp(inner)
+        down, up = rounded(operator.down.double(), 1).float(), rounded(operator.up.double(), 1).float()
+        expected = base + torch.relu(stream @ down.T) @ up.T
+    assert difference(y, base) > 0.01
+    assert difference(y, expected) <= 1e-5
+
+
+def test_dropout_is_in_the_bottleneck() -> None:
+    layer = nn.Sequential(nn.Linear(6, 7)).double().requires_grad_(False)
+    options = {"bottleneck": 5, "dropout": 0.5, "dtype": "float64"}
+    injection = peftcore.apply(layer, "bi_adaptformer", target="0", **options)
+    (operator,) = injection.operators.values()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    torch.manual_seed(1)
+    ours = layer(x)
+    torch.manual_seed(1)
+    kept = nn.functional.dropout(torch.ones(4, 5, dtype=torch.float64), 0.5)
+    inner = torch.relu(x @ rounded(operator.down, 1).T) * kept
+    with injection.disabled():
+        expected = layer(x) + inner @ rounded(operator.up, 1).T
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_cannot_be_done_is_refused() -> None:
+    with pytest.raises(UnsupportedSite, match="nothing can go past it"):
+        peftcore.plan(nn.Sequential(nn.Conv2d(3, 4, 3)), "bi_adaptformer", target="0")
+    with pytest.raises(ConfigError, match="bits"):
+        peftcore.apply(nn.Sequential(nn.Linear(3, 3)), "bi_adaptformer", target="0", bits=8)
+    with pytest.raises(NotMergeable):
+        peftcore.apply(nn.Sequential(nn.Linear(3, 3)), "bi_adaptformer", target="0").merge()
