@@ -18,4 +18,5 @@ def peftcore_methods() -> Mapping[str, str]:
         "peqa": "peftcore_quantized.peqa:PEQA",
         "qa_lora": "peftcore_quantized.qa_lora:QALoRA",
         "qlora": "peftcore_quantized.qlora:QLoRA",
+        "qpissa": "peftcore_quantized.qpissa:QPiSSA",
     }

@@ -13,7 +13,7 @@ a host in three states, and a saved adapter fits all of them:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -101,11 +101,18 @@ class HeldOperator(Operator):
     def base_was_packed(self) -> None:
         self.simulates, self.packed_for_us = False, True
 
+    def rest(self, weight: Tensor) -> Tensor:
+        """What is to be rounded: the weight, unless a method takes something out of it."""
+        return weight
+
+    def base_to_pack(self, weight: Tensor) -> Tensor:
+        return self.rest(weight).to(weight.dtype)
+
     def held(self, weight: Tensor) -> Tensor:
         """What the packed base computes with, of what the host holds."""
         if self.packed_for_us:
             return weight
-        rest = self.base_to_pack(weight)
+        rest = self.rest(weight)
         return round_weight(self.rounding, rest, self.layer.batch_dims) if self.simulates else rest
 
 
@@ -136,10 +143,12 @@ class PackedBaseOperator(HeldOperator):
         """``s B A`` in the shape of `weight`."""
         return self.scale * (B @ matrices(A, self.layer.batch_dims)).view(weight.shape)
 
-    def base_to_pack(self, weight: Tensor) -> Tensor:
+    def rest(self, weight: Tensor) -> Tensor:
+        """The weight without what has been taken out; in float32 or better, as a merge has it: codes depend on it."""
         if self.A0 is None or self.B0 is None:
             return weight
-        return weight - self.product(self.A0, self.B0, weight).to(weight.dtype)
+        precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return precise - self.product(self.A0, self.B0, weight)
 
     def merged(self, weight: Tensor) -> Tensor:
         return self.held(weight) + self.product(self.A, self.B, weight)
@@ -183,9 +192,10 @@ def original(site: Site) -> Tensor:
     return matrices(site.weight(), site.layer.batch_dims).float()
 
 
-def as_factors(site: Site, A: Tensor, B: Tensor) -> Factors:
-    """Factors of matrices as factors of the site's weight."""
-    return Factors(A.reshape(*A.shape[:-1], site.in_features, *site.kernel), B)
+def as_factors(site: Site, A: Tensor, B: Tensor, scale: float = 1.0) -> Factors:
+    """Factors of matrices as factors of the site's weight, `scale` taken out of them."""
+    root = math.sqrt(scale)
+    return Factors(A.reshape(*A.shape[:-1], site.in_features, *site.kernel) / root, B / root)
 
 
 def principal(matrix: Tensor, rank: int) -> Factors:
@@ -203,3 +213,15 @@ def principal(matrix: Tensor, rank: int) -> Factors:
     if missing > 0:
         A, B = nn.functional.pad(A, (0, missing)), nn.functional.pad(B, (0, missing))
     return Factors(A.mT.contiguous().to(matrix.dtype), B.contiguous().to(matrix.dtype))
+
+
+def low_rank_first(weight: Tensor, rank: int, rounding: str) -> Iterator[tuple[Factors, float]]:
+    """``B A`` as the best of the rank for W - Q, then Q = round(W - B A), in turns without end; Q is zero at first.
+
+    Gives B A and the distance of Q + B A from the weight ``[*batch, out, in]``, which is zero while planning."""
+    gap = weight
+    while True:
+        found = principal(gap, rank)
+        product = found.B @ found.A
+        gap = weight - round_weight(rounding, weight - product, weight.dim() - 2)
+        yield found, 0.0 if weight.is_meta else float((gap - product).norm())

@@ -1,0 +1,91 @@
+"""QPiSSA: the principal part trains, the rest is packed.   Meng et al. 2024, arXiv 2404.02948 (GraphPKU/PiSSA).
+
+    s B1 A1 = the best of the rank for W,   s B_t A_t = the best of the rank for W - Q_{t-1},   t = 2 .. iterations
+    y = Q x + b + s B A x,   Q_t = round(W - s B_t A_t),   A and B start at the last A_t and B_t,   s = alpha / rank
+
+What is left without the principal part is smaller and closer to normal, so packing it loses less than packing W. Both
+factors have half of the singular values, and s is taken out of them, so that all of the principal part trains whatever
+alpha is (the authors have alpha = rank).
+
+Q is what ``peftcore.quantize(model, scheme)`` packs afterwards; until then it is computed from the dense weight in
+every forward, where the authors and peft write the rest into the base. A0 and B0, what A and B started at, stand frozen
+beside them and are in the file, so the adapter fits the dense base as it came. On a base that is packed before the
+method comes, which peft refuses, it starts as PiSSA does: y = Q x + b + s (B A - B0 A0) x, B0 A0 the principal part of
+Q, and nothing changes at first. A rank beyond that of the weight is filled with zeros. There is no dropout: it would
+drop what belongs to the base.
+
+Parameters: rank * (in * kernel + out) a site, times the number of experts.
+
+Use it in place of QLoRA where the dense model can be loaded once, and training is short.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import nn
+
+from peftcore import Method, Site, Surgeon, Tags
+from peftcore_quantized._packed_base import (
+    PackedBaseOperator,
+    PackedConfig,
+    as_factors,
+    low_rank_first,
+    original,
+    place,
+    principal,
+    update_count,
+)
+
+
+class Config(PackedConfig):
+    """Options of QPiSSA."""
+
+    method: Literal["qpissa"] = "qpissa"
+    rank: PositiveInt = 16
+    """How many singular values are adapted (the authors: 128)."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / rank``."""
+    iterations: PositiveInt = 1
+    """How often decomposition and rounding take turns, on a base that is dense (the authors: 1, or 5)."""
+
+
+class QPiSSAOperator(PackedBaseOperator):
+    """The principal part of one weight, and what it was."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        scale = config.alpha / config.rank
+        with torch.no_grad():
+            weight = original(site)
+            if site.layer.packed:
+                found = principal(weight, config.rank)
+            else:
+                *_, (found, _) = islice(low_rank_first(weight, config.rank, config.rounding()), config.iterations)
+            taken = as_factors(site, *found, scale)
+        super().__init__(site, config, taken, taken, scale)
+
+
+class QPiSSA(Method):
+    """The principal part trains, the rest is packed."""
+
+    name = "qpissa"
+    Config = Config
+    tags = Tags(
+        category="quantized",
+        paper="2404.02948",
+        mergeable=True,
+        identity_at_init=False,
+        checked_against="peft 0.21 on bitsandbytes, the authors' code",
+    )
+    target = ("all-linear",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(place(site), QPiSSAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return update_count(site, config.rank)
