@@ -15,6 +15,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "ir_qlora": "peftcore_quantized.ir_qlora:IRQLoRA",
         "loftq": "peftcore_quantized.loftq:LoftQ",
         "lora_int8": "peftcore_quantized.lora_int8:LoRAInt8",
+        "lq_lora": "peftcore_quantized.lq_lora:LQLoRA",
         "peqa": "peftcore_quantized.peqa:PEQA",
         "qa_lora": "peftcore_quantized.qa_lora:QALoRA",
         "qlora": "peftcore_quantized.qlora:QLoRA",
