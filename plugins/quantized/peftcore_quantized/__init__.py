@@ -16,6 +16,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "loftq": "peftcore_quantized.loftq:LoftQ",
         "lora_int8": "peftcore_quantized.lora_int8:LoRAInt8",
         "lq_lora": "peftcore_quantized.lq_lora:LQLoRA",
+        "lqer": "peftcore_quantized.lqer:LQER",
         "peqa": "peftcore_quantized.peqa:PEQA",
         "qa_lora": "peftcore_quantized.qa_lora:QALoRA",
         "qlora": "peftcore_quantized.qlora:QLoRA",

@@ -1,0 +1,152 @@
+"""LQER: what rounding lost, put back with a low rank.   Zhang et al. 2024, arXiv 2402.02446 (ChengZhang-98/lqer).
+
+    E = W - round(W),   E diag(x) = U S V',   B A = U_r S_r V_r' diag(1 / x),   y = round(W) x + b + B A x
+    x_i = the largest mean of |input i| of all batches, at least 0.0001
+
+This is L2QER, the paper's own: errors count by the size of the inputs that they meet, which ``data=`` shows, without
+labels and without a gradient; with all x alike it would be LQER, and that is where LoftQ with one iteration starts.
+Nothing trains in the paper, nor here by default: the adapter corrects a packed model, and can lie below one that
+trains. A and B are rounded to 8 bits, each direction in blocks of 16 values with a scale in floating point (the
+authors': a power of two, and blocks of B across directions), and stored in floating point.
+
+Inputs are those of the dense base, as the authors have it, and seen at modules that are called; tensors which another
+module reads (experts, an attention's packed projection) and grouped convolutions get LQER. The input of an embedding is
+the share of each token, and the positions of a kernel share that of a channel.
+
+round(W) is what ``peftcore.quantize(model, scheme)`` packs afterwards, and what others pack in that way; the file fits
+all of these. To apply it to a base that is packed already is refused, as the error is gone there.
+
+Parameters: none; with ``train_factors=True`` rank * (in * kernel + out) a site, times the number of experts.
+
+Use it for a packed model that has to be good without training.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import Batches, Injection, Method, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore_quantized._packed_base import (
+    Factors,
+    PackedBaseOperator,
+    PackedConfig,
+    as_factors,
+    original,
+    place,
+    principal,
+    round_weight,
+    update_count,
+)
+
+LEAST = 1e-4
+"""What an input counts at least; the factors of silent ones are divided by it."""
+
+
+class Config(PackedConfig):
+    """Options of LQER."""
+
+    method: Literal["lqer"] = "lqer"
+    rank: PositiveInt = 32
+    """Rank of the correction."""
+    factor_bits: Annotated[int, Field(ge=2, le=8)] | None = 8
+    """How many bits A and B are rounded to; None leaves them as they are."""
+    train_factors: bool = False
+    """Whether A and B train, from where they are then."""
+
+
+def in_blocks(factor: Tensor, bits: int, size: int = 16) -> Tensor:
+    """The factor, each row rounded in blocks to so many bits and back."""
+    blocks = F.pad(factor, (0, -factor.shape[-1] % size)).unflatten(-1, (-1, size))
+    unit = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / (2 ** (bits - 1) - 1)
+    return ((blocks / unit).round() * unit).flatten(-2)[..., : factor.shape[-1]]
+
+
+def sizes(site: Site, x: Tensor) -> Tensor:
+    """The mean of |x| for each input of a module."""
+    if site.layer.one_hot:
+        return torch.bincount(x.flatten(), minlength=site.in_features) / max(1, x.numel())
+    if x.is_nested:  # an encoder's padded sequences
+        x = torch.cat(x.unbind())
+    return x.movedim(site.layer.channel_dim, -1).flatten(0, -2).abs().float().mean(0)
+
+
+class LQEROperator(PackedBaseOperator):
+    """The correction of one weight: none, until `correct` has seen it."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        A = torch.zeros(*site.batch, config.rank, site.in_features, *site.kernel)
+        start = Factors(A, torch.zeros(*site.batch, site.out_features, config.rank))
+        super().__init__(site, config, start)
+        for name, tensor in start._asdict().items() if not config.train_factors else ():
+            delattr(self, name)
+            self.register_buffer(name, tensor)
+
+    def correct(self, site: Site, config: Config, x: Tensor | None) -> None:
+        """Set A and B by the weight and the sizes of its inputs; without these, all count alike."""
+        weight = original(site)
+        gap = weight - round_weight(self.rounding, weight, self.layer.batch_dims)
+        columns = gap.new_ones(site.in_features) if x is None else x.to(gap).clamp_min(LEAST)
+        columns = columns.repeat_interleave(math.prod(site.kernel))
+        A, B = principal(gap * columns, config.rank)
+        A = A / columns
+        if config.factor_bits is not None:
+            A, B = in_blocks(A, config.factor_bits), in_blocks(B.mT, config.factor_bits).mT
+        for own, new in zip((self.A, self.B), as_factors(site, A, B), strict=True):
+            own.copy_(new)
+
+
+class LQER(Method):
+    """A low-rank correction of what rounding lost."""
+
+    name = "lqer"
+    Config = Config
+    tags = Tags(
+        category="quantized",
+        paper="2402.02446",
+        mergeable=True,
+        identity_at_init=False,
+        needs_data=True,
+        checked_against="the authors' code",
+    )
+    target = ("all-linear",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            if site.layer.packed and surgeon.wishes.saved is None:
+                raise UnsupportedSite(
+                    f"{site.path} is packed already, so what rounding lost is gone; apply lqer to the dense model, "
+                    "then quantize it, or load the adapter into the packed one"
+                )
+            surgeon.graft(place(site), LQEROperator, config)
+
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: Injection) -> None:
+        grafts: list[Any] = [graft for graft in injection.grafts if graft.by_method]
+        called = {graft.site.module: graft.site for graft in grafts if graft.site.layer.called}
+        seen: dict[nn.Module, Tensor] = {}
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = sizes(called[module], next(iter((*args, *kwargs.values()))))
+            seen[module] = torch.maximum(seen.get(module, x), x)
+
+        model.eval()
+        with injection.disabled(), torch.no_grad():
+            with ExitStack() as hooks:
+                for module in called:
+                    hooks.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)
+                for batch in data:
+                    batch.output()
+            for graft in grafts:
+                x = seen.get(graft.site.module) if graft.site.layer.called else None
+                graft.operator.correct(graft.site, config.at(graft.site.path), x)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return update_count(site, config.rank) if config.train_factors else 0
