@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.testing.checks_training import backward, expect_same_gradients, loss
+from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import FILL, Case, check, fill
 from peftcore.testing.probes import (
     ByKeyword,
@@ -213,6 +214,7 @@ def no_hook_runs_in_forward(case: Case) -> None:
 @check(
     "torch.compile without graph breaks gives the same outputs and gradients",
     "Python that depends on values of tensors: `.item()`, `if tensor:`",
+    hosts=tuple(HOSTS),  # so that a quick run, in which nothing takes longer, takes one of them
 )
 def compiled_equals_eager(case: Case) -> None:
     model, inputs = case.fresh()

@@ -14,7 +14,7 @@ module reads (experts, an attention's packed projection) and grouped convolution
 the share of each token, and the positions of a kernel share that of a channel.
 
 round(W) is what ``peftcore.quantize(model, scheme)`` packs afterwards, and what others pack in that way; the file fits
-all of these. To apply it to a base that is packed already is refused, as the error is gone there.
+all of these. On a base that is packed already the original is gone, and there is nothing to put back: A and B are zero.
 
 Parameters: none; with ``train_factors=True`` rank * (in * kernel + out) a site, times the number of experts.
 
@@ -33,7 +33,6 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Batches, Injection, Method, Site, Surgeon, Tags
-from peftcore.errors import UnsupportedSite
 from peftcore_quantized._packed_base import (
     Factors,
     PackedBaseOperator,
@@ -120,15 +119,10 @@ class LQER(Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            if site.layer.packed and surgeon.wishes.saved is None:
-                raise UnsupportedSite(
-                    f"{site.path} is packed already, so what rounding lost is gone; apply lqer to the dense model, "
-                    "then quantize it, or load the adapter into the packed one"
-                )
             surgeon.graft(place(site), LQEROperator, config)
 
     def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: Injection) -> None:
-        grafts: list[Any] = [graft for graft in injection.grafts if graft.by_method]
+        grafts: list[Any] = [each for each in injection.grafts if each.by_method and not each.site.layer.packed]
         called = {graft.site.module: graft.site for graft in grafts if graft.site.layer.called}
         seen: dict[nn.Module, Tensor] = {}
 

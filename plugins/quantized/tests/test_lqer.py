@@ -13,7 +13,7 @@ from peft_pairs import OUTPUTS, difference
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.errors import TrainingError, UnsupportedSite
+from peftcore.errors import TrainingError
 from peftcore.testing import conformance
 
 HOSTS = ("mlp", "encoder", "llama", "bert", "t5", "gpt2", "moe", "mistral", "vit", "unet", "dit", "convnet")
@@ -155,11 +155,13 @@ def test_from_a_dense_base(scheme: str, tmp_path: Path) -> None:
         assert_merges(each, x, expected)
 
 
-def test_a_packed_base_is_refused() -> None:
-    """Nothing is left to see there, whether it is planned or done."""
-    for call in (peftcore.plan, peftcore.apply):
-        with pytest.raises(UnsupportedSite, match="0 is packed already"):
-            call(packed("nf4"), "lqer", target="0", data=batches())
+def test_on_a_packed_base_there_is_nothing_to_put_back() -> None:
+    model = packed("nf4")
+    x = torch.randn(3, 64)
+    base = model(x)
+    injection = peftcore.apply(model, "lqer", target="0", data=batches())
+    assert not any(value.any() for value in injection.state_dict().values())
+    assert torch.equal(model(x), base)
 
 
 def test_inputs_by_name_are_seen_and_nobody_looks_afterwards() -> None:
