@@ -33,7 +33,7 @@ def declared(name: str) -> Declared | None:
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        found = (vars(each).get("declared") for each in vars(module).values() if callable(each))
+        found = (getattr(each, "declared", None) for each in vars(module).values())
         return next((each for each in found if isinstance(each, Declared) and each.method.name == name), None)
     return None
 

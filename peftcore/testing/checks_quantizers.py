@@ -25,6 +25,7 @@ from peftcore.testing.hosts import gpt2
 from peftcore.testing.kit import CheckFailed, NotApplicable, fill
 from peftcore.testing.quantizers import LINEAR, Packing, check
 from peftcore.testing.tools import KINDS, Kinds, differences, raises, trace
+from peftcore.weights import Transposed
 
 USELESS = 0.3
 """The error of a round trip from which on a scheme is no use: more than formats of 3 bits have."""
@@ -120,7 +121,9 @@ def fused_and_transposed_layers_are_packed(case: Packing) -> None:
         torch.manual_seed(0)
         model, inputs = gpt2(64)()
     before = {
-        path: module.weight.detach().T.contiguous() for path, module in model.named_modules() if _is_conv1d(module)
+        path: layer_of(module, "weight").logical(module.weight.detach()).contiguous()
+        for path, module in model.named_modules()
+        if type(layer_of(module, "weight")) is Transposed  # transformers' Conv1D
     }
     quantize(model.eval(), case.name, **case.options)
     for path, weight in before.items():
@@ -134,10 +137,6 @@ def fused_and_transposed_layers_are_packed(case: Packing) -> None:
     adapted = model(**inputs).logits
     injection.merge()
     case.expect_near(model(**inputs).logits, adapted, "output when parts of fused layers are merged")
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
 
 
 @check("a copy computes the same, and holds codes of its own", "something in the module cannot be copied")

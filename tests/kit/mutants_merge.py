@@ -114,14 +114,14 @@ class RoundsInside(Small):
         return weight + (self.B @ self.A.flatten(1)).view(weight.shape).to(self.inner).to(weight.dtype)
 
 
-def merges_tied(injection: Injection, keep: merging.Keep = "cpu") -> None:
+def merges_tied(injection: Injection, keep: merging.Keep = "cpu", **how: Any) -> None:
     try:
-        Injection.merge(injection, keep)
+        Injection.merge(injection, keep, **how)
     except MergeError as error:
         if "is tied to" not in str(error):
             raise
         with mock.patch.object(merging, "_check_ties", lambda model, new: None):
-            Injection.merge(injection, keep)
+            Injection.merge(injection, keep, **how)
 
 
 def forgets_to_unmerge(injection: Injection) -> None:

@@ -56,9 +56,12 @@ class PassesHooksBy(ToyLinear):
         return self.forward(*args, **kwargs)
 
 
-class IgnoresStrides(ToyLinear):
-    def __init__(self, weight: Tensor, bits: int) -> None:
-        super().__init__(weight.detach().as_strided(weight.shape, (weight.shape[1], 1)), bits)
+class MixesUpThirds(ToyLinear):
+    """Takes what is three times as wide as its input for queries, keys and values in another order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return torch.cat(y.chunk(3, -1)[::-1], -1) if self.out_features == 3 * self.in_features == 192 else y
 
 
 class CopiesNothing(ToyLinear):
@@ -149,7 +152,7 @@ mutant("forward_uses_the_weight_that_is_read", WrongInBFloat16)
 mutant("gradients_pass_to_the_input", WrongBackward)
 mutant("shapes_are_told_without_unpacking", layer=Measures)
 mutant("quantize_keeps_what_stands_there", PassesHooksBy)
-mutant("fused_and_transposed_layers_are_packed", IgnoresStrides)
+mutant("fused_and_transposed_layers_are_packed", MixesUpThirds)
 mutant("copies_compute_the_same", CopiesNothing)
 mutant("pickles_compute_the_same", HoldsAFunction)
 mutant("state_is_saved_and_loaded", LosesItsScale)

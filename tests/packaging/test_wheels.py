@@ -230,6 +230,8 @@ def trained(info):
             continue
     else:
         return "has no place"
+    if not any(parameter.requires_grad for parameter in injection.parameters()):
+        return "trains nothing"
     optimizer = injection.optimizer(torch.optim.AdamW, lr=0.05, total_steps=20)
     losses = []
     for _ in range(20):
@@ -253,6 +255,9 @@ ELSEWHERE = {
     "controlnet": "asks to be told more",
     "coop": "asks to be told more",
     "ip_adapter": "asks to be told more",
+    "ir_qlora": "has no place",
+    "lqer": "trains nothing",
+    "qa_lora": "has no place",
     "t2i_adapter": "asks to be told more",
 }
 """Methods that these hosts and calls do not suit."""

@@ -16,7 +16,7 @@ from peftcore.testing.hosts import HOSTS
 
 def image(model: Any, picture: Tensor) -> dict[str, Tensor]:
     """Three tokens of a picture, as wide as the host's words."""
-    width = next(value.shape[1] for name, value in model.named_parameters() if name.endswith("attn2.to_k.weight"))
+    width = next(module.in_features for name, module in model.named_modules() if name.endswith("attn2.to_k"))
     return {"image_tokens": picture.flatten(1)[:, : 3 * width].unflatten(1, (3, width))}
 
 

@@ -205,13 +205,19 @@ def principal(matrix: Tensor, rank: int) -> Factors:
         return Factors(
             matrix.new_empty(*matrix.shape[:-2], rank, matrix.shape[-1]), matrix.new_empty(*matrix.shape[:-1], rank)
         )
-    U, S, V = torch.linalg.svd(matrix.double(), full_matrices=False)
+    precise = matrix.double()
+    wide = precise.shape[-2] <= precise.shape[-1]
+    short = precise if wide else precise.mT  # by the smaller of its two Gram matrices: a fraction of the time
+    values, vectors = torch.linalg.eigh(short @ short.mT)
+    kept = min(rank, values.shape[-1])
+    S = values[..., -kept:].flip(-1).clamp_min(0).sqrt()
+    there = 1e-7 * S[..., :1] < S  # below, there is nothing but rounding
+    near = vectors[..., -kept:].flip(-1)
+    far = (short.mT @ near) * torch.where(there, 1 / S, 0.0).unsqueeze(-2)
+    U, V = (near, far) if wide else (far, near)
     sign = U.gather(-2, U.abs().argmax(-2, keepdim=True)).sign()
-    root = S[..., :rank].sqrt()
-    A, B = (V.mT * sign)[..., :rank] * root.unsqueeze(-2), (U * sign)[..., :rank] * root.unsqueeze(-2)
-    missing = rank - root.shape[-1]
-    if missing > 0:
-        A, B = nn.functional.pad(A, (0, missing)), nn.functional.pad(B, (0, missing))
+    root = torch.where(there, S, 0.0).sqrt().unsqueeze(-2)
+    A, B = (nn.functional.pad(each * sign * root, (0, rank - kept)) for each in (V, U))
     return Factors(A.mT.contiguous().to(matrix.dtype), B.contiguous().to(matrix.dtype))
 
 
