@@ -31,7 +31,7 @@ SMALL_GROUPS = 8
 OPTIONS: dict[str, dict[str, Any]] = {
     name: {"group_size": SMALL_GROUPS} for name in ("int4", "torchao-int4", "hqq-8", "hqq-4")
 }
-PACKS_INPUTS = {"bnb-int8": 5e3}
+PACKS_INPUTS = {"bnb-int8": 1e4}
 """Schemes whose forward rounds its inputs too, and by how much more their outputs differ from the dense ones'."""
 HOSTS = ("llama", "vit", "gpt2", "unet")
 

@@ -9,6 +9,7 @@ each the median of its cell, cells meeting halfway between codes: +-0.6745 for o
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,20 +21,20 @@ ROUNDS = 500
 @functools.cache
 def normal_codes(bits: int) -> Tensor:
     """The ``2^bits`` codes, ascending, in float64."""
-    codes = torch.zeros(2**bits, dtype=torch.float64)
-    ends = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    codes = torch.zeros(2**bits, dtype=torch.float64, device="cpu")
+    ends = codes.new_zeros(1), codes.new_ones(1)
     for _ in range(ROUNDS):
         below = torch.cat([ends[0], torch.special.ndtr((codes[1:] + codes[:-1]) / 2), ends[1]])
         codes = torch.special.ndtri((below[1:] + below[:-1]) / 2)
     return codes
 
 
-def in_bits(weight: Tensor, bits: int) -> Tensor:
-    """A matrix as its codes, its mean and its deviation say; in float32 or better. Matrices of a stack have their
-    own."""
+def in_bits(weight: Tensor, levels: Sequence[float]) -> Tensor:
+    """A matrix as its codes (of `normal_codes`), its mean and its deviation say; in float32 or better. Matrices of a
+    stack have their own."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     deviation, mean = torch.std_mean(weight, (-2, -1), keepdim=True)
     unit = (weight - mean) / (deviation + 1e-5)
-    codes = normal_codes(bits).to(unit)
+    codes = torch.tensor(levels, dtype=unit.dtype, device=unit.device)
     chosen = codes[torch.bucketize(unit.detach(), (codes[1:] + codes[:-1]) / 2)]
     return (unit + (chosen - unit).detach()) * deviation + mean

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from peftcore import Method, MethodConfig, Surgeon, Tags
 from peftcore_quantized._beside_branch import BesideBranch, BranchSite, beside_branch
-from peftcore_quantized._binary import in_bits
+from peftcore_quantized._binary import in_bits, normal_codes
 
 
 class Config(MethodConfig):
@@ -50,7 +50,8 @@ class BiAdaptFormerOperator(BesideBranch):
 
     def __init__(self, site: BranchSite, config: Config) -> None:
         super().__init__(site)
-        self.bits, self.scale = config.bits, config.scale
+        self.scale = config.scale
+        self.levels = tuple(normal_codes(config.bits).tolist())  # numbers, which a compiler does not look into
         self.down = nn.Parameter(torch.empty(config.bottleneck, site.width))
         self.up = nn.Parameter(torch.empty(site.out_features, config.bottleneck))
         self.dropout = nn.Dropout(config.dropout)
@@ -58,7 +59,7 @@ class BiAdaptFormerOperator(BesideBranch):
         nn.init.trunc_normal_(self.up, std=0.001, a=-0.002, b=0.002)
 
     def beside(self, x: Tensor) -> Tensor:
-        down, up = self.cast(x, in_bits(self.down, self.bits), in_bits(self.up, self.bits))
+        down, up = self.cast(x, in_bits(self.down, self.levels), in_bits(self.up, self.levels))
         inner = self.dropout(torch.relu(F.linear(x, down)))  # [..., r]
         return self.scale * F.linear(inner, up)
 

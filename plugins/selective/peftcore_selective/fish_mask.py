@@ -11,6 +11,8 @@ The authors train the classifier whole and take its size off k. Here the head is
 ``train=["classifier"]`` trains it whole, and does not count. Their code also takes absolute values for squares, or the
 expectation over labels, which is another forward for each class.
 
+On a packed base what is packed is left out: its gradient would be as large as the dense weights of the whole host.
+
 Parameters: share * (those of all sites), in one vector; the file has their places besides, 8 bytes each.
 
 Use it where a change has to be small to send or to keep: half a percent of the weights is usual.
@@ -123,7 +125,9 @@ class FishMask(Method):
 
 
 def _there(site: Site) -> bool:
-    return not site.missing(site.tensor) and site.module.get_parameter(site.tensor).is_floating_point()
+    """Weights that are packed have no gradient to count."""
+    dense = not site.layer.packed and not site.missing(site.tensor)
+    return dense and site.module.get_parameter(site.tensor).is_floating_point()
 
 
 def _stored(site: Site) -> Site:
