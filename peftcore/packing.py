@@ -80,6 +80,9 @@ class Packed(Linear):
     def as_stored(self) -> Layer:
         return self
 
+    def slots(self, module: nn.Module) -> tuple[str, ...]:
+        return ("weight", "bias")
+
     def has(self, module: nn.Module, tensor: str) -> bool:
         return tensor.endswith("weight") or super().has(module, tensor)
 

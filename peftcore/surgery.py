@@ -238,9 +238,9 @@ class Surgeon:
         sites = [
             resolver.site(p, name)
             for p in inside
-            for name, value in resolver.modules[p]._parameters.items()
-            if value is not None
+            for name in resolver.layer_of(resolver.modules[p], "weight").slots(resolver.modules[p])
         ]
+        sites = [site for site in sites if not site.missing(site.tensor)]
         return [self.replace(replace(site, meta=self.dry)) for site in sites]
 
     def stored_anew(self, module: nn.Module) -> None:

@@ -130,7 +130,8 @@ class Site:
     def tensors(self) -> tuple[str, ...]:
         """The parameter slots beside the site's tensor, by path below the module; empty ones (no bias) included."""
         owner = self.tensor.rpartition(".")[0]
-        return tuple(f"{owner}.{name}".lstrip(".") for name in self.module.get_submodule(owner)._parameters)
+        module = self.module.get_submodule(owner)
+        return tuple(f"{owner}.{name}".lstrip(".") for name in self.layer_of(module, "weight").slots(module))
 
     def missing(self, tensor: str) -> bool:
         """True for a parameter slot that the host left empty."""
@@ -172,7 +173,7 @@ class Resolver:
     """Finds sites in one host. Operators of other injections are never seen as targets."""
 
     def __init__(self, model: nn.Module, host: HostMap, layer_of: LayerOf, hidden: Callable[[nn.Module], bool]) -> None:
-        self.model, self.host, self._layer_of = model, host, layer_of
+        self.model, self.host, self.layer_of = model, host, layer_of
         self.modules = dict(_visible(model, "", hidden, set()))
         self._order = {path: index for index, path in enumerate(self.modules)}
         self._roles = host.roles()
@@ -241,12 +242,12 @@ class Resolver:
             module_path, tensor = reader, f"{module_path}.{tensor}".removeprefix(f"{reader}.")
         module = self.modules[module_path]
         output = role is not None and role.endswith(".output")  # the operator acts on what the module returns
-        layer = self._layer_of(module, tensor)
+        layer = self.layer_of(module, tensor)
         whole = tensor == "weight" and not layer.has(module, tensor)  # a module without a weight of its own
         form = "activation" if output or whole or (layer.called and tensor == "weight") else "weight"
         if role is None:
             role = self._role_of.get(module_path if tensor == "weight" else f"{module_path}.{tensor}")
-        return Site(module, module_path, tensor, layer, role, rows, form, self._layer_of)
+        return Site(module, module_path, tensor, layer, role, rows, form, self.layer_of)
 
     def _whole(self, path: str, role: str | None = None) -> Site:
         return self.site(path, self._own_tensor(path), role)

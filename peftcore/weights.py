@@ -89,6 +89,10 @@ class Layer:
         """Whether the module has such a tensor; cheap, also where reading is not."""
         return self.read(module, tensor) is not None
 
+    def slots(self, module: nn.Module) -> tuple[str, ...]:
+        """What may be replaced in a module whose weight this is: its parameters, empty ones (no bias) too."""
+        return tuple(module._parameters)
+
     def like(self, module: nn.Module, tensor: str) -> Tensor:
         """A tensor of the dtype and on the device of `read`, also where the module has none (a missing bias)."""
         held = self.read(module, tensor)
