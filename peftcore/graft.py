@@ -33,9 +33,9 @@ from peftcore.rows import Once, select_rows
 from peftcore.weights import GRAFTED, Layer, Ranges, plain_class, take, whole
 
 _SLOT = "_peftcore_slot"
-_TORCHS = frozenset(vars(nn.Module()))
+TORCHS = frozenset(vars(nn.Module()))
 """Attributes that are torch's own."""
-_FORWARDS = ("forward", "_old_forward")
+FORWARDS = ("forward", "_old_forward")
 """Where a forward may be set on an instance: by anybody, and by accelerate the one that its hook calls."""
 
 Forward = Callable[..., Any]
@@ -60,7 +60,7 @@ def view(
         own.setdefault(name, getattr(module, name))
     stand_in: nn.Module = object.__new__(cls or plain_class(module))
     fields = {
-        key: {} if effective and key not in _TORCHS and _is_cache(value) else value
+        key: {} if effective and key not in TORCHS and _is_cache(value) else value
         for key, value in module.__dict__.items()
         if key not in own and key != _SLOT
     }
@@ -291,7 +291,7 @@ def ungraft(module: nn.Module) -> None:
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Swap the class, and forwards on the instance that are methods of the old one."""
     before, module.__class__ = type(module).forward, cls
-    for key in _FORWARDS:
+    for key in FORWARDS:
         if _is_method(module.__dict__.get(key), before):
             module.__dict__[key] = MethodType(cls.forward, module)
 
@@ -303,7 +303,7 @@ def _is_method(forward: Any, function: Callable[..., Any]) -> bool:
 def is_reached(module: nn.Module) -> bool:
     """Whether calls arrive at the forward of the module's class: also through accelerate's hooks, which set a forward
     on the instance and keep the one that they call."""
-    kept = [module.__dict__[key] for key in _FORWARDS if key in module.__dict__]
+    kept = [module.__dict__[key] for key in FORWARDS if key in module.__dict__]
     return not kept or any(_is_method(forward, type(module).forward) for forward in kept)
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcore.errors import MergeError
-from peftcore.graft import change_class, grafted_class, slot_of
+from peftcore.graft import FORWARDS, TORCHS, change_class, grafted_class, slot_of
 from peftcore.mounts import Slot
 from peftcore.plugins import layer_of
 from peftcore.weights import Layer, Linear, plain_class
@@ -142,11 +142,9 @@ def floating_dtype(modules: Iterable[nn.Module]) -> torch.dtype:
     return min(own, key=lambda p: p.dim() < 2).dtype if own else torch.float32
 
 
-_BARE = vars(nn.Module())
-"""What every module has; hooks among it."""
 TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 """What a module holds its tensors by."""
-FOREIGN = ("forward", "_old_forward", "_hf_hook")
+FOREIGN = (*FORWARDS, "_hf_hook")
 """What others (accelerate) set on an instance, and what stays there."""
 
 
@@ -164,7 +162,7 @@ def become(module: nn.Module, other: nn.Module) -> Form:
     its own bias, training mode. Returns the way back."""
     kept = {key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in _own(module)}
     hooks = {
-        key: value for key, value in vars(other).items() if isinstance(value, dict) and key in _BARE and "hooks" in key
+        key: value for key, value in vars(other).items() if isinstance(value, dict) and key in TORCHS and "hooks" in key
     }
     form = Form(plain_class(module), kept, {key: tuple(value) for key, value in hooks.items()})
     bias = _bias(module)
@@ -195,7 +193,7 @@ def _bias(module: nn.Module) -> nn.Parameter | None:
 def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What is a module's own: parameters, buffers, attributes, but for the forward that others set on it."""
     for key, value in vars(module).items():
-        if key in TENSORS or (key not in _BARE and key not in FOREIGN and not isinstance(value, Slot)):
+        if key in TENSORS or (key not in TORCHS and key not in FOREIGN and not isinstance(value, Slot)):
             yield key, value
 
 

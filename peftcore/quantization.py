@@ -44,6 +44,11 @@ class Scheme(BaseModel):
     extra: ClassVar[str] = ""
     """What to install for them: a requirement for pip."""
 
+    @classmethod
+    def missing(cls) -> list[str]:
+        """The packages that it needs and that are not installed."""
+        return [package for package in cls.requires if importlib.util.find_spec(package) is None]
+
     def module(self, weight: Tensor) -> nn.Module:
         """A linear layer without bias that holds the weight ``[out, in]`` packed.
 
@@ -91,7 +96,7 @@ def scheme(name: str, **options: Any) -> Scheme:
         QuantizationError: no plugin has it, an option is wrong, or a package is missing; it says what to do.
     """
     cls = scheme_class(name)
-    missing = [package for package in cls.requires if importlib.util.find_spec(package) is None]
+    missing = cls.missing()
     if missing:
         raise QuantizationError(f"scheme {name!r} needs {' and '.join(missing)}: pip install '{cls.extra}'")
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from peftcore.injection import Injection
 from peftcore.merging import MergeReport
 from peftcore.packing import Packed
 from peftcore.plugins import layer_of
-from peftcore.quantization import dequantize, schemes
+from peftcore.quantization import dequantize, scheme_class, schemes
 from peftcore.testing.checks_training import backward, expect_same_gradients
 from peftcore.testing.kit import ALL, Case, NotApplicable, check
 
@@ -47,13 +46,7 @@ class Life:
 
 def installed_schemes() -> list[str]:
     """The schemes of the plugins whose packages are there."""
-    return [name for name, place in schemes().items() if _usable(place)]
-
-
-def _usable(place: str) -> bool:
-    module, _, attribute = place.partition(":")
-    requires = vars(importlib.import_module(module))[attribute].requires
-    return all(importlib.util.find_spec(package) is not None for package in requires)
+    return [name for name in schemes() if not scheme_class(name).missing()]
 
 
 @check(

@@ -10,7 +10,6 @@ or, without pytest, ``for result in check_quantizer("nf4"): print(result)``; the
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -186,7 +185,7 @@ def _runs(
 
 
 def _run(check: Check, case: Packing) -> str | None:
-    missing = [each for each in scheme_class(case.name).requires if importlib.util.find_spec(each) is None]
+    missing = scheme_class(case.name).missing()
     if missing:
         raise NotApplicable(f"{case.name} needs {', '.join(missing)}")
     return check(case)

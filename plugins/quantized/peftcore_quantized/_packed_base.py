@@ -13,7 +13,7 @@ a host in three states, and a saved adapter fits all of them:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -219,15 +219,3 @@ def principal(matrix: Tensor, rank: int) -> Factors:
     root = torch.where(there, S, 0.0).sqrt().unsqueeze(-2)
     A, B = (nn.functional.pad(each * sign * root, (0, rank - kept)) for each in (V, U))
     return Factors(A.mT.contiguous().to(matrix.dtype), B.contiguous().to(matrix.dtype))
-
-
-def low_rank_first(weight: Tensor, rank: int, rounding: str) -> Iterator[tuple[Factors, float]]:
-    """``B A`` as the best of the rank for W - Q, then Q = round(W - B A), in turns without end; Q is zero at first.
-
-    Gives B A and the distance of Q + B A from the weight ``[*batch, out, in]``, which is zero while planning."""
-    gap = weight
-    while True:
-        found = principal(gap, rank)
-        product = found.B @ found.A
-        gap = weight - round_weight(rounding, weight - product, weight.dim() - 2)
-        yield found, 0.0 if weight.is_meta else float((gap - product).norm())

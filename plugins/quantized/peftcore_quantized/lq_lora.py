@@ -25,64 +25,40 @@ Use it in place of QLoRA at 4 bits and below, where the dense model can be loade
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Iterator
 from typing import Literal
 
-import torch
-from pydantic import PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from pydantic import PositiveInt
+from torch import nn
 
 from peftcore import Method, Site, Surgeon, Tags
-from peftcore_quantized._packed_base import (
-    Factors,
-    PackedBaseOperator,
-    PackedConfig,
-    as_factors,
-    low_rank_first,
-    original,
-    place,
-    principal,
-    update_count,
-)
+from peftcore_quantized._low_rank_first import LowRankFirstConfig, LowRankFirstOperator
+from peftcore_quantized._packed_base import Factors, place, update_count
 
 
-class Config(PackedConfig):
+class Config(LowRankFirstConfig):
     """Options of LQ-LoRA."""
 
     method: Literal["lq_lora"] = "lq_lora"
     rank: PositiveInt = 64
     """Rank of the update."""
-    alpha: PositiveFloat = 16.0
-    """Numerator of the scale ``alpha / rank``."""
     iterations: PositiveInt = 10
     """How often decomposition and rounding take turns at most, on a base that is dense (the authors: 100, with a faster
     decomposition that is not exact; what is gained falls off after the first few)."""
 
 
-def closest(weight: Tensor, rank: int, rounding: str, iterations: int) -> Factors:
-    """The factors of the last iterate that is nearer to the weight ``[*batch, out, in]`` than all before."""
-    best, least = None, float("inf")
-    for found, distance in islice(low_rank_first(weight, rank, rounding), iterations):
-        if distance >= least:
-            break
-        best, least = found, distance
-    assert best is not None, "there is one iteration or more"
-    return best
-
-
-class LQLoRAOperator(PackedBaseOperator):
+class LQLoRAOperator(LowRankFirstOperator):
     """The low-rank part of one weight, and what it was."""
 
-    def __init__(self, site: Site, config: Config) -> None:
-        scale = config.alpha / config.rank
-        with torch.no_grad():
-            weight = original(site)
-            if site.layer.packed:
-                found = principal(weight, config.rank)
-            else:
-                found = closest(weight, config.rank, config.rounding(), config.iterations)
-            taken = as_factors(site, *found, scale)
-        super().__init__(site, config, taken, taken, scale)
+    @staticmethod
+    def chosen(turns: Iterator[tuple[Factors, float]]) -> Factors:
+        best, least = None, float("inf")
+        for found, distance in turns:
+            if distance >= least:
+                break
+            best, least = found, distance
+        assert best is not None, "there is one iteration or more"
+        return best
 
 
 class LQLoRA(Method):

@@ -21,51 +21,34 @@ Use it in place of QLoRA where the dense model can be loaded once, and training 
 
 from __future__ import annotations
 
-from itertools import islice
+from collections.abc import Iterator
 from typing import Literal
 
-import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from torch import nn
 
 from peftcore import Method, Site, Surgeon, Tags
-from peftcore_quantized._packed_base import (
-    PackedBaseOperator,
-    PackedConfig,
-    as_factors,
-    low_rank_first,
-    original,
-    place,
-    principal,
-    update_count,
-)
+from peftcore_quantized._low_rank_first import LowRankFirstConfig, LowRankFirstOperator
+from peftcore_quantized._packed_base import Factors, place, update_count
 
 
-class Config(PackedConfig):
+class Config(LowRankFirstConfig):
     """Options of QPiSSA."""
 
     method: Literal["qpissa"] = "qpissa"
     rank: PositiveInt = 16
     """How many singular values are adapted (the authors: 128)."""
-    alpha: PositiveFloat = 16.0
-    """Numerator of the scale ``alpha / rank``."""
     iterations: PositiveInt = 1
     """How often decomposition and rounding take turns, on a base that is dense (the authors: 1, or 5)."""
 
 
-class QPiSSAOperator(PackedBaseOperator):
+class QPiSSAOperator(LowRankFirstOperator):
     """The principal part of one weight, and what it was."""
 
-    def __init__(self, site: Site, config: Config) -> None:
-        scale = config.alpha / config.rank
-        with torch.no_grad():
-            weight = original(site)
-            if site.layer.packed:
-                found = principal(weight, config.rank)
-            else:
-                *_, (found, _) = islice(low_rank_first(weight, config.rank, config.rounding()), config.iterations)
-            taken = as_factors(site, *found, scale)
-        super().__init__(site, config, taken, taken, scale)
+    @staticmethod
+    def chosen(turns: Iterator[tuple[Factors, float]]) -> Factors:
+        *_, (last, _) = turns
+        return last
 
 
 class QPiSSA(Method):

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from peftcore import Batches, Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.operators import Shared
-from peftcore.weights import Layer, take
+from peftcore.weights import take
 from peftcore_selective._fisher import squared_gradients
 from peftcore_selective._ties import one_each, tied_to
 
@@ -132,4 +132,4 @@ def _there(site: Site) -> bool:
 
 def _stored(site: Site) -> Site:
     """A whole tensor as it is stored, so that holders of different kinds (table, head) share it."""
-    return replace(site, form="weight", layer=site.layer if site.rows else Layer())
+    return replace(site, form="weight", layer=site.layer if site.rows else site.layer.as_stored)

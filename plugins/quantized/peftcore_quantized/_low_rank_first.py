@@ -1,0 +1,63 @@
+"""What QPiSSA and LQ-LoRA share: the low-rank part is taken out of a weight before the rest is rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from peftcore import Site
+from peftcore_quantized._packed_base import (
+    Factors,
+    PackedBaseOperator,
+    PackedConfig,
+    as_factors,
+    original,
+    principal,
+    round_weight,
+)
+
+
+def low_rank_first(weight: Tensor, rank: int, rounding: str) -> Iterator[tuple[Factors, float]]:
+    """``B A`` as the best of the rank for W - Q, then Q = round(W - B A), in turns without end; Q is zero at first.
+
+    Gives B A and the distance of Q + B A from the weight ``[*batch, out, in]``, which is zero while planning."""
+    gap = weight
+    while True:
+        found = principal(gap, rank)
+        product = found.B @ found.A
+        gap = weight - round_weight(rounding, weight - product, weight.dim() - 2)
+        yield found, 0.0 if weight.is_meta else float((gap - product).norm())
+
+
+class LowRankFirstConfig(PackedConfig):
+    """The options of methods that take the low-rank part out before they round."""
+
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / rank``."""
+    iterations: PositiveInt = 1
+    """How often decomposition and rounding take turns at most, on a base that is dense."""
+
+
+class LowRankFirstOperator(PackedBaseOperator):
+    """The low-rank part of one weight, which trains, and what it was; of a weight that is packed already, its principal
+    part, and nothing changes at first."""
+
+    def __init__(self, site: Site, config: LowRankFirstConfig) -> None:
+        scale = config.alpha / config.rank
+        with torch.no_grad():
+            weight = original(site)
+            if site.layer.packed:
+                found = principal(weight, config.rank)
+            else:
+                found = self.chosen(islice(low_rank_first(weight, config.rank, config.rounding()), config.iterations))
+            taken = as_factors(site, *found, scale)
+        super().__init__(site, config, taken, taken, scale)
+
+    @staticmethod
+    def chosen(turns: Iterator[tuple[Factors, float]]) -> Factors:
+        """The iterate to start from; see `low_rank_first`."""
+        raise NotImplementedError
