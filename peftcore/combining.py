@@ -18,7 +18,7 @@ from peftcore.algebra import Sign, cat, linear, padded, product, svd
 from peftcore.applying import check_name, establish, prepare
 from peftcore.calls import injections
 from peftcore.catalogue import method as find_method
-from peftcore.checkpoint import _fill, load
+from peftcore.checkpoint import fill, load
 from peftcore.config import validate
 from peftcore.contract import Method, MethodConfig
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
@@ -319,7 +319,7 @@ def combine(
     soup = established(
         model, method, first.config, name, first.selections, dtype=wishes.dtype, train=wishes.train, instead=instead
     )
-    _fill(soup, tensors)
+    fill(soup, tensors)
     return soup
 
 

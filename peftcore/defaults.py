@@ -32,6 +32,13 @@ class Defaults:
         return next((stance for known, stance in STANCES.items() if issubclass(cls, known)), None)
 
     @hookimpl(trylast=True)
+    def peftcore_formats(self) -> Mapping[str, str]:
+        return {
+            "peftcore": "peftcore.interop.native:Native",
+            "peft": "peftcore.interop.peft:Peft",
+        }
+
+    @hookimpl(trylast=True)
     def peftcore_inject(self, model: nn.Module, method: Any, config: Any, surgeon: Any) -> bool:
         method.inject(model, config, surgeon)
         return True

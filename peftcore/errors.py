@@ -92,6 +92,10 @@ class CheckpointError(PeftcoreError, ValueError):
     """A saved adapter is damaged, unreadable or not one of ours; nothing was loaded."""
 
 
+class ExportError(PeftcoreError, ValueError):
+    """An adapter cannot be written in another library's format without losing something; nothing was written."""
+
+
 class HostMismatch(CheckpointError):
     """The saved adapter belongs to another base model; nothing was loaded."""
 

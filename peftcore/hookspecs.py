@@ -78,6 +78,24 @@ def peftcore_schemes() -> Mapping[str, str]:  # type: ignore[empty-body]
     """
 
 
+@hookspec
+def peftcore_formats() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """Name the file formats that a plugin reads or writes.
+
+    Runs when an adapter is loaded, or saved in another format than ours. Returns names mapped to ``"module:Class"``,
+    each a `peftcore.interop.formats.Format`.
+    """
+
+
+@hookspec
+def peftcore_translations() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """Say how files of other libraries keep a plugin's methods.
+
+    Runs when such a file is read or written. Returns ``"format/name"`` mapped to ``"module:Class"``, where the name is
+    the one that the format itself has for the method: ``"peft/LORA"``. What the class has to be is up to the format.
+    """
+
+
 @hookspec(firstresult=True)
 def peftcore_inject(model: nn.Module, method: Method, config: MethodConfig, surgeon: Surgeon) -> bool | None:
     """Put a method's operators at its sites.

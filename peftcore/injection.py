@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +100,12 @@ class Injection:
     def main_selection(self) -> list[Site]:
         """The sites of the user's target, or of the default one; of a hybrid, those of all parts."""
         return [site for key, sites in self.selections.items() if not key.rpartition("/")[2] for site in sites]
+
+    @property
+    def trained_along(self) -> tuple[str, ...]:
+        """Paths of the host's parameters that train because the user named them, or modules that hold them."""
+        own = [graft.site for graft in self.grafts if not graft.by_method]
+        return tuple(f"{site.module_path}.{site.tensor}".lstrip(".") for site in own)
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Operators and shared modules under the names that files use."""
@@ -235,12 +241,24 @@ class Injection:
         self.unmerge()
         self._leave()
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the adapter alone into the folder `path`: ``adapter.json`` and ``adapter.safetensors``."""
+    def save(
+        self, path: str | os.PathLike[str], *, format: str | Sequence[str] = "peftcore", weights: bool = False
+    ) -> None:
+        """Write the adapter alone into the folder `path`.
+
+        Args:
+            path: a folder; it is made where it is missing, and what it holds of the same format is replaced.
+            format: ours (``adapter.safetensors``, and ``adapter.json`` to read), another library's ("peft"), or several
+                at once.
+            weights: note which values the base has at the sites, so that `load` refuses other ones.
+
+        Raises:
+            ExportError: another library's format cannot hold this adapter; nothing was written.
+        """
         self._alive()
         from peftcore.checkpoint import save
 
-        save(self, Path(path))
+        save(self, Path(path), (format,) if isinstance(format, str) else tuple(format), weights)
 
     def summary(self) -> Summary:
         """What the injection is and whether all of it is in one state."""

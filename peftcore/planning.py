@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Size, nn
 
 from peftcore.hosts import HostMap
@@ -38,8 +39,8 @@ class Plan:
     """Where operators would stand."""
     shapes: dict[str, Size]
     """The tensors of the adapter, by their name in its file."""
-    floating: dict[str, bool]
-    """Which of them are floating-point."""
+    dtypes: dict[str, torch.dtype]
+    """Their dtypes."""
     trainable: int
     """Values that would train."""
     total: int
@@ -58,12 +59,27 @@ class Plan:
         return cls(
             sites=tuple(graft.site for graft in surgeon.grafts),
             shapes={key: tensor.shape for key, tensor in tensors.items()},
-            floating={key: tensor.is_floating_point() for key, tensor in tensors.items()},
+            dtypes={key: tensor.dtype for key, tensor in tensors.items()},
             trainable=sum(p.numel() for _, module in modules for p in module.parameters()),
             total=_size(surgeon.resolver.modules.values()),
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
             host=surgeon.resolver.host,
         )
+
+    def differences(
+        self, shapes: Mapping[str, Size], dtypes: Mapping[str, torch.dtype], strict: bool = True
+    ) -> list[str]:
+        """What is wrong with a file's tensors, in words; with `strict` also what is missing or unknown."""
+        wrong = []
+        if strict:
+            wrong += [f"missing {key}" for key in sorted(self.shapes.keys() - shapes.keys())]
+            wrong += [f"unknown {key}" for key in sorted(shapes.keys() - self.shapes.keys())]
+        for key in sorted(self.shapes.keys() & shapes.keys()):
+            if self.shapes[key] != shapes[key]:
+                wrong.append(f"{key} has shape {tuple(shapes[key])}, expected {tuple(self.shapes[key])}")
+            if self.dtypes[key] != dtypes[key]:
+                wrong.append(f"{key} has dtype {dtypes[key]}, expected {self.dtypes[key]}")
+        return wrong
 
     @property
     def share(self) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
 import os
 import warnings
@@ -14,6 +15,7 @@ import pluggy
 
 from peftcore import hookspecs
 from peftcore.defaults import Defaults
+from peftcore.errors import PluginError
 from peftcore.hookspecs import API
 
 if TYPE_CHECKING:
@@ -138,6 +140,26 @@ def registry() -> Registry:
             continue
         found.load(point.name, _distribution(point), module)
     return found
+
+
+def named_places(hook: str, what: str) -> dict[str, str]:
+    """What all plugins name by one hook: names mapped to ``"module:Class"``, the core's first.
+
+    Raises:
+        PluginError: two plugins name something alike.
+    """
+    found: dict[str, str] = {}
+    for named in reversed(getattr(registry().hook, hook)()):
+        for name, place in named.items():
+            if found.setdefault(name, place) != place:
+                raise PluginError(f"{what} {name!r} is in {found[name]} and in {place}; disable one of the plugins")
+    return found
+
+
+def imported(place: str) -> Any:
+    """What stands at ``"module:Class"``."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def layer_of(module: nn.Module, tensor: str) -> Layer:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping
@@ -19,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from peftcore.applying import host_map, is_ours
-from peftcore.errors import PluginError, QuantizationError, TargetError, UnsupportedSite
+from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
 from peftcore.graft import slot_of
 from peftcore.packing import Packed, become, dense_linear, floating_dtype
-from peftcore.plugins import layer_of, registry
+from peftcore.plugins import imported, layer_of, named_places
 from peftcore.progress import Progress
 from peftcore.targets import Resolver, Site, Target
 from peftcore.weights import Linear
@@ -64,12 +63,7 @@ def schemes() -> dict[str, str]:
     Raises:
         PluginError: two plugins call a scheme alike.
     """
-    found: dict[str, str] = {}
-    for named in registry().hook.peftcore_schemes():
-        for name, place in named.items():
-            if found.setdefault(name, place) != place:
-                raise PluginError(f"scheme {name!r} is in {found[name]} and in {place}; disable one of the plugins")
-    return found
+    return named_places("peftcore_schemes", "scheme")
 
 
 def scheme_class(name: str) -> type[Scheme]:
@@ -84,8 +78,7 @@ def scheme_class(name: str) -> type[Scheme]:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         there = ", ".join(sorted(known)) or "none (pip install peftcore-quantized)"
         raise QuantizationError(f"no scheme named {name!r}{hint}; there are: {there}")
-    module, _, attribute = known[name].partition(":")
-    cls: type[Scheme] = getattr(importlib.import_module(module), attribute)
+    cls: type[Scheme] = imported(known[name])
     return cls
 
 

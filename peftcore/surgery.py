@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.attention_sites import locate as locate_attention
-from peftcore.errors import PluginError, TargetError, UnsupportedSite
+from peftcore.errors import CheckpointError, PluginError, TargetError, UnsupportedSite
 from peftcore.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable
 from peftcore.plugins import registry
 from peftcore.progress import Progress
@@ -110,7 +110,9 @@ class Surgeon:
         saved = self.wishes.saved
         try:
             if saved is not None and key in saved:
-                found = [self.resolver.site(**record) for record in saved[key]]
+                found = [self.resolver.recorded(**record) for record in saved[key]]
+            elif saved is not None and target is None and self.wishes.target is not None:
+                raise CheckpointError(f"the file does not say where {self.method.name} stands")
             elif target is None and self.wishes.target is not None:
                 found = self._matching(self.wishes.target, warn=True)
             else:
@@ -260,7 +262,7 @@ class Surgeon:
         """Record what the user named in ``train``: paths, or ends of paths."""
         self._by_method = False
         for name in self.wishes.train:
-            exact = name in self.resolver.modules
+            exact = name in self.resolver.modules or self.resolver.has_parameter(name)
             paths = [name] if exact else [_meant(name, site) for site in self.resolver.sites(name)[0]]
             if not [each for path in paths for each in self.train(path)]:
                 raise TargetError(f"train: {name!r} has no parameters")

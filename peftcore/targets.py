@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.errors import TargetError, UnsupportedSite
+from peftcore.errors import HostMismatch, TargetError, UnsupportedSite
 from peftcore.graft import effective_weight
 from peftcore.hosts import HostEntry, HostMap
 from peftcore.weights import Layer, Ranges, dense_layer
@@ -248,6 +248,35 @@ class Resolver:
         if role is None:
             role = self._role_of.get(module_path if tensor == "weight" else f"{module_path}.{tensor}")
         return Site(module, module_path, tensor, layer, role, rows, form, self.layer_of)
+
+    def recorded(self, module_path: str, tensor: str, role: str | None = None, rows: Ranges | None = None) -> Site:
+        """A site as a file tells of it.
+
+        Raises:
+            HostMismatch: the host has no such module, tensor, or rows.
+        """
+        module = self.modules.get(module_path)
+        if module is None:
+            raise HostMismatch(f"the adapter belongs to another base: there is no {module_path!r} here")
+        owner = self.modules.get(f"{module_path}.{tensor.rpartition('.')[0]}".strip("."))
+        if owner is None or (tensor != "weight" and tensor.rpartition(".")[2] not in self._slots(module, tensor)):
+            raise HostMismatch(f"the adapter belongs to another base: {module_path!r} has no {tensor!r} here")
+        site = self.site(module_path, tensor, role, rows)
+        if rows is not None:
+            height = replace(site, rows=None).out_features
+            ends = [end for pair in rows for end in pair]
+            if not rows or ends != sorted(ends) or ends[-1] > height:
+                raise HostMismatch(f"{module_path} has {height} rows here, the adapter stands at {rows}")
+        return site
+
+    def _slots(self, module: nn.Module, tensor: str) -> Iterable[str]:
+        owner = module.get_submodule(tensor.rpartition(".")[0])
+        return self.layer_of(owner, "weight").slots(owner)
+
+    def has_parameter(self, path: str) -> bool:
+        """Whether a module has a place for a parameter of exactly that path (it may be empty)."""
+        owner, _, tensor = path.rpartition(".")
+        return owner in self.modules and tensor in self._slots(self.modules[owner], tensor)
 
     def _whole(self, path: str, role: str | None = None) -> Site:
         return self.site(path, self._own_tensor(path), role)

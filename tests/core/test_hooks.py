@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import hookimpl, hookspecs
+from peftcore.interop.formats import formats
+from peftcore.interop.peft import peft_methods
 from peftcore.plugins import registry
 from peftcore.quantization import schemes
 from peftcore.stances import Stance
@@ -93,7 +95,9 @@ def _holder(hook: str, implementation: Callable[..., Any], arguments: tuple[str,
 
 def test_these_are_all_the_hooks() -> None:
     """A hook is added only together with a plugin that needs it, and with a test below."""
-    assert sorted(["peftcore_methods", "peftcore_schemes", *FIRSTRESULT]) == sorted(HOOKS)
+    assert sorted(
+        ["peftcore_formats", "peftcore_methods", "peftcore_schemes", "peftcore_translations", *FIRSTRESULT]
+    ) == sorted(HOOKS)
     tested = {name.removeprefix("test_hook_") for name in globals() if name.startswith("test_hook_")}
     assert {name.removeprefix("peftcore_") for name in HOOKS} <= tested
 
@@ -209,6 +213,22 @@ def test_hook_schemes(answer: Add) -> None:
     answer("peftcore_schemes", lambda: {"rounded": "elsewhere:Rounded"})
     with pytest.raises(peftcore.errors.PluginError, match=r"(some|else)where:Rounded and in"):
         schemes()
+
+
+def test_hook_formats(answer: Add) -> None:
+    """Not firstresult: every plugin names its own, after those of the core."""
+    answer("peftcore_formats", lambda: {"scribbled": "peftcore.interop.native:Native"})
+    assert next(iter(formats())) == "peftcore"
+    assert "scribbled" in formats()
+    answer("peftcore_formats", lambda: {"scribbled": "elsewhere:Scribbled"})
+    with pytest.raises(peftcore.errors.PluginError, match="format 'scribbled' is in"):
+        formats()
+
+
+def test_hook_translations(answer: Add) -> None:
+    """Not firstresult: every plugin names its own."""
+    answer("peftcore_translations", lambda: {"peft/SCRIBBLED": "somewhere:Scribbled"})
+    assert peft_methods()["SCRIBBLED"] == "somewhere:Scribbled"
 
 
 def test_hook_inject(answer: Add) -> None:

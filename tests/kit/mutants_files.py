@@ -72,9 +72,9 @@ def signed_by_name(self: Method, model: nn.Module, config: Any, injection: Injec
             operator.get_buffer("mark").fill_(zlib.crc32(injection.name.encode()))
 
 
-def saves_a_card(injection: Injection, path: str | os.PathLike[str]) -> None:
+def saves_notes(injection: Injection, path: str | os.PathLike[str]) -> None:
     Injection.save(injection, path)
-    (Path(path) / "README.md").write_text("an adapter\n", encoding="utf-8")
+    (Path(path) / "notes.txt").write_text("an adapter\n", encoding="utf-8")
 
 
 class SavesTwice(Small):
@@ -114,14 +114,6 @@ def touches_before_loading(self: Method, model: nn.Module, config: Any, surgeon:
     graft_all(self, model, config, surgeon)
     if surgeon.dry and surgeon.wishes.saved is not None and surgeon.grafts[0].site.module.weight.any():
         model.touched = True
-
-
-def saves_padded(injection: Injection, path: str | os.PathLike[str]) -> None:
-    """So much space behind the options that half of the file is still all of it."""
-    Injection.save(injection, path)
-    envelope = Path(path) / "adapter.json"
-    text = envelope.read_text(encoding="utf-8")
-    envelope.write_text(text + " " * (len(text) + 2), encoding="utf-8")
 
 
 class AnyVersion(int):
@@ -172,13 +164,12 @@ MUTANTS: dict[str, Entry] = {
     "a_file_loads_under_any_name": (mutant("named_scale", NamedScale, trainable=scaled_by_name), "mlp"),
     "a_loaded_adapter_is_frozen": (mutant("trains_by_value", trainable=trains_by_value), "mlp"),
     "equal_adapters_are_equal_bytes": (mutant("signed_by_name", Signed, trainable=signed_by_name), "mlp"),
-    "save_writes_two_files": (sabotaged("saves_a_card", save=saves_a_card), "mlp"),
+    "save_writes_its_files": (sabotaged("saves_notes", save=saves_notes), "mlp"),
     "the_file_holds_each_tensor_once": (mutant("saves_twice", SavesTwice), "mlp"),
     "options_come_back_as_written": (mutant("sorts_targets", inject=sorts_targets), "mlp"),
     "trained_modules_travel_along": (mutant("forgets_trained_modules", inject=forgets_trained_modules), "mlp"),
     "dtypes_come_back": (mutant("saves_single_precision", SavesSinglePrecision), "mlp"),
     "damaged_tensors_are_listed": (mutant("touches_before_loading", inject=touches_before_loading), "mlp"),
-    "unreadable_files_are_refused": (sabotaged("saves_padded", save=saves_padded), "mlp"),
     "newer_files_are_refused": (mutant("any_version", config_version=AnyVersion(1)), "mlp"),
     "unknown_options_in_files_are_refused": (mutant("lenient", config=Lenient), "mlp"),
     "another_base_is_refused": (mutant("knows_some_sizes", KnowsSomeSizes), "mlp"),

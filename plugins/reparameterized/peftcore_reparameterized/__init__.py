@@ -30,3 +30,12 @@ def peftcore_methods() -> Mapping[str, str]:
         "randlora": "peftcore_reparameterized.randlora:RandLoRA",
         "vera": "peftcore_reparameterized.vera:VeRA",
     }
+
+
+@hookimpl
+def peftcore_translations() -> Mapping[str, str]:
+    """How other libraries' files keep them."""
+    here = "peftcore_reparameterized.interop"
+    return {
+        "peft/LORA": f"{here}.peft_lora:PeftLoRA",
+    }

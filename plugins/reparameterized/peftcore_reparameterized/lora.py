@@ -40,12 +40,17 @@ class Config(MethodConfig):
     """Probability with which inputs of the update are dropped in training."""
 
 
+def scale_of(config: Config) -> float:
+    """The factor of the update."""
+    return config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))
+
+
 class LoRAOperator(LowRankOperator):
     """The update of one site."""
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site, config.dropout)
-        self.scale = config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))
+        self.scale = scale_of(config)
         self.A, self.B = low_rank_factors(site, config.rank)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:

@@ -84,14 +84,14 @@ def test_beside_peft() -> None:
 
 def test_files_hold_what_trains_and_the_seed(tmp_path: Path) -> None:
     """An adapter that was made under another seed of `apply` comes back the same: its matrices are drawn again."""
-    base, x = nn.Sequential(nn.Linear(300, 400), nn.Linear(400, 500)), torch.randn(3, 300)
+    base, x = nn.Sequential(nn.Linear(300, 1500), nn.Linear(1500, 2000)), torch.randn(3, 300)
     model = deepcopy(base)
     injection = peftcore.apply(model, "vera", target="all-linear", rank=64, projection_seed=7, seed=5)
     for operator in injection.operators.values():
         fill(operator)
     injection.save(tmp_path / "adapter")
     trained = sum(p.numel() * p.element_size() for p in injection.parameters())
-    assert trained == 4 * (64 + 400 + 64 + 500)
+    assert trained == 4 * (64 + 1500 + 64 + 2000)
     assert (tmp_path / "adapter" / "adapter.safetensors").stat().st_size <= 1.1 * trained
     assert not [key for key in model.state_dict() if "basis" in key]
     expected = model(x)

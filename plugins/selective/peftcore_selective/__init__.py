@@ -21,3 +21,11 @@ def peftcore_methods() -> Mapping[str, str]:
         "shira": "peftcore_selective.shira:SHiRA",
         "trainable_tokens": "peftcore_selective.trainable_tokens:TrainableTokens",
     }
+
+
+@hookimpl
+def peftcore_translations() -> Mapping[str, str]:
+    """How other libraries' files keep them."""
+    return {
+        "peft/TRAINABLE_TOKENS": "peftcore_selective.interop.peft_tokens:PeftTokens",
+    }

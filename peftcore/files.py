@@ -1,0 +1,183 @@
+"""Reading and writing adapter files: nothing in a file is believed, nothing half-written is left behind.
+
+Reading checks sizes, structure and names before it allocates, and knows JSON and safetensors only. Writing puts each
+file in place whole: after a kill or on a full disk the old one is still there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peftcore.errors import CheckpointError
+
+MAX_JSON = 64 * 2**20
+"""Bytes of a JSON text that are read at most: far above any adapter's options."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+"""The dtypes of tensors that adapters have, by their names in safetensors."""
+
+
+def _regular(path: Path) -> int:
+    """The size of a regular file (links are followed: caches are made of them)."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is no regular file")
+    return status.st_size
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return found
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
+    """A JSON object without repeated keys, NaN or infinities.
+
+    Raises:
+        CheckpointError: it is something else; `where` is named.
+    """
+    try:
+        found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where} cannot be read: it holds no JSON object")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: it is missing, too large, or no JSON object.
+    """
+    if (size := _regular(path)) > MAX_JSON:
+        raise CheckpointError(f"{path} cannot be read: {size:,} bytes are too many for an adapter's options")
+    try:
+        return parse_json(path.read_bytes(), path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file: names, shapes and dtypes are read and checked at once, values only when asked for."""
+
+    path: Path
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """The file's own description of itself.
+
+        Raises:
+            CheckpointError: it is damaged or no safetensors file.
+        """
+        size = _regular(self.path)
+        try:
+            with self.path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > min(size - 8, MAX_JSON):
+                    raise CheckpointError(f"{self.path} cannot be read: it is cut off, or no safetensors file")
+                header = parse_json(file.read(length), self.path)
+            with safe_open(self.path, framework="pt"):
+                pass  # offsets, overlaps, lengths
+        except (SafetensorError, OSError, OverflowError, MemoryError) as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from None
+        return header
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The texts that whoever wrote the file left in it."""
+        return dict(self.header.get("__metadata__") or {})
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Every tensor's shape, by name."""
+        return {key: torch.Size(each["shape"]) for key, each in self.header.items() if key != "__metadata__"}
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Every tensor's dtype, by name.
+
+        Raises:
+            CheckpointError: adapters have no tensors of such a dtype.
+        """
+        named = {key: each["dtype"] for key, each in self.header.items() if key != "__metadata__"}
+        if strange := sorted(f"{key} has dtype {name}" for key, name in named.items() if name not in DTYPES):
+            raise CheckpointError(f"{self.path}: no adapter has such tensors: {'; '.join(strange[:8])}")
+        return {key: DTYPES[name] for key, name in named.items()}
+
+    def read(self, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Values, copied into memory.
+
+        Raises:
+            CheckpointError: they cannot be read, or some are not finite; all of these are named.
+        """
+        wanted = sorted(self.dtypes if keys is None else keys)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                found = {key: file.get_tensor(key).clone() for key in wanted}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from None
+        broken = [key for key, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
+        if broken:
+            raise CheckpointError(f"{self.path} holds values that are not finite in {', '.join(broken[:8])}")
+        return found
+
+
+def _put(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a new file, then put it in the place of `path` at once."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put a text in place whole, or not at all."""
+    _put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Put a safetensors file in place whole, or not at all; equal tensors give equal bytes.
+
+    Args:
+        metadata: at most one text, for the library writes several in any order.
+    """
+    ready = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
+    _put(path, lambda partial: save_file(ready, partial, metadata=dict(metadata)))
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder an hour ago or longer."""
+    for path in folder.glob(".*.partial"):
+        if time.time() - path.stat().st_mtime > 3600:
+            path.unlink(missing_ok=True)

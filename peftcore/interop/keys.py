@@ -1,0 +1,97 @@
+"""Options in another library's file: every one is taken, passed over as harmless, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from peftcore.errors import CheckpointError
+
+T = TypeVar("T")
+OFF: tuple[Any, ...] = (None, False, "", [], {})
+"""Values with which an option that nobody here knows does nothing."""
+REQUIRED: Any = object()
+
+
+class Keys:
+    """The options of one file, taken one by one."""
+
+    def __init__(self, data: Mapping[str, Any], where: Path) -> None:
+        self.data = dict(data)
+        self.where = where
+        self.known: set[str] = set()
+
+    def take(self, key: str, kind: type[T] | tuple[type, ...], default: Any = REQUIRED) -> Any:
+        """The value of an option.
+
+        Args:
+            kind: what it may be an instance of; whole numbers count as float, truth values not as whole numbers.
+            default: its value where it is missing or null; without one it has to be there.
+
+        Raises:
+            CheckpointError: it is missing, or of another kind.
+        """
+        self.known.add(key)
+        value = self.data.get(key)
+        if value is None and default is not REQUIRED:
+            return default
+        kinds: tuple[type, ...] = kind if isinstance(kind, tuple) else (kind,)
+        if float in kinds:
+            kinds = (*kinds, int)
+        if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
+            names = " or ".join(each.__name__ for each in kinds)
+            found = "is missing" if key not in self.data else f"is {_shown(value)}"
+            raise CheckpointError(f"{self.where}: {key!r} {found}, expected {names}")
+        return value
+
+    def names(self, key: str) -> list[str]:
+        """An option that holds a list of names, or one of them; nothing where it is missing."""
+        value = self.take(key, (list, str), [])
+        found = [value] if isinstance(value, str) else value
+        if not all(isinstance(each, str) for each in found):
+            raise CheckpointError(f"{self.where}: {key!r} is {_shown(value)}, expected names")
+        return found
+
+    def table(self, key: str) -> dict[str, Any]:
+        """An option that holds values by name; nothing where it is missing."""
+        found: dict[str, Any] = self.take(key, dict, {})
+        return found
+
+    def pass_over(self, *keys: str) -> None:
+        """Options that say where the file comes from, or how training began: they change nothing that is computed."""
+        self.known.update(keys)
+
+    def only(self, key: str, *values: Any) -> None:
+        """An option of which only these values are understood here.
+
+        Raises:
+            CheckpointError: it has another value.
+        """
+        self.known.add(key)
+        value = self.data.get(key, values[0])
+        if value not in values and value not in OFF:
+            raise CheckpointError(
+                f"{self.where}: {key!r} is {_shown(value)}, which changes what the adapter computes in a way that "
+                f"peftcore does not know; it reads {' and '.join(map(repr, values))}"
+            )
+
+    def patched(self, changes: Mapping[str, Any]) -> Keys:
+        """The same file with other values of some options."""
+        return Keys({**self.data, **changes}, self.where)
+
+    def check_known(self) -> None:
+        """Refuse what nobody took and what is not off.
+
+        Raises:
+            CheckpointError: naming every such option.
+        """
+        strange = [key for key in sorted(self.data.keys() - self.known) if self.data[key] not in OFF]
+        if strange:
+            shown = ", ".join(f"{key} = {_shown(self.data[key])}" for key in strange[:8])
+            raise CheckpointError(f"{self.where}: peftcore does not know these options, which may matter: {shown}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,47 @@
+"""Names and regular expressions for modules, as peft's files have them. An expression comes from a file, so it gets a
+second and no more."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from peftcore.errors import CheckpointError
+
+SECONDS = 1.0
+"""For one expression on all paths of a host."""
+
+
+def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool = False) -> set[str]:
+    """The paths that match an expression as a whole; with `endings`, also those of which an end after a dot does.
+
+    Raises:
+        CheckpointError: it is no regular expression, takes too long, or the package ``regex``, which can stop in time,
+            is not installed.
+    """
+    if re.fullmatch(r"[\w.-]+", pattern):  # a name: its dots are meant as dots
+        return {path for path in paths if path == pattern or (endings and path.endswith(f".{pattern}"))}
+    try:
+        import regex
+    except ImportError:
+        raise CheckpointError(
+            f"{where} has the regular expression {pattern!r}, which is only matched within a time limit: "
+            "pip install regex"
+        ) from None
+    found, until = set(), time.monotonic() + SECONDS
+    try:
+        compiled = regex.compile(rf"(?:.*\.)?(?:{pattern})" if endings else pattern)
+        for path in paths:
+            if compiled.fullmatch(path, timeout=max(until - time.monotonic(), 1e-3)):
+                found.add(path)
+    except (regex.error, TimeoutError, OverflowError, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"{where}: {pattern[:80]!r} cannot be matched: {error}") from None
+    return found
+
+
+def ending(paths: Iterable[str], names: Iterable[str]) -> set[str]:
+    """The paths that are one of the names, or end with one after a dot."""
+    names = tuple(names)
+    return {path for path in paths if any(path == name or path.endswith(f".{name}") for name in names)}

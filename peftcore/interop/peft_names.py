@@ -1,0 +1,153 @@
+"""Names in peft's files: which tensor belongs to which module of the host, and which modules the options mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from peftcore.envelope import SavedSite
+from peftcore.files import TensorFile
+from peftcore.interop.keys import Keys
+from peftcore.interop.patterns import ending, matching
+from peftcore.interop.rebasing import Move, find_move
+
+PREFIXES = ("base_model.model.", "base_model.")
+"""What peft puts in front: of modules of the host, and of its own shared state."""
+WRAPPER = "base_layer"
+"""What peft calls the module that it wrapped; an operator for a parameter wraps the one for the parameter before."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tensors at one module, or at one parameter of a module."""
+
+    site: SavedSite
+    written: str
+    """The module's path in the file."""
+    names: Mapping[str, str]
+    """Full names by what stands below the module."""
+
+    @property
+    def path(self) -> str:
+        """The module's path on the host."""
+        return self.site.module_path
+
+
+@dataclass
+class Sorted:
+    """All tensors of a file, sorted by what they belong to."""
+
+    groups: list[Group]
+    root: dict[str, str]
+    """Full names of what belongs to the adapter as a whole, by name."""
+    replaced: dict[str, str]
+    """Full names of what stands for a parameter of the host, by its path there."""
+    wrong: list[str]
+    move: Move
+
+
+def _bare(name: str) -> str:
+    for prefix in PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def sort_names(file: TensorFile, keys: Keys, below: Iterable[str], root: Iterable[str], model: nn.Module) -> Sorted:
+    """Sort a file's tensors by what they belong to on the host.
+
+    Raises:
+        HostMismatch: the host has not the modules that they stand at.
+    """
+    below, root = sorted(below, key=len, reverse=True), tuple(root)
+    modules = dict(model.named_modules())
+    grouped: dict[tuple[str, int], dict[str, str]] = {}
+    whole: dict[str, str] = {}
+    rest: dict[str, str] = {}
+    for full in file.shapes:
+        name = _bare(full)
+        if any(name == each or (each.endswith(".") and name.startswith(each)) for each in root):
+            whole[name] = full
+            continue
+        leaf = next((each for each in below if f".{name}".endswith(f".{each}")), None)
+        if leaf is None:
+            rest[name] = full
+            continue
+        steps = name.removesuffix(leaf).strip(".").split(".")
+        depth = steps.count(WRAPPER)
+        path = ".".join(step for step in steps if step != WRAPPER)
+        grouped.setdefault((path, depth), {})[leaf] = full
+    move = find_move((path for path, _ in grouped), modules, f"the adapter in {file.path}")
+    meant = keys.names("target_parameters")
+    groups = []
+    for (path, depth), names in grouped.items():
+        here = move(path)
+        tensor = "in_proj_weight" if isinstance(modules[here], nn.MultiheadAttention) else "weight"
+        tensors = [name for name in modules[here]._parameters if ending([f"{path}.{name}"], meant)]
+        if depth < len(tensors):
+            tensor = tensors[-1 - depth]  # the last one is wrapped last, so it stands outside
+        groups.append(Group(SavedSite(module_path=here, tensor=tensor), path, names))
+    order = {path: index for index, path in enumerate(modules)}
+    groups.sort(key=lambda group: order[group.path])
+    replaced, wrong = {}, []
+    for name, full in rest.items():
+        path = move(".".join(step for step in name.split(".") if step != WRAPPER))
+        owner, _, leaf = path.rpartition(".")
+        if owner in modules and leaf in modules[owner]._parameters:
+            replaced[path] = full
+        else:
+            wrong.append(f"unknown {full}")
+    return Sorted(groups, whole, replaced, wrong, move)
+
+
+def check_targets(keys: Keys, found: Sorted, groups: Iterable[Group], model: nn.Module) -> None:
+    """Note where the options and the tensors do not mean the same modules.
+
+    Peft puts an operator at every module that the options mean; one without tensors in the file would stay as it was
+    drawn there, so such a file is damaged.
+    """
+    paths = {_written(path, found.move): path for path in dict(model.named_modules()) if path}
+    meant = _meant(keys, paths)
+    if meant is None:
+        return
+    here = {group.written for group in groups if group.site.tensor in ("weight", "in_proj_weight")}
+    found.wrong += [f"missing tensors for {path}, which target_modules means" for path in sorted(meant - here)]
+    found.wrong += [f"unknown tensors for {path}, which target_modules leaves out" for path in sorted(here - meant)]
+
+
+def _written(path: str, move: Move) -> str:
+    return f"{move.old}.{path}".strip(".") if move.old else path.removeprefix(move.new).removeprefix(".")
+
+
+def _meant(keys: Keys, paths: Mapping[str, str]) -> set[str] | None:
+    target = keys.take("target_modules", (list, str), None)
+    only, lists = keys.take("layers_to_transform", (list, int), None), keys.names("layers_pattern")
+    exclude = keys.take("exclude_modules", (list, str), None)
+    if target is None or target == "all-linear":
+        return None
+    if isinstance(target, str):
+        meant = matching(target, paths, keys.where)
+    else:
+        meant = ending(paths, keys.names("target_modules"))
+        if only is not None and only != []:
+            chosen = {only} if isinstance(only, int) else set(only)
+            meant = {path for path in meant if _layer(path, lists, keys) in chosen}
+    if isinstance(exclude, str):
+        meant -= matching(exclude, meant, keys.where)
+    elif exclude:
+        meant -= ending(meant, keys.names("exclude_modules"))
+    saved = keys.names("modules_to_save")
+    return {path for path in meant if not any(f".{name}." in f".{path}." for name in saved)}
+
+
+def _layer(path: str, lists: list[str], keys: Keys) -> int | None:
+    """The number of the layer that a module is in: the first number behind a name, or behind one of these names."""
+    steps = path.split(".")
+    for index in range(1, len(steps)):
+        inside = index + 1 < len(steps) and steps[index].isdecimal()
+        holder = "." + ".".join(steps[:index])
+        if inside and (index > 1 if not lists else any(holder.endswith(f".{name}") for name in lists)):
+            return int(steps[index])
+    return None

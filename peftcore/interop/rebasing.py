@@ -1,0 +1,55 @@
+"""An adapter of a bare encoder on a host that has the encoder below a name, and the other way round."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from peftcore.errors import HostMismatch
+
+
+@dataclass(frozen=True)
+class Move:
+    """What stands in front of the paths in a file (`old`) and of the same modules on the host (`new`); one is empty."""
+
+    old: str = ""
+    new: str = ""
+
+    def __call__(self, path: str) -> str:
+        """The path of a module, or of something below one, on the host."""
+        if self.old:
+            return path.removeprefix(self.old).removeprefix(".")
+        return f"{self.new}.{path}".strip(".")
+
+    def covers(self, path: str) -> bool:
+        """Whether the path stands where this move begins."""
+        return not self.old or f"{path}.".startswith(f"{self.old}.")
+
+
+def find_move(paths: Iterable[str], here: Collection[str], what: str) -> Move:
+    """How the modules at `paths` in a file are found among the host's.
+
+    Only a whole prefix is left out or put in front, never exchanged: what belongs to one tower never ends in another.
+
+    Raises:
+        HostMismatch: they are not here, or at several places.
+    """
+    paths = sorted(set(paths))
+    missing = [path for path in paths if path not in here]
+    if not missing:
+        return Move()
+    first = missing[0]
+    steps = first.split(".")
+    moves = [Move(old=".".join(steps[:count])) for count in range(1, len(steps))]
+    ending = f".{first}"
+    moves += [Move(new=path.removesuffix(ending)) for path in here if path.endswith(ending)]
+    fitting = [move for move in moves if all(move.covers(path) and move(path) in here for path in paths)]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        places = ", ".join(repr(move.new) for move in fitting)
+        raise HostMismatch(f"{what} fits at several places of this host: {places}; load it on one of these submodules")
+    raise HostMismatch(
+        f"{what} belongs to another base: there is no {', '.join(missing[:8])} here"
+        + (f" (and {len(missing) - 8} more)" if len(missing) > 8 else "")
+    )

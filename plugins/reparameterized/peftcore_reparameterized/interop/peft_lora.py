@@ -1,0 +1,115 @@
+"""LoRA and DoRA in peft's files (checked against peft 0.21).
+
+``lora_A`` and ``lora_B`` are our A and B; those of an embedding are called ``lora_embedding_A`` and
+``lora_embedding_B``. Stacked experts lie side by side, A [experts * rank, in] and B [out, rank * experts]; a
+convolution's B has a kernel of ones. A bias of B adds its share to the module's own bias.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Size, Tensor
+
+from peftcore.errors import CheckpointError
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft import PeftMethod, Place
+from peftcore_reparameterized.lora import LoRA, scale_of
+
+PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "lora_ga", "mini_lora")
+
+
+class PeftLoRA(PeftMethod):
+    """Low-rank adaptation, weight-decomposed or not."""
+
+    methods = ("lora", "dora", "lora_plus")
+    below = (
+        "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B",
+        "lora_magnitude_vector", "lora_magnitude_vector.weight",
+    )  # fmt: skip
+    bias = "lora_only"
+    patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.pass_over("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying")
+        keys.pass_over("qalora_group_size")
+        start = keys.take("init_lora_weights", (bool, str), True)
+        if isinstance(start, str) and start not in PLAIN_STARTS:
+            raise CheckpointError(
+                f"{keys.where}: with init_lora_weights = {start!r} peft changes the base's weights when it loads; in "
+                "peft, save with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
+            )
+        rank, alpha = keys.take("r", int, 8), keys.take("lora_alpha", float, 8)
+        dropout = keys.take("lora_dropout", float, 0.0)
+        keys.take("lora_bias", bool, False)
+        rs = keys.take("use_rslora", bool, False)
+        if rank < 1:
+            raise CheckpointError(f"{keys.where}: 'r' is {rank}, but a rank is 1 or more")
+        if keys.take("use_dora", bool, False):
+            keys.only("lora_bias", False)
+            return {"method": "dora", "rank": rank, "alpha": float(alpha * (math.sqrt(rank) if rs else 1))}
+        scaling = "sqrt_rank" if rs else "rank"
+        return {"method": "lora", "rank": rank, "alpha": float(alpha), "scaling": scaling, "dropout": float(dropout)}
+
+    def trains(self, keys: Keys, path: str) -> tuple[str, ...]:
+        return (f"{path}.bias",) if keys.take("lora_bias", bool, False) else ()
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        site, operator = place.site, place.operator
+        A, B = operator.A.shape, operator.B.shape
+        ones = (1,) * len(site.kernel)
+        if site.layer.one_hot:
+            tensors = {"A": found.take("lora_embedding_A", A), "B": found.take("lora_embedding_B", B)}
+        elif site.batch:
+            experts, out, rank = B
+            side_by_side = found.take("lora_B.weight", (out, rank, experts), (out, rank * experts))
+            down = found.take("lora_A.weight", A, (experts * rank, *A[2:]))
+            tensors = {"A": down, "B": side_by_side.permute(2, 0, 1)}
+        else:
+            tensors = {"A": found.take("lora_A.weight", A), "B": found.take("lora_B.weight", B, (*B, *ones))}
+        if place.graft.operator.state_dict().keys() >= {"magnitude"}:
+            name = "lora_magnitude_vector"
+            name = name if found.has(name) else f"{name}.weight"
+            size = operator.magnitude.shape
+            tensors["magnitude"] = found.take(name, size, (1, *size, *ones), (*size, 1), (1, *size))
+        return tensors
+
+    def replaced(self, place: Place, config: Mapping[str, Any], found: Found) -> Tensor:
+        site = place.site
+        here = LoRA.Config.model_validate(dict(config)).at(site.module_path)
+        bias = replace(site, meta=False).weight().detach()
+        return bias + scale_of(here) * found.take("lora_B.bias", bias.shape)
+
+    def companions(self, keys: Keys) -> list[tuple[str, dict[str, Any]]]:
+        tokens = keys.take("trainable_token_indices", (list, dict), None)
+        return [("TRAINABLE_TOKENS", {"token_indices": tokens})] if tokens else []
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        dora = config.method == "dora"
+        return {
+            "r": config.rank,
+            "lora_alpha": config.alpha,
+            "lora_dropout": 0.0 if dora else config.dropout,
+            "use_dora": dora,
+            "use_rslora": not dora and config.scaling == "sqrt_rank",
+            "init_lora_weights": True,
+        }
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        site, operator = place.site, place.operator
+        A, B = operator.A.detach(), operator.B.detach()
+        if site.layer.one_hot:
+            tensors = {"lora_embedding_A": A, "lora_embedding_B": B}
+        elif site.batch:
+            tensors = {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": B.permute(1, 2, 0).flatten(1)}
+        else:
+            tensors = {"lora_A.weight": A, "lora_B.weight": B.view(*B.shape, *(1 for _ in site.kernel))}
+        state = operator.state_dict()
+        if "magnitude" in state:
+            size, ones = state["magnitude"].shape, [1 for _ in site.kernel]
+            tensors["lora_magnitude_vector"] = state["magnitude"].view(1, *size, *ones) if ones else state["magnitude"]
+        return tensors

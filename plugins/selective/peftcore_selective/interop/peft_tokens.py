@@ -1,0 +1,46 @@
+"""Trainable tokens in peft's files, alone or beside a LoRA (checked against peft 0.21).
+
+``trainable_tokens_delta`` holds the rows that stand for the table's, in the order in which the options list the tokens;
+ours are in ascending order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Size, Tensor
+
+from peftcore.errors import CheckpointError
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft import PeftMethod, Place
+
+
+class PeftTokens(PeftMethod):
+    """Some rows of one table."""
+
+    methods = ("trainable_tokens",)
+    below = ("trainable_tokens_delta", "token_adapter.trainable_tokens_delta")
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        tokens = keys.take("token_indices", (list, dict))
+        if isinstance(tokens, dict):
+            if len(tokens) != 1:
+                raise CheckpointError(f"{keys.where}: trainable tokens of {len(tokens)} tables at once cannot be read")
+            (tokens,) = tokens.values()
+        if not isinstance(tokens, list) or not all(type(each) is int for each in tokens):
+            raise CheckpointError(f"{keys.where}: trainable tokens are to be listed by their numbers")
+        return {"method": "trainable_tokens", "token_indices": tokens}
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        name = next((each for each in self.below if found.has(each)), self.below[0])
+        tokens = place.config.token_indices
+        rows = found.take(name, place.operator.value.shape)
+        return {"value": rows[sorted(range(len(tokens)), key=tokens.__getitem__)]}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {"token_indices": sorted(config.token_indices)}
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        return {self.below[0]: place.operator.value.detach()}
