@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import Method, MethodConfig, Surgeon, Tags
-from peftcore_quantized._beside_branch import BesideBranch, BranchSite, beside_branch
+from peftcore.branches import BranchSite, Bypass, branch
 from peftcore_quantized._binary import in_bits, normal_codes
 
 
@@ -45,7 +45,7 @@ class Config(MethodConfig):
     """Probability with which the bottleneck's numbers are dropped in training; 0.1 in the authors' code."""
 
 
-class BiAdaptFormerOperator(BesideBranch):
+class BiAdaptFormerOperator(Bypass):
     """The bottleneck beside one feed-forward."""
 
     def __init__(self, site: BranchSite, config: Config) -> None:
@@ -74,7 +74,7 @@ class BiAdaptFormer(Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            place = beside_branch(surgeon, site)
+            place = branch(surgeon, site, before_norm=True)
             surgeon.graft(place, BiAdaptFormerOperator, config, place.places)
 
     @staticmethod

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import Method, MethodConfig, Surgeon, Tags
-from peftcore_vision._bypass import BranchSite, Bypass, branch
+from peftcore.branches import BranchSite, Bypass, branch
 
 
 class Config(MethodConfig):

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import Method, MethodConfig, Surgeon, Tags, Tap
+from peftcore.branches import BranchSite, Bypass, branch
 from peftcore.errors import UnsupportedSite
-from peftcore_vision._bypass import BranchSite, Bypass, branch, patch_sites
+from peftcore_vision._patches import patch_sites
 
 
 class Config(MethodConfig):
@@ -141,8 +142,7 @@ class Convpass(Method):
             tower = patches[0].path if patches else ""
             seen = () if tower in lies else tuple(patches)
             lie = lies.setdefault(tower, Tap(kept=True))
-            build = functools.partial(ConvpassOperator, lie=lie)
-            surgeon.graft(place, build, config, (*place.places, *seen))
+            surgeon.graft(place, functools.partial(ConvpassOperator, lie=lie), config, (*place.places, *seen))
 
     @staticmethod
     def parameter_count(site: BranchSite, config: Config) -> int:

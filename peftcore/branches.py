@@ -1,5 +1,5 @@
-"""What adapters beside a branch share: where the branch begins and ends, and how what is read at its beginning comes to
-its end."""
+"""What adapters beside a branch of a block share: where the branch begins and ends, and how what is read at its
+beginning, or in front of the norm before it, comes to its end."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any
 
 from torch import Tensor
 
-from peftcore import Operator, Site, Surgeon, Tap, on_first
 from peftcore.errors import RouteError, UnsupportedSite
 from peftcore.hosts import HostEntry
+from peftcore.operators import Operator, on_first
+from peftcore.records import Tap
+from peftcore.surgery import Surgeon
+from peftcore.targets import Site
 
 FIRST = {
     "mlp.down": {"mlp.gate_up", "mlp.gate", "mlp.up"},
@@ -55,6 +58,7 @@ class Bypass(Operator):
 
     def _at_first(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         before, after = self.norm.get() or (x, x)
+        assert self.first is not None, "it stands there for that"
         self.first.put(before if after is x else x)
         return call(x, *args, **kwargs)
 
@@ -100,14 +104,6 @@ def branch(surgeon: Surgeon, site: Site, *, before_norm: bool = False) -> Branch
     sites = (replace(surgeon.resolver.site(e.module, "weight", e.role), form=form) for e, form in places)
     width = surgeon.resolver.site(nearest.module, nearest.tensor or "weight").in_features
     return BranchSite(**vars(site), width=width, places=tuple(sites))
-
-
-def patch_sites(surgeon: Surgeon, site: Site) -> list[Site]:
-    """The convolutions that embed the patches of the tower in which a site is, with the form "patch"."""
-    host = surgeon.resolver.host
-    tower = next((entry.tower for entry in host.at(site.module_path)), "")
-    patches = (e for e in host.entries if e.role == "patch" and e.tower == tower and e.called and len(e.shape) == 4)
-    return [replace(surgeon.resolver.site(entry.module, "weight"), form="patch") for entry in patches]
 
 
 def _readers(surgeon: Surgeon, inside: list[HostEntry], first: HostEntry) -> list[HostEntry]:
