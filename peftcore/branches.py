@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftcore.errors import RouteError, UnsupportedSite
 from peftcore.hosts import HostEntry
+from peftcore.hosts.hostmap import under
 from peftcore.operators import Operator, on_first
 from peftcore.records import Tap
 from peftcore.surgery import Surgeon
-from peftcore.targets import Site
+from peftcore.targets import Resolver, Site
 
 FIRST = {
     "mlp.down": {"mlp.gate_up", "mlp.gate", "mlp.up"},
@@ -124,3 +125,15 @@ def _readers(surgeon: Surgeon, inside: list[HostEntry], first: HostEntry) -> lis
 def _steps_shared(path: str, other: str) -> int:
     """How many steps from the host down two paths have in common."""
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(path.split("."), other.split("."), strict=False))))
+
+
+def is_post_norm(resolver: Resolver, block: str) -> bool:
+    """Whether norms stand behind the branches of a block, and not in front of them. Torch's layers say it; other hosts
+    that normalize in front of branches have one more norm behind their blocks."""
+    module, host = resolver.modules[block], resolver.host
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        return not module.norm_first
+    stacks = [entry.path for entry in host.entries if entry.role.startswith("stack") and under(block, entry.path)]
+    stack, tower = max(stacks, key=len, default=""), host.at(block)[0].tower  # heads have norms of their own
+    finals = [entry for entry in host.entries if entry.role == "norm.final" and entry.tower == tower]
+    return not any(under(entry.path, stack) for entry in finals)

@@ -20,6 +20,7 @@ from peftcore.files import clear_partial, write_tensors, write_text
 from peftcore.injection import Injection
 from peftcore.interop.card import CARD, card, is_ours
 from peftcore.interop.formats import Tensors, format_named, recognize
+from peftcore.interop.hub import located
 from peftcore.surgery import Surgeon
 
 SPARE = 2**28
@@ -54,8 +55,9 @@ def load(
 
     Args:
         model: the host.
-        path: a folder that `Injection.save` wrote, a folder of peft, or a file; the format is recognized. An adapter of
-            a bare encoder fits a host that has the encoder inside, and the other way round.
+        path: a folder that `Injection.save` wrote, a folder or file of another library, or "owner/name" on a model hub;
+            the format is recognized. An adapter of a bare encoder fits a host that has the encoder inside, and the
+            other way round.
         name: name of the injection on this host; the method's by default.
         trainable: False loads it frozen.
         strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are passed over).
@@ -63,7 +65,7 @@ def load(
     Raises: CheckpointError, HostMismatch, NewerFormat, UnknownMethod: listing everything that is wrong; the host was
         not changed.
     """
-    place = Path(path)
+    place = located(path)
     content = recognize(place).open(place, model)
     envelope = content.envelope
     cls = method_of(envelope)

@@ -36,6 +36,7 @@ class Defaults:
         return {
             "peftcore": "peftcore.interop.native:Native",
             "peft": "peftcore.interop.peft:Peft",
+            "adapterhub": "peftcore.interop.adapterhub:AdapterHub",
         }
 
     @hookimpl(trylast=True)

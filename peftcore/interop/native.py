@@ -28,9 +28,13 @@ class Native(Format):
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:
-        if path.is_dir():
-            return any((path / name).exists() for name in (ENVELOPE, TENSORS))
-        return path.suffix == ".safetensors" and METADATA in TensorFile(path).metadata
+        if (path / ENVELOPE).exists():
+            return True
+        file = path / TENSORS if path.is_dir() else path
+        try:
+            return file.name.endswith(".safetensors") and file.exists() and METADATA in TensorFile(file).metadata
+        except CheckpointError:
+            return path.is_dir()  # damaged, and called as ours are
 
     def open(self, path: Path, model: nn.Module) -> Content:
         file = TensorFile(path / TENSORS if path.is_dir() else path)

@@ -26,3 +26,13 @@ def peftcore_methods() -> Mapping[str, str]:
         "prompt_tuning": "peftcore_additive.prompt_tuning:PromptTuning",
         "ssf": "peftcore_additive.ssf:SSF",
     }
+
+
+@hookimpl
+def peftcore_translations() -> Mapping[str, str]:
+    """How other libraries' files keep them."""
+    here = "peftcore_additive.interop"
+    return {
+        "adapterhub/bottleneck": f"{here}.adapterhub:HubBottleneck",
+        "adapterhub/lora scale": f"{here}.adapterhub:HubIA3",
+    }

@@ -27,9 +27,9 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.branches import is_post_norm
 from peftcore.errors import UnsupportedSite
 from peftcore.hosts import HostMap
-from peftcore.hosts.hostmap import under
 from peftcore_additive._blocks import MIXERS
 from peftcore_additive.houlsby_adapter import BottleneckOperator
 
@@ -132,19 +132,8 @@ def _place(surgeon: Surgeon, block: str, wish: str) -> tuple[Placement, Site]:
     inside = [entry for entry in surgeon.resolver.host.entries if entry.block == block]
     attentions = [f"{entry.path}." for entry in inside if entry.role in ("attn", "cross") and entry.path != block]
     norms = [e.path for e in inside if e.role == "norm" and not any(e.path.startswith(each) for each in attentions)]
-    if norms and (wish == "post" or (wish == "auto" and _is_post_norm(surgeon, block))):
+    if norms and (wish == "post" or (wish == "auto" and is_post_norm(surgeon.resolver, block))):
         return "post", surgeon.resolver.site(norms[-1], "weight", "norm")
     if wish == "post":
         raise UnsupportedSite(f'{block}: no norm ends this block; choose placement="pre" or "branch"')
     return "pre", surgeon.resolver.site(block, "weight", "block")
-
-
-def _is_post_norm(surgeon: Surgeon, block: str) -> bool:
-    """Torch's layers say it; other hosts that normalize in front of branches have one more norm behind their blocks."""
-    module, host = surgeon.resolver.modules[block], surgeon.resolver.host
-    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-        return not module.norm_first
-    stacks = [entry.path for entry in host.entries if entry.role.startswith("stack") and under(block, entry.path)]
-    stack, tower = max(stacks, key=len, default=""), host.at(block)[0].tower  # heads have norms of their own
-    finals = [entry for entry in host.entries if entry.role == "norm.final" and entry.tower == tower]
-    return not any(under(entry.path, stack) for entry in finals)

@@ -302,8 +302,8 @@ def test_an_unpickled_host_and_a_new_adapter_do_not_share_what_they_read() -> No
     apply(twin, name="second", target="*.0.self_attn.o_proj")
     peftcore.activate(twin, "first")
     torch.testing.assert_close(run(twin), expected)
-    keys = {op.tap.key for each in peftcore.injections(twin).values() for op in each.operators.values()}
-    here = {op.tap.key for op in peftcore.injections(model)["first"].operators.values()}
+    keys = {op.first.key for each in peftcore.injections(twin).values() for op in each.operators.values()}
+    here = {op.first.key for op in peftcore.injections(model)["first"].operators.values()}
     assert len(keys) == 2
     assert not keys & here
 
@@ -347,10 +347,11 @@ def test_two_feed_forwards_of_one_block_are_told_apart() -> None:
     convolutions = {"conv_dim": (8,), "conv_kernel": (3,), "conv_stride": (2,), "num_feat_extract_layers": 1}
     embeddings = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
     config = transformers.Wav2Vec2ConformerConfig(**sizes, **convolutions, **embeddings)
-    operators = peftcore.apply(transformers.Wav2Vec2ConformerModel(config), "parallel_adapter").operators
+    injection = peftcore.apply(transformers.Wav2Vec2ConformerModel(config), "parallel_adapter")
+    holders = {graft.site.path: [each.path for each in graft.holders] for graft in injection.grafts}
     for number in (1, 2):
         ffn = f"encoder.layers.0.ffn{number}"
-        assert operators[f"{ffn}.intermediate_dense"].tap is operators[f"{ffn}.output_dense"].tap
+        assert holders[f"{ffn}.output_dense"] == [f"{ffn}.output_dense", f"{ffn}.intermediate_dense"]
 
 
 def test_a_block_whose_first_matrix_is_not_known_is_refused() -> None:

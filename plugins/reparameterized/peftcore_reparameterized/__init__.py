@@ -37,5 +37,6 @@ def peftcore_translations() -> Mapping[str, str]:
     """How other libraries' files keep them."""
     here = "peftcore_reparameterized.interop"
     return {
+        "adapterhub/lora": f"{here}.adapterhub_lora:HubLoRA",
         "peft/LORA": f"{here}.peft_lora:PeftLoRA",
     }

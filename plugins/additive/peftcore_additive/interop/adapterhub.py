@@ -1,0 +1,99 @@
+"""Bottleneck adapters and (IA)^3 in AdapterHub's files (checked against adapters 1.3.0).
+
+What the library calls `seq_bn`, `double_seq_bn` and `par_bn` are our Pfeiffer, Houlsby and parallel adapters; which one
+a file holds is said by where the adapter stands, what it reads and how its output is added. Prompts are not read: that
+library puts them behind the embeddings, with no positions of their own, which none of our methods does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from peftcore import Site
+from peftcore.branches import is_post_norm
+from peftcore.errors import CheckpointError
+from peftcore.interop.adapterhub import HubArchitecture
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.targets import Resolver
+
+WHERE = ("mh_adapter", "output_adapter", "is_parallel", "original_ln_before", "original_ln_after")
+KINDS = {
+    (False, True, False, True, True): "pfeiffer_adapter",
+    (True, True, False, False, True): "houlsby_adapter",
+    (False, True, True, False, True): "parallel_adapter",
+}
+"""Our method by at the attention, at the feed-forward, parallel, behind the norm, norm behind it."""
+STARTS = ("init_weights", "init_weights_seed", "reduction_factor", "leave_out", "dropout", "dtype")
+OF_OTHERS = (
+    "factorized_phm_W", "factorized_phm_rule", "hypercomplex_nonlinearity", "learn_phm", "phm_bias", "phm_c_init",
+    "phm_dim", "phm_init_range", "phm_rank", "shared_W_phm", "shared_phm_rule", "inv_adapter_reduction_factor",
+)  # fmt: skip
+"""Options of variants that are switched off by others."""
+ACTIVATIONS = {"gelu": "gelu", "gelu_orig": "gelu", "relu": "relu", "swish": "silu", "silu": "silu", "tanh": "tanh"}
+
+
+class HubBottleneck(HubArchitecture):
+    """Two linear maps with a non-linearity between."""
+
+    holder = "adapters"
+
+    def options(self, keys: Keys, shapes: Mapping[str, Any], resolver: Resolver) -> dict[str, Any]:
+        keys.pass_over(*STARTS, *OF_OTHERS)
+        for key in ("phm_layer", "cross_adapter", "use_gating", "ln_before", "ln_after", "adapter_residual_before_ln"):
+            keys.only(key, False)
+        keys.only("inv_adapter", None)
+        keys.only("stochastic_depth", 0.0)
+        keys.only("residual_before_ln", True)
+        where = tuple(keys.take(key, bool) for key in WHERE)
+        if where not in KINDS:
+            said = dict(zip(WHERE, where, strict=True))
+            raise CheckpointError(f"{keys.where}: no method of ours stands where {said} says")
+        name = keys.take("non_linearity", str)
+        if name not in ACTIVATIONS:
+            raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; read are {', '.join(ACTIVATIONS)}")
+        size = shapes.get("adapter_up.weight", (0, 0))
+        options = {"method": KINDS[where], "activation": ACTIVATIONS[name], "bottleneck": int(size[-1])}
+        scale = keys.take("scaling", (float, str), 1.0)
+        if options["method"] == "houlsby_adapter":
+            options["train_layer_norm"] = False
+        if options["method"] == "parallel_adapter":
+            block = next((entry.block for entry in resolver.host.entries if entry.role == "mlp.down"), None)
+            reads = "branch" if block is not None and is_post_norm(resolver, block) else "stream"
+            return {**options, "reads": reads, "scale": scale if isinstance(scale, str) else float(scale)}
+        keys.only("scaling", 1.0)
+        return options
+
+    def role(self, place: str, method: str) -> str:
+        return "attn.output" if "attention" in place else "mlp.output"
+
+    def read(self, site: Site, operator: Any, found: Found) -> dict[str, Tensor]:
+        tensors = {
+            f"{ours}.{part}": found.take(f"{theirs}.{part}", getattr(operator, ours).get_parameter(part).shape)
+            for ours, theirs in (("down", "adapter_down.0"), ("up", "adapter_up"))
+            for part in ("weight", "bias")
+        }
+        if "scale" in operator.state_dict():
+            tensors["scale"] = found.take("scaling", (1,))
+        return tensors
+
+
+class HubIA3(HubArchitecture):
+    """A vector that scales what a module returns."""
+
+    holder = "loras"
+
+    def options(self, keys: Keys, shapes: Mapping[str, Any], resolver: Resolver) -> dict[str, Any]:
+        keys.pass_over("attn_matrices", "selfattn_lora", "intermediate_lora", "output_lora", "leave_out", "dropout")
+        keys.pass_over("init_weights", "init_weights_seed", "dtype")
+        for key in ("use_gating", "use_dora"):
+            keys.only(key, False)
+        keys.only("r", 1)
+        keys.only("alpha", 1)
+        return {"method": "ia3", "scale_inputs": []}
+
+    def read(self, site: Site, operator: Any, found: Found) -> dict[str, Tensor]:
+        return {"gain": found.take("lora_B", operator.gain.shape, (*operator.gain.shape, 1))}

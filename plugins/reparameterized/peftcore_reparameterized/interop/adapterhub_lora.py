@@ -1,0 +1,31 @@
+"""LoRA in AdapterHub's files (checked against adapters 1.3.0)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from peftcore import Site
+from peftcore.interop.adapterhub import HubArchitecture
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.targets import Resolver
+
+
+class HubLoRA(HubArchitecture):
+    """``lora_A`` and ``lora_B`` are ours; the scale is alpha / r."""
+
+    holder = "loras"
+
+    def options(self, keys: Keys, shapes: Mapping[str, Any], resolver: Resolver) -> dict[str, Any]:
+        keys.pass_over("attn_matrices", "selfattn_lora", "intermediate_lora", "output_lora", "leave_out")
+        keys.pass_over("init_weights", "init_weights_seed", "dtype")
+        keys.only("use_gating", False)
+        keys.only("use_dora", False)
+        dropout, alpha = keys.take("dropout", float, 0.0), keys.take("alpha", float)
+        return {"method": "lora", "rank": keys.take("r", int), "alpha": float(alpha), "dropout": float(dropout)}
+
+    def read(self, site: Site, operator: Any, found: Found) -> dict[str, Tensor]:
+        return {"A": found.take("lora_A", operator.A.shape), "B": found.take("lora_B", operator.B.shape)}
