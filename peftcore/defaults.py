@@ -37,6 +37,7 @@ class Defaults:
             "peftcore": "peftcore.interop.native:Native",
             "peft": "peftcore.interop.peft:Peft",
             "adapterhub": "peftcore.interop.adapterhub:AdapterHub",
+            "diffusers": "peftcore.interop.diffusers:Diffusers",
         }
 
     @hookimpl(trylast=True)

@@ -56,6 +56,12 @@ class Format(ABC):
     """One file format."""
 
     name: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Models of a pipeline that a file of this format can hold adapters of, by the names that it has for them."""
+
+    def __init__(self, part: str = "") -> None:
+        self.part = part
+        """Which of `parts` an adapter that is saved is for; empty: what the host looks like."""
 
     @classmethod
     @abstractmethod
@@ -88,15 +94,19 @@ def formats() -> dict[str, type[Format]]:
 
 
 def format_named(name: str) -> Format:
-    """The format of that name.
+    """The format of that name; after a slash, the model of the pipeline: ``"diffusers/text_encoder_2"``.
 
     Raises:
-        ExportError: there is none.
+        ExportError: there is no such format, or it has no name for such a model.
     """
     known = formats()
+    name, slash, part = name.partition("/")
     if name not in known:
         raise ExportError(f"there is no format {name!r}; there are: {', '.join(known)}")
-    return known[name]()
+    if slash and part not in known[name].parts:
+        names = ", ".join(known[name].parts) or "none"
+        raise ExportError(f"files of {name} have no part {part!r}; the parts that they can have: {names}")
+    return known[name](part)
 
 
 def recognize(path: Path) -> Format:

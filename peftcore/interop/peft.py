@@ -26,7 +26,7 @@ from peftcore.interop.formats import Content, Files, Format, Tensors
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.patterns import matching
-from peftcore.interop.peft_names import Group, check_targets, sort_names
+from peftcore.interop.peft_names import Group, bare_names, check_targets, sort_names
 from peftcore.plugins import imported, named_places
 from peftcore.surgery import Graft, Surgeon
 
@@ -160,7 +160,8 @@ class Peft(Format):
             held = ", ".join(sorted(each.name for each in path.iterdir()))
             pickled = "; a pickle can run any code, convert it first: see `peftcore.load`" if ".bin" in held else ""
             raise CheckpointError(f"{path} has no {TENSORS}, only {held}{pickled}")
-        return PeftContent(keys, TensorFile(path / TENSORS), method, model)
+        file = TensorFile(path / TENSORS)
+        return PeftContent(keys, file, bare_names(file), method, model)
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
         return written(injection)
@@ -185,7 +186,16 @@ def written(injection: Injection) -> Files:
     Raises:
         ExportError: peft cannot hold this injection.
     """
-    kind, method = writer_of(injection)
+    options, tensors = described(injection, *writer_of(injection))
+    return {TENSORS: Tensors(tensors, {"format": "pt"}), CONFIG: writing.text_of(options)}
+
+
+def described(injection: Injection, kind: str, method: PeftMethod) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Peft's options for an injection, and its tensors by peft's names.
+
+    Raises:
+        ExportError: peft cannot hold this injection.
+    """
     grafts = [graft for graft in injection.grafts if graft.by_method]
     sites = [graft.site for graft in grafts]
     places = [Place(g, i, len(grafts), injection.config.at(g.site.path)) for i, g in enumerate(grafts)]
@@ -201,8 +211,7 @@ def written(injection: Injection) -> Files:
         tensors |= {f"{stem}{name}": value.detach() for name, value in method.write(place).items()}
     for name, module in injection.shared.items():
         tensors |= {key: value.detach() for key, value in method.write_shared(name, module).items()}
-    text = writing.config_text(injection, kind, options)
-    return {TENSORS: Tensors(tensors, {"format": "pt"}), CONFIG: text}
+    return writing.whole(injection, kind, options), tensors
 
 
 @dataclass
@@ -217,14 +226,28 @@ class Part:
 
 
 class PeftContent(Content):
-    """An adapter of peft for one host."""
+    """An adapter of peft for one host.
 
-    def __init__(self, keys: Keys, file: TensorFile, method: PeftMethod, model: nn.Module) -> None:
-        self.file, self.model = file, model
+    Args:
+        names: the adapter's tensors: their names in the file, by peft's names for them.
+        exact: other values of options at some modules, by the paths that `names` have for them.
+    """
+
+    def __init__(
+        self,
+        keys: Keys,
+        file: TensorFile,
+        names: Mapping[str, str],
+        method: PeftMethod,
+        model: nn.Module,
+        exact: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.file, self.names, self.model, self.exact = file, names, model, exact or {}
         kinds = [(method, keys)]
         kinds += [(peft_method(name, keys.where), Keys(data, keys.where)) for name, data in method.companions(keys)]
         below = [name for kind, _ in kinds for name in kind.below]
-        self.sorted = sort_names(file, keys, below, [name for kind, _ in kinds for name in kind.root], model)
+        root = [name for kind, _ in kinds for name in kind.root]
+        self.sorted = sort_names(file, names, keys, below, root, model)
         self.parts = [
             Part(kind, of, [g for g in self.sorted.groups if g.names.keys() & set(kind.below)]) for kind, of in kinds
         ]
@@ -262,7 +285,9 @@ class PeftContent(Content):
         method, keys, groups = part.method, part.keys, part.groups
         names = self.sorted.root or (groups[0].names if groups else {})
         plain = method.options(keys, {name: self.file.shapes[full] for name, full in names.items()})
-        changes: dict[str, dict[str, Any]] = {group.written: {} for group in groups}
+        changes: dict[str, dict[str, Any]] = {
+            group.written: dict(self.exact.get(group.written, {})) for group in groups
+        }
         for key, changed in method.patterns.items():
             left = set(changes)
             for pattern, value in keys.table(key).items():  # the first that matches counts
@@ -335,7 +360,7 @@ class PeftContent(Content):
             else:
                 value = found({path: self.sorted.replaced[path]}).take(path, graft.operator.state_dict()["value"].shape)
             tensors[f"{graft.key}.value"] = value
-        wrong += [f"unknown {name}" for name in sorted(self.file.shapes.keys() - used)]
+        wrong += [f"unknown {name}" for name in sorted(set(self.names.values()) - used)]
         if strict and wrong:
             raise CheckpointError(f"{self.where}: {'; '.join(dict.fromkeys(wrong))}")
         return tensors

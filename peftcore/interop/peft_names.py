@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
 from peftcore.envelope import SavedSite
+from peftcore.errors import CheckpointError
 from peftcore.files import TensorFile
 from peftcore.interop.keys import Keys
 from peftcore.interop.patterns import ending, matching
@@ -48,6 +50,29 @@ class Sorted:
     move: Move
 
 
+def bare_names(file: TensorFile) -> dict[str, str]:
+    """Names in a file of peft by what they are without what peft puts in front.
+
+    Raises:
+        CheckpointError: two mean the same.
+    """
+    return once(((_bare(full), full) for full in file.shapes), file.path)
+
+
+def once(pairs: Iterable[tuple[str, str]], where: Path) -> dict[str, str]:
+    """Names in a file by what they mean.
+
+    Raises:
+        CheckpointError: two mean the same.
+    """
+    found: dict[str, str] = {}
+    for name, full in pairs:
+        if name in found:
+            raise CheckpointError(f"{where}: {found[name]} and {full} are the same tensor")
+        found[name] = full
+    return found
+
+
 def _bare(name: str) -> str:
     for prefix in PREFIXES:
         if name.startswith(prefix):
@@ -55,8 +80,18 @@ def _bare(name: str) -> str:
     return name
 
 
-def sort_names(file: TensorFile, keys: Keys, below: Iterable[str], root: Iterable[str], model: nn.Module) -> Sorted:
+def sort_names(
+    file: TensorFile,
+    names: Mapping[str, str],
+    keys: Keys,
+    below: Iterable[str],
+    root: Iterable[str],
+    model: nn.Module,
+) -> Sorted:
     """Sort a file's tensors by what they belong to on the host.
+
+    Args:
+        names: the tensors to sort: their names in the file, by peft's names for them.
 
     Raises:
         HostMismatch: the host has not the modules that they stand at.
@@ -66,8 +101,7 @@ def sort_names(file: TensorFile, keys: Keys, below: Iterable[str], root: Iterabl
     grouped: dict[tuple[str, int], dict[str, str]] = {}
     whole: dict[str, str] = {}
     rest: dict[str, str] = {}
-    for full in file.shapes:
-        name = _bare(full)
+    for name, full in names.items():
         if any(name == each or (each.endswith(".") and name.startswith(each)) for each in root):
             whole[name] = full
             continue

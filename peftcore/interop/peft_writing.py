@@ -114,13 +114,17 @@ def along(injection: Injection, only: str) -> tuple[dict[str, Any], dict[str, Te
     return {"modules_to_save": sorted(whole) or None, **({"bias": mode} if only else {})}, tensors
 
 
-def config_text(injection: Injection, kind: str, options: Mapping[str, Any]) -> str:
-    """The text of ``adapter_config.json``."""
-    whole = {
+def whole(injection: Injection, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options, with what every type of peft has."""
+    return {
         "peft_type": kind,
         "base_model_name_or_path": base_name(injection.model),
         "task_type": None,
         "inference_mode": True,
         **options,
     }
-    return json.dumps(whole, indent=2, sort_keys=True) + "\n"
+
+
+def text_of(options: Mapping[str, Any]) -> str:
+    """The text of ``adapter_config.json``."""
+    return json.dumps(options, indent=2, sort_keys=True) + "\n"
