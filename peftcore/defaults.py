@@ -38,6 +38,7 @@ class Defaults:
             "peft": "peftcore.interop.peft:Peft",
             "adapterhub": "peftcore.interop.adapterhub:AdapterHub",
             "diffusers": "peftcore.interop.diffusers:Diffusers",
+            "kohya": "peftcore.interop.kohya:Kohya",
         }
 
     @hookimpl(trylast=True)

@@ -249,7 +249,8 @@ class Injection:
         Args:
             path: a folder; it is made where it is missing, and what it holds of the same format is replaced.
             format: ours (``adapter.safetensors``, and ``adapter.json`` to read), another library's ("peft",
-                "diffusers"), or several at once; of a pipeline's, also for which model: "diffusers/text_encoder_2".
+                "diffusers", "kohya"), or several at once; also for which model of a pipeline:
+                "diffusers/text_encoder_2".
             weights: note which values the base has at the sites, so that `load` refuses other ones.
 
         Raises:

@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Size, Tensor, nn
 
-from peftcore.catalogue import method as find_method
-from peftcore.envelope import FORMAT, Envelope, SavedSite
+from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.files import TensorFile, read_json
 from peftcore.injection import Injection
 from peftcore.interop import peft_writing as writing
+from peftcore.interop.composing import composed, literally
 from peftcore.interop.formats import Content, Files, Format, Tensors
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
@@ -260,23 +260,14 @@ class PeftContent(Content):
                         for path in part.method.trains(part.keys, g.path)}  # fmt: skip
         trained = self._trained(keys)
         keys.check_known()
-        configs = [part.config for part in self.parts]
-        selections = {
-            part.prefix + key: sites
-            for part in self.parts
-            for key, sites in part.method.selections(part.keys, [group.site for group in part.groups]).items()
-        }
-        name = configs[0]["method"] if len(configs) == 1 else "config_union"
-        envelope = Envelope(
-            format=FORMAT,
-            method=name,
-            config_version=find_method(name).config_version,
-            config=configs[0] if len(configs) == 1 else {"method": "config_union", "parts": configs},
-            target=[group.path for group in self.parts[0].groups] or None,
+        groups = self.parts[0].groups
+        envelope = composed(
+            [part.config for part in self.parts],
+            [part.method.selections(part.keys, [group.site for group in part.groups]) for part in self.parts],
+            dtypes=file.dtypes.values(),
+            target=[group.path for group in groups] or None,
             train=(*trained, *self._beside),
-            dtype="float64" if torch.float64 in file.dtypes.values() else "float32",
             host=keys.take("base_model_name_or_path", str, ""),
-            selections=selections,
         )
         super().__init__(envelope, file.path)
 
@@ -301,7 +292,7 @@ class PeftContent(Content):
             here = method.options(keys.patched(changes[group.written]), shapes)
             other = {name: value for name, value in here.items() if value != plain.get(name)}
             if other:
-                overrides[_literally(group.path)] = other
+                overrides[literally(group.path)] = other
         return {**plain, "overrides": overrides} if overrides else plain
 
     def _trained(self, keys: Keys) -> list[str]:
@@ -364,8 +355,3 @@ class PeftContent(Content):
         if strict and wrong:
             raise CheckpointError(f"{self.where}: {'; '.join(dict.fromkeys(wrong))}")
         return tensors
-
-
-def _literally(path: str) -> str:
-    """A glob that matches exactly this path."""
-    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in path)

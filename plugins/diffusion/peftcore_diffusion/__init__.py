@@ -19,3 +19,9 @@ def peftcore_methods() -> Mapping[str, str]:
         "t2i_adapter": "peftcore_diffusion.t2i_adapter:T2IAdapter",
         "textual_inversion": "peftcore_diffusion.textual_inversion:TextualInversion",
     }
+
+
+@hookimpl
+def peftcore_translations() -> Mapping[str, str]:
+    """How other libraries' files keep them."""
+    return {"kohya/locon": "peftcore_diffusion.interop.kohya_locon:KohyaLoCon"}

@@ -38,5 +38,9 @@ def peftcore_translations() -> Mapping[str, str]:
     here = "peftcore_reparameterized.interop"
     return {
         "adapterhub/lora": f"{here}.adapterhub_lora:HubLoRA",
+        "kohya/dora": f"{here}.kohya_lora:KohyaDoRA",
+        "kohya/loha": f"{here}.kohya_loha:KohyaLoHa",
+        "kohya/lokr": f"{here}.kohya_lokr:KohyaLoKr",
+        "kohya/lora": f"{here}.kohya_lora:KohyaLoRA",
         "peft/LORA": f"{here}.peft_lora:PeftLoRA",
     }

@@ -1,0 +1,71 @@
+"""LoRA and DoRA in files of kohya's sd-scripts and of LyCORIS (checked against LyCORIS 4.1 and diffusers 0.42).
+
+``lora_down`` is our A and ``lora_up`` our B, which a convolution writes with a kernel of ones; the scale is alpha /
+rank. ``dora_scale`` [out, 1, ...] is our magnitude. LyCORIS can also take the norm over outputs, one for each input
+(`wd_on_output=False`), which is another method than ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Size, Tensor
+
+from peftcore.errors import CheckpointError
+from peftcore.interop.found import Found
+from peftcore.interop.kohya import Held, KohyaMethod, spelled
+from peftcore.interop.peft import Place
+
+DOWN, UP, MAGNITUDE = "lora_down.weight", "lora_up.weight", "dora_scale"
+
+
+class KohyaLoRA(KohyaMethod):
+    """Low-rank adaptation of linear maps and convolutions."""
+
+    methods = ("lora", "lora_plus")
+    below = (DOWN, UP)
+    telling = (DOWN, UP)
+
+    def options(self, held: Held) -> dict[str, Any]:
+        rank = held.size(DOWN, 0)
+        return {"rank": rank, "alpha": held.alpha(rank)}
+
+    def outputs(self, shapes: Mapping[str, Size]) -> int:
+        return next(iter(shapes.get(UP, ())), -1)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        A, B = place.operator.A.shape, place.operator.B.shape
+        return {"A": found.take(DOWN, *spelled(A)), "B": found.take(UP, *spelled(B))}
+
+    def write(self, place: Place) -> tuple[float, dict[str, Tensor]]:
+        A, B = place.operator.A, place.operator.B
+        ones = [1 for _ in place.site.kernel]
+        return place.operator.scale * len(A), {DOWN: A, UP: B.view(*B.shape, *ones)}
+
+
+class KohyaDoRA(KohyaLoRA):
+    """The same with a magnitude for each output."""
+
+    methods = ("dora",)
+    below = (DOWN, UP, MAGNITUDE)
+    telling = (MAGNITUDE,)
+
+    def options(self, held: Held) -> dict[str, Any]:
+        outputs = held.weight[0]
+        if held.size(MAGNITUDE, 0) != outputs and MAGNITUDE in held.shapes:
+            raise CheckpointError(
+                f"{held.where}: dora_scale has shape {tuple(held.shapes[MAGNITUDE])}, not one value for each of the "
+                f"{outputs} outputs; with a value for each input (wd_on_output=False) it is another method than ours"
+            )
+        return super().options(held)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        (size,) = place.operator.magnitude.shape
+        magnitude = found.take(MAGNITUDE, (size,), *((size, *[1] * count) for count in (1, 2, 3, 4)))
+        return super().read(place, found) | {"magnitude": magnitude}
+
+    def write(self, place: Place) -> tuple[float, dict[str, Tensor]]:
+        alpha, tensors = super().write(place)
+        magnitude = place.operator.magnitude
+        return alpha, tensors | {MAGNITUDE: magnitude.view(-1, 1, *(1 for _ in place.site.kernel))}
