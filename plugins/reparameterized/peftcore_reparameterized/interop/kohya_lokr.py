@@ -2,7 +2,8 @@
 
 ``lokr_w1`` is our w1, ``lokr_w1_a`` our w1a, and so on; a full ``lokr_w2`` of a convolution has the kernel's own
 dimensions. The file does not say by which rule dimensions were cut: the option `factor` is found from how they are.
-With both factors full alpha means nothing. What is read is what LyCORIS computes in training, the scale once.
+With both factors full the scale is 1, whatever alpha is; LyCORIS writes the rank then. What is read is what LyCORIS
+computes in training, with the scale once.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class KohyaLoKr(KohyaMethod):
         held = dict(place.operator.state_dict())
         if "w2" in held and place.site.kernel:
             held["w2"] = held["w2"].view(len(held["w2"]), -1, *place.site.kernel)
-        return place.config.alpha, {_theirs(name): value for name, value in held.items()}
+        return place.operator.scale * place.config.rank, {_theirs(name): value for name, value in held.items()}
 
 
 def _theirs(name: str) -> str:
@@ -70,7 +71,7 @@ def _left(shapes: Mapping[str, Size]) -> tuple[int, int]:
     first = shapes.get("lokr_w1")
     rows = shapes.get("lokr_w1_a", ())[:1] if first is None else first[:1]
     columns = shapes.get("lokr_w1_b", ())[1:2] if first is None else first[1:2]
-    return max(1, *rows), max(1, *columns)
+    return max((1, *rows)), max((1, *columns))
 
 
 def _factor(held: Held, rows: int, columns: int) -> int | None:

@@ -98,7 +98,7 @@ def attention_and_convolutions(path: str) -> bool:
 
 def test_beside_diffusers(tmp_path: Path) -> None:
     """One file for a UNet and a text encoder; each takes its part, and our copy of it is the same."""
-    (model, inputs), encoder = unet(), clip()
+    (model, inputs), encoder = unet(1), clip()
     tensors = made(model, "lora_unet", attention_and_convolutions)
     projections = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     tensors |= made(encoder, "lora_te_text_model", lambda path: path.endswith(projections), std=0.3)

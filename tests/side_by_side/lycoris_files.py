@@ -1,0 +1,71 @@
+"""LyCORIS's networks and their files, for tests of formats."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from lycoris import LycorisNetwork, create_lycoris_from_weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from peftcore.interop.kohya import TENSORS
+
+BOUND = 1e-5
+PRESET = {"target_module": [], "target_name": [".*to_[qkv]", ".*conv[12]", ".*proj_in", ".*net.0.proj"],
+          "name_algo_map": {}, "module_algo_map": {}, "use_fnmatch": False}  # fmt: skip
+"""What gets a module: attention, convolutions with kernels of 3x3 and of one point, and a wide linear map."""
+
+
+def out(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = model(**inputs)[0]
+    return result
+
+
+def assert_same(ours: Tensor, theirs: Tensor, base: Tensor) -> None:
+    scale = theirs.abs().max()
+    assert (ours - theirs).abs().max() <= BOUND * scale
+    assert (theirs - base).abs().max() >= 1000 * BOUND * scale
+
+
+def network(model: nn.Module, **options: Any) -> Any:
+    """Their network for a model."""
+    LycorisNetwork.apply_preset(PRESET)
+    return LycorisNetwork(model, 1.0, warn_on_unmatched=False, **options)
+
+
+@torch.no_grad()
+def theirs(model: nn.Module, path: Path, std: float, **options: Any) -> nn.Module:
+    """A copy of the model with their network, filled with noise and saved."""
+    host = deepcopy(model)
+    made = network(host, **options)
+    made.apply_to()
+    torch.manual_seed(5)
+    for name, parameter in made.named_parameters():
+        if name.endswith("dora_scale"):
+            parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+        else:
+            parameter.normal_(0, std)
+    save_file({name: value.contiguous() for name, value in made.state_dict().items()}, path)
+    return host.eval()
+
+
+@torch.no_grad()
+def read_by_them(model: nn.Module, folder: Path) -> nn.Module:
+    """A copy of the model with what their loader makes of our file."""
+    host = deepcopy(model)
+    made, _ = create_lycoris_from_weights(1.0, str(folder / TENSORS), host)
+    assert made.loras
+    made.apply_to()
+    return host.eval()
+
+
+@torch.no_grad()
+def read_into_their_network(model: nn.Module, folder: Path, **options: Any) -> nn.Module:
+    """A copy of the model with their network of these options, which gets the tensors of our file."""
+    host = deepcopy(model)
+    made = network(host, **options)
+    made.apply_to()
+    assert made.load_weights(str(folder / TENSORS)) == {}
+    return host.eval()
