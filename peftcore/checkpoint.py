@@ -57,7 +57,7 @@ def load(
         model: the host.
         path: a folder that `Injection.save` wrote, a folder or file of another library, or "owner/name" on a model hub;
             the format is recognized. An adapter of a bare encoder fits a host that has the encoder inside, and the
-            other way round.
+            other way round; of files for whole pipelines the part for `model` is taken.
         name: name of the injection on this host; the method's by default.
         trainable: False loads it frozen.
         strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are passed over).

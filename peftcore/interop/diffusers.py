@@ -99,6 +99,8 @@ class Diffusers(Format):
         names = names_in(file)
         if file is None or not names:  # one that cannot be read is refused by `open`, with the reason
             return file is not None and file.name == TENSORS
+        if METADATA in TensorFile(file).metadata:
+            return True
         said = [understood(name) for name in names]
         return any(each and each.leaf != ALPHA for each in said) and not any(map(_is_pefts, names))
 

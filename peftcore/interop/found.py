@@ -36,16 +36,16 @@ class Found:
     def take(self, name: str, *shapes: Sequence[int]) -> Tensor:
         """The values of a tensor, in the first of `shapes`; others that the file may have must hold as many values.
 
-        Where it is missing or has none of these shapes that is noted, and zeros are returned: the file is refused
-        later, when all of it was looked at.
+        Where it is missing or has none of these shapes that is noted, and zeros are returned, which take no memory: the
+        file is refused later, when all of it was looked at, or the place left as it is.
         """
         expected = tuple(shapes[0])
         full = self.names.get(name)
         if full is None:
             self.wrong.append(f"missing {name} beside {min(self.names.values(), default='the others')}")
-            return torch.zeros(expected)
+            return torch.zeros(()).expand(expected)
         self.used.add(full)
         if tuple(self.shapes[full]) not in [tuple(shape) for shape in shapes]:
             self.wrong.append(f"{full} has shape {tuple(self.shapes[full])}, expected {expected}")
-            return torch.zeros(expected)
+            return torch.zeros(()).expand(expected)
         return self.read(full).reshape(expected)

@@ -320,8 +320,10 @@ class KohyaContent(Content):
                 group = here[graft.site.module_path]
                 found = Found(group.names, self.file.shapes, values.__getitem__, wrong, used)
                 place = Place(graft, number, len(recorder.grafts), recorder.config.at(graft.site.path))
+                before = len(wrong)
                 read = share.method.read(place, found)
-                tensors |= {f"{graft.key}.{name}": value for name, value in read.items()}
+                if len(wrong) == before:  # a place that lacks something stays as it is, where that is accepted
+                    tensors |= {f"{graft.key}.{name}": value for name, value in read.items()}
         used |= {full for full in every if full.endswith(f".{ALPHA}")}
         wrong += [f"unknown {name}" for name in sorted(set(every) - used)]
         if strict and wrong:

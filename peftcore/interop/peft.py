@@ -335,8 +335,10 @@ class PeftContent(Content):
             for index, graft in enumerate(own):
                 site = graft.site
                 place = Place(graft, index, len(own), recorder.config.at(site.path))
+                before = len(wrong)
                 values = part.method.read(place, here.get(site.path) or here.get(site.module_path) or whole)
-                tensors |= {f"{graft.key}.{name}": value for name, value in values.items()}
+                if len(wrong) == before:  # a place that lacks something stays as it is, where that is accepted
+                    tensors |= {f"{graft.key}.{name}": value for name, value in values.items()}
             for name, shared in recorder.owned.items():
                 values = part.method.read_shared(name, shared.module, whole)
                 tensors |= {f"shared:{part.prefix}{name}.{key}": value for key, value in values.items()}

@@ -42,6 +42,7 @@ def fitting(parts: Sequence[Part], model: nn.Module, file: Path) -> tuple[Part, 
     for part in parts:
         here = part.places or {path: path for path in modules}
         title = f"the part {part.name!r} of {file}" if part.name else f"the adapter in {file}"
+        title += " (with dots for underscores)" if part.places else ""
         try:
             found.append((part, find_move(part.outputs, here, title)))
         except HostMismatch as error:
