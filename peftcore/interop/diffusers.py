@@ -147,7 +147,8 @@ def parts_of(file: TensorFile, modules: Mapping[str, nn.Module]) -> tuple[list[P
     full = list(file.shapes)
     whole = _part("", full, file, LAYERS[0])
     groups = split(full, known)
-    if set(groups) == {""} or whole.outputs.keys() <= modules.keys():  # a host that holds the pipeline's models
+    here = bool(whole.outputs) and whole.outputs.keys() <= modules.keys()  # a host that holds the pipeline's models
+    if here or set(groups) == {""}:
         return [_part("", full, file, layers) for layers in LAYERS], []
     strange = groups.pop("", [])
     return [_part(name, held, file, layers) for name, held in groups.items() for layers in LAYERS], strange

@@ -38,6 +38,22 @@ def sd3() -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
+def flux() -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(4)
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1, in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=12, pooled_projection_dim=10, axes_dims_rope=(4, 4, 8),
+    ).eval()  # fmt: skip
+    return model, {
+        "hidden_states": torch.randn(2, 6, 4),
+        "encoder_hidden_states": torch.randn(2, 5, 12),
+        "pooled_projections": torch.randn(2, 10),
+        "timestep": torch.tensor([0.3, 0.5]),
+        "img_ids": torch.randint(0, 4, (6, 3)).float(),
+        "txt_ids": torch.zeros(5, 3),
+    }
+
+
 def clip(hidden: int = 16, layers: int = 2) -> Any:
     torch.manual_seed(hidden)
     config = transformers.CLIPTextConfig(
@@ -243,15 +259,17 @@ def test_older_names_of_text_encoders(style: str, prefix: str, tmp_path: Path) -
 
 
 def test_alphas_among_the_tensors_and_ranks_that_differ(tmp_path: Path) -> None:
-    """No options in the header. Diffusers reads these alphas with pipelines of Flux; here as its equation says."""
-    model, inputs = sd3()
-    options = {"target_modules": ATTENTION, "r": 4, "lora_alpha": 6, "rank_pattern": {"to_q": 2}}
-    theirs = added(model, **options, alpha_pattern={"to_v": 3})
-    tensors = get_peft_model_state_dict(theirs, adapter_name="default")
+    """No options in the header, as the pipelines of Flux read them."""
+    model, inputs = flux()
+    options = {"target_modules": ["to_q", "to_v", "proj_mlp"], "r": 4, "lora_alpha": 6, "rank_pattern": {"to_q": 2}}
+    tensors = get_peft_model_state_dict(added(model, **options), adapter_name="default")
     paths = {name.partition(".lora_")[0] for name in tensors}
     alphas = {f"{path}.alpha": torch.tensor(3.0 if path.endswith("to_v") else 6.0) for path in paths}
     both = {f"transformer.{name}": value for name, value in {**tensors, **alphas}.items()}
     save_file(both, tmp_path / "style.safetensors")
+    state, network_alphas = diffusers.FluxPipeline.lora_state_dict(tmp_path / "style.safetensors", return_alphas=True)
+    theirs = deepcopy(model)
+    diffusers.FluxPipeline.load_lora_into_transformer(state, network_alphas=network_alphas, transformer=theirs)
     base = deepcopy(model)
     injection = peftcore.load(model, tmp_path)
     assert_same(out(model, inputs), out(theirs, inputs), out(base, inputs))
