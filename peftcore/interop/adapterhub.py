@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from peftcore.applying import host_map, is_ours
-from peftcore.catalogue import method as find_method
-from peftcore.envelope import FORMAT, Envelope, SavedSite
-from peftcore.errors import CheckpointError
+from peftcore.envelope import SavedSite
+from peftcore.errors import CheckpointError, HostMismatch
 from peftcore.files import TensorFile, read_json
+from peftcore.interop.composing import composed, with_overrides
 from peftcore.interop.formats import Content, Format
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
@@ -43,7 +43,7 @@ class HubArchitecture(ABC):
     def options(self, keys: Keys, shapes: Mapping[str, Any], resolver: Resolver) -> dict[str, Any]:
         """Our options with "method", from theirs, the shapes of the tensors at one place, and the host."""
 
-    def role(self, place: str, method: str) -> str | None:
+    def role(self, place: str) -> str | None:
         """By which role our site is found in the block that a place is in; None where the place is the module."""
         return None
 
@@ -105,54 +105,49 @@ class HubContent(Content):
                 grouped.setdefault(place, {})[tensor] = full
             else:
                 self.wrong.append(f"unknown {full}")
+        if not grouped:
+            raise CheckpointError(f"{file.path} holds no tensors of {name!r}, which {CONFIG} speaks of")
         shapes = {place: {key: file.shapes[full] for key, full in names.items()} for place, names in grouped.items()}
         resolver = Resolver(model, host_map(model), layer_of, is_ours)
-        plain = architecture.options(keys, next(iter(shapes.values()), {}), resolver)
-        overrides: dict[str, dict[str, Any]] = {}
-        self.groups: list[tuple[SavedSite, dict[str, str]]] = []
-        sites = self._sites(list(grouped), plain["method"], resolver)
-        for place, names in grouped.items():
-            here = architecture.options(keys, shapes[place], resolver)
-            other = {key: value for key, value in here.items() if value != plain[key]}
-            for site in sites[place]:
-                self.groups.append((SavedSite.of(site), names))
-                if other:
-                    overrides[site.path] = other
+        options = {place: architecture.options(keys, each, resolver) for place, each in shapes.items()}
         keys.check_known()
+        sites = self._sites(list(grouped), resolver)
+        self.groups = [(sites[place], names) for place, names in grouped.items()]
+        config = with_overrides({sites[place].path: each for place, each in options.items()})
         parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.train = {path: path for path in head.shapes if path in parameters} if head else {}
+        self.train = [path for path in head.shapes if path in parameters] if head else []
         if head:
             self.wrong += [f"unknown {path} in {HEAD}" for path in head.shapes if path not in parameters]
-        envelope = Envelope(
-            format=FORMAT,
-            method=plain["method"],
-            config_version=find_method(plain["method"]).config_version,
-            config={**plain, "overrides": overrides} if overrides else plain,
-            target=[site.module_path for site, _ in self.groups] or None,
-            train=tuple(self.train),
-            selections={"": tuple(site for site, _ in self.groups)},
+        envelope = composed(
+            [config],
+            [{"": [SavedSite.of(site) for site, _ in self.groups]}],
+            dtypes=file.dtypes.values(),
+            target=[site.module_path for site, _ in self.groups],
+            train=self.train,
         )
         super().__init__(envelope, file.path)
 
-    def _sites(self, places: list[str], method: str, resolver: Resolver) -> dict[str, list[Site]]:
-        """Our sites by their place; none where the method finds its own.
+    def _sites(self, places: list[str], resolver: Resolver) -> dict[str, Site]:
+        """Our sites by their place.
 
         Raises:
             HostMismatch: the host has not the modules.
         """
-        roles = {place: self.architecture.role(place, method) for place in places}
+        roles = {place: self.architecture.role(place) for place in places}
         modules = {place: place if roles[place] is None else _block(place) for place in places}
         blocks = {entry.block for entry in resolver.host.entries if entry.block is not None}
         here = blocks if any(roles.values()) else resolver.modules.keys()
         move = find_move(modules.values(), here, f"the adapter in {self.file.path}")
-        found: dict[str, list[Site]] = {}
+        found: dict[str, Site] = {}
         for place, role in roles.items():
             path = move(modules[place])
             if role is None:
-                found[place] = [resolver.module_site(path)]
-            else:
-                inside = resolver.sites(role)[0]
-                found[place] = [site for site in inside if f"{site.module_path}.".startswith(f"{path}.")][:1]
+                found[place] = resolver.module_site(path)
+                continue
+            inside = [site for site in resolver.sites(role)[0] if f"{site.module_path}.".startswith(f"{path}.")]
+            if not inside:
+                raise HostMismatch(f"the adapter in {self.file.path} stands at {place}, but {path} has no {role} here")
+            found[place] = inside[0]
         return found
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
@@ -169,7 +164,7 @@ class HubContent(Content):
         for graft in surgeon.grafts:
             path = f"{graft.site.module_path}.{graft.site.tensor}".lstrip(".")
             if not graft.by_method and self.head is not None:
-                tensors[f"{graft.key}.value"] = self.head.read([self.train[path]])[self.train[path]]
+                tensors[f"{graft.key}.value"] = self.head.read([path])[path]
             elif graft.operator.state_dict():
                 values = self.architecture.read(graft.site, graft.operator, here[graft.site.path])
                 tensors |= {f"{graft.key}.{name}": value for name, value in values.items()}

@@ -67,7 +67,7 @@ class HubBottleneck(HubArchitecture):
         keys.only("scaling", 1.0)
         return options
 
-    def role(self, place: str, method: str) -> str:
+    def role(self, place: str) -> str:
         return "attn.output" if "attention" in place else "mlp.output"
 
     def read(self, site: Site, operator: Any, found: Found) -> dict[str, Tensor]:
