@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,6 +63,20 @@ class Keys:
         """Options that say where the file comes from, or how training began: they change nothing that is computed."""
         self.known.update(keys)
 
+    def in_training(self, *keys: str) -> None:
+        """Options that act while peft trains, and that our method does not have: outputs are the same without them.
+        Where one is on, a warning says so."""
+        for key in keys:
+            value = self.data.get(key)
+            if key not in self.known and value not in OFF:
+                warnings.warn(
+                    f"{self.where}: {key} = {_shown(value)} acts in training only, and peftcore's method has none: "
+                    "outputs are the same, further training is not",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            self.known.add(key)
+
     def only(self, key: str, *values: Any) -> None:
         """An option of which only these values are understood here.
 
@@ -78,7 +93,9 @@ class Keys:
 
     def patched(self, changes: Mapping[str, Any]) -> Keys:
         """The same file with other values of some options."""
-        return Keys({**self.data, **changes}, self.where)
+        found = Keys({**self.data, **changes}, self.where)
+        found.known = self.known
+        return found
 
     def check_known(self) -> None:
         """Refuse what nobody took and what is not off.

@@ -26,6 +26,7 @@ from peftcore.interop.formats import Content, Files, Format, Tensors
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.patterns import matching
+from peftcore.interop.peft_layers import kind_of
 from peftcore.interop.peft_names import Group, bare_names, check_targets, sort_names
 from peftcore.plugins import imported, named_places
 from peftcore.surgery import Graft, Surgeon
@@ -73,6 +74,8 @@ class PeftMethod(ABC):
     """What the option `bias` says where the biases of adapted modules train, in types that have the option."""
     patterns: ClassVar[Mapping[str, str]] = {}
     """Options that hold values by pattern of path, and the option that each of them changes."""
+    layers: ClassVar[tuple[str, ...]] = ()
+    """Kinds of layers that peft's type takes, as `kind_of` calls them; where none is named, all that ours does."""
 
     @abstractmethod
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
@@ -89,6 +92,24 @@ class PeftMethod(ABC):
     def trains(self, keys: Keys, path: str) -> tuple[str, ...]:
         """Parameters below a module that are replaced besides, such as a bias."""
         return ()
+
+    def differs(self, place: Place) -> str:
+        """What peft computes otherwise at a place of a kind that it takes, or nothing: where it does, an adapter is
+        neither read nor written."""
+        return ""
+
+    def check(self, place: Place, error: type[CheckpointError] | type[ExportError], where: str = "") -> None:
+        """Refuse a place where peft has not the same.
+
+        Raises:
+            CheckpointError, ExportError: whichever is wanted.
+        """
+        kind = kind_of(place.site)
+        if self.layers and kind not in self.layers:
+            raise error(f"{where}{place.site.path} is none of the layers that this type of peft takes: "
+                        f"{', '.join(self.layers)}")  # fmt: skip
+        if other := self.differs(place):
+            raise error(f"{where}{place.site.path}: peft computes something else with {other}")
 
     @abstractmethod
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
@@ -207,6 +228,7 @@ def described(injection: Injection, kind: str, method: PeftMethod) -> tuple[dict
         options = method.write_options(injection.config)
     options |= along
     for place in places:
+        method.check(place, ExportError)
         stem = f"{writing.stem_of(place.site, sites)}." if method.below else ""
         tensors |= {f"{stem}{name}": value.detach() for name, value in method.write(place).items()}
     for name, module in injection.shared.items():
@@ -336,6 +358,7 @@ class PeftContent(Content):
                 site = graft.site
                 place = Place(graft, index, len(own), recorder.config.at(site.path))
                 before = len(wrong)
+                part.method.check(place, CheckpointError, f"{self.where}: ")
                 values = part.method.read(place, here.get(site.path) or here.get(site.module_path) or whole)
                 if len(wrong) == before:  # a place that lacks something stays as it is, where that is accepted
                     tensors |= {f"{graft.key}.{name}": value for name, value in values.items()}

@@ -42,5 +42,8 @@ def peftcore_translations() -> Mapping[str, str]:
         "kohya/loha": f"{here}.kohya_loha:KohyaLoHa",
         "kohya/lokr": f"{here}.kohya_lokr:KohyaLoKr",
         "kohya/lora": f"{here}.kohya_lora:KohyaLoRA",
+        "peft/HRA": f"{here}.peft_hra:PeftHRA",
+        "peft/LOHA": f"{here}.peft_loha:PeftLoHa",
         "peft/LORA": f"{here}.peft_lora:PeftLoRA",
+        "peft/MISS": f"{here}.peft_miss:PeftMiSS",
     }

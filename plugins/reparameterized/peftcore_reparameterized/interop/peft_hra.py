@@ -1,0 +1,44 @@
+"""HRA in peft's files (checked against peft 0.21): ``hra_u`` holds the vectors as columns, ours are rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Size, Tensor
+
+from peftcore.errors import CheckpointError
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft import PeftMethod, Place
+from peftcore.interop.peft_layers import uneven
+
+
+class PeftHRA(PeftMethod):
+    """Householder reflections."""
+
+    methods = ("hra",)
+    below = ("hra_u",)
+    bias = "hra_only"
+    layers = ("linear", "conv2d")
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        rank = keys.take("r", int, 8)
+        if rank < 2 or rank % 2:
+            raise CheckpointError(
+                f"{keys.where}: 'r' is {rank}; peftcore's hra has an even number of reflections, since the first and "
+                "the second of a pair start as one"
+            )
+        return {"method": "hra", "rank": rank, "gram_schmidt": keys.take("apply_GS", bool, False)}
+
+    def differs(self, place: Place) -> str:
+        return uneven(place.site.module)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        return {"U": found.take("hra_u", place.operator.U.mT.shape).mT}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {"r": config.rank, "apply_GS": config.gram_schmidt}
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        return {"hra_u": place.operator.U.mT.contiguous()}

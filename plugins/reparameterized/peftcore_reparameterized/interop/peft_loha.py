@@ -1,0 +1,59 @@
+"""LoHa in peft's files (checked against peft 0.21).
+
+Its ``a`` is our B and its ``b`` our A. Where kernels are factored, ``a`` is stored as ``[rank, out]``, and the third
+factor of a convolution in one dimension has a last dimension of one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Size, Tensor
+
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft import PeftMethod, Place
+
+
+class PeftLoHa(PeftMethod):
+    """Low-rank Hadamard product."""
+
+    methods = ("loha",)
+    below = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+    patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+    layers = ("linear", "conv1d", "conv2d")
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.in_training("rank_dropout", "module_dropout")
+        return {
+            "method": "loha",
+            "rank": keys.take("r", int, 8),
+            "alpha": float(keys.take("alpha", float, 8)),
+            "tucker": keys.take("use_effective_conv2d", bool, False),
+        }
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        held, tensors = place.operator.state_dict(), {}
+        for number in "12":
+            A, B, T = (f"{name}{number}" for name in "ABT")
+            tensors[A] = found.take(f"hada_w{number}_b", held[A].shape)
+            if T in held:
+                tensors[B] = found.take(f"hada_w{number}_a", held[B].mT.shape).mT
+                tensors[T] = found.take(f"hada_t{number}", held[T].shape, (*held[T].shape, 1))
+            else:
+                tensors[B] = found.take(f"hada_w{number}_a", held[B].shape)
+        return tensors
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {"r": config.rank, "alpha": config.alpha, "use_effective_conv2d": config.tucker}
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        held, tensors = place.operator.state_dict(), {}
+        for number in "12":
+            A, B, T = (held.get(f"{name}{number}") for name in "ABT")
+            tensors[f"hada_w{number}_b"] = A
+            tensors[f"hada_w{number}_a"] = B if T is None else B.mT.contiguous()
+            if T is not None:
+                tensors[f"hada_t{number}"] = T if T.dim() == 4 else T.unsqueeze(-1)
+        return tensors
