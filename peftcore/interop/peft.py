@@ -28,6 +28,8 @@ from peftcore.interop.keys import Keys
 from peftcore.interop.patterns import matching
 from peftcore.interop.peft_layers import kind_of
 from peftcore.interop.peft_names import Group, bare_names, check_targets, sort_names
+from peftcore.interop.peft_layers import is_one_of
+from peftcore.interop.peft_names import Group, check_targets, sort_names
 from peftcore.plugins import imported, named_places
 from peftcore.surgery import Graft, Surgeon
 
@@ -74,8 +76,8 @@ class PeftMethod(ABC):
     """What the option `bias` says where the biases of adapted modules train, in types that have the option."""
     patterns: ClassVar[Mapping[str, str]] = {}
     """Options that hold values by pattern of path, and the option that each of them changes."""
-    layers: ClassVar[tuple[str, ...]] = ()
-    """Kinds of layers that peft's type takes, as `kind_of` calls them; where none is named, all that ours does."""
+    kinds: ClassVar[tuple[type, ...]] = ()
+    """What peft adapts with it: classes of modules, or of our layers; where there is none, it is not checked."""
 
     @abstractmethod
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
@@ -104,10 +106,9 @@ class PeftMethod(ABC):
         Raises:
             CheckpointError, ExportError: whichever is wanted.
         """
-        kind = kind_of(place.site)
-        if self.layers and kind not in self.layers:
-            raise error(f"{where}{place.site.path} is none of the layers that this type of peft takes: "
-                        f"{', '.join(self.layers)}")  # fmt: skip
+        if self.kinds and not is_one_of(place.site, self.kinds):
+            known = ", ".join(each.__name__ for each in self.kinds)
+            raise error(f"{where}{place.site.path} is none of what peft adapts so: {known}")
         if other := self.differs(place):
             raise error(f"{where}{place.site.path}: peft computes something else with {other}")
 

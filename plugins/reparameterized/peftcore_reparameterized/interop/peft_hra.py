@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 from peftcore.errors import CheckpointError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.peft import PeftMethod, Place
-from peftcore.interop.peft_layers import uneven
+from peftcore.interop.peft_layers import not_added, uneven
 
 
 class PeftHRA(PeftMethod):
@@ -20,7 +20,7 @@ class PeftHRA(PeftMethod):
     methods = ("hra",)
     below = ("hra_u",)
     bias = "hra_only"
-    layers = ("linear", "conv2d")
+    kinds = (nn.Linear, nn.Conv2d)
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         rank = keys.take("r", int, 8)
@@ -32,7 +32,7 @@ class PeftHRA(PeftMethod):
         return {"method": "hra", "rank": rank, "gram_schmidt": keys.take("apply_GS", bool, False)}
 
     def differs(self, place: Place) -> str:
-        return uneven(place.site.module)
+        return uneven(place.site.module) or not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         return {"U": found.take("hra_u", place.operator.U.mT.shape).mT}

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.peft import PeftMethod, Place
+from peftcore.interop.peft_layers import not_added
 
 
 class PeftLoHa(PeftMethod):
@@ -22,7 +23,7 @@ class PeftLoHa(PeftMethod):
     methods = ("loha",)
     below = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
-    layers = ("linear", "conv1d", "conv2d")
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.in_training("rank_dropout", "module_dropout")
@@ -32,6 +33,9 @@ class PeftLoHa(PeftMethod):
             "alpha": float(keys.take("alpha", float, 8)),
             "tucker": keys.take("use_effective_conv2d", bool, False),
         }
+
+    def differs(self, place: Place) -> str:
+        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         held, tensors = place.operator.state_dict(), {}

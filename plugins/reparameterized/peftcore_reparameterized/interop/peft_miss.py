@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 from peftcore.errors import CheckpointError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.peft import PeftMethod, Place
+from peftcore.interop.peft_layers import not_added
 
 
 class PeftMiSS(PeftMethod):
@@ -20,7 +21,7 @@ class PeftMiSS(PeftMethod):
     methods = ("miss",)
     below = ("miss_block",)
     bias = "MiSS_only"
-    layers = ("linear",)
+    kinds = (nn.Linear,)
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         start = keys.take("init_weights", (bool, str), True)
@@ -30,6 +31,9 @@ class PeftMiSS(PeftMethod):
         keys.pass_over("mini_r")  # it belongs to one of those
         rank, dropout = keys.take("r", int, 64), keys.take("miss_dropout", float, 0.0)
         return {"method": "miss", "rank": rank, "dropout": float(dropout)}
+
+    def differs(self, place: Place) -> str:
+        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         return {"D": found.take("miss_block", place.operator.D.shape)}

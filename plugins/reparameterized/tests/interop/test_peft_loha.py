@@ -64,7 +64,7 @@ def test_what_acts_in_training_only_is_told(tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     injection = peftcore.apply(One(nn.Embedding(9, 4)), "loha", target="layer", rank=2)
-    with pytest.raises(ExportError, match="none of the layers"):
+    with pytest.raises(ExportError, match="none of what peft adapts"):
         injection.save(tmp_path / "table", format="peft")
     base = One(nn.Linear(12, 7))
     injection = peftcore.apply(base, "loha", target="layer", rank=2, train=["layer.bias"])
