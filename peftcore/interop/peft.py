@@ -7,8 +7,9 @@ How one of them keeps its options and tensors is said by a `PeftMethod`, which t
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -124,6 +125,14 @@ class PeftMethod(ABC):
         """The value of a parameter that `trains` named; `config` are our options."""
         raise NotImplementedError
 
+    def pattern(self, path: str, paths: Collection[str]) -> str:
+        """How a pattern means one of all adapted modules, and no other one of them.
+
+        Raises:
+            ExportError: none does.
+        """
+        return f"^{re.escape(path)}"
+
     @abstractmethod
     def write_options(self, config: Any) -> dict[str, Any]:
         """Peft's options from ours, for one place.
@@ -224,7 +233,7 @@ def described(injection: Injection, kind: str, method: PeftMethod) -> tuple[dict
     along, tensors = writing.along(injection, method.bias)
     if method.below:
         by_path = {writing.module_key(place.site): method.write_options(place.config) for place in places}
-        options = writing.common(by_path, method.patterns) | writing.targets(injection, grafts)
+        options = writing.common(by_path, method.patterns, method.pattern) | writing.targets(injection, grafts)
     else:
         options = method.write_options(injection.config)
     options |= along

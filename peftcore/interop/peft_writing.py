@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -51,8 +50,15 @@ def stem_of(site: Site, all_sites: Iterable[Site]) -> str:
     return STEM + ".".join([site.module_path, *[WRAPPER] * (len(order) - 1 - order.index(site.tensor))])
 
 
-def common(options: Mapping[str, Mapping[str, Any]], patterns: Mapping[str, str]) -> dict[str, Any]:
+def common(
+    options: Mapping[str, Mapping[str, Any]],
+    patterns: Mapping[str, str],
+    name_of: Callable[[str, Collection[str]], str],
+) -> dict[str, Any]:
     """Peft's options for all places, from those of each, by path: what differs goes into patterns.
+
+    Args:
+        name_of: how a pattern means one path of all of them.
 
     Raises:
         ExportError: something differs that peft has no pattern for.
@@ -70,7 +76,7 @@ def common(options: Mapping[str, Mapping[str, Any]], patterns: Mapping[str, str]
             )
         if name in by_option:
             other = {path: value for path, value in values.items() if value != found[name]}
-            found[by_option[name]] = {f"^{re.escape(path)}": value for path, value in other.items()}
+            found[by_option[name]] = {name_of(path, options): value for path, value in other.items()}
     return found
 
 

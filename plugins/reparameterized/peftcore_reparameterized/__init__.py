@@ -42,8 +42,12 @@ def peftcore_translations() -> Mapping[str, str]:
         "kohya/loha": f"{here}.kohya_loha:KohyaLoHa",
         "kohya/lokr": f"{here}.kohya_lokr:KohyaLoKr",
         "kohya/lora": f"{here}.kohya_lora:KohyaLoRA",
+        "peft/ADALORA": f"{here}.peft_adalora:PeftAdaLoRA",
+        "peft/FOURIERFT": f"{here}.peft_fourierft:PeftFourierFT",
+        "peft/HIRA": f"{here}.peft_hira:PeftHiRA",
         "peft/HRA": f"{here}.peft_hra:PeftHRA",
         "peft/LOHA": f"{here}.peft_loha:PeftLoHa",
+        "peft/LOKR": f"{here}.peft_lokr:PeftLoKr",
         "peft/LORA": f"{here}.peft_lora:PeftLoRA",
         "peft/MISS": f"{here}.peft_miss:PeftMiSS",
     }

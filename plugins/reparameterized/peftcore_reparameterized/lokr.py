@@ -9,9 +9,9 @@ of a convolution's w2 leave the kernel to a third one, t2 [r, r, kernel]. Stacke
 first w2, or else w2b, is zero; all else is uniform in +-1/sqrt(inputs).
 
 All this is as in LyCORIS, which defines the method, but for its merging: it has s in it twice. peft keeps s = alpha / r
-with both factors full, starts w1 at zero, puts `factor` first where it divides even if it is the larger part, and lays
-out the product wrongly with a full w2 in one-dimensional convolutions. Kronecker adapters as such are KronA's (Edalati
-et al. 2022, arXiv 2212.10650), without the low rank and the rule for the cuts.
+with both factors full, starts w1 at zero, puts `factor` first where it divides even if it is the larger part (here with
+`factor_first`), and lays out the product wrongly with a full w2 in one-dimensional convolutions. Kronecker adapters as
+such are KronA's (Edalati et al. 2022, arXiv 2212.10650), without the low rank and the rule for the cuts.
 
 Parameters: l m + r (k + n * kernel) a site with w1 full and w2 not, l m + k n * kernel with both full, times the number
 of experts.
@@ -42,6 +42,8 @@ class Config(MethodConfig):
     factor: PositiveInt | None = None
     """Where dimensions are cut: at it where it divides them, at the largest divisor below it elsewhere; None: next to
     the square root."""
+    factor_first: bool = False
+    """Make a factor that divides a dimension its first part even where it is the larger one, as peft does."""
     decompose_both: bool = False
     """Make w1 a product too, where the rank is below half of its larger side."""
     full_matrix: bool = False
@@ -94,8 +96,10 @@ class LoKr(Method):
         return math.prod(site.batch) * sum(math.prod(shape) for shape in _shapes(site, config).values())
 
 
-def _cut(size: int, factor: int | None) -> tuple[int, int]:
-    """Two factors of a dimension, the smaller one first."""
+def _cut(size: int, factor: int | None, first: bool = False) -> tuple[int, int]:
+    """Two factors of a dimension, the smaller one first, or `factor` if it is to be."""
+    if factor is not None and size % factor == 0 and first:
+        return factor, size // factor
     if factor is not None and size % factor == 0:
         return min(factor, size // factor), max(factor, size // factor)
     small = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0 and n <= (factor or size))
@@ -104,7 +108,8 @@ def _cut(size: int, factor: int | None) -> tuple[int, int]:
 
 def _shapes(site: Site, config: Config) -> dict[str, tuple[int, ...]]:
     """What is trained, for one expert."""
-    (low_out, out), (low_in, inputs) = (_cut(size, config.factor) for size in (site.out_features, site.in_features))
+    sizes = (site.out_features, site.in_features)
+    (low_out, out), (low_in, inputs) = (_cut(size, config.factor, config.factor_first) for size in sizes)
     rank, kernel = config.rank, math.prod(site.kernel)
     shapes: dict[str, tuple[int, ...]] = {"w1": (low_out, low_in)}
     if config.decompose_both and rank < max(low_out, low_in) / 2 and not config.full_matrix:

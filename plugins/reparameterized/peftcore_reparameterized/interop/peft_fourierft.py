@@ -1,0 +1,57 @@
+"""FourierFT in peft's files (checked against peft 0.21): ``fourierft_spectrum`` is our c. The positions are not in the
+file, `random_loc_seed` gives the same ones here. The number of entries is that of the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+from torch import Size, Tensor, nn
+
+from peftcore.errors import ExportError
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft import PeftMethod, Place
+from peftcore.interop.peft_layers import not_added
+from peftcore.weights import Transposed
+
+
+class PeftFourierFT(PeftMethod):
+    """Updates in the Fourier domain."""
+
+    methods = ("fourierft",)
+    below = ("fourierft_spectrum",)
+    bias = "fourier_only"
+    patterns: ClassVar[Mapping[str, str]] = {"n_frequency_pattern": "n_frequency"}
+    kinds = (nn.Linear, Transposed)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        number = keys.take("n_frequency", int, 1000)
+        return {
+            "method": "fourierft",
+            "n_frequency": shapes["fourierft_spectrum"][0] if "fourierft_spectrum" in shapes else number,
+            "alpha": float(keys.take("scaling", float, 150.0)),
+            "entry_seed": keys.take("random_loc_seed", int, 777),
+        }
+
+    def differs(self, place: Place) -> str:
+        return not_added(place.site)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        return {"c": found.take("fourierft_spectrum", place.operator.c.shape)}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {
+            "n_frequency": config.n_frequency,
+            "scaling": config.alpha,
+            "random_loc_seed": config.entry_seed,
+        }
+
+    def pattern(self, path: str, paths: Collection[str]) -> str:
+        """A path itself: peft takes it as such, or as an expression for what stands behind a dot."""
+        if also := [other for other in paths if other.endswith(f".{path}")]:
+            raise ExportError(f"peft has no pattern for the n_frequency of {path} that leaves out {also[0]}")
+        return path
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        return {"fourierft_spectrum": place.operator.c}

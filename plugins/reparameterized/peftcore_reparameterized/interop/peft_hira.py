@@ -1,0 +1,53 @@
+"""HiRA in peft's files (checked against peft 0.21).
+
+``hira_A`` and ``hira_B`` are our A and B, those of an embedding ``hira_embedding_A`` and ``hira_embedding_B``; a
+convolution's B has a kernel of ones. The rank is that of the tensors: peft 0.21 passes over `rank_pattern`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Size, Tensor, nn
+
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft import PeftMethod, Place
+from peftcore.interop.peft_layers import not_added
+from peftcore.weights import Transposed
+
+
+class PeftHiRA(PeftMethod):
+    """Hadamard high-rank adaptation."""
+
+    methods = ("hira",)
+    below = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
+    kinds = (nn.Linear, Transposed, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.in_training("hira_dropout")
+        keys.pass_over("rank_pattern")
+        rank = keys.take("r", int, 32)
+        held = shapes.get("hira_A") or shapes.get("hira_embedding_A")
+        return {"method": "hira", "rank": held[0] if held else rank}
+
+    def differs(self, place: Place) -> str:
+        module = place.site.module
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and module.groups > 1:
+            return "groups"
+        return not_added(place.site)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        A, B = place.operator.A.shape, place.operator.B.shape
+        inside = "embedding_" if place.site.layer.one_hot else ""
+        ones = (1,) * len(place.site.kernel)
+        return {"A": found.take(f"hira_{inside}A", A), "B": found.take(f"hira_{inside}B", (*B,), (*B, *ones))}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {"r": config.rank}
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        A, B = place.operator.A.detach(), place.operator.B.detach()
+        inside = "embedding_" if place.site.layer.one_hot else ""
+        return {f"hira_{inside}A": A, f"hira_{inside}B": B.view(*B.shape, *(1 for _ in place.site.kernel))}

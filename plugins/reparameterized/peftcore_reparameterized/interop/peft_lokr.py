@@ -1,0 +1,89 @@
+"""LoKr in peft's files (checked against peft 0.21).
+
+Names are ours behind ``lokr_``, with ``_a`` and ``_b`` for the two factors of a product. A full ``w2`` of a convolution
+has its kernel's dimensions, and t2 of one in one dimension a last one of size one. Where both factors are full peft
+scales by alpha / rank all the same: here w2 has it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Size, Tensor, nn
+
+from peftcore.errors import ExportError
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft import PeftMethod, Place
+from peftcore.interop.peft_layers import not_added
+
+NAMES = {
+    "w1": "lokr_w1", "w1a": "lokr_w1_a", "w1b": "lokr_w1_b",
+    "w2": "lokr_w2", "w2a": "lokr_w2_a", "w2b": "lokr_w2_b", "t2": "lokr_t2",
+}  # fmt: skip
+
+
+class PeftLoKr(PeftMethod):
+    """Low-rank Kronecker product."""
+
+    methods = ("lokr",)
+    below = tuple(NAMES.values())
+    patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.in_training("rank_dropout", "module_dropout")
+        keys.pass_over("rank_dropout_scale")
+        factor = keys.take("decompose_factor", int, -1)
+        return {
+            "method": "lokr",
+            "rank": keys.take("r", int, 8),
+            "alpha": float(keys.take("alpha", float, 8)),
+            "factor": None if factor == -1 else max(factor, 1),  # anything else below one leaves the dimensions whole
+            "factor_first": factor > 0,
+            "decompose_both": keys.take("decompose_both", bool, False),
+            "tucker": keys.take("use_effective_conv2d", bool, False),
+        }
+
+    def differs(self, place: Place) -> str:
+        site, factor = place.site, place.config.factor
+        if isinstance(site.module, nn.Conv1d) and "w2" in place.operator.state_dict():
+            return "a full second factor in one dimension, which it lays out wrongly"
+        larger = [size for size in (site.out_features, site.in_features)
+                  if factor and size % factor == 0 and factor > size // factor]  # fmt: skip
+        if larger and not place.config.factor_first:
+            return f"factor={factor} unless factor_first is set, since it is the larger part of {larger[0]}"
+        return not_added(site)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        site, tensors = place.site, {}
+        for name, value in place.operator.state_dict().items():
+            with_kernel = (value.shape[0], -(-value.shape[-1] // math.prod(site.kernel)), *site.kernel)
+            others = {"w2": with_kernel, "t2": (*value.shape, 1)}
+            tensors[name] = found.take(NAMES[name], value.shape, others.get(name, value.shape))
+        if tensors.keys() == {"w1", "w2"}:
+            tensors["w2"] = tensors["w2"] * (place.config.alpha / place.config.rank)
+        return tensors
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        if config.full_matrix:
+            raise ExportError("peft has no full_matrix; a rank of half of the larger dimension makes factors full too")
+        return {
+            "r": config.rank,
+            "alpha": config.alpha,
+            "decompose_factor": -1 if config.factor is None else config.factor,
+            "decompose_both": config.decompose_both,
+            "use_effective_conv2d": config.tucker,
+        }
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        kernel, held = place.site.kernel, dict(place.operator.state_dict())
+        if held.keys() == {"w1", "w2"}:
+            held["w2"] = held["w2"] / (place.config.alpha / place.config.rank)
+        if "w2" in held and kernel:
+            held["w2"] = held["w2"].unflatten(-1, (-1, *kernel))
+        if "t2" in held and len(kernel) == 1:
+            held["t2"] = held["t2"].unsqueeze(-1)
+        return {NAMES[name]: value for name, value in held.items()}
