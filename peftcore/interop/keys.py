@@ -22,6 +22,7 @@ class Keys:
         self.data = dict(data)
         self.where = where
         self.known: set[str] = set()
+        self.told: set[str] = set()
 
     def take(self, key: str, kind: type[T] | tuple[type, ...], default: Any = REQUIRED) -> Any:
         """The value of an option.
@@ -66,16 +67,19 @@ class Keys:
     def in_training(self, *keys: str) -> None:
         """Options that act while peft trains, and that our method does not have: outputs are the same without them.
         Where one is on, a warning says so."""
+        self.known.update(keys)
         for key in keys:
-            value = self.data.get(key)
-            if key not in self.known and value not in OFF:
-                warnings.warn(
-                    f"{self.where}: {key} = {_shown(value)} acts in training only, and peftcore's method has none: "
-                    "outputs are the same, further training is not",
-                    UserWarning,
-                    stacklevel=2,
+            if self.data.get(key) not in OFF:
+                self.warn(
+                    f"{key} = {_shown(self.data[key])} acts in training only, and peftcore's method has none: outputs "
+                    "are the same, further training is not"
                 )
-            self.known.add(key)
+
+    def warn(self, message: str) -> None:
+        """Tell the user of something in the file, once."""
+        if message not in self.told:
+            self.told.add(message)
+            warnings.warn(f"{self.where}: {message}", UserWarning, stacklevel=2)
 
     def only(self, key: str, *values: Any) -> None:
         """An option of which only these values are understood here.
@@ -94,7 +98,7 @@ class Keys:
     def patched(self, changes: Mapping[str, Any]) -> Keys:
         """The same file with other values of some options."""
         found = Keys({**self.data, **changes}, self.where)
-        found.known = self.known
+        found.known, found.told = self.known, self.told
         return found
 
     def check_known(self) -> None:

@@ -43,6 +43,7 @@ def peftcore_translations() -> Mapping[str, str]:
         "kohya/lokr": f"{here}.kohya_lokr:KohyaLoKr",
         "kohya/lora": f"{here}.kohya_lora:KohyaLoRA",
         "peft/ADALORA": f"{here}.peft_adalora:PeftAdaLoRA",
+        "peft/BOFT": f"{here}.peft_boft:PeftBOFT",
         "peft/FOURIERFT": f"{here}.peft_fourierft:PeftFourierFT",
         "peft/HIRA": f"{here}.peft_hira:PeftHiRA",
         "peft/HRA": f"{here}.peft_hra:PeftHRA",
@@ -50,4 +51,5 @@ def peftcore_translations() -> Mapping[str, str]:
         "peft/LOKR": f"{here}.peft_lokr:PeftLoKr",
         "peft/LORA": f"{here}.peft_lora:PeftLoRA",
         "peft/MISS": f"{here}.peft_miss:PeftMiSS",
+        "peft/OFT": f"{here}.peft_oft:PeftOFT",
     }

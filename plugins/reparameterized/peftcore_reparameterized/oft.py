@@ -7,9 +7,10 @@ the inputs of one output are all of its kernel, channel by channel (grouped ones
 each); in embeddings the vector turns that is returned. As in peft, what is above the diagonal of K is trained; the
 authors train a full Q with K = (Q - Q^T) / 2, which moves alike under Adam. Their convolution views [out, in, kernel]
 as [in * kernel, out], which mixes outputs into rows; peft folds the patches of a turned image back together, so that
-kernels above 1 are wrong, takes all inputs of four dimensions for images, and turns embeddings the other way. Its
-default is a Neumann series of (I + K) (I - K)^-1, which turns the other way too, and is orthogonal for small K only;
-this is the form that it has without the series.
+kernels above 1 are wrong, takes all inputs of four dimensions for images, and turns embeddings the other way.
+
+With `series` R_j is I - 2 K + 2 K^2 - 2 K^3 ... +- K^(series - 1) instead, which saves solving and is orthogonal for
+small K only. That is peft's default, with five terms; it turns the other way, with K as -K.
 
 Constrained (COFT, `eps`): each K_j counts as scaled down to the norm eps b^2 / sqrt(k), as in the authors' code (peft
 leaves b^2 out). Its gradient is the one at the scaled K_j, as for both, who overwrite the parameter in each forward;
@@ -44,6 +45,8 @@ class Config(MethodConfig):
     """One rotation for all blocks of a site."""
     eps: PositiveFloat | None = None
     """How far R may leave the identity (COFT), such as 6e-5; None leaves it free."""
+    series: Annotated[int, Field(ge=4)] | None = None
+    """Terms of a Neumann series in place of the exact transform; None is exact."""
 
 
 class OFTOperator(WeightOperator):
@@ -52,6 +55,7 @@ class OFTOperator(WeightOperator):
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         blocks, self.size = _blocks(site, config)
+        self.series = config.series
         self.radius = None if config.eps is None else config.eps * self.size**2 / math.sqrt(blocks)
         self.K = nn.Parameter(torch.zeros(*site.batch, blocks, self.size * (self.size - 1) // 2))
 
@@ -61,7 +65,7 @@ class OFTOperator(WeightOperator):
         if self.radius is not None:
             norm = torch.linalg.matrix_norm(K, keepdim=True)
             K = K + (K * (self.radius / norm.clamp(min=self.radius)) - K).detach()
-        return cayley(K)
+        return cayley(K) if self.series is None else _series(K, self.series)
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight_of(rotate(rows(weight, self.layer), self.rotation()), self.layer, weight.shape)
@@ -83,6 +87,16 @@ class OFT(Method):
     def parameter_count(site: Site, config: Config) -> int:
         blocks, size = _blocks(site, config)
         return math.prod(site.batch) * blocks * size * (size - 1) // 2
+
+
+def _series(K: Tensor, terms: int) -> Tensor:
+    """The Cayley transform as a sum of powers: 1, -2, 2, -2, ... and half of that for the last one."""
+    power = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    total = power
+    for exponent in range(1, terms):
+        power = -power @ K
+        total = total + (power if exponent == terms - 1 else 2 * power)
+    return total
 
 
 def _blocks(site: Site, config: Config) -> tuple[int, int]:

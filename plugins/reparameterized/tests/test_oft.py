@@ -104,6 +104,19 @@ def test_equation(name: str, share: bool) -> None:
     assert_weight(base, x, injection, weight, tensors, exact=EXACT, moved=0.01)
 
 
+def test_the_series_sums_powers() -> None:
+    _, _, operator = adapted(nn.Linear(12, 7), series=6)
+    _, _, exact = adapted(nn.Linear(12, 7))
+    exact.K.data.copy_(operator.K)
+    for R, solved, entries in zip(operator.rotation(), exact.rotation(), operator.K, strict=True):
+        upper = torch.zeros(BLOCK, BLOCK).double()
+        upper[*torch.triu_indices(BLOCK, BLOCK, 1)] = entries.detach()
+        K = upper - upper.T
+        powers = [torch.linalg.matrix_power(-K, n) for n in range(6)]
+        assert difference(R, powers[0] + 2 * sum(powers[1:5]) + powers[5]) <= EXACT
+        assert EXACT < difference(R, solved) < 0.1
+
+
 def test_experts_turn_each_by_itself() -> None:
     _, experts = merged_experts("oft", lambda operator: nn.init.normal_(operator.K, std=0.1), block_size=BLOCK)
     for old, new, tensors in experts:

@@ -1,0 +1,68 @@
+"""BOFT in peft's files (checked against peft 0.21).
+
+``boft_R`` [factors, blocks, b, b] holds a full Q whose skew-symmetric part is K, of which ours holds what is above the
+diagonal; ``boft_s`` is our gain, as a column, of convolutions as a row. Widths and factors are those of the tensors:
+without its CUDA kernel peft makes one factor, whatever the options say (and such a one cannot load more).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from peftcore.errors import CheckpointError
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft import PeftMethod, Place
+from peftcore.interop.peft_layers import not_added, uneven
+from peftcore_reparameterized._rotations import skew
+
+
+class PeftBOFT(PeftMethod):
+    """Butterfly orthogonal fine-tuning."""
+
+    methods = ("boft",)
+    below = ("boft_R", "boft_s")
+    bias = "boft_only"
+    kinds = (nn.Linear, nn.Conv2d)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.in_training("boft_dropout")
+        keys.pass_over("boft_block_num")  # the other way of saying how wide a block is
+        factors, size = keys.take("boft_n_butterfly_factor", int, 1), keys.take("boft_block_size", int, 4)
+        held = shapes.get("boft_R", Size([factors, 0, size, size]))
+        if len(held) != 4 or held[-1] < 2:
+            raise CheckpointError(f"{keys.where}: boft_R has shape {tuple(held)}; it is to be factors, blocks, and two "
+                                  "times the width of a block, 2 or more")  # fmt: skip
+        return {"method": "boft", "factors": held[0], "block_size": held[-1]}
+
+    def differs(self, place: Place) -> str:
+        size, wanted = place.operator.size, place.config.block_size
+        if size != wanted:
+            return f"blocks of width {wanted} where they do not fit; {size} would (set block_size in overrides)"
+        return uneven(place.site.module) or not_added(place.site)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        K, size = place.operator.K.shape, place.operator.size
+        Q = found.take("boft_R", (*K[:-1], size, size))
+        row, column = torch.triu_indices(size, size, 1)
+        gain = place.operator.gain.shape
+        return {
+            "K": (Q - Q.mT)[..., row, column] / 2,
+            "gain": found.take("boft_s", gain, (*gain, 1), (1, *gain)),
+        }
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {
+            "boft_block_size": config.block_size,
+            "boft_block_num": 0,
+            "boft_n_butterfly_factor": config.factors,
+        }
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        gain = place.operator.gain.detach()
+        K = skew(place.operator.K.detach(), place.operator.size).to(gain.dtype)
+        return {"boft_R": K, "boft_s": gain.view(1, -1) if place.site.kernel else gain.view(-1, 1)}

@@ -1,0 +1,113 @@
+"""OFT in peft's files (checked against peft 0.21).
+
+``oft_R.weight`` is our K, ``oft_embedding_R.weight`` that of an embedding, which peft turns the other way; with the
+Neumann series, its default, all of it turns the other way. Widths of blocks are those of the tensors. The radius of
+COFT has no b^2 in it there. Peft takes inputs of four dimensions for images, also those of a linear layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Size, Tensor, nn
+
+from peftcore.errors import CheckpointError
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft import PeftMethod, Place
+from peftcore_reparameterized._rotations import width
+
+SERIES_SINCE = (0, 18)
+"""The version of peft since which the series is what it is; of a file that names none, peft warns that it is older."""
+
+
+class PeftOFT(PeftMethod):
+    """Orthogonal fine-tuning."""
+
+    methods = ("oft",)
+    below = ("oft_R.weight", "oft_embedding_R.weight")
+    bias = "oft_only"
+    kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.in_training("module_dropout")
+        number, size = keys.take("r", int, 0), keys.take("oft_block_size", int)  # files before peft 0.14 have none
+        held = next((shapes[name] for name in self.below if name in shapes), Size([number, size * (size - 1) // 2]))
+        size = (1 + math.isqrt(1 + 8 * held[-1])) // 2
+        if size < 2:
+            raise CheckpointError(f"{keys.where}: blocks of width {size} do not turn; 'oft_block_size' is 2 or more")
+        constrained, eps = keys.take("coft", bool, False), keys.take("eps", float, 6e-5)
+        return {
+            "method": "oft",
+            "block_size": size,
+            "block_share": keys.take("block_share", bool, False),
+            "eps": eps / size**2 if constrained else None,
+            "series": _series(keys),
+        }
+
+    def differs(self, place: Place) -> str:
+        site, config = place.site, place.config
+        if isinstance(site.module, nn.Conv2d) and (math.prod(site.kernel) > 1 or site.module.groups > 1):
+            return "kernels or groups above 1"
+        theirs, ours = _adjusted(width(site), config.block_size), place.operator.size
+        if theirs != ours or (config.eps is not None and ours != config.block_size):
+            return f"block_size={config.block_size} where it does not fit; {ours} would (set it in overrides)"
+        return ""
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        name, sign = _name(place)
+        return {"K": sign * found.take(name, place.operator.K.shape)}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        constrained = config.eps is not None
+        return {
+            "r": 0,
+            "oft_block_size": config.block_size,
+            "block_share": config.block_share,
+            "coft": constrained,
+            "eps": float(f"{config.eps * config.block_size**2:.12g}") if constrained else 6e-5,
+            "use_cayley_neumann": config.series is not None,
+            "num_cayley_neumann_terms": config.series or 5,
+            "peft_version": ".".join(map(str, (*SERIES_SINCE, 0))),
+        }
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        name, sign = _name(place)
+        return {name: sign * place.operator.K.detach()}
+
+
+def _name(place: Place) -> tuple[str, int]:
+    """The name of the tensor at a place, and the sign of ours in it."""
+    table, series = place.site.layer.one_hot, place.config.series is not None
+    return ("oft_embedding_R.weight" if table else "oft_R.weight"), 1 if table == series else -1
+
+
+def _series(keys: Keys) -> int | None:
+    """The number of terms of the series, None without.
+
+    Raises:
+        CheckpointError: it is too short to be one.
+    """
+    terms, version = keys.take("num_cayley_neumann_terms", int, 5), keys.take("peft_version", str, "")
+    if not keys.take("use_cayley_neumann", bool, True):
+        return None
+    if terms < 3:
+        raise CheckpointError(f"{keys.where}: 'num_cayley_neumann_terms' is {terms}, of which peft makes no rotation")
+    numbers = tuple(int(each) for each in version.split(".")[:2] if each.isdecimal())
+    if numbers < SERIES_SINCE:
+        keys.warn(
+            f"it was made by peft {version or 'of an old version'}, whose Neumann series was another one; what peft "
+            "computes of it since 0.18, and peftcore, is not quite what was trained"
+        )
+    return max(terms, 4)  # it computes the same for three
+
+
+def _adjusted(size: int, wanted: int) -> int:
+    """The width of blocks that peft takes where the wanted one does not divide the turned side."""
+    if wanted >= size:
+        return size
+    lower = next(n for n in range(wanted, 0, -1) if size % n == 0)
+    higher = next(n for n in range(wanted, size + 1) if size % n == 0)
+    return lower if wanted - lower <= higher - wanted else higher
