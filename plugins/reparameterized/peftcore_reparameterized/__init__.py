@@ -52,4 +52,6 @@ def peftcore_translations() -> Mapping[str, str]:
         "peft/LORA": f"{here}.peft_lora:PeftLoRA",
         "peft/MISS": f"{here}.peft_miss:PeftMiSS",
         "peft/OFT": f"{here}.peft_oft:PeftOFT",
+        "peft/RANDLORA": f"{here}.peft_randlora:PeftRandLoRA",
+        "peft/VERA": f"{here}.peft_vera:PeftVeRA",
     }

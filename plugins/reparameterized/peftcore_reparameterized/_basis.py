@@ -14,20 +14,31 @@ from peftcore import Site
 class Basis(nn.Module):
     """A and B, each site's from the corner of the same large ones.
 
-    No file holds them: whoever loads an adapter draws them again, on the CPU, where a seed gives the same numbers on
-    every machine. So the seed is an option of the method and not that of `apply`, which files do not keep.
+    No file holds them unless they are to be `stored`: whoever loads an adapter draws them again, on the CPU, where a
+    seed gives the same numbers on every machine. So the seed is an option of the method and not that of `apply`, which
+    files do not keep.
     """
 
     A: Tensor
     B: Tensor
 
     def __init__(
-        self, seed: int, draw: Callable[[torch.Generator, Sequence[int]], Tensor], A: Sequence[int], B: Sequence[int]
+        self,
+        seed: int,
+        draw: Callable[[torch.Generator, Sequence[int]], Tensor],
+        A: Sequence[int],
+        B: Sequence[int],
+        stored: bool = False,
     ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("A", draw(generator, A), persistent=False)
-        self.register_buffer("B", draw(generator, B), persistent=False)
+        self.register_buffer("A", draw(generator, A), persistent=stored)
+        self.register_buffer("B", draw(generator, B), persistent=stored)
+
+
+def own_name(name: str, stored: bool) -> str:
+    """The name of shared matrices: those that files hold are others than those that they do not."""
+    return f"{name}_stored" if stored else name
 
 
 def columns(site: Site) -> int:

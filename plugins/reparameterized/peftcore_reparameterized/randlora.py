@@ -4,10 +4,11 @@
     A [rank, min(in, out)],   B_j [max(in, out), rank],   L [rank, n] zero,   G [n, min(in, out)] = 1 / max(its shape)
 
 and the transposed sum where out < in. A and all B_j are random, frozen, and the same for all sites, each of which takes
-the corner that it needs. They come from `projection_seed`, and no file holds them: uniform of variance 1, or signs and
-zeros of variance 1, with `basis` sparse one sign in 3 entries, very sparse one in sqrt(min). All B_j lie in one [max,
-n, rank]; flattened, its columns j, n + j, 2 n + j, … are B_j. That order is the authors' and peft's, who flatten B and
-the sum's other side differently; for random columns it is as good as any. peft draws in half precision: other numbers.
+the corner that it needs. They come from `projection_seed`, and files hold them with `store_basis` only: uniform of
+variance 1, or signs and zeros of variance 1, with `basis` sparse one sign in 3 entries, very sparse one in sqrt(min).
+All B_j lie in one [max, n, rank]; flattened, its columns j, n + j, 2 n + j, … are B_j. That order is the authors' and
+peft's, who flatten B and the sum's other side differently; for random columns it is as good as any. peft draws in half
+precision: other numbers.
 
 scaling="bases" divides s by sqrt(n) too, as in the authors' code; their later one, in peft, does not.
 
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.operators import Shared
-from peftcore_reparameterized._basis import Basis, columns, largest
+from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 
 
 class Config(MethodConfig):
@@ -48,6 +49,8 @@ class Config(MethodConfig):
     """What the random matrices are drawn from."""
     projection_seed: NonNegativeInt = 0
     """Seed of the random matrices."""
+    store_basis: bool = False
+    """Keep the random matrices in files, which grow by them. Those that came from elsewhere are kept."""
 
 
 def bases(site: Site, rank: int) -> int:
@@ -62,6 +65,18 @@ def draw(sparsity: float, generator: torch.Generator, shape: Sequence[int]) -> T
         drawn = drawn.sign() * (drawn.abs() > 1 - 1 / sparsity)
     size = drawn.double().square().mean().sqrt()  # precise, so that it is the same on every machine
     return drawn / size.clamp(min=1e-6).float()
+
+
+class Bases(Basis):
+    """The matrices of all sites, and what they were drawn for."""
+
+    def __init__(self, config: Config, short: int, long: int, span: tuple[int, int]) -> None:
+        sparsity = {"uniform": 0.0, "sparse": 3.0, "very_sparse": math.sqrt(short)}[config.basis]
+        shapes = (config.rank, short), (long, -(-short // config.rank), config.rank)
+        super().__init__(config.projection_seed, partial(draw, sparsity), *shapes, config.store_basis)
+        self.config = config
+        self.span = span
+        """The most outputs and the most inputs that a site has."""
 
 
 class RandLoRAOperator(WeightOperator):
@@ -96,12 +111,11 @@ class RandLoRA(Method):
         sites = surgeon.sites()
         pairs = [sorted((site.out_features, columns(site))) for site in sites]
         short, long = largest((a, b) for a, b in pairs)
-        sparsity = {"uniform": 0.0, "sparse": 3.0, "very_sparse": math.sqrt(short)}
+        span = largest((site.out_features, columns(site)) for site in sites)
         for site in sites:
             own = config.at(site.path)  # a site with other options has bases of its own
-            shapes = (own.rank, short), (long, -(-short // own.rank), own.rank)
-            make = partial(Basis, own.projection_seed, partial(draw, sparsity[own.basis]), *shapes)
-            basis = surgeon.own(f"{own.basis}_{own.projection_seed}_{own.rank}", make)
+            name = own_name(f"{own.basis}_{own.projection_seed}_{own.rank}", own.store_basis)
+            basis = surgeon.own(name, partial(Bases, own, short, long, span))
             surgeon.graft(site, partial(RandLoRAOperator, basis=basis), config)
 
     @staticmethod

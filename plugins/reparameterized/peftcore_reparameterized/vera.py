@@ -4,8 +4,8 @@
 
 A [rank, in] and B [out, rank] are random, frozen, and the same for all sites: one pair as large as the largest site
 needs, of which each takes the corner. Uniform in +-sqrt(6 / columns), from `projection_seed` alone: the numbers are
-those of peft for the same seed and sites. No file holds them (peft's may), since whoever loads an adapter draws them
-again; nor has each layer a copy. There is no scale.
+those of peft for the same seed and sites. No file holds them (peft's may, and ours with `store_basis`), since whoever
+loads an adapter draws them again; nor has each layer a copy. There is no scale.
 
 Kernels of convolutions count as columns, [rank, in * kernel]; embeddings as [dim, num], so one with many tokens makes A
 large. Experts have vectors of their own. peft has linear layers alone.
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.operators import Shared
-from peftcore_reparameterized._basis import Basis, columns, largest
+from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
@@ -44,6 +44,8 @@ class Config(MethodConfig):
     """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 0
     """Seed of A and B."""
+    store_basis: bool = False
+    """Keep the random matrices in files, which grow by them. Those that came from elsewhere are kept."""
 
 
 def draw(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
@@ -84,8 +86,8 @@ class VeRA(Method):
         rows, width = largest((site.out_features, columns(site)) for site in sites)
         for site in sites:
             own = config.at(site.path)  # a site with a rank or a seed of its own has a basis of its own
-            make = partial(Basis, own.projection_seed, draw, (own.rank, width), (rows, own.rank))
-            basis = surgeon.own(f"basis_{own.projection_seed}_{own.rank}", make)
+            make = partial(Basis, own.projection_seed, draw, (own.rank, width), (rows, own.rank), own.store_basis)
+            basis = surgeon.own(own_name(f"basis_{own.projection_seed}_{own.rank}", own.store_basis), make)
             surgeon.graft(site, partial(VeRAOperator, basis=basis), config)
 
     @staticmethod

@@ -1,0 +1,65 @@
+"""VeRA in peft's files (checked against peft 0.21).
+
+``vera_lambda_d`` and ``vera_lambda_b`` are our d and b. A and B belong to the whole adapter, ``vera_A`` and ``vera_B``;
+a file without them (`save_projection` false) means what its seed draws, which is the same here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Size, Tensor, nn
+
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft import PeftMethod, Place
+from peftcore.interop.peft_layers import not_added
+from peftcore.weights import Transposed
+from peftcore_reparameterized.interop._corners import corner
+
+
+class PeftVeRA(PeftMethod):
+    """Vector-based random matrix adaptation."""
+
+    methods = ("vera",)
+    below = ("vera_lambda_d", "vera_lambda_b")
+    root = ("vera_A", "vera_B")
+    bias = "vera_only"
+    kinds = (nn.Linear, Transposed)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        return {
+            "method": "vera",
+            "rank": keys.take("r", int, 256),
+            "d_initial": float(keys.take("d_initial", float, 0.1)),
+            "dropout": float(keys.take("vera_dropout", float, 0.0)),
+            "projection_seed": keys.take("projection_prng_key", int, 0),
+            "store_basis": keys.take("save_projection", bool, True),
+        }
+
+    def differs(self, place: Place) -> str:
+        return not_added(place.site)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        d, b = place.operator.d.shape, place.operator.b.shape
+        return {"d": found.take("vera_lambda_d", d), "b": found.take("vera_lambda_b", b)}
+
+    def read_shared(self, name: str, module: nn.Module, found: Found) -> dict[str, Tensor]:
+        found.used.update(found.names.values())  # peft passes over what it does not expect
+        return {each: corner(found, f"vera_{each}", value.shape) for each, value in module.state_dict().items()}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {
+            "r": config.rank,
+            "d_initial": config.d_initial,
+            "vera_dropout": config.dropout,
+            "projection_prng_key": config.projection_seed,
+            "save_projection": True,
+        }
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        return {"vera_lambda_d": place.operator.d, "vera_lambda_b": place.operator.b}
+
+    def write_shared(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        return {f"base_model.vera_{each}": value for each, value in module.named_buffers()}
