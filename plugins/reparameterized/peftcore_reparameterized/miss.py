@@ -6,10 +6,14 @@ Every `rank` columns of the weight share their update, so y = W x + b + D' z, wh
 `rank`: z[k] = x[k] + x[rank + k] + x[2 rank + k] + … A last shard may be shorter, as if x went on with zeros. It is a
 low-rank update whose first factor is known, so it is as cheap as half a LoRA, and has no scale.
 
-Kernels of convolutions are shared as columns of [out, in * kernel], and embeddings as [dim, num]: tokens `rank` apart
-share their update. Experts have D of their own. peft has linear layers alone; its "bat" and "mini" are other equations.
+With `outputs` D has only so many columns and repeats them, for weights whose outputs that divides (peft: "mini"). With
+`bat` the weight takes part, in blocks [rank, rank] of whose rows i and columns j D has one for each i (peft: "bat"):
+W'[i, j] = W[i, j] + W[i, j] D[i] + D[i]. That is no low-rank update, and has no dropout; rank divides both sides.
 
-Parameters: rank * out a site, times the number of experts; rank at most in * kernel.
+Kernels of convolutions are shared as columns of [out, in * kernel], and embeddings as [dim, num]: tokens `rank` apart
+share their update. Experts have D of their own. peft has linear layers alone.
+
+Parameters: rank * out a site, with `outputs` rank * outputs, times the number of experts; rank at most in * kernel.
 
 Use it in place of LoRA for half the parameters at the same rank, and with one factor less to start and to tune.
 """
@@ -20,10 +24,11 @@ import math
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
@@ -35,11 +40,37 @@ class Config(MethodConfig):
     """Columns of a shard, each with an update of its own; at most those that there are."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training."""
+    outputs: PositiveInt | None = None
+    """Outputs that have updates of their own, which the others repeat; None: all of them."""
+    bat: bool = False
+    """Let the weight take part, block by block."""
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Config:
+        if self.bat and (self.dropout or self.outputs):
+            raise ValueError("bat has neither dropout nor outputs")
+        return self
 
 
 def shard(site: Site, config: Config) -> int:
     """Columns of one shard."""
     return min(config.rank, site.in_features * math.prod(site.kernel))
+
+
+def own_outputs(site: Site, config: Config) -> int:
+    """Outputs with updates of their own.
+
+    Raises:
+        UnsupportedSite: others cannot repeat them evenly.
+    """
+    if config.outputs is None:
+        return site.out_features
+    if site.out_features % config.outputs:
+        raise UnsupportedSite(
+            f"{site.path} has {site.out_features} outputs, which are no multiple of outputs={config.outputs}; set "
+            "another number there with overrides, or exclude the site"
+        )
+    return config.outputs
 
 
 class MiSSOperator(LowRankOperator):
@@ -48,14 +79,36 @@ class MiSSOperator(LowRankOperator):
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site, config.dropout)
         self.inputs = (site.in_features, *site.kernel)
-        self.D = nn.Parameter(torch.zeros(*site.batch, shard(site, config), site.out_features))
+        self.times = site.out_features // own_outputs(site, config)
+        self.D = nn.Parameter(torch.zeros(*site.batch, shard(site, config), own_outputs(site, config)))
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """The first one sums: 1 where the column belongs to the row, made anew since it would be as large as LoRA's."""
         rank, device = self.D.shape[-2], self.D.device
         rows = torch.arange(math.prod(self.inputs), device=device) % rank == torch.arange(rank, device=device)[:, None]
         A = rows.to(self.D.dtype).view(rank, *self.inputs)
-        return A.expand(*self.D.shape[:-2], *A.shape), self.D.mT, 1.0
+        return A.expand(*self.D.shape[:-2], *A.shape), self.D.mT.repeat(*[1] * (self.D.dim() - 2), self.times, 1), 1.0
+
+
+class BatOperator(WeightOperator):
+    """Blocks of one weight, changed by what they share and by themselves."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        rank, columns = config.rank, site.in_features * math.prod(site.kernel)
+        if site.out_features % rank or columns % rank:
+            raise UnsupportedSite(
+                f"{site.path} is {site.out_features} x {columns}, which blocks of rank={rank} do not cut evenly; set "
+                "another rank there with overrides, or exclude the site"
+            )
+        self.D = nn.Parameter(torch.zeros(*site.batch, site.out_features // rank, rank, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        matrix, rank = weight.flatten(self.layer.batch_dims + 1), self.D.shape[-1]
+        blocks = matrix.unflatten(-1, (-1, rank)).unflatten(-3, (-1, rank)).transpose(-3, -2)  # [*batch, i, j, row, :]
+        D = self.D.unsqueeze(-3)
+        changed = (blocks @ D + D).transpose(-3, -2).flatten(-4, -3).flatten(-2)  # [*batch, out, in * kernel]
+        return weight + changed.reshape(weight.shape)
 
 
 class MiSS(Method):
@@ -70,8 +123,9 @@ class MiSS(Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            surgeon.graft(site, MiSSOperator, config)
+            surgeon.graft(site, BatOperator if config.at(site.path).bat else MiSSOperator, config)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
-        return math.prod(site.batch) * shard(site, config) * site.out_features
+        columns = site.out_features if config.bat else own_outputs(site, config)
+        return math.prod(site.batch) * shard(site, config) * columns

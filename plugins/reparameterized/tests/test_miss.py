@@ -10,13 +10,18 @@ from equation_in_float64 import KINDS, adapted, assert_equation, hosted
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
 
-from peftcore.errors import UnsupportedSite
+from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.testing import conformance
 
 
 # The default rank is above the width of these hosts, where D would have the shape of weights; 3 leaves a last shard.
 @conformance("miss", options={"*": {"rank": 3}})
 def test_conformance(check: Callable[[], None]) -> None:
+    check()
+
+
+@conformance("miss", hosts=["llama"], options={"llama": {"rank": 4, "outputs": 2}})
+def test_conformance_of_repeated_outputs(check: Callable[[], None]) -> None:
     check()
 
 
@@ -31,6 +36,39 @@ def shared(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
 def test_equation(kind: str, rank: int) -> None:
     """Of 12 columns, 5 leave a shard of 2."""
     assert_equation(kind, "miss", shared, rank=rank)
+
+
+def repeated(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    D = tensors["D"]
+    return shared(weight, {"D": torch.stack([D[:, o % D.shape[1]] for o in range(len(weight))], 1)})
+
+
+def in_blocks(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    matrix, D = weight.flatten(1), tensors["D"]
+    rank, changed = D.shape[-1], weight.flatten(1).clone()
+    for i in range(0, matrix.shape[0], rank):
+        for j in range(0, matrix.shape[1], rank):
+            block = matrix[i : i + rank, j : j + rank]
+            changed[i : i + rank, j : j + rank] = block + block @ D[i // rank] + D[i // rank]
+    return changed.view(weight.shape)
+
+
+def test_variants() -> None:
+    """Of what these layers have, 3 divides 6 outputs, 9 and 24 columns; 5, 1 and 7 divide the others."""
+    for kind, outputs in {"linear": 7, "convolution": 3, "grouped": 3, "embedding": 5, "experts": 7}.items():
+        assert_equation(kind, "miss", repeated, rank=5, outputs=outputs)
+    assert_equation("convolution", "miss", repeated, rank=5, outputs=2)
+    for kind, rank in {"convolution": 3, "grouped": 3, "experts": 1, "embedding": 1, "linear": 1}.items():
+        assert_equation(kind, "miss", in_blocks, rank=rank, bat=True)
+
+
+def test_variants_need_even_sides() -> None:
+    with pytest.raises(UnsupportedSite, match="7 outputs, which are no multiple of outputs=2"):
+        adapted("linear", "miss", outputs=2)
+    with pytest.raises(UnsupportedSite, match="7 x 12, which blocks of rank=3 do not cut evenly"):
+        adapted("linear", "miss", rank=3, bat=True)
+    with pytest.raises(ConfigError, match="bat has neither dropout nor outputs"):
+        adapted("linear", "miss", rank=1, bat=True, dropout=0.1)
 
 
 def test_a_rank_above_the_columns_is_a_full_update() -> None:

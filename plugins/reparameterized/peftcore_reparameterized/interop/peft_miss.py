@@ -1,5 +1,5 @@
-"""MiSS in peft's files (checked against peft 0.21): ``miss_block`` is our D. The variants "bat" and "mini" are other
-equations."""
+"""MiSS in peft's files (checked against peft 0.21): ``miss_block`` is our D. `init_weights` says the equation too:
+"mini" repeats `mini_r` outputs, "bat" lets the weight take part."""
 
 from __future__ import annotations
 
@@ -25,21 +25,33 @@ class PeftMiSS(PeftMethod):
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         start = keys.take("init_weights", (bool, str), True)
-        if isinstance(start, str):
-            raise CheckpointError(f"{keys.where}: MiSS with init_weights = {start!r} is another equation, which "
-                                  "peftcore does not have")  # fmt: skip
-        keys.pass_over("mini_r")  # it belongs to one of those
+        if isinstance(start, str) and start not in ("bat", "mini"):
+            raise CheckpointError(f"{keys.where}: MiSS with init_weights = {start!r} is unknown to peftcore")
         rank, dropout = keys.take("r", int, 64), keys.take("miss_dropout", float, 0.0)
-        return {"method": "miss", "rank": rank, "dropout": float(dropout)}
+        outputs = keys.take("mini_r", int, 1)
+        return {
+            "method": "miss",
+            "rank": rank,
+            "dropout": 0.0 if start == "bat" else float(dropout),  # which it does not use there
+            "outputs": outputs if start == "mini" else None,
+            "bat": start == "bat",
+        }
 
     def differs(self, place: Place) -> str:
-        return not_added(place.site)
+        rank, columns = place.config.rank, place.site.in_features
+        return f"rank={rank} above the {columns} inputs, which it refuses" if rank > columns else not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         return {"D": found.take("miss_block", place.operator.D.shape)}
 
     def write_options(self, config: Any) -> dict[str, Any]:
-        return {"r": config.rank, "miss_dropout": config.dropout, "init_weights": True}
+        mini = config.outputs is not None
+        return {
+            "r": config.rank,
+            "miss_dropout": config.dropout,
+            "init_weights": "bat" if config.bat else "mini" if mini else True,
+            "mini_r": config.outputs if mini else 1,
+        }
 
     def write(self, place: Place) -> dict[str, Tensor]:
         return {"miss_block": place.operator.D}

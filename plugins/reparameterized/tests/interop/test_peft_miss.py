@@ -1,6 +1,7 @@
 """MiSS in folders of peft, both ways."""
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -26,16 +27,32 @@ def test_both_ways(rank: int, tmp_path: Path) -> None:
     assert (written["r"], written["miss_dropout"], written["bias"]) == (rank, 0.2, "MiSS_only")
 
 
-@pytest.mark.parametrize("variant", ["bat", "mini"])
-def test_other_equations_are_refused(variant: str, tmp_path: Path) -> None:
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "bat": ({}, {"bat": True}),
+    "mini": ({"mini_r": 2, "miss_dropout": 0.1}, {"outputs": 2, "dropout": 0.1}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants(variant: str, tmp_path: Path) -> None:
+    (theirs, ours), x = VARIANTS[variant], torch.randn(2, 3, 12)
+    base = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4, bias=False))
+    config = peft.MissConfig(target_modules=["0", "2"], r=4, init_weights=variant, **theirs)
+    injection = assert_reads(base, config, lambda model: model(x), tmp_path)
+    found = injection.config.model_dump(exclude={"method", "overrides"})
+    assert found == {"rank": 4, "dropout": 0.0, "outputs": None, "bat": False, **ours}
+    written = assert_writes(base, "miss", {"target": ["0", "2"], "rank": 4, **ours}, lambda model: model(x), tmp_path)
+    assert written["init_weights"] == variant
+
+
+def test_refusals(tmp_path: Path) -> None:
     base = One(nn.Linear(12, 8))
-    config = peft.MissConfig(target_modules=["layer"], r=4, init_weights=variant, mini_r=2)
-    saved_by_peft(base, config, tmp_path)
-    with pytest.raises(CheckpointError, match=f"init_weights = '{variant}'"):
-        peftcore.load(base, tmp_path)
-
-
-def test_what_peft_cannot_hold(tmp_path: Path) -> None:
-    injection = peftcore.apply(One(nn.Conv2d(4, 6, 3)), "miss", target="layer", rank=4)
-    with pytest.raises(ExportError, match="none of what peft adapts"):
-        injection.save(tmp_path / "conv", format="peft")
+    saved_by_peft(base, peft.MissConfig(target_modules=["layer"], r=4), tmp_path / "later")
+    text = (tmp_path / "later" / "adapter_config.json").read_text()
+    (tmp_path / "later" / "adapter_config.json").write_text(text.replace('"init_weights": true', '"init_weights": "x"'))
+    with pytest.raises(CheckpointError, match="init_weights = 'x'"):
+        peftcore.load(base, tmp_path / "later")
+    for name, layer in {"none of what peft adapts": nn.Conv2d(4, 6, 3), "above the 3 inputs": nn.Linear(3, 4)}.items():
+        injection = peftcore.apply(One(layer), "miss", target="layer", rank=4)
+        with pytest.raises(ExportError, match=name):
+            injection.save(tmp_path / "refused", format="peft")
