@@ -6,7 +6,8 @@ convolution's B has a kernel of ones. A bias of B adds its share to the module's
 
 PiSSA and OLoRA: peft decomposes the base again when it loads such a file, so it means W - s B0 A0 + s B A, with the
 product s B0 A0 that is the same for all who decompose exactly; ours has A0 and B0 of the host that it is loaded into.
-They are written as plain LoRA of twice the rank, which is right on any base that is the same.
+They are written as plain LoRA of twice the rank, which is right on any base that is the same. So is LoRA-XS, of its
+rank; what it freezes would train on there.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ from peftcore_reparameterized.lora import LoRA, scale_of
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "lora_ga", "mini_lora")
 DECOMPOSED = {"pissa": (nn.Linear, Transposed), "olora": (nn.Linear,)}
 """Starts that take a part out of the base, exactly, and the layers where peft can; our methods have the same names."""
+AS_LORA = {"pissa": 2, "olora": 2, "lora_xs": 1}
+"""Methods that are written as LoRA, and how many times their rank."""
 
 
 class PeftLoRA(PeftMethod):
     """Low-rank adaptation, weight-decomposed or not."""
 
-    methods = ("lora", "dora", "lora_plus", "pissa", "olora")
+    methods = ("lora", "dora", "lora_plus", *AS_LORA)
     below = (
         "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B",
         "lora_magnitude_vector", "lora_magnitude_vector.weight",
@@ -113,22 +116,21 @@ class PeftLoRA(PeftMethod):
         return [("TRAINABLE_TOKENS", {"token_indices": tokens})] if tokens else []
 
     def write_options(self, config: Any) -> dict[str, Any]:
-        plain = config.method in ("lora", "lora_plus")
-        times = 2 if config.method in DECOMPOSED else 1
+        times, options = AS_LORA.get(config.method, 1), config.model_dump()
         return {
             "r": times * config.rank,
             "lora_alpha": times * config.alpha,
-            "lora_dropout": config.dropout if plain else 0.0,
+            "lora_dropout": options.get("dropout", 0.0),
             "use_dora": config.method == "dora",
-            "use_rslora": plain and config.scaling == "sqrt_rank",
+            "use_rslora": options.get("scaling") == "sqrt_rank",
             "init_lora_weights": True,
         }
 
     def write(self, place: Place) -> dict[str, Tensor]:
         site, operator = place.site, place.operator
         A, B = operator.A.detach(), operator.B.detach()
-        if place.config.method in DECOMPOSED:
-            A, B = _doubled(place)
+        if times := AS_LORA.get(place.config.method):
+            A, B = _factors(place, times * place.config.rank)
         if site.layer.one_hot:
             tensors = {"lora_embedding_A": A, "lora_embedding_B": B}
         elif site.batch:
@@ -142,12 +144,10 @@ class PeftLoRA(PeftMethod):
         return tensors
 
 
-def _doubled(place: Place) -> tuple[Tensor, Tensor]:
-    """The factors of what a decomposed layer adds, [*batch, 2 rank, in, *kernel] and [*batch, out, 2 rank].
-
-    A weight of fewer dimensions than the rank has fewer rows; the others are zero.
-    """
+def _factors(place: Place, rank: int) -> tuple[Tensor, Tensor]:
+    """The factors of what an operator adds, [*batch, rank, in, *kernel] and [*batch, out, rank]: with zeros where the
+    weight has not so many directions."""
     A, B, _ = place.operator.factors()
-    lacking, dim = 2 * place.config.rank - B.shape[-1], len(place.site.batch)
+    lacking, dim = rank - B.shape[-1], len(place.site.batch)
     more = A.new_zeros(*A.shape[:dim], lacking, *A.shape[dim + 1 :])
     return torch.cat([A, more], dim).detach(), torch.cat([B, B.new_zeros(*B.shape[:-1], lacking)], -1).detach()

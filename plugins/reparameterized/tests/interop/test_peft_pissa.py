@@ -1,4 +1,5 @@
-"""PiSSA, OLoRA and LoRA+ in folders of peft: it takes a part out of the base anew when it loads the first two."""
+"""PiSSA, OLoRA, LoRA+ and LoRA-XS in folders of peft: it takes a part out of the base anew when it loads the first
+two."""
 
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ def test_written_as_lora_of_twice_the_rank(name: str, method: str, tmp_path: Pat
 def test_written_where_a_weight_has_fewer_directions(tmp_path: Path) -> None:
     base, x = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(4, 12)
     assert_writes(base, "pissa", {"target": ["0", "2"], "rank": 4}, lambda model: model(x), tmp_path)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_lora_xs_is_written_as_lora(name: str, tmp_path: Path) -> None:
+    build, shape = LAYERS[name]
+    base, x = One(build()), torch.randn(shape) if shape else torch.randint(9, (4, 9))
+    options = {"target": "layer", "rank": 8, "alpha": 16.0}  # more than there are directions
+    written = assert_writes(base, "lora_xs", options, lambda model: model(x), tmp_path)
+    assert (written["r"], written["lora_alpha"]) == (8, 16.0)
 
 
 @pytest.mark.parametrize("scaling", ["rank", "sqrt_rank"])
