@@ -27,10 +27,8 @@ from peftcore.interop.formats import Content, Files, Format, Tensors
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.patterns import matching
-from peftcore.interop.peft_layers import kind_of
-from peftcore.interop.peft_names import Group, bare_names, check_targets, sort_names
 from peftcore.interop.peft_layers import is_one_of
-from peftcore.interop.peft_names import Group, check_targets, sort_names
+from peftcore.interop.peft_names import Group, bare_names, check_targets, sort_names
 from peftcore.plugins import imported, named_places
 from peftcore.surgery import Graft, Surgeon
 
