@@ -334,7 +334,7 @@ FIRST = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
         (None, {"use_qalora": True}, "use_qalora"),
         (None, {"arrow_config": {"top_k": 3}}, "arrow_config"),
         (None, {"peft_type": "NEWEST"}, "no installed plugin reads peft's NEWEST"),
-        (None, {"init_lora_weights": "pissa"}, "changes the base's weights"),
+        (None, {"init_lora_weights": "corda"}, "changes the base's weights"),
     ],
 )
 def test_refused(change: Any, options: dict[str, Any], message: str, tmp_path: Path) -> None:
