@@ -21,8 +21,10 @@ from peftcore.files import TensorFile, parse_json
 from peftcore.injection import Injection
 from peftcore.interop.formats import Content, Files, Format, Tensors
 from peftcore.interop.keys import Keys
-from peftcore.interop.peft import NEUTRAL, PeftContent, described, peft_method, writer_of
+from peftcore.interop.peft import NEUTRAL, PeftContent
+from peftcore.interop.peft_method import peft_method
 from peftcore.interop.peft_names import PREFIXES, once
+from peftcore.interop.peft_writing import written
 from peftcore.interop.pipelines import Part, fitting, is_text_encoder, is_unet, names_in, only_file, split
 
 TENSORS = "pytorch_lora_weights.safetensors"
@@ -123,12 +125,11 @@ class Diffusers(Format):
         return content
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
-        kind, method = writer_of(injection)
-        if kind != "LORA":
+        options, tensors = written(injection)
+        if options["peft_type"] != "LORA":
             raise ExportError(f"diffusers loads LoRA and DoRA, and no {injection.method.name}")
         if injection.trained_along:
             raise ExportError(f"diffusers' files hold no {injection.trained_along[0]}, which was trained along")
-        options, tensors = described(injection, kind, method)
         model = injection.model
         guess = "unet" if is_unet(model) else "text_encoder" if is_text_encoder(model) else "transformer"
         prefix = f"{self.part or guess}."

@@ -26,7 +26,7 @@ from peftcore.interop.composing import composed, with_overrides
 from peftcore.interop.formats import Content, Files, Format, Tensors
 from peftcore.interop.found import Found
 from peftcore.interop.ldm_names import ldm_names
-from peftcore.interop.peft import Place
+from peftcore.interop.peft_method import Place
 from peftcore.interop.pipelines import (
     Part,
     clip_prefix,

@@ -1,36 +1,38 @@
 """Folders of Hugging Face peft: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-What is the same for all of peft's methods stands here: names of tensors, targets, patterns, modules that train along.
-How one of them keeps its options and tensors is said by a `PeftMethod`, which the plugin of our method brings under
-``"peft/TYPE"`` in the hook `peftcore_translations`.
+What is the same for all of peft's types stands here and in `peft_writing`: names of tensors, targets, patterns, modules
+that train along. How one of them keeps its options and tensors is said by a `PeftMethod`.
 """
 
 from __future__ import annotations
 
-import re
-from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
-from peftcore.envelope import SavedSite
-from peftcore.errors import CheckpointError, ExportError
+from peftcore.errors import CheckpointError
 from peftcore.files import TensorFile, read_json
 from peftcore.injection import Injection
-from peftcore.interop import peft_writing as writing
 from peftcore.interop.composing import composed, literally
 from peftcore.interop.formats import Content, Files, Format, Tensors
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
-from peftcore.interop.patterns import matching
-from peftcore.interop.peft_layers import is_one_of
-from peftcore.interop.peft_names import Group, bare_names, check_targets, sort_names
-from peftcore.plugins import imported, named_places
-from peftcore.surgery import Graft, Surgeon
+from peftcore.interop.peft_method import PeftMethod, Place, peft_method, places_of
+from peftcore.interop.peft_names import (
+    Group,
+    bare_names,
+    check_targets,
+    parameters_meant,
+    sort_names,
+    written_path,
+    written_paths,
+)
+from peftcore.interop.peft_writing import text_of, written
+from peftcore.surgery import Surgeon
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NEUTRAL = (
@@ -38,133 +40,6 @@ NEUTRAL = (
     "fan_in_fan_out", "runtime_config", "init_weights", "megatron_core",
 )  # fmt: skip
 """Options that change nothing of what is computed: origin, start, and what the host's layers say themselves."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """One operator of ours, for a `PeftMethod` to read into or write from."""
-
-    graft: Graft
-    index: int
-    """Its number among the operators."""
-    count: int
-    config: Any
-    """Its options."""
-
-    @property
-    def site(self) -> Any:
-        """Where it stands."""
-        return self.graft.site
-
-    @property
-    def operator(self) -> Any:
-        """The operator; while reading, on the meta device."""
-        return self.graft.operator
-
-
-class PeftMethod(ABC):
-    """How peft's files keep one method."""
-
-    methods: ClassVar[tuple[str, ...]]
-    """Our methods that it can hold; the first is the one that is read."""
-    below: ClassVar[tuple[str, ...]] = ()
-    """Names of its tensors below a module: ``"lora_A.weight"``."""
-    root: ClassVar[tuple[str, ...]] = ()
-    """Names of its tensors that belong to the adapter as a whole; a name that ends with a dot is a beginning."""
-    bias: ClassVar[str] = ""
-    """What the option `bias` says where the biases of adapted modules train, in types that have the option."""
-    patterns: ClassVar[Mapping[str, str]] = {}
-    """Options that hold values by pattern of path, and the option that each of them changes."""
-    kinds: ClassVar[tuple[type, ...]] = ()
-    """What peft adapts with it: classes of modules, or of our layers; where there is none, it is not checked."""
-
-    @abstractmethod
-    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
-        """Our options with "method", from peft's and from shapes of the tensors at one place, by `below` or `root`."""
-
-    def selections(self, keys: Keys, sites: Sequence[SavedSite]) -> dict[str, tuple[SavedSite, ...]]:
-        """Our method's selections, from the places that have tensors; none for a method that finds its place itself."""
-        return {"": tuple(sites)} if self.below else {}
-
-    def companions(self, keys: Keys) -> list[tuple[str, dict[str, Any]]]:
-        """Other types of peft that the same file holds beside this one, with their options."""
-        return []
-
-    def trains(self, keys: Keys, path: str) -> tuple[str, ...]:
-        """Parameters below a module that are replaced besides, such as a bias."""
-        return ()
-
-    def differs(self, place: Place) -> str:
-        """What peft computes otherwise at a place of a kind that it takes, or nothing: where it does, an adapter is
-        neither read nor written."""
-        return ""
-
-    def check(self, place: Place, error: type[CheckpointError] | type[ExportError], where: str = "") -> None:
-        """Refuse a place where peft has not the same.
-
-        Raises:
-            CheckpointError, ExportError: whichever is wanted.
-        """
-        if self.kinds and not is_one_of(place.site, self.kinds):
-            known = ", ".join(each.__name__ for each in self.kinds)
-            raise error(f"{where}{place.site.path} is none of what peft adapts so: {known}")
-        if other := self.differs(place):
-            raise error(f"{where}{place.site.path}: peft computes something else with {other}")
-
-    @abstractmethod
-    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        """One operator's tensors by our names, from those at its module (or of the whole, for a method without)."""
-
-    def read_shared(self, name: str, module: nn.Module, found: Found) -> dict[str, Tensor]:
-        """The tensors of shared state by our names, from those of the whole adapter."""
-        return {}
-
-    def replaced(self, place: Place, config: Mapping[str, Any], found: Found) -> Tensor:
-        """The value of a parameter that `trains` named; `config` are our options."""
-        raise NotImplementedError
-
-    def pattern(self, path: str, paths: Collection[str]) -> str:
-        """How a pattern means one of all adapted modules, and no other one of them.
-
-        Raises:
-            ExportError: none does.
-        """
-        return f"^{re.escape(path)}"
-
-    @abstractmethod
-    def write_options(self, config: Any) -> dict[str, Any]:
-        """Peft's options from ours, for one place.
-
-        Raises:
-            ExportError: peft cannot do what they say.
-        """
-
-    @abstractmethod
-    def write(self, place: Place) -> dict[str, Tensor]:
-        """One operator's tensors by peft's names."""
-
-    def write_shared(self, name: str, module: nn.Module) -> dict[str, Tensor]:
-        """Shared state by peft's names."""
-        return {}
-
-
-def peft_methods() -> dict[str, str]:
-    """Peft's types that plugins can read, and where that is written."""
-    places = named_places("peftcore_translations", "translation")
-    return {name.removeprefix("peft/"): place for name, place in places.items() if name.startswith("peft/")}
-
-
-def peft_method(kind: str, where: Path) -> PeftMethod:
-    """How peft's files keep one type.
-
-    Raises:
-        CheckpointError: no installed plugin reads it.
-    """
-    known = peft_methods()
-    if kind not in known:
-        raise CheckpointError(f"{where}: no installed plugin reads peft's {kind}; they read {', '.join(sorted(known))}")
-    method: PeftMethod = imported(known[kind])()
-    return method
 
 
 class Peft(Format):
@@ -190,58 +65,11 @@ class Peft(Format):
             pickled = "; a pickle can run any code, convert it first: see `peftcore.load`" if ".bin" in held else ""
             raise CheckpointError(f"{path} has no {TENSORS}, only {held}{pickled}")
         file = TensorFile(path / TENSORS)
-        return PeftContent(keys, file, bare_names(file), method, model)
+        return PeftContent(keys, file, bare_names(file, method.stem), method, model)
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
-        return written(injection)
-
-
-def writer_of(injection: Injection) -> tuple[str, PeftMethod]:
-    """Peft's type for an injection, and how it is written.
-
-    Raises:
-        ExportError: peft has nothing of the kind.
-    """
-    for kind, place in peft_methods().items():
-        method: PeftMethod = imported(place)()
-        if injection.method.name in method.methods:
-            return kind, method
-    raise ExportError(f"peft has no method that computes what {injection.method.name} does")
-
-
-def written(injection: Injection) -> Files:
-    """The files of a peft folder.
-
-    Raises:
-        ExportError: peft cannot hold this injection.
-    """
-    options, tensors = described(injection, *writer_of(injection))
-    return {TENSORS: Tensors(tensors, {"format": "pt"}), CONFIG: writing.text_of(options)}
-
-
-def described(injection: Injection, kind: str, method: PeftMethod) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Peft's options for an injection, and its tensors by peft's names.
-
-    Raises:
-        ExportError: peft cannot hold this injection.
-    """
-    grafts = [graft for graft in injection.grafts if graft.by_method]
-    sites = [graft.site for graft in grafts]
-    places = [Place(g, i, len(grafts), injection.config.at(g.site.path)) for i, g in enumerate(grafts)]
-    along, tensors = writing.along(injection, method.bias)
-    if method.below:
-        by_path = {writing.module_key(place.site): method.write_options(place.config) for place in places}
-        options = writing.common(by_path, method.patterns, method.pattern) | writing.targets(injection, grafts)
-    else:
-        options = method.write_options(injection.config)
-    options |= along
-    for place in places:
-        method.check(place, ExportError)
-        stem = f"{writing.stem_of(place.site, sites)}." if method.below else ""
-        tensors |= {f"{stem}{name}": value.detach() for name, value in method.write(place).items()}
-    for name, module in injection.shared.items():
-        tensors |= {key: value.detach() for key, value in method.write_shared(name, module).items()}
-    return writing.whole(injection, kind, options), tensors
+        options, tensors = written(injection)
+        return {TENSORS: Tensors(tensors, {"format": "pt"}), CONFIG: text_of(options)}
 
 
 @dataclass
@@ -274,15 +102,21 @@ class PeftContent(Content):
     ) -> None:
         self.file, self.names, self.model, self.exact = file, names, model, exact or {}
         kinds = [(method, keys)]
-        kinds += [(peft_method(name, keys.where), Keys(data, keys.where)) for name, data in method.companions(keys)]
-        below = [name for kind, _ in kinds for name in kind.below]
+        for name, data in method.companions(keys, model):
+            kinds.append((peft_method(name, keys.where), Keys(data, keys.where)))
+        below = [name for kind, _ in kinds for name in (*kind.below, *kind.beside.values())]
         root = [name for kind, _ in kinds for name in kind.root]
         self.sorted = sort_names(file, names, keys, below, root, model)
-        self.parts = [
-            Part(kind, of, [g for g in self.sorted.groups if g.names.keys() & set(kind.below)]) for kind, of in kinds
-        ]
-        if method.below:
-            check_targets(keys, self.sorted, self.parts[0].groups, model)
+        paths = written_paths(self.sorted, model)
+        self.parts = []
+        for kind, of in kinds:
+            meant = kind.meant(of, paths) if kind.below else None
+            own = {*kind.below, *kind.beside.values()}
+            groups = [group for group in self.sorted.groups if group.names.keys() & own]
+            if of is not keys and meant is not None:
+                groups = [group for group in groups if group.written in meant]
+            check_targets(meant, parameters_meant(of, self.sorted, model), self.sorted, groups)
+            self.parts.append(Part(kind, of, groups))
         for index, part in enumerate(self.parts):
             part.prefix = f"{index}/" if len(self.parts) > 1 else ""
             part.config = self._options(part)
@@ -293,7 +127,7 @@ class PeftContent(Content):
         groups = self.parts[0].groups
         envelope = composed(
             [part.config for part in self.parts],
-            [part.method.selections(part.keys, [group.site for group in part.groups]) for part in self.parts],
+            [part.method.selections(part.keys, [g.site for g in part.groups], model) for part in self.parts],
             dtypes=file.dtypes.values(),
             target=[group.path for group in groups] or None,
             train=(*trained, *self._beside),
@@ -306,23 +140,16 @@ class PeftContent(Content):
         method, keys, groups = part.method, part.keys, part.groups
         names = self.sorted.root or (groups[0].names if groups else {})
         plain = method.options(keys, {name: self.file.shapes[full] for name, full in names.items()})
-        changes: dict[str, dict[str, Any]] = {
-            group.written: dict(self.exact.get(group.written, {})) for group in groups
-        }
-        for key, changed in method.patterns.items():
-            left = set(changes)
-            for pattern, value in keys.table(key).items():  # the first that matches counts
-                hit = matching(pattern, left, keys.where, endings=True)
-                left -= hit
-                for path in hit:
-                    changes[path][changed] = value
+        changes = method.changes(keys, [group.key for group in groups])
         overrides = {}
         for group in groups:
             shapes = {name: self.file.shapes[full] for name, full in group.names.items()}
-            here = method.options(keys.patched(changes[group.written]), shapes)
+            here = method.options(
+                keys.patched({**self.exact.get(group.written, {}), **changes.get(group.key, {})}), shapes
+            )
             other = {name: value for name, value in here.items() if value != plain.get(name)}
             if other:
-                overrides[literally(group.path)] = other
+                overrides[literally(group.site_path)] = other
         return {**plain, "overrides": overrides} if overrides else plain
 
     def _trained(self, keys: Keys) -> list[str]:
@@ -334,7 +161,7 @@ class PeftContent(Content):
         for path, full in self.sorted.replaced.items():
             owner, _, leaf = path.rpartition(".")
             bias = leaf == "bias" and (biases == "all" or (biases.endswith("_only") and owner in owned))
-            if bias or any(f".{name}." in f".{path}." for name in announced):
+            if bias or any(f".{name}." in f".{written_path(path, self.sorted.move)}." for name in announced):
                 found.append(path)
             elif self.file.shapes[full] != parameters[path].shape or not torch.equal(
                 self.file.read([full])[full].to(parameters[path]), parameters[path]
@@ -361,15 +188,13 @@ class PeftContent(Content):
             here = {group.path: found(group.names) for group in part.groups}
             selected = zip(recorder.selections.get("", ()), part.groups, strict=False)
             here |= {site.path: found(group.names) for site, group in selected}
-            own = [graft for graft in recorder.grafts if graft.by_method]
-            for index, graft in enumerate(own):
-                site = graft.site
-                place = Place(graft, index, len(own), recorder.config.at(site.path))
-                before = len(wrong)
+            for place in places_of(recorder):
+                names = here.get(place.site.path) or here.get(place.site.module_path) or whole
                 part.method.check(place, CheckpointError, f"{self.where}: ")
-                values = part.method.read(place, here.get(site.path) or here.get(site.module_path) or whole)
+                before = len(wrong)
+                values = part.method.read(place, names)
                 if len(wrong) == before:  # a place that lacks something stays as it is, where that is accepted
-                    tensors |= {f"{graft.key}.{name}": value for name, value in values.items()}
+                    tensors |= {f"{place.graft.key}.{name}": value for name, value in values.items()}
             for name, shared in recorder.owned.items():
                 values = part.method.read_shared(name, shared.module, whole)
                 tensors |= {f"shared:{part.prefix}{name}.{key}": value for key, value in values.items()}

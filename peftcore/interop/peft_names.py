@@ -30,11 +30,24 @@ class Group:
     """The module's path in the file."""
     names: Mapping[str, str]
     """Full names by what stands below the module."""
+    parameter: bool = False
+    """Whether `target_parameters` means it."""
 
     @property
     def path(self) -> str:
         """The module's path on the host."""
         return self.site.module_path
+
+    @property
+    def key(self) -> str:
+        """What patterns of peft match."""
+        return f"{self.written}.{self.site.tensor}" if self.parameter else self.written
+
+    @property
+    def site_path(self) -> str:
+        """What our own patterns match."""
+        plain = self.site.tensor == "weight"
+        return self.path if plain else f"{self.path}.{self.site.tensor}".lstrip(".")
 
 
 @dataclass
@@ -50,13 +63,16 @@ class Sorted:
     move: Move
 
 
-def bare_names(file: TensorFile) -> dict[str, str]:
+def bare_names(file: TensorFile, stem: str = PREFIXES[0]) -> dict[str, str]:
     """Names in a file of peft by what they are without what peft puts in front.
+
+    Args:
+        stem: what stands in front of the host's paths.
 
     Raises:
         CheckpointError: two mean the same.
     """
-    return once(((_bare(full), full) for full in file.shapes), file.path)
+    return once(((_bare(full, stem), full) for full in file.shapes), file.path)
 
 
 def once(pairs: Iterable[tuple[str, str]], where: Path) -> dict[str, str]:
@@ -73,8 +89,8 @@ def once(pairs: Iterable[tuple[str, str]], where: Path) -> dict[str, str]:
     return found
 
 
-def _bare(name: str) -> str:
-    for prefix in PREFIXES:
+def _bare(name: str, stem: str) -> str:
+    for prefix in (stem, PREFIXES[-1]):
         if name.startswith(prefix):
             return name.removeprefix(prefix)
     return name
@@ -92,6 +108,8 @@ def sort_names(
 
     Args:
         names: the tensors to sort: their names in the file, by peft's names for them.
+        below: what tensors are called below a module.
+        root: what those of the whole are called.
 
     Raises:
         HostMismatch: the host has not the modules that they stand at.
@@ -118,11 +136,17 @@ def sort_names(
     groups = []
     for (path, depth), names in grouped.items():
         here = move(path)
+        owner, _, last = here.rpartition(".")
+        if last == "out_proj" and isinstance(modules.get(owner), nn.MultiheadAttention):  # it is never called itself
+            site = SavedSite(module_path=owner, tensor="out_proj.weight")
+            groups.append(Group(site, path.rpartition(".")[0], names))
+            continue
         tensor = "in_proj_weight" if isinstance(modules[here], nn.MultiheadAttention) else "weight"
         tensors = [name for name in modules[here]._parameters if ending([f"{path}.{name}"], meant)]
         if depth < len(tensors):
             tensor = tensors[-1 - depth]  # the last one is wrapped last, so it stands outside
-        groups.append(Group(SavedSite(module_path=here, tensor=tensor), path, names))
+        site = SavedSite(module_path=here, tensor=tensor)
+        groups.append(Group(site, path, names, depth < len(tensors)))
     order = {path: index for index, path in enumerate(modules)}
     groups.sort(key=lambda group: order[group.path])
     replaced, wrong = {}, []
@@ -136,26 +160,47 @@ def sort_names(
     return Sorted(groups, whole, replaced, wrong, move)
 
 
-def check_targets(keys: Keys, found: Sorted, groups: Iterable[Group], model: nn.Module) -> None:
-    """Note where the options and the tensors do not mean the same modules.
-
-    Peft puts an operator at every module that the options mean; one without tensors in the file would stay as it was
-    drawn there, so such a file is damaged.
-    """
-    paths = {_written(path, found.move): path for path in dict(model.named_modules()) if path}
-    meant = _meant(keys, paths)
-    if meant is None:
-        return
-    here = {group.written for group in groups if group.site.tensor in ("weight", "in_proj_weight")}
-    found.wrong += [f"missing tensors for {path}, which target_modules means" for path in sorted(meant - here)]
-    found.wrong += [f"unknown tensors for {path}, which target_modules leaves out" for path in sorted(here - meant)]
-
-
-def _written(path: str, move: Move) -> str:
+def written_path(path: str, move: Move) -> str:
+    """The path that something on the host has in the file."""
     return f"{move.old}.{path}".strip(".") if move.old else path.removeprefix(move.new).removeprefix(".")
 
 
-def _meant(keys: Keys, paths: Mapping[str, str]) -> set[str] | None:
+def written_paths(found: Sorted, model: nn.Module) -> list[str]:
+    """The paths of the host's modules as the file would have them."""
+    return [written_path(path, found.move) for path in dict(model.named_modules()) if path]
+
+
+def check_targets(meant: set[str] | None, parameters: Iterable[str], found: Sorted, groups: Iterable[Group]) -> None:
+    """Note where the options and the tensors do not mean the same places.
+
+    Peft puts an operator at every place that the options mean; one without tensors in the file would stay as it was
+    drawn there, so such a file is damaged.
+
+    Args:
+        meant: the modules that the options mean; None where they do not say.
+        parameters: the parameters that they mean.
+    """
+    for option, wanted, held in (
+        ("target_parameters", set(parameters), {group.key for group in groups if group.parameter}),
+        ("target_modules", meant, {group.written for group in groups if not group.parameter}),
+    ):
+        if wanted is not None:
+            found.wrong += [f"missing tensors for {path}, which {option} means" for path in sorted(wanted - held)]
+            found.wrong += [f"unknown tensors for {path}, which {option} leaves out" for path in sorted(held - wanted)]
+
+
+def parameters_meant(keys: Keys, found: Sorted, model: nn.Module) -> set[str]:
+    """Which parameters of the host `target_parameters` means, as the file would have their paths."""
+    paths = [
+        f"{written_path(path, found.move)}.{name}"
+        for path, module in model.named_modules()
+        for name in module._parameters
+    ]
+    return ending(paths, keys.names("target_parameters"))
+
+
+def modules_meant(keys: Keys, paths: Iterable[str]) -> set[str] | None:
+    """Which of these modules the options mean; None where they do not say."""
     target = keys.take("target_modules", (list, str), None)
     only, lists = keys.take("layers_to_transform", (list, int), None), keys.names("layers_pattern")
     exclude = keys.take("exclude_modules", (list, str), None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import hookimpl, hookspecs
 from peftcore.interop.formats import formats
-from peftcore.interop.peft import peft_methods
+from peftcore.interop.peft_method import peft_methods
 from peftcore.plugins import registry
 from peftcore.quantization import schemes
 from peftcore.stances import Stance

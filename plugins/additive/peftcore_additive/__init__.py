@@ -30,9 +30,14 @@ def peftcore_methods() -> Mapping[str, str]:
 
 @hookimpl
 def peftcore_translations() -> Mapping[str, str]:
-    """How other libraries' files keep them."""
+    """How other libraries' files keep this plugin's methods."""
     here = "peftcore_additive.interop"
     return {
         "adapterhub/bottleneck": f"{here}.adapterhub:HubBottleneck",
         "adapterhub/lora scale": f"{here}.adapterhub:HubIA3",
+        "peft/ADAPTION_PROMPT": f"{here}.peft_adaption:PeftAdaptionPrompt",
+        "peft/IA3": f"{here}.peft_ia3:PeftIA3",
+        "peft/P_TUNING": f"{here}.peft_prompts:PeftPTuning",
+        "peft/PREFIX_TUNING": f"{here}.peft_prompts:PeftPrefix",
+        "peft/PROMPT_TUNING": f"{here}.peft_prompts:PeftPrompt",
     }

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
-from typing import Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from peftcore import Attend, AttentionOperator, AttentionSite, Surgeon
+from peftcore import Attend, AttentionOperator, AttentionSite, MethodConfig, Operator, SequenceSite, Site, Surgeon
+from peftcore.errors import UnsupportedSite
+from peftcore.hosts.stacks import CACHES, EMBEDS, IDS, arguments
 from peftcore.operators import Shared
+from peftcore.sequence import FORM, POSITIONS
 
 
 class PrefixConfig(Protocol):
@@ -59,11 +63,15 @@ class PrefixOperator(AttentionOperator):
         (gate,) = self.cast(edited, self.gate)
         return plain + gate * (edited - plain)
 
+    def flat(self) -> Tensor:
+        """The prefix as one row a position, keys before values, ``[length, 2 * kv_heads * width]``."""
+        rows: Tensor = self.prefix if self.encoder is None else self.out(self.encoder.module())
+        return rows
+
     def made(self, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values, ``[batch, kv_heads, length, width]``."""
-        flat = self.prefix if self.encoder is None else self.out(self.encoder.module())
         sizes = self.geometry
-        parts = flat.split([sizes.kv_heads * sizes.head_dim, sizes.kv_heads * sizes.value_dim], dim=-1)
+        parts = self.flat().split([sizes.kv_heads * sizes.head_dim, sizes.kv_heads * sizes.value_dim], dim=-1)
         key, value = (part.view(len(part), sizes.kv_heads, -1).transpose(0, 1) for part in parts)
         return self.dropout(key.expand(batch, -1, -1, -1)), self.dropout(value.expand(batch, -1, -1, -1))
 
@@ -87,3 +95,45 @@ def shared_encoder(surgeon: Surgeon, site: AttentionSite, config: PrefixConfig) 
     stack = re.sub(r"(^|\.)\d+(?=\.|$)", "", site.module_path).strip(".").replace(".", "_") or "attention"
     width = site.geometry.kv_heads * site.geometry.head_dim
     return surgeon.own(f"{stack}_{config.length}x{hidden}", lambda: Encoder(config.length, width, hidden))
+
+
+class Behind(Operator):
+    """Counts the positions of a stack's tokens from behind a prefix of so many keys."""
+
+    def __init__(self, site: SequenceSite, length: int) -> None:
+        super().__init__(site)
+        self.length, self.padding = length, site.stack.position_padding
+        self.names = arguments(type(site.module))
+        if POSITIONS not in self.names:
+            raise UnsupportedSite(f"{site.module_path} takes no {POSITIONS}, so its tokens stay where they are")
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        """It acts around the stack itself."""
+        return self if form == FORM else _pass
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        places, ids = given.get(POSITIONS), given.get(IDS)
+        if places is not None:
+            places = places + self.length
+        elif self.padding is None:
+            tokens = given[EMBEDS] if ids is None else ids
+            cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+            start = self.length + (0 if cache is None else cache.get_seq_length())
+            places = torch.arange(tokens.shape[1], device=tokens.device)[None] + start
+        elif ids is not None:  # RoBERTa counts what is no padding
+            counted = ids != self.padding
+            places = (counted.cumsum(1) + self.length) * counted + self.padding
+        return call(**{**given, POSITIONS: places})
+
+
+def _pass(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **kwargs)
+
+
+def behind(surgeon: Surgeon, sites: Iterable[Site], config: MethodConfig) -> None:
+    """Let the tokens of all stacks that hold `sites` be counted from behind the prefix."""
+    paths = [f"{site.module_path}." for site in sites]
+    for stack in surgeon.sites("stack", optional=True):
+        if any(path.startswith(f"{stack.module_path}.".lstrip(".")) for path in paths):
+            surgeon.sequence(stack, lambda site, own: Behind(site, own.length), config)

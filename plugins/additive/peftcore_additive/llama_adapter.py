@@ -34,6 +34,8 @@ class Config(MethodConfig):
     """Vectors of a layer's prompt."""
     layers: PositiveInt = 30
     """How many of the top layers of each stack are adapted (the authors' 30 of 32); all where there are fewer."""
+    tanh: bool = True
+    """False takes the gate as it is, in place of its tanh: what peft does."""
 
 
 class LlamaAdapterOperator(AttentionOperator):
@@ -47,9 +49,10 @@ class LlamaAdapterOperator(AttentionOperator):
             raise UnsupportedSite(f"{site.path} makes its keys and values of more than one matrix each, or of none")
         self.prompt = nn.Parameter(torch.randn(config.length, site.projections["k"].in_features))
         self.gate = nn.Parameter(torch.zeros(sizes.heads))
+        self.tanh = config.tanh
 
     def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        prompt, gate = self.cast(query, self.prompt, self.gate.tanh())
+        prompt, gate = self.cast(query, self.prompt, self.gate.tanh() if self.tanh else self.gate)
         prompt_key = attend.project("k", prompt).to(key.dtype).expand(len(key), -1, -1, -1)
         prompt_value = attend.project("v", prompt).to(value.dtype).expand(len(value), -1, -1, -1)
         return attend(query, key, value) + gate.view(-1, 1, 1) * attend.apart(query, prompt_key, prompt_value)

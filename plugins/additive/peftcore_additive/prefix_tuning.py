@@ -5,9 +5,9 @@
 P_k, P_v are `length` keys and values a layer, in the same softmax as the attention's own. While they train they are
 made by a network: Z [length, d] and (W, b) are shared by the layers of a stack, (W_l, b_l) is the layer's slice of the
 last matrix; with ``projection=None`` P trains directly, from N(0, 1). Encoder, decoder and cross-attention have
-prefixes of their own. Prefix keys carry no rotation and no relative bias, and the positions of tokens stay as they are
-(the authors' start behind the prefix). Under grouped-query attention a prefix has the heads of the keys; d is their
-width.
+prefixes of their own. Prefix keys carry no rotation and no relative bias. The positions of tokens stay as they are, or
+with ``behind=True`` start behind the prefix, as the authors and peft have it. Under grouped-query attention a prefix
+has the heads of the keys; d is their width.
 
 No start is an identity: a prefix takes mass in the softmax even where its values are zero. With ``gate=True`` (ours,
 not the paper's) the attention with prefix is mixed in by a scalar a layer that starts at zero, at twice the cost.
@@ -27,7 +27,7 @@ from pydantic import Field, PositiveInt
 from torch import nn
 
 from peftcore import AttentionSite, Method, MethodConfig, Surgeon, Tags
-from peftcore_additive._prefix import PrefixOperator, prefix_count, shared_encoder
+from peftcore_additive._prefix import PrefixOperator, behind, prefix_count, shared_encoder
 
 
 class Config(MethodConfig):
@@ -40,6 +40,8 @@ class Config(MethodConfig):
     """Width of the network that makes the prefix while it trains; None trains the prefix itself."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which numbers of the prefix are dropped in training."""
+    behind: bool = False
+    """Count the positions of tokens from behind the prefix, as if it were words: what the authors and peft do."""
     gate: bool = False
     """Mix the prefix in through a trained scalar that starts at zero, so that a fresh injection changes nothing."""
 
@@ -62,8 +64,11 @@ class PrefixTuning(Method):
         def prefix(site: AttentionSite, own: Config) -> PrefixOperator:
             return PrefixOperator(site, own, shared_encoder(surgeon, site, own), own.gate)
 
-        for site in surgeon.sites():
+        sites = surgeon.sites()
+        for site in sites:
             surgeon.attention(site, prefix, config)
+        if config.behind:
+            behind(surgeon, sites, config)
 
     @staticmethod
     def parameter_count(site: AttentionSite, config: Config) -> int:

@@ -16,3 +16,9 @@ def peftcore_methods() -> Mapping[str, str]:
         "mam_adapter": "peftcore_hybrid.mam_adapter:MAMAdapter",
         "unipelt": "peftcore_hybrid.unipelt:UniPELT",
     }
+
+
+@hookimpl
+def peftcore_translations() -> Mapping[str, str]:
+    """How other libraries' files keep this plugin's methods."""
+    return {"peft/GLORA": "peftcore_hybrid.interop.peft_glora:PeftGLoRA"}

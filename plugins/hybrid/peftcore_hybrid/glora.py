@@ -83,6 +83,10 @@ class GLoRAOperator(WeightOperator):
                 drawn = torch.empty(*site.batch, *shape).uniform_(-bound, bound)
                 self.register_parameter(f"{name}_up", nn.Parameter(drawn))
 
+    def has_factors(self, name: str) -> bool:
+        """Whether a term is of low rank."""
+        return f"{name}_up" in self._parameters
+
     def _term(self, name: str) -> Tensor | None:
         value, up = self._parameters.get(name), self._parameters.get(f"{name}_up")
         return value if value is None or up is None else value @ up

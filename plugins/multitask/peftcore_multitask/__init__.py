@@ -24,6 +24,15 @@ def peftcore_methods() -> Mapping[str, str]:
     }
 
 
+@hookimpl
+def peftcore_translations() -> Mapping[str, str]:
+    """How other libraries' files keep this plugin's methods."""
+    return {
+        "peft/MULTITASK_PROMPT_TUNING": "peftcore_multitask.interop.peft_multitask_prompt:PeftMultitaskPrompt",
+        "peft/POLY": "peftcore_multitask.interop.peft_poly:PeftPoly",
+    }
+
+
 def __getattr__(name: str) -> Any:
     """`gather`, imported when it is asked for: listing methods imports none of them."""
     if name == "gather":

@@ -27,5 +27,7 @@ def peftcore_methods() -> Mapping[str, str]:
 def peftcore_translations() -> Mapping[str, str]:
     """How other libraries' files keep them."""
     return {
+        "peft/LN_TUNING": "peftcore_selective.interop.peft_norms:PeftNorms",
+        "peft/SHIRA": "peftcore_selective.interop.peft_shira:PeftSHiRA",
         "peft/TRAINABLE_TOKENS": "peftcore_selective.interop.peft_tokens:PeftTokens",
     }

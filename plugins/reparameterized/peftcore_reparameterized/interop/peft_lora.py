@@ -2,7 +2,8 @@
 
 ``lora_A`` and ``lora_B`` are our A and B; those of an embedding are called ``lora_embedding_A`` and
 ``lora_embedding_B``. Stacked experts lie side by side, A [experts * rank, in] and B [out, rank * experts]; a
-convolution's B has a kernel of ones. A bias of B adds its share to the module's own bias.
+convolution's B has a kernel of ones. A bias of B adds its share to the module's own bias. Behind torch's attention peft
+adds the update twice, in its forward and when it merges, so there our B is twice that of the file.
 
 PiSSA and OLoRA: peft decomposes the base again when it loads such a file, so it means W - s B0 A0 + s B A, with the
 product s B0 A0 that is the same for all who decompose exactly; ours has A0 and B0 of the host that it is loaded into.
@@ -13,7 +14,7 @@ rank; what it freezes would train on there.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -21,11 +22,13 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from peftcore.errors import CheckpointError
+from peftcore.errors import CheckpointError, ExportError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
-from peftcore.interop.peft import PeftMethod, Place
-from peftcore.interop.peft_layers import is_one_of
+from peftcore.interop.patterns import ending
+from peftcore.interop.peft_layers import is_one_of, not_added
+from peftcore.interop.peft_method import PeftMethod, Place
+from peftcore.interop.peft_writing import is_parameter
 from peftcore.weights import Transposed
 from peftcore_reparameterized.lora import LoRA, scale_of
 
@@ -34,6 +37,9 @@ DECOMPOSED = {"pissa": (nn.Linear, Transposed), "olora": (nn.Linear,)}
 """Starts that take a part out of the base, exactly, and the layers where peft can; our methods have the same names."""
 AS_LORA = {"pissa": 2, "olora": 2, "lora_xs": 1}
 """Methods that are written as LoRA, and how many times their rank."""
+
+PACKED, BEHIND = "in_proj_weight", "out_proj.weight"
+"""The tensors of torch's attention, of which peft adapts both."""
 
 
 class PeftLoRA(PeftMethod):
@@ -73,14 +79,19 @@ class PeftLoRA(PeftMethod):
         scaling = "sqrt_rank" if rs else "rank"
         return {"method": "lora", "rank": rank, "alpha": float(alpha), "scaling": scaling, "dropout": float(dropout)}
 
+    def differs(self, place: Place) -> str:
+        site = place.site
+        if is_parameter(site) or site.tensor != "weight":
+            return ""
+        if isinstance(site.module, _ConvNd):
+            if site.module.groups > 1:
+                return "groups"
+            if any(step > 1 and size > 1 for step, size in zip(site.module.dilation, site.kernel, strict=True)):
+                return "a dilation, which its A has not"
+        return not_added(site)
+
     def trains(self, keys: Keys, path: str) -> tuple[str, ...]:
         return (f"{path}.bias",) if keys.take("lora_bias", bool, False) else ()
-
-    def differs(self, place: Place) -> str:
-        module = place.site.module
-        if isinstance(module, _ConvNd) and module.padding_mode != "zeros":
-            return f"padding_mode={module.padding_mode!r}"
-        return ""
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         site, operator = place.site, place.operator
@@ -98,6 +109,8 @@ class PeftLoRA(PeftMethod):
             tensors = {"A": down, "B": side_by_side.permute(2, 0, 1)}
         else:
             tensors = {"A": found.take("lora_A.weight", A), "B": found.take("lora_B.weight", B, (*B, *ones))}
+        if site.tensor == BEHIND:
+            tensors["B"] = 2 * tensors["B"]
         if place.graft.operator.state_dict().keys() >= {"magnitude"}:
             name = "lora_magnitude_vector"
             name = name if found.has(name) else f"{name}.weight"
@@ -111,9 +124,26 @@ class PeftLoRA(PeftMethod):
         bias = replace(site, meta=False).weight().detach()
         return bias + scale_of(here) * found.take("lora_B.bias", bias.shape)
 
-    def companions(self, keys: Keys) -> list[tuple[str, dict[str, Any]]]:
+    def companions(self, keys: Keys, model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
         tokens = keys.take("trainable_token_indices", (list, dict), None)
-        return [("TRAINABLE_TOKENS", {"token_indices": tokens})] if tokens else []
+        if not tokens:
+            return []
+        if isinstance(tokens, list):
+            return [("TRAINABLE_TOKENS", {"token_indices": tokens})]
+        tables: dict[int, dict[str, Any]] = {}  # those that are tied have their rows in the file once, at the embedding
+        modules = dict(model.named_modules(remove_duplicate=False))
+        found = [(path, rows) for name, rows in tokens.items() for path in sorted(ending(modules, [name]))]
+        for path, rows in sorted(found, key=lambda each: not isinstance(modules[each[0]], nn.Embedding)):
+            table = {"token_indices": rows, "target_modules": [path]}
+            if tables.setdefault(id(modules[path]._parameters.get("weight")), table)["token_indices"] != rows:
+                raise CheckpointError(f"{keys.where}: {path} is tied to a table of which other tokens train")
+        return [("TRAINABLE_TOKENS", table) for table in tables.values()]
+
+    def joined(self, others: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
+        if any(kind != "TRAINABLE_TOKENS" for kind, _ in others):
+            return None
+        found = {name: table["token_indices"] for _, table in others for name in table["target_modules"]}
+        return {"trainable_token_indices": found}
 
     def write_options(self, config: Any) -> dict[str, Any]:
         times, options = AS_LORA.get(config.method, 1), config.model_dump()
@@ -126,11 +156,27 @@ class PeftLoRA(PeftMethod):
             "init_lora_weights": True,
         }
 
+    def write_options_at(self, place: Place) -> dict[str, Any]:
+        options, site = self.write_options(place.config), place.site
+        if (is_parameter(site) or site.tensor != "weight") and (options["use_dora"] or options["lora_dropout"]):
+            raise ExportError(f"{site.path}: peft has neither DoRA nor dropout at parameters and in torch's attention")
+        return options
+
+    def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
+        tensors = [(place.site.module_path, place.site.tensor) for place in places]
+        for path, tensor in tensors:
+            other = {PACKED: BEHIND, BEHIND: PACKED}.get(tensor)
+            if other is not None and (path, other) not in tensors:
+                raise ExportError(f"peft adapts all of {path}, and here {other} is left out")
+        return {}
+
     def write(self, place: Place) -> dict[str, Tensor]:
         site, operator = place.site, place.operator
         A, B = operator.A.detach(), operator.B.detach()
         if times := AS_LORA.get(place.config.method):
             A, B = _factors(place, times * place.config.rank)
+        if site.tensor == BEHIND:
+            B = B / 2
         if site.layer.one_hot:
             tensors = {"lora_embedding_A": A, "lora_embedding_B": B}
         elif site.batch:

@@ -11,8 +11,8 @@ from torch import Size, Tensor, nn
 from peftcore.errors import CheckpointError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
-from peftcore.interop.peft import PeftMethod, Place
 from peftcore.interop.peft_layers import not_added
+from peftcore.interop.peft_method import PeftMethod, Place
 
 
 class PeftMiSS(PeftMethod):

@@ -7,34 +7,35 @@ ours are in ascending order.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 from peftcore.errors import CheckpointError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
-from peftcore.interop.peft import PeftMethod, Place
+from peftcore.interop.peft_method import PeftMethod, Place
 
 
 class PeftTokens(PeftMethod):
     """Some rows of one table."""
 
     methods = ("trainable_tokens",)
-    below = ("trainable_tokens_delta", "token_adapter.trainable_tokens_delta")
+    below = ("trainable_tokens_delta",)
+    beside: ClassVar[Mapping[str, str]] = {"trainable_tokens_delta": "token_adapter.trainable_tokens_delta"}
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
-        tokens = keys.take("token_indices", (list, dict))
-        if isinstance(tokens, dict):
-            if len(tokens) != 1:
-                raise CheckpointError(f"{keys.where}: trainable tokens of {len(tokens)} tables at once cannot be read")
-            (tokens,) = tokens.values()
-        if not isinstance(tokens, list) or not all(type(each) is int for each in tokens):
+        tokens = keys.take("token_indices", list)
+        keys.pass_over("init_weights")
+        if not all(type(each) is int for each in tokens):
             raise CheckpointError(f"{keys.where}: trainable tokens are to be listed by their numbers")
         return {"method": "trainable_tokens", "token_indices": tokens}
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        name = next((each for each in self.below if found.has(each)), self.below[0])
+        (alone,) = self.below
+        name = self.beside[alone] if found.has(self.beside[alone]) else alone
+        if len(place.graft.holders) > 1 and not isinstance(place.site.module, nn.Embedding):
+            found.wrong.append(f"{place.site.path} is tied to a table, where peft does not show these tokens")
         tokens = place.config.token_indices
         rows = found.take(name, place.operator.value.shape)
         return {"value": rows[sorted(range(len(tokens)), key=tokens.__getitem__)]}

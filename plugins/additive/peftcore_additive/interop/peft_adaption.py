@@ -1,0 +1,74 @@
+"""LLaMA-Adapter in peft's files, there ADAPTION_PROMPT (checked against peft 0.21).
+
+``adaption_prompt`` [1, length, width] is our prompt; ``adaption_gate`` is one number for all heads, taken without a
+tanh. Peft adds what comes of the prompt behind the output matrix: the same where that matrix stands apart and has no
+bias, and refused elsewhere (peft leaves it out in GPT-2, and adds a bias twice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Size, Tensor, nn
+
+from peftcore.envelope import SavedSite
+from peftcore.errors import CheckpointError, ExportError
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.patterns import ending
+from peftcore.interop.peft_method import PeftMethod, Place
+
+OUT = "o_proj"
+"""What peft takes for the output matrix."""
+
+
+class PeftAdaptionPrompt(PeftMethod):
+    """A prompt and a gate in the top layers."""
+
+    methods = ("llama_adapter",)
+    below = ("adaption_prompt", "adaption_gate")
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        length, layers = keys.take("adapter_len", int), keys.take("adapter_layers", int)
+        if length < 1 or layers < 1:
+            raise CheckpointError(f"{keys.where}: {length} vectors in {layers} layers are no adaption prompt")
+        return {"method": "llama_adapter", "length": length, "layers": layers, "tanh": False}
+
+    def meant(self, keys: Keys, paths: Collection[str]) -> set[str] | None:
+        found = ending(paths, [keys.take("target_modules", str)])
+        return set([path for path in paths if path in found][-keys.take("adapter_layers", int) :])
+
+    def selections(self, keys: Keys, sites: Sequence[SavedSite], model: nn.Module) -> dict[str, tuple[SavedSite, ...]]:
+        return {"": tuple(site.model_copy(update={"role": "attn.core"}) for site in sites)}
+
+    def differs(self, place: Place) -> str:
+        out = place.site.module._modules.get(OUT)
+        if out is None:
+            return f"an attention without {OUT}, behind which it adds what comes of the prompt"
+        sizes, keys = place.site.geometry, place.site.projections["k"]
+        if keys.in_features // keys.out_features != sizes.heads // sizes.kv_heads:
+            return "heads whose number does not follow from the shape of the key matrix"
+        return f"a bias of {OUT}, which it adds twice" if out._parameters.get("bias") is not None else ""
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        prompt, gate = place.operator.prompt.shape, place.operator.gate
+        shared = found.take("adaption_gate", (1,))
+        return {"prompt": found.take("adaption_prompt", (1, *prompt)).view(prompt), "gate": shared.expand(gate.shape)}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {"adapter_len": config.length}
+
+    def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
+        names = {place.site.module_path.rpartition(".")[2] for place in places}
+        name = min(names)
+        everywhere = [path for path, _ in model.named_modules() if path.endswith(f".{name}") and ".peft." not in path]
+        if len(names) > 1 or everywhere[-len(places) :] != [place.site.module_path for place in places]:
+            raise ExportError("peft adapts the top layers of one stack with ADAPTION_PROMPT, and no others")
+        return {"target_modules": name, "target_parameters": None, "adapter_layers": len(places)}
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        gate = place.operator.gate.tanh() if place.config.tanh else place.operator.gate
+        if not gate.eq(gate[0]).all():
+            raise ExportError(f"{place.site.path} has a gate for each head, and peft one for all of them")
+        return {"adaption_prompt": place.operator.prompt[None], "adaption_gate": gate[:1]}

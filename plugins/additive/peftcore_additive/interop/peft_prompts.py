@@ -1,0 +1,149 @@
+"""Prompts and prefixes in peft's files (checked against peft 0.21).
+
+``prompt_embeddings`` are the rows themselves, [length, width], also of P-tuning: peft keeps what the network made and
+not the network. So a file of P-tuning is read as a plain prompt. In a prefix each row has all layers side by side, [key
+| value] of each. Where peft has a prompt for both halves of an encoder-decoder, its forward uses the encoder's rows
+alone, which come first.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from peftcore import SequenceSite
+from peftcore.envelope import SavedSite
+from peftcore.errors import CheckpointError, ExportError
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft_method import Place
+from peftcore.interop.peft_prompts import BOTH, ROWS, SoftPrompt, halves
+from peftcore_additive._prefix import PrefixOperator
+
+
+class PeftPrompt(SoftPrompt):
+    """Rows in front of the tokens."""
+
+    methods = ("prompt_tuning",)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.pass_over("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+        self.check_rows(keys, shapes)
+        return {"method": "prompt_tuning", "length": self.shared_options(keys)}
+
+    def selections(self, keys: Keys, sites: Sequence[SavedSite], model: nn.Module) -> dict[str, tuple[SavedSite, ...]]:
+        return {"": self.stacks(keys, model)}
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        length, width = place.operator.prompt.shape
+        held = found.shape(ROWS)[0] if found.has(ROWS) else length
+        return {"prompt": found.take(ROWS, (max(held, length), width))[:length]}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {"num_virtual_tokens": config.length, "prompt_tuning_init": "RANDOM"}
+
+    def write_all(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        (place,) = places
+        return {ROWS: place.operator.prompt}
+
+
+class PeftPTuning(PeftPrompt):
+    """Rows that a network made."""
+
+    methods = ("p_tuning",)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.pass_over("encoder_reparameterization_type", "encoder_hidden_size")
+        keys.pass_over("encoder_num_layers", "encoder_dropout")
+        return super().options(keys, shapes)
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        kind = config.encoder.upper()
+        return {"num_virtual_tokens": config.length, "encoder_reparameterization_type": kind}
+
+    def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
+        options = super().write_options_of_all(places, model)
+        return options | {"encoder_hidden_size": places[0].config.hidden or options["token_dim"]}
+
+    def write_all(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        (place,) = places
+        operator, training = place.operator, place.operator.training
+        operator.eval()  # no dropout inside the network
+        with torch.no_grad():
+            rows = operator.rows(operator.start)
+        operator.train(training)
+        return {ROWS: rows}
+
+
+class PeftPrefix(SoftPrompt):
+    """Keys and values in front of those of every attention."""
+
+    methods = ("prefix_tuning",)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.pass_over("prefix_projection", "encoder_hidden_size", "init_weights")
+        if halves(keys) != 1:
+            raise CheckpointError(
+                f"{keys.where}: in an encoder-decoder peft puts the prefixes of some layers into others, with relative "
+                "positions; such files are not read"
+            )
+        self.check_rows(keys, shapes)
+        return {"method": "prefix_tuning", "length": self.shared_options(keys), "projection": None, "behind": True}
+
+    def selections(self, keys: Keys, sites: Sequence[SavedSite], model: nn.Module) -> dict[str, tuple[SavedSite, ...]]:
+        _warn_of_window(model)
+        return {}
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        if not isinstance(place.operator, PrefixOperator):  # positions have no tensors
+            return {}
+        length, width = place.operator.prefix.shape
+        rows = found.take(ROWS, (length, place.count * width))
+        return {"prefix": rows[:, place.index * width : (place.index + 1) * width]}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        if config.gate:
+            raise ExportError("peft's prefixes have no gate")
+        if not config.behind:
+            raise ExportError(
+                "peft counts positions from behind the prefix, and this one was trained without: to be read by peft it "
+                "has to be applied with behind=True"
+            )
+        return {"num_virtual_tokens": config.length, "prefix_projection": False}
+
+    def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
+        _warn_of_window(model)
+        if not all(place.site.stack.causal for place in places if isinstance(place.site, SequenceSite)):
+            raise ExportError("a prefix is in a decoder's cache in peft, and this host is an encoder")
+        options = super().write_options_of_all(places, model)
+        prefixes = _prefixes(places)
+        sizes, *others = {each.operator.geometry for each in prefixes}
+        if options["task_type"] == BOTH or len(places) != len(prefixes) + 1 or len(prefixes) != options["num_layers"]:
+            raise ExportError("peft puts a prefix into every attention of one stack of a decoder, and nowhere else")
+        if others or sizes.head_dim != sizes.value_dim:
+            raise ExportError("peft's prefixes are as wide in all layers, for keys and for values")
+        return options | {"token_dim": sizes.kv_heads * sizes.head_dim, "num_attention_heads": sizes.kv_heads}
+
+    def write_all(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            return {ROWS: torch.cat([each.operator.flat() for each in _prefixes(places)], dim=1)}
+
+
+def _prefixes(places: Sequence[Place]) -> list[Place]:
+    return [place for place in places if isinstance(place.operator, PrefixOperator)]
+
+
+def _warn_of_window(model: nn.Module) -> None:
+    """In peft a prefix is in the cache, so attention with a window forgets it as it forgets words."""
+    window = getattr(vars(model).get("config"), "sliding_window", None)
+    if window:
+        warnings.warn(
+            f"attention of this host has a window of {window} keys, which the prefix leaves in peft, and not here: "
+            "beyond it outputs differ",
+            UserWarning,
+            stacklevel=2,
+        )

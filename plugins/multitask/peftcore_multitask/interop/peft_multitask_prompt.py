@@ -1,0 +1,76 @@
+"""Multitask prompt tuning in peft's files (checked against peft 0.21).
+
+``prompt_embeddings`` [rows, width] is the shared prompt, ``prefix_task_cols`` [tasks, rows, rank] our u,
+``prefix_task_rows`` [tasks, rank, width] our v. In an encoder-decoder the first half of the rows may stand in the
+encoder and the second in the decoder; v is the same for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from peftcore.envelope import SavedSite
+from peftcore.errors import ExportError
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft_method import Place
+from peftcore.interop.peft_prompts import ROWS, SoftPrompt, halves
+from peftcore_multitask._tasks import task_count
+
+COLS, TASK_ROWS = "prefix_task_cols", "prefix_task_rows"
+
+
+class PeftMultitaskPrompt(SoftPrompt):
+    """A prompt that tasks share, and what each makes of it."""
+
+    methods = ("multitask_prompt_tuning",)
+    root = (ROWS, COLS, TASK_ROWS)
+    most_stacks = 2
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.pass_over("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs")
+        keys.pass_over("prompt_tuning_init_state_dict_path", "prompt_tuning_init_task")
+        self.check_rows(keys, shapes)
+        tasks, rank = keys.take("num_tasks", int, 1), keys.take("num_ranks", int, 1)
+        return {
+            "method": "multitask_prompt_tuning",
+            "length": self.shared_options(keys),
+            "tasks": tasks,
+            "rank": rank,
+        }
+
+    def selections(self, keys: Keys, sites: Sequence[SavedSite], model: nn.Module) -> dict[str, tuple[SavedSite, ...]]:
+        return {"": self.stacks(keys, model, ("stack", "stack.decoder")[: halves(keys)])}
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        operator, count = place.operator, place.count
+        (length, width), (tasks, _, rank) = operator.prompt.shape, operator.u.shape
+        half = slice(length, None) if place.site.stack.reads else slice(length)
+        return {
+            "prompt": found.take(ROWS, (length * count, width))[half],
+            "u": found.take(COLS, (tasks, length * count, rank))[:, half],
+            "v": found.take(TASK_ROWS, operator.v.shape),
+        }
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {
+            "num_virtual_tokens": config.length,
+            "num_tasks": task_count(config),
+            "num_ranks": config.rank,
+            "prompt_tuning_init": "RANDOM",
+        }
+
+    def write_all(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        operators = [place.operator for place in sorted(places, key=lambda place: place.site.stack.reads)]
+        v = operators[0].v
+        if not all(torch.equal(v, each.v) for each in operators):
+            raise ExportError("peft has one v for encoder and decoder, and here they have learned different ones")
+        return {
+            ROWS: torch.cat([each.prompt for each in operators]),
+            COLS: torch.cat([each.u for each in operators], dim=1),
+            TASK_ROWS: v,
+        }

@@ -1,0 +1,67 @@
+"""Polytropon in peft's files, there POLY (checked against peft 0.21).
+
+``poly_lora_A`` [splits, skills, in / splits, rank] and ``poly_lora_B`` [splits, skills, rank, out / splits] are our A
+and B transposed; the logits of a task lie in one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Size, Tensor, nn
+
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft_layers import not_added
+from peftcore.interop.peft_method import PeftMethod, Place
+from peftcore.interop.peft_prompts import task_of
+from peftcore_multitask._tasks import task_count
+
+A, B, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
+
+
+class PeftPoly(PeftMethod):
+    """Skills and the logits of tasks."""
+
+    methods = ("polytropon",)
+    below = (A, B, LOGITS)
+    kinds = (nn.Linear,)
+
+    def differs(self, place: Place) -> str:
+        return not_added(place.site)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.only("poly_type", "poly")
+        return {
+            "method": "polytropon",
+            "rank": keys.take("r", int, 8),
+            "tasks": keys.take("n_tasks", int, 1),
+            "skills": keys.take("n_skills", int, 4),
+            "splits": keys.take("n_splits", int, 1),
+        }
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        operator = place.operator
+        tasks, *lead = operator.logits.shape
+        return {
+            "A": found.take(A, operator.A.mT.shape).mT,
+            "B": found.take(B, operator.B.mT.shape).mT,
+            "logits": found.take(LOGITS, (tasks, lead[0] * lead[1])).view(tasks, *lead),
+        }
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {
+            "r": config.rank,
+            "n_tasks": task_count(config),
+            "n_skills": config.skills,
+            "n_splits": config.splits,
+            "poly_type": "poly",
+        }
+
+    def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
+        return {"task_type": task_of(model)}  # without a task peft hands no tasks of rows on
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        operator = place.operator
+        return {A: operator.A.mT, B: operator.B.mT, LOGITS: operator.logits.flatten(1)}

@@ -1,0 +1,45 @@
+"""Norm tuning in peft's files, there LN_TUNING (checked against peft 0.21).
+
+Peft keeps a copy of each norm, under ``ln_tuning_layers``; its gain and bias are the values that stand for the norm's
+own. Running statistics come with the copy: here they are the host's, so those of a file have to be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft_method import PeftMethod, Place
+
+COPY = "ln_tuning_layers"
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class PeftNorms(PeftMethod):
+    """Gains and biases of norms."""
+
+    methods = ("ln_tuning",)
+    below = tuple(f"{COPY}.{name}" for name in ("weight", "bias", *STATISTICS))
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        return {"method": "ln_tuning"}
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        site = place.site
+        for name in STATISTICS:
+            own = site.module._buffers.get(name)
+            if found.has(f"{COPY}.{name}") and own is not None:
+                theirs = found.take(f"{COPY}.{name}", own.shape)
+                if not torch.equal(theirs.to(own), own):
+                    found.wrong.append(f"the {name} of {site.module_path} is another than the host's")
+        return {"value": found.take(f"{COPY}.{site.tensor}", place.operator.value.shape)}
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        buffers = place.site.module._buffers
+        held = {f"{COPY}.{name}": buffers[name] for name in STATISTICS if buffers.get(name) is not None}
+        return {f"{COPY}.{place.site.tensor}": place.operator.value, **held}

@@ -1,0 +1,50 @@
+"""SHiRA in peft's files (checked against peft 0.21).
+
+``shira_weight`` [entries] is added to the weight at ``shira_indices`` [2, entries], rows and columns; ours are one
+number each, in ascending order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from peftcore.interop.found import Found
+from peftcore.interop.keys import Keys
+from peftcore.interop.peft_layers import not_added
+from peftcore.interop.peft_method import PeftMethod, Place
+
+
+class PeftSHiRA(PeftMethod):
+    """Some entries of a weight."""
+
+    methods = ("shira",)
+    below = ("shira_weight", "shira_indices")
+    kinds = (nn.Linear,)
+
+    def differs(self, place: Place) -> str:
+        return not_added(place.site)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.pass_over("mask_type", "random_seed", "mask_fn")
+        return {"method": "shira", "rank": keys.take("r", int, 32)}
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        out, width = place.site.weight_shape
+        count = place.operator.values.shape[0]
+        values, places = found.take("shira_weight", (count,)), found.take("shira_indices", (2, count)).long()
+        limits = torch.tensor([[out], [width]])
+        index, order = (places[0] * width + places[1]).sort()
+        if ((places < 0) | (places >= limits)).any() or (index.diff() == 0).any():
+            found.wrong.append(f"the shira_indices of {place.site.path} are no different entries of {(out, width)}")
+        return {"index": index.to(torch.int32), "values": values[order]}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {"r": config.rank, "mask_type": "random"}
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        index, width = place.operator.index, place.site.weight_shape[1]
+        return {"shira_weight": place.operator.values, "shira_indices": torch.stack([index // width, index % width])}
