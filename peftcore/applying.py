@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from peftcore import witness
 from peftcore.calls import HostState, drop_state, ensure_state, state_of
 from peftcore.catalogue import method as find_method
 from peftcore.config import dtype_of, validate
-from peftcore.contract import Method, MethodConfig
+from peftcore.contract import Method, MethodConfig, matches
 from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
 from peftcore.graft import slot_of
 from peftcore.hosts import HostMap
@@ -91,7 +90,7 @@ def prepare(
         )
     paths = {graft.site.path for graft in surgeon.grafts}
     paths |= {site.path for selection in surgeon.selections.values() for site in selection}
-    idle = [each for each in config.overrides if not any(fnmatch.fnmatchcase(path, each) for path in paths)]
+    idle = [each for each in config.overrides if not any(matches(path, each) for path in paths)]
     if idle:
         warnings.warn(f"these overrides match no site and are passed over: {idle}", UserWarning, stacklevel=3)
     return surgeon

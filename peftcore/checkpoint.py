@@ -7,24 +7,39 @@ that is wrong. No pickle; nothing named by a file is imported.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from peftcore.applying import check_name, establish, prepare
 from peftcore.envelope import Envelope, method_of, mismatched, options_of, weights_digest
-from peftcore.errors import CheckpointError, HostMismatch, TargetError, UnsupportedHost, UnsupportedSite
+from peftcore.errors import (
+    CheckpointError,
+    HostMismatch,
+    PeftcoreError,
+    TargetError,
+    UnsupportedHost,
+    UnsupportedSite,
+)
 from peftcore.files import clear_partial, write_tensors, write_text
 from peftcore.injection import Injection
 from peftcore.interop.card import CARD, card, is_ours
 from peftcore.interop.formats import Tensors, format_named, recognize
 from peftcore.interop.hub import located
+from peftcore.interop.patterns import one_file
+from peftcore.operators import Checked
 from peftcore.surgery import Surgeon
 
 SPARE = 2**28
 """Bytes that an adapter may need beyond its file, besides as many as the host has: bases drawn from a seed."""
+CALLS, CALLS_EACH = 10_000, 300
+"""Calls of torch that a rehearsal may make, and those for each parameter of the host: the method that makes most,
+fact_tk, makes a hundred."""
 
 
 def save(injection: Injection, path: Path, formats: Sequence[str], weights: bool) -> None:
@@ -66,30 +81,73 @@ def load(
         not changed.
     """
     place = located(path)
-    content = recognize(place).open(place, model)
-    envelope = content.envelope
-    cls = method_of(envelope)
-    config = options_of(cls, envelope)
-    name = check_name(model, name or cls.name)
-    wishes = envelope.wishes
+    if name is not None:
+        check_name(model, name)
+    with _about(place), one_file():
+        content = recognize(place).open(place, model)
+    with _about(content.where):
+        envelope = content.envelope
+        cls = method_of(envelope)
+        config = options_of(cls, envelope)
+        wishes = envelope.wishes
+        _check_sites(envelope, model)
 
-    def prepared(dry: bool) -> Surgeon:
-        return prepare(model, cls(), config, wishes, None, dry=dry)
+        def prepared(dry: bool) -> Surgeon:
+            return prepare(model, cls(), config, wishes, None, dry=dry)
 
-    try:
-        rehearsal = prepared(dry=True)
-    except CheckpointError:
-        raise
-    except (TargetError, UnsupportedSite, UnsupportedHost) as error:
-        where = f" (it was made on {envelope.host})" if envelope.host else ""
-        raise HostMismatch(f"the adapter does not fit this base{where}: {error}") from None
-    _check_host(envelope, rehearsal)
-    tensors = content.tensors(rehearsal, strict)
-    _check_memory(rehearsal, tensors, content.where)
-    injection = establish(prepared(dry=False), name)
+        try:
+            with _Bounded(model):
+                rehearsal = prepared(dry=True)
+        except CheckpointError:
+            raise
+        except (TargetError, UnsupportedSite, UnsupportedHost) as error:
+            where = f" (it was made on {envelope.host})" if envelope.host else ""
+            raise HostMismatch(f"the adapter does not fit this base{where}: {error}") from None
+        _check_host(envelope, rehearsal)
+        tensors = content.tensors(rehearsal, strict)
+        _check_memory(rehearsal, tensors)
+        _check_values(rehearsal, tensors)
+    name = check_name(model, cls.name) if name is None else name
+    with _about(content.where):
+        injection = establish(prepared(dry=False), name)
     fill(injection, tensors)
     injection.trainable(trainable)
     return injection
+
+
+@contextmanager
+def _about(where: Path) -> Iterator[None]:
+    """Every error names the file. What a method raises because options of the file make no sense is one of ours too."""
+    try:
+        yield
+    except PeftcoreError as error:
+        error.about(where)
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        text = f"no adapter can be made of what it says: {type(error).__name__}: {error}"
+        raise CheckpointError(text).about(where) from error
+
+
+class _Bounded(TorchFunctionMode):
+    """Ends a rehearsal that goes on and on because an option of a file says so."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.left = CALLS + CALLS_EACH * sum(len(module._parameters) for module in model.modules())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise CheckpointError("its options ask for more operators than any adapter of this base has")
+        return func(*args, **(kwargs or {}))
+
+
+def _check_sites(envelope: Envelope, model: nn.Module) -> None:
+    told, here = sum(map(len, envelope.selections.values())), sum(1 for _ in model.modules())
+    if told > 100 * here:
+        raise HostMismatch(f"the adapter belongs to another base: it stands at {told:,} places, and here are {here:,}")
 
 
 def _check_host(envelope: Envelope, surgeon: Surgeon) -> None:
@@ -100,7 +158,22 @@ def _check_host(envelope: Envelope, surgeon: Surgeon) -> None:
         raise HostMismatch(f"{made}: the base has other weights at its sites")
 
 
-def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor], where: Path) -> None:
+def _check_values(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
+    """Values that only the method understands; all that are wrong are named."""
+    modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
+    modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]  # type: ignore[misc]
+    wrong = []
+    for path, module in modules:
+        for below, each in module.named_modules(prefix=path):
+            if isinstance(each, Checked):
+                names = {name: f"{below}.{name}" for name in (*each._parameters, *each._buffers)}
+                values = {name: tensors[full] for name, full in names.items() if full in tensors}
+                wrong += [f"{below}.{what}" for what in each.wrong_values(values)]
+    if wrong:
+        raise CheckpointError("; ".join(wrong))
+
+
+def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
     """What is built beyond the file's own tensors is no larger than the host."""
     modules = [graft.operator for graft in surgeon.grafts] + [shared.module for shared in surgeon.owned.values()]
     held = {id(each): each for module in modules for each in (*module.parameters(), *module.buffers())}
@@ -109,8 +182,7 @@ def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor], where: Path) 
     host = sum(each.numel() * each.element_size() for each in surgeon.model.parameters())
     if needed - known > host + SPARE:
         raise CheckpointError(
-            f"{where} holds {known:,} bytes of an adapter that needs {needed:,}: more than the host itself, which has "
-            f"{host:,}"
+            f"it holds {known:,} bytes of an adapter that needs {needed:,}: more than the host itself has, {host:,}"
         )
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from peftcore.contract import MethodConfig
-from peftcore.errors import ConfigError
+from peftcore.errors import ConfigError, shown
 
 C = TypeVar("C", bound=MethodConfig)
 
@@ -17,18 +17,29 @@ DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float
 """The dtypes operators may have, by the names used in files."""
 
 
+MAX_ERRORS = 1000
+"""Wrong values that are named one by one: to describe a million of them takes seconds and a gigabyte."""
+
+
+def described(error: ValidationError) -> list[dict[str, Any]]:
+    """What is wrong with a model, one by one; where that is too much, in one line."""
+    if error.error_count() > MAX_ERRORS:
+        return [{"type": "many", "loc": (), "msg": f"{error.error_count():,} values are wrong", "input": "..."}]
+    return [dict(each) for each in error.errors(include_url=False)]
+
+
 def _explain(kind: type[MethodConfig], error: ValidationError) -> str:
     name = kind.model_fields["method"].default
     lines = []
-    for each in error.errors():
+    for each in described(error):
         place = ".".join(str(part) for part in each["loc"])
         if each["type"] == "extra_forbidden":
             options = sorted(set(kind.model_fields) - {"method"})
-            close = difflib.get_close_matches(place, options, n=1)
+            close = difflib.get_close_matches(place[:100], options, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; it has: {', '.join(options)}"
-            lines.append(f"{name} has no option {place!r}{hint}")
+            lines.append(f"{name} has no option {shown(place)}{hint}")
         else:
-            lines.append(f"{name}: {place}={each['input']!r}: {each['msg']}")
+            lines.append(f"{name}: {place}={shown(each['input'])}: {each['msg']}")
     return "\n".join(lines)
 
 

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from peftcore.errors import PluginError
@@ -39,6 +40,28 @@ RESERVED = frozenset(
 """Argument names of `apply` and `load`: no method option may be called so."""
 
 
+MAX_OVERRIDES = 10_000
+MAX_GLOBS = 100_000
+"""Characters in all of them that have wildcards: each is tried on many paths."""
+
+
+def fits(value: Any) -> bool:
+    """False for numbers that tensors cannot be computed with: whole ones of more than 64 bits, and others near the end
+    of float32 (infinities and NaN are for others to refuse)."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return not isinstance(value, float) or abs(value) <= 1e30 or not math.isfinite(value)
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(sign in pattern for sign in "*?[")
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a glob of `MethodConfig.overrides` means a site."""
+    return fnmatch.fnmatchcase(path, pattern) if _is_glob(pattern) else path == pattern
+
+
 class MethodConfig(BaseModel):
     """Options of one method: typed, strict, immutable; unknown keys are refused. Docstrings under fields become schema
     descriptions."""
@@ -49,7 +72,7 @@ class MethodConfig(BaseModel):
 
     method: str
     """Name of the method these options belong to."""
-    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, max_length=MAX_OVERRIDES)
     """Other options for some sites: ``{"*.layers.0.*": {"rank": 16}}``. Keys are globs for site paths; the first that
     matches counts."""
 
@@ -61,6 +84,27 @@ class MethodConfig(BaseModel):
                 f"{cls.__name__}: {', '.join(sorted(taken))} are arguments of apply and cannot be options"
             )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, options: Any) -> Any:
+        left = [options]
+        while left:
+            each = left.pop()
+            if isinstance(each, dict):
+                left += each.values()
+            elif isinstance(each, list | tuple):
+                left += each
+            elif not isinstance(each, str) and not fits(each):
+                raise ValueError(f"no tensor can be computed with a number like {each:.3g}")
+        return options
+
+    @field_validator("overrides")
+    @classmethod
+    def _globs(cls, overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if sum(len(each) for each in overrides if _is_glob(each)) > MAX_GLOBS:
+            raise ValueError(f"their globs have more than {MAX_GLOBS:,} characters")
+        return overrides
+
     def replace(self, **changes: Any) -> Self:
         """A copy with some options changed, checked like a new one.
 
@@ -69,12 +113,12 @@ class MethodConfig(BaseModel):
         """
         from peftcore.config import validate
 
-        return validate(type(self), {**self.model_dump(), **changes})
+        return validate(type(self), {**self.model_dump(exclude=set(changes)), **changes})
 
     def at(self, path: str) -> Self:
         """The options for one site: `overrides` applied."""
         for pattern, changes in self.overrides.items():
-            if fnmatch.fnmatchcase(path, pattern):
+            if matches(path, pattern):
                 return self.replace(**{**changes, "overrides": {}})
         return self
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from peftcore.catalogue import method as find_method
 from peftcore.catalogue import methods
-from peftcore.config import DTYPES, validate_json
+from peftcore.config import DTYPES, described, validate_json
 from peftcore.contract import Method, MethodConfig
-from peftcore.errors import CheckpointError, ConfigError, NewerFormat, UnknownMethod
+from peftcore.errors import CheckpointError, ConfigError, NewerFormat, UnknownMethod, shown
 from peftcore.injection import Injection
 from peftcore.surgery import Wishes
 from peftcore.targets import Site
@@ -162,9 +162,14 @@ def parse_envelope(data: Mapping[str, Any], where: object) -> Envelope:
     if isinstance(version, int) and version > FORMAT:
         raise NewerFormat(f"{where} has format {version}, this peftcore reads up to {FORMAT}: pip install -U peftcore")
     try:
-        return Envelope.model_validate_json(json.dumps(data))
-    except (ValidationError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} cannot be read: {error}") from None
+        found = Envelope.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        places = [(".".join(map(str, each["loc"])), each) for each in described(error)]
+        wrong = "; ".join(f"{place}={shown(each['input'])}: {each['msg']}" for place, each in places)
+        raise CheckpointError(f"{where} cannot be read: {wrong}") from None
+    if len(set(found.train)) < len(found.train):
+        raise CheckpointError(f"{where} cannot be read: what was trained along stands there twice")
+    return found
 
 
 def method_of(envelope: Envelope) -> type[Method]:

@@ -3,9 +3,30 @@ was."""
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any, Self
+
+LONGEST = 4000
+"""Characters of a message about a file; what is wrong with one may be long."""
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 3, 60, 60, 60
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    many = isinstance(value, dict) and len(value) > 100  # they would be sorted
+    return f"{len(value):,} entries" if many else _short.repr(value)
+
 
 class PeftcoreError(Exception):
     """The root: catch this to catch all of the below."""
+
+    def about(self, where: object) -> Self:
+        """The same error, its message beginning with what it is about (unless that is in it), and not endless."""
+        text = str(self)
+        text = text if str(where) in text else f"{where}: {text}"
+        self.args = (text if len(text) <= LONGEST else f"{text[:LONGEST]}...",)
+        return self
 
 
 class UnknownMethod(PeftcoreError, LookupError):

@@ -22,10 +22,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from peftcore.contract import fits
 from peftcore.errors import CheckpointError
 
-MAX_JSON = 64 * 2**20
-"""Bytes of a JSON text that are read at most: far above any adapter's options."""
+MAX_HEADER = 32 * 2**20
+"""Bytes of the header of a tensors' file that are read at most: a hundred thousand tensors have half of it."""
+MAX_JSON = 16 * 2**20
+"""Bytes of an adapter's options that are read at most, far above any adapter's."""
+MAX_VALUES = 500_000
+"""Values in them."""
+MAX_DEPTH = 64
+"""How deep they may be nested."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 """The dtypes of tensors that adapters have, by their names in safetensors."""
@@ -43,10 +50,11 @@ def _regular(path: Path) -> int:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key[:80]!r} stands there twice")
+        found[key] = value
     return found
 
 
@@ -54,18 +62,39 @@ def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is no JSON")
 
 
-def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
-    """A JSON object without repeated keys, NaN or infinities.
+def _whole(digits: str) -> int:
+    if len(digits) > 20 or not fits(number := int(digits)):
+        raise ValueError(f"a whole number of {len(digits)} digits fits no tensor")
+    return number
 
-    Raises:
-        CheckpointError: it is something else; `where` is named.
-    """
+
+def _object(text: str | bytes, where: object) -> dict[str, Any]:
     try:
-        found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse)
+        found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{where} cannot be read: it holds no JSON object")
+    return found
+
+
+def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
+    """A JSON object of reasonable size without repeated keys, NaN, infinities, or numbers that no computer counts with.
+
+    Raises:
+        CheckpointError: it is something else; `where` is named.
+    """
+    if len(text) > MAX_JSON:
+        raise CheckpointError(f"{where} cannot be read: {len(text):,} bytes are too many for an adapter's options")
+    found = _object(text, where)
+    level: list[Any] = [found]
+    count = depth = 0
+    while level:
+        count, depth = count + len(level), depth + 1
+        if count > MAX_VALUES or depth > MAX_DEPTH:
+            raise CheckpointError(f"{where} cannot be read: it holds more values than any adapter's options")
+        inside = [each for each in level if isinstance(each, (dict, list))]
+        level = [value for each in inside for value in (each.values() if isinstance(each, dict) else each)]
     return found
 
 
@@ -75,12 +104,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing, too large, or no JSON object.
     """
-    if (size := _regular(path)) > MAX_JSON:
-        raise CheckpointError(f"{path} cannot be read: {size:,} bytes are too many for an adapter's options")
+    _regular(path)
     try:
-        return parse_json(path.read_bytes(), path)
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON + 1)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return parse_json(text, path)
 
 
 @dataclass(frozen=True)
@@ -100,11 +130,12 @@ class TensorFile:
         try:
             with self.path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
-                if size < 8 or length > min(size - 8, MAX_JSON):
+                if size < 8 or length > min(size - 8, MAX_HEADER):
                     raise CheckpointError(f"{self.path} cannot be read: it is cut off, or no safetensors file")
-                header = parse_json(file.read(length), self.path)
+                text = file.read(length)
             with safe_open(self.path, framework="pt"):
-                pass  # offsets, overlaps, lengths
+                pass  # kinds of entries, offsets, overlaps, lengths
+            header = _object(text, self.path)
         except (SafetensorError, OSError, OverflowError, MemoryError) as error:
             raise CheckpointError(f"{self.path} cannot be read: {error}") from None
         return header
@@ -146,6 +177,9 @@ class TensorFile:
         broken = [key for key, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
         if broken:
             raise CheckpointError(f"{self.path} holds values that are not finite in {', '.join(broken[:8])}")
+        flags = {key: value.view(torch.uint8) for key, value in found.items() if value.dtype == torch.bool}
+        if strange := [key for key, value in flags.items() if value.gt(1).any()]:
+            raise CheckpointError(f"{self.path} holds flags that are neither 0 nor 1 in {', '.join(strange[:8])}")
         return found
 
 
@@ -173,11 +207,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         metadata: at most one text, for the library writes several in any order.
     """
     ready = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
-    _put(path, lambda partial: save_file(ready, partial, metadata=dict(metadata)))
+
+    def write(partial: Path) -> None:
+        try:
+            save_file(ready, partial, metadata=dict(metadata))
+        except SafetensorError as error:  # a full disk, for instance
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+    _put(path, write)
 
 
 def clear_partial(folder: Path) -> None:
     """Remove what writers that were killed left in a folder an hour ago or longer."""
     for path in folder.glob(".*.partial"):
-        if time.time() - path.stat().st_mtime > 3600:
+        if path.is_file() and time.time() - path.lstat().st_mtime > 3600:
             path.unlink(missing_ok=True)

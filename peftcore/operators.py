@@ -9,7 +9,7 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -24,7 +24,23 @@ Factors = tuple[Tensor, Tensor, float]
 rank]``."""
 
 
-class _Base(nn.Module):
+class Checked(nn.Module):
+    """A module whose values can be wrong though their shapes and dtypes are right, such as places in a weight. What a
+    file holds is checked before the host changes."""
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        """What is wrong with values from a file for this module's own tensors, in words that follow the tensor's name.
+
+        Args:
+            values: tensors of the right shapes by their names in this module; some may be missing.
+
+        Yields:
+            ``"index holds places beyond the weight"``.
+        """
+        yield from ()
+
+
+class _Base(Checked):
     """What both kinds share: the layer at which the operator acts (plain data, never the host's module)."""
 
     derives = True

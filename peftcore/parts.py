@@ -22,7 +22,7 @@ def options_of(part: Mapping[str, Any]) -> MethodConfig:
     Raises:
         ConfigError: it names no method, or its options break a rule of that method.
     """
-    if "method" not in part:
+    if not isinstance(part.get("method"), str):
         raise ConfigError('every part says which method it is: {"method": "lora", ...}')
     kind = find_method(part["method"]).Config
     options = {key: value for key, value in part.items() if key != "target"}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.attention_sites import locate as locate_attention
-from peftcore.errors import CheckpointError, PluginError, TargetError, UnsupportedSite
+from peftcore.errors import CheckpointError, HostMismatch, PluginError, TargetError, UnsupportedSite
 from peftcore.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable
 from peftcore.plugins import registry
 from peftcore.progress import Progress
@@ -115,8 +115,9 @@ class Surgeon:
                 raise CheckpointError(f"the file does not say where {self.method.name} stands")
             elif target is None and self.wishes.target is not None:
                 found = self._matching(self.wishes.target, warn=True)
-            else:
-                found = self._defaults(self.method.target if target is None else target)
+            else:  # what a file says of targets is for people to read: its patterns are matched nowhere
+                exclude = self.wishes.exclude if saved is None else None
+                found = self._defaults(self.method.target if target is None else target, exclude)
         except TargetError:
             if not optional:
                 raise
@@ -124,6 +125,19 @@ class Surgeon:
         self.selections[key] = found
         self.progress.expect(0 if self.dry else len(found))
         return [replace(site, meta=True) for site in found] if self.dry else found
+
+    def chosen(self, sites: Sequence[Site]) -> list[Site]:
+        """Those of these sites that are at modules that the user's target and exclude leave: all, unless there are
+        some. For methods that find their places by themselves; like `sites`, kept in files."""
+        wishes, saved = self.wishes, self.wishes.saved
+        if saved is not None:
+            wanted = {record["module_path"] for record in saved.get("", ())}
+        else:
+            target: Target = [_exactly(site.module_path) for site in sites] if wishes.target is None else wishes.target
+            wanted = {site.module_path for site in self.resolver.sites(target, exclude=wishes.exclude)[0]}
+        found = [site for site in sites if site.module_path in wanted]
+        self.selections[""] = found
+        return found
 
     def at(self, role: str) -> list[Site]:
         """The sites of one role in the main tower; nothing when the host has none."""
@@ -263,6 +277,8 @@ class Surgeon:
         self._by_method = False
         for name in self.wishes.train:
             exact = name in self.resolver.modules or self.resolver.has_parameter(name)
+            if not exact and self.wishes.saved is not None:
+                raise HostMismatch(f"{name!r} was trained along, and is not here")
             paths = [name] if exact else [_meant(name, site) for site in self.resolver.sites(name)[0]]
             if not [each for path in paths for each in self.train(path)]:
                 raise TargetError(f"train: {name!r} has no parameters")
@@ -284,8 +300,7 @@ class Surgeon:
             warnings.warn(f"these targets match nothing and are passed over: {unmatched}", UserWarning, stacklevel=2)
         return found
 
-    def _defaults(self, target: Target) -> list[Site]:
-        exclude = self.wishes.exclude
+    def _defaults(self, target: Target, exclude: Target | None) -> list[Site]:
         try:
             return self.resolver.sites(target, exclude=exclude, tower=self.resolver.host.main_tower())[0]
         except TargetError:
@@ -313,6 +328,10 @@ class Surgeon:
         return built.to("meta" if self.dry else device, dtype).train(
             self.model.training if site is None else site.module.training
         )
+
+
+def _exactly(path: str) -> Callable[[str, nn.Module], bool]:
+    return lambda found, module: found == path
 
 
 def _meant(name: str, site: Site) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.errors import HostMismatch, TargetError, UnsupportedSite
+from peftcore.errors import HostMismatch, TargetError, UnsupportedSite, shown
 from peftcore.graft import effective_weight
 from peftcore.hosts import HostEntry, HostMap
 from peftcore.weights import Layer, Ranges, dense_layer
@@ -265,8 +265,9 @@ class Resolver:
         if rows is not None:
             height = replace(site, rows=None).out_features
             ends = [end for pair in rows for end in pair]
-            if not rows or ends != sorted(ends) or ends[-1] > height:
-                raise HostMismatch(f"{module_path} has {height} rows here, the adapter stands at {rows}")
+            empty = any(start >= stop for start, stop in rows)
+            if not rows or empty or ends != sorted(ends) or ends[-1] > height:
+                raise HostMismatch(f"{module_path} has {height} rows here, the adapter stands at {shown(rows)}")
         return site
 
     def _slots(self, module: nn.Module, tensor: str) -> Iterable[str]:

@@ -14,7 +14,7 @@ MARK = "<!-- written by peftcore; remove this line to keep your own text -->"
 
 def is_ours(path: Path) -> bool:
     """Whether a card may be written: there is none, or it is one that nobody took over."""
-    return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
+    return not path.exists() or (path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace"))
 
 
 def card(injection: Injection, formats: Sequence[str]) -> str:

@@ -120,6 +120,15 @@ def recognize(path: Path) -> Format:
     for kind in formats().values():
         if kind.recognizes(path):
             return kind()
+    raise CheckpointError(f"{path} is no adapter of a known format ({', '.join(formats())}); {held_by(path)}")
+
+
+def held_by(path: Path) -> str:
+    """What a folder or file holds, for a message about what it lacks.
+
+    Raises:
+        CheckpointError: tensors in a pickle, saying how to convert it.
+    """
     held = sorted(each.name for each in path.iterdir()) if path.is_dir() else [path.name]
     pickled = [name for name in held if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickled:
@@ -128,6 +137,4 @@ def recognize(path: Path) -> Format:
             "it, convert it once with safetensors.torch.save_file(torch.load(file, weights_only=True), "
             f'"{pickled[0].rpartition(".")[0]}.safetensors")'
         )
-    raise CheckpointError(
-        f"{path} is no adapter of a known format ({', '.join(formats())}); it holds {', '.join(held[:8]) or 'nothing'}"
-    )
+    return f"it holds {', '.join(held[:8]) or 'nothing'}"

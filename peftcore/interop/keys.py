@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peftcore.errors import CheckpointError
+from peftcore.errors import CheckpointError, shown
 
 T = TypeVar("T")
 OFF: tuple[Any, ...] = (None, False, "", [], {})
@@ -43,7 +43,7 @@ class Keys:
             kinds = (*kinds, int)
         if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
             names = " or ".join(each.__name__ for each in kinds)
-            found = "is missing" if key not in self.data else f"is {_shown(value)}"
+            found = "is missing" if key not in self.data else f"is {shown(value)}"
             raise CheckpointError(f"{self.where}: {key!r} {found}, expected {names}")
         return value
 
@@ -52,7 +52,7 @@ class Keys:
         value = self.take(key, (list, str), [])
         found = [value] if isinstance(value, str) else value
         if not all(isinstance(each, str) for each in found):
-            raise CheckpointError(f"{self.where}: {key!r} is {_shown(value)}, expected names")
+            raise CheckpointError(f"{self.where}: {key!r} is {shown(value)}, expected names")
         return found
 
     def table(self, key: str) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Keys:
         value = self.data.get(key, values[0])
         if value not in values and value not in OFF:
             raise CheckpointError(
-                f"{self.where}: {key!r} is {_shown(value)}, which changes what the adapter computes in a way that "
+                f"{self.where}: {key!r} is {shown(value)}, which changes what the adapter computes in a way that "
                 f"peftcore does not know; it reads {' and '.join(map(repr, values))}"
             )
 
@@ -109,10 +109,5 @@ class Keys:
         """
         strange = [key for key in sorted(self.data.keys() - self.known) if self.data[key] not in OFF]
         if strange:
-            shown = ", ".join(f"{key} = {_shown(self.data[key])}" for key in strange[:8])
+            shown = ", ".join(f"{key} = {shown(self.data[key])}" for key in strange[:8])
             raise CheckpointError(f"{self.where}: peftcore does not know these options, which may matter: {shown}")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

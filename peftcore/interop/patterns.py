@@ -1,17 +1,32 @@
 """Names and regular expressions for modules, as peft's files have them. An expression comes from a file, so it gets a
-second and no more."""
+second and no more, and all of a file together get not much more."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
-from peftcore.errors import CheckpointError
+from peftcore.errors import CheckpointError, shown
 
 SECONDS = 1.0
-"""For one expression on all paths of a host."""
+"""For one expression on all paths of a host, and for all expressions of one file."""
+LONGEST = 100_000
+"""Characters of an expression."""
+_left: ContextVar[list[float]] = ContextVar("left")
+
+
+@contextmanager
+def one_file() -> Iterator[None]:
+    """Until the end of the block, all expressions share their time: a file may have many."""
+    token = _left.set([SECONDS])
+    try:
+        yield
+    finally:
+        _left.reset(token)
 
 
 def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool = False) -> set[str]:
@@ -30,14 +45,19 @@ def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool =
             f"{where} has the regular expression {pattern!r}, which is only matched within a time limit: "
             "pip install regex"
         ) from None
-    found, until = set(), time.monotonic() + SECONDS
+    if len(pattern) > LONGEST:
+        raise CheckpointError(f"{where}: {shown(pattern)} cannot be matched: it has {len(pattern):,} characters")
+    left = _left.get([SECONDS])
+    found, start = set(), time.monotonic()
     try:
+        re.compile(pattern)  # what more `regex` understands (recursion) means nothing to peft
         compiled = regex.compile(rf"(?:.*\.)?(?:{pattern})" if endings else pattern)
         for path in paths:
-            if compiled.fullmatch(path, timeout=max(until - time.monotonic(), 1e-3)):
+            if compiled.fullmatch(path, timeout=max(left[0] + start - time.monotonic(), 1e-3)):
                 found.add(path)
-    except (regex.error, TimeoutError, OverflowError, RecursionError, MemoryError) as error:
-        raise CheckpointError(f"{where}: {pattern[:80]!r} cannot be matched: {error}") from None
+    except (re.error, regex.error, TimeoutError, OverflowError, RecursionError, MemoryError) as error:
+        raise CheckpointError(f"{where}: {shown(pattern)} cannot be matched: {error}") from None
+    left[0] -= time.monotonic() - start
     return found
 
 

@@ -18,7 +18,7 @@ from peftcore.errors import CheckpointError
 from peftcore.files import TensorFile, read_json
 from peftcore.injection import Injection
 from peftcore.interop.composing import composed, literally
-from peftcore.interop.formats import Content, Files, Format, Tensors
+from peftcore.interop.formats import Content, Files, Format, Tensors, held_by
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.peft_method import PeftMethod, Place, peft_method, places_of
@@ -61,9 +61,7 @@ class Peft(Format):
         keys.pass_over(*NEUTRAL)
         method = peft_method(keys.take("peft_type", str), keys.where)
         if not (path / TENSORS).exists():
-            held = ", ".join(sorted(each.name for each in path.iterdir()))
-            pickled = "; a pickle can run any code, convert it first: see `peftcore.load`" if ".bin" in held else ""
-            raise CheckpointError(f"{path} has no {TENSORS}, only {held}{pickled}")
+            raise CheckpointError(f"{path} has no {TENSORS}; {held_by(path)}")
         file = TensorFile(path / TENSORS)
         return PeftContent(keys, file, bare_names(file, method.stem), method, model)
 

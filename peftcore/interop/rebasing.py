@@ -40,7 +40,8 @@ def find_move(paths: Iterable[str], here: Collection[str], what: str) -> Move:
         return Move()
     first = missing[0]
     steps = first.split(".")
-    moves = [Move(old=".".join(steps[:count])) for count in range(1, len(steps))]
+    deepest = max((path.count(".") + 1 for path in here), default=0)
+    moves = [Move(old=".".join(steps[:count])) for count in range(max(1, len(steps) - deepest), len(steps))]
     ending = f".{first}"
     moves += [Move(new=path.removesuffix(ending)) for path in here if path.endswith(ending)]
     fitting = [move for move in moves if all(move.covers(path) and move(path) in here for path in paths)]

@@ -61,7 +61,7 @@ def _ids(vocabulary: int, config: Config) -> Tensor:
     unknown = [each for each in config.init_ids if each >= vocabulary]
     if unknown:
         raise ConfigError(f"init_ids: {unknown[:4]} are no tokens of a vocabulary of {vocabulary}")
-    return torch.tensor([config.init_ids[index % len(config.init_ids)] for index in range(config.length)])
+    return torch.tensor(config.init_ids).repeat(-(-config.length // len(config.init_ids)))[: config.length]
 
 
 class PromptTuning(Method):

@@ -28,7 +28,7 @@ class Config(MethodConfig):
     """Options of a union."""
 
     method: Literal["config_union"] = "config_union"
-    parts: list[dict[str, Any]] = Field(min_length=1)
+    parts: list[dict[str, Any]] = Field(min_length=1, max_length=100)
     """The methods in order: each as its options, with its name under "method" and its "target" if it has its own."""
 
     @field_validator("parts")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,6 @@ from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.parts import options_of
 from peftcore.rows import Once
 from peftcore.surgery import Graft
-from peftcore.targets import Target
 
 Members = list[list[nn.Module]]
 """The operators of each adapter at one place; several where an adapter is a hybrid."""
@@ -46,10 +44,7 @@ def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
                 if site.module_path not in taken:
                     taken[site.module_path] = place
                     place.append(_as_called(surgeon, site))
-    wishes = surgeon.wishes
-    target: Target = [f"re:{re.escape(path)}" for path in places] if wishes.target is None else wishes.target
-    wanted, _ = surgeon.resolver.sites(target, exclude=wishes.exclude)
-    here = {site.module_path for site in wanted}
+    here = {site.module_path for site in surgeon.chosen([place[0] for place in places.values()])}
     return [place for path, place in places.items() if path in here]
 
 

@@ -42,7 +42,9 @@ class PartsConfig(MethodConfig):
     changes_weights: ClassVar[bool] = True
     """Whether every part has to be a change of weights."""
 
-    parts: list[dict[str, Any]] = Field(default_factory=lambda: [{"method": "lora"}, {"method": "lora"}], min_length=1)
+    parts: list[dict[str, Any]] = Field(
+        default_factory=lambda: [{"method": "lora"}, {"method": "lora"}], min_length=1, max_length=100
+    )
     """The adapters: each as its options, with its name under "method" and its "target" if it has its own."""
     weights: list[float] | None = None
     """One for each part, negative ones too; all the same without."""

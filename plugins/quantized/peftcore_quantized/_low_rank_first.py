@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import Annotated
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from peftcore import Site
@@ -38,7 +39,7 @@ class LowRankFirstConfig(PackedConfig):
 
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
-    iterations: PositiveInt = 1
+    iterations: Annotated[PositiveInt, Field(le=1000)] = 1
     """How often decomposition and rounding take turns at most, on a base that is dense."""
 
 

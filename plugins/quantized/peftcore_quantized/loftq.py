@@ -18,10 +18,10 @@ Use it in place of QLoRA at 4 bits and below, where the dense model can be loade
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, Site, Surgeon, Tags
@@ -45,7 +45,7 @@ class Config(PackedConfig):
     method: Literal["loftq"] = "loftq"
     rank: PositiveInt = 16
     """Rank of the update."""
-    iterations: PositiveInt = 5
+    iterations: Annotated[PositiveInt, Field(le=1000)] = 5
     """How often rounding and decomposition take turns (the authors: 5; peft: 1)."""
 
 

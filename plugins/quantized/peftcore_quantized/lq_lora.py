@@ -26,9 +26,9 @@ Use it in place of QLoRA at 4 bits and below, where the dense model can be loade
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import nn
 
 from peftcore import Method, Site, Surgeon, Tags
@@ -42,7 +42,7 @@ class Config(LowRankFirstConfig):
     method: Literal["lq_lora"] = "lq_lora"
     rank: PositiveInt = 64
     """Rank of the update."""
-    iterations: PositiveInt = 10
+    iterations: Annotated[PositiveInt, Field(le=1000)] = 10
     """How often decomposition and rounding take turns at most, on a base that is dense (the authors: 100, with a faster
     decomposition that is not exact; what is gained falls off after the first few)."""
 

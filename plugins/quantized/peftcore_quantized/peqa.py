@@ -19,6 +19,7 @@ learning rates are 1e-5 to 6e-5. Weight decay is off.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -53,6 +54,10 @@ class PEQAOperator(HeldOperator):
             largest = self.grouped(held).abs().amax(-1)  # [*batch, out, groups]
         self.register_buffer("s0", torch.where(largest == 0, 1.0, largest) / (2 ** (config.bits - 1) - 1))
         self.ds = nn.Parameter(torch.zeros_like(self.s0))
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        if "s0" in values and not values["s0"].gt(0).all():
+            yield "s0 holds scales that are not positive"
 
     def grouped(self, weight: Tensor) -> Tensor:
         """``[*batch, out, in, *kernel] -> [*batch, out, groups, group_size]``."""

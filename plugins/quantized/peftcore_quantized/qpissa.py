@@ -22,9 +22,9 @@ Use it in place of QLoRA where the dense model can be loaded once, and training 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from torch import nn
 
 from peftcore import Method, Site, Surgeon, Tags
@@ -38,7 +38,7 @@ class Config(LowRankFirstConfig):
     method: Literal["qpissa"] = "qpissa"
     rank: PositiveInt = 16
     """How many singular values are adapted (the authors: 128)."""
-    iterations: PositiveInt = 1
+    iterations: Annotated[PositiveInt, Field(le=1000)] = 1
     """How often decomposition and rounding take turns, on a base that is dense (the authors: 1, or 5)."""
 
 

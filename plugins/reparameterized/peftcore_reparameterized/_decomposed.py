@@ -41,7 +41,7 @@ def principal(matrix: Tensor, rank: int, iterations: int | None = None) -> tuple
         U, S, V = U[..., :rank], S[..., :rank], V[..., :rank, :]
     else:
         basis = _orthonormal(matrix @ torch.randn(matrix.shape[-1], rank, dtype=matrix.dtype).to(matrix.device))
-        for _ in range(iterations):
+        for _ in range(0 if matrix.is_meta else iterations):
             basis = _orthonormal(matrix @ _orthonormal(matrix.mT @ basis))
         U, S, V = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
         U = basis @ U

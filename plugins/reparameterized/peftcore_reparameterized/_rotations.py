@@ -39,12 +39,13 @@ def block_size(site: Site, wanted: int, factors: int = 1) -> int:
     Raises:
         UnsupportedSite: there is none up to twice the wanted one.
     """
-    halves = 2 ** (factors - 1)  # a factor joins halves of blocks across a distance that doubles
+    turned = width(site)
+    halves = 2 ** min(factors - 1, turned.bit_length())  # a factor joins halves of blocks across a doubled distance
     even = 1 if factors == 1 else 2
-    fitting = [n for n in range(2, 2 * wanted + 1) if n % even == 0 and width(site) % (n * halves) == 0]
+    fitting = [n for n in range(2, min(2 * wanted, turned) + 1) if n % even == 0 and turned % (n * halves) == 0]
     if not fitting:
         raise UnsupportedSite(
-            f"{site.path} turns {width(site)} coordinates, which no blocks of width 2 to {2 * wanted} cut evenly; "
+            f"{site.path} turns {turned} coordinates, which no blocks of width 2 to {2 * wanted} cut evenly; "
             "exclude it, or set other options for it in overrides"
         )
     return min(fitting, key=lambda n: (abs(n - wanted), n))

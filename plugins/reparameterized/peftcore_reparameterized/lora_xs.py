@@ -43,7 +43,7 @@ class Config(MethodConfig):
     """Standard deviation of R at the start; with 0 a fresh adapter changes nothing at all."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training."""
-    iterations: PositiveInt | None = None
+    iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
     """Find the singular vectors by so many steps of a fast approximation; None is exact."""
 
 

@@ -18,9 +18,9 @@ Use it in place of LoRA where training is short, with the same learning rate and
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags
@@ -36,7 +36,7 @@ class Config(MethodConfig):
     """How many singular values are adapted; at most those that there are."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
-    iterations: PositiveInt | None = None
+    iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
     """Find the singular vectors by so many steps of a fast approximation, 4 to 16; None is exact."""
 
 

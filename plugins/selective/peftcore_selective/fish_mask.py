@@ -20,6 +20,7 @@ Use it where a change has to be small to send or to keep: half a percent of the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Annotated, Literal
@@ -29,7 +30,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Batches, Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.operators import Shared
+from peftcore.operators import Checked, Shared
 from peftcore.weights import take
 from peftcore_selective._fisher import squared_gradients
 from peftcore_selective._ties import one_each, tied_to
@@ -45,15 +46,21 @@ class Config(MethodConfig):
     """How many batches of the data are looked at, at most; each has to be one example."""
 
 
-class Mask(nn.Module):
+class Mask(Checked):
     """What is added, and where: places in all sites one after the other, ascending."""
 
     index: Tensor
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, total: int) -> None:
         super().__init__()
+        self.total = total
         self.values = nn.Parameter(torch.zeros(count))
         self.register_buffer("index", torch.arange(count))
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        index = values.get("index")
+        if index is not None and not (index.diff().gt(0).all() and int(index[0]) >= 0 and int(index[-1]) < self.total):
+            yield f"index does not hold ascending places in {self.total} weights"
 
 
 class FishOperator(WeightOperator):
@@ -97,8 +104,9 @@ class FishMask(Method):
         left_out = {site.module_path for site in heads}
         sites = [site for site in surgeon.sites() if site.module_path not in left_out]
         tensors = one_each(each for site in sites for each in map(site.at, site.tensors()) if _there(each))
-        count = max(1, int(config.share * sum(each.numel for each in tensors)))
-        mask = surgeon.own("mask", lambda: Mask(count))
+        total = sum(each.numel for each in tensors)
+        count = max(1, int(config.share * total))
+        mask = surgeon.own("mask", lambda: Mask(count, total))
         start = 0
         for each in tensors:
             holders = tuple(map(_stored, tied_to(each, surgeon)))

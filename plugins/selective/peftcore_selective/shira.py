@@ -18,6 +18,7 @@ Use it to switch fast between adapters on one base, or to add several: a switch 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -58,6 +59,7 @@ class SHiRAOperator(WeightOperator):
             )
         # 32 bits halve the file, and no matrix of 2**31 entries is in sight
         index = self._choose(site, config, size, count).sort(-1).values.to(torch.int32)
+        self.size = size
         self.register_buffer("index", index)  # [*batch, count]
         self.values = nn.Parameter(torch.zeros(index.shape))
 
@@ -67,6 +69,14 @@ class SHiRAOperator(WeightOperator):
             return site.weight().flatten(len(site.batch)).abs().topk(count).indices
         drawn = [torch.randperm(size)[:count] for _ in range(math.prod(site.batch))]
         return torch.stack(drawn).view(*site.batch, count)
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        if "index" in values:
+            places, _ = values["index"].sort(-1)
+            if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < self.size:
+                yield f"index holds places outside of the {self.size} entries of a matrix"
+            elif places.diff(dim=-1).eq(0).any():
+                yield "index holds a place twice"
 
     def forward(self, weight: Tensor) -> Tensor:
         flat, index = weight.flatten(self.layer.batch_dims), self.index.long()
