@@ -71,7 +71,7 @@ class Keys:
         for key in keys:
             if self.data.get(key) not in OFF:
                 self.warn(
-                    f"{key} = {_shown(self.data[key])} acts in training only, and peftcore's method has none: outputs "
+                    f"{key} = {shown(self.data[key])} acts in training only, and peftcore's method has none: outputs "
                     "are the same, further training is not"
                 )
 
@@ -109,5 +109,5 @@ class Keys:
         """
         strange = [key for key in sorted(self.data.keys() - self.known) if self.data[key] not in OFF]
         if strange:
-            shown = ", ".join(f"{key} = {shown(self.data[key])}" for key in strange[:8])
-            raise CheckpointError(f"{self.where}: peftcore does not know these options, which may matter: {shown}")
+            said = ", ".join(f"{key} = {shown(self.data[key])}" for key in strange[:8])
+            raise CheckpointError(f"{self.where}: peftcore does not know these options, which may matter: {said}")
