@@ -35,14 +35,15 @@ def fill(injection: peftcore.Injection) -> None:
         parameter.normal_(0, 0.5)
 
 
-def test_forward_is_that_of_peft() -> None:
-    """There a single gate, taken as it is; here tanh of a gate a head, all of them alike."""
+@pytest.mark.parametrize("tanh", [True, False])
+def test_forward_is_that_of_peft(tanh: bool) -> None:
+    """There a single gate, taken as it is; here tanh of a gate a head (or the gate as it is), all of them alike."""
     peft = pytest.importorskip("peft")
     base, inputs = host("llama")
     config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=LENGTH, adapter_layers=2)
     theirs = peft.get_peft_model(deepcopy(base), config).double().eval()
     ours = deepcopy(base)
-    injection = peftcore.apply(ours, "llama_adapter", length=LENGTH, dtype="float64")
+    injection = peftcore.apply(ours, "llama_adapter", length=LENGTH, tanh=tanh, dtype="float64")
     adapted = [module for module in theirs.modules() if hasattr(module, "adaption_gate")]
     assert len(adapted) == len(injection.operators) == 2
     with torch.no_grad():
@@ -50,7 +51,7 @@ def test_forward_is_that_of_peft() -> None:
             operator.prompt.normal_()
             operator.gate.fill_(torch.randn(()))
             module.adaption_prompt.copy_(operator.prompt[None])
-            module.adaption_gate.copy_(operator.gate[0].tanh())
+            module.adaption_gate.copy_(operator.gate[0].tanh() if tanh else operator.gate[0])
     valid = inputs["attention_mask"].bool()
     plain, expected = base(**inputs).logits[valid], theirs(**inputs).logits[valid]
     assert (expected - plain).abs().max() > 1e-2

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 import peftcore
+from peftcore.errors import UnsupportedSite
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 
@@ -84,6 +86,46 @@ def test_forward_is_that_of_peft(name: str, projection: int | None) -> None:
     assert sum(g.square().sum() for g in mine).item() == pytest.approx(
         sum(g.square().sum() for g in other).item(), rel=1e-9
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+def test_positions_from_behind_the_prefix(name: str, tmp_path: Path) -> None:
+    """What is passed, and what the host would count itself."""
+    base, inputs = host(name)
+    plain, shifted, again = deepcopy(base), deepcopy(base), deepcopy(base)
+    options = {"length": LENGTH, "projection": None, "dtype": "float64", "seed": 0}
+    peftcore.apply(plain, "prefix_tuning", **options)
+    injection = peftcore.apply(shifted, "prefix_tuning", behind=True, **options)
+    expected = logits(plain, **behind(inputs))
+    assert (expected - logits(plain, **inputs)).abs().max() > 1e-3
+    assert torch.equal(logits(shifted, **inputs), expected)
+    assert torch.equal(logits(shifted, **behind(inputs, 0)), expected)
+    with injection.disabled():
+        assert torch.equal(logits(shifted, **inputs), logits(base, **inputs))
+    injection.save(tmp_path)
+    peftcore.load(again, tmp_path)
+    assert torch.equal(logits(again, **inputs), expected)
+
+
+def test_positions_from_behind_where_the_host_counts_what_is_no_padding() -> None:
+    config = transformers.RobertaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=32, pad_token_id=1,
+    )  # fmt: skip
+    base = transformers.RobertaForMaskedLM(config).eval()
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 1, 1]])
+    plain, shifted = deepcopy(base), deepcopy(base)
+    options = {"length": LENGTH, "projection": None, "seed": 0}
+    peftcore.apply(plain, "prefix_tuning", **options)
+    peftcore.apply(shifted, "prefix_tuning", behind=True, **options)
+    places = torch.tensor([[2, 3, 4, 5], [2, 3, 1, 1]]) + LENGTH * (ids != 1)  # padding is not counted
+    expected = logits(plain, input_ids=ids, attention_mask=(ids != 1).long(), position_ids=places)
+    assert torch.equal(logits(shifted, input_ids=ids, attention_mask=(ids != 1).long()), expected)
+
+
+def test_tokens_without_positions_stay_where_they_are() -> None:
+    with pytest.raises(UnsupportedSite, match="takes no position_ids"):
+        peftcore.apply(host("t5")[0], "prefix_tuning", behind=True)
 
 
 class Authors(nn.Module):
@@ -253,14 +295,15 @@ def test_layers_may_have_prefixes_of_other_lengths(tmp_path: Path) -> None:
     assert torch.equal(logits(other, **inputs), expected)
 
 
-def test_generation_follows_the_prefix() -> None:
+@pytest.mark.parametrize("behind", [False, True])
+def test_generation_follows_the_prefix(behind: bool) -> None:
     """What peft 0.21.2 gets wrong under these transformers: with a cache and without, the same text, not the base's."""
     model, inputs = host("llama", torch.float32)
     words = {key: value[:1] for key, value in inputs.items()}
     model.generation_config.eos_token_id = None
     options = {"max_new_tokens": 8, "do_sample": False}
     base = model.generate(**words, **options)
-    fill(peftcore.apply(model, "prefix_tuning", length=LENGTH, projection=None))
+    fill(peftcore.apply(model, "prefix_tuning", length=LENGTH, projection=None, behind=behind))
     cached = model.generate(**words, **options, use_cache=True)
     assert torch.equal(cached, model.generate(**words, **options, use_cache=False))
     assert not torch.equal(cached, base)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from one_layer import One
 from peft_folders import assert_reads, assert_writes, saved_by_peft
+from safetensors.torch import load_file
 from torch import nn
 
 import peftcore
@@ -42,6 +43,8 @@ def test_kinds(kind: str, tmp_path: Path) -> None:
         base.train()(x)  # statistics of its own
     assert_reads(base, peft.LNTuningConfig(target_modules=["layer"]), lambda model: model(x), tmp_path)
     assert_writes(base, "ln_tuning", {"target": "layer"}, lambda model: model(x), tmp_path)
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
 
 
 def test_a_head_trains_along(tmp_path: Path) -> None:

@@ -52,6 +52,15 @@ def test_masks_of_peft_and_of_ours(mask: str, tmp_path: Path) -> None:
     assert_writes(base, "shira", {"target": "layer", "rank": 2, "mask": mask}, lambda model: model(x), tmp_path)
 
 
+def test_entries_in_any_order(tmp_path: Path) -> None:
+    base, x = One(nn.Linear(12, 7)), torch.randn(3, 12)
+    theirs = saved_by_peft(base, peft.ShiraConfig(r=2, target_modules=["layer"]), tmp_path)
+    file, order = tmp_path / "adapter_model.safetensors", torch.randperm(38)
+    save_file({name: value[..., order].contiguous() for name, value in load_file(file).items()}, file)
+    peftcore.load(base, tmp_path)
+    torch.testing.assert_close(base(x), theirs(x))
+
+
 def test_refusals(tmp_path: Path) -> None:
     injection = peftcore.apply(One(nn.Embedding(9, 8)), "shira", target="layer", rank=2)
     with pytest.raises(ExportError, match="none of what peft adapts"):
