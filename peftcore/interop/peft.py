@@ -106,13 +106,16 @@ class PeftContent(Content):
         root = [name for kind, _ in kinds for name in kind.root]
         self.sorted = sort_names(file, names, keys, below, root, model)
         paths = written_paths(self.sorted, model)
-        self.parts = []
+        self.parts, self.repeated = [], set[str]()
         for kind, of in kinds:
             meant = kind.meant(of, paths) if kind.below else None
             own = {*kind.below, *kind.beside.values()}
             groups = [group for group in self.sorted.groups if group.names.keys() & own]
             if of is not keys and meant is not None:
                 groups = [group for group in groups if group.written in meant]
+            every = {full for group in groups for full in group.names.values()}
+            groups = kind.own(groups, model, lambda name: file.read([name])[name])
+            self.repeated |= every - {full for group in groups for full in group.names.values()}
             check_targets(meant, parameters_meant(of, self.sorted, model), self.sorted, groups)
             self.parts.append(Part(kind, of, groups))
         for index, part in enumerate(self.parts):
@@ -168,7 +171,7 @@ class PeftContent(Content):
         return found
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
-        wrong, used = list(self.sorted.wrong), set(self.sorted.replaced.values())
+        wrong, used = list(self.sorted.wrong), {*self.sorted.replaced.values(), *self.repeated}
         cache: dict[str, Tensor] = {}
 
         def read(name: str) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.patterns import matching
 from peftcore.interop.peft_layers import is_one_of
-from peftcore.interop.peft_names import PREFIXES, modules_meant
+from peftcore.interop.peft_names import PREFIXES, Group, modules_meant
 from peftcore.plugins import imported, named_places
 from peftcore.surgery import Graft, Surgeon
 
@@ -89,6 +89,11 @@ class PeftMethod(ABC):
     def meant(self, keys: Keys, paths: Collection[str]) -> set[str] | None:
         """Which modules the options mean, of those at `paths`; None where they do not say."""
         return modules_meant(keys, paths)
+
+    def own(self, groups: Sequence[Group], model: nn.Module, read: Callable[[str], Tensor]) -> list[Group]:
+        """The places that ours has as well, of those in the file. One that repeats another is left out, once it is seen
+        to be the same."""
+        return list(groups)
 
     def selections(self, keys: Keys, sites: Sequence[SavedSite], model: nn.Module) -> dict[str, tuple[SavedSite, ...]]:
         """Our method's selections, from the places that have tensors; none for a method that finds its place itself."""

@@ -41,7 +41,8 @@ class Config(MethodConfig):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which numbers of the prefix are dropped in training."""
     behind: bool = False
-    """Count the positions of tokens from behind the prefix, as if it were words: what the authors and peft do."""
+    """Count the positions of tokens from behind the prefix, as if it were words: what the authors and peft do. All rows
+    of a batch have one prefix then."""
     gate: bool = False
     """Mix the prefix in through a trained scalar that starts at zero, so that a fresh injection changes nothing."""
 

@@ -6,15 +6,17 @@ ours are in ascending order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Size, Tensor, nn
 
 from peftcore.errors import CheckpointError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.peft_method import PeftMethod, Place
+from peftcore.interop.peft_names import Group
 
 
 class PeftTokens(PeftMethod):
@@ -30,6 +32,17 @@ class PeftTokens(PeftMethod):
         if not all(type(each) is int for each in tokens):
             raise CheckpointError(f"{keys.where}: trainable tokens are to be listed by their numbers")
         return {"method": "trainable_tokens", "token_indices": tokens}
+
+    def own(self, groups: Sequence[Group], model: nn.Module, read: Callable[[str], Tensor]) -> list[Group]:
+        """Of tables that are tied peft writes each, with the same rows."""
+        modules, kept = dict(model.named_modules()), dict[int, tuple[Tensor, Group]]()
+        apart = []
+        for group in sorted(groups, key=lambda group: not isinstance(modules[group.path], nn.Embedding)):
+            (rows,) = map(read, group.names.values())
+            first, _ = kept.setdefault(id(modules[group.path]._parameters.get("weight")), (rows, group))
+            if not torch.equal(first, rows):
+                apart.append(group)
+        return [*(group for _, group in kept.values()), *apart]
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         (alone,) = self.below
