@@ -18,6 +18,7 @@ from one_layer import One
 from peft_folders import assert_reads, assert_same, assert_writes, fill, saved_by_peft
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 import peftcore
 from peftcore.errors import CheckpointError, ExportError, HostMismatch
@@ -169,6 +170,13 @@ def test_kinds_of_layers(kind: str, extra: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["plain", "use_dora"])
 def test_tables(kind: str, tmp_path: Path) -> None:
     base, ids = One(nn.Embedding(9, 5)), torch.tensor([[1, 8, 0], [3, 3, 2]])
+    options = {} if kind == "plain" else {kind: True}
+    both_ways(base, lora(target_modules=["layer"], r=2, **options), lambda model: model(ids), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["plain", "use_dora"])
+def test_tables_that_scale_what_they_look_up(kind: str, tmp_path: Path) -> None:
+    base, ids = One(Gemma3TextScaledWordEmbedding(9, 6, 0, embed_scale=3.0)), torch.tensor([[1, 8, 0]])
     options = {} if kind == "plain" else {kind: True}
     both_ways(base, lora(target_modules=["layer"], r=2, **options), lambda model: model(ids), tmp_path)
 

@@ -88,6 +88,8 @@ class PeftLoRA(PeftMethod):
                 return "groups"
             if any(step > 1 and size > 1 for step, size in zip(site.module.dilation, site.kernel, strict=True)):
                 return "a dilation, which its A has not"
+        if "embed_scale" in site.module._buffers:  # peft scales what it adds to such a table, too
+            return ""
         return not_added(site)
 
     def trains(self, keys: Keys, path: str) -> tuple[str, ...]:
