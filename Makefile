@@ -1,6 +1,7 @@
 # make demo    adapt a real encoder to real tweets with every method, and compare them
 # make test    linters, types, tests
 # make quantization-matrix    try every method on every packed base, and write docs/quantization.md
+# make fuzz    load many more damaged files than `make test` does
 # Both create .venv when it is missing and install into it again when the requirements have changed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -12,7 +13,7 @@ REQUIREMENTS := requirements-dev.txt requirements-demo.txt pyproject.toml $(wild
 # Models and data come from packages; nothing is fetched while the project runs.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint quantization-matrix clean
+.PHONY: demo test test-all lint quantization-matrix fuzz clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -35,6 +36,13 @@ test-all: test
 
 quantization-matrix: $(INSTALLED)
 	$(BIN)/python docs/quantization_matrix.py
+
+# Another seed tries other files: make fuzz PEFTCORE_FUZZ_SEED=1
+fuzz: export PEFTCORE_FUZZ ?= 200000
+fuzz: export PEFTCORE_FUZZ_SEED ?= 0
+fuzz: export OMP_NUM_THREADS := 1
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 tests/interop/test_hostile.py -k whatever
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -177,9 +177,6 @@ class TensorFile:
         broken = [key for key, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
         if broken:
             raise CheckpointError(f"{self.path} holds values that are not finite in {', '.join(broken[:8])}")
-        flags = {key: value.view(torch.uint8) for key, value in found.items() if value.dtype == torch.bool}
-        if strange := [key for key, value in flags.items() if value.gt(1).any()]:
-            raise CheckpointError(f"{self.path} holds flags that are neither 0 nor 1 in {', '.join(strange[:8])}")
         return found
 
 

@@ -111,6 +111,8 @@ class Surgeon:
         try:
             if saved is not None and key in saved:
                 found = [self.resolver.recorded(**record) for record in saved[key]]
+                if len({site.path for site in found}) < len(found):
+                    raise CheckpointError(f"the file says twice that {self.method.name} stands at one place")
             elif saved is not None and target is None and self.wishes.target is not None:
                 raise CheckpointError(f"the file does not say where {self.method.name} stands")
             elif target is None and self.wishes.target is not None:

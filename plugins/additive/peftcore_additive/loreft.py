@@ -19,7 +19,7 @@ Use it where few numbers should do much: ten to fifty times fewer than LoRA's. I
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from peftcore import Method, MethodConfig, Operator, Surgeon, Tags, on_first
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.hosts.stacks import arguments
+from peftcore.operators import Checked
 from peftcore.weights import plain_class
 from peftcore_additive._blocks import BlockSite, block_sites
 from peftcore_additive._prompt import Prompt, Stacks
@@ -62,7 +63,7 @@ class Config(MethodConfig):
         return self
 
 
-class Intervention(nn.Module):
+class Intervention(Checked):
     """h' of h."""
 
     def __init__(self, width: int, config: Config) -> None:
@@ -76,6 +77,13 @@ class Intervention(nn.Module):
                 self.learned.weight.copy_(self.R if self.subtracts else torch.zeros_like(self.R))
                 self.learned.bias.zero_()
         self.dropout = nn.Dropout(config.dropout)
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        R = values.get("R")
+        if self.orthonormal and R is not None:
+            R = R.to(torch.promote_types(R.dtype, torch.float32))
+            if torch.linalg.cholesky_ex(R @ R.mT).info != 0:
+                yield "R holds rows that span no subspace of their number"
 
     def rotation(self) -> Tensor:
         """R, with orthonormal rows where they have to be (in float32 at least: no half precision has these factors)."""

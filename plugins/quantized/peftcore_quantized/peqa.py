@@ -56,8 +56,9 @@ class PEQAOperator(HeldOperator):
         self.ds = nn.Parameter(torch.zeros_like(self.s0))
 
     def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
-        if "s0" in values and not values["s0"].gt(0).all():
-            yield "s0 holds scales that are not positive"
+        s0 = values.get("s0")
+        if s0 is not None and not (s0.gt(0).all() and (values.get("ds", s0) / s0).isfinite().all()):
+            yield "s0 holds scales that are not positive, or none at all beside ds"
 
     def grouped(self, weight: Tensor) -> Tensor:
         """``[*batch, out, in, *kernel] -> [*batch, out, groups, group_size]``."""
