@@ -138,7 +138,7 @@ def link(installed: Distribution, site_packages: Path) -> None:
 def test_core_requires_four_packages_and_nothing_else(wheels: dict[str, Path]) -> None:
     core = describe(wheels["peftcore"])
     assert sorted(plain_requirements(core)) == ["pluggy>=1.5", "pydantic>=2.7", "safetensors[torch]>=0.4", "torch>=2.6"]
-    assert set(core.metadata.get_all("Provides-Extra") or []) == {"cli", "test"}
+    assert set(core.metadata.get_all("Provides-Extra") or []) == {"cli", "interop", "test"}
     assert [(point.group, point.name) for point in core.entry_points] == [("console_scripts", "peftcore")]
 
 
