@@ -41,7 +41,8 @@ def find_move(paths: Iterable[str], here: Collection[str], what: str) -> Move:
     first = missing[0]
     steps = first.split(".")
     deepest = max((path.count(".") + 1 for path in here), default=0)
-    moves = [Move(old=".".join(steps[:count])) for count in range(max(1, len(steps) - deepest), len(steps))]
+    whole = len(steps) + (len(paths) > 1)  # what stands in front may be a site too, with others below it
+    moves = [Move(old=".".join(steps[:count])) for count in range(max(1, len(steps) - deepest), whole)]
     ending = f".{first}"
     moves += [Move(new=path.removesuffix(ending)) for path in here if path.endswith(ending)]
     fitting = [move for move in moves if all(move.covers(path) and move(path) in here for path in paths)]
