@@ -23,6 +23,7 @@ from peftcore.operators import Combiner, Operator, Replacement, WeightOperator, 
 from peftcore.planning import Plan
 from peftcore.quantization import dequantize, quantize, schemes
 from peftcore.records import Call, Tap, current_call
+from peftcore.saving import saving_base
 from peftcore.sequence import SequenceOperator, SequenceSite
 from peftcore.surgery import Surgeon
 from peftcore.targets import Site
@@ -79,6 +80,7 @@ __all__ = [
     "register",
     "route",
     "save_composition",
+    "saving_base",
     "schemes",
     "to_lora",
 ]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from peftcore.compositions import Composition, Stack
 from peftcore.errors import MergeError, RouteError, UnknownInjection
 from peftcore.records import Recorder, repeating, replayed
+from peftcore.saving import guard, unguard
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection
@@ -185,6 +186,7 @@ def ensure_state(model: nn.Module) -> HostState:
         state = model.__dict__[_KEY] = HostState()
         model.register_forward_pre_hook(state.recorder.enter, with_kwargs=True)
         model.register_forward_hook(state.recorder.leave, with_kwargs=True, always_call=True)
+        guard(model)
     return state
 
 
@@ -193,6 +195,7 @@ def drop_state(model: nn.Module) -> None:
     state = model.__dict__.pop(_KEY, None)
     if state is not None:
         state.recorder.unhook(model)
+        unguard(model)
 
 
 class Chosen(AbstractContextManager["Chosen"]):

@@ -15,6 +15,7 @@ from peftcore.calls import HostState
 from peftcore.errors import UnsupportedHost, UnsupportedSite
 from peftcore.graft import attach, detach, is_reached, slot_of, ungraft
 from peftcore.mounts import Mount
+from peftcore.saving import BASE_ALONE
 from peftcore.stances import stance_of
 from peftcore.targets import Site
 
@@ -35,6 +36,14 @@ class Operators(nn.Module):
         if not any(key.startswith(prefix) for key in state_dict):
             state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Nothing while the base is saved alone."""
+        return kwargs.get("destination", {}) if BASE_ALONE.get() else super().state_dict(*args, **kwargs)
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """The same: who saves a model may count its parameters."""
+        return iter(()) if BASE_ALONE.get() else super().named_modules(*args, **kwargs)
 
 
 def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
