@@ -13,6 +13,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from peftcore.errors import CheckpointError, CompositionError
 from peftcore.operators import Combiner, on_first
 
 FILE = "composition.json"
+MOST = 1000
+"""Branches that a composition in a file may have; nested ones multiply."""
 Names = tuple[str, ...]
 Run = Callable[[Names], Any]
 """What a module returns with these injections acting, in this order."""
@@ -208,15 +211,14 @@ def branches(nodes: Sequence[str | Composition], before: Names = ()) -> Iterator
 def save_composition(model: nn.Module, composition: Composition, path: str | os.PathLike[str]) -> None:
     """Write the adapters of a composition into folders of their names below `path`, and how they act together."""
     from peftcore.calls import injections, known
+    from peftcore.files import write_text
 
     names = list(dict.fromkeys(composition.names()))
     known(model, names)
     folder = Path(path)
     for name in names:
         injections(model)[name].save(folder / name)
-    partial = folder / f".{FILE}.{os.getpid()}"
-    partial.write_text(json.dumps(_spelled(composition), indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / FILE)
+    write_text(folder / FILE, json.dumps(_spelled(composition), indent=2) + "\n")
 
 
 def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composition:
@@ -227,11 +229,15 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
     """
     from peftcore.calls import activate
     from peftcore.checkpoint import load
+    from peftcore.files import read_json
 
     folder = Path(path)
+    data = read_json(folder / FILE)
     try:
-        composition = _read(json.loads((folder / FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, CompositionError) as error:
+        composition = _read(data)
+        if sum(1 for _ in islice(branches([composition]), MOST + 1)) > MOST:
+            raise ValueError(f"it has more than {MOST} branches")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CompositionError) as error:
         raise CheckpointError(f"{folder} holds no composition that can be read: {error}") from None
     if not isinstance(composition, Composition):
         raise CheckpointError(f"{folder} holds no composition: {composition!r} is the name of an adapter")

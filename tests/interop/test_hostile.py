@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 import peftcore
 from peftcore.errors import CheckpointError, HostMismatch, NewerFormat, PeftcoreError, UnknownMethod
 from peftcore.testing import HOSTS
+from peftcore.testing.tools import differences, trace
 
 CASES = int(os.environ.get("PEFTCORE_FUZZ", "10000"))
 """How many cases are tried; ``make fuzz`` sets more."""
@@ -340,3 +341,44 @@ def test_no_option_of_any_method_takes_long_or_much_memory(tmp_path: Path) -> No
         [sys.executable, "-W", "ignore", str(script), str(tmp_path)], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+# Compositions
+
+
+def _compositions(kind: Any = "Stack", parts: Any = ("a", "b"), **options: Any) -> Any:
+    return {"kind": kind, "parts": list(parts), **options}
+
+
+COMPOSITIONS: dict[str, Any] = {
+    "branches that multiply": _compositions(parts=[_compositions("Sum")] * 40),
+    "many": _compositions(parts=["a"] * 100_000),
+    "deep": _compositions(parts=["[" * 10]),
+    "of no kind": _compositions(kind="os.system"),
+    "of a strange kind": _compositions(kind=["Stack"]),
+    "strange parts": _compositions(parts=[3, None]),
+    "other folders": _compositions(parts=["../adapter", "a"]),
+    "strange options": _compositions(kind="Average", weights="many"),
+    "huge options": _compositions(kind="Average", weights=[10**30, 1]),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_compositions(name: str, tmp_path: Path) -> None:
+    bench = bench_of(NATIVE)
+    for each in ("a", "b"):
+        write(NATIVE.files, tmp_path / each)
+    (tmp_path / "composition.json").write_text(json.dumps(COMPOSITIONS[name]))
+    start = time.process_time()
+    with pytest.raises(PeftcoreError, match=str(tmp_path)):
+        peftcore.load_composition(bench.model, tmp_path)
+    assert time.process_time() - start < 2
+    assert not differences(bench.before, trace(bench.model))
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_composition_that_is_no_file(kind: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    STRANGE[kind](tmp_path / "composition.json")
+    with pytest.raises(CheckpointError, match=r"composition\.json|no composition"):
+        peftcore.load_composition(bench_of(NATIVE).model, tmp_path)

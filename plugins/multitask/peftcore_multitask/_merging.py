@@ -36,15 +36,17 @@ Members = dict[int, "Graft"]
 """What stands at one tensor, by number of the part; parts without a site there are left out."""
 
 
+SOME: dict[str, Any] = {"min_length": 1, "max_length": 100}
+"""How many parts there may be."""
+
+
 class PartsConfig(MethodConfig):
     """Options of a method that combines parts."""
 
     changes_weights: ClassVar[bool] = True
     """Whether every part has to be a change of weights."""
 
-    parts: list[dict[str, Any]] = Field(
-        default_factory=lambda: [{"method": "lora"}, {"method": "lora"}], min_length=1, max_length=100
-    )
+    parts: list[dict[str, Any]] = Field(default_factory=lambda: [{"method": "lora"}, {"method": "lora"}], **SOME)
     """The adapters: each as its options, with its name under "method" and its "target" if it has its own."""
     weights: list[float] | None = None
     """One for each part, negative ones too; all the same without."""

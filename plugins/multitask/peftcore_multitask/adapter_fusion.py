@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from peftcore import Combiner, Injection, Method, MethodConfig, Site, Surgeon, Tags, on_first
 from peftcore.errors import CompositionError
 from peftcore_multitask._members import Members, of_host, of_parts, outputs_of
-from peftcore_multitask._merging import OfMergedParts
+from peftcore_multitask._merging import SOME, OfMergedParts
 
 ADAPTER = {"method": "pfeiffer_adapter", "placement": "branch"}
 
@@ -47,7 +47,7 @@ class Config(MethodConfig):
     method: Literal["adapter_fusion"] = "adapter_fusion"
     adapters: Annotated[list[str], Field(min_length=1)] | None = None
     """Injections of the host that are fused, by name; without them, `parts` are."""
-    parts: list[dict[str, Any]] = Field(default_factory=lambda: [dict(ADAPTER)] * 2, min_length=1, max_length=100)
+    parts: list[dict[str, Any]] = Field(default_factory=lambda: [{**ADAPTER}, {**ADAPTER}], **SOME)
     """Adapters of its own: each as its options, with its name under "method" and its "target" if it has its own."""
     train_parts: bool = True
     """Train the parts along; in the paper they were trained before, each for itself, and are frozen."""
