@@ -142,7 +142,7 @@ SAMPLES = [
     Sample("lqer", wishes=_two()),
     Sample("lst", "encoder", wishes={"reduction": 2}),
     Sample("lora", format="peft", wishes=_two(train=["head"], overrides={"first": {"rank": 3}})),
-    Sample("lora", "encoder", "peft", wishes=_two(scaling="sqrt_rank", target=["linear1", "self_attn"])),
+    Sample("lora", "encoder", "peft", wishes=_two(scaling="sqrt_rank", target=["linear1", "self_attn", "out_proj"])),
     Sample("lora", "words", "peft", wishes=_two(target=["embed", "first"])),
     Sample("dora", format="peft", wishes=_two()),
     Sample("trainable_tokens", "words", "peft", wishes={"token_indices": [3, 5]}),
