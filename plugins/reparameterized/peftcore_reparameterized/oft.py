@@ -45,7 +45,7 @@ class Config(MethodConfig):
     """One rotation for all blocks of a site."""
     eps: PositiveFloat | None = None
     """How far R may leave the identity (COFT), such as 6e-5; None leaves it free."""
-    series: Annotated[int, Field(ge=4)] | None = None
+    series: Annotated[int, Field(ge=4, le=100)] | None = None
     """Terms of a Neumann series in place of the exact transform; None is exact."""
 
 
