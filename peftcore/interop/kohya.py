@@ -26,7 +26,6 @@ from peftcore.interop.composing import composed, with_overrides
 from peftcore.interop.formats import Content, Files, Format, Tensors
 from peftcore.interop.found import Found
 from peftcore.interop.ldm_names import ldm_names
-from peftcore.interop.peft_method import Place
 from peftcore.interop.pipelines import (
     Part,
     clip_prefix,
@@ -37,6 +36,7 @@ from peftcore.interop.pipelines import (
     only_file,
     split,
 )
+from peftcore.interop.places import Place
 from peftcore.plugins import imported, layer_of, named_places
 from peftcore.surgery import Surgeon
 

@@ -21,7 +21,7 @@ from peftcore.interop.composing import composed, literally
 from peftcore.interop.formats import Content, Files, Format, Tensors, held_by
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
-from peftcore.interop.peft_method import PeftMethod, Place, peft_method, places_of
+from peftcore.interop.peft_method import PeftMethod, peft_method
 from peftcore.interop.peft_names import (
     Group,
     bare_names,
@@ -32,6 +32,7 @@ from peftcore.interop.peft_names import (
     written_paths,
 )
 from peftcore.interop.peft_writing import text_of, written
+from peftcore.interop.places import Place, places_of
 from peftcore.surgery import Surgeon
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,37 +15,13 @@ from torch import Size, Tensor, nn
 
 from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.injection import Injection
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.patterns import matching
 from peftcore.interop.peft_layers import is_one_of
 from peftcore.interop.peft_names import PREFIXES, Group, modules_meant
+from peftcore.interop.places import Place
 from peftcore.plugins import imported, named_places
-from peftcore.surgery import Graft, Surgeon
-
-
-@dataclass(frozen=True)
-class Place:
-    """One operator of ours, for a `PeftMethod` to read into or write from."""
-
-    graft: Graft
-    index: int
-    """Its number among the operators of its kind."""
-    count: int
-    """How many there are of its kind."""
-    config: Any
-    """Its options."""
-
-    @property
-    def site(self) -> Any:
-        """Where it stands."""
-        return self.graft.site
-
-    @property
-    def operator(self) -> Any:
-        """The operator; while reading, on the meta device."""
-        return self.graft.operator
 
 
 class PeftMethod(ABC):
@@ -197,15 +171,3 @@ def peft_method(kind: str, where: Path) -> PeftMethod:
         raise CheckpointError(f"{where}: no installed plugin reads peft's {kind}; they read {', '.join(sorted(known))}")
     method: PeftMethod = imported(known[kind])()
     return method
-
-
-def places_of(owner: Injection | Surgeon) -> list[Place]:
-    """The operators that a method put in."""
-    own = [graft for graft in owner.grafts if graft.by_method]
-    counts, seen = Counter(type(graft.operator) for graft in own), Counter[type]()
-    places = []
-    for graft in own:
-        kind = type(graft.operator)
-        places.append(Place(graft, seen[kind], counts[kind], owner.config.at(graft.site.path)))
-        seen[kind] += 1
-    return places

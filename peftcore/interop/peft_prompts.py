@@ -14,8 +14,9 @@ from peftcore.attention_sites import locate as locate_attention
 from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, ExportError, HostMismatch, TargetError, UnsupportedSite
 from peftcore.interop.keys import Keys
-from peftcore.interop.peft_method import PeftMethod, Place
+from peftcore.interop.peft_method import PeftMethod
 from peftcore.interop.peft_names import PREFIXES
+from peftcore.interop.places import Place
 from peftcore.plugins import layer_of
 from peftcore.sequence import SequenceSite
 from peftcore.sequence import locate as locate_stack

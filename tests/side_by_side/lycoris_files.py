@@ -7,26 +7,13 @@ from typing import Any
 import torch
 from lycoris import LycorisNetwork, create_lycoris_from_weights
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from peftcore.interop.kohya import TENSORS
 
-BOUND = 1e-5
 PRESET = {"target_module": [], "target_name": [".*to_[qkv]", ".*conv[12]", ".*proj_in", ".*net.0.proj"],
           "name_algo_map": {}, "module_algo_map": {}, "use_fnmatch": False}  # fmt: skip
 """What gets a module: attention, convolutions with kernels of 3x3 and of one point, and a wide linear map."""
-
-
-def out(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**inputs)[0]
-    return result
-
-
-def assert_same(ours: Tensor, theirs: Tensor, base: Tensor) -> None:
-    scale = theirs.abs().max()
-    assert (ours - theirs).abs().max() <= BOUND * scale
-    assert (theirs - base).abs().max() >= 1000 * BOUND * scale
 
 
 def network(model: nn.Module, **options: Any) -> Any:

@@ -17,7 +17,8 @@ from peftcore.errors import CheckpointError, ExportError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.patterns import ending
-from peftcore.interop.peft_method import PeftMethod, Place
+from peftcore.interop.peft_method import PeftMethod
+from peftcore.interop.places import Place
 
 OUT = "o_proj"
 """What peft takes for the output matrix."""

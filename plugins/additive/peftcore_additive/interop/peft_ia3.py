@@ -16,8 +16,9 @@ from peftcore.errors import CheckpointError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.patterns import matching
-from peftcore.interop.peft_method import PeftMethod, Place
+from peftcore.interop.peft_method import PeftMethod
 from peftcore.interop.peft_writing import module_key
+from peftcore.interop.places import Place
 from peftcore.weights import Transposed
 
 

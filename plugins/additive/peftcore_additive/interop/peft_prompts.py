@@ -20,8 +20,8 @@ from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
-from peftcore.interop.peft_method import Place
 from peftcore.interop.peft_prompts import BOTH, ROWS, SoftPrompt, halves
+from peftcore.interop.places import Place
 from peftcore_additive._prefix import PrefixOperator
 
 

@@ -14,7 +14,7 @@ from torch import Size, Tensor
 
 from peftcore.interop.found import Found
 from peftcore.interop.kohya import Held, KohyaMethod, spelled
-from peftcore.interop.peft_method import Place
+from peftcore.interop.places import Place
 
 DOWN, CORE, UP = "lora_down.weight", "lora_mid.weight", "lora_up.weight"
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lycoris_files import assert_same, out, read_by_them, theirs
+from lycoris_files import read_by_them, theirs
+from pipeline_models import assert_same, out
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -16,7 +16,8 @@ from peftcore.errors import ExportError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.peft_layers import not_added
-from peftcore.interop.peft_method import PeftMethod, Place
+from peftcore.interop.peft_method import PeftMethod
+from peftcore.interop.places import Place
 
 OPTION = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E", "E": "config_D_E"}
 """Peft's option for each term."""

@@ -17,8 +17,8 @@ from peftcore.envelope import SavedSite
 from peftcore.errors import ExportError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
-from peftcore.interop.peft_method import Place
 from peftcore.interop.peft_prompts import ROWS, SoftPrompt, halves
+from peftcore.interop.places import Place
 from peftcore_multitask._tasks import task_count
 
 COLS, TASK_ROWS = "prefix_task_cols", "prefix_task_rows"

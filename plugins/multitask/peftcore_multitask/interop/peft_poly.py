@@ -14,8 +14,9 @@ from torch import Size, Tensor, nn
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.peft_layers import not_added
-from peftcore.interop.peft_method import PeftMethod, Place
+from peftcore.interop.peft_method import PeftMethod
 from peftcore.interop.peft_prompts import task_of
+from peftcore.interop.places import Place
 from peftcore_multitask._tasks import task_count
 
 A, B, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"

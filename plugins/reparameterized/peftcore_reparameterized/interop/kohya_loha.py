@@ -14,7 +14,7 @@ from torch import Size, Tensor
 
 from peftcore.interop.found import Found
 from peftcore.interop.kohya import Held, KohyaMethod
-from peftcore.interop.peft_method import Place
+from peftcore.interop.places import Place
 
 
 class KohyaLoHa(KohyaMethod):

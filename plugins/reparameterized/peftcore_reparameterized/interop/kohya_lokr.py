@@ -17,7 +17,7 @@ from torch import Size, Tensor
 from peftcore.errors import CheckpointError
 from peftcore.interop.found import Found
 from peftcore.interop.kohya import Held, KohyaMethod
-from peftcore.interop.peft_method import Place
+from peftcore.interop.places import Place
 from peftcore_reparameterized.lokr import _cut
 
 

@@ -15,7 +15,7 @@ from torch import Size, Tensor
 from peftcore.errors import CheckpointError
 from peftcore.interop.found import Found
 from peftcore.interop.kohya import Held, KohyaMethod, spelled
-from peftcore.interop.peft_method import Place
+from peftcore.interop.places import Place
 
 DOWN, UP, MAGNITUDE = "lora_down.weight", "lora_up.weight", "dora_scale"
 

@@ -12,7 +12,8 @@ from peftcore.errors import ExportError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.peft_layers import not_added
-from peftcore.interop.peft_method import PeftMethod, Place
+from peftcore.interop.peft_method import PeftMethod
+from peftcore.interop.places import Place
 from peftcore.weights import Transposed
 
 

@@ -27,8 +27,9 @@ from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.patterns import ending
 from peftcore.interop.peft_layers import is_one_of, not_added
-from peftcore.interop.peft_method import PeftMethod, Place
+from peftcore.interop.peft_method import PeftMethod
 from peftcore.interop.peft_writing import is_parameter
+from peftcore.interop.places import Place
 from peftcore.weights import Transposed
 from peftcore_reparameterized.lora import LoRA, scale_of
 

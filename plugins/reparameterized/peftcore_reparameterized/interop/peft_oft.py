@@ -16,7 +16,8 @@ from torch import Size, Tensor, nn
 from peftcore.errors import CheckpointError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
-from peftcore.interop.peft_method import PeftMethod, Place
+from peftcore.interop.peft_method import PeftMethod
+from peftcore.interop.places import Place
 from peftcore_reparameterized._rotations import width
 
 SERIES_SINCE = (0, 18)

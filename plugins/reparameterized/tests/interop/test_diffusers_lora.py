@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
+from pipeline_models import assert_same, clip, out
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,7 +21,6 @@ from peftcore.testing.hosts import HOSTS
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:::(peft|diffusers|transformers)")
-BOUND = 1e-5
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
@@ -54,15 +54,6 @@ def flux() -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
-def clip(hidden: int = 16, layers: int = 2) -> Any:
-    torch.manual_seed(hidden)
-    config = transformers.CLIPTextConfig(
-        hidden_size=hidden, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2, vocab_size=50,
-        max_position_embeddings=12, eos_token_id=49, bos_token_id=48, pad_token_id=49,
-    )  # fmt: skip
-    return transformers.CLIPTextModel(config).eval()
-
-
 def text() -> tuple[nn.Module, dict[str, Any]]:
     return clip(), {"input_ids": torch.randint(0, 48, (2, 7), generator=torch.Generator().manual_seed(1))}
 
@@ -70,12 +61,6 @@ def text() -> tuple[nn.Module, dict[str, Any]]:
 def unet() -> tuple[nn.Module, dict[str, Any]]:
     model, inputs = HOSTS["unet"].build()
     return model.eval(), inputs
-
-
-def out(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**inputs)[0]
-    return result
 
 
 @torch.no_grad()
@@ -95,12 +80,6 @@ def added(model: nn.Module, **options: Any) -> nn.Module:
         if "magnitude" in name:
             p.data.mul_(1 + 0.3 * torch.rand_like(p))
     return theirs.eval()
-
-
-def assert_same(ours: Tensor, theirs: Tensor, base: Tensor) -> None:
-    scale = theirs.abs().max()
-    assert (ours - theirs).abs().max() <= BOUND * scale
-    assert (theirs - base).abs().max() >= 1000 * BOUND * scale
 
 
 def assert_again(model: nn.Module, base: nn.Module, inputs: dict[str, Any], injection: Any, path: Path) -> None:

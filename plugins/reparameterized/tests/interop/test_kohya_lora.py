@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from pipeline_models import assert_same, clip, out
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,7 +24,6 @@ from peftcore.testing.hosts import HOSTS
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore:::(peft|diffusers|transformers)")
-BOUND = 1e-5
 
 
 def unet(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
@@ -44,35 +44,14 @@ def unet(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
     }
 
 
-def clip(hidden: int = 14, layers: int = 2) -> Any:
-    torch.manual_seed(hidden)
-    config = transformers.CLIPTextConfig(
-        hidden_size=hidden, intermediate_size=24, num_hidden_layers=layers, num_attention_heads=2, vocab_size=50,
-        max_position_embeddings=12, eos_token_id=49, bos_token_id=48, pad_token_id=49,
-    )  # fmt: skip
-    return transformers.CLIPTextModel(config).eval()
-
-
 TOKENS = {"input_ids": torch.arange(14).view(2, 7)}
 
 
 def pipeline(model: nn.Module) -> Any:
     return diffusers.StableDiffusionPipeline(
-        vae=None, text_encoder=clip(), tokenizer=None, unet=model, scheduler=None, safety_checker=None,
+        vae=None, text_encoder=clip(14), tokenizer=None, unet=model, scheduler=None, safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-
-
-def out(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    with torch.no_grad():
-        result: Tensor = model(**inputs)[0]
-    return result
-
-
-def assert_same(ours: Tensor, theirs: Tensor, base: Tensor) -> None:
-    scale = theirs.abs().max()
-    assert (ours - theirs).abs().max() <= BOUND * scale
-    assert (theirs - base).abs().max() >= 1000 * BOUND * scale
 
 
 def made(model: nn.Module, prefix: str, wanted: Any, *, std: float = 0.1, alpha: Any = 3.0) -> dict[str, Tensor]:
@@ -98,7 +77,7 @@ def attention_and_convolutions(path: str) -> bool:
 
 def test_beside_diffusers(tmp_path: Path) -> None:
     """One file for a UNet and a text encoder; each takes its part, and our copy of it is the same."""
-    (model, inputs), encoder = unet(1), clip()
+    (model, inputs), encoder = unet(1), clip(14)
     tensors = made(model, "lora_unet", attention_and_convolutions)
     projections = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
     tensors |= made(encoder, "lora_te_text_model", lambda path: path.endswith(projections), std=0.3)
@@ -235,7 +214,7 @@ def test_ours_written_and_read_by_diffusers(options: dict[str, Any], tmp_path: P
 
 def test_text_encoders_written_and_read_by_diffusers(tmp_path: Path) -> None:
     """With `text_model` in the names, which newer versions of transformers leave out of their modules."""
-    model = clip()
+    model = clip(14)
     base = deepcopy(model)
     target = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1"]
     injection = peftcore.apply(model, "lora", target=target, rank=3, alpha=5.0)
@@ -333,7 +312,7 @@ def test_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     def refused(message: str, *args: Any, **options: Any) -> None:
         with pytest.raises(ExportError, match=message):
-            peftcore.apply(clip(), *args, **options).save(tmp_path, format="kohya")
+            peftcore.apply(clip(14), *args, **options).save(tmp_path, format="kohya")
 
     refused("no method that computes what hra does", "hra", target=["q_proj"])
     refused("not embeddings.token_embedding", "lora", target=["token_embedding"])

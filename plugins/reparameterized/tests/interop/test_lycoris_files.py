@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from lycoris_files import assert_same, out, read_by_them, read_into_their_network, theirs
+from lycoris_files import read_by_them, read_into_their_network, theirs
+from pipeline_models import assert_same, out
 from safetensors.torch import load_file, save_file
 from torch import nn
 

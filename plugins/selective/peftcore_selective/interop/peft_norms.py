@@ -14,7 +14,8 @@ from torch import Size, Tensor
 
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
-from peftcore.interop.peft_method import PeftMethod, Place
+from peftcore.interop.peft_method import PeftMethod
+from peftcore.interop.places import Place
 
 COPY = "ln_tuning_layers"
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

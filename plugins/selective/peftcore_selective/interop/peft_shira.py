@@ -15,7 +15,8 @@ from torch import Size, Tensor, nn
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.peft_layers import not_added
-from peftcore.interop.peft_method import PeftMethod, Place
+from peftcore.interop.peft_method import PeftMethod
+from peftcore.interop.places import Place
 
 
 class PeftSHiRA(PeftMethod):

@@ -15,8 +15,9 @@ from torch import Size, Tensor, nn
 from peftcore.errors import CheckpointError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
-from peftcore.interop.peft_method import PeftMethod, Place
+from peftcore.interop.peft_method import PeftMethod
 from peftcore.interop.peft_names import Group
+from peftcore.interop.places import Place
 
 
 class PeftTokens(PeftMethod):
