@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import to_json
 from torch import Tensor, nn
 
-from peftcore.errors import PluginError
+from peftcore.errors import PluginError, shown
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection
@@ -84,10 +85,9 @@ class MethodConfig(BaseModel):
                 f"{cls.__name__}: {', '.join(sorted(taken))} are arguments of apply and cannot be options"
             )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _numbers(cls, options: Any) -> Any:
-        left = [options]
+    @model_validator(mode="after")  # one before reads the JSON, and lists stand for tuples no longer
+    def _numbers(self) -> Self:
+        left: list[Any] = [getattr(self, name) for name in type(self).model_fields]
         while left:
             each = left.pop()
             if isinstance(each, dict):
@@ -95,8 +95,8 @@ class MethodConfig(BaseModel):
             elif isinstance(each, list | tuple):
                 left += each
             elif not isinstance(each, str) and not fits(each):
-                raise ValueError(f"no tensor can be computed with a number like {each:.3g}")
-        return options
+                raise ValueError(f"no tensor can be computed with a number like {shown(each)}")
+        return self
 
     @field_validator("overrides")
     @classmethod
@@ -117,9 +117,13 @@ class MethodConfig(BaseModel):
 
     def at(self, path: str) -> Self:
         """The options for one site: `overrides` applied."""
+        from peftcore.config import validate_json
+
         for pattern, changes in self.overrides.items():
             if matches(path, pattern):
-                return self.replace(**{**changes, "overrides": {}})
+                options = {**self.model_dump(), **changes, "overrides": {}}
+                # By way of JSON: what a file holds for a tuple is a list, and means the same.
+                return validate_json(type(self), to_json(options, inf_nan_mode="constants", fallback=repr))
         return self
 
 

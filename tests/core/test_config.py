@@ -10,7 +10,8 @@ from core_toys import perceptron, transformer
 from pydantic import ValidationError
 
 import peftcore
-from peftcore.config import schema
+from peftcore import MethodConfig
+from peftcore.config import schema, validate_json
 from peftcore.errors import ConfigError
 
 
@@ -31,6 +32,9 @@ def config(name: str, **options: Any) -> Any:
         ({"alpha": float("inf")}, ["lora", "alpha", "inf", "finite"]),
         ({"alpha": -1.0}, ["lora", "alpha", "-1.0", "greater than 0"]),
         ({"alpha": "16"}, ["lora", "alpha", "'16'", "number"]),
+        ({"alpha": 10**400}, ["lora", "alpha", "1000"]),
+        ({"rank": 2**63}, ["lora", "9223372036854775808"]),
+        ({"overrides": {"*": {"rank": 2**63}}}, ["lora", "9223372036854775808"]),
         ({"dropout": 1.0}, ["lora", "dropout", "1.0", "less than 1"]),
         ({"rnak": 8}, ["lora", "'rnak'", "did you mean 'rank'"]),
         ({"zzz": 8}, ["lora", "'zzz'", "alpha, dropout", "rank"]),
@@ -87,6 +91,20 @@ def test_overrides_set_the_rank_by_pattern() -> None:
     first, second = "layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"
     assert (ranks[first], ranks[second]) == (5, 2)
     assert (scales[first], scales[second]) == (8.0 / 5, 1.0 / 2)  # the first pattern that matches counts alone
+
+
+class Paired(MethodConfig):
+    method: str = "paired"
+    pair: tuple[int, int] = (1, 1)
+
+
+def test_a_list_in_a_file_is_the_tuple_it_was() -> None:
+    """For the options themselves and for those of single sites, which are not read until a site asks."""
+    before = Paired(pair=(2, 3), overrides={"first": {"pair": (4, 5)}})
+    after = validate_json(Paired, before.model_dump_json())
+    assert after.pair == (2, 3)
+    assert before.at("first").pair == after.at("first").pair == (4, 5)
+    assert after.at("second").pair == (2, 3)
 
 
 def test_plan_knows_overrides() -> None:
