@@ -1,39 +1,18 @@
-"""The commands of the typer application; each reads its options, calls its job and prints the result."""
+"""``peftcore compare``."""
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from peftcore.cli.app import Json, answered, app
 from peftcore.cli.data import Task, read_task
 from peftcore.cli.demo import MAX_LENGTH, RECIPES, model_folder, tweets
 from peftcore.cli.errors import BadInput
-from peftcore.errors import PeftcoreError
 
 ALL = ",".join(RECIPES)
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
-
-
-@app.callback()
-def root() -> None:
-    """Parameter-efficient fine-tuning of any PyTorch model."""
-
-
-@contextlib.contextmanager
-def answered() -> Iterator[None]:
-    """What peftcore refuses becomes one message and exit code 2; anything else is our fault and keeps its traceback."""
-    try:
-        yield
-    except PeftcoreError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-
 
 Demo = Annotated[bool, typer.Option("--demo", help="A MiniLM encoder on tweets, both from Python packages.")]
 Model = Annotated[Path | None, typer.Option(help="Folder of a transformers model: config, weights, tokenizer.")]
@@ -51,7 +30,6 @@ LearningRate = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder for results.json, results.png and adapters/.")]
 Tuning = Annotated[bool, typer.Option("--tuning", help="Demo: score the split that is there to choose settings by.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
 
 
 @app.command()
@@ -106,29 +84,6 @@ def compare(
         else:
             Console().print(report.table())
             print(f"{out}: results.json, results.png, adapters/")
-
-
-@app.command()
-def methods(
-    category: Annotated[str | None, typer.Option(help="One category of the survey.")] = None,
-    sizes: Annotated[bool, typer.Option("--sizes", help="Also plan each in known models: what would train.")] = False,
-    json: Json = False,
-) -> None:
-    """List the installed methods: category, paper, and what each can do."""
-    with answered():
-        from rich.console import Console
-
-        import peftcore
-        from peftcore.cli import listing
-        from peftcore.contract import CATEGORIES
-
-        if category is not None and category not in CATEGORIES:
-            raise BadInput(f"no category {category!r}; there are: {', '.join(CATEGORIES)}")
-        found = listing.records(peftcore.methods(category), sizes)
-        if json:
-            print(listing.as_json(found))
-        else:
-            Console().print(listing.as_table(found, sizes))
 
 
 def refuse_with_demo(**options: object) -> None:
