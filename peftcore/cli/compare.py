@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import transformers
 from torch import nn
 
 import peftcore
@@ -15,7 +14,7 @@ from peftcore.cli.data import Encoded, Task, arrange, draw, encode
 from peftcore.cli.demo import FULL, RECIPES, Recipe
 from peftcore.cli.errors import BadInput
 from peftcore.cli.memory import PeakMemory
-from peftcore.cli.models import load_model, load_tokenizer
+from peftcore.cli.models import load_model, load_tokenizer, quiet
 from peftcore.cli.report import Report, Result, standard_error
 from peftcore.cli.training import Progress, Schedule, run
 
@@ -51,9 +50,7 @@ class Display(Progress, Protocol):
 def run_all(job: Job, display: Display) -> Report:
     """Run the job; adapters, ``results.json`` and ``results.png`` are in ``job.out`` afterwards."""
     began = time.perf_counter()
-    quiet: Any = transformers.logging
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
+    quiet()
     tokenizer = load_tokenizer(job.model)
     check(job, tokenizer)
     train, held_out = encoded(job, tokenizer)

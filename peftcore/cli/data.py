@@ -51,8 +51,9 @@ class Task:
 def read_task(path: Path, text_column: str | None, label_column: str | None, eval_size: int | None) -> Task:
     """A task from the user's file; columns left out are guessed, the size held out is a fifth, at most 1,000."""
     rows = read_rows(path)
-    text = choose_column(rows, text_column, TEXT_NAMES, "text", path)
-    label = choose_column(rows, label_column, LABEL_NAMES, "label", path)
+    columns = [column for column in rows[0] if column is not None]
+    text = choose_column(columns, text_column, TEXT_NAMES, "text", path)
+    label = choose_column(columns, label_column, LABEL_NAMES, "label", path)
     examples = [Example(str(row[text]), str(row[label])) for row in rows if filled(row, text) and filled(row, label)]
     if not examples:
         raise BadInput(f"{path}: no row has both a {text!r} and a {label!r}")
@@ -117,9 +118,8 @@ def read_jsonl(text: str) -> list[dict[str, Any]]:
     return rows
 
 
-def choose_column(rows: list[dict[str, Any]], wanted: str | None, names: Sequence[str], kind: str, path: Path) -> str:
+def choose_column(columns: Sequence[str], wanted: str | None, names: Sequence[str], kind: str, path: object) -> str:
     """The column the user named, or the first whose name is one of ``names`` (in any case)."""
-    columns = [column for column in rows[0] if column is not None]
     if wanted is not None:
         if wanted in columns:
             return wanted

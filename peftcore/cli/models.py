@@ -1,7 +1,8 @@
-"""The model of a comparison: loaded from a folder, with a classification head on top that every method trains alike."""
+"""Models and tokenizers from where the user keeps them; classifiers have a head that every method trains alike."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Set
 from pathlib import Path
 from typing import Any
@@ -13,47 +14,93 @@ from torch import nn
 
 from peftcore.cli.errors import BadInput
 
+GGUF = ".gguf"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 """What transformers raises for a folder that holds no model, half a model or a model of another kind."""
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer; one without a padding token (most decoders) pads with its end-of-text token."""
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: no such folder; --model takes a folder with config.json, weights and tokenizer")
+def quiet() -> None:
+    """No progress bars and no advice of transformers' between our own lines."""
+    logging: Any = transformers.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_tokenizer(model: Path | str) -> Any:
+    """The model's tokenizer; one without a padding token (most decoders) pads with its end-of-text token."""
+    where, options = origin(model)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
     except UNREADABLE as error:
-        raise unreadable(folder, "tokenizer", error) from error
+        raise unreadable(model, "tokenizer", error) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise BadInput(f"{folder}: its tokenizer has no padding and no end-of-text token to fill up batches with")
+            raise BadInput(f"{model}: its tokenizer has no padding and no end-of-text token to fill up batches with")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_model(folder: Path, labels: tuple[str, ...], tokenizer: Any, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
-    """A fresh copy of the model and the names of its head modules; what is newly initialised is drawn from ``seed``."""
-    transformers.set_seed(seed)
+def origin(model: Path | str) -> tuple[str, dict[str, Any]]:
+    """What transformers' loaders call a model: a folder, a GGUF file or a folder of one, a name on the Hub.
+
+    Raises:
+        BadInput: it looks like a path, and nothing is there.
+    """
+    path = Path(model)
+    if path.suffix == GGUF and path.is_file():
+        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+    if path.is_dir():
+        files = [] if (path / "config.json").exists() else sorted(file.name for file in path.glob(f"*{GGUF}"))
+        if len(files) > 1:
+            raise BadInput(f"{path}: name one of its files: {', '.join(files)}")
+        return str(path), {"local_files_only": True, **({"gguf_file": files[0]} if files else {})}
+    if isinstance(model, Path) or not HUB_NAME.fullmatch(model):
+        raise BadInput(f"{model}: no such folder; a model is a folder with config.json, weights and tokenizer")
+    return model, {}
+
+
+def from_pretrained(auto: Any, model: Path | str, dtype: str = "float32", **options: Any) -> Any:
+    """A model with its weights, by one of transformers' Auto classes.
+
+    Raises:
+        BadInput: there is no such model.
+    """
+    where, own = origin(model)
     try:
-        model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            local_files_only=True,
-            num_labels=len(labels),
-            id2label=dict(enumerate(labels)),
-            label2id={label: index for index, label in enumerate(labels)},
-            pad_token_id=tokenizer.pad_token_id,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        return auto.from_pretrained(where, dtype=getattr(torch, dtype), **own, **options)
     except UNREADABLE as error:
-        raise unreadable(folder, "model for sequence classification", error) from error
+        words = re.findall("[A-Z][a-z]+|[A-Z]+", auto.__name__)[1:]
+        raise unreadable(model, " ".join(words).lower(), error) from error
+
+
+def load_model(folder: Path, labels: tuple[str, ...], tokenizer: Any, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
+    """A text classifier, and the names of its head modules; what is newly initialised is drawn from ``seed``."""
+    transformers.set_seed(seed)
+    auto = transformers.AutoModelForSequenceClassification
+    return classifier(auto, folder, labels, pad_token_id=tokenizer.pad_token_id)
+
+
+def classifier(
+    auto: Any, model: Path | str, labels: tuple[str, ...], dtype: str = "float32", **options: Any
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """A model with a head for these classes, by one of the Auto classes, and the names of its head modules."""
+    loaded, info = from_pretrained(
+        auto,
+        model,
+        dtype,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
     mismatched = {name for name, *_ in info["mismatched_keys"]}
-    return model, head_modules(model, {*info["missing_keys"], *mismatched}, folder)
+    return loaded, head_modules(loaded, {*info["missing_keys"], *mismatched}, model)
 
 
-def head_modules(model: Any, fresh: Set[str], folder: Path) -> tuple[str, ...]:
+def head_modules(model: Any, fresh: Set[str], folder: Path | str) -> tuple[str, ...]:
     """The parts outside the base model, and parts of the base of which nothing was in the folder (a pooler, say).
 
     They start from nothing or from another task, so every method has to train them. What else is missing must not be.
@@ -80,6 +127,6 @@ def parts(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
 
 
-def unreadable(folder: Path, what: str, error: Exception) -> BadInput:
+def unreadable(folder: Path | str, what: str, error: Exception) -> BadInput:
     reason = " ".join(str(error).split())
     return BadInput(f"{folder}: cannot load a {what} from it ({reason[:300]})")

@@ -1,4 +1,4 @@
-"""The progress display of a comparison: methods above, the steps of the present one below, on standard error."""
+"""Progress displays, on standard error: one bar for a run; for a comparison its methods above and their steps below."""
 
 from __future__ import annotations
 
@@ -6,6 +6,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from peftcore.cli.report import Result
+
+
+class Line:
+    """One bar; what is said stays above it."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self._progress = Progress(TextColumn("{task.description:<10}"), *columns, console=console, transient=True)
+        self._steps = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> Line:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def phase(self, name: str, total: int | None) -> None:
+        self._progress.reset(self._steps, total=total, description=name)
+
+    def advance(self) -> None:
+        self._progress.advance(self._steps)
+
+    def say(self, line: str) -> None:
+        self._progress.console.print(line, highlight=False)
 
 
 class Bars:

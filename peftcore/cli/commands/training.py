@@ -1,0 +1,82 @@
+"""``peftcore train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftcore.cli.app import Json, answered, app
+from peftcore.cli.errors import BadInput
+
+Config = Annotated[Path | None, typer.Argument(help="YAML file of the run; the options below go over it.")]
+Model = Annotated[str | None, typer.Option(help="Folder of a model, a GGUF file, or a name on the Hub.")]
+Task = Annotated[str | None, typer.Option(help="What is learned: text-classification, causal-lm, chat ...")]
+Data = Annotated[str | None, typer.Option(help="The examples: a table, a folder, a dataset's name.")]
+Method = Annotated[str | None, typer.Option(help="Name of a method; its options: --set method.rank=8.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
+BatchSize = Annotated[int | None, typer.Option(help="Examples at once.")]
+LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
+Seed = Annotated[int | None, typer.Option(help="Of all that is random.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the adapter, checkpoints, logs and metrics.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any value: --set training.patience=3")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder from its last checkpoint.")]
+
+
+@app.command()
+def train(
+    config: Config = None,
+    model: Model = None,
+    task: Task = None,
+    data: Data = None,
+    method: Method = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+    seed: Seed = None,
+    out: Out = None,
+    settings: Set = None,
+    resume: Resume = False,
+    json: Json = False,
+) -> None:
+    """Train one method on one task, from a model and a file to an adapter."""
+    flags = {
+        "model": model,
+        "task": task,
+        "data.train": data,
+        "method": method,
+        "training.steps": steps,
+        "training.batch_size": batch_size,
+        "training.learning_rate": lr,
+        "training.seed": seed,
+        "out": out,
+    }
+    with answered():
+        from peftcore.cli import runs
+
+        changes = [(name, value) for name, value in flags.items() if value is not None]
+        run = runs.read(config, [*changes, *map(_setting, settings or ())])
+        # Not before the input has been read: what follows imports torch and transformers.
+        from rich.console import Console
+
+        from peftcore.cli import train as job
+        from peftcore.cli.models import quiet
+        from peftcore.cli.progress import Line
+
+        quiet()
+        with Line(Console(stderr=True)) as line:
+            outcome = job.train(run, line, resume)
+        if json:
+            print(job.as_json(outcome), end="")
+        else:
+            job.show(outcome, Console())
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    from peftcore.cli import runs
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise BadInput(f"--set {text}: write name=value, such as training.patience=3")
+    return name, runs.parse(value, f"--set {name}")

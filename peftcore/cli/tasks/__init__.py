@@ -1,0 +1,38 @@
+"""What can be learned with ``peftcore train``: one module a task, imported when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from peftcore.cli.errors import BadInput, require
+
+if TYPE_CHECKING:
+    from peftcore.cli.tasks.task import Task
+
+TASKS = MappingProxyType(
+    {
+        "text-classification": "text_classification:TextClassification",
+        "causal-lm": "causal_lm:CausalLM",
+        "chat": "chat:Chat",
+    }
+)
+"""Tasks by name, and where their classes are."""
+
+
+def task(name: str) -> Task[Any]:
+    """The task of that name.
+
+    Raises:
+        BadInput: there is none, or a package that it needs is missing.
+    """
+    if name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise BadInput(f"no task {name!r}; {hint}there are: {', '.join(TASKS)}")
+    module, _, kind = TASKS[name].partition(":")
+    found: type[Task[Any]] = getattr(importlib.import_module(f"peftcore.cli.tasks.{module}"), kind)
+    require(found.packages)
+    return found()

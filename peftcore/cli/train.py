@@ -1,0 +1,329 @@
+"""The job of ``peftcore train``: one method on one task with transformers' ``Trainer``, from a model and a file to an
+adapter.
+
+Everything lands in one folder: ``adapter/``, ``checkpoints/``, ``logs/`` for TensorBoard, ``metrics.json``, and
+``run.json``, by which ``--resume`` knows that it goes on with the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import transformers
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch.utils.data import DataLoader
+
+import peftcore
+from peftcore.cli.errors import BadInput
+from peftcore.cli.runs import Run, validated
+from peftcore.cli.tasks import task as find_task
+from peftcore.cli.tasks.task import Prepared, Task
+from peftcore.errors import TrainingError
+from peftcore.files import write_text
+from peftcore.training import PeftcoreCallback
+
+COMPLETE = "complete"
+"""The last file of a checkpoint: one without it was being written when the run ended."""
+KEPT = 3
+"""Checkpoints: the best, the last, and the one before while the next is being written."""
+
+
+class Display(Protocol):
+    """Where a run says what it is doing."""
+
+    def phase(self, name: str, total: int | None) -> None:
+        """A stretch of so many steps begins."""
+
+    def advance(self) -> None:
+        """One of them is done."""
+
+    def say(self, line: str) -> None:
+        """Something to keep on the screen."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to. `samples` pairs what the model said before with what it says now."""
+
+    method: str
+    trainable: int
+    total: int
+    before: dict[str, float]
+    after: dict[str, float]
+    steps: int
+    seconds: float
+    adapter: str
+    samples: list[tuple[str, str]]
+
+
+class AdapterTrainer(transformers.Trainer):
+    """The Trainer, with the method's optimizer, and an end to runs whose loss is no number."""
+
+    def __init__(self, injection: peftcore.Injection, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.injection = injection
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self.injection.optimizer(
+                torch.optim.AdamW, lr=self.args.learning_rate, weight_decay=self.args.weight_decay
+            )
+        return self.optimizer
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss).all():
+            raise TrainingError(
+                f"the loss became {loss.mean().item()} in step {self.state.global_step + 1}: try a smaller learning "
+                "rate or a longer warm-up; the last checkpoint is from before"
+            )
+        return loss
+
+
+class Watch(transformers.TrainerCallback):
+    """Tells the display, and marks checkpoints that are written to their end."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._display.phase("training", state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._display.advance()
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        if state.global_step and state.is_world_process_zero:
+            self._display.say(f"step {state.global_step}: {in_words(_plain(metrics or {}))}")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_text(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, "")
+
+
+def as_json(outcome: Outcome) -> str:
+    """For programs."""
+    return json.dumps(asdict(outcome), indent=2) + "\n"
+
+
+def show(outcome: Outcome, console: Console) -> None:
+    """For people."""
+    table = Table("", "before", "after", box=box.SIMPLE_HEAD)
+    for name, after in outcome.after.items():
+        table.add_row(name, f"{outcome.before[name]:.4g}", f"{after:.4g}")
+    console.print(table)
+    for earlier, now in outcome.samples:
+        console.print(f"[dim]before:[/dim] {escape(earlier)}\n[dim]after:[/dim]  {escape(now)}\n", highlight=False)
+    console.print(
+        f"{outcome.method}: {outcome.trainable:,} of {outcome.total:,} values trained in {outcome.steps} steps, "
+        f"{outcome.seconds:.0f} s\nadapter: {outcome.adapter}",
+        highlight=False,
+    )
+
+
+def in_words(metrics: dict[str, float]) -> str:
+    """Numbers on one line."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+
+
+def train(run: Run, display: Display, resume: bool = False) -> Outcome:
+    """Run it. The adapter is in ``run.out / "adapter"`` afterwards.
+
+    Raises:
+        BadInput: what the run names cannot be used.
+        TrainingError: the loss is no number, or a disk is full; the last checkpoint is whole.
+    """
+    began = time.perf_counter()
+    task = find_task(run.task)
+    data = validated(task.Data, run.data, "data")
+    folder = Folder(run)
+    checkpoint = folder.begin(resume)
+    display.phase("loading", None)
+    transformers.set_seed(run.training.seed)
+    prepared = task.prepare(run, data)
+    injection = _adapted(run, prepared)
+    trainer = _trainer(run, task, prepared, injection, display)
+    before, said = folder.start(trainer, lambda: (_scored(trainer, display), _said(prepared)))
+    transformers.set_seed(run.training.seed)  # what came before drew a different number of times when resuming
+    _trained(trainer, checkpoint)
+    after = _scored(trainer, display)
+    outcome = Outcome(
+        method=run.method.name,
+        trainable=sum(p.numel() for p in injection.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in prepared.model.parameters()),
+        before=before,
+        after=after,
+        steps=trainer.state.global_step,
+        seconds=time.perf_counter() - began,
+        adapter=str(run.out / "adapter"),
+        samples=list(zip(said, _said(prepared), strict=True)),
+    )
+    if trainer.is_world_process_zero():
+        injection.save(run.out / "adapter")
+        write_text(run.out / "metrics.json", as_json(outcome))
+    return outcome
+
+
+class Folder:
+    """The folder of a run, which holds one run and no other."""
+
+    def __init__(self, run: Run) -> None:
+        self.path, self._run = run.out, run.model_dump(mode="json", exclude={"out"})
+
+    def begin(self, resume: bool) -> Path | None:
+        """Make it, or find the checkpoint to go on from.
+
+        Raises:
+            BadInput: there is a run in it where a new one begins, or no such run where one goes on.
+        """
+        if resume:
+            return self._checkpoint()
+        if (self.path / "run.json").exists():
+            raise BadInput(f"{self.path} holds a run already: --resume goes on with it, --out names another folder")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{self.path}: cannot be written to ({error.strerror})") from None
+        return None
+
+    def _checkpoint(self) -> Path | None:
+        """The newest whole checkpoint of the run that is here, if there is one; what is half written goes."""
+        if not (self.path / "run.json").exists():
+            raise BadInput(f"{self.path} holds no run to go on with")
+        held = json.loads((self.path / "run.json").read_text(encoding="utf-8"))["run"]
+        other = sorted(name for name in self._run if self._run[name] != held.get(name))
+        if other:
+            raise BadInput(f"{self.path} holds a run with another {', '.join(other)}; only the same one can go on")
+        found = sorted(self.path.glob("checkpoints/checkpoint-*"), key=lambda each: int(each.name.rpartition("-")[2]))
+        for each in found:
+            if not (each / COMPLETE).exists():
+                shutil.rmtree(each)
+        whole = [each for each in found if each.exists()]
+        return whole[-1] if whole else None
+
+    def start(
+        self, trainer: transformers.Trainer, judge: Callable[[], tuple[dict[str, float], list[str]]]
+    ) -> tuple[dict[str, float], list[str]]:
+        """What the model is worth before it is trained; known from the file where the run goes on."""
+        path = self.path / "run.json"
+        if path.exists():
+            held = json.loads(path.read_text(encoding="utf-8"))
+            return held["before"], held["said"]
+        before, said = judge()
+        if trainer.is_world_process_zero():
+            write_text(path, json.dumps({"run": self._run, "before": before, "said": said}, indent=2) + "\n")
+        return before, said
+
+
+def _adapted(run: Run, prepared: Prepared) -> peftcore.Injection:
+    base = prepared.adapted or prepared.model
+    if run.quantize is not None:
+        peftcore.quantize(base, run.quantize)
+    arguments = run.method.arguments
+    if peftcore.method(run.method.name).tags.needs_data:
+        arguments["data"] = DataLoader(
+            prepared.train[: LOOKED_AT * run.training.batch_size],
+            batch_size=run.training.batch_size,
+            collate_fn=prepared.collate,
+        )
+    train = (*prepared.head, *arguments.pop("train", ()))
+    return peftcore.apply(base, run.method.name, train=train, seed=run.training.seed, **arguments)
+
+
+LOOKED_AT = 16
+"""Batches for methods that look at data before training."""
+
+
+def _trainer(
+    run: Run, task: Task[Any], prepared: Prepared, injection: peftcore.Injection, display: Display
+) -> AdapterTrainer:
+    chosen = run.training
+    between = chosen.evaluate_every or 0.1
+    length = {"max_steps": chosen.steps} if chosen.steps else {"num_train_epochs": chosen.epochs or 3.0}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(run.out / "checkpoints"),
+        **length,
+        per_device_train_batch_size=chosen.batch_size,
+        per_device_eval_batch_size=chosen.batch_size,
+        gradient_accumulation_steps=chosen.accumulate,
+        learning_rate=chosen.learning_rate,
+        lr_scheduler_type=chosen.schedule,
+        warmup_steps=chosen.warmup,
+        weight_decay=chosen.weight_decay,
+        max_grad_norm=chosen.clip,
+        bf16=chosen.autocast,
+        activation_checkpointing=chosen.checkpoint_gradients,
+        seed=chosen.seed,
+        dataloader_num_workers=chosen.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        eval_strategy="steps",
+        eval_steps=between,
+        save_strategy="steps",
+        save_steps=between,
+        save_total_limit=KEPT,
+        load_best_model_at_end=True,
+        metric_for_best_model=f"eval_{task.metric}",
+        greater_is_better=task.greater,
+        prediction_loss_only=prepared.metrics is None,
+        logging_steps=between,
+        logging_nan_inf_filter=False,
+        report_to=_reporters(),
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    callbacks = [PeftcoreCallback(prepared.model), Watch(display)]
+    if chosen.patience is not None:
+        callbacks.append(transformers.EarlyStoppingCallback(chosen.patience))
+    trainer = AdapterTrainer(
+        injection,
+        model=prepared.model,
+        args=arguments,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.held_out,
+        data_collator=prepared.collate,
+        compute_metrics=prepared.metrics,
+        preprocess_logits_for_metrics=prepared.reduce,
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
+
+
+def _reporters() -> str:
+    """TensorBoard where it is installed."""
+    return "tensorboard" if find_spec("tensorboard") is not None else "none"
+
+
+def _trained(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except OSError as error:
+        raise TrainingError(f"training stopped: {error}; --resume goes on from the last whole checkpoint") from error
+
+
+def _scored(trainer: AdapterTrainer, display: Display) -> dict[str, float]:
+    display.phase("scoring", None)
+    return _plain(trainer.evaluate())
+
+
+def _plain(metrics: dict[str, float]) -> dict[str, float]:
+    """The numbers of the task, without those of the clock."""
+    clock = ("runtime", "per_second", "epoch", "model_preparation_time")
+    return {name.removeprefix("eval_"): value for name, value in metrics.items() if not name.endswith(clock)}
+
+
+def _said(prepared: Prepared) -> list[str]:
+    return prepared.samples() if prepared.samples is not None else []
