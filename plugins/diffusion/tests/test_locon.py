@@ -13,13 +13,10 @@ import peftcore
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 
-ROWS = "what linear maps get there, 32 rows of 16 channels, has the shape of a weight"
-
 
 @conformance(
     "locon",
     options={"unet": {"rank": 9, "conv_rank": 5}},  # at 16 what is between them has shapes of weights
-    expected_failures={"effective_weights_do_not_outlive_their_use-unet": ROWS},
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()

@@ -17,7 +17,6 @@ UNTIED = "moved to the meta device, the host has lost its ties, and with them th
 FAILURES = {
     "a_host_without_memory_can_be_planned-t5": UNTIED,
     "a_host_without_memory_can_be_planned-gpt2": UNTIED,
-    "effective_weights_do_not_outlive_their_use-bert": "pooled activations have the shape of the table of segments",
 }
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from peftcore.testing import conformance
 
-ROWS = "what the adapters get there, 32 rows of 8 features, has the shape of a weight"
+ROWS = "what the adapters keep beside the host there, 32 rows of 8 features, has the shape of a weight"
 
 
 @conformance(

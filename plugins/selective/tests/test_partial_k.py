@@ -28,10 +28,8 @@ MOVED = "torch cuts the ties of a host that moves to the meta device, so a head 
 
 @conformance(
     "partial_k",
-    options={"dit": {"head": False}},  # whose shape is that of activations, which a check takes for weights
     expected_failures={
         **{f"a_host_without_memory_can_be_planned-{name}": MOVED for name in ("gpt2", "t5")},
-        "effective_weights_do_not_outlive_their_use-unet": "activations there have the shape of a time projection",
     },
 )
 def test_partial_k(check: Callable[[], None]) -> None:
