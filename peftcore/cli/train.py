@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,11 +22,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 import peftcore
+from peftcore.cli import tasks
 from peftcore.cli.errors import BadInput
 from peftcore.cli.runs import Run, validated
-from peftcore.cli.tasks import task as find_task
 from peftcore.cli.tasks.task import Prepared, Task
 from peftcore.errors import TrainingError
 from peftcore.files import write_text
@@ -147,7 +147,7 @@ def train(run: Run, display: Display, resume: bool = False) -> Outcome:
         TrainingError: the loss is no number, or a disk is full; the last checkpoint is whole.
     """
     began = time.perf_counter()
-    task = find_task(run.task)
+    task = tasks.find(run.task)
     data = validated(task.Data, run.data, "data")
     folder = Folder(run)
     checkpoint = folder.begin(resume)
@@ -280,11 +280,13 @@ def _trainer(
         prediction_loss_only=prepared.metrics is None,
         logging_steps=between,
         logging_nan_inf_filter=False,
-        report_to=_reporters(),
+        report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
     )
-    callbacks = [PeftcoreCallback(prepared.model), Watch(display)]
+    logs = TensorBoardCallback()  # type: ignore[no-untyped-call]
+    logs.logging_dir = str(run.out / "logs")
+    callbacks = [PeftcoreCallback(prepared.model), Watch(display), logs]
     if chosen.patience is not None:
         callbacks.append(transformers.EarlyStoppingCallback(chosen.patience))
     trainer = AdapterTrainer(
@@ -300,11 +302,6 @@ def _trainer(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
-
-
-def _reporters() -> str:
-    """TensorBoard where it is installed."""
-    return "tensorboard" if find_spec("tensorboard") is not None else "none"
 
 
 def _trained(trainer: AdapterTrainer, checkpoint: Path | None) -> None:

@@ -22,7 +22,7 @@ TASKS = MappingProxyType(
 """Tasks by name, and where their classes are."""
 
 
-def task(name: str) -> Task[Any]:
+def find(name: str) -> Task[Any]:
     """The task of that name.
 
     Raises:
@@ -33,6 +33,6 @@ def task(name: str) -> Task[Any]:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise BadInput(f"no task {name!r}; {hint}there are: {', '.join(TASKS)}")
     module, _, kind = TASKS[name].partition(":")
-    found: type[Task[Any]] = getattr(importlib.import_module(f"peftcore.cli.tasks.{module}"), kind)
-    require(found.packages)
-    return found()
+    kind_of: type[Task[Any]] = getattr(importlib.import_module(f"peftcore.cli.tasks.{module}"), kind)
+    require(kind_of.packages)
+    return kind_of()

@@ -1,0 +1,288 @@
+"""``peftcore train``: from a model and a file to an adapter, resumed to the bit, ended clearly."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import peftcore
+from peftcore.cli import train as job
+from peftcore.cli.commands import app
+from peftcore.cli.runs import read
+from peftcore.cli.tasks import find
+from peftcore.cli.tasks.chat import ChatData
+
+
+def trained(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def refused(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["train", *map(str, arguments)])
+    assert result.exit_code == 2, (result.output, result.exception)
+    return " ".join(result.stderr.split())
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def phase(self, name: str, total: int | None) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def say(self, line: str) -> None:
+        pass
+
+
+@pytest.fixture
+def tweets(encoder: Path, csv_file: Path) -> tuple[object, ...]:
+    return (
+        *("--model", encoder, "--task", "text-classification", "--data", csv_file, "--method", "lora"),
+        *("--steps", 30, "--batch-size", 16, "--lr", "3e-2"),
+    )
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    path = tmp_path / "chats.jsonl"
+    rows = [
+        [{"role": "user", "content": f"{a} phone"}, {"role": "assistant", "content": b}]
+        for a, b in [("my", "fine"), ("the", "lovely"), ("so", "awful")] * 8
+    ]
+    path.write_text("\n".join(json.dumps({"messages": row}) for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_classifier_learns_and_its_folder_holds_all_of_it(tweets: Any, encoder: Path, tmp_path: Path) -> None:
+    outcome = json.loads(
+        trained(
+            *tweets,
+            "--steps",
+            60,
+            "--out",
+            "run",
+            "--set",
+            "method.rank=4",
+            "--set",
+            "method.target=all-linear",
+            "--json",
+        )
+    )
+    assert outcome["after"]["accuracy"] > outcome["before"]["accuracy"] + 0.15
+    assert outcome == json.loads(Path("run/metrics.json").read_text(encoding="utf-8"))
+    assert list(Path("run/logs").glob("events.*"))
+    found = peftcore.load(transformers.AutoModelForSequenceClassification.from_pretrained(encoder), "run/adapter")
+    assert found.config.rank == 4
+    assert sum(p.numel() for p in found.parameters()) == outcome["trainable"]
+
+
+def test_a_file_says_all_and_options_go_over_it(encoder: Path, csv_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {encoder}\ntask: text-classification\ndata: {{train: {csv_file}}}\n"
+        "method: {name: lora, rank: 4}\ntraining: {steps: 5, learning_rate: 1e-3}\nout: elsewhere\n",
+        encoding="utf-8",
+    )
+    run = read(path, [("method", "dora"), ("training.steps", 7), ("method.rank", 2)])
+    assert (run.method.name, run.method.arguments, run.training.steps) == ("dora", {"rank": 2}, 7)
+    assert (run.training.learning_rate, run.out) == (1e-3, Path("elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["--steps", 0], "training.steps=0: Input should be greater than 0"),
+        (["--set", "training.stepz=3"], "there is no option 'training.stepz'; did you mean 'steps'?"),
+        (["--set", "training.epochs=1"], "give steps or epochs, not both"),
+        (["--set", "data.txt=x"], "there is no option 'txt'; did you mean 'text'?"),
+        (["--set", "patience"], "write name=value"),
+        (["--set", "method.rank=0"], "rank=0"),
+        (["--method", "lorra"], "did you mean 'lora'"),
+        (["--task", "text-clasification"], "did you mean 'text-classification'?"),
+        (["--data", "nothing.csv"], "nothing.csv: cannot be read"),
+        (["--model", "./nothing"], "no such folder"),
+        (["--resume"], "holds no run to go on with"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_named_and_nothing_is_written(tweets: Any, changes: list[Any], words: str) -> None:
+    assert words in refused(*tweets, "--out", "run", *changes)
+    assert not Path("run/adapter").exists()
+
+
+def test_a_folder_holds_one_run(tweets: Any) -> None:
+    trained(*tweets, "--steps", 4, "--out", "run")
+    assert "--resume goes on with it" in refused(*tweets, "--out", "run")
+    assert "another training" in refused(*tweets, "--out", "run", "--resume")
+
+
+KILLED = """
+import os, signal, sys
+from peftcore.cli import train as job
+end = job.Watch.on_step_end
+def killed(self, args, state, control, **kwargs):
+    end(self, args, state, control, **kwargs)
+    if state.global_step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+job.Watch.on_step_end = killed
+import peftcore.cli
+sys.argv = ["peftcore", "train", {config!r}, "--out", {out!r}]
+peftcore.cli.main()
+"""
+
+
+def test_killed_and_resumed_it_ends_the_same_to_the_bit(
+    tweets: Any, encoder: Path, csv_file: Path, tmp_path: Path
+) -> None:
+    """AdaLoRA has a schedule and statistics; dropout and the order of the data draw random numbers."""
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {encoder}\ntask: text-classification\ndata: {{train: {csv_file}}}\n"
+        "method: {name: adalora, rank: 4, dropout: 0.1}\n"
+        "training: {steps: 12, batch_size: 16, evaluate_every: 4, learning_rate: 1e-2}\n",
+        encoding="utf-8",
+    )
+    trained(config, "--out", "whole")
+    code = KILLED.format(step=10, config=str(config), out="cut")
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert not Path("cut/adapter").exists()
+    broken = Path("cut/checkpoints/checkpoint-11")  # killed while it was written
+    shutil.copytree("cut/checkpoints/checkpoint-8", broken)
+    (broken / job.COMPLETE).unlink()
+    (broken / "trainer_state.json").unlink()
+    trained(config, "--out", "cut", "--resume")
+    whole, cut = (load_file(f"{folder}/adapter/adapter.safetensors") for folder in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_a_whole_checkpoint(tweets: Any, monkeypatch: Any) -> None:
+    compute = job.AdapterTrainer.compute_loss
+
+    def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = compute(self, *args, **kwargs)
+        return loss * float("nan") if self.model.training and self.state.global_step == 7 else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job.AdapterTrainer, "compute_loss", broken)
+        message = refused(*tweets, "--out", "run", "--set", "training.evaluate_every=5")
+    assert "the loss became nan in step 8" in message
+    assert json.loads(trained(*tweets, "--out", "run", "--set", "training.evaluate_every=5", "--resume", "--json"))
+
+
+def test_a_full_disk_ends_the_run_with_a_whole_checkpoint(tweets: Any, monkeypatch: Any) -> None:
+    save = torch.save
+
+    def full(value: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if "checkpoint-10" in str(path):
+            raise OSError(28, "No space left on device")
+        save(value, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert "No space left on device" in refused(*tweets, "--out", "run", "--set", "training.evaluate_every=5")
+    assert "checkpoint-5" in {path.name for path in Path("run/checkpoints").iterdir()}
+    trained(*tweets, "--out", "run", "--set", "training.evaluate_every=5", "--resume")
+
+
+def test_plain_text(decoder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "lines.txt"
+    path.write_text("my phone is fine\n\nthe plane was late today\n" * 20, encoding="utf-8")
+    outcome = json.loads(
+        trained(
+            *("--model", decoder, "--task", "causal-lm", "--data", path, "--method", "lora", "--steps", 60),
+            *(
+                "--lr",
+                "3e-2",
+                "--set",
+                "method.target=all-linear",
+                "--set",
+                'data.prompts=["my phone"]',
+                "--set",
+                "data.answer_length=3",
+                "--json",
+            ),
+        )
+    )
+    assert outcome["after"]["perplexity"] < 0.9 * outcome["before"]["perplexity"]
+    assert len(outcome["samples"]) == 1
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }} {{ m.content }} [SEP] {% endfor %}"
+    "{% if add_generation_prompt %}a {% endif %}"
+)
+
+
+@pytest.fixture
+def talker(decoder: Path, tmp_path: Path) -> Path:
+    """The decoder with a chat template."""
+    folder = shutil.copytree(decoder, tmp_path / "talker")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
+
+
+def test_only_answers_are_learned(talker: Path, chats: Path) -> None:
+    run = read(None, [("model", str(talker)), ("task", "chat"), ("data.train", str(chats)), ("method", "lora")])
+    prepared = find("chat").prepare(run, ChatData(train=str(chats)))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(talker)
+    for row in prepared.train[:5]:
+        learned = [token for token in row["labels"] if token != -100]
+        assert tokenizer.decode(learned).split() in ([word, "[SEP]"] for word in ("fine", "lovely", "awful"))
+        assert [label for label in row["labels"] if label != -100] == row["input_ids"][-len(learned) :]
+
+
+def test_chats(talker: Path, chats: Path) -> None:
+    outcome = json.loads(
+        trained(
+            *("--model", talker, "--task", "chat", "--data", chats, "--method", "lora", "--steps", 40),
+            *(
+                "--lr",
+                "3e-2",
+                "--set",
+                "method.target=all-linear",
+                "--set",
+                'data.prompts=["the phone"]',
+                "--set",
+                "data.answer_length=3",
+                "--json",
+            ),
+        )
+    )
+    assert outcome["after"]["perplexity"] < 0.9 * outcome["before"]["perplexity"]
+
+
+def test_perplexity_weighs_tokens_not_batches(talker: Path, chats: Path) -> None:
+    """The cost of each token a second time, in float64, one row at a time."""
+    run = read(None, [("model", str(talker)), ("task", "chat"), ("data.train", str(chats)), ("method", "lora")])
+    prepared = find("chat").prepare(run, ChatData(train=str(chats)))
+    model = prepared.model.double().eval()
+    costs = []
+    for row in prepared.held_out:
+        scores = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+        costs += [-scores[i, label].item() for i, label in enumerate(row["labels"][1:]) if label != -100]
+    batch = prepared.collate(prepared.held_out)
+    with torch.no_grad():
+        reduced = prepared.reduce(model(**batch).logits, batch["labels"])
+    found = prepared.metrics(transformers.EvalPrediction(reduced.numpy(), batch["labels"].numpy()))
+    assert found["perplexity"] == pytest.approx(math.exp(sum(costs) / len(costs)), rel=1e-6)
+
+
+def test_a_tokenizer_without_a_template_is_refused(decoder: Path, chats: Path) -> None:
+    assert "no chat template" in refused("--model", decoder, "--task", "chat", "--data", chats, "--method", "lora")
