@@ -16,7 +16,7 @@ from peftcore.cli.errors import BadInput
 
 GGUF = ".gguf"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 """What transformers raises for a folder that holds no model, half a model or a model of another kind."""
 
 

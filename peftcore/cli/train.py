@@ -21,7 +21,7 @@ from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 import peftcore
@@ -235,7 +235,7 @@ def _adapted(run: Run, prepared: Prepared) -> peftcore.Injection:
     arguments = run.method.arguments
     if peftcore.method(run.method.name).tags.needs_data:
         arguments["data"] = DataLoader(
-            prepared.train[: LOOKED_AT * run.training.batch_size],
+            Subset(prepared.train, range(min(LOOKED_AT * run.training.batch_size, len(prepared.train)))),
             batch_size=run.training.batch_size,
             collate_fn=prepared.collate,
         )

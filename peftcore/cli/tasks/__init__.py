@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 TASKS = MappingProxyType(
     {
         "text-classification": "text_classification:TextClassification",
+        "token-classification": "token_classification:TokenClassification",
         "causal-lm": "causal_lm:CausalLM",
         "chat": "chat:Chat",
+        "seq2seq": "seq2seq:Seq2Seq",
+        "image-classification": "image_classification:ImageClassification",
     }
 )
 """Tasks by name, and where their classes are."""

@@ -1,22 +1,19 @@
-"""What tasks of decoders share: the model, batches, perplexity, and what the model says."""
+"""What tasks of decoders share: the model, batches, and what the model says."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import transformers
 from pydantic import PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftcore.cli.models import from_pretrained
 from peftcore.cli.runs import Run
-from peftcore.cli.tasks.task import Data, Prepared
-
-IGNORED = -100
-"""The label of tokens that do not count."""
+from peftcore.cli.tasks._language import costs, perplexity
+from peftcore.cli.tasks.task import IGNORED, Data, Prepared
 
 
 class CausalData(Data):
@@ -47,20 +44,9 @@ def prepared(
 
 
 def surprise(logits: Any, labels: Tensor) -> Tensor:
-    """The sum of what each token costs, and how many there are [rows, 2]: means of batches would weigh them wrong."""
+    """What each row's tokens cost, each predicted from those before it."""
     scores = logits[0] if isinstance(logits, tuple) else logits
-    return _costs(scores[:, :-1], labels[:, 1:])
-
-
-def _costs(scores: Tensor, labels: Tensor) -> Tensor:
-    costs = nn.functional.cross_entropy(scores.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none")
-    return torch.stack([costs.double().sum(1), (labels != IGNORED).double().sum(1)], dim=1)
-
-
-def perplexity(found: Any) -> dict[str, float]:
-    """Over all tokens that count."""
-    total, count = found.predictions.sum(0)
-    return {"perplexity": math.exp(min(total / max(count, 1), 700))}
+    return costs(scores[:, :-1], labels[:, 1:])
 
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[str], length: int) -> Callable[[], list[str]]:

@@ -9,8 +9,8 @@ from peftcore.cli.errors import BadInput
 from peftcore.cli.models import load_tokenizer
 from peftcore.cli.runs import Run
 from peftcore.cli.sources import splits
-from peftcore.cli.tasks._causal import IGNORED, CausalData, prepared
-from peftcore.cli.tasks.task import Prepared, Task
+from peftcore.cli.tasks._causal import CausalData, prepared
+from peftcore.cli.tasks.task import IGNORED, Prepared, Task
 
 NAMES = ("messages", "conversation", "conversations", "chat")
 

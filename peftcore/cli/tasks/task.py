@@ -12,6 +12,9 @@ from torch import nn
 
 from peftcore.cli.runs import Options, Run
 
+IGNORED = -100
+"""The label of tokens that do not count, by torch's custom."""
+
 
 class Data(Options):
     """Where the examples are."""
