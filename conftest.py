@@ -1,5 +1,6 @@
 """What holds for every test of the core and of the plugins: no network, one thread, known seeds."""
 
+import gc
 import os
 import random
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+gc.set_threshold(100_000, 20, 20)  # looking through all that torch and transformers made took a fifteenth of all time
 
 
 @pytest.fixture(autouse=True)
