@@ -7,6 +7,7 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -21,7 +22,8 @@ UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, Runtim
 
 
 def quiet() -> None:
-    """No progress bars and no advice of transformers' between our own lines."""
+    """No progress bars of other libraries, and no advice of theirs, between our own lines."""
+    datasets.disable_progress_bars()
     logging: Any = transformers.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -40,7 +40,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
-        if model is not None and injections(model):
+        if model is not None and _within(model):
             vars(model)[ADMITTED] = _Once(model)
         self._frozen: set[str] = set()
         self._undo: Callable[[], Any] | None = None
@@ -68,7 +68,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         _save_adapters(model, True)
         self._frozen, self._stepped = frozen_keys(model), []
         own = optimizer.injection if isinstance(optimizer, MethodOptimizer) else None
-        for injection in injections(model).values():
+        for injection in _within(model):
             if not any(parameter.requires_grad for parameter in injection.parameters()):
                 continue
             if injection is not own:
@@ -177,6 +177,11 @@ class _Once:
         return True
 
 
+def _within(model: nn.Module) -> list[Injection]:
+    """The injections of the model, or of its parts, where it is a frame round an adapted one."""
+    return [injection for module in model.modules() for injection in injections(module).values()]
+
+
 def _inside(optimizer: Any) -> Any:
     """The optimizer that accelerate wrapped."""
     while isinstance(optimizer, AcceleratedOptimizer):
@@ -205,7 +210,7 @@ def _check_plain(injection: Injection, resuming: bool) -> None:
 
 def adapter_keys(model: nn.Module) -> set[str]:
     """The keys of the host's state dict that belong to injections."""
-    ours = {id(module) for injection in injections(model).values() for _, module in injection.modules()}
+    ours = {id(module) for injection in _within(model) for _, module in injection.modules()}
     prefixes = tuple(f"{path}." for path, module in model.named_modules(remove_duplicate=False) if id(module) in ours)
     return {key for key in model.state_dict() if key.startswith(prefixes)}
 

@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
+import peftcore
 from peftcore.cli.commands import app
 from peftcore.cli.errors import BadInput
 from peftcore.cli.runs import Run, read
@@ -127,6 +128,81 @@ def test_pictures_in_folders(vit: Path, pictures: Path) -> None:
         "--model", vit, "--task", "image-classification", "--data", pictures, "--steps", 20, "--lr", "1e-2"
     )
     assert outcome["after"]["accuracy"] > outcome["before"]["accuracy"] + 0.15
+
+
+@pytest.fixture
+def painter(tmp_path: Path) -> Path:
+    """Stable Diffusion with tiny random parts, and a tokenizer that knows the words of digits."""
+    diffusers = pytest.importorskip("diffusers")
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "zero</w>",
+        "one</w>",
+        *"zero",
+        "n",
+        "ze",
+        "zer",
+        "on",
+        "e</w>",
+        "o</w>",
+    ]
+    words = list(dict.fromkeys(words))
+    tokenizer = transformers.CLIPTokenizer(
+        vocab={word: number for number, word in enumerate(words)},
+        merges=[("z", "e"), ("ze", "r"), ("zer", "o</w>"), ("o", "n"), ("on", "e</w>")],
+        model_max_length=6,
+    )
+    torch.manual_seed(0)
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    blocks = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
+    kinds = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    plain = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(latent_channels=4, **plain, **blocks),
+        text_encoder=transformers.CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=8, cross_attention_dim=16, attention_head_dim=4, **kinds, **blocks
+        ),
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(tmp_path / "painter")
+    return tmp_path / "painter"
+
+
+def test_pictures_of_words(painter: Path, pictures: Path) -> None:
+    """The denoiser alone gets the adapter, and the adapter fits the denoiser alone."""
+    named = [f"{file.relative_to(pictures)},{file.parent.name}" for file in sorted(pictures.rglob("*.png"))]
+    (pictures / "metadata.csv").write_text("\n".join(["file_name,text", *named]), encoding="utf-8")
+    outcome = trained(
+        *("--model", painter, "--task", "text-to-image", "--data", pictures, "--steps", 20, "--lr", "1e-2"),
+        *("--set", 'data.prompts=["zero"]', "--set", "data.prompt_steps=2", "--out", "run"),
+    )
+    assert outcome["after"]["loss"] < outcome["before"]["loss"]
+    assert outcome["samples"] == [["run/samples/0-0.png", "run/samples/0-1.png"]]
+    before, after = (np.asarray(Image.open(file), dtype=float) for file in outcome["samples"][0])
+    assert np.abs(before - after).max() > 0
+    unet = pytest.importorskip("diffusers").UNet2DConditionModel.from_pretrained(painter / "unet")
+    assert peftcore.load(unet, "run/adapter").summary().sites > 4
+    saved = [path.stat().st_size for path in Path("run/checkpoints").glob("*/model.safetensors")]
+    assert saved and max(saved) < 100_000
 
 
 def test_parquet_and_saved_datasets_say_the_same_as_a_table(csv_file: Path, rows: list[Any], tmp_path: Path) -> None:

@@ -332,3 +332,31 @@ def test_hosts_that_are_not_transformers_own_get_small_checkpoints_too(tmp_path:
         results.append(copied(injection))
     assert_same(*results)
     assert len(load_file(tmp_path / "checkpoint-6" / "model.safetensors")) == len(injection.state_dict())
+
+
+class Frame(nn.Module):
+    """Holds an adapted model as one of its parts, as models of losses and of rewards do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels).loss}
+
+
+def test_the_adapted_model_may_be_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of its schedule are taken, and its checkpoints are small and resume."""
+    taken: list[int] = []
+    monkeypatch.setattr(peftcore.method("adalora"), "on_step", lambda self, _, step, total: taken.append(step))
+    model, _, _ = adapted("bert", "adalora", {})
+    trainer(Frame(model), "bert", tmp_path / "plain", [PeftcoreCallback()]).train()
+    assert taken == list(range(1, STEPS + 1))
+    results = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        model, injection, optimizers = adapted("bert", "adalora", {})
+        run = trainer(Frame(model), "bert", tmp_path, [PeftcoreCallback()], optimizers=optimizers)
+        run.train(resume_from_checkpoint=checkpoint)
+        assert len(load_file(tmp_path / "checkpoint-3" / "model.safetensors")) == len(injection.state_dict())
+        results.append(copied(injection))
+    assert_same(*results)

@@ -20,6 +20,7 @@ TASKS = MappingProxyType(
         "chat": "chat:Chat",
         "seq2seq": "seq2seq:Seq2Seq",
         "image-classification": "image_classification:ImageClassification",
+        "text-to-image": "text_to_image:TextToImage",
     }
 )
 """Tasks by name, and where their classes are."""
