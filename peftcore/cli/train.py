@@ -8,9 +8,7 @@ Everything lands in one folder: ``adapter/``, ``checkpoints/``, ``logs/`` for Te
 from __future__ import annotations
 
 import json
-import shutil
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,15 +24,13 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 import peftcore
 from peftcore.cli import tasks
-from peftcore.cli.errors import BadInput
+from peftcore.cli.run_folder import Keeper, RunFolder, first_process, plain
 from peftcore.cli.runs import Run, validated
 from peftcore.cli.tasks.task import Prepared, Task
 from peftcore.errors import TrainingError
 from peftcore.files import write_text
 from peftcore.training import PeftcoreCallback
 
-COMPLETE = "complete"
-"""The last file of a checkpoint: one without it was being written when the run ended."""
 KEPT = 3
 """Checkpoints: the best, the last, and the one before while the next is being written."""
 
@@ -92,7 +88,7 @@ class AdapterTrainer(transformers.Trainer):
 
 
 class Watch(transformers.TrainerCallback):
-    """Tells the display, and marks checkpoints that are written to their end."""
+    """Tells the display."""
 
     def __init__(self, display: Display) -> None:
         self._display = display
@@ -106,12 +102,7 @@ class Watch(transformers.TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
-        if state.global_step and state.is_world_process_zero:
-            self._display.say(f"step {state.global_step}: {in_words(_plain(metrics or {}))}")
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            write_text(Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE, "")
+        self._display.say(f"step {state.global_step}: {in_words(plain(metrics or {}))}")
 
 
 def as_json(outcome: Outcome) -> str:
@@ -149,83 +140,36 @@ def train(run: Run, display: Display, resume: bool = False) -> Outcome:
     began = time.perf_counter()
     task = tasks.find(run.task)
     data = validated(task.Data, run.data, "data")
-    folder = Folder(run)
-    checkpoint = folder.begin(resume)
+    folder = RunFolder(run)
+    checkpoint = folder.checkpoint(resume)
     display.phase("loading", None)
     transformers.set_seed(run.training.seed)
     prepared = task.prepare(run, data)
     injection = _adapted(run, prepared)
-    trainer = _trainer(run, task, prepared, injection, display)
-    before, said = folder.start(trainer, lambda: (_scored(trainer, display), _said(prepared)))
+    trainer = _trainer(run, task, prepared, injection, [Keeper(folder), Watch(display)])
+    if folder.before is None:
+        # Not by trainer.evaluate(): what accelerate prepared for that alone, it does not wrap for several processes.
+        trainer.args.eval_on_start = True
+        folder.said = _said(prepared)
+        folder.note()
     transformers.set_seed(run.training.seed)  # what came before drew a different number of times when resuming
     _trained(trainer, checkpoint)
-    after = _scored(trainer, display)
+    display.phase("scoring", None)
     outcome = Outcome(
         method=run.method.name,
         trainable=sum(p.numel() for p in injection.parameters() if p.requires_grad),
         total=sum(p.numel() for p in prepared.model.parameters()),
-        before=before,
-        after=after,
+        before=folder.before or {},
+        after=plain(trainer.evaluate()),
         steps=trainer.state.global_step,
         seconds=time.perf_counter() - began,
-        adapter=str(run.out / "adapter"),
-        samples=list(zip(said, _said(prepared), strict=True)),
+        adapter=str(folder.adapter),
+        samples=list(zip(folder.said, _said(prepared), strict=True)),
     )
-    if trainer.is_world_process_zero():
-        injection.save(run.out / "adapter")
-        write_text(run.out / "metrics.json", as_json(outcome))
+    if first_process():
+        injection.save(folder.adapter)
+        write_text(folder.path / "metrics.json", as_json(outcome))
     return outcome
-
-
-class Folder:
-    """The folder of a run, which holds one run and no other."""
-
-    def __init__(self, run: Run) -> None:
-        self.path, self._run = run.out, run.model_dump(mode="json", exclude={"out"})
-
-    def begin(self, resume: bool) -> Path | None:
-        """Make it, or find the checkpoint to go on from.
-
-        Raises:
-            BadInput: there is a run in it where a new one begins, or no such run where one goes on.
-        """
-        if resume:
-            return self._checkpoint()
-        if (self.path / "run.json").exists():
-            raise BadInput(f"{self.path} holds a run already: --resume goes on with it, --out names another folder")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"{self.path}: cannot be written to ({error.strerror})") from None
-        return None
-
-    def _checkpoint(self) -> Path | None:
-        """The newest whole checkpoint of the run that is here, if there is one; what is half written goes."""
-        if not (self.path / "run.json").exists():
-            raise BadInput(f"{self.path} holds no run to go on with")
-        held = json.loads((self.path / "run.json").read_text(encoding="utf-8"))["run"]
-        other = sorted(name for name in self._run if self._run[name] != held.get(name))
-        if other:
-            raise BadInput(f"{self.path} holds a run with another {', '.join(other)}; only the same one can go on")
-        found = sorted(self.path.glob("checkpoints/checkpoint-*"), key=lambda each: int(each.name.rpartition("-")[2]))
-        for each in found:
-            if not (each / COMPLETE).exists():
-                shutil.rmtree(each)
-        whole = [each for each in found if each.exists()]
-        return whole[-1] if whole else None
-
-    def start(
-        self, trainer: transformers.Trainer, judge: Callable[[], tuple[dict[str, float], list[str]]]
-    ) -> tuple[dict[str, float], list[str]]:
-        """What the model is worth before it is trained; known from the file where the run goes on."""
-        path = self.path / "run.json"
-        if path.exists():
-            held = json.loads(path.read_text(encoding="utf-8"))
-            return held["before"], held["said"]
-        before, said = judge()
-        if trainer.is_world_process_zero():
-            write_text(path, json.dumps({"run": self._run, "before": before, "said": said}, indent=2) + "\n")
-        return before, said
 
 
 def _adapted(run: Run, prepared: Prepared) -> peftcore.Injection:
@@ -248,7 +192,7 @@ LOOKED_AT = 16
 
 
 def _trainer(
-    run: Run, task: Task[Any], prepared: Prepared, injection: peftcore.Injection, display: Display
+    run: Run, task: Task[Any], prepared: Prepared, injection: peftcore.Injection, callbacks: list[Any]
 ) -> AdapterTrainer:
     chosen = run.training
     between = chosen.evaluate_every or 0.1
@@ -280,13 +224,14 @@ def _trainer(
         prediction_loss_only=prepared.metrics is None,
         logging_steps=between,
         logging_nan_inf_filter=False,
+        use_cpu=not torch.accelerator.is_available(),  # or accelerate sees no processes beside this one
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
     )
     logs = TensorBoardCallback()  # type: ignore[no-untyped-call]
     logs.logging_dir = str(run.out / "logs")
-    callbacks = [PeftcoreCallback(prepared.model), Watch(display), logs]
+    callbacks = [PeftcoreCallback(prepared.model), *callbacks, logs]
     if chosen.patience is not None:
         callbacks.append(transformers.EarlyStoppingCallback(chosen.patience))
     trainer = AdapterTrainer(
@@ -301,7 +246,28 @@ def _trainer(
         callbacks=callbacks,
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    trainer.model_accepts_loss_kwargs &= _divides_by_items(prepared, trainer.args.device)
     return trainer
+
+
+def _divides_by_items(prepared: Prepared, device: torch.device) -> bool:
+    """Whether the loss is a sum over what counts, divided by a number that the Trainer tells.
+
+    The Trainer takes it from the signature, and multiplies by the number of processes, also where a model takes all
+    keywords and looks at none.
+    """
+    batch = prepared.collate([prepared.train[0], prepared.train[1 % len(prepared.train)]])
+    inputs = {name: value.to(device) for name, value in batch.items()}
+    training = prepared.model.training
+    prepared.model.eval()
+    try:
+        with torch.no_grad():
+            one, two = (prepared.model(**inputs, num_items_in_batch=count)["loss"] for count in (1, 2))
+    except TypeError:
+        return False
+    finally:
+        prepared.model.train(training)
+    return not torch.isclose(one, two, rtol=1e-3)
 
 
 def _trained(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
@@ -309,17 +275,6 @@ def _trained(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except OSError as error:
         raise TrainingError(f"training stopped: {error}; --resume goes on from the last whole checkpoint") from error
-
-
-def _scored(trainer: AdapterTrainer, display: Display) -> dict[str, float]:
-    display.phase("scoring", None)
-    return _plain(trainer.evaluate())
-
-
-def _plain(metrics: dict[str, float]) -> dict[str, float]:
-    """The numbers of the task, without those of the clock."""
-    clock = ("runtime", "per_second", "epoch", "model_preparation_time")
-    return {name.removeprefix("eval_"): value for name, value in metrics.items() if not name.endswith(clock)}
 
 
 def _said(prepared: Prepared) -> list[str]:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import peftcore
 from peftcore.cli import train as job
 from peftcore.cli.commands import app
+from peftcore.cli.run_folder import COMPLETE
 from peftcore.cli.runs import read
 from peftcore.cli.tasks import find
 from peftcore.cli.tasks.chat import ChatData
@@ -162,7 +163,7 @@ def test_killed_and_resumed_it_ends_the_same_to_the_bit(
     assert not Path("cut/adapter").exists()
     broken = Path("cut/checkpoints/checkpoint-11")  # killed while it was written
     shutil.copytree("cut/checkpoints/checkpoint-8", broken)
-    (broken / job.COMPLETE).unlink()
+    (broken / COMPLETE).unlink()
     (broken / "trainer_state.json").unlink()
     trained(config, "--out", "cut", "--resume")
     whole, cut = (load_file(f"{folder}/adapter/adapter.safetensors") for folder in ("whole", "cut"))

@@ -63,14 +63,16 @@ def train(
         from peftcore.cli import train as job
         from peftcore.cli.models import quiet
         from peftcore.cli.progress import Line
+        from peftcore.cli.run_folder import first_process
 
         quiet()
-        with Line(Console(stderr=True)) as line:
+        others = not first_process()  # of several processes, one speaks
+        with Line(Console(stderr=True, quiet=others)) as line:
             outcome = job.train(run, line, resume)
-        if json:
+        if json and not others:
             print(job.as_json(outcome), end="")
-        else:
-            job.show(outcome, Console())
+        elif not json:
+            job.show(outcome, Console(quiet=others))
 
 
 def _setting(text: str) -> tuple[str, Any]:
