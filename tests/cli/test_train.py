@@ -73,7 +73,9 @@ def test_a_classifier_learns_and_its_folder_holds_all_of_it(tweets: Any, encoder
         trained(
             *tweets,
             "--steps",
-            60,
+            150,
+            "--lr",
+            1e-2,
             "--out",
             "run",
             "--set",

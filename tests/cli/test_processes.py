@@ -1,0 +1,63 @@
+"""``peftcore train`` in two processes (gloo): what one process gives on the same global batch, written once."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from peftcore.cli.commands import app
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
+}
+
+
+@pytest.fixture
+def config(encoder: Path, csv_file: Path, tmp_path: Path) -> Path:
+    """Without dropout, of which each process draws its own."""
+    described = json.loads((encoder / "config.json").read_text(encoding="utf-8"))
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    folder = tmp_path / "still"
+    folder.mkdir()
+    for file in encoder.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text(json.dumps({**described, **still}), encoding="utf-8")
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {folder}\ntask: text-classification\ndata: {{train: {csv_file}}}\nmethod: {{name: lora, rank: 4}}\n"
+        "training: {steps: 6, batch_size: 8, evaluate_every: 3, learning_rate: 1e-2}\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_learn_what_one_does(launcher: str, config: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["train", str(config), "--out", "one", "--batch-size", "16", "--json"])
+    assert result.exit_code == 0, result.output
+    one = json.loads(result.stdout)
+    line = [
+        sys.executable,
+        "-m",
+        *LAUNCHERS[launcher],
+        "-m",
+        "peftcore",
+        "train",
+        str(config),
+        "--out",
+        "two",
+        "--json",
+    ]
+    said = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+    two = json.loads(said)  # one of them speaks
+    assert two["after"] == pytest.approx(one["after"], rel=1e-5)
+    alone, together = (load_file(f"{folder}/adapter/adapter.safetensors") for folder in ("one", "two"))
+    assert alone.keys() == together.keys()
+    for key, value in alone.items():
+        torch.testing.assert_close(together[key], value, rtol=1e-5, atol=1e-6)
