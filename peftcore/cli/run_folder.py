@@ -102,6 +102,7 @@ class Keeper(transformers.TrainerCallback):
 
 
 def plain(metrics: dict[str, float]) -> dict[str, float]:
-    """The Trainer's numbers of the task, without those of the clock."""
-    clock = ("runtime", "per_second", "epoch", "model_preparation_time")
-    return {name.removeprefix("eval_"): value for name, value in metrics.items() if not name.endswith(clock)}
+    """The Trainer's scores, without what it says of the clock."""
+    clock = ("runtime", "per_second", "model_preparation_time")
+    scores = {name: value for name, value in metrics.items() if name.startswith("eval_") and not name.endswith(clock)}
+    return {name.removeprefix("eval_"): value for name, value in scores.items()}

@@ -72,8 +72,12 @@ class Training(Options):
     """Compute in bfloat16 where torch's autocast does."""
     checkpoint_gradients: bool = False
     """Keep no activations inside blocks, and run these again in backward."""
-    evaluate_every: PositiveInt | None = None
-    """Steps between scores, and between checkpoints (a tenth of all)."""
+    group_by_length: bool = False
+    """Let examples of similar length share a batch: less padding, and less chance in the order."""
+    evaluate_every: PositiveFloat = 0.1
+    """Steps between scores, and between checkpoints; below 1, a share of all steps."""
+    checkpoints: bool = True
+    """Write some, and end with the best; otherwise nothing is written before the end, which is the last step."""
     patience: PositiveInt | None = None
     """Stop after this many scores without a better one."""
     workers: NonNegativeInt = 0
@@ -83,6 +87,8 @@ class Training(Options):
     def _one_length(self) -> Self:
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give steps or epochs, not both")
+        if self.patience is not None and not self.checkpoints:
+            raise ValueError("patience goes back to the best checkpoint: leave checkpoints on")
         return self
 
 

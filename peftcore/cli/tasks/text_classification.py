@@ -52,7 +52,7 @@ class TextClassification(Task[TextData]):
             model=model,
             head=head,
             train=train,
-            held_out=held_out,
+            held_out=sorted(held_out, key=lambda row: len(row["input_ids"])),
             collate=transformers.DataCollatorWithPadding(tokenizer),
             reduce=predictions,
             metrics=accuracy,
