@@ -5,20 +5,37 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from peftcore.cli.errors import BadInput
 from peftcore.errors import PeftcoreError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Any value of the file: --set training.patience=3")]
 
 
 @app.callback()
 def root() -> None:
     """Parameter-efficient fine-tuning of any PyTorch model."""
+
+
+def settings(given: list[str] | None) -> list[tuple[str, Any]]:
+    """What ``--set name=value`` says, its values read as YAML.
+
+    Raises:
+        BadInput: one of them has no name.
+    """
+    from peftcore.cli.runs import parse
+
+    pairs = [text.partition("=") for text in given or ()]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise BadInput(f"--set {name}: write name=value, such as training.patience=3")
+    return [(name, parse(value, f"--set {name}")) for name, _, value in pairs]
 
 
 @contextlib.contextmanager

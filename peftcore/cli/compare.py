@@ -1,143 +1,175 @@
-"""The job of ``peftcore compare``: every method on the same model, data, head and batches; one report."""
+"""The job of ``peftcore compare``: several methods, seeds and configurations on one task, each trained by
+`peftcore.cli.train`; one report."""
 
 from __future__ import annotations
 
+import re
+import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import nn
+from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
 
 import peftcore
-from peftcore.cli.data import Encoded, Task, arrange, draw, encode
-from peftcore.cli.demo import FULL, RECIPES, Recipe
+from peftcore.cli import tasks
 from peftcore.cli.errors import BadInput
 from peftcore.cli.memory import PeakMemory
-from peftcore.cli.models import load_model, load_tokenizer, quiet
-from peftcore.cli.report import Report, Result, standard_error
-from peftcore.cli.training import Progress, Schedule, run
+from peftcore.cli.models import quiet
+from peftcore.cli.report import write
+from peftcore.cli.runs import MethodChoice, Options, Run, Training, validated
+from peftcore.cli.train import Display, Outcome, train
+from peftcore.cli.trials import FULL, Report, Trial
+from peftcore.errors import TrainingError
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to compare, on what, and where to write it."""
+class Candidate(MethodChoice):
+    """One configuration of a method."""
 
-    model: Path
-    task: Task
-    methods: tuple[str, ...]
-    out: Path
-    schedule: Schedule
-    max_length: int
-    learning_rate: float | None = None
-    """One learning rate for all; otherwise each method's own."""
+    label: str | None = None
+    """What it is called in the report; the method's name, unless set."""
+    learning_rate: PositiveFloat | None = None
+    """Instead of that which all have."""
 
-    def recipe(self, method: str) -> Recipe:
-        recipe = RECIPES.get(canonical(method), Recipe())
-        return recipe if self.learning_rate is None else Recipe(self.learning_rate, recipe.options)
+    @property
+    def called(self) -> str:
+        return self.label or self.name
 
 
-class Display(Progress, Protocol):
-    """A progress display that also hears of whole methods."""
+class Comparison(Options):
+    """What is compared: a run of `train`, but with several methods and seeds."""
 
-    def begin(self, method: str) -> None:
-        """The run of ``method`` begins."""
+    model: str
+    task: str = "text-classification"
+    data: dict[str, Any]
+    methods: list[Candidate] = Field(min_length=1)
+    """Names, or ``{name: lora, rank: 8, learning_rate: 2e-3, label: small}``; ``full`` is full fine-tuning."""
+    seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
+    """Each method is trained with each."""
+    training: Training = Field(default_factory=lambda: Training.model_validate({"steps": 100}))
+    dtype: str = "float32"
+    quantize: str | None = None
+    out: Path = Path("peftcore-compare")
+    """Folder for the report, and for a folder of each run."""
 
-    def finish(self, result: Result) -> None:
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _by_name_alone(cls, value: Any) -> Any:
+        listed = value.split(",") if isinstance(value, str) else value
+        if not isinstance(listed, list):
+            return listed
+        return [{"name": each.strip()} if isinstance(each, str) else each for each in listed if each]
+
+    def run(self, candidate: Candidate, seed: int) -> Run:
+        """The run of one trial. Its score is that after the last step: to choose the best would be to peek."""
+        training = self.training.model_dump() | {"seed": seed, "checkpoints": False}
+        if candidate.learning_rate is not None:
+            training["learning_rate"] = candidate.learning_rate
+        folder = re.sub(r"[^\w.-]+", "-", candidate.called) + (f"-{seed}" if len(self.seeds) > 1 else "")
+        shared = self.model_dump(include={"model", "task", "data", "dtype", "quantize"})
+        method = {"name": candidate.name, **candidate.arguments}
+        whole = {**shared, "method": method, "training": training, "out": self.out / "runs" / folder}
+        return validated(Run, whole, candidate.called)
+
+
+class Board(Display, Protocol):
+    """A display that also hears of whole runs."""
+
+    def begin(self, label: str) -> None:
+        """The run of this configuration begins."""
+
+    def finish(self, line: str) -> None:
         """It is done."""
 
 
-def run_all(job: Job, display: Display) -> Report:
-    """Run the job; adapters, ``results.json`` and ``results.png`` are in ``job.out`` afterwards."""
+def compare(comparison: Comparison, board: Board) -> Report:
+    """Run it; ``results.json``, ``results.png``, ``report.html`` and the runs are in ``comparison.out`` afterwards.
+
+    Raises:
+        BadInput: something that is named cannot be used; nothing was trained.
+    """
     began = time.perf_counter()
     quiet()
-    tokenizer = load_tokenizer(job.model)
-    check(job, tokenizer)
-    train, held_out = encoded(job, tokenizer)
-    results = []
-    for method in job.methods:
-        display.begin(method)
-        results.append(run_method(job, method, tokenizer, train, held_out, display))
-        display.finish(results[-1])
-    report = Report.of(job.model, job.task, job.schedule, job.max_length, results, time.perf_counter() - began)
-    report.write(job.out)
+    task = tasks.find(comparison.task)
+    _check(comparison)
+    trials: list[Trial] = []
+    failed: dict[str, str] = {}
+    last: Outcome | None = None
+    for candidate in comparison.methods:
+        for seed in comparison.seeds:
+            board.begin(candidate.called)
+            try:
+                trial, last = _trial(comparison, candidate, seed, board)
+            except TrainingError as error:
+                failed[candidate.called] = str(error)
+                board.finish(f"{candidate.called:<16} failed: {error}")
+                continue
+            trials.append(trial)
+            change = f"{trial.before[task.metric]:.3f} -> {trial.after[task.metric]:.3f}"
+            board.finish(f"{candidate.called:<16} {task.metric} {change}")
+    if last is None:
+        raise TrainingError("; ".join(f"{label}: {reason}" for label, reason in failed.items()))
+    report = Report(
+        model=comparison.model,
+        task=comparison.task,
+        data=str(comparison.data["train"]),
+        metric=task.metric,
+        greater=task.greater,
+        train_size=last.train_size,
+        held_out_size=last.held_out_size,
+        floor=last.floor,
+        training=comparison.training.model_dump(mode="json"),
+        trials=tuple(trials),
+        seconds=time.perf_counter() - began,
+        failed=failed,
+    )
+    write(report, comparison.out)
     return report
 
 
-def choose_methods(listed: str) -> tuple[str, ...]:
-    """Refuse unknown and repeated names before anything is loaded; ``full`` is the reference, no method."""
-    names = [name.strip() for name in listed.split(",") if name.strip()]
-    resolved = [canonical(name) for name in names]
-    repeated = {name for name in resolved if resolved.count(name) > 1}
-    if repeated:
-        raise BadInput(f"--methods names {min(repeated)} twice")
-    if not names:
-        raise BadInput("--methods names no method")
-    return tuple(names)
-
-
-def canonical(name: str) -> str:
-    """A method's own name, where the user may have written an alias or ``plugin/name``."""
-    return name if name == FULL else peftcore.method(name).name
-
-
-def check(job: Job, tokenizer: Any) -> None:
+def _check(comparison: Comparison) -> None:
     """Plan every method first: one that cannot act on this model says so now, not after an hour of training."""
+    labels = [candidate.called for candidate in comparison.methods]
+    repeated = {label for label in labels if labels.count(label) > 1}
+    if repeated:
+        raise BadInput(f"two configurations are called {min(repeated)}: give one of them a label")
+    for candidate in comparison.methods:
+        if candidate.name != FULL:
+            peftcore.method(candidate.name)
     try:
-        job.out.mkdir(parents=True, exist_ok=True)
+        comparison.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"{job.out}: cannot be written to ({error.strerror})") from error
-    model, head = load_model(job.model, job.task.labels, tokenizer, job.schedule.seed)
-    for method in job.methods:
-        if method != FULL:
-            peftcore.plan(model, method, train=head, **job.recipe(method).options)
+        raise BadInput(f"{comparison.out}: cannot be written to ({error.strerror})") from error
+    run = comparison.run(comparison.methods[0], comparison.seeds[0])
+    task = tasks.find(comparison.task)
+    prepared = task.prepare(run, validated(task.Data, run.data, "data"))
+    for candidate in comparison.methods:
+        if candidate.name != FULL:
+            arguments = candidate.arguments
+            train = (*prepared.head, *arguments.pop("train", ()))
+            peftcore.plan(prepared.adapted or prepared.model, candidate.name, train=train, **arguments)
 
 
-def encoded(job: Job, tokenizer: Any) -> tuple[list[Encoded], list[Encoded]]:
-    """The training texts in their batches, and the held-out ones."""
-    schedule = job.schedule
-    drawn = draw(job.task.train, schedule.steps * schedule.batch_size, schedule.seed)
-    train = arrange(encode(tokenizer, drawn, job.task.labels, job.max_length), schedule.batch_size, schedule.seed)
-    return train, encode(tokenizer, job.task.held_out, job.task.labels, job.max_length)
-
-
-def run_method(
-    job: Job, method: str, tokenizer: Any, train: list[Encoded], held_out: list[Encoded], progress: Progress
-) -> Result:
-    recipe = job.recipe(method)
+def _trial(comparison: Comparison, candidate: Candidate, seed: int, board: Board) -> tuple[Trial, Outcome]:
+    run = comparison.run(candidate, seed)
+    shutil.rmtree(run.out, ignore_errors=True)  # of an earlier comparison
     with PeakMemory() as memory:
-        model, head = load_model(job.model, job.task.labels, tokenizer, job.schedule.seed)
-        total = count(model)
-        injection = None
-        if method != FULL:
-            injection = peftcore.apply(model, method, train=head, seed=job.schedule.seed, **recipe.options)
-        outcome = run(model, tokenizer, train, held_out, recipe.learning_rate, job.schedule, progress)
-    folder = job.out / "adapters" / canonical(method)
-    save(model, injection, folder)
-    return Result(
-        method=method,
-        options=dict(recipe.options),
-        learning_rate=recipe.learning_rate,
-        trainable=count(model, trainable_only=True),
-        total=total,
-        accuracy_before=outcome.accuracy_before,
-        accuracy_after=outcome.accuracy_after,
-        standard_error=standard_error(outcome.accuracy_after, len(held_out)),
+        outcome = train(run, board)
+    trial = Trial(
+        label=candidate.called,
+        method=candidate.name,
+        options=candidate.arguments,
+        seed=seed,
+        learning_rate=run.training.learning_rate,
+        trainable=outcome.trainable,
+        total=outcome.total,
+        before=outcome.before,
+        after=outcome.after,
+        curve=outcome.curve,
         losses=outcome.losses,
         seconds_per_step=outcome.seconds_per_step,
         peak_memory=memory.peak,
-        file_size=sum(file.stat().st_size for file in folder.iterdir()),
-        folder=folder.relative_to(job.out).as_posix(),
+        file_size=sum(file.stat().st_size for file in Path(outcome.saved).iterdir()),
+        folder=Path(outcome.saved).relative_to(comparison.out).as_posix(),
     )
-
-
-def save(model: Any, injection: peftcore.Injection | None, folder: Path) -> None:
-    """The adapter; for full fine-tuning there is none to save but the whole model."""
-    if injection is None:
-        model.save_pretrained(folder)
-    else:
-        injection.save(folder)
-
-
-def count(model: nn.Module, trainable_only: bool = False) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+    return trial, outcome

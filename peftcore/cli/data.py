@@ -1,7 +1,4 @@
-"""Labelled texts for ``peftcore compare``: read a CSV or JSONL file, split it, arrange it in batches, tokenize it.
-
-Everything here is a pure function of the file and the seed, so that each method of a comparison sees the same batches.
-"""
+"""Labelled texts: read a CSV or JSONL file, split it, tokenize it."""
 
 from __future__ import annotations
 
@@ -46,20 +43,6 @@ class Task:
         counts = {label: sum(example.label == label for example in self.train) for label in self.labels}
         commonest = max(self.labels, key=counts.__getitem__)
         return sum(example.label == commonest for example in self.held_out) / len(self.held_out)
-
-
-def read_task(path: Path, text_column: str | None, label_column: str | None, eval_size: int | None) -> Task:
-    """A task from the user's file; columns left out are guessed, the size held out is a fifth, at most 1,000."""
-    rows = read_rows(path)
-    columns = [column for column in rows[0] if column is not None]
-    text = choose_column(columns, text_column, TEXT_NAMES, "text", path)
-    label = choose_column(columns, label_column, LABEL_NAMES, "label", path)
-    examples = [Example(str(row[text]), str(row[label])) for row in rows if filled(row, text) and filled(row, label)]
-    if not examples:
-        raise BadInput(f"{path}: no row has both a {text!r} and a {label!r}")
-    size = min(1000, max(1, len(examples) // 5)) if eval_size is None else eval_size
-    held_out, train = split(examples, [size])
-    return make_task(str(path), train, held_out)
 
 
 def make_task(source: str, train: list[Example], held_out: list[Example]) -> Task:
@@ -128,7 +111,7 @@ def choose_column(columns: Sequence[str], wanted: str | None, names: Sequence[st
     for name in names:
         if name in by_name:
             return by_name[name]
-    raise BadInput(f"{path}: name the {kind} with --{kind}-column; its columns are {', '.join(columns)}")
+    raise BadInput(f"{path}: name the {kind} with data.{kind}; its columns are {', '.join(columns)}")
 
 
 def filled(row: dict[str, Any], column: str) -> bool:
@@ -159,31 +142,3 @@ def encode(tokenizer: Any, examples: Sequence[Example], labels: Sequence[str], m
         {**{name: values[row] for name, values in columns.items()}, "labels": number[example.label]}
         for row, example in enumerate(examples)
     ]
-
-
-def draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """``count`` examples, without replacement until all have been drawn."""
-    generator = random.Random(seed)
-    drawn: list[Example] = []
-    while len(drawn) < count:
-        drawn += generator.sample(examples, min(len(examples), count - len(drawn)))
-    return drawn
-
-
-def arrange(encoded: Sequence[Encoded], batch_size: int, seed: int, window: int = 10) -> list[Encoded]:
-    """Lay examples out batch after batch so that texts of similar length share one, which saves much padding.
-
-    They are sorted within a window of ten batches, whose order is then shuffled: lengths mix over time.
-    """
-    generator = random.Random(seed)
-    laid_out: list[Encoded] = []
-    for start in range(0, len(encoded), window * batch_size):
-        chunk = sorted(encoded[start : start + window * batch_size], key=length)
-        batches = [chunk[i : i + batch_size] for i in range(0, len(chunk), batch_size)]
-        generator.shuffle(batches)
-        laid_out += [row for batch in batches for row in batch]
-    return laid_out
-
-
-def length(row: Encoded) -> int:
-    return len(row["input_ids"])

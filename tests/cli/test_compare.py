@@ -3,17 +3,22 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore.cli.data import read_task
-from peftcore.cli.models import load_model, load_tokenizer
+from peftcore.cli.sources import splits
+from peftcore.cli.train import train
+from peftcore.cli.trials import Report, Trial
+from peftcore.errors import TrainingError
 
 METHODS = "linear_probe,bitfit,ln_tuning,ia3,lora,dora,houlsby_adapter,full"
 MEASURED = ("seconds", "seconds_per_step", "peak_memory")
+EACH_STEP = ("--set", "training.evaluate_every=1")
 
 
 def compare(model: Path, data: Path, out: Path, *options: str, methods: str = METHODS) -> dict:
@@ -29,7 +34,7 @@ def finished(encoder, tmp_path_factory, rows) -> tuple[dict, Path]:
     data = folder / "texts.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     torch.set_num_threads(1)
-    return compare(encoder, data, folder / "out", "--eval-size", "40"), folder
+    return compare(encoder, data, folder / "out", "--set", "data.held_out_size=40", *EACH_STEP), folder
 
 
 def test_writes_what_it_prints(finished):
@@ -39,25 +44,26 @@ def test_writes_what_it_prints(finished):
 
 def test_reports_every_method_in_order_with_everything_measured(finished):
     report, _ = finished
-    assert [result["method"] for result in report["results"]] == METHODS.split(",")
-    assert report["labels"] == ["bad", "good"]
+    assert [trial["method"] for trial in report["trials"]] == METHODS.split(",")
     assert (report["train_size"], report["held_out_size"]) == (80, 40)
-    assert 0.4 <= report["majority"] <= 0.6
-    for result in report["results"]:
-        assert 0 <= result["accuracy_before"] <= 1 and 0 <= result["accuracy_after"] <= 1
-        assert result["share"] == result["trainable"] / result["total"]
-        assert result["seconds_per_step"] > 0 and result["peak_memory"] > 0
-        assert len(result["losses"]) == 6
+    assert 0.4 <= report["floor"] <= 0.6
+    for trial in report["trials"]:
+        assert 0 <= trial["before"]["accuracy"] <= 1 and 0 <= trial["after"]["accuracy"] <= 1
+        assert trial["share"] == trial["trainable"] / trial["total"]
+        assert trial["seconds_per_step"] > 0 and trial["peak_memory"] > 0
+        assert [step for step, _ in trial["losses"]] == [1, 2, 3, 4, 5, 6]
+        assert trial["curve"][0] == [0, trial["before"]["accuracy"]]
+        assert trial["curve"][-1] == [6, trial["after"]["accuracy"]]
 
 
 def test_all_start_from_the_same_head_and_the_reference_trains_everything(finished):
-    results = {result["method"]: result for result in finished[0]["results"]}
-    assert len({result["accuracy_before"] for result in results.values()}) == 1
-    first = {result["losses"][0] for result in results.values()}
+    trials = {trial["method"]: trial for trial in finished[0]["trials"]}
+    assert len({trial["before"]["accuracy"] for trial in trials.values()}) == 1
+    first = {trial["losses"][0][1] for trial in trials.values()}
     assert max(first) - min(first) < 1e-3, "the first batch, before any update, differs between methods"
-    assert results["full"]["share"] == 1
-    assert results["linear_probe"]["trainable"] == 16 * 2 + 2
-    assert all(result["trainable"] > 34 for name, result in results.items() if name != "linear_probe")
+    assert trials["full"]["share"] == 1
+    assert trials["linear_probe"]["trainable"] == 16 * 2 + 2
+    assert all(trial["trainable"] > 34 for name, trial in trials.items() if name != "linear_probe")
 
 
 def test_the_picture_is_a_png(finished):
@@ -66,65 +72,103 @@ def test_the_picture_is_a_png(finished):
 
 def test_saved_adapters_load_into_a_fresh_model_and_score_the_same(finished, encoder):
     report, folder = finished
-    task = read_task(folder / "texts.jsonl", None, None, 40)
-    tokenizer = load_tokenizer(encoder)
-    batch = tokenizer([example.text for example in task.held_out], padding=True, return_tensors="pt")
-    truth = torch.tensor([task.labels.index(example.label) for example in task.held_out])
-    for result in report["results"]:
-        saved = folder / "out" / result["folder"]
-        assert result["file_size"] == sum(file.stat().st_size for file in saved.iterdir())
-        full = result["method"] == "full"
-        model, _ = load_model(saved if full else encoder, task.labels, tokenizer, seed=99)
+    found = splits(str(folder / "texts.jsonl"), None, 40).held_out
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder)
+    batch = tokenizer(found["text"][:], padding=True, return_tensors="pt")
+    truth = torch.tensor([("bad", "good").index(label) for label in found["label"]])
+    auto = transformers.AutoModelForSequenceClassification
+    for trial in report["trials"]:
+        saved = folder / "out" / trial["folder"]
+        assert trial["file_size"] == sum(file.stat().st_size for file in saved.iterdir())
+        full = trial["method"] == "full"
+        model = auto.from_pretrained(saved if full else encoder, num_labels=2)
         if not full:
             peftcore.load(model, saved)
         with torch.no_grad():
             accuracy = (model.eval()(**batch).logits.argmax(-1) == truth).float().mean()
-        assert float(accuracy) == pytest.approx(result["accuracy_after"]), result["method"]
+        assert float(accuracy) == pytest.approx(trial["after"]["accuracy"]), trial["method"]
 
 
 def timeless(report: dict) -> dict:
-    results = [{k: v for k, v in result.items() if k not in MEASURED} for result in report["results"]]
-    return {**{k: v for k, v in report.items() if k not in MEASURED}, "results": results}
+    trials = [{k: v for k, v in trial.items() if k not in MEASURED} for trial in report["trials"]]
+    return {**{k: v for k, v in report.items() if k not in MEASURED}, "trials": trials}
 
 
 def test_a_seed_decides_everything(encoder, csv_file, tmp_path):
     first, second, other = (
-        compare(encoder, csv_file, tmp_path / name, "--seed", seed, methods="lora,full")
+        compare(encoder, csv_file, tmp_path / name, "--seeds", seed, methods="lora,full")
         for name, seed in (("a", "3"), ("b", "3"), ("c", "4"))
     )
     assert timeless(first) == timeless(second)
-    assert first["results"][0]["losses"] != other["results"][0]["losses"]
-    adapter = "adapters/lora/adapter.safetensors"
+    assert first["trials"][0]["losses"] != other["trials"][0]["losses"]
+    adapter = "runs/lora/adapter/adapter.safetensors"
     assert (tmp_path / "a" / adapter).read_bytes() == (tmp_path / "b" / adapter).read_bytes()
 
 
 def test_a_method_does_not_depend_on_those_before_it(encoder, csv_file, tmp_path):
     together = compare(encoder, csv_file, tmp_path / "a", methods="bitfit,lora")
     alone = compare(encoder, csv_file, tmp_path / "b", methods="lora")
-    assert timeless(together)["results"][1] == timeless(alone)["results"][0]
+    assert timeless(together)["trials"][1] == timeless(alone)["trials"][0]
 
 
 def test_learns_what_there_is_to_learn(encoder, csv_file, tmp_path):
-    options = ("--steps", "60", "--batch-size", "16", "--lr", "0.01")
-    lora, full = compare(encoder, csv_file, tmp_path / "out", *options, methods="lora,full")["results"]
+    options = ("--steps", "120", "--batch-size", "16", "--lr", "0.01", "--set", "training.evaluate_every=40")
+    lora, full = compare(encoder, csv_file, tmp_path / "out", *options, methods="lora,full")["trials"]
     assert (lora["learning_rate"], full["learning_rate"]) == (0.01, 0.01)
-    assert lora["losses"][-1] < 0.9 * lora["losses"][0]
-    assert full["accuracy_after"] > 0.9
+    assert lora["losses"][-1][1] < 0.95 * lora["losses"][0][1]
+    assert full["after"]["accuracy"] > 0.9
+
+
+def test_seeds_and_configurations_of_one_method(encoder, csv_file, tmp_path):
+    """From a file; the mean over seeds and its standard error."""
+    path = tmp_path / "comparison.yaml"
+    path.write_text(
+        f"model: {encoder}\ndata: {{train: {csv_file}}}\nseeds: [0, 1, 2]\ntraining: {{steps: 4, batch_size: 8}}\n"
+        "methods: [lora, {name: lora, label: large, rank: 16, learning_rate: 1e-2}]\n",
+        encoding="utf-8",
+    )
+    result = CliRunner().invoke(app, ["compare", str(path), "--json", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    trials = json.loads(result.stdout)["trials"]
+    assert [(trial["label"], trial["seed"]) for trial in trials] == [
+        (n, s) for n in ("lora", "large") for s in range(3)
+    ]
+    assert trials[3]["options"] == {"rank": 16} and trials[3]["learning_rate"] == 1e-2
+    report = Report(**{key: value for key, value in json.loads(result.stdout).items() if key != "versions"} | {
+        "trials": tuple(Trial(**{k: v for k, v in trial.items() if k != "share"}) for trial in trials)
+    })  # fmt: skip
+    small, large = report.entries()
+    scores = [trial["after"]["accuracy"] for trial in trials[:3]]
+    assert small.score == pytest.approx(np.mean(scores))
+    assert small.error == pytest.approx(np.std(scores, ddof=1) / 3**0.5)
+    assert large.trainable > small.trainable
+
+
+def test_a_method_that_fails_on_the_way_is_reported_and_the_others_go_on(encoder, csv_file, tmp_path, monkeypatch):
+    def broken(run, board):
+        if run.method.name == "bitfit":
+            raise TrainingError("the loss became nan")
+        return train(run, board)
+
+    monkeypatch.setattr("peftcore.cli.compare.train", broken)
+    report = compare(encoder, csv_file, tmp_path / "out", methods="bitfit,lora")
+    assert report["failed"] == {"bitfit": "the loss became nan"}
+    assert [trial["method"] for trial in report["trials"]] == ["lora"]
 
 
 def test_columns_can_be_named(encoder, jsonl_file, tmp_path):
-    report = compare(encoder, jsonl_file, tmp_path / "out", "--label-column", "stars", methods="lora")
-    assert report["labels"] == ["0", "1"]
+    report = compare(encoder, jsonl_file, tmp_path / "out", "--set", "data.label=stars", methods="lora")
+    assert report["trials"]
 
 
 def test_a_pooler_that_is_new_belongs_to_the_head(poolerless, csv_file, tmp_path):
-    [result] = compare(poolerless, csv_file, tmp_path / "out", methods="linear_probe")["results"]
-    assert result["trainable"] == (16 * 2 + 2) + (16 * 16 + 16)
+    [trial] = compare(poolerless, csv_file, tmp_path / "out", methods="linear_probe")["trials"]
+    assert trial["trainable"] == (16 * 2 + 2) + (16 * 16 + 16)
 
 
 def test_a_decoder_without_padding_token(decoder, csv_file, tmp_path):
-    lora, full = compare(decoder, csv_file, tmp_path / "out", methods="lora,full")["results"]
-    assert lora["accuracy_before"] == full["accuracy_before"]
+    lora, full = compare(decoder, csv_file, tmp_path / "out", methods="lora,full")["trials"]
+    assert lora["before"] == full["before"]
     assert full["share"] == 1
 
 

@@ -1,11 +1,7 @@
-"""Reading, splitting and batching: pure functions of file and seed."""
-
-import random
-
-import pytest
+"""Reading and splitting: pure functions of the file."""
 
 from peftcore.cli import demo
-from peftcore.cli.data import Example, arrange, draw, make_task, read_rows, split
+from peftcore.cli.data import Example, make_task, read_rows, split
 
 
 def examples(count: int) -> list[Example]:
@@ -39,30 +35,6 @@ def test_integers_are_ordered_by_value_and_before_words():
 def test_majority_is_decided_on_the_training_texts():
     train = [Example("t", label) for label in "aaab"]
     assert make_task("here", train, [Example("t", label) for label in "abbb"]).majority == 0.25
-
-
-@pytest.mark.parametrize("count", [5, 10, 25])
-def test_draw_repeats_nothing_before_all_have_been_drawn(count):
-    drawn = draw(examples(10), count, seed=1)
-    assert len(drawn) == count
-    for start in range(0, count, 10):
-        assert len(set(drawn[start : start + 10])) == len(drawn[start : start + 10])
-    assert drawn == draw(examples(10), count, seed=1) != draw(examples(10), count, seed=2)
-
-
-def test_arranged_batches_hold_the_same_texts_with_less_padding():
-    lengths = random.Random(0).choices(range(1, 41), k=640)
-    rows = [{"input_ids": [0] * length, "labels": index} for index, length in enumerate(lengths)]
-
-    def padded(laid_out):
-        batches = [laid_out[i : i + 32] for i in range(0, len(laid_out), 32)]
-        return sum(len(batch) * max(len(row["input_ids"]) for row in batch) for batch in batches)
-
-    laid_out = arrange(rows, 32, seed=0)
-    assert sorted(row["labels"] for row in laid_out) == list(range(640))
-    assert padded(laid_out) < 0.7 * padded(rows)
-    longest = [max(len(row["input_ids"]) for row in laid_out[i : i + 32]) for i in range(0, 320, 32)]
-    assert longest not in (sorted(longest), sorted(longest, reverse=True)), "lengths must not grow or shrink over time"
 
 
 def test_the_demo_holds_out_no_tweet_that_it_trains_on():

@@ -8,27 +8,37 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import peftcore
 from peftcore.cli import demo
-from peftcore.cli.data import Encoded, arrange, draw, encode
-from peftcore.cli.models import load_model, load_tokenizer
-from peftcore.cli.training import Schedule, run
+from peftcore.cli.data import Encoded, encode
+from peftcore.cli.models import classifier, load_tokenizer
+from peftcore.cli.trials import FULL
 
 TEXTS, STEPS, BATCH_SIZE = 32, 8, 16
-METHODS = [name for name in demo.RECIPES if name not in ("linear_probe", demo.FULL)]
+METHODS = [name for name in demo.RECIPES if name not in ("linear_probe", FULL)]
 pytestmark = pytest.mark.xdist_group("demo training")
 
 
-class Silent:
-    def phase(self, name: str, total: int) -> None: ...
-
-    def advance(self) -> None: ...
+def trained(
+    model: nn.Module, tokenizer: Any, rows: list[Encoded], rate: float, batch: int, folder: Path
+) -> list[float]:
+    """One pass with what the Trainer does by itself; the losses, step by step."""
+    arguments = transformers.TrainingArguments(
+        str(folder), num_train_epochs=1, per_device_train_batch_size=batch, learning_rate=rate, logging_steps=1,
+        save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    run = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collate)
+    run.train()
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
 @dataclass
@@ -39,6 +49,7 @@ class Probed:
     head: tuple[str, ...]
     tokenizer: Any
     texts: list[Encoded]
+    folder: Path
 
     def loss(self, model: nn.Module) -> float:
         batch = self.tokenizer.pad(self.texts, return_tensors="pt")
@@ -51,29 +62,30 @@ class Probed:
         peftcore.apply(model, method, seed=seed, **recipe.options)
         frozen = {name: p.detach().clone() for name, p in model.named_parameters() if name.startswith(self.head)}
         before = self.loss(model)
-        rows = arrange(draw(self.texts, STEPS * BATCH_SIZE, seed), BATCH_SIZE, seed)
-        schedule = Schedule(STEPS, BATCH_SIZE, seed)
-        run(model, self.tokenizer, rows, self.texts[:2], recipe.learning_rate, schedule, Silent())
+        rows = self.texts * (STEPS * BATCH_SIZE // TEXTS)
+        trained(model, self.tokenizer, rows, recipe.learning_rate, BATCH_SIZE, self.folder)
         parameters = dict(model.named_parameters())
         assert frozen and all(torch.equal(parameters[name], value) for name, value in frozen.items())
         return self.loss(model) / before
 
 
 @pytest.fixture(scope="module")
-def probed() -> Probed:
+def probed(tmp_path_factory: pytest.TempPathFactory) -> Probed:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder, task = demo.model_folder(), demo.tweets()
     tokenizer = load_tokenizer(folder)
-    model, head = load_model(folder, task.labels, tokenizer, seed=0)
-    rows = arrange(encode(tokenizer, draw(task.train, 32 * 32, 0), task.labels, demo.MAX_LENGTH), 32, 0)
+    transformers.set_seed(0)
+    auto = transformers.AutoModelForSequenceClassification
+    model, head = classifier(auto, folder, task.labels, pad_token_id=tokenizer.pad_token_id)
+    rows = encode(tokenizer, task.train[: 32 * 32], task.labels, demo.MAX_LENGTH)
     probe = peftcore.apply(model, "linear_probe", train=head, seed=0)
-    rate = demo.RECIPES["linear_probe"].learning_rate
-    outcome = run(model, tokenizer, rows, rows[:2], rate, Schedule(32, 32, 0), Silent())
-    assert outcome.losses[-1] < 0.95 * outcome.losses[0], "the probe itself learned nothing"
+    scratch = tmp_path_factory.mktemp("probe")
+    losses = trained(model, tokenizer, rows, demo.RECIPES["linear_probe"].learning_rate, 32, scratch)
+    assert sum(losses[-4:]) < 0.95 * sum(losses[:4]), "the probe itself learned nothing"
     probe.bake()
     torch.set_num_threads(threads)
-    return Probed(model, head, tokenizer, rows[:TEXTS])
+    return Probed(model, head, tokenizer, rows[:TEXTS], scratch)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -30,7 +30,7 @@ def trained(*arguments: object) -> dict[str, Any]:
 
 
 def configured(model: Path, name: str, source: object) -> Run:
-    return read(None, [("model", str(model)), ("task", name), ("data.train", str(source)), ("method", "lora")])
+    return read(Run, {}, [("model", str(model)), ("task", name), ("data.train", str(source)), ("method", "lora")])
 
 
 @pytest.fixture

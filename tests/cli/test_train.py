@@ -19,7 +19,7 @@ import peftcore
 from peftcore.cli import train as job
 from peftcore.cli.commands import app
 from peftcore.cli.run_folder import COMPLETE
-from peftcore.cli.runs import read
+from peftcore.cli.runs import Run, load, read
 from peftcore.cli.tasks import find
 from peftcore.cli.tasks.chat import ChatData
 
@@ -100,7 +100,7 @@ def test_a_file_says_all_and_options_go_over_it(encoder: Path, csv_file: Path, t
         "method: {name: lora, rank: 4}\ntraining: {steps: 5, learning_rate: 1e-3}\nout: elsewhere\n",
         encoding="utf-8",
     )
-    run = read(path, [("method", "dora"), ("training.steps", 7), ("method.rank", 2)])
+    run = read(Run, load(path), [("method", "dora"), ("training.steps", 7), ("method.rank", 2)])
     assert (run.method.name, run.method.arguments, run.training.steps) == ("dora", {"rank": 2}, 7)
     assert (run.training.learning_rate, run.out) == (1e-3, Path("elsewhere"))
 
@@ -242,7 +242,7 @@ def talker(decoder: Path, tmp_path: Path) -> Path:
 
 
 def test_only_answers_are_learned(talker: Path, chats: Path) -> None:
-    run = read(None, [("model", str(talker)), ("task", "chat"), ("data.train", str(chats)), ("method", "lora")])
+    run = read(Run, {}, [("model", str(talker)), ("task", "chat"), ("data.train", str(chats)), ("method", "lora")])
     prepared = find("chat").prepare(run, ChatData(train=str(chats)))
     tokenizer = transformers.AutoTokenizer.from_pretrained(talker)
     for row in prepared.train[:5]:
@@ -273,7 +273,7 @@ def test_chats(talker: Path, chats: Path) -> None:
 
 def test_perplexity_weighs_tokens_not_batches(talker: Path, chats: Path) -> None:
     """The cost of each token a second time, in float64, one row at a time."""
-    run = read(None, [("model", str(talker)), ("task", "chat"), ("data.train", str(chats)), ("method", "lora")])
+    run = read(Run, {}, [("model", str(talker)), ("task", "chat"), ("data.train", str(chats)), ("method", "lora")])
     prepared = find("chat").prepare(run, ChatData(train=str(chats)))
     model = prepared.model.double().eval()
     costs = []

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from peftcore.cli.app import Json, answered, app
-from peftcore.cli.errors import BadInput
+from peftcore.cli.app import Json, Set, answered, app, settings
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file of the run; the options below go over it.")]
 Model = Annotated[str | None, typer.Option(help="Folder of a model, a GGUF file, or a name on the Hub.")]
@@ -20,7 +19,6 @@ BatchSize = Annotated[int | None, typer.Option(help="Examples at once.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
 Seed = Annotated[int | None, typer.Option(help="Of all that is random.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the adapter, checkpoints, logs and metrics.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Any value: --set training.patience=3")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder from its last checkpoint.")]
 
 
@@ -36,7 +34,7 @@ def train(
     lr: LearningRate = None,
     seed: Seed = None,
     out: Out = None,
-    settings: Set = None,
+    set_: Set = None,
     resume: Resume = False,
     json: Json = False,
 ) -> None:
@@ -56,7 +54,8 @@ def train(
         from peftcore.cli import runs
 
         changes = [(name, value) for name, value in flags.items() if value is not None]
-        run = runs.read(config, [*changes, *map(_setting, settings or ())])
+        values = {} if config is None else runs.load(config)
+        run = runs.read(runs.Run, values, [*changes, *settings(set_)], str(config or "the options"))
         # Not before the input has been read: what follows imports torch and transformers.
         from rich.console import Console
 
@@ -73,12 +72,3 @@ def train(
             print(job.as_json(outcome), end="")
         elif not json:
             job.show(outcome, Console(quiet=others))
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    from peftcore.cli import runs
-
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise BadInput(f"--set {text}: write name=value, such as training.patience=3")
-    return name, runs.parse(value, f"--set {name}")

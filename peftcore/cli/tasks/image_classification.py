@@ -13,8 +13,8 @@ from peftcore.cli.errors import BadInput
 from peftcore.cli.models import UNREADABLE, classifier, origin, unreadable
 from peftcore.cli.runs import Run
 from peftcore.cli.sources import splits
+from peftcore.cli.tasks._classes import accuracy, predictions
 from peftcore.cli.tasks.task import Data, Prepared, Task
-from peftcore.cli.training import accuracy, predictions
 
 IMAGES = ("image", "img", "picture", "pixel_values")
 

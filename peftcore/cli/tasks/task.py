@@ -49,6 +49,8 @@ class Prepared:
     """From logits and labels to what the metrics are made of: logits of all examples would not fit in memory."""
     metrics: Callable[[Any], dict[str, float]] | None = None
     """From all of that to numbers; the loss is there without it."""
+    floor: float | None = None
+    """The task's metric for an answer that looks at nothing, where that is known."""
     samples: Callable[[], list[str]] | None = None
     """What the model says, to be looked at before training and after it."""
 

@@ -11,8 +11,8 @@ from peftcore.cli.data import LABEL_NAMES, TEXT_NAMES, Example, choose_column, e
 from peftcore.cli.models import classifier, load_tokenizer
 from peftcore.cli.runs import Run
 from peftcore.cli.sources import splits
+from peftcore.cli.tasks._classes import accuracy, predictions
 from peftcore.cli.tasks.task import Data, Prepared, Task
-from peftcore.cli.training import accuracy, predictions
 
 
 class TextData(Data):
@@ -56,6 +56,7 @@ class TextClassification(Task[TextData]):
             collate=transformers.DataCollatorWithPadding(tokenizer),
             reduce=predictions,
             metrics=accuracy,
+            floor=task.majority,
         )
 
 

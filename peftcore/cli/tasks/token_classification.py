@@ -13,8 +13,8 @@ from peftcore.cli.errors import BadInput
 from peftcore.cli.models import classifier, load_tokenizer
 from peftcore.cli.runs import Run
 from peftcore.cli.sources import splits
+from peftcore.cli.tasks._classes import predictions
 from peftcore.cli.tasks.task import IGNORED, Data, Prepared, Task
-from peftcore.cli.training import predictions
 
 WORDS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "pos_tags", "labels")
