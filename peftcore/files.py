@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import time
 import uuid
@@ -181,15 +182,19 @@ class TensorFile:
 
 
 def _put(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a new file, then put it in the place of `path` at once."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    """Let `write` fill a new file, then put it in the place of `path` at once. It is filled in a folder of its own, for
+    libraries put files of theirs beside it meanwhile."""
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
+        scratch.mkdir()
+        partial = scratch / path.name
         write(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
+        partial.chmod(scratch.stat().st_mode & 0o666)  # as the user's umask has it; a library may hide what it writes
         os.replace(partial, path)
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -217,5 +222,5 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def clear_partial(folder: Path) -> None:
     """Remove what writers that were killed left in a folder an hour ago or longer."""
     for path in folder.glob(".*.partial"):
-        if path.is_file() and time.time() - path.lstat().st_mtime > 3600:
-            path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink() and time.time() - path.lstat().st_mtime > 3600:
+            shutil.rmtree(path, ignore_errors=True)

@@ -87,10 +87,13 @@ def test_a_kill_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert writers.stdin is not None and writers.stdout is not None
+    began = time.perf_counter()
+    adapted(0.0).save(folder)
+    pause = 4 * (time.perf_counter() - began)  # some writers get to their second or third adapter
     for _ in range(60):
         print(last + 1, file=writers.stdin, flush=True)
         writer = int(writers.stdout.readline())
-        time.sleep(moments.uniform(0.0, 0.08))
+        time.sleep(moments.uniform(0.0, pause))
         os.kill(writer, signal.SIGKILL)
         finished = last
         while (line := writers.stdout.readline()) != "dead\n":
@@ -109,12 +112,23 @@ def test_a_kill_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
     assert {each.name for each in folder.iterdir() if each.suffix != ".partial"} == {CARD, ENVELOPE, TENSORS}
 
 
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_are_for_whom_the_user_lets_read_files(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        adapted().save(tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    assert {each.stat().st_mode & 0o777 for each in (tmp_path / "adapter").iterdir()} == {0o666 & ~mask}
+
+
 def test_what_killed_writers_left_is_cleared_away(tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
     old, new, theirs = (folder / f".{name}.partial" for name in ("old", "new", "link"))
-    old.touch()
-    new.touch()
+    old.mkdir()
+    (old / "adapter.safetensors").touch()
+    new.mkdir()
     theirs.symlink_to("nothing")
     os.utime(old, (0, 0))
     adapted().save(folder)
