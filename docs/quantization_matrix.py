@@ -94,7 +94,7 @@ def written(page: str) -> dict[str, dict[str, str]]:
 
 def main() -> None:
     """Run every cell and write the page anew."""
-    schemes, names = installed_schemes(), [info.name for info in methods()]
+    schemes, names = sorted(installed_schemes()), [info.name for info in methods()]
     found: list[tuple[str, dict[str, Any]]] = []
     for name, cells in rows(names, schemes):
         print(name, *cells.values(), sep="  ", flush=True)
