@@ -10,7 +10,7 @@ import sys
 
 from peftcore.cli.errors import MissingPackage, require
 
-EXTRA = ("typer", "rich", "yaml", "datasets", "tensorboard", "transformers", "accelerate", "psutil", "matplotlib")
+EXTRA = ("typer", "rich", "yaml", "datasets", "tensorboard", "transformers", "accelerate", "psutil", "matplotlib", "packaging")
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from peftcore.cli.pages import size
 from peftcore.cli.trials import Entry, Report
 from peftcore.files import write_text
 
@@ -67,11 +68,3 @@ def caption(report: Report, entries: list[Entry]) -> str:
 def number(value: float) -> str:
     """Three decimals, or four digits."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
-
-
-def size(count: int) -> str:
-    """Bytes for people: three digits and a decimal unit."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"

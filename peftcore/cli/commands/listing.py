@@ -31,3 +31,50 @@ def methods(
             print(listing.as_json(found))
         else:
             Console().print(listing.as_table(found, sizes))
+
+
+@app.command()
+def show(
+    method: Annotated[str, typer.Argument(help="A method; plugin/method where two plugins have one.")],
+    json: Json = False,
+) -> None:
+    """Describe a method: equation, paper, options, what it can do, and what it trains in known models."""
+    with answered():
+        from peftcore.cli import pages
+        from peftcore.cli.show import Shown
+
+        found = Shown.of(method)
+        if json:
+            print(pages.as_json(found.as_dict()))
+        else:
+            pages.console().print(found.page())
+
+
+@app.command()
+def schema(
+    method: Annotated[str | None, typer.Argument(help="A method; all of them, if left out.")] = None,
+) -> None:
+    """Print the JSON schema of a method's options, or of all methods' as alternatives."""
+    with answered():
+        from peftcore import config
+        from peftcore.cli import pages
+
+        print(pages.as_json(config.schema(method)))
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what is installed: plugins, versions, extras, quantization schemes, devices; and what of it is broken.
+
+    Exit code 0: all is well. 1: a plugin or a method is broken, or a name means several methods.
+    """
+    with answered():
+        from peftcore.cli import pages
+        from peftcore.cli.doctor import examine, page
+
+        found = examine()
+        if json:
+            print(pages.as_json(found.as_dict()))
+        else:
+            pages.console().print(page(found))
+    raise typer.Exit(0 if found.healthy else 1)

@@ -1,0 +1,63 @@
+"""What the commands that look have in common on a screen: a console that never cuts a path, plain tables, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic_core import to_json
+from rich.console import Console
+from rich.table import Table
+
+WIDTH = 100
+"""Columns where nobody says how many there are: in a pipe, in a file."""
+MANY = 8
+
+
+def console() -> Console:
+    """Standard output, as wide as the terminal is. Brackets are brackets: paths and requirements have some."""
+    terminal = Console().is_terminal
+    return Console(width=None if terminal else WIDTH, markup=False, emoji=False, highlight=False)
+
+
+def columns(*headings: str, right: frozenset[str] = frozenset(), header: bool = True) -> Table:
+    """A table without lines; what does not fit is folded, never cut."""
+    table = Table(box=None, show_header=header, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+    return table
+
+
+def as_json(document: Any) -> str:
+    """For scripts."""
+    return json.dumps(document, indent=2)
+
+
+def times(shape: Sequence[int]) -> str:
+    """``768×3072``."""
+    return "×".join(map(str, shape))
+
+
+def tensors(shapes: Mapping[str, Sequence[int]]) -> str:
+    """``A 8×768, B 768×8``; a single number has no shape, and of very many tensors only the first are named."""
+    named = [f"{name} {times(shape) or '1'}" for name, shape in shapes.items()]
+    return ", ".join(named if len(named) <= MANY else [*named[:2], f"... ({len(named)} tensors)"])
+
+
+def share(part: float) -> str:
+    """A part of the whole: in percent, or, where that would be mostly zeros, as a power of ten."""
+    return f"{part:.3%}" if part >= 1e-4 or not part else f"{part:.1e}"
+
+
+def size(count: int) -> str:
+    """Bytes for people: three digits and a decimal unit."""
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{value:.3g} {units[0]}"
+
+
+def spelled(value: Any) -> str:
+    """A value as it may stand on a command line."""
+    return value if isinstance(value, str) else to_json(value, fallback=repr).decode()

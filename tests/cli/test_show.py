@@ -1,0 +1,112 @@
+"""`peftcore show` and `peftcore schema`: what a method says about itself."""
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import Field
+from typer.testing import CliRunner
+
+import peftcore
+from peftcore.cli.commands import app
+from peftcore.cli.pages import console
+from peftcore.cli.show import Option, Shown, options_table, paragraphs
+from peftcore.references import budgets
+
+
+def printed(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_method_as_json() -> None:
+    found = json.loads(printed("show", "lora", "--json"))
+    cls = peftcore.method("lora")
+    assert (found["name"], found["plugin"], found["category"]) == ("lora", "reparameterized", "reparameterized")
+    assert found["link"] == "https://arxiv.org/abs/2106.09685"
+    assert found["tags"]["mergeable"] and not found["tags"]["needs_data"]
+    assert found["targets"] == list(cls.target)
+    assert found["checked_against"] == cls.tags.checked_against
+    assert found["parameters"] == budgets("lora") and found["parameters"]["Llama 2 7B"] == 4_194_304
+    options = {option["name"]: option for option in found["options"]}
+    assert options.keys() == cls.Config.model_fields.keys() - {"method"}
+    assert options["rank"] == {
+        "name": "rank",
+        "type": "int",
+        "required": False,
+        "default": 8,
+        "rule": "> 0",
+        "description": "Rank of the update.",
+    }
+    assert (options["scaling"]["type"], options["dropout"]["rule"]) == ("rank | sqrt_rank", "≥ 0.0, < 1.0")
+
+
+def test_a_method_for_people() -> None:
+    text = printed("show", "reparameterized/dora")
+    assert "    V = W + s B A,   W' = m V / ||V||,   s = alpha / rank" in text
+    assert "https://arxiv.org/abs/2402.09353" in text
+    assert "Llama 2 7B" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+def test_every_option_of_every_method_has_a_type_and_a_description() -> None:
+    for info in peftcore.methods():
+        for option in Shown.of(f"{info.plugin}/{info.name}").options:
+            assert option.description, (info.name, option.name)
+            assert "any" not in option.type.split(), (info.name, option.name)
+
+
+class Odd(peftcore.MethodConfig):
+    method: str = "odd"
+    sides: tuple[int, float] = (1, 2.0)
+    """A ``pair``."""
+    several: list[int] | None = Field(None, min_length=2)
+    must: bool
+    free: Any = None
+
+
+def test_options_of_every_kind() -> None:
+    schemas = Odd.model_json_schema()["properties"]
+    found = {name: Option.of(name, field, schemas[name]) for name, field in Odd.model_fields.items()}
+    assert {name: (each.type, each.default_text, each.rule) for name, each in found.items() if name in schemas} == {
+        "method": ("str", "odd", ""),
+        "overrides": ("dict", "{}", ""),
+        "sides": ("list[int | float]", "[1,2.0]", "at least 2 of them, at most 2 of them"),
+        "several": ("list[int] | none", "null", "at least 2 of them"),
+        "must": ("bool", "required", ""),
+        "free": ("any", "null", ""),
+    }
+    assert found["sides"].description == "A pair."
+
+
+def test_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    console().print(options_table([Option("x", "list[int]", False, "[red]", "", "as [bold] as this")]))
+    out = capsys.readouterr().out
+    assert "list[int]" in out and "[red]" in out and "as [bold] as this" in out
+
+
+def test_prose_is_set_anew_and_equations_are_not(capsys: pytest.CaptureFixture[str]) -> None:
+    console().print(*paragraphs("One\ntwo.\n\n    y = x\n    z = y\n\nThree."), sep="\n")
+    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == [
+        "One two.",
+        "",
+        "    y = x",
+        "    z = y",
+        "",
+        "Three.",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("command", ["show", "schema"])
+def test_an_unknown_method_is_one_message(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "lorra"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "no method named 'lorra'; did you mean" in result.stderr
+
+
+def test_the_schema_of_one_method_and_of_all() -> None:
+    assert json.loads(printed("schema", "lora")) == peftcore.method("lora").Config.model_json_schema()
+    everything = json.loads(printed("schema"))
+    assert {info.name for info in peftcore.methods()} <= everything["$defs"].keys()
