@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from peftcore.hosts.hostmap import HostEntry, HostMap, Layout
 from peftcore.hosts.vocabulary import OTHER
@@ -17,35 +18,52 @@ class Branch:
     """One component of the paths, the entries that end there, and what lies below."""
 
     entries: list[HostEntry] = field(default_factory=list)
+    marks: list[str] = field(default_factory=list)
     children: dict[str, Branch] = field(default_factory=dict)
     tower: bool = False
+
+    @property
+    def bare(self) -> bool:
+        """Whether there is nothing to say of it itself."""
+        return not self.entries and not self.marks and not self.tower
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
+    """One line: what stands at a place, or at places that are alike."""
+
     depth: int
     name: str
     role: str
     shape: str
     notes: str
+    marks: tuple[str, ...] = ()
+    """What others say of the place."""
 
 
 def render(host: HostMap) -> str:
-    root = Branch()
-    for entry in host.entries:
-        if entry.role != OTHER:
-            descend(root, entry.path).entries.append(entry)
-    for tower in {entry.tower for entry in host.entries if entry.tower}:
-        descend(root, tower).tower = True
-    lines = [*own_lines(root, "(root)", 0)] if root.entries else []
-    lines += below(root, 0)
-    names = max((2 * line.depth + len(line.name) for line in lines), default=0)
-    roles = max((len(line.role) for line in lines), default=0)
-    shapes = max((len(line.shape) for line in lines), default=0)
+    found = tree_lines(host)
+    names = max((2 * line.depth + len(line.name) for line in found), default=0)
+    roles = max((len(line.role) for line in found), default=0)
+    shapes = max((len(line.shape) for line in found), default=0)
     return "\n".join(
         f"{'  ' * line.depth + line.name:<{names}}  {line.role:<{roles}}  {line.shape:<{shapes}}  {line.notes}".rstrip()
-        for line in lines
+        for line in found
     )
+
+
+def tree_lines(host: HostMap, marks: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Line]:
+    """The map's lines from top to bottom. `marks` are further texts by path; what differs in them is not alike, and a
+    path that has one stands there even where the map has no role for it."""
+    root = Branch()
+    for entry in host.entries:
+        if entry.role != OTHER or entry.path in marks:
+            descend(root, entry.path).entries.append(entry)
+    for path, texts in marks.items():
+        descend(root, path).marks.extend(texts)
+    for tower in {entry.tower for entry in host.entries if entry.tower}:
+        descend(root, tower).tower = True
+    return [*([] if root.bare else own_lines(root, "(root)", 0)), *below(root, 0)]
 
 
 def descend(root: Branch, path: str) -> Branch:
@@ -73,7 +91,7 @@ def lines_of(branch: Branch, name: str, depth: int) -> list[Line]:
     """A branch without a role of its own, below which stands a single thing, joins its name with that:
     `layers.[0-11]`.
     """
-    if not branch.entries and not branch.tower:
+    if branch.bare:
         lines = below(branch, depth)
         if sum(line.depth == depth for line in lines) == 1:
             return [replace(line, name=f"{name}.{line.name}") if line.depth == depth else line for line in lines]
@@ -81,12 +99,12 @@ def lines_of(branch: Branch, name: str, depth: int) -> list[Line]:
 
 
 def own_lines(branch: Branch, name: str, depth: int) -> Iterator[Line]:
-    roles = " + ".join(entry.role for entry in branch.entries)
+    roles = " + ".join(entry.role for entry in branch.entries if entry.role != OTHER)
     if branch.tower:
         roles = f"tower + {roles}" if roles else "tower"
     shape = next((" x ".join(map(str, entry.shape)) for entry in branch.entries if entry.shape), "")
     notes = "; ".join(note for entry in branch.entries for note in notes_of(entry))
-    yield Line(depth, name, roles, shape, notes)
+    yield Line(depth, name, roles, shape, notes, tuple(branch.marks))
 
 
 def notes_of(entry: HostEntry) -> Iterator[str]:

@@ -1,0 +1,81 @@
+"""What a method would do to a model: ``peftcore plan`` and ``peftcore tree``. No weights are loaded."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from peftcore.cli.app import Json, answered, app
+from peftcore.cli.options import parse_options
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="A folder with the config.json of a model of transformers, timm or diffusers (or a whole pipeline), "
+        "timm:NAME, or a name on the Hub."
+    ),
+]
+Options = Annotated[list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the method.")]
+Target = Annotated[list[str] | None, typer.Option(help="Where to act: a role, a glob, the end of a path. Repeatable.")]
+Exclude = Annotated[list[str] | None, typer.Option(help="What of it to leave out. Repeatable.")]
+Train = Annotated[list[str] | None, typer.Option(help="A module of the model that trains along. Repeatable.")]
+DType = Annotated[str | None, typer.Option(help="Of the model's weights; by default what its config says.")]
+
+
+@app.command()
+def plan(
+    model: Model,
+    method: Annotated[str, typer.Argument(help="A method; peftcore methods lists them.")],
+    option: Options = None,
+    target: Target = None,
+    exclude: Exclude = None,
+    train: Train = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a step.")] = 8,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row (128; of a prompt 77).")] = None,
+    dtype: DType = None,
+    json: Json = False,
+) -> None:
+    """What a method would train in a model, and what memory a step takes.
+
+    The model is built from its configuration alone. Activations are counted by a run without values, with the kernels
+    of a CPU and without gradient checkpointing; full fine-tuning stands beside it.
+    """
+    with answered():
+        options = parse_options(option or ())
+        from peftcore.cli import costs_page, pages
+        from peftcore.cli.costs import costs
+        from peftcore.cli.example_inputs import Size
+        from peftcore.cli.recorded import Wanted
+
+        wanted = Wanted(method, options, target, exclude, train or ())
+        found = costs(model, wanted, Size(batch_size, length), dtype)
+        if json:
+            print(pages.as_json(found.as_dict()))
+        else:
+            pages.console().print(costs_page.page(found))
+
+
+@app.command()
+def tree(
+    model: Model,
+    methods: Annotated[list[str] | None, typer.Argument(help="Methods: what each would change is shown.")] = None,
+    option: Options = None,
+    target: Target = None,
+    exclude: Exclude = None,
+    json: Json = False,
+) -> None:
+    """What a model is made of: its modules by role, what is alike folded; and what methods would change.
+
+    Options, --target and --exclude hold for each of the methods.
+    """
+    with answered():
+        options = parse_options(option or ())
+        from peftcore.cli import host_tree, pages
+        from peftcore.cli.recorded import Wanted
+
+        found = host_tree.shown(model, [Wanted(method, options, target, exclude) for method in methods or ()])
+        if json:
+            print(pages.as_json(found.as_dict()))
+        else:
+            pages.console().print(found.page())
