@@ -10,7 +10,10 @@ import sys
 
 from peftcore.cli.errors import MissingPackage, require
 
-EXTRA = ("typer", "rich", "yaml", "datasets", "tensorboard", "transformers", "accelerate", "psutil", "matplotlib", "packaging")
+EXTRA = (
+    *("typer", "rich", "yaml", "packaging", "psutil", "matplotlib"),
+    *("transformers", "accelerate", "datasets", "tensorboard"),
+)
 
 
 def main() -> None:

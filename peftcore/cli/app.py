@@ -23,19 +23,24 @@ def root() -> None:
     """Parameter-efficient fine-tuning of any PyTorch model."""
 
 
-def settings(given: list[str] | None) -> list[tuple[str, Any]]:
-    """What ``--set name=value`` says, its values read as YAML.
+def settings(given: list[str] | None, flag: str = "--set", example: str = "training.patience=3") -> dict[str, Any]:
+    """What ``--set name=value`` says, its values read as YAML: ``16``, ``true``, ``[1, 2]``, or a text as it stands.
 
     Raises:
-        BadInput: one of them has no name.
+        BadInput: one of them has no name, or a name is given twice.
     """
     from peftcore.cli.runs import parse
 
-    pairs = [text.partition("=") for text in given or ()]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise BadInput(f"--set {name}: write name=value, such as training.patience=3")
-    return [(name, parse(value, f"--set {name}")) for name, _, value in pairs]
+    found: dict[str, Any] = {}
+    for each in given or ():
+        name, equals, value = each.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise BadInput(f"{flag} {each}: write it as NAME=VALUE, such as {example}")
+        if name in found:
+            raise BadInput(f"{flag} {name} is given twice")
+        found[name] = parse(value, f"{flag} {name}")
+    return found
 
 
 @contextlib.contextmanager

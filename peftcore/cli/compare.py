@@ -15,7 +15,7 @@ import peftcore
 from peftcore.cli import tasks
 from peftcore.cli.errors import BadInput
 from peftcore.cli.memory import PeakMemory
-from peftcore.cli.models import quiet
+from peftcore.cli.quiet import no_bars
 from peftcore.cli.report import write
 from peftcore.cli.runs import MethodChoice, Options, Run, Training, validated
 from peftcore.cli.train import Display, Outcome, train
@@ -89,7 +89,7 @@ def compare(comparison: Comparison, board: Board) -> Report:
         BadInput: something that is named cannot be used; nothing was trained.
     """
     began = time.perf_counter()
-    quiet()
+    no_bars()
     task = tasks.find(comparison.task)
     _check(comparison)
     trials: list[Trial] = []

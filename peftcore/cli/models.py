@@ -7,7 +7,6 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -19,14 +18,6 @@ GGUF = ".gguf"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 """What transformers raises for a folder that holds no model, half a model or a model of another kind."""
-
-
-def quiet() -> None:
-    """No progress bars of other libraries, and no advice of theirs, between our own lines."""
-    datasets.disable_progress_bars()
-    logging: Any = transformers.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
 
 
 def load_tokenizer(model: Path | str) -> Any:

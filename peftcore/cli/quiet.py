@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -25,3 +26,14 @@ def quiet() -> Iterator[None]:
     with unlogged(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def no_bars() -> None:
+    """From now on no progress bars of transformers and datasets, and no advice of theirs, between our own lines."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    logger: Any = transformers.logging
+    logger.set_verbosity_error()
+    logger.disable_progress_bar()

@@ -168,11 +168,11 @@ def test_where_and_what_else_trains(folders: Folders) -> None:
     assert found["notes"] == ["these targets match nothing and are passed over: ['nowhere']"]
 
 
-def test_options_are_read_as_json_or_as_they_stand() -> None:
-    from peftcore.cli.options import parse_options
+def test_options_are_read_as_yaml_or_as_they_stand() -> None:
+    from peftcore.cli.app import settings
 
     given = ["rank=4", "scaling=sqrt_rank", "alpha=2.5", "x=null", "y=true", 'z={"a": [1]}', "s=a=b", 'q="4"']
-    assert parse_options(given) == {
+    assert settings(given) == {
         "rank": 4,
         "scaling": "sqrt_rank",
         "alpha": 2.5,

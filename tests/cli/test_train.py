@@ -112,7 +112,7 @@ def test_a_file_says_all_and_options_go_over_it(encoder: Path, csv_file: Path, t
         (["--set", "training.stepz=3"], "there is no option 'training.stepz'; did you mean 'steps'?"),
         (["--set", "training.epochs=1"], "give steps or epochs, not both"),
         (["--set", "data.txt=x"], "there is no option 'txt'; did you mean 'text'?"),
-        (["--set", "patience"], "write name=value"),
+        (["--set", "patience"], "write it as NAME=VALUE"),
         (["--set", "method.rank=0"], "rank=0"),
         (["--method", "lorra"], "did you mean 'lora'"),
         (["--task", "text-clasification"], "did you mean 'text-classification'?"),

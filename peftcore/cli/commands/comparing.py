@@ -79,7 +79,7 @@ def compare(
         from peftcore.cli.progress import Bars
         from peftcore.cli.report import table
 
-        comparison = runs.read(job.Comparison, given, [*changes, *settings(set_)], str(config or "the options"))
+        comparison = runs.read(job.Comparison, given, [*changes, *settings(set_).items()], str(config or "the options"))
         with Bars(Console(stderr=True), len(comparison.methods) * len(comparison.seeds)) as bars:
             report = job.compare(comparison, bars)
         if json:

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import typer
 
-from peftcore.cli.app import Json, answered, app
-from peftcore.cli.options import parse_options
+from peftcore.cli.app import Json, answered, app, settings
 
 Model = Annotated[
     str,
@@ -42,7 +41,7 @@ def plan(
     of a CPU and without gradient checkpointing; full fine-tuning stands beside it.
     """
     with answered():
-        options = parse_options(option or ())
+        options = settings(option, "--option", "rank=16")
         from peftcore.cli import costs_page, pages
         from peftcore.cli.costs import costs
         from peftcore.cli.example_inputs import Size
@@ -70,7 +69,7 @@ def tree(
     Options, --target and --exclude hold for each of the methods.
     """
     with answered():
-        options = parse_options(option or ())
+        options = settings(option, "--option", "rank=16")
         from peftcore.cli import host_tree, pages
         from peftcore.cli.recorded import Wanted
 

@@ -55,16 +55,16 @@ def train(
 
         changes = [(name, value) for name, value in flags.items() if value is not None]
         values = {} if config is None else runs.load(config)
-        run = runs.read(runs.Run, values, [*changes, *settings(set_)], str(config or "the options"))
+        run = runs.read(runs.Run, values, [*changes, *settings(set_).items()], str(config or "the options"))
         # Not before the input has been read: what follows imports torch and transformers.
         from rich.console import Console
 
         from peftcore.cli import train as job
-        from peftcore.cli.models import quiet
         from peftcore.cli.progress import Line
+        from peftcore.cli.quiet import no_bars
         from peftcore.cli.run_folder import first_process
 
-        quiet()
+        no_bars()
         others = not first_process()  # of several processes, one speaks
         with Line(Console(stderr=True, quiet=others)) as line:
             outcome = job.train(run, line, resume)
