@@ -73,7 +73,8 @@ def test_the_factors_are_the_authors() -> None:
         product = operator.B @ operator.A
         gap = host()[0].get_submodule(path).weight - peftcore.plugins.layer_of(layer, "weight").read(layer, "weight")
         for found, wanted in zip((gap, gap - product, product), norms, strict=True):
-            assert abs(found.norm().item() / wanted - 1) <= 1e-6
+            # The gap is a tenth of the weights, which bitsandbytes reads in float32, on each processor in its way.
+            assert abs(found.norm().item() / wanted - 1) <= 1e-5
     with pytest.raises(TrainingError, match="frozen"):
         injection.optimizer(torch.optim.SGD, lr=0.1)
 
