@@ -22,18 +22,19 @@ from peftcore.cli.data import Encoded, encode
 from peftcore.cli.models import classifier, load_tokenizer
 from peftcore.cli.trials import FULL
 
-TEXTS, STEPS, BATCH_SIZE = 32, 8, 16
+TEXTS, STEPS, BATCH_SIZE = 32, 16, 16
 METHODS = [name for name in demo.RECIPES if name not in ("linear_probe", FULL)]
 pytestmark = pytest.mark.xdist_group("demo training")
 
 
 def trained(
-    model: nn.Module, tokenizer: Any, rows: list[Encoded], rate: float, batch: int, folder: Path
+    model: nn.Module, tokenizer: Any, rows: list[Encoded], rate: float, batch: int, folder: Path, seed: int = 0
 ) -> list[float]:
     """One pass with what the Trainer does by itself; the losses, step by step."""
     arguments = transformers.TrainingArguments(
-        str(folder), num_train_epochs=1, per_device_train_batch_size=batch, learning_rate=rate, logging_steps=1,
-        save_strategy="no", report_to="none", disable_tqdm=True,
+        str(folder), num_train_epochs=1, per_device_train_batch_size=batch, learning_rate=rate, warmup_steps=0.1,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=seed,
+        dataloader_pin_memory=False,
     )  # fmt: skip
     collate = transformers.DataCollatorWithPadding(tokenizer)
     run = transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collate)
@@ -63,7 +64,7 @@ class Probed:
         frozen = {name: p.detach().clone() for name, p in model.named_parameters() if name.startswith(self.head)}
         before = self.loss(model)
         rows = self.texts * (STEPS * BATCH_SIZE // TEXTS)
-        trained(model, self.tokenizer, rows, recipe.learning_rate, BATCH_SIZE, self.folder)
+        trained(model, self.tokenizer, rows, recipe.learning_rate, BATCH_SIZE, self.folder, seed)
         parameters = dict(model.named_parameters())
         assert frozen and all(torch.equal(parameters[name], value) for name, value in frozen.items())
         return self.loss(model) / before
@@ -90,7 +91,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> Probed:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_lowers_the_training_loss_below_what_the_trained_head_reaches(method: str, probed: Probed):
-    left = [probed.loss_left_by(method, demo.RECIPES[method], seed) for seed in range(3)]
+    left = [probed.loss_left_by(method, demo.RECIPES[method], seed) for seed in range(2)]
     assert max(left) <= 0.95, left
 
 
