@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -56,7 +57,8 @@ def test_two_processes_learn_what_one_does(launcher: str, config: Path, tmp_path
     ]
     said = subprocess.run(line, check=True, capture_output=True, text=True).stdout
     two = json.loads(said)  # one of them speaks
-    assert two["after"] == pytest.approx(one["after"], rel=1e-5)
+    assert np.allclose(two["losses"], one["losses"], rtol=1e-5)
+    assert two["after"]["accuracy"] == one["after"]["accuracy"]  # mean losses of scores count what fills up batches
     alone, together = (load_file(f"{folder}/adapter/adapter.safetensors") for folder in ("one", "two"))
     assert alone.keys() == together.keys()
     for key, value in alone.items():

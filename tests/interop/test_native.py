@@ -87,10 +87,8 @@ def test_a_kill_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert writers.stdin is not None and writers.stdout is not None
-    began = time.perf_counter()
-    adapted(0.0).save(folder)
-    pause = 4 * (time.perf_counter() - began)  # some writers get to their second or third adapter
-    for _ in range(60):
+    pause = 0.05
+    for _ in range(300):
         print(last + 1, file=writers.stdin, flush=True)
         writer = int(writers.stdout.readline())
         time.sleep(moments.uniform(0.0, pause))
@@ -102,9 +100,12 @@ def test_a_kill_leaves_the_old_adapter_or_the_new_one(tmp_path: Path) -> None:
         found = {float(value) for each in injection.parameters() for value in each.unique()}
         injection.remove()
         assert len(found) == 1, "half of one adapter and half of another"
+        pause *= 1.2 if finished == last else 0.8  # on any machine, about half of the writers get to write one
         last = int(found.pop())
         assert last in (finished, finished + 1)
         torn += any(each.suffix == ".partial" for each in folder.iterdir())
+        if last > 20 and torn > 20:
+            break
     writers.stdin.close()
     assert writers.wait() == 0
     assert last > 10 and torn, "no writer was killed while it wrote"
