@@ -21,6 +21,7 @@ from peftcore.envelope import Envelope, method_of, mismatched, options_of, weigh
 from peftcore.errors import (
     CheckpointError,
     HostMismatch,
+    NoWeights,
     PeftcoreError,
     TargetError,
     UnsupportedHost,
@@ -44,9 +45,13 @@ fact_tk, makes a hundred."""
 
 def save(injection: Injection, path: Path, formats: Sequence[str], weights: bool) -> None:
     """Write a folder; each file appears whole or not at all, and equal adapters give equal bytes."""
-    contents = {
-        name: content for each in formats for name, content in format_named(each).files(injection, weights).items()
-    }
+    with _values_wanted(injection.model):
+        contents = {
+            name: content for each in formats for name, content in format_named(each).files(injection, weights).items()
+        }
+    for content in contents.values():
+        if isinstance(content, Tensors) and (lacking := [key for key, each in content.values.items() if each.is_meta]):
+            raise NoWeights(f"these depend on weights of the host, which is on the meta device: {lacking[0]}")
     path.mkdir(parents=True, exist_ok=True)
     clear_partial(path)
     if is_ours(path / CARD):
@@ -69,7 +74,7 @@ def load(
     """Apply a saved adapter to a host of the same shape.
 
     Args:
-        model: the host.
+        model: the host. It may be on the meta device: the adapter's tensors have values all the same.
         path: a folder that `Injection.save` wrote, a folder or file of another library, or "owner/name" on a model hub;
             the format is recognized. An adapter of a bare encoder fits a host that has the encoder inside, and the
             other way round; of files for whole pipelines the part for `model` is taken.
@@ -77,15 +82,15 @@ def load(
         trainable: False loads it frozen.
         strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are passed over).
 
-    Raises: CheckpointError, HostMismatch, NewerFormat, UnknownMethod: listing everything that is wrong; the host was
-        not changed.
+    Raises: CheckpointError, HostMismatch, NewerFormat, UnknownMethod: listing everything that is wrong; NoWeights: the
+        host is on the meta device, and the adapter is nothing without values of its weights. The host was not changed.
     """
     place = located(path)
     if name is not None:
         check_name(model, name)
-    with _about(place), one_file():
+    with _about(place, model), one_file():
         content = recognize(place).open(place, model)
-    with _about(content.where):
+    with _about(content.where, model):
         envelope = content.envelope
         cls = method_of(envelope)
         config = options_of(cls, envelope)
@@ -108,18 +113,33 @@ def load(
         _check_memory(rehearsal, tensors)
         _check_values(rehearsal, tensors)
     name = check_name(model, cls.name) if name is None else name
-    with _about(content.where):
+    with _about(content.where, model):
         injection = establish(prepared(dry=False), name)
-    fill(injection, tensors)
+        fill(injection, tensors)
+        _check_filled(injection)
     injection.trainable(trainable)
     return injection
 
 
 @contextmanager
-def _about(where: Path) -> Iterator[None]:
-    """Every error names the file. What a method raises because options of the file make no sense is one of ours too."""
+def _values_wanted(model: nn.Module) -> Iterator[None]:
+    """What torch cannot do on the meta device is said in our words."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if isinstance(error, PeftcoreError) or not any(each.is_meta for each in model.parameters()):
+            raise
+        raise NoWeights(f"the host is on the meta device, and values of its weights are needed: {error}") from error
+
+
+@contextmanager
+def _about(where: Path, model: nn.Module) -> Iterator[None]:
+    """Every error names the file. What a method raises because options of the file make no sense is one of ours too."""
+    try:
+        with _values_wanted(model):
+            yield
     except PeftcoreError as error:
         error.about(where)
         raise
@@ -192,5 +212,27 @@ def fill(injection: Injection, tensors: Mapping[str, Tensor]) -> None:
     for path, module in injection.modules():
         for key, value in module.state_dict(keep_vars=True).items():
             saved = tensors.get(f"{path}.{key}")
-            if saved is not None:
+            if saved is not None and value.is_meta:  # it was to start from the host's weight
+                _put(module, key, saved.to(value.dtype))
+            elif saved is not None:
                 value.data.copy_(saved)
+
+
+def _put(module: nn.Module, key: str, value: Tensor) -> None:
+    """Give a tensor that has no memory some."""
+    below, _, name = key.rpartition(".")
+    owner = module.get_submodule(below)
+    if name in owner._parameters:
+        owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[name] = value
+
+
+def _check_filled(injection: Injection) -> None:
+    held = ((path, name, each) for path, module in injection.modules()
+            for name, each in (*module.named_parameters(), *module.named_buffers()))  # fmt: skip
+    lacking = [f"{path}.{name}" for path, name, each in held if each.is_meta]
+    if lacking:
+        injection.remove()
+        what = f"{injection.method.name} starts from its weights: {', '.join(lacking[:4])}"
+        raise NoWeights(f"the host is on the meta device, and {what}")

@@ -113,6 +113,10 @@ class CheckpointError(PeftcoreError, ValueError):
     """A saved adapter is damaged, unreadable or not one of ours; nothing was loaded."""
 
 
+class NoWeights(PeftcoreError, RuntimeError):
+    """The host is on the meta device, and what was asked needs values of its weights."""
+
+
 class ExportError(PeftcoreError, ValueError):
     """An adapter cannot be written in another library's format without losing something; nothing was written."""
 

@@ -327,9 +327,9 @@ class Surgeon:
         with drawing(self.wishes.seed, self.part + path), torch.device("meta" if self.dry else "cpu"):
             built = make()
         dtype = self.wishes.dtype
-        return built.to("meta" if self.dry else device, dtype).train(
-            self.model.training if site is None else site.module.training
-        )
+        empty = device is not None and device.type == "meta"  # a host without values: its operators have some
+        built = built.to(dtype) if empty and not self.dry else built.to("meta" if self.dry else device, dtype)
+        return built.train(self.model.training if site is None else site.module.training)
 
 
 def _exactly(path: str) -> Callable[[str, nn.Module], bool]:

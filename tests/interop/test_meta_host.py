@@ -1,0 +1,83 @@
+"""Adapters on a host that is on the meta device: it has shapes and no values, and the adapter has all of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import peftcore
+from peftcore.errors import NoWeights
+from peftcore.interop.native import TENSORS
+
+
+def host() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+
+
+def without_values() -> nn.Module:
+    with torch.device("meta"):
+        return host()
+
+
+def saved(folder: Path, method: str, **options: Any) -> dict[str, torch.Tensor]:
+    """An adapter with values that no start would give."""
+    injection = peftcore.apply(host(), method, target=["0", "2"], train=["3", "4"], **options)
+    for parameter in injection.parameters():
+        parameter.data.normal_(0, 0.1)
+    injection.save(folder)
+    return load_file(folder / TENSORS)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "vera", "boft", "ia3", "peqa", "houlsby_adapter"])
+def test_all_values_of_the_file_are_there(method: str, tmp_path: Path) -> None:
+    """Also of what starts from the host's weights: magnitudes, principal parts, and heads that were trained along."""
+    values = saved(tmp_path / "adapter", method)
+    model = without_values()
+    own = list(model.parameters())
+    injection = peftcore.load(model, tmp_path / "adapter")
+    assert not any(each.is_meta for each in injection.parameters())
+    assert all(each.is_meta for each in own)
+    injection.save(tmp_path / "again")
+    again = load_file(tmp_path / "again" / TENSORS)
+    assert again.keys() == values.keys() and all(torch.equal(again[key], values[key]) for key in values)
+
+
+def test_the_adapter_acts_once_the_host_has_values(tmp_path: Path) -> None:
+    saved(tmp_path / "adapter", "dora")
+    real, model, x = host(), without_values(), torch.randn(5, 12)
+    peftcore.load(real, tmp_path / "adapter")
+    peftcore.load(model, tmp_path / "adapter")
+    model.load_state_dict(host().state_dict(), assign=True)
+    assert torch.equal(model(x), real(x)) and not torch.equal(model(x), host()(x))
+
+
+def test_what_is_nothing_without_values_is_refused(tmp_path: Path) -> None:
+    """SVDiff keeps shifts of singular values, and not the singular vectors of the host."""
+    injection = peftcore.apply(host(), "svdiff", target=["0", "2"])
+    injection.save(tmp_path / "adapter")
+    model = without_values()
+    before = [(name, id(each), type(each)) for name, each in (*model.named_modules(), *model.named_parameters())]
+    with pytest.raises(NoWeights, match="svdiff starts from its weights"):
+        peftcore.load(model, tmp_path / "adapter")
+    assert not peftcore.injections(model)
+    after = [(name, id(each), type(each)) for name, each in (*model.named_modules(), *model.named_parameters())]
+    assert after == before
+
+
+def test_a_file_that_knows_its_base_by_values_needs_them(tmp_path: Path) -> None:
+    peftcore.apply(host(), "lora", target=["0"]).save(tmp_path / "adapter", weights=True)
+    with pytest.raises(NoWeights, match="values of its weights"):
+        peftcore.load(without_values(), tmp_path / "adapter")
+
+
+def test_saving_what_depends_on_values_writes_nothing(tmp_path: Path) -> None:
+    """The note of which values the base has."""
+    peftcore.apply(host(), "lora", target=["0"]).save(tmp_path / "adapter")
+    injection = peftcore.load(without_values(), tmp_path / "adapter")
+    with pytest.raises(NoWeights):
+        injection.save(tmp_path / "again", weights=True)
+    assert not (tmp_path / "again").exists()
