@@ -185,7 +185,12 @@ class Injection:
         return method_optimizer(self, cls, lr, total_steps, options)
 
     def merge(
-        self, keep: merging.Keep = "cpu", *, into: merging.Into = "float", max_error: float = merging.BOUND
+        self,
+        keep: merging.Keep = "cpu",
+        *,
+        into: merging.Into = "float",
+        max_error: float = merging.BOUND,
+        weight: float = 1.0,
     ) -> merging.MergeReport:
         """Fold it into the host's tensors; merging twice changes nothing more.
 
@@ -195,6 +200,7 @@ class Injection:
             into: what becomes of packed weights: "float" makes their modules dense; "same" packs the merged weights
                 again, which costs accuracy: the report says how much at each site.
             max_error: the error (norm of the difference over norm of the weight) above which packing again is refused.
+            weight: how much of the change is written: 0.5 is half of it, -1 takes it away from the weights.
 
         Returns:
             What was written; it prints as a table.
@@ -207,9 +213,9 @@ class Injection:
         self._alive()
         if self.merged:
             return self._merge_report
-        kept, report = merging.merge(self, keep, into, max_error)
+        kept, report = merging.merge(self, keep, into, max_error, weight)
         self.kept, self.merged, self._keep = None if keep is None else kept, True, keep
-        self._merge_report, self._again = report, {"into": into, "max_error": max_error}
+        self._merge_report, self._again = report, {"into": into, "max_error": max_error, "weight": weight}
         self._replan()
         return report
 

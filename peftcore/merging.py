@@ -178,6 +178,13 @@ def _read(model: nn.Module, key: Key) -> Tensor | None:
     return layer_of(module, key[1]).read(module, key[1])
 
 
+def _towards(model: nn.Module, key: Key, goal: Tensor, weight: float) -> Tensor:
+    """A part of the way from the base to an effective tensor; what the host has not is zeros."""
+    base = _read(model, key)
+    start = torch.zeros_like(goal) if base is None else base
+    return torch.lerp(_precise(start), _precise(goal), weight).to(goal.dtype)
+
+
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().view(_INTEGERS[tensor.element_size()])
 
@@ -220,9 +227,10 @@ def _original(injection: Injection, key: Key, kept: Original, merged: Tensor) ->
 
 @torch.no_grad()
 def merge(
-    injection: Injection, keep: Keep, into: Into = "float", bound: float = BOUND
+    injection: Injection, keep: Keep, into: Into = "float", bound: float = BOUND, weight: float = 1.0
 ) -> tuple[dict[Key, Original], MergeReport]:
-    """Write the effective tensors, all or none; returns what undoes it, and a report.
+    """Write the effective tensors, or what lies so far (`weight`) on the way to them, all or none; returns what undoes
+    it, and a report.
 
     Raises:
         NotMergeable: the method has no merged form.
@@ -233,6 +241,8 @@ def merge(
     new = registry().hook.peftcore_merge(
         model=injection.model, method=injection.method, config=injection.config, injection=injection
     )
+    if weight != 1.0:
+        new = {key: _towards(injection.model, key, tensor, weight) for key, tensor in new.items()}
     bad = [".".join(key) for key, tensor in new.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise MergeError(f"the merged weights would not be finite: {', '.join(bad[:4])}; nothing was changed")

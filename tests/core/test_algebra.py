@@ -214,6 +214,25 @@ def test_merges_of_unlike_adapters_are_those_of_their_changes(how: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["hra", "loha", "ia3", "lora"])
+@pytest.mark.parametrize("weight", [0.5, -1.0, 2.0])
+def test_a_part_of_a_change_is_merged(method: str, weight: float) -> None:
+    model = host()
+    base = {name: each.clone() for name, each in model.state_dict().items()}
+    source = applied(model, method, "source", 1, target=["first"])
+    change = peftcore.deltas(source)
+    source.merge("record", weight=weight)
+    for path, delta in change.items():
+        key = path if path.endswith(".bias") else f"{path}.weight"
+        assert close(model.state_dict()[key], base[key] + weight * delta)
+    with source.disabled():
+        assert torch.equal(model.first.weight, base["first.weight"])
+    assert close(model.first.weight, base["first.weight"] + weight * change["first"])
+    source.unmerge()
+    source.remove()
+    assert all(torch.equal(each, base[name]) for name, each in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["hra", "loha", "ia3", "lora"])
 def test_any_merged_change_becomes_a_lora(method: str) -> None:
     model = host()
     model.first.bias = None
