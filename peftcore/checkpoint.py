@@ -30,6 +30,7 @@ from peftcore.errors import (
 from peftcore.files import clear_partial, write_tensors, write_text
 from peftcore.injection import Injection
 from peftcore.interop.card import CARD, card, is_ours
+from peftcore.interop.description import Description
 from peftcore.interop.formats import Tensors, format_named, recognize
 from peftcore.interop.hub import located
 from peftcore.interop.patterns import one_file
@@ -88,9 +89,9 @@ def load(
     place = located(path)
     if name is not None:
         check_name(model, name)
-    with _about(place, model), one_file():
+    with _about(place), _values_wanted(model), one_file():
         content = recognize(place).open(place, model)
-    with _about(content.where, model):
+    with _about(content.where), _values_wanted(model):
         envelope = content.envelope
         cls = method_of(envelope)
         config = options_of(cls, envelope)
@@ -113,12 +114,23 @@ def load(
         _check_memory(rehearsal, tensors)
         _check_values(rehearsal, tensors)
     name = check_name(model, cls.name) if name is None else name
-    with _about(content.where, model):
+    with _about(content.where), _values_wanted(model):
         injection = establish(prepared(dry=False), name)
         fill(injection, tensors)
         _check_filled(injection)
     injection.trainable(trainable)
     return injection
+
+
+def describe(path: str | os.PathLike[str]) -> Description:
+    """What a saved adapter says about itself, in any format that `load` recognizes; no host is needed.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    place = located(path)
+    with _about(place), one_file():
+        return recognize(place).describe(place)
 
 
 @contextmanager
@@ -135,11 +147,10 @@ def _values_wanted(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _about(where: Path, model: nn.Module) -> Iterator[None]:
+def _about(where: Path) -> Iterator[None]:
     """Every error names the file. What a method raises because options of the file make no sense is one of ours too."""
     try:
-        with _values_wanted(model):
-            yield
+        yield
     except PeftcoreError as error:
         error.about(where)
         raise

@@ -20,6 +20,7 @@ from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, HostMismatch
 from peftcore.files import TensorFile, read_json
 from peftcore.interop.composing import composed, with_overrides
+from peftcore.interop.description import Description, trouble, unique
 from peftcore.interop.formats import Content, Format
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
@@ -68,25 +69,61 @@ class AdapterHub(Format):
         return isinstance(data.get("config"), dict) and "peft_type" not in data
 
     def open(self, path: Path, model: nn.Module) -> Content:
-        whole = Keys(read_json(path / CONFIG), path / CONFIG)
-        whole.pass_over("model_class", "model_name", "model_type", "hidden_size", "version", "config_id")
-        keys, name = Keys(whole.take("config", dict), whole.where), whole.take("name", str)
+        whole, keys, kind = _read(path)
+        name = whole.take("name", str)
         whole.check_known()
-        kind = keys.take("architecture", str, PLAIN)
-        kind = " ".join([kind, *[mode for mode in [keys.take("composition_mode", str, "add")] if mode != "add"]])
-        places = named_places("peftcore_translations", "translation")
-        if f"adapterhub/{kind}" not in places:
-            known = sorted(each.removeprefix("adapterhub/") for each in places if each.startswith("adapterhub/"))
-            raise CheckpointError(f"{keys.where}: no installed plugin reads AdapterHub's {kind!r}; they read {known}")
+        architecture = _architecture(kind, keys.where)
         if not (path / TENSORS).exists():
             held = ", ".join(sorted(each.name for each in path.iterdir()))
             raise CheckpointError(
                 f"{path} has no {TENSORS}, only {held}: in adapters, save with use_safetensors=True; a .bin is a "
                 "pickle, which can run any code when it is read"
             )
-        architecture: HubArchitecture = imported(places[f"adapterhub/{kind}"])()
         head = TensorFile(path / HEAD) if (path / HEAD).exists() else None
         return HubContent(keys, name, TensorFile(path / TENSORS), head, architecture, model)
+
+    def describe(self, path: Path) -> Description:
+        whole, keys, kind = _read(path)
+        file, name = TensorFile(path / TENSORS), whole.take("name", str)
+        sites: tuple[str, ...] = ()
+        problem = trouble(lambda: _architecture(kind, keys.where))
+        if not problem:
+            middle = f".{_architecture(kind, keys.where).holder}.{name}."
+            sites = unique(full.partition(middle)[0] for full in file.shapes if middle in full)
+        return Description(
+            self.name,
+            (file, TensorFile(path / HEAD)) if (path / HEAD).exists() else (file,),
+            kind=kind,
+            options=keys.data,
+            base=whole.take("model_name", str, ""),
+            host=whole.take("model_class", str, ""),
+            sites=sites,
+            trained=TensorFile(path / HEAD).shapes if (path / HEAD).exists() else {},
+            problem=problem,
+        )
+
+
+def _read(path: Path) -> tuple[Keys, Keys, str]:
+    """What is said of the whole, of the adapter, and its kind."""
+    whole = Keys(read_json(path / CONFIG), path / CONFIG)
+    whole.pass_over("model_class", "model_name", "model_type", "hidden_size", "version", "config_id")
+    keys = Keys(whole.take("config", dict), whole.where)
+    kind = keys.take("architecture", str, PLAIN)
+    return whole, keys, " ".join([kind, *[m for m in [keys.take("composition_mode", str, "add")] if m != "add"]])
+
+
+def _architecture(kind: str, where: Path) -> HubArchitecture:
+    """How one architecture is read.
+
+    Raises:
+        CheckpointError: no installed plugin does.
+    """
+    places = named_places("peftcore_translations", "translation")
+    if f"adapterhub/{kind}" not in places:
+        known = sorted(each.removeprefix("adapterhub/") for each in places if each.startswith("adapterhub/"))
+        raise CheckpointError(f"{where}: no installed plugin reads AdapterHub's {kind!r}; they read {known}")
+    found: HubArchitecture = imported(places[f"adapterhub/{kind}"])()
+    return found
 
 
 class HubContent(Content):

@@ -19,9 +19,10 @@ from torch import nn
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.files import TensorFile, parse_json
 from peftcore.injection import Injection
+from peftcore.interop.description import Description, unique
 from peftcore.interop.formats import Content, Files, Format, Tensors
 from peftcore.interop.keys import Keys
-from peftcore.interop.peft import NEUTRAL, PeftContent
+from peftcore.interop.peft import NEUTRAL, PeftContent, described
 from peftcore.interop.peft_method import peft_method
 from peftcore.interop.peft_names import PREFIXES, once
 from peftcore.interop.peft_writing import written
@@ -110,19 +111,34 @@ class Diffusers(Format):
         file = TensorFile(only_file(path, TENSORS) or path / TENSORS)
         parts, strange = parts_of(file, dict(model.named_modules()))
         part, _ = fitting(parts, model, file.path)
-        said = parse_json(file.metadata[METADATA], file.path) if METADATA in file.metadata else {}
-        prefix = f"{part.name}." if part.name else ""
-        options = {key.removeprefix(prefix): value for key, value in said.items() if key.startswith(prefix)}
-        names: dict[str, str] = dict(part.names)
-        exact: dict[str, dict[str, Any]] = {}
-        if not options:
-            options, exact = _inferred(file, names)
+        options, names, exact = _said(file, part)
         keys = Keys(options, file.path)
         keys.pass_over(*NEUTRAL)
         method = peft_method(keys.take("peft_type", str, "LORA"), file.path)
         content = PeftContent(keys, file, names, method, model, exact)
         content.sorted.wrong += [f"unknown {name}" for name in strange]
         return content
+
+    def describe(self, path: Path) -> Description:
+        file = TensorFile(only_file(path, TENSORS) or path / TENSORS)
+        held = split(list(file.shapes), _model_of)
+        parts = [_part(name, names, file, LAYERS[0]) for name, names in held.items()]
+        said = [_said(file, part) for part in parts]
+        each = [described(self.name, Keys({"peft_type": "LORA", **options}, file.path), file, names)
+                for options, names, _ in said]  # fmt: skip
+        fronts = [f"{part.name}." if part.name else "" for part in parts]
+        return Description(
+            self.name,
+            (file,),
+            methods=unique(name for one in each for name in one.methods),
+            kind=" and ".join(unique(one.kind for one in each)),
+            options={front + key: value for front, one in zip(fronts, each, strict=True)
+                     for key, value in one.options.items()},
+            base=next((one.base for one in each if one.base), ""),
+            parts=tuple(part.name for part in parts if part.name),
+            sites=tuple(front + site for front, one in zip(fronts, each, strict=True) for site in one.sites),
+            problem=next((one.problem for one in each if one.problem), ""),
+        )  # fmt: skip
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
         options, tensors = written(injection)
@@ -138,16 +154,29 @@ class Diffusers(Format):
         return {TENSORS: Tensors(values, {METADATA: json.dumps(said, indent=2, sort_keys=True)})}
 
 
+def _model_of(name: str) -> str | None:
+    """The model in front of a tensor's name."""
+    first, dot, _ = name.partition(".")
+    return first if dot and first in Diffusers.parts else None
+
+
+def _said(file: TensorFile, part: Part) -> tuple[dict[str, Any], dict[str, str], dict[str, dict[str, Any]]]:
+    """Peft's options for a part, its tensors by peft's names, and other options at some modules."""
+    said = parse_json(file.metadata[METADATA], file.path) if METADATA in file.metadata else {}
+    prefix = f"{part.name}." if part.name else ""
+    options = {key.removeprefix(prefix): value for key, value in said.items() if key.startswith(prefix)}
+    names, exact = dict(part.names), dict[str, dict[str, Any]]()
+    if not options:
+        options, exact = _inferred(file, names)
+    return options, names, exact
+
+
 def parts_of(file: TensorFile, modules: Mapping[str, nn.Module]) -> tuple[list[Part], list[str]]:
     """The models that a file has adapters of, in all ways of reading old names; and the names that are of none."""
 
-    def known(name: str) -> str | None:
-        first, dot, _ = name.partition(".")
-        return first if dot and first in Diffusers.parts else None
-
     full = list(file.shapes)
     whole = _part("", full, file, LAYERS[0])
-    groups = split(full, known)
+    groups = split(full, _model_of)
     here = bool(whole.outputs) and whole.outputs.keys() <= modules.keys()  # a host that holds the pipeline's models
     if here or set(groups) == {""}:
         return [_part("", full, file, layers) for layers in LAYERS], []

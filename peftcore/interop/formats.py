@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peftcore.envelope import Envelope
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.injection import Injection
+from peftcore.interop.description import Description, tensor_files
 from peftcore.plugins import imported, named_places
 from peftcore.surgery import Surgeon
 
@@ -75,6 +76,13 @@ class Format(ABC):
 
         Raises: CheckpointError, HostMismatch, NewerFormat, UnknownMethod.
         """
+
+    def describe(self, path: Path) -> Description:
+        """What a folder or file says about itself without a host. Formats that know more than the tensors override it.
+
+        Raises: CheckpointError, NewerFormat.
+        """
+        return Description(self.name, tensor_files(path))
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
         """What to write for an injection: the contents of files by name, in the order in which they are written.

@@ -23,6 +23,7 @@ from peftcore.errors import CheckpointError, ExportError, HostMismatch
 from peftcore.files import TensorFile
 from peftcore.injection import Injection
 from peftcore.interop.composing import composed, with_overrides
+from peftcore.interop.description import Description, unique
 from peftcore.interop.formats import Content, Files, Format, Tensors
 from peftcore.interop.found import Found
 from peftcore.interop.ldm_names import ldm_names
@@ -143,6 +144,24 @@ class Kohya(Format):
 
     def open(self, path: Path, model: nn.Module) -> Content:
         return KohyaContent(TensorFile(only_file(path, TENSORS) or path / TENSORS), model)
+
+    def describe(self, path: Path) -> Description:
+        file = TensorFile(only_file(path, TENSORS) or path / TENSORS)
+        stems: dict[str, list[str]] = {}
+        for full in file.shapes:
+            stem, _, leaf = full.partition(".")
+            stems.setdefault(stem, []).append(leaf)
+        known = kohya_methods()
+        found = {stem: next((each for each in known if each.reads(names)), None) for stem, names in stems.items()}
+        strange = [stem for stem, method in found.items() if method is None]
+        return Description(
+            self.name,
+            (file,),
+            methods=unique(method.methods[0] for method in found.values() if method is not None),
+            parts=unique(part for stem in stems if (part := _known(stem))),
+            sites=tuple(stems),
+            problem=f"no installed plugin reads what is at {', '.join(strange[:4])}" if strange else "",
+        )
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
         if injection.trained_along or injection.shared:

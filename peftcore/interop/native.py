@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from peftcore.envelope import Envelope, envelope_of, parse_envelope
+from peftcore.envelope import Envelope, SavedSite, envelope_of, method_of, options_of, parse_envelope
 from peftcore.errors import CheckpointError, PluginError
 from peftcore.files import TensorFile, parse_json
 from peftcore.injection import Injection
+from peftcore.interop.description import Description, trouble, unique
 from peftcore.interop.formats import Content, Files, Format, Tensors
 from peftcore.interop.rebasing import Move, find_move
 from peftcore.planning import Plan
@@ -37,13 +38,26 @@ class Native(Format):
             return path.is_dir()  # damaged, and called as ours are
 
     def open(self, path: Path, model: nn.Module) -> Content:
-        file = TensorFile(path / TENSORS if path.is_dir() else path)
-        if METADATA not in file.metadata:
-            raise CheckpointError(f"{file.path} does not say what adapter it holds")
-        envelope = parse_envelope(parse_json(file.metadata[METADATA], file.path), file.path)
+        file, envelope = _read(path)
         paths = [site.module_path for sites in envelope.selections.values() for site in sites]
         move = find_move(paths, dict(model.named_modules()), f"the adapter in {file.path} (made on {envelope.host})")
         return NativeContent(moved(envelope, move), file, move)
+
+    def describe(self, path: Path) -> Description:
+        file, envelope = _read(path)
+        sites = [site for each in envelope.selections.values() for site in each]
+        names = {each: f"{each.removesuffix('.weight')}.value" for each in envelope.train}
+        return Description(
+            self.name,
+            (file,),
+            methods=(envelope.method,),
+            options={key: value for key, value in envelope.config.items() if key != "method"},
+            base=envelope.base or "",
+            host=envelope.host,
+            sites=unique(_place(site) for site in sites),
+            trained={each: file.shapes[name] for each, name in names.items() if name in file.shapes},
+            problem=trouble(lambda: options_of(method_of(envelope), envelope)),
+        )
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
         tensors = injection.state_dict()
@@ -55,6 +69,20 @@ class Native(Format):
             )
         envelope = envelope_of(injection, weights)
         return {TENSORS: Tensors(tensors, {METADATA: envelope.short}), ENVELOPE: envelope.text}
+
+
+def _read(path: Path) -> tuple[TensorFile, Envelope]:
+    file = TensorFile(path / TENSORS if path.is_dir() else path)
+    if METADATA not in file.metadata:
+        raise CheckpointError(f"{file.path} does not say what adapter it holds")
+    return file, parse_envelope(parse_json(file.metadata[METADATA], file.path), file.path)
+
+
+def _place(site: SavedSite) -> str:
+    """A site as messages spell it."""
+    tensor = "" if site.tensor == "weight" else site.tensor
+    path = f"{site.module_path}.{tensor}".strip(".")
+    return path if site.rows is None else f"{path}:{site.role or site.rows[0][0]}"
 
 
 class NativeContent(Content):

@@ -7,7 +7,7 @@ that train along. How one of them keeps its options and tensors is said by a `Pe
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ from peftcore.errors import CheckpointError
 from peftcore.files import TensorFile, read_json
 from peftcore.injection import Injection
 from peftcore.interop.composing import composed, literally
+from peftcore.interop.description import Description, trouble, unique
 from peftcore.interop.formats import Content, Files, Format, Tensors, held_by
 from peftcore.interop.found import Found
-from peftcore.interop.keys import Keys
+from peftcore.interop.keys import OFF, Keys
 from peftcore.interop.peft_method import PeftMethod, peft_method
 from peftcore.interop.peft_names import (
     Group,
     bare_names,
     check_targets,
+    grouped_names,
     parameters_meant,
     sort_names,
     written_path,
@@ -66,9 +68,49 @@ class Peft(Format):
         file = TensorFile(path / TENSORS)
         return PeftContent(keys, file, bare_names(file, method.stem), method, model)
 
+    def describe(self, path: Path) -> Description:
+        options = read_json(path / CONFIG)
+        keys = Keys(options, path / CONFIG)
+        if not (path / TENSORS).exists():
+            raise CheckpointError(f"{path} has no {TENSORS}; {held_by(path)}")
+        return described(self.name, keys, TensorFile(path / TENSORS))
+
     def files(self, injection: Injection, weights: bool = False) -> Files:
         options, tensors = written(injection)
         return {TENSORS: Tensors(tensors, {"format": "pt"}), CONFIG: text_of(options)}
+
+
+def described(name: str, keys: Keys, file: TensorFile, names: Mapping[str, str] | None = None) -> Description:
+    """What options and names of tensors say without a host.
+
+    Args:
+        name: of the format.
+        names: as of `PeftContent`.
+    """
+    kind = keys.take("peft_type", str)
+    about = Description(
+        name,
+        (file,),
+        kind=kind,
+        options={key: value for key, value in keys.data.items() if value not in OFF and key not in NEUTRAL},
+        base=keys.take("base_model_name_or_path", str, ""),
+        task=keys.take("task_type", str, ""),
+    )
+    if problem := trouble(lambda: peft_method(kind, keys.where)):
+        return replace(about, problem=problem)
+    method = peft_method(kind, keys.where)
+    held = bare_names(file, method.stem) if names is None else names
+    grouped, whole, rest = grouped_names(held, method.below, method.root)
+    shapes = {key: file.shapes[full] for key, full in next(iter(grouped.values()), whole).items()}
+    ours: list[str] = []
+    problem = trouble(lambda: ours.append(method.options(keys, shapes)["method"]))
+    return replace(
+        about,
+        methods=tuple(ours),
+        sites=unique(path for path, _ in grouped),
+        trained={path: file.shapes[full] for path, full in rest.items()},
+        problem=problem,
+    )
 
 
 @dataclass

@@ -96,6 +96,32 @@ def _bare(name: str, stem: str) -> str:
     return name
 
 
+Grouped = tuple[dict[tuple[str, int], dict[str, str]], dict[str, str], dict[str, str]]
+
+
+def grouped_names(names: Mapping[str, str], below: Iterable[str], root: Iterable[str]) -> Grouped:
+    """Full names by path and depth of the wrapper, and by what stands below; those of the whole; and the others.
+
+    Args: as of `sort_names`.
+    """
+    below, root = sorted(below, key=len, reverse=True), tuple(root)
+    grouped: dict[tuple[str, int], dict[str, str]] = {}
+    whole: dict[str, str] = {}
+    rest: dict[str, str] = {}
+    for name, full in names.items():
+        if any(name == each or (each.endswith(".") and name.startswith(each)) for each in root):
+            whole[name] = full
+            continue
+        leaf = next((each for each in below if f".{name}".endswith(f".{each}")), None)
+        if leaf is None:
+            rest[name] = full
+            continue
+        steps = name.removesuffix(leaf).strip(".").split(".")
+        path = ".".join(step for step in steps if step != WRAPPER)
+        grouped.setdefault((path, steps.count(WRAPPER)), {})[leaf] = full
+    return grouped, whole, rest
+
+
 def sort_names(
     file: TensorFile,
     names: Mapping[str, str],
@@ -114,23 +140,8 @@ def sort_names(
     Raises:
         HostMismatch: the host has not the modules that they stand at.
     """
-    below, root = sorted(below, key=len, reverse=True), tuple(root)
     modules = dict(model.named_modules())
-    grouped: dict[tuple[str, int], dict[str, str]] = {}
-    whole: dict[str, str] = {}
-    rest: dict[str, str] = {}
-    for name, full in names.items():
-        if any(name == each or (each.endswith(".") and name.startswith(each)) for each in root):
-            whole[name] = full
-            continue
-        leaf = next((each for each in below if f".{name}".endswith(f".{each}")), None)
-        if leaf is None:
-            rest[name] = full
-            continue
-        steps = name.removesuffix(leaf).strip(".").split(".")
-        depth = steps.count(WRAPPER)
-        path = ".".join(step for step in steps if step != WRAPPER)
-        grouped.setdefault((path, depth), {})[leaf] = full
+    grouped, whole, rest = grouped_names(names, below, root)
     move = find_move((path for path, _ in grouped), modules, f"the adapter in {file.path}")
     meant = keys.names("target_parameters")
     groups = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import socket
 import subprocess
 import sys
@@ -15,11 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from hostile_files import SAMPLES, Sample, assembled, bench_of, fuzz, parsed, write
+from hostile_files import SAMPLES, Sample, assembled, bench_of, broken, fuzz, parsed, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import peftcore
+from peftcore.checkpoint import describe
 from peftcore.errors import CheckpointError, HostMismatch, NewerFormat, PeftcoreError, UnknownMethod
 from peftcore.testing import HOSTS
 from peftcore.testing.tools import differences, trace
@@ -63,6 +65,24 @@ def test_whatever_is_in_a_file_it_loads_or_gives_one_typed_error(part: int, tmp_
     assert not NAMES & (set(sys.modules) - before), "a file made something be imported"
     refused = sum(outcomes.values()) - outcomes["loaded"]
     assert refused > 0.3 * CASES / PARTS and outcomes["loaded"] > 0.02 * CASES / PARTS, outcomes
+
+
+def test_whatever_is_in_a_file_it_describes_itself_or_gives_one_typed_error(tmp_path: Path) -> None:
+    """Without a host, and without a look at any value but alpha's."""
+    outcomes = {"described": 0, "refused": 0}
+    for index in range(len(SAMPLES) * 4):
+        sample, rng = SAMPLES[index % len(SAMPLES)], random.Random(f"{SEED}:{index}")
+        write(sample.files if index < len(SAMPLES) else broken(sample, rng), tmp_path / "adapter")
+        start = time.process_time()
+        try:
+            about = describe(tmp_path / "adapter")
+            assert about.bytes >= 0 and (index >= len(SAMPLES) or (about.values and not about.problem)), sample.name
+            outcomes["described"] += 1
+        except PeftcoreError as error:
+            assert index >= len(SAMPLES) and str(tmp_path) in str(error), f"{sample.name}: {error}"
+            outcomes["refused"] += 1
+        assert time.process_time() - start < 2, sample.name
+    assert min(outcomes.values()) > len(SAMPLES), outcomes
 
 
 def test_every_sample_loads_as_it_was_saved(tmp_path: Path) -> None:
