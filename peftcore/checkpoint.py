@@ -35,6 +35,7 @@ from peftcore.interop.formats import Tensors, format_named, recognize
 from peftcore.interop.hub import located
 from peftcore.interop.patterns import one_file
 from peftcore.operators import Checked
+from peftcore.saving import saving_base
 from peftcore.surgery import Surgeon
 
 SPARE = 2**28
@@ -89,7 +90,7 @@ def load(
     place = located(path)
     if name is not None:
         check_name(model, name)
-    with _about(place), _values_wanted(model), one_file():
+    with _about(place), _values_wanted(model), one_file(), saving_base():  # it knows nothing of other adapters
         content = recognize(place).open(place, model)
     with _about(content.where), _values_wanted(model):
         envelope = content.envelope

@@ -313,6 +313,19 @@ def saved(path: Path, **options: Any) -> tuple[nn.Module, nn.Module, Tensor]:
     return base, saved_by_peft(base, lora(**{"target_modules": ["0", "2"], **options}), path), x
 
 
+@pytest.mark.parametrize("fmt", ["peft", "diffusers", "kohya"])
+def test_a_file_beside_another_adapter(fmt: str, tmp_path: Path) -> None:
+    """The operators that are on the host already have names that end as the modules do which the file means."""
+    model, run = host("llama")
+    injection = peftcore.apply(model, "lora", target=["q_proj"], rank=2)
+    fill(injection.parameters())
+    injection.save(tmp_path, format=fmt)
+    expected = run(model)
+    again = peftcore.load(model, tmp_path, name="again")
+    with peftcore.activate(model, again.name):
+        assert torch.equal(run(model), expected)
+
+
 @pytest.mark.parametrize("prefix", ["", "base_model."])
 def test_names_without_a_prefix(prefix: str, tmp_path: Path) -> None:
     base, theirs, x = saved(tmp_path, modules_to_save=["2"], target_modules=["0"])
