@@ -24,6 +24,7 @@ from peftcore.contract import Method, MethodConfig
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
 from peftcore.injection import Injection
 from peftcore.operators import Factors, _Base, is_mergeable
+from peftcore.progress import through
 from peftcore.surgery import Wishes
 from peftcore.targets import Site
 from peftcore.weights import bias_name, put, take, whole
@@ -211,7 +212,8 @@ def to_lora(injection: Injection, rank: int, name: str | None = None) -> tuple[I
         UnknownMethod: LoRA is not installed.
     """
     warn_of_heads([injection])
-    made = {path: _nearest(change, rank) for path, change in _matrices(changes(injection)).items()}
+    found = through(_matrices(changes(injection)).items(), "factors of changes")
+    made = {path: _nearest(change, rank) for path, change in found}
     lora = _lora(injection.model, made, name or f"{injection.name}_lora", [injection.name])
     return lora, {path: error for path, (_, _, error) in made.items()}
 

@@ -43,11 +43,16 @@ def settings(given: list[str] | None, flag: str = "--set", example: str = "train
     return found
 
 
+def printable(text: object) -> str:
+    """A text in which a file's names may be: what a terminal would obey, such as escapes, is spelled out."""
+    return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in str(text))
+
+
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
     """What peftcore refuses becomes one message and exit code 2; anything else is our fault and keeps its traceback."""
     try:
         yield
     except PeftcoreError as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print(f"Error: {printable(error)}", file=sys.stderr)
         raise typer.Exit(2) from None

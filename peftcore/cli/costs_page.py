@@ -20,7 +20,7 @@ MEMORY = {
     "gradients": "gradients",
     "optimizer": "AdamW's states",
     "activations": "activations",
-    "total": "together",
+    "total": "at least",
 }
 
 

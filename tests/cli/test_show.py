@@ -81,9 +81,11 @@ def test_options_of_every_kind() -> None:
 
 
 def test_brackets_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    console().print(options_table([Option("x", "list[int]", False, "[red]", "", "as [bold] as this")]))
+    table = options_table([Option("x", "list[int]", False, "[red]", "", "as [bold] as this")])
+    table.add_row("peftcore[cli]", "[b]", ":smile:")
+    console().print(table)
     out = capsys.readouterr().out
-    assert "list[int]" in out and "[red]" in out and "as [bold] as this" in out
+    assert all(each in out for each in ("list[int]", "[red]", "as [bold] as this", "peftcore[cli]", "[b]", ":smile:"))
 
 
 def test_prose_is_set_anew_and_equations_are_not(capsys: pytest.CaptureFixture[str]) -> None:

@@ -65,6 +65,7 @@ def test_changes_are_in_colour(gpt2: Path) -> None:
     green, magenta = "\x1b[32m", "\x1b[35m"
     assert any(green in line and "lora [attn.q]" in line for line in found)
     assert any(magenta in line and "ia3 [attn.k]" in line for line in found)
+    assert any(line.lstrip().startswith(green) and "c_attn" in line for line in found)
     assert not any(green in line or magenta in line for line in found if "c_fc" in line)
 
 

@@ -38,7 +38,8 @@ def plan(
     """What a method would train in a model, and what memory a step takes.
 
     The model is built from its configuration alone. Activations are counted by a run without values, with the kernels
-    of a CPU and without gradient checkpointing; full fine-tuning stands beside it.
+    of a CPU and without gradient checkpointing; full fine-tuning stands beside it. The peak of a step lies above the
+    sum: gradients of activations and buffers of kernels come and go, and are not counted.
     """
     with answered():
         options = settings(option, "--option", "rank=16")

@@ -1,0 +1,58 @@
+"""What the jobs on adapter files came to; light, for what prints it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from peftcore.merging import MergeReport
+
+NATIVE = "native"
+OURS = "peftcore"
+"""What the files that we call native are called in `formats()`."""
+
+
+def shown_format(name: str) -> str:
+    """A format as the command line calls it."""
+    return NATIVE if name == OURS else name
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One adapter that is in the weights now."""
+
+    adapter: str
+    method: str
+    weight: float
+    sites: int
+    report: MergeReport
+
+
+@dataclass(frozen=True)
+class Converted:
+    """An adapter in another format."""
+
+    adapter: str
+    was: str
+    now: str
+    method: str
+    sites: int
+    values: int
+    model: Path
+    weights: bool
+    """Whether the model's weights had to be loaded."""
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An adapter as a LoRA."""
+
+    adapter: str
+    method: str
+    rank: int
+    format: str
+    errors: dict[str, float]
+    """Of each site: norm of what is lost over norm of the change."""
+    values: int
+    files: tuple[str, ...]

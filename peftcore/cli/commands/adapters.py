@@ -1,0 +1,208 @@
+"""What is done with adapter files: ``peftcore inspect``, ``merge``, ``convert``, ``export-lora``."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftcore.cli.app import Json, answered, app, printable
+from peftcore.cli.errors import BadInput
+
+
+class Into(StrEnum):
+    """What becomes of packed weights."""
+
+    float = "float"
+    same = "same"
+
+
+Adapter = Annotated[str, typer.Argument(help="Folder or file of an adapter, in any format that peftcore loads.")]
+Model = Annotated[Path, typer.Argument(help="Folder of a model of transformers, diffusers or timm, or of a pipeline.")]
+OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
+ModelClass = Annotated[str | None, typer.Option(help="Class of transformers, for a head that the folder has not.")]
+Component = Annotated[str | None, typer.Option(help="Which model of a pipeline; found out when only one fits.")]
+
+
+@app.command()
+def inspect(adapter: Adapter, json: Json = False) -> None:
+    """Say what an adapter file is, without any model: format, method, options, base, sites, tensors."""
+    with _at_work():
+        from rich.console import Console
+
+        from peftcore.checkpoint import describe
+        from peftcore.cli import adapter_tables as tables
+
+        about = describe(adapter)
+        if json:
+            print(tables.as_json(tables.description_data(about)))
+        else:
+            tables.show_description(about, Console())
+
+
+@app.command()
+def merge(
+    model: Model,
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Adapters, merged in this order.")],
+    out: OutFolder,
+    into: Annotated[
+        Into, typer.Option(help="Of a packed model: a dense one, or one packed in the same way.")
+    ] = Into.float,
+    weights: Annotated[str | None, typer.Option(help="How much of each, separated by commas: 0.7,0.3.")] = None,
+    max_error: Annotated[float, typer.Option(min=0, help="Of a weight that is packed again: above it, refuse.")] = 0.25,
+    component: Component = None,
+    model_class: ModelClass = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Fold adapters into a model and write it, tokenizer and all, so that it loads without peftcore."""
+    with _at_work() as display:
+        shares = _weights(weights, len(adapters))
+        output = _output(out, overwrite, [model, *map(Path, adapters)])
+        from rich.console import Console
+
+        from peftcore.cli import adapter_tables as tables
+        from peftcore.cli import adapters as jobs
+        from peftcore.cli.adapter_hosts import Wanted
+
+        wanted = Wanted(model, component, model_class)
+        read = [jobs.read(each) for each in adapters]
+        with display() as line:
+            merged = jobs.merge(wanted, read, output, shares, into.value, max_error, line)
+        if json:
+            print(tables.as_json(tables.merged_data(model, out, merged)))
+        else:
+            tables.show_merged(out, merged, Console())
+
+
+@app.command()
+def convert(
+    adapter: Adapter,
+    to: Annotated[str, typer.Option(help="native, peft, diffusers or kohya; diffusers/text_encoder_2 names a part.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, or FILE.safetensors where one file says all.")],
+    model: Annotated[
+        Path | None, typer.Option(help="The model's folder; otherwise the one that the adapter names.")
+    ] = None,
+    component: Component = None,
+    model_class: ModelClass = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write an adapter in another format.
+
+    Of the model only its configuration is read; its weights are loaded where the conversion depends on them.
+    """
+    with _at_work() as display:
+        from rich.console import Console
+
+        from peftcore.cli import adapter_tables as tables
+        from peftcore.cli import adapters as jobs
+        from peftcore.cli.adapter_hosts import Wanted, base_folder
+
+        format = _format(to)
+        read = jobs.read(adapter)
+        wanted = Wanted(base_folder(read) if model is None else model, component, model_class)
+        output = _output(out, overwrite, [wanted.folder, Path(adapter)])
+        with display() as line:
+            done = jobs.convert(wanted, read, format, output, line)
+        if json:
+            print(tables.as_json(tables.converted_data(done)))
+        else:
+            tables.show_converted(done, Console())
+
+
+@app.command()
+def export_lora(
+    model: Model,
+    adapter: Adapter,
+    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, or FILE.safetensors where one file says all.")],
+    format: Annotated[str, typer.Option(help="native, peft, diffusers or kohya.")] = "peft",
+    max_error: Annotated[
+        float | None, typer.Option(min=0, help="Write nothing if a site loses more of its change: 0.05 is 5 percent.")
+    ] = None,
+    component: Component = None,
+    model_class: ModelClass = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Write the LoRA that is nearest to what an adapter of any method does to weights, and say how near it is."""
+    with _at_work() as display:
+        to = _format(format)
+        output = _output(out, overwrite, [model, Path(adapter)])
+        from rich.console import Console
+
+        from peftcore.cli import adapter_tables as tables
+        from peftcore.cli import adapters as jobs
+        from peftcore.cli.adapter_hosts import Wanted
+
+        read = jobs.read(adapter)
+        with display() as line:
+            injection = jobs.load_whole(Wanted(model, component, model_class), read, line)
+        done = jobs.export_lora(injection, read, rank, to, output, max_error)  # which has a bar of its own
+        if json:
+            print(tables.as_json(tables.exported_data(done)))
+        else:
+            tables.show_exported(done, Console())
+
+
+@contextmanager
+def _at_work() -> Iterator[Any]:
+    """Errors are one message, warnings one line each; what is given back makes the progress display."""
+
+    def told(message: Warning | str, *place: Any, **more: Any) -> None:
+        print(f"Warning: {printable(message)}", file=sys.stderr)
+
+    def display() -> Any:
+        from rich.console import Console
+
+        from peftcore.cli.progress import Line
+        from peftcore.cli.quiet import no_bars
+
+        no_bars()
+        return Line(Console(stderr=True))
+
+    with answered(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("default", module="peftcore")
+        warnings.showwarning = told
+        yield display
+
+
+def _output(out: Path, overwrite: bool, sources: Sequence[Path]) -> Any:
+    from peftcore.cli.output import Output
+
+    return Output(out, overwrite, sources)
+
+
+def _format(name: str) -> str:
+    """What `save` calls a format."""
+    from peftcore.cli.adapter_results import NATIVE, OURS, shown_format
+    from peftcore.interop.formats import format_named, formats
+
+    found = OURS if name == NATIVE else name
+    if found.partition("/")[0] not in formats():
+        raise BadInput(f"there is no format {name!r}; there are: {', '.join(map(shown_format, formats()))}")
+    format_named(found)
+    return found
+
+
+def _weights(text: str | None, count: int) -> list[float]:
+    """One weight for each adapter."""
+    if text is None:
+        return [1.0] * count
+    try:
+        found = [float(each) for each in text.split(",")]
+    except ValueError:
+        raise BadInput(f"--weights {text}: numbers separated by commas, such as 0.7,0.3") from None
+    if len(found) != count or not all(map(math.isfinite, found)):
+        raise BadInput(f"--weights {text}: {count} finite numbers are needed, one for each adapter")
+    return found
