@@ -95,7 +95,7 @@ def test_lowers_the_training_loss_below_what_the_trained_head_reaches(method: st
     assert max(left) <= 0.95, left
 
 
-def test_an_adapter_that_does_nothing_would_be_noticed(probed: Probed, monkeypatch):
+def test_an_adapter_that_does_nothing_would_be_noticed(probed: Probed):
     class InertConfig(peftcore.MethodConfig):
         method: Literal["inert"] = "inert"
 
@@ -123,6 +123,5 @@ def test_an_adapter_that_does_nothing_would_be_noticed(probed: Probed, monkeypat
         def parameter_count(site, config):
             return 1
 
-    monkeypatch.setattr("peftcore.catalogue._registered", {})
     peftcore.register(Inert)
     assert probed.loss_left_by("inert", demo.Recipe(1e-2), seed=0) == pytest.approx(1, abs=1e-6)

@@ -52,8 +52,6 @@ def test_a_method_for_people() -> None:
 
 def test_every_option_of_every_method_has_a_type_and_a_description() -> None:
     for info in peftcore.methods():
-        if info.plugin == "registered":
-            continue  # toys that other tests of this process bring
         for option in Shown.of(f"{info.plugin}/{info.name}").options:
             assert option.description, (info.name, option.name)
             assert "any" not in option.type.split(), (info.name, option.name)
