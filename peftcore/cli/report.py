@@ -13,10 +13,12 @@ from peftcore.files import write_text
 
 
 def write(report: Report, folder: Path) -> None:
-    """``results.json`` and ``results.png``."""
-    from peftcore.cli.picture import draw_picture
+    """``results.json``, ``results.png`` and ``report.html``."""
+    from peftcore.cli.html import page
+    from peftcore.cli.plots import draw_picture
 
     write_text(folder / "results.json", report.as_json())
+    write_text(folder / "report.html", page(report))
     draw_picture(report, folder / "results.png")
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from operator import attrgetter
 from typing import Any
 
 from peftcore import __version__
@@ -101,7 +102,9 @@ class Report:
         scores = [trial.after[self.metric] for trial in trials]
         mean = statistics.mean(scores)
         error = None
-        if len(scores) > 1:
+        if not math.isfinite(mean):
+            pass
+        elif len(scores) > 1:
             error = statistics.stdev(scores) / math.sqrt(len(scores))
         elif self.metric == "accuracy":
             error = math.sqrt(mean * (1 - mean) / self.held_out_size)
@@ -117,17 +120,27 @@ class Report:
 
     def as_json(self) -> str:
         """For programs."""
-        versions = {"peftcore": __version__, **{name: version(name) for name in LIBRARIES}}
-        document = {"versions": versions, **asdict(self)}
+        document = {"versions": versions(), **asdict(self)}
         for entry, trial in zip(document["trials"], self.trials, strict=True):
             entry["share"] = trial.share
         return json.dumps(document, indent=2) + "\n"
 
 
-def front(entries: Iterable[Entry], better: Any) -> list[Entry]:
-    """From the smallest up, each that is better than all smaller ones."""
+def versions() -> dict[str, str]:
+    """Of what the numbers depend on."""
+    return {"peftcore": __version__, **{name: version(name) for name in LIBRARIES}}
+
+
+def front(
+    entries: Iterable[Entry],
+    better: Callable[[float, float], bool],
+    cost: Callable[[Entry], float] = attrgetter("trainable"),
+) -> list[Entry]:
+    """From the cheapest up, each that is better than all cheaper ones. A score that is no number is not among them."""
     found: list[Entry] = []
-    for entry in sorted(entries, key=lambda each: (each.trainable, -each.score if better(1, 0) else each.score)):
+    sign = -1 if better(1, 0) else 1
+    scored = (entry for entry in entries if math.isfinite(entry.score))
+    for entry in sorted(scored, key=lambda each: (cost(each), sign * each.score)):
         if not found or better(entry.score, found[-1].score):
             found.append(entry)
     return found

@@ -66,8 +66,11 @@ def test_all_start_from_the_same_head_and_the_reference_trains_everything(finish
     assert all(trial["trainable"] > 34 for name, trial in trials.items() if name != "linear_probe")
 
 
-def test_the_picture_is_a_png(finished):
-    assert (finished[1] / "out" / "results.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+def test_the_picture_is_a_png_and_the_page_has_a_row_for_every_method(finished):
+    report, folder = finished
+    assert (folder / "out" / "results.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    page = (folder / "out" / "report.html").read_text(encoding="utf-8")
+    assert [name for name in METHODS.split(",") if f">{name}<" not in page] == []
 
 
 def test_saved_adapters_load_into_a_fresh_model_and_score_the_same(finished, encoder):

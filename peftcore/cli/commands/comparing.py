@@ -86,4 +86,4 @@ def compare(
             print(report.as_json(), end="")
         else:
             Console().print(table(report))
-            print(f"{comparison.out}: results.json, results.png, runs/")
+            print(f"{comparison.out}: report.html, results.json, results.png, runs/")

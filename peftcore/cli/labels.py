@@ -1,0 +1,213 @@
+"""Names beside the points of a chart, such that none covers a point, a line or another name."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.text import Text
+
+NEAR = ((9, 0), (-9, 0), (7, 8), (-7, 8), (7, -8), (-7, -8), (0, 10), (0, -10))
+"""Where a name may stand, best first: offset from its point in points of type."""
+RINGS = (22, 36, 52, 70, 90, 115)
+"""And how far away, with a thin line to the point, when all of those are taken."""
+DIRECTIONS = 16
+START = 7
+"""How far from a point the line to its name begins."""
+GAP = 1.5
+
+Box = tuple[float, float, float, float]
+"""Left, bottom, right, top, in pixels."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A point that wants a name."""
+
+    x: float
+    y: float
+    names: tuple[str, ...]
+    """The one to write, and shorter ones for want of room."""
+    group: str
+    """What the name belongs to, among what is drawn."""
+    colour: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """An offset, and how a text is aligned there."""
+
+    x: float
+    y: float
+    far: bool
+
+    @property
+    def horizontal(self) -> str:
+        steep = abs(self.x) < 0.3 * math.hypot(self.x, self.y)
+        return "center" if steep else ("left" if self.x > 0 else "right")
+
+    @property
+    def vertical(self) -> str:
+        flat = abs(self.y) < 0.3 * math.hypot(self.x, self.y)
+        return "center" if flat else ("bottom" if self.y > 0 else "top")
+
+    def box(self, x: float, y: float, width: float, height: float) -> Box:
+        left = x + self.x - {"left": 0.0, "center": width / 2, "right": width}[self.horizontal]
+        bottom = y + self.y - {"bottom": 0.0, "center": height / 2, "top": height}[self.vertical]
+        return left - GAP, bottom - GAP, left + width + GAP, bottom + height + GAP
+
+
+class Taken:
+    """Where something is already."""
+
+    def __init__(self, boxes: Iterable[Box]) -> None:
+        self._boxes = np.array(list(boxes), dtype=float).reshape(-1, 4)
+
+    def add(self, boxes: Sequence[Box]) -> None:
+        self._boxes = np.concatenate([self._boxes, np.array(boxes, dtype=float).reshape(-1, 4)])
+
+    def free(self, box: Box) -> bool:
+        left, bottom, right, top = self._boxes.T
+        apart = (left >= box[2]) | (right <= box[0]) | (bottom >= box[3]) | (top <= box[1])
+        return bool(apart.all())
+
+
+def place(axes: Axes, wishes: Iterable[Wish], marks: Sequence[Box], lines: Sequence[Box]) -> None:
+    """Write the names, the first wishes first; a name may cross ``lines`` where there is no other room.
+
+    Neither the axes nor the figure may change their size afterwards: a name for which nothing is free is left out.
+    """
+    firm = Taken(marks)
+    all_of_it = Taken([*marks, *lines])
+    for wish in wishes:
+        found = _first_free(axes, wish, (all_of_it, firm))
+        if found is None:
+            continue
+        text, spot, boxes = found
+        _write(axes, wish, text, spot)
+        firm.add(boxes)
+        all_of_it.add(boxes)
+
+
+def _first_free(axes: Axes, wish: Wish, layers: Sequence[Taken]) -> tuple[str, Place, list[Box]] | None:
+    x, y = axes.transData.transform((wish.x, wish.y))
+    for name in wish.names:
+        width, height = extent(axes, name)
+        for taken in layers:
+            for spot in _places():
+                box = spot.box(x, y, width, height)
+                leader = _leader(x, y, spot) if spot.far else []
+                if _inside(axes, box) and taken.free(box) and all(taken.free(each) for each in leader):
+                    return name, spot, [box, *leader]
+    return None
+
+
+def _places() -> Iterator[Place]:
+    for x, y in NEAR:
+        yield Place(x, y, far=False)
+    for radius in RINGS:
+        for turn in range(DIRECTIONS):
+            angle = 2 * math.pi * turn / DIRECTIONS
+            yield Place(radius * math.cos(angle), radius * math.sin(angle), far=True)
+
+
+def _leader(x: float, y: float, spot: Place) -> list[Box]:
+    """The line from the point to its name, without what lies under the point itself."""
+    length = math.hypot(spot.x, spot.y)
+    return [
+        around(x + spot.x * along / length, y + spot.y * along / length, 1)
+        for along in np.arange(START + 3, length - GAP - 1, 3.0)
+    ]
+
+
+def _inside(axes: Axes, box: Box) -> bool:
+    """Names may reach into the margins of the figure right of the axes, not over what is written along them."""
+    within = axes.get_window_extent()
+    right = axes.figure.bbox.width - 2
+    return box[0] >= within.x0 and box[1] >= within.y0 and box[2] <= right and box[3] <= within.y1 + 2
+
+
+def _write(axes: Axes, wish: Wish, text: str, spot: Place) -> None:
+    note = axes.annotate(
+        text,
+        (wish.x, wish.y),
+        xytext=(spot.x, spot.y),
+        textcoords="offset points",
+        ha=spot.horizontal,
+        va=spot.vertical,
+        color=wish.colour,
+        in_layout=False,
+        parse_math=False,
+        zorder=5,
+    )
+    note.set_gid(f"{wish.group}-name")
+    if spot.far:
+        center = axes.transData.transform((wish.x, wish.y))
+        length = math.hypot(spot.x, spot.y)
+        way = np.array((spot.x, spot.y)) * [[START / length], [1 - 2 * GAP / length]]
+        ends = axes.transData.inverted().transform(center + way)
+        axes.plot(*ends.T, color=wish.colour, linewidth=0.7, clip_on=False, zorder=5, gid=f"{wish.group}-leader")
+
+
+def extent(axes: Axes, text: str) -> tuple[float, float]:
+    """Width and height of a text in pixels."""
+    probe = Text(0, 0, text, figure=axes.figure, parse_math=False)
+    box = probe.get_window_extent()
+    return box.width, box.height
+
+
+def around(x: float, y: float, radius: float) -> Box:
+    return x - radius, y - radius, x + radius, y + radius
+
+
+def along(axes: Axes, points: Sequence[tuple[float, float]]) -> list[Box]:
+    """Small boxes over a line through points of the data."""
+    if len(points) < 2:
+        return []
+    ends = axes.transData.transform(points)
+    boxes = []
+    for (x, y), (to_x, to_y) in pairwise(ends):
+        steps = max(2, int(math.hypot(to_x - x, to_y - y) / 4))
+        boxes += [around(x + (to_x - x) * s / steps, y + (to_y - y) * s / steps, 1) for s in range(steps + 1)]
+    return boxes
+
+
+def plain(name: str) -> str:
+    """On one line, of what can be printed."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in name).split())
+
+
+def shorten(name: str, length: int) -> str:
+    """With its middle left out if it is too long: names of variants differ at their ends."""
+    name = plain(name)
+    if len(name) <= length:
+        return name
+    head = (length - 1) // 2
+    return f"{name[:head].rstrip()}…{name[len(name) - (length - 1 - head) :].lstrip()}"
+
+
+def fitted(axes: Axes, name: str, room: float) -> str:
+    """As much of a name as there is room for, in pixels."""
+    lengths = range(2, len(name) + 1)
+    fitting = bisect_right(lengths, room, key=lambda length: extent(axes, shorten(name, length))[0])
+    return shorten(name, fitting + 1)
+
+
+def spread(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """The same heights, moved apart as little as it takes to be ``gap`` from each other, between two bounds."""
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    moved = list(heights)
+    floor = low
+    for index in order:
+        moved[index] = floor = max(moved[index], floor)
+        floor += gap
+    ceiling = high
+    for index in reversed(order):
+        moved[index] = ceiling = min(moved[index], ceiling)
+        ceiling -= gap
+    return moved
