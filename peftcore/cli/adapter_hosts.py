@@ -9,7 +9,8 @@ from pathlib import Path
 
 import peftcore
 from peftcore.cli.errors import BadInput
-from peftcore.cli.opening import PIPELINE, MadeOn, Opened, components, open_model, read_config
+from peftcore.cli.model_files import PIPELINE, read_config
+from peftcore.cli.opening import MadeOn, Opened, components, open_model
 from peftcore.errors import NoWeights, PeftcoreError
 from peftcore.injection import Injection
 from peftcore.interop.description import Description

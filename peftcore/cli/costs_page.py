@@ -10,7 +10,8 @@ from rich.text import Text
 
 from peftcore.cli.costs import Costs, Memory
 from peftcore.cli.folding import fold
-from peftcore.cli.pages import columns, share, size, spelled, tensors, times
+from peftcore.cli.numbers import size
+from peftcore.cli.pages import columns, share, spelled, tensors, times
 from peftcore.cli.recorded import Place, Recorded
 
 FULL = "full fine-tuning"

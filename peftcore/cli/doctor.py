@@ -16,7 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 import peftcore
-from peftcore.cli.pages import columns, size
+from peftcore.cli.numbers import size
+from peftcore.cli.pages import columns
 from peftcore.cli.quiet import quiet
 from peftcore.errors import PeftcoreError
 from peftcore.plugins import DISABLE, registry

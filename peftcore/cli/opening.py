@@ -1,13 +1,10 @@
 """Models of transformers, diffusers and timm in folders: opened with their weights, and written again.
 
-Which library it is, is said by a key of ``config.json``. Classes are those that the libraries export by the name in the
-file: no module is imported because a file names it, no code of a repository runs, and no pickle is read.
+No code of a repository runs, and no pickle is read.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,12 +18,12 @@ from torch import Size, nn
 
 import peftcore
 from peftcore.cli.errors import BadInput, require
+from peftcore.cli.model_files import CONFIG, PIPELINE, exported, read_config, reader_of
 from peftcore.cli.models import UNREADABLE, unreadable
 from peftcore.errors import NoWeights
 from peftcore.files import TensorFile
 from peftcore.interop.peft_prompts import TASKS
 
-CONFIG, PIPELINE = "config.json", "model_index.json"
 BROKEN: tuple[type[Exception], ...] = (
     *UNREADABLE,
     ArithmeticError,
@@ -88,26 +85,11 @@ def open_model(folder: Path, weights: bool = True, made_on: MadeOn | None = None
         BadInput: there is none, its library is missing, or the weights are damaged, of another model or pickled.
     """
     config = read_config(folder / CONFIG)
-    reader = next((reader for key, reader in READERS.items() if key in config), None)
-    if reader is None:
-        raise BadInput(f"{folder / CONFIG}: it has none of {', '.join(READERS)}, so nobody here knows the model")
+    reader = reader_of(READERS, config, folder)
     made_on = made_on or MadeOn()
     if made_on.meant is not None and reader is not _transformers:
         raise BadInput(f"{folder} is no model of transformers; leave out --model-class")
     return reader(folder, config, weights, made_on)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """A configuration of a library."""
-    if not path.is_file():
-        raise BadInput(f"{path.parent}: no such folder of a model; it has no {path.name}")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from error
-    if not isinstance(found, dict):
-        raise BadInput(f"{path}: holds no JSON object")
-    return found
 
 
 def components(pipeline: Path) -> dict[str, Path]:
@@ -118,12 +100,6 @@ def components(pipeline: Path) -> dict[str, Path]:
         if library in ("diffusers", "transformers") and name.isidentifier() and (pipeline / name / CONFIG).is_file():
             found[name] = pipeline / name
     return found
-
-
-def exported(library: str, name: object, kind: type) -> type | None:
-    """A class that a library exports under a name; None where it has none of the kind."""
-    found = getattr(importlib.import_module(library), name, None) if isinstance(name, str) else None
-    return found if isinstance(found, type) and issubclass(found, kind) else None
 
 
 @contextmanager
@@ -206,7 +182,7 @@ def _class(folder: Path, config: Mapping[str, Any], made_on: MadeOn) -> Any:
     if not lacking:
         return own
     listed = [each for task in TASKS if (each := _for_task(own.config_class, task)) is not None]
-    other: Any = exported("transformers", made_on.host.rpartition(".")[2], transformers.PreTrainedModel)
+    other: Any = exported(transformers, made_on.host.rpartition(".")[2], transformers.PreTrainedModel)
     other = other or _for_task(own.config_class, made_on.task)
     if other is None or other.config_class is not own.config_class:
         raise BadInput(
@@ -217,7 +193,7 @@ def _class(folder: Path, config: Mapping[str, Any], made_on: MadeOn) -> Any:
 
 
 def _known(folder: Path, name: object, where: str) -> Any:
-    found = exported("transformers", name, transformers.PreTrainedModel)
+    found = exported(transformers, name, transformers.PreTrainedModel)
     if found is None:
         raise BadInput(f"{folder}: {where} {name!r}, which is no model class of transformers")
     return found
@@ -257,7 +233,7 @@ def _diffusers(folder: Path, config: Mapping[str, Any], weights: bool, made_on: 
     require({"diffusers": "diffusers"})
     import diffusers
 
-    cls: Any = exported("diffusers", config["_class_name"], diffusers.ModelMixin)
+    cls: Any = exported(diffusers, config["_class_name"], diffusers.ModelMixin)
     if cls is None:
         raise BadInput(f"{folder / CONFIG}: diffusers exports no model {config['_class_name']!r}")
     if not weights:

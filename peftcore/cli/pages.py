@@ -50,14 +50,6 @@ def share(part: float) -> str:
     return f"{part:.3%}" if part >= 1e-4 or not part else f"{part:.1e}"
 
 
-def size(count: int) -> str:
-    """Bytes for people: three digits and a decimal unit."""
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 999.5 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.3g} {units[0]}"
-
-
 def spelled(value: Any) -> str:
     """A value as it may stand on a command line."""
     return value if isinstance(value, str) else to_json(value, fallback=repr).decode()

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from peftcore.cli.pages import size
+from peftcore.cli.numbers import size
 from peftcore.cli.trials import Entry, Report
 from peftcore.files import write_text
 

@@ -1,8 +1,7 @@
 """Models without their weights: built from a configuration, on the meta device, for what looks and does not train.
 
 Each library says how it builds one (`LIBRARIES`, chosen by a key of ``config.json``), and what its forward is given.
-Classes are those that the libraries export by the name in the file; no module is imported because a file names it, no
-code of a repository runs, and files of weights are not opened.
+No code of a repository runs, and files of weights are not opened.
 """
 
 from __future__ import annotations
@@ -10,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -25,12 +22,10 @@ from torch import nn
 from peftcore.cli import example_inputs
 from peftcore.cli.errors import BadInput, require
 from peftcore.cli.example_inputs import Config, Size
+from peftcore.cli.model_files import CONFIG, PIPELINE, exported, read_config, reader_of
 from peftcore.cli.quiet import quiet
 from peftcore.config import DTYPES
 
-T = TypeVar("T")
-
-CONFIG, PIPELINE = "config.json", "model_index.json"
 DENOISERS = ("unet", "transformer")
 """Folders of a pipeline of diffusers in which the model that is trained lies."""
 UNBUILT = "no model can be built from its configuration"
@@ -196,7 +191,7 @@ def skeleton(source: str, dtype: str | None = None) -> Skeleton:
         where, config = source, {"architecture": source.removeprefix(TIMM)}
     elif Path(source).is_dir():
         where, config = configured(Path(source))
-        kind = kind_of(where, config)
+        kind = reader_of(LIBRARIES, config, where)
     elif HUB_ID.fullmatch(source):
         kind, where, config = Transformers, source, {}
     else:
@@ -216,37 +211,11 @@ def configured(folder: Path) -> tuple[str, dict[str, Any]]:
     raise BadInput(f"{folder}: holds no {CONFIG}, and no pipeline with a {' or a '.join(DENOISERS)}")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Infinities are allowed: configurations of Mamba have some."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: cannot be read ({error})") from error
-    if not isinstance(found, dict):
-        raise BadInput(f"{path}: holds no JSON object")
-    return found
-
-
-def kind_of(source: str, config: Config) -> type[Skeleton]:
-    """The library that reads this configuration."""
-    for key, kind in LIBRARIES.items():
-        if key in config:
-            return kind
-    kinds = "transformers, timm or diffusers"
-    raise BadInput(f"{source}: its {CONFIG} is of no model of {kinds}: it has none of {', '.join(LIBRARIES)}")
-
-
 def chosen_dtype(name: str) -> torch.dtype:
     """A dtype by name."""
     if name not in DTYPES:
         raise BadInput(f"--dtype {name}: there are {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def exported(library: ModuleType, name: str, base: type[T]) -> type[T] | None:
-    """The subclass of `base` that a library exports under a name, if it does."""
-    found = getattr(library, name) if name in dir(library) else None
-    return found if isinstance(found, type) and issubclass(found, base) else None
 
 
 def parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:

@@ -341,7 +341,7 @@ def test_heads_that_do_not_fit_together(encoder: Path) -> None:
         ({"architecture": ["vit"]}, "timm has no model"),
         ({"_class_name": "DiffusionPipeline"}, "diffusers exports no model"),
         ({"architecture": "os"}, "timm has no model"),
-        ({"hidden_size": 3}, "nobody here knows the model"),
+        ({"hidden_size": 3}, "is of no model of transformers"),
         ([], "holds no JSON object"),
     ],
 )
