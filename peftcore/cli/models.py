@@ -16,6 +16,8 @@ from peftcore.cli.errors import BadInput
 
 GGUF = ".gguf"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+NO_KERNELS = {"attn_implementation": None, "experts_implementation": None}
+"""A configuration may ask for kernels from the Hub, which are code; transformers chooses among its own instead."""
 UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 """What transformers raises for a folder that holds no model, half a model or a model of another kind."""
 
@@ -61,7 +63,7 @@ def from_pretrained(auto: Any, model: Path | str, dtype: str = "float32", **opti
     """
     where, own = origin(model)
     try:
-        return auto.from_pretrained(where, dtype=getattr(torch, dtype), **own, **options)
+        return auto.from_pretrained(where, dtype=getattr(torch, dtype), **NO_KERNELS, **own, **options)
     except UNREADABLE as error:
         words = re.findall("[A-Z][a-z]+|[A-Z]+", auto.__name__)[1:]
         raise unreadable(model, " ".join(words).lower(), error) from error

@@ -1,6 +1,7 @@
 """The tasks of ``peftcore train`` beyond texts and their classes, each from a file or folder to an adapter."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import peftcore
 from peftcore.cli.commands import app
 from peftcore.cli.errors import BadInput
+from peftcore.cli.models import from_pretrained
 from peftcore.cli.runs import Run, read
 from peftcore.cli.sources import splits
 from peftcore.cli.tasks import TASKS, find
@@ -238,3 +240,14 @@ def test_every_task_is_named_and_described() -> None:
     for name in TASKS:
         found = find(name)
         assert found.__doc__ and all(field.description for field in found.Data.model_fields.values())
+
+
+def test_a_configuration_that_asks_for_code_of_the_hub_gets_attention_of_transformers(
+    decoder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(decoder, tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    wish = {"attn_implementation": "kernels-community/flash-attn", "experts_implementation": "someone/experts"}
+    (folder / "config.json").write_text(json.dumps({**settings, **wish}))
+    model = from_pretrained(transformers.AutoModelForCausalLM, folder)
+    assert model.config._attn_implementation == "sdpa"
