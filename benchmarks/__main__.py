@@ -1,0 +1,85 @@
+"""``python -m benchmarks``: a table, ``benchmarks/results.json`` and ``benchmarks/scaling.png``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from benchmarks import lifecycle, scaling, serving, steps
+from benchmarks.rows import Row
+
+HERE = Path(__file__).parent
+FIGURES: Mapping[str, Callable[[int], Iterator[list[Row]]]] = {
+    "import": lifecycle.importing,
+    "injection": lifecycle.injecting,
+    "around": lifecycle.around,
+    "token": serving.one_token,
+    "rows": serving.mixed_rows,
+    "steps": steps.step_rows,
+}
+
+
+def table(rows: list[Row]) -> Table:
+    """One row a figure; what is not reached is marked."""
+    found = Table("figure", "peftcore", "peft", "ratio (95 %)", "wanted", "", box=None, pad_edge=False)
+    for row in rows:
+        mark = "" if row.reached else "not reached"
+        found.add_row(row.figure, row.ours, row.theirs, str(row.ratio), f"≤ {row.wanted:g}", mark)
+    return found
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("figures", nargs="*", help=f"of {', '.join((*FIGURES, 'scaling'))}; all when left out")
+    parser.add_argument("--rounds", type=int, default=20, help="how often each contender runs")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=HERE)
+    given = parser.parse_args()
+    chosen = given.figures or [*FIGURES, "scaling"]
+    if unknown := set(chosen).difference(FIGURES, ["scaling"]):
+        parser.error(f"no figures are called {', '.join(sorted(unknown))}")
+    torch.set_num_threads(given.threads)
+    warnings.simplefilter("ignore")
+    rows: list[Row] = []
+    growth: list[scaling.Growth] = []
+    console = Console()
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for name in progress.track(chosen):
+            if name == "scaling":
+                for each in progress.track(scaling.all_growth(), total=3, description=name):
+                    growth.append(each)
+                continue
+            for found in FIGURES[name](given.rounds):
+                rows += found
+                progress.console.print(table(found))
+    console.print(table(rows))
+    for each in growth:
+        steepest = ", ".join(f"{name} {exponent:.2f}" for name, exponent in each.exponents().items())
+        console.print(f"{each.title}, steepest growth over {each.over} (1 is linear): {steepest}")
+    if growth:
+        scaling.draw(growth, given.out / "scaling.png")
+    versions = {name: version(name) for name in ("torch", "transformers", "peft", "peftcore")}
+    document = {
+        "machine": f"{platform.machine()}, {given.threads} threads",
+        "versions": versions,
+        "rounds": given.rounds,
+        "rows": [asdict(row) for row in rows],
+        "growth": [asdict(each) for each in growth],
+    }
+    (given.out / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

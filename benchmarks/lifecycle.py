@@ -1,0 +1,168 @@
+"""What happens around training: applying, merging, files, switching, importing."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+
+import peftcore
+from benchmarks.contenders import LORA
+from benchmarks.hosts import PROJECTIONS, llama
+from benchmarks.rows import Row
+from benchmarks.timing import Times, ratio, take_turns
+
+SITES = "336 sites"
+IMPORT = """
+import time, torch
+start = time.process_time()
+import {module}
+print(time.process_time() - start)
+"""
+
+
+def shown(times: Times, name: str) -> str:
+    return f"{1e3 * np.median(times[name]):.3g} ms"
+
+
+def compared(figure: str, times: Times, wanted: float, ours: str = "ours", theirs: str = "theirs") -> Row:
+    """Two times, and their ratio."""
+    return Row(figure, shown(times, ours), shown(times, theirs), ratio(times, ours, theirs), wanted)
+
+
+def thrice(calls: dict[str, Callable[[], Callable[[], object]]], rounds: int) -> Times:
+    """Times of calls that need something new each time: each is prepared first, which does not count."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(1 + rounds):
+        for name, prepare in calls.items():
+            call = prepare()
+            begin = time.perf_counter()
+            call()
+            if number:
+                found[name].append(time.perf_counter() - begin)
+            del call
+    return {name: np.array(each) for name, each in found.items()}
+
+
+def injecting(rounds: int) -> Iterator[list[Row]]:
+    """Applying LoRA to 48 blocks; and the twenty-first beside the second."""
+    base = llama(width=64, layers=48)
+
+    def first_of_ours() -> Callable[[], object]:
+        model = copy.deepcopy(base)
+        return lambda: peftcore.apply(model, "lora", target=PROJECTIONS)
+
+    def first_of_theirs() -> Callable[[], object]:
+        model = copy.deepcopy(base)
+        return lambda: peft.get_peft_model(model, LORA.settings())
+
+    ours, theirs = copy.deepcopy(base), LORA.theirs_on(copy.deepcopy(base), name="a0")
+    peftcore.apply(ours, "lora", target=PROJECTIONS, name="a0")
+
+    def another_of_ours(count: int) -> Callable[[], Callable[[], object]]:
+        def prepare() -> Callable[[], object]:
+            have = peftcore.injections(ours)
+            for name in list(have)[count:]:
+                have[name].remove()
+            for number in range(len(peftcore.injections(ours)), count):
+                peftcore.apply(ours, "lora", target=PROJECTIONS, name=f"a{number}")
+            return lambda: peftcore.apply(ours, "lora", target=PROJECTIONS, name=f"a{count}")
+
+        return prepare
+
+    def another_of_theirs(count: int) -> Callable[[], Callable[[], object]]:
+        def prepare() -> Callable[[], object]:
+            names: list[str] = list(theirs.peft_config)
+            for name in names[count:]:
+                theirs.delete_adapter(name)
+            for number in range(len(theirs.peft_config), count):
+                theirs.add_adapter(f"a{number}", LORA.settings())
+            return lambda: theirs.add_adapter(f"a{count}", LORA.settings())
+
+        return prepare
+
+    times = thrice({"ours": first_of_ours, "theirs": first_of_theirs}, rounds)
+    later = {}
+    for count in (1, 20):
+        later |= thrice({f"ours {count}": another_of_ours(count), f"theirs {count}": another_of_theirs(count)}, 3)
+    yield [
+        compared(f"injection of LoRA into {SITES}", times, 0.1),
+        compared("the 21st adapter", later, 0.1, "ours 20", "theirs 20"),
+        compared("the 21st adapter over the 2nd", later, 1.1, "ours 20", "ours 1"),
+    ]
+
+
+def around(rounds: int) -> Iterator[list[Row]]:
+    """Merge and unmerge, save, load, switch: LoRA on a host of width 512."""
+    base = llama(layers=8)
+    ours, theirs = copy.deepcopy(base), LORA.theirs_on(copy.deepcopy(base), name="a")
+    LORA.ours_on(ours, name="a"), LORA.ours_on(ours, name="b")
+    theirs.add_adapter("b", LORA.settings())
+    injection = peftcore.injections(ours)["a"]
+    lora: Any = theirs.base_model
+
+    def merge_ours() -> None:
+        injection.merge()
+        injection.unmerge()
+
+    def merge_theirs() -> None:
+        lora.merge_adapter(["a"])
+        lora.unmerge_adapter()
+
+    def switch_ours() -> None:
+        for name in ("b", "a"):
+            peftcore.activate(ours, name)
+
+    def switch_theirs() -> None:
+        for name in ("b", "a"):
+            lora.set_adapter(name)
+
+    with tempfile.TemporaryDirectory() as folder:
+        own, other = Path(folder, "ours"), Path(folder, "theirs")
+        injection.save(own)
+        theirs.save_pretrained(other, selected_adapters=["a"])
+
+        def load_ours() -> None:
+            peftcore.load(ours, own, name="c").remove()
+
+        def load_theirs() -> None:
+            theirs.load_adapter(other / "a", "c")
+            theirs.delete_adapter("c")
+
+        pairs: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
+            "switch": (switch_ours, switch_theirs),
+            "save": (lambda: injection.save(own), lambda: theirs.save_pretrained(other, selected_adapters=["a"])),
+            "load and remove": (load_ours, load_theirs),
+            "merge and unmerge": (merge_ours, merge_theirs),
+        }
+        for figure, (mine, yours) in pairs.items():
+            yield [compared(figure, take_turns({"ours": mine, "theirs": yours}, rounds), 1.0)]
+
+
+def importing(rounds: int) -> Iterator[list[Row]]:
+    """Processor seconds that an import adds to ``import torch``."""
+
+    def spent(module: str) -> float:
+        script = IMPORT.format(module=module)
+        done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+        return float(done.stdout.split()[-1])
+
+    found: dict[str, list[float]] = {"peftcore": [], "peft": []}
+    for _ in range(min(rounds, 7)):
+        for module, seconds in found.items():
+            seconds.append(spent(module))
+    assert statistics.median(found["peftcore"]) > 0
+    times = {"ours": np.array(found["peftcore"]), "theirs": np.array(found["peft"])}
+    yield [compared("import, beyond torch", times, 0.12)]
+
+
+FIGURES = (importing, injecting, around)

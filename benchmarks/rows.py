@@ -1,0 +1,24 @@
+"""What a benchmark finds: one row a figure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from benchmarks.timing import Estimate
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of ours beside peft's."""
+
+    figure: str
+    ours: str
+    theirs: str
+    ratio: Estimate
+    """Ours over theirs, of what the figure names."""
+    wanted: float
+    """The ratio is to be at most this."""
+
+    @property
+    def reached(self) -> bool:
+        return self.ratio.value <= self.wanted

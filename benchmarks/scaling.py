@@ -1,0 +1,135 @@
+"""How costs grow: with sites, with adapters on one host, with width. Straight lines in the plots are linear growth."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import peftcore
+from benchmarks.contenders import LORA, limit_step, training_step
+from benchmarks.hosts import PROJECTIONS, llama, tokens
+from benchmarks.serving import forward
+from benchmarks.timing import take_turns
+
+SITES = (100, 300, 1_000, 3_000, 10_000)
+ADAPTERS = (1, 3, 10, 30, 100, 300, 1_000)
+WIDTHS = (256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Costs over something that grows; all in milliseconds."""
+
+    title: str
+    over: str
+    sizes: tuple[int, ...]
+    costs: Mapping[str, tuple[float, ...]]
+
+    def exponents(self) -> dict[str, float]:
+        """The steepest growth between neighbours: 1 is linear. Costs below the first are as good as constant."""
+        steps = np.diff(np.log(self.sizes))
+        return {name: float(max(np.diff(np.log(each)) / steps)) for name, each in self.costs.items()}
+
+
+def milliseconds(call: Callable[[], object], times: int = 3) -> float:
+    """The least of a few: what others do to the machine only adds."""
+    found = []
+    for _ in range(times):
+        begin = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - begin)
+    return 1e3 * min(found)
+
+
+class Experts(nn.Module):
+    """Many small layers, of which each input passes one."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(count))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """One expert."""
+        output: torch.Tensor = self.experts[0](x)
+        return output
+
+
+def sites() -> Growth:
+    """Applying, merging and unmerging, removing."""
+    found: dict[str, list[float]] = {"apply": [], "merge and unmerge": [], "remove": []}
+    for count in SITES:
+        model = Experts(count)
+        begin = time.perf_counter()
+        injection = peftcore.apply(model, "lora", target="experts.*")
+        found["apply"].append(1e3 * (time.perf_counter() - begin))
+        begin = time.perf_counter()
+        injection.merge()
+        injection.unmerge()
+        found["merge and unmerge"].append(1e3 * (time.perf_counter() - begin))
+        begin = time.perf_counter()
+        injection.remove()
+        found["remove"].append(1e3 * (time.perf_counter() - begin))
+    return growth("LoRA on experts", "sites", SITES, found)
+
+
+def adapters() -> Growth:
+    """One more adapter beside those that are there; and a forward with one of them."""
+    model, ids = llama(width=64, layers=2), tokens(1, 8)
+    found: dict[str, list[float]] = {"apply one more": [], "forward": [], "switch": []}
+    call = forward(model, ids)
+    names: list[str] = []
+    for count in ADAPTERS:
+        while len(names) < count:
+            names.append(f"a{len(names)}")
+            begin = time.perf_counter()
+            peftcore.apply(model, "lora", target=PROJECTIONS, name=names[-1])
+            spent = 1e3 * (time.perf_counter() - begin)
+        found["apply one more"].append(spent)
+        peftcore.activate(model, names[-1])
+        call()
+        found["forward"].append(milliseconds(call, 10))
+        found["switch"].append(milliseconds(lambda: peftcore.activate(model, names[0]), 10))
+    return growth("adapters on one host", "adapters", ADAPTERS, found)
+
+
+def widths() -> Growth:
+    """A training step with LoRA, and the limit."""
+    found: dict[str, list[float]] = {"step": [], "limit": []}
+    for width in WIDTHS:
+        base, ids = llama(width=width, layers=1), tokens(1, 64)
+        steps = {"limit": limit_step(copy.deepcopy(base), ids), "step": training_step(LORA.ours_on(base), ids)}
+        for name, seconds in take_turns(steps, 5).items():
+            found[name].append(1e3 * float(np.median(seconds)))
+    return growth("a block of Llama", "width", WIDTHS, found)
+
+
+def growth(title: str, over: str, sizes: tuple[int, ...], found: Mapping[str, list[float]]) -> Growth:
+    return Growth(title, over, sizes, {name: tuple(each) for name, each in found.items()})
+
+
+def all_growth() -> Iterator[Growth]:
+    """One after the other."""
+    yield from (measure() for measure in (sites, adapters, widths))
+
+
+def draw(found: list[Growth], path: Path) -> None:
+    """A chart each, both axes logarithmic."""
+    figure = Figure(figsize=(4.2 * len(found), 3.6), dpi=120, layout="constrained")
+    for axes, each in zip(np.atleast_1d(figure.subplots(1, len(found))), found, strict=True):
+        for name, costs in each.costs.items():
+            axes.loglog(each.sizes, costs, marker="o", markersize=4, label=name)
+        start = min(costs[0] for costs in each.costs.values())
+        ends = np.array([each.sizes[0], each.sizes[-1]])
+        axes.loglog(ends, start * ends / ends[0], color="0.6", linestyle=":", label="linear")
+        axes.set(title=each.title, xlabel=each.over, ylabel="milliseconds")
+        axes.legend(fontsize=8, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)

@@ -1,0 +1,100 @@
+"""Without gradients: one token at a time, and a different adapter for each row."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import peftcore
+from benchmarks.contenders import LORA, PAIRS, Step
+from benchmarks.hosts import llama, tokens
+from benchmarks.rows import Row
+from benchmarks.steps import over
+from benchmarks.timing import overhead, take_turns
+
+LAYERS = 8
+WEIGHT_FORM = ("dora", "oft", "boft", "hra", "loha", "lokr", "fourierft")
+"""Methods that change the weight: after the first token they are to cost what LoRA costs."""
+
+
+def forward(model: nn.Module, ids: torch.Tensor, **more: Any) -> Step:
+    """One forward without gradients."""
+    model.eval()
+
+    def call() -> None:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False, **more)
+
+    return call
+
+
+def one_token(rounds: int) -> Iterator[list[Row]]:
+    """What an adapter adds to a forward of one token."""
+    base, ids = llama(layers=LAYERS), tokens(1, 1)
+    calls: dict[str, Step] = {
+        "limit": forward(copy.deepcopy(base), ids),
+        "theirs": forward(LORA.theirs_on(copy.deepcopy(base)), ids),
+        "ours": forward(LORA.ours_on(copy.deepcopy(base)), ids),
+        **{name: forward(PAIRS[name].ours_on(copy.deepcopy(base)), ids) for name in WEIGHT_FORM},
+    }
+    times = take_turns(calls, 10 * rounds, warmup=10)
+    rows = [
+        Row(
+            "one token, lora: time beyond the base",
+            over(times, "ours"),
+            over(times, "theirs"),
+            overhead(times, "ours", "theirs", "limit"),
+            0.6,
+        )
+    ]
+    for name in WEIGHT_FORM:
+        beyond = overhead(times, name, "ours", "limit")
+        rows.append(
+            Row(f"one token, {name}: time beyond the base, over lora's", over(times, name), "(ours)", beyond, 1.2)
+        )
+    yield rows
+
+
+def many(adapters: int, rows: int = 8) -> Mapping[str, Step]:
+    """The base, ours and theirs with that many LoRAs; the rows go to as many of them."""
+    base, ids = llama(layers=LAYERS), tokens(rows, 32)
+    names = [f"a{number}" for number in range(adapters)]
+    ours = copy.deepcopy(base)
+    for name in names:
+        LORA.ours_on(ours, name=name)
+    theirs: Any = LORA.theirs_on(copy.deepcopy(base), name=names[0])
+    for name in names[1:]:
+        theirs.add_adapter(name, LORA.settings())
+    peftcore.route(ours, names[:rows])
+    return {
+        "limit": forward(copy.deepcopy(base), ids),
+        "ours": forward(ours, ids),
+        "theirs": forward(theirs, ids, adapter_names=names[:rows]),
+    }
+
+
+def mixed_rows(rounds: int) -> Iterator[list[Row]]:
+    """Eight rows on eight adapters, of 8 and of 64 that are there."""
+    figure = "8 rows on 8 adapters{}: time beyond the base"
+    few, lots = many(8), many(64)
+    times = take_turns({**few, **{f"{name}, of 64": call for name, call in lots.items()}}, rounds)
+    yield [
+        Row(
+            figure.format(""),
+            over(times, "ours"),
+            over(times, "theirs"),
+            overhead(times, "ours", "theirs", "limit"),
+            0.5,
+        ),
+        Row(
+            figure.format(" of 64, over that of 8"),
+            over(times, "ours, of 64"),
+            "(ours)",
+            overhead(times, "ours, of 64", "ours", "limit"),
+            1.05,
+        ),
+    ]

@@ -1,0 +1,67 @@
+"""Training steps: time beyond the limit, and peak memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from benchmarks.contenders import PAIRS, Step, limit_step, training_step
+from benchmarks.hosts import llama, tokens
+from benchmarks.memory import peak
+from benchmarks.rows import Row
+from benchmarks.timing import Estimate, Times, overhead, take_turns
+
+WANTED = {"lora": 0.8, "lora, dropout 0.1": 0.8, "dora": 0.6, "oft": 0.6, "boft": 0.6, "hra": 0.6}
+"""Time beyond the limit, ours over peft's; of others 1."""
+
+
+def contenders(name: str, autocast: bool = False) -> Mapping[str, Step]:
+    """The limit, ours and theirs on copies of one host, for a batch of 4 rows of 128 tokens."""
+    base, ids = llama(), tokens(4, 128)
+    pair = PAIRS[name]
+    return {
+        "limit": limit_step(copy.deepcopy(base), ids, autocast),
+        "ours": training_step(pair.ours_on(copy.deepcopy(base)), ids, autocast),
+        "theirs": training_step(pair.theirs_on(copy.deepcopy(base)), ids, autocast),
+    }
+
+
+def step_rows(rounds: int) -> Iterator[list[Row]]:
+    """Time and memory of a step with each method."""
+    for name in PAIRS:
+        yield [timed(name, rounds), weighed(name)]
+    yield [timed("lora", rounds, autocast=True)]
+
+
+def timed(name: str, rounds: int, autocast: bool = False) -> Row:
+    times = take_turns(contenders(name, autocast), rounds)
+    return Row(
+        f"step, {name}{', bf16 autocast' if autocast else ''}: time beyond the limit",
+        over(times, "ours"),
+        over(times, "theirs"),
+        overhead(times, "ours", "theirs", "limit"),
+        WANTED.get(name, 1.0),
+    )
+
+
+def over(times: Times, name: str) -> str:
+    """A step as a multiple of the limit."""
+    return f"{np.median(times[name]) / np.median(times['limit']):.2f} × limit"
+
+
+def weighed(name: str) -> Row:
+    found = {}
+    for who, step in contenders(name).items():
+        step()  # what is made once is there
+        found[who] = peak(step)
+    ratio = found["ours"] / found["theirs"]
+    sizes = {who: f"{size / 1e6:.1f} MB" for who, size in found.items()}
+    return Row(
+        f"step, {name}: peak memory (limit {sizes['limit']})",
+        sizes["ours"],
+        sizes["theirs"],
+        Estimate(ratio, ratio, ratio),
+        1.0,
+    )
