@@ -28,7 +28,7 @@ test: export PEFTCORE_TEST_CHANGED = $(if $(word 7,$(CHANGED)),,$(CHANGED))
 test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 # The whole matrix of methods and hosts, of which `make test` runs a covering part.
 test-all: export PEFTCORE_TEST_ALL := 1

@@ -4,6 +4,7 @@ import gc
 import os
 import random
 from collections.abc import Iterator
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, so it is set before any test module is
 
@@ -32,3 +33,19 @@ def registered() -> Iterator[None]:
     yield
     peftcore.catalogue._registered.clear()
     peftcore.catalogue._registered.update(before)
+
+
+TOGETHER = ("tests/packaging/", "tests/cli/test_compare.py", "tests/cli/test_demo_training.py", "[it_learns-")
+"""Parts of names of tests that share something that takes long to make: they run in one worker."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Pytest 9.2 took away what pytest-xdist 3.8 marks groups by, and says nothing."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((name for name in TOGETHER if name in nodeid), nodeid)
+
+    return ByGroup(config, log)

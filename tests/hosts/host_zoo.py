@@ -538,7 +538,10 @@ pytorch_image_model("resnet18", "resnet18", 64)
 pytorch_image_model("resnet50", "resnet50", 64)
 pytorch_image_model("mobilenetv3", "mobilenetv3_small_050", 64)
 pytorch_image_model("efficientnet", "efficientnet_b0", 64)
-pytorch_image_model("mixer", "mixer_s16_224", 64, img_size=64)
+SURVEY["timm_mixer"] = lambda: (
+    timm.models.MlpMixer(num_classes=7, img_size=64, patch_size=16, num_blocks=2, embed_dim=48),
+    {"x": image(2, 3, 64)},
+)
 pytorch_image_model("maxvit", "maxvit_rmlp_pico_rw_256", 64, img_size=64)
 pytorch_image_model("maxvit_tf", "maxvit_tiny_tf_224", 64, img_size=64)
 pytorch_image_model("levit", "levit_128s", 224)

@@ -33,9 +33,6 @@ NEEDS = {"hybrid": ("additive",), "multitask": ("additive", "reparameterized")}
 """The plugins whose methods a plugin puts together."""
 EXAMPLES = [ROOT / "examples" / "third-party-plugin", ROOT / "examples" / "broken-plugin"]
 
-# Wheels are built once in a session, so all tests that use them belong to one worker.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 
 # ---------------------------------------------------------------- wheels and environments
 
