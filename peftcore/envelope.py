@@ -19,6 +19,7 @@ from peftcore.errors import CheckpointError, ConfigError, NewerFormat, UnknownMe
 from peftcore.injection import Injection
 from peftcore.surgery import Wishes
 from peftcore.targets import Site
+from peftcore.weights import plain_class
 
 FORMAT = 1
 
@@ -114,7 +115,7 @@ def envelope_of(injection: Injection, weights: bool = False) -> Envelope:
     info = next(
         (i for i in methods() if i.name == name and find_method(f"{i.plugin}/{i.name}") is type(injection.method)), None
     )
-    wishes, model = injection.wishes, injection.model
+    wishes, model, cls = injection.wishes, injection.model, plain_class(injection.model)
     return Envelope(
         format=FORMAT,
         method=name,
@@ -126,7 +127,7 @@ def envelope_of(injection: Injection, weights: bool = False) -> Envelope:
         exclude=spelled(wishes.exclude),
         train=injection.trained_along,
         dtype=str(wishes.dtype).removeprefix("torch."),
-        host=f"{type(model).__module__}.{type(model).__qualname__}",
+        host=f"{cls.__module__}.{cls.__qualname__}",
         base=base_name(model),
         weights=weights_digest(injection.sites) if weights else None,
         selections={key: tuple(map(SavedSite.of, sites)) for key, sites in injection.selections.items()},

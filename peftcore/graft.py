@@ -30,7 +30,8 @@ from peftcore.compositions import composed
 from peftcore.mounts import Acting, Edits, Planned, Slot
 from peftcore.operators import is_mergeable
 from peftcore.rows import Once, select_rows
-from peftcore.weights import GRAFTED, Layer, Ranges, plain_class, take, whole
+from peftcore.sharding import MANAGED, whole
+from peftcore.weights import GRAFTED, Layer, Ranges, plain_class, take
 
 _SLOT = "_peftcore_slot"
 TORCHS = frozenset(vars(nn.Module()))
@@ -132,7 +133,7 @@ def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwar
     if torch.is_grad_enabled():
         slot.kept = None
         return checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
-    if module.training or acting.packed:  # a kept copy would undo what packing is for
+    if module.training or acting.packed or MANAGED in vars(module):  # a kept copy would undo packing and sharding
         return _on_view(module, acting, args, kwargs)
     return _run_view(module, acting, _kept(slot, module, acting), args, kwargs)
 

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.contract import Method
 from peftcore.errors import AmbiguousBackward, MissingContext, RouteError
+from peftcore.sharding import differentiable
 
 if TYPE_CHECKING:
     from peftcore.calls import Choice, HostState
@@ -275,9 +277,11 @@ class Recorder:
     def _aux_losses(self, call: Call) -> Iterator[Tensor]:
         for name in call.choice.acting if call.choice is not None else ():
             injection = self.state.injections[name]
-            loss = injection.method.aux_loss(injection)
-            if loss is not None:
-                yield loss
+            if type(injection.method).aux_loss is not Method.aux_loss:
+                with differentiable(injection.model, injection.parameters):  # here it is outside of the blocks
+                    loss = injection.method.aux_loss(injection)
+                if loss is not None:
+                    yield loss
 
     def __getstate__(self) -> dict[str, Any]:
         return {"state": self.state, "recent": [], "drained": False}

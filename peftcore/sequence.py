@@ -26,8 +26,9 @@ from peftcore.hosts.stacks import CACHES, EMBEDS, IDS, MEMORY, Stack, arguments,
 from peftcore.operators import Operator
 from peftcore.sequence_cache import Opened, is_cache, is_filled, opened
 from peftcore.sequence_masks import Front
+from peftcore.sharding import whole
 from peftcore.targets import Resolver, Site
-from peftcore.weights import Layer, whole
+from peftcore.weights import Layer
 
 MASK, POSITIONS, STEPS = "attention_mask", "position_ids", "cache_position"
 MEMORY_MASK = "encoder_attention_mask"

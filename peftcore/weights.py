@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from peftcore.errors import UnsupportedSite
+from peftcore.sharding import is_sharded_class
 
 Ranges = tuple[tuple[int, int], ...]
 """Half-open ranges of the logical output dimension: the rows of one part of a fused projection."""
@@ -231,11 +232,16 @@ class ConvTransposed(Layer):
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class below our grafts and torch's parametrizations: the one whose forward reads plain tensors."""
+    """The class below our grafts, torch's parametrizations and FSDP2: the one whose forward reads plain tensors."""
     cls = type(module)
-    while GRAFTED in vars(cls) or ("parametrizations" in module._modules and cls.__name__.startswith("Parametrized")):
-        cls = vars(cls).get(GRAFTED) or cls.__bases__[0]
+    while GRAFTED in vars(cls) or _is_torchs(cls, module):
+        cls = vars(cls).get(GRAFTED) or cls.__bases__[-1]
     return cls
+
+
+def _is_torchs(cls: type[nn.Module], module: nn.Module) -> bool:
+    parametrized = "parametrizations" in module._modules and cls.__name__.startswith("Parametrized")
+    return parametrized or is_sharded_class(cls)
 
 
 def _runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -314,13 +320,6 @@ def bias_name(tensor: str) -> str:
     """The bias that belongs to a weight: ``weight`` -> ``bias``, ``in_proj_weight`` -> ``in_proj_bias``,
     ``gate_up_proj`` -> ``gate_up_proj_bias``."""
     return tensor[: -len("weight")] + "bias" if tensor.endswith("weight") else f"{tensor}_bias"
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that is cut over processes (FSDP2). Looked up, not imported: without it no tensor is one."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    cut = distributed is not None and isinstance(tensor, distributed.DTensor)
-    return tensor.full_tensor() if cut else tensor  # type: ignore[attr-defined]
 
 
 def take(tensor: Tensor, rows: Ranges | None, dim: int) -> Tensor:

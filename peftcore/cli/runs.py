@@ -80,6 +80,8 @@ class Training(Options):
     """Write some, and end with the best; otherwise nothing is written before the end, which is the last step."""
     patience: PositiveInt | None = None
     """Stop after this many scores without a better one."""
+    shard: bool = False
+    """Cut the weights over the processes that share the run (FSDP2), so that none holds all of them."""
     workers: NonNegativeInt = 0
     """Processes that prepare batches."""
 

@@ -29,6 +29,7 @@ from peftcore.cli.trainer import AdapterTrainer, Clock, trainer_for
 from peftcore.cli.trials import FULL
 from peftcore.errors import TrainingError
 from peftcore.files import write_text
+from peftcore.sharding import is_sharded
 
 LOOKED_AT = 16
 """Batches for methods that look at data before training."""
@@ -135,8 +136,8 @@ def train(run: Run, display: Display, resume: bool = False) -> Outcome:
         floor=prepared.floor,
         samples=list(zip(folder.said, _said(prepared), strict=True)),
     )
+    _save(trainer, prepared, Path(outcome.saved))
     if first_process():
-        _save(prepared, injection, Path(outcome.saved))
         write_text(folder.path / "metrics.json", as_json(outcome))
     return outcome
 
@@ -167,13 +168,14 @@ def _said(prepared: Prepared) -> list[str]:
     return prepared.samples() if prepared.samples is not None else []
 
 
-def _save(prepared: Prepared, injection: peftcore.Injection | None, folder: Path) -> None:
+def _save(trainer: AdapterTrainer, prepared: Prepared, folder: Path) -> None:
     """The adapter; of full fine-tuning there is none, but a model."""
-    if injection is not None:
-        injection.save(folder)
-    else:
-        model: Any = prepared.adapted or prepared.model
-        model.save_pretrained(folder)
+    model: Any = prepared.adapted or prepared.model
+    with trainer.whole():
+        if trainer.injection is None and first_process():
+            model.save_pretrained(folder)
+    if trainer.injection is not None and (first_process() or is_sharded(model)):  # then all of them are needed
+        trainer.injection.save(folder)
 
 
 def as_json(outcome: Outcome) -> str:

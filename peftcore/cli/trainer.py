@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 import peftcore
+from peftcore.cli.processes import cut_state, settle_sharding, shard_on_cpu, sharding_arguments, whole_state
 from peftcore.cli.runs import Run
 from peftcore.cli.tasks.task import Prepared, Task
 from peftcore.errors import TrainingError
+from peftcore.sharding import gathered, loading_whole
 from peftcore.training import PeftcoreCallback
 
 KEPT = 3
@@ -25,6 +30,10 @@ class AdapterTrainer(transformers.Trainer):
     def __init__(self, injection: peftcore.Injection | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.injection = injection
+        settle_sharding(self.accelerator, self._host)
+        # accelerate shards. Checkpoints are those of one process, for its own hold all of the base and not all that a
+        # method's optimizer remembers.
+        self.is_fsdp_enabled = False
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.injection is not None:
@@ -33,6 +42,38 @@ class AdapterTrainer(transformers.Trainer):
             )
         optimizer: torch.optim.Optimizer = super().create_optimizer(model)
         return optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        shard_on_cpu(self.args)
+        super().create_accelerator_and_postprocess()
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        assert self.optimizer is not None
+        with self.whole(), whole_state(self.optimizer):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with loading_whole(self._host):
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        assert self.optimizer is not None
+        cut_state(self.optimizer)
+
+    @property
+    def _host(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Until the end of the block, what may have been trained is not cut over processes."""
+        return gathered(self._host, self._trained)
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        yield from (parameter for parameter in self._host.parameters() if parameter.requires_grad)
+        if self.injection is not None:
+            yield from self.injection.parameters()
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
@@ -91,7 +132,7 @@ def trainer_for(
         callbacks=[LastStep(), PeftcoreCallback(prepared.model), *callbacks, logs, *early],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.model_accepts_loss_kwargs &= _divides_by_items(prepared, trainer.args.device)
+    trainer.model_accepts_loss_kwargs &= _divides_by_items(prepared)
     return trainer
 
 
@@ -112,6 +153,7 @@ def _arguments(run: Run, task: Task[Any], prepared: Prepared) -> transformers.Tr
         max_grad_norm=chosen.clip,
         bf16=chosen.autocast,
         activation_checkpointing=chosen.checkpoint_gradients,
+        **sharding_arguments(chosen.shard),
         seed=chosen.seed,
         dataloader_num_workers=chosen.workers,
         dataloader_pin_memory=torch.cuda.is_available(),
@@ -133,13 +175,14 @@ def _arguments(run: Run, task: Task[Any], prepared: Prepared) -> transformers.Tr
     )
 
 
-def _divides_by_items(prepared: Prepared, device: torch.device) -> bool:
+def _divides_by_items(prepared: Prepared) -> bool:
     """Whether the loss is a sum over what counts, divided by a number that the Trainer tells.
 
     The Trainer takes it from the signature, and multiplies by the number of processes, also where a model takes all
     keywords and looks at none.
     """
     batch = prepared.collate([prepared.train[0], prepared.train[1 % len(prepared.train)]])
+    device = next(prepared.model.parameters()).device  # that of the processes only once it is sharded
     inputs = {name: value.to(device) for name, value in batch.items()}
     training = prepared.model.training
     prepared.model.eval()

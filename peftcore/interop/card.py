@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peftcore.envelope import base_name
 from peftcore.injection import Injection
+from peftcore.weights import plain_class
 
 CARD = "README.md"
 MARK = "<!-- written by peftcore; remove this line to keep your own text -->"
@@ -31,7 +32,7 @@ def card(injection: Injection, formats: Sequence[str]) -> str:
     lines += ["tags:", "- peft", f"- {method.name}", "---", "", MARK, "", f"# {method.name}", ""]
     source = f"[{paper}](https://arxiv.org/abs/{paper})" if paper[:4].isdecimal() else paper
     lines += [
-        f"An adapter for {f'`{base}`' if base else f'a `{type(injection.model).__name__}`'}.",
+        f"An adapter for {f'`{base}`' if base else f'a `{plain_class(injection.model).__name__}`'}.",
         "",
         f"- method: {method.name} ({source}), options: {shown}",
         f"- sites: {len(injection.grafts)}",

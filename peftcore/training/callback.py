@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
@@ -23,7 +22,7 @@ from peftcore.calls import injections
 from peftcore.errors import TrainingError
 from peftcore.injection import Injection
 from peftcore.plugins import layer_of
-from peftcore.training.optimizer import MethodOptimizer, gradient_rules, scheduled, transient
+from peftcore.training.optimizer import MethodOptimizer, gradient_rules, scheduled, take_steps, transient
 
 
 class PeftcoreCallback(transformers.TrainerCallback):
@@ -82,9 +81,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         optimizer = kwargs["optimizer"]
         if isinstance(optimizer, AcceleratedOptimizer) and optimizer.step_was_skipped:  # a gradient scaler's overflow
             return
-        with torch.no_grad():
-            for injection in self._stepped:
-                injection.method.on_step(injection, state.global_step + 1, state.max_steps)
+        take_steps(self._stepped, state.global_step + 1, state.max_steps)
 
     # The next call of state_dict() is the checkpoint's only between the last event before a checkpoint and the
     # checkpoint, so the model is changed no longer than that: a failure anywhere else finds it as it was.

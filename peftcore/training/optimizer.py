@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftcore.errors import TrainingError
+from peftcore.sharding import gathered, stand_ins_for, standing
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection
@@ -67,6 +68,7 @@ class MethodOptimizer(Optimizer):
         super().__init__(inner.param_groups, inner.defaults)
         self.injection, self.inner, self.rules = injection, inner, rules
         self.total_steps, self.steps = total_steps, 0
+        self._stand_ins: dict[nn.Parameter, nn.Parameter] = {}
         self._share()
 
     def _share(self) -> None:
@@ -86,15 +88,18 @@ class MethodOptimizer(Optimizer):
         loss = self._by_rules(closure) if self.rules else self.inner.step(closure)
         self.steps += 1
         if self.total_steps is not None:
-            with torch.no_grad():
-                for each in scheduled(self.injection):
-                    each.method.on_step(each, self.steps, self.total_steps)
+            take_steps(scheduled(self.injection), self.steps, self.total_steps)
         return loss
 
     @torch.no_grad()
     def _by_rules(self, closure: Callable[[], Any] | None) -> Any:
         with torch.enable_grad():
             loss = None if closure is None else closure()
+        with self._whole(), gathered(self.injection.model, self.injection.parameters, self._stand_ins):
+            self._step_by_rules()
+        return loss
+
+    def _step_by_rules(self) -> None:
         aside: list[_Aside] = []
         with _decay_kept(self.param_groups):
             try:
@@ -108,7 +113,24 @@ class MethodOptimizer(Optimizer):
                 each.param.add_(each.rule.restore(update, each.param).to(each.param.dtype))
                 if decay := each.group.get("weight_decay"):
                     each.param.mul_(1 - each.group["lr"] * decay)
-        return loss
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Until the end of the block, stand-ins are in the groups for parameters that are cut over processes: a rule
+        needs whole gradients. It and the optimizer inside know those from step to step, and remember whole tensors."""
+        if self.rules and not self._stand_ins:
+            self._stand_ins = stand_ins_for(param for _, param in self._parameters())
+            with standing(self.injection.model, self._stand_ins):
+                self.rules = gradient_rules(self.injection) if self._stand_ins else self.rules
+        self._exchange(self._stand_ins)
+        try:
+            yield
+        finally:
+            self._exchange({stand_in: piece for piece, stand_in in self._stand_ins.items()})
+
+    def _exchange(self, others: dict[nn.Parameter, nn.Parameter]) -> None:
+        for group in self.param_groups:
+            group["params"] = [others.get(param, param) for param in group["params"]]
 
     def _set_aside(self, group: dict[str, Any], aside: list[_Aside]) -> None:
         """Put projected gradients in place, and zeros of their shape where updates are restored."""
@@ -152,9 +174,10 @@ class MethodOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer inside and, under one more key, steps, the state of rules and what methods keep
         for their next step."""
-        rules = [{i: dict(rule.state[p]) for i, p in self._parameters() if p in rule.state} for rule in self.rules]
-        ours = {"steps": self.steps, "rules": rules, "buffers": dict(transient(self.injection))}
-        return {**self.inner.state_dict(), KEY: ours}
+        with self._whole():
+            rules = [{i: dict(rule.state[p]) for i, p in self._parameters() if p in rule.state} for rule in self.rules]
+            ours = {"steps": self.steps, "rules": rules, "buffers": dict(transient(self.injection))}
+            return {**self.inner.state_dict(), KEY: ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on exactly where the saved optimizer was.
@@ -169,16 +192,17 @@ class MethodOptimizer(Optimizer):
                 "this optimizer state was not written by the optimizer of such an injection; make the injection and "
                 "its optimizer as they were when it was saved"
             )
-        self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
-        self._share()
+        with self._whole():
+            self.inner.load_state_dict({key: value for key, value in state_dict.items() if key != KEY})
+            self._share()
+            for rule, kept in zip(self.rules, ours["rules"], strict=True):
+                rule.state.clear()
+                for index, param in self._parameters():
+                    if index in kept:
+                        rule.state[param] = {k: _copied(v, param.device) for k, v in kept[index].items()}
         self.steps = ours["steps"]
         for name, buffer in buffers.items():
             buffer.copy_(ours["buffers"][name])
-        for rule, kept in zip(self.rules, ours["rules"], strict=True):
-            rule.state.clear()
-            for index, param in self._parameters():
-                if index in kept:
-                    rule.state[param] = {k: _copied(v, param.device) for k, v in kept[index].items()}
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__.copy()
@@ -249,6 +273,14 @@ def gradient_rules(injection: Injection) -> list[GradientRule]:
     """The rule of the method or, of a hybrid, those of its parts."""
     rules = [each.method.gradient_rule(each) for each in injection.family()]
     return [rule for rule in rules if rule is not None]
+
+
+@torch.no_grad()
+def take_steps(injections: Iterable[Injection], step: int, total: int) -> None:
+    """The methods' own, after one of the optimizer."""
+    for injection in injections:
+        with gathered(injection.model, injection.parameters):
+            injection.method.on_step(injection, step, total)
 
 
 def scheduled(injection: Injection) -> Iterator[Injection]:

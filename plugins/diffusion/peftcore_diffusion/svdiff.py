@@ -27,7 +27,8 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.weights import Layer, take, whole
+from peftcore.sharding import whole
+from peftcore.weights import Layer, take
 from peftcore_diffusion._ties import alike, foremost, stored_as
 
 

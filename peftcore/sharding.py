@@ -1,0 +1,147 @@
+"""Parameters that are cut over processes (FSDP2): whole in the forward of the module that is cut, pieces outside of it.
+
+What reads or writes them elsewhere (files, schedules, losses of the method's own) finds them whole here. All processes
+come together for that. What torch has for it is looked up, not imported: without it no tensor is cut.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MANAGED = "_is_fsdp_managed_module"
+"""The mark that torch leaves on each module whose parameters it cuts."""
+
+
+def is_cut(tensor: Tensor) -> bool:
+    """Whether this process holds a piece of a tensor, and others the rest."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; gradients find their way back into the pieces."""
+    return tensor.full_tensor() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def cut_like(value: Tensor, piece: Any) -> Tensor:
+    """A whole value, which every process has, cut as another tensor is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, piece.device_mesh, piece.placements, src_data_rank=None)
+
+
+def is_sharded_class(cls: type[nn.Module]) -> bool:
+    """Whether torch put it over the module's own class as it cut the module's parameters."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and cls.__bases__[0] is fsdp.FSDPModule
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some of its parameters are cut."""
+    return any(vars(module).get(MANAGED) for module in model.modules())
+
+
+def first_of_all() -> bool:
+    """Whether this is the only process, or the first of those that share a model."""
+    return torch.distributed.get_rank() == 0
+
+
+StandIns = Mapping[nn.Parameter, nn.Parameter]
+"""For pieces, what stands whole in their place. Between two times it is empty, and the same for whoever goes by it."""
+
+
+@contextmanager
+def gathered(
+    model: nn.Module, wanted: Callable[[], Iterable[nn.Parameter]], stand_ins: StandIns | None = None
+) -> Iterator[None]:
+    """Until the end of the block, parameters of the model stand whole in their modules, with whole gradients; their
+    values are cut again afterwards.
+
+    Args:
+        wanted: which ones, asked when all that are cut are in pieces.
+        stand_ins: those to use, where somebody has to know them again.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    _reshard(model)
+    filled = stand_ins_for(wanted()) if stand_ins is None else stand_ins
+    for piece, stand_in in filled.items():
+        stand_in.data = whole(piece.detach())
+        stand_in.grad = None if piece.grad is None else whole(piece.grad)
+    try:
+        with standing(model, filled):
+            yield
+        with torch.no_grad():
+            for piece, stand_in in filled.items():
+                piece.copy_(cut_like(stand_in.detach(), piece))
+    finally:
+        for stand_in in filled.values():
+            stand_in.data, stand_in.grad = stand_in.data.new_empty(0), None
+
+
+@contextmanager
+def loading_whole(model: nn.Module) -> Iterator[None]:
+    """Until the end of the block ``load_state_dict`` takes whole values of parameters that are cut."""
+
+    def cut(module: nn.Module, state_dict: dict[str, Tensor], *args: Any) -> None:
+        for name, piece in module.named_parameters(remove_duplicate=False):
+            if name in state_dict and is_cut(piece):
+                state_dict[name] = cut_like(state_dict[name], piece)
+
+    if is_sharded(model):
+        _reshard(model)
+    handle = model.register_load_state_dict_pre_hook(cut)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def differentiable(model: nn.Module, wanted: Callable[[], Iterable[nn.Parameter]]) -> Iterator[None]:
+    """The same in the middle of a forward: parameters that are in pieces now stand whole, within the graph."""
+    with standing(model, {piece: whole(piece) for piece in wanted() if is_cut(piece)}):
+        yield
+
+
+def stand_ins_for(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
+    """Stand-ins for those that are cut, empty as yet."""
+    return {
+        piece: nn.Parameter(torch.empty(0, dtype=piece.dtype, device=piece.device), piece.requires_grad)
+        for piece in parameters
+        if is_cut(piece)
+    }
+
+
+@contextmanager
+def standing(model: nn.Module, others: Mapping[nn.Parameter, Any]) -> Iterator[None]:
+    """Until the end of the block, other tensors are in the place of parameters."""
+    places = [
+        (module._parameters, name, held)
+        for module in (model.modules() if others else ())
+        for name, held in module._parameters.items()
+        if held is not None and held in others
+    ]
+    for parameters, name, held in places:
+        parameters[name] = others[held]
+    try:
+        yield
+    finally:
+        for parameters, name, held in places:
+            parameters[name] = held
+
+
+def _reshard(model: nn.Module) -> None:
+    """The outermost module keeps its parameters whole after a forward, for backward."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
