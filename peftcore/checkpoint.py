@@ -36,7 +36,7 @@ from peftcore.interop.hub import located
 from peftcore.interop.patterns import one_file
 from peftcore.operators import Checked
 from peftcore.saving import saving_base
-from peftcore.sharding import first_of_all, gathered, is_sharded
+from peftcore.sharding import gathered, one_writes
 from peftcore.surgery import Surgeon
 
 SPARE = 2**28
@@ -47,7 +47,10 @@ fact_tk, makes a hundred."""
 
 
 def save(injection: Injection, path: Path, formats: Sequence[str], weights: bool) -> None:
-    """Write a folder; each file appears whole or not at all, and equal adapters give equal bytes."""
+    """Write a folder; each file appears whole or not at all, and equal adapters give equal bytes.
+
+    Where the model is cut over processes, all of them come here, and the first one writes.
+    """
     model = injection.model
     with _values_wanted(model), gathered(model, injection.parameters):
         contents = {
@@ -56,8 +59,12 @@ def save(injection: Injection, path: Path, formats: Sequence[str], weights: bool
     for content in contents.values():
         if isinstance(content, Tensors) and (lacking := [key for key, each in content.values.items() if each.is_meta]):
             raise NoWeights(f"these depend on weights of the host, which is on the meta device: {lacking[0]}")
-    if is_sharded(model) and not first_of_all():
-        return
+    with one_writes(model) as mine:
+        if mine:
+            _write(injection, path, formats, contents)
+
+
+def _write(injection: Injection, path: Path, formats: Sequence[str], contents: dict[str, Tensors | str]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     clear_partial(path)
     if is_ours(path / CARD):

@@ -133,7 +133,7 @@ def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwar
     if torch.is_grad_enabled():
         slot.kept = None
         return checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
-    if module.training or acting.packed or MANAGED in vars(module):  # a kept copy would undo packing and sharding
+    if module.training or acting.packed or MANAGED in vars(module):  # kept copies would undo packing and sharding
         return _on_view(module, acting, args, kwargs)
     return _run_view(module, acting, _kept(slot, module, acting), args, kwargs)
 

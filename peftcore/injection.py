@@ -252,6 +252,9 @@ class Injection:
     ) -> None:
         """Write the adapter alone into the folder `path`.
 
+        Of a model whose weights are cut over processes (FSDP2) every process calls this, for each has a part of what is
+        saved; the first writes it.
+
         Args:
             path: a folder; it is made where it is missing, and what it holds of the same format is replaced.
             format: ours (``adapter.safetensors``, and ``adapter.json`` to read), another library's ("peft",

@@ -43,13 +43,21 @@ def is_sharded_class(cls: type[nn.Module]) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some of its parameters are cut."""
-    return any(vars(module).get(MANAGED) for module in model.modules())
+    """Whether some of its parameters are cut, also while they stand whole."""
+    return any(True for _ in _cut_modules(model)) or any(is_cut(parameter) for parameter in model.parameters())
 
 
-def first_of_all() -> bool:
-    """Whether this is the only process, or the first of those that share a model."""
-    return torch.distributed.get_rank() == 0
+@contextmanager
+def one_writes(model: nn.Module) -> Iterator[bool]:
+    """Whether this process writes what the processes of a model have in common. They leave the block together, when it
+    is written or cannot be."""
+    if not is_sharded(model):
+        yield True
+        return
+    try:
+        yield torch.distributed.get_rank() == 0
+    finally:
+        torch.distributed.barrier()
 
 
 StandIns = Mapping[nn.Parameter, nn.Parameter]
@@ -95,8 +103,7 @@ def loading_whole(model: nn.Module) -> Iterator[None]:
             if name in state_dict and is_cut(piece):
                 state_dict[name] = cut_like(state_dict[name], piece)
 
-    if is_sharded(model):
-        _reshard(model)
+    _reshard(model)
     handle = model.register_load_state_dict_pre_hook(cut)  # type: ignore[no-untyped-call]
     try:
         yield
@@ -138,10 +145,23 @@ def standing(model: nn.Module, others: Mapping[nn.Parameter, Any]) -> Iterator[N
             parameters[name] = held
 
 
+def hold_whole(model: nn.Module) -> None:
+    """Have the outermost module hold its own parameters whole, as in its forward, for calls of modules inside it.
+
+    Modules that are cut by themselves do that by themselves.
+    """
+    for module in _cut_modules(model):
+        if module is model:
+            module.unshard()
+
+
 def _reshard(model: nn.Module) -> None:
     """The outermost module keeps its parameters whole after a forward, for backward."""
-    from torch.distributed.fsdp import FSDPModule
+    for module in _cut_modules(model):
+        module.reshard()
 
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+
+def _cut_modules(model: nn.Module) -> Iterator[Any]:
+    """The modules that gather their parameters before their forward."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return (each for each in (model.modules() if fsdp else ()) if fsdp and isinstance(each, fsdp.FSDPModule))

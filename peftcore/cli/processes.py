@@ -10,7 +10,6 @@ from typing import Any
 import transformers
 from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
 from torch.optim import Optimizer
 
 from peftcore.applying import host_map
@@ -27,27 +26,33 @@ def sharding_arguments(wanted: bool) -> dict[str, Any]:
     return {"fsdp": True, "fsdp_config": {"version": 2}} if wanted and several else {}
 
 
-def shard_on_cpu(args: transformers.TrainingArguments) -> None:
-    """accelerate leaves processes without a device of their own unsharded, without a word, though gloo can do it."""
+def ask_for_sharding(args: transformers.TrainingArguments) -> None:
+    """Make accelerate do what the arguments or its own launcher say, also on processes without a device.
+
+    Raises:
+        BadInput: that is FSDP1, whose flat parameters nobody here takes apart.
+    """
+    launched = os.environ.get(ASKED, "false").lower() == "true"
+    if launched and not args.fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise BadInput("weights are cut by FSDP2 alone, and this is FSDP1: add --fsdp_version 2 to accelerate launch")
     state = args.distributed_state
-    asked = args.fsdp or os.environ.get(ASKED, "false").lower() == "true"
-    if asked and state is not None and state.distributed_type is DistributedType.MULTI_CPU:
-        state.distributed_type = DistributedType.MULTI_GPU  # of which it makes FSDP; the device stays
+    if (launched or args.fsdp) and state is not None and state.distributed_type is DistributedType.MULTI_CPU:
+        # It would leave them unsharded, without a word, though gloo can do it. Of this it makes FSDP; the device stays.
+        state.distributed_type = DistributedType.MULTI_GPU
 
 
 def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
-    """See that the weights will be cut in a way in which adapters can be trained, block by block.
+    """Have accelerate cut the weights block by block, unless its own options say how.
 
     Raises:
-        BadInput: this is FSDP1.
+        BadInput: the model has embeddings in common that accelerate would cut twice.
     """
     if accelerator.distributed_type is not DistributedType.FSDP:
         return
+    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
+
+    _check_embeddings(model)
     plugin = accelerator.state.fsdp_plugin
-    if plugin.fsdp_version != 2:
-        raise BadInput(
-            "adapters train with FSDP2 alone: add --fsdp_version 2 to accelerate launch, or set FSDP_VERSION=2"
-        )
     # Every process has read the weights, and accelerate's way of handing them on fails where a model has buffers.
     plugin.cpu_ram_efficient_loading = False
     if plugin.transformer_cls_names_to_wrap is None and plugin.auto_wrap_policy is not size_based_auto_wrap_policy:
@@ -55,6 +60,19 @@ def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
         blocks = [entry.path for entry in host_map(model).entries if entry.role == "block"]
         plugin.transformer_cls_names_to_wrap = sorted({type(model.get_submodule(path)).__name__ for path in blocks})
         plugin.auto_wrap_policy = transformer_auto_wrap_policy
+
+
+def _check_embeddings(model: nn.Module) -> None:
+    if not isinstance(model, transformers.PreTrainedModel):
+        return
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    table = next(embeddings[0].parameters())
+    holders = [path for path, each in model.named_modules() if each._parameters.get("weight") is table]
+    if any(model.get_submodule(path) not in embeddings for path in holders):
+        raise BadInput(
+            f"{', '.join(holders)} have their weight in common, and accelerate would cut it twice: train without "
+            "sharding, with all of the model in every process"
+        )
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from peftcore.cli.trainer import AdapterTrainer, Clock, trainer_for
 from peftcore.cli.trials import FULL
 from peftcore.errors import TrainingError
 from peftcore.files import write_text
-from peftcore.sharding import is_sharded
+from peftcore.sharding import hold_whole, is_sharded
 
 LOOKED_AT = 16
 """Batches for methods that look at data before training."""
@@ -165,7 +165,10 @@ def _trained(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
 
 
 def _said(prepared: Prepared) -> list[str]:
-    return prepared.samples() if prepared.samples is not None else []
+    if prepared.samples is None:
+        return []
+    hold_whole(prepared.model)  # a pipeline calls parts of it, not all of it
+    return prepared.samples()
 
 
 def _save(trainer: AdapterTrainer, prepared: Prepared, folder: Path) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 import peftcore
-from peftcore.cli.processes import cut_state, settle_sharding, shard_on_cpu, sharding_arguments, whole_state
+from peftcore.cli.processes import ask_for_sharding, cut_state, settle_sharding, sharding_arguments, whole_state
 from peftcore.cli.runs import Run
 from peftcore.cli.tasks.task import Prepared, Task
 from peftcore.errors import TrainingError
@@ -44,7 +44,7 @@ class AdapterTrainer(transformers.Trainer):
         return optimizer
 
     def create_accelerator_and_postprocess(self) -> None:
-        shard_on_cpu(self.args)
+        ask_for_sharding(self.args)
         super().create_accelerator_and_postprocess()
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

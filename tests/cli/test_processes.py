@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 
 from peftcore.cli.commands import app
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "torchrun": TORCHRUN,
+    "sharded": TORCHRUN,
     "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
 }
 
@@ -54,6 +56,7 @@ def test_two_processes_learn_what_one_does(launcher: str, config: Path, tmp_path
         "--out",
         "two",
         "--json",
+        *(["--set", "training.shard=true"] if launcher == "sharded" else []),
     ]
     said = subprocess.run(line, check=True, capture_output=True, text=True).stdout
     two = json.loads(said)  # one of them speaks

@@ -3,7 +3,9 @@
 import functools
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -120,6 +122,27 @@ def check(way: str, method: str) -> None:
         single = adapt(encoder(), method).state_dict()
         assert whole_state.keys() == single.keys()
         assert all(torch.equal(whole_state[name], single[name]) for name in single)
+        check_saved(method, injection)
+        check_nothing_is_kept(runner, injection)
+
+
+def check_saved(method: str, injection: peftcore.Injection) -> None:
+    """The file is that of one process, to the byte, and the first process writes it."""
+    with tempfile.TemporaryDirectory() as folder:  # each process has its own
+        injection.save(Path(folder, "cut"))
+        assert Path(folder, "cut").exists() == (dist.get_rank() == 0)
+        if dist.get_rank() == 0:
+            adapt(encoder(), method).save(Path(folder, "single"))
+            for name in ("adapter.safetensors", "adapter.json"):
+                assert Path(folder, "cut", name).read_bytes() == Path(folder, "single", name).read_bytes(), name
+
+
+@torch.no_grad()
+def check_nothing_is_kept(runner: nn.Module, injection: peftcore.Injection) -> None:
+    """Effective weights are whole, and all of them together are what no process is to hold."""
+    runner.eval()
+    runner(mine(inputs()))
+    assert all(slot.kept is None for slot in injection.state.slots)
 
 
 def reduce_what_is_not_sharded(injection: peftcore.Injection) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftcore.cli.data import TEXT_NAMES, choose_column
 from peftcore.cli.errors import BadInput
 from peftcore.cli.models import UNREADABLE, unreadable
+from peftcore.cli.run_folder import first_process
 from peftcore.cli.runs import Run
 from peftcore.cli.sources import splits
 from peftcore.cli.tasks.image_classification import IMAGES
@@ -152,7 +153,8 @@ def _drawn(pipeline: Any, data: CaptionedData, side: int, folder: Path) -> Calla
             ).images[0]
             when = len(list(folder.glob(f"{number}-*.png")))
             files.append(folder / f"{number}-{when}.png")
-            picture.save(files[-1])
+            if first_process():  # all of them draw, where each holds a part of the model
+                picture.save(files[-1])
         pipeline.unet.train(training)
         return [str(file) for file in files]
 
