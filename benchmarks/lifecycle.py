@@ -75,6 +75,7 @@ def injecting(rounds: int) -> Iterator[list[Row]]:
                 have[name].remove()
             for number in range(len(peftcore.injections(ours)), count):
                 peftcore.apply(ours, "lora", target=PROJECTIONS, name=f"a{number}")
+            peftcore.activate(ours, "a0")  # as with peft, a new adapter stands beside one that is active
             return lambda: peftcore.apply(ours, "lora", target=PROJECTIONS, name=f"a{count}")
 
         return prepare

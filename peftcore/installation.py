@@ -70,10 +70,9 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
 
 def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
     for child in (HOLDER, key):
-        taken = child in holder.__dict__ or child in holder._parameters or child in dir(type(holder))
-        if child not in holder._modules and taken:
-            raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
         if child not in holder._modules:
+            if child in holder.__dict__ or child in holder._parameters or child in dir(type(holder)):
+                raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
             holder._modules[child] = Operators().train(holder.training)
         inner = holder._modules[child]
         if not isinstance(inner, Operators):

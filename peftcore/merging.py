@@ -46,6 +46,8 @@ class Original:
     values: Tensor | None
     record: bytes | None = None
     digest: bytes = b""
+    aside: bool = False
+    """Whether the values are the tensor itself, which was set aside: on the CPU nothing has to be copied."""
     form: Form | None = None
     """Of a packed weight: what the module was, codes and all."""
 
@@ -150,7 +152,7 @@ def _check_ties(model: nn.Module, new: Mapping[Key, Tensor]) -> None:
     for tied in holders.values():
         keys = [written.get((id(module), name)) for _, module, name in tied]
         first = next((key for key in keys if key is not None), None)
-        if first is None or all(key is not None and torch.equal(new[key], new[first]) for key in keys):
+        if first is None or all(key == first or (key and torch.equal(new[key], new[first])) for key in keys):
             continue
         other = next(
             f"{path}.{name}" for (path, _, name), key in zip(tied, keys, strict=True) if key is None or key != first
@@ -161,11 +163,21 @@ def _check_ties(model: nn.Module, new: Mapping[Key, Tensor]) -> None:
         )
 
 
-def _write(model: nn.Module, key: Key, value: Tensor | None) -> None:
-    """Set a tensor; None takes away a parameter that a merge had added."""
+def _can_be_set_aside(tensor: Tensor) -> bool:
+    """On other devices graphs may have been captured that read from its address; a part of a larger one stays there."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_shared()  # type: ignore[no-untyped-call]
+    return plain and tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def _write(model: nn.Module, key: Key, value: Tensor | None, aside: bool = False) -> None:
+    """Set a tensor; None takes away a parameter that a merge had added. What is set aside keeps its values."""
     module, name = _owner(model, key)
     layer = layer_of(model.get_submodule(key[0]), key[1])
-    if value is None:
+    if aside:
+        held = layer.read(module, name)
+        assert held is not None and value is not None
+        held.data = value.detach().contiguous() if held.is_contiguous() else value.detach()
+    elif value is None:
         module._parameters[name] = None
     elif layer.read(module, name) is None:
         module._parameters[name] = nn.Parameter(value.clone(), requires_grad=False)
@@ -183,6 +195,11 @@ def _towards(model: nn.Module, key: Key, goal: Tensor, weight: float) -> Tensor:
     base = _read(model, key)
     start = torch.zeros_like(goal) if base is None else base
     return torch.lerp(_precise(start), _precise(goal), weight).to(goal.dtype)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """The sum says so without a tensor of answers, unless it overflows."""
+    return bool(torch.isfinite(_precise(tensor).sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -203,6 +220,8 @@ def _prediction(injection: Injection, key: Key, merged: Tensor) -> Tensor:
 
 
 def _keep(injection: Injection, key: Key, keep: Keep, old: Tensor | None, new: Tensor) -> Original:
+    if old is not None and keep in ("cpu", "device") and _can_be_set_aside(old):
+        return Original(old.detach(), aside=True)
     if old is None or keep is None or keep == "device":
         return Original(None if old is None else old.detach().clone())
     if keep == "cpu":
@@ -243,7 +262,7 @@ def merge(
     )
     if weight != 1.0:
         new = {key: _towards(injection.model, key, tensor, weight) for key, tensor in new.items()}
-    bad = [".".join(key) for key, tensor in new.items() if not torch.isfinite(tensor).all()]
+    bad = [".".join(key) for key, tensor in new.items() if not _is_finite(tensor)]
     if bad:
         raise MergeError(f"the merged weights would not be finite: {', '.join(bad[:4])}; nothing was changed")
     _check_ties(injection.model, new)
@@ -262,7 +281,7 @@ def merge(
             if id(old) in done:
                 continue  # tied to one that is written
             kept[key] = _keep(injection, key, keep, old, tensor)
-            _write(injection.model, key, tensor)
+            _write(injection.model, key, tensor, kept[key].aside)
             done.add(id(_read(injection.model, key)))
     except BaseException:
         _restore(injection, kept)
@@ -304,7 +323,7 @@ def _restore(injection: Injection, kept: Mapping[Key, Original]) -> None:
             assert merged is not None
             originals[key] = _original(injection, key, original, merged)
     for key, value in originals.items():
-        _write(injection.model, key, value)
+        _write(injection.model, key, value, kept[key].aside)
     for key, original in kept.items():
         if original.form is not None:
             restore(_owner(injection.model, key)[0], original.form)

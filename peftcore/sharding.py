@@ -151,7 +151,7 @@ def hold_whole(model: nn.Module) -> None:
     Modules that are cut by themselves do that by themselves.
     """
     for module in _cut_modules(model):
-        if module is model:
+        if id(module) == id(model):
             module.unshard()
 
 

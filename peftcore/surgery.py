@@ -6,6 +6,7 @@ the meta device and no installation.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -324,7 +325,10 @@ class Surgeon:
     def _build(self, path: str, make: Callable[[], Any], site: Site | None, device: torch.device | None = None) -> Any:
         if site is not None:
             device = site.device
-        with drawing(self.wishes.seed, self.part + path), torch.device("meta" if self.dry else "cpu"):
+        where = torch.device("meta" if self.dry else "cpu")
+        # A device that is the default already needs no mode, which would look at each call of torch.
+        on_it = contextlib.nullcontext() if torch.get_default_device() == where else where
+        with drawing(self.wishes.seed, self.part + path), on_it:
             built = make()
         dtype = self.wishes.dtype
         empty = device is not None and device.type == "meta"  # a host without values: its operators have some

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -61,7 +62,7 @@ class Site:
         path = self.module_path if plain else f"{self.module_path}.{self.tensor}".lstrip(".")
         return path if self.rows is None else f"{path}:{self.role or self.rows[0][0]}"
 
-    @property
+    @functools.cached_property
     def weight_shape(self) -> torch.Size:
         """The logical shape ``[*batch, out, in, *kernel]``, also when the weight is packed; rows only."""
         if not self.layer.has(self.module, self.tensor):
