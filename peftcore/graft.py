@@ -27,9 +27,10 @@ from torch.utils.checkpoint import checkpoint
 from peftcore.attention import attributes
 from peftcore.calls import HostState, Route
 from peftcore.compositions import composed
-from peftcore.mounts import Acting, Edits, Planned, Slot
+from peftcore.kernels import transformed
+from peftcore.mounts import Acting, Beside, Edits, Planned, Slot
 from peftcore.operators import is_mergeable
-from peftcore.rows import Once, select_rows
+from peftcore.rows import Once, add_updates, select_rows
 from peftcore.sharding import MANAGED, whole
 from peftcore.weights import GRAFTED, Layer, Ranges, plain_class, take
 
@@ -106,29 +107,21 @@ def _kept(slot: Slot, module: nn.Module, acting: Acting) -> dict[str, Tensor | N
     The key counts in-place changes by version counters. Writes through `.data` do not count; any forward with gradients
     drops what is kept, so an optimizer that writes so is seen.
     """
-    sources = [*module.parameters(), *module.buffers()]
-    for _, effects in acting.effects:
-        for effect in effects:
-            sources += effect.mount.operator.tensors()
-    if any(source.is_inference() for source in sources):
+    sources = [each for table in slot.sources(module, acting) for each in table.values() if each is not None]
+    if any(map(Tensor.is_inference, sources)):
         return acting.effective(module)
     inference, context = torch.is_inference_mode_enabled(), slot.state.now().context
-    key = (acting.effects, inference, *((id(source), source._version, source.data_ptr()) for source in sources))
+    key = (acting.effects, inference, *[(id(source), source._version, source.data_ptr()) for source in sources])
     kept = slot.kept
     if kept is None or kept[0] != key or kept[1] is not context:
         kept = slot.kept = (key, context, acting.effective(module))
     return kept[2]
 
 
-def _transformed() -> bool:
-    """True inside torch.func's grad, vmap and the like, which know neither saved-tensor hooks nor addresses."""
-    return bool(torch._C._are_functorch_transforms_active())
-
-
 def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwargs: Any) -> Any:
     """The base forward on the view. In training the effective weight does not outlive its use: it is computed again in
     backward."""
-    if not acting.derives or torch.compiler.is_compiling() or _transformed():
+    if not acting.derives or torch.compiler.is_compiling() or transformed():
         return _on_view(module, acting, args, kwargs)
     if torch.is_grad_enabled():
         slot.kept = None
@@ -138,10 +131,25 @@ def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwar
     return _run_view(module, acting, _kept(slot, module, acting), args, kwargs)
 
 
+def _beside(
+    plain: Forward, slot: Slot, module: nn.Module, acting: Acting, beside: Beside, *args: Any, **kwargs: Any
+) -> Any:
+    """What one weight operator does to activations, where that is cheaper; in evaluation the view, whose weights are
+    kept. A checkpoint's first forward has no gradients either, and does what its second does."""
+    wanted = torch.is_grad_enabled() or module.training
+    if not (wanted and beside.operator.acts_beside(*args)):
+        return _base_call(slot, module, acting, *args, **kwargs)
+    if not torch.compiler.is_compiling():
+        slot.kept = None
+    return beside.around(_inner(plain, slot, module, beside.bare), module)(*args, **kwargs)
+
+
 def _inner(
     plain: Forward, slot: Slot, module: nn.Module, acting: Acting, route: Route | None = None
 ) -> Callable[..., Any]:
     """The base forward with what acts inside it: on its tensors, its attributes, its attention."""
+    if acting.beside is not None:
+        return functools.partial(_beside, plain, slot, module, acting, acting.beside)
     if acting.attention:
         edits = Edits(acting.attention, slot, route)
         acting = replace(acting, attributes={**acting.attributes, **attributes(module, edits)})
@@ -168,6 +176,8 @@ def _by_rows(
 ) -> Any:
     """What each injection of a route computes, put together row by row. Those that only wrap share one base forward."""
     output = inner(*args, **kwargs)
+    if planned.updates and not torch.is_grad_enabled() and not module.training and len(args[0]) > 1:
+        return add_updates(planned.updates, route, output, args[0])
     for position, acting in enumerate(planned.routed):
         if acting.effects:
             call = _inner(plain, slot, module, replace(acting, attention=()))

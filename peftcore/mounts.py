@@ -7,16 +7,16 @@ Planned once for each choice, so that running looks up and never thinks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from peftcore.calls import Active, Choice, HostState, Key, Route
 from peftcore.compositions import Composition, branches
-from peftcore.operators import Combiner, Operator, WeightOperator, _Base, is_mergeable
+from peftcore.operators import Combiner, Held, Operator, WeightOperator, _Base, is_mergeable, tables
 from peftcore.weights import Layer, Ranges, bias_name, put, take
 
 
@@ -64,10 +64,32 @@ class Mount:
         if self.rows is None:
             assert isinstance(self.operator, Operator)
             return functools.partial(self.operator.at(self.form, module), call)
-        return functools.partial(_around_rows, self, call)
+        return functools.partial(_around_rows, self.operator, self, call)
 
 
-def _around_rows(mount: Mount, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+class _Held(Held):
+    """The rows of a mount."""
+
+    def __init__(self, mount: Mount, module: nn.Module) -> None:
+        self._mount, self._module = mount, module
+
+    @property
+    def weight(self) -> Tensor:
+        mount = self._mount
+        stored = mount.layer.read(self._module, mount.tensor)
+        assert stored is not None
+        return take(mount.layer.logical(stored), mount.rows, mount.layer.batch_dims)
+
+    @property
+    def bias(self) -> Tensor | None:
+        mount = self._mount
+        stored = mount.layer.read(self._module, bias_name(mount.tensor))
+        return stored if stored is None else take(stored, mount.rows, mount.layer.batch_dims)
+
+
+def _around_rows(
+    operate: Callable[..., Any], mount: Mount, call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Tensor:
     """An onion layer that sees some rows of the output: those of one part of a fused projection."""
     rows, dim = mount.rows, mount.layer.channel_dim
     whole: list[Tensor] = []
@@ -78,7 +100,7 @@ def _around_rows(mount: Mount, call: Callable[..., Any], *args: Any, **kwargs: A
             whole.append(output)
         return take(output, rows, dim)
 
-    changed = mount.operator(part, *args, **kwargs)
+    changed = operate(part, *args, **kwargs)
     if not whole:  # the operator changed its input, which is none of the other rows' affair
         whole.append(call(*args, **kwargs))
     return put(whole[-1], changed, rows, dim)
@@ -148,6 +170,37 @@ class Edits:
 
 
 @dataclass(frozen=True, eq=False)
+class Beside:
+    """A weight operator that can act on activations instead: around the module's own forward."""
+
+    mount: Mount
+    operator: WeightOperator
+    bare: Acting
+
+    @classmethod
+    def of(cls, mount: Mount) -> Self | None:
+        """None where it cannot: the tensor is no weight of a linear map that is called."""
+        operator = mount.operator
+        called = mount.layer.called and mount.form == "weight" and mount.tensor == "weight"
+        if not called or not isinstance(operator, WeightOperator):
+            return None
+        if type(operator).acts_beside is WeightOperator.acts_beside:
+            return None
+        return cls(mount, operator, Acting(derives=mount.layer.saves_dense, packed=mount.layer.packed))
+
+    def around(self, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+        """The module's forward with what the operator does."""
+        held = _Held(self.mount, module)
+
+        def act(inner: Callable[..., Tensor], x: Tensor) -> Tensor:
+            return self.operator.beside(inner, held, x)
+
+        if self.mount.rows is None:
+            return functools.partial(act, call)
+        return functools.partial(_around_rows, act, self.mount, call)
+
+
+@dataclass(frozen=True, eq=False)
 class Acting:
     """What one active set does at one module."""
 
@@ -162,6 +215,8 @@ class Acting:
     """Whether a tensor that it acts on is kept packed: each effective tensor is a dense copy."""
     runs_dense: type[nn.Module] | None = None
     """The class whose forward takes the effective tensors, where the module's own cannot."""
+    beside: Beside | None = None
+    """The only mount that acts on tensors, where it can act on activations instead."""
 
     def effective(self, module: nn.Module) -> dict[str, Tensor | None]:
         """The effective tensors by path below the module, computed at the operators' own precision."""
@@ -176,7 +231,10 @@ class Acting:
 def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str, Any]]], active: Active) -> Acting:
     """What acts, in order. A mergeable onion layer that came before a weight operator acts on the weight too, so that
     several active injections compose as merging them one after the other would."""
-    acting = [mount for name in active for mount in mounts if mount.name == name]
+    by_name: dict[str, list[Mount]] = {}
+    for mount in mounts:
+        by_name.setdefault(mount.name, []).append(mount)
+    acting = [mount for name in active for mount in by_name.get(name, ())]
     last = max((index for index, mount in enumerate(acting) if mount.form == "weight"), default=-1)
     weight: list[Mount] = []
     onion: list[Mount] = []
@@ -197,7 +255,25 @@ def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str
         derives=any(mount.operator.derives for mount in weight) or any(mount.layer.saves_dense for mount in onion),
         packed=any(mount.layer.packed for mount in (*weight, *onion)),
         runs_dense=next((mount.layer.runs_dense for mount in weight if mount.layer.runs_dense), None),
+        beside=Beside.of(weight[0]) if len(weight) == 1 and not attributes else None,
     )
+
+
+def updates_of(routed: Sequence[Acting]) -> tuple[tuple[int, Mount], ...]:
+    """Low-rank updates by position, if all that acts is such."""
+    if not all(_is_update(mount) for acting in routed for mount in acting.onion):
+        return ()
+    if any(acting.effects or acting.attention or acting.attributes for acting in routed):
+        return ()
+    return tuple((position, mount) for position, acting in enumerate(routed) for mount in acting.onion)
+
+
+def _is_update(mount: Mount) -> bool:
+    """Whether an operator adds ``scale * B A x`` to each vector and does nothing else."""
+    kind = type(mount.operator)
+    beside = issubclass(kind, Operator) and kind.at is Operator.at and kind.merged_bias is _Base.merged_bias
+    called = mount.layer.called and mount.layer.of_vectors and mount.form == "activation"
+    return beside and called and mount.operator.factors() is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,11 +285,16 @@ class Planned:
     """With a route: what acts on no row in particular; attention edits pick their rows themselves."""
     routed: tuple[Acting, ...] = ()
     """With a route: what acts on the rows of each of its names."""
+    updates: tuple[tuple[int, Mount], ...] = ()
+    """With a route: the low-rank updates of its names by position, where they do nothing else here."""
     composition: Composition | None = None
     branches: Mapping[Active, Acting] = field(default_factory=dict)
     """With a composition: what acts in each of its branches; the same object where the same acts."""
     combiners: Mapping[str, Combiner] = field(default_factory=dict)
     """With a composition: the combiners that stand here, by injection."""
+
+
+Tables = tuple[Mapping[str, Tensor | None], ...]
 
 
 class Slot:
@@ -226,7 +307,17 @@ class Slot:
         self.ran = False
         self.planned: Planned | None = None
         self.plans: dict[Key, Planned] = {}
+        self.asked: tuple[Acting, Tables] | None = None
         self.kept: tuple[tuple[Any, ...], Mapping[str, Any], dict[str, Tensor | None]] | None = None
+
+    def sources(self, module: nn.Module, acting: Acting) -> Tables:
+        """Where all stands that effective tensors come from. Those of operators are looked up once, since decoding asks
+        at every token; modules of the host may be exchanged."""
+        if self.asked is None or self.asked[0] is not acting:
+            operators = (effect.mount.operator for _, effects in acting.effects for effect in effects)
+            self.asked = acting, tuple(table for each in operators for table in each.tables())
+        below = (table for each in module.modules() for table in tables(each)) if module._modules else tables(module)
+        return *below, *self.asked[1]
 
     def plan_for(self, choice: Choice) -> Planned:
         """What the choice does here, as far as it is not merged."""
@@ -253,7 +344,7 @@ class Slot:
         each = tuple(self._acting((name,)) for name in choice.route.names)
         edits = tuple(mount for acting in each for mount in acting.attention)
         stand = plan_acting([], self.stances, choice.route.names)
-        return Planned(choice.key, replace(stand, attention=edits), each)
+        return Planned(choice.key, replace(stand, attention=edits), each, updates_of(each))
 
     def _composed(self, choice: Choice, composition: Composition) -> Planned:
         mounted = {mount.name for mount in self.mounts}
@@ -273,7 +364,7 @@ class Slot:
 
     def changed(self) -> None:
         """Forget what was planned and computed."""
-        self.planned, self.plans, self.kept = None, {}, None
+        self.planned, self.plans, self.kept, self.asked = None, {}, None, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}, "kept": None}
+        return {**self.__dict__, "plans": {}, "kept": None, "asked": None}

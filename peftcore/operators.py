@@ -9,9 +9,12 @@ layer.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from peftcore.errors import NotMergeable
@@ -72,14 +75,19 @@ class _Base(Checked):
     def base_was_packed(self) -> None:
         """What `base_to_pack` said is packed now, and is the base from here on."""
 
-    def tensors(self) -> Iterator[Tensor]:
-        """All that it computes with: its parameters and buffers, and those of shared modules that it holds."""
+    def tables(self) -> Iterator[Mapping[str, Tensor | None]]:
+        """Where all stands that it computes with: its parameters and buffers, and those of shared modules that it
+        holds."""
         for module in self.modules():
-            own = (*module._parameters.values(), *module._buffers.values())
-            yield from (tensor for tensor in own if tensor is not None)
+            yield from tables(module)
             for held in vars(module).values():
                 if isinstance(held, Shared):
-                    yield from (*held.module.parameters(), *held.module.buffers())
+                    yield from (table for each in held.module.modules() for table in tables(each))
+
+    def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`tensors` in the dtype of `like`: also under autocast, which would promote elementwise products."""
+        dtype = like.dtype
+        return tuple([tensor if tensor.dtype is dtype else tensor.to(dtype) for tensor in tensors])
 
     def factors(self) -> Factors | None:
         """The low-rank factors, where the update is one: what export, routing and adapter algebra need to know."""
@@ -103,10 +111,6 @@ class Operator(_Base):
         form of the site (and reads what it needs of the module, but never keeps it)."""
         return self
 
-    def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`tensors` in the dtype of `like`: also under autocast, which would promote elementwise products."""
-        return tuple(tensor.to(like.dtype) for tensor in tensors)
-
 
 class Combiner(Operator):
     """Makes one output of those of several injections, in the composition `Fuse`; by itself it acts on nothing."""
@@ -120,11 +124,37 @@ class Combiner(Operator):
         raise NotImplementedError
 
 
+class Held(ABC):
+    """What an operator may read of the module at which it acts, while it acts: weight and bias, in logical layout."""
+
+    @property
+    @abstractmethod
+    def weight(self) -> Tensor:
+        """``[out, in, *kernel]``."""
+
+    @property
+    @abstractmethod
+    def bias(self) -> Tensor | None:
+        """``[out]``; None where the module has none."""
+
+
 class WeightOperator(_Base):
     """A reparameterization: maps one tensor, in logical layout, to the effective one. Works on every kind of module."""
 
     def forward(self, weight: Tensor) -> Tensor:
         """The effective tensor; returned in any dtype, cast once by the core."""
+        raise NotImplementedError
+
+    def acts_beside(self, x: Tensor) -> bool:
+        """Whether `beside` is the cheaper way for an input."""
+        return False
+
+    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
+        """The same mathematics by what goes into the module and comes out: `call` is ``W x + b``.
+
+        Used in training and where gradients are wanted, if the module is a linear map that is called (`layer.called`)
+        and nothing else acts on its weight: no effective weight is made then, nor a gradient of its size.
+        """
         raise NotImplementedError
 
     def merged(self, weight: Tensor) -> Tensor:
@@ -149,12 +179,22 @@ class Replacement(WeightOperator):
         return self.value if weight is None else self.value.to(weight.dtype)
 
 
+def tables(module: nn.Module) -> tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]]:
+    """A module's own parameters and buffers, as it keeps them."""
+    return module._parameters, module._buffers
+
+
 class Shared:
     """State that several operators use: registered and saved once by the surgeon, so an operator holds it without
     owning it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[None]:
+    """Products inside are not rounded by autocast: for what is small, and made of parameters alone."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

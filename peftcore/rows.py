@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcore.calls import Route
 from peftcore.errors import RouteError
+from peftcore.mounts import Mount
+from peftcore.operators import Factors
+from peftcore.weights import put, take
 
 
 class Once:
@@ -42,6 +46,44 @@ class Once:
             and all(a is b for a, b in zip(args, before, strict=True))
             and all(value is named[key] for key, value in kwargs.items())
         )
+
+
+def add_updates(updates: Sequence[tuple[int, Mount]], route: Route, y: Tensor, x: Tensor) -> Tensor:
+    """Low-rank updates of several injections, each of its own rows: two products for all of them.
+
+    Args:
+        updates: mounts whose operators are low-rank updates of vectors, with the positions of their injections.
+        route: which rows are whose.
+        y: what the module returns without them ``[rows, ..., out]``.
+        x: its input ``[rows, ..., in]``.
+    """
+    index = route.rows(len(x), x.device)
+    tokens = x.reshape(len(x), -1, x.shape[-1])
+    for rows in dict.fromkeys(mount.rows for _, mount in updates):
+        factors = {position: mount.operator.factors() for position, mount in updates if mount.rows == rows}
+        A, B, scales = _stacked(factors, len(route.names), y)  # type: ignore[arg-type]
+        low = (tokens.to(y.dtype) @ A[index].mT) * scales[index].view(-1, 1, 1)
+        part = take(y, rows, -1)
+        changed = torch.baddbmm(part.reshape(len(x), -1, part.shape[-1]), low, B[index].mT)
+        y = put(y, changed.view(part.shape), rows, -1)
+    return y
+
+
+def _stacked(factors: Mapping[int, Factors], count: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A ``[count + 1, rank, in]``, B ``[count + 1, out, rank]`` and scales; zeros for those that do nothing here, and
+    last for rows of the bare base. Lower ranks are filled up."""
+    first, second, _ = next(iter(factors.values()))
+    rank = max(len(A) for A, _, _ in factors.values())
+    nothing = first.new_zeros(rank, first.shape[1]), second.new_zeros(len(second), rank), 0.0
+    each = [_filled(factors[n], rank) if n in factors else nothing for n in range(count)]
+    As, Bs, scales = zip(*each, nothing, strict=True)
+    return torch.stack(As).to(like.dtype), torch.stack(Bs).to(like.dtype), like.new_tensor(scales)
+
+
+def _filled(factors: Factors, rank: int) -> Factors:
+    A, B, scale = factors
+    lacking = rank - len(A)
+    return (F.pad(A, (0, 0, 0, lacking)), F.pad(B, (0, lacking)), scale) if lacking else factors
 
 
 def select_rows(output: Any, other: Any, route: Route, position: int) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from peftcore.errors import UnsupportedSite
+from peftcore.kernels import dropped_linear
 from peftcore.sharding import is_sharded_class
 
+SMALL = 2**14
+"""Values up to which one pass less over an output saves less than it takes to lay it out for that."""
 Ranges = tuple[tuple[int, int], ...]
 """Half-open ranges of the logical output dimension: the rows of one part of a fused projection."""
 GRAFTED = "_peftcore_base"
@@ -32,6 +35,8 @@ class Layer:
     """One tensor of one kind of module. The base class fits tensors stored as they are meant: ``[out, in, *kernel]`` or
     vectors."""
 
+    of_vectors: ClassVar[bool] = False
+    """True when what the module does to vectors it does to each in the last dimension of its input."""
     batch_dims: int = 0
     """Leading dimensions that are neither output nor input: 1 for stacked experts."""
     called: bool = False
@@ -115,6 +120,14 @@ class Layer:
         """The module's linear map with `weight` (logical layout, any number of outputs) and no bias."""
         raise UnsupportedSite("this kind of module has no linear map of its own")
 
+    def apply_dropped(self, x: Tensor, weight: Tensor, probability: float) -> Tensor:
+        """`apply` to an input of which parts are dropped."""
+        return self.apply(F.dropout(x, probability), weight)
+
+    def mix(self, low: Tensor, matrix: Tensor) -> Tensor:
+        """The matrix ``[out, rank]`` acting on the channels of `low`."""
+        raise UnsupportedSite("this kind of module has no linear map of its own")
+
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
         """``y + scale * matrix low``, the matrix ``[out, rank]`` acting on the channels of `low`."""
         raise UnsupportedSite("this kind of module has no linear map of its own")
@@ -128,10 +141,20 @@ class Layer:
 class Linear(Layer):
     """``y = W x`` over the last dimension."""
 
+    of_vectors: ClassVar[bool] = True
+
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight)
 
+    def apply_dropped(self, x: Tensor, weight: Tensor, probability: float) -> Tensor:
+        return dropped_linear(x, weight, probability)
+
+    def mix(self, low: Tensor, matrix: Tensor) -> Tensor:
+        return F.linear(low, matrix)
+
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
+        if not torch.compiler.is_compiling() and y.numel() <= SMALL:
+            return torch.add(y, F.linear(low, matrix), alpha=scale)
         flat = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), matrix.T, alpha=scale)
         return flat.view(y.shape)
 
@@ -181,6 +204,7 @@ class Transposed(Linear):
 class Table(Transposed):
     """An embedding ``[num, dim]``: a linear map from one-hot inputs, so its logical weight is ``[dim, num]``."""
 
+    of_vectors: ClassVar[bool] = False
     padding_idx: int | None = None
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -206,9 +230,11 @@ class Conv(Layer):
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return self._conv(x, weight, stride=self.stride, padding=self.padding, dilation=self.dilation)
 
+    def mix(self, low: Tensor, matrix: Tensor) -> Tensor:
+        return self._conv(low, matrix.view(*matrix.shape, *[1] * len(self.stride)))
+
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
-        pointwise = matrix.view(*matrix.shape, *[1] * len(self.stride))
-        return torch.add(y, self._conv(low, pointwise), alpha=scale)
+        return torch.add(y, self.mix(low, matrix), alpha=scale)
 
     def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
         return vector.view(-1, *[1] * len(self.stride))

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 import peftcore
+from peftcore import kernels
 from peftcore.testing.hosts import HOSTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
@@ -151,8 +153,9 @@ def test_lora_on_transposed_convolutions() -> None:
         peft.inject_adapter_in_model(lora(target_modules=["layer"]), One(nn.ConvTranspose2d(4, 6, 3)))
 
 
-def test_lora_dropout_in_training() -> None:
-    """The same masks are drawn in the same order."""
+def test_lora_dropout_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the masks that torch's own dropout draws, in the same order."""
+    monkeypatch.setattr(kernels, "keep", lambda x, p: (F.dropout(torch.ones_like(x), p) > 0, 1 / (1 - p)))
     base, run = host("llama")
     both = Both(base.train(), "lora", {"rank": 3, "alpha": 5.0, "dropout": 0.4}, lora(lora_dropout=0.4))
     both.assert_same_gradients(*both.assert_same_outputs(run))

@@ -82,11 +82,15 @@ def test_effective_weights_are_computed_at_full_precision_under_autocast() -> No
     """DoRA's norm in bfloat16 would move a fresh adapter away from identity by percents of a step."""
     model = nn.ModuleDict({"inner": nn.Linear(64, 64, bias=False)})
     injection = adapt(model, "dora", target="inner")
-    exact = injection.operators["inner"](model["inner"].weight)
+    x, exact = torch.randn(2, 64), injection.operators["inner"](model["inner"].weight)
+    fresh = nn.Linear(64, 64, bias=False)
+    peftcore.apply(fresh, "dora", target="")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fresh(x), nn.functional.linear(x, fresh.weight))
     seen: list[Tensor] = []
     injection.operators["inner"].register_forward_hook(lambda module, args, output: seen.append(output))
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model["inner"](torch.randn(2, 64))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output = model.eval()["inner"](x)
     assert output.dtype == torch.bfloat16
     assert seen and all(torch.equal(weight, exact) for weight in seen)
 

@@ -39,8 +39,8 @@ def low_rank_count(site: Site, rank: int) -> int:
     return math.prod(site.batch) * rank * (site.in_features * math.prod(site.kernel) + site.out_features)
 
 
-def input_dropout(site: Site, probability: float) -> nn.Module:
-    """Dropout of the update's input.
+def input_dropout(site: Site, probability: float) -> float:
+    """The probability with which inputs of the update are dropped.
 
     Raises:
         UnsupportedSite: the site is a tensor that is read, so the update has no input; or an embedding, whose inputs
@@ -52,7 +52,7 @@ def input_dropout(site: Site, probability: float) -> nn.Module:
         raise UnsupportedSite(
             f"{site.path} is read, not called, so dropout cannot reach its input; use dropout=0 or exclude it"
         )
-    return nn.Dropout(probability) if probability else nn.Identity()
+    return probability
 
 
 class LowRankOperator(Operator):
@@ -70,9 +70,16 @@ class LowRankOperator(Operator):
         y = call(x)
         A, B, scale = self.factors()
         A, B = self.cast(y, A, B)
-        low = self.layer.apply(self.dropout(x), A)  # channels: rank
-        return self.layer.add(y, low, B, scale)
+        return self.layer.add(y, self.project(x, A), B, scale)
+
+    def project(self, x: Tensor, A: Tensor) -> Tensor:
+        """``A dropout(x)``, whose channels are the rank."""
+        if self.dropout and self.training:
+            return self.layer.apply_dropped(x, A, self.dropout)
+        return self.layer.apply(x, A)
 
     def merged(self, weight: Tensor) -> Tensor:
         A, B, scale = self.factors()
-        return weight + scale * low_rank_update(A, B, weight)
+        if weight.dim() == B.dim() == 2 and weight.dtype == A.dtype == B.dtype:
+            return torch.addmm(weight, B, A, alpha=scale)  # no update of the weight's size in between
+        return torch.add(weight, low_rank_update(A, B, weight), alpha=scale)

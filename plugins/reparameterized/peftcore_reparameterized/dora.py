@@ -14,6 +14,7 @@ Use it where LoRA at low rank falls short of full fine-tuning; it costs one pass
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -21,6 +22,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.operators import Held, full_precision
 from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors, low_rank_update
 
 
@@ -48,10 +50,35 @@ class DoRAOperator(WeightOperator):
     def _norm(self, weight: Tensor) -> Tensor:
         return torch.linalg.vector_norm(weight.detach().flatten(self.layer.batch_dims + 1), dim=-1)
 
+    def acts_beside(self, x: Tensor) -> bool:
+        return True
+
+    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
+        y, bias = call(x), held.bias
+        with full_precision(y):
+            gain = self._gain(self._norm_beside(held.weight))
+        A, B, gain = self.cast(y, self.A, self.B, gain)
+        gain = self.layer.along_channels(gain, y)
+        shift = None if bias is None else self.layer.along_channels(bias.to(y.dtype), y)
+        turned = self.layer.add(y if shift is None else y - shift, self.layer.apply(x, A), B, self.scale)
+        return turned * gain if shift is None else torch.addcmul(shift, turned, gain)
+
+    @torch.no_grad()
+    def _norm_beside(self, weight: Tensor) -> Tensor:
+        """||V|| from the products of rows, without V: |W|^2 + 2 s W.BA + s^2 |BA|^2."""
+        precise = torch.promote_types(weight.dtype, torch.float32)
+        W, A, B = (each.to(precise).flatten(1) for each in (weight, self.A, self.B))
+        mixed = ((W @ A.mT) * B).sum(-1)
+        own = ((B @ (A @ A.mT)) * B).sum(-1)
+        square = torch.linalg.vector_norm(W, dim=-1).square() + 2 * self.scale * mixed + self.scale**2 * own
+        return square.clamp(min=0).sqrt()
+
+    def _gain(self, norm: Tensor) -> Tensor:
+        return self.magnitude / torch.where(norm == 0, 1.0, norm)
+
     def forward(self, weight: Tensor) -> Tensor:
         direction = weight + self.scale * low_rank_update(self.A, self.B, weight)
-        norm = self._norm(direction)
-        gain = self.magnitude / torch.where(norm == 0, 1.0, norm)
+        gain = self._gain(self._norm(direction))
         return direction * gain.view(*gain.shape, *[1] * (weight.dim() - gain.dim()))
 
 

@@ -25,13 +25,15 @@ Use it where fine-tuning must keep what the base knows: subject-driven diffusion
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
+from peftcore.operators import Held, full_precision
 from peftcore_reparameterized._rotations import block_size, cayley, rotate, rows, skew, weight_of, width
 
 
@@ -67,6 +69,14 @@ class OFTOperator(WeightOperator):
             K = K + (K * (self.radius / norm.clamp(min=self.radius)) - K).detach()
         return cayley(K) if self.series is None else _series(K, self.series)
 
+    def acts_beside(self, x: Tensor) -> bool:
+        return self.layer.of_vectors
+
+    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
+        with full_precision(x):
+            (R,) = self.cast(x, self.rotation())
+        return call(kernels.rotate(x.reshape(-1, x.shape[-1]), R).view(x.shape))
+
     def forward(self, weight: Tensor) -> Tensor:
         return weight_of(rotate(rows(weight, self.layer), self.rotation()), self.layer, weight.shape)
 
@@ -91,12 +101,11 @@ class OFT(Method):
 
 def _series(K: Tensor, terms: int) -> Tensor:
     """The Cayley transform as a sum of powers: 1, -2, 2, -2, ... and half of that for the last one."""
-    power = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    total = power
-    for exponent in range(1, terms):
-        power = -power @ K
-        total = total + (power if exponent == terms - 1 else 2 * power)
-    return total
+    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    total = 2 * identity - K
+    for _ in range(terms - 3):
+        total = 2 * identity - K @ total
+    return identity - K @ total
 
 
 def _blocks(site: Site, config: Config) -> tuple[int, int]:

@@ -22,7 +22,7 @@ Use it where low rank is what limits; each step makes the update as a whole matr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -31,7 +31,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.operators import Shared
+from peftcore.operators import Held, Shared, full_precision
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 
 
@@ -91,11 +91,29 @@ class RandLoRAOperator(WeightOperator):
         self.L = nn.Parameter(torch.zeros(*site.batch, config.rank, count))
         self.G = nn.Parameter(torch.full((*site.batch, count, short), 1 / max(count, short)))
 
-    def forward(self, weight: Tensor) -> Tensor:
+    def factors_of(self) -> tuple[Tensor, Tensor]:
+        """B [long, rank * bases], and A scaled [*batch, rank * bases, short]: their product is the update."""
         count, short = self.G.shape[-2:]
         A, B = self.basis.module.A[:, :short].to(self.G), self.basis.module.B[: self.long, :count].to(self.G)
         scaled = self.L.unsqueeze(-1) * A.unsqueeze(-2) * self.G.unsqueeze(-3)  # [*batch, rank, bases, short]
-        update = B.flatten(1) @ scaled.flatten(-3, -2)  # [*batch, long, short]
+        return B.flatten(1), scaled.flatten(-3, -2)
+
+    def acts_beside(self, x: Tensor) -> bool:
+        """Where the products with the inputs are smaller than those that make an update of the weight's size."""
+        inputs, full = x.numel() // x.shape[-1], self.G.shape[-2] * self.L.shape[-2]
+        return self.layer.of_vectors and inputs * (3 * full + self.long) < 3 * full * self.long
+
+    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
+        y = call(x)
+        with full_precision(y):
+            first, second = self.cast(y, *self.factors_of())
+        if self.wide:
+            return self.layer.add(y, self.layer.apply(x, first.mT), second.mT, self.scale)
+        return self.layer.add(y, self.layer.apply(x, second), first, self.scale)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        B, scaled = self.factors_of()
+        update = B @ scaled  # [*batch, long, short]
         return weight + self.scale * (update.mT if self.wide else update).reshape(weight.shape)
 
 

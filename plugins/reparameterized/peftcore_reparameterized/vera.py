@@ -18,7 +18,7 @@ Use it where an adapter must be tiny, as one for each of many users; its rank an
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Annotated, Literal
 
@@ -69,6 +69,18 @@ class VeRAOperator(LowRankOperator):
         A, B = self.basis.module.A[:rank, : self.columns], self.basis.module.B[:out, :rank]
         A = (self.d.unsqueeze(-1) * A.to(self.d)).unflatten(-1, self.inputs)
         return A, self.b.unsqueeze(-1) * B.to(self.b), 1.0
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """The vectors act on activations: no gradient of the size of A or B is made for theirs."""
+        y, rank, out = call(x), self.d.shape[-1], self.b.shape[-1]
+        A, B, d, b = self.cast(
+            y,
+            self.basis.module.A[:rank, : self.columns].unflatten(-1, self.inputs),
+            self.basis.module.B[:out, :rank],
+            self.layer.along_channels(self.d, y),
+            self.layer.along_channels(self.b, y),
+        )
+        return torch.addcmul(y, b, self.layer.mix(d * self.project(x, A), B))
 
 
 class VeRA(Method):

@@ -1,0 +1,98 @@
+"""The kernels beside the plain mathematics that they stand for."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+
+from peftcore import kernels
+
+SHAPES = [(6, 3, 2), (5, 1, 4)]
+"""Rows, blocks, size."""
+
+
+def blocks(rows: int, count: int, size: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(rows, count * size, dtype=torch.float64, requires_grad=True)
+    return x, torch.randn(count, size, size, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rotation_is_a_product_with_a_block_diagonal_matrix(shape: tuple[int, int, int]) -> None:
+    x, R = blocks(*shape)
+    expected = x @ torch.block_diag(*R)
+    torch.testing.assert_close(kernels.rotate(x, R), expected)
+    torch.testing.assert_close(kernels.plain_rotate(x, R), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_rotation(shape: tuple[int, int, int]) -> None:
+    assert gradcheck(kernels.rotate, blocks(*shape))
+    assert gradgradcheck(kernels.rotate, blocks(*shape))
+    x, R = blocks(*shape)
+    assert gradcheck(kernels.rotate, (x.detach(), R)) and gradcheck(kernels.rotate, (x, R.detach()))
+
+
+def test_rotation_under_vmap_and_grad() -> None:
+    x, R = (each.detach() for each in blocks(6, 3, 2))
+
+    def norm(R: Tensor, row: Tensor) -> Tensor:
+        return kernels.rotate(row.unsqueeze(0), R).pow(2).sum()
+
+    each = torch.func.vmap(torch.func.grad(norm), in_dims=(None, 0))(R, x)
+    whole = torch.func.grad(lambda R: kernels.rotate(x, R).pow(2).sum())(R)
+    torch.testing.assert_close(each.sum(0), whole)
+
+
+def seeded(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Drops the same in each call."""
+
+    def repeatable(*args: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return run(*args, 0.25)
+
+    return repeatable
+
+
+@pytest.mark.parametrize("leading", [(7,), (2, 3), ()])
+def test_a_dropped_projection_is_that_of_what_is_kept(leading: tuple[int, ...]) -> None:
+    x, A = torch.randn(*leading, 10, dtype=torch.float64), torch.randn(3, 10, dtype=torch.float64)
+    torch.manual_seed(1)
+    kept, scale = kernels.keep(x, 0.25)
+    assert kept.shape == x.shape and scale == 4 / 3
+    torch.testing.assert_close(seeded(kernels.dropped_linear)(x, A), (x * kept * scale) @ A.T)
+
+
+def test_gradients_of_a_dropped_projection() -> None:
+    x = torch.randn(2, 3, 10, dtype=torch.float64, requires_grad=True)
+    A = torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
+    run = seeded(kernels.dropped_linear)
+    assert gradcheck(run, (x, A)) and gradgradcheck(run, (x, A))
+    assert gradcheck(run, (x.detach(), A)) and gradcheck(run, (x, A.detach()))
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_as_many_are_dropped_as_dropout_drops(probability: float) -> None:
+    x = torch.ones(1000, 1001)
+    kept, scale = kernels.keep(x, probability)
+    assert abs(kept.double().mean() - (1 - probability)) < 5 * (probability * (1 - probability) / x.numel()) ** 0.5
+    assert abs(kept.double().mean(0) - (1 - probability)).max() < 0.1
+    assert abs(scale * (1 - probability) - 1) < 1e-4
+    assert not torch.equal(kept, kernels.keep(x, probability)[0])
+    rows = kept[:, :1000].double() - (1 - probability)
+    assert abs((rows[:, :-1] * rows[:, 1:]).mean()) < 0.002  # neighbours come from the same random bits
+
+
+def test_all_may_be_dropped() -> None:
+    x, A = torch.ones(4, 8), torch.ones(2, 8)
+    assert kernels.dropped_linear(x, A, 1.0).abs().max() == 0
+
+
+def test_autocast_projects_in_its_dtype() -> None:
+    x, A = torch.randn(4, 8, requires_grad=True), torch.randn(2, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = kernels.dropped_linear(x, A, 0.5)
+    assert low.dtype == torch.bfloat16
+    low.sum().backward()
+    assert x.grad is not None and A.grad is not None and A.grad.dtype == torch.float32
