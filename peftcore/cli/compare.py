@@ -15,6 +15,7 @@ import peftcore
 from peftcore.cli import tasks
 from peftcore.cli.errors import BadInput
 from peftcore.cli.memory import PeakMemory
+from peftcore.cli.output import made
 from peftcore.cli.quiet import no_bars
 from peftcore.cli.report import write
 from peftcore.cli.runs import MethodChoice, Options, Run, Training, validated
@@ -99,7 +100,7 @@ def compare(comparison: Comparison, board: Board) -> Report:
         for seed in comparison.seeds:
             board.begin(candidate.called)
             try:
-                trial, last = _trial(comparison, candidate, seed, board)
+                trial, last = run_trial(comparison, candidate, seed, board)
             except TrainingError as error:
                 failed[candidate.called] = str(error)
                 board.finish(f"{candidate.called:<16} failed: {error}")
@@ -136,10 +137,7 @@ def _check(comparison: Comparison) -> None:
     for candidate in comparison.methods:
         if candidate.name != FULL:
             peftcore.method(candidate.name)
-    try:
-        comparison.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{comparison.out}: cannot be written to ({error.strerror})") from error
+    made(comparison.out)
     run = comparison.run(comparison.methods[0], comparison.seeds[0])
     task = tasks.find(comparison.task)
     prepared = task.prepare(run, validated(task.Data, run.data, "data"))
@@ -150,7 +148,8 @@ def _check(comparison: Comparison) -> None:
             peftcore.plan(prepared.adapted or prepared.model, candidate.name, train=train, **arguments)
 
 
-def _trial(comparison: Comparison, candidate: Candidate, seed: int, board: Board) -> tuple[Trial, Outcome]:
+def run_trial(comparison: Comparison, candidate: Candidate, seed: int, board: Display) -> tuple[Trial, Outcome]:
+    """Train one configuration with one seed."""
     run = comparison.run(candidate, seed)
     shutil.rmtree(run.out, ignore_errors=True)  # of an earlier comparison
     with PeakMemory() as memory:

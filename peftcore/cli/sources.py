@@ -43,10 +43,15 @@ def splits(train: str, held_out: str | None, size: int | None) -> Splits:
     for name in HELD_OUT:
         if name in pieces:
             return Splits(pieces["train"], pieces[name])
-    return _split(pieces["train"], size, train)
+    return divide(pieces["train"], size, train)
 
 
-def _split(examples: Dataset, size: int | None, source: str) -> Splits:
+def divide(examples: Dataset, size: int | None, source: str) -> Splits:
+    """Hold some out, by chance but always the same.
+
+    Raises:
+        BadInput: nothing would be left to train on.
+    """
     wanted = min(1000, max(1, len(examples) // 5)) if size is None else size
     if wanted >= len(examples):
         raise BadInput(f"{source}: cannot hold out {wanted} of {len(examples)} rows: some must remain to train on")
