@@ -3,7 +3,8 @@
 A string is read in this order: ``re:...`` is a regular expression for the whole path; one with ``* ? [`` is a glob for
 the whole path (``*`` crosses dots); a role that the host map knows is that role; anything else is the end of a path.
 What matches no module is tried on parameters (``"*.in_proj_bias"``). Roles know the rows of fused projections; the
-other forms take whole modules.
+other forms take whole modules. ``vision:``, ``text:`` or ``audio:`` in front of any of them means the towers that take
+that in, and no others: ``vision:attn.q``.
 """
 
 from __future__ import annotations
@@ -179,6 +180,7 @@ class Resolver:
         self._order = {path: index for index, path in enumerate(self.modules)}
         self._roles = host.roles()
         self._role_of = {entry.path: entry.role for entry in host.entries}
+        self._tower_of = {entry.module: entry.tower for entry in host.entries}
         self._readers = {entry.module: entry.reader for entry in host.entries if entry.reader is not None}
         self._holders: dict[int, list[tuple[str, str]]] | None = None
 
@@ -210,9 +212,8 @@ class Resolver:
     def _excluded(self, pattern: Any) -> set[str]:
         """Paths of sites, and of whole modules where the pattern means modules: what is below those is left out too."""
         out = {site.path for site in self._match(pattern, None)}
-        if not self._is_role(pattern):
-            matches = _matcher(pattern)
-            out |= {path for path, module in self.modules.items() if path and matches(path, module)}
+        if not self._is_role(self._split(pattern)[1]):
+            out |= {path for path in self._modules_of(pattern) if path}
         return out
 
     def holders(self, tensor: nn.Parameter) -> list[tuple[str, str]]:
@@ -287,18 +288,38 @@ class Resolver:
         return "in_proj_weight" if isinstance(self.modules[path], nn.MultiheadAttention) else "weight"
 
     def _match(self, pattern: Any, tower: str | None) -> Iterator[Site]:
-        if self._is_role(pattern):
-            for entry, rows in self.host.select(pattern, tower):
-                yield self._of_entry(entry, pattern, rows)
+        towers, inner = self._split(pattern)
+        if self._is_role(inner):
+            for each in (tower,) if towers is None else towers:
+                for entry, rows in self.host.select(inner, each):
+                    yield self._of_entry(entry, inner, rows)
             return
-        matches = _matcher(pattern)
-        paths = [path for path, module in self.modules.items() if matches(path, module)]
+        paths = self._modules_of(pattern)
         yield from (self._whole(path) for path in paths)
         if not paths:
-            for owner, module in self.modules.items():
-                for name in module._parameters:
+            matches = _matcher(inner)
+            for owner in self._inside(towers):
+                for name in self.modules[owner]._parameters:
                     if matches(f"{owner}.{name}".lstrip("."), None):
                         yield self.site(owner, name)
+
+    def _split(self, pattern: Any) -> tuple[tuple[str, ...] | None, Any]:
+        """The towers that a pattern means, None for all, and the rest of it."""
+        if isinstance(pattern, str):
+            sense, colon, rest = pattern.partition(":")
+            if colon and sense in self.host.named_towers:
+                return self.host.named_towers[sense], rest
+        return None, pattern
+
+    def _inside(self, towers: tuple[str, ...] | None) -> list[str]:
+        """The modules of some towers."""
+        return [path for path in self.modules if towers is None or self._tower_of.get(path) in towers]
+
+    def _modules_of(self, pattern: Any) -> list[str]:
+        """The modules that a pattern which is no role means."""
+        towers, inner = self._split(pattern)
+        matches = _matcher(inner)
+        return [path for path in self._inside(towers) if matches(path, self.modules[path])]
 
     def _is_role(self, pattern: Any) -> bool:
         """A role of this host, or a family such as ``norm.*`` (which is never a path: paths have an owner before the
@@ -344,7 +365,9 @@ class Resolver:
         shown = ", ".join(map(repr, patterns))
         hint = f"; close: {', '.join(close)}" if close else ""
         roles = ", ".join(sorted(r for r in self._roles if not r.endswith("*"))) or "none"
-        return f"target {shown} matches nothing in this {type(self.model).__name__}{hint}. Its roles: {roles}"
+        towers = ", ".join(f"{sense}:" for sense in sorted(self.host.named_towers))
+        its = f"Its roles: {roles}" + (f". Its towers: {towers}" if towers else "")
+        return f"target {shown} matches nothing in this {type(self.model).__name__}{hint}. {its}"
 
 
 def _above(path: str) -> Iterator[str]:

@@ -195,6 +195,22 @@ class HostMap:
                 sizes[entry.tower] = sizes.get(entry.tower, 0) + prod(entry.shape)
         return max(sizes, key=lambda tower: sizes[tower]) if sizes else ""
 
+    @cached_property
+    def named_towers(self) -> dict[str, tuple[str, ...]]:
+        """The towers by what they take in: "vision", "audio" or "text", told from where patches are made and token ids
+        are taken. One that takes in several is none of these.
+        """
+        senses: dict[str, set[str]] = {}
+        for entry in self.entries:
+            if entry.role == "patch" or entry.role.startswith("stack"):
+                senses.setdefault(entry.tower, set()).add(_sense(entry))
+        named: dict[str, tuple[str, ...]] = {}
+        for tower, found in senses.items():
+            if len(found) == 1:
+                [sense] = found
+                named[sense] = (*named.get(sense, ()), tower)
+        return named
+
     def override(self, roles: Mapping[str, str]) -> HostMap:
         """The map with corrections, path to role; "other" takes a path out of every role."""
         for path, role in roles.items():
@@ -239,6 +255,13 @@ def part_roles(entry: HostEntry) -> set[str]:
     if family != "attn_mlp":
         return {f"{family}.{part}" for part in parts} & ROLES
     return {f"mlp.{part}" if part in ("gate", "up") else f"attn.{part}" for part in parts}
+
+
+def _sense(entry: HostEntry) -> str:
+    """What goes in at a stack or at a place where patches are made: kernels for sound have one dimension."""
+    if entry.role != "patch":
+        return "text"
+    return "audio" if len(entry.shape) == 3 else "vision"
 
 
 def under(path: str, top: str) -> bool:

@@ -20,7 +20,8 @@ class Branch:
     entries: list[HostEntry] = field(default_factory=list)
     marks: list[str] = field(default_factory=list)
     children: dict[str, Branch] = field(default_factory=dict)
-    tower: bool = False
+    tower: str = ""
+    """What is said of a tower's root: ``vision tower``."""
 
     @property
     def bare(self) -> bool:
@@ -61,8 +62,9 @@ def tree_lines(host: HostMap, marks: Mapping[str, Sequence[str]] = MappingProxyT
             descend(root, entry.path).entries.append(entry)
     for path, texts in marks.items():
         descend(root, path).marks.extend(texts)
+    senses = {tower: f"{sense} tower" for sense, towers in host.named_towers.items() for tower in towers}
     for tower in {entry.tower for entry in host.entries if entry.tower}:
-        descend(root, tower).tower = True
+        descend(root, tower).tower = senses.get(tower, "tower")
     return [*([] if root.bare else own_lines(root, "(root)", 0)), *below(root, 0)]
 
 
@@ -101,7 +103,7 @@ def lines_of(branch: Branch, name: str, depth: int) -> list[Line]:
 def own_lines(branch: Branch, name: str, depth: int) -> Iterator[Line]:
     roles = " + ".join(entry.role for entry in branch.entries if entry.role != OTHER)
     if branch.tower:
-        roles = f"tower + {roles}" if roles else "tower"
+        roles = f"{branch.tower} + {roles}" if roles else branch.tower
     shape = next((" x ".join(map(str, entry.shape)) for entry in branch.entries if entry.shape), "")
     notes = "; ".join(note for entry in branch.entries for note in notes_of(entry))
     yield Line(depth, name, roles, shape, notes, tuple(branch.marks))

@@ -375,6 +375,43 @@ def test_defaults_stay_in_one_tower_and_users_targets_do_not() -> None:
     assert paths(model, target="attn.q", exclude="vision_model") == both[:1]
 
 
+TEXT, VISION = "text_model.encoder.layers.0", "vision_model.encoder.layers.0"
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        pytest.param("vision:attn.q", [f"{VISION}.self_attn.q_proj"], id="role"),
+        pytest.param("text:attn.q", [f"{TEXT}.self_attn.q_proj"], id="role in the smaller tower"),
+        pytest.param("text:mlp.*", [f"{TEXT}.mlp.fc1", f"{TEXT}.mlp.fc2"], id="family"),
+        pytest.param("text:q_proj", [f"{TEXT}.self_attn.q_proj"], id="end of a path"),
+        pytest.param("vision:*.fc?", [f"{VISION}.mlp.fc1", f"{VISION}.mlp.fc2"], id="glob"),
+        pytest.param("vision:re:.*fc1", [f"{VISION}.mlp.fc1"], id="regular expression"),
+        pytest.param("text:*.fc1.bias", [f"{TEXT}.mlp.fc1.bias"], id="parameter"),
+        pytest.param(["vision:attn.q", "text:attn.v"], [f"{TEXT}.self_attn.v_proj", f"{VISION}.self_attn.q_proj"]),
+    ],
+)
+def test_a_tower_in_front_of_a_target(target: Any, expected: list[str]) -> None:
+    assert paths(clip(), target=target) == expected
+
+
+@pytest.mark.parametrize("exclude", ["text:attn.q", "text:q_proj", "text:self_attn", "text:*.layers.*"])
+def test_a_tower_in_front_of_what_is_left_out(exclude: str) -> None:
+    assert paths(clip(), target="attn.q", exclude=exclude) == [f"{VISION}.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("target", ["audio:attn.q", "vison:attn.q", "vision:attn.qq"])
+def test_towers_are_told_where_nothing_matches(target: str) -> None:
+    with pytest.raises(TargetError, match=r"Its towers: text:, vision:$"):
+        paths(clip(), target=target)
+
+
+def test_a_host_that_is_one_tower_has_that_alone() -> None:
+    assert paths(gpt2(), target="text:attn.q") == paths(gpt2(), target="attn.q")
+    with pytest.raises(TargetError, match=r"Its towers: text:$"):
+        paths(gpt2(), target="vision:attn.q")
+
+
 def test_tower_that_is_not_used_does_not_raise() -> None:
     """CLIP's text tower runs without its vision tower; the sites there have not had their chance yet."""
     model = clip()

@@ -202,6 +202,23 @@ def test_towers(name: str, towers: set[str]) -> None:
     assert {entry.tower for entry in host_of(name).entries} == towers | {""}
 
 
+@pytest.mark.parametrize(
+    ("name", "towers"),
+    [
+        ("clip", {"text": "text_model", "vision": "vision_model"}),
+        ("llava", {"vision": "model.vision_tower", "text": "model.language_model"}),
+        ("qwen2_vl", {"vision": "model.visual", "text": "model.language_model"}),
+        ("sam", {"vision": "vision_encoder"}),
+        ("wav2vec2", {"audio": ""}),
+        ("timm_resnet50", {"vision": ""}),
+        ("t5", {"text": ""}),
+        pytest.param("whisper", {}, id="whisper: one tower that hears and reads"),
+    ],
+)
+def test_towers_by_what_they_take_in(name: str, towers: dict[str, str]) -> None:
+    assert host_of(name).named_towers == {sense: (path,) for sense, path in towers.items()}
+
+
 def test_blocks_whose_stream_is_a_grid() -> None:
     """MaxViT mixes features by convolutions; TinyViT's are depthwise and Mamba's go over a sequence."""
     assert {name: _on_grid(name) for name in ("timm_maxvit", "timm_tiny_vit", "mamba", "timm_resnet18", "vit")} == {
@@ -313,7 +330,11 @@ def test_tree_tells_runs_towers_streams_and_what_is_read() -> None:
     jamba = host_of("jamba").tree()
     assert "[0,2]" in jamba and "[1,3]" in jamba
     assert any("experts" in line and "read, not called" in line for line in jamba.splitlines())
-    assert [line for line in host_of("clip").tree().splitlines() if "tower" in line and line.startswith("text_model")]
+    towers = [line for line in host_of("clip").tree().splitlines() if "tower" in line]
+    assert [line.split()[:3] for line in towers] == [
+        ["text_model", "text", "tower"],
+        ["vision_model", "vision", "tower"],
+    ]
     assert "context stream" in host_of("flux").tree()
     assert "block + attn" in host_of("unet2d").tree()
 
