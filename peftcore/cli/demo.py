@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import html
-import importlib.util
 import io
 import json
 import re
@@ -19,7 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 from peftcore.cli.data import Example, Task, make_task, split
-from peftcore.cli.errors import BadInput, require
+from peftcore.cli.errors import BadInput, package_folder, require
 from peftcore.cli.trials import FULL
 from peftcore.files import write_text
 
@@ -110,22 +109,22 @@ def _written(out: Path, files: Mapping[str, Iterable[Example]]) -> dict[str, str
 
 def model_folder() -> Path:
     """The MiniLM encoder inside its package, which is found but not imported: it would want other libraries."""
-    return package_folder(MODEL_PACKAGE) / "model"
+    return _installed(MODEL_PACKAGE) / "model"
 
 
 def tweets(tuning: bool = False) -> Task:
     """The tweets as a task of three classes; ``tuning`` puts the tuning split in the place of the held-out one."""
-    [table] = package_folder(TWEETS_PACKAGE).glob("corpora/*.csv")
+    [table] = _installed(TWEETS_PACKAGE).glob("corpora/*.csv")
     rows = csv.DictReader(io.StringIO(table.read_text(encoding="latin-1")))
     held_out, tune, train = split(clean(Example(row["text"], row["sentiment"]) for row in rows), [HELD_OUT, TUNING])
     return make_task(f"tweets of {TWEETS_PACKAGE}", train, tune if tuning else held_out)
 
 
-def package_folder(package: str) -> Path:
+def _installed(package: str) -> Path:
     require(REQUIREMENTS, "--no-deps")
-    spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.submodule_search_locations
-    return Path(spec.submodule_search_locations[0])
+    folder = package_folder(package)
+    assert folder is not None
+    return folder
 
 
 def clean(examples: Iterable[Example]) -> list[Example]:

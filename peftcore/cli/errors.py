@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
+from pathlib import Path
 
 from peftcore.errors import PeftcoreError
 
@@ -14,6 +15,18 @@ class BadInput(PeftcoreError, ValueError):
 
 class MissingPackage(BadInput, ImportError):
     """Something to import is not installed; the message holds the pip line."""
+
+
+def package_folder(name: str) -> Path | None:
+    """Where an installed package lies; it is not imported. A name with a dot is none: to look for that, Python would
+    import what is before the dot.
+    """
+    try:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    except ValueError:  # imported already, by no file: __main__
+        return None
+    found = None if spec is None else spec.submodule_search_locations
+    return Path(found[0]) if found else None
 
 
 def require(packages: Mapping[str, str], options: str = "") -> None:

@@ -12,9 +12,9 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from peftcore.cli.errors import BadInput
+from peftcore.cli.errors import BadInput, package_folder
 
-GGUF = ".gguf"
+GGUF, PACKAGE = ".gguf", "package:"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 NO_KERNELS = {"attn_implementation": None, "experts_implementation": None}
 """A configuration may ask for kernels from the Hub, which are code; transformers chooses among its own instead."""
@@ -39,9 +39,13 @@ def load_tokenizer(model: Path | str) -> Any:
 def origin(model: Path | str) -> tuple[str, dict[str, Any]]:
     """What transformers' loaders call a model: a folder, a GGUF file or a folder of one, a name on the Hub.
 
+    ``package:NAME`` is the folder of an installed Python package, ``package:NAME/FOLDER`` one inside.
+
     Raises:
         BadInput: it looks like a path, and nothing is there.
     """
+    if str(model).startswith(PACKAGE):
+        model = _in_package(str(model))
     path = Path(model)
     if path.suffix == GGUF and path.is_file():
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
@@ -53,6 +57,14 @@ def origin(model: Path | str) -> tuple[str, dict[str, Any]]:
     if isinstance(model, Path) or not HUB_NAME.fullmatch(model):
         raise BadInput(f"{model}: no such folder; a model is a folder with config.json, weights and tokenizer")
     return model, {}
+
+
+def _in_package(model: str) -> Path:
+    """A folder inside a package, which is found but not imported."""
+    name, _, inside = model.removeprefix(PACKAGE).partition("/")
+    if (folder := package_folder(name)) is None:
+        raise BadInput(f"{model}: no package {name!r} is installed")
+    return folder / inside
 
 
 def from_pretrained(auto: Any, model: Path | str, dtype: str = "float32", **options: Any) -> Any:

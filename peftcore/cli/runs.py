@@ -98,7 +98,8 @@ class Run(Options):
     """One training run: what a configuration file holds."""
 
     model: str
-    """Folder of a model with its tokenizer or image processor, a GGUF file, or a name on the Hub."""
+    """Folder of a model with its tokenizer or image processor, a GGUF file, ``package:NAME`` for what an installed
+    Python package holds, or a name on the Hub."""
     task: str
     """What is learned: text-classification, causal-lm, chat ..."""
     data: dict[str, Any]

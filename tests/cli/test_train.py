@@ -287,5 +287,21 @@ def test_perplexity_weighs_tokens_not_batches(talker: Path, chats: Path) -> None
     assert found["perplexity"] == pytest.approx(math.exp(sum(costs) / len(costs)), rel=1e-6)
 
 
+def test_a_model_inside_a_package_that_is_not_imported(
+    talker: Path, chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "installed" / "holds_a_model"
+    shutil.copytree(talker, package / "model")
+    (package / "__init__.py").write_text("raise AssertionError", encoding="utf-8")
+    monkeypatch.syspath_prepend(str(package.parent))
+    options = ("--task", "chat", "--data", chats, "--method", "lora", "--steps", 1)
+    trained("--model", "package:holds_a_model/model", *options)
+    for name in ("holds_no_model", "holds_a_model.model", "__main__", ""):
+        assert f"no package {name!r} is installed" in refused(
+            "--model", f"package:{name}", "--out", tmp_path / "other", *options
+        )
+    assert "holds_a_model" not in sys.modules
+
+
 def test_a_tokenizer_without_a_template_is_refused(decoder: Path, chats: Path) -> None:
     assert "no chat template" in refused("--model", decoder, "--task", "chat", "--data", chats, "--method", "lora")
