@@ -1,6 +1,7 @@
 # make demo    adapt a real encoder to real tweets with every method, and compare them
 # make test    linters, types, tests
 # make quantization-matrix    try every method on every packed base, and write docs/quantization.md
+# make bench   how fast it is, side by side with peft; writes docs/performance.md
 # make fuzz    load many more damaged files than `make test` does
 # Both create .venv when it is missing and install into it again when the requirements have changed.
 
@@ -13,7 +14,7 @@ REQUIREMENTS := requirements-dev.txt requirements-demo.txt pyproject.toml $(wild
 # Models and data come from packages; nothing is fetched while the project runs.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint quantization-matrix fuzz clean
+.PHONY: demo test test-all lint quantization-matrix bench fuzz clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -36,6 +37,9 @@ test-all: test
 
 quantization-matrix: $(INSTALLED)
 	$(BIN)/python docs/quantization_matrix.py
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks --page
 
 # Another seed tries other files: make fuzz PEFTCORE_FUZZ_SEED=1
 fuzz: export PEFTCORE_FUZZ ?= 200000

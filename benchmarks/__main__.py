@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import lifecycle, scaling, serving, steps
+from benchmarks import lifecycle, page, scaling, serving, steps
 from benchmarks.rows import Row
 
 HERE = Path(__file__).parent
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="how often each contender runs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--page", action="store_true", help="put the tables into docs/performance.md")
     given = parser.parse_args()
     chosen = given.figures or [*FIGURES, "scaling"]
     if unknown := set(chosen).difference(FIGURES, ["scaling"]):
@@ -70,14 +71,18 @@ def main() -> None:
         console.print(f"{each.title}, steepest growth over {each.over} (1 is linear): {steepest}")
     if growth:
         scaling.draw(growth, given.out / "scaling.png")
-    versions = {name: version(name) for name in ("torch", "transformers", "peft", "peftcore")}
-    document = {
+    circumstances = {
         "machine": f"{platform.machine()}, {given.threads} threads",
-        "versions": versions,
-        "rounds": given.rounds,
+        "rounds": str(given.rounds),
+        **{name: version(name) for name in ("torch", "transformers", "peft", "peftcore")},
+    }
+    document = {
+        **circumstances,
         "rows": [asdict(row) for row in rows],
         "growth": [asdict(each) for each in growth],
     }
+    if given.page:
+        page.write(page.tables(rows, growth, circumstances))
     (given.out / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

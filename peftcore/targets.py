@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,10 @@ from peftcore.weights import Layer, Ranges, dense_layer
 
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[Any]
 LayerOf = Callable[[nn.Module, str], Layer]
+
+
+_SHAPES: WeakKeyDictionary[Site, torch.Size] = WeakKeyDictionary()
+"""Shapes of sites: methods ask for them many times. Not among a site's attributes, from which others are made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +67,15 @@ class Site:
         path = self.module_path if plain else f"{self.module_path}.{self.tensor}".lstrip(".")
         return path if self.rows is None else f"{path}:{self.role or self.rows[0][0]}"
 
-    @functools.cached_property
+    @property
     def weight_shape(self) -> torch.Size:
         """The logical shape ``[*batch, out, in, *kernel]``, also when the weight is packed; rows only."""
+        found = _SHAPES.get(self)
+        if found is None:
+            found = _SHAPES[self] = self._weight_shape()
+        return found
+
+    def _weight_shape(self) -> torch.Size:
         if not self.layer.has(self.module, self.tensor):
             return torch.Size([self._beside().out_features])
         shape = list(self.layer.shape(self.module, self.tensor))
