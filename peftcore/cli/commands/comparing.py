@@ -8,16 +8,11 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.cli.app import Json, Set, answered, app, settings
+from peftcore.cli.commands._options import BatchSize, Data, Demo, Model, Steps, Task, check_source, given
 from peftcore.cli.errors import BadInput
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file of the comparison; the options below go over it.")]
-Demo = Annotated[bool, typer.Option("--demo", help="A MiniLM encoder on tweets, both from Python packages.")]
-Model = Annotated[str | None, typer.Option(help="Folder of a model, a GGUF file, or a name on the Hub.")]
-Task = Annotated[str | None, typer.Option(help="What is learned (text-classification).")]
-Data = Annotated[str | None, typer.Option(help="The examples: a table, a folder, a dataset's name.")]
 Methods = Annotated[str | None, typer.Option(help="Names, separated by commas; 'full' is full fine-tuning.")]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps of each run (100).")]
-BatchSize = Annotated[int | None, typer.Option(help="Examples in a step.")]
 LearningRate = Annotated[
     float | None, typer.Option("--lr", help="One learning rate for all, instead of those that suit the demo.")
 ]
@@ -52,26 +47,21 @@ def compare(
         "training.batch_size": batch_size,
         "training.learning_rate": lr,
         "out": out,
+        "seeds": None if seeds is None else seeds.split(","),
     }
-    changes: list[tuple[str, Any]] = [(name, value) for name, value in flags.items() if value is not None]
-    if seeds is not None:
-        changes.append(("seeds", seeds.split(",")))
     with answered():
         from peftcore.cli import demo as tweets
         from peftcore.cli import runs
 
-        given: dict[str, Any] = {} if config is None else runs.load(config)
-        if demo:
-            if config or model or data or task:
-                raise BadInput("--demo brings its own model, task and data; leave these out")
-            given = tweets.comparison(out or Path("peftcore-compare"), tuning)
-        elif tuning:
+        values: dict[str, Any] = {} if config is None else runs.load(config)
+        if tuning and not demo:
             raise BadInput("--tuning belongs to --demo")
-        elif config is None and (model is None or data is None):
-            raise BadInput("give --demo, a configuration file, or both --model and --data")
-        given.setdefault("task", "text-classification")
-        if methods is not None or "methods" not in given:
-            given["methods"] = tweets.candidates(methods or ",".join(tweets.RECIPES), lr)
+        check_source(demo, config, model, task, data)
+        if demo:
+            values = tweets.comparison(out or Path("peftcore-compare"), tuning)
+        values.setdefault("task", "text-classification")
+        if methods is not None or "methods" not in values:
+            values["methods"] = tweets.candidates(methods or ",".join(tweets.RECIPES), lr)
         # Not before the input has been read: what follows imports torch and transformers.
         from rich.console import Console
 
@@ -79,7 +69,8 @@ def compare(
         from peftcore.cli.progress import Bars
         from peftcore.cli.report import table
 
-        comparison = runs.read(job.Comparison, given, [*changes, *settings(set_).items()], str(config or "the options"))
+        where = str(config or "the options")
+        comparison = runs.read(job.Comparison, values, [*given(flags), *settings(set_).items()], where)
         with Bars(Console(stderr=True), len(comparison.methods) * len(comparison.seeds)) as bars:
             report = job.compare(comparison, bars)
         if json:

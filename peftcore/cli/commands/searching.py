@@ -8,19 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.cli.app import Json, Set, answered, app, settings
+from peftcore.cli.commands._options import BatchSize, Data, Demo, Model, Steps, Task, check_source, given
 from peftcore.cli.errors import BadInput
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file of the search; the options below go over it.")]
-Demo = Annotated[bool, typer.Option("--demo", help="A MiniLM encoder on tweets, both from Python packages.")]
-Model = Annotated[str | None, typer.Option(help="Folder of a model, a GGUF file, or a name on the Hub.")]
-Task = Annotated[str | None, typer.Option(help="What is learned (text-classification).")]
-Data = Annotated[str | None, typer.Option(help="The examples: a table, a folder, a dataset's name.")]
 Methods = Annotated[str | None, typer.Option(help="Names, separated by commas; a file says more of each.")]
 Budget = Annotated[str | None, typer.Option(help="Trainable values at most: 50k, 1.5M, or a share: 0.5%.")]
 Memory = Annotated[str | None, typer.Option(help="Memory of a training step at most: 2GB.")]
 Trials = Annotated[int | None, typer.Option(help="Runs on the tuning split, of all workers together (20).")]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps of each run (100).")]
-BatchSize = Annotated[int | None, typer.Option(help="Examples in a step.")]
 Seeds = Annotated[str | None, typer.Option(help="Of the runs between which the pick is made, and of its own: 0,1,2.")]
 Seed = Annotated[int | None, typer.Option(help="Of the search, and of its runs (0).")]
 Storage = Annotated[str | None, typer.Option(help="Where the study is: a journal file, or sqlite:///study.db.")]
@@ -68,21 +63,17 @@ def search(
         "study": study,
         "out": out,
     }
-    changes: list[tuple[str, Any]] = [(name, value) for name, value in flags.items() if value is not None]
     with answered():
         from peftcore.cli import demo as tweets
         from peftcore.cli import runs
         from peftcore.cli.errors import require
 
         require({"optuna": "peftcore[cli]"})
-        given: dict[str, Any] = {} if config is None else runs.load(config)
+        values: dict[str, Any] = {} if config is None else runs.load(config)
+        check_source(demo, config, model, task, data)
         if demo:
-            if config or model or data or task:
-                raise BadInput("--demo brings its own model, task and data; leave these out")
-            given = tweets.searching(out or Path("peftcore-search"), methods)
-        elif config is None and (model is None or data is None):
-            raise BadInput("give --demo, a configuration file, or both --model and --data")
-        if worker and storage is None and "storage" not in given:
+            values = tweets.searching(out or Path("peftcore-search"), methods)
+        if worker and storage is None and "storage" not in values:
             raise BadInput("--worker needs --storage: the study that the workers share")
         # Not before the input has been read: what follows imports torch and transformers.
         from rich.console import Console
@@ -93,7 +84,7 @@ def search(
         from peftcore.cli.report import table
 
         where = str(config or "the options")
-        what = runs.read(job.Search, given, [*changes, *settings(set_).items()], where)
+        what = runs.read(job.Search, values, [*given(flags), *settings(set_).items()], where)
         with Bars(Console(stderr=True), what.runs) as bars:
             if worker:
                 count = job.work(what, bars)

@@ -8,14 +8,10 @@ from typing import Annotated
 import typer
 
 from peftcore.cli.app import Json, Set, answered, app, settings
+from peftcore.cli.commands._options import BatchSize, Data, Model, Steps, Task, given
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file of the run; the options below go over it.")]
-Model = Annotated[str | None, typer.Option(help="Folder of a model, a GGUF file, or a name on the Hub.")]
-Task = Annotated[str | None, typer.Option(help="What is learned: text-classification, causal-lm, chat ...")]
-Data = Annotated[str | None, typer.Option(help="The examples: a table, a folder, a dataset's name.")]
 Method = Annotated[str | None, typer.Option(help="Name of a method; its options: --set method.rank=8.")]
-Steps = Annotated[int | None, typer.Option(help="Optimizer steps.")]
-BatchSize = Annotated[int | None, typer.Option(help="Examples at once.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
 Seed = Annotated[int | None, typer.Option(help="Of all that is random.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the adapter, checkpoints, logs and metrics.")]
@@ -53,9 +49,8 @@ def train(
     with answered():
         from peftcore.cli import runs
 
-        changes = [(name, value) for name, value in flags.items() if value is not None]
         values = {} if config is None else runs.load(config)
-        run = runs.read(runs.Run, values, [*changes, *settings(set_).items()], str(config or "the options"))
+        run = runs.read(runs.Run, values, [*given(flags), *settings(set_).items()], str(config or "the options"))
         # Not before the input has been read: what follows imports torch and transformers.
         from rich.console import Console
 

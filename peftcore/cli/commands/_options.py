@@ -1,0 +1,36 @@
+"""Options that commands of training have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from peftcore.cli.errors import BadInput
+
+Demo = Annotated[bool, typer.Option("--demo", help="A MiniLM encoder on tweets, both from Python packages.")]
+Model = Annotated[
+    str | None, typer.Option(help="Folder of a model, a GGUF file, package:NAME for an installed one, or a Hub name.")
+]
+Task = Annotated[str | None, typer.Option(help="What is learned: text-classification, causal-lm, chat ...")]
+Data = Annotated[str | None, typer.Option(help="The examples: a table, a folder, a dataset's name.")]
+Steps = Annotated[int | None, typer.Option(help="Optimizer steps of a run.")]
+BatchSize = Annotated[int | None, typer.Option(help="Examples at once.")]
+
+
+def given(flags: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The flags that were given, by the names that their values have in a file."""
+    return [(name, value) for name, value in flags.items() if value is not None]
+
+
+def check_source(demo: bool, config: object, model: str | None, task: str | None, data: str | None) -> None:
+    """Examples and a model come from the demonstration, from a file or from flags.
+
+    Raises:
+        BadInput: from none of them, or from the demonstration and another.
+    """
+    if demo and (config or model or data or task):
+        raise BadInput("--demo brings its own model, task and data; leave these out")
+    if not demo and config is None and (model is None or data is None):
+        raise BadInput("give --demo, a configuration file, or both --model and --data")
