@@ -25,8 +25,8 @@ from peftcore.quantization import dequantize, quantize, schemes
 from peftcore.records import Call, Tap, current_call
 from peftcore.saving import saving_base
 from peftcore.sequence import SequenceOperator, SequenceSite
+from peftcore.sites import Site
 from peftcore.surgery import Surgeon
-from peftcore.targets import Site
 from peftcore.training.batches import Batch, Batches
 from peftcore.training.optimizer import GradientRule
 

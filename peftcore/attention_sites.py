@@ -14,7 +14,8 @@ from torch import nn
 
 from peftcore.attention import Geometry, Projection, implementation_of
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.targets import Resolver, Site
+from peftcore.sites import Site
+from peftcore.targets import Resolver
 from peftcore.weights import plain_class
 
 # What attention classes call these sizes; the first name that a module has counts.

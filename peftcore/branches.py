@@ -15,8 +15,9 @@ from peftcore.hosts import HostEntry
 from peftcore.hosts.hostmap import under
 from peftcore.operators import Operator, on_first
 from peftcore.records import Tap
+from peftcore.sites import Site
 from peftcore.surgery import Surgeon
-from peftcore.targets import Resolver, Site
+from peftcore.targets import Resolver
 
 FIRST = {
     "mlp.down": {"mlp.gate_up", "mlp.gate", "mlp.up"},

@@ -26,8 +26,8 @@ from peftcore.injection import Injection
 from peftcore.operators import Factors, _Base, is_mergeable
 from peftcore.progress import through
 from peftcore.sharding import whole
+from peftcore.sites import Site
 from peftcore.surgery import Wishes
-from peftcore.targets import Site
 from peftcore.weights import bias_name, put, take
 
 How = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "slerp"]

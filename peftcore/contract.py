@@ -18,8 +18,8 @@ from peftcore.errors import PluginError, shown
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection
+    from peftcore.sites import Site
     from peftcore.surgery import Surgeon
-    from peftcore.targets import Site
     from peftcore.training.batches import Batches
     from peftcore.training.optimizer import GradientRule
 

@@ -17,8 +17,8 @@ from peftcore.config import DTYPES, described, validate_json
 from peftcore.contract import Method, MethodConfig
 from peftcore.errors import CheckpointError, ConfigError, NewerFormat, UnknownMethod, shown
 from peftcore.injection import Injection
+from peftcore.sites import Site
 from peftcore.surgery import Wishes
-from peftcore.targets import Site
 from peftcore.weights import plain_class
 
 FORMAT = 1

@@ -20,8 +20,8 @@ from peftcore.graft import is_reached, slot_of
 from peftcore.installation import release, uninstall
 from peftcore.operators import _Base, trainable_numbers
 from peftcore.plugins import registry
+from peftcore.sites import Site
 from peftcore.surgery import Graft, Surgeon, Wishes
-from peftcore.targets import Site
 from peftcore.weights import GRAFTED
 
 MIXES_ROWS = ("experts", "pos")
@@ -252,8 +252,7 @@ class Injection:
     ) -> None:
         """Write the adapter alone into the folder `path`.
 
-        Of a model whose weights are cut over processes (FSDP2) every process calls this, for each has a part of what is
-        saved; the first writes it.
+        Of a model whose weights are cut over processes (FSDP2) all of them call this, and the first one writes.
 
         Args:
             path: a folder; it is made where it is missing, and what it holds of the same format is replaced.

@@ -16,8 +16,8 @@ from peftcore.errors import UnsupportedHost, UnsupportedSite
 from peftcore.graft import attach, detach, is_reached, slot_of, ungraft
 from peftcore.mounts import Mount
 from peftcore.saving import BASE_ALONE
+from peftcore.sites import Site
 from peftcore.stances import stance_of
-from peftcore.targets import Site
 
 if TYPE_CHECKING:
     from peftcore.surgery import Surgeon

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peftcore.errors import NotMergeable
 
 if TYPE_CHECKING:
-    from peftcore.targets import Site
+    from peftcore.sites import Site
 
 Factors = tuple[Tensor, Tensor, float]
 """``(A, B, scale)`` of a low-rank update ``scale * B A``; A is ``[*batch, rank, in, *kernel]`` and B is ``[*batch, out,

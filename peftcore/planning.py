@@ -11,7 +11,7 @@ from torch import Size, nn
 
 from peftcore.hosts import HostMap
 from peftcore.plugins import layer_of
-from peftcore.targets import Site
+from peftcore.sites import Site
 from peftcore.weights import is_dense
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from peftcore.graft import slot_of
 from peftcore.packing import Packed, become, dense_linear, floating_dtype
 from peftcore.plugins import imported, layer_of, named_places
 from peftcore.progress import Progress
-from peftcore.targets import Resolver, Site, Target
+from peftcore.sites import Site
+from peftcore.targets import Resolver, Target
 from peftcore.weights import Linear
 
 M = TypeVar("M", bound=nn.Module)

@@ -27,7 +27,8 @@ from peftcore.operators import Operator
 from peftcore.sequence_cache import Opened, is_cache, is_filled, opened
 from peftcore.sequence_masks import Front
 from peftcore.sharding import whole
-from peftcore.targets import Resolver, Site
+from peftcore.sites import Site
+from peftcore.targets import Resolver
 from peftcore.weights import Layer
 
 MASK, POSITIONS, STEPS = "attention_mask", "position_ids", "cache_position"

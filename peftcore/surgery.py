@@ -23,7 +23,8 @@ from peftcore.operators import Operator, Replacement, Shared, WeightOperator, _B
 from peftcore.plugins import registry
 from peftcore.progress import Progress
 from peftcore.sequence import locate as locate_stack
-from peftcore.targets import Resolver, Site, Target
+from peftcore.sites import Site
+from peftcore.targets import Resolver, Target
 from peftcore.weights import Ranges
 
 if TYPE_CHECKING:

@@ -11,147 +11,20 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from peftcore.errors import HostMismatch, TargetError, UnsupportedSite, shown
-from peftcore.graft import effective_weight
+from peftcore.errors import HostMismatch, TargetError, shown
 from peftcore.hosts import HostEntry, HostMap
-from peftcore.weights import Layer, Ranges, dense_layer
+from peftcore.sites import LayerOf, Site
+from peftcore.weights import Ranges
 
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[Any]
-LayerOf = Callable[[nn.Module, str], Layer]
-
-
-_SHAPES: WeakKeyDictionary[Site, torch.Size] = WeakKeyDictionary()
-"""Shapes of sites: methods ask for them many times. Not among a site's attributes, from which others are made."""
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """A module of the host, one of its tensors, or some rows of one, that a method acts on.
-
-    Attributes:
-        module_path: path of the module, "" for the host itself.
-        tensor: path of the tensor below the module; "weight" for most.
-        role: the role by which it was found, if any.
-        rows: the rows of the logical output dimension, for one part of a fused projection.
-        form: "activation" where an operator may wrap the module's forward, "weight" where only the tensor can be acted
-            on; "attention" for what acts inside an attention module.
-    """
-
-    module: nn.Module
-    module_path: str
-    tensor: str
-    layer: Layer
-    role: str | None = None
-    rows: Ranges | None = None
-    form: str = "weight"
-    layer_of: LayerOf = dense_layer
-    meta: bool = False
-
-    @property
-    def path(self) -> str:
-        """The name of the site in files and messages: ``h.0.attn.c_attn``, ``mha.in_proj_weight``,
-        ``h.0.attn.c_attn:attn.q``."""
-        if self.form == "attention":
-            return f"{self.module_path}:attention"
-        plain = self.tensor == "weight" or self.form == "activation"
-        path = self.module_path if plain else f"{self.module_path}.{self.tensor}".lstrip(".")
-        return path if self.rows is None else f"{path}:{self.role or self.rows[0][0]}"
-
-    @property
-    def weight_shape(self) -> torch.Size:
-        """The logical shape ``[*batch, out, in, *kernel]``, also when the weight is packed; rows only."""
-        found = _SHAPES.get(self)
-        if found is None:
-            found = _SHAPES[self] = self._weight_shape()
-        return found
-
-    def _weight_shape(self) -> torch.Size:
-        if not self.layer.has(self.module, self.tensor):
-            return torch.Size([self._beside().out_features])
-        shape = list(self.layer.shape(self.module, self.tensor))
-        if self.rows is not None:
-            shape[self.layer.batch_dims] = sum(stop - start for start, stop in self.rows)
-        return torch.Size(shape)
-
-    @property
-    def batch(self) -> tuple[int, ...]:
-        """The leading dimensions of a stack: ``(experts,)``, or nothing."""
-        return tuple(self.weight_shape[: self.layer.batch_dims])
-
-    @property
-    def out_features(self) -> int:
-        """Outputs of the linear map, or the length of a vector."""
-        return self.weight_shape[self.layer.batch_dims]
-
-    @property
-    def in_features(self) -> int:
-        """Inputs of the linear map (of one group, for grouped convolutions)."""
-        return self._matrix()[0]
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """The kernel of a convolution, or nothing."""
-        return tuple(self._matrix()[1:])
-
-    @property
-    def numel(self) -> int:
-        """Values in the tensor (or in its rows)."""
-        return math.prod(self.weight_shape)
-
-    def _matrix(self) -> torch.Size:
-        inputs = self.weight_shape[self.layer.batch_dims + 1 :]
-        if not inputs:
-            raise UnsupportedSite(f"{self.path} is a vector of {self.out_features}; this method needs a matrix")
-        return inputs
-
-    @property
-    def device(self) -> torch.device:
-        """Where the module computes."""
-        held: Tensor | None = next(self.module.parameters(), None)
-        if self.layer.has(self.module, self.tensor):
-            held = self.layer.like(self.module, self.tensor)
-        return torch.device("cpu") if held is None else held.device
-
-    def weight(self) -> Tensor:
-        """The dense logical weight as the active injections leave it; zeros for a missing bias, shape only while
-        planning."""
-        self.layer.check_readable(self.module, self.tensor)
-        if self.meta:
-            return torch.empty(self.weight_shape, device="meta")
-        if not self.layer.has(self.module, self.tensor):
-            return self._beside().weight().new_zeros(self.weight_shape)
-        return effective_weight(self.module, self.tensor, self.layer, self.rows)
-
-    def _beside(self) -> Site:
-        """The weight beside a bias that the host does not have."""
-        owner, _, name = self.tensor.rpartition(".")
-        if name != "bias":
-            raise UnsupportedSite(f"{self.module_path or 'the host'} has no tensor {self.tensor!r} to act on")
-        return self.at(f"{owner}.weight".lstrip("."))
-
-    def tensors(self) -> tuple[str, ...]:
-        """The parameter slots beside the site's tensor, by path below the module; empty ones (no bias) included."""
-        owner = self.tensor.rpartition(".")[0]
-        module = self.module.get_submodule(owner)
-        return tuple(f"{owner}.{name}".lstrip(".") for name in self.layer_of(module, "weight").slots(module))
-
-    def missing(self, tensor: str) -> bool:
-        """True for a parameter slot that the host left empty."""
-        return not self.layer_of(self.module, tensor).has(self.module, tensor)
-
-    def at(self, tensor: str) -> Site:
-        """The same rows of another tensor of the module."""
-        return replace(self, tensor=tensor, layer=self.layer_of(self.module, tensor), form="weight")
 
 
 def _matcher(pattern: Any) -> Callable[[str, nn.Module | None], bool]:

@@ -26,8 +26,9 @@ from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.rebasing import find_move
 from peftcore.plugins import imported, layer_of, named_places
+from peftcore.sites import Site
 from peftcore.surgery import Surgeon
-from peftcore.targets import Resolver, Site
+from peftcore.targets import Resolver
 
 CONFIG, TENSORS, HEAD = "adapter_config.json", "adapter.safetensors", "model_head.safetensors"
 PLAIN = "bottleneck"

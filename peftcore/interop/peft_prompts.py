@@ -20,7 +20,8 @@ from peftcore.interop.places import Place
 from peftcore.plugins import layer_of
 from peftcore.sequence import SequenceSite
 from peftcore.sequence import locate as locate_stack
-from peftcore.targets import Resolver, Site
+from peftcore.sites import Site
+from peftcore.targets import Resolver
 from peftcore.weights import plain_class
 
 ROWS = "prompt_embeddings"

@@ -19,7 +19,7 @@ from peftcore.files import TensorFile, write_tensors
 from peftcore.injection import Injection
 from peftcore.interop.card import CARD
 from peftcore.interop.native import ENVELOPE, METADATA, TENSORS
-from peftcore.targets import Site
+from peftcore.sites import Site
 from peftcore.testing.kit import Case, NotApplicable, check, fill
 from peftcore.testing.tools import differences, findable, raises, trace
 

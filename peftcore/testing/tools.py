@@ -18,8 +18,8 @@ from peftcore.errors import AmbiguousMethod, UnknownMethod
 from peftcore.injection import Injection
 from peftcore.operators import Operator, WeightOperator
 from peftcore.plugins import layer_of
+from peftcore.sites import Site
 from peftcore.surgery import Surgeon
-from peftcore.targets import Site
 from peftcore.testing.kit import Case, Expecting, fill
 
 Trace = dict[str, Any]

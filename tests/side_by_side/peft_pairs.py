@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.injection import Injection
 from peftcore.operators import _Base
-from peftcore.targets import Site
+from peftcore.sites import Site
 
 ADAPTER = "default"
 FILL = 0.1
