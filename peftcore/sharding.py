@@ -150,9 +150,9 @@ def hold_whole(model: nn.Module) -> None:
 
     Modules that are cut by themselves do that by themselves.
     """
-    for module in _cut_modules(model):
-        if id(module) == id(model):
-            module.unshard()
+    outermost: Any = model
+    if any(each is model for each in _cut_modules(model)):
+        outermost.unshard()
 
 
 def _reshard(model: nn.Module) -> None:
