@@ -2,12 +2,14 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -56,6 +58,19 @@ def test_diffusion(tmp_path: Path) -> None:
         assert max(row["style"] for row in rows.values()) > bare["style"] + 0.3, (bare, rows)
     steering = {row["method"]: row["overlap"] for row in document["steering"]}
     assert steering.keys() == {"unadapted", "controlnet", "t2i_adapter", "controlnet + lora"}
+
+
+def test_one_tower_of_a_llava(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(sys, "argv", ["run.py", "--quick", "--out", str(tmp_path)])
+    threads = torch.get_num_threads()
+    runpy.run_path(str(EXAMPLES / "llava-towers" / "run.py"), run_name="__main__")
+    torch.set_num_threads(threads)
+    bare, vision, text = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["results"]
+    assert (vision["target"], text["target"]) == ("vision:all-linear", "text:all-linear")
+    assert vision["operators"] == {"vision": 18, "text": 0} and text["operators"] == {"vision": 0, "text": 14}
+    assert vision["other_unchanged"] and text["other_unchanged"]
+    assert vision["lying"] > bare["lying"] + 0.05, (bare, vision)  # after a quarter of the steps
 
 
 @pytest.mark.slow
