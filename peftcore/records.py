@@ -61,6 +61,10 @@ def repeating() -> bool:
     return graph_task() != -1
 
 
+IGNORED = -100
+"""Labels that transformers leaves out."""
+
+
 class Call:
     """One forward of the host.
 
@@ -240,7 +244,7 @@ class Recorder:
         if output is None or not torch.is_grad_enabled():
             return None
         if model.training:
-            output = _with_losses(output, [*call.losses, *self._aux_losses(call)])
+            output = _with_losses(output, [*call.losses, *self._aux_losses(call)], _share(kwargs))
         if not torch.compiler.is_compiling():
             _announce(output, call)
         return output
@@ -299,10 +303,21 @@ def _check_rows(call: Call) -> None:
         )
 
 
-def _with_losses(output: Any, losses: list[Tensor]) -> Any:
+def _with_losses(output: Any, losses: list[Tensor], share: Tensor | float) -> Any:
     if losses and isinstance(output, MutableMapping) and isinstance(output.get("loss"), Tensor):
-        output["loss"] = output["loss"] + sum(losses[1:], losses[0])
+        output["loss"] = output["loss"] + share * sum(losses[1:], losses[0])
     return output
+
+
+def _share(inputs: Mapping[str, Any]) -> Tensor | float:
+    """How much of an optimizer's step this forward is. Models of transformers are told how many items all of its
+    forwards have, in all processes, and divide their sums by that; then methods' own losses are added in parts too."""
+    items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    counted = labels[..., 1:] if labels.dim() > 1 else labels  # the first token is predicted from nothing
+    share: Tensor = counted.ne(IGNORED).sum() / items
+    return share
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
