@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from peftcore.cli.errors import BadInput, package_folder
+from peftcore.weights import is_dense
 
 GGUF, PACKAGE = ".gguf", "package:"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -75,10 +76,20 @@ def from_pretrained(auto: Any, model: Path | str, dtype: str = "float32", **opti
     """
     where, own = origin(model)
     try:
-        return auto.from_pretrained(where, dtype=getattr(torch, dtype), **NO_KERNELS, **own, **options)
+        found = auto.from_pretrained(where, dtype=getattr(torch, dtype), **NO_KERNELS, **own, **options)
     except UNREADABLE as error:
         words = re.findall("[A-Z][a-z]+|[A-Z]+", auto.__name__)[1:]
         raise unreadable(model, " ".join(words).lower(), error) from error
+    if "gguf_file" in own:
+        _made_dense(found[0] if isinstance(found, tuple) else found)
+    return found
+
+
+def _made_dense(model: Any) -> None:
+    """Weights that were unpacked as they were read: transformers still calls the model quantized, and would neither
+    train nor save it."""
+    if all(map(is_dense, model.parameters())):
+        model.hf_quantizer.remove_quantization_config(model)
 
 
 def classifier(
