@@ -64,7 +64,7 @@ class Memory(transformers.TrainerCallback):
 def held() -> int:
     """Bytes of all tensors of this process; what shares a storage counts once."""
     gc.collect()
-    tensors = [each for each in gc.get_objects() if isinstance(each, Tensor)]
+    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, torch.nn.Parameter) and not each.is_meta]
     tensors += [each.grad for each in tensors if each.is_leaf and each.grad is not None]
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
     return sum(storages.values())
