@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from peftcore.calls import Active, Choice, HostState, Key, Route
 from peftcore.compositions import Composition, branches
-from peftcore.operators import Combiner, Held, Operator, WeightOperator, _Base, is_mergeable, tables
+from peftcore.operators import Combiner, Held, Operator, WeightOperator, _Base, full_precision, is_mergeable, tables
 from peftcore.weights import Layer, Ranges, bias_name, put, take
 
 
@@ -223,7 +222,7 @@ class Acting:
         tensors: dict[str, Tensor | None] = {}
         for path, each in self.effects:
             like = each[0].mount.layer.like(module, path)
-            with torch.autocast(like.device.type, enabled=False):
+            with full_precision(like):
                 tensors[path] = fold(module, each, each[0].mount.layer.read(module, path), like)
         return tensors
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from peftcore.contract import Method
 from peftcore.errors import AmbiguousBackward, MissingContext, RouteError
+from peftcore.kernels import transformed
 from peftcore.sharding import differentiable
 
 if TYPE_CHECKING:
@@ -335,7 +336,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 def _announce(output: Any, call: Call) -> None:
     """Let backward say that it goes through this forward: the nodes of the outputs run before anything inside."""
-    if call.state is None or torch._C._are_functorch_transforms_active():
+    if call.state is None or transformed():
         return
     state = call.state
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from silent import Silent
 
 from peftcore.cli import train as job
 from peftcore.cli.run_folder import first_process
@@ -16,19 +17,6 @@ from peftcore.sharding import is_cut
 
 trainers: list[Any] = []
 made = job.trainer_for
-
-
-class Silent:
-    """A display that shows nothing."""
-
-    def phase(self, name: str, total: int | None) -> None:
-        pass
-
-    def advance(self) -> None:
-        pass
-
-    def say(self, line: str) -> None:
-        pass
 
 
 def noted(*args: Any) -> Any:

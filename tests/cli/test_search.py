@@ -10,6 +10,7 @@ import pytest
 import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from silent import Silent
 from typer.testing import CliRunner
 
 from peftcore.cli import search as job
@@ -103,20 +104,6 @@ def test_train_takes_the_pick_as_it_stands(finished):
     assert json.loads(result.stdout)["after"] == first["after"]
     own, theirs = (path / "adapter.safetensors" for path in (out / "best" / "adapter", out / first["folder"]))
     assert own.read_bytes() == theirs.read_bytes()
-
-
-class Silent:
-    """A display that shows nothing."""
-
-    def phase(self, name, total): ...
-
-    def advance(self): ...
-
-    def say(self, line): ...
-
-    def begin(self, label): ...
-
-    def finish(self, line): ...
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import sharded_runs
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from silent import Silent
 
 from peftcore.cli import train as job
 from peftcore.cli.runs import Run
@@ -69,7 +70,7 @@ def test_in_pieces_a_model_learns_what_it_does_whole(still: Path, csv_file: Path
     done = subprocess.run([*launch, sharded_runs.__file__, "runs.json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     for method in METHODS:
-        one = job.train(Run.model_validate(run_of(still, csv_file, method, 1)), sharded_runs.Silent())
+        one = job.train(Run.model_validate(run_of(still, csv_file, method, 1)), Silent())
         two = json.loads(Path(f"2/{method}-whole/metrics.json").read_text(encoding="utf-8"))
         assert np.allclose(two["losses"], one.losses, rtol=1e-5), method
         assert (two["trainable"], two["total"]) == (one.trainable, one.total)

@@ -36,19 +36,6 @@ def refused(*arguments: object) -> str:
     return " ".join(result.stderr.split())
 
 
-class Silent:
-    """A display that shows nothing."""
-
-    def phase(self, name: str, total: int | None) -> None:
-        pass
-
-    def advance(self) -> None:
-        pass
-
-    def say(self, line: str) -> None:
-        pass
-
-
 @pytest.fixture
 def tweets(encoder: Path, csv_file: Path) -> tuple[object, ...]:
     return (

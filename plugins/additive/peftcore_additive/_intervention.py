@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.operators import Checked
+from peftcore.operators import Checked, full_precision
 
 
 class Intervention(Checked):
@@ -37,7 +37,7 @@ class Intervention(Checked):
         """R, with orthonormal rows where they have to be (in float32 at least: no half precision has these factors)."""
         if not self.orthonormal:
             return self.R
-        with torch.autocast(self.R.device.type, enabled=False):
+        with full_precision(self.R):
             R = self.R.to(torch.promote_types(self.R.dtype, torch.float32))
             factor: Tensor = torch.linalg.cholesky(R @ R.mT)  # [r, r], the identity where the rows are orthonormal
             return torch.linalg.solve_triangular(factor, R, upper=False)

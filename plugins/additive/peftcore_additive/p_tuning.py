@@ -22,6 +22,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, SequenceOperator, SequenceSite, Site, Surgeon, Tags
+from peftcore.operators import full_precision
 
 
 class Config(MethodConfig):
@@ -56,7 +57,7 @@ class PTuningOperator(SequenceOperator):
             self.head = nn.Sequential(*layers, nn.Linear(hidden, width))
 
     def rows(self, embeds: Tensor) -> Tensor:
-        with torch.autocast(embeds.device.type, enabled=False):
+        with full_precision(embeds):
             made = self.start if self.lstm is None else self.lstm(self.start[None])[0][0]
             rows: Tensor = self.head(made)
         return rows

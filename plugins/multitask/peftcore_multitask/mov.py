@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.attention_sites import locate
 from peftcore.errors import UnsupportedSite
+from peftcore.operators import full_precision
 
 HEADED = ("attn.k", "attn.v", "cross.k", "cross.v")
 """Roles whose output is a run of heads."""
@@ -77,7 +78,7 @@ class MoVOperator(Operator):
     def scaled(self, a: Tensor) -> Tensor:
         """The activation times its mixture of vectors."""
         dim = self.layer.channel_dim
-        with torch.autocast(a.device.type, enabled=False):
+        with full_precision(a):
             precise = torch.promote_types(self.gain.dtype, torch.float32)
             heads = a.movedim(dim, -1).unflatten(-1, (len(self.gain), -1)).to(precise)  # [..., heads, head]
             shares = (heads @ self.router.to(precise).T).softmax(-1)  # [..., heads, experts]

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, SequenceOperator, SequenceSite, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
+from peftcore.operators import full_precision
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 
@@ -66,7 +67,7 @@ class MultitaskPromptOperator(SequenceOperator):
 
     def rows(self, embeds: Tensor) -> Tensor:
         u, v = (self.tasks.of_rows(each, len(embeds)) for each in (self.u, self.v))
-        with torch.autocast(embeds.device.type, enabled=False):
+        with full_precision(embeds):
             return self.prompt * (u @ v)  # [1 or batch, length, width]
 
 
