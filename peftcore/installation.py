@@ -65,13 +65,18 @@ def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
         raise UnsupportedHost(f"{site.path or 'the host'} is a container; apply to a module that holds it")
     inside = site.path[len(".".join(parts[:depth])) :].lstrip(".")
     key = inside.replace(".", "__").replace(":", "__") or "self"
-    return holder, f"{key}_" if key in dir(nn.Module) else key
+    return holder, f"{key}_" if _has(nn.Module, key) else key
+
+
+def _has(cls: type, name: str) -> bool:
+    """Whether a class has an attribute; `dir` would collect them all for each site."""
+    return any(name in base.__dict__ for base in cls.__mro__)
 
 
 def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
     for child in (HOLDER, key):
         if child not in holder._modules:
-            if child in holder.__dict__ or child in holder._parameters or child in dir(type(holder)):
+            if child in holder.__dict__ or child in holder._parameters or _has(type(holder), child):
                 raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
             holder._modules[child] = Operators().train(holder.training)
         inner = holder._modules[child]

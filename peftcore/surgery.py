@@ -331,10 +331,19 @@ class Surgeon:
         on_it = contextlib.nullcontext() if torch.get_default_device() == where else where
         with drawing(self.wishes.seed, self.part + path), on_it:
             built = make()
-        dtype = self.wishes.dtype
-        empty = device is not None and device.type == "meta"  # a host without values: its operators have some
-        built = built.to(dtype) if empty and not self.dry else built.to("meta" if self.dry else device, dtype)
+        goal = where if self.dry else device
+        if not self.dry and device is not None and device.type == "meta":
+            goal = None  # a host without values: its operators have some
+        built = self._moved(built, where, goal)
         return built.train(self.model.training if site is None else site.module.training)
+
+    def _moved(self, built: nn.Module, where: torch.device, goal: torch.device | None) -> nn.Module:
+        """An operator built on a device, in the wished dtype on another. Most are there already, and are not walked."""
+        dtype = self.wishes.dtype
+        there = goal in (None, where) and next(built.buffers(), None) is None
+        if there and all(parameter.dtype == dtype for parameter in built.parameters()):
+            return built
+        return built.to(goal, dtype)
 
 
 def _exactly(path: str) -> Callable[[str, nn.Module], bool]:

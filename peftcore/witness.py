@@ -7,6 +7,7 @@ models' qkv, dead layers) would otherwise carry adapters that train nothing.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -28,12 +29,12 @@ class Expected(NamedTuple):
     name: str
 
 
-class Beside(NamedTuple):
-    """A site that should run, and the module that holds it."""
+@dataclass
+class Beside:
+    """Sites that should run and are children of one module, and what stood beside them."""
 
-    holder: nn.Module
     children: frozenset[str]
-    site: Expected
+    sites: list[Expected]
 
 
 class Witness:
@@ -48,25 +49,31 @@ class Witness:
     def __init__(self, state: HostState) -> None:
         self.state = state
         self.waiting: dict[str, list[Expected]] = {}
-        self.beside: list[Beside] = []
+        self.beside: dict[nn.Module, list[Beside]] = {}
 
     def watch(self, holder: nn.Module, site: Expected) -> None:
         """Expect a site to run; `holder` is the module whose child it is."""
         self._expect(site)
-        self.beside.append(Beside(holder, frozenset(holder._modules), site))
+        known = self.beside.setdefault(holder, [])
+        if not known or len(holder._modules) != len(known[-1].children):
+            known.append(Beside(frozenset(holder._modules), []))
+        known[-1].sites.append(site)
 
     def _expect(self, site: Expected) -> None:
         self.waiting.setdefault(re.sub(r"\d+", "*", site.path), []).append(site)
 
     def look(self, model: nn.Module) -> None:
         """Expect sites anew beside which modules were added since."""
-        for index, (holder, children, site) in enumerate(self.beside):
-            if len(holder._modules) != len(children):
-                self.beside[index] = Beside(holder, frozenset(holder._modules), site)
-                if not holder._modules.keys() <= children | {HOLDER}:
-                    for slot in site.slots:
-                        slot.ran = False
-                    self._expect(site)
+        for holder, known in self.beside.items():
+            for each in known:
+                if len(holder._modules) == len(each.children):
+                    continue
+                before, each.children = each.children, frozenset(holder._modules)
+                if not each.children <= before | {HOLDER}:
+                    for site in each.sites:
+                        for slot in site.slots:
+                            slot.ran = False
+                        self._expect(site)
         if self.waiting and self not in model._forward_hooks.values():
             model.register_forward_hook(self)
 
@@ -111,7 +118,12 @@ def forget(model: nn.Module, state: HostState, name: str) -> None:
     """Stop expecting anything of an injection: it is gone."""
     witness = state.witness
     if witness is not None:
-        witness.beside = [each for each in witness.beside if each.site.name != name]
+        for known in witness.beside.values():
+            for each in known:
+                each.sites = [site for site in each.sites if site.name != name]
+        witness.beside = {
+            holder: left for holder, known in witness.beside.items() if (left := [each for each in known if each.sites])
+        }
         kept = {group: [each for each in members if each.name != name] for group, members in witness.waiting.items()}
         witness.waiting = {group: members for group, members in kept.items() if members}
         if not witness.waiting:
