@@ -43,7 +43,9 @@ def is_sharded_class(cls: type[nn.Module]) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some of its parameters are cut, also while they stand whole."""
+    """Whether some of its parameters are cut, also while they stand whole. Without a group of processes none can be."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
     return any(True for _ in _cut_modules(model)) or any(is_cut(parameter) for parameter in model.parameters())
 
 
