@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftcore.testing.kit import Host, NotApplicable
+from peftcore.testing.kit import Build, Host, NotApplicable
 
 WIDTH = 16
 VOCABULARY = 40
@@ -119,14 +120,14 @@ def _transformers(config: str, model: str, **sizes: Any) -> Callable[[], tuple[n
     return build
 
 
-def gpt2(width: int) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
+def gpt2(width: int, layers: int = 2) -> Build:
     """Builds a GPT-2: transposed and fused weights."""
-    sizes = {"n_embd": width, "n_layer": 2, "n_head": 2, "n_positions": 32, "initializer_range": 0.3}
+    sizes = {"n_embd": width, "n_layer": layers, "n_head": 2, "n_positions": 32, "initializer_range": 0.3}
     return _transformers("GPT2Config", "GPT2LMHeadModel", **sizes)
 
 
-def _moe() -> tuple[nn.Module, dict[str, Any]]:
-    sizes = {**_DECODER, "num_local_experts": 3, "num_experts_per_tok": 2}
+def _moe(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
+    sizes = {**_DECODER, "num_hidden_layers": layers, "num_local_experts": 3, "num_experts_per_tok": 2}
     host, inputs = _transformers("MixtralConfig", "MixtralForCausalLM", **sizes)()
     for name, parameter in host.named_parameters():
         if name.endswith("mlp.gate.weight"):
@@ -134,7 +135,7 @@ def _moe() -> tuple[nn.Module, dict[str, Any]]:
     return host, inputs
 
 
-def _vit() -> tuple[nn.Module, dict[str, Any]]:
+def _vit(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
     sizes = {"image_size": 8, "patch_size": 4, "num_channels": 1}
     host, _ = _transformers(
         "ViTConfig",
@@ -142,7 +143,7 @@ def _vit() -> tuple[nn.Module, dict[str, Any]]:
         **sizes,
         hidden_size=WIDTH,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         initializer_range=0.3,
         num_labels=3,
@@ -182,14 +183,14 @@ def _unet() -> tuple[nn.Module, dict[str, Any]]:
     return host, inputs
 
 
-def _dit() -> tuple[nn.Module, dict[str, Any]]:
+def _dit(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
     host = _diffusers(
         "DiTTransformer2DModel",
         num_attention_heads=2,
         attention_head_dim=8,
         in_channels=2,
         out_channels=4,
-        num_layers=2,
+        num_layers=layers,
         sample_size=8,
         patch_size=2,
         num_embeds_ada_norm=10,
@@ -226,53 +227,59 @@ def _same(output: Tensor) -> Tensor:
 _DECODER = {
     "hidden_size": WIDTH,
     "intermediate_size": 24,
-    "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "initializer_range": 0.3,
     "tie_word_embeddings": False,
 }
 
+
+def _decoder(kind: str, layers: int = 2, **sizes: Any) -> Build:
+    return _transformers(f"{kind}Config", f"{kind}ForCausalLM", num_hidden_layers=layers, **_DECODER, **sizes)
+
+
+def _bert(layers: int = 2) -> Build:
+    return _transformers(
+        "BertConfig",
+        "BertForSequenceClassification",
+        hidden_size=WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        num_labels=3,
+    )
+
+
+def _t5(layers: int = 2) -> Build:
+    return _transformers(
+        "T5Config",
+        "T5ForConditionalGeneration",
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=24,
+        num_layers=layers,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+
+
 HOSTS: dict[str, Host] = {
     host.name: host
     for host in (
         Host("mlp", _mlp, _same, fallback=["first", "second"]),
         Host("encoder", _encoder, _same, fallback=["linear1", "linear2"]),
-        Host("llama", _transformers("LlamaConfig", "LlamaForCausalLM", **_DECODER), _logits),
+        Host("llama", _decoder("Llama"), _logits, shallow=_decoder("Llama", 1)),
+        Host("bert", _bert(), _logits, shallow=_bert(1)),
+        Host("t5", _t5(), _logits, shallow=_t5(1)),
+        Host("gpt2", gpt2(WIDTH), _logits, shallow=gpt2(WIDTH, 1)),
+        Host("moe", _moe, _logits, shallow=partial(_moe, 1)),
         Host(
-            "bert",
-            _transformers(
-                "BertConfig",
-                "BertForSequenceClassification",
-                hidden_size=WIDTH,
-                intermediate_size=24,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                initializer_range=0.3,
-                num_labels=3,
-            ),
-            _logits,
+            "mistral", _decoder("Mistral", sliding_window=3), _logits, shallow=_decoder("Mistral", 1, sliding_window=3)
         ),
-        Host(
-            "t5",
-            _transformers(
-                "T5Config",
-                "T5ForConditionalGeneration",
-                d_model=WIDTH,
-                d_kv=8,
-                d_ff=24,
-                num_layers=2,
-                num_heads=2,
-                feed_forward_proj="gated-gelu",
-            ),
-            _logits,
-        ),
-        Host("gpt2", gpt2(WIDTH), _logits),
-        Host("moe", _moe, _logits),
-        Host("mistral", _transformers("MistralConfig", "MistralForCausalLM", **_DECODER, sliding_window=3), _logits),
-        Host("vit", _vit, _logits),
+        Host("vit", _vit, _logits, shallow=partial(_vit, 1)),
         Host("unet", _unet, _sample),
-        Host("dit", _dit, _sample),
+        Host("dit", _dit, _sample, shallow=partial(_dit, 1)),
         Host("convnet", _convnet, _same, fallback=["stem", "grouped", "last"]),
     )
 }

@@ -7,6 +7,7 @@ never know a method's name. Tolerances belong here, by dtype.
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +38,10 @@ class NotApplicable(Exception):
     message."""
 
 
+Build = Callable[[], tuple[nn.Module, dict[str, Any]]]
+"""Makes a host and its inputs."""
+
+
 @dataclass(frozen=True)
 class Host:
     """A tiny host.
@@ -46,12 +51,14 @@ class Host:
         build: makes the seeded model in eval mode and its inputs by keyword.
         output: the tensor to compare, from what the model returns.
         fallback: the target for methods whose default roles do not exist here.
+        shallow: the same with one layer where it has several, for what takes its time for each layer: compiling.
     """
 
     name: str
-    build: Callable[[], tuple[nn.Module, dict[str, Any]]]
+    build: Build
     output: Callable[[Any], Tensor]
     fallback: Any = None
+    shallow: Build | None = None
 
 
 def _nothing(*_: Any) -> Any:
@@ -127,10 +134,22 @@ class Case(Expecting):
 
     def fresh(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
         """A new host, always the same, and inputs for it (floating-point ones in `dtype`)."""
+        return self._built(self.host.build, dtype)
+
+    def shallow(self) -> tuple[nn.Module, dict[str, Any]]:
+        """The same with one layer, if that is enough for the method."""
+        if self.host.shallow is not None:
+            with contextlib.suppress(TargetError):
+                self.apply(self._built(self.host.shallow)[0])
+                return self._built(self.host.shallow)
+        return self.fresh()
+
+    @staticmethod
+    def _built(build: Build, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
         before = torch.random.get_rng_state()
         torch.manual_seed(0)
         try:
-            model, inputs = self.host.build()
+            model, inputs = build()
         finally:
             torch.random.set_rng_state(before)
         cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
