@@ -3,6 +3,7 @@ the tests hold it against, and which runs under torch.compile, torch.func and wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,6 +61,33 @@ class _Rotate(torch.autograd.Function):
             x.view(parts).permute(1, 2, 0) @ gradient.view(parts).transpose(0, 1) if ctx.needs_input_grad[1] else None
         )
         return of_x, of_R
+
+
+# What is made of a few small values
+
+
+def derived(function: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
+    """``function(source)``, a tensor much larger than `source` that takes several steps of its size: backward keeps
+    none of them, and takes the steps again."""
+    if _plain() or not torch.is_grad_enabled():
+        return function(source)
+    result: Tensor = _Derived.apply(function, source)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Derived(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
+        ctx.function = function
+        ctx.save_for_backward(source)
+        return function(source)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (source,), again = ctx.saved_tensors, torch.is_grad_enabled()
+        with torch.enable_grad():
+            made = ctx.function(source)
+        return None, *torch.autograd.grad(made, source, gradients, create_graph=again)
 
 
 # A projection of an input of which parts are dropped

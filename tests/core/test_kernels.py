@@ -45,6 +45,36 @@ def test_rotation_under_vmap_and_grad() -> None:
     torch.testing.assert_close(each.sum(0), whole)
 
 
+def orthogonal(entries: Tensor) -> Tensor:
+    """Of a few values a matrix, by several steps."""
+    skew = torch.outer(entries, torch.arange(3.0, dtype=entries.dtype))
+    skew = skew - skew.mT
+    return torch.linalg.solve(torch.eye(3, dtype=entries.dtype) + skew, torch.eye(3, dtype=entries.dtype) - skew) @ skew
+
+
+def test_what_is_derived_is_derived_again_in_backward() -> None:
+    entries = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        made = kernels.derived(orthogonal, entries)
+    torch.testing.assert_close(made, orthogonal(entries))
+    assert [tensor.shape for tensor in kept] == [entries.shape]
+    assert gradcheck(lambda entries: kernels.derived(orthogonal, entries), entries)
+    assert gradgradcheck(lambda entries: kernels.derived(orthogonal, entries), entries)
+
+
+def test_what_is_derived_under_vmap_and_grad() -> None:
+    entries = torch.randn(4, 3, dtype=torch.float64)
+    each = torch.func.vmap(torch.func.grad(lambda row: kernels.derived(orthogonal, row).sum()))(entries)
+    for row, gradient in zip(entries.requires_grad_(), each, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(orthogonal(row).sum(), row)[0], gradient)
+
+
 def seeded(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Drops the same in each call."""
 

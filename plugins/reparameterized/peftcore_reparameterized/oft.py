@@ -61,24 +61,24 @@ class OFTOperator(WeightOperator):
         self.radius = None if config.eps is None else config.eps * self.size**2 / math.sqrt(blocks)
         self.K = nn.Parameter(torch.zeros(*site.batch, blocks, self.size * (self.size - 1) // 2))
 
-    def rotation(self) -> Tensor:
-        """R, block by block: [*batch, blocks, size, size]."""
-        K = skew(self.K, self.size)
-        if self.radius is not None:
-            norm = torch.linalg.matrix_norm(K, keepdim=True)
-            K = K + (K * (self.radius / norm.clamp(min=self.radius)) - K).detach()
-        return cayley(K) if self.series is None else _series(K, self.series)
+    def rotation(self, entries: Tensor) -> Tensor:
+        """R, block by block, [*batch, blocks, size, size], of what stands above the diagonals of K."""
+        with full_precision(entries):
+            K = skew(entries, self.size)
+            if self.radius is not None:
+                norm = torch.linalg.matrix_norm(K, keepdim=True)
+                K = K + (K * (self.radius / norm.clamp(min=self.radius)) - K).detach()
+            return cayley(K) if self.series is None else _series(K, self.series)
 
     def acts_beside(self, x: Tensor) -> bool:
         return self.layer.of_vectors
 
     def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
-        with full_precision(x):
-            (R,) = self.cast(x, self.rotation())
+        (R,) = self.cast(x, kernels.derived(self.rotation, self.K))
         return call(kernels.rotate(x.reshape(-1, x.shape[-1]), R).view(x.shape))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight_of(rotate(rows(weight, self.layer), self.rotation()), self.layer, weight.shape)
+        return weight_of(rotate(rows(weight, self.layer), self.rotation(self.K)), self.layer, weight.shape)
 
 
 class OFT(Method):
