@@ -20,6 +20,7 @@ from peftcore.graft import slot_of
 from peftcore.hosts import HostMap
 from peftcore.injection import Injection
 from peftcore.installation import Operators, install, release, uninstall
+from peftcore.notices import notice_experimental
 from peftcore.planning import Plan
 from peftcore.plugins import layer_of, registry
 from peftcore.surgery import Surgeon, Wishes
@@ -236,6 +237,7 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None) -> Injectio
             drop_state(model)
         raise
     state.frozen += thawed
+    notice_experimental(_methods(surgeon))
     return injection
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -34,6 +35,9 @@ CATEGORIES = (
     "diffusion",
 )
 """The categories of the survey arXiv 2410.19878; a plugin of ours for each."""
+
+SOURCES = re.compile(r"(?:(?:[A-Za-z][\w.-]* \d+(?:\.\d+)*|the authors' code)(?:, (?=.)|$))*")
+"""What `Tags.checked_against` may be: a library has a version, and an equation has none."""
 
 RESERVED = frozenset(
     {"model", "name", "target", "exclude", "train", "data", "seed", "dtype", "host", "trainable", "strict"}
@@ -151,7 +155,13 @@ class Tags:
     scheduled: bool = False
     """`on_step` changes the adapter while it trains, so whoever steps must know how many steps there will be."""
     checked_against: str = ""
-    """Whose numbers its tests compare with: ``"peft 0.21"``, ``"the equation in float64"``."""
+    """Whose numbers its tests compare with, separated by commas: libraries with their versions (``"peft 0.21"``), or
+    ``"the authors' code"``. Empty where there are none, only the equation, written a second time."""
+
+    @property
+    def proven(self) -> bool:
+        """Independent numbers exist. A method that is not proven is experimental: its tests have the equation alone."""
+        return bool(self.checked_against)
 
 
 @dataclass(frozen=True)
@@ -206,6 +216,11 @@ class MethodInfo:
     def checked_against(self) -> str:
         """`Tags.checked_against` (imports the method's module)."""
         return self._tags().checked_against
+
+    @property
+    def proven(self) -> bool:
+        """`Tags.proven` (imports the method's module)."""
+        return self._tags().proven
 
     @property
     def budgets(self) -> Mapping[str, int]:
@@ -299,6 +314,11 @@ def check_method_class(cls: Any) -> type[Method]:
         raise PluginError(f"{cls.__name__}.Config must subclass MethodConfig")
     if cls.tags.category not in CATEGORIES:
         raise PluginError(f"{cls.__name__}: unknown category {cls.tags.category!r}; one of {', '.join(CATEGORIES)}")
+    if not SOURCES.fullmatch(cls.tags.checked_against):
+        raise PluginError(
+            f"{cls.__name__}: checked_against={cls.tags.checked_against!r} names nobody whose numbers there are; write "
+            'a library with its version ("peft 0.21") or "the authors\' code", and nothing for the equation alone'
+        )
     if cls.__abstractmethods__:
         raise PluginError(f"{cls.__name__} must implement {', '.join(sorted(cls.__abstractmethods__))}")
     return cls

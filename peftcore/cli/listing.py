@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from peftcore.contract import MethodInfo
 from peftcore.errors import PeftcoreError
@@ -29,6 +29,7 @@ def _record(info: MethodInfo, sizes: bool) -> dict[str, Any]:
             "mergeable": info.mergeable,
             "per_row": info.per_row,
             "needs_data": info.needs_data,
+            "proven": info.proven,
             "checked_against": info.checked_against,
         }
         if sizes:
@@ -45,7 +46,8 @@ def as_json(found: list[dict[str, Any]]) -> str:
 
 def as_table(found: list[dict[str, Any]], sizes: bool) -> Table:
     """For people. Parameters are those in the first reference host that the method has a place in."""
-    table = Table("method", "category", "paper", "merges", "per row", "data", "checked against")
+    checked = Column("checked against", min_width=len("experimental"))
+    table = Table("method", "category", "paper", "merges", "per row", "data", checked)
     if sizes:
         table.add_column("parameters", justify="right")
         table.add_column("hosts")
@@ -55,7 +57,7 @@ def as_table(found: list[dict[str, Any]], sizes: bool) -> Table:
             continue
         row = [record["name"], record["category"], record["paper"]]
         row += ["yes" if record[key] else "" for key in ("mergeable", "per_row", "needs_data")]
-        row.append(record["checked_against"])
+        row.append(record["checked_against"] or "[dim]experimental")
         if sizes:
             budgets: dict[str, int] = record["parameters"]
             first = next(iter(budgets), None)

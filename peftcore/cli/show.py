@@ -134,6 +134,7 @@ class Shown:
             "identity_options": None if tags.identity_options is None else dict(tags.identity_options),
             "targets": self.targets,
             "parameters": dict(self.budgets),
+            "proven": tags.proven,
             "checked_against": tags.checked_against,
         }
 
@@ -164,7 +165,7 @@ class Shown:
         if tags.identity_options:
             options = " ".join(f"{name}={spelled(value)}" for name, value in tags.identity_options.items())
             table.add_row("changes nothing at first with", options)
-        table.add_row("checked against", tags.checked_against or "not said")
+        table.add_row("checked against", tags.checked_against or "its equation alone: experimental")
         return table
 
 

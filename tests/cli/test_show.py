@@ -1,6 +1,7 @@
 """`peftcore show` and `peftcore schema`: what a method says about itself."""
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def test_a_method_as_json() -> None:
     assert found["link"] == "https://arxiv.org/abs/2106.09685"
     assert found["tags"]["mergeable"] and not found["tags"]["needs_data"]
     assert found["targets"] == list(cls.target)
-    assert found["checked_against"] == cls.tags.checked_against
+    assert found["proven"] and found["checked_against"] == cls.tags.checked_against
     assert found["parameters"] == budgets("lora") and found["parameters"]["Llama 2 7B"] == 4_194_304
     options = {option["name"]: option for option in found["options"]}
     assert options.keys() == cls.Config.model_fields.keys() - {"method"}
@@ -48,6 +49,8 @@ def test_a_method_for_people() -> None:
     assert "https://arxiv.org/abs/2402.09353" in text
     assert "Llama 2 7B" in text
     assert max(map(len, text.splitlines())) <= 100
+    assert re.search(r"checked against +peft 0.21\s", text)
+    assert re.search(r"checked against +its equation alone: experimental\s", printed("show", "unipelt"))
 
 
 def test_every_option_of_every_method_has_a_type_and_a_description() -> None:

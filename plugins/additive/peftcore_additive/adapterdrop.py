@@ -81,7 +81,6 @@ class AdapterDrop(Method):
         paper="2010.11918",
         identity_at_init=False,
         identity_options={"up_init_std": 0.0},
-        checked_against="the equation in float64",
     )
     target = ("mlp.output",)
 

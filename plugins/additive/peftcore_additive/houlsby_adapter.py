@@ -79,7 +79,7 @@ class HoulsbyAdapter(Method):
         paper="1902.00751",
         identity_at_init=False,
         identity_options={"up_init_std": 0.0},
-        checked_against="the equation in float64",
+        checked_against="adapters 1.3",
     )
     target = ("attn.output", "mlp.output")
 

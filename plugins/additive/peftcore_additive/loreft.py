@@ -95,9 +95,7 @@ class LoReFT(Method):
 
     name = "loreft"
     Config = Config
-    tags = Tags(
-        "additive", "2404.03592", identity_at_init=False, identity_options={"identity": True}, checked_against="float64"
-    )
+    tags = Tags("additive", "2404.03592", identity_at_init=False, identity_options={"identity": True})
     target = ("block",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

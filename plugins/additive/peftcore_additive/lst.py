@@ -112,9 +112,7 @@ class LST(Method):
 
     name = "lst"
     Config = Config
-    tags = Tags(
-        category="additive", paper="2206.06522", identity_at_init=False, checked_against="the equation in float64"
-    )
+    tags = Tags(category="additive", paper="2206.06522", identity_at_init=False)
     target = ("block",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

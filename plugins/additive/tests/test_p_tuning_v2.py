@@ -1,5 +1,6 @@
-"""P-tuning v2: its equation, written a second time as forward hooks on a copy of BERT in float64, and what the authors'
-code has otherwise than prefix tuning. (Their own models are copies of BERT for a transformers of 2021.)"""
+"""P-tuning v2: peft's plain forward (its prefixes, which are for decoders); its equation, written a second time as
+forward hooks on a copy of BERT in float64; and what the authors' code has otherwise than prefix tuning. (Their own
+models are copies of BERT for a transformers of 2021.)"""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -24,6 +25,34 @@ def test_conformance(check: Callable[[], None]) -> None:
 def host(name: str = "bert", dtype: torch.dtype = torch.float64) -> tuple[Any, dict[str, Tensor]]:
     model, inputs = HOSTS[name].build()
     return model.to(dtype).eval().requires_grad_(False), inputs
+
+
+@pytest.mark.parametrize("projection", [None, HIDDEN])
+def test_beside_peft(projection: int | None) -> None:
+    """peft's tokens have positions behind the prefix; ours are told to, once."""
+    peft = pytest.importorskip("peft")
+    base, inputs = host("llama")
+    network = {} if projection is None else {"prefix_projection": True, "encoder_hidden_size": projection}
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, **network)
+    theirs, ours = peft.get_peft_model(deepcopy(base), config).double().eval(), deepcopy(base)
+    encoder = theirs.prompt_encoder["default"]
+    nn.init.normal_(encoder.embedding.weight, 0, 0.5)
+    injection = peftcore.apply(ours, "p_tuning_v2", length=LENGTH, projection=projection, dtype="float64")
+    with torch.no_grad():
+        for index, operator in enumerate(injection.operators.values()):
+            if projection is None:
+                operator.prefix.copy_(encoder.embedding.weight.chunk(2, 1)[index])
+            else:
+                operator.out.weight.copy_(encoder.transform[2].weight.chunk(2, 0)[index])
+                operator.out.bias.copy_(encoder.transform[2].bias.chunk(2, 0)[index])
+        for shared in injection.shared.values():
+            shared.embedding.weight.copy_(encoder.embedding.weight)
+            shared.hidden.load_state_dict(encoder.transform[0].state_dict())
+    rows, words = inputs["input_ids"].shape
+    places = torch.arange(LENGTH, LENGTH + words).expand(rows, -1)
+    expected = theirs(**inputs).logits
+    assert (expected - base(**inputs).logits).abs().max() > 1e-3
+    torch.testing.assert_close(ours(**inputs, position_ids=places).logits, expected, rtol=1e-10, atol=1e-10)
 
 
 def deep_prompt(prompt: Callable[[], Tensor], padding: Tensor) -> Callable[..., Any]:

@@ -76,9 +76,7 @@ class MAMAdapter(Method):
 
     name = "mam_adapter"
     Config = Config
-    tags = Tags(
-        category="hybrid", paper="2110.04366", identity_at_init=False, checked_against="the equation in float64"
-    )
+    tags = Tags(category="hybrid", paper="2110.04366", identity_at_init=False)
     target = ("attn.core", "cross.core", "mlp.output")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -105,9 +105,7 @@ class UniPELT(Method):
 
     name = "unipelt"
     Config = Config
-    tags = Tags(
-        category="hybrid", paper="2110.07577", identity_at_init=False, checked_against="the equation in float64"
-    )
+    tags = Tags(category="hybrid", paper="2110.07577", identity_at_init=False)
     target = ("attn.core", "cross.core", "mlp.output")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

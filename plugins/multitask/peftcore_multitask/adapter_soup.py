@@ -101,7 +101,6 @@ class AdapterSoup(OfMergedParts, Method):
         paper="2302.07027",
         mergeable=True,
         low_rank=True,
-        checked_against="the equation in float64",
     )
     target = ()
 

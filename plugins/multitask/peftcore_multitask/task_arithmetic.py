@@ -62,7 +62,7 @@ class TaskArithmetic(OfMergedParts, Method):
         paper="2212.04089",
         mergeable=True,
         low_rank=True,
-        checked_against="the equation in float64",
+        checked_against="peft 0.21",
     )
     target = ()
 

@@ -1,4 +1,5 @@
-"""Task arithmetic: the kit; the equation in float64 for several kinds of parts; parts out of files; refusals."""
+"""Task arithmetic: the kit; peft's own function; the equation in float64 for several kinds of parts; parts out of
+files; refusals."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from merging_toys import X, applied, equal, host, moved
+from peft.utils.merge_utils import task_arithmetic
 from torch import nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +26,22 @@ def test_conformance(check: Callable[[], None]) -> None:
 
 LORA = {"method": "lora", "rank": 2, "alpha": 3.0, "target": ["first", "second"]}
 IA3 = {"method": "ia3", "target": ["first"]}
+
+
+def test_the_numbers_of_peft() -> None:
+    """Three LoRAs; the third has no site at the second weight, and counts as zeros there."""
+    model, weights = host(), [0.7, -1.5, 2.0]
+    parts = [LORA, LORA, {**LORA, "target": ["first"]}]
+    injection = applied(model, "task_arithmetic", parts=parts, weights=weights, scale=0.5)
+    for path, module in (("first", model.first), ("second", model.second)):
+        factors = [part.factors() for part in injection.operators[path].parts.values()]
+        taus = [scale * B @ A for A, B, scale in factors]
+        taus += [torch.zeros_like(taus[0])] * (3 - len(taus))
+        theirs = module.weight + 0.5 * task_arithmetic(taus, torch.tensor(weights, dtype=torch.float64))
+        assert not torch.equal(theirs, module.weight)
+        injection.merge()
+        assert equal(module.weight, theirs)
+        injection.unmerge()
 
 
 def test_the_equation_with_factors_gains_and_a_bias() -> None:

@@ -93,7 +93,7 @@ class LoftQ(Method):
         paper="2310.08659",
         mergeable=True,
         identity_at_init=False,
-        checked_against="peft 0.21 on bitsandbytes",
+        checked_against="peft 0.21",
     )
     target = ("all-linear",)
 

@@ -45,7 +45,7 @@ class LoRAInt8(Method):
         paper="2208.07339",
         mergeable=True,
         identity_at_init=False,
-        checked_against="peft 0.21 on bitsandbytes",
+        checked_against="peft 0.21, bitsandbytes 0.50",
     )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
 

@@ -79,7 +79,6 @@ class PEQA(Method):
         paper="2305.14152",
         mergeable=True,
         identity_at_init=False,
-        checked_against="the equation in float64",
     )
     target = ("all-linear",)
 

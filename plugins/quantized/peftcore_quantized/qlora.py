@@ -50,7 +50,7 @@ class QLoRA(Method):
         paper="2305.14314",
         mergeable=True,
         identity_at_init=False,
-        checked_against="peft 0.21 on bitsandbytes",
+        checked_against="peft 0.21, bitsandbytes 0.50",
     )
     target = ("all-linear",)
 

@@ -61,7 +61,7 @@ class QPiSSA(Method):
         paper="2404.02948",
         mergeable=True,
         identity_at_init=False,
-        checked_against="peft 0.21 on bitsandbytes, the authors' code",
+        checked_against="peft 0.21, bitsandbytes 0.50, the authors' code",
     )
     target = ("all-linear",)
 

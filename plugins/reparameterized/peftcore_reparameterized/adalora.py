@@ -94,7 +94,9 @@ class AdaLoRA(Method):
 
     name = "adalora"
     Config = Config
-    tags = Tags("reparameterized", "2303.10512", mergeable=True, low_rank=True, scheduled=True, checked_against="peft")
+    tags = Tags(
+        "reparameterized", "2303.10512", mergeable=True, low_rank=True, scheduled=True, checked_against="peft 0.21"
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

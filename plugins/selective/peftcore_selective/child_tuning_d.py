@@ -57,7 +57,6 @@ class ChildTuningD(Method):
         paper="2109.05687",
         mergeable=True,
         needs_data=True,
-        checked_against="the equation in float64",
     )
     target = ("all-linear", "norm", "norm.inner")
 

@@ -1,5 +1,5 @@
-"""FISH Mask: the kit; which weights are chosen, and training them, written a second time. The masks of the authors'
-code (varunnair18/FISH@b5bff1e, `create_mask_gradient` with label and square) were the same on `Stack` and its data."""
+"""FISH Mask: the kit; the mask of the authors' code; which weights are chosen, and training them, written a second
+time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -107,6 +107,17 @@ def test_the_mask_is_the_largest_of_the_fisher_information(share: float) -> None
     total = sum(mask.numel() for mask in found.values())
     assert sum(int(mask.sum()) for mask in found.values()) == int(share * total)
     assert injection.shared["mask"].values.shape == (int(share * total),)
+
+
+AUTHORS = [56, 58, 65, 76, 77, 79, 80, 81, 85, 87, 89, 90, 104, 105, 107, 108, 112, 115, 117, 118, 119, 120, 121, 122]
+"""Which of the 123 weights in front of the classifier the authors' code (varunnair18/FISH@b5bff1e,
+`create_mask_gradient` with label and square, run once) keeps of `Stack`, where a fifth of them is kept."""
+
+
+def test_the_mask_of_the_authors_code() -> None:
+    found = moved(adapted(share=0.2)[1])
+    named = [name for name, _ in host().named_parameters() if not name.startswith("classifier")]
+    assert torch.cat([found[name].flatten() for name in named]).nonzero().flatten().tolist() == AUTHORS
 
 
 def test_the_first_samples_alone_count() -> None:
