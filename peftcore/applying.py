@@ -162,8 +162,18 @@ def apply(
         host: a host map to use instead of the derived one (`peftcore.hosts.probe`, `HostMap.override`).
         config: the method's options.
 
-    Raises: UnknownMethod, ConfigError, TargetError, UnsupportedSite, UnsupportedHost, DuplicateInjection,
-        CalibrationError: nothing was changed.
+    Raises:
+        UnknownMethod: no plugin has it; AmbiguousMethod: two have.
+        ConfigError: an option is unknown, or its value breaks a rule.
+        TargetError: there is nothing to act on.
+        UnsupportedSite: the method cannot act on what the target means.
+        UnsupportedHost: this host cannot be adapted as a whole.
+        DuplicateInjection: the name is taken or cannot be used.
+        CalibrationError: data is missing, or of no use to the method.
+        PluginError: the method breaks its contract.
+
+    Nothing was changed then. A method that is experimental (`Tags.proven`) is told in one line, once in a process, by
+    the logger "peftcore".
     """
     found, options = resolve_method(method, config)
     name = check_name(model, found.name if name is None else name)
@@ -269,7 +279,10 @@ def plan(
 ) -> Plan:
     """What `apply` with the same arguments would do: sites, shapes, parameters, bytes. Nothing is changed or allocated.
 
-    The host may be on the meta device; data is not looked at. Raises the same errors as `apply`.
+    The host may be on the meta device; data is not looked at.
+
+    Raises:
+        PeftcoreError: the same errors as `apply`.
     """
     found, options = resolve_method(method, config)
     surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=True)

@@ -92,7 +92,7 @@ class AttentionOperator(_Base):
         register()  # a pickle may be loaded in a fresh process
 
     def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Act around `attend`."""
+        """Act around `attend`: what the attention gives, ``[batch, heads, queries, value_dim]``."""
         raise NotImplementedError
 
     def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -107,12 +107,14 @@ class Attend:
         self._host, self._inner, self._operator = host, inner, operator
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The attention inside, causality and padding included. Keys that stand in front of those that came in are seen
-        by every query."""
+        """The attention inside, causality and padding included: ``[batch, heads, queries, value_dim]``. Keys that stand
+        in front of those that came in are seen by every query. Shapes are those of `AttentionOperator`.
+        """
         return self._inner(query, key, value)
 
     def apart(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """A softmax of its own over `key`, all of which every query sees; with the host's scale."""
+        """A softmax of its own over `key` ``[batch, kv_heads, any, width]``, all of which every query sees; with the
+        host's scale. Returns ``[batch, heads, queries, value_dim]``."""
         return self._host.apart(query, key, value)
 
     def project(self, part: str, states: Tensor) -> Tensor:

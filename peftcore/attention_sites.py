@@ -35,6 +35,7 @@ class AttentionSite(Site):
     """An attention module whose queries, keys and values can be edited."""
 
     geometry: Geometry = field(kw_only=True)
+    """Its heads, key and value heads, and their widths."""
     projections: Mapping[str, Projection] = field(kw_only=True)
     """The attention's own matrices by part: "q", "k", "v", those that are there."""
     eager: Callable[..., Any] = field(kw_only=True)
@@ -42,7 +43,7 @@ class AttentionSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """What stands for a shape in plans and files: heads, key and value heads, and their widths."""
+        """What stands for a shape in plans and files: ``[heads, kv_heads, head_dim, value_dim]``."""
         sizes = self.geometry
         return torch.Size([sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.value_dim])
 

@@ -85,7 +85,11 @@ class Bypass(Operator):
         return added
 
     def beside(self, x: Tensor) -> Tensor:
-        """What is added, from ``[batch, ..., features]`` in the dtype of the branch's output."""
+        """What is added, from ``[batch, ..., features]`` in the dtype of the branch's output.
+
+        Raises:
+            UnsupportedSite: the features do not lie as the method needs them.
+        """
         raise NotImplementedError
 
 

@@ -42,7 +42,12 @@ def _listed() -> list[MethodInfo]:
 
 
 def methods(category: str | None = None) -> list[MethodInfo]:
-    """The methods of all loaded plugins, by name. Without `category`, no method module is imported."""
+    """The methods of all loaded plugins, by name; those of one of the survey's `category`, where it is given. Without
+    it, no method module is imported; with it, all are.
+
+    Raises:
+        PluginError: a method's module cannot be imported, where `category` is given.
+    """
     return [info for info in _listed() if category is None or info.category == category]
 
 
@@ -52,6 +57,7 @@ def method(name: str) -> type[Method]:
     Raises:
         UnknownMethod: with close names, the plugins that failed, and what to install where we know.
         AmbiguousMethod: naming the distributions that clash.
+        PluginError: its module cannot be imported, or its class breaks the contract.
     """
     plugin, slash, short = name.rpartition("/")
     listed = _listed()

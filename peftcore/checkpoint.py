@@ -95,8 +95,15 @@ def load(
         trainable: False loads it frozen.
         strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are passed over).
 
-    Raises: CheckpointError, HostMismatch, NewerFormat, UnknownMethod: listing everything that is wrong; NoWeights: the
-        host is on the meta device, and the adapter is nothing without values of its weights. The host was not changed.
+    Raises:
+        CheckpointError: the files are damaged, or do not hold what the adapter needs, listing all that is wrong.
+        HostMismatch: the adapter belongs to another base.
+        NewerFormat: it was written by a newer version.
+        UnknownMethod: no installed plugin has its method.
+        DuplicateInjection: the name is taken or cannot be used.
+        NoWeights: the host is on the meta device, and the adapter is nothing without values of its weights.
+
+    The host was not changed then.
     """
     place = located(path)
     if name is not None:

@@ -92,7 +92,11 @@ def _weights(parts: Sequence[object], weights: Sequence[float] | None) -> list[f
 
 class Sum(Composition):
     """``base + sum_i w_i (y_i - base)``: what each part changes, times its weight; 1 without `weights`, and a negative
-    one takes away."""
+    one takes away.
+
+    Raises:
+        CompositionError: there are not as many weights as parts.
+    """
 
     def __init__(self, *parts: str | Composition, weights: Sequence[float] | None = None) -> None:
         super().__init__(*parts, weights=_weights(parts, weights))
@@ -105,7 +109,11 @@ class Sum(Composition):
 
 
 class Average(Composition):
-    """``sum_i w_i y_i / sum_i w_i``: the mean of what the parts return."""
+    """``sum_i w_i y_i / sum_i w_i``: the mean of what the parts return; every w is 1 without `weights`.
+
+    Raises:
+        CompositionError: there are not as many weights as parts, or they add up to 0.
+    """
 
     def __init__(self, *parts: str | Composition, weights: Sequence[float] | None = None) -> None:
         super().__init__(*parts, weights=_weights(parts, weights))
@@ -120,7 +128,11 @@ class Average(Composition):
 
 class Split(Composition):
     """Each part for a range of tokens, [batch, tokens, ...]: the first for the first ``lengths[0]`` tokens, and so on;
-    a last length of None takes what is left. It needs the whole sequence at every module, so no cache in generation."""
+    a last length of None takes what is left. It needs the whole sequence at every module, so no cache in generation.
+
+    Raises:
+        CompositionError: here, the lengths do not fit the parts; in forward, they do not fit the sequence.
+    """
 
     def __init__(self, *parts: str | Composition, lengths: Sequence[int | None]) -> None:
         super().__init__(*parts, lengths=list(lengths))
@@ -209,7 +221,11 @@ def branches(nodes: Sequence[str | Composition], before: Names = ()) -> Iterator
 
 
 def save_composition(model: nn.Module, composition: Composition, path: str | os.PathLike[str]) -> None:
-    """Write the adapters of a composition into folders of their names below `path`, and how they act together."""
+    """Write the adapters of a composition into folders of their names below `path`, and how they act together.
+
+    Raises:
+        UnknownInjection: the host has no injection of such a name.
+    """
     from peftcore.calls import injections, known
     from peftcore.files import write_text
 
@@ -224,8 +240,9 @@ def save_composition(model: nn.Module, composition: Composition, path: str | os.
 def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composition:
     """Load the adapters that `save_composition` wrote, under their names, and activate the composition.
 
-    Raises: CheckpointError: there is none at `path`, or it is broken; nothing was loaded. What `load` raises: the
-        adapters before the broken one are removed again.
+    Raises:
+        CheckpointError: there is none at `path`, or it is broken. What `load` raises may come too, of any of its
+            adapters. Nothing was loaded.
     """
     from peftcore.calls import activate
     from peftcore.checkpoint import load

@@ -120,7 +120,11 @@ class MethodConfig(BaseModel):
         return validate(type(self), {**self.model_dump(exclude=set(changes)), **changes})
 
     def at(self, path: str) -> Self:
-        """The options for one site: `overrides` applied."""
+        """The options for the site at `path`: `overrides` applied.
+
+        Raises:
+            ConfigError: an override has an unknown option, or a value that breaks a rule.
+        """
         from peftcore.config import validate_json
 
         for pattern, changes in self.overrides.items():
@@ -169,7 +173,9 @@ class MethodInfo:
     """One line of `methods()`; reading it imports no method module beyond the method's own."""
 
     name: str
+    """The name by which `apply` finds the method."""
     plugin: str
+    """The plugin's name: of two methods of one name, ``"plugin/name"`` says which."""
     distribution: str
     """Distribution and version that bring the method, or "registered at run time"."""
     location: str = field(repr=False)
@@ -237,9 +243,13 @@ class Method(ABC):
     """A method. Subclasses are final: variants are options only where the paper's own code has them as options."""
 
     name: ClassVar[str]
+    """The name by which `apply` and files find it."""
     aliases: ClassVar[tuple[str, ...]] = ()
+    """Other names."""
     Config: ClassVar[type[MethodConfig]]
+    """Its options."""
     tags: ClassVar[Tags]
+    """What it can do."""
     target: ClassVar[str | tuple[str, ...]]
     """Default targets, by role, so that one line serves every architecture; roles that a host lacks are passed over."""
 
@@ -253,7 +263,18 @@ class Method(ABC):
 
     @abstractmethod
     def inject(self, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
-        """Say which operators stand where, through the surgeon's verbs. Nothing changes before it returns."""
+        """Say which operators stand where, through the surgeon's verbs. Nothing changes before it returns.
+
+        Args:
+            model: the host, as it came.
+            config: the method's own `Config`.
+            surgeon: finds sites and records what is to stand there.
+
+        Raises:
+            ConfigError: options that do not go together, or not with this host.
+            TargetError: there is nothing to act on.
+            UnsupportedSite: what the target means is nothing that the method can act on.
+        """
 
     def trainable(self, model: nn.Module, config: Any, injection: Injection) -> None:
         """What trains once injected: by default every parameter of the operators."""
@@ -265,17 +286,26 @@ class Method(ABC):
         active; never on loading, so what it finds goes into parameters or buffers of the operators.
 
         Gradients, training mode and `requires_grad` are put back afterwards.
+
+        Raises:
+            CalibrationError: the data does not tell what the method wants to know.
+            PluginError: the method has the tag and no such function.
         """
         raise PluginError(f"{self.name} has the tag needs_data and does not define calibrate")
 
     def on_step(self, injection: Injection, step: int, total: int) -> None:
         """Change the adapter after step 1, 2, …, `total` of the optimizer, while the gradients of that step are still
         there (tag `scheduled`). What is to survive a resumed training, and is of no use afterwards, goes into
-        non-persistent buffers of the operators: the optimizer saves them."""
+        non-persistent buffers of the operators: the optimizer saves them.
+
+        Raises:
+            TrainingError: its schedule does not fit into `total` steps.
+            PluginError: the method has the tag and no such function.
+        """
         raise PluginError(f"{self.name} has the tag scheduled and does not define on_step")
 
     def aux_loss(self, injection: Injection) -> Tensor | None:
-        """A scalar that is added to the host's loss in training."""
+        """What is added to the host's loss in training, once a step: a tensor of shape ``[]``, or None."""
         return None
 
     def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
@@ -290,11 +320,16 @@ class Method(ABC):
     @staticmethod
     @abstractmethod
     def parameter_count(site: Site, config: Any) -> int:
-        """The closed formula for one grafted site; the kit compares it with reality."""
+        """How many values the operator at one grafted site has, by the closed formula of the paper; the kit compares it
+        with reality.
+
+        Raises:
+            ConfigError: the number is not said by the options of one site.
+        """
 
     @classmethod
     def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        """Options of `version` as those of ``version + 1``."""
+        """Options of a file of `version`, as JSON has them, as those of ``version + 1``."""
         return options
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from peftcore.installation import release, uninstall
 from peftcore.operators import _Base, trainable_numbers
 from peftcore.plugins import registry
 from peftcore.sites import Site
+from peftcore.summary import Summary
 from peftcore.surgery import Graft, Surgeon, Wishes
 from peftcore.weights import GRAFTED
 
@@ -29,7 +29,8 @@ MIXES_ROWS = ("experts", "pos")
 
 
 class Injection:
-    """One applied method under a name. Made by `apply` and `load`, found again with `injections(model)`.
+    """One applied method under a name. Made by `apply` and `load`, found again with `injections(model)`. Once it is
+    removed, what would act on the host raises UnknownInjection.
 
     Attributes:
         name: its name on this host.
@@ -61,7 +62,7 @@ class Injection:
 
     @property
     def sites(self) -> list[Site]:
-        """Where the operators stand."""
+        """Where the operators stand, in the order in which the method put them there."""
         return [graft.site for graft in self.grafts]
 
     @property
@@ -123,7 +124,8 @@ class Injection:
                     yield parameter
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The injection's tensors by ``<site path>.<operator tensor>``; the injection's name is left out."""
+        """The injection's tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;
+        the operators' own, no copies."""
         return {f"{path}.{key}": value for path, module in self.modules() for key, value in module.state_dict().items()}
 
     @property
@@ -237,12 +239,20 @@ class Injection:
         self._replan()
 
     def bake(self) -> None:
-        """Merge for good: the host keeps the effect and nothing else of the injection."""
+        """Merge for good: the host keeps the effect and nothing else of the injection.
+
+        Raises:
+            NotMergeable, MergeError: as `merge`; the injection is still there.
+        """
         self.merge(keep=None if not self.merged else self._keep)
         self._leave()
 
     def remove(self) -> None:
-        """Take it out: modules, classes, hooks, requires_grad and weights are as they were before it came."""
+        """Take it out: modules, classes, hooks, requires_grad and weights are as they were before it came.
+
+        Raises:
+            MergeError: it is merged, and `unmerge` is impossible.
+        """
         self._alive()
         self.unmerge()
         self._leave()
@@ -373,27 +383,3 @@ class Injection:
                 parameter.requires_grad_(True)
             release(self.model)
             drop_state(self.model)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """One injection at a glance."""
-
-    name: str
-    method: str
-    sites: int
-    parameters: int
-    trainable: int
-    active: bool
-    merged: bool
-    dtypes: tuple[str, ...]
-    devices: tuple[str, ...]
-    irregular: tuple[str, ...]
-    """States that are mixed or broken, in words; empty when all is regular."""
-
-    def __str__(self) -> str:
-        how = "merged" if self.merged else "active" if self.active else "inactive"
-        text = f"{self.name}: {self.method}, {how}, {self.sites} sites"
-        text += f", {self.trainable:,} of {self.parameters:,} parameters train"
-        text += f", {'/'.join(self.dtypes)} on {'/'.join(self.devices)}"
-        return text + "".join(f"; irregular: {each}" for each in self.irregular)

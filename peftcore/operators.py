@@ -103,7 +103,14 @@ class Operator(_Base):
     """
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Act around `call`."""
+        """Act around `call`, which takes the site's own inputs and gives its output: a tensor ``[..., out]`` of a
+        linear layer, ``[batch, out, *positions]`` of a convolution, a tuple of some attentions (see `on_first`). What
+        comes back has the same shapes and dtypes.
+
+        Raises:
+            MissingContext, SequenceError, ConfigError: the operator needs what this call does not bring, or cannot act
+                on what it brings.
+        """
         raise NotImplementedError
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
@@ -120,7 +127,11 @@ class Combiner(Operator):
         return call(*args, **kwargs)
 
     def combine(self, outputs: list[Tensor], base: Tensor) -> Tensor:
-        """One output, from that of each part and what the module returns without them, all [..., features]."""
+        """One output, from that of each part and what the module returns without them, all [..., features].
+
+        Raises:
+            CompositionError: the outputs have not the features that it was made for.
+        """
         raise NotImplementedError
 
 
@@ -142,15 +153,16 @@ class WeightOperator(_Base):
     """A reparameterization: maps one tensor, in logical layout, to the effective one. Works on every kind of module."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The effective tensor; returned in any dtype, cast once by the core."""
+        """The effective tensor for `weight` ``[*batch, out, in, *kernel]``, of the same shape; returned in any dtype,
+        cast once by the core. Of what has no two dimensions, such as a bias, `weight` is ``[out]``."""
         raise NotImplementedError
 
     def acts_beside(self, x: Tensor) -> bool:
-        """Whether `beside` is the cheaper way for an input."""
+        """Whether `beside` is the cheaper way for an input ``[..., in]``."""
         return False
 
     def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
-        """The same mathematics by what goes into the module and comes out: `call` is ``W x + b``.
+        """The same mathematics by what goes into the module and comes out: `call` is ``W x + b``, `x` ``[..., in]``.
 
         Used in training and where gradients are wanted, if the module is a linear map that is called (`layer.called`)
         and nothing else acts on its weight: no effective weight is made then, nor a gradient of its size.

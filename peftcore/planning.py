@@ -46,7 +46,7 @@ class Plan:
     total: int
     """Values in the host, each parameter counted once."""
     bytes: int
-    """Size of the adapter's tensors in its file."""
+    """Size of the adapter's tensors in its file, in bytes."""
     host: HostMap
     """The host map that was used."""
 
@@ -83,7 +83,7 @@ class Plan:
 
     @property
     def share(self) -> float:
-        """Trainable values over values of the host."""
+        """Trainable values over values of the host: 0.01 is one percent."""
         return self.trainable / max(self.total, 1)
 
     def tree(self) -> str:

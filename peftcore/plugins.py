@@ -37,9 +37,11 @@ class Plugin:
     """One loaded plugin."""
 
     name: str
+    """That of its entry point."""
     distribution: str
     """Distribution and version."""
     methods: Mapping[str, str]
+    """``"module:Class"`` by name."""
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,12 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
         exclude: what of it to leave dense.
         options: the scheme's options.
 
-    Raises: QuantizationError, TargetError, UnsupportedSite: nothing was changed.
+    Raises:
+        QuantizationError: an unknown scheme, a missing package, a weight that the format does not fit.
+        TargetError: there is nothing to pack.
+        UnsupportedSite: the target means what is no linear layer.
+
+    Nothing was changed then.
     """
     chosen = scheme(name, **options)
     sites = list(_sites(model, target, exclude))

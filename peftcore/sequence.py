@@ -49,6 +49,7 @@ class SequenceSite(Site):
     """A stack; its tensor is the token table, so `out_features` is the width of a row."""
 
     stack: Stack = NOWHERE
+    """What embeds ids and runs blocks, and where it does so."""
     places: tuple[Site, ...] = ()
     """Where the operator stands besides: where embeddings enter, where blocks end, what reads the output."""
 

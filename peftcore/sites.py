@@ -24,12 +24,16 @@ class Site:
     """A module of the host, one of its tensors, or some rows of one, that a method acts on.
 
     Attributes:
+        module: the module itself.
         module_path: path of the module, "" for the host itself.
         tensor: path of the tensor below the module; "weight" for most.
+        layer: how the module stores the tensor.
         role: the role by which it was found, if any.
         rows: the rows of the logical output dimension, for one part of a fused projection.
         form: "activation" where an operator may wrap the module's forward, "weight" where only the tensor can be acted
             on; "attention" for what acts inside an attention module.
+        layer_of: finds the `layer` of the module's other tensors.
+        meta: shapes alone count: while planning.
     """
 
     module: nn.Module
@@ -54,7 +58,11 @@ class Site:
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The logical shape ``[*batch, out, in, *kernel]``, also when the weight is packed; rows only."""
+        """The logical shape ``[*batch, out, in, *kernel]``, also when the weight is packed; rows only.
+
+        Raises:
+            UnsupportedSite: the module has no such tensor, and it is no bias that could be added.
+        """
         found = _SHAPES.get(self)
         if found is None:
             found = _SHAPES[self] = self._weight_shape()
@@ -80,12 +88,20 @@ class Site:
 
     @property
     def in_features(self) -> int:
-        """Inputs of the linear map (of one group, for grouped convolutions)."""
+        """Inputs of the linear map (of one group, for grouped convolutions).
+
+        Raises:
+            UnsupportedSite: the tensor is a vector.
+        """
         return self._matrix()[0]
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """The kernel of a convolution, or nothing."""
+        """The kernel of a convolution, ``(height, width)`` for one in 2-D, or nothing.
+
+        Raises:
+            UnsupportedSite: the tensor is a vector.
+        """
         return tuple(self._matrix()[1:])
 
     @property
@@ -108,8 +124,12 @@ class Site:
         return torch.device("cpu") if held is None else held.device
 
     def weight(self) -> Tensor:
-        """The dense logical weight as the active injections leave it; zeros for a missing bias, shape only while
-        planning."""
+        """The dense logical weight ``[*batch, out, in, *kernel]`` as the active injections leave it, in the dtype that
+        the module has (a packed one: computes in); zeros for a missing bias, shape only while planning.
+
+        Raises:
+            UnsupportedSite: nobody here can read it, or there is none.
+        """
         self.layer.check_readable(self.module, self.tensor)
         if self.meta:
             return torch.empty(self.weight_shape, device="meta")

@@ -80,7 +80,20 @@ def drawing(seed: int, path: str) -> Iterator[None]:
 
 @dataclass
 class Surgeon:
-    """What a method may do to a host. Nothing is changed until `inject` has returned."""
+    """What a method may do to a host. Nothing is changed until `inject` has returned.
+
+    Attributes:
+        model: the host.
+        method: the method that acts.
+        config: its options.
+        resolver: finds modules and tensors of the host, and has its map.
+        wishes: what the user asked for besides the method's options.
+        dry: only what would be done is recorded, with operators on the meta device.
+        part: of a hybrid's part, what stands in front of its paths: ``"0/"``.
+        grafts: the operators so far, in the order in which they came.
+        owned: what `own` has built, by name.
+        selections: what each target meant, by its text; "" for the user's or the default one.
+    """
 
     model: nn.Module
     method: Method
@@ -107,6 +120,7 @@ class Surgeon:
 
         Raises:
             TargetError: nothing matches, and it is not `optional`.
+            CheckpointError: a file says where the method stands, and says it twice or not at all.
         """
         key = "" if target is None else str(target)
         saved = self.wishes.saved
@@ -159,7 +173,8 @@ class Surgeon:
 
         Raises:
             UnsupportedSite: the operator wraps a forward, but the site is a tensor that is read, not called; or it
-                acts on a weight that nobody here can read.
+                acts on a weight that nobody here can read; or what the user named in ``train`` is there.
+            PluginError: the method has grafted this site before.
         """
         if site.path in self._paths:
             raise PluginError(f"{self.method.name} grafts {site.path} twice")
@@ -235,7 +250,12 @@ class Surgeon:
         return self.owned[name]
 
     def replace(self, site: Site) -> Replacement:
-        """Let a value stand for the site's tensor: one for each tensor, so all that is tied to it sees the same."""
+        """Let a value stand for the site's tensor: one for each tensor, so all that is tied to it sees the same. It is
+        stored as the host stores the tensor, and has its shape.
+
+        Raises:
+            UnsupportedSite: an operator stands there.
+        """
         tensor = None if site.layer.packed else site.layer.read(site.module, site.tensor)
         key = (site.path if tensor is None else id(tensor), site.rows)
         if key not in self._replaced:
@@ -250,6 +270,7 @@ class Surgeon:
 
         Raises:
             TargetError: there is neither a module nor a parameter at `path`.
+            UnsupportedSite: an operator stands at one of them.
         """
         resolver = self.resolver
         if path not in resolver.modules:
@@ -277,7 +298,12 @@ class Surgeon:
             part.stored_anew(module)
 
     def train_wishes(self) -> None:
-        """Record what the user named in ``train``: paths, or ends of paths."""
+        """Record what the user named in ``train``: paths, or ends of paths.
+
+        Raises:
+            TargetError: a name means nothing, or nothing that has parameters.
+            HostMismatch: a file names what the host does not have.
+        """
         self._by_method = False
         for name in self.wishes.train:
             exact = name in self.resolver.modules or self.resolver.has_parameter(name)

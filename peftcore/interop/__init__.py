@@ -1,4 +1,5 @@
 """Adapter files: our own format, and those of other libraries, each in a module of its own.
 
-`formats` says what a format is; `translation` what a plugin says of one method in another library's files.
+`formats` says what a format is; `peft_method`, `kohya` and `adapterhub` what a plugin says of one method in the files
+of these libraries.
 """

@@ -43,7 +43,11 @@ class HubArchitecture(ABC):
 
     @abstractmethod
     def options(self, keys: Keys, shapes: Mapping[str, Any], resolver: Resolver) -> dict[str, Any]:
-        """Our options with "method", from theirs, the shapes of the tensors at one place, and the host."""
+        """Our options with "method", from theirs, the shapes of the tensors at one place, and the host.
+
+        Raises:
+            CheckpointError: ours cannot compute what they say.
+        """
 
     def role(self, place: str) -> str | None:
         """By which role our site is found in the block that a place is in; None where the place is the module."""

@@ -74,13 +74,19 @@ class Format(ABC):
     def open(self, path: Path, model: nn.Module) -> Content:
         """Read what a folder or file says of an adapter for `model`, and no values yet.
 
-        Raises: CheckpointError, HostMismatch, NewerFormat, UnknownMethod.
+        Raises:
+            CheckpointError: it is damaged, or says what nobody here understands.
+            HostMismatch: it belongs to another base.
+            NewerFormat: it was written by a newer version.
+            UnknownMethod: no installed plugin has its method.
         """
 
     def describe(self, path: Path) -> Description:
         """What a folder or file says about itself without a host. Formats that know more than the tensors override it.
 
-        Raises: CheckpointError, NewerFormat.
+        Raises:
+            CheckpointError: it is damaged.
+            NewerFormat: it was written by a newer version.
         """
         return Description(self.name, tensor_files(path))
 
@@ -92,6 +98,7 @@ class Format(ABC):
 
         Raises:
             ExportError: the format cannot hold it.
+            PluginError: the adapter's tensors cannot be saved by name, since two share their memory.
         """
         raise ExportError(f"adapters are read from files of {self.name}, not written to them")
 

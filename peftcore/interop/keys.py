@@ -48,7 +48,11 @@ class Keys:
         return value
 
     def names(self, key: str) -> list[str]:
-        """An option that holds a list of names, or one of them; nothing where it is missing."""
+        """An option that holds a list of names, or one of them; nothing where it is missing.
+
+        Raises:
+            CheckpointError: it holds something else.
+        """
         value = self.take(key, (list, str), [])
         found = [value] if isinstance(value, str) else value
         if not all(isinstance(each, str) for each in found):
@@ -56,7 +60,11 @@ class Keys:
         return found
 
     def table(self, key: str) -> dict[str, Any]:
-        """An option that holds values by name; nothing where it is missing."""
+        """An option that holds values by name; nothing where it is missing.
+
+        Raises:
+            CheckpointError: it holds something else.
+        """
         found: dict[str, Any] = self.take(key, dict, {})
         return found
 

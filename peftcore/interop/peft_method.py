@@ -46,10 +46,18 @@ class PeftMethod(ABC):
 
     @abstractmethod
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
-        """Our options with "method", from peft's and from shapes of the tensors at one place, by `below` or `root`."""
+        """Our options with "method", from peft's and from shapes of the tensors at one place, by `below` or `root`.
+
+        Raises:
+            CheckpointError: the options say what our method cannot compute, or do not fit the shapes.
+        """
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
-        """Other values of peft's options for some places, by path in the file: `options` gets them there."""
+        """Other values of peft's options for some places, by path in the file: `options` gets them there.
+
+        Raises:
+            CheckpointError: a pattern is no regular expression, or takes too long; or a value is none for this type.
+        """
         found: dict[str, dict[str, Any]] = {}
         for key, changed in self.patterns.items():
             left = set(paths)
@@ -74,7 +82,11 @@ class PeftMethod(ABC):
         return {"": tuple(sites)} if self.below else {}
 
     def companions(self, keys: Keys, model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
-        """Other types of peft that the same file holds beside this one, with their options."""
+        """Other types of peft that the same file holds beside this one, with their options.
+
+        Raises:
+            CheckpointError: they are not to be understood.
+        """
         return []
 
     def joined(self, others: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
@@ -107,7 +119,11 @@ class PeftMethod(ABC):
 
     @abstractmethod
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        """One operator's tensors by our names, from those at its module (or of the whole, for a method without)."""
+        """One operator's tensors by our names, from those at its module (or of the whole, for a method without).
+
+        Raises:
+            CheckpointError: their values cannot be ours.
+        """
 
     def read_shared(self, name: str, module: nn.Module, found: Found) -> dict[str, Tensor]:
         """The tensors of shared state by our names, from those of the whole adapter."""
@@ -134,19 +150,35 @@ class PeftMethod(ABC):
         return {}
 
     def write_options_at(self, place: Place) -> dict[str, Any]:
-        """Peft's options for one place, where these depend on the place; what is left out does not matter there."""
+        """Peft's options for one place, where these depend on the place; what is left out does not matter there.
+
+        Raises:
+            ExportError: peft cannot do it there.
+        """
         return self.write_options(place.config)
 
     def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
-        """Options that are said once, from all operators and the host."""
+        """Options that are said once, from all operators and the host.
+
+        Raises:
+            ExportError: they differ where peft has one for all.
+        """
         return {}
 
     def write(self, place: Place) -> dict[str, Tensor]:
-        """One operator's tensors by peft's names."""
+        """One operator's tensors by peft's names.
+
+        Raises:
+            ExportError: peft has none for what it holds.
+        """
         return {}
 
     def write_all(self, places: Sequence[Place]) -> dict[str, Tensor]:
-        """Tensors that several operators share in the file, by peft's names."""
+        """Tensors that several operators share in the file, by peft's names.
+
+        Raises:
+            ExportError: the operators differ where the file has one tensor.
+        """
         return {}
 
     def write_shared(self, name: str, module: nn.Module) -> dict[str, Tensor]:

@@ -57,13 +57,21 @@ class SoftPrompt(PeftMethod):
         return length
 
     def check_rows(self, keys: Keys, shapes: Mapping[str, Size]) -> None:
-        """Verify that the file has as many rows as its options say."""
+        """Verify that the file has as many rows as its options say.
+
+        Raises:
+            CheckpointError: it has not.
+        """
         rows = keys.take("num_virtual_tokens", int) * halves(keys)
         if ROWS in shapes and shapes[ROWS][0] != rows:
             raise CheckpointError(f"{keys.where} has {shapes[ROWS][0]} rows, but its options say {rows}")
 
     def stacks(self, keys: Keys, model: nn.Module, roles: Sequence[str] = ("stack",)) -> tuple[SavedSite, ...]:
-        """The stacks in front of which the prompt stands."""
+        """The stacks in front of which the prompt stands, one for each of `roles`.
+
+        Raises:
+            HostMismatch: the host has other ones, or peft computes something else with it.
+        """
         resolver = resolver_of(model)
         sites = [site for role in roles for site in _at(resolver, role)]
         if len(sites) != len(roles):
@@ -102,7 +110,11 @@ class SoftPrompt(PeftMethod):
 
 
 def halves(keys: Keys) -> int:
-    """How many of encoder and decoder peft has a prompt for."""
+    """How many of encoder and decoder peft has a prompt for: 1 or 2.
+
+    Raises:
+        CheckpointError: the options say another number.
+    """
     count: int = keys.take("num_transformer_submodules", int, 2 if keys.take("task_type", str, "") == BOTH else 1)
     if count not in (1, 2):
         raise CheckpointError(f"{keys.where}: 'num_transformer_submodules' is {count}, expected 1 or 2")

@@ -29,10 +29,13 @@ class Result:
     """The outcome of one check on one host."""
 
     check: str
+    """The check's name."""
     host: str
+    """The host's name."""
     status: Status
     """"expected": it fails, and was declared to."""
     message: str = ""
+    """What failed, or why it was left out."""
 
     def __str__(self) -> str:
         return f"{self.status:8} {self.check}-{self.host}" + (f": {self.message}" if self.message else "")
@@ -106,6 +109,9 @@ def check_method(
         expected_failures: reasons by "<check>-<host>"; a check listed here that passes counts as failed.
         context: what calls are told, for methods that need it: from the host and a picture [rows or 1, 1, 16, 16] to
             the arguments of ``peftcore.call``.
+
+    Raises:
+        ConfigError: there is no host of a name, or a failure is expected of a check that does not run.
     """
     expected = expected_failures or {}
     results = []
@@ -189,6 +195,9 @@ def conformance(
     Takes what `check_method` takes. Without `hosts`, a quick run takes the two most `telling` ones; all when
     PEFTCORE_TEST_ALL=1, or when PEFTCORE_TEST_CHANGED names the method. An expected failure that passes fails the test.
     No host is built, and no package of a host imported, before a test runs.
+
+    Raises:
+        ConfigError: as `check_method`, when pytest collects.
     """
     found = _method(method)
     everything = os.environ.get(ALL) == "1" or found.name in os.environ.get(CHANGED, "").split()

@@ -117,7 +117,9 @@ class Case(Expecting):
     """One method on one host."""
 
     method: type[Method]
+    """What is checked."""
     host: Host
+    """On what."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method that this host needs (``add_missing_bias`` on hosts without biases)."""
     context: Context | None = None
@@ -215,9 +217,11 @@ class Check:
     function: Callable[[Any], str | None]
     """May return what it measured."""
     promise: str
+    """What is proven, as a sentence."""
     cause: str
     """The usual cause of a failure, for the message."""
     when: Callable[[Tags], bool] = lambda tags: True
+    """Whether a method with these tags is to keep it."""
     hosts: tuple[str, ...] | None = None
     """Names of the hosts on which the check runs; all when None (a check of files needs one host, not eight)."""
     chooses: bool = False
@@ -225,6 +229,7 @@ class Check:
 
     @property
     def name(self) -> str:
+        """The function's name, in test ids."""
         return self.function.__name__
 
     def __call__(self, case: Expecting) -> str | None:

@@ -157,6 +157,9 @@ def check_quantizer(
         declared: reasons by the names of checks that the scheme is known to fail; one listed here that passes counts
             as failed.
         options: the scheme's options.
+
+    Raises:
+        ConfigError: a failure is declared of a check that there is not.
     """
     expected, runs = declared or {}, _runs(name, tolerance, declared or {}, options)
     case = Packing(name, options, tolerance)
@@ -170,6 +173,9 @@ def quantizer_conformance(
 
     Takes what `check_quantizer` takes. A declared failure that passes fails the test. Where a package of the scheme is
     missing, the tests are skipped.
+
+    Raises:
+        ConfigError: as `check_quantizer`, when pytest collects.
     """
     return parametrized(_runs(name, tolerance, declared or {}, options), declared or {})
 

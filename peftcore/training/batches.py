@@ -21,7 +21,7 @@ runs it itself, and returns the loss where the model does not."""
 
 
 class Batch:
-    """One batch of the user's data."""
+    """One batch of the user's data; tensors in it go to the model's device."""
 
     def __init__(self, model: nn.Module, content: Any) -> None:
         self._model, self._content = model, content
@@ -44,7 +44,7 @@ class Batch:
         )
 
     def loss(self) -> Tensor:
-        """The output's loss, or the output itself where it is a scalar.
+        """The output's loss, or the output itself where it is a scalar: of shape ``[]``, with its graph.
 
         Raises:
             CalibrationError: there is none.
@@ -60,7 +60,8 @@ class Batch:
 
 
 class Batches:
-    """The batches in their order; can be read again as often as the user's data can."""
+    """The batches in their order; can be read again as often as the user's data can. Going through them shows a
+    progress bar, and raises CalibrationError where there are none."""
 
     def __init__(self, model: nn.Module, data: Data, title: str) -> None:
         self._model, self._data, self._title = model, data, title

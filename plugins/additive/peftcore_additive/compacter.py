@@ -75,7 +75,7 @@ class Rule(nn.Module):
 
 
 class KroneckerLinear(nn.Module):
-    """x H + b."""
+    """x H + b, where H is a sum of Kronecker products."""
 
     def __init__(self, inputs: int, outputs: int, config: Config, shared: Shared | None) -> None:
         super().__init__()
@@ -90,6 +90,7 @@ class KroneckerLinear(nn.Module):
                 nn.init.xavier_uniform_(factor, gain=math.sqrt(2))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., inputs] -> [..., outputs]."""
         rule = (self.rule if self.shared is None else self.shared.module).value
         blocks = self.left if self.right is None else self.left @ self.right
         H = torch.einsum("iab,icd->acbd", rule, blocks).reshape(-1, self.bias.shape[0])  # [in, out]
@@ -103,10 +104,8 @@ class CompacterOperator(Operator):
         super().__init__(site)
         if self.layer.channel_dim != -1:
             raise UnsupportedSite(f"{site.path}: a bottleneck adapter needs features in the last dimension")
-        if site.out_features % config.phm_dim:
-            raise UnsupportedSite(
-                f"{site.path}: {site.out_features} features are no multiple of phm_dim={config.phm_dim}"
-            )
+        if site.out_features % (n := config.phm_dim):
+            raise UnsupportedSite(f"{site.path}: {site.out_features} features are no multiple of phm_dim={n}")
         self.down = KroneckerLinear(site.out_features, config.bottleneck, config, rule)
         self.activation = FUNCTIONS[config.activation]()
         self.up = KroneckerLinear(config.bottleneck, site.out_features, config, rule)

@@ -1,0 +1,41 @@
+"""What `Injection.summary` gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One injection at a glance; it prints as one line.
+
+    Attributes:
+        name: its name on the host.
+        method: the method's name.
+        sites: how many operators there are.
+        parameters: values in its parameters.
+        trainable: those of them that train.
+        active: whether it acts in this thread.
+        merged: whether its effect is in the host's weights now.
+        dtypes: dtypes of its parameters, without "torch.".
+        devices: where they are.
+    """
+
+    name: str
+    method: str
+    sites: int
+    parameters: int
+    trainable: int
+    active: bool
+    merged: bool
+    dtypes: tuple[str, ...]
+    devices: tuple[str, ...]
+    irregular: tuple[str, ...]
+    """States that are mixed or broken, in words; empty when all is regular."""
+
+    def __str__(self) -> str:
+        how = "merged" if self.merged else "active" if self.active else "inactive"
+        text = f"{self.name}: {self.method}, {how}, {self.sites} sites"
+        text += f", {self.trainable:,} of {self.parameters:,} parameters train"
+        text += f", {'/'.join(self.dtypes)} on {'/'.join(self.devices)}"
+        return text + "".join(f"; irregular: {each}" for each in self.irregular)
