@@ -124,7 +124,7 @@ class Injection:
                     yield parameter
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The injection's tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;
+        """The injection's tensors by ``<site path>.<operator tensor>``, without the injection's name: what files have;
         the operators' own, no copies."""
         return {f"{path}.{key}": value for path, module in self.modules() for key, value in module.state_dict().items()}
 

@@ -76,7 +76,7 @@ class MoVOperator(Operator):
         return call(self.scaled(x)) if self.inputs else self.scaled(call(x))
 
     def scaled(self, a: Tensor) -> Tensor:
-        """The activation times its mixture of vectors."""
+        """The activation, its channels where the layer has them, times its mixture of vectors."""
         dim = self.layer.channel_dim
         with full_precision(a):
             precise = torch.promote_types(self.gain.dtype, torch.float32)

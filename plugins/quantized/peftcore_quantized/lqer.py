@@ -62,14 +62,14 @@ class Config(PackedConfig):
 
 
 def in_blocks(factor: Tensor, bits: int, size: int = 16) -> Tensor:
-    """The factor, each row rounded in blocks to so many bits and back."""
+    """The factor, its last dimension rounded in blocks of `size` to so many bits and back."""
     blocks = F.pad(factor, (0, -factor.shape[-1] % size)).unflatten(-1, (-1, size))
     unit = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / (2 ** (bits - 1) - 1)
     return ((blocks / unit).round() * unit).flatten(-2)[..., : factor.shape[-1]]
 
 
 def sizes(site: Site, x: Tensor) -> Tensor:
-    """The mean of |x| for each input of a module."""
+    """The mean of |x| for each input of a module, [in]; how often each token comes, at a table."""
     if site.layer.one_hot:
         return torch.bincount(x.flatten(), minlength=site.in_features) / max(1, x.numel())
     if x.is_nested:  # an encoder's padded sequences

@@ -70,7 +70,7 @@ class AdaLoRAOperator(LowRankOperator):
         return self.A * self.E.view(*self.E.shape, *[1] * (self.A.dim() - self.E.dim())), self.B, self.scale
 
     def distances(self) -> Tensor:
-        """How far A and B are from orthogonal, for each expert."""
+        """How far A and B are from orthogonal, A of each expert first, then B: [2 * experts]."""
         grams = torch.stack([each @ each.mT for each in (self.A.flatten(self.E.dim()), self.B.mT)])
         return torch.linalg.matrix_norm(grams - torch.eye(grams.shape[-1]).to(grams)).flatten()
 

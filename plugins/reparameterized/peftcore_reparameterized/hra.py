@@ -79,7 +79,7 @@ class HRAOperator(WeightOperator):
         return weight_of(base - low @ N, self.layer, weight.shape)
 
     def distance(self) -> Tensor:
-        """How far the directions are from orthogonal, for each expert."""
+        """How far the directions are from orthogonal, for each expert: [*batch]."""
         N = self.directions()
         return torch.linalg.matrix_norm(torch.eye(N.shape[-2]).to(N) - N @ N.mT)
 

@@ -33,7 +33,7 @@ class Config(FactConfig):
 
 
 class Core(nn.Module):
-    """C."""
+    """C, [rank, rank, rank]."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
