@@ -143,6 +143,10 @@ def test_core_wheel_holds_the_package_its_typing_marker_and_the_licence(wheels: 
     names = contents(wheels["peftcore"])
     assert {name.split("/")[0] for name in names} == {"peftcore", "peftcore-0.1.0.dist-info"}
     assert {"peftcore/py.typed", "peftcore/testing/__init__.py"} <= set(names)
+    templates = {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "peftcore/cli/templates").rglob("*") if path.is_file()
+    }
+    assert templates <= set(names) and any(".github" in each for each in templates)
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 

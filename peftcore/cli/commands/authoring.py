@@ -1,0 +1,47 @@
+"""A plugin to start from: ``peftcore new``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftcore.cli.app import answered, app
+from peftcore.cli.errors import BadInput
+
+
+class Template(StrEnum):
+    """What a plugin brings."""
+
+    method = "method"
+    quantizer = "quantizer"
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Of the method or the format: my-method.")],
+    folder: Annotated[Path | None, typer.Option(help="Where to write it (peftcore-NAME).")] = None,
+    template: Annotated[Template, typer.Option(help="A method, or a way of packing weights.")] = Template.method,
+    category: Annotated[str | None, typer.Option(help="Of a method: one category of the survey.")] = None,
+    activations: Annotated[
+        bool | None, typer.Option("--activations/--weights", help="What a method changes (weights).")
+    ] = None,
+) -> None:
+    """Write a plugin package that installs and passes the conformance kit as it is, for a method of your own."""
+    with answered():
+        from peftcore.cli.errors import require
+
+        require({"jinja2": "peftcore[cli]"})
+        from peftcore.cli import new as job
+        from peftcore.cli import pages
+        from peftcore.contract import CATEGORIES
+
+        if template is Template.quantizer and (category is not None or activations is not None):
+            raise BadInput("--category, --activations and --weights are for methods; leave them out for a quantizer")
+        if category is not None and category not in CATEGORIES:
+            raise BadInput(f"no category {category!r}; there are: {', '.join(CATEGORIES)}")
+        usual = "additive" if activations else "reparameterized"
+        plugin = job.Plugin(name, template.value, bool(activations), category or usual)
+        pages.console().print(job.write(plugin, folder or Path(plugin.distribution)))
