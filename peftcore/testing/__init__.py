@@ -11,8 +11,9 @@ or, without pytest, ``for result in check_method("mymethod"): print(result)``. O
 import importlib
 
 from peftcore.testing.doors import Result, check_method, conformance
+from peftcore.testing.failures import CheckFailed
 from peftcore.testing.hosts import HOSTS
-from peftcore.testing.kit import CHECKS, Case, Check, CheckFailed, Host, NotApplicable
+from peftcore.testing.kit import CHECKS, Case, Check, Host, NotApplicable
 from peftcore.testing.quantizers import QUANTIZER_CHECKS, check_quantizer, quantizer_conformance
 
 for _name in (
@@ -20,13 +21,17 @@ for _name in (
     "declared",
     "forward",
     "training",
+    "around_training",
+    "switching",
     "lifecycle",
     "calls",
     "merge",
     "files",
+    "refused_files",
     "packed",
     "learning",
     "quantizers",
+    "adapted_quantizers",
 ):  # as they run
     importlib.import_module(f"{__name__}.checks_{_name}")
 

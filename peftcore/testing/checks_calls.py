@@ -56,7 +56,8 @@ def _routable(model: nn.Module, names: Sequence[str | None]) -> Any:
 
 @check(
     "rows of a batch that go to different injections equal separate passes, in training and evaluation",
-    "an operator mixes rows, or reads which injections are active; a method that must do so has per_row=False",
+    cause="an operator mixes rows, or reads which injections are active",
+    remedy="act on each row by itself; a method that cannot is declared with `per_row=False`",
     when=lambda tags: tags.per_row,
 )
 def routed_rows_equal_separate_passes(case: Case) -> None:
@@ -80,7 +81,8 @@ def routed_rows_equal_separate_passes(case: Case) -> None:
 
 @check(
     "a method that cannot tell rows apart refuses to be routed, and none refuses without need",
-    "per_row=False is declared, but rows route well: leave the tag away",
+    cause="`per_row=False` is declared, but rows route well",
+    remedy="take the tag away",
     when=lambda tags: not tags.per_row,
 )
 def routing_is_refused_where_rows_mix(case: Case) -> None:
@@ -103,7 +105,8 @@ def routing_is_refused_where_rows_mix(case: Case) -> None:
 
 @check(
     "a choice of injections that is left before backward still counts where layers are computed again",
-    "an operator looks at the host's state, or at something of its own, instead of `current_call()`",
+    cause="an operator looks at the host's state, or at something of its own, instead of the call's",
+    remedy="read `current_call()`, which is the forward's own when a layer is computed again",
 )
 def backward_repeats_the_choice_of_its_forward(case: Case) -> None:
     model, inputs, (one, two) = _two(case)
@@ -123,7 +126,8 @@ def backward_repeats_the_choice_of_its_forward(case: Case) -> None:
 
 @check(
     "any assignment of rows to the same injections runs in one compiled graph",
-    "an operator reads the values of the route (`.item()`, `.tolist()`, a Python `if`)",
+    cause="an operator reads the values of the route (`.item()`, `.tolist()`, a Python `if`)",
+    remedy="leave rows to the core, or index by the route as a tensor",
     when=lambda tags: tags.per_row,
     hosts=("llama", "mlp"),
 )
@@ -150,7 +154,9 @@ def assignments_share_a_compiled_graph(case: Case) -> None:
 
 @check(
     "generation with and without a cache gives the same tokens",
-    "what a token gets depends on how many tokens are in the same pass",
+    cause="what a token gets depends on how many tokens are in the same pass",
+    remedy="act on each position by itself; rows in front of the tokens are for a `SequenceOperator` or an "
+    "`AttentionOperator`",
     hosts=GENERATORS,
 )
 def generation_does_not_depend_on_the_cache(case: Case) -> None:
@@ -172,7 +178,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @check(
     "padding on the left, static caches and beams: generation gives what it gives without a cache",
-    "an operator takes positions, masks or rows from somewhere else than the forward that runs",
+    cause="an operator takes positions, masks or rows from somewhere else than the forward that runs",
+    remedy="read them from `current_call().inputs`, and count on no number of rows or tokens",
     hosts=GENERATORS,
 )
 def generation_in_other_ways_does_not_depend_on_the_cache(case: Case) -> None:

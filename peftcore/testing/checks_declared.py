@@ -13,7 +13,8 @@ from peftcore.testing.tools import differences, raises, trace
 
 @check(
     "a method that claims no identity at init changes outputs at init",
-    "the tag `identity_at_init=False` is outdated; users would pay for a switch that nothing needs",
+    cause="the tag `identity_at_init=False` is outdated; users would pay for a switch that nothing needs",
+    remedy="take the tag away, and `identity_options` with it",
     when=lambda tags: not tags.identity_at_init,
     hosts=("mlp", "encoder", "llama", "bert", "t5", "gpt2", "convnet"),  # grouped matrix products know no float64
 )
@@ -27,7 +28,9 @@ def a_denied_identity_is_none(case: Case) -> None:
 
 @check(
     "the closed formula gives the number of parameters at each site",
-    "the formula forgot a bias, the kernel, or the number of experts",
+    cause="the formula forgot a bias, the kernel, or the number of experts",
+    remedy="compare it with the shapes in the operator's `__init__`; `math.prod(site.batch)` and "
+    "`math.prod(site.kernel)` help",
 )
 def the_parameter_count_is_the_declared_one(case: Case) -> None:
     model, _ = case.fresh()
@@ -40,7 +43,9 @@ def the_parameter_count_is_the_declared_one(case: Case) -> None:
 
 
 @check(
-    "injecting does not change the config object", "`inject` or an operator writes into a list or dict of the config"
+    "injecting does not change the config object",
+    cause="`inject` or an operator writes into a list or dict of the config",
+    remedy="copy it before (`list(config.names)`); what is found out belongs on the operator",
 )
 def the_config_is_not_changed(case: Case) -> None:
     model, _ = case.fresh()
@@ -51,7 +56,8 @@ def the_config_is_not_changed(case: Case) -> None:
 
 @check(
     "a config is written the same in every process, and read back equal",
-    "a set among the options: its order is another one in each process; use a list",
+    cause="a set among the options: its order is another one in each process",
+    remedy="use a list or a tuple",
     hosts=("mlp",),
 )
 def configs_are_written_in_one_order(case: Case) -> None:
@@ -63,7 +69,8 @@ def configs_are_written_in_one_order(case: Case) -> None:
 
 @check(
     "unknown options are a ConfigError",
-    'the Config loosens `extra="forbid"`, so that misspelled options are lost',
+    cause='the Config loosens `extra="forbid"`, or a validator drops what it does not know',
+    remedy="leave `model_config` alone; an option that is gone belongs to `migrate`",
     hosts=("mlp",),
 )
 def misspelled_options_are_refused(case: Case) -> None:
@@ -76,7 +83,8 @@ def misspelled_options_are_refused(case: Case) -> None:
 
 @check(
     "every option says what it does",
-    "a field of Config has no docstring below it; forms and help are made of them",
+    cause="a field of Config has no docstring below it; forms and help are made of them",
+    remedy="write one below each field that is named above",
     hosts=("mlp",),
 )
 def every_option_is_described(case: Case) -> None:
@@ -87,7 +95,9 @@ def every_option_is_described(case: Case) -> None:
 
 @check(
     "`low_rank` is claimed exactly when factors() gives the update of the effective weight",
-    "the scale is left out of factors(), or the tag was forgotten",
+    cause="the scale is left out of factors(), or the tag was forgotten",
+    remedy="return (A, B, scale) so that scale * B @ A is `merged` minus the base; declare `low_rank` if every "
+    "operator does",
 )
 def factors_are_the_update(case: Case) -> None:
     model, _ = case.fresh(torch.float64)

@@ -25,8 +25,6 @@ from peftcore.testing.probes import (
 )
 from peftcore.testing.tools import differences, raises, trace
 
-STATE = "something is stored on the operator in forward and read later; keep it in local variables"
-CASTS = "factors are not cast to the dtype of what they meet: use `self.cast`"
 ON_TORCH = ("mlp", "encoder", "convnet")
 """Hosts without code of other libraries: what fails there fails because of the method."""
 
@@ -35,7 +33,11 @@ def _flipped(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value.flip(0) for key, value in inputs.items()}
 
 
-@check("on a bfloat16 host with float32 operators, outputs are bfloat16 and right", CASTS)
+@check(
+    "on a bfloat16 host with float32 operators, outputs are bfloat16 and right",
+    cause="factors are not cast to the dtype of what they meet, so the sum becomes float32",
+    remedy="`A, B = self.cast(y, self.A, self.B)` before they are used",
+)
 def low_precision_hosts_keep_their_dtype(case: Case) -> None:
     exact, inputs = case.fresh()
     case.filled(exact)
@@ -50,7 +52,9 @@ def low_precision_hosts_keep_their_dtype(case: Case) -> None:
 
 @check(
     "under autocast, the output has the dtype that the base has there, and float32 operators get float32 gradients",
-    CASTS,
+    cause="the update is made in the input's dtype, or with autocast turned off",
+    remedy="cast to the dtype of what the layer returned, `self.cast(y, ...)` with `y = call(x)`, and leave autocast "
+    "on",
 )
 def autocast_decides_the_dtype(case: Case) -> None:
     model, inputs = case.fresh()
@@ -78,7 +82,8 @@ def _noting(seen: dict[str, Any], path: str) -> Callable[..., None]:
 
 @check(
     "changed parameters show at once in evaluation",
-    "a cache without regard to versions and identities of what it was made from",
+    cause="a cache looks at versions of tensors alone, which assigning `.data` does not change",
+    remedy="keep no cache: the core keeps effective weights, for as long as they hold",
 )
 def changes_show_at_once(case: Case) -> None:
     model, inputs = case.fresh()
@@ -97,7 +102,11 @@ def changes_show_at_once(case: Case) -> None:
         case.expect_equal(case.quiet(model, inputs), case.quiet(fresh, inputs), f"output after a change {way}")
 
 
-@check("rows of a batch do not influence each other", "an operator mixes rows: a mean or a norm over the batch")
+@check(
+    "rows of a batch do not influence each other",
+    cause="an operator mixes rows: a mean or a norm over the batch",
+    remedy="reduce over the last dimension, never over the first",
+)
 def rows_stay_apart(case: Case) -> None:
     model, inputs = case.fresh()
     case.filled(model)
@@ -109,7 +118,8 @@ def rows_stay_apart(case: Case) -> None:
 
 @check(
     "inputs of two to five dimensions give what the flattened ones give",
-    "forward names the dimensions of its input (`bsi`); write formulas over the last one",
+    cause="forward names the dimensions of its input (`bsi`), or reads a length from one of them",
+    remedy="write formulas over the last dimension: `...i`, `x @ A.T`, `self.layer.apply`",
     hosts=("mlp",),
 )
 def leading_dimensions_do_not_matter(case: Case) -> None:
@@ -125,7 +135,8 @@ def leading_dimensions_do_not_matter(case: Case) -> None:
 
 @check(
     "a module that is called with its input by keyword is adapted like any other",
-    "forward of the operator looks into `kwargs` by names of its own",
+    cause="forward of the operator looks into `kwargs` by names of its own",
+    remedy="take the input as the first argument behind `call`: it comes there, however the module was called",
     hosts=("mlp",),
 )
 def inputs_by_keyword_are_seen(case: Case) -> None:
@@ -141,7 +152,8 @@ def inputs_by_keyword_are_seen(case: Case) -> None:
 
 @check(
     "deepcopy and pickle give hosts that behave the same, with operators of their own",
-    "state that is looked up by the identity of the operator, or kept outside it",
+    cause="state is looked up by the identity of the operator, or kept outside it, or lost in `__getstate__`",
+    remedy="keep it in parameters, buffers and plain attributes of the operator",
 )
 def copies_behave_the_same(case: Case) -> None:
     model, inputs = case.fresh()
@@ -163,7 +175,12 @@ def copies_behave_the_same(case: Case) -> None:
         case.expect_equal(case.quiet(model, inputs), output, f"the first host's output after its {way} changed")
 
 
-@check("two threads, with and without the adapter or with different inputs, do not meet", STATE, hosts=ON_TORCH)
+@check(
+    "two threads, with and without the adapter or with different inputs, do not meet",
+    cause="something is stored on the operator in forward and read later",
+    remedy="keep it in local variables; from operator to operator of one forward it goes by a `Tap`",
+    hosts=ON_TORCH,
+)
 def threads_do_not_meet(case: Case) -> None:
     model, inputs = case.fresh()
     base = case.quiet(model, inputs)
@@ -184,7 +201,12 @@ def threads_do_not_meet(case: Case) -> None:
     case.expect(injection.active, "the adapter is not active any more")
 
 
-@check("when forward raises, wherever it does, nothing stays behind", STATE, hosts=ON_TORCH)
+@check(
+    "when forward raises, wherever it does, nothing stays behind",
+    cause="forward marks something on the operator, and clears it only when all goes well",
+    remedy="use local variables; where a mark must be, clear it in `finally`",
+    hosts=ON_TORCH,
+)
 def an_exception_in_forward_leaves_nothing(case: Case) -> None:
     model, inputs = case.fresh()
     case.filled(model)
@@ -200,7 +222,8 @@ def an_exception_in_forward_leaves_nothing(case: Case) -> None:
 
 @check(
     "no plugin hook runs while the host runs forward or backward",
-    "forward looks something up that `inject` knows already",
+    cause="forward looks something up that `inject` knows already",
+    remedy="look it up in `__init__`, and keep the result",
 )
 def no_hook_runs_in_forward(case: Case) -> None:
     model, inputs = case.fresh()
@@ -213,7 +236,8 @@ def no_hook_runs_in_forward(case: Case) -> None:
 
 @check(
     "torch.compile without graph breaks gives the same outputs and gradients",
-    "Python that depends on values of tensors: `.item()`, `if tensor:`",
+    cause="Python that depends on values of tensors: `.item()`, `if tensor:`; or a call that cannot be traced",
+    remedy="write it in torch operations (`torch.where`); with TORCH_LOGS=graph_breaks torch names the line",
     hosts=tuple(HOSTS),  # so that a quick run, in which nothing takes longer, takes one of them
 )
 def compiled_equals_eager(case: Case) -> None:
@@ -230,7 +254,8 @@ def compiled_equals_eager(case: Case) -> None:
 
 @check(
     "torch.export gives a program with the same outputs",
-    "forward goes another way while it is traced, or depends on values of tensors",
+    cause="forward goes another way while it is traced, or depends on values of tensors",
+    remedy="ask for neither `is_exporting` nor `is_compiling`, and write it in torch operations",
     hosts=("mlp",),
 )
 def exported_equals_eager(case: Case) -> None:

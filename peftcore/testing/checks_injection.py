@@ -18,9 +18,6 @@ from peftcore.testing.kit import Case, NotApplicable, check, fill
 from peftcore.testing.probes import Holder, Interrupted, Unused, Wrapper, counted_calls, interrupted, zoo
 from peftcore.testing.tools import differences, raises, trace
 
-DRAWS = "random numbers are drawn outside the operator's __init__, or from a generator of the method's own"
-SITES = "`inject` picks modules by itself instead of asking `surgeon.sites()`"
-
 
 def planned(case: Case, model: nn.Module, **changes: Any) -> peftcore.Plan:
     """The plan for what `case.apply` does."""
@@ -43,7 +40,8 @@ def _promises_identity(tags: peftcore.Tags) -> bool:
 
 @check(
     "a fresh adapter leaves outputs unchanged, with `identity_options` where defaults do not",
-    "the factor that should start at zero (or the gain that should start at one) does not",
+    cause="the factor that should start at zero (or the gain that should start at one) does not",
+    remedy="set it in the operator's `__init__`; where the paper starts elsewhere, declare `identity_at_init=False`",
     when=_promises_identity,
 )
 def a_fresh_adapter_changes_nothing(case: Case) -> None:
@@ -77,7 +75,9 @@ def adapted_zoo(case: Case, **changes: Any) -> Iterator[tuple[str, Holder, Tenso
 
 @check(
     "on every kind of layer that a method accepts, a fresh adapter leaves the output unchanged",
-    "the operator's formula holds for matrices only: fold sums overlapping patches, groups and kernels are left out",
+    cause="the formula holds for matrices only: kernels, groups or overlapping patches are left out",
+    remedy="build on `site.kernel` and `self.layer`, which know the layer; raise UnsupportedSite for what the idea "
+    "does not fit",
     when=_promises_identity,
     hosts=("mlp",),
 )
@@ -88,7 +88,9 @@ def every_kind_of_layer_starts_unchanged(case: Case) -> None:
 
 @check(
     "on every kind of layer, what the operator computes is what its effective weight computes",
-    "`forward` leaves out stride, dilation or padding, or `merged` lays out kernel or rows differently",
+    cause="`forward` leaves out stride, dilation or padding, or `merged` lays out kernel or rows differently",
+    remedy="apply factors with `self.layer.apply` and `self.layer.add`; weights in `merged` are [*batch, out, in, "
+    "*kernel]",
     when=lambda tags: tags.mergeable,
     hosts=("mlp",),
 )
@@ -101,7 +103,11 @@ def every_kind_of_layer_equals_its_effective_weight(case: Case) -> None:
         case.expect_close(holder(), adapted, f"{name}: output through the effective weight", factor=10)
 
 
-@check("plan() tells what apply() then does", "`inject` or the operator looks at values, which a plan does not have")
+@check(
+    "plan() tells what apply() then does",
+    cause="`inject` or the operator decides by values, or does something else on the meta device",
+    remedy="decide by shapes and options alone: `site.weight_shape`, `site.in_features`, `config`",
+)
 def a_plan_comes_true(case: Case) -> None:
     model, _ = case.fresh()
     plan = planned(case, model)
@@ -114,7 +120,11 @@ def a_plan_comes_true(case: Case) -> None:
     case.expect(plan.bytes == sum(t.numel() * t.element_size() for t in state.values()), "another size than planned")
 
 
-@check("plan() changes nothing", "`inject` changes the host itself instead of recording with the surgeon's verbs")
+@check(
+    "plan() changes nothing",
+    cause="`inject` changes the host itself instead of recording with the surgeon's verbs",
+    remedy="change it by `surgeon.graft`, `own` and `replace` only: a plan records what they say, and does not do it",
+)
 def a_plan_changes_nothing(case: Case) -> None:
     model, inputs = case.fresh()
     base, before = case.quiet(model, inputs), trace(model)
@@ -125,7 +135,8 @@ def a_plan_changes_nothing(case: Case) -> None:
 
 @check(
     "a host on the meta device can be planned, with the same result",
-    "values are read from the host's modules; `site.weight()` is the way that also works while planning",
+    cause="values of the host are read from `site.module`, or a Python number is made of them",
+    remedy="read with `site.weight()`, which has a shape alone while planning, and keep what comes of it a tensor",
 )
 def a_host_without_memory_can_be_planned(case: Case) -> None:
     model, _ = case.fresh()
@@ -138,7 +149,8 @@ def a_host_without_memory_can_be_planned(case: Case) -> None:
 
 @check(
     "a failed injection leaves the host as it was, to the bit: at the first operator, the last, and after the surgery",
-    "`inject` sets something on the host and takes it back at its end only",
+    cause="`inject` sets something on the host, and takes it back at its end only",
+    remedy="record with the surgeon's verbs, which are undone; what must be known later belongs on the operator",
 )
 def a_failed_injection_leaves_no_trace(case: Case) -> None:
     model, inputs = case.fresh()
@@ -156,7 +168,8 @@ def a_failed_injection_leaves_no_trace(case: Case) -> None:
 
 @check(
     "a target that matches nothing, or is excluded altogether, is a TargetError raised before anything changes",
-    "`inject` changes the host before it asks the surgeon for sites",
+    cause="`inject` changes the host before it asks the surgeon for sites",
+    remedy="call `surgeon.sites()` first, and change the host by the surgeon's verbs alone",
 )
 def unmatched_targets_change_nothing(case: Case) -> None:
     model, _ = case.fresh()
@@ -186,7 +199,11 @@ def _addressable(case: Case, model: nn.Module) -> str:
     raise NotApplicable("the method acts on outputs that have a role but no path of their own")
 
 
-@check("`target` decides where a method acts, however it is written", SITES)
+@check(
+    "`target` decides where a method acts, however it is written",
+    cause="`inject` picks modules by itself, or takes some besides those that `surgeon.sites()` gives",
+    remedy="graft where `surgeon.sites()` says; a place of its own must not be one that the default target names",
+)
 def the_target_decides(case: Case) -> None:
     model, _ = case.fresh()
     wanted = _addressable(case, model)
@@ -207,7 +224,11 @@ def the_target_decides(case: Case) -> None:
     case.expect(all(each == sites[0] for each in sites), f"different sites for the same target: {sites}")
 
 
-@check("a target that matches in part warns, naming what matched nothing", SITES)
+@check(
+    "a target that matches in part warns, naming what matched nothing",
+    cause="`inject` silences warnings, or finds modules without the surgeon",
+    remedy="let `surgeon.sites()` warn: no filter around it, no search of your own",
+)
 def partly_unmatched_targets_warn(case: Case) -> None:
     model, _ = case.fresh()
     wanted = _addressable(case, model)
@@ -221,7 +242,8 @@ def partly_unmatched_targets_warn(case: Case) -> None:
 
 @check(
     "modules of the host that are called like the method are ordinary modules",
-    "own modules are recognized by parts of names; ask the surgeon, which knows them by class",
+    cause="own modules are recognized by a part of their name",
+    remedy="look at no names: `surgeon.sites()` leaves out operators, which it knows by class",
 )
 def modules_named_like_the_method_are_ordinary(case: Case) -> None:
     counts = []
@@ -234,7 +256,12 @@ def modules_named_like_the_method_are_ordinary(case: Case) -> None:
     case.expect(counts[0] == counts[1], f"{len(counts[1])} sites instead of {len(counts[0])}")
 
 
-@check("an adapter's start depends on the seed and the path alone, not on other sites or the global generator", DRAWS)
+@check(
+    "an adapter's start depends on the seed and the path alone, not on other sites or the global generator",
+    cause="random numbers are drawn outside the operator's `__init__`, or depend on the order of sites",
+    remedy="draw in `__init__` from torch's generator, which is seeded for each site; count nothing, bring no "
+    "generator",
+)
 def the_start_depends_on_seed_and_path(case: Case) -> None:
     model, _ = case.fresh()
     torch.manual_seed(5)
@@ -251,7 +278,12 @@ def the_start_depends_on_seed_and_path(case: Case) -> None:
         injection.remove()
 
 
-@check("injecting does not move the global generator", DRAWS)
+@check(
+    "injecting does not move the global generator",
+    cause="random numbers are drawn in `inject` or `trainable`",
+    remedy="draw where the surgeon builds, which seeds and restores: in the operator's `__init__`, or in what "
+    "`surgeon.own` makes",
+)
 def the_global_generator_stays(case: Case) -> None:
     model, _ = case.fresh()
     before = torch.random.get_rng_state()
@@ -261,7 +293,8 @@ def the_global_generator_stays(case: Case) -> None:
 
 @check(
     "operators have the dtype that was asked for, float32 by default",
-    "a tensor is a plain attribute, which moves with nothing; make it a parameter or a buffer",
+    cause="a tensor is a plain attribute, which moves with nothing",
+    remedy="make it a parameter, or a buffer (`persistent=False` where no file needs it)",
 )
 def operators_have_the_asked_dtype(case: Case) -> None:
     for asked, dtype in ((None, torch.float32), ("bfloat16", torch.bfloat16)):
@@ -276,7 +309,8 @@ def operators_have_the_asked_dtype(case: Case) -> None:
 
 @check(
     "every parameter has a dimension, since FSDP2 shards along the first",
-    "a scalar parameter: `torch.zeros(())`; make it `torch.zeros(1)`",
+    cause="a scalar parameter: `torch.zeros(())`",
+    remedy="make it `torch.zeros(1)`",
 )
 def parameters_have_a_dimension(case: Case) -> None:
     for options in ({}, case.tags.identity_options or {}):
@@ -288,7 +322,8 @@ def parameters_have_a_dimension(case: Case) -> None:
 
 @check(
     "an adapter on a module that is never called is an error at the first forward, not a silence",
-    "the method meddles with the witness of the graft",
+    cause="the method marks the graft as having run, or acts by hooks instead of operators",
+    remedy="act in the operator's `forward` alone: that is what the graft counts",
     hosts=("mlp", "llama"),
 )
 def sites_that_never_run_are_reported(case: Case) -> None:
@@ -305,7 +340,8 @@ def sites_that_never_run_are_reported(case: Case) -> None:
 
 @check(
     "the output projection of nn.MultiheadAttention, which is read and never called, is adapted or refused",
-    "`merged` passes over tensors that it does not know; raise UnsupportedSite for them",
+    cause="`merged` passes over tensors that it does not know by name",
+    remedy="treat every weight alike, by its shape; raise UnsupportedSite for what the idea does not fit",
     hosts=("encoder",),
 )
 def the_attention_output_projection_is_no_silent_noop(case: Case) -> None:
@@ -320,7 +356,8 @@ def the_attention_output_projection_is_no_silent_noop(case: Case) -> None:
 
 @check(
     "the work of injecting does not grow with the number of adapters that are there already",
-    "`inject` walks over `model.modules()`, operators of other injections included",
+    cause="`inject` walks over `model.modules()`, operators of other injections included",
+    remedy="go over `surgeon.sites()`, and search the model for nothing else",
     hosts=("mlp", "encoder"),
 )
 def injecting_costs_the_same_each_time(case: Case) -> None:

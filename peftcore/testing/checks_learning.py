@@ -64,7 +64,8 @@ def _gains(case: Case, task: Task) -> Iterator[tuple[float, float]]:
 
 @check(
     "on a small real task it gains a third of what full fine-tuning gains in the same steps",
-    "the update is scaled far too small, or the optimizer does not get what should train",
+    cause="the update is scaled far too small, or the optimizer does not get what should train",
+    remedy="print gradients and values after some steps; tensors that want other rates get them in `parameter_groups`",
     chooses=True,
 )
 def it_learns(case: Case) -> None:

@@ -15,9 +15,6 @@ from peftcore.testing.kit import Case, NotApplicable, check
 from peftcore.testing.tools import differences, raises, trace
 
 KEEPS: tuple[Any, ...] = ("cpu", "record", "device")
-SAME = "`merged` is not the mathematics of `forward`: another scale, sign, axis or bias"
-PURE = "`merged` has effects of its own or answers differently each time; it must only compute"
-HALF = "`merged` rounds inside: it casts to the base's dtype before the sum is complete"
 
 
 def _mergeable(tags: Tags) -> bool:
@@ -29,7 +26,12 @@ def _unchanged(case: Case, before: dict[str, Any], model: nn.Module, what: str) 
     case.expect(not wrong, f"{what}: changed: {wrong}")
 
 
-@check("merging keeps the outputs", SAME, when=_mergeable)
+@check(
+    "merging keeps the outputs",
+    cause="`merged` is not the mathematics of `forward`: another scale, sign, axis or bias",
+    remedy="compare the two on one `nn.Linear`; a bias that changes is said in `merged_bias`",
+    when=_mergeable,
+)
 def merging_keeps_the_outputs(case: Case) -> None:
     model, inputs = case.fresh()
     base = case.quiet(model, inputs)
@@ -43,7 +45,13 @@ def merging_keeps_the_outputs(case: Case) -> None:
         case.expect_close(case.quiet(model, inputs), adapted, "output when merged and not active")
 
 
-@check("merging keeps the outputs of a host in bfloat16", HALF, when=_mergeable, hosts=("mlp", "encoder", "llama"))
+@check(
+    "merging keeps the outputs of a host in bfloat16",
+    cause="`forward` computes something else in half precision, or `merged` rounds inside",
+    remedy="cast with `self.cast` in `forward`, and in `merged` stay in the dtype of the weight that comes in",
+    when=_mergeable,
+    hosts=("mlp", "encoder", "llama"),
+)
 def merging_keeps_the_outputs_in_bfloat16(case: Case) -> None:
     model, inputs = case.fresh(torch.bfloat16)
     injection = case.filled(model)
@@ -54,7 +62,12 @@ def merging_keeps_the_outputs_in_bfloat16(case: Case) -> None:
     case.expect_close(merged, adapted, "output when merged")
 
 
-@check("unmerging restores every bit, whatever was kept", PURE, when=_mergeable)
+@check(
+    "unmerging restores every bit, whatever was kept",
+    cause="`merged` changes the weight that comes in, or the operator, in place",
+    remedy="return a new tensor: `weight + update`, never `weight.add_(update)`",
+    when=_mergeable,
+)
 def unmerging_restores_every_bit(case: Case) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model, inputs = case.fresh(dtype)
@@ -68,7 +81,13 @@ def unmerging_restores_every_bit(case: Case) -> None:
             case.expect_equal(case.quiet(model, inputs), adapted, f"output after keep={keep!r}")
 
 
-@check("with keep=None unmerge and remove refuse, and nothing changes", PURE, when=_mergeable, hosts=("mlp", "llama"))
+@check(
+    "with keep=None unmerge and remove refuse, and nothing changes",
+    cause="the method keeps a copy of the base, or replaces calls of its injection",
+    remedy="leave merging to the core: `merged` says the new weight, and nothing else",
+    when=_mergeable,
+    hosts=("mlp", "llama"),
+)
 def nothing_kept_is_nothing_promised(case: Case) -> None:
     model, inputs = case.fresh()
     injection = case.filled(model)
@@ -83,7 +102,12 @@ def nothing_kept_is_nothing_promised(case: Case) -> None:
     case.expect_close(case.quiet(model, inputs), adapted, "output")
 
 
-@check("merging twice changes nothing more", PURE, when=_mergeable)
+@check(
+    "merging twice changes nothing more",
+    cause="`merged` is called where it should not be, or answers differently each time",
+    remedy="let it compute only, and leave `injection.merged` alone",
+    when=_mergeable,
+)
 def merging_twice_is_merging_once(case: Case) -> None:
     model, inputs = case.fresh()
     injection = case.filled(model)
@@ -98,7 +122,12 @@ def merging_twice_is_merging_once(case: Case) -> None:
         _unchanged(case, start, model, "unmerged")
 
 
-@check("several injections merge in order, unmerge in the order back, and refuse any other", SAME, when=_mergeable)
+@check(
+    "several injections merge in order, unmerge in the order back, and refuse any other",
+    cause="`merged` starts from the base that it saw in `__init__`",
+    remedy="start from the weight that comes in: the injections before have left it so",
+    when=_mergeable,
+)
 def several_merge_in_order(case: Case) -> None:
     model, inputs = case.fresh()
     first, second = case.filled(model, 1, name="first"), case.filled(model, 2, name="second")
@@ -122,7 +151,12 @@ def several_merge_in_order(case: Case) -> None:
     _unchanged(case, start, model, "both unmerged")
 
 
-@check("merging changes values and nothing else", PURE, when=_mergeable)
+@check(
+    "merging changes values and nothing else",
+    cause="`merged` has effects of its own on modes, attributes or the operator",
+    remedy="let it compute only: a weight comes in, and one of the same shape goes out",
+    when=_mergeable,
+)
 def merging_changes_values_alone(case: Case) -> None:
     model, inputs = case.fresh(torch.bfloat16)
     for index, module in enumerate(model.modules()):
@@ -144,7 +178,12 @@ def merging_changes_values_alone(case: Case) -> None:
         case.expect_equal(value, tensors[name], f"the operators' own {name}")
 
 
-@check("baking leaves a plain model with the effect, whose state dict loads into a plain base", SAME, when=_mergeable)
+@check(
+    "baking leaves a plain model with the effect, whose state dict loads into a plain base",
+    cause="`inject` or an operator leaves something on the host, or `merged` says a part of the effect only",
+    remedy="record with the surgeon's verbs; say the weight in `merged` and the bias in `merged_bias`",
+    when=_mergeable,
+)
 def baking_leaves_a_plain_model(case: Case) -> None:
     model, inputs = case.fresh()
     plain = trace(model)
@@ -173,7 +212,8 @@ def baking_leaves_a_plain_model(case: Case) -> None:
 
 @check(
     "an effect that is not finite is refused, and nothing changes",
-    "`merged` hides numbers that are not finite (nan_to_num, clamp)",
+    cause="`merged` hides numbers that are not finite (nan_to_num, clamp)",
+    remedy="let them through: the core refuses the merge and changes nothing",
     when=_mergeable,
 )
 def what_is_not_finite_is_refused(case: Case) -> None:
@@ -196,7 +236,11 @@ def what_is_not_finite_is_refused(case: Case) -> None:
 
 
 @check(
-    "fifty merges and unmerges in bfloat16 drift by nothing", PURE, when=_mergeable, hosts=("mlp", "llama", "convnet")
+    "fifty merges and unmerges in bfloat16 drift by nothing",
+    cause="`merged` counts, draws or keeps something from call to call",
+    remedy="make it a function of the weight and the operator's tensors",
+    when=_mergeable,
+    hosts=("mlp", "llama", "convnet"),
 )
 def fifty_merges_drift_by_nothing(case: Case) -> None:
     model, _ = case.fresh(torch.bfloat16)
@@ -213,7 +257,12 @@ def fifty_merges_drift_by_nothing(case: Case) -> None:
     _unchanged(case, before, model, "after 50 merges")
 
 
-@check("merging in half precision rounds once: it gives what float32 gives, cast", HALF, when=_mergeable)
+@check(
+    "merging in half precision rounds once: it gives what float32 gives, cast",
+    cause="`merged` rounds inside: it casts to the host's dtype before the sum is complete",
+    remedy="compute in the dtype of the weight that comes in; the core rounds once, at the end",
+    when=_mergeable,
+)
 def merging_rounds_once(case: Case) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         low, _ = case.fresh(dtype)
@@ -227,7 +276,8 @@ def merging_rounds_once(case: Case) -> None:
 
 @check(
     "a method that cannot merge says so with NotMergeable, and nothing changes",
-    "`mergeable` is not declared though every operator defines `merged`",
+    cause="`mergeable` is not declared though every operator defines `merged`",
+    remedy="declare `mergeable=True`, or take `merged` away",
     when=lambda tags: not tags.mergeable,
 )
 def methods_that_cannot_merge_say_so(case: Case) -> None:
@@ -258,7 +308,8 @@ def _tie(model: nn.Module, injection: Injection) -> tuple[nn.Module, Tensor]:
 
 @check(
     "a tensor that others hold too is merged only where they are adapted alike; else the merge is refused",
-    "`inject` writes into the host's tensors itself, so ties are not seen",
+    cause="the method writes into the host's tensors by itself, so ties are not seen",
+    remedy="write nothing: return the new weight in `merged`, and the core looks for others that hold it",
     when=_mergeable,
     hosts=("mlp", "encoder", "llama", "gpt2"),
 )
@@ -283,7 +334,12 @@ def tied_tensors_are_never_changed_silently(case: Case) -> None:
     case.expect_close(case.quiet(model, inputs), adapted, "output when merged")
 
 
-@check("removing a merged injection restores the base to the bit", PURE, when=_mergeable)
+@check(
+    "removing a merged injection restores the base to the bit",
+    cause="`merged` changes the weight that comes in, or the method replaces calls of its injection",
+    remedy="return a new tensor, and leave removing to the core",
+    when=_mergeable,
+)
 def removing_a_merged_injection_restores_the_base(case: Case) -> None:
     for keep in KEEPS:
         model, inputs = case.fresh()

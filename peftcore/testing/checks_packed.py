@@ -22,6 +22,7 @@ from peftcore.plugins import layer_of
 from peftcore.quantization import dequantize, scheme_class, schemes
 from peftcore.testing.checks_training import backward, expect_same_gradients
 from peftcore.testing.kit import ALL, Case, NotApplicable, check
+from peftcore.testing.tools import findable
 
 TELLING_SCHEMES = ("nf4", "bnb-nf4")
 """The schemes of a quick run: plain torch, and the one with a kernel that has no gradient."""
@@ -51,7 +52,8 @@ def installed_schemes() -> list[str]:
 
 @check(
     "on a packed base a method computes, trains, merges, saves and loads as on a dense one with the same weights",
-    "a weight is read past `site.weight()` or `merged`, or what is computed depends on how the base is stored",
+    cause="a weight is read past `site.weight()` or `merged`, or what is computed depends on how the base is stored",
+    remedy="use `site.weight()` in `__init__`, and `call` or the weight that comes in later; never ask `layer.packed`",
     hosts=HOSTS,
 )
 def packed_bases_are_like_dense_ones(case: Case) -> None:
@@ -183,7 +185,7 @@ def _worst(report: MergeReport) -> str:
 
 
 def _reloads(case: Case, scheme: str, injection: Injection, adapted: Tensor) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, findable(case.method):
         injection.save(Path(folder) / "adapter")
         fresh, inputs = _packed(case, scheme)
         peftcore.load(fresh, Path(folder) / "adapter")

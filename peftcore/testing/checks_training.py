@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,10 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
-from peftcore.contract import Method
 from peftcore.injection import Injection
 from peftcore.testing.kit import TOLERANCES, Case, NotApplicable, check
-from peftcore.testing.tools import differences, raises, trace
 
 
 def loss(output: Tensor) -> Tensor:
@@ -62,7 +59,8 @@ def _without_dropout(model: nn.Module) -> None:
 
 @check(
     "outputs and gradients are finite, also where the host has rows of zeros (pruned, padded)",
-    "a division by the norm of a row; a row of zeros has none",
+    cause="a division by the norm of a row; a row of zeros has none",
+    remedy="divide by `norm.clamp_min(eps)`, and look at the gradient too: that of a norm at zero is not finite",
 )
 def zero_rows_stay_finite(case: Case) -> None:
     model, inputs = case.fresh()
@@ -96,7 +94,8 @@ def _trained(case: Case, steps: int = 3) -> tuple[nn.Module, Injection, dict[str
 
 @check(
     "every trainable tensor gets a gradient and moves within three steps",
-    "a parameter that forward does not use, or that is detached; both factors of a product start at zero",
+    cause="a parameter that forward does not use, or that is detached; both factors of a product start at zero",
+    remedy="use it, start one factor at random, or freeze in `trainable` what is not to learn",
 )
 def every_trainable_tensor_learns(case: Case) -> None:
     _, injection, _, before, touched = _trained(case)
@@ -109,7 +108,8 @@ def every_trainable_tensor_learns(case: Case) -> None:
 
 @check(
     "training leaves the base and its statistics as they were, to the bit",
-    "an operator writes into the host's tensors; record a replacement instead",
+    cause="an operator writes into the host's tensors",
+    remedy="record a value that stands for the tensor: `surgeon.replace`",
 )
 def training_leaves_the_base_alone(case: Case) -> None:
     model, _, base, _, _ = _trained(case)
@@ -120,7 +120,9 @@ def training_leaves_the_base_alone(case: Case) -> None:
 
 @check(
     "the effect is the same in training and in evaluation under no_grad, fused paths and padding included",
-    "forward asks `self.training` for more than dropout, or a fused path of the host goes around the operator",
+    cause="forward asks `self.training` for more than dropout, or a fused path of the host goes around the operator",
+    remedy="compute the same in both; a fused path that reads weights by itself is turned off with the hook "
+    "`peftcore_stance`",
 )
 def the_effect_is_the_same_in_training_and_evaluation(case: Case) -> None:
     model, inputs = case.fresh()
@@ -137,7 +139,8 @@ def the_effect_is_the_same_in_training_and_evaluation(case: Case) -> None:
 
 @check(
     "dropout acts in training only",
-    "torch's functional dropout is called without `training=self.training`",
+    cause="torch's functional dropout is called without `training=self.training`",
+    remedy="pass it, or use `nn.Dropout`",
 )
 def dropout_acts_in_training_only(case: Case) -> None:
     if "dropout" not in case.method.Config.model_fields:
@@ -161,7 +164,8 @@ def dropout_acts_in_training_only(case: Case) -> None:
 
 @check(
     "operators follow train() and eval() of the host",
-    "an operator overrides train(), or hides a module in a list or closure",
+    cause="an operator overrides train(), or hides a module in a list or closure",
+    remedy="leave `train()` alone, and hold modules as attributes or in an `nn.ModuleList`",
 )
 def operators_follow_the_training_mode(case: Case) -> None:
     model, _ = case.fresh()
@@ -176,7 +180,8 @@ def operators_follow_the_training_mode(case: Case) -> None:
 
 @check(
     "both kinds of gradient checkpointing give the same gradients",
-    "forward does something else when it is computed again in backward",
+    cause="forward does something else when it is computed again in backward",
+    remedy="make it a function of its inputs and the operator's tensors: nothing counted, no generator but torch's",
 )
 def gradient_checkpointing_changes_nothing(case: Case) -> None:
     model, inputs = case.fresh()
@@ -197,8 +202,9 @@ CHECKPOINTED = ("llama", "bert", "t5", "gpt2", "moe", "mistral", "vit")
 
 @check(
     "blocks that run again in backward, each by itself, give the same gradients, with both kinds of checkpointing",
-    "one block reads what an operator of another left in a Tap without `kept=True`; or, in the reentrant kind, a "
-    "block's output does not depend on its input",
+    cause="one block reads what an operator of another left in a `Tap`, and that is gone when it runs alone; or, in "
+    "the reentrant kind, a block's output does not depend on its input",
+    remedy="make it `Tap(kept=True)`, and let what the block returns depend on what it gets",
     hosts=CHECKPOINTED,
 )
 def each_block_may_run_again(case: Case) -> None:
@@ -218,7 +224,9 @@ def each_block_may_run_again(case: Case) -> None:
 
 @check(
     "in training, no effective weight is kept for backward",
-    "forward computes a weight by itself; say it as a WeightOperator, and the core computes it again in backward",
+    cause="forward computes a weight by itself (`B @ A`), and autograd keeps it",
+    remedy="apply one factor after the other; or say it as a WeightOperator, whose weight is computed again in "
+    "backward",
 )
 def effective_weights_do_not_outlive_their_use(case: Case) -> None:
     model, inputs = case.fresh()
@@ -249,7 +257,8 @@ def _kept_shapes(case: Case, model: nn.Module, inputs: dict[str, Any]) -> Counte
 
 @check(
     "after torch.inference_mode, training goes on as if nothing had been",
-    "a cache keeps tensors made in inference mode; they cannot be used in training",
+    cause="a cache keeps tensors made in inference mode; they cannot be used in training",
+    remedy="keep nothing that forward makes",
 )
 def inference_mode_leaves_nothing_behind(case: Case) -> None:
     model, inputs = case.fresh()
@@ -260,138 +269,3 @@ def inference_mode_leaves_nothing_behind(case: Case) -> None:
     again, gradients = backward(case, model, inputs, injection)
     case.expect_close(again, output, "output after inference mode")
     expect_same_gradients(case, gradients, expected, "after inference mode")
-
-
-SEVERAL = ("mlp", "encoder", "llama")
-"""Hosts for promises that hardly depend on the host."""
-
-
-@check(
-    "`needs_data` is claimed exactly when `calibrate` finds something else in other data",
-    "`calibrate` is defined and the tag forgotten, or it makes nothing of the data",
-    hosts=SEVERAL,
-)
-def data_counts_where_it_is_asked_for(case: Case) -> None:
-    defined, claimed = case.method.calibrate is not Method.calibrate, case.tags.needs_data
-    case.expect(defined == claimed, f"needs_data={claimed}, calibrate is {'' if defined else 'not '}defined")
-    if not claimed:
-        return
-    found = []
-    for half in (0, 1):
-        model, inputs = case.fresh()
-        data = case.batches(lambda host, given=inputs: case.run(host, given))["data"]  # type: ignore[misc]
-        found.append({key: value.clone() for key, value in case.apply(model, data=[data[half]]).state_dict().items()})
-    same = all(torch.equal(value, found[1][key]) for key, value in found[0].items())
-    case.expect(not same, "other data gives the same adapter")
-
-
-class _Interrupted(Exception):
-    pass
-
-
-@check(
-    "data that breaks off leaves no trace",
-    "`calibrate` changes the host, or hooks it, and undoes that only when all goes well",
-    when=lambda tags: tags.needs_data,
-)
-def data_that_breaks_off_leaves_no_trace(case: Case) -> None:
-    model, inputs = case.fresh()
-    model.train()
-    before = trace(model)
-
-    def broken() -> Iterator[Any]:
-        yield case.batches(lambda host: case.run(host, inputs))["data"][0]
-        raise _Interrupted
-
-    with raises(case, _Interrupted, "apply() with data that breaks off"):
-        case.apply(model, data=broken())
-    case.expect(not (wrong := differences(before, trace(model))), f"other than before: {wrong}")
-
-
-def _everything(injection: Injection) -> dict[str, Tensor]:
-    """Parameters and buffers, those included that no file has."""
-    named = ((path, [*module.named_parameters(), *module.named_buffers()]) for path, module in injection.modules())
-    return {f"{path}.{name}": tensor.detach().clone() for path, tensors in named for name, tensor in tensors}
-
-
-@check(
-    "`scheduled` is claimed exactly when `on_step` changes something",
-    "`on_step` is defined and the tag forgotten, or the schedule never begins",
-    hosts=SEVERAL,
-)
-def steps_count_where_they_are_asked_for(case: Case) -> None:
-    defined, claimed = case.method.on_step is not Method.on_step, case.tags.scheduled
-    case.expect(defined == claimed, f"scheduled={claimed}, on_step is {'' if defined else 'not '}defined")
-    if not claimed:
-        return
-    model, inputs = case.fresh()
-    injection = case.filled(model)
-    backward(case, model, inputs, injection)
-    before, total = _everything(injection), 8
-    with torch.no_grad():
-        for step in range(1, total + 1):
-            injection.method.on_step(injection, step, total)
-    after = _everything(injection)
-    case.expect(any(not torch.equal(before[key], after[key]) for key in after), f"{total} steps change nothing")
-
-
-@check(
-    "the method's own loss is a finite number that depends on what trains",
-    "`aux_loss` returns a tensor with dimensions, or a detached one; without anything to add it returns None",
-)
-def the_own_loss_is_a_number(case: Case) -> None:
-    model, inputs = case.fresh()
-    injection = case.filled(model)
-    case.run(model, inputs)
-    own = injection.method.aux_loss(injection)
-    if own is None:
-        return
-    case.expect(own.dim() == 0 and bool(torch.isfinite(own)), f"aux_loss gives {own.detach()}")
-    case.expect(own.requires_grad, "aux_loss depends on no parameter that trains")
-
-
-@check(
-    "the optimizer holds everything that trains, each once, and nothing that is frozen",
-    "`parameter_groups` does not ask for `requires_grad`, or names a parameter twice",
-)
-def the_optimizer_holds_what_trains(case: Case) -> None:
-    model, _ = case.fresh()
-    injection = case.apply(model)
-    first = next(injection.parameters())
-    for frozen in (False, True):
-        first.requires_grad_(not frozen)
-        wanted = {id(parameter) for parameter in injection.parameters() if parameter.requires_grad}
-        if not wanted:
-            return
-        groups = injection.optimizer(torch.optim.SGD, lr=0.1, total_steps=1).param_groups
-        held = [id(parameter) for group in groups for parameter in group["params"]]
-        case.expect(sorted(held) == sorted(wanted), f"{len(held)} parameters in groups, {len(wanted)} train")
-
-
-@check(
-    "training goes on exactly from saved state: that of the host and that of the method's optimizer",
-    "a method keeps numbers between steps in attributes; put them into buffers, or into `state` of its gradient rule",
-    hosts=SEVERAL,
-)
-def training_resumes_exactly(case: Case) -> None:
-    def train(saved: dict[str, Any] | None, first: int, last: int) -> tuple[nn.Module, dict[str, Any]]:
-        torch.manual_seed(0)
-        model, inputs = case.fresh()
-        injection = case.apply(model)
-        optimizer = injection.optimizer(torch.optim.AdamW, lr=0.05, total_steps=4)
-        if saved is not None:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-        for _ in range(first, last):
-            backward(case, model, inputs, injection)
-            optimizer.step()
-        file = io.BytesIO()
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
-        file.seek(0)
-        return model, torch.load(file, weights_only=True)
-
-    whole, _ = train(None, 0, 4)
-    _, half = train(None, 0, 2)
-    resumed, _ = train(half, 2, 4)
-    for key, value in whole.state_dict().items():
-        case.expect_equal(resumed.state_dict()[key], value, f"{key} after two steps, saving, and two more")

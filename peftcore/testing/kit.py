@@ -1,8 +1,8 @@
 """The conformance kit's frame: hosts, cases, checks, and the two doors to them.
 
 A check is one function, named as the sentence that it proves. It gets a `Case` (one method on one tiny host) and raises
-`CheckFailed`, whose message names the method, the host, the promise and the usual cause. Checks are chosen by tags and
-never know a method's name. Tolerances belong here, by dtype.
+`CheckFailed`, whose message (see `failures`) names the method, the host, the promise, the usual cause and what to do.
+Checks are chosen by tags and never know a method's name. Tolerances belong here, by dtype.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import peftcore
 from peftcore.contract import Method, Tags
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.injection import Injection
+from peftcore.testing.failures import CheckFailed, explained
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 """Largest accepted difference relative to the largest output, by dtype."""
@@ -27,10 +28,6 @@ ALL = "PEFTCORE_TEST_ALL"
 """Environment variable: set to 1, every method runs on every host."""
 FILL = 0.1
 """Operator tensors are filled with N(0, FILL): at init alone every LoRA-like method equals the base."""
-
-
-class CheckFailed(AssertionError):
-    """A promise is not kept."""
 
 
 class NotApplicable(Exception):
@@ -81,11 +78,16 @@ class Expecting:
         """What is checked, and on what."""
         raise NotImplementedError
 
+    @property
+    def subject(self) -> type:
+        """The class that is checked."""
+        raise NotImplementedError
+
     def expect(self, holds: bool, what: str) -> None:
         """Fail the check unless `holds`.
 
         Raises:
-            CheckFailed: with `what` went wrong; the frame adds promise and usual cause.
+            CheckFailed: with `what` went wrong; the frame adds what it means.
         """
         if not holds:
             raise CheckFailed(what)
@@ -128,6 +130,10 @@ class Case(Expecting):
     @property
     def label(self) -> str:
         return f"{self.method.name} on {self.host.name}"
+
+    @property
+    def subject(self) -> type:
+        return self.method
 
     @property
     def tags(self) -> Tags:
@@ -220,6 +226,8 @@ class Check:
     """What is proven, as a sentence."""
     cause: str
     """The usual cause of a failure, for the message."""
+    remedy: str
+    """What the author of a method does about it, for the message."""
     when: Callable[[Tags], bool] = lambda tags: True
     """Whether a method with these tags is to keep it."""
     hosts: tuple[str, ...] | None = None
@@ -236,7 +244,7 @@ class Check:
         """Run on one case.
 
         Raises:
-            CheckFailed: naming method, host, promise and usual cause; also when the method raises something else.
+            CheckFailed: with a message as of `explained`; also when the method raises something else.
             NotApplicable: the method has nothing to act on in the host.
         """
         try:
@@ -244,8 +252,7 @@ class Check:
         except NotApplicable:
             raise
         except Exception as error:
-            what = str(error) if isinstance(error, CheckFailed) else f"{type(error).__name__}: {error}"
-            raise CheckFailed(f"{case.label}: {self.promise} -- {what}. Usual cause: {self.cause}") from error
+            raise CheckFailed(explained(self, case, error)) from error
 
 
 CHECKS: list[Check] = []
@@ -254,16 +261,26 @@ CHECKS: list[Check] = []
 
 def check(
     promise: str,
-    cause: str,
     *,
+    cause: str,
+    remedy: str,
     when: Callable[[Tags], bool] = lambda tags: True,
     hosts: tuple[str, ...] | None = None,
     chooses: bool = False,
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
-    """File a function as a check."""
+    """File a function as a check.
+
+    Args:
+        promise: the sentence that it proves.
+        cause: why a method usually fails it, in the author's words: what stands in the method's file.
+        remedy: what its author does about it.
+        when: whether the tags call for it.
+        hosts: names of those on which it runs; all when None.
+        chooses: it finds hosts by itself, and runs once a method.
+    """
 
     def file(function: Callable[[Case], None]) -> Callable[[Case], None]:
-        CHECKS.append(Check(function, promise, cause, when, hosts, chooses))
+        CHECKS.append(Check(function, promise, cause, remedy, when, hosts, chooses))
         return function
 
     return file

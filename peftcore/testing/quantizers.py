@@ -55,6 +55,10 @@ class Packing(Expecting):
         return self.name + "".join(f" {key}={value}" for key, value in self.options.items())
 
     @property
+    def subject(self) -> type:
+        return scheme_class(self.name)
+
+    @property
     def scheme(self) -> Scheme:
         """The scheme itself."""
         return scheme(self.name, **self.options)
@@ -135,11 +139,11 @@ QUANTIZER_CHECKS: list[Check] = []
 """Every check of a quantizer."""
 
 
-def check(promise: str, cause: str) -> Callable[[Callable[[Packing], Any]], Callable[[Packing], Any]]:
+def check(promise: str, *, cause: str, remedy: str) -> Callable[[Callable[[Packing], Any]], Callable[[Packing], Any]]:
     """File a function as a check."""
 
     def file(function: Callable[[Packing], Any]) -> Callable[[Packing], Any]:
-        QUANTIZER_CHECKS.append(Check(function, promise, cause))
+        QUANTIZER_CHECKS.append(Check(function, promise, cause, remedy))
         return function
 
     return file

@@ -1,0 +1,55 @@
+"""What a failing check raises and says: one text for all, from which the author of a method learns what to do."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peftcore.testing.kit import Check, Expecting
+
+
+class CheckFailed(AssertionError):
+    """A promise is not kept."""
+
+
+def explained(check: Check, case: Expecting, error: Exception) -> str:
+    """The message of a failure: what failed where, what was found, the usual cause, what to do, and how to look closer.
+
+    Args:
+        check: the check that failed.
+        case: what it was run on.
+        error: a `CheckFailed` of the check itself, or anything that was raised meanwhile.
+    """
+    what, remedy = str(error), check.remedy
+    if not isinstance(error, CheckFailed):
+        what = f"{type(error).__name__}: {error}"
+        place = _raised_in(case.subject, error)
+        if place:
+            what, remedy = f"{what} ({place})", f"look at that line first; else {remedy}"
+    code = inspect.unwrap(check.function).__code__
+    source = f"peftcore/testing/{Path(code.co_filename).name}, line {code.co_firstlineno}"
+    return "\n".join(
+        [
+            f"{case.label}: {check.promise}",
+            f"  found:        {what}",
+            f"  usual cause:  {check.cause}",
+            f"  what to do:   {remedy}",
+            f"  look closer:  pytest -k {check.name}; the check is in {source}",
+        ]
+    )
+
+
+def _raised_in(subject: type, error: Exception) -> str:
+    """The last line of the author's own that an error came through; empty where it came through none.
+
+    The author's own are the files beside the one that the class is in.
+    """
+    try:
+        folder = Path(inspect.getfile(subject)).parent
+    except (TypeError, OSError):  # written in a notebook
+        return ""
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename).parent == folder]
+    return f"{Path(own[-1].filename).name}, line {own[-1].lineno}, in {own[-1].name}" if own else ""
