@@ -6,6 +6,7 @@ where PACKAGE and NAME in a path stand for those of the plugin. `steps.txt` is p
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import keyword
 import os
@@ -34,9 +35,6 @@ STEPS = "steps.txt"
 SHAPE = re.compile(r"[a-z][a-z0-9]*([-_][a-z0-9]+)*")
 LONGEST = 28
 """Characters of a name: with more of them lines of the templates would not fit."""
-TAKEN = {"any", "config", "layer", "method", "method_config", "operator", "packed", "scheme", "site", "surgeon", "tags"}
-TAKEN |= {"tensor", "weight_operator", "py", "init"}
-"""Names whose classes or files the templates have already."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,8 @@ class Plugin:
             )
         if self.name.split("_")[0] == "peftcore":
             raise BadInput(f"{self.given!r}: leave peftcore away, the package is called peftcore-NAME by itself")
-        if keyword.iskeyword(self.name) or self.name in TAKEN:
-            raise BadInput(f"{self.given!r} means something else in the files of a plugin; choose another name")
+        if keyword.iskeyword(self.name) or _clashes(self.files()[f"{self.package}/{self.name}.py"]):
+            raise BadInput(f"{self.given!r} means something else in Python or in peftcore; choose another name")
         if self.name in CATEGORIES or self.scheme in RESERVED or self.name in RESERVED:
             raise BadInput(f"{self.given!r} is a plugin of peftcore itself; choose another name")
         for owner, what, names in _installed():
@@ -122,6 +120,14 @@ class Plugin:
         }
 
 
+def _clashes(text: str) -> bool:
+    """Whether a module calls a class of its own like something that it imports."""
+    body = ast.parse(text).body
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    imported = {alias.name for node in imports for alias in node.names}
+    return not imported.isdisjoint(node.name for node in body if isinstance(node, ast.ClassDef))
+
+
 def _installed() -> Iterator[tuple[str, str, set[str]]]:
     """Who has names already: a distribution, of what, and which."""
     for plugin in registry().plugins.values():
@@ -137,7 +143,7 @@ def _author() -> str:
     git = shutil.which("git")
     if git is None:
         return ""
-    done = subprocess.run([git, "config", "user.name"], capture_output=True, text=True, check=False, timeout=10)
+    done = subprocess.run([git, "config", "user.name"], capture_output=True, text=True, check=False)
     return "".join(each for each in done.stdout.strip() if each.isprintable())
 
 

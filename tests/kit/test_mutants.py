@@ -55,6 +55,12 @@ def test_the_method_that_mutants_start_from_is_good(check: Check, host: str) -> 
         assert _holds(check, case)
 
 
+def test_a_method_that_is_installed_nowhere_is_tried_on_packed_bases() -> None:
+    """Files know methods by name: the check has to make it findable."""
+    [check] = [each for each in CHECKS if each.name == "packed_bases_are_like_dense_ones"]
+    check(Case(good, HOSTS["llama"]))
+
+
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
 def test_the_mutant_fails_its_check_and_no_other(check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     """A quick run looks at the others of its family (the module that they stand in), a run of everything at all."""
@@ -63,7 +69,8 @@ def test_the_mutant_fails_its_check_and_no_other(check: Check, monkeypatch: pyte
     assert _wanted(check, case), "the mutant's tags or host do not call for the check"
     with pytest.raises(CheckFailed) as failure:
         check(case)
-    assert check.promise in str(failure.value) and case.method.name in str(failure.value)
+    for told in (case.method.name, case.host.name, check.promise, check.cause, check.remedy):
+        assert told in str(failure.value)
     others = [other for other in CHECKS if other.name not in (check.name, *EMBRACING) and _wanted(other, case)]
     if os.environ.get(ALL) != "1":
         others = [other for other in others if other.function.__module__ == check.function.__module__]

@@ -56,7 +56,8 @@ def test_the_mutant_fails_its_check_and_no_other(check: Check) -> None:
     case = Packing(check.name, {})
     with pytest.raises(CheckFailed) as failure:
         check(case)
-    assert check.promise in str(failure.value) and check.name in str(failure.value)
+    for told in (case.name, check.promise, check.cause, check.remedy):
+        assert told in str(failure.value)
     others = [other for other in QUANTIZER_CHECKS if other is not check]
     assert [other.name for other in others if not _holds(other, case)] == []
 
