@@ -1,7 +1,7 @@
 """LoCon: LoRA for all of a diffusion model, convolutions with a rank of their own.   Yeh et al. 2023, arXiv 2309.14859.
 
     y = W x + b + s U D x,   s = alpha / rank,   delta[o, i, k] = s sum_r U[o, r] D[r, i, k]
-    use_tucker:              delta[o, i, k] = s sum_pq U[o, p] M[p, q, k] D[q, i]
+    with `use_tucker`   delta[o, i, k] = s sum_pq U[o, p] M[p, q, k] D[q, i]
 
 D (and M) start uniform in +-1/sqrt(inputs of one of their outputs), U at zero. In a grouped convolution i counts inside
 the group of o. `conv_rank` and `conv_alpha` are for kernels of more than one point; a kernel of one point is a linear

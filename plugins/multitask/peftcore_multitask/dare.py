@@ -1,7 +1,7 @@
 """DARE: drop most of a change, rescale the rest, then merge.   Yu et al. 2023, arXiv 2311.03099.
 
     tau~_t = m_t * tau_t / (1 - p),   m_t = 1 with probability 1 - p, value by value
-    W' = W + s sum_t w_t tau~_t        or, with merge="ties", s times TIES of the w_t tau~_t
+    W' = W + s sum_t w_t tau~_t        or, with `merge="ties"`, s times TIES of the w_t tau~_t
 
 What is left of each part is so sparse that parts hardly meet, and has the old mean. Masks are drawn once for each
 part and site, from (mask_seed, part, site) on the CPU, so that they are the same everywhere; files have `mask_seed`

@@ -1,7 +1,7 @@
 """QA-LoRA: low-rank adapters that zeros of codes take up.   Xu et al. 2023, arXiv 2309.14717 (yuhuixu1993/qa-lora).
 
     y = Q x + b + s B A dropout(mean(x)),   mean(x)[g] the mean over group g of inputs,   s = alpha / rank
-    dW[o, i] = s / group_size (B A)[o, group of i]
+    dW[o, i] = s / `group_size` (B A)[o, group of i]
 
 The update is one number for each output and group of inputs. Where a group is packed as ``scale * (code - zero)``, it
 moves nothing but the zero, so a merge into="same" is exact up to rounding: codes and scales stay (the scheme "int4", or

@@ -1,6 +1,6 @@
 """HiRA: Hadamard high-rank adaptation.   Huang et al. 2025, ICLR 2025, OpenReview TwJrTz9cRS (hqsiswiliam/hira).
 
-    W' = W + W o (B A),   o entry by entry,   A [rank, in] uniform in +-1/sqrt(in),   B [out, rank] zero
+    W' = W + W (o) (B A),   (o) entry by entry,   A [rank, in] uniform in +-1/sqrt(in),   B [out, rank] zero
 
 The product of entries has up to rank * rank(W) directions, far more than LoRA's `rank`, for as many parameters. There
 is no scale. An entry that is zero stays zero, so pruned weights stay pruned. The authors' code and peft have no factor

@@ -1,6 +1,6 @@
 """LoHa: low-rank Hadamard product.   Hyeon-Woo et al. 2021, arXiv 2108.06098 (FedPara); Yeh et al. 2023, 2309.14859.
 
-    W' = W + s (B1 A1) o (B2 A2),   s = alpha / rank,   A [rank, in * kernel] ~ N(0, 1),   B1 ~ N(0, 0.1),   B2 zero
+    W' = W + s (B1 A1) (o) (B2 A2),   s = alpha / rank,   A [rank, in * kernel] ~ N(0, 1),   B1 ~ N(0, 0.1),   B2 zero
 
 The entrywise product of two matrices of rank r has rank up to r^2, for the parameters of a LoRA of rank 2 r. With
 `tucker` the factors of convolutions leave the kernel to a third one (proposition 3 of FedPara): H[o, i, k] = sum_pq

@@ -1,6 +1,6 @@
 """Convpass, convolutional bypasses.   Jie and Deng 2022, arXiv 2207.07039 (code: JieShibo/PETL-ViT).
 
-    out = Branch(x) + s (W_up q(conv_3x3(q(W_down x + b_down)) + b_up),   q(u) = u sigmoid(1.702 u)
+    out = Branch(x) + s (W_up q(conv_3x3(q(W_down x + b_down))) + b_up),   q(u) = u sigmoid(1.702 u)
 
 beside attention and feed-forward. x is what the branch reads (behind the norm), W_down [h, d], W_up [d, h]; the
 convolution has h channels and a bias, and sees the patches where they lie in the picture, with zeros around. Tokens in

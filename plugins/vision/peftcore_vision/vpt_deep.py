@@ -1,6 +1,6 @@
 """VPT-deep, visual prompt tuning.   Jia et al. 2022, arXiv 2203.12119 (code: KMnP/vpt).
 
-    [x_l; _] = L_l([x_{l-1}; P_l])   at each block l,   y = head(x_L),   P_l [length, d]
+    [x_l; ...] = L_l([x_{l-1}; P_l])   at each block l,   y = head(x_L),   P_l [length, d]
 
 Each block has a prompt of its own. What it makes of its prompt is dropped, as the authors overwrite it before the next
 block, so between blocks the host's hidden states have the shape that they always had, and behind the last one norms,
