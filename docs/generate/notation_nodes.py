@@ -16,9 +16,10 @@ GREEK = dict(zip(LETTERS, "αβγδεζηθικλμνξπρστυφχψωΓΔΘ�
 BIG = {"sum": "∑", "prod": "∏"}
 """Words that are signs where an index follows."""
 OPERATORS = {
-    **{"(x)": "⊗", "(o)": "⊙", "*": "∗", "-": "−", "+-": "±", "+": "+", "/": "/", "=": "=", "<": "<", ">": ">"},
-    **{"<=": "≤", ">=": "≥", "!=": "≠", "<-": "←", "->": "→", "~": "∼"},
+    **{"(x)": "⊗", "(o)": "⊙", "*": "\u2217", "-": "−", "+-": "±", "+": "+", "/": "/", "=": "=", "<": "<", ">": ">"},
+    **{"<=": "≤", ">=": "≥", "!=": "≠", "<-": "←", "->": "→", "~": "\u223c"},
 }
+PRIME = "\u2032"
 DOTS = ("...", "..", "…")
 FENCES = {"||": "‖", "|": "|"}
 TOKEN = re.compile(
@@ -164,7 +165,7 @@ def scripted(node: Node, text: str, at: int) -> tuple[Node, int]:
     while found := SCRIPT.match(text, at):
         end = found.end()
         if found["prime"]:
-            above += f"<mo>{'′' * len(found['prime'])}</mo>"
+            above += f"<mo>{PRIME * len(found['prime'])}</mo>"
         elif found["kind"] is None:
             base = f'<mover accent="true">{base}<mo stretchy="false">{"~" if found["tilde"] else "^"}</mo></mover>'
         else:
