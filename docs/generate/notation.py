@@ -19,6 +19,7 @@ What is not known is shown as it stands: nothing fails, and no sign gets lost.
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
@@ -45,18 +46,20 @@ def mathml(equation: str) -> str:
 def is_code(block: str) -> bool:
     """Whether indented lines of a docstring are an example in Python: calls, and blocks with a context."""
     try:
-        body = ast.parse("\n".join(line.strip() for line in block.splitlines())).body
+        with warnings.catch_warnings(action="ignore"):  # of Python that it is not
+            body = ast.parse("\n".join(line.strip() for line in block.splitlines())).body
     except (SyntaxError, ValueError):
         return False
     return bool(body) and all(isinstance(each, ast.With) or is_call(each) for each in body)
 
 
 def is_call(statement: ast.stmt) -> bool:
-    """Whether it is a call, or takes something of what a call returns."""
+    """Whether it calls something, or takes something of what is returned; ``f(x)`` alone is mathematics."""
     value = getattr(statement, "value", None)
     while isinstance(value, ast.Attribute):
         value = value.value
-    return isinstance(statement, ast.Expr) and isinstance(value, ast.Call)
+    called = isinstance(statement, ast.Expr) and isinstance(value, ast.Call)
+    return called and (isinstance(value.func, ast.Attribute) or bool(value.keywords))
 
 
 def typeset(line: str) -> str:

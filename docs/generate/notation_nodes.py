@@ -71,7 +71,8 @@ def row(nodes: Sequence[Node]) -> str:
     for before, node in zip((None, *nodes), nodes, strict=False):
         if before is not None and node.blanks and before.ends and node.begins:
             wide = "word" in (before.kind, node.kind) or node.text in ("[", "{")
-            parts.append(f'<mspace width="{0.28 if wide else 0.17}em"/>')
+            scripts = before.xml.startswith(("<msub", "<msup"))  # these leave some space by themselves
+            parts.append(f'<mspace width="{0.28 if wide else 0.08 if scripts else 0.17}em"/>')
         parts.append(f"<mtext>{node.xml}</mtext>" if node.kind == "code" else node.xml)
     return "".join(parts)
 
