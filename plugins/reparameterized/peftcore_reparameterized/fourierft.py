@@ -17,6 +17,7 @@ Use it where adapters must be tiny; each forward costs a Fourier transform of th
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal
 
@@ -42,6 +43,13 @@ class Config(MethodConfig):
     """Standard deviation with which the entries start; 0 leaves the host's outputs as they are at first."""
 
 
+@functools.lru_cache(maxsize=16)
+def drawn_entries(size: int, number: int, seed: int) -> Tensor:
+    """The first of all entries in random order: drawn once for all sites of a shape, also while planning."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randperm(size, generator=generator, device="cpu")[:number].clone()  # all the others are let go
+
+
 class FourierFTOperator(WeightOperator):
     """The spectrum of one site's update."""
 
@@ -57,8 +65,7 @@ class FourierFTOperator(WeightOperator):
                 "lower it, there alone with overrides, or exclude the site"
             )
         self.c = nn.Parameter(torch.randn(*site.batch, config.n_frequency) * config.init_std)
-        generator = torch.Generator("cpu").manual_seed(config.entry_seed)  # also while planning
-        entries = torch.randperm(size, generator=generator, device="cpu")[: config.n_frequency]
+        entries = drawn_entries(size, config.n_frequency, config.entry_seed).clone()
         self.register_buffer("entries", entries, persistent=False)  # row after row of [out, in * kernel]
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -1,0 +1,251 @@
+"""What a method does to a reference model, recorded by the surgeon and folded into one block: what `diagram` draws."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import peftcore
+from peftcore.applying import host_map, prepare, resolve_method, wishes_of
+from peftcore.branches import Bypass, is_post_norm
+from peftcore.cli.quiet import unlogged
+from peftcore.errors import ConfigError, PeftcoreError
+from peftcore.hosts import HostEntry, HostMap
+from peftcore.hosts.hostmap import part_roles
+from peftcore.hosts.vocabulary import FUSED_ROLES, OTHER
+from peftcore.operators import Combiner, Operator, Replacement, WeightOperator
+from peftcore.references import reference
+from peftcore.sites import Site
+from peftcore.surgery import Graft, Surgeon
+
+HOSTS = ("Llama 2 7B", "BERT base", "ViT base", "T5 small", "CLIP text", "SD 1.5 UNet", "ResNet-50")
+HOSTS_OF: Mapping[str, tuple[str, ...]] = {
+    "vision": ("ViT base", "CLIP vision", "CLIP text", *HOSTS),
+    "diffusion": ("SD 1.5 UNet", "CLIP text", "DiT-XL/2", *HOSTS),
+}
+"""In which reference model a method of a category is drawn: the first in which it has a place."""
+SEQUENCE, FRAME = "sequence", "block"
+"""What is marked besides the roles: the rows in front of the tokens, a block as a whole."""
+ACTS = (
+    (Replacement, "trains in place"),
+    (WeightOperator, "acts on the weight"),
+    (peftcore.AttentionOperator, "acts on queries, keys and values"),
+    (peftcore.SequenceOperator, "puts rows in front of the tokens"),
+    (Bypass, "goes past the branch"),
+    (Combiner, "weighs what adapters add"),
+    (Operator, "acts on what is computed"),
+)
+"""By kind of operator, the narrow ones first."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A box of the picture: a role, counted where a block has several (norms); a path where the map has no role."""
+
+    role: str
+    number: int = 0
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that a method put at a box: alike in all blocks that have it, but for sizes."""
+
+    keys: frozenset[Key]
+    kind: str
+    """ "trains"; "acts", where its parameters are elsewhere; "reads"."""
+    name: str = ""
+    act: str = ""
+    shapes: tuple[str, ...] = ()
+    sizes: int = 1
+    """In how many sizes it is there."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A method in a reference model."""
+
+    host: str
+    map: HostMap
+    marks: tuple[Mark, ...]
+    shared: tuple[Mark, ...]
+    """What belongs to no place."""
+    blocks: Mapping[str, tuple[int, int]]
+    """By path of the block that stands for those alike: how many have marks, and how many there are."""
+    post: Mapping[str, bool]
+    """Whether norms stand behind the branches of such a block."""
+
+
+@functools.cache
+def host(name: str) -> tuple[nn.Module, HostMap]:
+    """A reference model without values, and its map."""
+    model = vision() if name == "CLIP vision" else reference(name)
+    if model is None:
+        raise LookupError(f"{name} needs a library that is not installed")
+    return model, host_map(model)
+
+
+def vision() -> nn.Module:
+    """Not among the references of the core, which has no place for its projection in a table of budgets."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with torch.device("meta"):
+        return CLIPVisionModelWithProjection(CLIPVisionConfig())
+
+
+def drawn(name: str) -> Drawn:
+    """A method in the first reference model in which it has a place.
+
+    Raises:
+        LookupError: it has a place in none.
+    """
+    cls = peftcore.method(name)
+    reasons = []
+    for each in HOSTS_OF.get(cls.tags.category, HOSTS):
+        try:
+            return folded(each, host(each)[1], recorded(name, each))
+        except (PeftcoreError, LookupError) as error:
+            reasons.append(f"{each}: {error}")
+    raise LookupError(f"{name} has a place in no reference model: {'; '.join(reasons)}")
+
+
+def recorded(name: str, where: str) -> Surgeon:
+    """What a method would do, with its default options; with those of its test, where some have no default."""
+    model, found = host(where)
+    try:
+        method, config = resolve_method(name, {})
+    except ConfigError:
+        method, config = resolve_method(name, told(peftcore.method(name).name))
+    with unlogged(), warnings.catch_warnings(action="ignore"):
+        return prepare(model, method, config, wishes_of(None, None, (), 0, None), found, dry=True)
+
+
+def told(name: str) -> dict[str, Any]:
+    """The options with which a method's conformance test applies it anywhere."""
+    path = Path(__file__).parents[1] / "quantization_matrix.py"
+    spec = importlib.util.spec_from_file_location("quantization_matrix", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    declared = module.declared(name)
+    return {} if declared is None else dict(declared.options.get("*", {}))
+
+
+def folded(name: str, found: HostMap, surgeon: Surgeon) -> Drawn:
+    """The grafts, without those that are like others in other blocks."""
+    keys = keys_of(found)
+    alike: dict[tuple[Any, ...], dict[Key, list[Graft]]] = {}
+    reads: set[Key] = set()
+    touched: set[str] = set()
+    for graft in surgeon.grafts:
+        key = key_of(graft.site, found, keys)
+        touched.update(entry.block for entry in found.at(graft.site.module_path) if entry.block is not None)
+        shown = (type(graft.operator), graft.part, *dict(trained(graft.operator)))
+        alike.setdefault(shown, {}).setdefault(key, []).append(graft)
+        apart = (
+            site for site in graft.holders if site.form != graft.site.form and site.module is not graft.site.module
+        )
+        reads |= {key_of(site, found, keys) for site in apart}
+    marks = [mark for places in alike.values() for mark in marks_of(places)]
+    acting = frozenset(key for mark in marks for key in mark.keys)
+    marks += [Mark(reads - acting, "reads")] if reads - acting else []
+    blocks = counts(found, touched)
+    post = {path: is_post_norm(surgeon.resolver, path) for path in blocks}
+    return Drawn(name, found, tuple(marks), tuple(shared(surgeon)), blocks, post)
+
+
+def marks_of(places: Mapping[Key, list[Graft]]) -> Iterator[Mark]:
+    """One mark for each size of the first places; boxes of one size share it."""
+    by_size: dict[tuple[str, ...], list[Key]] = {}
+    for key, grafts in places.items():
+        by_size.setdefault(shapes(trained(grafts[0].operator)), []).append(key)
+    for size, keys in by_size.items():
+        operator = places[keys[0]][0].operator
+        number = len({shapes(trained(each.operator)) for each in places[keys[0]]})
+        act = next(words for kind, words in ACTS if isinstance(operator, kind))
+        on_weight = places[keys[0]][0].site.form == "weight" and not isinstance(operator, WeightOperator)
+        act = "acts on the weight" if on_weight else act
+        yield Mark(frozenset(keys), "trains" if size else "acts", called(places[keys[0]][0]), act, size, number)
+
+
+def called(graft: Graft) -> str:
+    """An operator's name without what all of them are called; of what trains in place, the tensor's."""
+    if isinstance(graft.operator, Replacement):
+        return graft.site.tensor.rpartition(".")[2]
+    return type(graft.operator).__name__.removesuffix("Operator")
+
+
+def trained(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield from ((name, tuple(each.shape)) for name, each in module.named_parameters() if each.requires_grad)
+
+
+def shapes(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[str, ...]:
+    return tuple(f"{name} {' × '.join(map(str, shape)) or 1}".removeprefix("value ") for name, shape in tensors)
+
+
+def shared(surgeon: Surgeon) -> Iterator[Mark]:
+    """What several places use: of each class of the method's once, and of torch's each by its name."""
+    alike: dict[str, list[nn.Module]] = {}
+    for name, each in surgeon.owned.items():
+        cls = type(each.module)
+        own = not cls.__module__.startswith("torch.")
+        alike.setdefault(cls.__name__ if own else name.rpartition("/")[2].partition("_")[0], []).append(each.module)
+    for name, modules in alike.items():
+        tensors = shapes(item for module in modules for item in trained(module))
+        values = sum(parameter.numel() for module in modules for parameter in module.parameters())
+        lines = tensors if len(tensors) <= 4 else (f"{values:,} values",)
+        act = "beside the model" if tensors else "beside the model, frozen"
+        yield Mark(frozenset(), "trains" if tensors else "acts", name, act, lines, len(modules))
+
+
+def keys_of(found: HostMap) -> dict[tuple[str, str], Key]:
+    """The box of each entry, by path and role."""
+    numbers: dict[tuple[str | None, str], int] = {}
+    keys = {}
+    for entry in found.entries:
+        counted = entry.role == "norm" and entry.block is not None
+        number = numbers[entry.block, entry.role] = numbers.get((entry.block, entry.role), -1) + 1
+        plain = "" if entry.role != OTHER else re.sub(r"\.\d+", "", entry.path)
+        keys[entry.path, entry.role] = Key(entry.role, number if counted else 0, plain)
+    return keys
+
+
+def key_of(site: Site, found: HostMap, keys: Mapping[tuple[str, str], Key]) -> Key:
+    """The box of a site."""
+    if site.form == SEQUENCE:
+        return Key(SEQUENCE)
+    if site.rows is not None and site.role is not None:
+        return Key(site.role)
+    full = f"{site.module_path}.{site.tensor}".lstrip(".")
+    entries = found.at(site.module_path) or found.at(full) or found.at(full.rpartition(".")[0])
+    wanted = ("attn", "cross") if site.form == "attention" else (site.role,)
+    entry = next((each for each in entries if each.role in wanted), entries[0])
+    return keys[entry.path, entry.role]
+
+
+def parts(entry: HostEntry) -> tuple[str, ...]:
+    """The roles of the boxes of an entry: those of its parts, where it is a fused weight."""
+    return tuple(sorted(part_roles(entry))) if entry.role in FUSED_ROLES else (entry.role,)
+
+
+def counts(found: HostMap, touched: set[str]) -> dict[str, tuple[int, int]]:
+    """Blocks of the main tower by kind: what roles they have."""
+    kinds: dict[frozenset[str], list[str]] = {}
+    tower = found.main_tower()
+    for entry in found.entries:
+        if entry.role == FRAME and entry.tower == tower:
+            roles = frozenset(each.role for each in found.entries if each.block == entry.path) - {OTHER, "conv", FRAME}
+            kinds.setdefault(roles, []).append(entry.path)
+    return {
+        next((path for path in paths if path in touched), paths[0]): (len(touched.intersection(paths)), len(paths))
+        for paths in kinds.values()
+    }
