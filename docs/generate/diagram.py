@@ -88,8 +88,11 @@ class Drawing:
 
     def frame(self, frame: Frame) -> None:
         """A block."""
+        if self.before is not None:
+            self.arrow(self.before)
         top, place = self.y, len(self.parts)
-        self.y += 30
+        self.before = top + 19  # below the title
+        self.y += 32
         if frame.changed:
             self.notes([mark for mark in self.found.marks if Key(FRAME) in mark.keys], [], top + 6)
         for row in frame.rows:
@@ -106,8 +109,7 @@ class Drawing:
     def row(self, row: Row) -> None:
         """Boxes side by side, what is told of them, and the way that led to them."""
         if self.before is not None:
-            head = "m-3 -4 3 4 3 -4"
-            self.parts.append(f'<path d="M{MIDDLE:g} {self.before:g}V{self.y:g}{head}"/>')
+            self.arrow(self.before)
         if row.begins:
             self.start = self.y - STEP / 2 + 1
         marks = [mark for mark in self.found.marks if mark.keys.intersection(row.boxes)]
@@ -119,13 +121,16 @@ class Drawing:
             self.join()
         self.y = max(self.y + STEP, self.notes(marks, row.boxes, top) + 6)
 
+    def arrow(self, start: float) -> None:
+        self.parts.append(f'<path d="M{MIDDLE:g} {start:g}V{self.y:g}m-3 -4 3 4 3 -4"/>')
+
     def box(self, key: Key, x: float, width: float) -> None:
         text = label(key)
         role = f'data-role="{escape(key.path or key.role)}"'
-        size = min(12, 1.75 * width / len(text))
+        size = f"font-size:{min(12, 1.75 * width / len(text)):.3g}px"
         self.parts.append(
             f'<rect class="{self.kind_of(key)}" {role} x="{x:g}" y="{self.y:g}" width="{width:g}" height="{BOX}" '
-            f'rx="4"/><text x="{x + width / 2:g}" y="{self.y + 16:g}" text-anchor="middle" style="font-size:{size:.3g}px">'
+            f'rx="4"/><text x="{x + width / 2:g}" y="{self.y + 16:g}" text-anchor="middle" style="{size}">'
             f"{escape(text)}</text>"
         )
 

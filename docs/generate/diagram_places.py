@@ -32,11 +32,14 @@ HOSTS_OF: Mapping[str, tuple[str, ...]] = {
     "diffusion": ("SD 1.5 UNet", "CLIP text", "DiT-XL/2", *HOSTS),
 }
 """In which reference model a method of a category is drawn: the first in which it has a place."""
+STAGE = re.compile(r"(?:down_blocks|mid_block|up_blocks)\.(.+)")
+"""What stands in all stages of a UNet is one box."""
 SEQUENCE, FRAME = "sequence", "block"
 """What is marked besides the roles: the rows in front of the tokens, a block as a whole."""
+ON_WEIGHT = "acts on the weight"
 ACTS = (
     (Replacement, "trains in place"),
-    (WeightOperator, "acts on the weight"),
+    (WeightOperator, ON_WEIGHT),
     (peftcore.AttentionOperator, "acts on queries, keys and values"),
     (peftcore.SequenceOperator, "puts rows in front of the tokens"),
     (Bypass, "goes past the branch"),
@@ -102,6 +105,7 @@ def vision() -> nn.Module:
         return CLIPVisionModelWithProjection(CLIPVisionConfig())
 
 
+@functools.cache
 def drawn(name: str) -> Drawn:
     """A method in the first reference model in which it has a place.
 
@@ -143,18 +147,17 @@ def told(name: str) -> dict[str, Any]:
 def folded(name: str, found: HostMap, surgeon: Surgeon) -> Drawn:
     """The grafts, without those that are like others in other blocks."""
     keys = keys_of(found)
-    alike: dict[tuple[Any, ...], dict[Key, list[Graft]]] = {}
+    alike: dict[tuple[Any, ...], dict[tuple[Key, ...], list[Graft]]] = {}
     reads: set[Key] = set()
     touched: set[str] = set()
     for graft in surgeon.grafts:
-        key = key_of(graft.site, found, keys)
         touched.update(entry.block for entry in found.at(graft.site.module_path) if entry.block is not None)
-        shown = (type(graft.operator), graft.part, *dict(trained(graft.operator)))
-        alike.setdefault(shown, {}).setdefault(key, []).append(graft)
+        shown = (called(graft), graft.part, *dict(trained(graft.operator)))
+        alike.setdefault(shown, {}).setdefault(boxes_of(graft.site, found, keys), []).append(graft)
         apart = (
-            site for site in graft.holders if site.form != graft.site.form and site.module is not graft.site.module
+            each for each in graft.holders if each.form != graft.site.form and each.module is not graft.site.module
         )
-        reads |= {key_of(site, found, keys) for site in apart}
+        reads.update(*(boxes_of(site, found, keys) for site in apart))
     marks = [mark for places in alike.values() for mark in marks_of(places)]
     acting = frozenset(key for mark in marks for key in mark.keys)
     marks += [Mark(reads - acting, "reads")] if reads - acting else []
@@ -163,18 +166,24 @@ def folded(name: str, found: HostMap, surgeon: Surgeon) -> Drawn:
     return Drawn(name, found, tuple(marks), tuple(shared(surgeon)), blocks, post)
 
 
-def marks_of(places: Mapping[Key, list[Graft]]) -> Iterator[Mark]:
+def marks_of(places: Mapping[tuple[Key, ...], list[Graft]]) -> Iterator[Mark]:
     """One mark for each size of the first places; boxes of one size share it."""
-    by_size: dict[tuple[str, ...], list[Key]] = {}
-    for key, grafts in places.items():
-        by_size.setdefault(shapes(trained(grafts[0].operator)), []).append(key)
-    for size, keys in by_size.items():
-        operator = places[keys[0]][0].operator
-        number = len({shapes(trained(each.operator)) for each in places[keys[0]]})
-        act = next(words for kind, words in ACTS if isinstance(operator, kind))
-        on_weight = places[keys[0]][0].site.form == "weight" and not isinstance(operator, WeightOperator)
-        act = "acts on the weight" if on_weight else act
-        yield Mark(frozenset(keys), "trains" if size else "acts", called(places[keys[0]][0]), act, size, number)
+    by_size: dict[tuple[str, ...], list[tuple[Key, ...]]] = {}
+    for keys, grafts in places.items():
+        by_size.setdefault(sizes(grafts[0]), []).append(keys)
+    for size, boxes in by_size.items():
+        first = places[boxes[0]][0]
+        number = len({sizes(each) for keys in boxes for each in places[keys]})
+        act = next(words for kind, words in ACTS if isinstance(first.operator, kind))
+        on_weight = first.site.form == "weight" and act == ACTS[-1][1]
+        kind = "trains" if size else "acts"
+        yield Mark(frozenset().union(*boxes), kind, called(first), ON_WEIGHT if on_weight else act, size, number)
+
+
+def sizes(graft: Graft) -> tuple[str, ...]:
+    """The shapes of what trains; the one of what trains in place needs no name."""
+    found = shapes(trained(graft.operator))
+    return tuple(each.removeprefix("value ") for each in found) if isinstance(graft.operator, Replacement) else found
 
 
 def called(graft: Graft) -> str:
@@ -189,7 +198,7 @@ def trained(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def shapes(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[str, ...]:
-    return tuple(f"{name} {' × '.join(map(str, shape)) or 1}".removeprefix("value ") for name, shape in tensors)
+    return tuple(f"{name} {' × '.join(map(str, shape)) or 1}" for name, shape in tensors)
 
 
 def shared(surgeon: Surgeon) -> Iterator[Mark]:
@@ -214,22 +223,22 @@ def keys_of(found: HostMap) -> dict[tuple[str, str], Key]:
     for entry in found.entries:
         counted = entry.role == "norm" and entry.block is not None
         number = numbers[entry.block, entry.role] = numbers.get((entry.block, entry.role), -1) + 1
-        plain = "" if entry.role != OTHER else re.sub(r"\.\d+", "", entry.path)
+        plain = "" if entry.role != OTHER else STAGE.sub(r"\1", re.sub(r"\.\d+", "", entry.path))
         keys[entry.path, entry.role] = Key(entry.role, number if counted else 0, plain)
     return keys
 
 
-def key_of(site: Site, found: HostMap, keys: Mapping[tuple[str, str], Key]) -> Key:
-    """The box of a site."""
+def boxes_of(site: Site, found: HostMap, keys: Mapping[tuple[str, str], Key]) -> tuple[Key, ...]:
+    """The boxes of a site: several, where it is all of a fused weight."""
     if site.form == SEQUENCE:
-        return Key(SEQUENCE)
+        return (Key(SEQUENCE),)
     if site.rows is not None and site.role is not None:
-        return Key(site.role)
+        return (Key(site.role),)
     full = f"{site.module_path}.{site.tensor}".lstrip(".")
     entries = found.at(site.module_path) or found.at(full) or found.at(full.rpartition(".")[0])
     wanted = ("attn", "cross") if site.form == "attention" else (site.role,)
     entry = next((each for each in entries if each.role in wanted), entries[0])
-    return keys[entry.path, entry.role]
+    return tuple(map(Key, parts(entry))) if entry.role in FUSED_ROLES else (keys[entry.path, entry.role],)
 
 
 def parts(entry: HostEntry) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ from diagram_places import FRAME, SEQUENCE, Drawn, Key, keys_of, parts
 from peftcore.hosts import HostEntry
 from peftcore.hosts.vocabulary import OTHER
 
+STAGES = {"down_blocks": 1, "mid_block": 2, "up_blocks": 3}
+"""Of a UNet, which has them in another order."""
 FAMILIES = ("conv", "attn", "cross", "mlp")
 """Branches of a block in their order; what several roles belong to is named by the first."""
 RELATED = {"mod": "conv", "experts": "mlp", "router": "mlp", "se": "mlp", "pool": "attn"}
@@ -33,7 +35,7 @@ ORDER = (
 )
 """Of the boxes of a branch, by the last part of their role."""
 LABELS = {
-    **{"embed": "tokens", "embed.pos": "positions", "embed.type": "segments", "patch": "patches", "head": "head"},
+    **{"embed": "tokens", "embed.pos": "positions", "embed.type": "segments", "patch": "input", "head": "head"},
     **{"attn": "attention", "cross": "cross-attention", "out": "o", "mod": "time", "down": "resampling"},
     **{"conv": "convolutions", SEQUENCE: "rows in front"},
 }
@@ -59,6 +61,10 @@ class Frame:
     changed: bool
 
 
+def batched(keys: list[Key], size: int) -> Iterator[list[Key]]:
+    yield from (keys[i : i + size] for i in range(0, len(keys), size))
+
+
 def label(key: Key) -> str:
     """What a box is called."""
     if key.path:
@@ -75,7 +81,8 @@ def rows(drawn: Drawn) -> list[Row | Frame]:
     blocks = sorted(drawn.blocks, key=lambda path: "attn" in {e.role for e in inside(drawn, path)})
     entries = drawn.map.entries
     first = next((i for i, entry in enumerate(entries) if entry.block is not None), len(entries))
-    before, after = list(around(drawn, entries[:first], marked)), list(around(drawn, entries[first:], marked))
+    split = [entry for entry in entries[:first] if not entry.path.startswith(tuple(STAGES))]
+    before, after = (list(around(drawn, each, marked)) for each in (split, [e for e in entries if e not in split]))
     if Key(SEQUENCE) in marked:
         before.append(Row((Key(SEQUENCE),)))
     frames = [frame(drawn, path) for path in blocks]
@@ -90,9 +97,10 @@ def around(drawn: Drawn, entries: Iterable[HostEntry], marked: frozenset[Key]) -
     plain = {keys[e.path, e.role]: None for e in own if e.role != OTHER and e.kind != "container" and e.role != "norm"}
     extra = {keys[entry.path, entry.role]: None for entry in own if keys[entry.path, entry.role] in marked}
     found = [key for key in dict.fromkeys(keys[e.path, e.role] for e in own) if key in plain or key in extra]
-    tables = tuple(key for key in found if key.role.startswith(("embed", "patch")))
-    rest = [key for key in found if key not in tables]
-    yield from ([Row(tables)] if tables else [])
+    tables = [key for key in found if key.role.startswith(("embed", "patch"))]
+    nameless = sorted((key for key in found if key.role == OTHER), key=lambda key: STAGES.get(key.path, 0))
+    rest = [key for key in found if key not in tables and key not in nameless]
+    yield from (Row(tuple(each)) for each in [tables, *batched(nameless, 2)] if each)
     yield from (Row((key,)) for key in rest)
 
 
