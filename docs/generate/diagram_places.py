@@ -64,7 +64,7 @@ class Mark:
 
     keys: frozenset[Key]
     kind: str
-    """ "trains"; "acts", where its parameters are elsewhere; "reads"."""
+    """ "trains"; "acts", where its parameters are elsewhere; "reads"; "" of what is frozen."""
     name: str = ""
     act: str = ""
     shapes: tuple[str, ...] = ()
@@ -198,7 +198,9 @@ def trained(module: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def shapes(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> tuple[str, ...]:
-    return tuple(f"{name} {' × '.join(map(str, shape)) or 1}" for name, shape in tensors)
+    """Names and sizes; of long names the end."""
+    texts = [(name, " × ".join(f"{n:,}" if n >= 100_000 else str(n) for n in shape) or "1") for name, shape in tensors]
+    return tuple(f"{name if len(name) < 16 else '.'.join(name.split('.')[-2:])} {size}" for name, size in texts)
 
 
 def shared(surgeon: Surgeon) -> Iterator[Mark]:
@@ -213,7 +215,7 @@ def shared(surgeon: Surgeon) -> Iterator[Mark]:
         values = sum(parameter.numel() for module in modules for parameter in module.parameters())
         lines = tensors if len(tensors) <= 4 else (f"{values:,} values",)
         act = "beside the model" if tensors else "beside the model, frozen"
-        yield Mark(frozenset(), "trains" if tensors else "acts", name, act, lines, len(modules))
+        yield Mark(frozenset(), "trains" if tensors else "", name, act, lines, len(modules))
 
 
 def keys_of(found: HostMap) -> dict[tuple[str, str], Key]:
