@@ -2,6 +2,8 @@
 # make test    linters, types, tests
 # make quantization-matrix    try every method on every packed base, and write docs/quantization.md
 # make bench   how fast it is, side by side with peft; writes docs/performance.md
+# make version VERSION=0.2.0    give all nine packages another version
+# make release-check    build the nine packages into dist/ and check them; nothing is uploaded
 # make fuzz    load many more damaged files than `make test` does
 # Both create .venv when it is missing and install into it again when the requirements have changed.
 
@@ -14,7 +16,7 @@ REQUIREMENTS := requirements-dev.txt requirements-demo.txt pyproject.toml $(wild
 # Models and data come from packages; nothing is fetched while the project runs.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint quantization-matrix bench fuzz clean
+.PHONY: demo test test-all lint quantization-matrix bench fuzz version release-check clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -47,6 +49,13 @@ fuzz: export PEFTCORE_FUZZ_SEED ?= 0
 fuzz: export OMP_NUM_THREADS := 1
 fuzz: $(INSTALLED)
 	$(BIN)/python -m pytest --capture=sys tests/interop/test_hostile.py -k whatever
+
+version: $(INSTALLED)
+	$(BIN)/python release/version.py $(VERSION)
+
+release-check: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python release/check.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -60,10 +60,6 @@ def test_each_method_has_a_file_a_name_and_a_test(plugin: Path) -> None:
     assert files <= tests
 
 
-def test_all_packages_have_one_version() -> None:
-    assert len({toml(path)["project"]["version"] for path in PYPROJECTS}) == 1
-
-
 @pytest.mark.parametrize("plugin", PLUGINS, ids=relative)
 def test_plugin_is_named_after_its_folder(plugin: Path) -> None:
     project = toml(plugin / "pyproject.toml")["project"]

@@ -1,4 +1,4 @@
-"""The packages as users get them: built as wheels and installed into empty environments.
+"""The packages as users get them: built and checked as for a release, and installed into empty environments.
 
 Of what is installed where the tests run, an environment sees only what the wheels' own metadata asks for, as links.
 That takes no network and a second instead of minutes, and a dependency that nobody declared is missing there as it is
@@ -32,6 +32,7 @@ METHODS = {
 NEEDS = {"hybrid": ("additive",), "multitask": ("additive", "reparameterized")}
 """The plugins whose methods a plugin puts together."""
 EXAMPLES = [ROOT / "examples" / "third-party-plugin", ROOT / "examples" / "broken-plugin"]
+VERSION = peftcore.__version__
 
 
 # ---------------------------------------------------------------- wheels and environments
@@ -50,10 +51,10 @@ def contents(wheel: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Every package of the repository as a wheel, by the name of its import."""
+    """Every package of the repository as a wheel, by the name of its import; ours are those that a release has."""
     folder = tmp_path_factory.mktemp("wheels")
-    sources = [ROOT, *(ROOT / "plugins" / category for category in METHODS), *EXAMPLES]
-    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, *sources]
+    checked([sys.executable, ROOT / "release" / "check.py", folder])
+    build = ["wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, *EXAMPLES]
     checked([sys.executable, "-m", "pip", *build])
     return {wheel.name.split("-")[0]: wheel for wheel in folder.glob("*.whl")}
 
@@ -102,6 +103,10 @@ def environment(tmp_path: Path, wheels: dict[str, Path]) -> Callable[..., Enviro
     return make
 
 
+def name_of(requirement: str) -> str:
+    return Requirement(requirement).name
+
+
 def plain_requirements(package: Distribution) -> list[str]:
     """What a package requires without any of its extras."""
     return [text for text in package.requires or [] if "extra ==" not in text]
@@ -141,7 +146,7 @@ def test_core_requires_four_packages_and_nothing_else(wheels: dict[str, Path]) -
 
 def test_core_wheel_holds_the_package_its_typing_marker_and_the_licence(wheels: dict[str, Path]) -> None:
     names = contents(wheels["peftcore"])
-    assert {name.split("/")[0] for name in names} == {"peftcore", "peftcore-0.1.0.dist-info"}
+    assert {name.split("/")[0] for name in names} == {"peftcore", f"peftcore-{VERSION}.dist-info"}
     assert {"peftcore/py.typed", "peftcore/testing/__init__.py"} <= set(names)
     templates = {
         path.relative_to(ROOT).as_posix() for path in (ROOT / "peftcore/cli/templates").rglob("*") if path.is_file()
@@ -154,15 +159,15 @@ def test_core_wheel_holds_the_package_its_typing_marker_and_the_licence(wheels: 
 def test_plugin_wheel_requires_the_core_and_has_one_entry_point(wheels: dict[str, Path], category: str) -> None:
     wheel = wheels[f"peftcore_{category}"]
     plugin = describe(wheel)
-    parts = [f"peftcore-{each}>=0.1" for each in NEEDS.get(category, ())]
-    assert sorted(plain_requirements(plugin)) == sorted(["peftcore>=0.1", *parts])
+    names = ["peftcore", *(f"peftcore-{each}" for each in NEEDS.get(category, ()))]
+    assert sorted(map(name_of, plain_requirements(plugin))) == sorted(names)
     points = [(point.group, point.name, point.value) for point in plugin.entry_points]
     backends = sorted(path.stem for path in (ROOT / "plugins" / category).glob("*/backends/[!_]*.py"))
     wanted = [(category, f"peftcore_{category}"), *((b, f"peftcore_{category}.backends.{b}") for b in backends)]
     assert sorted(points) == sorted(("peftcore", *each) for each in wanted)
     assert {name.split("/")[0] for name in contents(wheel)} == {
         f"peftcore_{category}",
-        f"peftcore_{category}-0.1.0.dist-info",
+        f"peftcore_{category}-{VERSION}.dist-info",
     }
 
 
@@ -174,11 +179,16 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import peftcore
     names = sorted(info.name for info in peftcore.methods())
-print(json.dumps({"methods": names, "warnings": [str(warning.message) for warning in caught]}))
+listed = {"methods": names, "warnings": [str(warning.message) for warning in caught]}
 """
+LISTED = f"{LIST}print(json.dumps(listed))"
 
-TRAIN = """
-import copy, functools, json, peftcore, torch
+TRAIN = (
+    f"""{LIST}
+PLUGIN, STEPS = %r, 12
+"""
+    + """
+import copy, functools, torch
 from torch import nn
 
 HOSTS = ("vit", "unet", "llama")
@@ -233,9 +243,9 @@ def trained(info):
         return "has no place"
     if not any(parameter.requires_grad for parameter in injection.parameters()):
         return "trains nothing"
-    optimizer = injection.optimizer(torch.optim.AdamW, lr=0.05, total_steps=20)
+    optimizer = injection.optimizer(torch.optim.AdamW, lr=0.05, total_steps=STEPS)
     losses = []
-    for _ in range(20):
+    for _ in range(STEPS):
         losses.append(loss(model))
         optimizer.zero_grad()
         losses[-1].backward()
@@ -247,8 +257,10 @@ def trained(info):
         loads = torch.allclose(logits(base.eval()), logits(model.eval()), atol=1e-5)
     return {"lower": (losses[-1] < losses[0]).item(), "base kept": kept, "loads": loads}
 
-print(json.dumps({info.name: trained(info) for info in peftcore.methods()}))
+print(json.dumps({**listed, "trained": {i.name: trained(i) for i in peftcore.methods() if i.plugin == PLUGIN}}))
 """
+)
+"""Lists all methods, and trains those of one plugin: the others train where theirs is installed alone."""
 
 TRAINED = {"lower": True, "base kept": True, "loads": True}
 ELSEWHERE = {
@@ -289,7 +301,7 @@ print(json.dumps({name: importlib.util.find_spec(name) is not None for name in n
 def test_core_alone_lists_no_method(wheels: dict[str, Path], environment: Callable[..., Environment]) -> None:
     made = environment()
     made.install(wheels["peftcore"])
-    assert made.ask(LIST) == {"methods": [], "warnings": []}
+    assert made.ask(LISTED) == {"methods": [], "warnings": []}
 
 
 @pytest.mark.parametrize("category", METHODS)
@@ -299,8 +311,8 @@ def test_plugin_alone_lists_and_trains_its_methods(
     made = environment("transformers", "diffusers")
     made.install(wheels["peftcore"], *(wheels[f"peftcore_{each}"] for each in (*NEEDS.get(category, ()), category)))
     methods = sorted(METHODS[category].union(*(METHODS[each] for each in NEEDS.get(category, ()))))
-    assert made.ask(LIST) == {"methods": methods, "warnings": []}
-    assert made.ask(TRAIN) == {name: expected(name) for name in methods}
+    trained = {name: expected(name) for name in METHODS[category]}
+    assert made.ask(TRAIN % category) == {"methods": methods, "warnings": [], "trained": trained}
 
 
 def test_third_party_plugin_is_applied_by_name_and_passes_the_kit(
@@ -308,8 +320,8 @@ def test_third_party_plugin_is_applied_by_name_and_passes_the_kit(
 ) -> None:
     made = environment("pytest")
     made.install(wheels["peftcore"], wheels["peftcore_example_scale"])
-    assert made.ask(LIST) == {"methods": ["diag_scale"], "warnings": []}
-    assert made.ask(TRAIN) == {"diag_scale": TRAINED}
+    trained = {"diag_scale": TRAINED}
+    assert made.ask(TRAIN % "example_scale") == {"methods": ["diag_scale"], "warnings": [], "trained": trained}
 
     shutil.copytree(EXAMPLES[0] / "tests", made.folder / "tests")
     report = checked([made.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"], cwd=made.folder)
@@ -323,10 +335,10 @@ def test_broken_plugin_changes_nothing_but_one_warning(
     made = environment()
     made.install(*(wheel for name, wheel in wheels.items() if name != "peftcore_example_broken"))
     methods = sorted({"diag_scale"}.union(*METHODS.values()))
-    assert made.ask(LIST) == {"methods": methods, "warnings": []}
+    assert made.ask(LISTED) == {"methods": methods, "warnings": []}
 
     made.install(wheels["peftcore_example_broken"])
-    beside = made.ask(LIST)
+    beside = made.ask(LISTED)
     assert beside["methods"] == methods
     [warning] = beside["warnings"]
     for part in ("peftcore-example-broken", "0.2.0", "a_dependency_that_was_never_declared"):
