@@ -183,11 +183,7 @@ listed = {"methods": names, "warnings": [str(warning.message) for warning in cau
 """
 LISTED = f"{LIST}print(json.dumps(listed))"
 
-TRAIN = (
-    f"""{LIST}
-PLUGIN, STEPS = %r, 12
-"""
-    + """
+TRAIN = """
 import copy, functools, torch
 from torch import nn
 
@@ -259,8 +255,12 @@ def trained(info):
 
 print(json.dumps({**listed, "trained": {i.name: trained(i) for i in peftcore.methods() if i.plugin == PLUGIN}}))
 """
-)
-"""Lists all methods, and trains those of one plugin: the others train where theirs is installed alone."""
+
+
+def train(plugin: str) -> str:
+    """Lists all methods, and trains those of one plugin: the others train where theirs is installed alone."""
+    return f"{LIST}PLUGIN, STEPS = {plugin!r}, 12\n{TRAIN}"
+
 
 TRAINED = {"lower": True, "base kept": True, "loads": True}
 ELSEWHERE = {
@@ -277,7 +277,7 @@ ELSEWHERE = {
 
 
 def expected(name: str) -> object:
-    """What TRAIN says of a method of ours."""
+    """What `train` says of a method of ours."""
     fields = peftcore.method(name).Config.model_fields.values()
     return "asks for options" if any(field.is_required() for field in fields) else ELSEWHERE.get(name, TRAINED)
 
@@ -312,7 +312,7 @@ def test_plugin_alone_lists_and_trains_its_methods(
     made.install(wheels["peftcore"], *(wheels[f"peftcore_{each}"] for each in (*NEEDS.get(category, ()), category)))
     methods = sorted(METHODS[category].union(*(METHODS[each] for each in NEEDS.get(category, ()))))
     trained = {name: expected(name) for name in METHODS[category]}
-    assert made.ask(TRAIN % category) == {"methods": methods, "warnings": [], "trained": trained}
+    assert made.ask(train(category)) == {"methods": methods, "warnings": [], "trained": trained}
 
 
 def test_third_party_plugin_is_applied_by_name_and_passes_the_kit(
@@ -321,7 +321,7 @@ def test_third_party_plugin_is_applied_by_name_and_passes_the_kit(
     made = environment("pytest")
     made.install(wheels["peftcore"], wheels["peftcore_example_scale"])
     trained = {"diag_scale": TRAINED}
-    assert made.ask(TRAIN % "example_scale") == {"methods": ["diag_scale"], "warnings": [], "trained": trained}
+    assert made.ask(train("example_scale")) == {"methods": ["diag_scale"], "warnings": [], "trained": trained}
 
     shutil.copytree(EXAMPLES[0] / "tests", made.folder / "tests")
     report = checked([made.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"], cwd=made.folder)
