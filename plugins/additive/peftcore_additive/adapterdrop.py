@@ -72,7 +72,11 @@ class DroppableOperator(BottleneckOperator):
 
 
 class AdapterDrop(Method):
-    """Bottleneck adapters that the lowest layers do without."""
+    """Bottleneck adapters that the lowest layers do without.
+
+    Example:
+        injection = peftcore.apply(model, "adapterdrop", drop_first_layers=1)  # of two
+    """
 
     name = "adapterdrop"
     Config = Config

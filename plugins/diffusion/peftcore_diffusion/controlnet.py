@@ -85,7 +85,12 @@ class ControlNetOperator(Operator):
 
 
 class ControlNet(Method):
-    """A trainable copy of the encoder, whose features control the decoder."""
+    """A trainable copy of the encoder, whose features control the decoder.
+
+    Example:
+        injection = peftcore.apply(model, "controlnet")
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the size of the latents; with `with`, for a while
+    """
 
     name = "controlnet"
     Config = Config

@@ -90,7 +90,12 @@ def _start(site: Site, width: int) -> nn.Parameter:
 
 
 class IPAdapter(Method):
-    """Decoupled cross-attention to an image."""
+    """Decoupled cross-attention to an image.
+
+    Example:
+        injection = peftcore.apply(model, "ip_adapter", embed_dim=48)
+        peftcore.call(model, image_embeds=torch.randn(1, 48))  # of an image encoder; with `with`, for a while
+    """
 
     name = "ip_adapter"
     Config = Config

@@ -80,7 +80,12 @@ class T2IAdapterOperator(Operator):
 
 
 class T2IAdapter(Method):
-    """Features of a condition image in the encoder."""
+    """Features of a condition image in the encoder.
+
+    Example:
+        injection = peftcore.apply(model, "t2i_adapter", channels=1)
+        peftcore.call(model, condition=torch.rand(1, 1, 64, 64))  # 8 times the size of the latents; with `with`, for a while
+    """
 
     name = "t2i_adapter"
     Config = Config

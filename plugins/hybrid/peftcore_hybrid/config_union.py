@@ -40,7 +40,11 @@ class Config(MethodConfig):
 
 
 class ConfigUnion(OfParts, Method):
-    """Several methods under one name."""
+    """Several methods under one name.
+
+    Example:
+        injection = peftcore.apply(model, "config_union", parts=[{"method": "lora", "rank": 4}, {"method": "ia3"}])
+    """
 
     name = "config_union"
     Config = Config

@@ -81,7 +81,12 @@ def _ids(vocabulary: int, config: Config) -> Tensor:
 
 
 class MultitaskPromptTuning(Method):
-    """A trained prompt that tasks share, and each scales for itself."""
+    """A trained prompt that tasks share, and each scales for itself.
+
+    Example:
+        injection = peftcore.apply(model, "multitask_prompt_tuning", tasks=["sums", "letters"])
+        peftcore.call(model, task="sums")  # or a list, one for each row; with `with`, for a while
+    """
 
     name = "multitask_prompt_tuning"
     Config = Config

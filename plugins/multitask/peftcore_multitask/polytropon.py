@@ -98,7 +98,12 @@ class PolytroponOperator(Operator):
 
 
 class Polytropon(Method):
-    """Low-rank skills that tasks choose from."""
+    """Low-rank skills that tasks choose from.
+
+    Example:
+        injection = peftcore.apply(model, "polytropon", tasks=["sums", "letters"])
+        peftcore.call(model, task="sums")  # or a list, one for each row; with `with`, for a while
+    """
 
     name = "polytropon"
     Config = Config

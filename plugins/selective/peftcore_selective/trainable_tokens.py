@@ -75,7 +75,11 @@ class TokensOperator(Operator):
 
 
 class TrainableTokens(Method):
-    """Train some rows of the table of tokens."""
+    """Train some rows of the table of tokens.
+
+    Example:
+        injection = peftcore.apply(model, "trainable_tokens", token_indices=[5, 7])
+    """
 
     name = "trainable_tokens"
     Config = Config
