@@ -134,7 +134,7 @@ def built(where: Host) -> nn.Module:
 
 def example_of(method: type[Method]) -> str:
     """The block under "Example:" in the docstring of its class."""
-    before, found, block = inspect.cleandoc(method.__doc__ or "").partition(f"{EXAMPLE}\n")
+    _, found, block = inspect.cleandoc(method.__doc__ or "").partition(f"{EXAMPLE}\n")
     return textwrap.dedent(block).strip() if found else ""
 
 

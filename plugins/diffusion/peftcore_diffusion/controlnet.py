@@ -89,7 +89,7 @@ class ControlNet(Method):
 
     Example:
         injection = peftcore.apply(model, "controlnet")
-        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the size of the latents; with `with`, for a while
+        peftcore.call(model, condition=torch.rand(1, 3, 64, 64))  # 8 times the latents; with `with`, for a while
     """
 
     name = "controlnet"

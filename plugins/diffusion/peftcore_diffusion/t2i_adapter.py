@@ -84,7 +84,7 @@ class T2IAdapter(Method):
 
     Example:
         injection = peftcore.apply(model, "t2i_adapter", channels=1)
-        peftcore.call(model, condition=torch.rand(1, 1, 64, 64))  # 8 times the size of the latents; with `with`, for a while
+        peftcore.call(model, condition=torch.rand(1, 1, 64, 64))  # 8 times the latents; with `with`, for a while
     """
 
     name = "t2i_adapter"
