@@ -4,6 +4,8 @@
 # make bench   how fast it is, side by side with peft; writes docs/performance.md
 # make version VERSION=0.2.0    give all nine packages another version
 # make release-check    build the nine packages into dist/ and check them; nothing is uploaded
+# make docs    the documentation, into site/; a broken link or reference fails
+# make docs-check    look at it in headless Chromium, which the machine must have
 # make fuzz    load many more damaged files than `make test` does
 # Both create .venv when it is missing and install into it again when the requirements have changed.
 
@@ -16,7 +18,7 @@ REQUIREMENTS := requirements-dev.txt requirements-demo.txt pyproject.toml $(wild
 # Models and data come from packages; nothing is fetched while the project runs.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint quantization-matrix bench fuzz version release-check clean
+.PHONY: demo test test-all lint docs docs-check quantization-matrix bench fuzz version release-check clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -57,6 +59,16 @@ release-check: $(INSTALLED)
 	rm -rf dist
 	$(BIN)/python release/check.py
 
+# What takes long, planning every method in large models, is kept in build/docs-kept for as long as the sources are the same.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: export DISABLE_MKDOCS_2_WARNING := true
+docs: export TRANSFORMERS_VERBOSITY := error
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict --clean
+
+docs-check: docs
+	$(BIN)/python docs/check/site.py
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -70,5 +82,5 @@ $(INSTALLED): $(REQUIREMENTS)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Called by mkdocs: mends the links of pages that are written by hand."""
+"""Called by mkdocs: the order of pages, and links of those that are written by hand."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # mkdocs runs this file by itself
 
 from links import ROOT, mended
+from navigation import nav
+
+
+def on_config(config: Any) -> Any:
+    """Methods are known only now."""
+    config.nav = nav()
+    return config
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:

@@ -42,7 +42,7 @@ def mended(text: str, source: str, page: str) -> str:
         picture, label, address = match.groups()
         if OUTSIDE.match(address):
             return match[0]
-        place, anchor = (address.split("#", 1) + [""])[:2]
+        place, _, anchor = address.partition("#")
         found = posixpath.normpath(posixpath.join(posixpath.dirname(source), place))
         goal = _in_site(found, known)
         if goal is None:

@@ -47,7 +47,7 @@ def _body(method: Facts) -> Iterable[str]:
     lead, _, rest = method.shown.text.partition("\n\n")
     yield f"# {html.escape(method.title, quote=False)}"
     yield _identity(method)
-    yield f'<div class="method-text" markdown="0">\n<p class="lead">{inline(_joined(lead))}</p>\n{as_html(rest, page_of)}\n</div>'
+    yield f'<div class="method-text">\n<p class="lead">{inline(_joined(lead))}</p>\n{as_html(rest, page_of)}\n</div>'
     yield "## Try it"
     yield f"On {method.host}, with options that suit its size. Any model with the same roles will do."
     yield f"```python\n{method.snippet}```"

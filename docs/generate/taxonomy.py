@@ -38,9 +38,10 @@ SHARES = {"0.01": "0.01 %", "0.1": "0.1 %", "1": "1 %", "5": "5 %"}
 INTRODUCTION = """
 # Methods
 
-The figure of the survey [arXiv 2410.19878](https://arxiv.org/abs/2410.19878), for what is installed here: its categories, in each what
-the methods act on, and there the methods. *Proven* methods are compared with independent numbers by their tests; of *experimental*
-ones there is the equation alone. The number is what trains with default options in the model that is chosen.
+The figure of the survey [arXiv 2410.19878](https://arxiv.org/abs/2410.19878), for what is installed here: its
+categories, in each what the methods act on, and there the methods. *Proven* methods are compared with independent
+numbers by their tests; of *experimental* ones there is the equation alone. The number is what trains with default
+options in the model that is chosen.
 """
 
 
