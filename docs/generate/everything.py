@@ -7,10 +7,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # mkdocs runs this file by itself
 
+import mkdocs_gen_files
+
 import api_pages
 import facts
 import method_pages
-import mkdocs_gen_files
 import taxonomy
 from links import ROOT, copies, mended
 

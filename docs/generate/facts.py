@@ -11,11 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import snippets
-from kept import ROOT, kept
 from torch import nn
 
 import peftcore
+import snippets
+from kept import ROOT, kept
 from peftcore.attention import AttentionOperator
 from peftcore.cli.quiet import unlogged
 from peftcore.cli.recorded import Recorded, Wanted

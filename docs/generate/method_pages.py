@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Sequence
-from urllib.parse import quote
 
 import facts
 from diagram import svg
 from facts import Facts
-from prose import as_html, inline
-
 from peftcore.cli.pages import spelled
 from peftcore.cli.show import TAGS
+from prose import as_html, inline
 
 MARKS = {
     True: ("proven", "its tests compare with independent numbers"),
@@ -88,7 +86,7 @@ def _identity(method: Facts) -> str:
 def _acts(method: Facts) -> str:
     targets = ", ".join(f"<code>{each}</code>" for each in method.shown.targets) or "what its options say"
     lines = [f"By default: {targets}. It changes {method.way}."]
-    return f'<p>{" ".join(lines)} The code: <code class="source">{quote(method.source)}</code>.</p>'
+    return f'<p>{" ".join(lines)} The code: <code class="source">{html.escape(method.source)}</code>.</p>'
 
 
 def _options(method: Facts) -> str:
@@ -101,7 +99,7 @@ def _options(method: Facts) -> str:
         )
         for each in method.shown.options
     ]
-    return _table(("option", "type", "default", ""), rows)
+    return _table(("option", "type", "default", ""), rows, "options")
 
 
 def _budgets(method: Facts) -> str:
@@ -110,7 +108,7 @@ def _budgets(method: Facts) -> str:
     total = facts.sizes()
     rows = [(host, f"{count:,}", share(count, total[host])) for host, count in method.budgets.items()]
     return "Values that train with default options, in models that people know:\n\n" + _table(
-        ("model", "trained", "of the model"), rows, numbers=True
+        ("model", "trained", "of the model"), rows, "numbers"
     )
 
 
@@ -139,10 +137,9 @@ def _related(method: Facts) -> str:
     return f'<p class="related">{" ".join(links) or "None."}</p>\n\n{RELATED}'
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = False) -> str:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
     """In HTML, since what stands in it is no Markdown."""
-    kind = ' class="numbers"' if numbers else ""
     heads = "".join(f"<th>{each}</th>" for each in head) if any(head) else ""
     lines = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
     top = f"<thead><tr>{heads}</tr></thead>\n" if heads else ""
-    return f'<div class="scrolls">\n<table{kind}>\n{top}<tbody>\n{lines}\n</tbody>\n</table>\n</div>'
+    return f'<div class="scrolls {kind}">\n<table>\n{top}<tbody>\n{lines}\n</tbody>\n</table>\n</div>'

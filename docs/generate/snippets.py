@@ -41,7 +41,7 @@ LLAMA = Host(
     """
 config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 model = LlamaForCausalLM(config)  # or your own, from_pretrained
-ids = torch.randint(1, 128, (1, 8))
+ids = torch.arange(2, 12).unsqueeze(0)  # a text of ten tokens
 batch = {"input_ids": ids, "labels": ids}
 """,
 )
@@ -51,7 +51,7 @@ BERT = Host(
     """
 config = BertConfig(vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 model = BertForSequenceClassification(config)  # or your own, from_pretrained
-batch = {"input_ids": torch.randint(1, 128, (1, 8)), "labels": torch.tensor([1])}
+batch = {"input_ids": torch.arange(2, 12).unsqueeze(0), "labels": torch.tensor([1])}
 """,
 )
 VIT = Host(
@@ -70,7 +70,8 @@ CLIP = Host(
 sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 text = {**sizes, "vocab_size": 128, "eos_token_id": 127}
 model = CLIPModel(CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 32, "patch_size": 8}))
-texts = torch.randint(1, 127, (2, 24))  # one for each picture
+texts = torch.stack([torch.arange(2, 26), torch.arange(3, 27)])  # one for each picture
+texts[:, -1] = 127  # the end of each
 batch = {"input_ids": texts, "pixel_values": torch.randn(2, 3, 32, 32), "return_loss": True}
 """,
 )

@@ -14,7 +14,6 @@ from itertools import groupby
 import facts
 from facts import Facts
 from method_pages import badge
-
 from peftcore.contract import CATEGORIES
 
 TITLES = {

@@ -79,7 +79,11 @@ class TextualInversionOperator(Operator):
 
 
 class TextualInversion(Method):
-    """Train the embeddings of new words."""
+    """Train the embeddings of new words.
+
+    Example:
+        injection = peftcore.apply(model, "textual_inversion", tokens=[5], initializer=7)  # as the tokenizer has them
+    """
 
     name = "textual_inversion"
     Config = Config

@@ -1,0 +1,23 @@
+"""`make docs`, without the plans in large models: every link, anchor and reference of every page holds."""
+
+from pathlib import Path
+
+import pytest
+
+import facts
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.slow
+def test_site_builds_and_nothing_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    monkeypatch.setenv("DISABLE_MKDOCS_2_WARNING", "true")
+    monkeypatch.setattr(facts.Facts, "budgets", {"BERT base": 1000})
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path), strict=True))  # raises when it warns
+    text = (tmp_path / "methods/lora.html").read_text(encoding="utf-8")
+    assert "<math" in text and "<svg" in text
+    for page in tmp_path.rglob("*.html"):
+        assert '<script src="http' not in page.read_text(encoding="utf-8"), f"{page.name} asks a network for a script"
