@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+ROOTS = {"README.md": "overview.md"} | {name: name for name in ("CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")}
+"""Pages of the root; a README would be taken for the home page."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 OUTSIDE = re.compile(r"[a-z]+:|#|/")
@@ -17,7 +19,7 @@ OUTSIDE = re.compile(r"[a-z]+:|#|/")
 
 def copies() -> dict[str, str]:
     """Files outside `docs/` that the site has, by their path in the repository: where they stand in it."""
-    found = {"README.md": "overview.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+    found = {source: page for source, page in ROOTS.items() if (ROOT / source).exists()}
     for page in sorted(ROOT.glob("examples/*/README.md")):
         name = page.parent.name
         found[f"examples/{name}/README.md"] = f"examples/{name}.md"

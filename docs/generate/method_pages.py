@@ -85,7 +85,7 @@ def _identity(method: Facts) -> str:
 
 def _acts(method: Facts) -> str:
     targets = ", ".join(f"<code>{each}</code>" for each in method.shown.targets) or "what its options say"
-    lines = [f"By default: {targets}. It changes {method.way}."]
+    lines = [f"By default at {targets}. How it acts: {method.way}."]
     return f'<p>{" ".join(lines)} The code: <code class="source">{html.escape(method.source)}</code>.</p>'
 
 

@@ -12,8 +12,11 @@ from links import ROOT, copies
 SECTIONS = {
     "Use": ("start", "concepts", "choose", "training", "quantization", "files", "moving-from-peft", "performance"),
     "Extend": ("write-a-method", "hooks"),
-    "Project": ("overview", "architecture", "CONTRIBUTING", "releases", "security", "SECURITY", "CHANGELOG"),
+    "Project": ("overview", "architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"),
 }
+
+TITLES = {"overview.md": "README"}
+"""Of pages whose own heading says something else."""
 
 
 def nav() -> list[Any]:
@@ -39,10 +42,11 @@ def _methods() -> list[Any]:
     ]
 
 
-def _pages(section: str) -> list[str]:
+def _pages(section: str) -> list[Any]:
     made = set(copies().values())
     pages = [f"{name}.md" for name in SECTIONS[section]]
-    return [page for page in pages if page in made or (ROOT / "docs" / page).exists()]
+    there = [page for page in pages if page in made or (ROOT / "docs" / page).exists()]
+    return [{TITLES[page]: page} if page in TITLES else page for page in there]
 
 
 def _below(folder: str, pattern: str) -> list[str]:
