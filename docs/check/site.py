@@ -101,6 +101,7 @@ def pictures(tab: Page) -> None:
                 tab.scheme(scheme)
                 tab.run("localStorage.clear()")  # the theme keeps what it showed last
                 tab.open(address(page))
+                tab.run("new Promise(done => setTimeout(done, 500))")  # the theme looks at the scheme late
                 tab.picture(PICTURES / f"{page.replace('/', '-')}-{scheme}-{device}.png", whole=device == "phone")
 
 

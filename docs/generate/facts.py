@@ -15,6 +15,7 @@ from torch import nn
 
 import peftcore
 import snippets
+from diagram import svg
 from kept import ROOT, kept
 from peftcore.attention import AttentionOperator
 from peftcore.cli.quiet import unlogged
@@ -80,7 +81,20 @@ class Facts:
         file = Path(inspect.getfile(self.cls)).resolve()
         return file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else self.cls.__module__
 
+    @property
+    def package(self) -> Path:
+        """The folder of its file: all that it may share with others of its plugin."""
+        return Path(inspect.getfile(self.cls)).parent
+
     @cached_property
+    def drawing(self) -> str:
+        """Where it acts in a model, as SVG."""
+        drawn: str = kept(
+            f"drawing-{self.name}", lambda: svg(self.name), self.package, *sorted(HERE.glob("diagram*.py"))
+        )
+        return drawn
+
+    @property
     def snippet(self) -> str:
         return str(self._found["snippet"])
 
@@ -102,13 +116,13 @@ class Facts:
     @cached_property
     def budgets(self) -> Mapping[str, int]:
         """What trains by default, by reference host."""
-        found: dict[str, int] = kept("budgets", self.cls, lambda: dict(self.shown.budgets))
+        found: dict[str, int] = kept(f"budgets-{self.name}", lambda: dict(self.shown.budgets), self.package)
         return found
 
     @cached_property
     def _found(self) -> dict[str, Any]:
-        sources = [HERE / "facts.py", HERE / "snippets.py"]
-        found: dict[str, Any] = kept("facts", self.cls, self._find, *sources)
+        sources = [self.package, HERE / "facts.py", HERE / "snippets.py"]
+        found: dict[str, Any] = kept(f"facts-{self.name}", self._find, *sources)
         return found
 
     def _find(self) -> dict[str, Any]:
@@ -165,6 +179,11 @@ def related(facts: Facts) -> Iterator[Facts]:
 @functools.cache
 def sizes() -> dict[str, int]:
     """Values in each reference host that is installed."""
+    found: dict[str, int] = kept("sizes", _sizes)
+    return found
+
+
+def _sizes() -> dict[str, int]:
     hosts = {name: reference(name) for name in REFERENCES}
     known = {name: host for name, host in hosts.items() if host is not None}
     return {name: sum(parameter.numel() for parameter in host.parameters()) for name, host in known.items()}

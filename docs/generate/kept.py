@@ -5,14 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import peftcore
-from peftcore.contract import Method
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "build/docs-kept"
@@ -20,17 +18,16 @@ LIBRARIES = ("torch", "transformers", "diffusers")
 """Whose models are planned."""
 
 
-def kept(what: str, method: type[Method], find: Callable[[], Any], *sources: Path) -> Any:
-    """What `find` returns, plain data: found once for the method, as long as the core, the method's package and
-    `sources` are as they are."""
-    state = [_core(), _digest(Path(inspect.getfile(method)).parent), *map(_digest, sources)]
-    key = hashlib.sha256("".join(state).encode()).hexdigest()[:16]
-    file = FOLDER / f"{what}-{method.name}-{key}.json"
+def kept(what: str, find: Callable[[], Any], *sources: Path) -> Any:
+    """What `find` returns, plain data: found once, as long as the core and `sources`, files or folders, are as they
+    are."""
+    key = hashlib.sha256("".join([_core(), *map(_digest, sources)]).encode()).hexdigest()[:16]
+    file = FOLDER / f"{what}-{key}.json"
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
     found = find()
     file.parent.mkdir(parents=True, exist_ok=True)
-    for old in FOLDER.glob(f"{what}-{method.name}-*.json"):
+    for old in FOLDER.glob(f"{what}-{'?' * len(key)}.json"):
         old.unlink()
     file.write_text(json.dumps(found), encoding="utf-8")
     return found

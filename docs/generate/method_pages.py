@@ -6,7 +6,6 @@ import html
 from collections.abc import Iterable, Sequence
 
 import facts
-from diagram import svg
 from facts import Facts
 from peftcore.cli.pages import spelled
 from peftcore.cli.show import TAGS
@@ -50,7 +49,7 @@ def _body(method: Facts) -> Iterable[str]:
     yield f"On {method.host}, with options that suit its size. Any model with the same roles will do."
     yield f"```python\n{method.snippet}```"
     yield "## Where it acts"
-    yield f'<div class="diagram">\n{svg(method.name)}\n</div>'
+    yield f'<div class="diagram">\n{method.drawing}\n</div>'
     yield _acts(method)
     yield "## Options"
     yield _options(method)

@@ -35,6 +35,11 @@ FLAGS = {
 SHARES = {"0.01": "0.01 %", "0.1": "0.1 %", "1": "1 %", "5": "5 %"}
 
 INTRODUCTION = """
+---
+search:
+  boost: 0.5
+---
+
 # Methods
 
 The figure of the survey [arXiv 2410.19878](https://arxiv.org/abs/2410.19878), for what is installed here: its
@@ -95,9 +100,9 @@ def _method(method: Facts) -> str:
     attributes = " ".join(f'data-{name.replace("_", "-")}="{html.escape(value)}"' for name, value in data.items())
     shown = [f'<span title="{meaning}">{label}</span>' for name, (label, meaning) in FLAGS.items() if tags[name]]
     return (
-        f'<li {attributes}><a href="{method.name}.html">{html.escape(method.title)}</a> <code>{method.name}</code>'
-        f'<span class="about">{html.escape(_about(method))}</span>'
-        f'<span class="flags">{badge(method)}{"".join(shown)}<span class="size"></span></span></li>'
+        f'<li {attributes}><a href="{method.name}.html">{html.escape(method.title)}</a> <code>{method.name}</code> '
+        f'<span class="about">{html.escape(_about(method))}</span> '
+        f'<span class="flags">{badge(method)} {" ".join(shown)} <span class="size"></span></span></li>'
     )
 
 

@@ -71,7 +71,7 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"snippet": "import peftcore\n", "host": "a host", "way": facts.UPDATES, "parts": []}
     monkeypatch.setattr(facts.Facts, "_found", found)
     monkeypatch.setattr(facts, "sizes", lambda: {"BERT base": 100_000})
-    monkeypatch.setattr(method_pages, "svg", lambda name: "<svg></svg>")
+    monkeypatch.setattr(facts.Facts, "drawing", "<svg></svg>")
 
 
 @pytest.mark.usefixtures("pages")
