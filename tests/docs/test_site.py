@@ -1,4 +1,4 @@
-"""`make docs`, without what is planned and drawn for each method: every link, anchor and reference of all pages holds."""
+"""`make docs` without what is planned and drawn for each method: every link, anchor and reference holds."""
 
 from pathlib import Path
 
