@@ -72,8 +72,7 @@ class Facts:
     @property
     def proven(self) -> bool:
         """Whether somebody else's numbers exist for it, beside the equation."""
-        against = self.cls.tags.checked_against
-        return bool(against) and "equation" not in against
+        return self.cls.tags.proven
 
     @property
     def source(self) -> str:
