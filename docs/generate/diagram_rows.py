@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from diagram_places import FRAME, SEQUENCE, Drawn, Key, keys_of, parts
-
 from peftcore.hosts import HostEntry
 from peftcore.hosts.vocabulary import OTHER
 
