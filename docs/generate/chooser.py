@@ -1,0 +1,309 @@
+"""Writes the marked sections of choose.md and moving-from-peft.md: ``python docs/generate/chooser.py``.
+
+What the pages say of methods comes from tags, plans in reference hosts, and results that are written elsewhere in the
+repository. Advice whose methods no longer have what it claims is an error, here and in the test.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+
+import peftcore
+from peftcore.cli.costs import costs
+from peftcore.cli.example_inputs import Size
+from peftcore.cli.numbers import size
+from peftcore.cli.recorded import Wanted
+from peftcore.contract import Tags
+from peftcore.errors import PeftcoreError
+from peftcore.plugins import imported, named_places
+from peftcore.references import reference
+
+ROOT = Path(__file__).parents[2]
+HOSTS = ("Llama 2 7B", "BERT base", "ViT base", "ResNet-50", "SD 1.5 UNet")
+LARGE = HOSTS[0]
+FEW = 1_000_000
+MARK = re.compile(r"(<!-- begin: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Holds = Callable[[str, Tags], bool]
+
+
+@functools.cache
+def trained(name: str, host: str) -> int | None:
+    """Values that a method trains in a reference host by default; None where it has no place, or wants options."""
+    model = reference(host)
+    assert model is not None, f"{host} needs its library"
+    try:
+        return peftcore.plan(model, name).trainable
+    except PeftcoreError:
+        return None
+
+
+def has_a_place(host: str) -> Holds:
+    return lambda name, tags: trained(name, host) is not None
+
+
+CLAIMS: Mapping[str, Holds] = {
+    "merge": lambda name, tags: tags.mergeable,
+    "do not merge": lambda name, tags: not tags.mergeable,
+    "rows may differ": lambda name, tags: tags.per_row,
+    "low rank": lambda name, tags: tags.low_rank,
+    "look at data": lambda name, tags: tags.needs_data,
+    "start as the base": lambda name, tags: tags.identity_at_init,
+    "made for packed bases": lambda name, tags: tags.category == "quantized",
+    "for several tasks": lambda name, tags: tags.category == "multitask",
+    f"under {FEW:,} values in a {LARGE}": lambda name, tags: 0 < (trained(name, LARGE) or 0) < FEW,
+    **{f"act in a {host}": has_a_place(host) for host in HOSTS[2:]},
+}
+"""What advice may say of its methods, and how it is found out."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One row of the table that somebody in a hurry reads."""
+
+    need: str
+    methods: tuple[str, ...]
+    claims: tuple[str, ...]
+    why: str
+
+
+ADVICE = (
+    Advice(
+        "nothing is known yet",
+        ("lora",),
+        ("merge", "rows may differ", "low rank", "start as the base"),
+        "suits nearly every task; its files are read everywhere",
+    ),
+    Advice(
+        "LoRA falls short, and a step may cost more",
+        ("dora", "hira", "randlora"),
+        ("merge", "start as the base"),
+        "other or more directions for as many values",
+    ),
+    Advice(
+        "hardly any memory for adapters, or thousands of them",
+        ("ia3", "vera", "lora_xs", "fourierft"),
+        (f"under {FEW:,} values in a {LARGE}", "merge"),
+        "some of what others train is drawn or shared",
+    ),
+    Advice(
+        "one model serves many users in one batch",
+        ("lora", "vera", "lora_xs", "miss"),
+        ("rows may differ", "low rank"),
+        "all rows of all low-rank adapters in two batched products",
+    ),
+    Advice(
+        "inference may cost nothing more",
+        ("lora", "dora", "oft", "ia3", "bitfit", "ssf"),
+        ("merge",),
+        "after `merge()` nothing is left to compute",
+    ),
+    Advice(
+        "only the input may change",
+        ("prompt_tuning", "p_tuning"),
+        ("do not merge", f"under {FEW:,} values in a {LARGE}"),
+        "rows in front of the tokens; each takes a place in the context",
+    ),
+    Advice(
+        "the base has 4 or 8 bits",
+        ("qlora", "loftq", "qpissa", "qa_lora"),
+        ("made for packed bases", "merge"),
+        "any method works there; these make up for what rounding lost, or merge into the codes",
+    ),
+    Advice(
+        "which weights train is to follow from the data",
+        ("fish_mask", "child_tuning_d"),
+        ("look at data", "merge"),
+        "a mask from gradients; `apply(..., data=batches)`",
+    ),
+    Advice(
+        "several tasks are learned together",
+        ("polytropon", "hydralora", "multitask_prompt_tuning"),
+        ("for several tasks", "do not merge"),
+        "parts are shared between tasks, and `peftcore.call(model, task=...)` or a router chooses",
+    ),
+    Advice(
+        "adapters are there, and shall become one",
+        ("task_arithmetic", "ties_merging", "dare", "adapter_soup"),
+        ("for several tasks", "merge"),
+        "sums and averages of changes; `peftcore.combine` makes a LoRA of them",
+    ),
+    Advice(
+        "pictures, with a ViT",
+        ("convpass", "adaptformer", "repadapter", "ssf", "vpt_deep"),
+        ("act in a ViT base",),
+        "made for patches; see the digits below",
+    ),
+    Advice(
+        "pictures, with a ConvNet",
+        ("lora", "locon", "loha", "lokr", "ssf"),
+        ("act in a ResNet-50", "merge"),
+        "they know kernels",
+    ),
+    Advice(
+        "a diffusion model learns a style or a subject",
+        ("lora", "locon", "loha", "oft"),
+        ("act in a SD 1.5 UNet", "merge", "start as the base"),
+        "files that other programs read",
+    ),
+    Advice(
+        "a diffusion model follows a picture",
+        ("controlnet", "t2i_adapter", "ip_adapter"),
+        ("do not merge",),
+        "a network beside it; `peftcore.call(model, condition=...)`",
+    ),
+)
+
+
+def tags_of(name: str) -> Tags:
+    return peftcore.method(name).tags
+
+
+def broken() -> list[str]:
+    """Claims that do not hold."""
+    return [
+        f"{name} does not {claim}"
+        for advice in ADVICE
+        for name in advice.methods
+        for claim in advice.claims
+        if not CLAIMS[claim](name, tags_of(name))
+    ]
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]], right: int = 0) -> str:
+    """Markdown; the last `right` columns hold numbers."""
+    names = list(head)
+    rule = ["---"] * (len(names) - right) + ["---:"] * right
+    return "\n".join(f"| {' | '.join(each)} |" for each in (names, rule, *rows)) + "\n"
+
+
+def named(methods: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in methods)
+
+
+def advice() -> str:
+    rows = [(each.need, named(each.methods), ", ".join(each.claims), each.why) for each in ADVICE]
+    return table(("you have, or want", "try", "which all", "why"), rows)
+
+
+def sizes() -> str:
+    """What the methods of the advice train by default, the smallest first."""
+    names = {name for each in ADVICE for name in each.methods}
+    found = {name: [trained(name, host) for host in HOSTS] for name in names}
+    ordered = sorted(found, key=lambda name: (next((n for n in found[name] if n is not None), 0), name))
+    rows = [(f"`{name}`", *(f"{n:,}" if n else "" for n in found[name])) for name in ordered if any(found[name])]
+    return table(("method", *HOSTS), rows, right=len(HOSTS))
+
+
+def kinds() -> str:
+    """Methods by what their tags say."""
+    tags = {info.name: info.tags for info in peftcore.methods()}
+    groups = {
+        "does not merge": [name for name, each in tags.items() if not each.mergeable],
+        "all rows of a batch alike": [name for name, each in tags.items() if not each.per_row],
+        "looks at data before training": [name for name, each in tags.items() if each.needs_data],
+        "changes with the steps: use `injection.optimizer`": [name for name, each in tags.items() if each.scheduled],
+        "is low rank: routes fast, can be written as a LoRA": [name for name, each in tags.items() if each.low_rank],
+        "changes outputs before it is trained": [name for name, each in tags.items() if not each.identity_at_init],
+    }
+    rows = [(what, str(len(names)), named(names)) for what, names in groups.items()]
+    return table((f"of {len(tags)} methods", "", "which"), rows)
+
+
+def memory() -> str:
+    """One step of training a Llama 2 7B in bfloat16, one row of 512 tokens, with AdamW."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+        for name in ("lora", "dora", "ia3", "houlsby_adapter"):
+            found = costs(folder, Wanted(name, {}), Size(1, 512), "bfloat16")
+            rows.append((f"`{name}`", found.memory))
+    parts = [(name, m.weights, m.adapter, m.gradients + m.optimizer, m.activations, m.total) for name, m in rows]
+    full = found.full
+    trained_state = full.gradients + full.optimizer
+    parts.append(("full fine-tuning", full.weights, 0, trained_state, full.activations, full.total))
+    head = ("", "weights", "adapter", "gradients, optimizer", "activations", "together")
+    return table(head, [(name, *(size(n or 0) for n in numbers)) for name, *numbers in parts], right=5)
+
+
+def steps() -> str:
+    """From the benchmarks' own record."""
+    rows = json.loads((ROOT / "benchmarks/results.json").read_text(encoding="utf-8"))["rows"]
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if match := re.fullmatch(r"step, (\w+): (time|peak memory).*", row["figure"]):
+            found.setdefault(match[1], {})[match[2]] = row["ours"]
+    lines = [(f"`{name}`", each["time"], each["peak memory"]) for name, each in found.items()]
+    return table(("method", "time of a step", "peak memory"), sorted(lines, key=lambda line: line[1]), right=2)
+
+
+def of_page(page: str, row: str) -> list[list[str]]:
+    """The cells of a page's table rows that match."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(row, text, re.MULTILINE)]
+
+
+def digits() -> str:
+    """From the example of digits that lie on their side."""
+    rows = of_page("examples/digits-classifiers/README.md", r"^\| (?:ViT|ConvNet) \|.*")
+    chosen = [(host, method, accuracy, values) for host, method, accuracy, values, _ in rows]
+    chosen.sort(key=lambda row: (row[0] != "ViT", int(row[3].replace(",", ""))))
+    return table(("host", "method", "accuracy", "trainable"), chosen, right=2)
+
+
+def tweets() -> str:
+    """From the page on training: MiniLM on tweets, three seeds."""
+    rows = of_page("docs/training.md", r"^\| .*compare .*\| 0\.\d+ ± .*|^\| the same: .*")
+    lines = [(f"`{name.rpartition(': ')[2]}`", values, score) for name, values, score, *_ in rows]
+    return table(("method", "trainable", "accuracy"), lines, right=2)
+
+
+def types_of_peft() -> str:
+    places = named_places("peftcore_translations", "translation")
+    keys = sorted(key for key in places if key.startswith("peft/"))
+    rows = [(f"`{key.removeprefix('peft/')}`", named(imported(places[key]).methods)) for key in keys]
+    return table(("peft's type", "method"), rows)
+
+
+SECTIONS: Mapping[str, Callable[[], str]] = {
+    "advice": advice,
+    "sizes": sizes,
+    "kinds": kinds,
+    "memory": memory,
+    "steps": steps,
+    "digits": digits,
+    "tweets": tweets,
+    "types of peft": types_of_peft,
+}
+PAGES = ("docs/choose.md", "docs/moving-from-peft.md")
+
+
+def filled(page: str, only: Iterable[str] = SECTIONS) -> str:
+    """A page with its sections written anew."""
+    wanted = set(only)
+
+    def section(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{SECTIONS[match[2]]()}\n{match[3]}" if match[2] in wanted else match[0]
+
+    return MARK.sub(section, page)
+
+
+def main() -> None:
+    """Write the pages."""
+    if wrong := broken():
+        raise SystemExit("\n".join(wrong))
+    for name in PAGES:
+        path = ROOT / name
+        path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
