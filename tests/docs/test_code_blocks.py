@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 import yaml
-from doc_pages import DOCS, OTHERS, ROOT, Block, blocks, name, of_peftcore
+from doc_pages import DOCS, ROOT, Block, blocks, name, of_peftcore
 from typer.testing import CliRunner
 
 from peftcore import catalogue
@@ -26,7 +26,9 @@ DEAR = {"--demo", "--sizes"}
 FILES = (".csv", ".jsonl", ".yaml", ".safetensors")
 RUN_WHOLE = [ROOT / "docs/start.md"]
 """Pages of which every command runs, but the dear ones."""
-PAGES = [page for page in [*DOCS, *OTHERS] if any(block.language == "python" for block in blocks(page))]
+PAGES = [
+    page for page in [*DOCS, ROOT / "CONTRIBUTING.md"] if any(block.language == "python" for block in blocks(page))
+]
 
 
 @pytest.fixture
