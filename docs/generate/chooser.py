@@ -60,7 +60,7 @@ CLAIMS: Mapping[str, Holds] = {
     "made for packed bases": lambda name, tags: tags.category == "quantized",
     "for several tasks": lambda name, tags: tags.category == "multitask",
     f"under {FEW:,} values in a {LARGE}": lambda name, tags: 0 < (trained(name, LARGE) or 0) < FEW,
-    **{f"act in a {host}": has_a_place(host) for host in HOSTS[2:]},
+    **{f"act in {host}": has_a_place(host) for host in HOSTS[2:]},
 }
 """What advice may say of its methods, and how it is found out."""
 
@@ -139,19 +139,19 @@ ADVICE = (
     Advice(
         "pictures, with a ViT",
         ("convpass", "adaptformer", "repadapter", "ssf", "vpt_deep"),
-        ("act in a ViT base",),
+        ("act in ViT base",),
         "made for patches; see the digits below",
     ),
     Advice(
         "pictures, with a ConvNet",
         ("locon", "ssf"),
-        ("act in a ResNet-50", "merge"),
+        ("act in ResNet-50", "merge"),
         "`lora`, `loha`, `lokr` and others know kernels too: say `target=nn.Conv2d`",
     ),
     Advice(
         "a diffusion model learns a style or a subject",
         ("lora", "locon", "loha", "oft"),
-        ("act in a SD 1.5 UNet", "merge", "start as the base"),
+        ("act in SD 1.5 UNet", "merge", "start as the base"),
         "files that other programs read",
     ),
     Advice(
@@ -231,7 +231,7 @@ def memory() -> str:
     trained_state = full.gradients + full.optimizer
     parts.append(("full fine-tuning", full.weights, 0, trained_state, full.activations, full.total))
     head = ("", "weights", "adapter", "gradients, optimizer", "activations", "together")
-    return table(head, [(name, *(size(n or 0) for n in numbers)) for name, *numbers in parts], right=5)
+    return table(head, [(name, *(size(n) if n else "" for n in numbers)) for name, *numbers in parts], right=5)
 
 
 def steps() -> str:
