@@ -17,10 +17,10 @@ from pathlib import Path
 import transformers
 
 import peftcore
-from peftcore.cli.costs import costs
-from peftcore.cli.example_inputs import Size
+from peftcore.cli.looking.costs import costs
+from peftcore.cli.looking.recorded import Wanted
+from peftcore.cli.models.example_inputs import Size
 from peftcore.cli.numbers import size
-from peftcore.cli.recorded import Wanted
 from peftcore.contract import Tags
 from peftcore.errors import PeftcoreError
 from peftcore.plugins import imported, named_places

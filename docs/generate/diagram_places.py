@@ -16,7 +16,7 @@ from torch import nn
 import peftcore
 from peftcore.applying import host_map, prepare, resolve_method, wishes_of
 from peftcore.branches import Bypass, is_post_norm
-from peftcore.cli.quiet import unlogged
+from peftcore.cli.looking.quiet import unlogged
 from peftcore.errors import ConfigError, PeftcoreError
 from peftcore.hosts import HostEntry, HostMap
 from peftcore.hosts.hostmap import part_roles

@@ -18,9 +18,9 @@ import snippets
 from diagram import svg
 from kept import ROOT, kept
 from peftcore.attention import AttentionOperator
-from peftcore.cli.quiet import unlogged
-from peftcore.cli.recorded import Recorded, Wanted
-from peftcore.cli.show import Shown
+from peftcore.cli.looking.quiet import unlogged
+from peftcore.cli.looking.recorded import Recorded, Wanted
+from peftcore.cli.looking.show import Shown
 from peftcore.contract import CATEGORIES, Method, MethodInfo
 from peftcore.operators import Operator, Replacement, WeightOperator
 from peftcore.references import REFERENCES, reference

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import facts
 from facts import Facts
+from peftcore.cli.looking.show import TAGS
 from peftcore.cli.pages import spelled
-from peftcore.cli.show import TAGS
 from prose import as_html, inline
 
 MARKS = {

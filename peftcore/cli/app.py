@@ -29,7 +29,7 @@ def settings(given: list[str] | None, flag: str = "--set", example: str = "train
     Raises:
         BadInput: one of them has no name, or a name is given twice.
     """
-    from peftcore.cli.runs import parse
+    from peftcore.cli.training.runs import parse
 
     found: dict[str, Any] = {}
     for each in given or ():

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from silent import Silent
 
-from peftcore.cli import train as job
-from peftcore.cli.run_folder import first_process
-from peftcore.cli.runs import Run
+from peftcore.cli.training import train as job
+from peftcore.cli.training.run_folder import first_process
+from peftcore.cli.training.runs import Run
 from peftcore.sharding import is_cut
 
 trainers: list[Any] = []

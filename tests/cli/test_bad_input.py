@@ -141,8 +141,10 @@ def test_weights_that_do_not_fit_the_config(encoder, csv_file, tmp_path):
 
 
 def test_a_method_that_cannot_act_on_the_model_is_refused_before_any_training(decoder, csv_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("peftcore.cli.compare.train", lambda *_: pytest.fail("a run began"))
-    monkeypatch.setattr("peftcore.cli.demo.RECIPES", {"lora": peftcore.cli.demo.Recipe(options={"target": "*.query"})})
+    monkeypatch.setattr("peftcore.cli.comparing.compare.train", lambda *_: pytest.fail("a run began"))
+    monkeypatch.setattr(
+        "peftcore.cli.training.demo.RECIPES", {"lora": peftcore.cli.training.demo.Recipe(options={"target": "*.query"})}
+    )
     refused("--model", decoder, "--data", csv_file, "--methods", "lora", "--out", tmp_path / "out")
 
 
@@ -170,7 +172,7 @@ def test_without_the_extra(monkeypatch, capsys):
 
 
 def test_a_fault_of_ours_is_exit_code_1_with_a_traceback(encoder, csv_file, tmp_path):
-    code = "import peftcore.cli.compare as c; c.compare = lambda *_: 1 / 0; import peftcore.cli; peftcore.cli.main()"
+    code = "import peftcore.cli.comparing.compare as c; c.compare = None; from peftcore.cli import main; main()"
     arguments = ["compare", "--model", encoder, "--data", csv_file, "--methods", "full", "--out", tmp_path / "out"]
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 1

@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore.cli.sources import splits
-from peftcore.cli.train import train
-from peftcore.cli.trials import Report, Trial
+from peftcore.cli.comparing.trials import Report, Trial
+from peftcore.cli.training.sources import splits
+from peftcore.cli.training.train import train
 from peftcore.errors import TrainingError
 
 METHODS = "linear_probe,bitfit,ln_tuning,ia3,lora,dora,houlsby_adapter,full"
@@ -153,7 +153,7 @@ def test_a_method_that_fails_on_the_way_is_reported_and_the_others_go_on(encoder
             raise TrainingError("the loss became nan")
         return train(run, board)
 
-    monkeypatch.setattr("peftcore.cli.compare.train", broken)
+    monkeypatch.setattr("peftcore.cli.comparing.compare.train", broken)
     report = compare(encoder, csv_file, tmp_path / "out", methods="bitfit,lora")
     assert report["failed"] == {"bitfit": "the loss became nan"}
     assert [trial["method"] for trial in report["trials"]] == ["lora"]

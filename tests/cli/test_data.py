@@ -1,7 +1,7 @@
 """Reading and splitting: pure functions of the file."""
 
-from peftcore.cli import demo
-from peftcore.cli.data import Example, make_task, read_rows, split
+from peftcore.cli.training import demo
+from peftcore.cli.training.data import Example, make_task, read_rows, split
 
 
 def examples(count: int) -> list[Example]:

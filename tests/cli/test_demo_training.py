@@ -17,10 +17,10 @@ import transformers
 from torch import nn
 
 import peftcore
-from peftcore.cli import demo
-from peftcore.cli.data import Encoded, encode
-from peftcore.cli.models import classifier, load_tokenizer
-from peftcore.cli.trials import FULL
+from peftcore.cli.comparing.trials import FULL
+from peftcore.cli.models.loading import classifier, load_tokenizer
+from peftcore.cli.training import demo
+from peftcore.cli.training.data import Encoded, encode
 
 TEXTS, STEPS, BATCH_SIZE = 32, 16, 16
 METHODS = [name for name in demo.RECIPES if name not in ("linear_probe", FULL)]

@@ -4,7 +4,7 @@ import itertools
 import random
 import re
 
-from peftcore.cli.folding import fold, spans
+from peftcore.cli.looking.folding import fold, spans
 
 
 def test_layers_fold() -> None:

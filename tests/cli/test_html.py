@@ -14,11 +14,11 @@ import pytest
 from matplotlib.text import Annotation
 from PIL import Image
 
-from peftcore.cli import curves, html, plots
-from peftcore.cli.labels import plain, shorten, spread
+from peftcore.cli.comparing import curves, html, plots
+from peftcore.cli.comparing.labels import plain, shorten, spread
+from peftcore.cli.comparing.summary import findings
+from peftcore.cli.comparing.trials import Report, Trial, front
 from peftcore.cli.numbers import SPACE, decimals, digits, duration, fixed, listed, percent, short, size
-from peftcore.cli.summary import findings
-from peftcore.cli.trials import Report, Trial, front
 
 TOTAL = 1_000_000
 NASTY = '<script>alert(1)</script> & "quotes" $x^\x07'

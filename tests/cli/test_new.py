@@ -17,8 +17,8 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import peftcore
+from peftcore.cli.authoring.new import LONGEST
 from peftcore.cli.commands import app
-from peftcore.cli.new import LONGEST
 from peftcore.testing.kit import ALL
 
 ROOT = Path(__file__).parents[2]

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import peftcore
-from peftcore.cli.activations import Batch, kept, named_tensors
 from peftcore.cli.commands import app
-from peftcore.cli.example_inputs import Size
-from peftcore.cli.recorded import Wanted
-from peftcore.cli.skeletons import skeleton
+from peftcore.cli.looking.recorded import Wanted
+from peftcore.cli.models.activations import Batch, kept, named_tensors
+from peftcore.cli.models.example_inputs import Size
+from peftcore.cli.models.skeletons import skeleton
 
 Folders = Callable[[str], Path]
 

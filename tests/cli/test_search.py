@@ -13,13 +13,13 @@ from optuna.storages.journal import JournalFileBackend
 from silent import Silent
 from typer.testing import CliRunner
 
-from peftcore.cli import search as job
-from peftcore.cli import studies
-from peftcore.cli.budget import memory, values
 from peftcore.cli.commands import app
-from peftcore.cli.compare import Candidate
+from peftcore.cli.comparing.compare import Candidate
+from peftcore.cli.comparing.trials import Trial
 from peftcore.cli.errors import BadInput
-from peftcore.cli.trials import Trial
+from peftcore.cli.searching import search as job
+from peftcore.cli.searching import studies
+from peftcore.cli.searching.budget import memory, values
 from peftcore.errors import TrainingError
 
 BUDGET = 170
@@ -136,7 +136,7 @@ def searched(file: Path, **more: object) -> job.Job:
 
 
 def job_values(file: Path) -> dict:
-    from peftcore.cli.runs import load
+    from peftcore.cli.training.runs import load
 
     return load(file)
 

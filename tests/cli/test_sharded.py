@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from silent import Silent
 
-from peftcore.cli import train as job
-from peftcore.cli.runs import Run
+from peftcore.cli.training import train as job
+from peftcore.cli.training.runs import Run
 
 METHODS = {
     "lora": {"rank": 4},  # beside weights

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
+from peftcore.cli.looking.show import Option, Shown, options_table, paragraphs
 from peftcore.cli.pages import console
-from peftcore.cli.show import Option, Shown, options_table, paragraphs
 from peftcore.references import budgets
 
 

@@ -10,8 +10,8 @@ import transformers
 from looking import CONFIGS, folder_of
 
 from peftcore.cli.errors import BadInput
-from peftcore.cli.example_inputs import Size, Unknown
-from peftcore.cli.skeletons import skeleton
+from peftcore.cli.models.example_inputs import Size, Unknown
+from peftcore.cli.models.skeletons import skeleton
 
 
 def written(folder: Path, config: Any, name: str = "config.json") -> str:

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 import peftcore
 from peftcore.cli.commands import app
 from peftcore.cli.errors import BadInput
-from peftcore.cli.models import from_pretrained
-from peftcore.cli.runs import Run, read
-from peftcore.cli.sources import splits
+from peftcore.cli.models.loading import from_pretrained
 from peftcore.cli.tasks import TASKS, find
 from peftcore.cli.tasks.token_classification import scores
+from peftcore.cli.training.runs import Run, read
+from peftcore.cli.training.sources import splits
 
 
 def trained(*arguments: object) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import peftcore
-from peftcore.cli import train as job
 from peftcore.cli.commands import app
-from peftcore.cli.run_folder import COMPLETE
-from peftcore.cli.runs import Run, load, read
 from peftcore.cli.tasks import find
 from peftcore.cli.tasks.chat import ChatData
+from peftcore.cli.training import train as job
+from peftcore.cli.training.run_folder import COMPLETE
+from peftcore.cli.training.runs import Run, load, read
 
 
 def trained(*arguments: object) -> str:
@@ -122,7 +122,7 @@ def test_a_folder_holds_one_run(tweets: Any) -> None:
 
 KILLED = """
 import os, signal, sys
-from peftcore.cli import train as job
+from peftcore.cli.training import train as job
 end = job.Watch.on_step_end
 def killed(self, args, state, control, **kwargs):
     end(self, args, state, control, **kwargs)

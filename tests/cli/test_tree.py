@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from peftcore.applying import host_map
 from peftcore.cli.commands import app
-from peftcore.cli.host_tree import shown
-from peftcore.cli.recorded import Wanted
-from peftcore.cli.skeletons import skeleton
+from peftcore.cli.looking.host_tree import shown
+from peftcore.cli.looking.recorded import Wanted
+from peftcore.cli.models.skeletons import skeleton
 
 
 @pytest.fixture(scope="module")

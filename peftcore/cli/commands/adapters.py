@@ -39,7 +39,7 @@ def inspect(adapter: Adapter, json: Json = False) -> None:
         from rich.console import Console
 
         from peftcore.checkpoint import describe
-        from peftcore.cli import adapter_tables as tables
+        from peftcore.cli.adapters import tables
 
         about = describe(adapter)
         if json:
@@ -69,9 +69,8 @@ def merge(
         output = _output(out, overwrite, [model, *map(Path, adapters)])
         from rich.console import Console
 
-        from peftcore.cli import adapter_tables as tables
-        from peftcore.cli import adapters as jobs
-        from peftcore.cli.adapter_hosts import Wanted
+        from peftcore.cli.adapters import jobs, tables
+        from peftcore.cli.adapters.hosts import Wanted
 
         wanted = Wanted(model, component, model_class)
         read = [jobs.read(each) for each in adapters]
@@ -103,9 +102,8 @@ def convert(
     with _at_work() as display:
         from rich.console import Console
 
-        from peftcore.cli import adapter_tables as tables
-        from peftcore.cli import adapters as jobs
-        from peftcore.cli.adapter_hosts import Wanted, base_folder
+        from peftcore.cli.adapters import jobs, tables
+        from peftcore.cli.adapters.hosts import Wanted, base_folder
 
         format = _format(to)
         read = jobs.read(adapter)
@@ -140,9 +138,8 @@ def export_lora(
         output = _output(out, overwrite, [model, Path(adapter)])
         from rich.console import Console
 
-        from peftcore.cli import adapter_tables as tables
-        from peftcore.cli import adapters as jobs
-        from peftcore.cli.adapter_hosts import Wanted
+        from peftcore.cli.adapters import jobs, tables
+        from peftcore.cli.adapters.hosts import Wanted
 
         read = jobs.read(adapter)
         with display() as line:
@@ -164,8 +161,8 @@ def _at_work() -> Iterator[Any]:
     def display() -> Any:
         from rich.console import Console
 
-        from peftcore.cli.progress import Line
-        from peftcore.cli.quiet import no_bars
+        from peftcore.cli.looking.quiet import no_bars
+        from peftcore.cli.training.progress import Line
 
         no_bars()
         return Line(Console(stderr=True))
@@ -185,7 +182,7 @@ def _output(out: Path, overwrite: bool, sources: Sequence[Path]) -> Any:
 
 def _format(name: str) -> str:
     """What `save` calls a format."""
-    from peftcore.cli.adapter_results import NATIVE, OURS, shown_format
+    from peftcore.cli.adapters.results import NATIVE, OURS, shown_format
     from peftcore.interop.formats import format_named, formats
 
     found = OURS if name == NATIVE else name

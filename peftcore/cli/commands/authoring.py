@@ -34,8 +34,8 @@ def new(
         from peftcore.cli.errors import require
 
         require({"jinja2": "peftcore[cli]"})
-        from peftcore.cli import new as job
         from peftcore.cli import pages
+        from peftcore.cli.authoring import new as job
         from peftcore.contract import CATEGORIES
 
         if template is Template.quantizer and (category is not None or activations is not None):

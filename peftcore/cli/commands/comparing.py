@@ -50,8 +50,8 @@ def compare(
         "seeds": None if seeds is None else seeds.split(","),
     }
     with answered():
-        from peftcore.cli import demo as tweets
-        from peftcore.cli import runs
+        from peftcore.cli.training import demo as tweets
+        from peftcore.cli.training import runs
 
         values: dict[str, Any] = {} if config is None else runs.load(config)
         if tuning and not demo:
@@ -65,9 +65,9 @@ def compare(
         # Not before the input has been read: what follows imports torch and transformers.
         from rich.console import Console
 
-        from peftcore.cli import compare as job
-        from peftcore.cli.progress import Bars
-        from peftcore.cli.report import table
+        from peftcore.cli.comparing import compare as job
+        from peftcore.cli.comparing.report import table
+        from peftcore.cli.training.progress import Bars
 
         where = str(config or "the options")
         comparison = runs.read(job.Comparison, values, [*given(flags), *settings(set_).items()], where)

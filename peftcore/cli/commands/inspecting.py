@@ -43,10 +43,11 @@ def plan(
     """
     with answered():
         options = settings(option, "--option", "rank=16")
-        from peftcore.cli import costs_page, pages
-        from peftcore.cli.costs import costs
-        from peftcore.cli.example_inputs import Size
-        from peftcore.cli.recorded import Wanted
+        from peftcore.cli import pages
+        from peftcore.cli.looking import costs_page
+        from peftcore.cli.looking.costs import costs
+        from peftcore.cli.looking.recorded import Wanted
+        from peftcore.cli.models.example_inputs import Size
 
         wanted = Wanted(method, options, target, exclude, train or ())
         found = costs(model, wanted, Size(batch_size, length), dtype)
@@ -71,8 +72,9 @@ def tree(
     """
     with answered():
         options = settings(option, "--option", "rank=16")
-        from peftcore.cli import host_tree, pages
-        from peftcore.cli.recorded import Wanted
+        from peftcore.cli import pages
+        from peftcore.cli.looking import host_tree
+        from peftcore.cli.looking.recorded import Wanted
 
         found = host_tree.shown(model, [Wanted(method, options, target, exclude) for method in methods or ()])
         if json:

@@ -21,7 +21,7 @@ def methods(
         from rich.console import Console
 
         import peftcore
-        from peftcore.cli import listing
+        from peftcore.cli.looking import listing
         from peftcore.contract import CATEGORIES
 
         if category is not None and category not in CATEGORIES:
@@ -41,7 +41,7 @@ def show(
     """Describe a method: equation, paper, options, what it can do, and what it trains in known models."""
     with answered():
         from peftcore.cli import pages
-        from peftcore.cli.show import Shown
+        from peftcore.cli.looking.show import Shown
 
         found = Shown.of(method)
         if json:
@@ -70,7 +70,7 @@ def doctor(json: Json = False) -> None:
     """
     with answered():
         from peftcore.cli import pages
-        from peftcore.cli.doctor import examine, page
+        from peftcore.cli.looking.doctor import examine, page
 
         found = examine()
         if json:

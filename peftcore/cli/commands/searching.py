@@ -64,9 +64,9 @@ def search(
         "out": out,
     }
     with answered():
-        from peftcore.cli import demo as tweets
-        from peftcore.cli import runs
         from peftcore.cli.errors import require
+        from peftcore.cli.training import demo as tweets
+        from peftcore.cli.training import runs
 
         require({"optuna": "peftcore[cli]"})
         values: dict[str, Any] = {} if config is None else runs.load(config)
@@ -79,9 +79,9 @@ def search(
         from rich.console import Console
 
         from peftcore.cli import pages
-        from peftcore.cli import search as job
-        from peftcore.cli.progress import Bars
-        from peftcore.cli.report import table
+        from peftcore.cli.comparing.report import table
+        from peftcore.cli.searching import search as job
+        from peftcore.cli.training.progress import Bars
 
         where = str(config or "the options")
         what = runs.read(job.Search, values, [*given(flags), *settings(set_).items()], where)

@@ -47,17 +47,17 @@ def train(
         "out": out,
     }
     with answered():
-        from peftcore.cli import runs
+        from peftcore.cli.training import runs
 
         values = {} if config is None else runs.load(config)
         run = runs.read(runs.Run, values, [*given(flags), *settings(set_).items()], str(config or "the options"))
         # Not before the input has been read: what follows imports torch and transformers.
         from rich.console import Console
 
-        from peftcore.cli import train as job
-        from peftcore.cli.progress import Line
-        from peftcore.cli.quiet import no_bars
-        from peftcore.cli.run_folder import first_process
+        from peftcore.cli.looking.quiet import no_bars
+        from peftcore.cli.training import train as job
+        from peftcore.cli.training.progress import Line
+        from peftcore.cli.training.run_folder import first_process
 
         no_bars()
         others = not first_process()  # of several processes, one speaks

@@ -10,10 +10,10 @@ import transformers
 from pydantic import PositiveInt
 from torch import Tensor
 
-from peftcore.cli.models import from_pretrained
-from peftcore.cli.runs import Run
+from peftcore.cli.models.loading import from_pretrained
 from peftcore.cli.tasks._language import costs, perplexity
 from peftcore.cli.tasks.task import IGNORED, Data, Prepared
+from peftcore.cli.training.runs import Run
 
 
 class CausalData(Data):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftcore.cli.data import TEXT_NAMES, choose_column
 from peftcore.cli.errors import BadInput
-from peftcore.cli.models import load_tokenizer
-from peftcore.cli.runs import Run
-from peftcore.cli.sources import splits
+from peftcore.cli.models.loading import load_tokenizer
 from peftcore.cli.tasks._causal import CausalData, prepared
 from peftcore.cli.tasks.task import Prepared, Task
+from peftcore.cli.training.data import TEXT_NAMES, choose_column
+from peftcore.cli.training.runs import Run
+from peftcore.cli.training.sources import splits
 
 
 class CausalTextData(CausalData):

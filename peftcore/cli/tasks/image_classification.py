@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 import transformers
 
-from peftcore.cli.data import LABEL_NAMES, choose_column, label_order
 from peftcore.cli.errors import BadInput
-from peftcore.cli.models import UNREADABLE, classifier, origin, unreadable
-from peftcore.cli.runs import Run
-from peftcore.cli.sources import splits
+from peftcore.cli.models.loading import UNREADABLE, classifier, origin, unreadable
 from peftcore.cli.tasks._classes import accuracy, predictions
 from peftcore.cli.tasks.task import Data, Prepared, Task
+from peftcore.cli.training.data import LABEL_NAMES, choose_column, label_order
+from peftcore.cli.training.runs import Run
+from peftcore.cli.training.sources import splits
 
 IMAGES = ("image", "img", "picture", "pixel_values")
 

@@ -9,12 +9,12 @@ import torch
 import transformers
 from pydantic import PositiveInt
 
-from peftcore.cli.data import TEXT_NAMES, choose_column
-from peftcore.cli.models import from_pretrained, load_tokenizer
-from peftcore.cli.runs import Run
-from peftcore.cli.sources import splits
+from peftcore.cli.models.loading import from_pretrained, load_tokenizer
 from peftcore.cli.tasks._language import costs, perplexity
 from peftcore.cli.tasks.task import IGNORED, Data, Prepared, Task
+from peftcore.cli.training.data import TEXT_NAMES, choose_column
+from peftcore.cli.training.runs import Run
+from peftcore.cli.training.sources import splits
 
 SOURCES = ("source", "input", "document", "article", "question", *TEXT_NAMES)
 TARGETS = ("target", "output", "summary", "highlights", "answer", "translation")

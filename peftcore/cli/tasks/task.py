@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from pydantic import PositiveInt
 from torch import nn
 
-from peftcore.cli.runs import Options, Run
+from peftcore.cli.training.runs import Options, Run
 
 IGNORED = -100
 """The label of tokens that do not count, by torch's custom."""

@@ -7,12 +7,12 @@ from typing import Any
 import transformers
 from pydantic import PositiveInt
 
-from peftcore.cli.data import LABEL_NAMES, TEXT_NAMES, Example, choose_column, encode, make_task
-from peftcore.cli.models import classifier, load_tokenizer
-from peftcore.cli.runs import Run
-from peftcore.cli.sources import splits
+from peftcore.cli.models.loading import classifier, load_tokenizer
 from peftcore.cli.tasks._classes import accuracy, predictions
 from peftcore.cli.tasks.task import Data, Prepared, Task
+from peftcore.cli.training.data import LABEL_NAMES, TEXT_NAMES, Example, choose_column, encode, make_task
+from peftcore.cli.training.runs import Run
+from peftcore.cli.training.sources import splits
 
 
 class TextData(Data):

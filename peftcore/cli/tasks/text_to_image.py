@@ -10,14 +10,14 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore.cli.data import TEXT_NAMES, choose_column
 from peftcore.cli.errors import BadInput
-from peftcore.cli.models import UNREADABLE, unreadable
-from peftcore.cli.run_folder import first_process
-from peftcore.cli.runs import Run
-from peftcore.cli.sources import splits
+from peftcore.cli.models.loading import UNREADABLE, unreadable
 from peftcore.cli.tasks.image_classification import IMAGES
 from peftcore.cli.tasks.task import Data, Prepared, Task
+from peftcore.cli.training.data import TEXT_NAMES, choose_column
+from peftcore.cli.training.run_folder import first_process
+from peftcore.cli.training.runs import Run
+from peftcore.cli.training.sources import splits
 
 
 class CaptionedData(Data):

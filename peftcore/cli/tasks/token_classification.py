@@ -8,13 +8,13 @@ import numpy as np
 import transformers
 from pydantic import PositiveInt
 
-from peftcore.cli.data import choose_column, label_order
 from peftcore.cli.errors import BadInput
-from peftcore.cli.models import classifier, load_tokenizer
-from peftcore.cli.runs import Run
-from peftcore.cli.sources import splits
+from peftcore.cli.models.loading import classifier, load_tokenizer
 from peftcore.cli.tasks._classes import predictions
 from peftcore.cli.tasks.task import IGNORED, Data, Prepared, Task
+from peftcore.cli.training.data import choose_column, label_order
+from peftcore.cli.training.runs import Run
+from peftcore.cli.training.sources import splits
 
 WORDS = ("tokens", "words")
 TAGS = ("tags", "ner_tags", "pos_tags", "labels")

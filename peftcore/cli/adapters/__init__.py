@@ -1,0 +1,1 @@
+"""Jobs of the commands that work on adapter files: merge, convert, export-lora."""

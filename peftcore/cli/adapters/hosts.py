@@ -1,0 +1,127 @@
+"""The model that an adapter is for: found, opened, checked to be whole, and written again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import peftcore
+from peftcore.cli.errors import BadInput
+from peftcore.cli.models.files import PIPELINE, read_config
+from peftcore.cli.models.opening import MadeOn, Opened, components, open_model
+from peftcore.errors import NoWeights, PeftcoreError
+from peftcore.injection import Injection
+from peftcore.interop.description import Description
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user says of the model."""
+
+    folder: Path
+    component: str | None = None
+    model_class: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies, and what is known of it."""
+
+    folder: Path
+    made_on: MadeOn
+    pipeline: Path | None = None
+    """The folder of the pipeline that it is a part of."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A file, and what it says about itself."""
+
+    path: str
+    about: Description
+
+    def made_on(self, wanted: Wanted) -> MadeOn:
+        about = self.about
+        return MadeOn(about.host, about.task, about.trained, about.base, wanted.model_class)
+
+
+def find_source(wanted: Wanted, adapter: Adapter) -> Source:
+    """The folder of the model that an adapter is for: of a pipeline, the one part on which it fits.
+
+    Raises:
+        BadInput: it fits on none, or on several.
+    """
+    model, made_on, component = wanted.folder, adapter.made_on(wanted), wanted.component
+    if not (model / PIPELINE).is_file():
+        if component is not None:
+            raise BadInput(f"{model} is no pipeline (it has no {PIPELINE}); leave out --component")
+        return Source(model, made_on)
+    parts = components(model)
+    if component is not None and component not in parts:
+        raise BadInput(f"{model} has no component {component!r}; its models are {', '.join(parts) or 'none'}")
+    reasons = {} if component is not None else {name: misfit(parts[name], made_on, adapter) for name in parts}
+    fitting = [component] if component is not None else [name for name, reason in reasons.items() if not reason]
+    if not fitting:
+        said = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+        raise BadInput(f"{adapter.path} fits on none of the models in {model}:{said}")
+    if len(fitting) > 1:
+        raise BadInput(f"{adapter.path} fits on {' and on '.join(fitting)}; say which is meant, with --component")
+    return Source(parts[fitting[0]], made_on, model)
+
+
+def misfit(folder: Path, made_on: MadeOn, adapter: Adapter) -> str:
+    """Why an adapter is not for a model; nothing where it is."""
+    try:
+        loaded(open_model(folder, False, made_on), adapter, "adapter")
+    except NoWeights:
+        return ""
+    except PeftcoreError as error:
+        return str(error)
+    return ""
+
+
+def base_folder(adapter: Adapter) -> Path:
+    """The model that an adapter's own file names."""
+    base = adapter.about.base
+    if base and Path(base).is_dir():
+        return Path(base)
+    named = f"its file names {base!r}, which is no folder here" if base else "its file names none"
+    raise BadInput(f"give --model, the model that {adapter.path} is for: {named}")
+
+
+def loaded(opened: Opened, adapter: Adapter, name: str) -> Injection:
+    """Load an adapter onto the bare model, whatever else is on it."""
+    injection = peftcore.load(opened.model, adapter.path, name=name)
+    peftcore.activate(opened.model)
+    return injection
+
+
+def check_complete(opened: Opened, folder: Path, injections: Sequence[Injection], weights: Sequence[float]) -> None:
+    """What the folder does not have is brought by the adapters, and by one alone."""
+    brought: dict[str, float] = {}
+    for injection, weight in zip(injections, weights, strict=True):
+        for path in injection.trained_along:
+            if path in brought:
+                raise BadInput(f"two of the adapters bring {path}, and the model has one; merge one of them")
+            brought[path] = weight
+    if lacking := sorted(set(opened.fresh) - brought.keys()):
+        raise BadInput(f"{folder}: its weights do not fit its config; missing or misshaped: {', '.join(lacking[:4])}")
+    partly = [path for path in opened.fresh if brought[path] != 1.0]
+    if partly:
+        raise BadInput(f"the model has no {partly[0]}, so all of it comes from the adapter: its weight has to be 1")
+
+
+def write(opened: Opened, source: Source, folder: Path) -> None:
+    """A model, or the pipeline that it is a part of with all others as they are."""
+    if source.pipeline is None:
+        opened.write(folder)
+        return
+    for name in filter(str.isidentifier, read_config(source.pipeline / PIPELINE)):
+        part = source.pipeline / name
+        if part == source.folder:
+            opened.write(folder / name)
+        elif part.is_dir():
+            shutil.copytree(part, folder / name)
+    shutil.copyfile(source.pipeline / PIPELINE, folder / PIPELINE)

@@ -1,0 +1,163 @@
+"""The jobs of the commands that work on adapter files: merge, convert, export as a LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import peftcore
+from peftcore.checkpoint import describe
+from peftcore.cli.adapters.hosts import Adapter, Source, Wanted, check_complete, find_source, loaded, write
+from peftcore.cli.adapters.results import Converted, Exported, Merged, shown_format
+from peftcore.cli.errors import BadInput
+from peftcore.cli.models.opening import open_model
+from peftcore.cli.output import Output
+from peftcore.errors import CheckpointError, NotMergeable, NoWeights
+from peftcore.injection import Injection
+from peftcore.interop.formats import recognize
+from peftcore.merging import Into
+
+
+class Display(Protocol):
+    """Where a job says what it is doing."""
+
+    def phase(self, name: str, total: int | None) -> None:
+        """A stretch of work begins."""
+
+
+def read(path: str) -> Adapter:
+    """An adapter file; one that cannot be loaded is refused before a model is."""
+    about = describe(path)
+    if about.problem:
+        raise CheckpointError(about.problem).about(about.files[0].path)
+    return Adapter(path, about)
+
+
+def merge(
+    wanted: Wanted,
+    adapters: Sequence[Adapter],
+    output: Output,
+    weights: Sequence[float],
+    into: Into,
+    max_error: float,
+    display: Display,
+) -> list[Merged]:
+    """Fold adapters into a model, in this order, and write it."""
+    check_mergeable(adapters)
+    source = find_source(wanted, adapters[0])
+    if source.pipeline is not None and source.pipeline.resolve() in output.path.parents:
+        raise BadInput(f"--out {output.shown} lies inside the pipeline, which is copied; choose a folder outside of it")
+    display.phase("loading", None)
+    heads = [each.made_on(wanted) for each in adapters if each.about.trained]
+    opened = open_model(source.folder, made_on=next(iter(heads), source.made_on))
+    injections = [loaded(opened, adapter, f"adapter{index}") for index, adapter in enumerate(adapters)]
+    check_complete(opened, source.folder, injections, weights)
+    display.phase("merging", None)
+    merged = []
+    for adapter, injection, weight in zip(adapters, injections, weights, strict=True):
+        report = injection.merge(None, into=into, max_error=max_error, weight=weight)
+        merged.append(Merged(adapter.path, injection.method.name, weight, len(injection.grafts), report))
+    for injection in injections:
+        injection.bake()
+    if into == "float":
+        opened.unpack()
+    display.phase("writing", None)
+    with output.filled() as folder:
+        write(opened, source, folder)
+    return merged
+
+
+def convert(wanted: Wanted, adapter: Adapter, to: str, output: Output, display: Display) -> Converted:
+    """Write an adapter in another format."""
+    display.phase("reading", None)
+    source = find_source(wanted, adapter)
+    try:
+        injection, weights = converted(source, adapter, to, output, False), False
+    except NoWeights:
+        display.phase("loading", None)
+        injection, weights = converted(source, adapter, to, output, True), True
+    return Converted(
+        adapter=adapter.path,
+        was=shown_format(adapter.about.format),
+        now=shown_format(to),
+        method=injection.method.name,
+        sites=len(injection.grafts),
+        values=numbers(injection),
+        model=source.folder,
+        weights=weights,
+        files=files_of(output),
+    )
+
+
+def converted(source: Source, adapter: Adapter, to: str, output: Output, weights: bool) -> Injection:
+    """Load an adapter on a model with or without its weights, and write it.
+
+    Raises:
+        NoWeights: it takes the weights.
+    """
+    injection = loaded(open_model(source.folder, weights, source.made_on), adapter, "adapter")
+    with output.filled() as folder:
+        save(injection, to, folder, output)
+    return injection
+
+
+def load_whole(wanted: Wanted, adapter: Adapter, display: Display) -> Injection:
+    """An adapter on its model, with all weights, for what depends on them."""
+    check_mergeable([adapter])
+    source = find_source(wanted, adapter)
+    display.phase("loading", None)
+    opened = open_model(source.folder, made_on=source.made_on)
+    injection = loaded(opened, adapter, "adapter")
+    check_complete(opened, source.folder, [injection], [1.0])
+    return injection
+
+
+def export_lora(
+    injection: Injection, adapter: Adapter, rank: int, to: str, output: Output, max_error: float | None
+) -> Exported:
+    """Write the LoRA that is nearest to what an adapter does to weights."""
+    lora, errors = peftcore.to_lora(injection, rank)
+    worst = max(errors, key=errors.__getitem__)
+    if max_error is not None and not errors[worst] <= max_error:
+        raise BadInput(
+            f"rank {rank} loses {errors[worst]:.3g} of the change at {worst}, more than --max-error {max_error:g}; "
+            "nothing was written. A higher --rank loses less"
+        )
+    method = injection.method.name
+    injection.remove()
+    with output.filled() as folder:
+        save(lora, to, folder, output)
+    return Exported(adapter.path, method, rank, shown_format(to), errors, numbers(lora), files_of(output))
+
+
+def check_mergeable(adapters: Sequence[Adapter]) -> None:
+    """Refuse what changes no weights before a model is loaded; what depends on options shows later."""
+    for adapter in adapters:
+        for name in adapter.about.methods:
+            if not peftcore.method(name).tags.mergeable:
+                raise NotMergeable(f"{adapter.path}: {name} makes no change of weights that could be merged")
+
+
+def save(injection: Injection, to: str, folder: Path, output: Output) -> None:
+    """Write an adapter; what is to be one file must be one that says all."""
+    injection.save(folder, format=to)
+    if output.single:
+        [file] = folder.glob("*.safetensors")
+        try:
+            recognize(file)
+        except CheckpointError as error:
+            what = f"an adapter in the format {to} is a folder, for its tensors do not say what they are"
+            raise BadInput(f"--out {output.shown}: {what}") from error
+
+
+def numbers(injection: Injection) -> int:
+    """How many numbers an adapter's tensors hold."""
+    return sum(each.numel() for each in injection.state_dict().values())
+
+
+def files_of(output: Output) -> tuple[str, ...]:
+    """What was written."""
+    if output.path.is_file():
+        return (str(output.shown),)
+    return tuple(str(output.shown / each.name) for each in sorted(output.path.iterdir()))

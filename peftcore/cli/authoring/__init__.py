@@ -1,0 +1,1 @@
+"""The job of ``peftcore new``, and its templates."""

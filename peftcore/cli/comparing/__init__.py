@@ -1,0 +1,1 @@
+"""The job of ``peftcore compare``, and its report."""

@@ -1,0 +1,236 @@
+"""The job of ``peftcore show``: all that a method says about itself, and what it trains in models that people know."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+import peftcore
+from peftcore.cli.looking.quiet import quiet
+from peftcore.cli.pages import columns, spelled
+from peftcore.contract import Method, MethodInfo
+
+INDENT = 4
+ARXIV = re.compile(r"\d{4}\.\d{4,5}")
+TAGS = {
+    "mergeable": "merges into the weights of the model",
+    "identity_at_init": "changes nothing until it has trained",
+    "per_row": "rows of a batch may go to different adapters",
+    "low_rank": "its update is two factors: it can be turned into LoRA",
+    "needs_data": "looks at data before it trains",
+    "scheduled": "changes while it trains, by the number of steps",
+}
+"""What the tags mean, in the order in which they are shown."""
+RULES = {
+    "exclusiveMinimum": "> {}",
+    "minimum": "≥ {}",
+    "exclusiveMaximum": "< {}",
+    "maximum": "≤ {}",
+    "multipleOf": "multiple of {}",
+    "minItems": "at least {} of them",
+    "maxItems": "at most {} of them",
+    "minLength": "at least {} characters",
+    "maxLength": "at most {} characters",
+    "pattern": "matches {}",
+}
+"""Rules of JSON schema, in words."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a method, as its schema has it."""
+
+    name: str
+    type: str
+    required: bool
+    default: Any
+    rule: str
+    description: str
+
+    @classmethod
+    def of(cls, name: str, field: FieldInfo, schema: Mapping[str, Any]) -> Option:
+        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        description = " ".join(schema.get("description", "").replace("``", "").split())
+        return cls(name, type_of(schema), field.is_required(), default, rule_of(schema), description)
+
+    @property
+    def default_text(self) -> str:
+        return "required" if self.required else spelled(self.default)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A method, from its class."""
+
+    info: MethodInfo
+    cls: type[Method]
+
+    @classmethod
+    def of(cls, name: str) -> Shown:
+        """The method of that name.
+
+        Raises:
+            UnknownMethod, AmbiguousMethod, PluginError: there is none, or not one.
+        """
+        found = peftcore.method(name)
+        named = [info for info in peftcore.methods() if info.name == found.name]
+        info = next(info for info in named if peftcore.method(f"{info.plugin}/{info.name}") is found)
+        return cls(info, found)
+
+    @property
+    def text(self) -> str:
+        """Equation, differences to the paper, formula, advice: what the method's module begins with."""
+        module = inspect.getmodule(self.cls)
+        return inspect.cleandoc((module and module.__doc__) or self.cls.__doc__ or "")
+
+    @property
+    def link(self) -> str:
+        """Where the paper is; or its reference, where it has no number at arXiv."""
+        paper = self.cls.tags.paper
+        return f"https://arxiv.org/abs/{paper}" if ARXIV.fullmatch(paper) else paper
+
+    @property
+    def options(self) -> list[Option]:
+        schemas = self.cls.Config.model_json_schema()["properties"]
+        fields = self.cls.Config.model_fields
+        names = sorted((name for name in fields if name != "method"), key=lambda name: name == "overrides")
+        return [Option.of(name, fields[name], schemas[name]) for name in names]
+
+    @cached_property
+    def budgets(self) -> Mapping[str, int]:
+        """What trains by default in the reference models."""
+        with quiet():
+            return self.info.budgets
+
+    @property
+    def targets(self) -> list[str]:
+        target = self.cls.target
+        return [target] if isinstance(target, str) else list(target)
+
+    def as_dict(self) -> dict[str, Any]:
+        tags = self.cls.tags
+        return {
+            "name": self.info.name,
+            "aliases": list(self.info.aliases),
+            "plugin": self.info.plugin,
+            "distribution": self.info.distribution,
+            "category": tags.category,
+            "paper": tags.paper,
+            "link": self.link,
+            "text": self.text,
+            "options": [vars(option) for option in self.options],
+            "tags": {name: vars(tags)[name] for name in TAGS},
+            "identity_options": None if tags.identity_options is None else dict(tags.identity_options),
+            "targets": self.targets,
+            "parameters": dict(self.budgets),
+            "proven": tags.proven,
+            "checked_against": tags.checked_against,
+        }
+
+    def page(self) -> RenderableType:
+        """For people."""
+        tags = self.cls.tags
+        return Group(
+            Text.assemble((self.info.name, "bold"), f"  {tags.category}, {self.info.distribution}"),
+            Text(self.link, f"link {self.link}" if self.link.startswith("https:") else ""),
+            "",
+            *paragraphs(self.text),
+            options_table(self.options),
+            "",
+            self.facts(),
+            "",
+            budgets_table(self.budgets),
+        )
+
+    def facts(self) -> Table:
+        """Tags and other things that take a line each."""
+        tags = self.cls.tags
+        table = columns("", "", header=False)
+        table.add_row("acts at", ", ".join(self.targets) or "what its options say")
+        if self.info.aliases:
+            table.add_row("also called", ", ".join(self.info.aliases))
+        for name, meaning in TAGS.items():
+            table.add_row(meaning, yes_or_no(vars(tags)[name]))
+        if tags.identity_options:
+            options = " ".join(f"{name}={spelled(value)}" for name, value in tags.identity_options.items())
+            table.add_row("changes nothing at first with", options)
+        table.add_row("checked against", tags.checked_against or "its equation alone: experimental")
+        return table
+
+
+def paragraphs(text: str) -> Iterator[RenderableType]:
+    """Prose in the width that there is; lines that are set in (equations, mostly) stay lines."""
+    for paragraph in text.split("\n\n"):
+        for indented, lines in groupby(paragraph.splitlines(), lambda line: line.startswith(" ")):
+            if indented:
+                yield from (Padding(Text(line.strip()), (0, 0, 0, INDENT)) for line in lines)
+            else:
+                yield Text(" ".join(lines))
+        yield ""
+
+
+def yes_or_no(value: bool) -> Text:
+    return Text("yes", "green") if value else Text("no", "dim")
+
+
+def options_table(options: list[Option]) -> Table:
+    table = columns("option", "type", "default", "rule", "")
+    for each in options:
+        name = Text(each.name, "bold")
+        table.add_row(name, Text(each.type), Text(each.default_text), Text(each.rule), Text(each.description))
+    return table
+
+
+def budgets_table(budgets: Mapping[str, int]) -> RenderableType:
+    """What trains by default in the reference models."""
+    if not budgets:
+        return "What it trains depends on its options, or it has no place in the models that are planned here."
+    table = columns("trained by default in", "parameters", right=frozenset({"parameters"}))
+    for host, count in budgets.items():
+        table.add_row(host, f"{count:,}")
+    return table
+
+
+def type_of(schema: Mapping[str, Any]) -> str:
+    """A type of JSON schema, as Python would have it."""
+    if "anyOf" in schema:
+        return " | ".join(dict.fromkeys(type_of(each) for each in schema["anyOf"]))
+    if "enum" in schema:
+        return " | ".join(map(spelled, schema["enum"]))
+    if "const" in schema:
+        return spelled(schema["const"])
+    if "$ref" in schema:
+        return str(schema["$ref"].rpartition("/")[2])
+    if schema.get("type") == "array":
+        inner = [schema["items"]] if "items" in schema else schema.get("prefixItems", ())
+        return f"list[{' | '.join(dict.fromkeys(map(type_of, inner))) or 'any'}]"
+    return NAMED.get(schema.get("type", ""), "any")
+
+
+NAMED = {
+    "integer": "int",
+    "number": "float",
+    "string": "str",
+    "boolean": "bool",
+    "null": "none",
+    "object": "dict",
+}
+"""Types of JSON schema, as people who write Python call them."""
+
+
+def rule_of(schema: Mapping[str, Any]) -> str:
+    """What a value must fulfil, in short; of alternatives, that of each."""
+    own = [text.format(schema[rule]) for rule, text in RULES.items() if rule in schema]
+    inner = [rule_of(each) for each in (*schema.get("anyOf", ()), schema.get("items")) if isinstance(each, Mapping)]
+    return ", ".join(dict.fromkeys(filter(None, (*own, *inner))))

@@ -1,0 +1,1 @@
+"""The job of ``peftcore train``, and what comparing and searching share with it."""
