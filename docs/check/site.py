@@ -98,8 +98,9 @@ def pictures(tab: Page) -> None:
         for scheme in ("light", "dark"):
             for device, size in (("desk", DESK), ("phone", PHONE)):
                 tab.size(*size)
-                tab.scheme(scheme)
                 tab.run("localStorage.clear()")  # the theme keeps what it showed last
+                tab.open("about:blank")
+                tab.scheme(scheme)
                 tab.open(address(page))
                 tab.run("new Promise(done => setTimeout(done, 500))")  # the theme looks at the scheme late
                 tab.picture(PICTURES / f"{page.replace('/', '-')}-{scheme}-{device}.png", whole=device == "phone")
@@ -113,6 +114,7 @@ def main() -> int:
     tab = Page(executable)
     try:
         wrong = [*quiet_and_narrow(tab), *filters(tab), *search(tab)]
+        tab.open(address("index"))
         pictures(tab)
     finally:
         tab.close()
