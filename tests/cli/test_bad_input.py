@@ -172,7 +172,8 @@ def test_without_the_extra(monkeypatch, capsys):
 
 
 def test_a_fault_of_ours_is_exit_code_1_with_a_traceback(encoder, csv_file, tmp_path):
-    code = "import peftcore.cli.comparing.compare as c; c.compare = None; from peftcore.cli import main; main()"
+    broken = "import peftcore.cli.comparing.compare as c; c.compare = lambda *_: 1 / 0"
+    code = f"{broken}; from peftcore.cli import main; main()"
     arguments = ["compare", "--model", encoder, "--data", csv_file, "--methods", "full", "--out", tmp_path / "out"]
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 1
