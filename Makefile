@@ -40,7 +40,7 @@ test-all: export PEFTCORE_TEST_ALL := 1
 test-all: test
 
 quantization-matrix: $(INSTALLED)
-	$(BIN)/python docs/quantization_matrix.py
+	$(BIN)/python docs/generate/quantization_matrix.py
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks --page

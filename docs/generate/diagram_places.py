@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import peftcore
+from declared import declared
 from peftcore.applying import host_map, prepare, resolve_method, wishes_of
 from peftcore.branches import Bypass, is_post_norm
 from peftcore.cli.looking.quiet import unlogged
@@ -135,13 +134,8 @@ def recorded(name: str, where: str) -> Surgeon:
 
 def told(name: str) -> dict[str, Any]:
     """The options with which a method's conformance test applies it anywhere."""
-    path = Path(__file__).parents[1] / "quantization_matrix.py"
-    spec = importlib.util.spec_from_file_location("quantization_matrix", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    declared = module.declared(name)
-    return {} if declared is None else dict(declared.options.get("*", {}))
+    found = declared(name)
+    return {} if found is None else dict(found.options.get("*", {}))
 
 
 def folded(name: str, found: HostMap, surgeon: Surgeon) -> Drawn:

@@ -1,13 +1,12 @@
 """The matrix in docs/quantization.md is what its script finds: some of its cells in a quick run, all in a whole one."""
 
-import importlib.util
 import os
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 import peftcore
+import quantization_matrix as matrix
 from peftcore.testing.checks_packed import TELLING_SCHEMES, installed_schemes
 from peftcore.testing.kit import ALL
 
@@ -16,21 +15,12 @@ TELLING = ("lora", "dora", "oft", "bitfit", "fish_mask", "prefix_tuning", "qlora
 """Methods of a quick run: an activation, a weight, a rotation, biases, masks, attention, a packed base, kernels."""
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("quantization_matrix", DOCS / "quantization_matrix.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_every_method_and_every_scheme_is_in_the_matrix(script: ModuleType) -> None:
+def test_every_method_and_every_scheme_is_in_the_matrix() -> None:
     """But for those that act on the sums of other methods, or are tried on none of these hosts, with a reason there."""
-    written = script.written((DOCS / "quantization.md").read_text(encoding="utf-8"))
+    written = matrix.written((DOCS / "quantization.md").read_text(encoding="utf-8"))
     assert all(set(cells) == set(installed_schemes()) for cells in written.values())
     missing = {info.name for info in peftcore.methods()} - set(written)
-    assert not [name for name in missing if script.case_of(name) is not None]
+    assert not [name for name in missing if matrix.case_of(name) is not None]
     assert not [name for name, cells in written.items() for cell in cells.values() if cell.startswith("refused")]
 
 
@@ -48,8 +38,8 @@ NAMES = [info.name for info in peftcore.methods()] if os.environ.get(ALL) == "1"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cells_are_found_again(name: str, script: ModuleType) -> None:
-    written = script.written((DOCS / "quantization.md").read_text(encoding="utf-8"))
+def test_cells_are_found_again(name: str) -> None:
+    written = matrix.written((DOCS / "quantization.md").read_text(encoding="utf-8"))
     schemes = installed_schemes() if os.environ.get(ALL) == "1" else list(TELLING_SCHEMES)
-    for found, cells in script.rows([name], schemes):
+    for found, cells in matrix.rows([name], schemes):
         assert {key: cell for key, cell in cells.items() if not alike(key, cell, written[found][key])} == {}
