@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import json
 import os
 import random
@@ -398,6 +399,16 @@ def limited(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Garbage waits: looking through a process that has run for long can take seconds, in whoever's call it happens."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 @dataclass
 class Bench:
     """A host on which files are tried, one after the other."""
@@ -411,6 +422,7 @@ class Bench:
         self.model, self.inputs = self.case.fresh()
         self.before = trace(self.model)
 
+    @uncollected()
     def attempt(self, path: Path, **options: Any) -> str:
         """Load what is at a path: "loaded", or the name of the error's class.
 
