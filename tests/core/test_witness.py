@@ -1,0 +1,115 @@
+"""A site that never ran is an error, unless it may rest."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from core_toys import Shift, perceptron
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import InactiveSite
+from peftcore.witness import Witness
+
+
+class ReadsWeight(nn.Module):
+    """A vision attention as some write it: the fused projection is read, never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(4, 12)
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = nn.functional.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, -1)
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+class Stack(nn.Module):
+    def __init__(self, part: Callable[[], nn.Module], depth: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(part() for _ in range(depth))
+        self.use = list(range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index in self.use:
+            x = self.layers[index](x)
+        return x
+
+
+def test_weight_that_is_read_raises_after_the_first_forward() -> None:
+    model = Stack(ReadsWeight)
+    peftcore.apply(model, "lora", target="qkv")
+    with pytest.raises(InactiveSite, match=r"3 adapted sites did not: layers\.0\.qkv.*read"):
+        model(torch.randn(2, 5, 4))
+
+
+def test_witness_judges_every_injection_and_then_goes() -> None:
+    model = Stack(ReadsWeight)
+    peftcore.apply(model, "lora", target="proj")
+    model(torch.randn(2, 5, 4))
+    assert not any(isinstance(hook, Witness) for hook in model._forward_hooks.values())
+    peftcore.apply(model, "lora", name="second", target="qkv")
+    with pytest.raises(InactiveSite, match="qkv"):
+        model(torch.randn(2, 5, 4))
+
+
+def test_removed_injection_is_not_expected_any_more() -> None:
+    model = Stack(ReadsWeight)
+    peftcore.apply(model, "lora", target="qkv").remove()
+    peftcore.apply(model, "lora", target="proj")
+    model(torch.randn(2, 5, 4))
+
+
+def test_sites_are_judged_for_modules_and_for_train_alike_but_only_by_the_method() -> None:
+    """A module that the user named in `train` may rest (a head for another task)."""
+    model = perceptron()
+    model.unused = nn.Linear(3, 2)
+    peftcore.apply(model, "lora", target="first", train=["unused"])
+    model(torch.randn(2, 4))
+    peftcore.apply(model, "lora", name="again", target="unused")
+    with pytest.raises(InactiveSite, match="unused"):
+        model(torch.randn(2, 4))
+
+
+def test_dropped_layers_are_exempt() -> None:
+    model = Stack(lambda: nn.Sequential(nn.Linear(4, 4)))
+    model.use = [1]
+    peftcore.apply(model, "lora", target=nn.Linear)
+    model(torch.randn(2, 4))
+    model(torch.randn(2, 4))
+
+
+class Mixture(nn.Module):
+    """Experts as modules; the router sends every token to the same one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts[2](x)
+
+
+def test_experts_without_tokens_are_exempt() -> None:
+    model = Stack(Mixture, depth=1)
+    peftcore.apply(model, "lora", target=nn.Linear)
+    model(torch.randn(2, 4))
+    assert not any(isinstance(hook, Witness) for hook in model._forward_hooks.values())
+
+
+def test_witness_waits_while_the_injection_does_not_act() -> None:
+    model = Stack(ReadsWeight)
+    injection = peftcore.apply(model, "lora", target="qkv")
+    with injection.disabled():
+        model(torch.randn(2, 5, 4))
+    with pytest.raises(InactiveSite):
+        model(torch.randn(2, 5, 4))
+
+
+def test_merged_injection_needs_no_forward() -> None:
+    model = Stack(ReadsWeight)
+    injection = peftcore.apply(model, Shift, target="qkv")
+    x = torch.randn(2, 5, 4)
+    injection.merge()
+    model(x)
