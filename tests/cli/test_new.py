@@ -127,7 +127,7 @@ def test_it_installs_and_passes_the_kit(written: Path) -> None:
     found = re.search(r"(\d+) passed, (\d+) skipped, (\d+) deselected", report)
     assert found, report
     passed, skipped, deselected = map(int, found.groups())
-    assert passed > 240 and skipped <= 5 and deselected > 60, (
+    assert passed > 240 and skipped < passed / 40 and deselected > 60, (
         report
     )  # skipped: an option and a package that are not had
 
