@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 import peftcore
-from declared import declared
+import snippets
 from peftcore.applying import host_map, prepare, resolve_method, wishes_of
 from peftcore.branches import Bypass, is_post_norm
 from peftcore.cli.looking.quiet import unlogged
@@ -122,20 +122,14 @@ def drawn(name: str) -> Drawn:
 
 
 def recorded(name: str, where: str) -> Surgeon:
-    """What a method would do, with its default options; with those of its test, where some have no default."""
+    """What a method would do, with its default options; with those of its example, where some have no default."""
     model, found = host(where)
     try:
         method, config = resolve_method(name, {})
     except ConfigError:
-        method, config = resolve_method(name, told(peftcore.method(name).name))
+        method, config = resolve_method(name, snippets.options(peftcore.method(name)))
     with unlogged(), warnings.catch_warnings(action="ignore"):
         return prepare(model, method, config, wishes_of(None, None, (), 0, None), found, dry=True)
-
-
-def told(name: str) -> dict[str, Any]:
-    """The options with which a method's conformance test applies it anywhere."""
-    found = declared(name)
-    return {} if found is None else dict(found.options.get("*", {}))
 
 
 def folded(name: str, found: HostMap, surgeon: Surgeon) -> Drawn:

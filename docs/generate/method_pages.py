@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 import facts
 from facts import Facts
 from peftcore.cli.looking.show import TAGS
-from peftcore.cli.pages import spelled
 from prose import as_html, inline
 
 MARKS = {
@@ -84,8 +83,8 @@ def _identity(method: Facts) -> str:
 
 def _acts(method: Facts) -> str:
     targets = ", ".join(f"<code>{each}</code>" for each in method.shown.targets) or "what its options say"
-    lines = [f"By default at {targets}. How it acts: {method.way}."]
-    return f'<p>{" ".join(lines)} The code: <code class="source">{html.escape(method.source)}</code>.</p>'
+    source = f'<code class="source">{html.escape(method.source)}</code>'
+    return f"<p>By default at {targets}. How it acts: {method.way}. The code: {source}.</p>"
 
 
 def _options(method: Facts) -> str:
@@ -119,13 +118,7 @@ def share(count: int, total: int) -> str:
 def _abilities(method: Facts) -> str:
     tags = method.cls.tags
     rows = [(meaning, "yes" if vars(tags)[name] else "no") for name, meaning in TAGS.items()]
-    if tags.identity_options:
-        given = " ".join(f"{name}={spelled(value)}" for name, value in tags.identity_options.items())
-        rows.append(("changes nothing at first with", f"<code>{html.escape(given)}</code>"))
-    rows.append(
-        ("checked against", html.escape(tags.checked_against) or "the equation alone, written a second time in float64")
-    )
-    return _table(("", ""), rows)
+    return _table(("", ""), [*rows, *((meaning, html.escape(words)) for meaning, words in method.shown.remarks())])
 
 
 def _related(method: Facts) -> str:

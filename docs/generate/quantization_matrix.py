@@ -1,26 +1,43 @@
 """Writes the matrix of methods and packed bases in quantization.md: ``make quantization-matrix`` (ten minutes).
 
 Each cell is one run of `peftcore.testing.checks_packed.life`: evaluate, train, merge, save, load; nothing is written by
-hand.
+hand. How a method is tried stands in its test file, where the conformance kit is told of it.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from declared import declared
 from peftcore.catalogue import methods
 from peftcore.errors import PeftcoreError
 from peftcore.testing.checks_packed import HOSTS, Life, installed_schemes, life
+from peftcore.testing.doors import Declared
 from peftcore.testing.kit import Case, NotApplicable, applicable
 
-PAGE = Path(__file__).parents[1] / "quantization.md"
+ROOT = Path(__file__).parents[2]
+HELPERS = [str(ROOT / "tests" / folder) for folder in ("hosts", "kit", "side_by_side")]
+PAGE = ROOT / "docs/quantization.md"
 BEGIN, END = "<!-- matrix: written by docs/generate/quantization_matrix.py -->", "<!-- end of the matrix -->"
 SIGNS = {"yes": "●", "no, as on a dense base": "–", "nothing to train": "–", "acts on no packed weight": "–"}
+
+
+def declared(name: str) -> Declared | None:
+    """What the test file of a method tells the kit."""
+    for path in ROOT.glob(f"plugins/*/tests/test_{name}.py"):
+        sys.path[:0] = [each for each in (*HELPERS, str(path.parent)) if each not in sys.path]
+        spec = importlib.util.spec_from_file_location(f"declared_{name}", path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found = (getattr(each, "declared", None) for each in vars(module).values())
+        return next((each for each in found if isinstance(each, Declared) and each.method.name == name), None)
+    return None
 
 
 def case_of(name: str) -> Case | None:

@@ -14,6 +14,7 @@ from itertools import groupby
 import facts
 from facts import Facts
 from method_pages import badge
+from peftcore.cli.looking.show import TAGS
 from peftcore.contract import CATEGORIES
 
 TITLES = {
@@ -26,12 +27,8 @@ TITLES = {
     "vision": "For models of images",
     "diffusion": "For models that make images",
 }
-FLAGS = {
-    "mergeable": ("merges", "merges into the weights of the model"),
-    "per_row": ("per row", "rows of a batch may go to different adapters"),
-    "needs_data": ("needs data", "looks at data before it trains"),
-}
-"""Tags that can be filtered: what stands on the method, and what it means."""
+FLAGS = {"mergeable": "merges", "per_row": "per row", "needs_data": "needs data"}
+"""Tags that can be filtered, and what stands on the method."""
 SHARES = {"0.01": "0.01 %", "0.1": "0.1 %", "1": "1 %", "5": "5 %"}
 
 INTRODUCTION = """
@@ -60,7 +57,7 @@ def _filters() -> str:
         _select("category", "Category", [("", "all"), *((each, each) for each in CATEGORIES)]),
         *(
             _select(name, label.capitalize(), [("", "any"), ("yes", "yes"), ("no", "no")])
-            for name, (label, _) in FLAGS.items()
+            for name, label in FLAGS.items()
         ),
         _select("mark", "Mark", [("", "any"), ("proven", "proven"), ("experimental", "experimental")]),
         _select("host", "Has a place in", [("", "any model"), *((each, each) for each in hosts)]),
@@ -98,7 +95,7 @@ def _method(method: Facts) -> str:
     data = {"name": f"{method.name} {method.title}".lower(), "category": method.info.category, **flags}
     data |= {"mark": "proven" if method.proven else "experimental", "budgets": json.dumps(dict(method.budgets))}
     attributes = " ".join(f'data-{name.replace("_", "-")}="{html.escape(value)}"' for name, value in data.items())
-    shown = [f'<span title="{meaning}">{label}</span>' for name, (label, meaning) in FLAGS.items() if tags[name]]
+    shown = [f'<span title="{TAGS[name]}">{label}</span>' for name, label in FLAGS.items() if tags[name]]
     return (
         f'<li {attributes}><a href="{method.name}.html">{html.escape(method.title)}</a> <code>{method.name}</code> '
         f'<span class="about">{html.escape(_about(method))}</span> '

@@ -162,11 +162,17 @@ class Shown:
             table.add_row("also called", ", ".join(self.info.aliases))
         for name, meaning in TAGS.items():
             table.add_row(meaning, yes_or_no(vars(tags)[name]))
+        for meaning, words in self.remarks():
+            table.add_row(meaning, words)
+        return table
+
+    def remarks(self) -> Iterator[tuple[str, str]]:
+        """What tags say that is no yes or no."""
+        tags = self.cls.tags
         if tags.identity_options:
             options = " ".join(f"{name}={spelled(value)}" for name, value in tags.identity_options.items())
-            table.add_row("changes nothing at first with", options)
-        table.add_row("checked against", tags.checked_against or "its equation alone: experimental")
-        return table
+            yield "changes nothing at first with", options
+        yield "checked against", tags.checked_against or "its equation alone: experimental"
 
 
 def paragraphs(text: str) -> Iterator[RenderableType]:
