@@ -183,14 +183,16 @@ class TensorFile:
 
 def _put(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a new file, then put it in the place of `path` at once. It is filled in a folder of its own, for
-    libraries put files of theirs beside it meanwhile."""
+    libraries put files of theirs beside it meanwhile. Where a file is replaced, the new one is on the disk before: no
+    cut of power leaves half of one in the place of a whole one. Where there was none, there is nothing to lose."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         scratch.mkdir()
         partial = scratch / path.name
         write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+        if path.exists():
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
         partial.chmod(scratch.stat().st_mode & 0o666)  # as the user's umask has it; a library may hide what it writes
         os.replace(partial, path)
     finally:
@@ -198,7 +200,10 @@ def _put(path: Path, write: Callable[[Path], Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put a text in place whole, or not at all."""
+    """Put a text in place whole, or not at all. One that stands there already, as when an adapter is saved again after
+    more training, is left alone."""
+    if path.is_file() and path.stat().st_size <= MAX_JSON and path.read_bytes() == text.encode():
+        return
     _put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
