@@ -63,31 +63,82 @@ class _Rotate(torch.autograd.Function):
         return of_x, of_R
 
 
-# What is made of a few small values
+# Rotations of skew-symmetric matrices
 
 
-def derived(function: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
-    """``function(source)``, a tensor much larger than `source` that takes several steps of its size: backward keeps
-    none of them, and takes the steps again."""
-    if _plain() or not torch.is_grad_enabled():
-        return function(source)
-    result: Tensor = _Derived.apply(function, source)  # type: ignore[no-untyped-call]
-    return result
+def plain_cayley(K: Tensor) -> Tensor:
+    """``(I - K) (I + K)^-1`` of each skew-symmetric matrix ``[*batch, size, size]``: every rotation without the
+    eigenvalue -1 is one."""
+    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    rotation: Tensor = torch.linalg.solve(identity + K, identity - K)  # the two factors commute
+    return rotation
 
 
-class _Derived(torch.autograd.Function):
+def cayley(K: Tensor) -> Tensor:
+    """`plain_cayley`, of which backward keeps the rotation alone and solves nothing."""
+    rotation: Tensor = plain_cayley(K) if _plain() else _Cayley.apply(K)  # type: ignore[no-untyped-call]
+    return rotation
+
+
+class _Cayley(torch.autograd.Function):
+    """With (I + K)^-1 = (I + R) / 2, a step dK turns R by -(I + R) dK (I + R) / 2."""
+
     @staticmethod
-    def forward(ctx: Any, function: Callable[[Tensor], Tensor], source: Tensor) -> Tensor:
-        ctx.function = function
-        ctx.save_for_backward(source)
-        return function(source)
+    def forward(ctx: Any, K: Tensor) -> Tensor:
+        R = plain_cayley(K)
+        ctx.save_for_backward(R)
+        return R
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (source,), again = ctx.saved_tensors, torch.is_grad_enabled()
-        with torch.enable_grad():
-            made = ctx.function(source)
-        return None, *torch.autograd.grad(made, source, gradients, create_graph=again)
+        (R,), (gradient,) = ctx.saved_tensors, gradients
+        around = (R + torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).mT
+        return around @ gradient @ around * -0.5
+
+
+def plain_neumann(K: Tensor, terms: int) -> Tensor:
+    """The Cayley transform as a sum of powers of K ``[*batch, size, size]``: 1, -2, 2, -2, ... of them, and half of
+    that of the last one; four terms or more."""
+    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    total = 2 * identity - K
+    for _ in range(terms - 3):
+        total = 2 * identity - K @ total
+    return identity - K @ total
+
+
+def neumann(K: Tensor, terms: int) -> Tensor:
+    """`plain_neumann`, of which backward keeps K alone."""
+    if _plain():
+        return plain_neumann(K, terms)
+    rotation: Tensor = _Neumann.apply(K.flatten(0, -3), terms)  # type: ignore[no-untyped-call]
+    return rotation.view(K.shape)
+
+
+class _Neumann(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, K: Tensor, terms: int) -> Tensor:
+        ctx.terms = terms
+        ctx.save_for_backward(K)
+        identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+        return torch.baddbmm(identity, K, _brackets(K, identity, terms)[-1], alpha=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (K,), (gradient,) = ctx.saved_tensors, gradients
+        identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+        back, of_K = -K.mT, torch.zeros_like(K)
+        for bracket in reversed(_brackets(K, identity, ctx.terms)):  # of 1 - K bracket, or 2 - K bracket
+            of_K.baddbmm_(gradient, bracket.mT, alpha=-1)
+            gradient = back @ gradient
+        return of_K.sub_(gradient), None
+
+
+def _brackets(K: Tensor, identity: Tensor, terms: int) -> list[Tensor]:
+    """What `plain_neumann` multiplies with K on the way, the innermost first."""
+    found = [2 * identity - K]
+    for _ in range(terms - 3):
+        found.append(torch.baddbmm(2 * identity, K, found[-1], alpha=-1))
+    return found
 
 
 # A projection of an input of which parts are dropped

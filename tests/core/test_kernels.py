@@ -1,6 +1,7 @@
 """The kernels beside the plain mathematics that they stand for."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -45,34 +46,58 @@ def test_rotation_under_vmap_and_grad() -> None:
     torch.testing.assert_close(each.sum(0), whole)
 
 
-def orthogonal(entries: Tensor) -> Tensor:
-    """Of a few values a matrix, by several steps."""
-    skew = torch.outer(entries, torch.arange(3.0, dtype=entries.dtype))
-    skew = skew - skew.mT
-    return torch.linalg.solve(torch.eye(3, dtype=entries.dtype) + skew, torch.eye(3, dtype=entries.dtype) - skew) @ skew
+ROTATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "cayley": (kernels.cayley, kernels.plain_cayley),
+    **{
+        f"neumann {terms}": (partial(kernels.neumann, terms=terms), partial(kernels.plain_neumann, terms=terms))
+        for terms in (4, 5, 9)
+    },
+}
 
 
-def test_what_is_derived_is_derived_again_in_backward() -> None:
-    entries = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        made = kernels.derived(orthogonal, entries)
-    torch.testing.assert_close(made, orthogonal(entries))
-    assert [tensor.shape for tensor in kept] == [entries.shape]
-    assert gradcheck(lambda entries: kernels.derived(orthogonal, entries), entries)
-    assert gradgradcheck(lambda entries: kernels.derived(orthogonal, entries), entries)
+def skew(*shape: int) -> Tensor:
+    """Skew-symmetric matrices of a random one each."""
+    full = torch.randn(*shape, shape[-1], dtype=torch.float64)
+    return full - full.mT
 
 
-def test_what_is_derived_under_vmap_and_grad() -> None:
-    entries = torch.randn(4, 3, dtype=torch.float64)
-    each = torch.func.vmap(torch.func.grad(lambda row: kernels.derived(orthogonal, row).sum()))(entries)
-    for row, gradient in zip(entries.requires_grad_(), each, strict=True):
-        torch.testing.assert_close(torch.autograd.grad(orthogonal(row).sum(), row)[0], gradient)
+@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_rotations_and_their_gradients(name: str, shape: tuple[int, ...]) -> None:
+    kernel, plain = ROTATIONS[name]
+    K = skew(*shape).requires_grad_()
+    torch.testing.assert_close(kernel(K), plain(K))
+    weights = torch.randn(*shape, shape[-1], dtype=torch.float64)
+    one, other = (torch.autograd.grad((each(K) * weights).sum(), K)[0] for each in (kernel, plain))
+    torch.testing.assert_close(one - one.mT, other - other.mT)  # what is not skew-symmetric nobody asks for
+
+    def turned(entries: Tensor) -> Tensor:
+        return kernel(entries - entries.mT)
+
+    assert gradcheck(turned, K) and gradgradcheck(turned, K)
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_backward_of_rotations_keeps_one_tensor(name: str) -> None:
+    K, kept = skew(3, 4).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: K):
+        ROTATIONS[name][0](K)
+    assert kept == [K.shape]
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_rotations_under_vmap_and_grad(name: str) -> None:
+    kernel, plain = ROTATIONS[name]
+    K = skew(5, 2, 3)
+    each = torch.func.vmap(torch.func.grad(lambda K: kernel(K - K.mT).pow(3).sum()))(K)
+    for one, gradient in zip(K.requires_grad_(), each, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(plain(one - one.mT).pow(3).sum(), one)[0], gradient)
+
+
+def test_a_longer_series_comes_nearer_to_the_rotation() -> None:
+    K = skew(3, 4) / 20
+    off = [(kernels.neumann(K, terms) - kernels.cayley(K)).abs().max() for terms in (4, 5, 9)]
+    assert off[0] > off[1] > off[2] and off[2] < 1e-4
 
 
 def seeded(run: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,5 +1,5 @@
-"""What orthogonal methods share: the side of a weight that turns, skew-symmetric matrices, their Cayley transform, and
-rotation in blocks."""
+"""What orthogonal methods share: the side of a weight that turns, skew-symmetric matrices, and rotation in
+blocks."""
 
 from __future__ import annotations
 
@@ -58,13 +58,6 @@ def skew(entries: Tensor, size: int) -> Tensor:
     matrix = entries.new_zeros(*entries.shape[:-1], size * size)
     matrix = matrix.index_copy(-1, row * size + column, entries).unflatten(-1, (size, size))
     return matrix - matrix.mT
-
-
-def cayley(K: Tensor) -> Tensor:
-    """The rotations (I - K) (I + K)^-1 of skew-symmetric matrices; every rotation without the eigenvalue -1 is one."""
-    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    rotation: Tensor = torch.linalg.solve(identity + K, identity - K)  # the two factors commute
-    return rotation
 
 
 def rotate(rows: Tensor, R: Tensor) -> Tensor:

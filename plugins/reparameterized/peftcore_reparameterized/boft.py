@@ -26,8 +26,8 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore_reparameterized._rotations import block_size, cayley, rotate, rows, skew, weight_of, width
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
+from peftcore_reparameterized._rotations import block_size, rotate, rows, skew, weight_of, width
 
 
 class Config(MethodConfig):
@@ -52,7 +52,7 @@ class BOFTOperator(WeightOperator):
 
     def forward(self, weight: Tensor) -> Tensor:
         turned = rows(weight, self.layer)  # [*batch, n, width]
-        for factor, R in enumerate(cayley(skew(self.K, self.size)).unbind(-4)):
+        for factor, R in enumerate(kernels.cayley(skew(self.K, self.size)).unbind(-4)):
             turned = _swap(rotate(_swap(turned, 2, 2**factor, self.size), R), 2**factor, 2, self.size)
         turned = weight_of(turned, self.layer, weight.shape)
         return turned * self.gain.view(*self.gain.shape, *[1] * (weight.dim() - self.gain.dim()))

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
 from peftcore.operators import Held, full_precision
-from peftcore_reparameterized._rotations import block_size, cayley, rotate, rows, skew, weight_of, width
+from peftcore_reparameterized._rotations import block_size, rotate, rows, skew, weight_of, width
 
 
 class Config(MethodConfig):
@@ -68,13 +68,13 @@ class OFTOperator(WeightOperator):
             if self.radius is not None:
                 norm = torch.linalg.matrix_norm(K, keepdim=True)
                 K = K + (K * (self.radius / norm.clamp(min=self.radius)) - K).detach()
-            return cayley(K) if self.series is None else _series(K, self.series)
+            return kernels.cayley(K) if self.series is None else kernels.neumann(K, self.series)
 
     def acts_beside(self, x: Tensor) -> bool:
         return self.layer.of_vectors
 
     def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
-        (R,) = self.cast(x, kernels.derived(self.rotation, self.K))
+        (R,) = self.cast(x, self.rotation(self.K))
         return call(kernels.rotate(x.reshape(-1, x.shape[-1]), R).view(x.shape))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -97,15 +97,6 @@ class OFT(Method):
     def parameter_count(site: Site, config: Config) -> int:
         blocks, size = _blocks(site, config)
         return math.prod(site.batch) * blocks * size * (size - 1) // 2
-
-
-def _series(K: Tensor, terms: int) -> Tensor:
-    """The Cayley transform as a sum of powers: 1, -2, 2, -2, ... and half of that for the last one."""
-    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    total = 2 * identity - K
-    for _ in range(terms - 3):
-        total = 2 * identity - K @ total
-    return identity - K @ total
 
 
 def _blocks(site: Site, config: Config) -> tuple[int, int]:
