@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peftcore.compositions import Composition, Stack
 from peftcore.errors import MergeError, RouteError, UnknownInjection
-from peftcore.records import Recorder, repeating, replayed
+from peftcore.records import Recorder, graph_task, replayed
 from peftcore.saving import guard, unguard
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class HostState:
         While no other thread has chosen, this reads one attribute: torch.compile guards on it, one graph for each
         active set.
         """
-        if not torch.compiler.is_compiling() and repeating():
+        if not torch.compiler.is_compiling() and graph_task() != -1:  # repeating(), at every site and token
             return replayed(self)
         return self.threads.get(threading.get_ident(), self.choice) if self.threads else self.choice
 

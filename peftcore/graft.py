@@ -219,17 +219,23 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
     plain: Forward = base.forward  # the function: dynamo does not read it off every class (diffusers' blocks)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        slot = slot_of(self)
+        slot: Slot | None = self.__dict__.get(_SLOT)
         if slot is None:
             return plain(self, *args, **kwargs)
-        choice = slot.state.now()
+        state = slot.state
+        choice = state.now()
         if not torch.compiler.is_compiling():
-            slot.state.recorder.visit(choice, self.training)
+            state.recorder.visit(choice, self.training)
         planned = slot.plan_for(choice)
         if not planned.acting.attention:  # else the edits say so: a host may go round them
             slot.ran = True
         if not args and first in kwargs:
             args = (kwargs.pop(first),)  # operators get what they act on by position, however the module was called
+        if planned.layers is not None:
+            call: Forward = functools.partial(plain, self)
+            for operator in planned.layers:
+                call = functools.partial(operator, call)
+            return call(*args, **kwargs)
         if planned.composition is not None:
             return _composed(plain, slot, self, planned, args, kwargs)
         inner = _inner(plain, slot, self, planned.acting, choice.route)

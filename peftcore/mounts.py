@@ -258,6 +258,15 @@ def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str
     )
 
 
+def layers_of(acting: Acting) -> tuple[Operator, ...] | None:
+    """The operators, innermost first, where all that acts is layers around the module's forward; None where more
+    does."""
+    more = acting.effects or acting.attention or acting.attributes or acting.derives
+    operators = tuple(mount.operator for mount in acting.onion if isinstance(mount.operator, Operator))
+    plain = all(type(operator).at is Operator.at for operator in operators)
+    return None if more or not plain or any(mount.rows for mount in acting.onion) else operators
+
+
 def updates_of(routed: Sequence[Acting]) -> tuple[tuple[int, Mount], ...]:
     """Low-rank updates by position, if all that acts is such."""
     if not all(_is_update(mount) for acting in routed for mount in acting.onion):
@@ -282,6 +291,8 @@ class Planned:
     key: Key
     acting: Acting
     """With a route: what acts on no row in particular; attention edits pick their rows themselves."""
+    layers: tuple[Operator, ...] | None = None
+    """The operators, if nothing acts but them, one after the other: the short way, which decoding takes."""
     routed: tuple[Acting, ...] = ()
     """With a route: what acts on the rows of each of its names."""
     updates: tuple[tuple[int, Mount], ...] = ()
@@ -339,11 +350,12 @@ class Slot:
         if choice.composition is not None:
             return self._composed(choice, choice.composition)
         if choice.route is None:
-            return Planned(choice.key, self._acting(choice.active))
+            acting = self._acting(choice.active)
+            return Planned(choice.key, acting, layers_of(acting))
         each = tuple(self._acting((name,)) for name in choice.route.names)
         edits = tuple(mount for acting in each for mount in acting.attention)
         stand = plan_acting([], self.stances, choice.route.names)
-        return Planned(choice.key, replace(stand, attention=edits), each, updates_of(each))
+        return Planned(choice.key, replace(stand, attention=edits), None, each, updates_of(each))
 
     def _composed(self, choice: Choice, composition: Composition) -> Planned:
         mounted = {mount.name for mount in self.mounts}

@@ -87,7 +87,10 @@ class _Base(Checked):
     def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         """`tensors` in the dtype of `like`: also under autocast, which would promote elementwise products."""
         dtype = like.dtype
-        return tuple([tensor if tensor.dtype is dtype else tensor.to(dtype) for tensor in tensors])
+        for tensor in tensors:
+            if tensor.dtype is not dtype:
+                return tuple([each.to(dtype) for each in tensors])
+        return tensors  # as nearly always, and at every token
 
     def factors(self) -> Factors | None:
         """The low-rank factors, where the update is one: what export, routing and adapter algebra need to know."""

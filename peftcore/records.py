@@ -48,13 +48,10 @@ _TRACED: list[Call] = []
 thread."""
 
 
-def graph_task() -> int:
-    """The number of the backward pass that this thread runs, -1 outside of any.
+graph_task: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward pass that this thread runs, -1 outside of any.
 
-    A private function of torch, the only one of peftcore's: nothing public tells a repeated forward from a first one.
-    """
-    task: int = torch._C._current_graph_task_id()
-    return task
+A private function of torch: nothing public tells a repeated forward from a first one."""
 
 
 def repeating() -> bool:

@@ -132,6 +132,10 @@ class Layer:
         """``y + scale * matrix low``, the matrix ``[out, rank]`` acting on the channels of `low`."""
         raise UnsupportedSite("this kind of module has no linear map of its own")
 
+    def update(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        """``y + scale * B A x``."""
+        return self.add(y, self.apply(x, A), B, scale)
+
     def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
         """`vector` shaped so that it broadcasts over the channels of the activation `like`."""
         return vector
@@ -151,6 +155,11 @@ class Linear(Layer):
 
     def mix(self, low: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(low, matrix)
+
+    def update(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        if not torch.compiler.is_compiling() and y.numel() <= SMALL:  # a token: what is called costs what is computed
+            return torch.add(y, F.linear(F.linear(x, A), B), alpha=scale)
+        return self.add(y, F.linear(x, A), B, scale)
 
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
         if not torch.compiler.is_compiling() and y.numel() <= SMALL:
@@ -206,6 +215,7 @@ class Table(Transposed):
 
     of_vectors: ClassVar[bool] = False
     padding_idx: int | None = None
+    update = Layer.update
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight.mT, padding_idx=self.padding_idx)

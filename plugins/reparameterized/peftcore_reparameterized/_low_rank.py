@@ -69,8 +69,11 @@ class LowRankOperator(Operator):
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         y = call(x)
         A, B, scale = self.factors()
-        A, B = self.cast(y, A, B)
-        return self.layer.add(y, self.project(x, A), B, scale)
+        if A.dtype is not y.dtype or B.dtype is not y.dtype:
+            A, B = self.cast(y, A, B)
+        if self.dropout and self.training:
+            return self.layer.add(y, self.layer.apply_dropped(x, A, self.dropout), B, scale)
+        return self.layer.update(y, x, A, B, scale)
 
     def project(self, x: Tensor, A: Tensor) -> Tensor:
         """``A dropout(x)``, whose channels are the rank."""
