@@ -3,7 +3,6 @@ the tests hold it against, and which runs under torch.compile, torch.func and wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
