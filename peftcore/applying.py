@@ -23,7 +23,7 @@ from peftcore.installation import Operators, install, release, uninstall
 from peftcore.notices import notice_experimental
 from peftcore.planning import Plan
 from peftcore.plugins import layer_of, registry
-from peftcore.surgery import Surgeon, Wishes
+from peftcore.surgery import Surgeon, Wishes, generator_kept
 from peftcore.targets import Resolver, Target
 from peftcore.training.batches import Data, calibrate
 
@@ -80,8 +80,9 @@ def prepare(
     resolver = Resolver(model, host or host_map(model), layer_of, is_ours)
     surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry)
     try:
-        registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
-        surgeon.train_wishes()
+        with generator_kept():
+            registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
+            surgeon.train_wishes()
     finally:
         surgeon.progress.close()
     if not surgeon.grafts:

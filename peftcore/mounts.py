@@ -230,10 +230,11 @@ class Acting:
 def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str, Any]]], active: Active) -> Acting:
     """What acts, in order. A mergeable onion layer that came before a weight operator acts on the weight too, so that
     several active injections compose as merging them one after the other would."""
-    by_name: dict[str, list[Mount]] = {}
+    by_name: dict[str, list[Mount]] = {name: [] for name in active}
     for mount in mounts:
-        by_name.setdefault(mount.name, []).append(mount)
-    acting = [mount for name in active for mount in by_name.get(name, ())]
+        if mount.name in by_name:  # of the many that may be resident
+            by_name[mount.name].append(mount)
+    acting = [mount for name in active for mount in by_name[name]]
     last = max((index for index, mount in enumerate(acting) if mount.form == "weight"), default=-1)
     weight: list[Mount] = []
     onion: list[Mount] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,6 @@ from peftcore.graft import effective_weight
 from peftcore.weights import Layer, Ranges, dense_layer
 
 LayerOf = Callable[[nn.Module, str], Layer]
-_SHAPES: WeakKeyDictionary[Site, torch.Size] = WeakKeyDictionary()
-"""Shapes of sites: methods ask for them many times. Not among a site's attributes, from which others are made."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +44,7 @@ class Site:
     layer_of: LayerOf = dense_layer
     meta: bool = False
 
-    @property
+    @cached_property
     def path(self) -> str:
         """The name of the site in files and messages: ``h.0.attn.c_attn``, ``mha.in_proj_weight``,
         ``h.0.attn.c_attn:attn.q``."""
@@ -56,19 +54,13 @@ class Site:
         path = self.module_path if plain else f"{self.module_path}.{self.tensor}".lstrip(".")
         return path if self.rows is None else f"{path}:{self.role or self.rows[0][0]}"
 
-    @property
+    @cached_property  # methods ask many times; not among a site's fields, from which others are made
     def weight_shape(self) -> torch.Size:
         """The logical shape ``[*batch, out, in, *kernel]``, also when the weight is packed; rows only.
 
         Raises:
             UnsupportedSite: the module has no such tensor, and it is no bias that could be added.
         """
-        found = _SHAPES.get(self)
-        if found is None:
-            found = _SHAPES[self] = self._weight_shape()
-        return found
-
-    def _weight_shape(self) -> torch.Size:
         if not self.layer.has(self.module, self.tensor):
             return torch.Size([self._beside().out_features])
         shape = list(self.layer.shape(self.module, self.tensor))
@@ -118,9 +110,11 @@ class Site:
     @property
     def device(self) -> torch.device:
         """Where the module computes."""
-        held: Tensor | None = next(self.module.parameters(), None)
+        held: Tensor | None
         if self.layer.has(self.module, self.tensor):
             held = self.layer.like(self.module, self.tensor)
+        else:
+            held = next(self.module.parameters(), None)
         return torch.device("cpu") if held is None else held.device
 
     def weight(self) -> Tensor:

@@ -10,8 +10,9 @@ import contextlib
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from peftcore.attention_sites import locate as locate_attention
 from peftcore.errors import CheckpointError, HostMismatch, PluginError, TargetError, UnsupportedSite
-from peftcore.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable
+from peftcore.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable, tables
 from peftcore.plugins import registry
 from peftcore.progress import Progress
 from peftcore.sequence import locate as locate_stack
@@ -66,16 +67,19 @@ class Wishes:
 
 
 @contextmanager
-def drawing(seed: int, path: str) -> Iterator[None]:
-    """Random numbers that depend on (seed, path) alone; the global generator does not move."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    generator = torch.default_generator
-    before = generator.get_state()
-    generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+def generator_kept() -> Iterator[None]:
+    """What is drawn meanwhile does not move the global generator."""
+    before = torch.default_generator.get_state()
     try:
         yield
     finally:
-        generator.set_state(before)
+        torch.default_generator.set_state(before)
+
+
+def _seed(seed: int, path: str) -> None:
+    """The next random numbers depend on (seed, path) alone."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @dataclass
@@ -352,22 +356,30 @@ class Surgeon:
     def _build(self, path: str, make: Callable[[], Any], site: Site | None, device: torch.device | None = None) -> Any:
         if site is not None:
             device = site.device
-        where = torch.device("meta" if self.dry else "cpu")
-        # A device that is the default already needs no mode, which would look at each call of torch.
-        on_it = contextlib.nullcontext() if torch.get_default_device() == where else where
-        with drawing(self.wishes.seed, self.part + path), on_it:
+        where, on_it = self._where
+        _seed(self.wishes.seed, self.part + path)
+        with on_it:
             built = make()
         goal = where if self.dry else device
         if not self.dry and device is not None and device.type == "meta":
             goal = None  # a host without values: its operators have some
         built = self._moved(built, where, goal)
-        return built.train(self.model.training if site is None else site.module.training)
+        training = self.model.training if site is None else site.module.training
+        return built if built.training is training and not built._modules else built.train(training)
+
+    @cached_property
+    def _where(self) -> tuple[torch.device, AbstractContextManager[Any]]:
+        """The device on which operators are built, and what makes torch build there."""
+        where = torch.device("meta" if self.dry else "cpu")
+        # A device that is the default already needs no mode, which would look at each call of torch.
+        return where, contextlib.nullcontext() if torch.get_default_device() == where else where
 
     def _moved(self, built: nn.Module, where: torch.device, goal: torch.device | None) -> nn.Module:
         """An operator built on a device, in the wished dtype on another. Most are there already, and are not walked."""
         dtype = self.wishes.dtype
-        there = goal in (None, where) and next(built.buffers(), None) is None
-        if there and all(parameter.dtype == dtype for parameter in built.parameters()):
+        parameters, buffers = tables(built)
+        there = goal in (None, where) and not built._modules and not buffers
+        if there and all(parameter is None or parameter.dtype == dtype for parameter in parameters.values()):
             return built
         return built.to(goal, dtype)
 

@@ -108,7 +108,7 @@ class Layer:
         """The logical shape, also where the stored form is packed."""
         stored = self.read(module, tensor)
         assert stored is not None, "only existing tensors have a shape"
-        return self.logical(stored.detach().to("meta")).shape
+        return self.logical(stored.detach()).shape
 
     def write(self, module: nn.Module, tensor: str, stored: Tensor) -> None:
         """Set the values of a dense stored tensor in place."""
@@ -262,6 +262,11 @@ class ConvTransposed(Layer):
 
     def logical(self, stored: Tensor) -> Tensor:
         return self._swap(stored)
+
+    def shape(self, module: nn.Module, tensor: str) -> torch.Size:
+        stored = self.read(module, tensor)
+        assert stored is not None, "only existing tensors have a shape"
+        return self.logical(stored.detach().to("meta")).shape  # in groups the layout is a copy
 
     def stored(self, logical: Tensor) -> Tensor:
         return self._swap(logical)

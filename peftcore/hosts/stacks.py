@@ -112,7 +112,8 @@ def _describe(
 
 def _causal(modules: Mapping[str, nn.Module], path: str, blocks: list[str]) -> bool:
     """What the attention of its blocks says of itself; where it says nothing, a stack with a cache is causal."""
-    inside = [module for block in blocks if _inside(block, path) for module in modules[block].modules()]
+    tops = {block for block in blocks if _inside(block, path)}
+    inside = [module for place, module in modules.items() if not tops.isdisjoint(_from(place))]
     said = {getattr(module, "is_causal", None) for module in inside} - {None}
     return True in said or (not said and not CACHES.isdisjoint(arguments(type(modules[path]))))
 
@@ -148,6 +149,13 @@ def _tables(modules: Mapping[str, nn.Module], entries: list[HostEntry]) -> Itera
 
 def _weight(module: nn.Module) -> int:
     return id(module._parameters.get("weight"))
+
+
+def _from(path: str) -> Iterable[str]:
+    """A path and all above it, but for the host's."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
 
 
 def _inside(path: str, top: str) -> bool:

@@ -280,7 +280,7 @@ def the_start_depends_on_seed_and_path(case: Case) -> None:
 
 @check(
     "injecting does not move the global generator",
-    cause="random numbers are drawn in `inject` or `trainable`",
+    cause="random numbers are drawn in `trainable`",
     remedy="draw where the surgeon builds, which seeds and restores: in the operator's `__init__`, or in what "
     "`surgeon.own` makes",
 )

@@ -167,9 +167,10 @@ def _by_position(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) 
         operator.A.data.mul_(1.0 + index)
 
 
-def _drawing(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
+def _drawing(self: Method, model: nn.Module, config: Any, injection: Any) -> None:
     torch.rand(1)
-    graft_all(self, model, config, surgeon)
+    for parameter in injection.parameters():
+        parameter.requires_grad_(True)
 
 
 def _walking(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
@@ -214,7 +215,7 @@ MUTANTS: dict[str, Entry] = {
     "misspelled_options_are_refused": _on_mlp("forgiving", config=Forgiving),
     "every_option_is_described": _on_mlp("silent", config=Silent),
     "the_start_depends_on_seed_and_path": _on_mlp("by_position", inject=_by_position),
-    "the_global_generator_stays": _on_mlp("draws", inject=_drawing),
+    "the_global_generator_stays": _on_mlp("draws", trainable=_drawing),
     "operators_have_the_asked_dtype": _on_mlp("plain_attribute", PlainAttribute),
     "parameters_have_a_dimension": _on_mlp(
         "has_a_scalar", HasAScalar, parameter_count=lambda site, config: count(site, config) + 1

@@ -19,14 +19,14 @@ def low_rank_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]
     A is uniform in +-1/sqrt(in * kernel) and B zero; for embeddings A is zero and B ~ N(0, 1), since an input picks a
     single column of A.
     """
-    A = nn.Parameter(torch.zeros(*site.batch, rank, site.in_features, *site.kernel))
-    B = nn.Parameter(torch.zeros(*site.batch, site.out_features, rank))
+    batch, inputs = site.batch, (site.in_features, *site.kernel)
+    A, B = torch.zeros(*batch, rank, *inputs), torch.zeros(*batch, site.out_features, rank)
     if site.layer.one_hot:
-        nn.init.normal_(B)
+        B.normal_()
     else:
-        bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))
-        nn.init.uniform_(A, -bound, bound)
-    return A, B
+        bound = 1 / math.sqrt(math.prod(inputs))
+        A.uniform_(-bound, bound)
+    return nn.Parameter(A), nn.Parameter(B)
 
 
 def low_rank_update(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
