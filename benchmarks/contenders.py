@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import peft
@@ -22,10 +22,13 @@ class Pair:
     config: type[peft.PeftConfig]
     theirs: Mapping[str, Any] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
+    frugal: bool = False
+    """Ours takes the way that needs least memory."""
 
     def ours_on(self, model: nn.Module, target: list[str] = PROJECTIONS, **wishes: Any) -> nn.Module:
         """The host with our operators, no longer at their start."""
         injection = peftcore.apply(model, self.method, target=target, **{**self.ours, **wishes})
+        injection.frugal = self.frugal
         moved(injection.parameters())
         return model
 
@@ -48,6 +51,7 @@ def moved(parameters: Any) -> None:
 
 
 LORA = Pair("lora", peft.LoraConfig, {"r": 8, "lora_alpha": 8}, {"rank": 8, "alpha": 8.0})
+DORA = Pair("dora", peft.LoraConfig, {"r": 8, "lora_alpha": 8, "use_dora": True}, {"rank": 8, "alpha": 8.0})
 PAIRS: Mapping[str, Pair] = {
     "lora": LORA,
     "lora, dropout 0.1": Pair(
@@ -56,7 +60,8 @@ PAIRS: Mapping[str, Pair] = {
         {"r": 8, "lora_alpha": 8, "lora_dropout": 0.1},
         {"rank": 8, "alpha": 8.0, "dropout": 0.1},
     ),
-    "dora": Pair("dora", peft.LoraConfig, {"r": 8, "lora_alpha": 8, "use_dora": True}, {"rank": 8, "alpha": 8.0}),
+    "dora": DORA,
+    "dora, frugal": replace(DORA, frugal=True),
     "oft": Pair("oft", peft.OFTConfig, {"oft_block_size": 32}, {"block_size": 32, "series": 5}),
     "boft": Pair(
         "boft",

@@ -54,6 +54,7 @@ class Injection:
         self._keep: merging.Keep = "cpu"
         self._merge_report = merging.MergeReport()
         self._again: dict[str, Any] = {}
+        self._frugal = False
 
     @property
     def operators(self) -> dict[str, _Base]:
@@ -132,6 +133,17 @@ class Injection:
     def active(self) -> bool:
         """Whether it acts in this thread."""
         return self.name in self.state.current()
+
+    @property
+    def frugal(self) -> bool:
+        """Whether training goes the way that needs least memory instead of the fastest; False until it is set. What can
+        act beside a weight (dora, oft, randlora) then makes the effective weight, and makes it again in backward."""
+        return self._frugal
+
+    @frugal.setter
+    def frugal(self, mode: bool) -> None:
+        self._frugal = mode
+        self._replan()
 
     def enabled(self) -> Chosen:
         """Make it act besides those that act now; as a context manager, until the end of the block."""

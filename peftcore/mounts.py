@@ -372,7 +372,10 @@ class Slot:
         return Planned(choice.key, whole, composition=composition, branches=ways, combiners=combiners)
 
     def _acting(self, active: Active) -> Acting:
-        return plan_acting(self.mounts, self.stances, self.state.unmerged(active))
+        acting = plan_acting(self.mounts, self.stances, self.state.unmerged(active))
+        beside = acting.beside
+        frugal = beside is not None and self.state.injections[beside.mount.name].frugal
+        return replace(acting, beside=None) if frugal else acting
 
     def changed(self) -> None:
         """Forget what was planned and computed."""

@@ -56,6 +56,28 @@ def test_check_finds_what_is_no_longer_in_place(what: str) -> None:
     assert injection.summary().irregular
 
 
+@pytest.mark.parametrize("method", ["dora", "oft", "randlora"])
+def test_frugal_training_makes_the_weight_and_gives_the_same_numbers(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = perceptron().double()
+    injection = peftcore.apply(model, method, target=["first", "second"], dtype="float64")
+    stir(injection)
+    operator = type(next(iter(injection.operators.values())))
+    found = []
+    for frugal in (False, True, False):
+        injection.frugal = frugal
+        asked: list[bool] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(operator, "acts_beside", lambda self, x, asked=asked: not asked.append(True))
+            output = model(torch.linspace(-1, 1, 20, dtype=torch.float64).view(5, 4))
+        assert (not asked) is frugal is injection.frugal
+        found.append([output, *torch.autograd.grad(output.square().sum(), list(injection.parameters()))])
+    for beside, on, again in zip(*found, strict=True):
+        torch.testing.assert_close(on, beside)
+        assert torch.equal(again, beside)
+
+
 def test_handle_of_a_removed_injection_refuses() -> None:
     model = perceptron()
     injection = peftcore.apply(model, "lora", target="first")
