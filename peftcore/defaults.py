@@ -21,7 +21,7 @@ class Defaults:
 
     @hookimpl(trylast=True)
     def peftcore_layer(self, module: nn.Module, tensor: str) -> Any:
-        from peftcore.weights import dense_layer
+        from peftcore.layers import dense_layer
 
         return dense_layer(module, tensor)
 

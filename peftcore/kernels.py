@@ -19,7 +19,7 @@ def transformed() -> bool:
 
 
 def _plain() -> bool:
-    return torch.compiler.is_compiling() or transformed()
+    return torch.compiler.is_compiling() or transformed() or torch._C._get_tracing_state() is not None
 
 
 # Rotation in blocks
@@ -187,3 +187,65 @@ class _MaskedLinear(torch.autograd.Function):
 
 def _masked(x: Tensor, kept: Tensor) -> Tensor:
     return torch.where(kept, x, 0)
+
+
+# A linear layer and a low-rank update of it
+
+
+def plain_low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """``weight x + bias + scale B A dropout(x)``."""
+    low = F.linear(F.dropout(x, dropout) if dropout else x, A)
+    return torch.add(F.linear(x, weight, bias), F.linear(low, B), alpha=scale)
+
+
+def low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """`plain_low_rank_linear` of a frozen weight: the update is added where the output stands, and in backward its part
+    of the input's gradient where that of the layer stands, instead of going through memory once more each time."""
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    A, B = A.to(dtype), B.to(dtype)
+    if _plain() or dropout == 1:
+        return plain_low_rank_linear(x, weight, bias, A, B, scale, dropout)
+    kept = None
+    if dropout:
+        kept, more = keep(x, dropout)
+        kept, A = kept.view(-1, x.shape[-1]), A * more
+    output: Tensor = _LowRankLinear.apply(x, weight, bias, A, B, scale, kept)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, kept: Any
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        low = F.linear(rows if kept is None else _masked(rows, kept), A)
+        y = F.linear(rows, weight, bias).addmm_(low, B.mT, alpha=scale)
+        ctx.save_for_backward(x, weight, A, B, low, kept)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, weight, A, B, low, kept = ctx.saved_tensors
+        rows, gradient = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, len(weight))
+        if torch.is_grad_enabled():  # to be differentiated once more
+            low = F.linear(rows if kept is None else _masked(rows, kept), A)
+        of_low = gradient @ B * ctx.scale
+        of_x = of_A = of_B = None
+        if ctx.needs_input_grad[0]:
+            of_rows = gradient @ weight
+            of_rows = of_rows.addmm_(of_low, A) if kept is None else of_rows.add_(_masked(of_low @ A, kept))
+            of_x = of_rows.view(x.shape)
+        if ctx.needs_input_grad[3]:
+            of_A = of_low.mT @ (rows if kept is None else _masked(rows, kept))
+        if ctx.needs_input_grad[4]:
+            of_B = gradient.mT @ low * ctx.scale
+        return of_x, None, None, of_A, of_B, None, None

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from peftcore.errors import UnsupportedSite
 from peftcore.graft import effective_weight
-from peftcore.weights import Layer, Ranges, dense_layer
+from peftcore.layers import dense_layer
+from peftcore.weights import Layer, Ranges
 
 LayerOf = Callable[[nn.Module, str], Layer]
 

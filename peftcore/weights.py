@@ -8,24 +8,25 @@ chosen: hook implementations may answer first (quantizers do).
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from peftcore.errors import UnsupportedSite
-from peftcore.kernels import dropped_linear
+from peftcore.kernels import dropped_linear, low_rank_linear
 from peftcore.sharding import is_sharded_class
 
 SMALL = 2**14
 """Values up to which one pass less over an output saves less than it takes to lay it out for that."""
 Ranges = tuple[tuple[int, int], ...]
 """Half-open ranges of the logical output dimension: the rows of one part of a fused projection."""
+_DENSE = (Tensor, nn.Parameter)
 GRAFTED = "_peftcore_base"
 """The attribute by which a grafted class names the class it stands for."""
 
@@ -121,8 +122,8 @@ class Layer:
         raise UnsupportedSite("this kind of module has no linear map of its own")
 
     def apply_dropped(self, x: Tensor, weight: Tensor, probability: float) -> Tensor:
-        """`apply` to an input of which parts are dropped."""
-        return self.apply(F.dropout(x, probability), weight)
+        """`apply` to an input of which parts are dropped; of which, with a probability of 0, none are."""
+        return self.apply(F.dropout(x, probability) if probability else x, weight)
 
     def mix(self, low: Tensor, matrix: Tensor) -> Tensor:
         """The matrix ``[out, rank]`` acting on the channels of `low`."""
@@ -132,9 +133,14 @@ class Layer:
         """``y + scale * matrix low``, the matrix ``[out, rank]`` acting on the channels of `low`."""
         raise UnsupportedSite("this kind of module has no linear map of its own")
 
-    def update(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        """``y + scale * B A x``."""
-        return self.add(y, self.apply(x, A), B, scale)
+    def update(
+        self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+    ) -> Tensor:
+        """``call(x) + scale * B A dropout(x)``, A ``[*batch, rank, in, *kernel]`` and B ``[*batch, out, rank]`` of any
+        dtype, `call` the inner layer of an operator."""
+        y = call(x)
+        A, B = A.to(y.dtype), B.to(y.dtype)
+        return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
 
     def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
         """`vector` shaped so that it broadcasts over the channels of the activation `like`."""
@@ -151,21 +157,41 @@ class Linear(Layer):
         return F.linear(x, weight)
 
     def apply_dropped(self, x: Tensor, weight: Tensor, probability: float) -> Tensor:
-        return dropped_linear(x, weight, probability)
+        return dropped_linear(x, weight, probability) if probability else F.linear(x, weight)
 
     def mix(self, low: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(low, matrix)
 
-    def update(self, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        if not torch.compiler.is_compiling() and y.numel() <= SMALL:  # a token: what is called costs what is computed
-            return torch.add(y, F.linear(F.linear(x, A), B), alpha=scale)
-        return self.add(y, F.linear(x, A), B, scale)
+    def update(
+        self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+    ) -> Tensor:
+        eager = not torch.compiler.is_compiling()
+        if eager and torch.is_grad_enabled() and A.dim() == B.dim() == 2 and (own := _own_weights(call)):
+            return low_rank_linear(x, *own, A, B, scale, dropout)
+        y = call(x)
+        if eager and not dropout and A.dtype is B.dtype is y.dtype and y.numel() <= SMALL:
+            return torch.add(y, F.linear(F.linear(x, A), B), alpha=scale)  # a token: each call counts
+        A, B = A.to(y.dtype), B.to(y.dtype)
+        return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
 
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
         if not torch.compiler.is_compiling() and y.numel() <= SMALL:
             return torch.add(y, F.linear(low, matrix), alpha=scale)
         flat = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), matrix.T, alpha=scale)
         return flat.view(y.shape)
+
+
+_FORWARD = nn.Linear.forward
+
+
+def _own_weights(call: Callable[..., Any]) -> tuple[Tensor, Tensor | None] | None:
+    """Frozen weight and bias of the linear layer whose own forward `call` is; None where it is anything else."""
+    if type(call) is not functools.partial or call.func is not _FORWARD:
+        return None
+    module: nn.Linear = call.args[0]
+    weight, bias = module.weight, module.bias
+    plain = all(each is None or (type(each) in _DENSE and not each.requires_grad) for each in (weight, bias))
+    return (weight, bias) if plain else None
 
 
 @dataclass(frozen=True)
@@ -285,44 +311,6 @@ def _is_torchs(cls: type[nn.Module], module: nn.Module) -> bool:
     return parametrized or is_sharded_class(cls)
 
 
-def _runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """True when the module's forward is that of one of `kinds`: subclasses may make something else of the tensors.
-
-    Scaled embeddings (Gemma) and standardized or self-padding convolutions (timm) do: act on their weight instead.
-    """
-    return any(plain_class(module).forward is kind.forward for kind in kinds)
-
-
-def _conv(module: _ConvNd) -> Layer:
-    plain = module.groups == 1 and module.padding_mode == "zeros" and _runs(module, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
-    return Conv(called=plain, stride=module.stride, padding=padding, dilation=module.dilation)
-
-
-def _embedding(module: nn.Embedding) -> Layer:
-    plain = _runs(module, nn.Embedding)
-    simple = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
-    return Table(called=plain and simple, one_hot=True, padding_idx=module.padding_idx)
-
-
-_KINDS: dict[type, Callable[[Any], Layer]] = {
-    nn.Linear: lambda module: Linear(called=_runs(module, nn.Linear)),
-    nn.Embedding: _embedding,
-    _ConvNd: _conv,
-    _ConvTransposeNd: lambda module: ConvTransposed(groups=module.groups),
-}
-
-
-def _kinds() -> dict[type, Callable[[Any], Layer]]:
-    """The known classes. transformers' Conv1D is looked up, not imported: without transformers no module can be one."""
-    utils = sys.modules.get("transformers.pytorch_utils")
-    return (
-        _KINDS
-        if utils is None
-        else {**_KINDS, utils.Conv1D: lambda module: Transposed(called=_runs(module, utils.Conv1D))}
-    )
-
-
 def is_dense(tensor: Tensor) -> bool:
     """Whether a tensor holds the numbers that it stands for: no codes, no bytes that want a scale, and no subclass that
     makes numbers as it is used.
@@ -334,27 +322,6 @@ def is_dense(tensor: Tensor) -> bool:
     own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     wide = tensor.element_size() > 1 and (tensor.is_floating_point() or tensor.is_complex())
     return wide and (not own or isinstance(tensor, plain))
-
-
-def dense_layer(module: nn.Module, tensor: str) -> Layer:
-    """The layer of a dense tensor: of a `weight` by the class of the module that holds it, of any other tensor by its
-    dimensions. What a module reads of one below it is stored alike, but is never called at the module."""
-    path, _, name = tensor.rpartition(".")
-    owner = module.get_submodule(path)
-    held = getattr(owner, name, None)
-    if isinstance(held, Tensor) and not is_dense(held):
-        return Opaque(called=owner is module)
-    if name == "weight":
-        kinds = _kinds()
-        for cls in type(owner).__mro__:
-            if cls in kinds:
-                layer = kinds[cls](owner)
-                return layer if owner is module else replace(layer, called=False)
-    if isinstance(held, Tensor) and held.dim() == 3:
-        # Stacked experts describe themselves (transformers: `is_transposed`); without a word they are stored [experts,
-        # out, in].
-        return Transposed(batch_dims=1) if getattr(owner, "is_transposed", False) else Layer(batch_dims=1)
-    return Layer()
 
 
 def bias_name(tensor: str) -> str:

@@ -1,6 +1,7 @@
 """Any storage reads as one logical layout and is written back to the bit; a layer's linear map is the module's own."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
+from peftcore.kernels import low_rank_linear
+from peftcore.layers import dense_layer
 from peftcore.plugins import layer_of
-from peftcore.weights import bias_name, dense_layer, put, take
+from peftcore.weights import bias_name, put, take
 
 
 def gpt_conv1d() -> nn.Module:
@@ -286,3 +289,82 @@ def test_grouped_transposed_convolutions_round_trip(groups: int, outputs: int, i
     layer = dense_layer(module, "weight")
     assert tuple(layer.shape(module, "weight")) == (outputs * groups, inputs, kernel)
     assert torch.equal(layer.stored(layer.logical(module.weight)), module.weight)
+
+
+# the update of a linear layer in one
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Outputs of the layers whose update was computed with them."""
+    seen: list[int] = []
+
+    def recorded(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+        seen.append(len(weight))
+        return low_rank_linear(x, weight, *args)
+
+    monkeypatch.setattr("peftcore.weights.low_rank_linear", recorded)
+    return seen
+
+
+def linears(widths: tuple[int, ...] = (4, 6, 5)) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
+
+
+X = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+def test_an_update_is_computed_with_the_layer_where_nothing_else_acts(fused: list[int]) -> None:
+    model = linears()
+    stir(peftcore.apply(model, "lora", target=["0", "1"], name="one"))
+    expected = model(X)
+    assert fused == [6, 5]
+    with torch.no_grad():
+        torch.testing.assert_close(model(X), expected)
+    assert fused == [6, 5]
+    stir(peftcore.apply(model, "lora", target=["1"], name="two"))
+    model(X)
+    assert fused == [6, 5, 6, 5], "the second of two goes round the first"
+
+
+def test_an_update_of_a_layer_that_trains_leaves_it_its_gradient(fused: list[int]) -> None:
+    model = linears()
+    stir(peftcore.apply(model, "lora", target=["0", "1"]))
+    model[1].weight.requires_grad_(True)
+    model(X).sum().backward()
+    assert fused == [6] and model[1].weight.grad is not None
+
+
+@pytest.mark.parametrize("method", ["ia3", "dora"])
+def test_an_update_around_something_else_is_computed_by_itself(method: str, fused: list[int]) -> None:
+    model = linears()
+    stir(peftcore.apply(model, method, target=["0"]))
+    stir(peftcore.apply(model, "lora", target=["0"]))
+    loss = model(X).square().sum()
+    assert not fused
+    loss.backward()
+
+
+def test_weights_that_are_more_than_numbers_multiply_by_themselves(fused: list[int]) -> None:
+    class Counted(Tensor):
+        pass
+
+    model = linears()
+    stir(peftcore.apply(model, "lora", target=["0", "1"]))
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Counted), requires_grad=False)
+    model(X)
+    assert fused == [5]
+
+
+def test_a_subclass_computes_for_itself(fused: list[int]) -> None:
+    class Loud(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    model = nn.Sequential(Loud(4, 6))
+    stir(injection := peftcore.apply(model, "lora", target=["0"]))
+    (A, B, scale) = next(iter(injection.operators.values())).factors()  # type: ignore[misc]
+    expected = 2 * nn.functional.linear(X, model[0].weight + scale * B @ A, model[0].bias)
+    torch.testing.assert_close(model(X), expected)
+    assert not fused

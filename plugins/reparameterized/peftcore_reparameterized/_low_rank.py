@@ -67,19 +67,8 @@ class LowRankOperator(Operator):
         raise NotImplementedError
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y = call(x)
         A, B, scale = self.factors()
-        if A.dtype is not y.dtype or B.dtype is not y.dtype:
-            A, B = self.cast(y, A, B)
-        if self.dropout and self.training:
-            return self.layer.add(y, self.layer.apply_dropped(x, A, self.dropout), B, scale)
-        return self.layer.update(y, x, A, B, scale)
-
-    def project(self, x: Tensor, A: Tensor) -> Tensor:
-        """``A dropout(x)``, whose channels are the rank."""
-        if self.dropout and self.training:
-            return self.layer.apply_dropped(x, A, self.dropout)
-        return self.layer.apply(x, A)
+        return self.layer.update(call, x, A, B, scale, self.dropout if self.training else 0.0)
 
     def merged(self, weight: Tensor) -> Tensor:
         A, B, scale = self.factors()

@@ -80,7 +80,8 @@ class VeRAOperator(LowRankOperator):
             self.layer.along_channels(self.d, y),
             self.layer.along_channels(self.b, y),
         )
-        return torch.addcmul(y, b, self.layer.mix(d * self.project(x, A), B))
+        low = self.layer.apply_dropped(x, A, self.dropout if self.training else 0.0)
+        return torch.addcmul(y, b, self.layer.mix(d * low, B))
 
 
 class VeRA(Method):
