@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,20 @@ from peftcore.weights import Layer, Ranges
 LayerOf = Callable[[nn.Module, str], Layer]
 
 
+class _Memory:
+    """Room for what a site has worked out, since methods ask many times. Not among its attributes, from which others
+    are made (``**vars(site)``)."""
+
+    __slots__ = ("__dict__", "__weakref__", "_path", "_shape")
+    _path: str
+    _shape: torch.Size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self)
+
+
 @dataclass(frozen=True, eq=False)
-class Site:
+class Site(_Memory):
     """A module of the host, one of its tensors, or some rows of one, that a method acts on.
 
     Attributes:
@@ -45,23 +57,37 @@ class Site:
     layer_of: LayerOf = dense_layer
     meta: bool = False
 
-    @cached_property
+    @property
     def path(self) -> str:
         """The name of the site in files and messages: ``h.0.attn.c_attn``, ``mha.in_proj_weight``,
         ``h.0.attn.c_attn:attn.q``."""
+        try:
+            return self._path
+        except AttributeError:
+            object.__setattr__(self, "_path", self._make_path())
+            return self._path
+
+    def _make_path(self) -> str:
         if self.form == "attention":
             return f"{self.module_path}:attention"
         plain = self.tensor == "weight" or self.form == "activation"
         path = self.module_path if plain else f"{self.module_path}.{self.tensor}".lstrip(".")
         return path if self.rows is None else f"{path}:{self.role or self.rows[0][0]}"
 
-    @cached_property  # methods ask many times; not among a site's fields, from which others are made
+    @property
     def weight_shape(self) -> torch.Size:
         """The logical shape ``[*batch, out, in, *kernel]``, also when the weight is packed; rows only.
 
         Raises:
             UnsupportedSite: the module has no such tensor, and it is no bias that could be added.
         """
+        try:
+            return self._shape
+        except AttributeError:
+            object.__setattr__(self, "_shape", self._find_shape())
+            return self._shape
+
+    def _find_shape(self) -> torch.Size:
         if not self.layer.has(self.module, self.tensor):
             return torch.Size([self._beside().out_features])
         shape = list(self.layer.shape(self.module, self.tensor))

@@ -250,7 +250,8 @@ class Surgeon:
         """State that sites share, registered and saved once: built on the first call with that name."""
         if name not in self.owned:
             anywhere = next(self.model.parameters(), torch.empty(0)).device
-            self.owned[name] = Shared(self._build(f"shared:{name}", module, None, anywhere))
+            with generator_kept():  # an operator that is being built may ask for it
+                self.owned[name] = Shared(self._build(f"shared:{name}", module, None, anywhere))
         return self.owned[name]
 
     def replace(self, site: Site) -> Replacement:

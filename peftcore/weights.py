@@ -157,7 +157,7 @@ class Linear(Layer):
         return F.linear(x, weight)
 
     def apply_dropped(self, x: Tensor, weight: Tensor, probability: float) -> Tensor:
-        return dropped_linear(x, weight, probability) if probability else F.linear(x, weight)
+        return dropped_linear(x, weight, probability) if probability else self.apply(x, weight)
 
     def mix(self, low: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(low, matrix)
@@ -165,11 +165,13 @@ class Linear(Layer):
     def update(
         self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
     ) -> Tensor:
-        eager = not torch.compiler.is_compiling()
-        if eager and torch.is_grad_enabled() and A.dim() == B.dim() == 2 and (own := _own_weights(call)):
+        if torch.compiler.is_compiling():
+            return super().update(call, x, A, B, scale, dropout)
+        small = x.numel() // x.shape[-1] * B.shape[-2] <= SMALL
+        if not small and torch.is_grad_enabled() and A.dim() == B.dim() == 2 and (own := _own_weights(call)):
             return low_rank_linear(x, *own, A, B, scale, dropout)
         y = call(x)
-        if eager and not dropout and A.dtype is B.dtype is y.dtype and y.numel() <= SMALL:
+        if small and not dropout and A.dtype is B.dtype is y.dtype:
             return torch.add(y, F.linear(F.linear(x, A), B), alpha=scale)  # a token: each call counts
         A, B = A.to(y.dtype), B.to(y.dtype)
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)

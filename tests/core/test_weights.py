@@ -312,7 +312,7 @@ def linears(widths: tuple[int, ...] = (4, 6, 5)) -> nn.Sequential:
     return nn.Sequential(*[nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
 
 
-X = torch.linspace(-1, 1, 12).view(3, 4)
+X = torch.linspace(-1, 1, 4 * 4000).view(2, 2000, 4)
 
 
 def test_an_update_is_computed_with_the_layer_where_nothing_else_acts(fused: list[int]) -> None:
@@ -321,7 +321,7 @@ def test_an_update_is_computed_with_the_layer_where_nothing_else_acts(fused: lis
     expected = model(X)
     assert fused == [6, 5]
     with torch.no_grad():
-        torch.testing.assert_close(model(X), expected)
+        assert torch.equal(model(X), expected), "a checkpoint's first forward has no gradients, and its second has"
     assert fused == [6, 5]
     stir(peftcore.apply(model, "lora", target=["1"], name="two"))
     model(X)
@@ -336,7 +336,7 @@ def test_an_update_of_a_layer_that_trains_leaves_it_its_gradient(fused: list[int
     assert fused == [6] and model[1].weight.grad is not None
 
 
-@pytest.mark.parametrize("method", ["ia3", "dora"])
+@pytest.mark.parametrize("method", ["ia3", "hra"])
 def test_an_update_around_something_else_is_computed_by_itself(method: str, fused: list[int]) -> None:
     model = linears()
     stir(peftcore.apply(model, method, target=["0"]))

@@ -86,9 +86,7 @@ class LoConOperator(Operator):
         return down, self.up, self.scale
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        y = call(x)
-        down, up = self.cast(y, *self.factors()[:2])
-        return self.layer.add(y, self.layer.apply(x, down), up, self.scale)
+        return self.layer.update(call, x, *self.factors())
 
     def merged(self, weight: Tensor) -> Tensor:
         down, up, scale = self.factors()

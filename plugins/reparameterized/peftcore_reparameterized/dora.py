@@ -54,14 +54,14 @@ class DoRAOperator(WeightOperator):
         return True
 
     def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
-        y, bias = call(x), held.bias
-        with full_precision(y):
+        bias, turned = held.bias, self.layer.update(call, x, self.A, self.B, self.scale)  # V x + b
+        with full_precision(turned):
             gain = self._gain(self._norm_beside(held.weight))
-        A, B, gain = self.cast(y, self.A, self.B, gain)
-        gain = self.layer.along_channels(gain, y)
-        shift = None if bias is None else self.layer.along_channels(bias.to(y.dtype), y)
-        turned = self.layer.add(y if shift is None else y - shift, self.layer.apply(x, A), B, self.scale)
-        return turned * gain if shift is None else torch.addcmul(shift, turned, gain)
+        gain = self.layer.along_channels(gain.to(turned.dtype), turned)
+        if bias is None:
+            return turned * gain
+        shift = self.layer.along_channels(bias.to(turned.dtype), turned)
+        return torch.addcmul(shift, turned - shift, gain)
 
     @torch.no_grad()
     def _norm_beside(self, weight: Tensor) -> Tensor:
