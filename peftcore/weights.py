@@ -167,11 +167,13 @@ class Linear(Layer):
     ) -> Tensor:
         if torch.compiler.is_compiling():
             return super().update(call, x, A, B, scale, dropout)
-        small = x.numel() // x.shape[-1] * B.shape[-2] <= SMALL
-        if not small and torch.is_grad_enabled() and A.dim() == B.dim() == 2 and (own := _own_weights(call)):
-            return low_rank_linear(x, *own, A, B, scale, dropout)
+        if torch.is_grad_enabled():
+            large = x.numel() // x.shape[-1] * B.shape[-2] > SMALL
+            if large and A.dim() == B.dim() == 2 and (own := _own_weights(call)):
+                return low_rank_linear(x, *own, A, B, scale, dropout)
+            return super().update(call, x, A, B, scale, dropout)
         y = call(x)
-        if small and not dropout and A.dtype is B.dtype is y.dtype:
+        if y.numel() <= SMALL and A.dtype is B.dtype is y.dtype and not dropout:
             return torch.add(y, F.linear(F.linear(x, A), B), alpha=scale)  # a token: each call counts
         A, B = A.to(y.dtype), B.to(y.dtype)
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
