@@ -19,7 +19,7 @@ import peftcore
 from benchmarks.contenders import LORA
 from benchmarks.hosts import PROJECTIONS, llama
 from benchmarks.rows import Row
-from benchmarks.timing import Times, ratio, take_turns
+from benchmarks.timing import Times, ratio, take_turns, uncollected
 
 SITES = "336 sites"
 IMPORT = """
@@ -45,10 +45,12 @@ def thrice(calls: dict[str, Callable[[], Callable[[], object]]], rounds: int) ->
     for number in range(1 + rounds):
         for name, prepare in calls.items():
             call = prepare()
-            begin = time.perf_counter()
-            call()
+            with uncollected():
+                begin = time.perf_counter()
+                call()
+                spent = time.perf_counter() - begin
             if number:
-                found[name].append(time.perf_counter() - begin)
+                found[name].append(spent)
             del call
     return {name: np.array(each) for name, each in found.items()}
 

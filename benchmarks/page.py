@@ -18,7 +18,7 @@ def tables(rows: Iterable[Row], growth: Iterable[Growth], circumstances: Mapping
     lines += ["| figure | peftcore | peft | ratio (95 %) | wanted | |", "|---|---|---|---|---|---|"]
     for row in rows:
         mark = "" if row.reached else "**not reached**"
-        lines.append(f"| {row.figure} | {row.ours} | {row.theirs} | {row.ratio} | ≤ {row.wanted:g} | {mark} |")
+        lines.append(f"| {row.figure} | {row.ours} | {row.theirs} | {row.ratio} | {row.goal} | {mark} |")
     lines += ["", "| growth | over | steepest between neighbours (1 is linear) |", "|---|---|---|"]
     for each in growth:
         steepest = ", ".join(f"{name} {exponent:.2f}" for name, exponent in each.exponents().items())

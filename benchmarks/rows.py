@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from benchmarks.timing import Estimate
@@ -17,7 +18,12 @@ class Row:
     ratio: Estimate
     """Ours over theirs, of what the figure names."""
     wanted: float
-    """The ratio is to be at most this."""
+    """The ratio is to be at most this; infinite where nothing is wanted."""
+
+    @property
+    def goal(self) -> str:
+        """What is wanted, to be read."""
+        return "" if math.isinf(self.wanted) else f"≤ {self.wanted:g}"
 
     @property
     def reached(self) -> bool:

@@ -43,6 +43,8 @@ class Route:
     """[rows] int64: the row's position in `names`, -1 for the bare base model."""
     copies: int = 1
     """How many rows of the batch may stand for one of these, one beside the other (beams)."""
+    positions: tuple[int, ...] = ()
+    """`index` as numbers, where they are known without asking the device."""
 
     def fits(self, batch: int) -> bool:
         """Whether a batch of the host has this many rows."""
@@ -316,7 +318,7 @@ def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> 
         state.injections[name].check_routable()
     positions = [-1 if name is None else used.index(name) for name in names]
     device = next((parameter.device for parameter in model.parameters()), None)
-    routed = Route(used, torch.tensor(positions, device=device), copies)
+    routed = Route(used, torch.tensor(positions, device=device), copies, tuple(positions))
     return Chosen(state, replace(state.now(), route=routed, composition=None))
 
 

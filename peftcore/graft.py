@@ -32,7 +32,7 @@ from peftcore.mounts import Acting, Beside, Edits, Planned, Slot
 from peftcore.operators import is_mergeable
 from peftcore.rows import Once, add_updates, select_rows
 from peftcore.sharding import MANAGED, whole
-from peftcore.weights import GRAFTED, Layer, Ranges, plain_class, take
+from peftcore.weights import GRAFTED, Layer, Ranges, is_linear, plain_class, take
 
 _SLOT = "_peftcore_slot"
 TORCHS = frozenset(vars(nn.Module()))
@@ -177,7 +177,7 @@ def _by_rows(
     """What each injection of a route computes, put together row by row. Those that only wrap share one base forward."""
     output = inner(*args, **kwargs)
     if planned.updates and not torch.is_grad_enabled() and not module.training and len(args[0]) > 1:
-        return add_updates(planned.updates, route, output, args[0])
+        return add_updates(planned.updates, route, output, args[0], is_linear(inner.run))
     for position, acting in enumerate(planned.routed):
         if acting.effects:
             call = _inner(plain, slot, module, replace(acting, attention=()))

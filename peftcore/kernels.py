@@ -238,7 +238,7 @@ class _LowRankLinear(torch.autograd.Function):
         rows, gradient = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, len(weight))
         if torch.is_grad_enabled():  # to be differentiated once more
             low = F.linear(rows if kept is None else _masked(rows, kept), A)
-        of_low = gradient @ B * ctx.scale
+        of_low = (gradient @ B).mul_(ctx.scale)
         of_x = of_A = of_B = None
         if ctx.needs_input_grad[0]:
             of_rows = gradient @ weight
@@ -247,5 +247,5 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             of_A = of_low.mT @ (rows if kept is None else _masked(rows, kept))
         if ctx.needs_input_grad[4]:
-            of_B = gradient.mT @ low * ctx.scale
+            of_B = (gradient.mT @ low).mul_(ctx.scale)
         return of_x, None, None, of_A, of_B, None, None

@@ -20,13 +20,13 @@ class Once:
     """A forward that runs once for the same inputs, however many injections of a route ask for its output."""
 
     def __init__(self, run: Callable[..., Any], module: nn.Module) -> None:
-        self._run, self._module = run, module
+        self.run, self._module = run, module
         self._asked: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._output: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._asked is None:
-            self._asked, self._output = (args, kwargs), self._run(*args, **kwargs)
+            self._asked, self._output = (args, kwargs), self.run(*args, **kwargs)
             return self._output
         if self._same(args, kwargs):
             return self._output
@@ -35,7 +35,7 @@ class Once:
                 f"an injection changes the inputs of a whole {type(self._module).__name__}, which would have to run "
                 "once for each injection of the route (and fill caches more than once); route without it"
             )
-        return self._run(*args, **kwargs)
+        return self.run(*args, **kwargs)
 
     def _same(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         assert self._asked is not None
@@ -48,7 +48,7 @@ class Once:
         )
 
 
-def add_updates(updates: Sequence[tuple[int, Mount]], route: Route, y: Tensor, x: Tensor) -> Tensor:
+def add_updates(updates: Sequence[tuple[int, Mount]], route: Route, y: Tensor, x: Tensor, new: bool = False) -> Tensor:
     """Low-rank updates of several injections, each of its own rows: two products for all of them.
 
     Args:
@@ -56,28 +56,37 @@ def add_updates(updates: Sequence[tuple[int, Mount]], route: Route, y: Tensor, x
         route: which rows are whose.
         y: what the module returns without them ``[rows, ..., out]``.
         x: its input ``[rows, ..., in]``.
+        new: whether `y` is nobody else's, so that they may be added in place.
     """
-    index = route.rows(len(x), x.device)
     tokens = x.reshape(len(x), -1, x.shape[-1])
     for rows in dict.fromkeys(mount.rows for _, mount in updates):
         factors = {position: mount.operator.factors() for position, mount in updates if mount.rows == rows}
-        A, B, scales = _stacked(factors, len(route.names), y)  # type: ignore[arg-type]
-        low = (tokens.to(y.dtype) @ A[index].mT) * scales[index].view(-1, 1, 1)
+        A, B, scales = _of_rows(factors, route, len(x), y)  # type: ignore[arg-type]
+        low = (tokens.to(y.dtype) @ A.mT) * scales.view(-1, 1, 1)
+        if new and rows is None and type(y) is Tensor and y.is_contiguous():
+            y.view(len(x), -1, y.shape[-1]).baddbmm_(low, B.mT)
+            continue
         part = take(y, rows, -1)
-        changed = torch.baddbmm(part.reshape(len(x), -1, part.shape[-1]), low, B[index].mT)
+        changed = torch.baddbmm(part.reshape(len(x), -1, part.shape[-1]), low, B.mT)
         y = put(y, changed.view(part.shape), rows, -1)
     return y
 
 
-def _stacked(factors: Mapping[int, Factors], count: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A ``[count + 1, rank, in]``, B ``[count + 1, out, rank]`` and scales; zeros for those that do nothing here, and
-    last for rows of the bare base. Lower ranks are filled up."""
+def _of_rows(factors: Mapping[int, Factors], route: Route, count: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A ``[count, rank, in]``, B ``[count, out, rank]`` and a scale for each of `count` rows; zeros for those of the
+    bare base, and of what does nothing here. Lower ranks are filled up."""
     first, second, _ = next(iter(factors.values()))
     rank = max(len(A) for A, _, _ in factors.values())
     nothing = first.new_zeros(rank, first.shape[1]), second.new_zeros(len(second), rank), 0.0
-    each = [_filled(factors[n], rank) if n in factors else nothing for n in range(count)]
-    As, Bs, scales = zip(*each, nothing, strict=True)
-    return torch.stack(As).to(like.dtype), torch.stack(Bs).to(like.dtype), like.new_tensor(scales)
+    each = [_filled(factors[n], rank) if n in factors else nothing for n in range(len(route.names))] + [nothing]
+    index = route.rows(count, like.device)
+    laid = not torch.compiler.is_compiling() and bool(route.positions)  # no graph may depend on who is where
+    if laid:  # side by side at once, not one of each first and then by row
+        times = count // len(route.positions)
+        each = [each[n] for n in route.positions for _ in range(times)]
+    As, Bs, scales = (list(part) for part in zip(*each, strict=True))
+    A, B, scale = torch.stack(As).to(like.dtype), torch.stack(Bs).to(like.dtype), like.new_tensor(scales)
+    return (A, B, scale) if laid else (A[index], B[index], scale[index])
 
 
 def _filled(factors: Factors, rank: int) -> Factors:

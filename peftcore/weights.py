@@ -168,8 +168,9 @@ class Linear(Layer):
         if torch.compiler.is_compiling():
             return super().update(call, x, A, B, scale, dropout)
         if torch.is_grad_enabled():
+            trained = A.requires_grad and B.requires_grad and A.dim() == B.dim() == 2  # else there is less to keep
             large = x.numel() // x.shape[-1] * B.shape[-2] > SMALL
-            if large and A.dim() == B.dim() == 2 and (own := _own_weights(call)):
+            if trained and large and (own := _own_weights(call)):
                 return low_rank_linear(x, *own, A, B, scale, dropout)
             return super().update(call, x, A, B, scale, dropout)
         y = call(x)
@@ -188,11 +189,16 @@ class Linear(Layer):
 _FORWARD = nn.Linear.forward
 
 
+def is_linear(call: Callable[..., Any]) -> bool:
+    """Whether `call` is a linear layer's own forward, with its own weight: what it returns is new and nobody else's."""
+    return type(call) is functools.partial and call.func is _FORWARD
+
+
 def _own_weights(call: Callable[..., Any]) -> tuple[Tensor, Tensor | None] | None:
     """Frozen weight and bias of the linear layer whose own forward `call` is; None where it is anything else."""
-    if type(call) is not functools.partial or call.func is not _FORWARD:
+    if not is_linear(call):
         return None
-    module: nn.Linear = call.args[0]
+    module: nn.Linear = call.args[0]  # type: ignore[attr-defined]
     weight, bias = module.weight, module.bias
     plain = all(each is None or (type(each) in _DENSE and not each.requires_grad) for each in (weight, bias))
     return (weight, bias) if plain else None
