@@ -17,7 +17,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore.kernels import low_rank_linear
 from peftcore.layers import dense_layer
 from peftcore.plugins import layer_of
-from peftcore.weights import bias_name, put, take
+from peftcore.weights import SMALL, bias_name, put, take
 
 
 def gpt_conv1d() -> nn.Module:
@@ -326,6 +326,24 @@ def test_an_update_is_computed_with_the_layer_where_nothing_else_acts(fused: lis
     stir(peftcore.apply(model, "lora", target=["1"], name="two"))
     model(X)
     assert fused == [6, 5, 6, 5], "the second of two goes round the first"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_an_update_computed_with_the_layer_has_the_gradients_of_one_beside_it(
+    dropout: float, fused: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = linears().double()
+    stir(injection := peftcore.apply(model, "lora", target=["0", "1"], dropout=dropout, dtype="float64"))
+    model.train()
+    found = []
+    for small in (SMALL, 10**9):
+        monkeypatch.setattr("peftcore.weights.SMALL", small)
+        torch.manual_seed(0)
+        x = X.double().requires_grad_()
+        output = model(x)
+        found.append([output, *torch.autograd.grad(output.square().mean(), [x, *injection.parameters()])])
+    assert fused == [6, 5]
+    torch.testing.assert_close(*found)
 
 
 def test_an_update_of_a_layer_that_trains_leaves_it_its_gradient(fused: list[int]) -> None:
