@@ -249,3 +249,34 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             of_B = (gradient.mT @ low).mul_(ctx.scale)
         return of_x, None, None, of_A, of_B, None, None
+
+
+# A sum with something scaled
+
+
+def plain_add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
+    """``y + gain z``, the gain of fewer entries than z."""
+    return y + gain * z
+
+
+def add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
+    """`plain_add_scaled` in one pass, and one pass less in backward than `torch.addcmul` takes."""
+    if _plain():
+        return plain_add_scaled(y, gain, z)
+    output: Tensor = _AddScaled.apply(y, gain, z)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _AddScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(gain, z if ctx.needs_input_grad[1] else None)
+        ctx.shape = y.shape
+        return torch.addcmul(y, gain, z)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gain, z), (gradient,) = ctx.saved_tensors, gradients
+        of_gain = (gradient * z).sum_to_size(gain.shape) if ctx.needs_input_grad[1] else None
+        of_y = gradient.sum_to_size(ctx.shape) if ctx.needs_input_grad[0] else None
+        return of_y, of_gain, gradient * gain if ctx.needs_input_grad[2] else None

@@ -215,3 +215,17 @@ def test_a_low_rank_update_under_autocast() -> None:
     assert found.dtype == plain.dtype == torch.bfloat16
     torch.testing.assert_close(found, plain, atol=0.05, rtol=0.02)
     assert {each.dtype for each in torch.autograd.grad(found.float().sum(), (A, B))} == {torch.float32}
+
+
+@pytest.mark.parametrize("shapes", [((2, 3, 4), (4,), (2, 3, 4)), ((2, 3, 4), (3, 1), (2, 3, 4)), ((4,), (4,), (2, 4))])
+def test_a_sum_with_something_scaled(shapes: tuple[tuple[int, ...], ...]) -> None:
+    y, gain, z = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    torch.testing.assert_close(kernels.add_scaled(y, gain, z), kernels.plain_add_scaled(y, gain, z))
+    assert gradcheck(kernels.add_scaled, (y, gain, z)) and gradgradcheck(kernels.add_scaled, (y, gain, z))
+    assert gradcheck(kernels.add_scaled, (y, gain.detach(), z)) and gradcheck(kernels.add_scaled, (y, gain, z.detach()))
+
+
+def test_a_sum_with_something_scaled_under_vmap_and_grad() -> None:
+    y, gain, z = (torch.randn(*shape, dtype=torch.float64) for shape in ((4,), (4,), (3, 4)))
+    each = torch.func.vmap(torch.func.grad(lambda z: kernels.add_scaled(y, gain, z).sum()))(z)
+    torch.testing.assert_close(each, gain.expand(3, 4))

@@ -21,7 +21,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
 from peftcore.operators import Held, full_precision
 from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors, low_rank_update
 
@@ -61,7 +61,7 @@ class DoRAOperator(WeightOperator):
         if bias is None:
             return turned * gain
         shift = self.layer.along_channels(bias.to(turned.dtype), turned)
-        return torch.addcmul(shift, turned - shift, gain)
+        return kernels.add_scaled(shift, gain, turned - shift)
 
     @torch.no_grad()
     def _norm_beside(self, weight: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, kernels
 from peftcore.operators import Shared
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 from peftcore_reparameterized._low_rank import LowRankOperator
@@ -81,7 +81,7 @@ class VeRAOperator(LowRankOperator):
             self.layer.along_channels(self.b, y),
         )
         low = self.layer.apply_dropped(x, A, self.dropout if self.training else 0.0)
-        return torch.addcmul(y, b, self.layer.mix(d * low, B))
+        return kernels.add_scaled(y, b, self.layer.mix(d * low, B))
 
 
 class VeRA(Method):
