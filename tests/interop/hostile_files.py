@@ -429,6 +429,17 @@ class Bench:
         Raises:
             AssertionError: it did neither, or took too long, or left traces.
         """
+        outcome, took = self._attempt(path, options)
+        if took >= SECONDS:  # what a process does once, such as importing, is not the file's
+            outcome, took = self._attempt(path, options)
+        assert took < SECONDS, f"it took {took:.1f} seconds"
+        assert torch.is_grad_enabled(), "gradients are off from now on"
+        wrong = differences(self.before, trace(self.model))
+        assert not wrong, f"the host was changed: {wrong}"
+        return outcome
+
+    def _attempt(self, path: Path, options: dict[str, Any]) -> tuple[str, float]:
+        """What came of it, and seconds of the processor."""
         start = time.process_time()
         try:
             with limited(60), warnings.catch_warnings():
@@ -446,12 +457,7 @@ class Bench:
                 self._use(injection)
             finally:
                 injection.remove()
-        took = time.process_time() - start
-        assert took < SECONDS, f"it took {took:.1f} seconds"
-        assert torch.is_grad_enabled(), "gradients are off from now on"
-        wrong = differences(self.before, trace(self.model))
-        assert not wrong, f"the host was changed: {wrong}"
-        return outcome
+        return outcome, time.process_time() - start
 
     def _use(self, injection: peftcore.Injection) -> None:
         """Outputs are finite; where calls want to be told something, or an option does not suit the inputs, a typed
