@@ -142,6 +142,7 @@ class Injection:
 
     @frugal.setter
     def frugal(self, mode: bool) -> None:
+        self._alive()
         self._frugal = mode
         self._replan()
 

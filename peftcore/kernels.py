@@ -109,7 +109,7 @@ def neumann(K: Tensor, terms: int) -> Tensor:
     """`plain_neumann`, of which backward keeps K alone."""
     if _plain():
         return plain_neumann(K, terms)
-    rotation: Tensor = _Neumann.apply(K.flatten(0, -3), terms)  # type: ignore[no-untyped-call]
+    rotation: Tensor = _Neumann.apply(K.reshape(-1, *K.shape[-2:]), terms)  # type: ignore[no-untyped-call]
     return rotation.view(K.shape)
 
 

@@ -95,6 +95,8 @@ def test_handle_of_a_removed_injection_refuses() -> None:
             act()
     with pytest.raises(UnknownInjection), injection.disabled():
         pass
+    with pytest.raises(UnknownInjection):
+        injection.frugal = True
     assert list(peftcore.injections(model)) == ["lora"]
 
 

@@ -62,7 +62,7 @@ def skew(*shape: int) -> Tensor:
     return full - full.mT
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_rotations_and_their_gradients(name: str, shape: tuple[int, ...]) -> None:
     kernel, plain = ROTATIONS[name]
