@@ -165,16 +165,13 @@ class Linear(Layer):
     def update(
         self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
     ) -> Tensor:
-        if torch.compiler.is_compiling():
-            return super().update(call, x, A, B, scale, dropout)
-        if torch.is_grad_enabled():
-            trained = A.requires_grad and B.requires_grad and A.dim() == B.dim() == 2  # else there is less to keep
+        eager = not torch.compiler.is_compiling()
+        if eager and torch.is_grad_enabled() and A.requires_grad and B.requires_grad:  # else there is less to keep
             large = x.numel() // x.shape[-1] * B.shape[-2] > SMALL
-            if trained and large and (own := _own_weights(call)):
+            if large and A.dim() == B.dim() == 2 and (own := _own_weights(call)):
                 return low_rank_linear(x, *own, A, B, scale, dropout)
-            return super().update(call, x, A, B, scale, dropout)
         y = call(x)
-        if y.numel() <= SMALL and A.dtype is B.dtype is y.dtype and not dropout:
+        if eager and y.numel() <= SMALL and A.dtype is B.dtype is y.dtype and not dropout:
             return torch.add(y, F.linear(F.linear(x, A), B), alpha=scale)  # a token: each call counts
         A, B = A.to(y.dtype), B.to(y.dtype)
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
