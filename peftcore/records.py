@@ -25,7 +25,7 @@ from peftcore.kernels import transformed
 from peftcore.sharding import differentiable
 
 if TYPE_CHECKING:
-    from peftcore.calls import Choice, HostState
+    from peftcore.calls import Choice, HostState, Route
 
 _CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
 """The names under which transformers hands its caches on."""
@@ -217,7 +217,8 @@ class Recorder:
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the host runs."""
-        call = Call(self.state, self.state.now(), model, args, kwargs)
+        choice = self.state.now()
+        call = Call(self.state, choice, model, args, kwargs)
         _TRACED.append(call)
         if torch.compiler.is_compiling():
             return
@@ -225,9 +226,10 @@ class Recorder:
         _HERE.outside = None
         if self.state.witness is not None:
             self.state.witness.look(model)
-        _check_rows(call)
+        if choice.route is not None:
+            _check_rows(call, choice.route)
         if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
-            self.note(self.state.now())
+            self.note(choice)
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After it, also when it raised."""
@@ -289,10 +291,7 @@ class Recorder:
         return {"state": self.state, "recent": [], "drained": False}
 
 
-def _check_rows(call: Call) -> None:
-    route = None if call.choice is None else call.choice.route
-    if route is None:
-        return
+def _check_rows(call: Call, route: Route) -> None:
     tensors = [value for value in call.inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
     if tensors and not route.fits(len(tensors[0])):
         raise RouteError(

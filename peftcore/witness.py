@@ -50,10 +50,15 @@ class Witness:
         self.state = state
         self.waiting: dict[str, list[Expected]] = {}
         self.beside: dict[nn.Module, list[Beside]] = {}
+        self.places: list[nn.Module] = []
+        """Those of `beside`, to be looked at in turn."""
+        self._turn = 0
 
     def watch(self, holder: nn.Module, site: Expected) -> None:
         """Expect a site to run; `holder` is the module whose child it is."""
         self._expect(site)
+        if holder not in self.beside:
+            self.places.append(holder)
         known = self.beside.setdefault(holder, [])
         if not known or len(holder._modules) != len(known[-1].children):
             known.append(Beside(frozenset(holder._modules), []))
@@ -63,7 +68,18 @@ class Witness:
         self.waiting.setdefault(re.sub(r"\d+", "*", site.path), []).append(site)
 
     def look(self, model: nn.Module) -> None:
-        """Expect sites anew beside which modules were added since."""
+        """Expect sites anew beside which modules were added since. Without gradients, where each token looks, one place
+        is looked at in turn: who fuses projections does so in all blocks."""
+        places = self.places
+        if len(places) > 1 and not torch.is_grad_enabled():
+            self._turn = (self._turn + 1) % len(places)
+            places = [places[self._turn]]
+        if any(len(place._modules) != len(each.children) for place in places for each in self.beside[place]):
+            self._look_everywhere()
+        if self.waiting and self not in model._forward_hooks.values():
+            model.register_forward_hook(self)
+
+    def _look_everywhere(self) -> None:
         for holder, known in self.beside.items():
             for each in known:
                 if len(holder._modules) == len(each.children):
@@ -74,8 +90,6 @@ class Witness:
                         for slot in site.slots:
                             slot.ran = False
                         self._expect(site)
-        if self.waiting and self not in model._forward_hooks.values():
-            model.register_forward_hook(self)
 
     def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -124,6 +138,7 @@ def forget(model: nn.Module, state: HostState, name: str) -> None:
         witness.beside = {
             holder: left for holder, known in witness.beside.items() if (left := [each for each in known if each.sites])
         }
+        witness.places = list(witness.beside)
         kept = {group: [each for each in members if each.name != name] for group, members in witness.waiting.items()}
         witness.waiting = {group: members for group, members in kept.items() if members}
         if not witness.waiting:
