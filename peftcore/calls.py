@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peftcore.compositions import Composition, Stack
 from peftcore.errors import MergeError, RouteError, UnknownInjection
-from peftcore.records import Recorder, graph_task, replayed
+from peftcore.records import HERE, Recorder, graph_task, replayed
 from peftcore.saving import guard, unguard
 
 if TYPE_CHECKING:
@@ -125,6 +125,18 @@ class HostState:
         if not torch.compiler.is_compiling() and graph_task() != -1:  # repeating(), at every site and token
             return replayed(self)
         return self.threads.get(threading.get_ident(), self.choice) if self.threads else self.choice
+
+    def enter(self, training: bool) -> Choice:
+        """A grafted module runs, in training or not: what this thread chose. At every site and token, so in one go."""
+        if torch.compiler.is_compiling():
+            return self.now()
+        if graph_task() != -1:
+            choice = replayed(self)
+        else:
+            choice = self.threads.get(threading.get_ident(), self.choice) if self.threads else self.choice
+        if not HERE.calls:
+            self.recorder.visit(choice, training)
+        return choice
 
     def current(self) -> Active:
         """The names that act in this thread, in the order in which they were applied."""

@@ -222,10 +222,7 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
         slot: Slot | None = self.__dict__.get(_SLOT)
         if slot is None:
             return plain(self, *args, **kwargs)
-        state = slot.state
-        choice = state.now()
-        if not torch.compiler.is_compiling():
-            state.recorder.visit(choice, self.training)
+        choice = slot.state.enter(self.training)
         planned = slot.plan_for(choice)
         if not planned.acting.attention:  # else the edits say so: a host may go round them
             slot.ran = True
@@ -233,9 +230,9 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
             args = (kwargs.pop(first),)  # operators get what they act on by position, however the module was called
         if planned.layers is not None:
             call: Forward = functools.partial(plain, self)
-            for operator in planned.layers:
+            for operator in planned.layers[:-1]:
                 call = functools.partial(operator, call)
-            return call(*args, **kwargs)
+            return planned.layers[-1](call, *args, **kwargs) if planned.layers else call(*args, **kwargs)
         if planned.composition is not None:
             return _composed(plain, slot, self, planned, args, kwargs)
         inner = _inner(plain, slot, self, planned.acting, choice.route)
