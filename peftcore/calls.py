@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peftcore.compositions import Composition, Stack
 from peftcore.errors import MergeError, RouteError, UnknownInjection
-from peftcore.records import HERE, Recorder, graph_task, replayed
+from peftcore.records import Recorder, graph_task, replayed
 from peftcore.saving import guard, unguard
 
 if TYPE_CHECKING:
@@ -106,6 +106,10 @@ class HostState:
     witness: Witness | None = None
     """Sees to it that adapted sites run."""
 
+    calm: int | None = None
+    """The thread in which a forward of the host runs by the owner's choice: its modules need not ask what was chosen,
+    unless somebody chooses for a thread alone."""
+
     recorder: Recorder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -126,15 +130,10 @@ class HostState:
             return replayed(self)
         return self.threads.get(threading.get_ident(), self.choice) if self.threads else self.choice
 
-    def enter(self, training: bool) -> Choice:
-        """A grafted module runs, in training or not: what this thread chose. At every site and token, so in one go."""
-        if torch.compiler.is_compiling():
-            return self.now()
-        if graph_task() != -1:
-            choice = replayed(self)
-        else:
-            choice = self.threads.get(threading.get_ident(), self.choice) if self.threads else self.choice
-        if not HERE.calls:
+    def entered(self, training: bool) -> Choice:
+        """A grafted module runs, in training or not: what this thread chose."""
+        choice = self.now()
+        if not torch.compiler.is_compiling():
             self.recorder.visit(choice, training)
         return choice
 
@@ -182,7 +181,7 @@ class HostState:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start with one thread of their own, outside of any route."""
         choice = Choice(self.choice.active, composition=self.choice.composition)
-        return {**self.__dict__, "threads": {}, "choice": choice}
+        return {**self.__dict__, "threads": {}, "choice": choice, "calm": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, owner=threading.get_ident())

@@ -17,11 +17,13 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from threading import get_ident
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils.checkpoint import checkpoint
 
 from peftcore.attention import attributes
@@ -222,8 +224,13 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
         slot: Slot | None = self.__dict__.get(_SLOT)
         if slot is None:
             return plain(self, *args, **kwargs)
-        choice = slot.state.enter(self.training)
-        planned = slot.plan_for(choice)
+        state = slot.state
+        if is_dynamo_compiling() or state.calm != get_ident() or state.threads:
+            choice = state.entered(self.training)
+            planned = slot.plan_for(choice)
+        else:  # at a token each step counts
+            choice = state.choice
+            planned = slot.planned or slot.plan_for(choice)
         if not planned.acting.attention:  # else the edits say so: a host may go round them
             slot.ran = True
         if not args and first in kwargs:

@@ -42,7 +42,7 @@ class _Threads(threading.local):
         """By host: the backward pass (its number) and the forward that it goes through now, which its graph holds."""
 
 
-HERE = _Threads()
+_HERE = _Threads()
 _TRACED: list[Call] = []
 """The open records of all threads, for code that torch.compile traces: it follows a plain list, not what belongs to a
 thread."""
@@ -168,11 +168,11 @@ def current_call() -> Call:
         return _TRACED[-1] if _TRACED else _COMPILED_ALONE
     if repeating():
         here = graph_task()
-        for task, reference in reversed(HERE.announced.values()):
+        for task, reference in reversed(_HERE.announced.values()):
             call = reference()
             if task == here and call is not None:
                 return call
-    return HERE.calls[-1] if HERE.calls else HERE.outside or Call()
+    return _HERE.calls[-1] if _HERE.calls else _HERE.outside or Call()
 
 
 class Tap:
@@ -222,24 +222,26 @@ class Recorder:
         _TRACED.append(call)
         if torch.compiler.is_compiling():
             return
-        HERE.calls.append(call)
-        HERE.outside = None
+        _HERE.calls.append(call)
+        _HERE.outside = None
         if self.state.witness is not None:
             self.state.witness.look(model)
         if choice.route is not None:
             _check_rows(call, choice.route)
         if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
             self.note(choice)
+            self.state.calm = threading.get_ident() if choice is self.state.choice else None
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """After it, also when it raised."""
-        calls = _TRACED if torch.compiler.is_compiling() else HERE.calls
+        calls = _TRACED if torch.compiler.is_compiling() else _HERE.calls
         if not calls:
             return None  # tracing failed half-way: nothing was opened here
         call = calls[-1]
         calls.remove(call)
         if calls is not _TRACED:
             _TRACED.remove(call)
+            self.state.calm = None
         call.close()
         if output is None or not torch.is_grad_enabled():
             return None
@@ -268,11 +270,13 @@ class Recorder:
             self.recent = [*self.recent[-1:], choice]
 
     def visit(self, choice: Choice, training: bool) -> None:
-        """A grafted module runs where the host itself does not (through `forward_features`, an encoder by itself),
+        """A grafted module runs. Where the host itself does not (through `forward_features`, an encoder by itself),
         there is a record all the same, without inputs, until the next forward of the host."""
-        outside = HERE.outside
+        if _HERE.calls:
+            return
+        outside = _HERE.outside
         if outside is None or outside.state is not self.state or outside.choice is not choice:
-            HERE.outside = Call(self.state, choice)
+            _HERE.outside = Call(self.state, choice)
         if training and not repeating():
             self.note(choice)
 
@@ -335,7 +339,7 @@ def _announce(output: Any, call: Call) -> None:
     state = call.state
 
     def announce(gradients: tuple[Any, ...]) -> None:
-        HERE.announced[id(state)] = graph_task(), weakref.ref(call)
+        _HERE.announced[id(state)] = graph_task(), weakref.ref(call)
         state.recorder.drained = True
 
     for tensor in _tensors(output):
@@ -350,7 +354,7 @@ def replayed(state: HostState) -> Choice:
         AmbiguousBackward: forwards under different choices came before this backward, and nothing says which one it is:
             a nested reentrant checkpoint, or a loss that was not made from the host's outputs.
     """
-    task, reference = HERE.announced.get(id(state), (-1, None))
+    task, reference = _HERE.announced.get(id(state), (-1, None))
     call = None if reference is None else reference()
     if task == graph_task() and call is not None and call.choice is not None:
         return call.choice
