@@ -231,15 +231,16 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
         else:  # at a token each step counts
             choice = state.choice
             planned = slot.planned or slot.plan_for(choice)
-        if not planned.acting.attention:  # else the edits say so: a host may go round them
-            slot.ran = True
         if not args and first in kwargs:
             args = (kwargs.pop(first),)  # operators get what they act on by position, however the module was called
-        if planned.layers is not None:
+        if planned.outermost is not None:
+            slot.ran = True
             call: Forward = functools.partial(plain, self)
-            for operator in planned.layers[:-1]:
+            for operator in planned.inner:
                 call = functools.partial(operator, call)
-            return planned.layers[-1](call, *args, **kwargs) if planned.layers else call(*args, **kwargs)
+            return planned.outermost(call, *args, **kwargs)
+        if not planned.acting.attention:  # else the edits say so: a host may go round them
+            slot.ran = True
         if planned.composition is not None:
             return _composed(plain, slot, self, planned, args, kwargs)
         inner = _inner(plain, slot, self, planned.acting, choice.route)

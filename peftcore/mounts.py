@@ -292,8 +292,9 @@ class Planned:
     key: Key
     acting: Acting
     """With a route: what acts on no row in particular; attention edits pick their rows themselves."""
-    layers: tuple[Operator, ...] | None = None
-    """The operators, if nothing acts but them, one after the other: the short way, which decoding takes."""
+    inner: tuple[Operator, ...] = ()
+    outermost: Operator | None = None
+    """The operators, if nothing acts but them, one around the other: the short way, which decoding takes."""
     routed: tuple[Acting, ...] = ()
     """With a route: what acts on the rows of each of its names."""
     updates: tuple[tuple[int, Mount], ...] = ()
@@ -352,11 +353,12 @@ class Slot:
             return self._composed(choice, choice.composition)
         if choice.route is None:
             acting = self._acting(choice.active)
-            return Planned(choice.key, acting, layers_of(acting))
+            *inner, outermost = layers_of(acting) or (None,)
+            return Planned(choice.key, acting, tuple(inner), outermost)
         each = tuple(self._acting((name,)) for name in choice.route.names)
         edits = tuple(mount for acting in each for mount in acting.attention)
         stand = plan_acting([], self.stances, choice.route.names)
-        return Planned(choice.key, replace(stand, attention=edits), None, each, updates_of(each))
+        return Planned(choice.key, replace(stand, attention=edits), routed=each, updates=updates_of(each))
 
     def _composed(self, choice: Choice, composition: Composition) -> Planned:
         mounted = {mount.name for mount in self.mounts}
