@@ -229,8 +229,8 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
             choice = state.entered(self.training)
             planned = slot.plan_for(choice)
         else:  # at a token each step counts
-            choice = state.choice
-            planned = slot.planned or slot.plan_for(choice)
+            choice, ahead = state.choice, slot.planned
+            planned = ahead if ahead is not None and ahead.key is choice.key else slot.plan_for(choice)
         if not args and first in kwargs:
             args = (kwargs.pop(first),)  # operators get what they act on by position, however the module was called
         if planned.outermost is not None:

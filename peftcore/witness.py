@@ -50,15 +50,15 @@ class Witness:
         self.state = state
         self.waiting: dict[str, list[Expected]] = {}
         self.beside: dict[nn.Module, list[Beside]] = {}
-        self.places: list[nn.Module] = []
-        """Those of `beside`, to be looked at in turn."""
+        self.places: dict[str, list[nn.Module]] = {}
+        """Those of `beside` by the name of their class."""
         self._turn = 0
 
     def watch(self, holder: nn.Module, site: Expected) -> None:
         """Expect a site to run; `holder` is the module whose child it is."""
         self._expect(site)
         if holder not in self.beside:
-            self.places.append(holder)
+            self.places.setdefault(type(holder).__name__, []).append(holder)
         known = self.beside.setdefault(holder, [])
         if not known or len(holder._modules) != len(known[-1].children):
             known.append(Beside(frozenset(holder._modules), []))
@@ -69,11 +69,12 @@ class Witness:
 
     def look(self, model: nn.Module) -> None:
         """Expect sites anew beside which modules were added since. Without gradients, where each token looks, one place
-        is looked at in turn: who fuses projections does so in all blocks."""
-        places = self.places
-        if len(places) > 1 and not torch.is_grad_enabled():
-            self._turn = (self._turn + 1) % len(places)
-            places = [places[self._turn]]
+        of each class is looked at, in turn: who fuses projections does so in all blocks."""
+        self._turn += 1
+        if torch.is_grad_enabled():
+            places = list(self.beside)
+        else:
+            places = [alike[self._turn % len(alike)] for alike in self.places.values()]
         if any(len(place._modules) != len(each.children) for place in places for each in self.beside[place]):
             self._look_everywhere()
         if self.waiting and self not in model._forward_hooks.values():
@@ -138,7 +139,9 @@ def forget(model: nn.Module, state: HostState, name: str) -> None:
         witness.beside = {
             holder: left for holder, known in witness.beside.items() if (left := [each for each in known if each.sites])
         }
-        witness.places = list(witness.beside)
+        witness.places = {}
+        for holder in witness.beside:
+            witness.places.setdefault(type(holder).__name__, []).append(holder)
         kept = {group: [each for each in members if each.name != name] for group, members in witness.waiting.items()}
         witness.waiting = {group: members for group, members in kept.items() if members}
         if not witness.waiting:

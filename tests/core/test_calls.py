@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -305,3 +306,91 @@ def test_nothing_of_the_record_stays_when_forward_raises_or_the_injection_goes()
     injection.remove()
     notes = (model._forward_hooks_with_kwargs, model._forward_hooks_always_called, model._forward_pre_hooks_with_kwargs)
     assert (dict(model._forward_hooks), dict(model._forward_pre_hooks)) == hooks and not any(notes)
+
+
+def in_the_middle(model: nn.Module, run: Callable[[], None]) -> Any:
+    """Let something happen once, when the host's first layer has run."""
+
+    def once(*_: Any) -> None:
+        handle.remove()
+        run()
+
+    handle = model.layers[0].register_forward_hook(once)
+    return handle
+
+
+def in_a_thread(run: Callable[[], None]) -> None:
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+
+
+def test_a_choice_in_the_middle_of_a_forward_holds_from_there() -> None:
+    model, (_, two) = adapted("lora", "dora")
+    ids = token_ids(2)
+    with torch.no_grad():
+        first = model.layers[0](model.embed_tokens(ids))
+        with activate(model, two.name):
+            expected = model.lm_head(model.norm(model.layers[1](first)))
+        assert not torch.equal(model(ids)["logits"], expected)
+        in_the_middle(model, lambda: activate(model, two.name))
+        assert torch.equal(model(ids)["logits"], expected)
+
+
+def test_another_threads_choice_in_the_middle_of_a_forward() -> None:
+    model, (_, two) = adapted("lora", "dora")
+    ids, found = token_ids(2), []
+
+    def alone() -> None:
+        with torch.no_grad(), activate(model, two.name):
+            found.append(model(ids)["logits"])
+
+    with torch.no_grad():
+        both, (wanted, *_) = model(ids)["logits"], separately(model, ids, [two.name] * 2)
+        in_the_middle(model, lambda: in_a_thread(alone))
+        assert torch.equal(model(ids)["logits"], both)
+    torch.testing.assert_close(found[0][0], wanted)
+
+
+def test_a_part_that_another_thread_runs_in_the_middle_of_a_forward_has_a_record_of_its_own() -> None:
+    model = host().eval()
+    peftcore.apply(model, TaskMethod)
+    x, found = torch.randn(2, 5, 8), []
+
+    def part() -> None:
+        found.append(model.layers[1](x))
+
+    with torch.no_grad(), call(model, strength=0.5):
+        wanted = model.layers[1](x)
+        in_the_middle(model, lambda: in_a_thread(part))
+        model(token_ids(2))
+    assert torch.equal(found[0], wanted)
+
+
+def test_an_extra_pass_in_a_forward_of_the_host() -> None:
+    """It leaves the injection out though its modules run by the owner's choice otherwise."""
+    model = host().eval()
+    ids = token_ids(2)
+    bare = model.layers[0](model.embed_tokens(ids))
+    peftcore.apply(model, TwiceMethod)
+    seen: list[Tensor] = []
+    model.layers[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad(), call(model, strength=1.0):
+        model(ids)
+        operator = peftcore.injections(model)["toy_twice"].operators["layers.0"]
+        operator.gain.zero_()
+        model(ids)
+    torch.testing.assert_close(seen[0] - seen[1], bare)
+
+
+def test_a_forward_that_is_over_leaves_nothing_to_go_by() -> None:
+    model, _ = adapted("lora")
+    state = state_of(model)
+    during: list[int | None] = []
+    in_the_middle(model, lambda: during.append(state.calm))
+    model(token_ids(2))
+    assert during == [threading.get_ident()] and state.calm is None
+    in_the_middle(model, lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(token_ids(2))
+    assert state.calm is None

@@ -25,6 +25,25 @@ class ReadsWeight(nn.Module):
         return self.proj(nn.functional.scaled_dot_product_attention(q, k, v))
 
 
+class Attention(nn.Module):
+    """One whose projections can be made one, which reads their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.mlp = perceptron()
+        self.fused: nn.Linear | None = None
+
+    def fuse(self) -> None:
+        self.fused = nn.Linear(4, 8)
+        self.fused.weight.data = torch.cat([self.query.weight.data, self.value.weight.data])
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = (self.query(x), self.value(x)) if self.fused is None else self.fused(x).chunk(2, -1)
+        mixed: Tensor = both[0] + both[1] + self.mlp(x).sum(-1, keepdim=True)
+        return mixed
+
+
 class Stack(nn.Module):
     def __init__(self, part: Callable[[], nn.Module], depth: int = 3) -> None:
         super().__init__()
@@ -113,3 +132,29 @@ def test_merged_injection_needs_no_forward() -> None:
     x = torch.randn(2, 5, 4)
     injection.merge()
     model(x)
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_projections_that_are_fused_later_are_missed(recorded: bool) -> None:
+    """Also where places are looked at in turn: one of each class at each forward."""
+    model = Stack(Attention)
+    peftcore.apply(model, "lora", target=["query", "mlp.first"])
+    x = torch.randn(2, 4)
+    with torch.set_grad_enabled(recorded):
+        for _ in range(2):
+            model(x)
+        for layer in model.layers:
+            layer.fuse()
+        with pytest.raises(InactiveSite, match=r"3 adapted sites did not: layers\.0\.query"):
+            model(x)
+
+
+def test_a_single_fused_block_is_found_in_its_turn() -> None:
+    model = Stack(Attention)
+    peftcore.apply(model, "lora", target="query")
+    with torch.no_grad():
+        model(torch.randn(2, 4))
+        model.layers[1].fuse()
+        with pytest.raises(InactiveSite, match=r"1 adapted sites did not: layers\.1\.query"):
+            for _ in model.layers:
+                model(torch.randn(2, 4))
