@@ -62,7 +62,51 @@ class _Rotate(torch.autograd.Function):
         return of_x, of_R
 
 
-# Rotations of skew-symmetric matrices
+# Skew-symmetric matrices, and their rotations
+
+
+def plain_skew(entries: Tensor, size: int) -> Tensor:
+    """Skew-symmetric matrices ``[*batch, size, size]`` from what stands above the diagonal, row by row."""
+    row, column = torch.triu_indices(size, size, 1, device=entries.device)
+    matrix = entries.new_zeros(*entries.shape[:-1], size * size)
+    matrix = matrix.index_copy(-1, row * size + column, entries).unflatten(-1, (size, size))
+    return matrix - matrix.mT
+
+
+def skew(entries: Tensor, size: int) -> Tensor:
+    """`plain_skew`, gathered in one pass there and one back; where each entry goes is worked out once."""
+    matrix: Tensor = plain_skew(entries, size) if _plain() else _Skew.apply(entries, size)  # type: ignore[no-untyped-call]
+    return matrix
+
+
+class _Skew(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, size: int) -> Tensor:
+        source, sign, ctx.above = _places(size, entries.device)
+        return entries.index_select(-1, source).mul_(sign).unflatten(-1, (size, size))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        return (gradient - gradient.mT).flatten(-2).index_select(-1, ctx.above), None
+
+
+_PLACES: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+
+
+def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Which entry each value of a skew-symmetric matrix is, with which sign; and where those above the diagonal are."""
+    known = _PLACES.get((size, device))
+    if known is None:
+        row, column = torch.triu_indices(size, size, 1, device=device)
+        above, below = row * size + column, column * size + row
+        numbers = torch.arange(len(above), device=device)
+        source = above.new_zeros(size * size).index_copy_(0, above, numbers).index_copy_(0, below, numbers)
+        sign = torch.zeros(size * size, device=device).index_fill_(0, above, 1.0).index_fill_(0, below, -1.0)
+        known = source, sign, above
+        if type(source) is Tensor and not source.is_inference():  # of a mode that makes others, none is kept
+            _PLACES[size, device] = known
+    return known
 
 
 def plain_cayley(K: Tensor) -> Tensor:
@@ -109,35 +153,45 @@ def neumann(K: Tensor, terms: int) -> Tensor:
     """`plain_neumann`, of which backward keeps K alone."""
     if _plain():
         return plain_neumann(K, terms)
-    rotation: Tensor = _Neumann.apply(K.reshape(-1, *K.shape[-2:]), terms)  # type: ignore[no-untyped-call]
-    return rotation.view(K.shape)
+    stack = K if K.dim() == 3 else K.reshape(-1, *K.shape[-2:])
+    rotation: Tensor = _Neumann.apply(stack, terms)  # type: ignore[no-untyped-call]
+    return rotation if K.dim() == 3 else rotation.view(K.shape)
 
 
 class _Neumann(torch.autograd.Function):
+    """In powers of K^2, which takes half as many products: [I - 2 K] + K^2 ([2 I - 2 K] + K^2 (...))."""
+
     @staticmethod
     def forward(ctx: Any, K: Tensor, terms: int) -> Tensor:
         ctx.terms = terms
         ctx.save_for_backward(K)
-        identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-        return torch.baddbmm(identity, K, _brackets(K, identity, terms)[-1], alpha=-1)
+        square, pair, inner = _pairs(K, terms)
+        return torch.baddbmm(pair - torch.eye(K.shape[-1], dtype=K.dtype, device=K.device), square, inner[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (K,), (gradient,) = ctx.saved_tensors, gradients
-        identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-        back, of_K = -K.mT, torch.zeros_like(K)
-        for bracket in reversed(_brackets(K, identity, ctx.terms)):  # of 1 - K bracket, or 2 - K bracket
-            of_K.baddbmm_(gradient, bracket.mT, alpha=-1)
-            gradient = back @ gradient
-        return of_K.sub_(gradient), None
+        square, _, inner = _pairs(K, ctx.terms)
+        of_K, of_square = -2 * gradient, torch.zeros_like(K)
+        for bracket in reversed(inner):
+            of_square = torch.baddbmm(of_square, gradient, bracket.mT)
+            gradient = square.mT @ gradient
+            of_K = torch.sub(of_K, gradient, alpha=2)
+        if ctx.terms % 2:  # the innermost ends in K^2 itself
+            of_square = of_square + gradient
+        else:  # in -K, not in -2 K
+            of_K = of_K + gradient
+        return torch.baddbmm(torch.baddbmm(of_K, of_square, K.mT), K.mT, of_square), None
 
 
-def _brackets(K: Tensor, identity: Tensor, terms: int) -> list[Tensor]:
-    """What `plain_neumann` multiplies with K on the way, the innermost first."""
-    found = [2 * identity - K]
-    for _ in range(terms - 3):
-        found.append(torch.baddbmm(2 * identity, K, found[-1], alpha=-1))
-    return found
+def _pairs(K: Tensor, terms: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """K^2, 2 I - 2 K, and what is multiplied with K^2 on the way, the innermost first."""
+    twice = 2 * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    square, pair = K @ K, torch.sub(twice, K, alpha=2)
+    found = [pair + square if terms % 2 else twice - K]
+    for _ in range(terms // 2 - 2):
+        found.append(torch.baddbmm(pair, square, found[-1]))
+    return square, pair, found
 
 
 # A projection of an input of which parts are dropped

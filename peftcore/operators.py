@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -209,7 +209,8 @@ class Shared:
 
 def full_precision(like: Tensor) -> AbstractContextManager[None]:
     """Products inside are not rounded by autocast: for what is small, and made of parameters alone."""
-    return torch.autocast(like.device.type, enabled=False)
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -51,9 +51,28 @@ ROTATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor
     "cayley": (kernels.cayley, kernels.plain_cayley),
     **{
         f"neumann {terms}": (partial(kernels.neumann, terms=terms), partial(kernels.plain_neumann, terms=terms))
-        for terms in (4, 5, 9)
+        for terms in (4, 5, 6, 7, 9)
     },
 }
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_skew_symmetric_matrices_from_their_entries(batch: tuple[int, ...]) -> None:
+    entries = torch.randn(*batch, 6, dtype=torch.float64, requires_grad=True)
+    K = kernels.skew(entries, 4)
+    assert torch.equal(K, -K.mT) and torch.equal(K[..., 1, 2:], entries[..., 3:5])
+    assert torch.equal(K, kernels.plain_skew(entries, 4))
+    run = partial(kernels.skew, size=4)
+    assert gradcheck(run, entries) and gradgradcheck(run, entries)
+
+
+def test_skew_symmetric_matrices_under_vmap_grad_and_inference() -> None:
+    entries = torch.randn(5, 10, dtype=torch.float64)
+    each = torch.func.vmap(torch.func.grad(lambda row: kernels.skew(row, 5).triu().pow(3).sum()))(entries)
+    torch.testing.assert_close(each, 3 * entries.pow(2))
+    with torch.inference_mode():
+        kernels.skew(entries, 5)
+    assert gradcheck(partial(kernels.skew, size=5), entries.requires_grad_())
 
 
 def skew(*shape: int) -> Tensor:

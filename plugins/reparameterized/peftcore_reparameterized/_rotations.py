@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from peftcore import Site
+from peftcore import Site, kernels
 from peftcore.errors import UnsupportedSite
 from peftcore.weights import Layer
 
@@ -53,11 +53,7 @@ def block_size(site: Site, wanted: int, factors: int = 1) -> int:
 
 def skew(entries: Tensor, size: int) -> Tensor:
     """Skew-symmetric matrices [..., size, size] from what stands above the diagonal, row by row."""
-    row, column = torch.triu_indices(size, size, 1, device=entries.device)
-    entries = entries.to(torch.promote_types(entries.dtype, torch.float32))
-    matrix = entries.new_zeros(*entries.shape[:-1], size * size)
-    matrix = matrix.index_copy(-1, row * size + column, entries).unflatten(-1, (size, size))
-    return matrix - matrix.mT
+    return kernels.skew(entries.to(torch.promote_types(entries.dtype, torch.float32)), size)
 
 
 def rotate(rows: Tensor, R: Tensor) -> Tensor:
