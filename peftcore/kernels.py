@@ -338,3 +338,32 @@ class _AddScaled(torch.autograd.Function):
         of_gain = (gradient * z).sum_to_size(gain.shape) if ctx.needs_input_grad[1] else None
         of_y = gradient.sum_to_size(ctx.shape) if ctx.needs_input_grad[0] else None
         return of_y, of_gain, gradient * gain if ctx.needs_input_grad[2] else None
+
+
+# Fixed bases, scaled from both sides
+
+
+def plain_scaled_bases(A: Tensor, L: Tensor, G: Tensor) -> Tensor:
+    """``L[..., r, b] A[r, i] G[..., b, i]``: a matrix ``[rank, in]`` in as many scaled copies as there are bases."""
+    return L.unsqueeze(-1) * A.unsqueeze(-2) * G.unsqueeze(-3)
+
+
+def scaled_bases(A: Tensor, L: Tensor, G: Tensor) -> Tensor:
+    """`plain_scaled_bases` of a fixed A, of which backward keeps the scales alone and makes one tensor of that size."""
+    if _plain() or A.requires_grad:
+        return plain_scaled_bases(A, L, G)
+    scaled: Tensor = _ScaledBases.apply(A, L, G)  # type: ignore[no-untyped-call]
+    return scaled
+
+
+class _ScaledBases(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, L: Tensor, G: Tensor) -> Tensor:
+        ctx.save_for_backward(A, L, G)
+        return (L.unsqueeze(-1) * A.unsqueeze(-2)).mul_(G.unsqueeze(-3))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (A, L, G), (gradient,) = ctx.saved_tensors, gradients
+        part = gradient * A.unsqueeze(-2)
+        return None, torch.einsum("...rbi,...bi->...rb", part, G), torch.einsum("...rbi,...rb->...bi", part, L)
