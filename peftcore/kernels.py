@@ -69,7 +69,7 @@ def plain_skew(entries: Tensor, size: int) -> Tensor:
     """Skew-symmetric matrices ``[*batch, size, size]`` from what stands above the diagonal, row by row."""
     row, column = torch.triu_indices(size, size, 1, device=entries.device)
     matrix = entries.new_zeros(*entries.shape[:-1], size * size)
-    matrix = matrix.index_copy(-1, row * size + column, entries).unflatten(-1, (size, size))
+    matrix = matrix.index_copy(-1, row * size + column, entries).view(*entries.shape[:-1], size, size)
     return matrix - matrix.mT
 
 
@@ -83,7 +83,7 @@ class _Skew(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, entries: Tensor, size: int) -> Tensor:
         source, sign, ctx.above = _places(size, entries.device)
-        return entries.index_select(-1, source).mul_(sign).unflatten(-1, (size, size))
+        return entries.index_select(-1, source).mul_(sign).view(*entries.shape[:-1], size, size)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
