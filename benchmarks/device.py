@@ -1,0 +1,162 @@
+"""``python -m benchmarks.device``: steps and tokens of a decoder of any size on any device, eager, compiled by
+torch.compile, and tokens as CUDA graphs too; a table and ``benchmarks/device.json``."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from benchmarks import memory
+from benchmarks.__main__ import HERE, table
+from benchmarks.contenders import PAIRS, Step, limit_step, training_step
+from benchmarks.hosts import llama, tokens
+from benchmarks.rows import Row
+from benchmarks.serving import forward
+from benchmarks.steps import WANTED, over
+from benchmarks.timing import Estimate, overhead, take_turns
+
+SIZES: Mapping[str, tuple[int, int]] = {"small": (512, 4), "1B": (2048, 16), "3B": (3072, 28), "8B": (4096, 32)}
+"""Width and layers."""
+WAYS = ("eager", "compiled", "graph")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured where."""
+
+    size: str
+    device: str
+    dtype: torch.dtype
+    rows: int
+    length: int
+    rounds: int
+
+    def hosts(self, method: str) -> dict[str, nn.Module]:
+        """The limit, ours and theirs on copies of one host."""
+        width, layers = SIZES[self.size]
+        with torch.device(self.device):
+            base = llama(width, layers, self.dtype)
+        pair = PAIRS[method]
+        made = {"ours": pair.ours_on, "theirs": pair.theirs_on}
+        return {"limit": base, **{who: adapt(copy.deepcopy(base)) for who, adapt in made.items()}}
+
+    def step(self, method: str, way: str) -> Iterator[Row]:
+        """A training step: time beyond the limit, and memory."""
+        ids, hosts = tokens(self.rows, self.length).to(self.device), self.hosts(method)
+        if way == "compiled":
+            for host in hosts.values():
+                host.compile(dynamic=False)
+        steps = {who: (limit_step if who == "limit" else training_step)(host, ids) for who, host in hosts.items()}
+        figure = f"step, {method}, {way}"
+        yield self._timed(figure, steps, WANTED.get(method, 1.0))
+        yield self._weighed(figure, steps)
+
+    def token(self, method: str, way: str) -> Iterator[Row]:
+        """One token without gradients."""
+        ids, hosts = tokens(1, 1).to(self.device), self.hosts(method)
+        calls = {who: forward(host, ids) for who, host in hosts.items()}
+        if way == "compiled":
+            for host in hosts.values():
+                host.compile(dynamic=False)
+        if way == "graph":
+            calls = {who: _captured(call) for who, call in calls.items()}
+        yield self._timed(f"one token, {method}, {way}", calls, 0.6)
+
+    def _timed(self, figure: str, calls: Mapping[str, Step], wanted: float) -> Row:
+        times = take_turns({who: self._awaited(call) for who, call in calls.items()}, self.rounds, warmup=5)
+        ratio = overhead(times, "ours", "theirs", "limit")
+        return Row(f"{figure}: time beyond the limit", over(times, "ours"), over(times, "theirs"), ratio, wanted)
+
+    def _weighed(self, figure: str, steps: Mapping[str, Step]) -> Row:
+        found = {who: self._peak(step) for who, step in steps.items()}
+        ratio = found["ours"] / found["theirs"]
+        sizes = {who: f"{size / 1e6:.1f} MB" for who, size in found.items()}
+        figure = f"{figure}: peak memory (limit {sizes['limit']})"
+        return Row(figure, sizes["ours"], sizes["theirs"], Estimate(ratio, ratio, ratio), 1.0)
+
+    def _awaited(self, call: Step) -> Step:
+        """The call, and the end of what it has set going."""
+        if self.device == "cpu":
+            return call
+
+        def whole() -> None:
+            call()
+            torch.accelerator.synchronize()
+
+        return whole
+
+    def _peak(self, call: Step) -> int:
+        if not self.device.startswith("cuda"):
+            return memory.peak(call)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+
+def _captured(call: Step) -> Step:
+    """A call as one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.device", description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="1B")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rows", type=int, default=4, help="of a batch, of a training step")
+    parser.add_argument("--length", type=int, default=512, help="tokens of each")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--methods", nargs="+", choices=PAIRS, default=["lora", "dora", "oft"])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=None, help="all that the device can, when left out")
+    given = parser.parse_args()
+    ways = given.ways or WAYS[: 3 if given.device.startswith("cuda") else 2]
+    bench = Bench(given.size, given.device, getattr(torch, given.dtype), given.rows, given.length, given.rounds)
+    torch.set_num_threads(given.threads)
+    memory.keep_memory()
+    warnings.simplefilter("ignore")
+    console, rows = Console(), []
+    for method in given.methods:
+        for way in ways:
+            torch.compiler.reset()
+            parts: list[Callable[[str, str], Iterator[Row]]] = (
+                [bench.token] if way == "graph" else [bench.step, bench.token]
+            )
+            for part in parts:
+                rows += (found := list(part(method, way)))
+                console.print(table(found))
+    console.print(table(rows))
+    name = torch.cuda.get_device_name() if given.device.startswith("cuda") else given.device
+    circumstances = {
+        **{key: str(value) for key, value in asdict(bench).items()},
+        "device": name,
+        **{package: version(package) for package in ("torch", "transformers", "peft", "peftcore")},
+    }
+    document = {**circumstances, "rows": [asdict(row) for row in rows]}
+    (HERE / "device.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
