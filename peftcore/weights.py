@@ -177,7 +177,7 @@ class Linear(Layer):
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
 
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
-        if not torch.compiler.is_compiling() and y.numel() <= SMALL:
+        if is_dynamo_compiling() or y.numel() <= SMALL:  # a compiler chooses by itself
             return torch.add(y, F.linear(low, matrix), alpha=scale)
         flat = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), matrix.T, alpha=scale)
         return flat.view(y.shape)
