@@ -137,8 +137,9 @@ def _beside(
     plain: Forward, slot: Slot, module: nn.Module, acting: Acting, beside: Beside, *args: Any, **kwargs: Any
 ) -> Any:
     """What one weight operator does to activations, where that is cheaper; in evaluation the view, whose weights are
-    kept. A checkpoint's first forward has no gradients either, and does what its second does."""
-    wanted = torch.is_grad_enabled() or module.training
+    kept, unless they would be made at each call all the same: under torch.compile. A checkpoint's first forward has no
+    gradients either, and does what its second does."""
+    wanted = torch.is_grad_enabled() or module.training or torch.compiler.is_compiling()
     if not (wanted and beside.operator.acts_beside(*args)):
         return _base_call(slot, module, acting, *args, **kwargs)
     if not torch.compiler.is_compiling():

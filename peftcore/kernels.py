@@ -151,22 +151,19 @@ def plain_neumann(K: Tensor, terms: int) -> Tensor:
 
 def neumann(K: Tensor, terms: int) -> Tensor:
     """`plain_neumann`, of which backward keeps K alone."""
-    if _plain():
-        return plain_neumann(K, terms)
     stack = K if K.dim() == 3 else K.reshape(-1, *K.shape[-2:])
+    if _plain():
+        return _series(stack, terms).view(K.shape)
     rotation: Tensor = _Neumann.apply(stack, terms)  # type: ignore[no-untyped-call]
     return rotation if K.dim() == 3 else rotation.view(K.shape)
 
 
 class _Neumann(torch.autograd.Function):
-    """In powers of K^2, which takes half as many products: [I - 2 K] + K^2 ([2 I - 2 K] + K^2 (...))."""
-
     @staticmethod
     def forward(ctx: Any, K: Tensor, terms: int) -> Tensor:
         ctx.terms = terms
         ctx.save_for_backward(K)
-        square, pair, inner = _pairs(K, terms)
-        return torch.baddbmm(pair - torch.eye(K.shape[-1], dtype=K.dtype, device=K.device), square, inner[-1])
+        return _series(K, terms)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -182,6 +179,12 @@ class _Neumann(torch.autograd.Function):
         else:  # in -K, not in -2 K
             of_K = of_K + gradient
         return torch.baddbmm(torch.baddbmm(of_K, of_square, K.mT), K.mT, of_square), None
+
+
+def _series(K: Tensor, terms: int) -> Tensor:
+    """`plain_neumann` in powers of K^2, with half as many products: [I - 2 K] + K^2 ([2 I - 2 K] + K^2 (...))."""
+    square, pair, inner = _pairs(K, terms)
+    return torch.baddbmm(pair - torch.eye(K.shape[-1], dtype=K.dtype, device=K.device), square, inner[-1])
 
 
 def _pairs(K: Tensor, terms: int) -> tuple[Tensor, Tensor, list[Tensor]]:
