@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from peftcore.errors import UnsupportedSite
 from peftcore.kernels import dropped_linear, low_rank_linear
@@ -166,18 +166,18 @@ class Linear(Layer):
     def update(
         self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
     ) -> Tensor:
-        if torch.is_grad_enabled() and A.requires_grad and B.requires_grad and not is_dynamo_compiling():
+        if torch.is_grad_enabled() and A.requires_grad and B.requires_grad and not is_compiling():
             large = x.numel() // x.shape[-1] * B.shape[-2] > SMALL  # and both train, else there is less to keep
             if large and A.dim() == B.dim() == 2 and (own := _own_weights(call)):
                 return low_rank_linear(x, *own, A, B, scale, dropout)
         y = call(x)
-        if y.numel() <= SMALL and A.dtype is B.dtype is y.dtype and not dropout and not is_dynamo_compiling():
+        if A.dtype is B.dtype is y.dtype and not dropout and not is_compiling() and y.numel() <= SMALL:
             return torch.add(y, F.linear(F.linear(x, A), B), alpha=scale)  # a token: each call counts
         A, B = A.to(y.dtype), B.to(y.dtype)
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
 
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
-        if is_dynamo_compiling() or y.numel() <= SMALL:  # a compiler chooses by itself
+        if is_compiling() or y.numel() <= SMALL:  # a compiler chooses by itself
             return torch.add(y, F.linear(low, matrix), alpha=scale)
         flat = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), matrix.T, alpha=scale)
         return flat.view(y.shape)
