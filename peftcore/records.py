@@ -266,6 +266,8 @@ class Recorder:
         """A forward runs under this choice, and backward may repeat it."""
         if self.drained:
             self.recent, self.drained = [], False
+        if self.recent and self.recent[-1] is choice:
+            return  # as at nearly every token
         if not any(choice.same(other) for other in self.recent):
             self.recent = [*self.recent[-1:], choice]
 

@@ -71,16 +71,14 @@ class Witness:
         """Expect sites anew beside which modules were added since. Without gradients, where each token looks, one place
         of each class is looked at, in turn: who fuses projections does so in all blocks."""
         self._turn += 1
-        if torch.is_grad_enabled():
-            places = list(self.beside)
-        else:
-            places = [alike[self._turn % len(alike)] for alike in self.places.values()]
-        if any(len(place._modules) != len(each.children) for place in places for each in self.beside[place]):
-            self._look_everywhere()
-        if self.waiting and self not in model._forward_hooks.values():
-            model.register_forward_hook(self)
+        recorded = torch.is_grad_enabled()
+        for alike in self.places.values():
+            for place in alike if recorded else (alike[self._turn % len(alike)],):
+                for each in self.beside[place]:
+                    if len(place._modules) != len(each.children):
+                        return self._look_everywhere(model)
 
-    def _look_everywhere(self) -> None:
+    def _look_everywhere(self, model: nn.Module) -> None:
         for holder, known in self.beside.items():
             for each in known:
                 if len(holder._modules) == len(each.children):
@@ -91,6 +89,8 @@ class Witness:
                         for slot in site.slots:
                             slot.ran = False
                         self._expect(site)
+        if self.waiting and self not in model._forward_hooks.values():
+            model.register_forward_hook(self)
 
     def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
