@@ -96,7 +96,7 @@ def injecting(rounds: int) -> Iterator[list[Row]]:
     times = thrice({"ours": first_of_ours, "theirs": first_of_theirs}, rounds)
     later = {}
     for count in (1, 20):
-        later |= thrice({f"ours {count}": another_of_ours(count), f"theirs {count}": another_of_theirs(count)}, 3)
+        later |= thrice({f"ours {count}": another_of_ours(count), f"theirs {count}": another_of_theirs(count)}, 6)
     yield [
         compared(f"injection of LoRA into {SITES}", times, 0.1),
         compared("the 21st adapter", later, 0.1, "ours 20", "theirs 20"),
