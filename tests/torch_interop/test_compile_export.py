@@ -9,7 +9,7 @@ import pytest
 import torch
 from interop_hosts import METHODS, WIDTH, Encoder, adapt, encoder, gradients, inputs, mlp
 from torch import Tensor, fx, nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 
 import peftcore
 
@@ -49,6 +49,19 @@ def test_compiled_encoder_equals_eager_in_training_and_evaluation(method: str) -
     assert_same_step(step(compiled, injection, x), step(model, injection, x))
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_evaluation_makes_no_effective_weight() -> None:
+    """It could not be kept from call to call. Eager evaluation keeps it, which gives the same."""
+    model, x = nn.Sequential(nn.Linear(8, 12)).eval(), torch.randn(3, 8)
+    adapt(model, "oft", target="0")
+    model(x)
+    graphs = EagerAndRecordGraphs()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=graphs)(x), model(x))
+    (graph,) = graphs.graphs
+    made = [node.meta["example_value"] for node in graph.graph.nodes if node.op.startswith("call")]
+    assert made and all(each.shape != (12, 8) for each in made if isinstance(each, Tensor))
 
 
 @pytest.mark.parametrize("method", MLP_METHODS)
