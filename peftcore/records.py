@@ -343,6 +343,7 @@ def _announce(output: Any, call: Call) -> None:
     def announce(gradients: tuple[Any, ...]) -> None:
         _HERE.announced[id(state)] = graph_task(), weakref.ref(call)
         state.recorder.drained = True
+        state.calm = None  # a forward of the host may be under way: what runs again in its middle must ask
 
     for tensor in _tensors(output):
         if tensor.grad_fn is not None:

@@ -367,6 +367,31 @@ def test_a_part_that_another_thread_runs_in_the_middle_of_a_forward_has_a_record
     assert torch.equal(found[0], wanted)
 
 
+def test_backward_in_the_middle_of_another_forward_repeats_what_its_own_did() -> None:
+    model = host(reentrant=False)
+    one, two = (peftcore.apply(model, method, name=method) for method in ("lora", "dora"))
+    ids, direction = token_ids(2), torch.randn(2, 5, 11)
+    for seed, injection in enumerate((one, two)):
+        fill(injection, seed)
+        injection.trainable(True)
+
+    def loss() -> Tensor:
+        with activate(model, one.name):
+            return (model(ids)["logits"] * direction).sum()
+
+    loss().backward()
+    wanted = gradients(one)
+    with activate(model, two.name), torch.no_grad():
+        other = model(ids)["logits"]
+    late = loss()
+    with activate(model, two.name):
+        handle = model.embed_tokens.register_forward_hook(lambda *_: late.backward())
+        torch.testing.assert_close(model(ids)["logits"], other)
+        handle.remove()
+    for actual, gradient in zip(gradients(one), wanted, strict=True):
+        torch.testing.assert_close(actual, gradient)
+
+
 def test_an_extra_pass_in_a_forward_of_the_host() -> None:
     """It leaves the injection out though its modules run by the owner's choice otherwise."""
     model = host().eval()
