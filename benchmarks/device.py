@@ -23,8 +23,8 @@ from benchmarks.contenders import PAIRS, Step, limit_step, training_step
 from benchmarks.hosts import llama, tokens
 from benchmarks.rows import Row
 from benchmarks.serving import forward
-from benchmarks.steps import WANTED, over
-from benchmarks.timing import Estimate, overhead, take_turns
+from benchmarks.steps import WANTED, beyond, heavier
+from benchmarks.timing import take_turns
 
 SIZES: Mapping[str, tuple[int, int]] = {"small": (512, 4), "1B": (2048, 16), "3B": (3072, 28), "8B": (4096, 32)}
 """Width and layers."""
@@ -42,48 +42,37 @@ class Bench:
     length: int
     rounds: int
 
-    def hosts(self, method: str) -> dict[str, nn.Module]:
+    def hosts(self, method: str, way: str) -> dict[str, nn.Module]:
         """The limit, ours and theirs on copies of one host."""
         width, layers = SIZES[self.size]
         with torch.device(self.device):
             base = llama(width, layers, self.dtype)
         pair = PAIRS[method]
         made = {"ours": pair.ours_on, "theirs": pair.theirs_on}
-        return {"limit": base, **{who: adapt(copy.deepcopy(base)) for who, adapt in made.items()}}
+        hosts = {"limit": base, **{who: adapt(copy.deepcopy(base)) for who, adapt in made.items()}}
+        for who, host in hosts.items() if way == "compiled" else ():
+            _compile(host, who)
+        return hosts
 
     def step(self, method: str, way: str) -> Iterator[Row]:
         """A training step: time beyond the limit, and memory."""
-        ids, hosts = tokens(self.rows, self.length).to(self.device), self.hosts(method)
-        if way == "compiled":
-            for who, host in hosts.items():
-                _compile(host, who)
+        ids, hosts = tokens(self.rows, self.length).to(self.device), self.hosts(method, way)
         steps = {who: (limit_step if who == "limit" else training_step)(host, ids) for who, host in hosts.items()}
         figure = f"step, {method}, {way}"
         yield self._timed(figure, steps, WANTED.get(method, 1.0))
-        yield self._weighed(figure, steps)
+        yield heavier(figure, {who: self._peak(step) for who, step in steps.items()})
 
     def token(self, method: str, way: str) -> Iterator[Row]:
         """One token without gradients."""
-        ids, hosts = tokens(1, 1).to(self.device), self.hosts(method)
+        ids, hosts = tokens(1, 1).to(self.device), self.hosts(method, way)
         calls = {who: forward(host, ids) for who, host in hosts.items()}
-        if way == "compiled":
-            for who, host in hosts.items():
-                _compile(host, who)
         if way == "graph":
             calls = {who: _captured(call) for who, call in calls.items()}
         yield self._timed(f"one token, {method}, {way}", calls, 0.6)
 
     def _timed(self, figure: str, calls: Mapping[str, Step], wanted: float) -> Row:
         times = take_turns({who: self._awaited(call) for who, call in calls.items()}, self.rounds, warmup=5)
-        ratio = overhead(times, "ours", "theirs", "limit")
-        return Row(f"{figure}: time beyond the limit", over(times, "ours"), over(times, "theirs"), ratio, wanted)
-
-    def _weighed(self, figure: str, steps: Mapping[str, Step]) -> Row:
-        found = {who: self._peak(step) for who, step in steps.items()}
-        ratio = found["ours"] / found["theirs"]
-        sizes = {who: f"{size / 1e6:.1f} MB" for who, size in found.items()}
-        figure = f"{figure}: peak memory (limit {sizes['limit']})"
-        return Row(figure, sizes["ours"], sizes["theirs"], Estimate(ratio, ratio, ratio), 1.0)
+        return beyond(f"{figure}: time beyond the limit", times, wanted)
 
     def _awaited(self, call: Step) -> Step:
         """The call, and the end of what it has set going."""

@@ -13,7 +13,7 @@ import peftcore
 from benchmarks.contenders import LORA, PAIRS, Step
 from benchmarks.hosts import llama, tokens
 from benchmarks.rows import Row
-from benchmarks.steps import over
+from benchmarks.steps import beyond, over
 from benchmarks.timing import overhead, take_turns
 
 LAYERS = 8
@@ -42,20 +42,10 @@ def one_token(rounds: int) -> Iterator[list[Row]]:
         **{name: forward(PAIRS[name].ours_on(copy.deepcopy(base)), ids) for name in WEIGHT_FORM},
     }
     times = take_turns(calls, 10 * rounds, warmup=10)
-    rows = [
-        Row(
-            "one token, lora: time beyond the base",
-            over(times, "ours"),
-            over(times, "theirs"),
-            overhead(times, "ours", "theirs", "limit"),
-            0.6,
-        )
-    ]
+    rows = [beyond("one token, lora: time beyond the base", times, 0.6)]
     for name in WEIGHT_FORM:
-        beyond = overhead(times, name, "ours", "limit")
-        rows.append(
-            Row(f"one token, {name}: time beyond the base, over lora's", over(times, name), "(ours)", beyond, 1.2)
-        )
+        figure, ratio = f"one token, {name}: time beyond the base, over lora's", overhead(times, name, "ours", "limit")
+        rows.append(Row(figure, over(times, name), "(ours)", ratio, 1.2))
     yield rows
 
 
@@ -83,13 +73,7 @@ def mixed_rows(rounds: int) -> Iterator[list[Row]]:
     few, lots = many(8), many(64)
     times = take_turns({**few, **{f"{name}, of 64": call for name, call in lots.items()}}, rounds)
     yield [
-        Row(
-            figure.format(""),
-            over(times, "ours"),
-            over(times, "theirs"),
-            overhead(times, "ours", "theirs", "limit"),
-            0.5,
-        ),
+        beyond(figure.format(""), times, 0.5),
         Row(
             figure.format(" of 64, over that of 8"),
             over(times, "ours, of 64"),

@@ -46,13 +46,14 @@ def step_rows(rounds: int) -> Iterator[list[Row]]:
 
 def timed(name: str, rounds: int, autocast: bool = False) -> Row:
     times = take_turns(contenders(name, autocast), rounds)
-    return Row(
-        f"step, {name}{', bf16 autocast' if autocast else ''}: time beyond the limit",
-        over(times, "ours"),
-        over(times, "theirs"),
-        overhead(times, "ours", "theirs", "limit"),
-        WANTED.get(name, 1.0),
-    )
+    figure = f"step, {name}{', bf16 autocast' if autocast else ''}: time beyond the limit"
+    return beyond(figure, times, WANTED.get(name, 1.0))
+
+
+def beyond(figure: str, times: Times, wanted: float) -> Row:
+    """What ours adds to the limit, over what theirs adds."""
+    ratio = overhead(times, "ours", "theirs", "limit")
+    return Row(figure, over(times, "ours"), over(times, "theirs"), ratio, wanted)
 
 
 def over(times: Times, name: str) -> str:
@@ -65,12 +66,12 @@ def weighed(name: str) -> Row:
     for who, step in contenders(name).items():
         step()  # what is made once is there
         found[who] = peak(step)
-    ratio = found["ours"] / found["theirs"]
-    sizes = {who: f"{size / 1e6:.1f} MB" for who, size in found.items()}
-    return Row(
-        f"step, {name}: peak memory (limit {sizes['limit']})",
-        sizes["ours"],
-        sizes["theirs"],
-        Estimate(ratio, ratio, ratio),
-        1.0,
-    )
+    return heavier(f"step, {name}", found)
+
+
+def heavier(figure: str, peaks: Mapping[str, int]) -> Row:
+    """Peak memory of ours over that of theirs, in bytes."""
+    ratio = peaks["ours"] / peaks["theirs"]
+    sizes = {who: f"{size / 1e6:.1f} MB" for who, size in peaks.items()}
+    figure = f"{figure}: peak memory (limit {sizes['limit']})"
+    return Row(figure, sizes["ours"], sizes["theirs"], Estimate(ratio, ratio, ratio), 1.0)

@@ -22,6 +22,11 @@ def _plain() -> bool:
     return torch.compiler.is_compiling() or transformed() or torch._C._get_tracing_state() is not None
 
 
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    output: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    return output
+
+
 # Rotation in blocks
 
 
@@ -36,8 +41,7 @@ def rotate(x: Tensor, R: Tensor) -> Tensor:
     """`plain_rotate`, whose product is written where it belongs: turning it round costs more than making it."""
     if _plain() or R.shape[0] == 1:
         return plain_rotate(x, R)
-    turned: Tensor = _Rotate.apply(x, R)  # type: ignore[no-untyped-call]
-    return turned
+    return _apply(_Rotate, x, R)
 
 
 class _Rotate(torch.autograd.Function):
@@ -75,8 +79,7 @@ def plain_skew(entries: Tensor, size: int) -> Tensor:
 
 def skew(entries: Tensor, size: int) -> Tensor:
     """`plain_skew`, gathered in one pass there and one back; where each entry goes is worked out once."""
-    matrix: Tensor = plain_skew(entries, size) if _plain() else _Skew.apply(entries, size)  # type: ignore[no-untyped-call]
-    return matrix
+    return plain_skew(entries, size) if _plain() else _apply(_Skew, entries, size)
 
 
 class _Skew(torch.autograd.Function):
@@ -119,8 +122,7 @@ def plain_cayley(K: Tensor) -> Tensor:
 
 def cayley(K: Tensor) -> Tensor:
     """`plain_cayley`, of which backward keeps the rotation alone and solves nothing."""
-    rotation: Tensor = plain_cayley(K) if _plain() else _Cayley.apply(K)  # type: ignore[no-untyped-call]
-    return rotation
+    return plain_cayley(K) if _plain() else _apply(_Cayley, K)
 
 
 class _Cayley(torch.autograd.Function):
@@ -154,7 +156,7 @@ def neumann(K: Tensor, terms: int) -> Tensor:
     stack = K if K.dim() == 3 else K.reshape(-1, *K.shape[-2:])
     if _plain():
         return _series(stack, terms).view(K.shape)
-    rotation: Tensor = _Neumann.apply(stack, terms)  # type: ignore[no-untyped-call]
+    rotation = _apply(_Neumann, stack, terms)
     return rotation if K.dim() == 3 else rotation.view(K.shape)
 
 
@@ -214,8 +216,7 @@ def dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
-    low: Tensor = _MaskedLinear.apply(x, weight * scale, kept)  # type: ignore[no-untyped-call]
-    return low
+    return _apply(_MaskedLinear, x, weight * scale, kept)
 
 
 def keep(like: Tensor, probability: float) -> tuple[Tensor, float]:
@@ -277,8 +278,7 @@ def low_rank_linear(
     if dropout:
         kept, more = keep(x, dropout)
         kept, A = kept.view(-1, x.shape[-1]), A * more
-    output: Tensor = _LowRankLinear.apply(x, weight, bias, A, B, scale, kept)  # type: ignore[no-untyped-call]
-    return output
+    return _apply(_LowRankLinear, x, weight, bias, A, B, scale, kept)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -322,10 +322,7 @@ def plain_add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
 
 def add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
     """`plain_add_scaled` in one pass, and one pass less in backward than `torch.addcmul` takes."""
-    if _plain():
-        return plain_add_scaled(y, gain, z)
-    output: Tensor = _AddScaled.apply(y, gain, z)  # type: ignore[no-untyped-call]
-    return output
+    return plain_add_scaled(y, gain, z) if _plain() else _apply(_AddScaled, y, gain, z)
 
 
 class _AddScaled(torch.autograd.Function):
@@ -355,8 +352,7 @@ def scaled_bases(A: Tensor, L: Tensor, G: Tensor) -> Tensor:
     """`plain_scaled_bases` of a fixed A, of which backward keeps the scales alone and makes one tensor of that size."""
     if _plain() or A.requires_grad:
         return plain_scaled_bases(A, L, G)
-    scaled: Tensor = _ScaledBases.apply(A, L, G)  # type: ignore[no-untyped-call]
-    return scaled
+    return _apply(_ScaledBases, A, L, G)
 
 
 class _ScaledBases(torch.autograd.Function):

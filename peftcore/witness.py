@@ -58,11 +58,28 @@ class Witness:
         """Expect a site to run; `holder` is the module whose child it is."""
         self._expect(site)
         if holder not in self.beside:
-            self.places.setdefault(type(holder).__name__, []).append(holder)
+            self._place(holder)
         known = self.beside.setdefault(holder, [])
         if not known or len(holder._modules) != len(known[-1].children):
             known.append(Beside(frozenset(holder._modules), []))
         known[-1].sites.append(site)
+
+    def _place(self, holder: nn.Module) -> None:
+        self.places.setdefault(type(holder).__name__, []).append(holder)
+
+    def forget(self, name: str) -> None:
+        """Stop expecting anything of an injection."""
+        for known in self.beside.values():
+            for each in known:
+                each.sites = [site for site in each.sites if site.name != name]
+        self.beside = {
+            holder: left for holder, known in self.beside.items() if (left := [each for each in known if each.sites])
+        }
+        self.places = {}
+        for holder in self.beside:
+            self._place(holder)
+        kept = {group: [each for each in members if each.name != name] for group, members in self.waiting.items()}
+        self.waiting = {group: members for group, members in kept.items() if members}
 
     def _expect(self, site: Expected) -> None:
         self.waiting.setdefault(re.sub(r"\d+", "*", site.path), []).append(site)
@@ -131,18 +148,7 @@ def leave(model: nn.Module) -> None:
 
 def forget(model: nn.Module, state: HostState, name: str) -> None:
     """Stop expecting anything of an injection: it is gone."""
-    witness = state.witness
-    if witness is not None:
-        for known in witness.beside.values():
-            for each in known:
-                each.sites = [site for site in each.sites if site.name != name]
-        witness.beside = {
-            holder: left for holder, known in witness.beside.items() if (left := [each for each in known if each.sites])
-        }
-        witness.places = {}
-        for holder in witness.beside:
-            witness.places.setdefault(type(holder).__name__, []).append(holder)
-        kept = {group: [each for each in members if each.name != name] for group, members in witness.waiting.items()}
-        witness.waiting = {group: members for group, members in kept.items() if members}
-        if not witness.waiting:
+    if state.witness is not None:
+        state.witness.forget(name)
+        if not state.witness.waiting:
             leave(model)
