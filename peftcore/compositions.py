@@ -25,7 +25,7 @@ from peftcore.operators import Combiner, on_first
 
 FILE = "composition.json"
 MOST = 1000
-"""Branches that a composition in a file may have; nested ones multiply."""
+"""Names that a composition in a file may have, and branches; nested ones multiply."""
 Names = tuple[str, ...]
 Run = Callable[[Names], Any]
 """What a module returns with these injections acting, in this order."""
@@ -252,6 +252,9 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
     data = read_json(folder / FILE)
     try:
         composition = _read(data)
+        names = (composition,) if isinstance(composition, str) else composition.names()
+        if sum(1 for _ in islice(names, MOST + 1)) > MOST:  # before branches, each of which holds the names so far
+            raise ValueError(f"it has more than {MOST} names")
         if sum(1 for _ in islice(branches([composition]), MOST + 1)) > MOST:
             raise ValueError(f"it has more than {MOST} branches")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CompositionError) as error:

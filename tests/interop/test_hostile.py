@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hostile_files import SAMPLES, Sample, assembled, bench_of, broken, fuzz, parsed, write
+from hostile_files import SAMPLES, Sample, assembled, bench_of, broken, fuzz, parsed, uncollected, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -67,6 +67,7 @@ def test_whatever_is_in_a_file_it_loads_or_gives_one_typed_error(part: int, tmp_
     assert refused > 0.3 * CASES / PARTS and outcomes["loaded"] > 0.02 * CASES / PARTS, outcomes
 
 
+@uncollected()
 def test_whatever_is_in_a_file_it_describes_itself_or_gives_one_typed_error(tmp_path: Path) -> None:
     """Without a host, and without a look at any value but alpha's."""
     outcomes = {"described": 0, "refused": 0}
@@ -384,6 +385,7 @@ COMPOSITIONS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", COMPOSITIONS)
+@uncollected()
 def test_compositions(name: str, tmp_path: Path) -> None:
     bench = bench_of(NATIVE)
     for each in ("a", "b"):
