@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from peftcore.errors import UnsupportedSite
-from peftcore.kernels import dropped_linear, low_rank_linear
+from peftcore.kernels import add_scaled, dropped_linear, low_rank_linear, scaled_low_rank_linear
 from peftcore.sharding import is_sharded_class
 
 SMALL = 2**14
@@ -143,6 +143,23 @@ class Layer:
         A, B = A.to(y.dtype), B.to(y.dtype)
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
 
+    def scaled_update(
+        self,
+        call: Callable[..., Tensor],
+        x: Tensor,
+        A: Tensor,
+        inner: Tensor,
+        B: Tensor,
+        outer: Tensor,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        """``call(x) + diag(outer) B diag(inner) A dropout(x)``: A ``[rank, in, *kernel]`` and B ``[out, rank]`` are
+        fixed, `inner` ``[rank]`` and `outer` ``[out]`` train; of any dtype."""
+        y = call(x)
+        A, inner, B, outer = (each.to(y.dtype) for each in (A, inner, B, outer))
+        low = self.along_channels(inner, y) * self.apply_dropped(x, A, dropout)
+        return add_scaled(y, self.along_channels(outer, y), self.mix(low, B))
+
     def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
         """`vector` shaped so that it broadcasts over the channels of the activation `like`."""
         return vector
@@ -166,15 +183,29 @@ class Linear(Layer):
     def update(
         self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
     ) -> Tensor:
-        if torch.is_grad_enabled() and A.requires_grad and B.requires_grad and not is_compiling():
-            large = x.numel() // x.shape[-1] * B.shape[-2] > SMALL  # and both train, else there is less to keep
-            if large and A.dim() == B.dim() == 2 and (own := _own_weights(call)):
-                return low_rank_linear(x, *own, A, B, scale, dropout)
+        own = _to_fuse(call, x, B.shape[-2], A, B) if torch.is_grad_enabled() else None
+        if own is not None and A.dim() == B.dim() == 2:
+            return low_rank_linear(x, *own, A, B, scale, dropout)
         y = call(x)
         if A.dtype is B.dtype is y.dtype and not dropout and not is_compiling() and y.numel() <= SMALL:
             return torch.add(y, F.linear(F.linear(x, A), B), alpha=scale)  # a token: each call counts
         A, B = A.to(y.dtype), B.to(y.dtype)
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
+
+    def scaled_update(
+        self,
+        call: Callable[..., Tensor],
+        x: Tensor,
+        A: Tensor,
+        inner: Tensor,
+        B: Tensor,
+        outer: Tensor,
+        dropout: float = 0.0,
+    ) -> Tensor:
+        own = _to_fuse(call, x, len(B), inner, outer) if torch.is_grad_enabled() else None
+        if own is not None:
+            return scaled_low_rank_linear(x, *own, A, inner, B, outer, dropout)
+        return super().scaled_update(call, x, A, inner, B, outer, dropout)
 
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
         if is_compiling() or y.numel() <= SMALL:  # a compiler chooses by itself
@@ -189,6 +220,16 @@ _FORWARD = nn.Linear.forward
 def is_linear(call: Callable[..., Any]) -> bool:
     """Whether `call` is a linear layer's own forward, with its own weight: what it returns is new and nobody else's."""
     return type(call) is functools.partial and call.func is _FORWARD
+
+
+def _to_fuse(
+    call: Callable[..., Tensor], x: Tensor, outputs: int, *trained: Tensor
+) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a layer that becomes one function with its update: where enough goes through memory for that
+    to be worth it, and all of the update trains (else there is less to keep)."""
+    if is_compiling() or not all(each.requires_grad for each in trained):
+        return None
+    return _own_weights(call) if x.numel() // x.shape[-1] * outputs > SMALL else None
 
 
 def _own_weights(call: Callable[..., Any]) -> tuple[Tensor, Tensor | None] | None:
@@ -248,7 +289,7 @@ class Table(Transposed):
 
     of_vectors: ClassVar[bool] = False
     padding_idx: int | None = None
-    update = Layer.update
+    update, scaled_update = Layer.update, Layer.scaled_update
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight.mT, padding_idx=self.padding_idx)

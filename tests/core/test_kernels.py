@@ -236,6 +236,86 @@ def test_a_low_rank_update_under_autocast() -> None:
     assert {each.dtype for each in torch.autograd.grad(found.float().sum(), (A, B))} == {torch.float32}
 
 
+Scaled = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def layer_and_scaled_factors(*leading: int) -> Scaled:
+    """x, weight, bias, A, inner, B and outer, of which the first and the vectors want gradients."""
+    x, weight, bias, A, B = (each.detach() for each in layer_and_factors(*leading))
+    inner, outer = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in (2, 6))
+    return x.requires_grad_(), weight, bias, A, inner, B, outer
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("leading", [(7,), (2, 3), ()])
+def test_a_linear_layer_with_a_scaled_low_rank_update(leading: tuple[int, ...], biased: bool) -> None:
+    x, weight, bias, *update = layer_and_scaled_factors(*leading)
+    A, inner, B, outer = update
+    expected = x @ (weight + outer.diag() @ B @ inner.diag() @ A).T + (bias if biased else 0.0)
+    for run in (kernels.scaled_low_rank_linear, kernels.plain_scaled_low_rank_linear):
+        torch.testing.assert_close(run(x, weight, bias if biased else None, A, inner, B, outer), expected)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_gradients_of_a_scaled_low_rank_update(dropout: float) -> None:
+    x, weight, bias, A, inner, B, outer = layer_and_scaled_factors(2, 3)
+
+    def run(x: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+        torch.manual_seed(1)
+        return kernels.scaled_low_rank_linear(x, weight, bias, A, inner, B, outer, dropout)
+
+    assert gradcheck(run, (x, inner, outer)) and gradgradcheck(run, (x, inner, outer))
+    for kept in ((x.detach(), inner, outer), (x, inner.detach(), outer), (x, inner, outer.detach())):
+        assert gradcheck(run, kept) and gradgradcheck(run, kept)
+
+
+def test_gradients_of_gradients_of_scales_alone() -> None:
+    """The gradient of the scales alone is differentiated, so nothing comes back through the output itself."""
+    x, *frozen, inner, B, outer = layer_and_scaled_factors(4)
+
+    def of_scales(x: Tensor, inner: Tensor, outer: Tensor) -> tuple[Tensor, ...]:
+        y = kernels.scaled_low_rank_linear(x, *frozen, inner, B, outer)
+        return torch.autograd.grad(y.sum(), (inner, outer), create_graph=True)
+
+    assert gradcheck(of_scales, (x, inner, outer))
+
+
+def test_a_scaled_low_rank_update_drops_what_dropout_keeps_not() -> None:
+    x, weight, bias, A, inner, B, outer = layer_and_scaled_factors(2, 3)
+    torch.manual_seed(1)
+    kept, scale = kernels.keep(x, 0.25)
+    torch.manual_seed(1)
+    found = kernels.scaled_low_rank_linear(x, weight, bias, A, inner, B, outer, 0.25)
+    torch.testing.assert_close(found, x @ weight.T + bias + ((x * kept * scale) @ A.T * inner) @ B.T * outer)
+
+
+def test_a_scaled_low_rank_update_of_matrices_that_train_is_the_plain_one() -> None:
+    x, weight, bias, A, inner, B, outer = layer_and_scaled_factors(2, 3)
+    A.requires_grad_(), B.requires_grad_()
+    assert gradcheck(kernels.scaled_low_rank_linear, (x, weight, bias, A, inner, B, outer))
+
+
+def test_a_scaled_low_rank_update_under_vmap_and_grad() -> None:
+    x, weight, bias, A, inner, B, outer = (each.detach() for each in layer_and_scaled_factors(7))
+
+    def norm(inner: Tensor, x: Tensor) -> Tensor:
+        return kernels.scaled_low_rank_linear(x, weight, bias, A, inner, B, outer).pow(2).sum()
+
+    each = torch.func.vmap(torch.func.grad(norm), in_dims=(None, 0))(inner, x)
+    torch.testing.assert_close(each.sum(0), torch.func.grad(norm)(inner, x))
+
+
+def test_a_scaled_low_rank_update_under_autocast() -> None:
+    x, weight, bias, A, inner, B, outer = (each.detach().float() for each in layer_and_scaled_factors(2, 3))
+    inner.requires_grad_(), outer.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kernels.scaled_low_rank_linear(x, weight, bias, A, inner, B, outer)
+    assert found.dtype == torch.bfloat16
+    plain = kernels.plain_scaled_low_rank_linear(x, weight, bias, A, inner, B, outer)
+    torch.testing.assert_close(found.float(), plain, atol=0.1, rtol=0.05)
+    assert {each.dtype for each in torch.autograd.grad(found.float().sum(), (inner, outer))} == {torch.float32}
+
+
 @pytest.mark.parametrize("shapes", [((2, 3, 4), (4,), (2, 3, 4)), ((2, 3, 4), (3, 1), (2, 3, 4)), ((4,), (4,), (2, 4))])
 def test_a_sum_with_something_scaled(shapes: tuple[tuple[int, ...], ...]) -> None:
     y, gain, z = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes)

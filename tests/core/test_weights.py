@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.kernels import low_rank_linear
+from peftcore.kernels import low_rank_linear, scaled_low_rank_linear
 from peftcore.layers import dense_layer
 from peftcore.plugins import layer_of
 from peftcore.weights import SMALL, bias_name, put, take
@@ -299,11 +299,15 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Outputs of the layers whose update was computed with them."""
     seen: list[int] = []
 
-    def recorded(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-        seen.append(len(weight))
-        return low_rank_linear(x, weight, *args)
+    def recording(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def recorded(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+            seen.append(len(weight))
+            return kernel(x, weight, *args)
 
-    monkeypatch.setattr("peftcore.weights.low_rank_linear", recorded)
+        return recorded
+
+    for kernel in (low_rank_linear, scaled_low_rank_linear):
+        monkeypatch.setattr(f"peftcore.weights.{kernel.__name__}", recording(kernel))
     return seen
 
 
@@ -315,25 +319,31 @@ def linears(widths: tuple[int, ...] = (4, 6, 5)) -> nn.Sequential:
 X = torch.linspace(-1, 1, 4 * 4000).view(2, 2000, 4)
 
 
-def test_an_update_is_computed_with_the_layer_where_nothing_else_acts(fused: list[int]) -> None:
+UPDATES = pytest.mark.parametrize("method", ["lora", "vera"])
+"""Of factors that train, and of fixed ones between vectors that train."""
+
+
+@UPDATES
+def test_an_update_is_computed_with_the_layer_where_nothing_else_acts(method: str, fused: list[int]) -> None:
     model = linears()
-    stir(peftcore.apply(model, "lora", target=["0", "1"], name="one"))
+    stir(peftcore.apply(model, method, target=["0", "1"], name="one"))
     expected = model(X)
     assert fused == [6, 5]
     with torch.no_grad():
         assert torch.equal(model(X), expected), "a checkpoint's first forward has no gradients, and its second has"
     assert fused == [6, 5]
-    stir(peftcore.apply(model, "lora", target=["1"], name="two"))
+    stir(peftcore.apply(model, method, target=["1"], name="two"))
     model(X)
     assert fused == [6, 5, 6, 5], "the second of two goes round the first"
 
 
+@UPDATES
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_an_update_computed_with_the_layer_has_the_gradients_of_one_beside_it(
-    dropout: float, fused: list[int], monkeypatch: pytest.MonkeyPatch
+    dropout: float, method: str, fused: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = linears().double()
-    stir(injection := peftcore.apply(model, "lora", target=["0", "1"], dropout=dropout, dtype="float64"))
+    stir(injection := peftcore.apply(model, method, target=["0", "1"], dropout=dropout, dtype="float64"))
     model.train()
     found = []
     for small in (SMALL, 10**9):
@@ -346,9 +356,10 @@ def test_an_update_computed_with_the_layer_has_the_gradients_of_one_beside_it(
     torch.testing.assert_close(*found)
 
 
-def test_an_update_of_a_layer_that_trains_leaves_it_its_gradient(fused: list[int]) -> None:
+@UPDATES
+def test_an_update_of_a_layer_that_trains_leaves_it_its_gradient(method: str, fused: list[int]) -> None:
     model = linears()
-    stir(peftcore.apply(model, "lora", target=["0", "1"]))
+    stir(peftcore.apply(model, method, target=["0", "1"]))
     model[1].weight.requires_grad_(True)
     model(X).sum().backward()
     assert fused == [6] and model[1].weight.grad is not None

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, kernels
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.operators import Shared
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 from peftcore_reparameterized._low_rank import LowRankOperator
@@ -72,16 +72,10 @@ class VeRAOperator(LowRankOperator):
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         """The vectors act on activations: no gradient of the size of A or B is made for theirs."""
-        y, rank, out = call(x), self.d.shape[-1], self.b.shape[-1]
-        A, B, d, b = self.cast(
-            y,
-            self.basis.module.A[:rank, : self.columns].unflatten(-1, self.inputs),
-            self.basis.module.B[:out, :rank],
-            self.layer.along_channels(self.d, y),
-            self.layer.along_channels(self.b, y),
-        )
-        low = self.layer.apply_dropped(x, A, self.dropout if self.training else 0.0)
-        return kernels.add_scaled(y, b, self.layer.mix(d * low, B))
+        rank, out = self.d.shape[-1], self.b.shape[-1]
+        A = self.basis.module.A[:rank, : self.columns].unflatten(-1, self.inputs)
+        B = self.basis.module.B[:out, :rank]
+        return self.layer.scaled_update(call, x, A, self.d, B, self.b, self.dropout if self.training else 0.0)
 
 
 class VeRA(Method):

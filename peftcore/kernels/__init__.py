@@ -1,0 +1,45 @@
+"""What several methods compute at every step, arranged for speed. Each stands for plain mathematics (`plain_*`), which
+the tests hold it against, and which runs under torch.compile, torch.func and wherever autograd is not plain."""
+
+from peftcore.kernels.autograd import transformed
+from peftcore.kernels.dropout import dropped_linear, keep, plain_dropped_linear
+from peftcore.kernels.low_rank import (
+    low_rank_linear,
+    plain_low_rank_linear,
+    plain_scaled_low_rank_linear,
+    scaled_low_rank_linear,
+)
+from peftcore.kernels.rotations import (
+    cayley,
+    neumann,
+    plain_cayley,
+    plain_neumann,
+    plain_rotate,
+    plain_skew,
+    rotate,
+    skew,
+)
+from peftcore.kernels.scaling import add_scaled, plain_add_scaled, plain_scaled_bases, scaled_bases
+
+__all__ = [
+    "add_scaled",
+    "cayley",
+    "dropped_linear",
+    "keep",
+    "low_rank_linear",
+    "neumann",
+    "plain_add_scaled",
+    "plain_cayley",
+    "plain_dropped_linear",
+    "plain_low_rank_linear",
+    "plain_neumann",
+    "plain_rotate",
+    "plain_scaled_bases",
+    "plain_scaled_low_rank_linear",
+    "plain_skew",
+    "rotate",
+    "scaled_bases",
+    "scaled_low_rank_linear",
+    "skew",
+    "transformed",
+]

@@ -1,0 +1,24 @@
+"""When a kernel's own gradient may stand for that of its plain form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def transformed() -> bool:
+    """True inside torch.func's grad, vmap and the like, which know neither saved-tensor hooks nor addresses."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def is_plain() -> bool:
+    """True where the plain mathematics runs: compiled, transformed or traced."""
+    return torch.compiler.is_compiling() or transformed() or torch._C._get_tracing_state() is not None
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """The output of a function with a gradient of its own."""
+    output: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    return output

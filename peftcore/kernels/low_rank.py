@@ -1,0 +1,171 @@
+"""A linear layer and a low-rank update of it, in one function: the update is added where the output stands, and in
+backward its part of the input's gradient where that of the layer stands, instead of going through memory once more each
+time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftcore.kernels.autograd import apply, is_plain
+from peftcore.kernels.dropout import dropped_linear, keep, masked
+
+
+def plain_low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """``weight x + bias + scale B A dropout(x)``."""
+    low = F.linear(F.dropout(x, dropout) if dropout else x, A)
+    return torch.add(F.linear(x, weight, bias), F.linear(low, B), alpha=scale)
+
+
+def low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """`plain_low_rank_linear` of a frozen weight."""
+    x, weight, bias, (A, B) = _in_one_dtype(x, weight, bias, A, B)
+    if is_plain() or dropout == 1:
+        return plain_low_rank_linear(x, weight, bias, A, B, scale, dropout)
+    if not x.requires_grad:  # nothing goes back through the layer: torch adds in place, and need not keep A
+        rows = x.reshape(-1, x.shape[-1])
+        low = dropped_linear(rows, A, dropout) if dropout else F.linear(rows, A)
+        return F.linear(rows, weight, bias).addmm_(low, B.mT, alpha=scale).view(*x.shape[:-1], len(weight))
+    A, kept = _dropping(x, A, dropout)
+    return apply(_LowRankLinear, x, weight, bias, A, B, scale, kept)
+
+
+def _in_one_dtype(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    """All in the dtype in which the layer computes: its own, or that of autocast."""
+    dtype = weight.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return x, weight, bias, [each.to(dtype) for each in others]
+
+
+def _dropping(x: Tensor, A: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
+    """A as large as makes up for what is dropped, and what is kept of the rows of x."""
+    if not dropout:
+        return A, None
+    kept, more = keep(x, dropout)
+    return A * more, kept.view(-1, x.shape[-1])
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, kept: Any
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        low = _projected(rows, A, kept)
+        y = F.linear(rows, weight, bias).addmm_(low, B.mT, alpha=scale)
+        ctx.save_for_backward(x, weight, A, B, low, kept)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, weight, A, B, low, kept = ctx.saved_tensors
+        rows, gradient = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, len(weight))
+        if torch.is_grad_enabled():  # to be differentiated once more
+            low = _projected(rows, A, kept)
+        of_low = (gradient @ B).mul_(ctx.scale)
+        of_x = of_A = of_B = None
+        if ctx.needs_input_grad[0]:
+            of_x = _through(gradient, weight, of_low, A, kept).view(x.shape)
+        if ctx.needs_input_grad[3]:
+            of_A = of_low.mT @ (rows if kept is None else masked(rows, kept))
+        if ctx.needs_input_grad[4]:
+            of_B = (gradient.mT @ low).mul_(ctx.scale)
+        return of_x, None, None, of_A, of_B, None, None
+
+
+def _projected(rows: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
+    return F.linear(rows if kept is None else masked(rows, kept), A)
+
+
+def _through(gradient: Tensor, weight: Tensor, of_low: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
+    """The gradient of the rows that went in, through the layer and through the update."""
+    of_rows = gradient @ weight
+    return of_rows.addmm_(of_low, A) if kept is None else of_rows.add_(masked(of_low @ A, kept))
+
+
+# The same with matrices that are fixed, and vectors that scale them
+
+
+def plain_scaled_low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    inner: Tensor,
+    B: Tensor,
+    outer: Tensor,
+    dropout: float = 0.0,
+) -> Tensor:
+    """``weight x + bias + diag(outer) B diag(inner) A dropout(x)``."""
+    low = F.linear(F.dropout(x, dropout) if dropout else x, A)
+    return F.linear(x, weight, bias) + outer * F.linear(inner * low, B)
+
+
+def scaled_low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    inner: Tensor,
+    B: Tensor,
+    outer: Tensor,
+    dropout: float = 0.0,
+) -> Tensor:
+    """`plain_scaled_low_rank_linear`, for frozen matrices."""
+    x, weight, bias, (A, inner, B, outer) = _in_one_dtype(x, weight, bias, A, inner, B, outer)
+    if is_plain() or dropout == 1 or A.requires_grad or B.requires_grad:
+        return plain_scaled_low_rank_linear(x, weight, bias, A, inner, B, outer, dropout)
+    A, kept = _dropping(x, A, dropout)
+    y, *_ = apply(_ScaledLowRankLinear, x, weight, bias, A, inner, B, outer, kept)
+    return y
+
+
+class _ScaledLowRankLinear(torch.autograd.Function):
+    """Returns what it keeps for backward as well, so that backward can be differentiated without keeping x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        inner: Tensor,
+        B: Tensor,
+        outer: Tensor,
+        kept: Any,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        low = _projected(rows, A, kept)
+        mixed = F.linear(low * inner, B)
+        y = F.linear(rows, weight, bias).addcmul_(outer, mixed)
+        ctx.save_for_backward(weight, A, inner, B, outer, low, mixed, kept)
+        ctx.shape = x.shape
+        ctx.set_materialize_grads(False)
+        return y.view(*x.shape[:-1], len(weight)), low, mixed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        weight, A, inner, B, outer, low, mixed, kept = ctx.saved_tensors
+        of_y, of_low_too, of_mixed_too = gradients
+        gradient = torch.zeros_like(mixed) if of_y is None else of_y.reshape(mixed.shape)
+        of_scaled = gradient @ (outer.unsqueeze(-1) * B)  # of low * inner
+        if of_mixed_too is not None:
+            of_scaled = of_scaled + of_mixed_too @ B
+        of_low = of_scaled * inner
+        if of_low_too is not None:
+            of_low = of_low + of_low_too
+        of_x = _through(gradient, weight, of_low, A, kept).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, None, (of_scaled * low).sum(0), None, (gradient * mixed).sum(0), None

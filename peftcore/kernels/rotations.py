@@ -1,0 +1,179 @@
+"""Rotations in blocks, and how they come of skew-symmetric matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore.kernels.autograd import apply, is_plain
+
+
+def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
+    """Rows ``[n, blocks * size]`` times a block-diagonal matrix, its blocks ``[blocks, size, size]``; one block stands
+    for all."""
+    parts = x.view(len(x), -1, R.shape[-1])  # [n, blocks, size]
+    return (parts.transpose(0, 1) @ R).transpose(0, 1).flatten(1)
+
+
+def rotate(x: Tensor, R: Tensor) -> Tensor:
+    """`plain_rotate`, whose product is written where it belongs: turning it round costs more than making it."""
+    if is_plain() or R.shape[0] == 1:
+        return plain_rotate(x, R)
+    return apply(_Rotate, x, R)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, R: Tensor) -> Tensor:
+        ctx.save_for_backward(x, R)
+        blocks, size, _ = R.shape
+        out = x.new_empty(len(x), blocks, size)
+        torch.bmm(x.view(-1, blocks, size).transpose(0, 1), R, out=out.transpose(0, 1))
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, R = ctx.saved_tensors
+        (gradient,) = gradients
+        gradient = gradient.contiguous()
+        parts = (len(x), *R.shape[:2])
+        of_x = rotate(gradient, R.mT) if ctx.needs_input_grad[0] else None
+        of_R = (
+            x.view(parts).permute(1, 2, 0) @ gradient.view(parts).transpose(0, 1) if ctx.needs_input_grad[1] else None
+        )
+        return of_x, of_R
+
+
+# Skew-symmetric matrices, and their rotations
+
+
+def plain_skew(entries: Tensor, size: int) -> Tensor:
+    """Skew-symmetric matrices ``[*batch, size, size]`` from what stands above the diagonal, row by row."""
+    row, column = torch.triu_indices(size, size, 1, device=entries.device)
+    matrix = entries.new_zeros(*entries.shape[:-1], size * size)
+    matrix = matrix.index_copy(-1, row * size + column, entries).view(*entries.shape[:-1], size, size)
+    return matrix - matrix.mT
+
+
+def skew(entries: Tensor, size: int) -> Tensor:
+    """`plain_skew`, gathered in one pass there and one back; where each entry goes is worked out once."""
+    return plain_skew(entries, size) if is_plain() else apply(_Skew, entries, size)
+
+
+class _Skew(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, size: int) -> Tensor:
+        source, sign, ctx.above = _places(size, entries.device)
+        return entries.index_select(-1, source).mul_(sign).view(*entries.shape[:-1], size, size)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        return (gradient - gradient.mT).flatten(-2).index_select(-1, ctx.above), None
+
+
+_PLACES: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+
+
+def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Which entry each value of a skew-symmetric matrix is, with which sign; and where those above the diagonal are."""
+    known = _PLACES.get((size, device))
+    if known is None:
+        row, column = torch.triu_indices(size, size, 1, device=device)
+        above, below = row * size + column, column * size + row
+        numbers = torch.arange(len(above), device=device)
+        source = above.new_zeros(size * size).index_copy_(0, above, numbers).index_copy_(0, below, numbers)
+        sign = torch.zeros(size * size, device=device).index_fill_(0, above, 1.0).index_fill_(0, below, -1.0)
+        known = source, sign, above
+        if type(source) is Tensor and not source.is_inference():  # of a mode that makes others, none is kept
+            _PLACES[size, device] = known
+    return known
+
+
+def plain_cayley(K: Tensor) -> Tensor:
+    """``(I - K) (I + K)^-1`` of each skew-symmetric matrix ``[*batch, size, size]``: every rotation without the
+    eigenvalue -1 is one."""
+    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    rotation: Tensor = torch.linalg.solve(identity + K, identity - K)  # the two factors commute
+    return rotation
+
+
+def cayley(K: Tensor) -> Tensor:
+    """`plain_cayley`, of which backward keeps the rotation alone and solves nothing."""
+    return plain_cayley(K) if is_plain() else apply(_Cayley, K)
+
+
+class _Cayley(torch.autograd.Function):
+    """With (I + K)^-1 = (I + R) / 2, a step dK turns R by -(I + R) dK (I + R) / 2."""
+
+    @staticmethod
+    def forward(ctx: Any, K: Tensor) -> Tensor:
+        R = plain_cayley(K)
+        ctx.save_for_backward(R)
+        return R
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (R,), (gradient,) = ctx.saved_tensors, gradients
+        around = (R + torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).mT
+        return around @ gradient @ around * -0.5
+
+
+def plain_neumann(K: Tensor, terms: int) -> Tensor:
+    """The Cayley transform as a sum of powers of K ``[*batch, size, size]``: 1, -2, 2, -2, ... of them, and half of
+    that of the last one; four terms or more."""
+    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    total = 2 * identity - K
+    for _ in range(terms - 3):
+        total = 2 * identity - K @ total
+    return identity - K @ total
+
+
+def neumann(K: Tensor, terms: int) -> Tensor:
+    """`plain_neumann`, of which backward keeps K alone."""
+    stack = K if K.dim() == 3 else K.reshape(-1, *K.shape[-2:])
+    if is_plain():
+        return _series(stack, terms).view(K.shape)
+    rotation = apply(_Neumann, stack, terms)
+    return rotation if K.dim() == 3 else rotation.view(K.shape)
+
+
+class _Neumann(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, K: Tensor, terms: int) -> Tensor:
+        ctx.terms = terms
+        ctx.save_for_backward(K)
+        return _series(K, terms)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (K,), (gradient,) = ctx.saved_tensors, gradients
+        square, _, inner = _pairs(K, ctx.terms)
+        of_K, of_square = -2 * gradient, torch.zeros_like(K)
+        for bracket in reversed(inner):
+            of_square = torch.baddbmm(of_square, gradient, bracket.mT)
+            gradient = square.mT @ gradient
+            of_K = torch.sub(of_K, gradient, alpha=2)
+        if ctx.terms % 2:  # the innermost ends in K^2 itself
+            of_square = of_square + gradient
+        else:  # in -K, not in -2 K
+            of_K = of_K + gradient
+        return torch.baddbmm(torch.baddbmm(of_K, of_square, K.mT), K.mT, of_square), None
+
+
+def _series(K: Tensor, terms: int) -> Tensor:
+    """`plain_neumann` in powers of K^2, with half as many products: [I - 2 K] + K^2 ([2 I - 2 K] + K^2 (...))."""
+    square, pair, inner = _pairs(K, terms)
+    return torch.baddbmm(pair - torch.eye(K.shape[-1], dtype=K.dtype, device=K.device), square, inner[-1])
+
+
+def _pairs(K: Tensor, terms: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """K^2, 2 I - 2 K, and what is multiplied with K^2 on the way, the innermost first."""
+    twice = 2 * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+    square, pair = K @ K, torch.sub(twice, K, alpha=2)
+    found = [pair + square if terms % 2 else twice - K]
+    for _ in range(terms // 2 - 2):
+        found.append(torch.baddbmm(pair, square, found[-1]))
+    return square, pair, found

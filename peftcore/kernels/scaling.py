@@ -1,0 +1,63 @@
+"""What is scaled entry by entry: a term of a sum, and bases that many updates share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore.kernels.autograd import apply, is_plain
+
+
+def plain_add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
+    """``y + gain z``, the gain of fewer entries than z."""
+    return y + gain * z
+
+
+def add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
+    """`plain_add_scaled` in one pass, and one pass less in backward than `torch.addcmul` takes."""
+    return plain_add_scaled(y, gain, z) if is_plain() else apply(_AddScaled, y, gain, z)
+
+
+class _AddScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(gain, z if ctx.needs_input_grad[1] else None)
+        ctx.shape = y.shape
+        return torch.addcmul(y, gain, z)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gain, z), (gradient,) = ctx.saved_tensors, gradients
+        of_gain = (gradient * z).sum_to_size(gain.shape) if ctx.needs_input_grad[1] else None
+        of_y = gradient.sum_to_size(ctx.shape) if ctx.needs_input_grad[0] else None
+        return of_y, of_gain, gradient * gain if ctx.needs_input_grad[2] else None
+
+
+# Fixed bases, scaled from both sides
+
+
+def plain_scaled_bases(A: Tensor, L: Tensor, G: Tensor) -> Tensor:
+    """``L[..., r, b] A[r, i] G[..., b, i]``: a matrix ``[rank, in]`` in as many scaled copies as there are bases."""
+    return L.unsqueeze(-1) * A.unsqueeze(-2) * G.unsqueeze(-3)
+
+
+def scaled_bases(A: Tensor, L: Tensor, G: Tensor) -> Tensor:
+    """`plain_scaled_bases` of a fixed A, of which backward keeps the scales alone and makes one tensor of that size."""
+    if is_plain() or A.requires_grad:
+        return plain_scaled_bases(A, L, G)
+    return apply(_ScaledBases, A, L, G)
+
+
+class _ScaledBases(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, L: Tensor, G: Tensor) -> Tensor:
+        ctx.save_for_backward(A, L, G)
+        return (L.unsqueeze(-1) * A.unsqueeze(-2)).mul_(G.unsqueeze(-3))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (A, L, G), (gradient,) = ctx.saved_tensors, gradients
+        part = gradient * A.unsqueeze(-2)
+        return None, torch.einsum("...rbi,...bi->...rb", part, G), torch.einsum("...rbi,...rb->...bi", part, L)
