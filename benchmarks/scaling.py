@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from benchmarks.hosts import PROJECTIONS, llama, tokens
 from benchmarks.serving import forward
 from benchmarks.timing import take_turns
 
+T = TypeVar("T")
 SITES = (100, 300, 1_000, 3_000, 10_000)
 ADAPTERS = (1, 3, 10, 30, 100, 300, 1_000)
 WIDTHS = (256, 512, 1024, 2048, 4096)
@@ -67,17 +71,20 @@ def sites() -> Growth:
     found: dict[str, list[float]] = {"apply": [], "merge and unmerge": [], "remove": []}
     for count in SITES:
         model = Experts(count)
-        begin = time.perf_counter()
-        injection = peftcore.apply(model, "lora", target="experts.*")
-        found["apply"].append(1e3 * (time.perf_counter() - begin))
-        begin = time.perf_counter()
-        injection.merge()
-        injection.unmerge()
-        found["merge and unmerge"].append(1e3 * (time.perf_counter() - begin))
-        begin = time.perf_counter()
-        injection.remove()
-        found["remove"].append(1e3 * (time.perf_counter() - begin))
+        spent, injection = once(partial(peftcore.apply, model, "lora", target="experts.*"))
+        found["apply"].append(spent)
+        found["merge and unmerge"].append(once(injection.merge)[0] + once(injection.unmerge)[0])
+        found["remove"].append(once(injection.remove)[0])
     return growth("LoRA on experts", "sites", SITES, found)
+
+
+def once(call: Callable[[], T]) -> tuple[float, T]:
+    """Milliseconds of one call, and what it returns. Python looks for garbage as it does, but what was made before has
+    been looked through."""
+    gc.collect()
+    begin = time.perf_counter()
+    result = call()
+    return 1e3 * (time.perf_counter() - begin), result
 
 
 def adapters() -> Growth:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore import witness
+from peftcore import garbage, witness
 from peftcore.calls import HostState, drop_state, ensure_state, state_of
 from peftcore.catalogue import method as find_method
 from peftcore.config import dtype_of, validate
@@ -77,14 +77,15 @@ def prepare(
         raise UnsupportedHost(
             "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"
         )
-    resolver = Resolver(model, host or host_map(model), layer_of, is_ours)
-    surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry)
-    try:
-        with generator_kept():
-            registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
-            surgeon.train_wishes()
-    finally:
-        surgeon.progress.close()
+    with garbage.kept():
+        resolver = Resolver(model, host or host_map(model), layer_of, is_ours)
+        surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry)
+        try:
+            with generator_kept():
+                registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
+                surgeon.train_wishes()
+        finally:
+            surgeon.progress.close()
     if not surgeon.grafts:
         raise TargetError(
             f"{method.name} found nothing to act on in this {type(model).__name__}; "
@@ -227,12 +228,13 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None) -> Injectio
     thawed = list({id(p): p for p in base if p.requires_grad}.values())
     choice, threads = state.choice, dict(state.threads)
     try:
-        install(surgeon, state, name)
-        for parameter in thawed:
-            parameter.requires_grad_(False)
-        state.choose((*state.current(), name))
-        injection.trainable(True)
-        _watch(surgeon, state, name)
+        with garbage.kept():
+            install(surgeon, state, name)
+            for parameter in thawed:
+                parameter.requires_grad_(False)
+            state.choose((*state.current(), name))
+            injection.trainable(True)
+            _watch(surgeon, state, name)
         if data is not None:
             calibrate(injection, data)
     except BaseException:

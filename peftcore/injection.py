@@ -117,12 +117,9 @@ class Injection:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter of the injection, each once; all of them, trainable or not."""
-        seen: set[int] = set()
-        for _, module in self.modules():
-            for parameter in module.parameters():
-                if id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield parameter
+        within = (inner for _, module in self.modules() for inner in module.modules())
+        held = (parameter for inner in within for parameter in inner._parameters.values())
+        yield from dict.fromkeys(parameter for parameter in held if parameter is not None)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The injection's tensors by ``<site path>.<operator tensor>``, without the injection's name: what files have;

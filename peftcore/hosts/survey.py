@@ -188,8 +188,10 @@ def weight_of(module: nn.Module) -> torch.Tensor | None:
 
 def declared_fan(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a Linear or of whatever stands for one: packed weights have no telling shape."""
+    if not GUESTS.issuperset(module._modules):
+        return None
     inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    if not isinstance(inputs, int) or not isinstance(outputs, int) or not GUESTS.issuperset(module._modules):
+    if not isinstance(inputs, int) or not isinstance(outputs, int):
         return None
     return (inputs, outputs) if inputs > 0 else None  # a lazy Linear declares 0
 

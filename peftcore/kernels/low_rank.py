@@ -128,8 +128,7 @@ def scaled_low_rank_linear(
     if is_plain() or dropout == 1 or A.requires_grad or B.requires_grad:
         return plain_scaled_low_rank_linear(x, weight, bias, A, inner, B, outer, dropout)
     A, kept = _dropping(x, A, dropout)
-    y, *_ = apply(_ScaledLowRankLinear, x, weight, bias, A, inner, B, outer, kept)
-    return y
+    return apply(_ScaledLowRankLinear, x, weight, bias, A, inner, B, outer, kept)[0]
 
 
 class _ScaledLowRankLinear(torch.autograd.Function):

@@ -1,0 +1,62 @@
+"""Nobody looks for garbage while thousands of objects are made that stay; afterwards as before."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from torch import nn
+
+import peftcore
+from peftcore import garbage
+from peftcore.errors import TargetError
+
+
+@pytest.fixture
+def looks() -> Iterator[list[int]]:
+    """The generations that were looked through."""
+    seen: list[int] = []
+
+    def note(phase: str, info: Any) -> None:
+        if phase == "start":
+            seen.append(info["generation"])
+
+    gc.callbacks.append(note)
+    yield seen
+    gc.callbacks.remove(note)
+
+
+def many() -> nn.ModuleList:
+    return nn.ModuleList(nn.Linear(2, 2) for _ in range(300))
+
+
+def test_not_while_sites_are_made(looks: list[int]) -> None:
+    model = many()
+    gc.collect()
+    before = len(looks)
+    peftcore.apply(model, "lora", target=nn.Linear)
+    assert len(looks) - before <= 4, "at the ends of what is done in one go, at the most"
+
+
+@pytest.mark.parametrize("looking", [True, False])
+def test_python_looks_as_it_did_before(looking: bool) -> None:
+    try:
+        gc.enable() if looking else gc.disable()
+        with garbage.kept():
+            assert not gc.isenabled()
+            with garbage.kept():
+                pass
+            assert not gc.isenabled()
+        with pytest.raises(TargetError):
+            peftcore.apply(many(), "lora", target="nothing")
+        assert gc.isenabled() is looking
+    finally:
+        gc.enable()
+
+
+def test_data_is_looked_at_with_garbage_collected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the user's model leaves behind in a forward is not kept for as long as there are batches."""
+    found: list[bool] = []
+    monkeypatch.setattr("peftcore.applying.calibrate", lambda *args: found.append(gc.isenabled()))
+    peftcore.apply(many(), "fish_mask", target=nn.Linear, data=[{}])
+    assert found == [True]
