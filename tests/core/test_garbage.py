@@ -14,16 +14,19 @@ from peftcore.errors import TargetError
 
 @pytest.fixture
 def looks() -> Iterator[list[int]]:
-    """The generations that were looked through."""
+    """The generations that were looked through, as often as Python does by itself: these tests let it wait."""
     seen: list[int] = []
 
     def note(phase: str, info: Any) -> None:
         if phase == "start":
             seen.append(info["generation"])
 
+    thresholds = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
     gc.callbacks.append(note)
     yield seen
     gc.callbacks.remove(note)
+    gc.set_threshold(*thresholds)
 
 
 def many() -> nn.ModuleList:
@@ -33,9 +36,9 @@ def many() -> nn.ModuleList:
 def test_not_while_sites_are_made(looks: list[int]) -> None:
     model = many()
     gc.collect()
-    before = len(looks)
+    looks.clear()
     peftcore.apply(model, "lora", target=nn.Linear)
-    assert len(looks) - before <= 4, "at the ends of what is done in one go, at the most"
+    assert len(looks) <= 6, "at the ends of what is done in one go; without that, nearly forty times"
 
 
 @pytest.mark.parametrize("looking", [True, False])
