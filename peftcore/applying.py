@@ -73,12 +73,12 @@ def prepare(
         raise UnsupportedHost("TorchScript modules cannot change; apply before scripting, merge, then script")
     for changes in config.overrides.values():
         config.replace(**{**changes, "overrides": {}})  # wrong options are errors, also where no site matches
-    if _is_tensor_parallel(model):
-        raise UnsupportedHost(
-            "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"
-        )
     with garbage.kept():
         resolver = Resolver(model, host or host_map(model), layer_of, is_ours)
+        if _is_distributed(resolver.modules.values()) and _is_tensor_parallel(model):
+            raise UnsupportedHost(
+                "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"
+            )
         surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry)
         try:
             with generator_kept():
@@ -99,15 +99,22 @@ def prepare(
     return surgeon
 
 
-def _is_tensor_parallel(model: nn.Module) -> bool:
-    """Weights that are distributed tensors by other means than FSDP2, which gathers them before each use.
+def _is_distributed(modules: Iterable[nn.Module]) -> bool:
+    """Whether a weight is a distributed tensor. Looked up, not imported: in a process that never imported
+    torch.distributed.tensor none is."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    kinds = {type(parameter) for module in modules for parameter in module._parameters.values()}
+    return tensors is not None and any(issubclass(kind, tensors.DTensor) for kind in kinds)
 
-    Looked up, not imported: in a process that never imported torch.distributed.tensor no weight is one.
-    """
-    tensors, fsdp = (sys.modules.get(f"torch.distributed.{name}") for name in ("tensor", "fsdp"))
-    if tensors is None or (fsdp is not None and isinstance(model, fsdp.FSDPModule)):
+
+def _is_tensor_parallel(model: nn.Module) -> bool:
+    """Weights that are distributed tensors by other means than FSDP2, which gathers them before each use."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(model, FSDPModule):
         return False
-    own = any(isinstance(parameter, tensors.DTensor) for parameter in model._parameters.values())
+    own = any(isinstance(parameter, DTensor) for parameter in model._parameters.values())
     children = (child for child in model._modules.values() if child is not None and not is_ours(child))
     return own or any(_is_tensor_parallel(child) for child in children)
 

@@ -7,9 +7,11 @@ the roles of what lies below, never from class names.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -52,7 +54,12 @@ class Stack:
 
 def arguments(cls: type[nn.Module]) -> tuple[str, ...]:
     """The names of the arguments of a class's forward; a grafted class shows those of the class it stands for."""
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
+    return _arguments(cls.forward)
+
+
+@functools.lru_cache(maxsize=1024)
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def find(modules: Mapping[str, nn.Module], entries: Iterable[HostEntry]) -> list[Stack]:
