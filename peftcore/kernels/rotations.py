@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def skew(entries: Tensor, size: int) -> Tensor:
 class _Skew(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, entries: Tensor, size: int) -> Tensor:
-        source, sign, ctx.above = _places(size, entries.device)
+        source, sign, ctx.above = _kept(_places, size, entries.device)
         return entries.index_select(-1, source).mul_(sign).view(*entries.shape[:-1], size, size)
 
     @staticmethod
@@ -74,22 +75,31 @@ class _Skew(torch.autograd.Function):
         return (gradient - gradient.mT).flatten(-2).index_select(-1, ctx.above), None
 
 
-_PLACES: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+_KEPT: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
+
+
+def _kept(make: Callable[..., tuple[Tensor, ...]], *key: Any) -> tuple[Tensor, ...]:
+    """What `make` returns for these arguments, made once; not kept is what a mode makes that makes other tensors."""
+    known = _KEPT.get((make, *key))
+    if known is None:
+        known = make(*key)
+        if not is_plain() and all(type(each) is Tensor and not each.is_inference() for each in known):
+            _KEPT[make, *key] = known
+    return known
 
 
 def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Which entry each value of a skew-symmetric matrix is, with which sign; and where those above the diagonal are."""
-    known = _PLACES.get((size, device))
-    if known is None:
-        row, column = torch.triu_indices(size, size, 1, device=device)
-        above, below = row * size + column, column * size + row
-        numbers = torch.arange(len(above), device=device)
-        source = above.new_zeros(size * size).index_copy_(0, above, numbers).index_copy_(0, below, numbers)
-        sign = torch.zeros(size * size, device=device).index_fill_(0, above, 1.0).index_fill_(0, below, -1.0)
-        known = source, sign, above
-        if type(source) is Tensor and not source.is_inference():  # of a mode that makes others, none is kept
-            _PLACES[size, device] = known
-    return known
+    row, column = torch.triu_indices(size, size, 1, device=device)
+    above, below = row * size + column, column * size + row
+    numbers = torch.arange(len(above), device=device)
+    source = above.new_zeros(size * size).index_copy_(0, above, numbers).index_copy_(0, below, numbers)
+    sign = torch.zeros(size * size, device=device).index_fill_(0, above, 1.0).index_fill_(0, below, -1.0)
+    return source, sign, above
+
+
+def _identity(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor]:
+    return (torch.eye(size, dtype=dtype, device=device),)
 
 
 def plain_cayley(K: Tensor) -> Tensor:
@@ -141,6 +151,9 @@ def neumann(K: Tensor, terms: int) -> Tensor:
 
 
 class _Neumann(torch.autograd.Function):
+    """Sums of even powers are symmetric, and K^T = -K. The gradient of K^2 by way of K is -(Q K + K Q), Q that of the
+    square; along what is skew-symmetric, as every change of K, -(Q + Q^T) K is the same."""
+
     @staticmethod
     def forward(ctx: Any, K: Tensor, terms: int) -> Tensor:
         ctx.terms = terms
@@ -150,30 +163,43 @@ class _Neumann(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (K,), (gradient,) = ctx.saved_tensors, gradients
-        square, _, inner = _pairs(K, ctx.terms)
-        of_K, of_square = -2 * gradient, torch.zeros_like(K)
-        for bracket in reversed(inner):
-            of_square = torch.baddbmm(of_square, gradient, bracket.mT)
-            gradient = square.mT @ gradient
-            of_K = torch.sub(of_K, gradient, alpha=2)
-        if ctx.terms % 2:  # the innermost ends in K^2 itself
-            of_square = of_square + gradient
-        else:  # in -K, not in -2 K
-            of_K = of_K + gradient
-        return torch.baddbmm(torch.baddbmm(of_K, of_square, K.mT), K.mT, of_square), None
+        pair, sums = _factors(K, ctx.terms)
+        even, of_even = ctx.terms % 2 == 0, gradient
+        if even:
+            gradient = K @ gradient
+        of_pair = sums[-1] @ gradient if sums else gradient
+        of_square = of_pair
+        if sums:
+            of_sum = gradient @ pair.mT
+            for below in reversed(sums[:-1]):
+                of_square, of_sum = torch.baddbmm(of_square, of_sum, below), torch.baddbmm(-of_sum, sums[0], of_sum)
+            of_square = of_square + of_sum
+        of_K = torch.baddbmm(of_pair, of_square + of_square.mT, K, beta=-2, alpha=-1)
+        if even:
+            of_K = torch.baddbmm(of_K - of_even, of_even, _odd_series(pair, sums).mT, alpha=-1)
+        return of_K, None
 
 
 def _series(K: Tensor, terms: int) -> Tensor:
-    """`plain_neumann` in powers of K^2, with half as many products: [I - 2 K] + K^2 ([2 I - 2 K] + K^2 (...))."""
-    square, pair, inner = _pairs(K, terms)
-    return torch.baddbmm(pair - torch.eye(K.shape[-1], dtype=K.dtype, device=K.device), square, inner[-1])
+    """`plain_neumann` as a product: for terms 2 m + 1 it is (I - K)^2 (I + K^2 + ... + K^(2 m - 2)); for one term more,
+    I - K (I + that of one less)."""
+    odd = _odd_series(*_factors(K, terms))
+    return odd if terms % 2 else torch.baddbmm(_identity_of(K) - K, K, odd, alpha=-1)
 
 
-def _pairs(K: Tensor, terms: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """K^2, 2 I - 2 K, and what is multiplied with K^2 on the way, the innermost first."""
-    twice = 2 * torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    square, pair = K @ K, torch.sub(twice, K, alpha=2)
-    found = [pair + square if terms % 2 else twice - K]
-    for _ in range(terms // 2 - 2):
-        found.append(torch.baddbmm(pair, square, found[-1]))
-    return square, pair, found
+def _odd_series(pair: Tensor, sums: list[Tensor]) -> Tensor:
+    return sums[-1] @ pair if sums else pair
+
+
+def _identity_of(K: Tensor) -> Tensor:
+    return _kept(_identity, K.shape[-1], K.dtype, K.device)[0]
+
+
+def _factors(K: Tensor, terms: int) -> tuple[Tensor, list[Tensor]]:
+    """(I - K)^2, and the sums I + K^2, I + K^2 + K^4, ..."""
+    identity = _identity_of(K)
+    first = torch.baddbmm(identity, K, K)
+    sums = [first][: (terms - 1) // 2 - 1]
+    for _ in range((terms - 1) // 2 - 2):
+        sums.append(torch.baddbmm(identity - sums[-1], first, sums[-1]))
+    return torch.sub(first, K, alpha=2), sums
