@@ -12,10 +12,10 @@ from peftcore.kernels.autograd import apply, is_plain
 
 
 def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
-    """Rows ``[n, blocks * size]`` times a block-diagonal matrix, its blocks ``[blocks, size, size]``; one block stands
-    for all."""
-    parts = x.view(len(x), -1, R.shape[-1])  # [n, blocks, size]
-    return (parts.transpose(0, 1) @ R).transpose(0, 1).flatten(1)
+    """Rows ``[..., blocks * size]`` times a block-diagonal matrix of blocks ``[blocks, size, size]``, of which one may
+    stand for all."""
+    parts = x.reshape(-1, x.shape[-1] // R.shape[-1], R.shape[-1])  # [n, blocks, size]
+    return (parts.transpose(0, 1) @ R).transpose(0, 1).reshape(x.shape)
 
 
 def rotate(x: Tensor, R: Tensor) -> Tensor:
@@ -30,20 +30,21 @@ class _Rotate(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, R: Tensor) -> Tensor:
         ctx.save_for_backward(x, R)
         blocks, size, _ = R.shape
-        out = x.new_empty(len(x), blocks, size)
-        torch.bmm(x.view(-1, blocks, size).transpose(0, 1), R, out=out.transpose(0, 1))
+        parts = x.reshape(-1, blocks, size)
+        out = torch.empty_like(parts, memory_format=torch.contiguous_format)
+        torch.bmm(parts.transpose(0, 1), R, out=out.transpose(0, 1))
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, R = ctx.saved_tensors
         (gradient,) = gradients
-        gradient = gradient.contiguous()
-        parts = (len(x), *R.shape[:2])
-        of_x = rotate(gradient, R.mT) if ctx.needs_input_grad[0] else None
-        of_R = (
-            x.view(parts).permute(1, 2, 0) @ gradient.view(parts).transpose(0, 1) if ctx.needs_input_grad[1] else None
-        )
+        of_x = of_R = None
+        if ctx.needs_input_grad[1]:  # first, while the gradient is in the cache
+            parts = (-1, *R.shape[:2])
+            of_R = x.reshape(parts).permute(1, 2, 0) @ gradient.reshape(parts).transpose(0, 1)
+        if ctx.needs_input_grad[0]:
+            of_x = rotate(gradient, R.mT)
         return of_x, of_R
 
 

@@ -28,6 +28,13 @@ def test_rotation_is_a_product_with_a_block_diagonal_matrix(shape: tuple[int, in
     torch.testing.assert_close(kernels.plain_rotate(x, R), expected)
 
 
+def test_rotation_of_rows_in_several_dimensions_that_lie_anyhow() -> None:
+    _, R = blocks(6, 3, 2)
+    apart = torch.randn(2, 6, 3, dtype=torch.float64).mT.requires_grad_()  # [2, 3, 6], not contiguous
+    torch.testing.assert_close(kernels.rotate(apart, R), apart @ torch.block_diag(*R))
+    assert gradcheck(kernels.rotate, (apart, R)) and gradgradcheck(kernels.rotate, (apart, R))
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_rotation(shape: tuple[int, int, int]) -> None:
     assert gradcheck(kernels.rotate, blocks(*shape))

@@ -75,7 +75,7 @@ class OFTOperator(WeightOperator):
 
     def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
         (R,) = self.cast(x, self.rotation(self.K))
-        return call(kernels.rotate(x.reshape(-1, x.shape[-1]), R).view(x.shape))
+        return call(kernels.rotate(x, R))
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight_of(rotate(rows(weight, self.layer), self.rotation(self.K)), self.layer, weight.shape)
