@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from peftcore import kernels
+from peftcore.kernels import rotations
 
 SHAPES = [(6, 3, 2), (5, 1, 4)]
 """Rows, blocks, size."""
@@ -119,6 +120,14 @@ def test_rotations_under_vmap_and_grad(name: str) -> None:
     each = torch.func.vmap(torch.func.grad(lambda K: kernel(K - K.mT).pow(3).sum()))(K)
     for one, gradient in zip(K.requires_grad_(), each, strict=True):
         torch.testing.assert_close(torch.autograd.grad(plain(one - one.mT).pow(3).sum(), one)[0], gradient)
+
+
+def test_what_a_transform_makes_is_not_kept() -> None:
+    K = skew(2, 7)  # of a size that nothing else here has
+    torch.func.vmap(torch.func.grad(lambda K: kernels.neumann(K, 5).pow(2).sum()))(K.unsqueeze(0))
+    assert not [key for key in rotations._KEPT if 7 in key]
+    kernels.neumann(K, 5)
+    assert [key for key in rotations._KEPT if 7 in key]
 
 
 def test_a_longer_series_comes_nearer_to_the_rotation() -> None:
