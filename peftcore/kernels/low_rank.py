@@ -92,7 +92,7 @@ def _projected(rows: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
 def _through(gradient: Tensor, weight: Tensor, of_low: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
     """The gradient of the rows that went in, through the layer and through the update."""
     of_rows = gradient @ weight
-    return of_rows.addmm_(of_low, A) if kept is None else of_rows.add_(masked(of_low @ A, kept))
+    return of_rows.addmm_(of_low, A) if kept is None else of_rows.addcmul_(of_low @ A, kept.to(of_rows.dtype))
 
 
 # The same with matrices that are fixed, and vectors that scale them
