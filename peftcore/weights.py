@@ -225,9 +225,9 @@ def is_linear(call: Callable[..., Any]) -> bool:
 def _to_fuse(
     call: Callable[..., Tensor], x: Tensor, outputs: int, *trained: Tensor
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a layer that becomes one function with its update: where enough goes through memory for that
-    to be worth it, and all of the update trains (else there is less to keep)."""
-    if is_compiling() or not all(each.requires_grad for each in trained):
+    """Weight and bias of a layer that becomes one function with its update: where it trains, and enough goes through
+    memory for that to be worth it."""
+    if is_compiling() or not any(each.requires_grad for each in trained):
         return None
     return _own_weights(call) if x.numel() // x.shape[-1] * outputs > SMALL else None
 

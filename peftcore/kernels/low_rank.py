@@ -34,7 +34,7 @@ def low_rank_linear(
         low = dropped_linear(rows, A, dropout) if dropout else F.linear(rows, A)
         return F.linear(rows, weight, bias).addmm_(low, B.mT, alpha=scale).view(*x.shape[:-1], len(weight))
     A, kept = _dropping(x, A, dropout)
-    return apply(_LowRankLinear, x, weight, bias, A, B, scale, kept)
+    return apply(_LowRankLinear, x, weight, bias, A, B, scale, kept)[0]
 
 
 def _in_one_dtype(
@@ -57,36 +57,50 @@ def _dropping(x: Tensor, A: Tensor, dropout: float) -> tuple[Tensor, Tensor | No
 
 
 class _LowRankLinear(torch.autograd.Function):
+    """Returns what it keeps for backward as well, so that backward can be differentiated without keeping more: the
+    input is kept for A alone."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, kept: Any
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
         low = _projected(rows, A, kept)
         y = F.linear(rows, weight, bias).addmm_(low, B.mT, alpha=scale)
-        ctx.save_for_backward(x, weight, A, B, low, kept)
-        ctx.scale = scale
-        return y.view(*x.shape[:-1], len(weight))
+        trains_A, trains_B = ctx.needs_input_grad[3:5]
+        ctx.save_for_backward(x if trains_A else None, weight, A, B, low if trains_B else None, kept)
+        ctx.scale, ctx.shape = scale, x.shape
+        ctx.set_materialize_grads(False)
+        return y.view(*x.shape[:-1], len(weight)), low
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, weight, A, B, low, kept = ctx.saved_tensors
-        rows, gradient = x.reshape(-1, x.shape[-1]), gradients[0].reshape(-1, len(weight))
-        if torch.is_grad_enabled():  # to be differentiated once more
-            low = _projected(rows, A, kept)
+        of_y, of_low_too = gradients
+        gradient = _rows_of(of_y, ctx.shape, weight)
         of_low = (gradient @ B).mul_(ctx.scale)
+        if of_low_too is not None:
+            of_low = of_low + of_low_too
         of_x = of_A = of_B = None
         if ctx.needs_input_grad[0]:
-            of_x = _through(gradient, weight, of_low, A, kept).view(x.shape)
-        if ctx.needs_input_grad[3]:
+            of_x = _through(gradient, weight, of_low, A, kept).view(ctx.shape)
+        if x is not None:
+            rows = x.reshape(-1, x.shape[-1])
             of_A = of_low.mT @ (rows if kept is None else masked(rows, kept))
-        if ctx.needs_input_grad[4]:
+        if low is not None:
             of_B = (gradient.mT @ low).mul_(ctx.scale)
         return of_x, None, None, of_A, of_B, None, None
 
 
 def _projected(rows: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
     return F.linear(rows if kept is None else masked(rows, kept), A)
+
+
+def _rows_of(gradient: Tensor | None, shape: torch.Size, weight: Tensor) -> Tensor:
+    """The gradient of the output by rows, for an input of a shape; none is of zeros."""
+    if gradient is None:  # backward is being differentiated, and nothing comes by this way
+        gradient = weight.new_zeros(*shape[:-1], len(weight))
+    return gradient.reshape(-1, len(weight))
 
 
 def _through(gradient: Tensor, weight: Tensor, of_low: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
@@ -159,7 +173,7 @@ class _ScaledLowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         weight, A, inner, B, outer, low, mixed, kept = ctx.saved_tensors
         of_y, of_low_too, of_mixed_too = gradients
-        gradient = torch.zeros_like(mixed) if of_y is None else of_y.reshape(mixed.shape)
+        gradient = _rows_of(of_y, ctx.shape, weight)
         of_scaled = gradient @ (outer.unsqueeze(-1) * B)  # of low * inner
         if of_mixed_too is not None:
             of_scaled = of_scaled + of_mixed_too @ B

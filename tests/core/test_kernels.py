@@ -218,7 +218,23 @@ def test_gradients_of_a_low_rank_update(dropout: float) -> None:
 
     assert gradcheck(run, (x, A, B)) and gradgradcheck(run, (x, A, B))
     for kept in ((x.detach(), A, B), (x, A.detach(), B), (x, A, B.detach())):
-        assert gradcheck(run, kept)
+        assert gradcheck(run, kept) and gradgradcheck(run, kept)
+
+
+def test_a_low_rank_update_keeps_the_input_for_what_trains_alone() -> None:
+    x, weight, bias, A, B = layer_and_factors(7)
+    kept: list[torch.Size] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.shape)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kernels.low_rank_linear(x, weight, bias, A.detach(), B, 0.7)
+        assert x.shape not in kept and (7, 2) in kept
+        kept.clear()
+        kernels.low_rank_linear(x, weight, bias, A, B.detach(), 0.7)
+        assert x.shape in kept and (7, 2) not in kept
 
 
 def test_a_low_rank_update_drops_what_dropout_keeps_not() -> None:

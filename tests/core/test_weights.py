@@ -356,6 +356,18 @@ def test_an_update_computed_with_the_layer_has_the_gradients_of_one_beside_it(
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("frozen", ["A", "B", "AB"])
+def test_an_update_is_computed_with_the_layer_where_a_factor_trains(frozen: str, fused: list[int]) -> None:
+    model = linears((4, 6))
+    stir(injection := peftcore.apply(model, "lora", target=["0"]))
+    operator = injection.operators["0"]
+    for name in frozen:
+        getattr(operator, name).requires_grad_(False)
+    model(X.clone().requires_grad_()).sum().backward()
+    assert fused == ([6] if len(frozen) == 1 else [])
+    assert {name for name, each in operator.named_parameters() if each.grad is None} == set(frozen)
+
+
 @UPDATES
 def test_an_update_of_a_layer_that_trains_leaves_it_its_gradient(method: str, fused: list[int]) -> None:
     model = linears()

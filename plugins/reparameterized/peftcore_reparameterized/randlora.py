@@ -104,11 +104,10 @@ class RandLoRAOperator(WeightOperator):
         return self.layer.of_vectors and inputs * (3 * full + self.long) < 3 * full * self.long
 
     def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
-        y = call(x)
-        with full_precision(y):
-            first, second = self.cast(y, *self.factors_of())
+        with full_precision(x):
+            first, second = self.factors_of()
         A, B = (first.mT, second.mT) if self.wide else (second, first)
-        return self.layer.add(y, self.layer.apply(x, A), B, self.scale)
+        return self.layer.update(call, x, A, B, self.scale)
 
     def forward(self, weight: Tensor) -> Tensor:
         B, scaled = self.factors_of()
