@@ -67,36 +67,35 @@ def injecting(rounds: int) -> Iterator[list[Row]]:
         model = copy.deepcopy(base)
         return lambda: peft.get_peft_model(model, LORA.settings())
 
-    ours, theirs = copy.deepcopy(base), LORA.theirs_on(copy.deepcopy(base), name="a0")
-    peftcore.apply(ours, "lora", target=PROJECTIONS, name="a0")
-
     def another_of_ours(count: int) -> Callable[[], Callable[[], object]]:
+        model, name = copy.deepcopy(base), f"a{count}"
+        for number in range(count):
+            peftcore.apply(model, "lora", target=PROJECTIONS, name=f"a{number}")
+
         def prepare() -> Callable[[], object]:
-            have = peftcore.injections(ours)
-            for name in list(have)[count:]:
+            if name in (have := peftcore.injections(model)):
                 have[name].remove()
-            for number in range(len(peftcore.injections(ours)), count):
-                peftcore.apply(ours, "lora", target=PROJECTIONS, name=f"a{number}")
-            peftcore.activate(ours, "a0")  # as with peft, a new adapter stands beside one that is active
-            return lambda: peftcore.apply(ours, "lora", target=PROJECTIONS, name=f"a{count}")
+            peftcore.activate(model, "a0")  # as with peft, a new adapter stands beside one that is active
+            return lambda: peftcore.apply(model, "lora", target=PROJECTIONS, name=name)
 
         return prepare
 
     def another_of_theirs(count: int) -> Callable[[], Callable[[], object]]:
+        model, name = LORA.theirs_on(copy.deepcopy(base), name="a0"), f"a{count}"
+        for number in range(1, count):
+            model.add_adapter(f"a{number}", LORA.settings())
+
         def prepare() -> Callable[[], object]:
-            names: list[str] = list(theirs.peft_config)
-            for name in names[count:]:
-                theirs.delete_adapter(name)
-            for number in range(len(theirs.peft_config), count):
-                theirs.add_adapter(f"a{number}", LORA.settings())
-            return lambda: theirs.add_adapter(f"a{count}", LORA.settings())
+            if name in model.peft_config:
+                model.delete_adapter(name)
+            return lambda: model.add_adapter(name, LORA.settings())
 
         return prepare
 
     times = thrice({"ours": first_of_ours, "theirs": first_of_theirs}, rounds)
-    later = {}
-    for count in (1, 20):
-        later |= thrice({f"ours {count}": another_of_ours(count), f"theirs {count}": another_of_theirs(count)}, 6)
+    more = {f"ours {count}": another_of_ours(count) for count in (1, 20)}
+    more |= {f"theirs {count}": another_of_theirs(count) for count in (1, 20)}
+    later = thrice(more, 8)
     yield [
         compared(f"injection of LoRA into {SITES}", times, 0.1),
         compared("the 21st adapter", later, 0.1, "ours 20", "theirs 20"),
