@@ -24,6 +24,11 @@ class Estimate:
     low: float
     high: float
 
+    @property
+    def width(self) -> float:
+        """From one end of the interval to the other."""
+        return self.high - self.low
+
     def __str__(self) -> str:
         return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g})"
 
