@@ -11,6 +11,7 @@ from core_toys import Swap, stir
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore.errors import UnsupportedSite
@@ -354,6 +355,25 @@ def test_an_update_computed_with_the_layer_has_the_gradients_of_one_beside_it(
         found.append([output, *torch.autograd.grad(output.square().mean(), [x, *injection.parameters()])])
     assert fused == [6, 5]
     torch.testing.assert_close(*found)
+
+
+@UPDATES
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_an_update_computed_with_the_layer_is_computed_again_in_backward(
+    use_reentrant: bool, method: str, fused: list[int]
+) -> None:
+    model = linears()
+    stir(injection := peftcore.apply(model, method, target=["0", "1"]))
+    found = []
+    for run in (model, lambda x: checkpoint(model, x, use_reentrant=use_reentrant)):
+        model.zero_grad()
+        x = X.clone().requires_grad_()
+        output = run(x)
+        output.square().mean().backward()
+        found.append([output, x.grad, *[each.grad for each in injection.parameters()]])
+    assert fused[:4] == [6, 5, 6, 5]
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("frozen", ["A", "B", "AB"])
