@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from peftcore.errors import UnsupportedSite
-from peftcore.kernels import add_scaled, dropped_linear, low_rank_linear, scaled_low_rank_linear
+from peftcore.kernels import ScaledFactors, add_scaled, dropped_linear, low_rank_linear, scaled_low_rank_linear
 from peftcore.sharding import is_sharded_class
 
 SMALL = 2**14
@@ -144,19 +144,11 @@ class Layer:
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
 
     def scaled_update(
-        self,
-        call: Callable[..., Tensor],
-        x: Tensor,
-        A: Tensor,
-        inner: Tensor,
-        B: Tensor,
-        outer: Tensor,
-        dropout: float = 0.0,
+        self, call: Callable[..., Tensor], x: Tensor, factors: ScaledFactors, dropout: float = 0.0
     ) -> Tensor:
-        """``call(x) + diag(outer) B diag(inner) A dropout(x)``: A ``[rank, in, *kernel]`` and B ``[out, rank]`` are
-        fixed, `inner` ``[rank]`` and `outer` ``[out]`` train; of any dtype."""
+        """``call(x) + diag(outer) B diag(inner) A dropout(x)``, with factors of any dtype."""
         y = call(x)
-        A, inner, B, outer = (each.to(y.dtype) for each in (A, inner, B, outer))
+        A, inner, B, outer = (each.to(y.dtype) for each in factors)
         low = self.along_channels(inner, y) * self.apply_dropped(x, A, dropout)
         return add_scaled(y, self.along_channels(outer, y), self.mix(low, B))
 
@@ -193,19 +185,12 @@ class Linear(Layer):
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
 
     def scaled_update(
-        self,
-        call: Callable[..., Tensor],
-        x: Tensor,
-        A: Tensor,
-        inner: Tensor,
-        B: Tensor,
-        outer: Tensor,
-        dropout: float = 0.0,
+        self, call: Callable[..., Tensor], x: Tensor, factors: ScaledFactors, dropout: float = 0.0
     ) -> Tensor:
-        own = _to_fuse(call, x, len(B), inner, outer) if torch.is_grad_enabled() else None
+        own = _to_fuse(call, x, len(factors.B), factors.inner, factors.outer) if torch.is_grad_enabled() else None
         if own is not None:
-            return scaled_low_rank_linear(x, *own, A, inner, B, outer, dropout)
-        return super().scaled_update(call, x, A, inner, B, outer, dropout)
+            return scaled_low_rank_linear(x, *own, factors, dropout)
+        return super().scaled_update(call, x, factors, dropout)
 
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
         if is_compiling() or y.numel() <= SMALL:  # a compiler chooses by itself

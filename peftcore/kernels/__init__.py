@@ -4,6 +4,7 @@ the tests hold it against, and which runs under torch.compile, torch.func and wh
 from peftcore.kernels.autograd import transformed
 from peftcore.kernels.dropout import dropped_linear, keep, plain_dropped_linear
 from peftcore.kernels.low_rank import (
+    ScaledFactors,
     low_rank_linear,
     plain_low_rank_linear,
     plain_scaled_low_rank_linear,
@@ -22,6 +23,7 @@ from peftcore.kernels.rotations import (
 from peftcore.kernels.scaling import add_scaled, plain_add_scaled, plain_scaled_bases, scaled_bases
 
 __all__ = [
+    "ScaledFactors",
     "add_scaled",
     "cayley",
     "dropped_linear",

@@ -4,7 +4,7 @@ time."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -112,35 +112,36 @@ def _through(gradient: Tensor, weight: Tensor, of_low: Tensor, A: Tensor, kept: 
 # The same with matrices that are fixed, and vectors that scale them
 
 
+class ScaledFactors(NamedTuple):
+    """Of the update ``diag(outer) B diag(inner) A``: the vectors train, the matrices do not."""
+
+    A: Tensor
+    """``[rank, in, *kernel]``."""
+    inner: Tensor
+    """``[rank]``."""
+    B: Tensor
+    """``[out, rank]``."""
+    outer: Tensor
+    """``[out]``."""
+
+
 def plain_scaled_low_rank_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    inner: Tensor,
-    B: Tensor,
-    outer: Tensor,
-    dropout: float = 0.0,
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: ScaledFactors, dropout: float = 0.0
 ) -> Tensor:
     """``weight x + bias + diag(outer) B diag(inner) A dropout(x)``."""
+    A, inner, B, outer = factors
     low = F.linear(F.dropout(x, dropout) if dropout else x, A)
     return F.linear(x, weight, bias) + outer * F.linear(inner * low, B)
 
 
 def scaled_low_rank_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor,
-    inner: Tensor,
-    B: Tensor,
-    outer: Tensor,
-    dropout: float = 0.0,
+    x: Tensor, weight: Tensor, bias: Tensor | None, factors: ScaledFactors, dropout: float = 0.0
 ) -> Tensor:
-    """`plain_scaled_low_rank_linear`, for frozen matrices."""
-    x, weight, bias, (A, inner, B, outer) = _in_one_dtype(x, weight, bias, A, inner, B, outer)
+    """`plain_scaled_low_rank_linear`, in one function unless the matrices train."""
+    x, weight, bias, cast = _in_one_dtype(x, weight, bias, *factors)
+    A, inner, B, outer = cast
     if is_plain() or dropout == 1 or A.requires_grad or B.requires_grad:
-        return plain_scaled_low_rank_linear(x, weight, bias, A, inner, B, outer, dropout)
+        return plain_scaled_low_rank_linear(x, weight, bias, ScaledFactors(*cast), dropout)
     A, kept = _dropping(x, A, dropout)
     return apply(_ScaledLowRankLinear, x, weight, bias, A, inner, B, outer, kept)[0]
 
