@@ -252,15 +252,11 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
     data = read_json(folder / FILE)
     try:
         composition = _read(data)
-        names = (composition,) if isinstance(composition, str) else composition.names()
-        if sum(1 for _ in islice(names, MOST + 1)) > MOST:  # before branches, each of which holds the names so far
-            raise ValueError(f"it has more than {MOST} names")
-        if sum(1 for _ in islice(branches([composition]), MOST + 1)) > MOST:
-            raise ValueError(f"it has more than {MOST} branches")
+        for what, found in (("names", composition.names()), ("branches", branches([composition]))):  # which hold names
+            if sum(1 for _ in islice(found, MOST + 1)) > MOST:
+                raise ValueError(f"it has more than {MOST} {what}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CompositionError) as error:
         raise CheckpointError(f"{folder} holds no composition that can be read: {error}") from None
-    if not isinstance(composition, Composition):
-        raise CheckpointError(f"{folder} holds no composition: {composition!r} is the name of an adapter")
     loaded = []
     try:
         for name in dict.fromkeys(composition.names()):
@@ -281,8 +277,7 @@ def _spelled(part: str | Composition) -> Any:
     return {"kind": type(part).__name__, "parts": [_spelled(each) for each in part.parts], **part.options}
 
 
-def _read(data: Any) -> str | Composition:
-    if isinstance(data, str):
-        return data
+def _read(data: Mapping[str, Any]) -> Composition:
     options = {key: value for key, value in data.items() if key not in ("kind", "parts")}
-    return KINDS[data["kind"]](*(_read(each) for each in data["parts"]), **options)
+    parts = (part if isinstance(part, str) else _read(part) for part in data["parts"])
+    return KINDS[data["kind"]](*parts, **options)

@@ -200,7 +200,7 @@ def _factors(K: Tensor, terms: int) -> tuple[Tensor, list[Tensor]]:
     """(I - K)^2, and the sums I + K^2, I + K^2 + K^4, ..."""
     identity = _identity_of(K)
     first = torch.baddbmm(identity, K, K)
-    sums = [first][: (terms - 1) // 2 - 1]
-    for _ in range((terms - 1) // 2 - 2):
-        sums.append(torch.baddbmm(identity - sums[-1], first, sums[-1]))
+    sums: list[Tensor] = []
+    for _ in range((terms - 3) // 2):
+        sums.append(torch.baddbmm(identity - sums[-1], first, sums[-1]) if sums else first)
     return torch.sub(first, K, alpha=2), sums

@@ -398,6 +398,20 @@ def test_compositions(name: str, tmp_path: Path) -> None:
     assert not differences(bench.before, trace(bench.model))
 
 
+@pytest.mark.parametrize(
+    ("composition", "why"),
+    [
+        (_compositions(parts=["a"] * 1001), "more than 1000 names"),
+        (_compositions(parts=[_compositions("Sum")] * 9), "more than 1000 branches"),
+        ("a", "holds no JSON object"),
+    ],
+)
+def test_what_is_wrong_with_a_composition(composition: Any, why: str, tmp_path: Path) -> None:
+    (tmp_path / "composition.json").write_text(json.dumps(composition))
+    with pytest.raises(CheckpointError, match=why):
+        peftcore.load_composition(bench_of(NATIVE).model, tmp_path)
+
+
 @pytest.mark.parametrize("kind", STRANGE)
 def test_a_composition_that_is_no_file(kind: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
