@@ -252,7 +252,8 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
     data = read_json(folder / FILE)
     try:
         composition = _read(data)
-        for what, found in (("names", composition.names()), ("branches", branches([composition]))):  # which hold names
+        # Names first: each branch holds those before it.
+        for what, found in (("names", composition.names()), ("branches", branches([composition]))):
             if sum(1 for _ in islice(found, MOST + 1)) > MOST:
                 raise ValueError(f"it has more than {MOST} {what}")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CompositionError) as error:
