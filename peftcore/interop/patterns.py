@@ -50,6 +50,8 @@ def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool =
     left = _left.get([SECONDS])
     found, start = set(), time.monotonic()
     try:
+        if left[0] <= 0:  # each by itself may be quick; reading so many is not
+            raise TimeoutError("the expressions before it in the file took all of their time")
         re.compile(pattern)  # what more `regex` understands (recursion) means nothing to peft
         compiled = regex.compile(rf"(?:.*\.)?(?:{pattern})" if endings else pattern)
         for path in paths:
