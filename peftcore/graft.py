@@ -313,7 +313,8 @@ def ungraft(module: nn.Module) -> None:
 
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Swap the class, and forwards on the instance that are methods of the old one."""
-    before, module.__class__ = type(module).forward, cls
+    before = type(module).forward
+    object.__setattr__(module, "__class__", cls)  # torch's own looks whether it is a parameter or a module
     for key in FORWARDS:
         if _is_method(module.__dict__.get(key), before):
             module.__dict__[key] = MethodType(cls.forward, module)

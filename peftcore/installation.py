@@ -79,7 +79,7 @@ def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
             if child in holder.__dict__ or child in holder._parameters or _has(type(holder), child):
                 raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
             made = holder._modules[child] = Operators()
-            made.training = holder.training  # `train` would walk what is empty
+            vars(made)["training"] = holder.training  # `train` would walk what is empty
         inner = holder._modules[child]
         if not isinstance(inner, Operators):
             raise UnsupportedHost(f"{type(holder).__name__} has a module {child!r} of its own")

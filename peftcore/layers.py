@@ -45,11 +45,9 @@ _KINDS: dict[type, Callable[[Any], Layer]] = {
 def _kinds() -> dict[type, Callable[[Any], Layer]]:
     """The known classes. transformers' Conv1D is looked up, not imported: without transformers no module can be one."""
     utils = sys.modules.get("transformers.pytorch_utils")
-    return (
-        _KINDS
-        if utils is None
-        else {**_KINDS, utils.Conv1D: lambda module: Transposed(called=_runs(module, utils.Conv1D))}
-    )
+    if utils is not None and utils.Conv1D not in _KINDS:
+        _KINDS[utils.Conv1D] = lambda module: Transposed(called=_runs(module, utils.Conv1D))
+    return _KINDS
 
 
 def dense_layer(module: nn.Module, tensor: str) -> Layer:

@@ -234,23 +234,24 @@ def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str
     for mount in mounts:
         if mount.name in by_name:  # of the many that may be resident
             by_name[mount.name].append(mount)
-    acting = [mount for name in active for mount in by_name[name]]
-    last = max((index for index, mount in enumerate(acting) if mount.form == "weight"), default=-1)
     weight: list[Mount] = []
     onion: list[Mount] = []
-    for index, mount in enumerate(acting):
-        if mount.form == "attention":
-            continue
-        on_weight = mount.form == "weight" or (index < last and is_mergeable(mount.operator))
-        (weight if on_weight else onion).append(mount)
+    attention: list[Mount] = []
+    for name in active:
+        for mount in by_name[name]:
+            if mount.form == "weight":
+                weight += [*(before for before in onion if is_mergeable(before.operator)), mount]
+                onion = [before for before in onion if not is_mergeable(before.operator)]
+            else:
+                (attention if mount.form == "attention" else onion).append(mount)
     attributes: dict[str, Any] = {}
-    for name, stance in stances:
-        if name is None or name in active:
+    for owner, stance in stances:
+        if owner is None or owner in active:
             attributes.update(stance)
     return Acting(
         effects=tuple((path, tuple(each)) for path, each in effects_of(weight).items()),
         onion=tuple(onion),
-        attention=tuple(mount for mount in acting if mount.form == "attention"),
+        attention=tuple(attention),
         attributes=attributes,
         derives=any(mount.operator.derives for mount in weight) or any(mount.layer.saves_dense for mount in onion),
         packed=any(mount.layer.packed for mount in (*weight, *onion)),

@@ -41,7 +41,8 @@ def _matcher(pattern: Any) -> Callable[[str, nn.Module | None], bool]:
         return lambda path, module: compiled.fullmatch(path) is not None
     if any(character in pattern for character in "*?["):
         return lambda path, module: fnmatch.fnmatchcase(path, pattern)
-    return lambda path, module: path == pattern or path.endswith(f".{pattern}")
+    ending = f".{pattern}"
+    return lambda path, module: path.endswith(ending) or path == pattern
 
 
 def _each(target: Target) -> Iterator[Any]:
@@ -61,7 +62,6 @@ class Resolver:
         self.model, self.host, self.layer_of = model, host, layer_of
         self.modules = dict(_visible(model, "", hidden, set()))
         self._order = {path: index for index, path in enumerate(self.modules)}
-        self._roles = host.roles()
         self._role_of = {entry.path: entry.role for entry in host.entries}
         self._tower_of = {entry.module: entry.tower for entry in host.entries}
         self._readers = {entry.module: entry.reader for entry in host.entries if entry.reader is not None}
@@ -207,12 +207,7 @@ class Resolver:
     def _is_role(self, pattern: Any) -> bool:
         """A role of this host, or a family such as ``norm.*`` (which is never a path: paths have an owner before the
         dot)."""
-        if not isinstance(pattern, str):
-            return False
-        family = pattern.removesuffix(".*")
-        return pattern in self._roles or (
-            family != pattern and any(r == family or r.startswith(f"{family}.") for r in self._roles)
-        )
+        return isinstance(pattern, str) and self.host.knows(pattern)
 
     def _of_entry(self, entry: HostEntry, role: str, rows: Ranges | None) -> Site:
         if role.endswith(".output"):
@@ -243,11 +238,12 @@ class Resolver:
 
     def _nothing(self, *patterns: Any) -> str:
         leaves = sorted({path.rpartition(".")[2] for path in self.modules if path})
-        names = [*sorted(self._roles), *leaves]
+        known = self.host.roles()
+        names = [*sorted(known), *leaves]
         close = [c for p in patterns for c in difflib.get_close_matches(str(p), names, n=3, cutoff=0.5)]
         shown = ", ".join(map(repr, patterns))
         hint = f"; close: {', '.join(close)}" if close else ""
-        roles = ", ".join(sorted(r for r in self._roles if not r.endswith("*"))) or "none"
+        roles = ", ".join(sorted(r for r in known if not r.endswith("*"))) or "none"
         towers = ", ".join(f"{sense}:" for sense in sorted(self.host.named_towers))
         its = f"Its roles: {roles}" + (f". Its towers: {towers}" if towers else "")
         return f"target {shown} matches nothing in this {type(self.model).__name__}{hint}. {its}"

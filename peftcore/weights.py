@@ -82,9 +82,12 @@ class Layer:
 
     def read(self, module: nn.Module, tensor: str) -> Tensor | None:
         """The dense stored tensor at the path `tensor` below `module`; None where there is none (a missing bias)."""
-        owner, _, name = tensor.rpartition(".")
-        value = getattr(module.get_submodule(owner), name, None)
-        return value if value is None or isinstance(value, Tensor) else None
+        path, _, name = tensor.rpartition(".")
+        owner = module.get_submodule(path)
+        value = owner._parameters.get(name)  # as nearly always
+        if value is None:
+            value = getattr(owner, name, None)
+        return value if isinstance(value, Tensor) else None
 
     def check_readable(self, module: nn.Module, tensor: str) -> None:
         """Verify that `read` knows the format; cheap, and without values.
@@ -350,11 +353,11 @@ def is_dense(tensor: Tensor) -> bool:
 
     DTensors (FSDP2) and fake ones (while a graph is traced) do. Looked up, not imported.
     """
-    known = (("torch.distributed.tensor", "DTensor"), ("torch._subclasses.fake_tensor", "FakeTensor"))
-    plain = tuple(vars(sys.modules[module])[name] for module, name in known if module in sys.modules)
-    own = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
     wide = tensor.element_size() > 1 and (tensor.is_floating_point() or tensor.is_complex())
-    return wide and (not own or isinstance(tensor, plain))
+    if not wide or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return wide
+    known = (("torch.distributed.tensor", "DTensor"), ("torch._subclasses.fake_tensor", "FakeTensor"))
+    return isinstance(tensor, tuple(vars(sys.modules[module])[name] for module, name in known if module in sys.modules))
 
 
 def bias_name(tensor: str) -> str:

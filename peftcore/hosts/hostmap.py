@@ -125,11 +125,22 @@ class HostMap:
         """Every role that `select` understands on this host: those of its weights and modules, parts of fused ones,
         virtual ones.
         """
+        return self._held | {role for role in VIRTUAL if self.select(role)}
+
+    def knows(self, role: str) -> bool:
+        """Whether `select` understands a role on this host, or a family such as ``norm.*``."""
+        if role.endswith(".*"):
+            return any(f"{held}.".startswith(role[:-1]) for held in self._held)
+        return role in self._held or (role in VIRTUAL and bool(self.select(role)))
+
+    @cached_property
+    def _held(self) -> frozenset[str]:
+        """The roles that need no rule: of weights and modules, of parts of fused ones, and families of these."""
         present = {role for role in self._by_role if role != OTHER}
         for fused in present & set(_PARTS_OF):
             present |= {role for entry in self._by_role[fused] for role in part_roles(entry)}
         families = {f"{role.partition('.')[0]}.*" for role in present if "." in role}
-        return frozenset(present | families | {role for role in VIRTUAL if self.select(role)})
+        return frozenset(present | families)
 
     def select(self, role: str, tower: str | None = None) -> Selection:
         """The places of a role, in the order of the host, each with its rows when it is a part of a fused weight.

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from peftcore.hosts.hostmap import HostEntry
+from peftcore.hosts.survey import attribute
 
 IDS = "input_ids"
 EMBEDS = "inputs_embeds"
@@ -121,7 +122,7 @@ def _causal(modules: Mapping[str, nn.Module], path: str, blocks: list[str]) -> b
     """What the attention of its blocks says of itself; where it says nothing, a stack with a cache is causal."""
     tops = {block for block in blocks if _inside(block, path)}
     inside = [module for place, module in modules.items() if not tops.isdisjoint(_from(place))]
-    said = {getattr(module, "is_causal", None) for module in inside} - {None}
+    said = {attribute(module, "is_causal") for module in inside} - {None}
     return True in said or (not said and not CACHES.isdisjoint(arguments(type(modules[path]))))
 
 

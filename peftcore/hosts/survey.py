@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import nn
@@ -186,11 +187,19 @@ def weight_of(module: nn.Module) -> torch.Tensor | None:
     return weight if isinstance(weight, torch.Tensor) and not is_lazy(weight) else None
 
 
+def attribute(module: nn.Module, name: str) -> Any:
+    """What a module or its class has under a name, or None; no tensor or child. Where it has nothing, `getattr` would
+    have torch write an error message first, which takes longer than all else here."""
+    if name in vars(module):
+        return vars(module)[name]
+    return None if getattr(type(module), name, None) is None else getattr(module, name)
+
+
 def declared_fan(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a Linear or of whatever stands for one: packed weights have no telling shape."""
     if not GUESTS.issuperset(module._modules):
         return None
-    inputs, outputs = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    inputs, outputs = attribute(module, "in_features"), attribute(module, "out_features")
     if not isinstance(inputs, int) or not isinstance(outputs, int):
         return None
     return (inputs, outputs) if inputs > 0 else None  # a lazy Linear declares 0
