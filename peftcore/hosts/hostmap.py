@@ -6,14 +6,14 @@ compared and printed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
-from itertools import takewhile
 from math import prod
 
 from peftcore.errors import TargetError
+from peftcore.hosts.virtual import VIRTUAL, enclosing, prefixes
 from peftcore.hosts.vocabulary import OTHER, ROLES
 
 Ranges = tuple[tuple[int, int], ...]
@@ -87,7 +87,6 @@ _PARTS = {
 _PARTS_OF = {role: _PARTS[part] for role in ROLES if (part := role.partition(".")[2]) in _PARTS} | {
     "attn_mlp.in": ("q", "k", "v", "gate", "up")
 }
-_LINEAR_FAMILIES = frozenset({"attn", "cross", "mlp", "attn_mlp", "ssm"})
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,8 @@ class HostMap:
         return len(self.entries)
 
     @cached_property
-    def _by_role(self) -> dict[str, list[HostEntry]]:
+    def by_role(self) -> dict[str, list[HostEntry]]:
+        """The entries of each role, in the order of the host."""
         groups: dict[str, list[HostEntry]] = {}
         for entry in self.entries:
             groups.setdefault(entry.role, []).append(entry)
@@ -136,9 +136,9 @@ class HostMap:
     @cached_property
     def _held(self) -> frozenset[str]:
         """The roles that need no rule: of weights and modules, of parts of fused ones, and families of these."""
-        present = {role for role in self._by_role if role != OTHER}
+        present = {role for role in self.by_role if role != OTHER}
         for fused in present & set(_PARTS_OF):
-            present |= {role for entry in self._by_role[fused] for role in part_roles(entry)}
+            present |= {role for entry in self.by_role[fused] for role in part_roles(entry)}
         families = {f"{role.partition('.')[0]}.*" for role in present if "." in role}
         return frozenset(present | families)
 
@@ -156,20 +156,20 @@ class HostMap:
             found: Selection = [(entry, None) for entry in VIRTUAL[role](self)]
         elif role.endswith(".*"):
             family = role[:-2]
-            names = [name for name in self._by_role if name == family or name.startswith(family + ".")]
-            all_of_it = [entry for name in names for entry in self._by_role[name]]
+            names = [name for name in self.by_role if name == family or name.startswith(family + ".")]
+            all_of_it = [entry for name in names for entry in self.by_role[name]]
             weights = [entry for entry in all_of_it if entry.kind != "container"]
             found = [(entry, None) for entry in weights or all_of_it]
         else:
-            found = [(entry, None) for entry in self._by_role.get(role, [])] + self._parts(role)
+            found = [(entry, None) for entry in self.by_role.get(role, [])] + self._parts(role)
         found.sort(key=lambda place: self._order[place[0].path, place[0].role])
         return [place for place in found if tower is None or place[0].tower == tower]
 
     def _parts(self, role: str) -> Selection:
         """The rows of a role in fused weights."""
         found: Selection = []
-        for fused in self._by_role.keys() & _PARTS_OF.keys():
-            for entry in self._by_role[fused]:
+        for fused in self.by_role.keys() & _PARTS_OF.keys():
+            for entry in self.by_role[fused]:
                 if role not in part_roles(entry):
                     continue
                 if entry.layout is None:
@@ -183,7 +183,7 @@ class HostMap:
 
     @property
     def has_blocks(self) -> bool:
-        return "block" in self._by_role
+        return "block" in self.by_role
 
     def on_grid(self, block: str) -> bool:
         """Whether a block mixes features by convolutions beside its attentions and feed-forwards: then its stream is a
@@ -194,7 +194,7 @@ class HostMap:
             and entry.role == "conv"
             and len(entry.shape) > 3
             and entry.shape[1] > 1  # a depthwise one says nothing: TinyViT reshapes its sequence for it
-            and not any(_enclosing(self, entry.path, branch) for branch in ("attn", "cross", "mlp"))
+            and not any(enclosing(self, entry.path, branch) for branch in ("attn", "cross", "mlp"))
             for entry in self.entries
         )
 
@@ -290,114 +290,6 @@ def reblocked(entries: list[HostEntry]) -> list[HostEntry]:
             counts[owner] += 1
     renewed = []
     for entry in entries:
-        block = next((prefix for prefix in _prefixes(entry.path) if prefix in layers), None)
+        block = next((prefix for prefix in prefixes(entry.path) if prefix in layers), None)
         renewed.append(replace(entry, block=block, layer=layers[block] if block is not None else None))
     return renewed
-
-
-def _in_body(host: HostMap, entry: HostEntry) -> bool:
-    """In a block; hosts without blocks are all body."""
-    return entry.block is not None or not host.has_blocks
-
-
-def _all_linear(host: HostMap) -> list[HostEntry]:
-    matrices = [entry for entry in host.entries if len(entry.shape) == 2 or entry.kind == "conv"]
-    if not host.has_blocks:
-        return [entry for entry in matrices if entry.kind == "linear"]
-    return [
-        entry
-        for entry in matrices
-        if entry.block is not None
-        and entry.kind != "experts"
-        and entry.role.partition(".")[0] in _LINEAR_FAMILIES
-        and "." in entry.role
-        and entry.role != "ssm.conv"
-    ]
-
-
-def _enclosing(host: HostMap, path: str, role: str) -> HostEntry | None:
-    """The nearest entry of a role at or above a path."""
-    at_or_above = (entry for prefix in _prefixes(path) for entry in host.at(prefix))
-    return next((entry for entry in at_or_above if entry.role == role), None)
-
-
-def _attention_outputs(host: HostMap) -> list[HostEntry]:
-    """The output matrix is the last one of its branch, before residual, post-norm, scale and gate; the module's own
-    output is not safe (BERT, Bloom and UNet attentions add the residual themselves). Where no output matrix is
-    called, the attention itself is the place.
-    """
-    found: dict[str, HostEntry] = {}
-    for entry in host.entries:
-        if entry.role not in ("attn.out", "cross.out", "attn_mlp.out") or not _in_body(host, entry):
-            continue
-        place: HostEntry | None = entry
-        if entry.kind == "experts" or (entry.tensor or "").startswith("out_proj."):
-            place = _enclosing(host, entry.path, entry.role.partition(".")[0])
-        elif entry.tensor is not None:
-            place = None  # a bare parameter gives nothing back, and its module adds the residual (XLNet)
-        if place is not None:
-            found[place.path] = place
-    return list(found.values())
-
-
-def _cores(family: str) -> Callable[[HostMap], list[HostEntry]]:
-    """The module that computes an attention: the one in which its query, key and value matrices lie. Mostly that is the
-    attention itself; BERT's also holds the output matrix and the norm, and computes in a module of its own.
-    """
-
-    def cores(host: HostMap) -> list[HostEntry]:
-        owners: dict[str, list[list[str]]] = {}
-        for entry in host.entries:
-            place = _enclosing(host, entry.path, family) if entry.role in _CORE_ROLES[family] else None
-            if place is not None:
-                owner = entry.module if entry.tensor is not None else entry.module.rpartition(".")[0]
-                owners.setdefault(place.path, []).append(owner.split("."))
-        return [
-            replace(entry, module=".".join(_common(owners.get(entry.path, [entry.module.split(".")]))))
-            for entry in host._by_role.get(family, [])
-            if _in_body(host, entry)
-        ]
-
-    return cores
-
-
-_CORE_ROLES = {
-    family: {f"{family}.{part}" for part in ("q", "k", "v", "qkv", "kv", "q_b", "kv_b")} for family in ("attn", "cross")
-}
-
-
-def _common(paths: list[list[str]]) -> list[str]:
-    """The steps that all paths begin with."""
-    same = takewhile(lambda steps: len(set(steps)) == 1, zip(*paths, strict=False))
-    return [steps[0] for steps in same]
-
-
-def _mlp_outputs(host: HostMap) -> list[HostEntry]:
-    """The down matrix; where experts are summed, the module that sums them, together with its shared experts."""
-    sums: dict[str, HostEntry] = {}
-    for entry in host.entries:
-        if entry.role.startswith(("experts.", "router")) and _in_body(host, entry):
-            place = _enclosing(host, entry.path, "mlp")
-            if place is not None:
-                sums[place.path] = place
-    downs = [
-        entry
-        for entry in host._by_role.get("mlp.down", [])
-        if _in_body(host, entry) and sums.keys().isdisjoint(_prefixes(entry.path))
-    ]
-    return [*sums.values(), *downs]
-
-
-def _prefixes(path: str) -> list[str]:
-    steps = path.split(".")
-    return [".".join(steps[:length]) for length in range(len(steps), 0, -1)]
-
-
-VIRTUAL: dict[str, Callable[[HostMap], list[HostEntry]]] = {
-    "all-linear": _all_linear,
-    "attn.output": _attention_outputs,
-    "attn.core": _cores("attn"),
-    "cross.core": _cores("cross"),
-    "mlp.output": _mlp_outputs,
-}
-"""Roles that no single weight has: each is found by a rule over the whole map."""
