@@ -84,7 +84,7 @@ def main() -> None:
         "growth": [asdict(each) for each in growth],
     }
     if given.page:
-        page.write(page.tables(rows, growth, circumstances))
+        page.write("python -m benchmarks --page", page.figures(rows, circumstances), page.growths(growth))
     (given.out / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

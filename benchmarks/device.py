@@ -1,5 +1,6 @@
 """``python -m benchmarks.device``: steps and tokens of a decoder of any size on any device, eager, compiled by
-torch.compile, and tokens as CUDA graphs too; a table and ``benchmarks/device.json``."""
+torch.compile, and tokens as CUDA graphs too; a table and ``benchmarks/device.json``, which keeps what other devices and
+sizes gave."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -17,18 +19,20 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import memory
+from benchmarks import memory, page
 from benchmarks.__main__ import HERE, table
 from benchmarks.contenders import PAIRS, Step, limit_step, training_step
 from benchmarks.hosts import llama, tokens
 from benchmarks.rows import Row
 from benchmarks.serving import forward
 from benchmarks.steps import WANTED, beyond, heavier
-from benchmarks.timing import take_turns
+from benchmarks.timing import Estimate, take_turns
 
 SIZES: Mapping[str, tuple[int, int]] = {"small": (512, 4), "1B": (2048, 16), "3B": (3072, 28), "8B": (4096, 32)}
 """Width and layers."""
 WAYS = ("eager", "compiled", "graph")
+RUNS = HERE / "device.json"
+COMMAND = "python -m benchmarks.device --page"
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", nargs="+", choices=PAIRS, default=["lora", "dora", "oft"])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=None, help="all that the device can, when left out")
+    parser.add_argument("--page", action="store_true", help="put the tables of all runs into docs/performance.md")
     given = parser.parse_args()
     ways = given.ways or WAYS[: 3 if given.device.startswith("cuda") else 2]
     bench = Bench(given.size, given.device, getattr(torch, given.dtype), given.rows, given.length, given.rounds)
@@ -156,8 +161,22 @@ def main() -> None:
         "device": name,
         **{package: version(package) for package in ("torch", "transformers", "peft", "peftcore")},
     }
-    document = {**circumstances, "rows": [asdict(row) for row in rows]}
-    (HERE / "device.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    runs = kept(circumstances, rows)
+    RUNS.write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
+    if given.page:
+        page.write(COMMAND, *(page.figures(map(_row, run["figures"]), run["circumstances"]) for run in runs))
+
+
+def kept(circumstances: Mapping[str, str], rows: list[Row], file: Path = RUNS) -> list[dict[str, Any]]:
+    """All runs with this one, which takes the place of an earlier one of the same host on the same device."""
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    same = ("device", "size", "dtype")
+    others = [run for run in earlier if any(run["circumstances"][key] != circumstances[key] for key in same)]
+    return [*others, {"circumstances": dict(circumstances), "figures": [asdict(row) for row in rows]}]
+
+
+def _row(figure: Mapping[str, Any]) -> Row:
+    return Row(**{**figure, "ratio": Estimate(**figure["ratio"])})
 
 
 if __name__ == "__main__":
