@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,9 @@ MAX_VALUES = 500_000
 """Values in them."""
 MAX_DEPTH = 64
 """How deep they may be nested."""
+SAFE_CALLS = 5_000
+"""Python's JSON parser calls itself for what is nested, in C. It ends with an error at the limit of that, which some
+libraries raise so far that the stack ends first, and with it the process: then nesting is looked at beforehand."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 """The dtypes of tensors that adapters have, by their names in safetensors."""
@@ -69,8 +75,18 @@ def _whole(digits: str) -> int:
     return number
 
 
+def _nesting(text: str | bytes) -> int:
+    """How deep lists and objects lie in each other."""
+    text = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
+    outside = re.sub(r'"(?:[^"\\]|\\.)*"', "", text, flags=re.DOTALL)
+    steps = (1 if mark in "[{" else -1 for mark in re.findall(r"[][{}]", outside))
+    return max(accumulate(steps), default=0)
+
+
 def _object(text: str | bytes, where: object) -> dict[str, Any]:
     try:
+        if sys.getrecursionlimit() > SAFE_CALLS and _nesting(text) > MAX_DEPTH:
+            raise ValueError("it is nested deeper than any adapter's options")
         found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse, parse_int=_whole)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} cannot be read: {error}") from None

@@ -16,6 +16,9 @@ SECONDS = 1.0
 """For one expression on all paths of a host, and for all expressions of one file."""
 LONGEST = 100_000
 """Characters of an expression."""
+GROUPS = 500
+"""Parentheses in an expression: the time that reading groups in groups takes grows with the square of how deep they
+are, and no limit ends it."""
 _left: ContextVar[list[float]] = ContextVar("left")
 
 
@@ -47,6 +50,8 @@ def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool =
         ) from None
     if len(pattern) > LONGEST:
         raise CheckpointError(f"{where}: {shown(pattern)} cannot be matched: it has {len(pattern):,} characters")
+    if pattern.count("(") > GROUPS:
+        raise CheckpointError(f"{where}: {shown(pattern)} cannot be matched: it has {pattern.count('('):,} groups")
     left = _left.get([SECONDS])
     found, start = set(), time.monotonic()
     try:

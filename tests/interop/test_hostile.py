@@ -323,14 +323,41 @@ def test_the_adapter_of_another_host(host: str, tmp_path: Path) -> None:
             assert not peftcore.injections(model)
 
 
+DEEP = """
+import json, sys
+from peftcore.errors import CheckpointError
+from peftcore.files import parse_json
+sys.setrecursionlimit({limit})
+many = 300_000
+for text in ("[" * many, '{{"a":' * many, '{{"a": "\\\\\\"]]", "b":[' * many):
+    for each in (text, text.encode(), text.encode("utf-16")):
+        try:
+            parse_json(each, "a file")
+        except CheckpointError as error:
+            assert str(error).startswith("a file cannot be read"), error
+        else:
+            raise SystemExit("it was read")
+whole = {{"a": "[" * 1000, 'b"': ["\\\\", "\\"[[", [[{{}}]]]}}
+assert parse_json(json.dumps(whole), "a file") == whole
+"""
+
+
+@pytest.mark.parametrize("limit", [1_000, 10**6])
+def test_nesting_ends_neither_the_stack_nor_the_process(limit: int) -> None:
+    """In a process of its own, which it would take with it."""
+    done = subprocess.run([sys.executable, "-c", DEEP.format(limit=limit)], capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr[-2000:])
+
+
 # Patterns, numbers and lists that would take long
 
 
 EVIL = ["(a|a)*b", "(.*)*x", "(?:.|e)*(?:.|r)*(?:.|[a-z])*!", "(?:(?:(?:.{1,999}){1,999}){1,999})!", "(?R)?" * 1000]
-EVIL += ["(" * 5000, "(?:" * 300 + "a" + ")*" * 300, "[" * 99_999, "a" * 200_000 + "?", ".*" * 40 + "!"]
+EVIL += ["(" * 5000, "(?:" * 300 + "a" + ")*" * 300, "(?:" * 4000 + "a" + ")*" * 4000]
+EVIL += ["[" * 99_999, "a" * 200_000 + "?", ".*" * 40 + "!"]
 
 
-@pytest.fixture(params=[1_000, 20_000], ids="depth {}".format)
+@pytest.fixture(params=[1_000, 100_000], ids="depth {}".format)
 def depth(request: pytest.FixtureRequest) -> Iterator[None]:
     """How deep calls may nest. Libraries raise it, and what is deep is then read instead of refused."""
     before = sys.getrecursionlimit()
