@@ -20,13 +20,11 @@ def low_rank_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]
     single column of A.
     """
     batch, inputs = site.batch, (site.in_features, *site.kernel)
-    A, B = torch.zeros(*batch, rank, *inputs), torch.zeros(*batch, site.out_features, rank)
+    of_A, of_B = (*batch, rank, *inputs), (*batch, site.out_features, rank)
     if site.layer.one_hot:
-        B.normal_()
-    else:
-        bound = 1 / math.sqrt(math.prod(inputs))
-        A.uniform_(-bound, bound)
-    return nn.Parameter(A), nn.Parameter(B)
+        return nn.Parameter(torch.zeros(of_A)), nn.Parameter(torch.randn(of_B))
+    bound = 1 / math.sqrt(math.prod(inputs))
+    return nn.Parameter(torch.empty(of_A).uniform_(-bound, bound)), nn.Parameter(torch.zeros(of_B))
 
 
 def low_rank_update(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
