@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -190,19 +190,39 @@ def test_torch_transformer() -> None:
     assert (out.module, out.tensor, out.called) == (f"{layer}.self_attn", "out_proj.weight", False)
 
 
-def test_a_linear_by_any_other_name() -> None:
-    """A packed weight has no telling shape; what declares in_features and out_features is a matrix."""
+class Packed(nn.Module):
+    """Says of itself how large it is."""
 
-    class Packed(nn.Module):
-        def __init__(self, inputs: int, outputs: int) -> None:
-            super().__init__()
-            self.in_features, self.out_features = inputs, outputs
-            self.register_buffer("packed", torch.zeros(inputs * outputs // 2, dtype=torch.uint8))
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.register_buffer("packed", torch.zeros(inputs * outputs // 2, dtype=torch.uint8))
+
+
+class PackedInRows(nn.Module):
+    """Works out how large it is."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.register_buffer("packed", torch.zeros(outputs, inputs // 2, dtype=torch.uint8))
+
+    @property
+    def in_features(self) -> int:
+        return 2 * self.packed.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return len(self.packed)
+
+
+@pytest.mark.parametrize("packed", [Packed, PackedInRows])
+def test_a_linear_by_any_other_name(packed: Callable[[int, int], nn.Module]) -> None:
+    """A packed weight has no telling shape; what declares in_features and out_features is a matrix."""
 
     def block() -> nn.Module:
         sizes = {"q_proj": 8, "k_proj": 4, "v_proj": 4, "o_proj": 8}
-        attention = nn.ModuleDict({name: Packed(8, width) for name, width in sizes.items()})
-        return nn.ModuleDict({"attn": attention, "up": Packed(8, 32), "down": Packed(32, 8)})
+        attention = nn.ModuleDict({name: packed(8, width) for name, width in sizes.items()})
+        return nn.ModuleDict({"attn": attention, "up": packed(8, 32), "down": packed(32, 8)})
 
     host = derive(Tiny([block(), block()]))
     roles = {entry.path: entry.role for entry in host.entries}
