@@ -13,6 +13,9 @@ from torch import Tensor
 from peftcore.kernels.autograd import apply, is_plain
 from peftcore.kernels.dropout import dropped_linear, keep, masked
 
+FEW = 64
+"""Up to so many columns of a product are made as rows."""
+
 
 def plain_low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
@@ -93,9 +96,9 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 def narrow(wide: Tensor, few: Tensor) -> Tensor:
-    """``wide few^T``, of few columns, is made as its transpose: on a CPU one that is narrow takes two to ten times as long
-    as one that is flat."""
-    return (few @ wide.mT).mT
+    """``wide few^T``, made as its transpose if it has few columns: on a CPU narrow takes two to ten times as long as
+    flat."""
+    return (few @ wide.mT).mT if len(few) <= FEW else wide @ few.mT
 
 
 def _projected(rows: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:

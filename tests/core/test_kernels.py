@@ -190,6 +190,12 @@ def test_autocast_projects_in_its_dtype() -> None:
     assert x.grad is not None and A.grad is not None and A.grad.dtype == torch.float32
 
 
+@pytest.fixture(params=["few columns", "many columns"])
+def columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the ranks of these tests are small ones."""
+    monkeypatch.setattr("peftcore.kernels.low_rank.FEW", 64 if request.param == "few columns" else 1)
+
+
 Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -209,6 +215,7 @@ def test_a_linear_layer_with_a_low_rank_update(leading: tuple[int, ...], biased:
     torch.testing.assert_close(found, x @ (weight + 0.7 * B @ A).T + (bias if biased else 0.0))
 
 
+@pytest.mark.usefixtures("columns")
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_gradients_of_a_low_rank_update(dropout: float) -> None:
     x, weight, bias, A, B = layer_and_factors(2, 3)
@@ -300,6 +307,7 @@ def test_a_linear_layer_with_a_scaled_low_rank_update(leading: tuple[int, ...], 
         torch.testing.assert_close(run(x, weight, bias if biased else None, A, inner, B, outer), expected)
 
 
+@pytest.mark.usefixtures("columns")
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_gradients_of_a_scaled_low_rank_update(dropout: float) -> None:
     x, weight, bias, A, inner, B, outer = layer_and_scaled_factors(2, 3)
