@@ -95,14 +95,8 @@ class _LowRankLinear(torch.autograd.Function):
         return of_x, None, None, of_A, of_B, None, None
 
 
-def narrow(wide: Tensor, few: Tensor) -> Tensor:
-    """``wide few^T``, made as its transpose if it has few columns: on a CPU narrow takes two to ten times as long as
-    flat."""
-    return (few @ wide.mT).mT if len(few) <= FEW else wide @ few.mT
-
-
 def _projected(rows: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
-    return narrow(rows if kept is None else masked(rows, kept), A)
+    return F.linear(rows if kept is None else masked(rows, kept), A)  # as without gradients, to the bit
 
 
 def _rows_of(gradient: Tensor | None, shape: torch.Size, weight: Tensor) -> Tensor:
@@ -110,6 +104,12 @@ def _rows_of(gradient: Tensor | None, shape: torch.Size, weight: Tensor) -> Tens
     if gradient is None:  # backward is being differentiated, and nothing comes by this way
         gradient = weight.new_zeros(*shape[:-1], len(weight))
     return gradient.reshape(-1, len(weight))
+
+
+def narrow(wide: Tensor, few: Tensor) -> Tensor:
+    """``wide few^T``, made as its transpose if it has few columns: on a CPU narrow takes two to ten times as long as
+    flat."""
+    return (few @ wide.mT).mT if len(few) <= FEW else wide @ few.mT
 
 
 def _through(gradient: Tensor, weight: Tensor, of_low: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
