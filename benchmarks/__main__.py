@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("figures", nargs="*", help=f"of {', '.join((*FIGURES, 'scaling'))}; all when left out")
     parser.add_argument("--rounds", type=int, default=20, help="how often each contender runs")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--out", type=Path, help="a folder; left out, this one, and only if all figures are measured")
     parser.add_argument("--page", action="store_true", help="put the tables into docs/performance.md")
     given = parser.parse_args()
     chosen = given.figures or [*FIGURES, "scaling"]
@@ -71,8 +71,6 @@ def main() -> None:
     for each in growth:
         steepest = ", ".join(f"{name} {exponent:.2f}" for name, exponent in each.exponents().items())
         console.print(f"{each.title}, steepest growth over {each.over} (1 is linear): {steepest}")
-    if growth:
-        scaling.draw(growth, given.out / "scaling.png")
     circumstances = {
         "machine": f"{platform.machine()}, {given.threads} threads",
         "rounds": str(given.rounds),
@@ -83,9 +81,14 @@ def main() -> None:
         "rows": [asdict(row) for row in rows],
         "growth": [asdict(each) for each in growth],
     }
+    out = given.out or (None if given.figures else HERE)
+    if out is None:
+        return
+    if growth:
+        scaling.draw(growth, out / "scaling.png")
     if given.page:
         page.write("python -m benchmarks --page", page.figures(rows, circumstances), page.growths(growth))
-    (given.out / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    (out / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
