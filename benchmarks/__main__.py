@@ -52,6 +52,8 @@ def main() -> None:
     chosen = given.figures or [*FIGURES, "scaling"]
     if unknown := set(chosen).difference(FIGURES, ["scaling"]):
         parser.error(f"no figures are called {', '.join(sorted(unknown))}")
+    if given.page and given.figures:
+        parser.error("the page has all figures: leave them out")
     torch.set_num_threads(given.threads)
     keep_memory()
     warnings.simplefilter("ignore")
