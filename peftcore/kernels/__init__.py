@@ -10,6 +10,7 @@ from peftcore.kernels.low_rank import (
     plain_scaled_low_rank_linear,
     scaled_low_rank_linear,
 )
+from peftcore.kernels.projections import plain_projected, projected
 from peftcore.kernels.rotations import (
     cayley,
     neumann,
@@ -35,10 +36,12 @@ __all__ = [
     "plain_dropped_linear",
     "plain_low_rank_linear",
     "plain_neumann",
+    "plain_projected",
     "plain_rotate",
     "plain_scaled_bases",
     "plain_scaled_low_rank_linear",
     "plain_skew",
+    "projected",
     "rotate",
     "scaled_bases",
     "scaled_low_rank_linear",

@@ -42,7 +42,7 @@ def keep(like: Tensor, probability: float) -> tuple[Tensor, float]:
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, kept)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, kept)
         return F.linear(masked(x, kept), weight)
 
     @staticmethod
@@ -50,8 +50,7 @@ class _MaskedLinear(torch.autograd.Function):
         x, weight, kept = ctx.saved_tensors
         (gradient,) = gradients
         of_x = masked(gradient @ weight, kept) if ctx.needs_input_grad[0] else None
-        rows = gradient.flatten(0, -2)
-        of_weight = rows.mT @ masked(x, kept).flatten(0, -2) if ctx.needs_input_grad[1] else None
+        of_weight = None if x is None else gradient.flatten(0, -2).mT @ masked(x, kept).flatten(0, -2)
         return of_x, of_weight, None
 
 

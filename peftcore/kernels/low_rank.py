@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peftcore.kernels.autograd import apply, is_plain
 from peftcore.kernels.dropout import dropped_linear, keep, masked
+from peftcore.kernels.projections import projected
 
 FEW = 64
 """Up to so many columns of a product are made as rows."""
@@ -146,49 +147,39 @@ def plain_scaled_low_rank_linear(
 def scaled_low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, factors: ScaledFactors, dropout: float = 0.0
 ) -> Tensor:
-    """`plain_scaled_low_rank_linear`, in one function unless the matrices train."""
-    x, weight, bias, cast = _in_one_dtype(x, weight, bias, *factors)
-    A, inner, B, outer = cast
+    """`plain_scaled_low_rank_linear`, in one function unless the matrices train. Sites that share x and A share their
+    product, unless parts of x are dropped."""
+    given, (A, inner, B, outer) = x, factors
+    x, weight, bias, cast = _in_one_dtype(x, weight, bias, inner, B, outer)
     if is_plain() or dropout == 1 or A.requires_grad or B.requires_grad:
-        return plain_scaled_low_rank_linear(x, weight, bias, ScaledFactors(*cast), dropout)
-    A, kept = _dropping(x, A, dropout)
-    return apply(_ScaledLowRankLinear, x, weight, bias, A, inner, B, outer, kept)[0]
+        return plain_scaled_low_rank_linear(x, weight, bias, ScaledFactors(A.to(x.dtype), *cast), dropout)
+    low = dropped_linear(x, A.to(x.dtype), dropout) if dropout else projected(given, A, x.dtype)
+    return apply(_ScaledLowRankLinear, x, low, weight, bias, *cast)[0]
 
 
 class _ScaledLowRankLinear(torch.autograd.Function):
-    """Returns what it keeps for backward as well, so that backward can be differentiated without keeping x."""
+    """Returns what it keeps for backward as well, so that backward can be differentiated."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        inner: Tensor,
-        B: Tensor,
-        outer: Tensor,
-        kept: Any,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
-        low = _projected(rows, A, kept)
-        mixed = F.linear(low * inner, B)
-        y = F.linear(rows, weight, bias).addcmul_(outer, mixed)
-        ctx.save_for_backward(weight, A, inner, B, outer, low, mixed, kept)
+        ctx: Any, x: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, inner: Tensor, B: Tensor, outer: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        mixed = F.linear(low.reshape(-1, low.shape[-1]) * inner, B)
+        y = F.linear(x.reshape(-1, x.shape[-1]), weight, bias).addcmul_(outer, mixed)
+        ctx.save_for_backward(low, weight, inner, B, outer, mixed)
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
-        return y.view(*x.shape[:-1], len(weight)), low, mixed
+        return y.view(*x.shape[:-1], len(weight)), mixed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        weight, A, inner, B, outer, low, mixed, kept = ctx.saved_tensors
-        of_y, of_low_too, of_mixed_too = gradients
+        low, weight, inner, B, outer, mixed = ctx.saved_tensors
+        of_y, of_mixed_too = gradients
         gradient = _rows_of(of_y, ctx.shape, weight)
         of_scaled = narrow(gradient, (outer.unsqueeze(-1) * B).mT)  # of low * inner
         if of_mixed_too is not None:
             of_scaled = of_scaled + of_mixed_too @ B
-        of_low = of_scaled * inner
-        if of_low_too is not None:
-            of_low = of_low + of_low_too
-        of_x = _through(gradient, weight, of_low, A, kept).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, None, (of_scaled * low).sum(0), None, (gradient * mixed).sum(0), None
+        of_x = (gradient @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        of_low = (of_scaled * inner).view(low.shape) if ctx.needs_input_grad[1] else None
+        of_inner = (of_scaled * low.reshape(-1, low.shape[-1])).sum(0)
+        return of_x, of_low, None, None, of_inner, None, (gradient * mixed).sum(0)

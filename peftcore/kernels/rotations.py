@@ -19,7 +19,8 @@ def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, R: Tensor) -> Tensor:
-    """`plain_rotate`, whose product is written where it belongs: turning it round costs more than making it."""
+    """`plain_rotate` of blocks that are laid out one after the other first: products that read and write a few columns
+    of each row wait for memory for longer than two copies take."""
     if is_plain() or R.shape[0] == 1:
         return plain_rotate(x, R)
     return apply(_Rotate, x, R)
@@ -29,11 +30,9 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, R: Tensor) -> Tensor:
         ctx.save_for_backward(x, R)
-        blocks, size, _ = R.shape
-        parts = x.reshape(-1, blocks, size)
-        out = torch.empty_like(parts, memory_format=torch.contiguous_format)
-        torch.bmm(parts.transpose(0, 1), R, out=out.transpose(0, 1))
-        return out.view(x.shape)
+        laid_out = _blocks(x, R).clone(memory_format=torch.contiguous_format)
+        turned = torch.bmm(laid_out, R)
+        return laid_out.view(-1, *R.shape[:2]).copy_(turned.transpose(0, 1)).view(x.shape)  # it is needed no more
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -41,11 +40,15 @@ class _Rotate(torch.autograd.Function):
         (gradient,) = gradients
         of_x = of_R = None
         if ctx.needs_input_grad[1]:  # first, while the gradient is in the cache
-            parts = (-1, *R.shape[:2])
-            of_R = x.reshape(parts).permute(1, 2, 0) @ gradient.reshape(parts).transpose(0, 1)
+            of_R = _blocks(x, R).mT @ _blocks(gradient, R)
         if ctx.needs_input_grad[0]:
             of_x = rotate(gradient, R.mT)
         return of_x, of_R
+
+
+def _blocks(x: Tensor, R: Tensor) -> Tensor:
+    """The rows of x, ``[blocks, n, size]``."""
+    return x.reshape(-1, *R.shape[:2]).transpose(0, 1)
 
 
 # Skew-symmetric matrices, and their rotations

@@ -13,7 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from peftcore import kernels
 from peftcore.kernels import rotations
 
-SHAPES = [(6, 3, 2), (5, 1, 4)]
+SHAPES = [(6, 3, 2), (5, 1, 4), (1, 3, 2)]
 """Rows, blocks, size."""
 
 
@@ -25,9 +25,10 @@ def blocks(rows: int, count: int, size: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_rotation_is_a_product_with_a_block_diagonal_matrix(shape: tuple[int, int, int]) -> None:
     x, R = blocks(*shape)
-    expected = x @ torch.block_diag(*R)
+    expected, before = x @ torch.block_diag(*R), x.clone()
     torch.testing.assert_close(kernels.rotate(x, R), expected)
     torch.testing.assert_close(kernels.plain_rotate(x, R), expected)
+    torch.testing.assert_close(x, before, atol=0, rtol=0)
 
 
 def test_rotation_of_rows_in_several_dimensions_that_lie_anyhow() -> None:

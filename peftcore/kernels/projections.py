@@ -1,0 +1,83 @@
+"""Products with a fixed matrix that several sites share: q, k and v are given one input, which is projected once for
+all three, and its gradient comes back through the matrix once."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from peftcore.kernels.autograd import apply, is_plain
+
+
+def plain_projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
+    """``A x`` in a dtype."""
+    return F.linear(x.to(dtype), A.to(dtype))
+
+
+def projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
+    """`plain_projected` of a fixed matrix; the same tensor as before for an input that was projected by that matrix
+    last, while backward keeps the product. Neither x nor A nor the product is kept here.
+
+    An input that nothing computed may be written to by its owner in ways that nobody sees (`x.data`); one product more
+    is made for that.
+    """
+    if is_plain() or not torch.is_grad_enabled() or x.grad_fn is None or A.requires_grad or A.is_inference():
+        return plain_projected(x, A, dtype)
+    asked = _Asked(x, A, dtype)
+    found = _LAST.find(asked)
+    if found is None:
+        found = apply(_Project, x.to(dtype), A.to(dtype))
+        _LAST.asked, _LAST.found = asked, TensorWeakRef(found)
+    return found
+
+
+class _Asked:
+    """What was projected, and by what, without keeping either alive."""
+
+    def __init__(self, x: Tensor, A: Tensor, dtype: torch.dtype) -> None:
+        whole = A if A._base is None else A._base
+        self.tensors = TensorWeakRef(x), TensorWeakRef(whole)
+        place = A.storage_offset(), A.shape, A.stride()
+        self.rest = x._version, A._version, place, dtype
+
+    def same(self, other: _Asked) -> bool:
+        """Whether both would make the same: of the same tensors, which nobody has changed meanwhile."""
+        alike = self.rest == other.rest
+        return alike and all(a() is b() for a, b in zip(self.tensors, other.tensors, strict=True))
+
+
+class _Last(threading.local):
+    """The last product of this thread."""
+
+    asked: _Asked | None = None
+    found: TensorWeakRef | None = None
+
+    def find(self, asked: _Asked) -> Tensor | None:
+        """That product, if it is what is asked for and still there."""
+        if self.asked is None or self.found is None or not self.asked.same(asked):
+            return None
+        found: Tensor | None = self.found()
+        return found
+
+
+_LAST = _Last()
+
+
+class _Project(torch.autograd.Function):
+    """Saves no tensor: so a repeated forward may find the product where the first one made it, or the other way round,
+    and several of its uses can be differentiated one after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor) -> Tensor:
+        ctx.A = A
+        return F.linear(x, A)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (gradient,) = gradients
+        return gradient @ ctx.A, None
