@@ -184,7 +184,19 @@ def test_checkpoints_repeat_what_was_shared(apart: bool) -> None:
     torch.testing.assert_close(found, torch.autograd.grad(plain.pow(2).sum(), x)[0])
 
 
-def test_on_the_host_of_a_save_on_cpu_context() -> None:
+def test_a_checkpoint_makes_again_what_is_gone() -> None:
+    """Its first forward found the product, and its second one does not: both keep the same number of tensors."""
+    (one, two), (_, A) = sites(2), inputs(7)
+    leaf = torch.randn(7, 5, dtype=Double, requires_grad=True)
+    x = leaf + 1.0
+    first, second = one(x, A), checkpoint(two, x, A, use_reentrant=False)
+    first.sum().backward()
+    leaf.grad = None
+    second.sum().backward()
+    torch.testing.assert_close(leaf.grad, torch.autograd.grad(two(leaf, A).sum(), leaf)[0])
+
+
+def test_what_is_saved_elsewhere() -> None:
     x, A = inputs(7)
     one, two = sites(2)
     with torch.autograd.graph.save_on_cpu():
