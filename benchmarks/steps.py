@@ -25,6 +25,9 @@ WANTED = {
 }
 """Time beyond the limit, ours over peft's; of others 1. What is frugal gives time for memory."""
 
+LAYOUTS = 3
+"""How often all contenders are built anew: where their tensors come to lie in memory is worth up to a tenth of a step,
+to one or to the other."""
 WIDTH = 0.1
 """How wide the interval of a step's ratio may be, before it is measured for longer: up to three times."""
 
@@ -48,13 +51,13 @@ def step_rows(rounds: int) -> Iterator[list[Row]]:
 
 
 def timed(name: str, rounds: int, autocast: bool = False) -> Row:
-    runs = contenders(name, autocast)
-    times = take_turns(runs, rounds)
-    for _ in range(2):  # what a method adds may be less than what the machine does beside it
-        if ratio_of(times).width > WIDTH:
-            more = take_turns(runs, rounds)
-            times = {who: np.concatenate([times[who], more[who]]) for who in times}
     figure = f"step, {name}{', bf16 autocast' if autocast else ''}: time beyond the limit"
+    built: list[Mapping[str, Step]] = []  # all stay, so that none is built where the last one was
+    times: Times = {}
+    while len(built) < LAYOUTS or (len(built) < 3 * LAYOUTS and ratio_of(times).width > WIDTH):
+        built.append(contenders(name, autocast))
+        more = take_turns(built[-1], math.ceil(rounds / LAYOUTS))
+        times = {who: np.concatenate([times[who], more[who]]) for who in more} if times else more
     return beyond(figure, times, WANTED.get(name, 1.0))
 
 
