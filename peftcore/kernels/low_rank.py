@@ -33,10 +33,6 @@ def low_rank_linear(
     x, weight, bias, (A, B) = _in_one_dtype(x, weight, bias, A, B)
     if is_plain() or dropout == 1:
         return plain_low_rank_linear(x, weight, bias, A, B, scale, dropout)
-    if not x.requires_grad:  # nothing goes back through the layer: torch adds in place, and need not keep A
-        rows = x.reshape(-1, x.shape[-1])
-        low = dropped_linear(rows, A, dropout) if dropout else F.linear(rows, A)
-        return F.linear(rows, weight, bias).addmm_(low, B.mT, alpha=scale).view(*x.shape[:-1], len(weight))
     A, kept = _dropping(x, A, dropout)
     return apply(_LowRankLinear, x, weight, bias, A, B, scale, kept)[0]
 
