@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.kernels import low_rank_linear, scaled_low_rank_linear
+from peftcore.kernels import low_rank_linear, projections, scaled_low_rank_linear
 from peftcore.layers import dense_layer
 from peftcore.plugins import layer_of
 from peftcore.weights import SMALL, bias_name, put, take
@@ -354,6 +354,39 @@ def test_an_update_computed_with_the_layer_has_the_gradients_of_one_beside_it(
         output = model(x)
         found.append([output, *torch.autograd.grad(output.square().mean(), [x, *injection.parameters()])])
     assert fused == [6, 5]
+    torch.testing.assert_close(*found)
+
+
+class Pair(nn.Module):
+    """Two layers that are given the same, as q and k are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 6), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.first(x)
+        return self.q(x), self.k(x)
+
+
+def test_sites_of_one_input_share_what_is_the_same_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    stir(injection := peftcore.apply(model := Pair(), "vera", target=["q", "k"]))
+    made: list[torch.Size] = []
+    project = projections._Project.forward
+
+    def counted(ctx: Any, x: Tensor, A: Tensor) -> Tensor:
+        made.append(x.shape)
+        return project(ctx, x, A)
+
+    monkeypatch.setattr(projections._Project, "forward", staticmethod(counted))
+    found = []
+    for small in (SMALL, 10**9):
+        monkeypatch.setattr("peftcore.weights.SMALL", small)
+        x = X.clone().requires_grad_()
+        q, k = model(x)
+        found.append([q, k, *torch.autograd.grad(q.square().mean() + k.mean(), [x, *injection.parameters()])])
+    assert made == [X.shape]
     torch.testing.assert_close(*found)
 
 
