@@ -19,7 +19,7 @@ class Pair:
     """One method, with what both libraries call its settings."""
 
     method: str
-    config: type[peft.PeftConfig]
+    config: Callable[..., peft.PeftConfig]
     theirs: Mapping[str, Any] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
     frugal: bool = False
@@ -32,7 +32,7 @@ class Pair:
         moved(injection.parameters())
         return model
 
-    def theirs_on(self, model: nn.Module, target: list[str] = PROJECTIONS, name: str = "default") -> nn.Module:
+    def theirs_on(self, model: nn.Module, target: list[str] = PROJECTIONS, name: str = "default") -> Any:
         """The host with theirs."""
         adapted = peft.get_peft_model(model, self.settings(target), adapter_name=name)
         moved(parameter for parameter in adapted.parameters() if parameter.requires_grad)
@@ -102,7 +102,7 @@ def training_step(model: nn.Module, ids: torch.Tensor, autocast: bool = False) -
     return step
 
 
-def limit_step(model: nn.Module, ids: torch.Tensor, autocast: bool = False) -> Step:
+def limit_step(model: Any, ids: torch.Tensor, autocast: bool = False) -> Step:
     """What no adapter can be faster than: the frozen host, forward, and backward through activations only."""
     model.requires_grad_(False).train()
     rows = model.get_input_embeddings()(ids).detach().requires_grad_()

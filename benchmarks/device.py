@@ -52,7 +52,7 @@ class Bench:
         with torch.device(self.device):
             base = llama(width, layers, self.dtype)
         pair = PAIRS[method]
-        made = {"ours": pair.ours_on, "theirs": pair.theirs_on}
+        made: dict[str, Callable[..., nn.Module]] = {"ours": pair.ours_on, "theirs": pair.theirs_on}
         hosts = {"limit": base, **{who: adapt(copy.deepcopy(base)) for who, adapt in made.items()}}
         for who, host in hosts.items() if way == "compiled" else ():
             _compile(host, who)
@@ -105,7 +105,7 @@ def _compile(host: nn.Module, who: str) -> None:
     would try each other's guards first."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return host._call_impl(*args, **kwargs)
+        return host._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     own = FunctionType(run.__code__.replace(co_name=who), run.__globals__, who, None, run.__closure__)
     host._compiled_call_impl = torch.compile(own, dynamic=False)
@@ -113,7 +113,7 @@ def _compile(host: nn.Module, who: str) -> None:
 
 def _captured(call: Step) -> Step:
     """A call as one CUDA graph."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import transformers
 
@@ -9,7 +11,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 VOCABULARY = 1000
 
 
-def llama(width: int = 512, layers: int = 4, dtype: torch.dtype = torch.float32) -> transformers.LlamaForCausalLM:
+def llama(width: int = 512, layers: int = 4, dtype: torch.dtype = torch.float32) -> Any:
     """A decoder with four heads of keys and values for eight of queries, and a hidden layer of 2.75 times its width."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
@@ -20,7 +22,8 @@ def llama(width: int = 512, layers: int = 4, dtype: torch.dtype = torch.float32)
         num_key_value_heads=4,
         vocab_size=VOCABULARY,
     )
-    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+    made: Any = transformers.LlamaForCausalLM(config)
+    return made.to(dtype).eval()
 
 
 def tokens(rows: int, length: int) -> torch.Tensor:

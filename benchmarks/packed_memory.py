@@ -25,11 +25,11 @@ OPTIONS: dict[str, dict[str, Any]] = {"qlora": {"rank": 8}}
 MEBIBYTE = 2**20
 
 
-class Living(TorchDispatchMode):
+class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the storages that operations make, and the most that ever lived at once."""
 
     def __init__(self, before: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.before = {each.untyped_storage()._cdata for each in before}
         self.alive: dict[int, int] = {}
         self.now = self.peak = 0
@@ -65,7 +65,8 @@ def peak(model: nn.Module) -> int:
     x = torch.randn(ROWS, WIDTH)
     model(x).square().mean().backward()  # gradients exist from here on
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    with Living([x, *model.parameters(), *model.buffers(), *grads]) as living:
+    living = Living([x, *model.parameters(), *model.buffers(), *grads])
+    with living:
         model(x).square().mean().backward()
     return living.peak
 
