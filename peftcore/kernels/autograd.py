@@ -18,6 +18,15 @@ def is_plain() -> bool:
     return torch.compiler.is_compiling() or transformed() or torch._C._get_tracing_state() is not None
 
 
+def operands(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a linear layer multiplies and adds: in the dtype of autocast where that is on, else as it is."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
     """The output of a function with a gradient of its own."""
     output: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]

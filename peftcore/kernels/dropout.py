@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcore.kernels.autograd import apply, is_plain
+from peftcore.kernels.autograd import apply, is_plain, operands
 
 LEVELS = 2**16
 """Probabilities are multiples of one over this: four draws come from each 64 random bits."""
@@ -25,9 +25,7 @@ def dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tensor:
     if is_plain() or probability == 1:
         return plain_dropped_linear(x, weight, probability)
     kept, scale = keep(x, probability)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+    x, weight, _ = operands(x, weight)
     return apply(_MaskedLinear, x, weight * scale, kept)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcore.kernels.autograd import apply, is_plain
+from peftcore.kernels.autograd import apply, is_plain, operands
 from peftcore.kernels.dropout import dropped_linear, keep, masked
 from peftcore.kernels.projections import projected
 
@@ -40,12 +40,9 @@ def low_rank_linear(
 def _in_one_dtype(
     x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-    """All in the dtype in which the layer computes: its own, or that of autocast."""
-    dtype = weight.dtype
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return x, weight, bias, [each.to(dtype) for each in others]
+    """All in the dtype in which the layer computes."""
+    x, weight, bias = operands(x, weight, bias)
+    return x, weight, bias, [each.to(weight.dtype) for each in others]
 
 
 def _dropping(x: Tensor, A: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
