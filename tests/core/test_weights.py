@@ -357,6 +357,21 @@ def test_an_update_computed_with_the_layer_has_the_gradients_of_one_beside_it(
     torch.testing.assert_close(*found)
 
 
+@UPDATES
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_an_input_of_another_dtype_is_refused_as_the_layer_itself_does(
+    method: str, dropout: float, fused: list[int]
+) -> None:
+    model = linears()
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(X.double())
+    stir(peftcore.apply(model, method, target=["0", "1"], dropout=dropout))
+    model.train()
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(X.double().requires_grad_())
+    assert fused == [6]
+
+
 class Pair(nn.Module):
     """Two layers that are given the same, as q and k are."""
 
