@@ -19,8 +19,7 @@ def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, R: Tensor) -> Tensor:
-    """`plain_rotate` of blocks that are laid out one after the other first: products that read and write a few columns
-    of each row wait for memory for longer than two copies take."""
+    """`plain_rotate`, with as few passes over memory as the device likes best."""
     if is_plain() or R.shape[0] == 1:
         return plain_rotate(x, R)
     return apply(_Rotate, x, R)
@@ -30,9 +29,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, R: Tensor) -> Tensor:
         ctx.save_for_backward(x, R)
-        laid_out = _blocks(x, R).clone(memory_format=torch.contiguous_format)
-        turned = torch.bmm(laid_out, R)
-        return laid_out.view(-1, *R.shape[:2]).copy_(turned.transpose(0, 1)).view(x.shape)  # it is needed no more
+        return _laid_out_first(x, R) if x.device.type == "cpu" else _where_it_lies(x, R)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -49,6 +46,21 @@ class _Rotate(torch.autograd.Function):
 def _blocks(x: Tensor, R: Tensor) -> Tensor:
     """The rows of x, ``[blocks, n, size]``."""
     return x.reshape(-1, *R.shape[:2]).transpose(0, 1)
+
+
+def _laid_out_first(x: Tensor, R: Tensor) -> Tensor:
+    """Turned rows. On a CPU a product that reads and writes a few columns of each row waits for memory for longer than
+    it takes to copy them together and back."""
+    blocks = _blocks(x, R).clone(memory_format=torch.contiguous_format)
+    turned = torch.bmm(blocks, R)
+    return blocks.view(-1, *R.shape[:2]).copy_(turned.transpose(0, 1)).view(x.shape)  # nobody needs `blocks` any more
+
+
+def _where_it_lies(x: Tensor, R: Tensor) -> Tensor:
+    """Turned rows, each product written where it belongs."""
+    turned = x.new_empty(x.numel() // x.shape[-1], *R.shape[:2])
+    torch.bmm(_blocks(x, R), R, out=turned.transpose(0, 1))
+    return turned.view(x.shape)
 
 
 # Skew-symmetric matrices, and their rotations

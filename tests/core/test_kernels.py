@@ -28,6 +28,9 @@ def test_rotation_is_a_product_with_a_block_diagonal_matrix(shape: tuple[int, in
     expected, before = x @ torch.block_diag(*R), x.clone()
     torch.testing.assert_close(kernels.rotate(x, R), expected)
     torch.testing.assert_close(kernels.plain_rotate(x, R), expected)
+    for way in (rotations._laid_out_first, rotations._where_it_lies):  # of a CPU, of other devices
+        with torch.no_grad():
+            torch.testing.assert_close(way(x, R), expected)
     torch.testing.assert_close(x, before, atol=0, rtol=0)
 
 
