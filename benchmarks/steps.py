@@ -80,7 +80,7 @@ def weighed(name: str) -> Row:
     found = {}
     for who, step in contenders(name).items():
         step()  # what is made once is there
-        found[who] = peak(step)
+        found[who] = min(peak(step) for _ in range(3))  # what records it may make something of its own the first time
     return heavier(f"step, {name}", found)
 
 

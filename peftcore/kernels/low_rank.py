@@ -64,8 +64,8 @@ class _LowRankLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         low = _projected(rows, A, kept)
         y = F.linear(rows, weight, bias).addmm_(low, B.mT, alpha=scale)
-        trains_A, trains_B = ctx.needs_input_grad[3:5]
-        ctx.save_for_backward(x if trains_A else None, weight, A, B, low if trains_B else None, kept)
+        back, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if trains_A else None, weight, A if back else None, B, low if trains_B else None, kept)
         ctx.scale, ctx.shape = scale, x.shape
         ctx.set_materialize_grads(False)
         return y.view(*x.shape[:-1], len(weight)), low
