@@ -11,10 +11,12 @@ import torch
 from equation_in_float64 import KINDS, adapted, assert_equation, fill
 from peft_pairs import ADAPTER, Both, Pair
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import UnsupportedSite
+from peftcore.kernels import projections
 from peftcore.testing import conformance
 
 RANK = 5
@@ -118,3 +120,39 @@ def test_dropout_is_of_inputs() -> None:
     assert not torch.equal(host(x), host(x))
     with pytest.raises(UnsupportedSite, match="dropout"):
         adapted("experts", "vera", dropout=0.5)
+
+
+def test_a_step_of_a_host_whose_sites_share_their_inputs_is_that_of_peft(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs large enough for a layer and its update to be one function; q, k and v project one input once."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    )
+    ours, ids = LlamaForCausalLM(config), torch.randint(0, 64, (2, 96))
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    theirs: Any = peft.get_peft_model(deepcopy(ours), peft.VeraConfig(r=16, target_modules=names))
+    injection = peftcore.apply(ours, "vera", target=names, rank=16)
+    [basis] = injection.shared.values()
+    basis.A.copy_(theirs.base_model.vera_A["default"]), basis.B.copy_(theirs.base_model.vera_B["default"])
+    pairs = []
+    for path, operator in injection.operators.items():
+        layer = theirs.base_model.model.get_submodule(path)
+        pairs += [(operator.d, layer.vera_lambda_d["default"]), (operator.b, layer.vera_lambda_b["default"])]
+    for mine, other in pairs:
+        other.data.copy_(nn.init.normal_(mine.data, std=0.3))
+
+    made: list[torch.Size] = []
+    project = projections._Project.forward
+
+    def counted(ctx: Any, x: Tensor, A: Tensor) -> Tensor:
+        made.append(x.shape)
+        return project(ctx, x, A)
+
+    monkeypatch.setattr(projections._Project, "forward", staticmethod(counted))
+    outputs = [model.train()(input_ids=ids, labels=ids) for model in (ours, theirs)]
+    assert len(made) == 3 + 4  # for q, k, v; o; gate and up; down: but what the first block gets nothing has computed
+    torch.testing.assert_close(outputs[0].logits, outputs[1].logits, atol=1e-5, rtol=1e-4)
+    for output in outputs:
+        output.loss.backward()
+    for mine, other in pairs:
+        assert (mine.grad - other.grad).norm() <= 1e-4 * other.grad.norm()
