@@ -62,7 +62,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, kept: Any
     ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
-        low = _projected(rows, A, kept)
+        low = F.linear(rows if kept is None else masked(rows, kept), A)  # as without gradients, to the bit
         y = F.linear(rows, weight, bias).addmm_(low, B.mT, alpha=scale)
         back, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if trains_A else None, weight, A if back else None, B, low if trains_B else None, kept)
@@ -87,10 +87,6 @@ class _LowRankLinear(torch.autograd.Function):
         if low is not None:
             of_B = narrow(gradient.mT, low.mT).mul_(ctx.scale)
         return of_x, None, None, of_A, of_B, None, None
-
-
-def _projected(rows: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
-    return F.linear(rows if kept is None else masked(rows, kept), A)  # as without gradients, to the bit
 
 
 def _rows_of(gradient: Tensor | None, shape: torch.Size, weight: Tensor) -> Tensor:
