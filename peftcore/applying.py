@@ -224,8 +224,9 @@ def check_name(model: nn.Module, name: str) -> str:
     return name
 
 
-def establish(surgeon: Surgeon, name: str, data: Data | None = None) -> Injection:
-    """Install what was recorded, make it the host's, and let the method look at the data, if there is any."""
+def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: bool = True) -> Injection:
+    """Install what was recorded, make it the host's, and let the method look at the data, if there is any. It acts from
+    then on, unless it is not to be `active`."""
     model = surgeon.model
     fresh = state_of(model) is None
     state = ensure_state(model)
@@ -239,7 +240,10 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None) -> Injectio
             install(surgeon, state, name)
             for parameter in thawed:
                 parameter.requires_grad_(False)
-            state.choose((*state.current(), name))
+            if active:
+                state.choose((*state.current(), name))
+            else:
+                state.replan()
             injection.trainable(True)
             _watch(surgeon, state, name)
         if data is not None:

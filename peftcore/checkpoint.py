@@ -82,6 +82,7 @@ def load(
     *,
     name: str | None = None,
     trainable: bool = False,
+    active: bool = True,
     strict: bool = True,
 ) -> Injection:
     """Apply a saved adapter to a host of the same shape.
@@ -93,6 +94,8 @@ def load(
             other way round; of files for whole pipelines the part for `model` is taken.
         name: name of the injection on this host; the method's by default.
         trainable: False loads it frozen.
+        active: False lets what acts now go on as it is, and the adapter wait until `activate` or `route` names it: for
+            hosts that serve meanwhile, and for many adapters at once.
         strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are passed over).
 
     Raises:
@@ -108,9 +111,10 @@ def load(
     place = located(path)
     if name is not None:
         check_name(model, name)
-    with _about(place), _values_wanted(model), one_file(), saving_base():  # it knows nothing of other adapters
+    # A file knows nothing of other adapters, and the host is no larger for having some: they are not seen here.
+    with _about(place), _values_wanted(model), one_file(), saving_base():
         content = recognize(place).open(place, model)
-    with _about(content.where), _values_wanted(model):
+    with _about(content.where), _values_wanted(model), saving_base():
         envelope = content.envelope
         cls = method_of(envelope)
         config = options_of(cls, envelope)
@@ -134,7 +138,7 @@ def load(
         _check_values(rehearsal, tensors)
     name = check_name(model, cls.name) if name is None else name
     with _about(content.where), _values_wanted(model):
-        injection = establish(prepared(dry=False), name)
+        injection = establish(prepared(dry=False), name, active=active)
         fill(injection, tensors)
         _check_filled(injection)
     injection.trainable(trainable)

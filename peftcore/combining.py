@@ -188,7 +188,7 @@ def opened(model: torch.nn.Module, sources: Iterable[Source]) -> Iterator[list[I
                 known = ", ".join(injections(model)) or "none"
                 raise UnknownInjection(f"{source!r} is no folder and no injection; this host has: {known}")
             if injection is None:
-                injection = load(model, source, name=f"opened-{len(injections(model))}")
+                injection = load(model, source, name=f"opened-{len(injections(model))}", active=False)
                 stack.callback(injection.remove)
             found.append(injection)
         yield found

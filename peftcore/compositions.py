@@ -263,7 +263,7 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
         for name in dict.fromkeys(composition.names()):
             if not (folder / name).resolve().is_relative_to(folder.resolve()):
                 raise CheckpointError(f"{folder}: {name!r} is no name of an adapter below it")
-            loaded.append(load(model, folder / name, name=name))
+            loaded.append(load(model, folder / name, name=name, active=False))
         activate(model, composition)
     except BaseException:  # whatever it was: nothing stays behind
         for injection in reversed(loaded):

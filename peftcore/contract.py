@@ -40,7 +40,7 @@ SOURCES = re.compile(r"(?:(?:[A-Za-z][\w.-]* \d+(?:\.\d+)*|the authors' code)(?:
 """What `Tags.checked_against` may be: a library has a version, and an equation has none."""
 
 RESERVED = frozenset(
-    {"model", "name", "target", "exclude", "train", "data", "seed", "dtype", "host", "trainable", "strict"}
+    {"model", "name", "target", "exclude", "train", "data", "seed", "dtype", "host", "trainable", "active", "strict"}
 )
 """Argument names of `apply` and `load`: no method option may be called so."""
 

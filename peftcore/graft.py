@@ -295,7 +295,7 @@ def detach(module: nn.Module, name: str) -> None:
     slot = slot_of(module)
     if slot is None:
         return
-    slot.mounts = [mount for mount in slot.mounts if mount.name != name]
+    slot.mounts.pop(name, None)
     slot.stances = [stance for stance in slot.stances if stance[0] != name]
     slot.changed()
     if not slot.mounts and not slot.stances:
@@ -339,7 +339,7 @@ def effective_weight(module: nn.Module, tensor: str, layer: Layer, rows: Ranges 
     slot = slot_of(module)
     if slot is not None:
         active = slot.state.unmerged(slot.state.now().active)
-        mounts = [mount for name in active for mount in slot.mounts if mount.name == name and mount.tensor == tensor]
+        mounts = [mount for name in active for mount in slot.mounts.get(name, ()) if mount.tensor == tensor]
         with torch.no_grad():
             for mount in mounts:
                 stored = mount.effective(stored, stored) if is_mergeable(mount.operator) else stored

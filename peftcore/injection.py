@@ -329,7 +329,8 @@ class Injection:
             for site in graft.holders:
                 slot = slot_of(site.module)
                 swapped = any(GRAFTED in vars(cls) for cls in type(site.module).__mro__)
-                if slot is None or not swapped or all(mount.operator is not graft.operator for mount in slot.mounts):
+                mounts = () if slot is None else slot.mounts.get(self.name, ())
+                if not swapped or all(mount.operator is not graft.operator for mount in mounts):
                     yield f"{site.path} lost its operator"
                 elif not is_reached(site.module):
                     yield f"{site.path} has a forward set on the instance"

@@ -119,7 +119,7 @@ def install(surgeon: Surgeon, state: HostState, name: str) -> None:
             for site in graft.holders:
                 _check_reachable(site)
                 mount = Mount(name, graft.operator, site.form, site.tensor, site.layer, site.rows)
-                attach(site.module, state).mounts.append(mount)
+                attach(site.module, state).mounts.setdefault(name, []).append(mount)
         _hold_stances(surgeon, state, name)
     except BaseException:
         uninstall(surgeon, name)

@@ -1,10 +1,9 @@
 """Folding an injection into the host's tensors, and the exact way back.
 
 Deltas are computed in float32 (float64 for float64 hosts) and cast once. All sites are written or none. What is needed
-to undo is kept as
-asked: the originals on the CPU or on their device, or a record of ulps: how many representable steps the original lies
-from what subtracting the delta again would give; for additive methods nearly all zeros, so it compresses to a few
-percent.
+to undo is kept as asked: the originals on the CPU or on their device, or a record of ulps: how many representable steps
+the original lies from what subtracting the delta again would give; for additive methods nearly all zeros, so it
+compresses to a few percent.
 
 A packed weight is made dense by a merge, or packed again with the measured error in the report; its codes are what is
 kept of it.
@@ -16,6 +15,7 @@ import hashlib
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -26,6 +26,7 @@ from peftcore.mounts import Effect, Mount, effects_of, fold
 from peftcore.operators import is_mergeable
 from peftcore.packing import Form, Packed, become, dense_linear, floating_dtype, restore
 from peftcore.plugins import layer_of, registry
+from peftcore.saving import saving_base
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection
@@ -126,14 +127,15 @@ def _check(injection: Injection) -> None:
         except UnsupportedSite as error:
             raise MergeError(f"{site.path} cannot be merged, keep {name!r} active: {error}") from None
     state = injection.state
-    before = list(state.injections)[: list(state.injections).index(name)]
-    mine = {(site.module_path, site.tensor) for graft in injection.grafts for site in graft.holders}
-    for other in before:
-        waiting = state.injections[other]
-        if waiting.merged or other not in state.current():
-            continue
-        if mine & {(site.module_path, site.tensor) for graft in waiting.grafts for site in graft.holders}:
+    waiting = set(state.unmerged(state.current()))
+    mine = _places(injection)
+    for other in takewhile(lambda each: each != name, state.injections):
+        if other in waiting and mine & _places(state.injections[other]):
             raise MergeError(f"merge {other!r} first: it came before {name!r} and acts on the same weights")
+
+
+def _places(injection: Injection) -> set[Key]:
+    return {(site.module_path, site.tensor) for graft in injection.grafts for site in graft.holders}
 
 
 def _owner(model: nn.Module, key: Key) -> tuple[nn.Module, str]:
@@ -145,7 +147,9 @@ def _check_ties(model: nn.Module, new: Mapping[Key, Tensor]) -> None:
     """A tied tensor may be merged only where the injection gives all its holders one value."""
     written = {(id(module), name): key for key in new for module, name in [_owner(model, key)]}
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for path, module in model.named_modules():
+    with saving_base():  # operators are tied to nothing, and there may be many
+        modules = list(model.named_modules())
+    for path, module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append((path, module, name))

@@ -227,18 +227,14 @@ class Acting:
         return tensors
 
 
-def plan_acting(mounts: list[Mount], stances: list[tuple[str | None, Mapping[str, Any]]], active: Active) -> Acting:
+def plan_acting(mounts: Mounts, stances: list[tuple[str | None, Mapping[str, Any]]], active: Active) -> Acting:
     """What acts, in order. A mergeable onion layer that came before a weight operator acts on the weight too, so that
     several active injections compose as merging them one after the other would."""
-    by_name: dict[str, list[Mount]] = {name: [] for name in active}
-    for mount in mounts:
-        if mount.name in by_name:  # of the many that may be resident
-            by_name[mount.name].append(mount)
     weight: list[Mount] = []
     onion: list[Mount] = []
     attention: list[Mount] = []
     for name in active:
-        for mount in by_name[name]:
+        for mount in mounts.get(name, ()):
             if mount.form == "weight":
                 weight += [*(before for before in onion if is_mergeable(before.operator)), mount]
                 onion = [before for before in onion if not is_mergeable(before.operator)]
@@ -308,6 +304,8 @@ class Planned:
 
 
 Tables = tuple[Mapping[str, Tensor | None], ...]
+Mounts = Mapping[str, list[Mount]]
+"""By injection: of the many that may be resident, those that act are looked up."""
 
 
 class Slot:
@@ -315,7 +313,7 @@ class Slot:
 
     def __init__(self, state: HostState) -> None:
         self.state = state
-        self.mounts: list[Mount] = []
+        self.mounts: dict[str, list[Mount]] = {}
         self.stances: list[tuple[str | None, Mapping[str, Any]]] = []
         self.ran = False
         self.planned: Planned | None = None
@@ -358,16 +356,16 @@ class Slot:
             return Planned(choice.key, acting, tuple(inner), outermost)
         each = tuple(self._acting((name,)) for name in choice.route.names)
         edits = tuple(mount for acting in each for mount in acting.attention)
-        stand = plan_acting([], self.stances, choice.route.names)
+        stand = plan_acting({}, self.stances, choice.route.names)
         return Planned(choice.key, replace(stand, attention=edits), routed=each, updates=updates_of(each))
 
     def _composed(self, choice: Choice, composition: Composition) -> Planned:
-        mounted = {mount.name for mount in self.mounts}
-        combiners = {mount.name: mount.operator for mount in self.mounts if isinstance(mount.operator, Combiner)}
+        active = (mount for name in choice.active for mount in self.mounts.get(name, ()))
+        combiners = {mount.name: mount.operator for mount in active if isinstance(mount.operator, Combiner)}
         distinct: dict[Active, Acting] = {}
         ways = {}
         for names in branches([composition]):
-            here = tuple(name for name in names if name in mounted)
+            here = tuple(name for name in names if name in self.mounts)
             if here not in distinct:
                 distinct[here] = self._acting(here)
             ways[names] = distinct[here]

@@ -205,9 +205,10 @@ def _take(module: nn.Module, cls: type[nn.Module], fields: dict[str, Any]) -> No
     change_class(module, cls if slot is None else grafted_class(cls))
     if slot is None:
         return
-    slot.mounts = [replace(mount, layer=layer_of(module, mount.tensor)) for mount in slot.mounts]
-    for mount in slot.mounts:
-        mount.operator.layer = mount.layer
+    for own in slot.mounts.values():
+        own[:] = [replace(mount, layer=layer_of(module, mount.tensor)) for mount in own]
+        for mount in own:
+            mount.operator.layer = mount.layer
     for injection in slot.state.injections.values():
         injection.stored_anew(module)
     slot.changed()

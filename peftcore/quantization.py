@@ -221,7 +221,8 @@ def _sites(model: nn.Module, target: Target | None, exclude: Target | None) -> I
 
 def _operators(module: nn.Module) -> Iterator[Any]:
     slot = slot_of(module)
-    yield from (mount.operator for mount in slot.mounts if mount.tensor == "weight") if slot is not None else ()
+    for own in slot.mounts.values() if slot is not None else ():
+        yield from (mount.operator for mount in own if mount.tensor == "weight")
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -29,12 +30,16 @@ class Expected(NamedTuple):
     name: str
 
 
+Sites = dict[str, list[Expected]]
+"""By injection: one of many is forgotten at once."""
+
+
 @dataclass
 class Beside:
     """Sites that should run and are children of one module, and what stood beside them."""
 
     children: frozenset[str]
-    sites: list[Expected]
+    sites: Sites
 
 
 class Witness:
@@ -48,7 +53,8 @@ class Witness:
 
     def __init__(self, state: HostState) -> None:
         self.state = state
-        self.waiting: dict[str, list[Expected]] = {}
+        self.waiting: dict[str, Sites] = {}
+        """By group."""
         self.beside: dict[nn.Module, list[Beside]] = {}
         self.places: dict[str, list[nn.Module]] = {}
         """Those of `beside` by the name of their class."""
@@ -61,8 +67,8 @@ class Witness:
             self._place(holder)
         known = self.beside.setdefault(holder, [])
         if not known or len(holder._modules) != len(known[-1].children):
-            known.append(Beside(frozenset(holder._modules), []))
-        known[-1].sites.append(site)
+            known.append(Beside(frozenset(holder._modules), {}))
+        known[-1].sites.setdefault(site.name, []).append(site)
 
     def _place(self, holder: nn.Module) -> None:
         self.places.setdefault(type(holder).__name__, []).append(holder)
@@ -71,18 +77,20 @@ class Witness:
         """Stop expecting anything of an injection."""
         for known in self.beside.values():
             for each in known:
-                each.sites = [site for site in each.sites if site.name != name]
+                each.sites.pop(name, None)
         self.beside = {
             holder: left for holder, known in self.beside.items() if (left := [each for each in known if each.sites])
         }
         self.places = {}
         for holder in self.beside:
             self._place(holder)
-        kept = {group: [each for each in members if each.name != name] for group, members in self.waiting.items()}
-        self.waiting = {group: members for group, members in kept.items() if members}
+        for members in self.waiting.values():
+            members.pop(name, None)
+        self.waiting = {group: members for group, members in self.waiting.items() if members}
 
     def _expect(self, site: Expected) -> None:
-        self.waiting.setdefault(re.sub(r"\d+", "*", site.path), []).append(site)
+        group = self.waiting.setdefault(re.sub(r"\d+", "*", site.path), {})
+        group.setdefault(site.name, []).append(site)
 
     def look(self, model: nn.Module) -> None:
         """Expect sites anew beside which modules were added since. Without gradients, where each token looks, one place
@@ -102,7 +110,7 @@ class Witness:
                     continue
                 before, each.children = each.children, frozenset(holder._modules)
                 if not each.children <= before | {HOLDER}:
-                    for site in each.sites:
+                    for site in chain.from_iterable(each.sites.values()):
                         for slot in site.slots:
                             slot.ran = False
                         self._expect(site)
@@ -114,7 +122,8 @@ class Witness:
             return
         acting = self.state.unmerged(self.state.current())
         silent: list[str] = []
-        for group, members in list(self.waiting.items()):
+        for group, sites in list(self.waiting.items()):
+            members = list(chain.from_iterable(sites.values()))
             if any(slot.ran for member in members for slot in member.slots):
                 del self.waiting[group]
             elif not members[0].tower:  # not in a tower of its own, so it has had its chance

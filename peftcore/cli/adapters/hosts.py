@@ -74,7 +74,7 @@ def find_source(wanted: Wanted, adapter: Adapter) -> Source:
 def misfit(folder: Path, made_on: MadeOn, adapter: Adapter) -> str:
     """Why an adapter is not for a model; nothing where it is."""
     try:
-        loaded(open_model(folder, False, made_on), adapter, "adapter")
+        peftcore.load(open_model(folder, False, made_on).model, adapter.path, name="adapter")
     except NoWeights:
         return ""
     except PeftcoreError as error:
@@ -89,13 +89,6 @@ def base_folder(adapter: Adapter) -> Path:
         return Path(base)
     named = f"its file names {base!r}, which is no folder here" if base else "its file names none"
     raise BadInput(f"give --model, the model that {adapter.path} is for: {named}")
-
-
-def loaded(opened: Opened, adapter: Adapter, name: str) -> Injection:
-    """Load an adapter onto the bare model, whatever else is on it."""
-    injection = peftcore.load(opened.model, adapter.path, name=name)
-    peftcore.activate(opened.model)
-    return injection
 
 
 def check_complete(opened: Opened, folder: Path, injections: Sequence[Injection], weights: Sequence[float]) -> None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import peftcore
 from peftcore.checkpoint import describe
-from peftcore.cli.adapters.hosts import Adapter, Source, Wanted, check_complete, find_source, loaded, write
+from peftcore.cli.adapters.hosts import Adapter, Source, Wanted, check_complete, find_source, write
 from peftcore.cli.adapters.results import Converted, Exported, Merged, shown_format
 from peftcore.cli.errors import BadInput
 from peftcore.cli.models.opening import open_model
@@ -51,7 +51,10 @@ def merge(
     display.phase("loading", None)
     heads = [each.made_on(wanted) for each in adapters if each.about.trained]
     opened = open_model(source.folder, made_on=next(iter(heads), source.made_on))
-    injections = [loaded(opened, adapter, f"adapter{index}") for index, adapter in enumerate(adapters)]
+    injections = [
+        peftcore.load(opened.model, adapter.path, name=f"adapter{index}", active=False)
+        for index, adapter in enumerate(adapters)
+    ]
     check_complete(opened, source.folder, injections, weights)
     display.phase("merging", None)
     merged = []
@@ -96,7 +99,7 @@ def converted(source: Source, adapter: Adapter, to: str, output: Output, weights
     Raises:
         NoWeights: it takes the weights.
     """
-    injection = loaded(open_model(source.folder, weights, source.made_on), adapter, "adapter")
+    injection = peftcore.load(open_model(source.folder, weights, source.made_on).model, adapter.path, name="adapter")
     with output.filled() as folder:
         save(injection, to, folder, output)
     return injection
@@ -108,7 +111,7 @@ def load_whole(wanted: Wanted, adapter: Adapter, display: Display) -> Injection:
     source = find_source(wanted, adapter)
     display.phase("loading", None)
     opened = open_model(source.folder, made_on=source.made_on)
-    injection = loaded(opened, adapter, "adapter")
+    injection = peftcore.load(opened.model, adapter.path, name="adapter")
     check_complete(opened, source.folder, [injection], [1.0])
     return injection
 
