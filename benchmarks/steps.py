@@ -20,6 +20,7 @@ WANTED = {
     "dora": 0.6,
     "dora, frugal": math.inf,
     "oft": 0.6,
+    "oft, exact": 0.6,
     "boft": 0.6,
     "hra": 0.6,
 }

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from peftcore import kernels
 from peftcore.errors import UnsupportedSite
-from peftcore.kernels import ScaledFactors, add_scaled, dropped_linear, low_rank_linear, scaled_low_rank_linear
 from peftcore.sharding import is_sharded_class
 
 SMALL = 2**14
@@ -147,13 +147,17 @@ class Layer:
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
 
     def scaled_update(
-        self, call: Callable[..., Tensor], x: Tensor, factors: ScaledFactors, dropout: float = 0.0
+        self, call: Callable[..., Tensor], x: Tensor, factors: kernels.ScaledFactors, dropout: float = 0.0
     ) -> Tensor:
         """``call(x) + diag(outer) B diag(inner) A dropout(x)``, with factors of any dtype."""
         y = call(x)
         A, inner, B, outer = (each.to(y.dtype) for each in factors)
         low = self.along_channels(inner, y) * self.apply_dropped(x, A, dropout)
-        return add_scaled(y, self.along_channels(outer, y), self.mix(low, B))
+        return kernels.add_scaled(y, self.along_channels(outer, y), self.mix(low, B))
+
+    def rotated(self, call: Callable[..., Tensor], x: Tensor, R: Tensor) -> Tensor:
+        """``call`` of inputs that turn, by blocks R ``[blocks, size, size]`` whose transposes are their inverses."""
+        return call(kernels.rotate(x, R))
 
     def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
         """`vector` shaped so that it broadcasts over the channels of the activation `like`."""
@@ -170,7 +174,7 @@ class Linear(Layer):
         return F.linear(x, weight)
 
     def apply_dropped(self, x: Tensor, weight: Tensor, probability: float) -> Tensor:
-        return dropped_linear(x, weight, probability) if probability else self.apply(x, weight)
+        return kernels.dropped_linear(x, weight, probability) if probability else self.apply(x, weight)
 
     def mix(self, low: Tensor, matrix: Tensor) -> Tensor:
         return F.linear(low, matrix)
@@ -180,7 +184,7 @@ class Linear(Layer):
     ) -> Tensor:
         own = _to_fuse(call, x, B.shape[-2], A, B) if torch.is_grad_enabled() else None
         if own is not None and A.dim() == B.dim() == 2:
-            return low_rank_linear(x, *own, A, B, scale, dropout)
+            return kernels.low_rank_linear(x, *own, A, B, scale, dropout)
         y = call(x)
         if A.dtype is B.dtype is y.dtype and not dropout and not is_compiling() and y.numel() <= SMALL:
             return torch.add(y, F.linear(F.linear(x, A), B), alpha=scale)  # a token: each call counts
@@ -188,12 +192,18 @@ class Linear(Layer):
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
 
     def scaled_update(
-        self, call: Callable[..., Tensor], x: Tensor, factors: ScaledFactors, dropout: float = 0.0
+        self, call: Callable[..., Tensor], x: Tensor, factors: kernels.ScaledFactors, dropout: float = 0.0
     ) -> Tensor:
         own = _to_fuse(call, x, len(factors.B), factors.inner, factors.outer) if torch.is_grad_enabled() else None
         if own is not None:
-            return scaled_low_rank_linear(x, *own, factors, dropout)
+            return kernels.scaled_low_rank_linear(x, *own, factors, dropout)
         return super().scaled_update(call, x, factors, dropout)
+
+    def rotated(self, call: Callable[..., Tensor], x: Tensor, R: Tensor) -> Tensor:
+        own = _to_fuse(call, x, x.shape[-1], R) if torch.is_grad_enabled() else None
+        if own is not None and x.numel() // x.shape[-1] >= len(own[0]):  # else the rows are less than the weight
+            return kernels.rotated_linear(x, *own, R)
+        return super().rotated(call, x, R)
 
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
         if is_compiling() or y.numel() <= SMALL:  # a compiler chooses by itself

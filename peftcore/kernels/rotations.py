@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from peftcore.kernels.autograd import apply, is_plain
+from peftcore.kernels.autograd import apply, is_plain, operands
 
 
 def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
@@ -61,6 +62,49 @@ def _where_it_lies(x: Tensor, R: Tensor) -> Tensor:
     turned = x.new_empty(x.numel() // x.shape[-1], *R.shape[:2])
     torch.bmm(_blocks(x, R), R, out=turned.transpose(0, 1))
     return turned.view(x.shape)
+
+
+# A linear layer of turned inputs
+
+
+def plain_rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
+    """``weight R^T x + bias``: the layer of rows that `plain_rotate` turns."""
+    return F.linear(plain_rotate(x, R), weight, bias)
+
+
+def rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
+    """`plain_rotated_linear` of a frozen weight, for R of rotations: their transposes must be their inverses. The
+    weight turns, so it costs the less, the more rows there are."""
+    x, weight, bias = operands(x, weight, bias)
+    R = R.to(weight.dtype)
+    if is_plain():
+        return plain_rotated_linear(x, weight, bias, R)
+    return apply(_RotatedLinear, x, weight, bias, R.expand(x.shape[-1] // R.shape[-1], -1, -1))
+
+
+class _RotatedLinear(torch.autograd.Function):
+    """With u the gradient of turned rows, ``of_x = u R^T`` comes of the turned weight at once, and ``of_R = x^T u``, by
+    blocks, is ``x^T of_x R``: so nothing turns but the weight. It is turned again in backward, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, R)
+        return F.linear(x, _turned(weight, R), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, weight, R = ctx.saved_tensors
+        (gradient,) = gradients
+        if torch.is_grad_enabled():  # backward is differentiated too, and what it says of R must hold beside rotations
+            of_turned = gradient @ weight
+            return rotate(of_turned, R.mT), None, None, _blocks(x, R).mT @ _blocks(of_turned, R)
+        of_x = gradient @ _turned(weight, R)
+        return of_x, None, None, _blocks(x, R).mT @ _blocks(of_x, R) @ R
+
+
+def _turned(weight: Tensor, R: Tensor) -> Tensor:
+    """The weight of a layer whose inputs turn ``[out, in]``, laid out by inputs: whole blocks are written."""
+    return torch.bmm(R, _blocks(weight, R).mT).view(weight.shape[::-1]).mT
 
 
 # Skew-symmetric matrices, and their rotations

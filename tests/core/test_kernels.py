@@ -60,6 +60,63 @@ def test_rotation_under_vmap_and_grad() -> None:
     torch.testing.assert_close(each.sum(0), whole)
 
 
+Turned = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def layer_and_rotation(*leading: int, count: int = 3) -> Turned:
+    """x, weight, bias and rotations of blocks of two, of which the first and the last want gradients."""
+    x, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((*leading, 6), (4, 6), (4,)))
+    R = kernels.plain_cayley(kernels.plain_skew(torch.randn(count, 1, dtype=torch.float64), 2))
+    return x.requires_grad_(), weight, bias, R.requires_grad_()
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(("leading", "count"), [((7,), 3), ((2, 3), 3), ((), 3), ((7,), 1)])
+def test_a_linear_layer_of_turned_inputs(leading: tuple[int, ...], count: int, biased: bool) -> None:
+    x, weight, bias, R = layer_and_rotation(*leading, count=count)
+    found = kernels.rotated_linear(x, weight, bias if biased else None, R)
+    expected = x @ torch.block_diag(*R.expand(3, 2, 2)) @ weight.T + (bias if biased else 0.0)
+    torch.testing.assert_close(found, expected)
+    plain = kernels.plain_rotated_linear(x, weight, bias if biased else None, R)
+    torch.testing.assert_close(plain, expected)
+    gradient = torch.randn_like(found)
+    torch.testing.assert_close(
+        torch.autograd.grad(found, (x, R), gradient), torch.autograd.grad(plain, (x, R), gradient)
+    )
+
+
+@pytest.mark.parametrize(("leading", "count"), [((2, 3), 3), ((7,), 1)])
+def test_gradients_of_a_linear_layer_of_turned_inputs(leading: tuple[int, ...], count: int) -> None:
+    x, weight, bias, R = layer_and_rotation(*leading, count=count)
+
+    def run(x: Tensor, R: Tensor) -> Tensor:
+        return kernels.rotated_linear(x, weight, bias, R)
+
+    for given in ((x, R), (x.detach(), R), (x, R.detach())):
+        assert gradcheck(run, given) and gradgradcheck(run, given)
+
+
+def test_a_linear_layer_of_turned_inputs_under_vmap_and_grad() -> None:
+    x, weight, bias, R = (each.detach() for each in layer_and_rotation(7))
+
+    def norm(R: Tensor, x: Tensor) -> Tensor:
+        return kernels.rotated_linear(x, weight, bias, R).pow(2).sum()
+
+    each = torch.func.vmap(torch.func.grad(norm), in_dims=(None, 0))(R, x)
+    torch.testing.assert_close(each.sum(0), torch.func.grad(norm)(R, x))
+
+
+def test_a_linear_layer_of_turned_inputs_under_autocast() -> None:
+    x, weight, bias, R = (each.detach().float() for each in layer_and_rotation(2, 3))
+    R.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kernels.rotated_linear(x, weight, bias, R)
+        plain = kernels.plain_rotated_linear(x, weight, bias, R)
+    assert found.dtype == plain.dtype == torch.bfloat16
+    torch.testing.assert_close(found, plain, atol=0.05, rtol=0.02)
+    assert torch.autograd.grad(found.float().sum(), R)[0].dtype == torch.float32
+
+
 ROTATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "cayley": (kernels.cayley, kernels.plain_cayley),
     **{

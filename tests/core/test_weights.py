@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.kernels import low_rank_linear, projections, scaled_low_rank_linear
+from peftcore.kernels import low_rank_linear, projections, rotated_linear, scaled_low_rank_linear
 from peftcore.layers import dense_layer
 from peftcore.plugins import layer_of
 from peftcore.weights import SMALL, bias_name, put, take
@@ -308,8 +308,8 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return recorded
 
-    for kernel in (low_rank_linear, scaled_low_rank_linear):
-        monkeypatch.setattr(f"peftcore.weights.{kernel.__name__}", recording(kernel))
+    for kernel in (low_rank_linear, scaled_low_rank_linear, rotated_linear):
+        monkeypatch.setattr(f"peftcore.kernels.{kernel.__name__}", recording(kernel))
     return seen
 
 
@@ -356,6 +356,27 @@ def test_an_update_computed_with_the_layer_has_the_gradients_of_one_beside_it(
         found.append([output, *torch.autograd.grad(output.square().mean(), [x, *injection.parameters()])])
     assert fused == [6, 5]
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("block_share", [False, True])
+def test_a_layer_of_many_turned_inputs_turns_its_weight(
+    block_share: bool, fused: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = linears((4, 6, 5)).double()
+    options = {"block_size": 2, "block_share": block_share, "dtype": "float64"}
+    stir(injection := peftcore.apply(model, "oft", target=["0", "1"], **options))
+    found = []
+    for small in (SMALL, 10**9):
+        monkeypatch.setattr("peftcore.weights.SMALL", small)
+        x = torch.cat([X, X]).double().requires_grad_()
+        output = model(x)
+        found.append([output, *torch.autograd.grad(output.square().mean(), [x, *injection.parameters()])])
+    assert fused == [6, 5]
+    torch.testing.assert_close(*found)
+    fused.clear()
+    monkeypatch.setattr("peftcore.weights.SMALL", 0)
+    model(x[:1, :4])
+    assert not fused, "fewer rows than outputs turn themselves"
 
 
 @UPDATES

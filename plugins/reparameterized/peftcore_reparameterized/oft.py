@@ -75,7 +75,7 @@ class OFTOperator(WeightOperator):
 
     def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
         (R,) = self.cast(x, self.rotation(self.K))
-        return call(kernels.rotate(x, R))
+        return self.layer.rotated(call, x, R) if self.series is None else call(kernels.rotate(x, R))
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight_of(rotate(rows(weight, self.layer), self.rotation(self.K)), self.layer, weight.shape)
