@@ -21,6 +21,7 @@ Use it as OFT, at a cost that grows with the rank instead of the block.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.errors import UnsupportedSite
+from peftcore.operators import Held, full_precision
 from peftcore_reparameterized._rotations import rows, weight_of, width
 
 
@@ -65,18 +67,29 @@ class HRAOperator(WeightOperator):
         norm = torch.linalg.vector_norm(U, dim=-1, keepdim=True)
         return U / torch.where(norm == 0, 1.0, norm)
 
-    def forward(self, weight: Tensor) -> Tensor:
-        base, N = rows(weight, self.layer), self.directions()
-        dtype = torch.promote_types(base.dtype, N.dtype)
-        base, N = base.to(dtype), N.to(dtype)
+    def factors_of(self, base: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the rows of a weight [*batch, n, in]: M = base N^T T [*batch, n, rank], and N. The update is -M N."""
+        N = self.directions()
         if self.gram_schmidt:
             N = torch.linalg.qr(N.mT).Q.mT
-            low = 2 * (base @ N.mT)  # [*batch, n, rank]
-        else:
-            half = torch.eye(N.shape[-2], dtype=dtype, device=N.device) / 2
-            inverse = half + (N @ N.mT).triu(1)  # of T
-            low = torch.linalg.solve_triangular(inverse, base @ N.mT, upper=True, left=False)
-        return weight_of(base - low @ N, self.layer, weight.shape)
+            return 2 * (base @ N.mT.to(base.dtype)), N
+        half = torch.eye(N.shape[-2], dtype=N.dtype, device=N.device) / 2
+        inverse = half + (N @ N.mT).triu(1)  # of T
+        along = (base @ N.mT.to(base.dtype)).to(N.dtype)
+        return torch.linalg.solve_triangular(inverse, along, upper=True, left=False), N
+
+    def acts_beside(self, x: Tensor) -> bool:
+        return self.layer.of_vectors
+
+    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
+        with full_precision(x):
+            M, N = self.factors_of(held.weight)
+        return self.layer.update(call, x, N, M, -1.0)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        base = rows(weight, self.layer)
+        M, N = self.factors_of(base.to(torch.promote_types(base.dtype, self.U.dtype)))
+        return weight_of(base - M @ N, self.layer, weight.shape)
 
     def distance(self) -> Tensor:
         """How far the directions are from orthogonal, for each expert: [*batch]."""
