@@ -18,6 +18,7 @@ Use it for styles and concepts in diffusion models: more rank for the same file 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -25,6 +26,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.operators import Held
 
 
 class Config(MethodConfig):
@@ -54,6 +56,17 @@ class LoHaOperator(WeightOperator):
         A, B = self.get_parameter(f"A{number}"), self.get_parameter(f"B{number}")
         core = self._parameters.get(f"T{number}")
         return B @ A if core is None else torch.einsum("pq...,op,qi->oi...", core, B, A)
+
+    def acts_beside(self, x: Tensor) -> bool:
+        """Where factors of all its ranks are far smaller than the weight."""
+        (outputs, rank), (_, inputs) = self.get_parameter("B1").shape[-2:], self.get_parameter("A1").shape[-2:]
+        return self.layer.of_vectors and 3 * rank**2 * (outputs + inputs) < 2 * outputs * inputs
+
+    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
+        (A1, B1), (A2, B2) = ((self.get_parameter(f"A{n}"), self.get_parameter(f"B{n}")) for n in (1, 2))
+        A = (A1[:, None] * A2).flatten(0, 1)  # [rank^2, in]: each row of one with each of the other
+        B = (B1[:, :, None] * B2[:, None]).flatten(1)  # [out, rank^2]
+        return self.layer.update(call, x, A, B, self.scale)
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.scale * (self.matrix(1) * self.matrix(2)).view(weight.shape)

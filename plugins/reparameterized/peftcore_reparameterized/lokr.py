@@ -22,13 +22,16 @@ Use it for the smallest files of the family, in diffusion models above all: its 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.operators import Held
 
 
 class Config(MethodConfig):
@@ -72,6 +75,19 @@ class LoKrOperator(WeightOperator):
         a, b = self.get_parameter(f"{name}a"), self.get_parameter(f"{name}b")
         core = held.get("t2") if name == "w2" else None
         return a @ b if core is None else torch.einsum("pq...,po,qi->oi...", core, a, b).flatten(1)
+
+    def acts_beside(self, x: Tensor) -> bool:
+        return self.layer.of_vectors
+
+    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
+        y, w1 = call(x), self.factor("w1")
+        parts = x.unflatten(-1, (w1.shape[1], -1))  # [..., m, n]: one after the other, w2 acts in each and w1 across
+        last = self._parameters.get("w2")
+        if last is None:
+            parts, last = F.linear(parts, *self.cast(y, self.get_parameter("w2b"))), self.get_parameter("w2a")
+        w1, last = self.cast(y, w1, last)
+        mixed = F.linear(parts.mT, w1).mT  # [..., l, n or r]
+        return self.layer.add(y.unflatten(-1, (len(w1), -1)), mixed, last, self.scale).flatten(-2)
 
     def forward(self, weight: Tensor) -> Tensor:
         w1, w2 = self.factor("w1"), self.factor("w2")
