@@ -63,9 +63,7 @@ PAIRS: Mapping[str, Pair] = {
     "dora": DORA,
     "dora, frugal": replace(DORA, frugal=True),
     "oft": Pair("oft", peft.OFTConfig, {"oft_block_size": 32}, {"block_size": 32, "series": 5}),
-    "oft, exact": Pair(
-        "oft", peft.OFTConfig, {"oft_block_size": 32, "use_cayley_neumann": False}, {"block_size": 32}
-    ),
+    "oft, exact": Pair("oft", peft.OFTConfig, {"oft_block_size": 32, "use_cayley_neumann": False}, {"block_size": 32}),
     "boft": Pair(
         "boft",
         peft.BOFTConfig,

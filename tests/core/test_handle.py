@@ -56,12 +56,19 @@ def test_check_finds_what_is_no_longer_in_place(what: str) -> None:
     assert injection.summary().irregular
 
 
-@pytest.mark.parametrize("method", ["dora", "oft", "randlora"])
+BESIDE: dict[str, dict[str, Any]] = {
+    "boft": {"block_size": 2, "factors": 1},
+    **{name: {} for name in ("dora", "hra", "loha", "lokr", "oft", "randlora")},
+}
+"""Methods on weights that can act beside them."""
+
+
+@pytest.mark.parametrize("method", BESIDE)
 def test_frugal_training_makes_the_weight_and_gives_the_same_numbers(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = perceptron().double()
-    injection = peftcore.apply(model, method, target=["first", "second"], dtype="float64")
+    injection = peftcore.apply(model, method, target=["first", "second"], dtype="float64", **BESIDE[method])
     stir(injection)
     operator = type(next(iter(injection.operators.values())))
     found = []

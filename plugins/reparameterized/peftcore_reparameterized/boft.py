@@ -20,6 +20,7 @@ Use it where OFT's blocks are too narrow to mix what belongs together.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -27,6 +28,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
+from peftcore.operators import Held, full_precision
 from peftcore_reparameterized._rotations import block_size, rotate, rows, skew, weight_of, width
 
 
@@ -40,21 +42,42 @@ class Config(MethodConfig):
     """Number m of butterfly factors; b * 2^(m - 1) divides the inputs of a site."""
 
 
+WIDEST = 64
+"""Inputs that may meet for their rotation to be made as one block: it acts beside the weight then."""
+
+
 class BOFTOperator(WeightOperator):
     """The rotation of one site and the gains of its outputs."""
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         self.size = block_size(site, config.block_size, config.factors)
+        self.span = self.size * 2 ** (config.factors - 1)
         entries = self.size * (self.size - 1) // 2
         self.K = nn.Parameter(torch.zeros(*site.batch, config.factors, width(site) // self.size, entries))
         self.gain = nn.Parameter(torch.ones(*site.batch, site.out_features))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        turned = rows(weight, self.layer)  # [*batch, n, width]
+    def turned(self, rows: Tensor) -> Tensor:
+        """Rows [*batch, n, width] times R^T, one factor after the other."""
         for factor, R in enumerate(kernels.cayley(skew(self.K, self.size)).unbind(-4)):
-            turned = _swap(rotate(_swap(turned, 2, 2**factor, self.size), R), 2**factor, 2, self.size)
-        turned = weight_of(turned, self.layer, weight.shape)
+            rows = _swap(rotate(_swap(rows, 2, 2**factor, self.size), R), 2**factor, 2, self.size)
+        return rows
+
+    def acts_beside(self, x: Tensor) -> bool:
+        return self.layer.of_vectors and self.span <= WIDEST
+
+    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
+        with full_precision(x):
+            ones = torch.eye(self.span, device=x.device, dtype=self.K.dtype).repeat(1, x.shape[-1] // self.span)
+            R = self.turned(ones).unflatten(-1, (-1, self.span)).permute(1, 2, 0)  # [blocks, span, span]
+        z, bias = self.layer.rotated(call, x, *self.cast(x, R)), held.bias
+        if bias is None:
+            return z * self.gain.to(z.dtype)
+        gain, shift = self.cast(z, self.gain, bias)
+        return kernels.add_scaled(shift, gain, z - shift)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        turned = weight_of(self.turned(rows(weight, self.layer)), self.layer, weight.shape)
         return turned * self.gain.view(*self.gain.shape, *[1] * (weight.dim() - self.gain.dim()))
 
 

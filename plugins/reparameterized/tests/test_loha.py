@@ -31,7 +31,10 @@ def test_conformance_of_factored_kernels(check: Callable[[], None]) -> None:
     check()
 
 
-BESIDE = ("linear", "linear-no-bias", "conv1d", "conv2d", "grouped", "pointwise")
+WIDE = {"wide": (lambda: nn.Linear(40, 48), (2, 3, 40))}  # so that all ranks are few: it acts beside the weight
+BESIDE = {
+    name: LAYERS[name] for name in ("linear", "linear-no-bias", "conv1d", "conv2d", "grouped", "pointwise")
+} | WIDE
 TUCKER = pytest.mark.parametrize("tucker", [False, True], ids=["flat", "tucker"])
 
 
@@ -45,7 +48,7 @@ def theirs_of(name: str) -> tuple[str, bool]:
 @pytest.mark.parametrize("name", BESIDE)
 def test_beside_lycoris(name: str, tucker: bool) -> None:
     """Outputs and gradients; what it merges has the scale in it twice."""
-    build, shape = LAYERS[name]
+    build, shape = BESIDE[name]
     base, x = build().double(), torch.randn(shape).double()
     model = One(deepcopy(base))
     options = {"target": "layer", "rank": RANK, "alpha": ALPHA, "tucker": tucker, "dtype": "float64"}
@@ -77,7 +80,7 @@ def test_beside_lycoris(name: str, tucker: bool) -> None:
 def test_beside_peft(name: str, tucker: bool) -> None:
     """Outputs, gradients and merged weights. Where kernels are factored, peft's gradient of B is that of the other
     matrix's factors; LyCORIS's is right, see above."""
-    build, shape = LAYERS[name]
+    build, shape = BESIDE[name]
     x = torch.randn(shape)
 
     def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
