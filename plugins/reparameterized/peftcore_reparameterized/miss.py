@@ -21,9 +21,11 @@ Use it in place of LoRA for half the parameters at the same rank, and with one f
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
@@ -87,7 +89,20 @@ class MiSSOperator(LowRankOperator):
         rank, device = self.D.shape[-2], self.D.device
         rows = torch.arange(math.prod(self.inputs), device=device) % rank == torch.arange(rank, device=device)[:, None]
         A = rows.to(self.D.dtype).view(rank, *self.inputs)
-        return A.expand(*self.D.shape[:-2], *A.shape), self.D.mT.repeat(*[1] * (self.D.dim() - 2), self.times, 1), 1.0
+        return A.expand(*self.D.shape[:-2], *A.shape), self.repeated(), 1.0
+
+    def repeated(self) -> Tensor:
+        """[*batch, out, rank]."""
+        own = self.D.mT
+        return own if self.times == 1 else own.repeat(*[1] * (own.dim() - 2), self.times, 1)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if not self.layer.of_vectors:
+            return super().forward(call, x)
+        rank, y = self.D.shape[-2], call(x)
+        kept = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        z = F.pad(kept, (0, -x.shape[-1] % rank)).unflatten(-1, (-1, rank)).sum(-2)
+        return self.layer.add(y, *self.cast(y, z, self.repeated()), 1.0)
 
 
 class BatOperator(WeightOperator):
@@ -104,11 +119,10 @@ class BatOperator(WeightOperator):
         self.D = nn.Parameter(torch.zeros(*site.batch, site.out_features // rank, rank, rank))
 
     def forward(self, weight: Tensor) -> Tensor:
-        matrix, rank = weight.flatten(self.layer.batch_dims + 1), self.D.shape[-1]
-        blocks = matrix.unflatten(-1, (-1, rank)).unflatten(-3, (-1, rank)).transpose(-3, -2)  # [*batch, i, j, row, :]
-        D = self.D.unsqueeze(-3)
-        changed = (blocks @ D + D).transpose(-3, -2).flatten(-4, -3).flatten(-2)  # [*batch, out, in * kernel]
-        return weight + changed.reshape(weight.shape)
+        rank, D = self.D.shape[-1], self.D
+        rows = weight.reshape(*D.shape[:-2], -1, rank)  # [*batch, i, row and j, :]: one D for all of them
+        changed = (rows @ D).unflatten(-2, (rank, -1)) + D.unsqueeze(-2)
+        return weight + changed.view(weight.shape)
 
 
 class MiSS(Method):
