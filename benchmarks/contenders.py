@@ -52,6 +52,12 @@ def moved(parameters: Any) -> None:
 
 LORA = Pair("lora", peft.LoraConfig, {"r": 8, "lora_alpha": 8}, {"rank": 8, "alpha": 8.0})
 DORA = Pair("dora", peft.LoraConfig, {"r": 8, "lora_alpha": 8, "use_dora": True}, {"rank": 8, "alpha": 8.0})
+BOFT = Pair(
+    "boft",
+    peft.BOFTConfig,
+    {"boft_block_size": 8, "boft_n_butterfly_factor": 2},
+    {"block_size": 8, "factors": 2},
+)
 PAIRS: Mapping[str, Pair] = {
     "lora": LORA,
     "lora, dropout 0.1": Pair(
@@ -64,12 +70,8 @@ PAIRS: Mapping[str, Pair] = {
     "dora, frugal": replace(DORA, frugal=True),
     "oft": Pair("oft", peft.OFTConfig, {"oft_block_size": 32}, {"block_size": 32, "series": 5}),
     "oft, exact": Pair("oft", peft.OFTConfig, {"oft_block_size": 32, "use_cayley_neumann": False}, {"block_size": 32}),
-    "boft": Pair(
-        "boft",
-        peft.BOFTConfig,
-        {"boft_block_size": 8, "boft_n_butterfly_factor": 2},
-        {"block_size": 8, "factors": 2},
-    ),
+    "boft": BOFT,
+    "boft, frugal": replace(BOFT, frugal=True),
     "hra": Pair("hra", peft.HRAConfig, {"r": 8}, {"rank": 8}),
     "loha": Pair("loha", peft.LoHaConfig, {"r": 8, "alpha": 8}, {"rank": 8, "alpha": 8.0}),
     "lokr": Pair("lokr", peft.LoKrConfig, {"r": 8, "alpha": 8}, {"rank": 8, "alpha": 8.0}),

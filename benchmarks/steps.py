@@ -22,6 +22,7 @@ WANTED = {
     "oft": 0.6,
     "oft, exact": 0.6,
     "boft": 0.6,
+    "boft, frugal": 0.6,
     "hra": 0.6,
 }
 """Time beyond the limit, ours over peft's; of others 1. What is frugal gives time for memory."""
@@ -33,9 +34,13 @@ WIDTH = 0.1
 """How wide the interval of a step's ratio may be, before it is measured for longer: up to three times."""
 
 
-def contenders(name: str, autocast: bool = False) -> Mapping[str, Step]:
-    """The limit, ours and theirs on copies of one host, for a batch of 4 rows of 128 tokens."""
-    base, ids = llama(), tokens(4, 128)
+LENGTH = 128
+"""Tokens of each of the four rows of a batch."""
+
+
+def contenders(name: str, autocast: bool = False, length: int = LENGTH) -> Mapping[str, Step]:
+    """The limit, ours and theirs on copies of one host."""
+    base, ids = llama(), tokens(4, length)
     pair = PAIRS[name]
     return {
         "limit": limit_step(copy.deepcopy(base), ids, autocast),
@@ -49,14 +54,16 @@ def step_rows(rounds: int) -> Iterator[list[Row]]:
     for name in PAIRS:
         yield [timed(name, rounds), weighed(name)]
     yield [timed("lora", rounds, autocast=True)]
+    yield [timed("oft, exact", rounds, length=4 * LENGTH)]
 
 
-def timed(name: str, rounds: int, autocast: bool = False) -> Row:
-    figure = f"step, {name}{', bf16 autocast' if autocast else ''}: time beyond the limit"
+def timed(name: str, rounds: int, autocast: bool = False, length: int = LENGTH) -> Row:
+    what = name + ", bf16 autocast" * autocast + f", rows of {length} tokens" * (length != LENGTH)
+    figure = f"step, {what}: time beyond the limit"
     built: list[Mapping[str, Step]] = []  # all stay, so that none is built where the last one was
     times: Times = {}
     while len(built) < LAYOUTS or (len(built) < 3 * LAYOUTS and ratio_of(times).width > WIDTH):
-        built.append(contenders(name, autocast))
+        built.append(contenders(name, autocast, length))
         more = take_turns(built[-1], math.ceil(rounds / LAYOUTS))
         times = {who: np.concatenate([times[who], more[who]]) for who in more} if times else more
     return beyond(figure, times, WANTED.get(name, 1.0))
