@@ -28,6 +28,7 @@ from peftcore.errors import (
     UnsupportedSite,
 )
 from peftcore.files import clear_partial, write_tensors, write_text
+from peftcore.hosts import HostMap
 from peftcore.injection import Injection
 from peftcore.interop.card import CARD, card, is_ours
 from peftcore.interop.description import Description
@@ -121,12 +122,12 @@ def load(
         wishes = envelope.wishes
         _check_sites(envelope, model)
 
-        def prepared(dry: bool) -> Surgeon:
-            return prepare(model, cls(), config, wishes, None, dry=dry)
+        def prepared(host: HostMap | None, dry: bool) -> Surgeon:
+            return prepare(model, cls(), config, wishes, host, dry=dry)
 
         try:
             with _Bounded(model):
-                rehearsal = prepared(dry=True)
+                rehearsal = prepared(None, dry=True)
         except CheckpointError:
             raise
         except (TargetError, UnsupportedSite, UnsupportedHost) as error:
@@ -138,7 +139,7 @@ def load(
         _check_values(rehearsal, tensors)
     name = check_name(model, cls.name) if name is None else name
     with _about(content.where), _values_wanted(model):
-        injection = establish(prepared(dry=False), name, active=active)
+        injection = establish(prepared(rehearsal.resolver.host, dry=False), name, active=active)
         fill(injection, tensors)
         _check_filled(injection)
     injection.trainable(trainable)
