@@ -460,7 +460,7 @@ def test_an_update_of_a_layer_that_trains_leaves_it_its_gradient(method: str, fu
     assert fused == [6] and model[1].weight.grad is not None
 
 
-@pytest.mark.parametrize("method", ["ia3", "hra"])
+@pytest.mark.parametrize("method", ["ia3", "hira"])
 def test_an_update_around_something_else_is_computed_by_itself(method: str, fused: list[int]) -> None:
     model = linears()
     stir(peftcore.apply(model, method, target=["0"]))
