@@ -96,6 +96,15 @@ def test_gradients_of_a_linear_layer_of_turned_inputs(leading: tuple[int, ...], 
         assert gradcheck(run, given) and gradgradcheck(run, given)
 
 
+def test_gradients_of_gradients_of_turned_inputs_hold_beside_rotations_too() -> None:
+    x, weight, bias, R = layer_and_rotation(7)
+    found = []
+    for kernel in (kernels.rotated_linear, kernels.plain_rotated_linear):
+        first = torch.autograd.grad(kernel(x, weight, bias, R).square().sum(), (x, R), create_graph=True)
+        found.append(torch.autograd.grad(sum(each.sin().sum() for each in first), (x, R)))
+    torch.testing.assert_close(*found)
+
+
 def test_a_linear_layer_of_turned_inputs_under_vmap_and_grad() -> None:
     x, weight, bias, R = (each.detach() for each in layer_and_rotation(7))
 
