@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -19,6 +20,7 @@ from rich.table import Table
 from benchmarks import lifecycle, page, scaling, serving, steps
 from benchmarks.memory import keep_memory
 from benchmarks.rows import Row
+from benchmarks.timing import Estimate
 
 HERE = Path(__file__).parent
 FIGURES: Mapping[str, Callable[[int], Iterator[list[Row]]]] = {
@@ -40,6 +42,16 @@ def table(rows: list[Row]) -> Table:
     return found
 
 
+def among_others(
+    rows: list[Row], growth: list[scaling.Growth], last: Mapping[str, Any]
+) -> tuple[list[Row], list[scaling.Growth]]:
+    """What was measured now, in the places that it has among the figures of the last run."""
+    measured = {row.figure: row for row in rows}
+    before = [Row(**{**row, "ratio": Estimate(**row["ratio"])}) for row in last["rows"]]
+    kept = [scaling.Growth(**{**each, "sizes": tuple(each["sizes"])}) for each in last["growth"]]
+    return [measured.get(row.figure, row) for row in before], growth or kept
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
@@ -47,13 +59,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="how often each contender runs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a folder; left out, this one, and only if all figures are measured")
-    parser.add_argument("--page", action="store_true", help="put the tables into docs/performance.md")
+    parser.add_argument(
+        "--page", action="store_true", help="put the tables into docs/performance.md; some figures replace those there"
+    )
     given = parser.parse_args()
     chosen = given.figures or [*FIGURES, "scaling"]
     if unknown := set(chosen).difference(FIGURES, ["scaling"]):
         parser.error(f"no figures are called {', '.join(sorted(unknown))}")
-    if given.page and given.figures:
-        parser.error("the page has all figures: leave them out")
     torch.set_num_threads(given.threads)
     keep_memory()
     warnings.simplefilter("ignore")
@@ -78,15 +90,17 @@ def main() -> None:
         "rounds": str(given.rounds),
         **{name: version(name) for name in ("torch", "transformers", "peft", "peftcore")},
     }
+    out = given.out or (HERE if given.page or not given.figures else None)
+    if out is None:
+        return
+    if given.figures and given.page:
+        rows, growth = among_others(rows, growth, json.loads((HERE / "results.json").read_text(encoding="utf-8")))
     document = {
         **circumstances,
         "rows": [asdict(row) for row in rows],
         "growth": [asdict(each) for each in growth],
     }
-    out = given.out or (None if given.figures else HERE)
-    if out is None:
-        return
-    if growth:
+    if "scaling" in chosen:
         scaling.draw(growth, out / "scaling.png")
     if given.page:
         page.write("python -m benchmarks --page", page.figures(rows, circumstances), page.growths(growth))

@@ -13,7 +13,7 @@ import peftcore
 from benchmarks.contenders import LORA, PAIRS, Step
 from benchmarks.hosts import llama, tokens
 from benchmarks.rows import Row
-from benchmarks.steps import beyond, over
+from benchmarks.steps import beyond, in_layouts, over
 from benchmarks.timing import overhead, take_turns
 
 LAYERS = 8
@@ -70,8 +70,7 @@ def many(adapters: int, rows: int = 8) -> Mapping[str, Step]:
 def mixed_rows(rounds: int) -> Iterator[list[Row]]:
     """Eight rows on eight adapters, of 8 and of 64 that are there."""
     figure = "8 rows on 8 adapters{}: time beyond the base"
-    few, lots = many(8), many(64)
-    times = take_turns({**few, **{f"{name}, of 64": call for name, call in lots.items()}}, rounds)
+    times = in_layouts(lambda: {**many(8), **{f"{name}, of 64": call for name, call in many(64).items()}}, rounds)
     yield [
         beyond(figure.format(""), times, 0.5),
         Row(
