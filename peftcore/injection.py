@@ -134,7 +134,7 @@ class Injection:
     @property
     def frugal(self) -> bool:
         """Whether training goes the way that needs least memory instead of the fastest; False until it is set. What can
-        act beside a weight (dora, oft, hra and others) then makes the effective weight, and makes it again in backward."""
+        act beside a weight (dora, oft, hra, ...) then makes the effective weight, and makes it again in backward."""
         return self._frugal
 
     @frugal.setter
