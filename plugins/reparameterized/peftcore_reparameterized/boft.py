@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
 from peftcore.operators import Held, full_precision
+from peftcore_reparameterized._gains import gained
 from peftcore_reparameterized._rotations import block_size, rotate, rows, skew, weight_of, width
 
 
@@ -70,11 +71,8 @@ class BOFTOperator(WeightOperator):
         with full_precision(x):
             ones = torch.eye(self.span, device=x.device, dtype=self.K.dtype).repeat(1, x.shape[-1] // self.span)
             R = self.turned(ones).unflatten(-1, (-1, self.span)).permute(1, 2, 0)  # [blocks, span, span]
-        z, bias = self.layer.rotated(call, x, *self.cast(x, R)), held.bias
-        if bias is None:
-            return z * self.gain.to(z.dtype)
-        gain, shift = self.cast(z, self.gain, bias)
-        return kernels.add_scaled(shift, gain, z - shift)
+        turned = self.layer.rotated(call, x, *self.cast(x, R))
+        return gained(self.layer, turned, self.gain, held.bias)
 
     def forward(self, weight: Tensor) -> Tensor:
         turned = weight_of(self.turned(rows(weight, self.layer)), self.layer, weight.shape)

@@ -21,8 +21,9 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.operators import Held, full_precision
+from peftcore_reparameterized._gains import gained
 from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors, low_rank_update
 
 
@@ -54,14 +55,10 @@ class DoRAOperator(WeightOperator):
         return True
 
     def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
-        bias, turned = held.bias, self.layer.update(call, x, self.A, self.B, self.scale)  # V x + b
+        turned = self.layer.update(call, x, self.A, self.B, self.scale)  # V x + b
         with full_precision(turned):
             gain = self._gain(self._norm_beside(held.weight))
-        gain = self.layer.along_channels(gain.to(turned.dtype), turned)
-        if bias is None:
-            return turned * gain
-        shift = self.layer.along_channels(bias.to(turned.dtype), turned)
-        return kernels.add_scaled(shift, gain, turned - shift)
+        return gained(self.layer, turned, gain, held.bias)
 
     @torch.no_grad()
     def _norm_beside(self, weight: Tensor) -> Tensor:

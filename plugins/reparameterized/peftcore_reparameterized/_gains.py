@@ -1,0 +1,18 @@
+"""What methods that scale the outputs of a weight share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from peftcore import kernels
+from peftcore.weights import Layer
+
+
+def gained(layer: Layer, y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """``gain (y - bias) + bias``: what a layer that returns y returns when the rows of its weight are scaled by gains
+    [out]; its bias is not scaled."""
+    gain = layer.along_channels(gain.to(y.dtype), y)
+    if bias is None:
+        return y * gain
+    shift = layer.along_channels(bias.to(y.dtype), y)
+    return kernels.add_scaled(shift, gain, y - shift)
