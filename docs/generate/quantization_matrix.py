@@ -18,7 +18,7 @@ from peftcore.catalogue import methods
 from peftcore.errors import PeftcoreError
 from peftcore.testing.checks_packed import HOSTS, Life, installed_schemes, life
 from peftcore.testing.doors import Declared
-from peftcore.testing.kit import Case, NotApplicable, applicable
+from peftcore.testing.kit import Case, NotApplicable
 
 ROOT = Path(__file__).parents[2]
 HELPERS = [str(ROOT / "tests" / folder) for folder in ("hosts", "kit", "side_by_side")]
@@ -45,7 +45,7 @@ def case_of(name: str) -> Case | None:
     told = declared(name)
     for host in HOSTS if told is None else (*(each for each in told.telling if each in HOSTS), *HOSTS):
         case = told.case(host) if told is not None else None
-        if case is not None and applicable(case) is None:
+        if case is not None and case.inapplicable is None:
             return case
     return None
 

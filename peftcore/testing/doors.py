@@ -14,7 +14,7 @@ from peftcore.contract import Method
 from peftcore.errors import ConfigError
 from peftcore.testing.failures import CheckFailed
 from peftcore.testing.hosts import HOSTS
-from peftcore.testing.kit import ALL, ANYWHERE, Case, Check, Context, NotApplicable, applicable, cases
+from peftcore.testing.kit import ALL, ANYWHERE, Case, Check, Context, NotApplicable, cases
 
 TELLING = ("llama", "encoder")
 """The hosts of a quick run: separate projections called as modules, and a packed one read by its owner."""
@@ -88,7 +88,7 @@ def _telling(check: Check, telling: Iterable[str]) -> tuple[str, ...]:
 
 def _run(check: Check, case: Case) -> str | None:
     try:
-        reason = None if check.chooses else applicable(case)
+        reason = None if check.chooses else case.inapplicable
     except Exception:  # the check meets it again, and says what it means
         reason = None
     if reason is not None:

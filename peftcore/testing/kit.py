@@ -11,6 +11,7 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import peftcore
 from peftcore.contract import Method, Tags
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.injection import Injection
+from peftcore.surgery import generator_kept
 from peftcore.testing.failures import CheckFailed, explained
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -144,6 +146,16 @@ class Case(Expecting):
         """A new host, always the same, and inputs for it (floating-point ones in `dtype`)."""
         return self._built(self.host.build, dtype)
 
+    @cached_property
+    def inapplicable(self) -> str | None:
+        """None when the method can act in the host, else the reason why not."""
+        try:
+            model, _ = self.fresh()
+            self.apply(model)
+        except (TargetError, UnsupportedSite, NotApplicable) as error:
+            return str(error)
+        return None
+
     def shallow(self) -> tuple[nn.Module, dict[str, Any]]:
         """The same with one layer, if that is enough for the method."""
         if self.host.shallow is not None:
@@ -154,12 +166,9 @@ class Case(Expecting):
 
     @staticmethod
     def _built(build: Build, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
-        before = torch.random.get_rng_state()
-        torch.manual_seed(0)
-        try:
+        with generator_kept():
+            torch.default_generator.manual_seed(0)
             model, inputs = build()
-        finally:
-            torch.random.set_rng_state(before)
         cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
         return model.to(dtype).eval(), cast
 
@@ -296,16 +305,6 @@ def fill(injection: Injection, seed: int = 1) -> None:
             parameter.add_(noise.to(parameter))
 
 
-def applicable(case: Case) -> str | None:
-    """None when the method can act in the host, else the reason why not."""
-    try:
-        model, _ = case.fresh()
-        case.apply(model)
-    except (TargetError, UnsupportedSite, NotApplicable) as error:
-        return str(error)
-    return None
-
-
 def cases(
     method: type[Method],
     hosts: Mapping[str, Host],
@@ -313,12 +312,11 @@ def cases(
     context: Context | None = None,
 ) -> Iterator[tuple[Check, Case]]:
     """Every check on every host that the check wants, by the method's tags."""
+    everywhere = options.get("*", {})
+    anywhere, *on = [
+        Case(method, host, {**everywhere, **options.get(host.name, {})}, context) for host in (ANYWHERE, *hosts.values())
+    ]
     for each in CHECKS:
-        if not each.when(method.tags):
-            continue
-        if each.chooses:
-            yield each, Case(method, ANYWHERE, {**options.get("*", {}), **options.get(ANYWHERE.name, {})}, context)
-            continue
-        for name, host in hosts.items():
-            if each.hosts is None or name in each.hosts:
-                yield each, Case(method, host, {**options.get("*", {}), **options.get(name, {})}, context)
+        if each.when(method.tags):
+            wanted = [case for case in on if each.hosts is None or case.host.name in each.hosts]
+            yield from ((each, case) for case in ([anywhere] if each.chooses else wanted))
