@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -16,6 +17,7 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
 import peftcore
+from peftcore import weights
 from peftcore.injection import Injection
 from peftcore.operators import _Base
 from peftcore.sites import Site
@@ -189,8 +191,12 @@ class Both:
         assert any(difference(ours[name], before[name]) >= MOVED for name in before)
 
     def assert_same(self, run: Callable[[nn.Module], Tensor]) -> None:
-        """Outputs, gradients, merged weights."""
-        self.assert_same_gradients(*self.assert_same_outputs(run))
+        """Outputs, gradients, merged weights; the first two also on the way that activations of real size go."""
+        for small in (weights.SMALL, 0):
+            for pair in self.pairs:
+                pair.ours.grad = pair.theirs.grad = None
+            with mock.patch("peftcore.weights.SMALL", small):
+                self.assert_same_gradients(*self.assert_same_outputs(run))
         self.assert_same_merged()
 
 

@@ -30,7 +30,8 @@ from peftcore.testing import conformance
 SMALL = {"prefix_length": 4, "prefix_mid_dim": 6, "ffn_bottleneck": 5}
 
 
-@conformance("mam_adapter")
+# Hosts of tasks are narrower than the networks that make prefixes for large ones.
+@conformance("mam_adapter", options={"task": {"prefix_length": 8, "prefix_mid_dim": 32}})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

@@ -77,7 +77,7 @@ def both(base: nn.Module, target: list[str], factors: int) -> Both:
 
 
 BESIDE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
-    "linear": (lambda: nn.Linear(32, 7), (2, 3, 32)),
+    "linear": (lambda: nn.Linear(32, 7), (2, 4, 32)),
     "linear-no-bias": (lambda: nn.Linear(32, 7, bias=False), (5, 32)),
     "conv2d": (lambda: nn.Conv2d(16, 6, 3, stride=2, padding=1), (2, 16, 7, 7)),
 }

@@ -44,8 +44,8 @@ OPTIONS = [{}, {"block_share": True}, {"eps": 0.01}, {"eps": 0.01, "block_share"
 @pytest.mark.parametrize("options", OPTIONS, ids=["blocks", "shared", "coft", "coft-shared"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_beside_peft(bias: bool, options: dict[str, Any]) -> None:
-    """Outputs, gradients and merged weights."""
-    x = torch.randn(2, 3, 12)
+    """Outputs, gradients and merged weights; of more rows than outputs the weight turns."""
+    x = torch.randn(2, 4, 12)
     both(One(nn.Linear(12, 7, bias=bias)), ["layer"], **options).assert_same(lambda model: model(x))
 
 
