@@ -41,7 +41,13 @@ def registered() -> Iterator[None]:
     peftcore.catalogue._registered.update(before)
 
 
-TOGETHER = ("tests/packaging/", "tests/cli/test_compare.py", "tests/cli/test_demo_training.py", "[it_learns")
+TOGETHER = (
+    "tests/packaging/",
+    "tests/cli/test_compare.py",
+    "tests/cli/test_demo_training.py",
+    "tests/torch_interop/test_distributed.py",
+    "[it_learns",
+)
 """Parts of names of tests that share something that takes long to make: they run in one worker."""
 
 

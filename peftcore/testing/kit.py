@@ -314,7 +314,8 @@ def cases(
     """Every check on every host that the check wants, by the method's tags."""
     everywhere = options.get("*", {})
     anywhere, *on = [
-        Case(method, host, {**everywhere, **options.get(host.name, {})}, context) for host in (ANYWHERE, *hosts.values())
+        Case(method, host, {**everywhere, **options.get(host.name, {})}, context)
+        for host in (ANYWHERE, *hosts.values())
     ]
     for each in CHECKS:
         if each.when(method.tags):

@@ -92,11 +92,19 @@ def test_saved_adapters_load_into_a_fresh_model_and_score_the_same(finished, enc
         assert float(accuracy) == pytest.approx(trial["after"]["accuracy"]), trial["method"]
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For what says nothing of the picture and the page: to draw them takes longer than to train."""
+    monkeypatch.setattr("peftcore.cli.comparing.html.page", lambda report: "")
+    monkeypatch.setattr("peftcore.cli.comparing.plots.draw_picture", lambda report, path: None)
+
+
 def timeless(report: dict) -> dict:
     trials = [{k: v for k, v in trial.items() if k not in MEASURED} for trial in report["trials"]]
     return {**{k: v for k, v in report.items() if k not in MEASURED}, "trials": trials}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_seed_decides_everything(encoder, csv_file, tmp_path):
     first, second, other = (
         compare(encoder, csv_file, tmp_path / name, "--seeds", seed, methods="lora,full")
@@ -108,12 +116,14 @@ def test_a_seed_decides_everything(encoder, csv_file, tmp_path):
     assert (tmp_path / "a" / adapter).read_bytes() == (tmp_path / "b" / adapter).read_bytes()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_method_does_not_depend_on_those_before_it(encoder, csv_file, tmp_path):
     together = compare(encoder, csv_file, tmp_path / "a", methods="bitfit,lora")
     alone = compare(encoder, csv_file, tmp_path / "b", methods="lora")
     assert timeless(together)["trials"][1] == timeless(alone)["trials"][0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_learns_what_there_is_to_learn(encoder, csv_file, tmp_path):
     options = ("--steps", "120", "--batch-size", "16", "--lr", "0.01", "--set", "training.evaluate_every=40")
     lora, full = compare(encoder, csv_file, tmp_path / "out", *options, methods="lora,full")["trials"]
@@ -159,22 +169,26 @@ def test_a_method_that_fails_on_the_way_is_reported_and_the_others_go_on(encoder
     assert [trial["method"] for trial in report["trials"]] == ["lora"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_columns_can_be_named(encoder, jsonl_file, tmp_path):
     report = compare(encoder, jsonl_file, tmp_path / "out", "--set", "data.label=stars", methods="lora")
     assert report["trials"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_pooler_that_is_new_belongs_to_the_head(poolerless, csv_file, tmp_path):
     [trial] = compare(poolerless, csv_file, tmp_path / "out", methods="linear_probe")["trials"]
     assert trial["trainable"] == (16 * 2 + 2) + (16 * 16 + 16)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_decoder_without_padding_token(decoder, csv_file, tmp_path):
     lora, full = compare(decoder, csv_file, tmp_path / "out", methods="lora,full")["trials"]
     assert lora["before"] == full["before"]
     assert full["share"] == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_table_fits_a_terminal_of_80_columns(encoder, csv_file, tmp_path):
     arguments = ["compare", "--model", str(encoder), "--data", str(csv_file), "--methods", "lora,full"]
     result = CliRunner().invoke(

@@ -73,19 +73,42 @@ class Environment:
         """Install with dependencies checked, but nothing fetched: what the metadata asks for must be there."""
         checked([sys.executable, "-m", "pip", "--python", self.python, "install", "--quiet", "--no-index", *wheels])
 
+    @property
+    def site_packages(self) -> Path:
+        [found] = self.folder.glob("lib/python*/site-packages")
+        return found
+
     def ask(self, script: str) -> dict[str, object]:
         """Run a script that prints one JSON object."""
         answer: dict[str, object] = json.loads(checked([self.python, "-c", script], cwd=self.folder))
         return answer
 
+    def copy(self, folder: Path) -> "Environment":
+        """The same elsewhere; what is linked stays linked."""
+        shutil.copytree(self.folder, folder, symlinks=True)
+        return Environment(folder)
+
+
+def outside() -> dict[str, str]:
+    """The variables of the process, without what would let the outer environment in."""
+    leaks = ("PYTHON", "PEFTCORE", "PIP_FIND", "COV_", "PYTEST")
+    return {name: value for name, value in os.environ.items() if not name.startswith(leaks)}
+
 
 def checked(command: Iterable[object], cwd: Path | None = None) -> str:
-    """The output of a command that must succeed, run without what would let the outer environment in."""
-    leaks = ("PYTHON", "PEFTCORE", "PIP_FIND", "COV_", "PYTEST")
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(leaks)}
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=variables, capture_output=True, text=True, check=False)
+    """The output of a command that must succeed."""
+    done = subprocess.run([*map(str, command)], cwd=cwd, env=outside(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.args}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+def made_in(folder: Path, requirements: Iterable[str]) -> Environment:
+    """A new environment with what the requirements ask for."""
+    made = Environment(folder)
+    checked([sys.executable, "-m", "venv", "--without-pip", folder])
+    for installed in closure(requirements):
+        link(installed, made.site_packages)
+    return made
 
 
 @pytest.fixture
@@ -93,14 +116,77 @@ def environment(tmp_path: Path, wheels: dict[str, Path]) -> Callable[..., Enviro
     """Makes an environment with what the core requires, and `extra` requirements with theirs."""
 
     def make(*extra: str) -> Environment:
-        made = Environment(tmp_path / "venv")
-        checked([sys.executable, "-m", "venv", "--without-pip", made.folder])
-        [site_packages] = made.folder.glob("lib/python*/site-packages")
-        for installed in closure([*plain_requirements(describe(wheels["peftcore"])), *extra]):
-            link(installed, site_packages)
-        return made
+        return made_in(tmp_path / "venv", [*plain_requirements(describe(wheels["peftcore"])), *extra])
 
     return make
+
+
+PREPARED = """
+import json, os, sys, traceback
+import diffusers, pydantic, torch, transformers
+diffusers.UNet2DConditionModel, transformers.BertForSequenceClassification
+[own] = [path for path in sys.path if path.endswith("site-packages")]
+for line in sys.stdin:
+    folder, site_packages, script = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    status = 1
+    try:
+        os.chdir(folder)
+        for stream, name in ((1, "answer"), (2, "errors")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        sys.path[sys.path.index(own)] = site_packages
+        exec(script, {"__name__": "__main__"})
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+"""
+"""Imports once what takes long and is not ours, then runs each script in a fork whose installed packages are those of
+another environment."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An environment with the core, transformers and diffusers, and a process there that has imported the latter."""
+
+    environment: Environment
+    process: "subprocess.Popen[str]"
+
+    def ask(self, environment: Environment, script: str) -> dict[str, object]:
+        """Run a script that prints one JSON object in a copy of the environment."""
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps([str(environment.folder), str(environment.site_packages), script]), file=self.process.stdin)
+        self.process.stdin.flush()
+        status = self.process.stdout.readline().strip()
+        said, errors = ((environment.folder / name).read_text(encoding="utf-8") for name in ("answer", "errors"))
+        assert status == "0", f"{status}\n{said}\n{errors}"
+        answer: dict[str, object] = json.loads(said)
+        return answer
+
+
+@pytest.fixture(scope="session")
+def prepared(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
+    requirements = [*plain_requirements(describe(wheels["peftcore"])), "transformers", "diffusers"]
+    made = made_in(tmp_path_factory.mktemp("prepared") / "venv", requirements)
+    made.install(wheels["peftcore"])
+    process = subprocess.Popen(
+        [made.python, "-c", PREPARED],
+        cwd=made.folder,
+        env=outside(),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    yield Prepared(made, process)
+    process.communicate(timeout=60)  # nothing more to read: it ends
+    assert process.returncode == 0
 
 
 def name_of(requirement: str) -> str:
@@ -199,16 +285,17 @@ class Classifier(nn.Module):
     def forward(self, input_ids):
         return self.classifier(self.encoder(self.embed(input_ids)).mean(1))
 
-def texts(width=16, layers=8):
-    x, y = torch.randint(20, (12, 5)), torch.arange(12) % 3
+def texts(width=16, layers=2):
+    x, y = torch.randint(20, (12, 5)), torch.arange(12) // 9
     try:
         import transformers
     except ImportError:
         model, logits = Classifier(), lambda model: model(input_ids=x)
     else:
         sizes = dict(vocab_size=20, hidden_size=width, num_hidden_layers=layers, num_attention_heads=2)
+        weights = dict(initializer_range=0.2)  # a head that says little would leave little to learn
         dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        config = transformers.BertConfig(**sizes, **dropout, num_labels=3, intermediate_size=2 * width)
+        config = transformers.BertConfig(**sizes, **dropout, num_labels=3, intermediate_size=2 * width, **weights)
         model, logits = transformers.BertForSequenceClassification(config), lambda model: model(input_ids=x).logits
     return model, logits, lambda model: nn.functional.cross_entropy(logits(model), y)
 
@@ -222,7 +309,8 @@ def trained(info):
     # On the first kind of host in which the method has a place.
     if any(field.is_required() for field in peftcore.method(info.name).Config.model_fields.values()):
         return "asks for options"
-    for host in (texts, functools.partial(texts, 80, 2), *(functools.partial(of_kit, name) for name in HOSTS)):
+    deeper, wider = functools.partial(texts, layers=8), functools.partial(texts, width=80)
+    for host in (texts, deeper, wider, *(functools.partial(of_kit, name) for name in HOSTS)):
         torch.manual_seed(0)
         model, logits, loss = host()
         base = copy.deepcopy(model)
@@ -239,14 +327,15 @@ def trained(info):
         return "has no place"
     if not any(parameter.requires_grad for parameter in injection.parameters()):
         return "trains nothing"
-    optimizer = injection.optimizer(torch.optim.AdamW, lr=0.05, total_steps=STEPS)
+    optimizer = injection.optimizer(torch.optim.AdamW, lr=0.02, total_steps=STEPS)
     losses = []
     for _ in range(STEPS):
         losses.append(loss(model))
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
-    kept = all(torch.equal(value, model.state_dict()[key]) for key, value in base.state_dict().items())
+    now = model.state_dict()
+    kept = all(torch.equal(value, now[key]) for key, value in base.state_dict().items())
     injection.save(info.name)
     peftcore.load(base, info.name)
     with torch.no_grad():
@@ -259,7 +348,7 @@ print(json.dumps({**listed, "trained": {i.name: trained(i) for i in peftcore.met
 
 def train(plugin: str) -> str:
     """Lists all methods, and trains those of one plugin: the others train where theirs is installed alone."""
-    return f"{LIST}PLUGIN, STEPS = {plugin!r}, 12\n{TRAIN}"
+    return f"{LIST}PLUGIN, STEPS = {plugin!r}, 8\n{TRAIN}"
 
 
 TRAINED = {"lower": True, "base kept": True, "loads": True}
@@ -306,13 +395,13 @@ def test_core_alone_lists_no_method(wheels: dict[str, Path], environment: Callab
 
 @pytest.mark.parametrize("category", METHODS)
 def test_plugin_alone_lists_and_trains_its_methods(
-    wheels: dict[str, Path], environment: Callable[..., Environment], category: str
+    wheels: dict[str, Path], prepared: Prepared, tmp_path: Path, category: str
 ) -> None:
-    made = environment("transformers", "diffusers")
-    made.install(wheels["peftcore"], *(wheels[f"peftcore_{each}"] for each in (*NEEDS.get(category, ()), category)))
+    made = prepared.environment.copy(tmp_path / "venv")
+    made.install(*(wheels[f"peftcore_{each}"] for each in (*NEEDS.get(category, ()), category)))
     methods = sorted(METHODS[category].union(*(METHODS[each] for each in NEEDS.get(category, ()))))
     trained = {name: expected(name) for name in METHODS[category]}
-    assert made.ask(train(category)) == {"methods": methods, "warnings": [], "trained": trained}
+    assert prepared.ask(made, train(category)) == {"methods": methods, "warnings": [], "trained": trained}
 
 
 def test_third_party_plugin_is_applied_by_name_and_passes_the_kit(
@@ -338,11 +427,9 @@ def test_broken_plugin_changes_nothing_but_one_warning(
     assert made.ask(LISTED) == {"methods": methods, "warnings": []}
 
     made.install(wheels["peftcore_example_broken"])
-    beside = made.ask(LISTED)
+    applied = "peftcore.apply(torch.nn.Linear(3, 3), 'lora', target='')"
+    beside = made.ask(f"import torch\n{LIST}{applied}\nprint(json.dumps(listed))")
     assert beside["methods"] == methods
     [warning] = beside["warnings"]
     for part in ("peftcore-example-broken", "0.2.0", "a_dependency_that_was_never_declared"):
         assert part in warning
-    assert (
-        made.ask("import torch, peftcore; peftcore.apply(torch.nn.Linear(3, 3), 'lora', target=''); print('{}')") == {}
-    )

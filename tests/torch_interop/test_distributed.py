@@ -226,17 +226,30 @@ def check_llama(way: str, name: str) -> None:
 # ---------------------------------------------------------------- two ranks
 
 
-def work(rank: int, port: int, run: Callable[[str], None], names: Sequence[str], failures: Any) -> None:
-    """One rank: every method in one process group."""
+Case = tuple[str, str]
+"""A way and a method."""
+CASES: dict[Case, Callable[[], None]] = {
+    **{(way, method): functools.partial(check, way, method) for way in WAYS for method in METHODS},
+    **{("bfloat16", method): functools.partial(check_bfloat16, method) for method in (*METHODS, "oft", "vera")},
+    **{(f"llama, {way}", name): functools.partial(check_llama, way, name)
+       for way in ("ddp", "fsdp") for name in LLAMA_METHODS},
+}  # fmt: skip
+
+
+def work(rank: int, port: int, cases: Sequence[Case], done: Any) -> None:
+    """One rank: every case in one process group, until one fails."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", rank=rank, world_size=RANKS)
     try:
         init_device_mesh("cpu", (RANKS,))
-        for name in names:
-            run(name)
+        for case in cases:
+            CASES[case]()
+            dist.barrier()
+            if rank == 0:
+                done.put((case, ""))
     except BaseException as error:
-        failures.put(f"{name}, rank {rank}: {type(error).__name__}: {error}")
+        done.put((case, f"rank {rank}: {type(error).__name__}: {error}"))
         raise
     finally:
         dist.destroy_process_group()
@@ -248,25 +261,47 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def on_two_ranks(run: Callable[[str], None], names: Sequence[str]) -> None:
-    failures = multiprocessing.get_context("spawn").SimpleQueue()  # a rank that waits for a dead one cannot say why
+def on_two_ranks(cases: Sequence[Case]) -> dict[Case, str]:
+    """What was wrong with each case, up to the first that fails: a rank that waits for a dead one cannot go on."""
+    done = multiprocessing.get_context("spawn").SimpleQueue()
+    failed = ""
     try:
-        multiprocessing.spawn(work, args=(free_port(), run, names, failures), nprocs=RANKS, join=True)
-    except multiprocessing.ProcessRaisedException as error:
-        pytest.fail(failures.get() if not failures.empty() else str(error))
-    finally:
-        failures.close()
+        multiprocessing.spawn(work, args=(free_port(), cases, done), nprocs=RANKS, join=True)
+    except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+        failed = str(error)
+    found: dict[Case, str] = {}
+    while not done.empty():
+        case, wrong = done.get()
+        found[case] = found.get(case) or wrong
+    if failed and not any(found.values()):
+        found[next(case for case in cases if case not in found)] = failed
+    return found
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[Case, str]:
+    """What was wrong with each case, found in as few pairs of processes as may be: to start two takes seconds."""
+    found: dict[Case, str] = {}
+    while left := [case for case in CASES if case not in found]:
+        found |= on_two_ranks(left)
+    return found
+
+
+def assert_right(outcomes: dict[Case, str], way: str) -> None:
+    of_way = {method: wrong for (each, method), wrong in outcomes.items() if each == way}
+    assert of_way.keys() == {method for each, method in CASES if each == way}
+    assert not {method: wrong for method, wrong in of_way.items() if wrong}
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_gradients_equal_the_single_process(way: str) -> None:
-    on_two_ranks(functools.partial(check, way), METHODS)
+def test_gradients_equal_the_single_process(outcomes: dict[Case, str], way: str) -> None:
+    assert_right(outcomes, way)
 
 
-def test_gradients_in_bfloat16_are_near_those_of_the_single_process() -> None:
-    on_two_ranks(check_bfloat16, (*METHODS, "oft", "vera"))
+def test_gradients_in_bfloat16_are_near_those_of_the_single_process(outcomes: dict[Case, str]) -> None:
+    assert_right(outcomes, "bfloat16")
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
-def test_gradients_of_methods_beyond_weights_equal_the_single_process(way: str) -> None:
-    on_two_ranks(functools.partial(check_llama, way), list(LLAMA_METHODS))
+def test_gradients_of_methods_beyond_weights_equal_the_single_process(outcomes: dict[Case, str], way: str) -> None:
+    assert_right(outcomes, f"llama, {way}")
