@@ -286,7 +286,7 @@ class Classifier(nn.Module):
         return self.classifier(self.encoder(self.embed(input_ids)).mean(1))
 
 def texts(width=16, layers=2):
-    x, y = torch.randint(20, (12, 5)), torch.arange(12) // 9
+    x, y = torch.randint(20, (12, 5)), torch.arange(12) // 9  # most have one label, which is soon learned
     try:
         import transformers
     except ImportError:
