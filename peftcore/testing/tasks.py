@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.surgery import generator_kept
 from peftcore.testing.kit import NotApplicable
 
 Batch = dict[str, Tensor]
@@ -73,17 +74,14 @@ def _drawn(number: int) -> torch.Generator:
 
 def _learned(make: Callable[[], nn.Module], loss: Callable[[nn.Module, int], Tensor], lr: float) -> nn.Module:
     """A host that knows the first kind of data; the global generator does not move."""
-    before = torch.random.get_rng_state()
-    torch.manual_seed(0)
-    try:
+    with generator_kept():
+        torch.default_generator.manual_seed(0)
         model = make().train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
         for step in range(400):
             optimizer.zero_grad()
             loss(model, step).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-    finally:
-        torch.random.set_rng_state(before)
     return model.eval().requires_grad_(True)
 
 

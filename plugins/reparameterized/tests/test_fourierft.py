@@ -27,7 +27,7 @@ EXACT, N = 1e-12, 9
 OPTIONS = {
     "*": {"n_frequency": N, "alpha": 8.0},  # narrow weights: larger updates for the same n
     "moe": {"alpha": 4.0},  # where no two of its experts are nearly tied in bfloat16
-    "task": {"n_frequency": 100, "alpha": 32.0},  # a tenth of what is usual, as the hosts there are a tenth as wide
+    "task": {"n_frequency": 100, "alpha": 32.0},  # less than by default: the hosts there are narrow, too
 }
 
 
