@@ -229,7 +229,7 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: 
     then on, unless it is not to be `active`."""
     model = surgeon.model
     fresh = state_of(model) is None
-    state = ensure_state(model)
+    state = ensure_state(model, surgeon.resolver.modules.values())
     injection = Injection(name, surgeon, state)
     state.injections[name] = injection
     base = [p for module in surgeon.resolver.modules.values() for p in module._parameters.values() if p is not None]

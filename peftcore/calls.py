@@ -9,7 +9,7 @@ that it repeats; see `peftcore.records`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -192,14 +192,15 @@ def state_of(model: nn.Module) -> HostState | None:
     return model.__dict__.get(_KEY)
 
 
-def ensure_state(model: nn.Module) -> HostState:
-    """The host's state, made when missing; from then on each forward of the host keeps a record."""
+def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
+    """The host's state, made when missing; from then on each forward of the host keeps a record, and what can save
+    itself among its modules does so without adapters."""
     state = state_of(model)
     if state is None:
         state = model.__dict__[_KEY] = HostState()
         model.register_forward_pre_hook(state.recorder.enter, with_kwargs=True)
         model.register_forward_hook(state.recorder.leave, with_kwargs=True, always_call=True)
-        guard(model)
+        guard(modules)
     return state
 
 

@@ -117,9 +117,11 @@ class Injection:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter of the injection, each once; all of them, trainable or not."""
-        within = (inner for _, module in self.modules() for inner in module.modules())
-        held = (parameter for inner in within for parameter in inner._parameters.values())
-        yield from dict.fromkeys(parameter for parameter in held if parameter is not None)
+        found: dict[int, nn.Parameter] = {}
+        for _, module in self.modules():
+            for inner in module.modules() if module._modules else (module,):
+                found.update((id(each), each) for each in inner._parameters.values() if each is not None)
+        yield from found.values()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The injection's tensors by ``<site path>.<operator tensor>``, without the injection's name: what files have;

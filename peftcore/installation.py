@@ -17,7 +17,7 @@ from peftcore.graft import attach, detach, is_reached, slot_of, ungraft
 from peftcore.mounts import Mount
 from peftcore.saving import BASE_ALONE
 from peftcore.sites import Site
-from peftcore.stances import stance_of
+from peftcore.stances import stances_of
 
 if TYPE_CHECKING:
     from peftcore.surgery import Surgeon
@@ -46,26 +46,22 @@ class Operators(nn.Module):
         return iter(()) if BASE_ALONE.get() else super().named_modules(*args, **kwargs)
 
 
-def _holder(model: nn.Module, site: Site) -> tuple[nn.Module, str]:
-    """The module beside which the site's operators live, and the name they get there."""
-    parts = site.module_path.split(".") if site.module_path else []
-    depth = max(len(parts) - 1, 0)
-    above = [model]
-    for part in parts[:depth]:
-        above.append(above[-1]._modules[part])  # type: ignore[arg-type]
-    while depth > 0 and isinstance(above[depth], CONTAINERS):
-        depth -= 1
-    holder = above[depth]
-    if isinstance(holder, CONTAINERS):
-        holder, depth = (
-            site.module,
-            len(parts),
-        )  # containers all the way up: there is no better place than the site itself
-    if isinstance(holder, CONTAINERS):
-        raise UnsupportedHost(f"{site.path or 'the host'} is a container; apply to a module that holds it")
-    inside = site.path[len(".".join(parts[:depth])) :].lstrip(".")
+def _no_container(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module at a path, or the nearest one above it that is no container, and its path."""
+    found = model, ""
+    module, parts = model, path.split(".") if path else []
+    for depth, part in enumerate(parts, 1):
+        module = module._modules[part]  # type: ignore[assignment]
+        if not isinstance(module, CONTAINERS):
+            found = module, ".".join(parts[:depth])
+    return found
+
+
+def _key(site: Site, path: str) -> str:
+    """The name that the site's operators get in a module at a path."""
+    inside = site.path[len(path) :].lstrip(".")
     key = inside.replace(".", "__").replace(":", "__") or "self"
-    return holder, f"{key}_" if _has(nn.Module, key) else key
+    return f"{key}_" if _has(nn.Module, key) else key
 
 
 def _has(cls: type, name: str) -> bool:
@@ -101,9 +97,18 @@ def _remove(holder: nn.Module, key: str, name: str) -> None:
 
 
 def _shelves(surgeon: Surgeon) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    places: dict[str, tuple[nn.Module, str]] = {}
     for graft in surgeon.grafts:
-        holder, key = _holder(surgeon.model, graft.site)
-        yield holder, key + graft.part.replace("/", "_part"), graft.operator
+        site = graft.site
+        above = site.module_path.rpartition(".")[0]
+        if above not in places:
+            places[above] = _no_container(surgeon.model, above)
+        holder, path = places[above]
+        if isinstance(holder, CONTAINERS):
+            holder, path = site.module, site.module_path  # containers all the way up: there is no better place
+        if isinstance(holder, CONTAINERS):
+            raise UnsupportedHost(f"{site.path or 'the host'} is a container; apply to a module that holds it")
+        yield holder, _key(site, path) + graft.part.replace("/", "_part"), graft.operator
     if surgeon.owned:
         root = surgeon.model if not isinstance(surgeon.model, CONTAINERS) else surgeon.grafts[0].site.module
         for key, shared in surgeon.owned.items():
@@ -141,10 +146,7 @@ def _check_reachable(site: Site) -> None:
 
 def _hold_stances(surgeon: Surgeon, state: HostState, name: str) -> None:
     acting = {id(site.module) for graft in surgeon.grafts for site in graft.holders}
-    for module in surgeon.resolver.modules.values():
-        stance = stance_of(module)
-        if stance is None:
-            continue
+    for module, stance in stances_of(surgeon.resolver.modules.values()):
         if not stance.always and not any(id(inner) in acting for inner in module.modules()):
             continue
         stance.ready(module)

@@ -244,13 +244,18 @@ def plan_acting(mounts: Mounts, stances: list[tuple[str | None, Mapping[str, Any
     for owner, stance in stances:
         if owner is None or owner in active:
             attributes.update(stance)
+    derives = packed = False
+    for mount in onion:
+        derives, packed = derives or mount.layer.saves_dense, packed or mount.layer.packed
+    if not weight:  # as nearly always
+        return Acting((), tuple(onion), tuple(attention), attributes, derives, packed)
     return Acting(
         effects=tuple((path, tuple(each)) for path, each in effects_of(weight).items()),
         onion=tuple(onion),
         attention=tuple(attention),
         attributes=attributes,
-        derives=any(mount.operator.derives for mount in weight) or any(mount.layer.saves_dense for mount in onion),
-        packed=any(mount.layer.packed for mount in (*weight, *onion)),
+        derives=derives or any(mount.operator.derives for mount in weight),
+        packed=packed or any(mount.layer.packed for mount in weight),
         runs_dense=next((mount.layer.runs_dense for mount in weight if mount.layer.runs_dense), None),
         beside=Beside.of(weight[0]) if len(weight) == 1 and not attributes else None,
     )
@@ -259,10 +264,15 @@ def plan_acting(mounts: Mounts, stances: list[tuple[str | None, Mapping[str, Any
 def layers_of(acting: Acting) -> tuple[Operator, ...] | None:
     """The operators, innermost first, where all that acts is layers around the module's forward; None where more
     does."""
-    more = acting.effects or acting.attention or acting.attributes or acting.derives
-    operators = tuple(mount.operator for mount in acting.onion if isinstance(mount.operator, Operator))
-    plain = all(type(operator).at is Operator.at for operator in operators)
-    return None if more or not plain or any(mount.rows for mount in acting.onion) else operators
+    if acting.effects or acting.attention or acting.attributes or acting.derives:
+        return None
+    operators = []
+    for mount in acting.onion:
+        operator = mount.operator
+        if mount.rows or not isinstance(operator, Operator) or type(operator).at is not Operator.at:
+            return None
+        operators.append(operator)
+    return tuple(operators)
 
 
 def updates_of(routed: Sequence[Acting]) -> tuple[tuple[int, Mount], ...]:

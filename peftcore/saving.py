@@ -8,7 +8,7 @@ transformers, diffusers and hub mixins have, is told apart from it on the instan
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol, runtime_checkable
@@ -70,10 +70,11 @@ class SavesBase:
             return self._plain(*args, **kwargs)
 
 
-def guard(model: nn.Module) -> None:
-    """From now on the host, and models inside it, save themselves without adapters."""
-    for module in model.modules():
-        if issubclass(type(module), Saves) and NAME not in vars(module):
+def guard(modules: Collection[nn.Module]) -> None:
+    """From now on models among these modules, which are those of a host, save themselves without adapters."""
+    saving: set[type] = {cls for cls in set(map(type, modules)) if issubclass(cls, Saves)}
+    for module in modules:
+        if type(module) in saving and NAME not in vars(module):
             vars(module)[NAME] = SavesBase(module)
 
 

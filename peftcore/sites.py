@@ -98,7 +98,7 @@ class Site(_Memory):
     @property
     def batch(self) -> tuple[int, ...]:
         """The leading dimensions of a stack: ``(experts,)``, or nothing."""
-        return tuple(self.weight_shape[: self.layer.batch_dims])
+        return tuple(self.weight_shape)[: self.layer.batch_dims]
 
     @property
     def out_features(self) -> int:
@@ -112,7 +112,7 @@ class Site(_Memory):
         Raises:
             UnsupportedSite: the tensor is a vector.
         """
-        return self._matrix()[0]
+        return self._inputs()[0]
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -121,15 +121,15 @@ class Site(_Memory):
         Raises:
             UnsupportedSite: the tensor is a vector.
         """
-        return tuple(self._matrix()[1:])
+        return self._inputs()[1:]
 
     @property
     def numel(self) -> int:
         """Values in the tensor (or in its rows)."""
         return math.prod(self.weight_shape)
 
-    def _matrix(self) -> torch.Size:
-        inputs = self.weight_shape[self.layer.batch_dims + 1 :]
+    def _inputs(self) -> tuple[int, ...]:
+        inputs = tuple(self.weight_shape)[self.layer.batch_dims + 1 :]
         if not inputs:
             raise UnsupportedSite(f"{self.path} is a vector of {self.out_features}; this method needs a matrix")
         return inputs
@@ -137,7 +137,9 @@ class Site(_Memory):
     @property
     def device(self) -> torch.device:
         """Where the module computes."""
-        held: Tensor | None
+        held: Tensor | None = self.module._parameters.get(self.tensor)  # as nearly always
+        if held is not None:
+            return held.device
         if self.layer.has(self.module, self.tensor):
             held = self.layer.like(self.module, self.tensor)
         else:

@@ -7,7 +7,7 @@ modules stand here; plugins add theirs with the hook `peftcore_stance`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,8 +48,14 @@ def _of_class(cls: Any) -> Stance | None:
     return stance
 
 
-def stance_of(module: nn.Module) -> Stance | None:
-    """How the module must be held while the host is adapted, if at all."""
-    cls: Any = plain_class(module)
-    stance = _of_class(cls)
-    return stance if stance is not None and stance.wanted(module) else None
+def stances_of(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Stance]]:
+    """How modules must be held while the host is adapted: those that must be."""
+    known: dict[Any, Stance | None] = {}
+    for module in modules:
+        cls: Any = type(module)
+        if cls not in known:
+            plain: Any = plain_class(module)
+            known[cls] = _of_class(plain)
+        stance = known[cls]
+        if stance is not None and stance.wanted(module):
+            yield module, stance

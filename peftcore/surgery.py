@@ -366,7 +366,11 @@ class Surgeon:
             goal = None  # a host without values: its operators have some
         built = self._moved(built, where, goal)
         training = self.model.training if site is None else site.module.training
-        return built if built.training is training and not built._modules else built.train(training)
+        if built._modules:
+            return built.train(training)
+        if built.training is not training:
+            built.training = training  # as `train` does, after a search for more below
+        return built
 
     @cached_property
     def _where(self) -> tuple[torch.device, AbstractContextManager[Any]]:

@@ -14,6 +14,7 @@ import fnmatch
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ from torch import nn
 
 from peftcore.errors import HostMismatch, TargetError, shown
 from peftcore.hosts import HostEntry, HostMap
+from peftcore.hosts.alike import Structure
 from peftcore.sites import LayerOf, Site
-from peftcore.weights import Ranges
+from peftcore.weights import Layer, Ranges
 
+KINDS = 8
+"""So many ways in which modules of a class are built are kept in mind."""
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[Any]
 
 
@@ -39,10 +43,15 @@ def _matcher(pattern: Any) -> Callable[[str, nn.Module | None], bool]:
         except re.error as error:
             raise TargetError(f"target {pattern!r} is no regular expression: {error}") from None
         return lambda path, module: compiled.fullmatch(path) is not None
-    if any(character in pattern for character in "*?["):
+    if not _is_ending(pattern):
         return lambda path, module: fnmatch.fnmatchcase(path, pattern)
     ending = f".{pattern}"
     return lambda path, module: path.endswith(ending) or path == pattern
+
+
+def _is_ending(pattern: Any) -> bool:
+    """Whether a target that is no role is the end of a path."""
+    return isinstance(pattern, str) and not pattern.startswith("re:") and not any(each in pattern for each in "*?[")
 
 
 def _each(target: Target) -> Iterator[Any]:
@@ -60,12 +69,29 @@ class Resolver:
 
     def __init__(self, model: nn.Module, host: HostMap, layer_of: LayerOf, hidden: Callable[[nn.Module], bool]) -> None:
         self.model, self.host, self.layer_of = model, host, layer_of
-        self.modules = dict(_visible(model, "", hidden, set()))
+        self.modules: dict[str, nn.Module] = {}
+        self._see(model, "", hidden, set())
         self._order = {path: index for index, path in enumerate(self.modules)}
         self._role_of = {entry.path: entry.role for entry in host.entries}
         self._tower_of = {entry.module: entry.tower for entry in host.entries}
         self._readers = {entry.module: entry.reader for entry in host.entries if entry.reader is not None}
         self._holders: dict[int, list[tuple[str, str]]] | None = None
+        self._layers: dict[tuple[type, str], list[tuple[Structure, Layer]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies look again how their modules are built."""
+        return {**self.__dict__, "_layers": {}}
+
+    def _see(self, module: nn.Module, path: str, hidden: Callable[[nn.Module], bool], seen: set[int]) -> None:
+        """Note a module and all below it, each once."""
+        if id(module) in seen or hidden(module) or isinstance(module, torch.jit.ScriptModule):
+            return
+        seen.add(id(module))
+        self.modules[path] = module
+        prefix = f"{path}." if path else ""
+        for name, child in module._modules.items():
+            if child is not None:
+                self._see(child, prefix + name, hidden, seen)
 
     def sites(
         self, target: Target, *, exclude: Target | None = None, tower: str | None = None
@@ -127,12 +153,23 @@ class Resolver:
             module_path, tensor = reader, f"{module_path}.{tensor}".removeprefix(f"{reader}.")
         module = self.modules[module_path]
         output = role is not None and role.endswith(".output")  # the operator acts on what the module returns
-        layer = self.layer_of(module, tensor)
+        layer = self._layer(module, tensor)
         whole = tensor == "weight" and not layer.has(module, tensor)  # a module without a weight of its own
         form = "activation" if output or whole or (layer.called and tensor == "weight") else "weight"
         if role is None:
             role = self._role_of.get(module_path if tensor == "weight" else f"{module_path}.{tensor}")
         return Site(module, module_path, tensor, layer, role, rows, form, self.layer_of)
+
+    def _layer(self, module: nn.Module, tensor: str) -> Layer:
+        """How a module stores a tensor: of those that are built alike, one is looked at."""
+        known = self._layers.setdefault((type(module), tensor), [])
+        for structure, layer in known:
+            if structure.fits(module):
+                return layer
+        layer = self.layer_of(module, tensor)
+        if len(known) < KINDS:
+            known.append((Structure(module), layer))
+        return layer
 
     def recorded(self, module_path: str, tensor: str, role: str | None = None, rows: Ranges | None = None) -> Site:
         """A site as a file tells of it.
@@ -181,7 +218,7 @@ class Resolver:
         yield from (self._whole(path) for path in paths)
         if not paths:
             matches = _matcher(inner)
-            for owner in self._inside(towers):
+            for owner in self._inside(towers, self.modules):
                 for name in self.modules[owner]._parameters:
                     if matches(f"{owner}.{name}".lstrip("."), None):
                         yield self.site(owner, name)
@@ -194,15 +231,24 @@ class Resolver:
                 return self.host.named_towers[sense], rest
         return None, pattern
 
-    def _inside(self, towers: tuple[str, ...] | None) -> list[str]:
-        """The modules of some towers."""
-        return [path for path in self.modules if towers is None or self._tower_of.get(path) in towers]
+    def _inside(self, towers: tuple[str, ...] | None, paths: Iterable[str]) -> list[str]:
+        """Those of the paths that are in some towers."""
+        return [path for path in paths if towers is None or self._tower_of.get(path) in towers]
 
     def _modules_of(self, pattern: Any) -> list[str]:
         """The modules that a pattern which is no role means."""
         towers, inner = self._split(pattern)
         matches = _matcher(inner)
-        return [path for path in self._inside(towers) if matches(path, self.modules[path])]
+        paths = self._by_name.get(inner.rpartition(".")[2], ()) if _is_ending(inner) else self.modules
+        return [path for path in self._inside(towers, paths) if matches(path, self.modules[path])]
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        """The paths of modules by their last step."""
+        found: dict[str, list[str]] = {}
+        for path in self.modules:
+            found.setdefault(path.rpartition(".")[2], []).append(path)
+        return found
 
     def _is_role(self, pattern: Any) -> bool:
         """A role of this host, or a family such as ``norm.*`` (which is never a path: paths have an owner before the
@@ -255,15 +301,3 @@ def _above(path: str) -> Iterator[str]:
     while path:
         yield path
         path = path.rpartition(".")[0]
-
-
-def _visible(
-    module: nn.Module, path: str, hidden: Callable[[nn.Module], bool], seen: set[int]
-) -> Iterable[tuple[str, nn.Module]]:
-    if id(module) in seen or hidden(module) or isinstance(module, torch.jit.ScriptModule):
-        return
-    seen.add(id(module))
-    yield path, module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _visible(child, f"{path}.{name}" if path else name, hidden, seen)

@@ -82,11 +82,10 @@ class Layer:
 
     def read(self, module: nn.Module, tensor: str) -> Tensor | None:
         """The dense stored tensor at the path `tensor` below `module`; None where there is none (a missing bias)."""
-        path, _, name = tensor.rpartition(".")
-        owner = module.get_submodule(path)
-        value = owner._parameters.get(name)  # as nearly always
+        value: Tensor | None = module._parameters.get(tensor)  # as nearly always
         if value is None:
-            value = getattr(owner, name, None)
+            path, _, name = tensor.rpartition(".")
+            value = getattr(module.get_submodule(path), name, None)
         return value if isinstance(value, Tensor) else None
 
     def check_readable(self, module: nn.Module, tensor: str) -> None:
@@ -113,7 +112,7 @@ class Layer:
         """The logical shape, also where the stored form is packed."""
         stored = self.read(module, tensor)
         assert stored is not None, "only existing tensors have a shape"
-        return self.logical(stored.detach()).shape
+        return self.logical(stored).shape
 
     def write(self, module: nn.Module, tensor: str, stored: Tensor) -> None:
         """Set the values of a dense stored tensor in place."""

@@ -30,6 +30,7 @@ class Expected(NamedTuple):
     name: str
 
 
+NUMBER = re.compile(r"\d+")
 Sites = dict[str, list[Expected]]
 """By injection: one of many is forgotten at once."""
 
@@ -89,7 +90,7 @@ class Witness:
         self.waiting = {group: members for group, members in self.waiting.items() if members}
 
     def _expect(self, site: Expected) -> None:
-        group = self.waiting.setdefault(re.sub(r"\d+", "*", site.path), {})
+        group = self.waiting.setdefault(NUMBER.sub("*", site.path), {})
         group.setdefault(site.name, []).append(site)
 
     def look(self, model: nn.Module) -> None:

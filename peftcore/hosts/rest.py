@@ -39,9 +39,7 @@ class Rest:
         self.mixers = mixers
         self.blocks = blocks
         self.mlps = mlps
-        model = survey.root.module
-        self.inputs = declared(model, "get_input_embeddings")
-        self.heads = declared(model, "get_output_embeddings") | declared(model, "get_classifier")
+        self.inputs, self.heads = survey.inputs, survey.heads
         self.input_weights = {id(m.weight) for m in self.inputs if isinstance(getattr(m, "weight", None), nn.Parameter)}
         self.root_matrices = [m for m in survey.matrices if m.parent is survey.root]
         self._elements = set(blocks.elements)
@@ -245,16 +243,3 @@ class Rest:
         for block in double:
             for node in self.survey.nodes[block.index : block.end]:
                 node.context = node.context or bool(V.words(node.below(block)) & V.CONTEXT_BRANCH)
-
-
-def declared(model: nn.Module, getter: str) -> set[nn.Module]:
-    """What the host answers when asked for its embeddings or its head; many hosts do not know."""
-    method = getattr(model, getter, None)
-    if not callable(method):
-        return set()
-    try:
-        answer = method()
-    except (AttributeError, NotImplementedError, TypeError):
-        return set()
-    answers = answer if isinstance(answer, (tuple, list)) else [answer]
-    return {module for module in answers if isinstance(module, nn.Module)}

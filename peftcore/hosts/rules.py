@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from peftcore.hosts.blocks import Blocks
-from peftcore.hosts.hostmap import HostEntry, HostMap, Layout
+from peftcore.hosts.hostmap import HostEntry, HostMap, Layout, moved
 from peftcore.hosts.layouts import logical_shape, static_layout
 from peftcore.hosts.mixers import Mixers
 from peftcore.hosts.mlps import FeedForwards
@@ -34,13 +34,28 @@ def derive(model: nn.Module) -> HostMap:
     towers = Towers(survey, blocks).of(survey)
     layer_of = layers(blocks)
     entries: list[HostEntry] = []
+    starts: list[int] = []
     for node in survey.nodes:
+        starts.append(len(entries))
         roles = (["block"] if node.is_block else []) + ([node.role] if node.role else [])
         for role in roles or [OTHER]:
             layout = static_layout(node, mixers.attention_around(node)) if role in FUSED_ROLES else None
             layer = layer_of[node.block] if node.block is not None else None
             entries.append(entry_of(node, role, towers[node.index], layer, layout))
-    return HostMap(tuple(with_stacks(survey, entries)))
+    return HostMap(tuple(with_twins(survey.root, with_stacks(survey, entries), starts)))
+
+
+def with_twins(node: Node, entries: list[HostEntry], starts: list[int]) -> list[HostEntry]:
+    """The entries of a node and all below it, those of elements for which others speak included. `starts` is where each
+    node's own begin."""
+    own = node.index + 1
+    found = entries[starts[node.index] : starts[own] if own < len(starts) else None]
+    for below in (*node.tensors, *node.children):
+        inside = with_twins(below, entries, starts)
+        found += inside
+        for further, name in enumerate(below.twins, 1):
+            found += moved(inside, below.path, name, further)
+    return found
 
 
 def with_stacks(survey: Survey, entries: list[HostEntry]) -> list[HostEntry]:

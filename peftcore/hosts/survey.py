@@ -3,6 +3,9 @@ fast.
 
 Nodes are numbered in the order of the walk, so a subtree is an interval of numbers and "which matrices lie under this
 module" is two binary searches. All rules work on this tree; none of them walks the host again.
+
+Of elements of a list that are built alike, one after the other, three have nodes: the first, the second, which speaks
+for all between, and the last. No rule needs more of them than that.
 """
 
 from __future__ import annotations
@@ -21,9 +24,11 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from peftcore.hosts import vocabulary as V
+from peftcore.hosts.alike import Run, runs
 
 #: Children that are guests of the host and not a part of its architecture: reparametrizations and operators.
 GUESTS = frozenset({"parametrizations", "peft"})
+LISTS = (nn.ModuleList, nn.Sequential)
 
 
 class Kind(Enum):
@@ -56,6 +61,7 @@ class Node:
     shape: tuple[int, ...] = ()  # as stored
     fan: tuple[int, int] | None = None  # (in, out) of a matrix; 1x1 convolutions are matrices too
     end: int = 0
+    twins: list[str] = field(default_factory=list)  # names of those that follow it, for which it speaks
     children: list[Node] = field(default_factory=list)
     tensors: list[Node] = field(default_factory=list)  # bare parameters
     label: str = ""  # the name that counts (rule R2)
@@ -139,7 +145,10 @@ class Survey:
 
     def __init__(self, model: nn.Module) -> None:
         self.nodes: list[Node] = []
+        self.inputs = declared(model, "get_input_embeddings")
+        self.heads = declared(model, "get_output_embeddings") | declared(model, "get_classifier")
         self._seen: set[int] = set()
+        self._named = set(map(id, self.inputs | self.heads))
         self.root = self._walk(model, "", "", None)
         self.matrices = Ordered(node for node in self.nodes if node.fan is not None)
         self.weights = Ordered(node for node in self.nodes if node.kind in (Kind.LINEAR, Kind.CONV, Kind.EXPERTS))
@@ -154,18 +163,49 @@ class Survey:
         for key in bare_parameters(module):
             node.tensors.append(self._add(Node(prefix + key, key, module, node, len(self.nodes), tensor=key)))
             classify_bare(node.tensors[-1])
-        for key, child in module._modules.items():
-            opaque = child is None or key in GUESTS or isinstance(child, torch.jit.ScriptModule)
-            if child is not None and not opaque and id(child) not in self._seen:
+        for key, child, twins in self._children(module):
+            if id(child) not in self._seen:
                 node.children.append(self._walk(child, prefix + key, key, node))
+                node.children[-1].twins = twins
         node.end = len(self.nodes)
         return node
+
+    def _children(self, module: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
+        """The children that get nodes, each with the names of those for which it speaks."""
+        children: Run = [
+            (key, child, [])
+            for key, child in module._modules.items()
+            if child is not None and key not in GUESTS and not isinstance(child, torch.jit.ScriptModule)
+        ]
+        for run in runs(children, self._taken) if isinstance(module, LISTS) else ([child] for child in children):
+            between = run[2:-1]
+            for position, (key, child, _) in enumerate(run):
+                if position < 2 or position == len(run) - 1:
+                    yield key, child, [name for name, _, _ in between] if position == 1 else []
+            for _, _, modules in between:
+                self._seen.update(modules)
+
+    def _taken(self, module: int) -> bool:
+        return module in self._seen or module in self._named
 
     def _add(self, node: Node) -> Node:
         self.nodes.append(node)
         node.end = len(self.nodes)
         name_effectively(node)
         return node
+
+
+def declared(model: nn.Module, getter: str) -> set[nn.Module]:
+    """What the host answers when asked for its embeddings or its head; many hosts do not know."""
+    method = getattr(model, getter, None)
+    if not callable(method):
+        return set()
+    try:
+        answer = method()
+    except (AttributeError, NotImplementedError, TypeError):
+        return set()
+    answers = answer if isinstance(answer, (tuple, list)) else [answer]
+    return {module for module in answers if isinstance(module, nn.Module)}
 
 
 def conv1d_class() -> type | None:

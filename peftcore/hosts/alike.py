@@ -1,0 +1,142 @@
+"""Modules that are built alike, such as the blocks of a transformer or the experts of a layer: what is told of one by
+its structure holds for the others.
+
+So a list of a hundred blocks is surveyed as if it had three, and the map is unfolded afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.hosts import vocabulary as V
+
+NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "index", "idx"})
+"""Attributes in which the elements of a list keep their place in it."""
+SLOT, GUEST = "_peftcore_slot", "peft"
+"""The attribute and the part that an adapted module has, and was not built with."""
+TORCHS = frozenset(vars(nn.Module()))
+"""Attributes that are torch's own: tensors, parts, and what was hooked on."""
+WORTH = (bool, int, float, str, torch.dtype, torch.device, torch.Size, type(None))
+"""Attributes of these types are the same where they are equal."""
+Run = list[tuple[str, nn.Module, list[int]]]
+"""Elements by name; with each come the ids of its modules that the first one has not."""
+
+
+class Structure:
+    """How a module is built: its class, its attributes, its parts, and shapes and dtypes of its tensors, but neither
+    their values nor its place in a list.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        own = vars(module)
+        names = own.keys() - {SLOT}
+        self._class, self._count = type(module), len(names)
+        self._attributes = [(name, own[name]) for name in names - TORCHS - NUMBERS]
+        self._tensors = _described(module._parameters), _described(module._buffers)
+        parts = {name: part for name, part in module._modules.items() if name != GUEST}
+        self._parts = [(name, part, None if part is None else Structure(part)) for name, part in parts.items()]
+        inside = [structure for _, _, structure in self._parts if structure is not None]
+        self.modules: set[int] = {id(module)}.union(*(structure.modules for structure in inside))
+        """The ids of the module and of all its parts."""
+        self.has_table: bool = _is_table(module) or any(structure.has_table for structure in inside)
+        """Whether something in it is looked up: which of several tables the host reads its input from does not show in
+        the way they are built."""
+
+    def fits(self, other: nn.Module, met: list[int] | None = None) -> bool:
+        """Whether another module is built so. Its tensors are then of torch's own classes, and attributes that are more
+        than numbers and names are the same objects. `met` gets the ids of its modules, but for those that both share.
+        """
+        own = vars(other)
+        if type(other) is not self._class or len(own) - (SLOT in own) != self._count:
+            return False
+        for name, value in self._attributes:
+            second = own.get(name, self)
+            if second is not value and not _equal(second, value):
+                return False
+        parameters, buffers = self._tensors
+        if not (_are(other._parameters, parameters) and _are(other._buffers, buffers)):
+            return False
+        if met is not None:
+            met.append(id(other))
+        parts = other._modules
+        return len(parts) - (GUEST in parts) == len(self._parts) and all(
+            name in parts and (parts[name] is part or _fits(structure, parts[name], met))
+            for name, part, structure in self._parts
+        )
+
+
+def _fits(structure: Structure | None, part: nn.Module | None, met: list[int] | None) -> bool:
+    return structure is not None and part is not None and structure.fits(part, met)
+
+
+Form = tuple[type, torch.Size, torch.dtype]
+
+
+def _described(tensors: Mapping[str, Tensor | None]) -> list[tuple[str, Form | None]]:
+    """Forms of tensors by name; of what is no plain tensor no two are the same."""
+    return [(name, None if each is None else _form(each)) for name, each in tensors.items()]
+
+
+def _form(tensor: Tensor) -> Form:
+    if type(tensor) in (Tensor, nn.Parameter):
+        return type(tensor), tensor.shape, tensor.dtype
+    return Structure, torch.Size(), tensor.dtype  # no tensor is of that type
+
+
+def _are(tensors: Mapping[str, Tensor | None], described: list[tuple[str, Form | None]]) -> bool:
+    if len(tensors) != len(described):
+        return False
+    for name, form in described:
+        tensor = tensors.get(name)
+        if tensor is None or form is None:
+            if tensor is not None or form is not None:
+                return False
+        elif type(tensor) is not form[0] or tensor.dtype is not form[2] or tensor.shape != form[1]:
+            return False
+    return True
+
+
+def _equal(value: Any, second: Any) -> bool:
+    """Whether two attributes are the same numbers, names or sequences of these."""
+    if type(value) is not type(second):
+        return False
+    if type(value) in (tuple, list):
+        return len(value) == len(second) and all(map(_equal, value, second))
+    return type(value) in WORTH and bool(value == second)
+
+
+def runs(elements: Run, taken: Callable[[int], bool]) -> Iterator[Run]:
+    """Elements of a list, with those in one run that are alike and stand one after the other. None of their modules is
+    `taken` or has two places, but for those that the first one has as well; none has a table.
+    """
+    run: Run = []
+    structure: Structure | None = None
+    met: set[int] = set()
+    for each in elements:
+        _, element, modules = each
+        if len(run) == 1 and type(element) is type(run[0][1]) and element._modules:
+            structure = Structure(run[0][1])
+            met = structure.modules.copy()
+        goes_on = structure is not None and not structure.has_table and structure.fits(element, modules)
+        if goes_on and _are_apart(modules, met) and not any(map(taken, modules)):
+            met.update(modules)
+            run.append(each)
+        else:
+            if run:
+                yield run
+            run, structure = [each], None
+    if run:
+        yield run
+
+
+def _are_apart(modules: list[int], met: set[int]) -> bool:
+    return len(set(modules)) == len(modules) and met.isdisjoint(modules)
+
+
+def _is_table(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    return isinstance(module, nn.Embedding) or bool(module._parameters and V.TABLE_CLASS.search(name))
