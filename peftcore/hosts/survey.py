@@ -4,8 +4,8 @@ fast.
 Nodes are numbered in the order of the walk, so a subtree is an interval of numbers and "which matrices lie under this
 module" is two binary searches. All rules work on this tree; none of them walks the host again.
 
-Of elements of a list that are built alike, one after the other, three have nodes: the first, the second, which speaks
-for all between, and the last. No rule needs more of them than that.
+Of elements of a list that are built alike and follow each other, three have nodes, and the third speaks for the others:
+rules ask whether there are two or three of something, and no more.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from peftcore.hosts.alike import Run, runs
 #: Children that are guests of the host and not a part of its architecture: reparametrizations and operators.
 GUESTS = frozenset({"parametrizations", "peft"})
 LISTS = (nn.ModuleList, nn.Sequential)
+NODES = 3
+"""So many elements that are alike have nodes."""
 
 
 class Kind(Enum):
@@ -178,11 +180,11 @@ class Survey:
             if child is not None and key not in GUESTS and not isinstance(child, torch.jit.ScriptModule)
         ]
         for run in runs(children, self._taken) if isinstance(module, LISTS) else ([child] for child in children):
-            between = run[2:-1]
-            for position, (key, child, _) in enumerate(run):
-                if position < 2 or position == len(run) - 1:
-                    yield key, child, [name for name, _, _ in between] if position == 1 else []
-            for _, _, modules in between:
+            for key, child, _ in run[: NODES - 1]:
+                yield key, child, []
+            for key, child, _ in run[NODES - 1 : NODES]:
+                yield key, child, [name for name, _, _ in run[NODES:]]
+            for _, _, modules in run[NODES:]:
                 self._seen.update(modules)
 
     def _taken(self, module: int) -> bool:

@@ -56,6 +56,51 @@ NOT_FOLDED = {"timm_regnet", "dit"}
 """Hosts whose elements hold objects of their own in attributes, or a table."""
 
 
+class Plain(nn.Module):
+    """A part without attributes."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+def listed(count: int, make: Callable[[], nn.Module]) -> nn.ModuleList:
+    return nn.ModuleList(make() for _ in range(count))
+
+
+def experts() -> nn.Module:
+    """Blocks with seven experts in a list: what has one output for each is their router."""
+
+    def block() -> nn.Module:
+        attention = Plain(**{name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+        branch = Plain(
+            choose=nn.Linear(8, 7), experts=listed(7, lambda: Plain(up=nn.Linear(8, 16), down=nn.Linear(16, 8)))
+        )
+        return Plain(attention=attention, norm=nn.LayerNorm(8), branch=branch)
+
+    return Plain(blocks=listed(6, block))
+
+
+def without_norms() -> nn.Module:
+    """Blocks without norms are told by three weights with convolutions among them."""
+
+    def block() -> nn.Module:
+        return Plain(steps=listed(5, lambda: Plain(conv=nn.Conv2d(4, 4, 3))))
+
+    return Plain(stages=nn.Sequential(*(block() for _ in range(6))))
+
+
+@pytest.mark.parametrize(("make", "role", "count"), [(experts, "router", 6), (without_norms, "block", 6)])
+def test_rules_that_count(
+    make: Callable[[], nn.Module], role: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = derive(make())
+    assert len(found.by_role[role]) == count
+    monkeypatch.setattr(survey, "runs", each_by_itself)
+    assert found == derive(make())
+
+
 class Block(nn.Module):
     def __init__(self, number: int = 0, width: int = 8) -> None:
         super().__init__()
