@@ -22,6 +22,8 @@ TORCHS = frozenset(vars(nn.Module()))
 """Attributes that are torch's own: tensors, parts, and what was hooked on."""
 WORTH = (bool, int, float, str, torch.dtype, torch.device, torch.Size, type(None))
 """Attributes of these types are the same where they are equal."""
+Form = tuple[type[Tensor] | None, torch.Size, torch.dtype]
+"""Type, shape and dtype of a tensor. Of one that is more than its numbers, no type: nothing is like it."""
 Run = list[tuple[str, nn.Module, list[int]]]
 """Elements by name; with each come the ids of its modules that the first one has not."""
 
@@ -36,7 +38,7 @@ class Structure:
         names = own.keys() - {SLOT}
         self._class, self._count = type(module), len(names)
         self._attributes = [(name, own[name]) for name in names - TORCHS - NUMBERS]
-        self._tensors = _described(module._parameters), _described(module._buffers)
+        self._tensors = [(table, _forms(own[table])) for table in ("_parameters", "_buffers")]
         parts = {name: part for name, part in module._modules.items() if name != GUEST}
         self._parts = [(name, part, None if part is None else Structure(part)) for name, part in parts.items()]
         inside = [structure for _, _, structure in self._parts if structure is not None]
@@ -57,47 +59,38 @@ class Structure:
             second = own.get(name, self)
             if second is not value and not _equal(second, value):
                 return False
-        parameters, buffers = self._tensors
-        if not (_are(other._parameters, parameters) and _are(other._buffers, buffers)):
-            return False
+        for table, forms in self._tensors:
+            tensors = own[table]
+            if len(tensors) != len(forms):
+                return False
+            for name, form in forms:
+                tensor = tensors.get(name)
+                if tensor is None or form is None:
+                    if tensor is not None or form is not None:
+                        return False
+                elif type(tensor) is not form[0] or tensor.dtype is not form[2] or tensor.shape != form[1]:
+                    return False
         if met is not None:
             met.append(id(other))
-        parts = other._modules
-        return len(parts) - (GUEST in parts) == len(self._parts) and all(
-            name in parts and (parts[name] is part or _fits(structure, parts[name], met))
-            for name, part, structure in self._parts
-        )
+        parts = own["_modules"]
+        if len(parts) - (GUEST in parts) != len(self._parts):
+            return False
+        for name, part, structure in self._parts:
+            second = parts.get(name)
+            if second is not part and (second is None or structure is None or not structure.fits(second, met)):
+                return False
+        return True
 
 
-def _fits(structure: Structure | None, part: nn.Module | None, met: list[int] | None) -> bool:
-    return structure is not None and part is not None and structure.fits(part, met)
-
-
-Form = tuple[type, torch.Size, torch.dtype]
-
-
-def _described(tensors: Mapping[str, Tensor | None]) -> list[tuple[str, Form | None]]:
-    """Forms of tensors by name; of what is no plain tensor no two are the same."""
+def _forms(tensors: Mapping[str, Tensor | None]) -> list[tuple[str, Form | None]]:
+    """Forms of tensors by name."""
     return [(name, None if each is None else _form(each)) for name, each in tensors.items()]
 
 
 def _form(tensor: Tensor) -> Form:
     if type(tensor) in (Tensor, nn.Parameter):
         return type(tensor), tensor.shape, tensor.dtype
-    return Structure, torch.Size(), tensor.dtype  # no tensor is of that type
-
-
-def _are(tensors: Mapping[str, Tensor | None], described: list[tuple[str, Form | None]]) -> bool:
-    if len(tensors) != len(described):
-        return False
-    for name, form in described:
-        tensor = tensors.get(name)
-        if tensor is None or form is None:
-            if tensor is not None or form is not None:
-                return False
-        elif type(tensor) is not form[0] or tensor.dtype is not form[2] or tensor.shape != form[1]:
-            return False
-    return True
+    return None, torch.Size(), tensor.dtype
 
 
 def _equal(value: Any, second: Any) -> bool:
