@@ -64,7 +64,7 @@ class Structure:
             if len(tensors) != len(forms):
                 return False
             for name, form in forms:
-                tensor = tensors.get(name)
+                tensor = tensors.get(name, self)
                 if tensor is None or form is None:
                     if tensor is not None or form is not None:
                         return False
@@ -76,7 +76,7 @@ class Structure:
         if len(parts) - (GUEST in parts) != len(self._parts):
             return False
         for name, part, structure in self._parts:
-            second = parts.get(name)
+            second = parts.get(name, self)
             if second is not part and (second is None or structure is None or not structure.fits(second, met)):
                 return False
         return True

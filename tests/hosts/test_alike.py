@@ -160,6 +160,14 @@ def test_values_and_place_do_not_count(what: str) -> None:
     assert set(met) == {id(module) for module in other.modules()}
 
 
+@pytest.mark.parametrize("register", ["register_module", "register_buffer", "register_parameter"])
+def test_empty_places_have_names(register: str) -> None:
+    one, other = Block(), Block()
+    getattr(one, register)("first", None)
+    getattr(other, register)("second", None)
+    assert not Structure(one).fits(other)
+
+
 def test_nothing_is_like_a_packed_or_lazy_tensor() -> None:
     one, other = changed(DIFFERENT["a packed tensor"]), changed(DIFFERENT["a packed tensor"])
     assert not Structure(one).fits(other)
