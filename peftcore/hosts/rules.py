@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 from torch import nn
 
@@ -25,6 +26,19 @@ def derive(model: nn.Module) -> HostMap:
     branches, and the rest is judged by its place relative to all of these.
     """
     survey = Survey(model)
+    entries = judged(survey)
+    if are_told_apart(survey, entries):
+        survey = Survey(model, each=True)
+        entries = judged(survey)
+    return HostMap(tuple(unfolded(survey.root, entries)))
+
+
+Entries = list[list[HostEntry]]
+"""By the number of their node."""
+
+
+def judged(survey: Survey) -> Entries:
+    """What each node is."""
     mixers = Mixers(survey)
     blocks = Blocks(survey, mixers)
     mixers.assign()
@@ -33,42 +47,55 @@ def derive(model: nn.Module) -> HostMap:
     Rest(survey, mixers, blocks, mlps).assign()
     towers = Towers(survey, blocks).of(survey)
     layer_of = layers(blocks)
-    entries: list[HostEntry] = []
-    starts: list[int] = []
+    entries: Entries = []
     for node in survey.nodes:
-        starts.append(len(entries))
+        entries.append([])
         roles = (["block"] if node.is_block else []) + ([node.role] if node.role else [])
         for role in roles or [OTHER]:
             layout = static_layout(node, mixers.attention_around(node)) if role in FUSED_ROLES else None
             layer = layer_of[node.block] if node.block is not None else None
-            entries.append(entry_of(node, role, towers[node.index], layer, layout))
-    return HostMap(tuple(with_twins(survey.root, with_stacks(survey, entries), starts)))
+            entries[-1].append(entry_of(node, role, towers[node.index], layer, layout))
+    return with_stacks(survey, entries)
 
 
-def with_twins(node: Node, entries: list[HostEntry], starts: list[int]) -> list[HostEntry]:
-    """The entries of a node and all below it, those of elements for which others speak included. `starts` is where each
-    node's own begin."""
-    own = node.index + 1
-    found = entries[starts[node.index] : starts[own] if own < len(starts) else None]
+def with_stacks(survey: Survey, entries: Entries) -> Entries:
+    """The modules that take token ids get a role, "stack.decoder" where they read another one, else "stack"; their
+    tensor is the token table."""
+    modules = {node.path: node.module for node in survey.nodes if node.tensor is None}
+    stacks = {stack.path: stack for stack in find(modules, chain.from_iterable(entries))}
+    return [
+        [
+            replace(entry, role=stacks[entry.path].role, tensor=f"{stacks[entry.path].table}.weight")
+            if entry.role == OTHER and entry.path in stacks
+            else entry
+            for entry in each
+        ]
+        for each in entries
+    ]
+
+
+def are_told_apart(survey: Survey, entries: Entries) -> bool:
+    """Whether an element that speaks for others is told from the one before it, though both are built alike: then they
+    may be told from each other, too (matrices of one shape, of which each second one is the first's counterpart).
+    """
+    for node in survey.nodes:
+        if node.twins and node.parent is not None:
+            before = node.parent.children[node.parent.children.index(node) - 1]
+            here, there = (list(chain.from_iterable(entries[n.index : n.end])) for n in (node, before))
+            if here != list(moved(there, before.path, node.name, 1)):
+                return True
+    return False
+
+
+def unfolded(node: Node, entries: Entries) -> list[HostEntry]:
+    """The entries of a node and all below it, with those of the elements for which others speak."""
+    found = entries[node.index].copy()
     for below in (*node.tensors, *node.children):
-        inside = with_twins(below, entries, starts)
+        inside = unfolded(below, entries)
         found += inside
         for further, name in enumerate(below.twins, 1):
             found += moved(inside, below.path, name, further)
     return found
-
-
-def with_stacks(survey: Survey, entries: list[HostEntry]) -> list[HostEntry]:
-    """The modules that take token ids get a role, "stack.decoder" where they read another one, else "stack"; their
-    tensor is the token table."""
-    modules = {node.path: node.module for node in survey.nodes if node.tensor is None}
-    stacks = {stack.path: stack for stack in find(modules, entries)}
-    return [
-        replace(entry, role=stacks[entry.path].role, tensor=f"{stacks[entry.path].table}.weight")
-        if entry.role == OTHER and entry.path in stacks
-        else entry
-        for entry in entries
-    ]
 
 
 def entry_of(node: Node, role: str, tower: str, layer: int | None, layout: Layout | None) -> HostEntry:

@@ -5,7 +5,8 @@ Nodes are numbered in the order of the walk, so a subtree is an interval of numb
 module" is two binary searches. All rules work on this tree; none of them walks the host again.
 
 Of elements of a list that are built alike and follow each other, three have nodes, and the third speaks for the others:
-rules ask whether there are two or three of something, and no more.
+rules ask whether there are two or three of something, and no more. Should they tell the three apart (by what stands
+before), all of them have to be looked at.
 """
 
 from __future__ import annotations
@@ -143,9 +144,10 @@ class Ordered:
 
 
 class Survey:
-    """The tree of one host and its nodes by kind."""
+    """The tree of one host and its nodes by kind; with `each`, all elements of lists have nodes."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, each: bool = False) -> None:
+        self._lists = () if each else LISTS
         self.nodes: list[Node] = []
         self.inputs = declared(model, "get_input_embeddings")
         self.heads = declared(model, "get_output_embeddings") | declared(model, "get_classifier")
@@ -179,7 +181,7 @@ class Survey:
             for key, child in module._modules.items()
             if child is not None and key not in GUESTS and not isinstance(child, torch.jit.ScriptModule)
         ]
-        for run in runs(children, self._taken) if isinstance(module, LISTS) else ([child] for child in children):
+        for run in runs(children, self._taken) if isinstance(module, self._lists) else ([child] for child in children):
             for key, child, _ in run[: NODES - 1]:
                 yield key, child, []
             for key, child, _ in run[NODES - 1 : NODES]:

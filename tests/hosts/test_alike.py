@@ -91,7 +91,19 @@ def without_norms() -> nn.Module:
     return Plain(stages=nn.Sequential(*(block() for _ in range(6))))
 
 
-@pytest.mark.parametrize(("make", "role", "count"), [(experts, "router", 6), (without_norms, "block", 6)])
+def counterparts() -> nn.Module:
+    """Blocks with seven square matrices in a list, of which rules take each second one for the first's counterpart."""
+
+    def block() -> nn.Module:
+        steps = listed(7, lambda: Plain(conv=nn.Conv2d(4, 4, 1, bias=False), bn=nn.BatchNorm2d(4)))
+        return Plain(steps=steps, norm=nn.BatchNorm2d(4))
+
+    return Plain(stages=nn.Sequential(*(block() for _ in range(6))))
+
+
+@pytest.mark.parametrize(
+    ("make", "role", "count"), [(experts, "router", 6), (without_norms, "block", 6), (counterparts, "mlp.up", 18)]
+)
 def test_rules_that_count(
     make: Callable[[], nn.Module], role: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
