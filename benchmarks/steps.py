@@ -60,15 +60,15 @@ def step_rows(rounds: int) -> Iterator[list[Row]]:
 def timed(name: str, rounds: int, autocast: bool = False, length: int = LENGTH) -> Row:
     what = name + ", bf16 autocast" * autocast + f", rows of {length} tokens" * (length != LENGTH)
     figure = f"step, {what}: time beyond the limit"
-    times = in_layouts(lambda: contenders(name, autocast, length), rounds)
+    times = in_layouts(lambda: contenders(name, autocast, length), rounds, ratio_of)
     return beyond(figure, times, WANTED.get(name, 1.0))
 
 
-def in_layouts(build: Callable[[], Mapping[str, Step]], rounds: int) -> Times:
-    """Times of contenders, among them the limit, ours and theirs, that are built anew a few times."""
+def in_layouts(build: Callable[[], Mapping[str, Step]], rounds: int, *ratios: Callable[[Times], Estimate]) -> Times:
+    """Times of contenders that are built anew a few times, and more often while a ratio is not narrow enough."""
     built: list[Mapping[str, Step]] = []  # all stay, so that none is built where the last one was
     times: Times = {}
-    while len(built) < LAYOUTS or (len(built) < 3 * LAYOUTS and ratio_of(times).width > WIDTH):
+    while len(built) < LAYOUTS or (len(built) < 3 * LAYOUTS and any(each(times).width > WIDTH for each in ratios)):
         built.append(build())
         more = take_turns(built[-1], math.ceil(rounds / LAYOUTS))
         times = {who: np.concatenate([times[who], more[who]]) for who in more} if times else more
