@@ -86,9 +86,9 @@ def moved(entries: list[HostEntry], element: str, name: str, further: int) -> It
         }
         if entry.layer is not None and entry.block == element:
             there["layer"] = entry.layer + further
-        moved = object.__new__(HostEntry)  # `replace` takes three times as long, and a host has many
-        vars(moved).update(own, **there)
-        yield moved
+        other = object.__new__(HostEntry)  # `replace` takes three times as long, and a host has many
+        vars(other).update(own, **there)
+        yield other
 
 
 Selection = list[tuple[HostEntry, Ranges | None]]

@@ -11,6 +11,8 @@ import torch
 from host_zoo import EXTRA, SURVEY, build
 from torch import nn
 
+import peftcore
+from peftcore import graft, installation
 from peftcore.applying import host_map, is_ours
 from peftcore.hosts import alike, derive, survey
 from peftcore.hosts.alike import Run, Structure, runs
@@ -247,6 +249,16 @@ def test_a_layer_is_the_one_that_plugins_tell(name: str) -> None:
     resolver = Resolver(model, host_map(model), layer_of, is_ours)
     for path, module in resolver.modules.items():
         assert resolver._layer(module, "weight") == layer_of(module, "weight"), path
+
+
+def test_what_adapters_leave_on_a_host_is_known_by_its_name() -> None:
+    assert (graft._SLOT, installation.HOLDER) == (alike.SLOT, alike.GUEST)
+    one, other = Block(), Block(1)
+    peftcore.apply(nn.ModuleList([one]), "lora", target="q_proj", rank=2)
+    peftcore.apply(nn.ModuleList([other]), "lora", target="q_proj", rank=4)
+    assert {"peft", "q_proj"} <= one._modules.keys()
+    assert Structure(one).fits(other)
+    assert not Structure(one).fits(Block())  # the class of what is adapted is another one
 
 
 def test_attributes_are_those_of_torch() -> None:
