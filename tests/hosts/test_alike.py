@@ -14,7 +14,7 @@ from torch import nn
 import peftcore
 from peftcore import graft, installation
 from peftcore.applying import host_map, is_ours
-from peftcore.hosts import alike, derive, survey
+from peftcore.hosts import alike, derive, rules, survey
 from peftcore.hosts.alike import Run, Structure, runs
 from peftcore.plugins import layer_of
 from peftcore.targets import Resolver
@@ -46,10 +46,14 @@ def deeper(model: nn.Module) -> nn.Module:
 def test_the_map_is_the_one_that_judges_each_element(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = deeper(build(name)[0])
     found, folded = derive(model), len(survey.Survey(model).nodes)
+    apart = rules.are_told_apart(
+        short := survey.Survey(model), rules.judged(short)
+    )  # then it would not be folded at all
     monkeypatch.setattr(survey, "runs", each_by_itself)
     assert found == derive(model)
     paths = [entry.path for entry in found.entries]
     assert len(set(zip(paths, (entry.role for entry in found.entries), strict=True))) == len(paths)
+    assert not apart
     unfolded = len(survey.Survey(model).nodes)
     assert (folded == unfolded) == (name in NOT_FOLDED)
 
@@ -93,6 +97,16 @@ def without_norms() -> nn.Module:
     return Plain(stages=nn.Sequential(*(block() for _ in range(6))))
 
 
+def two_runs() -> nn.Module:
+    """Blocks after a run of others are numbered on."""
+
+    def block(hidden: int) -> nn.Module:
+        attention = Plain(**{name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+        return Plain(attention=attention, norm=nn.LayerNorm(8), up=nn.Linear(8, hidden), down=nn.Linear(hidden, 8))
+
+    return Plain(blocks=nn.ModuleList(block(hidden) for hidden in (16,) * 5 + (24,) + (16,) * 6))
+
+
 def counterparts() -> nn.Module:
     """Blocks with seven square matrices in a list, of which rules take each second one for the first's counterpart."""
 
@@ -104,7 +118,8 @@ def counterparts() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("make", "role", "count"), [(experts, "router", 6), (without_norms, "block", 6), (counterparts, "mlp.up", 18)]
+    ("make", "role", "count"),
+    [(experts, "router", 6), (without_norms, "block", 6), (two_runs, "block", 12), (counterparts, "mlp.up", 18)],
 )
 def test_rules_that_count(
     make: Callable[[], nn.Module], role: str, count: int, monkeypatch: pytest.MonkeyPatch
