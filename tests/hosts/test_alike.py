@@ -42,18 +42,21 @@ def deeper(model: nn.Module) -> nn.Module:
     return model
 
 
+def told_apart(model: nn.Module) -> bool:
+    """Whether all elements of lists have to be judged."""
+    folded = survey.Survey(model)
+    return rules.are_told_apart(folded, rules.judged(folded))
+
+
 @pytest.mark.parametrize("name", [*SURVEY, *EXTRA])
 def test_the_map_is_the_one_that_judges_each_element(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = deeper(build(name)[0])
     found, folded = derive(model), len(survey.Survey(model).nodes)
-    apart = rules.are_told_apart(
-        short := survey.Survey(model), rules.judged(short)
-    )  # then it would not be folded at all
+    assert not told_apart(model)  # then nothing would be folded
     monkeypatch.setattr(survey, "runs", each_by_itself)
     assert found == derive(model)
     paths = [entry.path for entry in found.entries]
     assert len(set(zip(paths, (entry.role for entry in found.entries), strict=True))) == len(paths)
-    assert not apart
     unfolded = len(survey.Survey(model).nodes)
     assert (folded == unfolded) == (name in NOT_FOLDED)
 
@@ -117,15 +120,21 @@ def counterparts() -> nn.Module:
     return Plain(stages=nn.Sequential(*(block() for _ in range(6))))
 
 
-@pytest.mark.parametrize(
-    ("make", "role", "count"),
-    [(experts, "router", 6), (without_norms, "block", 6), (two_runs, "block", 12), (counterparts, "mlp.up", 18)],
+COUNTED = (
+    (experts, "router", 6, False),
+    (without_norms, "block", 6, False),
+    (two_runs, "block", 12, False),
+    (counterparts, "mlp.up", 18, True),
 )
+
+
+@pytest.mark.parametrize(("make", "role", "count", "apart"), COUNTED)
 def test_rules_that_count(
-    make: Callable[[], nn.Module], role: str, count: int, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[], nn.Module], role: str, count: int, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = derive(make())
     assert len(found.by_role[role]) == count
+    assert told_apart(make()) == apart
     monkeypatch.setattr(survey, "runs", each_by_itself)
     assert found == derive(make())
 
