@@ -75,11 +75,13 @@ def prepare(
         config.replace(**{**changes, "overrides": {}})  # wrong options are errors, also where no site matches
     with garbage.kept():
         resolver = Resolver(model, host or host_map(model), layer_of, is_ours)
-        if _is_distributed(resolver.modules.values()) and _is_tensor_parallel(model):
+        parameters = resolver.parameters()
+        if _is_distributed(parameters) and _is_tensor_parallel(model):
             raise UnsupportedHost(
                 "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"
             )
         surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry)
+        surgeon.thawed = list({id(each): each for each in parameters if each.requires_grad}.values())
         try:
             with generator_kept():
                 registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
@@ -91,20 +93,25 @@ def prepare(
             f"{method.name} found nothing to act on in this {type(model).__name__}; "
             f"its target is {wishes.target or method.target!r}"
         )
-    paths = {graft.site.path for graft in surgeon.grafts}
-    paths |= {site.path for selection in surgeon.selections.values() for site in selection}
-    idle = [each for each in config.overrides if not any(matches(path, each) for path in paths)]
-    if idle:
+    if idle := _idle(config, surgeon):
         warnings.warn(f"these overrides match no site and are passed over: {idle}", UserWarning, stacklevel=3)
     return surgeon
 
 
-def _is_distributed(modules: Iterable[nn.Module]) -> bool:
+def _idle(config: MethodConfig, surgeon: Surgeon) -> list[str]:
+    """The overrides that match no site."""
+    if not config.overrides:
+        return []
+    paths = {graft.site.path for graft in surgeon.grafts}
+    paths |= {site.path for selection in surgeon.selections.values() for site in selection}
+    return [each for each in config.overrides if not any(matches(path, each) for path in paths)]
+
+
+def _is_distributed(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether a weight is a distributed tensor. Looked up, not imported: in a process that never imported
     torch.distributed.tensor none is."""
     tensors = sys.modules.get("torch.distributed.tensor")
-    kinds = {type(parameter) for module in modules for parameter in module._parameters.values()}
-    return tensors is not None and any(issubclass(kind, tensors.DTensor) for kind in kinds)
+    return tensors is not None and any(issubclass(kind, tensors.DTensor) for kind in set(map(type, parameters)))
 
 
 def _is_tensor_parallel(model: nn.Module) -> bool:
@@ -232,8 +239,7 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: 
     state = ensure_state(model, surgeon.resolver.modules.values())
     injection = Injection(name, surgeon, state)
     state.injections[name] = injection
-    base = [p for module in surgeon.resolver.modules.values() for p in module._parameters.values() if p is not None]
-    thawed = list({id(p): p for p in base if p.requires_grad}.values())
+    thawed = surgeon.thawed
     choice, threads = state.choice, dict(state.threads)
     try:
         with garbage.kept():
@@ -268,14 +274,14 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: 
 def _watch(surgeon: Surgeon, state: HostState, name: str) -> None:
     """Expect every site to run, each tower of a multimodal host for itself."""
     watcher = witness.attend(surgeon.model, state)
-    towers = sorted({entry.tower for entry in surgeon.resolver.host.entries}, key=len, reverse=True)
+    towers = sorted({entry.tower for entry in surgeon.resolver.host.entries} - {""}, key=len, reverse=True)
     for graft in surgeon.grafts:
-        site = graft.site
-        slots = tuple(slot for each in graft.holders if (slot := slot_of(each.module)) is not None)
-        tower = next((t for t in towers if t and f"{site.module_path}.".startswith(f"{t}.")), "")
+        path = graft.site.module_path
+        slots = tuple([slot for each in graft.holders if (slot := slot_of(each.module)) is not None])
+        tower = next((each for each in towers if f"{path}.".startswith(f"{each}.")), "") if towers else ""
         if slots and graft.by_method:
-            holder = surgeon.resolver.modules.get(site.module_path.rpartition(".")[0], site.module)
-            watcher.watch(holder, witness.Expected(site.module_path, slots, tower, name))
+            holder = surgeon.resolver.modules.get(path[: max(path.rfind("."), 0)], graft.site.module)
+            watcher.watch(holder, witness.Expected(path, slots, tower, name))
 
 
 def plan(

@@ -143,7 +143,7 @@ class HostState:
 
     def unmerged(self, active: Active) -> Active:
         """Those of `active` whose effect is not in the weights already."""
-        return tuple(name for name in active if not self.injections[name].merged)
+        return tuple([name for name in active if not self.injections[name].merged])
 
     def choose(self, active: Iterable[str]) -> None:
         """Set the active names for this thread (for all that did not choose, when this thread is the owner)."""

@@ -125,10 +125,10 @@ class MethodConfig(BaseModel):
         Raises:
             ConfigError: an override has an unknown option, or a value that breaks a rule.
         """
-        from peftcore.config import validate_json
-
         for pattern, changes in self.overrides.items():
             if matches(path, pattern):
+                from peftcore.config import validate_json
+
                 options = {**self.model_dump(), **changes, "overrides": {}}
                 # By way of JSON: what a file holds for a tuple is a list, and means the same.
                 return validate_json(type(self), to_json(options, inf_nan_mode="constants", fallback=repr))

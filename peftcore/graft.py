@@ -286,7 +286,8 @@ def attach(module: nn.Module, state: HostState) -> Slot:
         slot = module.__dict__[_SLOT] = Slot(state)
         state.slots.add(slot)
         change_class(module, grafted_class(type(module)))
-    slot.changed()
+    else:
+        slot.changed()
     return slot
 
 

@@ -117,11 +117,11 @@ class Injection:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter of the injection, each once; all of them, trainable or not."""
-        found: dict[int, nn.Parameter] = {}
-        for _, module in self.modules():
-            for inner in module.modules() if module._modules else (module,):
-                found.update((id(each), each) for each in inner._parameters.values() if each is not None)
-        yield from found.values()
+        modules: list[nn.Module] = [graft.operator for graft in self.grafts]
+        modules += [shared.module for shared in self._surgeon.owned.values()]
+        inside = (inner for module in modules for inner in (module.modules() if module._modules else (module,)))
+        tensors = [each for inner in inside for each in inner._parameters.values() if each is not None]
+        yield from {id(each): each for each in tensors}.values()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The injection's tensors by ``<site path>.<operator tensor>``, without the injection's name: what files have;

@@ -6,6 +6,7 @@ a leaf, and what handles it as one (containers that iterate, layerwise casting, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from peftcore.calls import HostState
 from peftcore.errors import UnsupportedHost, UnsupportedSite
 from peftcore.graft import attach, detach, is_reached, slot_of, ungraft
+from peftcore.light import LightModule
 from peftcore.mounts import Mount
 from peftcore.saving import BASE_ALONE
 from peftcore.sites import Site
@@ -27,7 +29,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 HOLDER = "peft"
 
 
-class Operators(nn.Module):
+class Operators(LightModule):
     """Holds operators beside the site they act on: ``self_attn.peft.q_proj.<injection>``."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -61,18 +63,20 @@ def _key(site: Site, path: str) -> str:
     """The name that the site's operators get in a module at a path."""
     inside = site.path[len(path) :].lstrip(".")
     key = inside.replace(".", "__").replace(":", "__") or "self"
-    return f"{key}_" if _has(nn.Module, key) else key
+    return f"{key}_" if key in _names(nn.Module) else key
 
 
-def _has(cls: type, name: str) -> bool:
-    """Whether a class has an attribute; `dir` would collect them all for each site."""
-    return any(name in base.__dict__ for base in cls.__mro__)
+@functools.cache
+def _names(cls: Any) -> frozenset[str]:
+    """The attributes of a class."""
+    return frozenset(dir(cls))
 
 
 def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
     for child in (HOLDER, key):
         if child not in holder._modules:
-            if child in holder.__dict__ or child in holder._parameters or _has(type(holder), child):
+            cls: Any = type(holder)
+            if child in holder.__dict__ or child in holder._parameters or child in _names(cls):
                 raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
             made = holder._modules[child] = Operators()
             vars(made)["training"] = holder.training  # `train` would walk what is empty

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import NotMergeable
+from peftcore.light import LightModule
 
 if TYPE_CHECKING:
     from peftcore.sites import Site
@@ -27,7 +28,7 @@ Factors = tuple[Tensor, Tensor, float]
 rank]``."""
 
 
-class Checked(nn.Module):
+class Checked(LightModule):
     """A module whose values can be wrong though their shapes and dtypes are right, such as places in a weight. What a
     file holds is checked before the host changes."""
 

@@ -90,15 +90,16 @@ class Site(_Memory):
     def _find_shape(self) -> torch.Size:
         if not self.layer.has(self.module, self.tensor):
             return torch.Size([self._beside().out_features])
-        shape = list(self.layer.shape(self.module, self.tensor))
-        if self.rows is not None:
-            shape[self.layer.batch_dims] = sum(stop - start for start, stop in self.rows)
-        return torch.Size(shape)
+        shape = self.layer.shape(self.module, self.tensor)
+        if self.rows is None:
+            return shape
+        dim, height = self.layer.batch_dims, sum(stop - start for start, stop in self.rows)
+        return torch.Size([*shape[:dim], height, *shape[dim + 1 :]])
 
     @property
     def batch(self) -> tuple[int, ...]:
         """The leading dimensions of a stack: ``(experts,)``, or nothing."""
-        return tuple(self.weight_shape)[: self.layer.batch_dims]
+        return tuple(self.weight_shape[: self.layer.batch_dims])
 
     @property
     def out_features(self) -> int:
@@ -129,7 +130,7 @@ class Site(_Memory):
         return math.prod(self.weight_shape)
 
     def _inputs(self) -> tuple[int, ...]:
-        inputs = tuple(self.weight_shape)[self.layer.batch_dims + 1 :]
+        inputs = tuple(self.weight_shape[self.layer.batch_dims + 1 :])
         if not inputs:
             raise UnsupportedSite(f"{self.path} is a vector of {self.out_features}; this method needs a matrix")
         return inputs

@@ -97,6 +97,7 @@ class Surgeon:
         grafts: the operators so far, in the order in which they came.
         owned: what `own` has built, by name.
         selections: what each target meant, by its text; "" for the user's or the default one.
+        thawed: the host's parameters that train before anything is changed.
     """
 
     model: nn.Module
@@ -111,6 +112,7 @@ class Surgeon:
     grafts: list[Graft] = field(default_factory=list)
     owned: dict[str, Shared] = field(default_factory=dict)
     selections: dict[str, list[Site]] = field(default_factory=dict)
+    thawed: list[nn.Parameter] = field(default_factory=list)
     progress: Progress = field(default_factory=lambda: Progress("building operators"))
     """Steps on with each operator: decompositions of many weights take their time."""
     _by_method: bool = True
@@ -231,14 +233,7 @@ class Surgeon:
             saved = {key.removeprefix(prefix): sites for key, sites in saved.items() if key.startswith(prefix)}
         wishes = replace(wishes, target=wishes.target if target is None else target, train=(), saved=saved)
         child = Surgeon(
-            self.model,
-            method,
-            config,
-            self.resolver,
-            wishes,
-            dry=self.dry,
-            part=self.part + prefix,
-            progress=self.progress,
+            self.model, method, config, self.resolver, wishes, self.dry, self.part + prefix, progress=self.progress
         )
         registry().hook.peftcore_inject(model=self.model, method=method, config=config, surgeon=child)
         self.parts[part] = child

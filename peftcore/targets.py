@@ -73,7 +73,6 @@ class Resolver:
         self._see(model, "", hidden, set())
         self._order = {path: index for index, path in enumerate(self.modules)}
         self._role_of = {entry.path: entry.role for entry in host.entries}
-        self._tower_of = {entry.module: entry.tower for entry in host.entries}
         self._readers = {entry.module: entry.reader for entry in host.entries if entry.reader is not None}
         self._holders: dict[int, list[tuple[str, str]]] | None = None
         self._layers: dict[tuple[type, str], list[tuple[Structure, Layer]]] = {}
@@ -92,6 +91,11 @@ class Resolver:
         for name, child in module._modules.items():
             if child is not None:
                 self._see(child, prefix + name, hidden, seen)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The host's own, each as often as a module holds it."""
+        held = (each for module in self.modules.values() for each in module._parameters.values())
+        return [each for each in held if each is not None]
 
     def sites(
         self, target: Target, *, exclude: Target | None = None, tower: str | None = None
@@ -230,6 +234,10 @@ class Resolver:
             if colon and sense in self.host.named_towers:
                 return self.host.named_towers[sense], rest
         return None, pattern
+
+    @cached_property
+    def _tower_of(self) -> dict[str, str]:
+        return {entry.module: entry.tower for entry in self.host.entries}
 
     def _inside(self, towers: tuple[str, ...] | None, paths: Iterable[str]) -> list[str]:
         """Those of the paths that are in some towers."""

@@ -54,6 +54,8 @@ class Witness:
 
     def __init__(self, state: HostState) -> None:
         self.state = state
+        self.new: list[Expected] = []
+        """What nobody has put into groups yet."""
         self.waiting: dict[str, Sites] = {}
         """By group."""
         self.beside: dict[nn.Module, list[Beside]] = {}
@@ -63,10 +65,11 @@ class Witness:
 
     def watch(self, holder: nn.Module, site: Expected) -> None:
         """Expect a site to run; `holder` is the module whose child it is."""
-        self._expect(site)
-        if holder not in self.beside:
+        self.new.append(site)
+        known = self.beside.get(holder)
+        if known is None:
             self._place(holder)
-        known = self.beside.setdefault(holder, [])
+            known = self.beside[holder] = []
         if not known or len(holder._modules) != len(known[-1].children):
             known.append(Beside(frozenset(holder._modules), {}))
         known[-1].sites.setdefault(site.name, []).append(site)
@@ -85,13 +88,15 @@ class Witness:
         self.places = {}
         for holder in self.beside:
             self._place(holder)
+        self.new = [site for site in self.new if site.name != name]
         for members in self.waiting.values():
             members.pop(name, None)
         self.waiting = {group: members for group, members in self.waiting.items() if members}
 
-    def _expect(self, site: Expected) -> None:
-        group = self.waiting.setdefault(NUMBER.sub("*", site.path), {})
-        group.setdefault(site.name, []).append(site)
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is expected."""
+        return not self.new and not self.waiting
 
     def look(self, model: nn.Module) -> None:
         """Expect sites anew beside which modules were added since. Without gradients, where each token looks, one place
@@ -114,8 +119,8 @@ class Witness:
                     for site in chain.from_iterable(each.sites.values()):
                         for slot in site.slots:
                             slot.ran = False
-                        self._expect(site)
-        if self.waiting and self not in model._forward_hooks.values():
+                        self.new.append(site)
+        if not self.is_idle and self not in model._forward_hooks.values():
             model.register_forward_hook(self)
 
     def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -123,6 +128,9 @@ class Witness:
             return
         acting = self.state.unmerged(self.state.current())
         silent: list[str] = []
+        for site in self.new:
+            self.waiting.setdefault(NUMBER.sub("*", site.path), {}).setdefault(site.name, []).append(site)
+        self.new.clear()
         for group, sites in list(self.waiting.items()):
             members = list(chain.from_iterable(sites.values()))
             if any(slot.ran for member in members for slot in member.slots):
@@ -160,5 +168,5 @@ def forget(model: nn.Module, state: HostState, name: str) -> None:
     """Stop expecting anything of an injection: it is gone."""
     if state.witness is not None:
         state.witness.forget(name)
-        if not state.witness.waiting:
+        if state.witness.is_idle:
             leave(model)

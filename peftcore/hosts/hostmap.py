@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from math import prod
+from typing import Any
 
 from peftcore.errors import TargetError
 from peftcore.hosts.virtual import VIRTUAL, enclosing, prefixes
@@ -74,21 +75,26 @@ class HostEntry:
         return self.shape[-2] if len(self.shape) >= 2 else 0
 
 
-def moved(entries: list[HostEntry], element: str, name: str, further: int) -> Iterator[HostEntry]:
-    """The entries of an element of a list as they are in another one, of that `name` and so much `further`."""
-    inside, length, goal = f"{element}.", len(element), element[: element.rfind(".") + 1] + name
+def moved(entries: list[HostEntry], element: str, names: list[str]) -> Iterator[HostEntry]:
+    """The entries of an element of a list as they are in those that follow it, of these names."""
+    inside, length, above = f"{element}.", len(element), element[: element.rfind(".") + 1]
+    parts: list[tuple[dict[str, Any], list[tuple[str, str]], int | None]] = []
     for entry in entries:
         own = vars(entry)
-        there = {
-            key: goal + path[length:]
-            for key in ("path", "module", "tower", "block", "reader")
-            if (path := own[key]) and (path == element or path.startswith(inside))
-        }
-        if entry.layer is not None and entry.block == element:
-            there["layer"] = entry.layer + further
-        other = object.__new__(HostEntry)  # `replace` takes three times as long, and a host has many
-        vars(other).update(own, **there)
-        yield other
+        paths = [(key, own[key]) for key in ("path", "module", "tower", "block", "reader")]
+        ends = [(key, path[length:]) for key, path in paths if path and f"{path}.".startswith(inside)]
+        parts.append((own, ends, entry.layer if entry.block == element else None))
+    for further, name in enumerate(names, 1):
+        goal = above + name
+        for own, ends, layer in parts:
+            there = own.copy()
+            for key, end in ends:
+                there[key] = goal + end
+            if layer is not None:
+                there["layer"] = layer + further
+            other = object.__new__(HostEntry)  # `replace` takes five times as long, and a host has many
+            object.__setattr__(other, "__dict__", there)
+            yield other
 
 
 Selection = list[tuple[HostEntry, Ranges | None]]

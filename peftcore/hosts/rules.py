@@ -82,7 +82,7 @@ def are_told_apart(survey: Survey, entries: Entries) -> bool:
         if node.twins and node.parent is not None:
             before = node.parent.children[node.parent.children.index(node) - 1]
             here, there = (list(chain.from_iterable(entries[n.index : n.end])) for n in (node, before))
-            if here != list(moved(there, before.path, node.name, 1)):
+            if here != list(moved(there, before.path, [node.name])):
                 return True
     return False
 
@@ -93,8 +93,8 @@ def unfolded(node: Node, entries: Entries) -> list[HostEntry]:
     for below in (*node.tensors, *node.children):
         inside = unfolded(below, entries)
         found += inside
-        for further, name in enumerate(below.twins, 1):
-            found += moved(inside, below.path, name, further)
+        if below.twins:
+            found += moved(inside, below.path, below.twins)
     return found
 
 
