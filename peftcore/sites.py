@@ -99,7 +99,8 @@ class Site(_Memory):
     @property
     def batch(self) -> tuple[int, ...]:
         """The leading dimensions of a stack: ``(experts,)``, or nothing."""
-        return tuple(self.weight_shape[: self.layer.batch_dims])
+        dims = self.layer.batch_dims
+        return tuple(self.weight_shape[:dims]) if dims else ()
 
     @property
     def out_features(self) -> int:

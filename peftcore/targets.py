@@ -17,8 +17,8 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import torch
 from torch import nn
+from torch.jit import ScriptModule
 
 from peftcore.errors import HostMismatch, TargetError, shown
 from peftcore.hosts import HostEntry, HostMap
@@ -83,14 +83,15 @@ class Resolver:
 
     def _see(self, module: nn.Module, path: str, hidden: Callable[[nn.Module], bool], seen: set[int]) -> None:
         """Note a module and all below it, each once."""
-        if id(module) in seen or hidden(module) or isinstance(module, torch.jit.ScriptModule):
+        if id(module) in seen or hidden(module) or isinstance(module, ScriptModule):
             return
         seen.add(id(module))
         self.modules[path] = module
-        prefix = f"{path}." if path else ""
-        for name, child in module._modules.items():
-            if child is not None:
-                self._see(child, prefix + name, hidden, seen)
+        if module._modules:
+            prefix = f"{path}." if path else ""
+            for name, child in module._modules.items():
+                if child is not None:
+                    self._see(child, prefix + name, hidden, seen)
 
     def parameters(self) -> list[nn.Parameter]:
         """The host's own, each as often as a module holds it."""
