@@ -30,7 +30,8 @@ VALUES: dict[str, Any] = {
     "other parameter": OTHER,
     "buffer": BUFFER,
     "module": CHILD,
-    "derived parameter": nn.Parameter(torch.ones(2)).clone(),
+    "derived tensor": nn.Parameter(torch.ones(2)).clone(),
+    "derived parameter": nn.Parameter(torch.ones(2), requires_grad=False).add_(nn.Parameter(torch.ones(2))),
 }
 
 

@@ -80,6 +80,14 @@ def test_removed_injection_is_not_expected_any_more() -> None:
     model(torch.randn(2, 5, 4))
 
 
+def test_removed_injection_leaves_nobody_waiting() -> None:
+    model = Stack(ReadsWeight)
+    peftcore.apply(model, "lora", target="proj")
+    model(torch.randn(2, 5, 4))
+    peftcore.apply(model, "lora", name="gone", target="qkv").remove()
+    assert not any(isinstance(hook, Witness) for hook in model._forward_hooks.values())
+
+
 def test_sites_are_judged_for_modules_and_for_train_alike_but_only_by_the_method() -> None:
     """A module that the user named in `train` may rest (a head for another task)."""
     model = perceptron()
