@@ -17,7 +17,7 @@ _REST = {name: value for name, value in _OWN.items() if not isinstance(value, di
 
 
 class LightModule(nn.Module):
-    """A module."""
+    """`nn.Module`, with a constructor and attributes that cost less."""
 
     def __init__(self) -> None:
         own = self.__dict__
