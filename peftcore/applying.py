@@ -80,8 +80,8 @@ def prepare(
             raise UnsupportedHost(
                 "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"
             )
-        surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry)
-        surgeon.thawed = list({id(each): each for each in parameters if each.requires_grad}.values())
+        thawed = list({id(each): each for each in parameters if each.requires_grad}.values())
+        surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry, thawed=thawed)
         try:
             with generator_kept():
                 registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)

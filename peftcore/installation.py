@@ -6,7 +6,6 @@ a leaf, and what handles it as one (containers that iterate, layerwise casting, 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from torch import nn
 from peftcore.calls import HostState
 from peftcore.errors import UnsupportedHost, UnsupportedSite
 from peftcore.graft import attach, detach, is_reached, slot_of, ungraft
-from peftcore.light import LightModule
+from peftcore.light import LightModule, names_of
 from peftcore.mounts import Mount
 from peftcore.saving import BASE_ALONE
 from peftcore.sites import Site
@@ -63,20 +62,14 @@ def _key(site: Site, path: str) -> str:
     """The name that the site's operators get in a module at a path."""
     inside = site.path[len(path) :].lstrip(".")
     key = inside.replace(".", "__").replace(":", "__") or "self"
-    return f"{key}_" if key in _names(nn.Module) else key
-
-
-@functools.cache
-def _names(cls: Any) -> frozenset[str]:
-    """The attributes of a class."""
-    return frozenset(dir(cls))
+    return f"{key}_" if key in names_of(nn.Module) else key
 
 
 def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
     for child in (HOLDER, key):
         if child not in holder._modules:
             cls: Any = type(holder)
-            if child in holder.__dict__ or child in holder._parameters or child in _names(cls):
+            if child in holder.__dict__ or child in holder._parameters or child in names_of(cls):
                 raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
             made = holder._modules[child] = Operators()
             vars(made)["training"] = holder.training  # `train` would walk what is empty

@@ -5,6 +5,7 @@ Afterwards it is what torch makes; `tests/core/test_light.py` holds one against 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +15,12 @@ _OWN = vars(nn.Module())
 _TABLES = [(name, type(value)) for name, value in _OWN.items() if isinstance(value, dict | set | list)]
 """What torch keeps in a module, empty at first: parameters, modules, hooks."""
 _REST = {name: value for name, value in _OWN.items() if not isinstance(value, dict | set | list)}
+
+
+@functools.cache
+def names_of(cls: Any) -> frozenset[str]:
+    """The attributes of a class."""
+    return frozenset(dir(cls))
 
 
 class LightModule(nn.Module):
@@ -41,6 +48,7 @@ class LightModule(nn.Module):
 
     def _is_free(self, name: str) -> bool:
         """Whether torch would put a parameter under this name, and tell nobody."""
+        cls: Any = type(self)
         own = self.__dict__
-        unknown = name not in own and not hasattr(type(self), name) and name.isidentifier()
+        unknown = name not in own and name not in names_of(cls) and name.isidentifier()
         return unknown and "_parameters" in own and not torchs._global_parameter_registration_hooks
