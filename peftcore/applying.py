@@ -11,12 +11,11 @@ import torch
 from torch import nn
 
 from peftcore import garbage, witness
-from peftcore.calls import HostState, drop_state, ensure_state, state_of
+from peftcore.calls import drop_state, ensure_state, state_of
 from peftcore.catalogue import method as find_method
 from peftcore.config import dtype_of, validate
 from peftcore.contract import Method, MethodConfig, matches
 from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
-from peftcore.graft import slot_of
 from peftcore.hosts import HostMap
 from peftcore.injection import Injection
 from peftcore.installation import Operators, install, release, uninstall
@@ -74,7 +73,7 @@ def prepare(
     for changes in config.overrides.values():
         config.replace(**{**changes, "overrides": {}})  # wrong options are errors, also where no site matches
     with garbage.kept():
-        resolver = Resolver(model, host or host_map(model), layer_of, is_ours)
+        resolver = Resolver(model, host or host_map(model), layer_of)
         parameters = resolver.parameters()
         if _is_distributed(parameters) and _is_tensor_parallel(model):
             raise UnsupportedHost(
@@ -251,7 +250,7 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: 
             else:
                 state.replan()
             injection.trainable(True)
-            _watch(surgeon, state, name)
+            witness.attend(surgeon, state, name)
         if data is not None:
             calibrate(injection, data)
     except BaseException:
@@ -269,19 +268,6 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: 
     state.frozen += thawed
     notice_experimental(_methods(surgeon))
     return injection
-
-
-def _watch(surgeon: Surgeon, state: HostState, name: str) -> None:
-    """Expect every site to run, each tower of a multimodal host for itself."""
-    watcher = witness.attend(surgeon.model, state)
-    towers = sorted({entry.tower for entry in surgeon.resolver.host.entries} - {""}, key=len, reverse=True)
-    for graft in surgeon.grafts:
-        path = graft.site.module_path
-        slots = tuple([slot for each in graft.holders if (slot := slot_of(each.module)) is not None])
-        tower = next((each for each in towers if f"{path}.".startswith(f"{each}.")), "") if towers else ""
-        if slots and graft.by_method:
-            holder = surgeon.resolver.modules.get(path[: max(path.rfind("."), 0)], graft.site.module)
-            watcher.watch(holder, witness.Expected(path, slots, tower, name))
 
 
 def plan(

@@ -328,8 +328,10 @@ def _is_method(forward: Any, function: Callable[..., Any]) -> bool:
 def is_reached(module: nn.Module) -> bool:
     """Whether calls arrive at the forward of the module's class: also through accelerate's hooks, which set a forward
     on the instance and keep the one that they call."""
-    kept = [module.__dict__[key] for key in FORWARDS if key in module.__dict__]
-    return not kept or any(_is_method(forward, type(module).forward) for forward in kept)
+    own = module.__dict__
+    if own.keys().isdisjoint(FORWARDS):
+        return True  # as nearly always
+    return any(_is_method(own.get(key), type(module).forward) for key in FORWARDS)
 
 
 def effective_weight(module: nn.Module, tensor: str, layer: Layer, rows: Ranges | None) -> Tensor:

@@ -142,8 +142,9 @@ def _check_reachable(site: Site) -> None:
 
 
 def _hold_stances(surgeon: Surgeon, state: HostState, name: str) -> None:
-    acting = {id(site.module) for graft in surgeon.grafts for site in graft.holders}
-    for module, stance in stances_of(surgeon.resolver.modules.values()):
+    found = list(stances_of(surgeon.resolver.modules.values()))
+    acting = {id(site.module) for graft in surgeon.grafts for site in graft.holders} if found else ()
+    for module, stance in found:
         if not stance.always and not any(id(inner) in acting for inner in module.modules()):
             continue
         stance.ready(module)

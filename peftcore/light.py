@@ -6,6 +6,7 @@ Afterwards it is what torch makes; `tests/core/test_light.py` holds one against 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +15,24 @@ from torch.nn.modules import module as torchs
 _OWN = vars(nn.Module())
 _TABLES = [(name, type(value)) for name, value in _OWN.items() if isinstance(value, dict | set | list)]
 """What torch keeps in a module, empty at first: parameters, modules, hooks."""
+_HOOKS = [(name, make) for name, make in _TABLES if "_hooks" in name]
+_SPACE = [table for table in _TABLES if table not in _HOOKS]
 _REST = {name: value for name, value in _OWN.items() if not isinstance(value, dict | set | list)}
+
+
+class _Table:
+    """A table of hooks, which a module has from when somebody first asks for it. Most never hear that question, and
+    eleven empty tables are half of what a module takes, in time and in memory."""
+
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        self._name, self._make = name, make
+
+    def __get__(self, module: nn.Module | None, cls: Any = None) -> Any:
+        return self if module is None else module.__dict__.setdefault(self._name, self._make())
+
+
+REGISTERED = (Tensor, nn.Module)
+"""What torch may keep in a table of its own."""
 
 
 @functools.cache
@@ -26,29 +44,40 @@ def names_of(cls: Any) -> frozenset[str]:
 class LightModule(nn.Module):
     """`nn.Module`, with a constructor and attributes that cost less."""
 
+    _peftcore_names: frozenset[str]
+    """The attributes of the class."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._peftcore_names = frozenset(dir(cls))
+
     def __init__(self) -> None:
         own = self.__dict__
         own.update(_REST)
-        for name, make in _TABLES:  # torch sets each as an attribute
+        for name, make in _SPACE:  # torch sets each as an attribute
             own[name] = make()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute. Of plain data under a new name torch finds out, step by step, that it is plain; of a
         parameter, that nothing stands in its way."""
         own = self.__dict__
-        known = name in own.get("_parameters", ()) or name in own.get("_buffers", ()) or name in own.get("_modules", ())
-        if known or isinstance(value, nn.Module):
+        if "_parameters" not in own or name in own["_parameters"] or name in own["_buffers"] or name in own["_modules"]:
+            super().__setattr__(name, value)  # before the constructor has run, or under a registered name
+        elif name in self._peftcore_names:
             super().__setattr__(name, value)
-        elif not isinstance(value, Tensor):
-            object.__setattr__(self, name, value)
-        elif type(value) is nn.Parameter and self._is_free(name) and value.grad_fn is None:
+        elif not isinstance(value, REGISTERED):
+            own[name] = value
+        elif type(value) is nn.Parameter and name not in own and _registers(name, value):
             own["_parameters"][name] = value
         else:
             super().__setattr__(name, value)
 
-    def _is_free(self, name: str) -> bool:
-        """Whether torch would put a parameter under this name, and tell nobody."""
-        cls: Any = type(self)
-        own = self.__dict__
-        unknown = name not in own and name not in names_of(cls) and name.isidentifier()
-        return unknown and "_parameters" in own and not torchs._global_parameter_registration_hooks
+
+def _registers(name: str, value: nn.Parameter) -> bool:
+    """Whether torch would take a parameter, and tell nobody."""
+    return name.isidentifier() and value.grad_fn is None and not torchs._global_parameter_registration_hooks
+
+
+for _name, _make in _HOOKS:
+    setattr(LightModule, _name, _Table(_name, _make))
+LightModule._peftcore_names = names_of(LightModule)

@@ -196,7 +196,7 @@ def dequantize(model: M) -> M:
 
 
 def _sites(model: nn.Module, target: Target | None, exclude: Target | None) -> Iterator[Site]:
-    resolver = Resolver(model, host_map(model), layer_of, is_ours)
+    resolver = Resolver(model, host_map(model), layer_of)
     try:
         found, _ = resolver.sites("all-linear" if target is None else target, exclude=exclude)
     except TargetError:

@@ -114,7 +114,7 @@ class Site(_Memory):
         Raises:
             UnsupportedSite: the tensor is a vector.
         """
-        return self._inputs()[0]
+        return self.weight_shape[self._first_input()]
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -123,18 +123,19 @@ class Site(_Memory):
         Raises:
             UnsupportedSite: the tensor is a vector.
         """
-        return self._inputs()[1:]
+        return tuple(self.weight_shape[self._first_input() + 1 :])
 
     @property
     def numel(self) -> int:
         """Values in the tensor (or in its rows)."""
         return math.prod(self.weight_shape)
 
-    def _inputs(self) -> tuple[int, ...]:
-        inputs = tuple(self.weight_shape[self.layer.batch_dims + 1 :])
-        if not inputs:
+    def _first_input(self) -> int:
+        """The dimension of the inputs."""
+        dim = self.layer.batch_dims + 1
+        if dim >= len(self.weight_shape):
             raise UnsupportedSite(f"{self.path} is a vector of {self.out_features}; this method needs a matrix")
-        return inputs
+        return dim
 
     @property
     def device(self) -> torch.device:

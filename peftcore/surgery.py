@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 O = TypeVar("O", bound=_Base)  # noqa: E741
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Graft:
     """One recorded operator: where it stands and every (module, tensor) that it acts on (several when a tensor is
     tied)."""
@@ -378,10 +378,10 @@ class Surgeon:
         """An operator built on a device, in the wished dtype on another. Most are there already, and are not walked."""
         dtype = self.wishes.dtype
         parameters, buffers = tables(built)
-        there = goal in (None, where) and not built._modules and not buffers
-        if there and all(parameter is None or parameter.dtype == dtype for parameter in parameters.values()):
-            return built
-        return built.to(goal, dtype)
+        there = (goal is None or goal == where) and not built._modules and not buffers
+        for parameter in parameters.values():
+            there = there and (parameter is None or parameter.dtype is dtype)
+        return built if there else built.to(goal, dtype)
 
 
 def _exactly(path: str) -> Callable[[str, nn.Module], bool]:

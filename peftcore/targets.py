@@ -23,11 +23,13 @@ from torch.jit import ScriptModule
 from peftcore.errors import HostMismatch, TargetError, shown
 from peftcore.hosts import HostEntry, HostMap
 from peftcore.hosts.alike import Structure
+from peftcore.installation import Operators
 from peftcore.sites import LayerOf, Site
 from peftcore.weights import Layer, Ranges
 
+UNSEEN = (Operators, ScriptModule)
 KINDS = 8
-"""So many ways in which modules of a class are built are kept in mind."""
+"""So many ways in which modules of a class and a shape are built are kept in mind."""
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[Any]
 
 
@@ -67,23 +69,24 @@ def _each(target: Target) -> Iterator[Any]:
 class Resolver:
     """Finds sites in one host. Operators of other injections are never seen as targets."""
 
-    def __init__(self, model: nn.Module, host: HostMap, layer_of: LayerOf, hidden: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, model: nn.Module, host: HostMap, layer_of: LayerOf) -> None:
         self.model, self.host, self.layer_of = model, host, layer_of
         self.modules: dict[str, nn.Module] = {}
-        self._see(model, "", hidden, set())
+        self._see(model, "", set())
         self._order = {path: index for index, path in enumerate(self.modules)}
         self._role_of = {entry.path: entry.role for entry in host.entries}
         self._readers = {entry.module: entry.reader for entry in host.entries if entry.reader is not None}
         self._holders: dict[int, list[tuple[str, str]]] | None = None
-        self._layers: dict[tuple[type, str], list[tuple[Structure, Layer]]] = {}
+        self._layers: dict[tuple[Any, ...], list[tuple[Structure, Layer]]] = {}
+        """By what tells most modules apart."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies look again how their modules are built."""
         return {**self.__dict__, "_layers": {}}
 
-    def _see(self, module: nn.Module, path: str, hidden: Callable[[nn.Module], bool], seen: set[int]) -> None:
+    def _see(self, module: nn.Module, path: str, seen: set[int]) -> None:
         """Note a module and all below it, each once."""
-        if id(module) in seen or hidden(module) or isinstance(module, ScriptModule):
+        if id(module) in seen or isinstance(module, UNSEEN):
             return
         seen.add(id(module))
         self.modules[path] = module
@@ -91,12 +94,12 @@ class Resolver:
             prefix = f"{path}." if path else ""
             for name, child in module._modules.items():
                 if child is not None:
-                    self._see(child, prefix + name, hidden, seen)
+                    self._see(child, prefix + name, seen)
 
     def parameters(self) -> list[nn.Parameter]:
         """The host's own, each as often as a module holds it."""
-        held = (each for module in self.modules.values() for each in module._parameters.values())
-        return [each for each in held if each is not None]
+        modules = self.modules.values()
+        return [each for module in modules for each in module._parameters.values() if each is not None]
 
     def sites(
         self, target: Target, *, exclude: Target | None = None, tower: str | None = None
@@ -167,7 +170,8 @@ class Resolver:
 
     def _layer(self, module: nn.Module, tensor: str) -> Layer:
         """How a module stores a tensor: of those that are built alike, one is looked at."""
-        known = self._layers.setdefault((type(module), tensor), [])
+        held = module._parameters.get(tensor)
+        known = self._layers.setdefault((type(module), tensor, None if held is None else held.shape), [])
         for structure, layer in known:
             if structure.fits(module):
                 return layer

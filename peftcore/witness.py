@@ -7,17 +7,22 @@ models' qkv, dead layers) would otherwise carry adapters that train nothing.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from peftcore.calls import HostState
 from peftcore.errors import InactiveSite
+from peftcore.graft import slot_of
 from peftcore.installation import HOLDER
 from peftcore.mounts import Slot
+
+if TYPE_CHECKING:
+    from peftcore.surgery import Surgeon
 
 
 class Expected(NamedTuple):
@@ -54,8 +59,8 @@ class Witness:
 
     def __init__(self, state: HostState) -> None:
         self.state = state
-        self.new: list[Expected] = []
-        """What nobody has put into groups yet."""
+        self.new: dict[str, Surgeon] = {}
+        """Injections whose sites nobody has looked at yet: who applies many does not wait for it."""
         self.waiting: dict[str, Sites] = {}
         """By group."""
         self.beside: dict[nn.Module, list[Beside]] = {}
@@ -63,9 +68,9 @@ class Witness:
         """Those of `beside` by the name of their class."""
         self._turn = 0
 
-    def watch(self, holder: nn.Module, site: Expected) -> None:
+    def _watch(self, holder: nn.Module, site: Expected) -> None:
         """Expect a site to run; `holder` is the module whose child it is."""
-        self.new.append(site)
+        self._wait(site)
         known = self.beside.get(holder)
         if known is None:
             self._place(holder)
@@ -73,6 +78,9 @@ class Witness:
         if not known or len(holder._modules) != len(known[-1].children):
             known.append(Beside(frozenset(holder._modules), {}))
         known[-1].sites.setdefault(site.name, []).append(site)
+
+    def _wait(self, site: Expected) -> None:
+        self.waiting.setdefault(NUMBER.sub("*", site.path), {}).setdefault(site.name, []).append(site)
 
     def _place(self, holder: nn.Module) -> None:
         self.places.setdefault(type(holder).__name__, []).append(holder)
@@ -88,7 +96,7 @@ class Witness:
         self.places = {}
         for holder in self.beside:
             self._place(holder)
-        self.new = [site for site in self.new if site.name != name]
+        self.new.pop(name, None)
         for members in self.waiting.values():
             members.pop(name, None)
         self.waiting = {group: members for group, members in self.waiting.items() if members}
@@ -119,7 +127,7 @@ class Witness:
                     for site in chain.from_iterable(each.sites.values()):
                         for slot in site.slots:
                             slot.ran = False
-                        self.new.append(site)
+                        self._wait(site)
         if not self.is_idle and self not in model._forward_hooks.values():
             model.register_forward_hook(self)
 
@@ -128,9 +136,10 @@ class Witness:
             return
         acting = self.state.unmerged(self.state.current())
         silent: list[str] = []
-        for site in self.new:
-            self.waiting.setdefault(NUMBER.sub("*", site.path), {}).setdefault(site.name, []).append(site)
-        self.new.clear()
+        new, self.new = self.new, {}  # forwards of other threads judge, too
+        for name, surgeon in new.items():
+            for holder, site in _expected(surgeon, name):
+                self._watch(holder, site)
         for group, sites in list(self.waiting.items()):
             members = list(chain.from_iterable(sites.values()))
             if any(slot.ran for member in members for slot in member.slots):
@@ -149,12 +158,26 @@ class Witness:
             )
 
 
-def attend(model: nn.Module, state: HostState) -> Witness:
-    """The host's witness, hooked in."""
+def _expected(surgeon: Surgeon, name: str) -> Iterator[tuple[nn.Module, Expected]]:
+    """The sites of an injection that should run, each tower of a multimodal host for itself, with the modules whose
+    children they are."""
+    modules = surgeon.resolver.modules
+    towers = sorted({entry.tower for entry in surgeon.resolver.host.entries} - {""}, key=len, reverse=True)
+    for graft in surgeon.grafts:
+        path = graft.site.module_path
+        slots = tuple([slot for each in graft.holders if (slot := slot_of(each.module)) is not None])
+        tower = next((each for each in towers if f"{path}.".startswith(f"{each}.")), "")
+        if slots and graft.by_method:
+            yield modules.get(path[: max(path.rfind("."), 0)], graft.site.module), Expected(path, slots, tower, name)
+
+
+def attend(surgeon: Surgeon, state: HostState, name: str) -> None:
+    """Expect the sites of an injection to run, from the host's next forward on."""
+    model = surgeon.model
     witness = state.witness = state.witness or Witness(state)
+    witness.new[name] = surgeon
     if witness not in model._forward_hooks.values():
         model.register_forward_hook(witness)
-    return witness
 
 
 def leave(model: nn.Module) -> None:

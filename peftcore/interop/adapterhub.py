@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from peftcore.applying import host_map, is_ours
+from peftcore.applying import host_map
 from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, HostMismatch
 from peftcore.files import TensorFile, read_json
@@ -150,7 +150,7 @@ class HubContent(Content):
         if not grouped:
             raise CheckpointError(f"{file.path} holds no tensors of {name!r}, which {CONFIG} speaks of")
         shapes = {place: {key: file.shapes[full] for key, full in names.items()} for place, names in grouped.items()}
-        resolver = Resolver(model, host_map(model), layer_of, is_ours)
+        resolver = Resolver(model, host_map(model), layer_of)
         options = {place: architecture.options(keys, each, resolver) for place, each in shapes.items()}
         keys.check_known()
         sites = self._sites(list(grouped), resolver)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Size, nn
 
-from peftcore.applying import host_map, is_ours
+from peftcore.applying import host_map
 from peftcore.attention_sites import locate as locate_attention
 from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, ExportError, HostMismatch, TargetError, UnsupportedSite
@@ -134,7 +134,7 @@ def task_of(model: nn.Module) -> str | None:
 
 def resolver_of(model: nn.Module) -> Resolver:
     """Finds places on a host."""
-    return Resolver(model, host_map(model), layer_of, is_ours)
+    return Resolver(model, host_map(model), layer_of)
 
 
 def _at(resolver: Resolver, role: str) -> list[Site]:

@@ -65,8 +65,17 @@ def outcome(module: nn.Module, act: Callable[[Any], object]) -> tuple[Any, ...]:
         act(module)
     except (TypeError, KeyError, ValueError, AttributeError) as raised:
         error = type(raised), str(raised).replace("Light", "Torchs")
-    own = {key: list(value.items()) if isinstance(value, dict) else value for key, value in vars(module).items()}
+    own = {key: list(value.items()) if isinstance(value, dict) else value for key, value in everything(module).items()}
     return error, _told(own)
+
+
+def everything(module: nn.Module) -> dict[str, Any]:
+    """What a module has, with the tables of hooks that nobody has asked for yet."""
+    if "_non_persistent_buffers_set" in vars(module):  # else its constructor has not run
+        for name in vars(nn.Module()):
+            if "hooks" in name:
+                getattr(module, name)
+    return vars(module)
 
 
 def _told(value: Any) -> Any:
@@ -85,11 +94,25 @@ def alike(act: Callable[[Any], object]) -> None:
 
 def test_a_new_one_has_what_torchs_has_and_shares_nothing() -> None:
     light, second, torchs = LightModule(), LightModule(), nn.Module()
-    assert vars(light) == vars(torchs)
+    assert everything(light) == vars(torchs)
     for name, value in vars(light).items():
         assert type(value) is type(vars(torchs)[name])
         if isinstance(value, dict | set | list):
-            assert value is not vars(second)[name]
+            assert value is not everything(second)[name]
+
+
+def test_tables_of_hooks_are_there_when_somebody_asks() -> None:
+    light, second = LightModule(), LightModule()
+    assert not any("hooks" in name for name in vars(light))
+    handle = light.register_forward_hook(lambda module, args, output: 2 * output)
+    light.forward = lambda x: x
+    assert light(1) == 2
+    assert copy.deepcopy(light)(1) == 2
+    assert len(light._forward_hooks) == 1
+    assert light._forward_hooks is light._forward_hooks
+    assert not second._forward_hooks
+    handle.remove()
+    assert light(1) == 1
 
 
 @pytest.mark.parametrize("name", ["x", "fixed", "empty", "doubled", "a.b", "", "training", "_parameters", "forward"])

@@ -13,7 +13,7 @@ from torch import nn
 
 import peftcore
 from peftcore import graft, installation
-from peftcore.applying import host_map, is_ours
+from peftcore.applying import host_map
 from peftcore.hosts import alike, derive, rules, survey
 from peftcore.hosts.alike import Run, Structure, runs
 from peftcore.plugins import layer_of
@@ -270,7 +270,7 @@ def test_the_head_that_a_host_declares_is_one_wherever_it_stands() -> None:
 @pytest.mark.parametrize("name", SURVEY)
 def test_a_layer_is_the_one_that_plugins_tell(name: str) -> None:
     model, _ = build(name)
-    resolver = Resolver(model, host_map(model), layer_of, is_ours)
+    resolver = Resolver(model, host_map(model), layer_of)
     for path, module in resolver.modules.items():
         assert resolver._layer(module, "weight") == layer_of(module, "weight"), path
 

@@ -19,8 +19,8 @@ def low_rank_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]
     A is uniform in +-1/sqrt(in * kernel) and B zero; for embeddings A is zero and B ~ N(0, 1), since an input picks a
     single column of A.
     """
-    inputs = (site.in_features, *site.kernel)
-    of_A, of_B = (*site.batch, rank, *inputs), (*site.batch, site.out_features, rank)
+    batch, inputs = site.batch, (site.in_features, *site.kernel)
+    of_A, of_B = (*batch, rank, *inputs), (*batch, site.out_features, rank)
     if site.layer.one_hot:
         return nn.Parameter(torch.zeros(of_A)), nn.Parameter(torch.randn(of_B))
     bound = 1 / math.sqrt(math.prod(inputs))
