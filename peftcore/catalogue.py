@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Iterable
+from itertools import chain
 from typing import TypeVar
 
 from peftcore.contract import CATEGORIES, Method, MethodInfo, check_method_class
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
-from peftcore.plugins import RUNTIME, registry
+from peftcore.plugins import RUNTIME, Plugin, registry
 
 M = TypeVar("M", bound=type[Method])
 _registered: dict[str, type[Method]] = {}
@@ -27,17 +29,21 @@ def register(cls: M) -> M:
     return cls
 
 
-def _listed() -> list[MethodInfo]:
-    found = []
-    for plugin in registry().plugins.values():
-        names: dict[str, list[str]] = {}
-        for name, place in plugin.methods.items():
-            names.setdefault(place, []).append(name)  # further names of one class are its aliases
-        found += [MethodInfo(n[0], plugin.name, plugin.distribution, p, tuple(n[1:])) for p, n in names.items()]
-    found += [
+def _of(plugin: Plugin) -> list[MethodInfo]:
+    names: dict[str, list[str]] = {}
+    for name, place in plugin.methods.items():
+        names.setdefault(place, []).append(name)  # further names of one class are its aliases
+    return [MethodInfo(n[0], plugin.name, plugin.distribution, p, tuple(n[1:])) for p, n in names.items()]
+
+
+def _of_run_time() -> list[MethodInfo]:
+    return [
         MethodInfo(name, RUNTIME, "registered at run time", f"{cls.__module__}:{cls.__qualname__}", cls.aliases)
         for name, cls in _registered.items()
     ]
+
+
+def _ordered(found: Iterable[MethodInfo]) -> list[MethodInfo]:
     return sorted(found, key=lambda info: (info.name, info.plugin))
 
 
@@ -48,7 +54,8 @@ def methods(category: str | None = None) -> list[MethodInfo]:
     Raises:
         PluginError: a method's module cannot be imported, where `category` is given.
     """
-    return [info for info in _listed() if category is None or info.category == category]
+    listed = _ordered(chain(*map(_of, registry().plugins.values()), _of_run_time()))
+    return [info for info in listed if category is None or info.category == category]
 
 
 def method(name: str) -> type[Method]:
@@ -60,13 +67,14 @@ def method(name: str) -> type[Method]:
         PluginError: its module cannot be imported, or its class breaks the contract.
     """
     plugin, slash, short = name.rpartition("/")
-    listed = _listed()
-    found = [i for i in listed if short in (i.name, *i.aliases) and (not slash or i.plugin == plugin)]
+    having = [each for each in registry().plugins.values() if short in each.methods]
+    listed = chain(*map(_of, having), _of_run_time())
+    found = _ordered(i for i in listed if short in (i.name, *i.aliases) and (not slash or i.plugin == plugin))
     if len(found) > 1:
         where = " and ".join(f"{info.distribution} (write {info.plugin + '/' + short!r})" for info in found)
         raise AmbiguousMethod(f"method {short!r} is in {where}")
     if not found:
-        raise UnknownMethod(_unknown(name, short, [info.name for info in listed]))
+        raise UnknownMethod(_unknown(name, short, [info.name for info in methods()]))
     return _load(found[0])
 
 

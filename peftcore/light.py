@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as torchs
 
 _OWN = vars(nn.Module())
@@ -28,7 +29,11 @@ class _Table:
         self._name, self._make = name, make
 
     def __get__(self, module: nn.Module | None, cls: Any = None) -> Any:
-        return self if module is None else module.__dict__.setdefault(self._name, self._make())
+        if module is None:
+            return self
+        if is_dynamo_compiling():  # nobody hooks in a graph
+            return self._make()
+        return module.__dict__.setdefault(self._name, self._make())
 
 
 REGISTERED = (Tensor, nn.Module)
@@ -61,16 +66,17 @@ class LightModule(nn.Module):
         """Set an attribute. Of plain data under a new name torch finds out, step by step, that it is plain; of a
         parameter, that nothing stands in its way."""
         own = self.__dict__
-        if "_parameters" not in own or name in own["_parameters"] or name in own["_buffers"] or name in own["_modules"]:
-            super().__setattr__(name, value)  # before the constructor has run, or under a registered name
-        elif name in self._peftcore_names:
-            super().__setattr__(name, value)
-        elif not isinstance(value, REGISTERED):
+        if "_parameters" not in own or name in own or name in self._peftcore_names:
+            return super().__setattr__(name, value)
+        if name in own["_parameters"] or name in own["_buffers"] or name in own["_modules"]:
+            return super().__setattr__(name, value)
+        if not isinstance(value, REGISTERED):
             own[name] = value
-        elif type(value) is nn.Parameter and name not in own and _registers(name, value):
+        elif type(value) is nn.Parameter and _registers(name, value):
             own["_parameters"][name] = value
         else:
             super().__setattr__(name, value)
+        return None
 
 
 def _registers(name: str, value: nn.Parameter) -> bool:

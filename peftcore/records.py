@@ -237,8 +237,7 @@ class Recorder:
         calls = _TRACED if torch.compiler.is_compiling() else _HERE.calls
         if not calls:
             return None  # tracing failed half-way: nothing was opened here
-        call = calls[-1]
-        calls.remove(call)
+        call = calls.pop()
         if calls is not _TRACED:
             _TRACED.remove(call)
             self.state.calm = None

@@ -123,7 +123,8 @@ class Site(_Memory):
         Raises:
             UnsupportedSite: the tensor is a vector.
         """
-        return tuple(self.weight_shape[self._first_input() + 1 :])
+        first, shape = self._first_input(), self.weight_shape
+        return tuple(shape[first + 1 :]) if len(shape) > first + 1 else ()
 
     @property
     def numel(self) -> int:

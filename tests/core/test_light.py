@@ -166,3 +166,27 @@ def test_copies() -> None:
     assert again.x.equal(light.x)
     assert again.y == 3
     assert [*again.state_dict()] == [*light.state_dict()] == ["x"]
+
+
+class Counting(LightModule):
+    """One that changes attributes while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = self.calls + 1
+        self.last = 2.0 * self.calls
+        self.seen = x + 1
+        return x * self.weight * self.calls
+
+
+def test_attributes_are_set_in_a_compiled_forward() -> None:
+    module, x = Counting(), torch.randn(3)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    for calls in (1, 2):
+        torch.testing.assert_close(compiled(x), x * calls)
+        assert (module.calls, module.last) == (calls, 2.0 * calls)
+        torch.testing.assert_close(module.seen, x + 1)

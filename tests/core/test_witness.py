@@ -1,5 +1,6 @@
 """A site that never ran is an error, unless it may rest."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -8,6 +9,7 @@ from core_toys import Shift, perceptron
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.calls import state_of
 from peftcore.errors import InactiveSite
 from peftcore.witness import Witness
 
@@ -132,6 +134,30 @@ def test_witness_waits_while_the_injection_does_not_act() -> None:
         model(torch.randn(2, 5, 4))
     with pytest.raises(InactiveSite):
         model(torch.randn(2, 5, 4))
+
+
+def test_modules_fused_before_the_first_forward() -> None:
+    model = Stack(Attention)
+    peftcore.apply(model, "lora", target=["query", "value"])
+    for layer in model.layers:
+        layer.fuse()
+    with pytest.raises(InactiveSite, match=r"6 adapted sites did not: layers\.0\.query"):
+        model(torch.randn(2, 5, 4))
+
+
+def test_sites_are_looked_at_in_the_first_forward() -> None:
+    model = Stack(Attention)
+    peftcore.apply(model, "lora", target="query")
+    state = state_of(model)
+    assert state is not None and state.witness is not None
+    witness = state.witness
+    assert list(witness.new) == ["lora"] and not witness.beside
+    again = copy.deepcopy(model)
+    model(torch.randn(2, 5, 4))
+    assert witness.is_idle and len(witness.beside) == 3
+    again.use = []
+    with pytest.raises(InactiveSite, match="3 adapted sites did not"):
+        again(torch.randn(2, 5, 4))
 
 
 def test_merged_injection_needs_no_forward() -> None:
