@@ -66,7 +66,7 @@ class LightModule(nn.Module):
         """Set an attribute. Of plain data under a new name torch finds out, step by step, that it is plain; of a
         parameter, that nothing stands in its way."""
         own = self.__dict__
-        if "_parameters" not in own or name in own or name in self._peftcore_names:
+        if is_dynamo_compiling() or "_parameters" not in own or name in own or name in self._peftcore_names:
             return super().__setattr__(name, value)
         if name in own["_parameters"] or name in own["_buffers"] or name in own["_modules"]:
             return super().__setattr__(name, value)

@@ -19,7 +19,7 @@ from peftcore.operators import Combiner, Held, Operator, WeightOperator, _Base, 
 from peftcore.weights import Layer, Ranges, bias_name, put, take
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Mount:
     """One operator at one site, as the slot of the site's module keeps it."""
 
@@ -199,7 +199,7 @@ class Beside:
         return functools.partial(_around_rows, act, self.mount, call)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Acting:
     """What one active set does at one module."""
 
@@ -292,7 +292,7 @@ def _is_update(mount: Mount) -> bool:
     return beside and called and mount.operator.factors() is not None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Planned:
     """What one choice does at one module."""
 

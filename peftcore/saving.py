@@ -73,7 +73,7 @@ class SavesBase:
 def guard(modules: Collection[nn.Module]) -> None:
     """From now on models among these modules, which are those of a host, save themselves without adapters."""
     saving: set[type] = {cls for cls in set(map(type, modules)) if issubclass(cls, Saves)}
-    for module in modules:
+    for module in modules if saving else ():
         if type(module) in saving and NAME not in vars(module):
             vars(module)[NAME] = SavesBase(module)
 

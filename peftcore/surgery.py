@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 O = TypeVar("O", bound=_Base)  # noqa: E741
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Graft:
     """One recorded operator: where it stands and every (module, tensor) that it acts on (several when a tensor is
     tied)."""
