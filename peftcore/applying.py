@@ -18,10 +18,11 @@ from peftcore.contract import Method, MethodConfig, matches
 from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
 from peftcore.hosts import HostMap
 from peftcore.injection import Injection
-from peftcore.installation import Operators, install, release, uninstall
+from peftcore.installation import install, release, uninstall
 from peftcore.notices import notice_experimental
 from peftcore.planning import Plan
 from peftcore.plugins import layer_of, registry
+from peftcore.shelf import Operators
 from peftcore.surgery import Surgeon, Wishes, generator_kept
 from peftcore.targets import Resolver, Target
 from peftcore.training.batches import Data, calibrate

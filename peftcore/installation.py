@@ -14,9 +14,9 @@ from torch import nn
 from peftcore.calls import HostState
 from peftcore.errors import UnsupportedHost, UnsupportedSite
 from peftcore.graft import attach, detach, is_reached, slot_of, ungraft
-from peftcore.light import LightModule, names_of
+from peftcore.light import names_of
 from peftcore.mounts import Mount
-from peftcore.saving import BASE_ALONE
+from peftcore.shelf import HOLDER, Operators
 from peftcore.sites import Site
 from peftcore.stances import stances_of
 
@@ -25,26 +25,6 @@ if TYPE_CHECKING:
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Modules whose children are iterated by others: operators do not live in them."""
-HOLDER = "peft"
-
-
-class Operators(LightModule):
-    """Holds operators beside the site they act on: ``self_attn.peft.q_proj.<injection>``."""
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A state dict of the bare base loads into an adapted host: operators that it does not mention keep their
-        values."""
-        if not any(key.startswith(prefix) for key in state_dict):
-            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Nothing while the base is saved alone."""
-        return kwargs.get("destination", {}) if BASE_ALONE.get() else super().state_dict(*args, **kwargs)
-
-    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """The same: who saves a model may count its parameters."""
-        return iter(()) if BASE_ALONE.get() else super().named_modules(*args, **kwargs)
 
 
 def _no_container(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -23,7 +23,7 @@ from torch.jit import ScriptModule
 from peftcore.errors import HostMismatch, TargetError, shown
 from peftcore.hosts import HostEntry, HostMap
 from peftcore.hosts.alike import Structure
-from peftcore.installation import Operators
+from peftcore.shelf import Operators
 from peftcore.sites import LayerOf, Site
 from peftcore.weights import Layer, Ranges
 

@@ -18,8 +18,8 @@ from torch import nn
 from peftcore.calls import HostState
 from peftcore.errors import InactiveSite
 from peftcore.graft import slot_of
-from peftcore.installation import HOLDER
 from peftcore.mounts import Slot
+from peftcore.shelf import HOLDER
 
 if TYPE_CHECKING:
     from peftcore.surgery import Surgeon

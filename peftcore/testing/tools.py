@@ -31,9 +31,12 @@ def trace(model: nn.Module) -> Trace:
     found: Trace = {}
     for path, module in model.named_modules(remove_duplicate=False):
         found[f"class of {path}"] = type(module)
-        found[f"attributes of {path}"] = sorted(vars(module))
+        own = {  # tables of hooks may be made when somebody asks for them
+            name: value for name, value in vars(module).items() if not isinstance(value, OrderedDict) or value
+        }
+        found[f"attributes of {path}"] = sorted(own)
         found[f"training of {path}"] = module.training
-        hooks = {key: value for key, value in vars(module).items() if isinstance(value, OrderedDict)}
+        hooks = {key: value for key, value in own.items() if isinstance(value, OrderedDict)}
         found[f"hooks of {path}"] = {key: [id(hook) for hook in value.values()] for key, value in hooks.items()}
         tensors = {**module._parameters, **module._buffers}
         for name, tensor in tensors.items():
