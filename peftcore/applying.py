@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from peftcore import garbage, witness
 from peftcore.calls import drop_state, ensure_state, state_of
@@ -62,7 +63,7 @@ def prepare(
     """Record what the method would do; nothing is changed.
 
     Raises:
-        UnsupportedHost: a wrapper that hides its module, or TorchScript.
+        UnsupportedHost: a wrapper that hides its module, TorchScript, or layers without shapes.
         TargetError: nothing to act on.
     """
     if isinstance(model, nn.DataParallel):
@@ -76,6 +77,8 @@ def prepare(
     with garbage.kept():
         resolver = Resolver(model, host or host_map(model), layer_of)
         parameters = resolver.parameters()
+        if any(map(is_lazy, parameters)):
+            raise UnsupportedHost("some layers are lazy and have no shapes yet: run the host once, then adapt it")
         if _is_distributed(parameters) and _is_tensor_parallel(model):
             raise UnsupportedHost(
                 "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"

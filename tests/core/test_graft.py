@@ -207,6 +207,16 @@ def test_host_with_a_peft_of_its_own_is_refused_unchanged(make: Callable[[], nn.
     assert snapshot(model) == before and peftcore.injections(model) == {}
 
 
+def test_lazy_host_is_refused_unchanged_until_it_has_run() -> None:
+    model, x = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 5)
+    for target in ("0", "2", nn.Linear):
+        with pytest.raises(UnsupportedHost, match="run the host once"):
+            peftcore.apply(model, "lora", target=target)
+    assert peftcore.injections(model) == {} and all(each.requires_grad for each in model.parameters())
+    model(x)
+    assert len(peftcore.apply(model, "lora", target=nn.Linear).sites) == 2
+
+
 # order and composition
 
 
