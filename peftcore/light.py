@@ -14,11 +14,13 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as torchs
 
 _OWN = vars(nn.Module())
-_TABLES = [(name, type(value)) for name, value in _OWN.items() if isinstance(value, dict | set | list)]
+_TABLES = {name: type(value) for name, value in _OWN.items() if isinstance(value, dict | set | list)}
 """What torch keeps in a module, empty at first: parameters, modules, hooks."""
-_HOOKS = [(name, make) for name, make in _TABLES if "_hooks" in name]
-_SPACE = [table for table in _TABLES if table not in _HOOKS]
-_REST = {name: value for name, value in _OWN.items() if not isinstance(value, dict | set | list)}
+_HOOKS = {name: make for name, make in _TABLES.items() if "_hooks" in name}
+_OTHERS = {name: make for name, make in _TABLES.items() if name not in _HOOKS}
+_PLAIN = {name: value for name, value in _OWN.items() if name not in _TABLES}
+REGISTERED = (Tensor, nn.Module)
+"""What torch may keep in a table of its own."""
 
 
 class _Table:
@@ -36,10 +38,6 @@ class _Table:
         return module.__dict__.setdefault(self._name, self._make())
 
 
-REGISTERED = (Tensor, nn.Module)
-"""What torch may keep in a table of its own."""
-
-
 @functools.cache
 def names_of(cls: Any) -> frozenset[str]:
     """The attributes of a class."""
@@ -54,12 +52,13 @@ class LightModule(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._peftcore_names = frozenset(dir(cls))
+        made: Any = cls
+        cls._peftcore_names = names_of(made)
 
     def __init__(self) -> None:
         own = self.__dict__
-        own.update(_REST)
-        for name, make in _SPACE:  # torch sets each as an attribute
+        own.update(_PLAIN)
+        for name, make in _OTHERS.items():  # torch sets each as an attribute
             own[name] = make()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -84,6 +83,6 @@ def _registers(name: str, value: nn.Parameter) -> bool:
     return name.isidentifier() and value.grad_fn is None and not torchs._global_parameter_registration_hooks
 
 
-for _name, _make in _HOOKS:
+for _name, _make in _HOOKS.items():
     setattr(LightModule, _name, _Table(_name, _make))
 LightModule._peftcore_names = names_of(LightModule)

@@ -28,6 +28,7 @@ from peftcore.sites import LayerOf, Site
 from peftcore.weights import Layer, Ranges
 
 UNSEEN = (Operators, ScriptModule)
+"""Modules that are no places, nor is anything in them."""
 KINDS = 8
 """So many ways in which modules of a class and a shape are built are kept in mind."""
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[Any]
