@@ -10,7 +10,10 @@ import facts
 from links import ROOT, copies
 
 SECTIONS = {
-    "Use": ("start", "concepts", "choose", "training", "quantization", "files", "moving-from-peft", "performance"),
+    "Use": (
+        *("start", "concepts", "choose", "training", "quantization", "serving"),
+        *("files", "moving-from-peft", "performance"),
+    ),
     "Extend": ("write-a-method", "hooks"),
     "Project": ("overview", "architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"),
 }
