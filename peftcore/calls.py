@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peftcore.compositions import Composition, Stack
 from peftcore.errors import MergeError, RouteError, UnknownInjection
-from peftcore.records import Recorder, graph_task, replayed
+from peftcore.records import Call, Recorder, graph_task, replayed
 from peftcore.saving import guard, unguard
 
 if TYPE_CHECKING:
@@ -110,10 +110,9 @@ class HostState:
     """The thread in which a forward of the host runs by the owner's choice: its modules need not ask what was chosen,
     unless somebody chooses for a thread alone."""
 
-    recorder: Recorder = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.recorder = Recorder(self)
+    recorder: Recorder = field(default_factory=Recorder)
+    outside: dict[int, Call] = field(default_factory=dict)
+    """By thread: the record of what ran of the host without the host itself. Here, so that it ends with the host."""
 
     @property
     def active(self) -> Active:
@@ -130,11 +129,19 @@ class HostState:
             return replayed(self)
         return self.threads.get(threading.get_ident(), self.choice) if self.threads else self.choice
 
+    def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook on the host: it runs."""
+        self.recorder.enter(self, model, args, kwargs)
+
+    def leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """A hook on the host: it has run, or failed."""
+        return self.recorder.leave(self, model, kwargs, output)
+
     def entered(self, training: bool) -> Choice:
         """A grafted module runs, in training or not: what this thread chose."""
         choice = self.now()
         if not torch.compiler.is_compiling():
-            self.recorder.visit(choice, training)
+            self.recorder.visit(self, choice, training)
         return choice
 
     def current(self) -> Active:
@@ -181,7 +188,7 @@ class HostState:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles start with one thread of their own, outside of any route."""
         choice = Choice(self.choice.active, composition=self.choice.composition)
-        return {**self.__dict__, "threads": {}, "choice": choice, "calm": None}
+        return {**self.__dict__, "threads": {}, "outside": {}, "choice": choice, "calm": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, owner=threading.get_ident())
@@ -198,8 +205,8 @@ def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
     state = state_of(model)
     if state is None:
         state = model.__dict__[_KEY] = HostState()
-        model.register_forward_pre_hook(state.recorder.enter, with_kwargs=True)
-        model.register_forward_hook(state.recorder.leave, with_kwargs=True, always_call=True)
+        model.register_forward_pre_hook(state.enter, with_kwargs=True)
+        model.register_forward_hook(state.leave, with_kwargs=True, always_call=True)
         guard(modules)
     return state
 
@@ -208,8 +215,20 @@ def drop_state(model: nn.Module) -> None:
     """Forget a host that has no injection left."""
     state = model.__dict__.pop(_KEY, None)
     if state is not None:
-        state.recorder.unhook(model)
+        _unhook(model, state)
+        state.outside.clear()
         unguard(model)
+
+
+def _unhook(model: nn.Module, state: HostState) -> None:
+    for hooks, mine, notes in (
+        (model._forward_pre_hooks, state.enter, (model._forward_pre_hooks_with_kwargs,)),
+        (model._forward_hooks, state.leave, (model._forward_hooks_with_kwargs, model._forward_hooks_always_called)),
+    ):
+        for key in [key for key, hook in hooks.items() if hook == mine]:
+            del hooks[key]
+            for note in notes:
+                note.pop(key, None)
 
 
 class Chosen(AbstractContextManager["Chosen"]):

@@ -36,8 +36,8 @@ class _Threads(threading.local):
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.outside: Call | None = None
-        """What stands for one where a part of the host runs by itself."""
+        self.outside: weakref.ref[Call] | None = None
+        """What stands for one where a part of the host runs by itself; the host's state holds it."""
         self.announced: dict[int, tuple[int, weakref.ref[Call]]] = {}
         """By host: the backward pass (its number) and the forward that it goes through now, which its graph holds."""
 
@@ -172,7 +172,11 @@ def current_call() -> Call:
             call = reference()
             if task == here and call is not None:
                 return call
-    return _HERE.calls[-1] if _HERE.calls else _HERE.outside or Call()
+    return _HERE.calls[-1] if _HERE.calls else _outside() or Call()
+
+
+def _outside() -> Call | None:
+    return None if _HERE.outside is None else _HERE.outside()
 
 
 class Tap:
@@ -207,32 +211,33 @@ class Tap:
 
 
 class Recorder:
-    """Opens a record when the host starts and closes it when it returns or fails: two hooks on the root."""
+    """Opens a record when the host starts and closes it when it returns or fails."""
 
-    def __init__(self, state: HostState) -> None:
-        self.state = state
+    def __init__(self) -> None:
         self.recent: list[Choice] = []
         """The last two different choices of the forwards since the last backward."""
         self.drained = False
 
-    def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(self, state: HostState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the host runs."""
-        choice = self.state.now()
-        call = Call(self.state, choice, model, args, kwargs)
+        choice = state.now()
+        call = Call(state, choice, model, args, kwargs)
         _TRACED.append(call)
         if torch.compiler.is_compiling():
             return
         _HERE.calls.append(call)
-        _HERE.outside = None
-        if self.state.witness is not None:
-            self.state.witness.look(model)
+        if _HERE.outside is not None:
+            _HERE.outside = None
+            state.outside.pop(threading.get_ident(), None)
+        if state.witness is not None:
+            state.witness.look(model)
         if choice.route is not None:
             _check_rows(call, choice.route)
         if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
             self.note(choice)
-            self.state.calm = threading.get_ident() if choice is self.state.choice else None
+            state.calm = threading.get_ident() if choice is state.choice else None
 
-    def leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def leave(self, state: HostState, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         """After it, also when it raised."""
         calls = _TRACED if torch.compiler.is_compiling() else _HERE.calls
         if not calls:
@@ -240,26 +245,15 @@ class Recorder:
         call = calls.pop()
         if calls is not _TRACED:
             _TRACED.remove(call)
-            self.state.calm = None
+            state.calm = None
         call.close()
         if output is None or not torch.is_grad_enabled():
             return None
         if model.training:
-            output = _with_losses(output, [*call.losses, *self._aux_losses(call)], _share(kwargs))
+            output = _with_losses(output, [*call.losses, *_aux_losses(state, call)], _share(kwargs))
         if not torch.compiler.is_compiling():
             _announce(output, call)
         return output
-
-    def unhook(self, model: nn.Module) -> None:
-        """Take both hooks off the root."""
-        for hooks, mine, notes in (
-            (model._forward_pre_hooks, self.enter, (model._forward_pre_hooks_with_kwargs,)),
-            (model._forward_hooks, self.leave, (model._forward_hooks_with_kwargs, model._forward_hooks_always_called)),
-        ):
-            for key in [key for key, hook in hooks.items() if hook == mine]:
-                del hooks[key]
-                for note in notes:
-                    note.pop(key, None)
 
     def note(self, choice: Choice) -> None:
         """A forward runs under this choice, and backward may repeat it."""
@@ -270,28 +264,30 @@ class Recorder:
         if not any(choice.same(other) for other in self.recent):
             self.recent = [*self.recent[-1:], choice]
 
-    def visit(self, choice: Choice, training: bool) -> None:
+    def visit(self, state: HostState, choice: Choice, training: bool) -> None:
         """A grafted module runs. Where the host itself does not (through `forward_features`, an encoder by itself),
         there is a record all the same, without inputs, until the next forward of the host."""
         if _HERE.calls:
             return
-        outside = _HERE.outside
-        if outside is None or outside.state is not self.state or outside.choice is not choice:
-            _HERE.outside = Call(self.state, choice)
+        outside = _outside()
+        if outside is None or outside.state is not state or outside.choice is not choice:
+            outside = state.outside[threading.get_ident()] = Call(state, choice)
+            _HERE.outside = weakref.ref(outside)
         if training and not repeating():
             self.note(choice)
 
-    def _aux_losses(self, call: Call) -> Iterator[Tensor]:
-        for name in call.choice.acting if call.choice is not None else ():
-            injection = self.state.injections[name]
-            if type(injection.method).aux_loss is not Method.aux_loss:
-                with differentiable(injection.model, injection.parameters):  # here it is outside of the blocks
-                    loss = injection.method.aux_loss(injection)
-                if loss is not None:
-                    yield loss
-
     def __getstate__(self) -> dict[str, Any]:
-        return {"state": self.state, "recent": [], "drained": False}
+        return {"recent": [], "drained": False}
+
+
+def _aux_losses(state: HostState, call: Call) -> Iterator[Tensor]:
+    for name in call.choice.acting if call.choice is not None else ():
+        injection = state.injections[name]
+        if type(injection.method).aux_loss is not Method.aux_loss:
+            with differentiable(injection.model, injection.parameters):  # here it is outside of the blocks
+                loss = injection.method.aux_loss(injection)
+            if loss is not None:
+                yield loss
 
 
 def _check_rows(call: Call, route: Route) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from peftcore.calls import HostState
+from peftcore.calls import HostState, state_of
 from peftcore.errors import InactiveSite
 from peftcore.graft import slot_of
 from peftcore.mounts import Slot
@@ -57,8 +57,7 @@ class Witness:
     yet, so it waits; so does an injection that did not act.
     """
 
-    def __init__(self, state: HostState) -> None:
-        self.state = state
+    def __init__(self) -> None:
         self.new: dict[str, Surgeon] = {}
         """Injections whose sites nobody has looked at yet: who applies many does not wait for it."""
         self.waiting: dict[str, Sites] = {}
@@ -134,7 +133,8 @@ class Witness:
     def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        acting = self.state.unmerged(self.state.current())
+        state = state_of(model)
+        acting = state.unmerged(state.current()) if state is not None else ()
         silent: list[str] = []
         new, self.new = self.new, {}  # forwards of other threads judge, too
         for name, surgeon in new.items():
@@ -174,7 +174,7 @@ def _expected(surgeon: Surgeon, name: str) -> Iterator[tuple[nn.Module, Expected
 def attend(surgeon: Surgeon, state: HostState, name: str) -> None:
     """Expect the sites of an injection to run, from the host's next forward on."""
     model = surgeon.model
-    witness = state.witness = state.witness or Witness(state)
+    witness = state.witness = state.witness or Witness()
     witness.new[name] = surgeon
     if witness not in model._forward_hooks.values():
         model.register_forward_hook(witness)

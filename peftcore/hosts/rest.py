@@ -45,17 +45,10 @@ class Rest:
         self._elements = set(blocks.elements)
         self._mlp_nodes = {node for node in survey.nodes if node.role == "mlp"}
         self._spans: dict[Node, tuple[int, int]] = {}
-        self._rules: dict[Kind, Callable[[Place], str | None]] = {
-            Kind.TENSOR: self._tensor,
-            Kind.TABLE: self._table,
-            Kind.NORM: self._norm,
-            Kind.LINEAR: self._weight,
-            Kind.CONV: self._weight,
-        }
 
     def assign(self) -> None:
         for place in self._places():
-            place.node.role = self._rules[place.node.kind](place)
+            place.node.role = _RULES[place.node.kind](self, place)
         self._longest_table()
         self._mark_context()
 
@@ -74,7 +67,7 @@ class Rest:
                 under_norm = not node.parent.is_block and (under_norm or "norm" in node.parent.name)
             in_head = in_head or node.module in self.heads
             inherited.append((in_element, in_stage, in_head, under_norm))
-            if node.role is None and node.kind in self._rules:
+            if node.role is None and node.kind in _RULES:
                 first, last = self._span(node)
                 before, after = node.index < first, node.index > last
                 relative = V.words(node.below(node.block))
@@ -243,3 +236,12 @@ class Rest:
         for block in double:
             for node in self.survey.nodes[block.index : block.end]:
                 node.context = node.context or bool(V.words(node.below(block)) & V.CONTEXT_BRANCH)
+
+
+_RULES: dict[Kind, Callable[[Rest, Place], str | None]] = {
+    Kind.TENSOR: Rest._tensor,
+    Kind.TABLE: Rest._table,
+    Kind.NORM: Rest._norm,
+    Kind.LINEAR: Rest._weight,
+    Kind.CONV: Rest._weight,
+}

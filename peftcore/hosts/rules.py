@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 
@@ -25,12 +26,12 @@ def derive(model: nn.Module) -> HostMap:
     The order of the steps matters: mixers make blocks recognizable, blocks bound the search for feed-forward
     branches, and the rest is judged by its place relative to all of these.
     """
-    survey = Survey(model)
-    entries = judged(survey)
-    if are_told_apart(survey, entries):
-        survey = Survey(model, each=True)
+    with closing(Survey(model)) as survey:
         entries = judged(survey)
-    return HostMap(tuple(unfolded(survey.root, entries)))
+        if not are_told_apart(survey, entries):
+            return HostMap(tuple(unfolded(survey.root, entries)))
+    with closing(Survey(model, each=True)) as survey:
+        return HostMap(tuple(unfolded(survey.root, judged(survey))))
 
 
 Entries = list[list[HostEntry]]

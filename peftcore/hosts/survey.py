@@ -159,6 +159,11 @@ class Survey:
         self.convs = Ordered(node for node in self.nodes if node.kind is Kind.CONV)
         self.norms = Ordered(node for node in self.nodes if node.kind is Kind.NORM)
 
+    def close(self) -> None:
+        """Nodes let go of each other, and with that of the host, which would stay until Python looks for garbage."""
+        for node in self.nodes:
+            node.parent = node.holder = node.block = None
+
     def _walk(self, module: nn.Module, path: str, name: str, parent: Node | None) -> Node:
         self._seen.add(id(module))
         node = self._add(Node(path, name, module, parent, len(self.nodes)))
