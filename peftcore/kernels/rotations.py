@@ -165,8 +165,12 @@ def _identity(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
 def plain_cayley(K: Tensor) -> Tensor:
     """``(I - K) (I + K)^-1`` of each skew-symmetric matrix ``[*batch, size, size]``: every rotation without the
     eigenvalue -1 is one."""
-    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
-    rotation: Tensor = torch.linalg.solve(identity + K, identity - K)  # the two factors commute
+    return _quotient(torch.eye(K.shape[-1], dtype=K.dtype, device=K.device), K)
+
+
+def _quotient(identity: Tensor, K: Tensor) -> Tensor:
+    """The two factors commute. I + K has an inverse for every skew-symmetric K, so nobody waits to hear whether."""
+    rotation: Tensor = torch.linalg.solve_ex(identity + K, identity - K)[0]
     return rotation
 
 
@@ -180,15 +184,15 @@ class _Cayley(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, K: Tensor) -> Tensor:
-        R = plain_cayley(K)
+        R = _quotient(_identity_of(K), K)
         ctx.save_for_backward(R)
         return R
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (R,), (gradient,) = ctx.saved_tensors, gradients
-        around = (R + torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)).mT
-        return around @ gradient @ around * -0.5
+        around = (R + _identity_of(R)).mT
+        return (around @ gradient) @ (around * -0.5)
 
 
 def plain_neumann(K: Tensor, terms: int) -> Tensor:
