@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import NotMergeable
+from peftcore.kernels import autocasts
 from peftcore.light import LightModule
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ class Shared:
 def full_precision(like: Tensor) -> AbstractContextManager[None]:
     """Products inside are not rounded by autocast: for what is small, and made of parameters alone."""
     device = like.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

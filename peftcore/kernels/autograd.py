@@ -18,10 +18,15 @@ def is_plain() -> bool:
     return torch.compiler.is_compiling() or transformed() or torch._C._get_tracing_state() is not None
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; where there are shapes only, torch has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
 def operands(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What a linear layer multiplies and adds: in the dtype of autocast where that is on, else as it is."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasts(device):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

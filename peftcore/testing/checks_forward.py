@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.testing.checks_training import backward, expect_same_gradients, loss
 from peftcore.testing.hosts import HOSTS
-from peftcore.testing.kit import FILL, Case, check, fill
+from peftcore.testing.kit import FILL, Case, NotApplicable, check, fill
 from peftcore.testing.probes import (
     ByKeyword,
     FailingAt,
@@ -23,7 +23,7 @@ from peftcore.testing.probes import (
     through_file,
     together,
 )
-from peftcore.testing.tools import differences, raises, trace
+from peftcore.testing.tools import differences, raises, shapes_only, trace
 
 ON_TORCH = ("mlp", "encoder", "convnet")
 """Hosts without code of other libraries: what fails there fails because of the method."""
@@ -78,6 +78,32 @@ def _noting(seen: dict[str, Any], path: str) -> Callable[..., None]:
         seen[path] = output.dtype if isinstance(output, Tensor) else None
 
     return hook
+
+
+@check(
+    "moved to another device, the host works there, and no value is asked for, which would be waited for",
+    cause="a tensor is made without a device (`torch.arange(n)`), or is neither parameter nor buffer; or `.item()`, "
+    "`if` or a mask looks at values",
+    remedy="say `device=x.device` where tensors are made, `register_buffer` for what is fixed, `torch.where` for what "
+    "values decide",
+)
+def it_works_where_its_host_is(case: Case) -> None:
+    """On a device with shapes only: whatever asks for values, or brings a tensor of another device, raises."""
+    model, inputs = case.fresh()
+    there = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in inputs.items()}
+    try:
+        with shapes_only():
+            case.quiet(model.to("meta"), there)
+    except RuntimeError as error:
+        raise NotApplicable(f"the host by itself cannot: {error}") from None
+    model, _ = case.fresh()
+    injection = case.filled(model)
+    model.to("meta")
+    with shapes_only():
+        output, gradients = backward(case, model.train(), there, injection)
+        held = {"the output": output, **gradients, "the output in evaluation": case.quiet(model, there)}
+    wrong = [name for name, tensor in held.items() if tensor.device.type != "meta"]
+    case.expect(not wrong, f"still on the device where it was: {', '.join(wrong[:3])}")
 
 
 @check(

@@ -192,7 +192,8 @@ class Case(Expecting):
         """Tell the model's calls from now on what the method needs: of one picture for all rows."""
         if self.context is not None:
             picture = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(3))
-            peftcore.call(model, **self.context(model, picture))
+            there = next(model.parameters()).device
+            peftcore.call(model, **self.context(model, picture.to(there)))
 
     def batches(self, run: Callable[[nn.Module], Tensor]) -> dict[str, Any]:
         """``data=`` for a method that looks at data: two batches, in each of which half of what `run` gives counts."""

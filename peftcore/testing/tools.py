@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import peftcore
@@ -47,6 +48,19 @@ def trace(model: nn.Module) -> Trace:
                     found[f"values of {path}.{name}{part}"] = values.clone()
     found["order of parameters"] = [name for name, _ in model.named_parameters()]
     return found
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Tensors have a shape, a dtype and a device in here, and no values. Hosts that look at values of a mask to choose
+    a way do not, as when they are traced; and torch's own encoder goes the plain way."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _held(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

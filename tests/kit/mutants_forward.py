@@ -95,6 +95,13 @@ class LeavesAutocast(Small):
             return y + self.layer.add(torch.zeros_like(y, dtype=dtype), low, self.B.to(dtype), 1.0)
 
 
+class StaysBehind(Small):
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        return self.layer.add(y, self.layer.apply(x, A), B * torch.ones(B.shape[-1], dtype=B.dtype), 1.0)
+
+
 class OtherInBackward(Small):
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         y = call(x)
@@ -267,6 +274,7 @@ MUTANTS: dict[str, Entry] = {
     "operators_follow_the_training_mode": _on_mlp("deaf", Deaf),
     "low_precision_hosts_keep_their_dtype": _on_mlp("adds_in_float32", AddsInFloat32, tags=NOT_MERGEABLE),
     "autocast_decides_the_dtype": _on_mlp("leaves_autocast", LeavesAutocast),
+    "it_works_where_its_host_is": _on_mlp("stays_behind", StaysBehind),
     "gradient_checkpointing_changes_nothing": _on_mlp("other_in_backward", OtherInBackward),
     "effective_weights_do_not_outlive_their_use": _on_mlp("builds_weights", BuildsWeights),
     "changes_show_at_once": _on_mlp("caches_by_version", CachesByVersion),
