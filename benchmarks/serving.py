@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from benchmarks.timing import Estimate, Times, overhead, take_turns
 LAYERS = 8
 WEIGHT_FORM = ("dora", "oft", "boft", "hra", "loha", "lokr", "fourierft")
 """Methods that change the weight: after the first token they are to cost what LoRA costs."""
+MIXED = ("dora", "oft", "hra")
+"""Of these, those that are timed on rows of several adapters."""
 
 
 def forward(model: nn.Module, ids: torch.Tensor, **more: Any) -> Step:
@@ -67,8 +70,18 @@ def many(adapters: int, rows: int = 8) -> Mapping[str, Step]:
     }
 
 
+def on_rows(name: str, adapters: int = 8) -> Step:
+    """Ours with that many adapters of one method, each on a row of its own."""
+    model = llama(layers=LAYERS)
+    for number in range(adapters):
+        PAIRS[name].ours_on(model, name=f"a{number}")
+    peftcore.route(model, [f"a{number}" for number in range(adapters)])
+    return forward(model, tokens(adapters, 32))
+
+
 def mixed_rows(rounds: int) -> Iterator[list[Row]]:
-    """Eight rows on eight adapters, of 8 and of 64 that are there."""
+    """Eight rows on eight adapters, of 8 and of 64 that are there; and of methods that act on weights, which peft does
+    not mix in a batch."""
     figure = "8 rows on 8 adapters{}: time beyond the base"
 
     def of_64(times: Times) -> Estimate:
@@ -80,4 +93,15 @@ def mixed_rows(rounds: int) -> Iterator[list[Row]]:
     yield [
         beyond(figure.format(""), times, 0.5),
         Row(figure.format(" of 64, over that of 8"), over(times, "ours, of 64"), "(ours)", of_64(times), 1.05),
+    ]
+    times = take_turns({**many(8), **{name: on_rows(name) for name in MIXED}}, rounds)
+    yield [
+        Row(
+            f"8 rows on 8 adapters, {name}: time beyond the base, over lora's",
+            over(times, name),
+            "(ours)",
+            overhead(times, name, "ours", "limit"),
+            math.inf,
+        )
+        for name in MIXED
     ]

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,8 @@ class Route:
     copies: int = 1
     """How many rows of the batch may stand for one of these, one beside the other (beams)."""
     positions: tuple[int, ...] = ()
-    """`index` as numbers, where they are known without asking the device."""
+    """`index` as numbers, which are known without asking the device."""
+    _groups: dict[tuple[int, torch.device], tuple[dict[int, Tensor], Tensor]] = field(default_factory=dict, repr=False)
 
     def fits(self, batch: int) -> bool:
         """Whether a batch of the host has this many rows."""
@@ -56,11 +58,29 @@ class Route:
         Raises:
             RouteError: `count` is no multiple of the rows.
         """
+        times, index = self._times(count), self.index.to(device)
+        return index if times == 1 else index.repeat_interleave(times)
+
+    def _times(self, count: int) -> int:
         times, rest = divmod(count, len(self.index))
         if rest:
             raise RouteError(f"a module got {count} rows, which cannot be told apart by a route of {len(self.index)}")
-        index = self.index.to(device)
-        return index if times == 1 else index.repeat_interleave(times)
+        return times
+
+    def groups(self, count: int, device: torch.device) -> tuple[dict[int, Tensor], Tensor]:
+        """Of `count` rows, which go to each position that has any (-1: the bare base model), and where each row lies
+        when these are one after the other. Worked out once: no token waits for it.
+
+        Raises:
+            RouteError: `count` is no multiple of the rows.
+        """
+        if (count, device) not in self._groups:
+            each = [position for position in self.positions for _ in range(self._times(count))]
+            rows = {own: [n for n, position in enumerate(each) if position == own] for own in sorted(set(each))}
+            order = sorted(range(count), key=[*chain.from_iterable(rows.values())].__getitem__)
+            places = {own: torch.tensor(found, device=device) for own, found in rows.items()}
+            self._groups[count, device] = places, torch.tensor(order, device=device)
+        return self._groups[count, device]
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ from peftcore.compositions import composed
 from peftcore.kernels import transformed
 from peftcore.mounts import Acting, Beside, Edits, Planned, Slot
 from peftcore.operators import is_mergeable
-from peftcore.rows import Once, add_updates, select_rows
+from peftcore.rows import Once, add_updates, each_its_own, select_rows
 from peftcore.sharding import MANAGED, whole
 from peftcore.weights import GRAFTED, Layer, Ranges, is_linear, plain_class, take
 
@@ -167,6 +167,14 @@ def _around(acting: Acting, call: Callable[..., Any], module: nn.Module) -> Call
     return call
 
 
+def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: Acting, x: Tensor) -> Callable[..., Any]:
+    """The forward of rows like `x` on which this acts alone."""
+    beside = acting.beside
+    if beside is not None and beside.operator.acts_beside(x):
+        return _around(acting, beside.around(_inner(plain, slot, module, beside.bare), module), module)
+    return _around(acting, _inner(plain, slot, module, acting), module)
+
+
 def _by_rows(
     plain: Forward,
     slot: Slot,
@@ -177,7 +185,11 @@ def _by_rows(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """What each injection of a route computes, put together row by row. Those that only wrap share one base forward."""
+    """What each injection of a route computes, put together row by row. Those that only wrap share one base forward.
+    Where several act on the weight, which could be kept for one of them, each gets its own rows alone."""
+    if planned.apart and len(args) == 1 and not kwargs and len(args[0]) > 1 and not torch.compiler.is_compiling():
+        calls = {position: _alone(plain, slot, module, acting, *args) for position, acting in enumerate(planned.routed)}
+        return each_its_own(route, *args, {**calls, -1: inner.run})
     output = inner(*args, **kwargs)
     if planned.updates and not torch.is_grad_enabled() and not module.training and len(args[0]) > 1:
         return add_updates(planned.updates, route, output, args[0], is_linear(inner.run))

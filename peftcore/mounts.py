@@ -306,6 +306,8 @@ class Planned:
     """With a route: what acts on the rows of each of its names."""
     updates: tuple[tuple[int, Mount], ...] = ()
     """With a route: the low-rank updates of its names by position, where they do nothing else here."""
+    apart: bool = False
+    """With a route: several of its names act on the weight, and can beside it, each on its own rows."""
     composition: Composition | None = None
     branches: Mapping[Active, Acting] = field(default_factory=dict)
     """With a composition: what acts in each of its branches; the same object where the same acts."""
@@ -367,7 +369,8 @@ class Slot:
         each = tuple(self._acting((name,)) for name in choice.route.names)
         edits = tuple(mount for acting in each for mount in acting.attention)
         stand = plan_acting({}, self.stances, choice.route.names)
-        return Planned(choice.key, replace(stand, attention=edits), routed=each, updates=updates_of(each))
+        apart = sum(acting.beside is not None for acting in each) > 1
+        return Planned(choice.key, replace(stand, attention=edits), routed=each, updates=updates_of(each), apart=apart)
 
     def _composed(self, choice: Choice, composition: Composition) -> Planned:
         active = (mount for name in choice.active for mount in self.mounts.get(name, ()))

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import NotMergeable
-from peftcore.kernels import autocasts
 from peftcore.light import LightModule
 
 if TYPE_CHECKING:
@@ -207,6 +206,11 @@ class Shared:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; where there are shapes only, torch has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[None]:

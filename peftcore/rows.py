@@ -48,6 +48,23 @@ class Once:
         )
 
 
+def each_its_own(route: Route, x: Tensor, calls: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
+    """What a forward of their own makes of the rows of each position of a route, ``[rows, ..., out]``.
+
+    Args:
+        route: which rows are whose.
+        x: ``[rows, ..., in]``.
+        calls: by position; that of the bare base model is -1, and sees all rows, as without a route: its own come out
+            the same to the bit.
+    """
+    places, order = route.groups(len(x), x.device)
+    made = [
+        calls[position](x.index_select(0, own)) if position >= 0 else calls[position](x).index_select(0, own)
+        for position, own in places.items()
+    ]
+    return torch.cat(made).index_select(0, order)
+
+
 def add_updates(updates: Sequence[tuple[int, Mount]], route: Route, y: Tensor, x: Tensor, new: bool = False) -> Tensor:
     """Low-rank updates of several injections, each of its own rows: two products for all of them.
 

@@ -1,7 +1,7 @@
 """What several methods compute at every step, arranged for speed. Each stands for plain mathematics (`plain_*`), which
 the tests hold it against, and which runs under torch.compile, torch.func and wherever autograd is not plain."""
 
-from peftcore.kernels.autograd import autocasts, transformed
+from peftcore.kernels.autograd import transformed
 from peftcore.kernels.dropout import dropped_linear, keep, plain_dropped_linear
 from peftcore.kernels.low_rank import (
     ScaledFactors,
@@ -28,7 +28,6 @@ from peftcore.kernels.scaling import add_scaled, plain_add_scaled, plain_scaled_
 __all__ = [
     "ScaledFactors",
     "add_scaled",
-    "autocasts",
     "cayley",
     "dropped_linear",
     "keep",

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftcore.operators import autocasts
+
 
 def transformed() -> bool:
     """True inside torch.func's grad, vmap and the like, which know neither saved-tensor hooks nor addresses."""
@@ -16,11 +18,6 @@ def transformed() -> bool:
 def is_plain() -> bool:
     """True where the plain mathematics runs: compiled, transformed or traced."""
     return torch.compiler.is_compiling() or transformed() or torch._C._get_tracing_state() is not None
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device; where there are shapes only, torch has none."""
-    return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def operands(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -16,8 +16,9 @@ from torch._dynamo.testing import CompileCounter
 
 import peftcore
 from peftcore import activate, call, route
-from peftcore.calls import state_of
+from peftcore.calls import Route, state_of
 from peftcore.errors import MergeError, MissingContext, RouteError, UnknownInjection
+from peftcore.rows import each_its_own
 
 METHODS = [("lora", {}), ("dora", {}), ("ia3", {}), ("houlsby_adapter", {}), ("bitfit", {}), ("ln_tuning", {})]
 
@@ -38,7 +39,9 @@ def separately(model: nn.Module, ids: Tensor, names: list[str | None]) -> Tensor
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("methods", [("lora", "lora"), ("dora", "ia3"), ("houlsby_adapter", "bitfit"), ("ln_tuning",)])
+@pytest.mark.parametrize(
+    "methods", [("lora", "lora"), ("dora", "ia3"), ("dora", "oft"), ("houlsby_adapter", "bitfit"), ("ln_tuning",)]
+)
 def test_routed_rows_equal_separate_passes_with_their_gradients(methods: tuple[str, ...]) -> None:
     model, injections = adapted(*methods)
     names: list[str | None] = [injections[0].name, None, injections[-1].name, injections[0].name]
@@ -56,6 +59,66 @@ def test_routed_rows_equal_separate_passes_with_their_gradients(methods: tuple[s
     assert any(gradient.abs().max() > 1e-3 for gradient in wanted)
     for actual, gradient in zip(gradients(*injections), wanted, strict=True):
         torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("bare", [True, False])
+def test_of_what_acts_on_weights_each_has_its_own_rows_alone(
+    training: bool, bare: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So neither are effective weights made, which could be kept for one of them, nor rows computed for nothing."""
+    model, injections = adapted("oft", "dora", "lora", "hra")
+    model.train(training)
+    oft, dora, lora, hra = (injection.name for injection in injections)
+    names = [hra, oft, None if bare else dora, lora, dora, oft]
+    ids = token_ids(6)
+    with torch.set_grad_enabled(training):
+        expected = separately(model, ids, names)
+        seen = {injection.name: rows_seen(injection, monkeypatch) for injection in injections if injection.name != lora}
+        with route(model, names):
+            routed = model(ids)["logits"]
+    torch.testing.assert_close(routed, expected, rtol=1e-5, atol=1e-6)
+    assert {name: set(rows) for name, rows in seen.items()} == {oft: {2}, dora: {1 if bare else 2}, hra: {1}}
+    with activate(model):
+        assert not bare or torch.equal(routed[2], model(ids)["logits"][2])
+
+
+def rows_seen(injection: peftcore.Injection, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows an injection's operators act on, call by call."""
+    seen: list[int] = []
+    for operator in injection.operators.values():
+
+        def noting(call: Any, held: Any, x: Tensor, beside: Any = operator.beside) -> Any:
+            seen.append(len(x))
+            return beside(call, held, x)
+
+        monkeypatch.setitem(vars(operator), "beside", noting)
+    return seen
+
+
+def test_the_bare_base_is_given_all_rows_and_others_their_own() -> None:
+    """A product of fewer rows may round otherwise."""
+    seen: dict[int, list[float]] = {}
+
+    def made(position: int) -> Callable[[Tensor], Tensor]:
+        return lambda x: seen.setdefault(position, x[:, 0].tolist()) and x + 10 * position
+
+    places = (1, -1, 0, 1)
+    split = Route(("a", "b"), torch.tensor(places), positions=places)
+    output = each_its_own(split, torch.arange(4.0).view(4, 1), {position: made(position) for position in (-1, 0, 1)})
+    assert output.flatten().tolist() == [10, -9, 2, 13]
+    assert seen == {-1: [0, 1, 2, 3], 0: [2], 1: [0, 3]}
+
+
+def test_rows_that_are_repeated_go_where_theirs_go() -> None:
+    model, (one, two) = adapted("dora", "oft")
+    ids = token_ids(2).repeat_interleave(3, 0)
+    with torch.no_grad():
+        with route(model, [one.name, two.name], copies=3):
+            routed = model(ids)["logits"]
+        torch.testing.assert_close(routed, separately(model, ids, 3 * [one.name] + 3 * [two.name]))
+        with pytest.raises(RouteError, match="a module got 5 rows"), route(model, [one.name, two.name]):
+            model.layers[0](torch.randn(5, 4, 8))
 
 
 def test_rows_of_the_bare_base_are_the_base_to_the_bit() -> None:
