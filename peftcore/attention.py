@@ -25,7 +25,8 @@ from peftcore.weights import Layer, Ranges, bias_name, take
 
 if TYPE_CHECKING:
     from peftcore.attention_sites import AttentionSite
-    from peftcore.mounts import Edits, Mount
+    from peftcore.mounts import Mount
+    from peftcore.slots import Edits
 
 SUPPORTED = ("eager", "sdpa")
 """The implementations around which edits run: both take any mask."""

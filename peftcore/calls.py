@@ -26,7 +26,7 @@ from peftcore.saving import guard, unguard
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection
-    from peftcore.mounts import Slot
+    from peftcore.slots import Slot
     from peftcore.witness import Witness
 
 _KEY = "_peftcore_state"

@@ -30,10 +30,10 @@ from peftcore.attention import attributes
 from peftcore.calls import HostState, Route
 from peftcore.compositions import composed
 from peftcore.kernels import transformed
-from peftcore.mounts import Acting, Beside, Edits, Planned, Slot
 from peftcore.operators import is_mergeable
 from peftcore.rows import Once, add_updates, each_its_own, select_rows
 from peftcore.sharding import MANAGED, whole
+from peftcore.slots import Acting, Beside, Edits, Planned, Slot
 from peftcore.weights import GRAFTED, Layer, Ranges, is_linear, plain_class, take
 
 _SLOT = "_peftcore_slot"

@@ -18,8 +18,8 @@ from torch import nn
 from peftcore.calls import HostState, state_of
 from peftcore.errors import InactiveSite
 from peftcore.graft import slot_of
-from peftcore.mounts import Slot
 from peftcore.shelf import HOLDER
+from peftcore.slots import Slot
 
 if TYPE_CHECKING:
     from peftcore.surgery import Surgeon

@@ -96,6 +96,19 @@ def rows_seen(injection: peftcore.Injection, monkeypatch: pytest.MonkeyPatch) ->
     return seen
 
 
+def test_who_asks_what_each_row_of_the_batch_was_told_is_given_all_rows() -> None:
+    model = host()
+    named = {"one": "dora", "two": "oft", "told": TaskMethod}
+    for number, (name, method) in enumerate(named.items()):
+        fill(peftcore.apply(model, method, name=name, target="mlp.down"), number)
+    names: list[str | None] = ["two", "told", "one", "told"]
+    ids = token_ids(4)
+    with torch.no_grad(), call(model, strength=torch.arange(4.0).view(4, 1, 1)):
+        expected = separately(model, ids, names)
+        with route(model, names):
+            torch.testing.assert_close(model(ids)["logits"], expected)
+
+
 def test_the_bare_base_is_given_all_rows_and_others_their_own() -> None:
     """A product of fewer rows may round otherwise."""
     seen: dict[int, list[float]] = {}
