@@ -78,8 +78,9 @@ class Route:
             each = [position for position in self.positions for _ in range(self._times(count))]
             rows = {own: [n for n, position in enumerate(each) if position == own] for own in sorted(set(each))}
             order = sorted(range(count), key=[*chain.from_iterable(rows.values())].__getitem__)
-            places = {own: torch.tensor(found, device=device) for own, found in rows.items()}
-            self._groups[count, device] = places, torch.tensor(order, device=device)
+            with torch.inference_mode(False):  # a later forward may train
+                places = {own: torch.tensor(found, device=device) for own, found in rows.items()}
+                self._groups[count, device] = places, torch.tensor(order, device=device)
         return self._groups[count, device]
 
 
@@ -149,12 +150,12 @@ class HostState:
             return replayed(self)
         return self.threads.get(threading.get_ident(), self.choice) if self.threads else self.choice
 
-    def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A hook on the host: it runs."""
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook on the host: its forward begins."""
         self.recorder.enter(self, model, args, kwargs)
 
-    def leave(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """A hook on the host: it has run, or failed."""
+    def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """A hook on the host: it has returned, or failed."""
         return self.recorder.leave(self, model, kwargs, output)
 
     def entered(self, training: bool) -> Choice:
@@ -225,8 +226,8 @@ def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
     state = state_of(model)
     if state is None:
         state = model.__dict__[_KEY] = HostState()
-        model.register_forward_pre_hook(state.enter, with_kwargs=True)
-        model.register_forward_hook(state.leave, with_kwargs=True, always_call=True)
+        model.register_forward_pre_hook(state.begin, with_kwargs=True)
+        model.register_forward_hook(state.end, with_kwargs=True, always_call=True)
         guard(modules)
     return state
 
@@ -242,8 +243,8 @@ def drop_state(model: nn.Module) -> None:
 
 def _unhook(model: nn.Module, state: HostState) -> None:
     for hooks, mine, notes in (
-        (model._forward_pre_hooks, state.enter, (model._forward_pre_hooks_with_kwargs,)),
-        (model._forward_hooks, state.leave, (model._forward_hooks_with_kwargs, model._forward_hooks_always_called)),
+        (model._forward_pre_hooks, state.begin, (model._forward_pre_hooks_with_kwargs,)),
+        (model._forward_hooks, state.end, (model._forward_hooks_with_kwargs, model._forward_hooks_always_called)),
     ):
         for key in [key for key, hook in hooks.items() if hook == mine]:
             del hooks[key]

@@ -109,6 +109,15 @@ def test_who_asks_what_each_row_of_the_batch_was_told_is_given_all_rows() -> Non
             torch.testing.assert_close(model(ids)["logits"], expected)
 
 
+def test_a_route_that_was_tried_in_inference_mode_trains() -> None:
+    model, (one, two) = adapted("dora", "oft")
+    with route(model, [one.name, two.name]):
+        with torch.inference_mode():
+            model(token_ids(2))
+        model(token_ids(2))["logits"].sum().backward()
+    assert all(gradient.any() for gradient in gradients(one, two))
+
+
 def test_the_bare_base_is_given_all_rows_and_others_their_own() -> None:
     """A product of fewer rows may round otherwise."""
     seen: dict[int, list[float]] = {}
