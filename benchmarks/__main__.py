@@ -45,11 +45,16 @@ def table(rows: list[Row]) -> Table:
 def among_others(
     rows: list[Row], growth: list[scaling.Growth], last: Mapping[str, Any]
 ) -> tuple[list[Row], list[scaling.Growth]]:
-    """What was measured now, in the places that it has among the figures of the last run."""
-    measured = {row.figure: row for row in rows}
-    before = [Row(**{**row, "ratio": Estimate(**row["ratio"])}) for row in last["rows"]]
+    """What was measured now, in the places that it has among the figures of the last run; what is new, behind what was
+    measured before it."""
+    found = {row["figure"]: Row(**{**row, "ratio": Estimate(**row["ratio"])}) for row in last["rows"]}
+    names = list(found)
+    for row, before in zip(rows, [None, *rows], strict=False):
+        if row.figure not in found:
+            names.insert(names.index(before.figure) + 1 if before is not None else 0, row.figure)
+        found[row.figure] = row
     kept = [scaling.Growth(**{**each, "sizes": tuple(each["sizes"])}) for each in last["growth"]]
-    return [measured.get(row.figure, row) for row in before], growth or kept
+    return [found[name] for name in names], growth or kept
 
 
 def main() -> None:
@@ -94,7 +99,9 @@ def main() -> None:
     if out is None:
         return
     if given.figures and given.page:
-        rows, growth = among_others(rows, growth, json.loads((HERE / "results.json").read_text(encoding="utf-8")))
+        last = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
+        rows, growth = among_others(rows, growth, last)
+        circumstances["rounds"] = last["rounds"]  # of nearly all
     document = {
         **circumstances,
         "rows": [asdict(row) for row in rows],
