@@ -168,11 +168,13 @@ def _around(acting: Acting, call: Callable[..., Any], module: nn.Module) -> Call
 
 
 def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: Acting, x: Tensor) -> Callable[..., Any]:
-    """The forward of rows like `x` on which this acts alone."""
+    """The forward of rows like `x` on which this acts alone: beside the weight where it can, in evaluation too."""
     beside = acting.beside
     if beside is not None and beside.operator.acts_beside(x):
-        return _around(acting, beside.around(_inner(plain, slot, module, beside.bare), module), module)
-    return _around(acting, _inner(plain, slot, module, acting), module)
+        call = beside.around(_inner(plain, slot, module, beside.bare), module)
+    else:
+        call = _inner(plain, slot, module, acting)
+    return _around(acting, call, module)
 
 
 def _by_rows(
