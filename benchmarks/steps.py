@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -38,9 +39,11 @@ LENGTH = 128
 """Tokens of each of the four rows of a batch."""
 
 
-def contenders(name: str, autocast: bool = False, length: int = LENGTH) -> Mapping[str, Step]:
+def contenders(
+    name: str, autocast: bool = False, length: int = LENGTH, host: Callable[[], Any] = llama
+) -> Mapping[str, Step]:
     """The limit, ours and theirs on copies of one host."""
-    base, ids = llama(), tokens(4, length)
+    base, ids = host(), tokens(4, length)
     pair = PAIRS[name]
     return {
         "limit": limit_step(copy.deepcopy(base), ids, autocast),
@@ -90,12 +93,13 @@ def over(times: Times, name: str) -> str:
     return f"{np.median(times[name]) / np.median(times['limit']):.2f} × limit"
 
 
-def weighed(name: str) -> Row:
+def weighed(name: str, host: Callable[[], Any] = llama, where: str = "") -> Row:
+    """Peak memory of a step."""
     found = {}
-    for who, step in contenders(name).items():
+    for who, step in contenders(name, host=host).items():
         step()  # what is made once is there
         found[who] = min(peak(step) for _ in range(3))  # what records it may make something of its own the first time
-    return heavier(f"step, {name}", found)
+    return heavier(f"step{where}, {name}", found)
 
 
 def heavier(figure: str, peaks: Mapping[str, int]) -> Row:

@@ -31,7 +31,7 @@ from peftcore.calls import HostState, Route
 from peftcore.compositions import composed
 from peftcore.kernels import transformed
 from peftcore.operators import is_mergeable
-from peftcore.rows import Once, add_updates, each_its_own, select_rows
+from peftcore.rows import OfSomeRows, Once, add_updates, each_its_own, select_rows
 from peftcore.sharding import MANAGED, whole
 from peftcore.slots import Acting, Beside, Edits, Planned, Slot
 from peftcore.weights import GRAFTED, Layer, Ranges, is_linear, plain_class, take
@@ -102,49 +102,44 @@ def _run_view(
     return type(stand_in).forward(stand_in, *args, **kwargs)
 
 
-def _kept(slot: Slot, module: nn.Module, acting: Acting) -> dict[str, Tensor | None]:
-    """Effective tensors for evaluation, kept while no tensor that they come from has changed: decoding does not rebuild
-    every weight.
-
-    The key counts in-place changes by version counters. Writes through `.data` do not count; any forward with gradients
-    drops what is kept, so an optimizer that writes so is seen.
-    """
-    sources = [each for table in slot.sources(module, acting) for each in table.values() if each is not None]
-    if any(map(Tensor.is_inference, sources)):
-        return acting.effective(module)
-    inference, context = torch.is_inference_mode_enabled(), slot.state.now().context
-    key = (acting.effects, inference, *[(id(source), source._version, source.data_ptr()) for source in sources])
-    kept = slot.kept
-    if kept is None or kept[0] != key or kept[1] is not context:
-        kept = slot.kept = (key, context, acting.effective(module))
-    return kept[2]
-
-
 def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwargs: Any) -> Any:
     """The base forward on the view. In training the effective weight does not outlive its use: it is computed again in
     backward."""
     if not acting.derives or torch.compiler.is_compiling() or transformed():
         return _on_view(module, acting, args, kwargs)
     if torch.is_grad_enabled():
-        slot.kept = None
+        slot.kept.clear()
         return checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
     if module.training or acting.packed or MANAGED in vars(module):  # kept copies would undo packing and sharding
         return _on_view(module, acting, args, kwargs)
-    return _run_view(module, acting, _kept(slot, module, acting), args, kwargs)
+    return _run_view(module, acting, slot.effective(module, acting), args, kwargs)
 
 
 def _beside(
     plain: Forward, slot: Slot, module: nn.Module, acting: Acting, beside: Beside, *args: Any, **kwargs: Any
 ) -> Any:
-    """What one weight operator does to activations, where that is cheaper; in evaluation the view, whose weights are
-    kept, unless they would be made at each call all the same: under torch.compile. A checkpoint's first forward has no
-    gradients either, and does what its second does."""
-    wanted = torch.is_grad_enabled() or module.training or torch.compiler.is_compiling()
+    """What one weight operator does to activations, where that is cheaper. In evaluation it acts on the weight, which
+    is kept, unless it may not be, or would be made at each call all the same: under torch.compile."""
+    spare = beside.frugal or acting.packed or torch.compiler.is_compiling()
+    wanted = not beside.frugal if _trains(module) else spare
     if not (wanted and beside.operator.acts_beside(*args)):
         return _base_call(slot, module, acting, *args, **kwargs)
-    if not torch.compiler.is_compiling():
-        slot.kept = None
-    return beside.around(_inner(plain, slot, module, beside.bare), module)(*args, **kwargs)
+    return _act_beside(_inner(plain, slot, module, beside.bare), slot, module, beside)(*args, **kwargs)
+
+
+def _trains(module: nn.Module) -> bool:
+    """A checkpoint's first forward has no gradients either, and does what its second does."""
+    return torch.is_grad_enabled() or module.training
+
+
+def _act_beside(inner: Forward, slot: Slot, module: nn.Module, beside: Beside) -> Callable[..., Any]:
+    """`inner` with what a weight operator does to activations. What no input changes is kept in evaluation."""
+    if torch.compiler.is_compiling() or transformed() or MANAGED in vars(module):
+        return beside.around(inner, beside.prepare(module))
+    if _trains(module):
+        slot.kept.clear()
+        return beside.around(inner, beside.prepare(module))
+    return beside.around(inner, slot.prepared(module, beside))
 
 
 def _inner(
@@ -167,13 +162,15 @@ def _around(acting: Acting, call: Callable[..., Any], module: nn.Module) -> Call
     return call
 
 
-def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: Acting, x: Tensor) -> Callable[..., Any]:
-    """The forward of rows like `x` on which this acts alone: beside the weight where it can, in evaluation too."""
-    beside = acting.beside
-    if beside is not None and beside.operator.acts_beside(x):
-        call = beside.around(_inner(plain, slot, module, beside.bare), module)
+def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: Acting, bare: OfSomeRows) -> Callable[..., Any]:
+    """What acts on the rows of one name alone: beside the weight where it can, in evaluation too, where one forward of
+    the base does for all rows."""
+    beside, trains = acting.beside, _trains(module)
+    if beside is not None and not (beside.frugal and trains) and beside.operator.acts_beside(bare.rows):
+        inner = _inner(plain, slot, module, beside.bare) if trains else bare
+        call = _act_beside(inner, slot, module, beside)
     else:
-        call = _inner(plain, slot, module, acting)
+        call = _inner(plain, slot, module, acting) if trains or acting.effects else bare
     return _around(acting, call, module)
 
 
@@ -190,8 +187,11 @@ def _by_rows(
     """What each injection of a route computes, put together row by row. Those that only wrap share one base forward.
     Where several act on the weight, which could be kept for one of them, each gets its own rows alone."""
     if planned.apart and len(args) == 1 and not kwargs and len(args[0]) > 1 and not torch.compiler.is_compiling():
-        calls = {position: _alone(plain, slot, module, acting, *args) for position, acting in enumerate(planned.routed)}
-        return each_its_own(route, *args, {**calls, -1: inner.run})
+
+        def act(position: int, bare: OfSomeRows) -> Callable[..., Any]:
+            return _alone(plain, slot, module, planned.routed[position], bare)
+
+        return each_its_own(route, *args, inner, act)
     output = inner(*args, **kwargs)
     if planned.updates and not torch.is_grad_enabled() and not module.training and len(args[0]) > 1:
         return add_updates(planned.updates, route, output, args[0], is_linear(inner.run))

@@ -135,8 +135,9 @@ class Injection:
 
     @property
     def frugal(self) -> bool:
-        """Whether training goes the way that needs least memory instead of the fastest; False until it is set. What can
-        act beside a weight (dora, oft, hra, ...) then makes the effective weight, and makes it again in backward."""
+        """Whether it goes the way that needs least memory instead of the fastest; False until it is set. What can act
+        beside a weight (dora, oft, hra, ...) then makes the effective weight in training, and again in backward; in
+        evaluation it acts beside the weight, where otherwise the effective one is kept."""
         return self._frugal
 
     @frugal.setter

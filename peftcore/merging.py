@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import MergeError, NotMergeable, UnsupportedSite
 from peftcore.mounts import Effect, Mount, effects_of, fold
-from peftcore.operators import is_mergeable
+from peftcore.operators import full_precision, is_mergeable
 from peftcore.packing import Form, Packed, become, dense_linear, floating_dtype, restore
 from peftcore.plugins import layer_of, registry
 from peftcore.saving import saving_base
@@ -97,7 +97,8 @@ def _precise(tensor: Tensor) -> Tensor:
 def _folded(module: nn.Module, effects: list[Effect], base: Tensor | None) -> Tensor | None:
     """The new stored tensor, computed in float32 or better and rounded once."""
     like = effects[0].mount.layer.like(module, effects[0].mount.tensor) if base is None else base
-    new = fold(module, effects, None if base is None else _precise(base), _precise(like), _precise)
+    with full_precision(like):
+        new = fold(module, effects, None if base is None else _precise(base), _precise(like), _precise)
     return None if new is None else new.to(like.dtype)
 
 

@@ -140,7 +140,7 @@ class Combiner(Operator):
 
 
 class Held(ABC):
-    """What an operator may read of the module at which it acts, while it acts: weight and bias, in logical layout."""
+    """What an operator may read of the module at which it acts: weight and bias, in logical layout."""
 
     @property
     @abstractmethod
@@ -165,11 +165,18 @@ class WeightOperator(_Base):
         """Whether `beside` is the cheaper way for an input ``[..., in]``."""
         return False
 
-    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
-        """The same mathematics by what goes into the module and comes out: `call` is ``W x + b``, `x` ``[..., in]``.
+    def prepare(self, held: Held) -> Any:
+        """What `beside` needs that no input changes, such as a rotation: small things, made of parameters and of what
+        the module holds, at their own precision. In evaluation they are kept while none of these changes."""
+        return None
 
-        Used in training and where gradients are wanted, if the module is a linear map that is called (`layer.called`)
-        and nothing else acts on its weight: no effective weight is made then, nor a gradient of its size.
+    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: Any) -> Tensor:
+        """The same mathematics by what goes into the module and comes out: `call` is ``W x + b``, `x` ``[..., in]``,
+        `prepared` what `prepare` made.
+
+        Used in training and where gradients are wanted, for rows of a batch that have adapters of their own, and beside
+        packed weights, if the module is a linear map that is called (`layer.called`) and nothing else acts on its
+        weight: no effective weight is made then, nor a gradient of its size.
         """
         raise NotImplementedError
 

@@ -48,20 +48,35 @@ class Once:
         )
 
 
-def each_its_own(route: Route, x: Tensor, calls: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
+class OfSomeRows:
+    """A forward of some rows of a batch: those of one forward of all rows, as long as nobody changes what goes in."""
+
+    def __init__(self, whole: Once, x: Tensor, own: Tensor) -> None:
+        self._whole, self._x, self._own = whole, x, own
+        self.rows = x.index_select(0, own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and args[0] is self.rows and not kwargs:
+            return self._whole(self._x).index_select(0, self._own)
+        return self._whole.run(*args, **kwargs)
+
+
+def each_its_own(
+    route: Route, x: Tensor, whole: Once, act: Callable[[int, OfSomeRows], Callable[[Tensor], Tensor]]
+) -> Tensor:
     """What a forward of their own makes of the rows of each position of a route, ``[rows, ..., out]``.
 
     Args:
         route: which rows are whose.
         x: ``[rows, ..., in]``.
-        calls: by position; that of the bare base model is -1, and sees all rows, as without a route: its own come out
-            the same to the bit.
+        whole: the bare base model. It sees all rows, as without a route: its own come out the same to the bit.
+        act: what acts on the rows of a position, around such a forward.
     """
     places, order = route.groups(len(x), x.device)
-    made = [
-        calls[position](x.index_select(0, own)) if position >= 0 else calls[position](x).index_select(0, own)
-        for position, own in places.items()
-    ]
+    made = []
+    for position, own in places.items():
+        bare = OfSomeRows(whole, x, own)
+        made.append((act(position, bare) if position >= 0 else bare)(bare.rows))
     return torch.cat(made).index_select(0, order)
 
 

@@ -6,7 +6,7 @@ Planned once for each choice, so that running looks up and never thinks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftcore.calls import Active, Choice, HostState, Key, Route
 from peftcore.compositions import Composition, branches
+from peftcore.kept import Kept
 from peftcore.mounts import Effect, HeldRows, Mount, around_rows, effects_of, fold
 from peftcore.operators import Combiner, Operator, WeightOperator, _Base, full_precision, is_mergeable, tables
 
@@ -36,9 +37,11 @@ class Beside:
     mount: Mount
     operator: WeightOperator
     bare: Acting
+    frugal: bool = False
+    """Whether it is to need as little memory as it can."""
 
     @classmethod
-    def of(cls, mount: Mount) -> Self | None:
+    def of(cls, mount: Mount, attributes: Mapping[str, Any]) -> Self | None:
         """None where it cannot: the tensor is no weight of a linear map that is called."""
         operator = mount.operator
         called = mount.layer.called and mount.form == "weight" and mount.tensor == "weight"
@@ -46,14 +49,19 @@ class Beside:
             return None
         if type(operator).acts_beside is WeightOperator.acts_beside:
             return None
-        return cls(mount, operator, Acting(derives=mount.layer.saves_dense, packed=mount.layer.packed))
+        bare = Acting(attributes=attributes, derives=mount.layer.saves_dense, packed=mount.layer.packed)
+        return cls(mount, operator, bare)
 
-    def around(self, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+    def prepare(self, module: nn.Module) -> Any:
+        """What it needs that no input changes, computed at the operator's own precision."""
+        with full_precision(self.mount.layer.like(module, self.mount.tensor)):
+            return self.operator.prepare(HeldRows(self.mount, module))
+
+    def around(self, call: Callable[..., Any], prepared: Any) -> Callable[..., Any]:
         """The module's forward with what the operator does."""
-        held = HeldRows(self.mount, module)
 
         def act(inner: Callable[..., Tensor], x: Tensor) -> Tensor:
-            return self.operator.beside(inner, held, x)
+            return self.operator.beside(inner, x, prepared)
 
         if self.mount.rows is None:
             return functools.partial(act, call)
@@ -118,7 +126,7 @@ def plan_acting(mounts: Mounts, stances: list[tuple[str | None, Mapping[str, Any
         derives=derives or any(mount.operator.derives for mount in weight),
         packed=packed or any(mount.layer.packed for mount in weight),
         runs_dense=next((mount.layer.runs_dense for mount in weight if mount.layer.runs_dense), None),
-        beside=Beside.of(weight[0]) if len(weight) == 1 and not attributes else None,
+        beside=Beside.of(weight[0], attributes) if len(weight) == 1 else None,
     )
 
 
@@ -198,17 +206,37 @@ class Slot:
         self.ran = False
         self.planned: Planned | None = None
         self.plans: dict[Key, Planned] = {}
-        self.asked: tuple[Acting, Tables] | None = None
-        self.kept: tuple[tuple[Any, ...], Mapping[str, Any], dict[str, Tensor | None]] | None = None
+        self.asked: dict[Acting | Beside, Tables] = {}
+        self.kept = Kept()
 
-    def sources(self, module: nn.Module, acting: Acting) -> Tables:
-        """Where all stands that effective tensors come from. Those of operators are looked up once, since decoding asks
-        at every token; modules of the host may be exchanged."""
-        if self.asked is None or self.asked[0] is not acting:
-            operators = (effect.mount.operator for _, effects in acting.effects for effect in effects)
-            self.asked = acting, tuple(table for each in operators for table in each.tables())
+    def effective(self, module: nn.Module, acting: Acting) -> Mapping[str, Tensor | None]:
+        """Effective tensors, kept while nothing that they come from changes: decoding does not rebuild every weight."""
+        operators = (effect.mount.operator for _, effects in acting.effects for effect in effects)
+        made: Mapping[str, Tensor | None] = self._kept(
+            "effective", acting, operators, module, lambda: acting.effective(module)
+        )
+        return made
+
+    def prepared(self, module: nn.Module, beside: Beside) -> Any:
+        """What an operator beside the weight needs that no input changes, kept in the same way."""
+        return self._kept(beside.mount, beside, (beside.operator,), module, lambda: beside.prepare(module))
+
+    def _kept(
+        self,
+        what: object,
+        acts: Acting | Beside,
+        operators: Iterable[_Base],
+        module: nn.Module,
+        make: Callable[[], Any],
+    ) -> Any:
+        """What `operators` make of the module's tensors and of theirs. Where theirs stand is looked up once, since
+        decoding asks at every token; modules of the host may be exchanged."""
+        asked = self.asked.get(acts)
+        if asked is None:
+            asked = self.asked[acts] = tuple(table for each in operators for table in each.tables())
         below = (table for each in module.modules() for table in tables(each)) if module._modules else tables(module)
-        return *below, *self.asked[1]
+        sources = [each for table in (*below, *asked) for each in table.values() if each is not None]
+        return self.kept.get(what, sources, (acts, self.state.now().context), make)
 
     def plan_for(self, choice: Choice) -> Planned:
         """What the choice does here, as far as it is not merged."""
@@ -256,12 +284,14 @@ class Slot:
     def _acting(self, active: Active) -> Acting:
         acting = plan_acting(self.mounts, self.stances, self.state.unmerged(active))
         beside = acting.beside
-        frugal = beside is not None and self.state.injections[beside.mount.name].frugal
-        return replace(acting, beside=None) if frugal else acting
+        if beside is None or not self.state.injections[beside.mount.name].frugal:
+            return acting
+        return replace(acting, beside=replace(beside, frugal=True))
 
     def changed(self) -> None:
         """Forget what was planned and computed."""
-        self.planned, self.plans, self.kept, self.asked = None, {}, None, None
+        self.planned, self.plans, self.asked = None, {}, {}
+        self.kept.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}, "kept": None, "asked": None}
+        return {**self.__dict__, "plans": {}, "kept": Kept(), "asked": {}}

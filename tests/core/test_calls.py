@@ -18,7 +18,7 @@ import peftcore
 from peftcore import activate, call, route
 from peftcore.calls import Route, state_of
 from peftcore.errors import MergeError, MissingContext, RouteError, UnknownInjection
-from peftcore.rows import each_its_own
+from peftcore.rows import Once, each_its_own
 
 METHODS = [("lora", {}), ("dora", {}), ("ia3", {}), ("houlsby_adapter", {}), ("bitfit", {}), ("ln_tuning", {})]
 
@@ -88,9 +88,9 @@ def rows_seen(injection: peftcore.Injection, monkeypatch: pytest.MonkeyPatch) ->
     seen: list[int] = []
     for operator in injection.operators.values():
 
-        def noting(call: Any, held: Any, x: Tensor, beside: Any = operator.beside) -> Any:
+        def noting(call: Any, x: Tensor, prepared: Any, beside: Any = operator.beside) -> Any:
             seen.append(len(x))
-            return beside(call, held, x)
+            return beside(call, x, prepared)
 
         monkeypatch.setitem(vars(operator), "beside", noting)
     return seen
@@ -118,18 +118,47 @@ def test_a_route_that_was_tried_in_inference_mode_trains() -> None:
     assert all(gradient.any() for gradient in gradients(one, two))
 
 
-def test_the_bare_base_is_given_all_rows_and_others_their_own() -> None:
-    """A product of fewer rows may round otherwise."""
-    seen: dict[int, list[float]] = {}
+def test_one_forward_of_all_rows_does_for_all_who_do_not_change_what_goes_in() -> None:
+    """And for the bare base: a product of fewer rows may round otherwise."""
+    seen: list[list[float]] = []
 
-    def made(position: int) -> Callable[[Tensor], Tensor]:
-        return lambda x: seen.setdefault(position, x[:, 0].tolist()) and x + 10 * position
+    def run(x: Tensor) -> Tensor:
+        seen.append(x[:, 0].tolist())
+        return 10 * x
 
-    places = (1, -1, 0, 1)
-    split = Route(("a", "b"), torch.tensor(places), positions=places)
-    output = each_its_own(split, torch.arange(4.0).view(4, 1), {position: made(position) for position in (-1, 0, 1)})
-    assert output.flatten().tolist() == [10, -9, 2, 13]
-    assert seen == {-1: [0, 1, 2, 3], 0: [2], 1: [0, 3]}
+    def act(position: int, bare: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: bare(x + 0.5 if position == 2 else x) + position
+
+    places = (1, -1, 0, 1, 2)
+    split = Route(("a", "b", "c"), torch.tensor(places), positions=places)
+    output = each_its_own(split, torch.arange(5.0).view(5, 1), Once(run, nn.Identity()), act)
+    assert output.flatten().tolist() == [1, 10, 20, 31, 47]
+    assert seen == [[0, 1, 2, 3, 4], [4.5]]
+
+
+def test_in_evaluation_the_base_runs_once_for_all_who_do_not_change_what_goes_in(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, injections = adapted("dora", "hra", "lora")
+    model.eval()
+    names = [injections[0].name, injections[1].name, None, injections[2].name]
+    ids = token_ids(4)
+    with torch.no_grad():
+        expected = separately(model, ids, names)
+        with route(model, names):
+            model(ids)
+            calls: list[int] = []
+            linear = nn.functional.linear
+            base = {id(each.weight) for each in model.modules() if isinstance(each, nn.Linear)}
+
+            def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+                calls.extend([id(weight)] * (id(weight) in base))
+                return linear(x, weight, bias)
+
+            monkeypatch.setattr(nn.functional, "linear", counted)
+            routed = model(ids)["logits"]
+    torch.testing.assert_close(routed, expected, rtol=1e-5, atol=1e-6)
+    assert calls and len(calls) == len(set(calls))
 
 
 def test_rows_that_are_repeated_go_where_theirs_go() -> None:

@@ -107,6 +107,18 @@ def test_merge_in_bfloat16_is_rounded_once(method: str) -> None:
             assert torch.equal(actual, expected.bfloat16()), name
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bitfit"])
+def test_merging_under_autocast_rounds_nothing(method: str) -> None:
+    model = encoder()
+    injection = adapt(model, method)
+    injection.merge()
+    merged = {name: value.clone() for name, value in model.named_parameters()}
+    injection.unmerge()
+    with torch.autocast("cpu", torch.bfloat16):
+        injection.merge()
+    assert all(torch.equal(value, merged[name]) for name, value in model.named_parameters())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_host_cast_after_apply_takes_its_operators_along(method: str) -> None:
     model = encoder()

@@ -25,6 +25,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, Site, Surgeon, Tags
+from peftcore.operators import full_precision
 from peftcore_quantized._packed_base import (
     Factors,
     PackedBaseOperator,
@@ -75,8 +76,9 @@ class LoftQOperator(PackedBaseOperator):
             found: Factors = lora_start(site, config.rank)
             taken: Factors | None = None
         else:
-            with torch.no_grad():
-                found, taken = alternate(original(site), config.rank, config.rounding(), config.iterations)
+            weight = original(site)
+            with torch.no_grad(), full_precision(weight):
+                found, taken = alternate(weight, config.rank, config.rounding(), config.iterations)
             found, taken = as_factors(site, *found), None if taken is None else as_factors(site, *taken)
         if config.iterations > 1 and taken is None:  # one shape of files, whichever iterate was best
             taken = Factors(*(torch.zeros_like(each) for each in found))

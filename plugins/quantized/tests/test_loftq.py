@@ -175,3 +175,13 @@ def test_starts_as_lora_where_the_original_is_gone() -> None:
     injection = peftcore.apply(packed("nf4"), "loftq", target=TARGET, rank=RANK)
     for operator in injection.operators.values():
         assert not operator.B.any() and not operator.B0.any() and operator.A.abs().max() > 0
+
+
+def test_autocast_does_not_round_what_it_starts_from() -> None:
+    started = []
+    for rounding in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64))
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounding):
+            started.append(peftcore.apply(model, "loftq", target="0", rank=4).state_dict())
+    assert all(torch.equal(one, other) for one, other in zip(*(each.values() for each in started), strict=True))

@@ -28,7 +28,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
-from peftcore.operators import Held, full_precision
+from peftcore.operators import Held
 from peftcore_reparameterized._gains import gained
 from peftcore_reparameterized._rotations import block_size, rotate, rows, skew, weight_of, width
 
@@ -67,12 +67,15 @@ class BOFTOperator(WeightOperator):
     def acts_beside(self, x: Tensor) -> bool:
         return self.layer.of_vectors and self.span <= WIDEST
 
-    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
-        with full_precision(x):
-            ones = torch.eye(self.span, device=x.device, dtype=self.K.dtype).repeat(1, x.shape[-1] // self.span)
-            R = self.turned(ones).unflatten(-1, (-1, self.span)).permute(1, 2, 0)  # [blocks, span, span]
-        turned = self.layer.rotated(call, x, *self.cast(x, R))
-        return gained(self.layer, turned, self.gain, held.bias)
+    def prepare(self, held: Held) -> tuple[Tensor, Tensor | None]:
+        """The factors as one rotation in wider blocks [blocks, span, span], and the bias."""
+        blocks = held.weight.shape[-1] // self.span
+        ones = torch.eye(self.span, device=self.K.device, dtype=self.K.dtype).repeat(1, blocks)
+        return self.turned(ones).unflatten(-1, (-1, self.span)).permute(1, 2, 0), held.bias
+
+    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor | None]) -> Tensor:
+        R, bias = prepared
+        return gained(self.layer, self.layer.rotated(call, x, *self.cast(x, R)), self.gain, bias)
 
     def forward(self, weight: Tensor) -> Tensor:
         turned = weight_of(self.turned(rows(weight, self.layer)), self.layer, weight.shape)

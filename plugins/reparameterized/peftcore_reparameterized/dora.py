@@ -22,7 +22,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.operators import Held, full_precision
+from peftcore.operators import Held
 from peftcore_reparameterized._gains import gained
 from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors, low_rank_update
 
@@ -54,11 +54,13 @@ class DoRAOperator(WeightOperator):
     def acts_beside(self, x: Tensor) -> bool:
         return True
 
-    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
+    def prepare(self, held: Held) -> tuple[Tensor, Tensor | None]:
+        """The gain [out] and the bias."""
+        return self._gain(self._norm_beside(held.weight)), held.bias
+
+    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor | None]) -> Tensor:
         turned = self.layer.update(call, x, self.A, self.B, self.scale)  # V x + b
-        with full_precision(turned):
-            gain = self._gain(self._norm_beside(held.weight))
-        return gained(self.layer, turned, gain, held.bias)
+        return gained(self.layer, turned, *prepared)
 
     @torch.no_grad()
     def _norm_beside(self, weight: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.errors import UnsupportedSite
-from peftcore.operators import Held, full_precision
+from peftcore.operators import Held
 from peftcore_reparameterized._rotations import rows, weight_of, width
 
 
@@ -81,9 +81,11 @@ class HRAOperator(WeightOperator):
     def acts_beside(self, x: Tensor) -> bool:
         return self.layer.of_vectors
 
-    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
-        with full_precision(x):
-            M, N = self.factors_of(held.weight)
+    def prepare(self, held: Held) -> tuple[Tensor, Tensor]:
+        return self.factors_of(held.weight)
+
+    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:
+        M, N = prepared
         return self.layer.update(call, x, N, M, -1.0)
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -62,11 +62,13 @@ class LoHaOperator(WeightOperator):
         (outputs, rank), (_, inputs) = self.get_parameter("B1").shape[-2:], self.get_parameter("A1").shape[-2:]
         return self.layer.of_vectors and 3 * rank**2 * (outputs + inputs) < 2 * outputs * inputs
 
-    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
+    def prepare(self, held: Held) -> tuple[Tensor, Tensor]:
+        """Factors of all its ranks: A [rank^2, in], each row of one with each of the other, and B [out, rank^2]."""
         (A1, B1), (A2, B2) = ((self.get_parameter(f"A{n}"), self.get_parameter(f"B{n}")) for n in (1, 2))
-        A = (A1[:, None] * A2).flatten(0, 1)  # [rank^2, in]: each row of one with each of the other
-        B = (B1[:, :, None] * B2[:, None]).flatten(1)  # [out, rank^2]
-        return self.layer.update(call, x, A, B, self.scale)
+        return (A1[:, None] * A2).flatten(0, 1), (B1[:, :, None] * B2[:, None]).flatten(1)
+
+    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:
+        return self.layer.update(call, x, *prepared, self.scale)
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.scale * (self.matrix(1) * self.matrix(2)).view(weight.shape)

@@ -31,7 +31,6 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.operators import Held
 
 
 class Config(MethodConfig):
@@ -79,7 +78,7 @@ class LoKrOperator(WeightOperator):
     def acts_beside(self, x: Tensor) -> bool:
         return self.layer.of_vectors
 
-    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
+    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: None) -> Tensor:
         y, w1 = call(x), self.factor("w1")
         parts = x.unflatten(-1, (w1.shape[1], -1))  # [..., m, n]: one after the other, w2 acts in each and w1 across
         last = self._parameters.get("w2")

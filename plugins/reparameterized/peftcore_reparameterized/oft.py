@@ -33,7 +33,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
-from peftcore.operators import Held, full_precision
+from peftcore.operators import Held
 from peftcore_reparameterized._rotations import block_size, rotate, rows, skew, weight_of, width
 
 
@@ -63,18 +63,20 @@ class OFTOperator(WeightOperator):
 
     def rotation(self, entries: Tensor) -> Tensor:
         """R, block by block, [*batch, blocks, size, size], of what stands above the diagonals of K."""
-        with full_precision(entries):
-            K = skew(entries, self.size)
-            if self.radius is not None:
-                norm = torch.linalg.matrix_norm(K, keepdim=True)
-                K = K + (K * (self.radius / norm.clamp(min=self.radius)) - K).detach()
-            return kernels.cayley(K) if self.series is None else kernels.neumann(K, self.series)
+        K = skew(entries, self.size)
+        if self.radius is not None:
+            norm = torch.linalg.matrix_norm(K, keepdim=True)
+            K = K + (K * (self.radius / norm.clamp(min=self.radius)) - K).detach()
+        return kernels.cayley(K) if self.series is None else kernels.neumann(K, self.series)
 
     def acts_beside(self, x: Tensor) -> bool:
         return self.layer.of_vectors
 
-    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
-        (R,) = self.cast(x, self.rotation(self.K))
+    def prepare(self, held: Held) -> Tensor:
+        return self.rotation(self.K)
+
+    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: Tensor) -> Tensor:
+        (R,) = self.cast(x, prepared)
         return self.layer.rotated(call, x, R) if self.series is None else call(kernels.rotate(x, R))
 
     def forward(self, weight: Tensor) -> Tensor:

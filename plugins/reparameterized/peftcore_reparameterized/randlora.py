@@ -31,7 +31,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
-from peftcore.operators import Held, Shared, full_precision
+from peftcore.operators import Shared, full_precision
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 
 
@@ -103,7 +103,7 @@ class RandLoRAOperator(WeightOperator):
         inputs, full = x.numel() // x.shape[-1], self.G.shape[-2] * self.L.shape[-2]
         return self.layer.of_vectors and inputs * (3 * full + self.long) < 3 * full * self.long
 
-    def beside(self, call: Callable[..., Tensor], held: Held, x: Tensor) -> Tensor:
+    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: None) -> Tensor:
         with full_precision(x):
             first, second = self.factors_of()
         A, B = (first.mT, second.mT) if self.wide else (second, first)
