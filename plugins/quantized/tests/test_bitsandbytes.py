@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.graft import slot_of
 from peftcore.plugins import layer_of
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -194,3 +195,14 @@ def test_what_is_packed_here_is_never_packed_again(shape: tuple[int, int], watch
         output = host(torch.ones(2, 3, shape[1]))
     assert weight is not None
     torch.testing.assert_close(output[0, 0], weight.sum(1) + host[0].bias)
+
+
+def test_what_cannot_be_packed_again_is_not_held() -> None:
+    """A view at each call is a third of what LoRA costs a token."""
+    for able in (False, True):
+        model = nn.Sequential(nn.Linear(64, 64)).eval()
+        peftcore.quantize(model, "bnb-nf4")
+        model[0].support_avx512bf16_for_cpu = able
+        peftcore.apply(model, "lora", target="0")
+        slot = slot_of(model[0])
+        assert slot is not None and bool(slot.stances) is able

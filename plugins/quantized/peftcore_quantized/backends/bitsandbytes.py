@@ -185,9 +185,14 @@ def _unpack_for_gradients(module: Any) -> None:
         module.quant_state = module.weight.quant_state
 
 
+def _may_pack_again(module: Any) -> bool:
+    """Only codes on a CPU that can, and each call pays for being held; those that a later move brings there are not."""
+    return module.support_avx512bf16_for_cpu and module.weight.device.type in ("cpu", "meta")
+
+
 @functools.cache
 def _held() -> Stance:
-    return Stance({"support_avx512bf16_for_cpu": False}, ready=_unpack_for_gradients)
+    return Stance({"support_avx512bf16_for_cpu": False}, wanted=_may_pack_again, ready=_unpack_for_gradients)
 
 
 @hookimpl
