@@ -29,7 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from peftcore.attention import attributes
 from peftcore.calls import HostState, Route
 from peftcore.compositions import composed
-from peftcore.kernels import transformed
+from peftcore.derived import derived
+from peftcore.kernels import saves_elsewhere, transformed
 from peftcore.operators import is_mergeable
 from peftcore.rows import OfSomeRows, Once, add_updates, each_its_own, select_rows
 from peftcore.sharding import MANAGED, whole
@@ -109,10 +110,25 @@ def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwar
         return _on_view(module, acting, args, kwargs)
     if torch.is_grad_enabled():
         slot.kept.clear()
+        whole = acting.single or acting.frugal or MANAGED in vars(module)
+        if not (whole or saves_elsewhere() or acting.is_cast(module)):
+            return _derived(slot, module, acting, args, kwargs)
         return checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
-    if module.training or acting.packed or MANAGED in vars(module):  # kept copies would undo packing and sharding
+    spare = acting.packed or acting.frugal or MANAGED in vars(module)  # kept copies would undo packing and sharding
+    if module.training or spare:
         return _on_view(module, acting, args, kwargs)
     return _run_view(module, acting, slot.effective(module, acting), args, kwargs)
+
+
+def _derived(slot: Slot, module: nn.Module, acting: Acting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same for a module that does more than one product: it is not repeated in backward, but for what makes the
+    effective tensors."""
+
+    def run(tensors: Mapping[str, Tensor | None]) -> Any:
+        return _run_view(module, acting, tensors, args, kwargs)
+
+    output, alone = derived(lambda: acting.effective(module), run, slot.sources(module, acting))
+    return output if alone else checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
 
 
 def _beside(
@@ -120,8 +136,8 @@ def _beside(
 ) -> Any:
     """What one weight operator does to activations, where that is cheaper. In evaluation it acts on the weight, which
     is kept, unless it may not be, or would be made at each call all the same: under torch.compile."""
-    spare = beside.frugal or acting.packed or torch.compiler.is_compiling()
-    wanted = not beside.frugal if _trains(module) else spare
+    spare = acting.frugal or acting.packed or torch.compiler.is_compiling()
+    wanted = not acting.frugal if _trains(module) else spare
     if not (wanted and beside.operator.acts_beside(*args)):
         return _base_call(slot, module, acting, *args, **kwargs)
     return _act_beside(_inner(plain, slot, module, beside.bare), slot, module, beside)(*args, **kwargs)
@@ -166,7 +182,7 @@ def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: Acting, bare: 
     """What acts on the rows of one name alone: beside the weight where it can, in evaluation too, where one forward of
     the base does for all rows."""
     beside, trains = acting.beside, _trains(module)
-    if beside is not None and not (beside.frugal and trains) and beside.operator.acts_beside(bare.rows):
+    if beside is not None and not (acting.frugal and trains) and beside.operator.acts_beside(bare.rows):
         inner = _inner(plain, slot, module, beside.bare) if trains else bare
         call = _act_beside(inner, slot, module, beside)
     else:

@@ -6,17 +6,27 @@ Planned once for each choice, so that running looks up and never thinks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from peftcore.calls import Active, Choice, HostState, Key, Route
 from peftcore.compositions import Composition, branches
 from peftcore.kept import Kept
 from peftcore.mounts import Effect, HeldRows, Mount, around_rows, effects_of, fold
-from peftcore.operators import Combiner, Operator, WeightOperator, _Base, full_precision, is_mergeable, tables
+from peftcore.operators import (
+    Combiner,
+    Operator,
+    WeightOperator,
+    _Base,
+    autocasts,
+    full_precision,
+    is_mergeable,
+    tables,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +47,6 @@ class Beside:
     mount: Mount
     operator: WeightOperator
     bare: Acting
-    frugal: bool = False
-    """Whether it is to need as little memory as it can."""
 
     @classmethod
     def of(cls, mount: Mount, attributes: Mapping[str, Any]) -> Self | None:
@@ -51,6 +59,11 @@ class Beside:
             return None
         bare = Acting(attributes=attributes, derives=mount.layer.saves_dense, packed=mount.layer.packed)
         return cls(mount, operator, bare)
+
+    @property
+    def mounts(self) -> tuple[Mount, ...]:
+        """The mount alone."""
+        return (self.mount,)
 
     def prepare(self, module: nn.Module) -> Any:
         """What it needs that no input changes, computed at the operator's own precision."""
@@ -85,6 +98,23 @@ class Acting:
     """The class whose forward takes the effective tensors, where the module's own cannot."""
     beside: Beside | None = None
     """The only mount that acts on tensors, where it can act on activations instead."""
+    single: bool = True
+    """Whether the module is nothing but one product with each tensor that it acts on."""
+    frugal: bool = False
+    """Whether what acts is to need as little memory as it can."""
+
+    @property
+    def mounts(self) -> tuple[Mount, ...]:
+        """Those that act on tensors."""
+        return tuple([effect.mount for _, effects in self.effects for effect in effects])
+
+    def is_cast(self, module: nn.Module) -> bool:
+        """Whether autocast would make copies of effective tensors, which a module saves instead of them."""
+        likes = (each[0].mount.layer.like(module, path) for path, each in self.effects)
+        return any(
+            autocasts(like.device.type) and torch.get_autocast_dtype(like.device.type) is not like.dtype
+            for like in likes
+        )
 
     def effective(self, module: nn.Module) -> dict[str, Tensor | None]:
         """The effective tensors by path below the module, computed at the operators' own precision."""
@@ -127,6 +157,7 @@ def plan_acting(mounts: Mounts, stances: list[tuple[str | None, Mapping[str, Any
         packed=packed or any(mount.layer.packed for mount in weight),
         runs_dense=next((mount.layer.runs_dense for mount in weight if mount.layer.runs_dense), None),
         beside=Beside.of(weight[0], attributes) if len(weight) == 1 else None,
+        single=all(mount.layer.called for mount in weight),
     )
 
 
@@ -206,37 +237,31 @@ class Slot:
         self.ran = False
         self.planned: Planned | None = None
         self.plans: dict[Key, Planned] = {}
-        self.asked: dict[Acting | Beside, Tables] = {}
+        self.asked: dict[tuple[Mount, ...], Tables] = {}
         self.kept = Kept()
 
     def effective(self, module: nn.Module, acting: Acting) -> Mapping[str, Tensor | None]:
         """Effective tensors, kept while nothing that they come from changes: decoding does not rebuild every weight."""
-        operators = (effect.mount.operator for _, effects in acting.effects for effect in effects)
-        made: Mapping[str, Tensor | None] = self._kept(
-            "effective", acting, operators, module, lambda: acting.effective(module)
+        under = acting.effects, self.state.now().context
+        made: Mapping[str, Tensor | None] = self.kept.get(
+            "effective", self.sources(module, acting), under, lambda: acting.effective(module)
         )
         return made
 
     def prepared(self, module: nn.Module, beside: Beside) -> Any:
         """What an operator beside the weight needs that no input changes, kept in the same way."""
-        return self._kept(beside.mount, beside, (beside.operator,), module, lambda: beside.prepare(module))
+        under = (self.state.now().context,)
+        return self.kept.get(beside.mount, self.sources(module, beside), under, lambda: beside.prepare(module))
 
-    def _kept(
-        self,
-        what: object,
-        acts: Acting | Beside,
-        operators: Iterable[_Base],
-        module: nn.Module,
-        make: Callable[[], Any],
-    ) -> Any:
-        """What `operators` make of the module's tensors and of theirs. Where theirs stand is looked up once, since
-        decoding asks at every token; modules of the host may be exchanged."""
-        asked = self.asked.get(acts)
+    def sources(self, module: nn.Module, acts: Acting | Beside) -> list[Tensor]:
+        """All tensors of the module and of the operators that act. Where theirs stand is looked up once, since decoding
+        asks at every token; modules of the host may be exchanged."""
+        mounts = acts.mounts
+        asked = self.asked.get(mounts)
         if asked is None:
-            asked = self.asked[acts] = tuple(table for each in operators for table in each.tables())
+            asked = self.asked[mounts] = tuple(table for mount in mounts for table in mount.operator.tables())
         below = (table for each in module.modules() for table in tables(each)) if module._modules else tables(module)
-        sources = [each for table in (*below, *asked) for each in table.values() if each is not None]
-        return self.kept.get(what, sources, (acts, self.state.now().context), make)
+        return [each for table in (*below, *asked) for each in table.values() if each is not None]
 
     def plan_for(self, choice: Choice) -> Planned:
         """What the choice does here, as far as it is not merged."""
@@ -282,11 +307,10 @@ class Slot:
         return Planned(choice.key, whole, composition=composition, branches=ways, combiners=combiners)
 
     def _acting(self, active: Active) -> Acting:
-        acting = plan_acting(self.mounts, self.stances, self.state.unmerged(active))
-        beside = acting.beside
-        if beside is None or not self.state.injections[beside.mount.name].frugal:
-            return acting
-        return replace(acting, beside=replace(beside, frugal=True))
+        unmerged = self.state.unmerged(active)
+        acting = plan_acting(self.mounts, self.stances, unmerged)
+        acting.frugal = any(self.state.injections[name].frugal for name in unmerged if name in self.mounts)
+        return acting
 
     def changed(self) -> None:
         """Forget what was planned and computed."""

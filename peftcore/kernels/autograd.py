@@ -15,6 +15,13 @@ def transformed() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def saves_elsewhere() -> bool:
+    """Whether hooks of others take what autograd saves (a checkpoint, an offload to the CPU), which hooks of one's own
+    would keep from them. Versions of torch that cannot say so may have some."""
+    top = vars(torch._C._autograd).get("_top_saved_tensors_default_hooks")
+    return top is None or top(False) is not None
+
+
 def is_plain() -> bool:
     """True where the plain mathematics runs: compiled, transformed or traced."""
     return torch.compiler.is_compiling() or transformed() or torch._C._get_tracing_state() is not None

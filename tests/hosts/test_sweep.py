@@ -40,10 +40,8 @@ REFUSALS = (TargetError, UnsupportedSite)
 """The method has nothing to act on in the host, or a site of a kind that it does not know."""
 LATER = (SequenceError, MissingContext, UnsupportedSite)
 """It stands, and forward wants to be told more, or cannot be followed."""
-CACHE = "in evaluation the host fills a cache, which what runs again in backward would fill again"
 PROMPTS = "a prompt with a mask does not use the embedding of none, and one without a mask not that of masks"
 KNOWN = {
-    **{(name, "fish_mask"): CACHE for name in ("mamba", "mamba2", "jamba", "zamba")},
     **{("sam", name): PROMPTS for name in ("fish_mask", "svdiff")},
     ("llava", "vpt_shallow"): "the projector takes hidden states from between the blocks of the vision tower",
 }

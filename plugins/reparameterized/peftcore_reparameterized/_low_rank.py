@@ -70,6 +70,8 @@ class LowRankOperator(Operator):
 
     def merged(self, weight: Tensor) -> Tensor:
         A, B, scale = self.factors()
-        if weight.dim() == B.dim() == 2 and weight.dtype == A.dtype == B.dtype:
-            return torch.addmm(weight, B, A, alpha=scale)  # no update of the weight's size in between
+        if (
+            weight.dim() == A.dim() == B.dim() and weight.dtype == A.dtype == B.dtype
+        ):  # no update of the weight's size in between
+            return (torch.addmm if weight.dim() == 2 else torch.baddbmm)(weight, B, A, alpha=scale)
         return torch.add(weight, low_rank_update(A, B, weight), alpha=scale)

@@ -1,0 +1,203 @@
+"""Effective tensors of modules that do more than one product: made again in backward, and nothing else is."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from core_toys import Shift, ShiftOperator
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import peftcore
+from peftcore.kernels import saves_elsewhere
+
+X = torch.linspace(-1, 1, 20).view(5, 4)
+
+
+class Experts(nn.Module):
+    """Two products for each of three experts, of parameters that it takes apart itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 6, 4) / 2)
+        self.down = nn.Parameter(torch.randn(3, 4, 6) / 2)
+        self.ran: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.ran.append(len(x))
+        outputs = [torch.tanh(x @ up.mT) @ down.mT for up, down in zip(self.up, self.down, strict=True)]
+        return torch.stack(outputs).sum(0)
+
+
+class Host(nn.Module):
+    """A layer, and experts, perhaps below a checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.experts = Experts()
+        self.around: Callable[..., Tensor] = lambda module, x: module(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.around(self.experts, self.first(x))
+
+
+def adapted(method: Any = "lora", **options: Any) -> tuple[Host, peftcore.Injection]:
+    torch.manual_seed(0)
+    model = Host()
+    injection = peftcore.apply(model, method, target=["experts.up", "experts.down"], **options)
+    for parameter in injection.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model, injection
+
+
+def gradients(injection: peftcore.Injection, output: Tensor, **how: Any) -> list[Tensor]:
+    return list(torch.autograd.grad(output.square().sum(), list(injection.parameters()), **how))
+
+
+def made(monkeypatch: pytest.MonkeyPatch, injection: peftcore.Injection) -> list[weakref.ref[Tensor]]:
+    """The effective tensors that are made from here on."""
+    found: list[weakref.ref[Tensor]] = []
+    operator = type(next(iter(injection.operators.values())))
+    merged = operator.merged
+
+    def noting(self: Any, weight: Tensor) -> Tensor:
+        result = merged(self, weight)
+        found.append(weakref.ref(result.untyped_storage()))
+        return result
+
+    monkeypatch.setattr(operator, "merged", noting)
+    return found
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "loha", "oft", "hira", "fourierft"])
+def test_gradients_are_those_of_the_whole_module_again(method: str) -> None:
+    model, injection = adapted(method, **({"n_frequency": 5} if method == "fourierft" else {}))
+    found = []
+    for frugal in (False, True):
+        injection.frugal = frugal
+        model.experts.ran.clear()
+        found.append(gradients(injection, model(X)))
+        assert len(model.experts.ran) == 1 + (frugal or saves_elsewhere())  # which old versions of torch cannot tell
+    assert all(gradient.any() for gradient in found[0])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_gradients_are_those_of_the_equation_in_float64() -> None:
+    model, injection = adapted(dtype="float64")
+    model.double()
+    output = model(X.double())
+    of_input = model.first(X.double())
+    effective = []
+    for name in ("up", "down"):
+        operator = injection.operators[f"experts.{name}"]
+        A, B, scale = operator.factors()
+        effective.append(getattr(model.experts, name) + scale * torch.einsum("eor,eri->eoi", B, A))
+    outputs = [torch.tanh(of_input @ up.mT) @ down.mT for up, down in zip(*effective, strict=True)]
+    expected = torch.stack(outputs).sum(0)
+    torch.testing.assert_close(output, expected)
+    for one, other in zip(gradients(injection, output), gradients(injection, expected), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_they_live_neither_between_forward_and_backward_nor_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, injection = adapted()
+    living = made(monkeypatch, injection)
+    gc.disable()  # nothing waits for it
+    try:
+        output = model(X)
+        assert len(living) == 2 and not any(each() for each in living)
+        gradients(injection, output)
+        assert len(living) == 4 and not any(each() for each in living)
+    finally:
+        gc.enable()
+
+
+def test_backward_again_and_of_backward() -> None:
+    model, injection = adapted()
+    output = model(X)
+    first = gradients(injection, output, retain_graph=True)
+    parts = [torch.autograd.grad(output.square().sum(), p, retain_graph=True)[0] for p in injection.parameters()]
+    again = gradients(injection, output)
+    for one, *others in zip(first, parts, again, strict=True):
+        assert all(torch.equal(one, other) for other in others)
+    second = []
+    for frugal in (False, True):
+        injection.frugal = frugal
+        first = gradients(injection, model(X), create_graph=True)
+        second.append(torch.autograd.grad(sum(each.square().sum() for each in first), list(injection.parameters())))
+    assert all(each.any() for each in second[0])
+    for one, other in zip(*second, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_below_a_checkpoint_of_the_host_nothing_is_kept_from_it(
+    reentrant: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, injection = adapted()
+    expected = gradients(injection, model(X))
+    model.around = lambda module, x: checkpoint(module, x.requires_grad_(), use_reentrant=reentrant)
+    living = made(monkeypatch, injection)
+    output = model(X)
+    assert not any(each() for each in living)
+    if reentrant:  # which knows no torch.autograd.grad
+        output.square().sum().backward()
+        found = [parameter.grad for parameter in injection.parameters()]
+    else:
+        found = gradients(injection, output)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_below_hooks_of_others_the_whole_module_runs_again() -> None:
+    """Hooks of ours would keep from them what the module saves."""
+    model, injection = adapted()
+    expected = gradients(injection, model(X))
+    for hooks in (save_on_cpu(), saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)):
+        with hooks:
+            output = model(X)
+        model.experts.ran.clear()
+        assert all(torch.equal(a, b) for a, b in zip(gradients(injection, output), expected, strict=True))
+        assert model.experts.ran == [5]
+
+
+class NoisyOperator(ShiftOperator):
+    """Its weight is drawn anew in each forward."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return super().forward(weight) * nn.functional.dropout(torch.ones_like(weight), 0.5)
+
+
+def test_what_is_drawn_is_the_same_in_backward() -> None:
+    model, injection = adapted(Shift)
+    for operator in injection.operators.values():
+        operator.__class__ = NoisyOperator
+    found = []
+    for frugal in (False, True):
+        injection.frugal = frugal
+        torch.manual_seed(3)
+        found.append(gradients(injection, model(X)))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_under_autocast_no_copy_in_its_dtype_is_saved() -> None:
+    model, injection = adapted()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(X)
+    model.experts.ran.clear()
+    output.float().sum().backward()
+    assert model.experts.ran == [5]  # the whole module, again
+    assert all(parameter.grad.any() for parameter in injection.parameters())  # type: ignore[union-attr]
+
+
+def test_frozen_operators_let_the_inputs_gradient_through() -> None:
+    model, injection = adapted()
+    x = X.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    for parameter in injection.parameters():
+        parameter.requires_grad_(False)
+    assert torch.equal(torch.autograd.grad(model(x).sum(), x)[0], expected)
