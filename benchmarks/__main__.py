@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import lifecycle, packed, page, scaling, serving, steps
+from benchmarks import experts, lifecycle, packed, page, scaling, serving, steps
 from benchmarks.memory import keep_memory
 from benchmarks.rows import Row
 from benchmarks.timing import Estimate
@@ -31,6 +31,7 @@ FIGURES: Mapping[str, Callable[[int], Iterator[list[Row]]]] = {
     "rows": serving.mixed_rows,
     "steps": steps.step_rows,
     "packed": packed.packed_rows,
+    "experts": experts.expert_rows,
 }
 
 

@@ -26,6 +26,23 @@ def llama(width: int = 512, layers: int = 4, dtype: torch.dtype = torch.float32)
     return made.to(dtype).eval()
 
 
+def mixture(width: int = 256, layers: int = 2, experts: int = 16) -> Any:
+    """A decoder of the shape of Qwen3-MoE, of whose experts two see each token."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        hidden_size=width,
+        moe_intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=experts,
+        num_experts_per_tok=2,
+        vocab_size=VOCABULARY,
+    )
+    made: Any = transformers.Qwen3MoeForCausalLM(config)
+    return made.eval()
+
+
 def tokens(rows: int, length: int) -> torch.Tensor:
     """Random tokens [rows, length]."""
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))

@@ -95,11 +95,16 @@ def over(times: Times, name: str) -> str:
 
 def weighed(name: str, host: Callable[[], Any] = llama, where: str = "") -> Row:
     """Peak memory of a step."""
+    return heavier(f"step{where}, {name}", peaks(contenders(name, host=host)))
+
+
+def peaks(contenders: Mapping[str, Step]) -> Mapping[str, int]:
+    """Peak memory of each, in bytes."""
     found = {}
-    for who, step in contenders(name, host=host).items():
+    for who, step in contenders.items():
         step()  # what is made once is there
         found[who] = min(peak(step) for _ in range(3))  # what records it may make something of its own the first time
-    return heavier(f"step{where}, {name}", found)
+    return found
 
 
 def heavier(figure: str, peaks: Mapping[str, int]) -> Row:
