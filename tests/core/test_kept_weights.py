@@ -101,6 +101,13 @@ def test_nothing_is_kept_in_training_mode(counted: Any) -> None:
     assert not slot_of(model.first).kept
 
 
+def test_a_frugal_one_keeps_nothing(counted: Any) -> None:
+    model, injection, _ = counted
+    injection.frugal = True
+    assert [built(counted), built(counted)] == [1, 1]
+    assert not slot_of(model.first).kept
+
+
 def test_leaving_for_training_mode_frees_what_is_kept(counted: Any) -> None:
     """A long training phase must not hold a second copy of every weight from the evaluation before."""
     model, _, _ = counted

@@ -136,19 +136,22 @@ def test_a_frugal_one_makes_the_weight_in_training_and_keeps_none_in_evaluation(
     assert [made(model, operator), made(model, operator)] == [["weight"], []]
 
 
-@torch.no_grad()
-def test_rows_of_several_are_prepared_once(adapted: Any) -> None:
+def test_rows_of_several_are_prepared_once_until_they_train(adapted: Any) -> None:
     model, injection, operator = adapted
     injection.frugal = False
     other = peftcore.apply(model, BesideMethod, name="other", target="first")
     fill(other, 1)
-    with peftcore.activate(model, injection.name):
+    with torch.no_grad(), peftcore.activate(model, injection.name):
         expected = model(INPUT)[:2]
     with route(model, [injection.name] * 2 + ["other"] * 3):
-        operator.made.clear()
-        model(INPUT)
-        torch.testing.assert_close(model(INPUT)[:2], expected)
-    assert operator.made == ["prepared"]
+        with torch.no_grad():
+            operator.made.clear()
+            model(INPUT)
+            torch.testing.assert_close(model(INPUT)[:2], expected)
+        assert operator.made == ["prepared"]
+        assert slot_of(model.first).kept
+        model(INPUT).sum().backward()
+        assert not slot_of(model.first).kept
 
 
 def test_copies_keep_nothing(adapted: Any) -> None:
