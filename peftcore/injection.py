@@ -135,9 +135,9 @@ class Injection:
 
     @property
     def frugal(self) -> bool:
-        """Whether it goes the way that needs least memory instead of the fastest; False until it is set. What can act
-        beside a weight (dora, oft, hra, ...) then makes the effective weight in training, and again in backward; in
-        evaluation it acts beside the weight, where otherwise the effective one is kept."""
+        """Whether it goes the way that needs least memory, not the fastest; False at first. In training, what acts
+        beside a weight (dora, oft, hra) then makes the effective one, and again in backward, and modules of experts or
+        attention that it changes run again there as a whole. In evaluation no effective weight is kept."""
         return self._frugal
 
     @frugal.setter
