@@ -10,76 +10,75 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-Made = Mapping[str, Tensor | None]
+from peftcore.kernels.autograd import apply
 
 
-def derived(make: Callable[[], Made], run: Callable[[Made], Any], others: Iterable[Tensor]) -> tuple[Any, bool]:
-    """What `run` makes of the tensors that `make` makes, and True; or False, where these cannot be made again alone:
-    one has no gradient, or is of a class of its own.
+def derived(
+    makes: Mapping[str, Callable[[], Tensor | None]],
+    run: Callable[[Mapping[str, Tensor | None]], Any],
+    others: Iterable[Tensor],
+) -> tuple[Any, bool]:
+    """What `run` makes of effective tensors, and True; or False, where these cannot be made again alone: one has no
+    gradient, or is of a class of its own.
 
     Args:
-        make: effective tensors by path; must make the same ones when it is called again, in backward.
+        makes: what makes each, by path; each must make the same when it is called again, in backward.
         run: the forward with these tensors.
         others: tensors that live on anyway: the base's own, and the operators'.
     """
-    paths: list[str] = []
-    missing: dict[str, None] = {}
-
-    def last() -> Any:
-        made = make()
-        paths[:] = [path for path, tensor in made.items() if tensor is not None]
-        missing.update(dict.fromkeys(made.keys() - paths))
-        return _Last.apply(*[made[path] for path in paths])  # type: ignore[no-untyped-call]
-
-    tensors: tuple[Tensor, ...] = checkpoint(last, use_reentrant=False)
-    if not all(type(each) is Tensor and each.requires_grad for each in tensors):
+    tensors = {path: checkpoint(_made, make, use_reentrant=False) for path, make in makes.items()}
+    if not all(each is None or (type(each) is Tensor and each.requires_grad) for each in tensors.values()):
         return None, False
     living = {_memory(each) for each in others}
-    places = {_memory(tensor): place for place, tensor in enumerate(tensors)}
-    source = _Source(tensors[0].grad_fn)
+    sources = {_memory(each): _Source(each.grad_fn) for each in tensors.values() if each is not None}
+    known = WeakValueDictionary(sources)  # whatever is saved holds `pack`, which must not hold the tensors
 
     def pack(tensor: Tensor) -> Tensor | _Part:
-        place = places.get(_memory(tensor))
-        if place is None or _memory(tensor) in living:
-            return tensor
-        return _Part(source, place, tensor.size(), tensor.stride(), tensor.storage_offset())
+        memory = _memory(tensor)
+        source = None if memory in living else known.get(memory)
+        return _Part(source, tensor.size(), tensor.stride(), tensor.storage_offset()) if source else tensor
 
     with saved_tensors_hooks(pack, _unpack):
-        return run({**missing, **dict(zip(paths, tensors, strict=True))}), True
+        return run(tensors), True
+
+
+def _made(make: Callable[[], Tensor | None]) -> Tensor | None:
+    made = make()
+    return None if made is None else apply(_Last, made)
 
 
 class _Last(torch.autograd.Function):
-    """Saves the tensors, as the last of what the checkpoint saves."""
+    """Saves the tensor, as the last of what the checkpoint saves."""
 
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        return gradients
+        return gradients[0]
 
 
 class _Source:
-    """The tensors as backward has made them. They go with the last of those who saved a part of them, each of which
-    autograd lets go when it is through."""
+    """A tensor as backward has made it. It goes with the last of those who saved a part of it, each of which autograd
+    lets go when it is through."""
 
     def __init__(self, node: Any) -> None:
         self._node = node
-        self._tensors: tuple[Tensor, ...] | None = None
+        self._tensor: Tensor | None = None
 
-    def tensor(self, place: int) -> Tensor:
-        if self._tensors is None:
-            self._tensors = self._node.saved_tensors
-        return self._tensors[place]
+    def tensor(self) -> Tensor:
+        if self._tensor is None:
+            (self._tensor,) = self._node.saved_tensors
+        return self._tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +86,6 @@ class _Part:
     """What is saved in place of a tensor, or of a view of it."""
 
     source: _Source
-    place: int
     size: torch.Size
     stride: tuple[int, ...]
     offset: int | torch.SymInt
@@ -96,7 +94,7 @@ class _Part:
 def _unpack(saved: Tensor | _Part) -> Tensor:
     if isinstance(saved, Tensor):
         return saved
-    return saved.source.tensor(saved.place).as_strided(saved.size, saved.stride, saved.offset)
+    return saved.source.tensor().as_strided(saved.size, saved.stride, saved.offset)
 
 
 def _memory(tensor: Tensor) -> int:

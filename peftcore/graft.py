@@ -127,7 +127,7 @@ def _derived(slot: Slot, module: nn.Module, acting: Acting, args: tuple[Any, ...
     def run(tensors: Mapping[str, Tensor | None]) -> Any:
         return _run_view(module, acting, tensors, args, kwargs)
 
-    output, alone = derived(lambda: acting.effective(module), run, slot.sources(module, acting))
+    output, alone = derived(acting.makes(module), run, slot.sources(module, acting))
     return output if alone else checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
 
 

@@ -118,12 +118,18 @@ class Acting:
 
     def effective(self, module: nn.Module) -> dict[str, Tensor | None]:
         """The effective tensors by path below the module, computed at the operators' own precision."""
-        tensors: dict[str, Tensor | None] = {}
-        for path, each in self.effects:
-            like = each[0].mount.layer.like(module, path)
-            with full_precision(like):
-                tensors[path] = fold(module, each, each[0].mount.layer.read(module, path), like)
-        return tensors
+        return {path: make() for path, make in self.makes(module).items()}
+
+    def makes(self, module: nn.Module) -> dict[str, Callable[[], Tensor | None]]:
+        """What makes each of them."""
+        return {path: functools.partial(_make, module, path, each) for path, each in self.effects}
+
+
+def _make(module: nn.Module, path: str, effects: tuple[Effect, ...]) -> Tensor | None:
+    layer = effects[0].mount.layer
+    like = layer.like(module, path)
+    with full_precision(like):
+        return fold(module, effects, layer.read(module, path), like)
 
 
 def plan_acting(mounts: Mounts, stances: list[tuple[str | None, Mapping[str, Any]]], active: Active) -> Acting:

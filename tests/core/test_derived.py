@@ -29,8 +29,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.ran.append(len(x))
-        outputs = [torch.tanh(x @ up.mT) @ down.mT for up, down in zip(self.up, self.down, strict=True)]
-        return torch.stack(outputs).sum(0)
+        hidden = [torch.tanh(x @ up.mT) for up in self.up]
+        return torch.stack([each @ down.mT for each, down in zip(hidden, self.down, strict=True)]).sum(0)
 
 
 class Host(nn.Module):
@@ -59,15 +59,26 @@ def gradients(injection: peftcore.Injection, output: Tensor, **how: Any) -> list
     return list(torch.autograd.grad(output.square().sum(), list(injection.parameters()), **how))
 
 
-def made(monkeypatch: pytest.MonkeyPatch, injection: peftcore.Injection) -> list[weakref.ref[Tensor]]:
+class Made:
+    """An effective tensor, as long as it lives, and how many others lived when it was made."""
+
+    def __init__(self, tensor: Tensor, before: list["Made"]) -> None:
+        self.others = sum(each() is not None for each in before)
+        self.memory = weakref.ref(tensor.untyped_storage())
+
+    def __call__(self) -> torch.UntypedStorage | None:
+        return self.memory()
+
+
+def made(monkeypatch: pytest.MonkeyPatch, injection: peftcore.Injection) -> list[Made]:
     """The effective tensors that are made from here on."""
-    found: list[weakref.ref[Tensor]] = []
+    found: list[Made] = []
     operator = type(next(iter(injection.operators.values())))
     merged = operator.merged
 
     def noting(self: Any, weight: Tensor) -> Tensor:
         result = merged(self, weight)
-        found.append(weakref.ref(result.untyped_storage()))
+        found.append(Made(result, found))
         return result
 
     monkeypatch.setattr(operator, "merged", noting)
@@ -115,6 +126,18 @@ def test_they_live_neither_between_forward_and_backward_nor_after_it(monkeypatch
         assert len(living) == 4 and not any(each() for each in living)
     finally:
         gc.enable()
+
+
+def test_in_backward_each_goes_with_the_last_who_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, injection = adapted()
+    living = made(monkeypatch, injection)
+    output = model(X.clone().requires_grad_())  # so that the inputs of experts have gradients, too
+    gc.disable()
+    try:
+        output.square().sum().backward()
+    finally:
+        gc.enable()
+    assert [each.others for each in living] == [0, 1, 0, 0]  # forward needs both at once, backward one after the other
 
 
 def test_backward_again_and_of_backward() -> None:
