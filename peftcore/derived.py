@@ -37,13 +37,15 @@ def derived(
     if not all(each is None or (type(each) is Tensor and each.requires_grad) for each in tensors.values()):
         return None, False
     living = {_memory(each) for each in others}
-    sources = {_memory(each): _Source(each.grad_fn) for each in tensors.values() if each is not None}
+    sources = {_memory(each): _Source(each) for each in tensors.values() if each is not None}
     known = WeakValueDictionary(sources)  # whatever is saved holds `pack`, which must not hold the tensors
 
     def pack(tensor: Tensor) -> Tensor | _Part:
         memory = _memory(tensor)
         source = None if memory in living else known.get(memory)
-        return _Part(source, tensor.size(), tensor.stride(), tensor.storage_offset()) if source else tensor
+        if source is None or source.version != tensor._version:  # or changed by the module (max_norm of embeddings)
+            return tensor
+        return _Part(source, tensor.size(), tensor.stride(), tensor.storage_offset())
 
     with saved_tensors_hooks(pack, _unpack):
         return run(tensors), True
@@ -60,7 +62,7 @@ class _Last(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         ctx.save_for_backward(tensor)
-        return tensor.view_as(tensor)
+        return tensor.data  # no view, which the module might not change
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -71,8 +73,9 @@ class _Source:
     """A tensor as backward has made it. It goes with the last of those who saved a part of it, each of which autograd
     lets go when it is through."""
 
-    def __init__(self, node: Any) -> None:
-        self._node = node
+    def __init__(self, tensor: Tensor) -> None:
+        self.version = tensor._version
+        self._node: Any = tensor.grad_fn
         self._tensor: Tensor | None = None
 
     def tensor(self) -> Tensor:

@@ -46,9 +46,12 @@ class Host(nn.Module):
         return self.around(self.experts, self.first(x))
 
 
-def adapted(method: Any = "lora", **options: Any) -> tuple[Host, peftcore.Injection]:
+def adapted(
+    method: Any = "lora", before: Callable[[Host], Any] = lambda model: None, **options: Any
+) -> tuple[Host, peftcore.Injection]:
     torch.manual_seed(0)
     model = Host()
+    before(model)
     injection = peftcore.apply(model, method, target=["experts.up", "experts.down"], **options)
     for parameter in injection.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -186,6 +189,26 @@ def test_below_hooks_of_others_the_whole_module_runs_again() -> None:
         model.experts.ran.clear()
         assert all(torch.equal(a, b) for a, b in zip(gradients(injection, output), expected, strict=True))
         assert model.experts.ran == [5]
+
+
+class Halved(Experts):
+    """Changes its own parameters as it runs, as embeddings with a max_norm do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.up.div_(2)
+        return super().forward(x)
+
+
+def test_what_the_module_has_changed_is_saved() -> None:
+    model, injection = adapted(before=lambda model: setattr(model.experts, "__class__", Halved))
+    found = []
+    for frugal in (False, True):
+        injection.frugal = frugal
+        x = X.clone().requires_grad_()
+        output = model(x).square().sum()
+        found.append([output, *torch.autograd.grad(output, [x, *injection.parameters()])])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 class NoisyOperator(ShiftOperator):
