@@ -112,23 +112,18 @@ def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwar
         slot.kept.clear()
         whole = acting.single or acting.frugal or MANAGED in vars(module)
         if not (whole or saves_elsewhere() or acting.is_cast(module)):
-            return _derived(slot, module, acting, args, kwargs)
+
+            def run(tensors: Mapping[str, Tensor | None]) -> Any:
+                return _run_view(module, acting, tensors, args, kwargs)
+
+            output, alone = derived(acting.makes(module), run, slot.sources(module, acting))
+            if alone:  # a module that does more than one product: only what makes its tensors is repeated
+                return output
         return checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
     spare = acting.packed or acting.frugal or MANAGED in vars(module)  # kept copies would undo packing and sharding
     if module.training or spare:
         return _on_view(module, acting, args, kwargs)
     return _run_view(module, acting, slot.effective(module, acting), args, kwargs)
-
-
-def _derived(slot: Slot, module: nn.Module, acting: Acting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The same for a module that does more than one product: it is not repeated in backward, but for what makes the
-    effective tensors."""
-
-    def run(tensors: Mapping[str, Tensor | None]) -> Any:
-        return _run_view(module, acting, tensors, args, kwargs)
-
-    output, alone = derived(acting.makes(module), run, slot.sources(module, acting))
-    return output if alone else checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
 
 
 def _beside(
