@@ -205,7 +205,9 @@ class Linear(Layer):
         return super().rotated(call, x, R)
 
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
-        if is_compiling() or y.numel() <= SMALL:  # a compiler chooses by itself
+        if is_compiling():  # inductor loses `alpha` where it makes one of a sum and a product (pytorch issue 167313)
+            return y + F.linear(low * scale, matrix)
+        if y.numel() <= SMALL:
             return torch.add(y, F.linear(low, matrix), alpha=scale)
         flat = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), matrix.T, alpha=scale)
         return flat.view(y.shape)
@@ -224,9 +226,9 @@ def _to_fuse(
 ) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a layer that becomes one function with its update: where it trains, and enough goes through
     memory for that to be worth it."""
-    if is_compiling() or not any(each.requires_grad for each in trained):
+    if kernels.is_plain(x) or not any(each.requires_grad for each in trained):
         return None
-    return _own_weights(call) if x.numel() // x.shape[-1] * outputs > SMALL else None
+    return _own_weights(call) if is_compiling() or x.numel() // x.shape[-1] * outputs > SMALL else None
 
 
 def _own_weights(call: Callable[..., Any]) -> tuple[Tensor, Tensor | None] | None:
@@ -315,7 +317,7 @@ class Conv(Layer):
         return self._conv(low, matrix.view(*matrix.shape, *[1] * len(self.stride)))
 
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
-        return torch.add(y, self.mix(low, matrix), alpha=scale)
+        return y + self.mix(low * scale, matrix)
 
     def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
         return vector.view(-1, *[1] * len(self.stride))

@@ -1,7 +1,7 @@
 """What several methods compute at every step, arranged for speed. Each stands for plain mathematics (`plain_*`), which
 the tests hold it against, and which runs under torch.compile, torch.func and wherever autograd is not plain."""
 
-from peftcore.kernels.autograd import saves_elsewhere, transformed
+from peftcore.kernels.autograd import is_plain, saves_elsewhere, transformed
 from peftcore.kernels.dropout import dropped_linear, keep, plain_dropped_linear
 from peftcore.kernels.low_rank import (
     ScaledFactors,
@@ -30,6 +30,7 @@ __all__ = [
     "add_scaled",
     "cayley",
     "dropped_linear",
+    "is_plain",
     "keep",
     "low_rank_linear",
     "neumann",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,9 +23,20 @@ def saves_elsewhere() -> bool:
     return top is None or top(False) is not None
 
 
-def is_plain() -> bool:
-    """True where the plain mathematics runs: compiled, transformed or traced."""
-    return torch.compiler.is_compiling() or transformed() or torch._C._get_tracing_state() is not None
+def is_plain(product: Tensor | None = None) -> bool:
+    """True where the plain mathematics runs: compiled, transformed or traced.
+
+    Args:
+        product: an operand of a kernel that arranges products, which compilers leave as they are written, so that it is
+            worth as much in what is compiled for a CPU. Exports are plain, for whatever will run them.
+    """
+    if torch.compiler.is_compiling():
+        return product is None or product.device.type != "cpu" or _exports() or transformed()
+    return transformed() or torch._C._get_tracing_state() is not None
+
+
+_exports: Callable[[], bool] = vars(torch.compiler).get("is_exporting", lambda: True)
+"""Whether what is compiled is exported; versions of torch that cannot say so may export it."""
 
 
 def operands(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:

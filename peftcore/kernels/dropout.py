@@ -22,7 +22,7 @@ def plain_dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tenso
 def dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tensor:
     """`plain_dropped_linear` for a narrow weight: of what is dropped one byte a value is kept, no copy of the input,
     and its randomness costs a tenth."""
-    if is_plain() or probability == 1:
+    if is_plain(x) or probability == 1:
         return plain_dropped_linear(x, weight, probability)
     kept, scale = keep(x, probability)
     x, weight, _ = operands(x, weight)
@@ -32,9 +32,15 @@ def dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tensor:
 def keep(like: Tensor, probability: float) -> tuple[Tensor, float]:
     """What dropout keeps [bool, the shape of `like`], and by how much it makes that larger."""
     count, level = like.numel(), round(probability * LEVELS)
-    bits = torch.empty(-(-count // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)
-    draws = bits.view(torch.int16)[:count].view(like.shape)
+    draws = _bits(-(-count // 4), like.device).view(torch.int16)[:count].view(like.shape)
     return draws >= level - LEVELS // 2, LEVELS / (LEVELS - level)
+
+
+def _bits(words: int, device: torch.device) -> Tensor:
+    """64 random ones in each word."""
+    if torch.compiler.is_compiling():  # which knows no `random_`, and what stands for it never draws the largest word
+        return torch.randint(-(2**63), 2**63 - 1, (words,), dtype=torch.int64, device=device)
+    return torch.empty(words, dtype=torch.int64, device=device).random_(-(2**63), None)
 
 
 class _MaskedLinear(torch.autograd.Function):

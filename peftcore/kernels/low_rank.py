@@ -23,7 +23,7 @@ def plain_low_rank_linear(
 ) -> Tensor:
     """``weight x + bias + scale B A dropout(x)``."""
     low = F.linear(F.dropout(x, dropout) if dropout else x, A)
-    return torch.add(F.linear(x, weight, bias), F.linear(low, B), alpha=scale)
+    return F.linear(x, weight, bias) + F.linear(low * scale, B)
 
 
 def low_rank_linear(
@@ -31,8 +31,10 @@ def low_rank_linear(
 ) -> Tensor:
     """`plain_low_rank_linear` of a frozen weight."""
     x, weight, bias, (A, B) = _in_one_dtype(x, weight, bias, A, B)
-    if is_plain() or dropout == 1:
+    if is_plain(x) or dropout == 1:
         return plain_low_rank_linear(x, weight, bias, A, B, scale, dropout)
+    if torch.compiler.is_compiling():
+        B, scale = B * scale, 1.0  # see `Linear.add`
     A, kept = _dropping(x, A, dropout)
     return apply(_LowRankLinear, x, weight, bias, A, B, scale, kept)[0]
 

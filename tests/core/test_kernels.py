@@ -1,5 +1,6 @@
 """The kernels beside the plain mathematics that they stand for."""
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -234,14 +235,23 @@ def test_gradients_of_a_dropped_projection() -> None:
     assert gradcheck(run, (x.detach(), A)) and gradcheck(run, (x, A.detach()))
 
 
+BACKENDS = [
+    "none",
+    "aot_eager",
+    pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs a C++ compiler")),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
-def test_as_many_are_dropped_as_dropout_drops(probability: float) -> None:
+def test_as_many_are_dropped_as_dropout_drops(probability: float, backend: str) -> None:
     x = torch.ones(1000, 1001)
-    kept, scale = kernels.keep(x, probability)
+    keep = kernels.keep if backend == "none" else torch.compile(kernels.keep, fullgraph=True, backend=backend)
+    kept, scale = keep(x, probability)
     assert abs(kept.double().mean() - (1 - probability)) < 5 * (probability * (1 - probability) / x.numel()) ** 0.5
     assert abs(kept.double().mean(0) - (1 - probability)).max() < 0.1
     assert abs(scale * (1 - probability) - 1) < 1e-4
-    assert not torch.equal(kept, kernels.keep(x, probability)[0])
+    assert not torch.equal(kept, keep(x, probability)[0])
     rows = kept[:, :1000].double() - (1 - probability)
     assert abs((rows[:, :-1] * rows[:, 1:]).mean()) < 0.002  # neighbours come from the same random bits
 

@@ -3,11 +3,14 @@ messages of all mutants do is in test_mutants and test_quantizers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from mutant_base import Small, mutant
+import torch
+from mutant_base import NOT_MERGEABLE, Small, mutant
 from mutants_injection import MUTANTS
+from torch import Tensor
 
 from peftcore import MethodConfig, Site
 from peftcore.testing import CHECKS, HOSTS, QUANTIZER_CHECKS, Case, Check, CheckFailed, check_method
@@ -67,3 +70,28 @@ def test_an_error_of_the_method_itself_names_its_line() -> None:
     named = [each for each in told if f"(test_failures.py, line {line}, in __init__)\n" in each]
     assert len(named) > 0.9 * len(told)
     assert all("what to do:   look at that line first; else " in each for each in named)
+
+
+class AddsByAlpha(Small):
+    """Right, but not in what inductor makes of it."""
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        return torch.add(y, x @ self.A.mT @ self.B.mT, alpha=0.5)
+
+
+class MultipliesByAlpha(Small):
+    """The same, as one product."""
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        rows = torch.addmm(y.flatten(0, -2), x.flatten(0, -2) @ self.A.mT, self.B.mT, alpha=0.5)
+        return rows.view(y.shape)
+
+
+@pytest.mark.parametrize("operator", [AddsByAlpha, MultipliesByAlpha])
+def test_what_inductor_would_lose_is_named(operator: type[Small]) -> None:
+    """Without a C++ compiler, and for what it loses on a GPU alone."""
+    method = mutant(operator.__name__.lower(), operator, tags=NOT_MERGEABLE)
+    with pytest.raises(CheckFailed, match=r"inductor drops the alpha(.|\n)*alpha: 0\.5"):
+        BY_NAME["compiled_equals_eager"](Case(method, HOSTS["bert"]))

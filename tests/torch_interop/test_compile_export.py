@@ -3,12 +3,15 @@
 import copy
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from interop_hosts import METHODS, WIDTH, Encoder, adapt, encoder, gradients, inputs, mlp
 from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 
 import peftcore
@@ -133,12 +136,13 @@ def test_merged_and_removed_hosts_compile_as_the_base() -> None:
 
 
 MECHANISMS = {
-    "onion": ("lora", {"target": "*.down_proj"}),
+    "onion": ("lora", {"target": "*.down_proj", "alpha": 12.0}),
     "weight operator": ("dora", {"target": "*.up_proj"}),
     "replacement": ("ln_tuning", {}),
-    "rows of a fused weight": ("lora", {"target": "attn.q"}),
+    "rows of a fused weight": ("lora", {"target": "attn.q", "alpha": 12.0}),
 }
-"""Each on a part of the encoder of its own, so that one compilation, which takes seconds, holds them all."""
+"""Each on a part of the encoder of its own, so that one compilation, which takes seconds, holds all. Scales
+are not 1, which would hide one that is lost."""
 
 
 @pytest.mark.slow
@@ -162,7 +166,34 @@ def test_inductor_equals_eager() -> None:
         found = {f"{m}: {n}": grad for m, injection in injections.items() for n, grad in gradients(injection).items()}
         return output.detach(), found
 
-    assert_same_step(all_of(torch.compile(model, fullgraph=True)), all_of(model))
+    compiled = torch.compile(model, fullgraph=True)
+    assert_same_step(all_of(compiled), all_of(model))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def noted(products: list[torch.Size], graph: fx.GraphModule, inputs: Any) -> Any:
+    """The graph as it stands, and the shapes of its products."""
+    products += [node.meta["val"].shape for node in graph.graph.nodes if "mm" in str(node.target)]
+    return make_boxed_func(graph.forward)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_compiled_for_a_cpu_an_update_is_one_with_its_layer(method: str, autocast: bool) -> None:
+    """Products are what the kernel says: that of B's gradient is made as its transpose."""
+    model, x = mlp().train(), inputs()
+    injection = adapt(model, method, target="up_proj", rank=3, alpha=6.0)
+    model(x)
+    products: list[torch.Size] = []
+    compiled = torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=partial(noted, products)))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        one, two = step(compiled, injection, x), step(model, injection, x)
+    if autocast:
+        torch.testing.assert_close(one[0], two[0], rtol=0.05, atol=0.05)
+    else:
+        assert_same_step(one, two)
+    assert (3, 2 * WIDTH) in products
 
 
 @pytest.mark.parametrize("method", METHODS)

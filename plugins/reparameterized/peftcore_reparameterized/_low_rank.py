@@ -70,8 +70,7 @@ class LowRankOperator(Operator):
 
     def merged(self, weight: Tensor) -> Tensor:
         A, B, scale = self.factors()
-        if (
-            weight.dim() == A.dim() == B.dim() and weight.dtype == A.dtype == B.dtype
-        ):  # no update of the weight's size in between
-            return (torch.addmm if weight.dim() == 2 else torch.baddbmm)(weight, B, A, alpha=scale)
-        return torch.add(weight, low_rank_update(A, B, weight), alpha=scale)
+        B = B * scale  # and not `alpha`, which inductor loses
+        if weight.dim() == A.dim() == B.dim() and weight.dtype == A.dtype == B.dtype:
+            return (torch.addmm if weight.dim() == 2 else torch.baddbmm)(weight, B, A)  # no update in between
+        return weight + low_rank_update(A, B, weight)

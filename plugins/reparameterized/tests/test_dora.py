@@ -14,7 +14,7 @@ from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 
 
-@conformance("dora")
+@conformance("dora", options={"*": {"alpha": 12.0}})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 EXACT, RANK, ALPHA = 1e-12, 3, 6.0
 
 
-@conformance("loha")
+@conformance("loha", options={"*": {"alpha": 12.0}})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

@@ -19,7 +19,7 @@ LR, RATIO, EMBEDDING, DECAY, STEPS = 0.03, 8.0, 0.002, 0.1, 6
 EXACT = 1e-11
 
 
-@conformance("lora_plus")
+@conformance("lora_plus", options={"*": {"alpha": 12.0}})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
