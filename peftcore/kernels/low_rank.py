@@ -31,7 +31,7 @@ def low_rank_linear(
 ) -> Tensor:
     """`plain_low_rank_linear` of a frozen weight."""
     x, weight, bias, (A, B) = _in_one_dtype(x, weight, bias, A, B)
-    if is_plain(x) or dropout == 1:
+    if is_plain(x) or (dropout and dropout == 1):  # a default is a symbol where shapes are, and not to be compared
         return plain_low_rank_linear(x, weight, bias, A, B, scale, dropout)
     if torch.compiler.is_compiling():
         B, scale = B * scale, 1.0  # see `Linear.add`

@@ -13,6 +13,7 @@ from interop_hosts import METHODS, WIDTH, Encoder, adapt, encoder, gradients, in
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
+from torch.utils.checkpoint import checkpoint
 
 import peftcore
 
@@ -196,6 +197,44 @@ def test_compiled_for_a_cpu_an_update_is_one_with_its_layer(method: str, autocas
     assert (3, 2 * WIDTH) in products
 
 
+class Repeated(nn.Module):
+    """Layers that backward runs once more."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "hra"])
+def test_compiled_with_symbolic_shapes_in_a_checkpoint(method: str) -> None:
+    torch.manual_seed(0)
+    model = Repeated(2).train()
+    injection = adapt(model, method, target="layers.*")
+    model(inputs())
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (4, 7):
+        assert_same_step(step(compiled, injection, inputs(rows)), step(model, injection, inputs(rows)))
+
+
+def test_compiled_what_is_dropped_is_the_same_when_it_is_repeated() -> None:
+    """The output is linear in B: what B's gradient says of it, it must have, for one and the same mask."""
+    torch.manual_seed(0)
+    model, x = Repeated(1).train(), inputs(50)
+    base = model(x).detach()
+    injection = adapt(model, "lora", target="layers.0", alpha=12.0, dropout=0.5)
+    compiled, weights = torch.compile(model, fullgraph=True, backend="aot_eager"), torch.randn_like(base)
+    B: Any = injection.operators["layers.0"].B
+    model(x)  # the witness goes
+    update = ((compiled(x) - base) * weights).sum()
+    (gradient,) = torch.autograd.grad(update, B)
+    torch.testing.assert_close((gradient * B).sum(), update, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_export_holds_the_adapter(method: str) -> None:
     model, x = encoder(), inputs()
@@ -285,8 +324,6 @@ def test_ensembles_by_vmap_over_stacked_adapters(method: str, gradients_on: bool
 
 
 def test_gradient_checkpointing_in_both_modes_gives_the_same_gradients() -> None:
-    from torch.utils.checkpoint import checkpoint
-
     class Checkpointed(Encoder):
         reentrant: bool | None = None
 
