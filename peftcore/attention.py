@@ -218,7 +218,8 @@ def _edited(interface: Mapping[str, Callable[..., Any]], implementation: str) ->
         **more: Any,
     ) -> tuple[Tensor, Tensor | None]:
         edits: Edits = module.__dict__["_peftcore_edits"]
-        edits.slot.ran = True
+        if edits.slot.state.witness is not None:
+            edits.slot.ran = True
         first = edits.mounts[0].operator
         assert isinstance(first, AttentionOperator)
         _check_shapes(first.geometry, query, key, value)

@@ -125,7 +125,7 @@ class HostState:
     """Slots of the grafted modules: they plan what acts when it changes, so no compiler ever traces the planning."""
 
     witness: Witness | None = None
-    """Sees to it that adapted sites run."""
+    """Sees to it that adapted sites run, until the host is compiled."""
 
     calm: int | None = None
     """The thread in which a forward of the host runs by the owner's choice: its modules need not ask what was chosen,

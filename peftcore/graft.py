@@ -260,12 +260,13 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if not args and first in kwargs:
             args = (kwargs.pop(first),)  # operators get what they act on by position, however the module was called
         if planned.outermost is not None:
-            slot.ran = True
+            if state.witness is not None:
+                slot.ran = True
             call: Forward = functools.partial(plain, self)
             for operator in planned.inner:
                 call = functools.partial(operator, call)
             return planned.outermost(call, *args, **kwargs)
-        if not planned.acting.attention:  # else the edits say so: a host may go round them
+        if state.witness is not None and not planned.acting.attention:  # edits say it themselves: hosts go round some
             slot.ran = True
         if planned.composition is not None:
             return _composed(plain, slot, self, planned, args, kwargs)

@@ -224,6 +224,7 @@ class Recorder:
         call = Call(state, choice, model, args, kwargs)
         _TRACED.append(call)
         if torch.compiler.is_compiling():
+            state.witness = None  # it does not see into what is compiled, where a checkpoint must not leave marks
             return
         _HERE.calls.append(call)
         if _HERE.outside is not None:

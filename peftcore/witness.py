@@ -134,7 +134,9 @@ class Witness:
         if torch.compiler.is_compiling():
             return
         state = state_of(model)
-        acting = state.unmerged(state.current()) if state is not None else ()
+        if state is None or state.witness is not self:  # a forward was compiled, which nobody saw
+            return leave(model)
+        acting = state.unmerged(state.current())
         silent: list[str] = []
         new, self.new = self.new, {}  # forwards of other threads judge, too
         for name, surgeon in new.items():

@@ -160,6 +160,25 @@ def test_sites_are_looked_at_in_the_first_forward() -> None:
         again(torch.randn(2, 5, 4))
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_of_a_host_that_is_compiled_nothing_is_said(whole: bool) -> None:
+    """Of one whose blocks are compiled, each by itself, it is: their marks come out."""
+    torch.compiler.reset()
+    model, x = Stack(Attention), torch.randn(2, 5, 4)
+    peftcore.apply(model, "lora", target="query")
+    if whole:
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+    else:
+        for layer in model.layers:
+            layer.compile(backend="eager", fullgraph=True)
+        model(x)
+    state = state_of(model)
+    assert state is not None and (state.witness is None) == whole
+    model(x)
+    assert not any(isinstance(hook, Witness) for hook in model._forward_hooks.values())
+    torch.compiler.reset()
+
+
 def test_merged_injection_needs_no_forward() -> None:
     model = Stack(ReadsWeight)
     injection = peftcore.apply(model, Shift, target="qkv")
