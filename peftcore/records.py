@@ -230,8 +230,8 @@ class Recorder:
         if _HERE.outside is not None:
             _HERE.outside = None
             state.outside.pop(threading.get_ident(), None)
-        if state.witness is not None:
-            state.witness.look(model)
+        if (witness := state.witness) is not None:
+            witness.look(model)
         if choice.route is not None:
             _check_rows(call, choice.route)
         if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so

@@ -191,7 +191,7 @@ def leave(model: nn.Module) -> None:
 
 def forget(model: nn.Module, state: HostState, name: str) -> None:
     """Stop expecting anything of an injection: it is gone."""
-    if state.witness is not None:
-        state.witness.forget(name)
-        if state.witness.is_idle:
+    if (witness := state.witness) is not None:
+        witness.forget(name)
+        if witness.is_idle:
             leave(model)
