@@ -277,6 +277,7 @@ def compiled_equals_eager(case: Case) -> None:
     compiled, gradients = backward(case, model, inputs, injection)
     case.expect_close(compiled, output, "the compiled host's output", factor=10)
     expect_same_gradients(case, gradients, expected, "compiled")
+    case.expect_close(case.quiet(model, inputs), output, "the compiled host's output without gradients", factor=10)
     case.expect(
         not backend.lost,
         "inductor drops the alpha or beta of sums and products that it makes one; multiply what has few columns "

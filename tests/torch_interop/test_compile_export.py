@@ -141,6 +141,7 @@ MECHANISMS = {
     "weight operator": ("dora", {"target": "*.up_proj"}),
     "replacement": ("ln_tuning", {}),
     "rows of a fused weight": ("lora", {"target": "attn.q", "alpha": 12.0}),
+    "rows of a matrix": ("lora", {"target": "head", "alpha": 12.0}),
 }
 """Each on a part of the encoder of its own, so that one compilation, which takes seconds, holds all. Scales
 are not 1, which would hide one that is lost."""
@@ -246,6 +247,18 @@ def test_export_holds_the_adapter(method: str) -> None:
     injection.remove()
     torch.testing.assert_close(model(x), base)
     assert not torch.allclose(program.module()(x), base, atol=1e-3)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_is_exported_is_plain(strict: bool) -> None:
+    """No function with a gradient of its own, nothing in place: whatever runs the program knows its operations."""
+    model, x = mlp(), inputs()
+    adapt(model, "lora", target="*_proj", alpha=12.0)
+    model(x)
+    graph = torch.export.export(model, (x,), strict=strict).graph
+    called = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+    assert called.count("aten.linear.default") == 6
+    assert all(name.startswith("aten.") and "_." not in name for name in called)
 
 
 def test_export_with_a_dynamic_batch() -> None:
