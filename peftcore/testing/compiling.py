@@ -15,28 +15,33 @@ _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.t.default, aten.per
 
 
 class AsItStands:
-    """A backend of torch.compile: graphs of torch's own operations, forward and backward, run as they are.
+    """A backend of torch.compile: graphs of torch's own operations run as they are.
 
     Attributes:
-        lost: operations whose `alpha` or `beta` inductor drops, where it makes one of a sum and a product or two of
-            one (https://github.com/pytorch/pytorch/issues/167313): its results are wrong then, and nothing says so.
+        graphs: those that were compiled, forward and backward.
     """
 
     def __init__(self) -> None:
-        self.lost: list[str] = []
+        self.graphs: list[fx.Graph] = []
 
-    def __call__(self, graph: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        from torch._dynamo.backends.common import aot_autograd  # seconds, which collecting tests need not wait for
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        # Both take seconds to import, which collecting tests need not wait for.
+        from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
+        from torch._dynamo.backends.common import aot_autograd
 
-        compiled: Callable[..., Any] = aot_autograd(fw_compiler=self._compile)(graph, inputs)
+        def compiler(part: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+            self.graphs.append(part.graph)
+            boxed: Callable[..., Any] = make_boxed_func(part.forward)
+            return boxed
+
+        compiled: Callable[..., Any] = aot_autograd(fw_compiler=compiler)(module, inputs)
         return compiled
 
-    def _compile(self, graph: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        self.lost += [node.format_node() or "" for node in graph.graph.nodes if _loses(node)]
-        from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
-
-        boxed: Callable[..., Any] = make_boxed_func(graph.forward)
-        return boxed
+    @property
+    def lost(self) -> list[str]:
+        """Operations whose `alpha` or `beta` inductor drops, where it makes one of a sum and a product or two of one
+        (https://github.com/pytorch/pytorch/issues/167313): its results are wrong then, and nothing says so."""
+        return [node.format_node() or "" for graph in self.graphs for node in graph.nodes if _loses(node)]
 
 
 def _loses(node: fx.Node) -> bool:
