@@ -7,7 +7,8 @@ tensors; and where the module saves one of them, or a part of one, it saves how 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
@@ -20,35 +21,44 @@ from torch.utils.checkpoint import checkpoint
 from peftcore.kernels.autograd import apply
 
 
-def derived(
-    makes: Mapping[str, Callable[[], Tensor | None]],
-    run: Callable[[Mapping[str, Tensor | None]], Any],
-    others: Iterable[Tensor],
-) -> tuple[Any, bool]:
-    """What `run` makes of effective tensors, and True; or False, where these cannot be made again alone: one has no
-    gradient, or is of a class of its own.
+class Remade:
+    """Makes effective tensors that backward makes again; within `hooks` nobody saves one."""
 
-    Args:
-        makes: what makes each, by path; each must make the same when it is called again, in backward.
-        run: the forward with these tensors.
-        others: tensors that live on anyway: the base's own, and the operators'.
-    """
-    tensors = {path: checkpoint(_made, make, use_reentrant=False) for path, make in makes.items()}
-    if not all(each is None or (type(each) is Tensor and each.requires_grad) for each in tensors.values()):
-        return None, False
-    living = {_memory(each) for each in others}
-    sources = {_memory(each): _Source(each) for each in tensors.values() if each is not None}
-    known = WeakValueDictionary(sources)  # whatever is saved holds `pack`, which must not hold the tensors
+    def __init__(self, others: Iterable[Tensor]) -> None:
+        """`others` are tensors that live on anyway: the base's own, and the operators'."""
+        self._living = {_memory(each) for each in others}
+        self._sources: list[_Source] = []
+        self._known: WeakValueDictionary[int, _Source] = WeakValueDictionary()
 
-    def pack(tensor: Tensor) -> Tensor | _Part:
-        memory = _memory(tensor)
-        source = None if memory in living else known.get(memory)
-        if source is None or source.version != tensor._version:  # or changed by the module (max_norm of embeddings)
-            return tensor
-        return _Part(source, tensor.size(), tensor.stride(), tensor.storage_offset())
+    def __call__(self, path: str, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """What `make` makes, which must be the same when it is called again, in backward."""
+        with torch.enable_grad():  # whoever asks first
+            tensor: Tensor | None = checkpoint(_made, make, use_reentrant=False)
+        if tensor is not None and type(tensor) is Tensor and tensor.requires_grad:
+            self._sources.append(source := _Source(tensor))
+            self._known[_memory(tensor)] = source
+        return tensor
 
-    with saved_tensors_hooks(pack, _unpack):
-        return run(tensors), True
+    def all(self, makes: Mapping[str, Callable[[], Tensor | None]]) -> dict[str, Tensor | None] | None:
+        """All of them; None where one cannot be made again alone: it has no gradient, or is of a class of its own."""
+        tensors = {path: self(path, make) for path, make in makes.items()}
+        alone = all(each is None or (type(each) is Tensor and each.requires_grad) for each in tensors.values())
+        return tensors if alone else None
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """What is saved within of a tensor that was made, is saved as how to get it."""
+        living, known = self._living, self._known  # whatever is saved holds `pack`, which must not hold the tensors
+
+        def pack(tensor: Tensor) -> Tensor | _Part:
+            memory = _memory(tensor)
+            source = None if memory in living else known.get(memory)
+            if source is None or source.version != tensor._version:  # or changed by the module (max_norm of embeddings)
+                return tensor
+            return _Part(source, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+        with saved_tensors_hooks(pack, _unpack):
+            yield
 
 
 def _made(make: Callable[[], Tensor | None]) -> Tensor | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from threading import get_ident
 from types import MethodType
@@ -29,8 +30,8 @@ from torch.utils.checkpoint import checkpoint
 from peftcore.attention import attributes
 from peftcore.calls import HostState, Route
 from peftcore.compositions import composed
-from peftcore.derived import derived
-from peftcore.kernels import saves_elsewhere, transformed
+from peftcore.derived import Remade
+from peftcore.kernels import is_plain, saves_elsewhere, transformed
 from peftcore.operators import is_mergeable
 from peftcore.rows import OfSomeRows, Once, add_updates, each_its_own, select_rows
 from peftcore.sharding import MANAGED, whole
@@ -105,25 +106,39 @@ def _run_view(
 
 def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwargs: Any) -> Any:
     """The base forward on the view. In training the effective weight does not outlive its use: it is computed again in
-    backward."""
-    if not acting.derives or torch.compiler.is_compiling() or transformed():
+    backward. Where the module reads what has low-rank updates it is not made at all, unless it is wanted."""
+    if not acting.derives or is_plain():
         return _on_view(module, acting, args, kwargs)
-    if torch.is_grad_enabled():
-        slot.kept.clear()
-        whole = acting.single or acting.frugal or MANAGED in vars(module)
-        if not (whole or saves_elsewhere() or acting.is_cast(module)):
-
-            def run(tensors: Mapping[str, Tensor | None]) -> Any:
+    if not torch.is_grad_enabled():
+        return _run_view(module, acting, _without_gradients(slot, module, acting), args, kwargs)
+    slot.kept.clear()
+    if not (acting.single or MANAGED in vars(module)):
+        hooked = saves_elsewhere() or acting.is_cast(module)  # ours would keep things from them, or see no copies
+        remade, factors = Remade(slot.sources(module, acting)), acting.factors(module)
+        tensors: Mapping[str, Tensor | None] | None = None
+        if factors is not None:
+            tensors = acting.stand_ins(module, factors, remade)
+        elif not (acting.frugal or hooked):
+            tensors = remade.all(acting.makes(module))
+        if tensors is not None:
+            with nullcontext() if hooked else remade.hooks():
                 return _run_view(module, acting, tensors, args, kwargs)
+    return checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
 
-            output, alone = derived(acting.makes(module), run, slot.sources(module, acting))
-            if alone:  # a module that does more than one product: only what makes its tensors is repeated
-                return output
-        return checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
-    spare = acting.packed or acting.frugal or MANAGED in vars(module)  # kept copies would undo packing and sharding
-    if module.training or spare:
-        return _on_view(module, acting, args, kwargs)
-    return _run_view(module, acting, slot.effective(module, acting), args, kwargs)
+
+def _without_gradients(slot: Slot, module: nn.Module, acting: Acting) -> Mapping[str, Tensor | None]:
+    """What the module reads then: effective tensors, kept in evaluation, or what stands for them."""
+    managed = MANAGED in vars(module)
+    keeps = not (module.training or acting.packed or acting.frugal or managed)  # copies would undo packing and sharding
+    if acting.updates and not managed:
+        factors = acting.factors(module) if module.training else slot.factors(module, acting)
+        if factors is not None:
+            return acting.stand_ins(module, factors, slot.keeping(module, acting) if keeps else _make_now)
+    return slot.effective(module, acting) if keeps else acting.effective(module)
+
+
+def _make_now(path: str, make: Callable[[], Tensor | None]) -> Tensor | None:
+    return make()
 
 
 def _beside(

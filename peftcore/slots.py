@@ -27,6 +27,7 @@ from peftcore.operators import (
     is_mergeable,
     tables,
 )
+from peftcore.updated import Factors, factors_of, stand_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +82,10 @@ class Beside:
         return functools.partial(around_rows, act, self.mount, call)
 
 
+Made = Callable[[str, Callable[[], Any]], Any]
+"""Gives an effective tensor, by its path and by what makes it."""
+
+
 @dataclass(eq=False, slots=True)
 class Acting:
     """What one active set does at one module."""
@@ -100,6 +105,8 @@ class Acting:
     """The only mount that acts on tensors, where it can act on activations instead."""
     single: bool = True
     """Whether the module is nothing but one product with each tensor that it acts on."""
+    updates: bool = False
+    """Whether low-rank updates of stacked matrices are all that acts on tensors."""
     frugal: bool = False
     """Whether what acts is to need as little memory as it can."""
 
@@ -119,6 +126,25 @@ class Acting:
     def effective(self, module: nn.Module) -> dict[str, Tensor | None]:
         """The effective tensors by path below the module, computed at the operators' own precision."""
         return {path: make() for path, make in self.makes(module).items()}
+
+    def factors(self, module: nn.Module) -> Mapping[str, Factors] | None:
+        """The update of each tensor, where that is all that acts."""
+        found = {}
+        for path, effects in self.effects if self.updates else ():
+            factors = factors_of(effects[0].mount.layer.read(module, path), [effect.mount for effect in effects])
+            if factors is None:
+                return None
+            found[path] = factors
+        return found or None
+
+    def stand_ins(self, module: nn.Module, factors: Mapping[str, Factors], made: Made) -> dict[str, Tensor | None]:
+        """What the module may read in place of effective tensors, each of which `made` gives if it is wanted."""
+        found: dict[str, Tensor | None] = {}
+        for path, make in self.makes(module).items():
+            layer = dict(self.effects)[path][0].mount.layer
+            stored = layer.read(module, path)
+            found[path] = stand_in(stored, layer, factors[path], functools.partial(made, path, make))
+        return found
 
     def makes(self, module: nn.Module) -> dict[str, Callable[[], Tensor | None]]:
         """What makes each of them."""
@@ -154,17 +180,26 @@ def plan_acting(mounts: Mounts, stances: list[tuple[str | None, Mapping[str, Any
         derives, packed = derives or mount.layer.saves_dense, packed or mount.layer.packed
     if not weight:  # as nearly always
         return Acting((), tuple(onion), tuple(attention), attributes, derives, packed)
+    packed = packed or any(mount.layer.packed for mount in weight)
     return Acting(
         effects=tuple((path, tuple(each)) for path, each in effects_of(weight).items()),
         onion=tuple(onion),
         attention=tuple(attention),
         attributes=attributes,
         derives=derives or any(mount.operator.derives for mount in weight),
-        packed=packed or any(mount.layer.packed for mount in weight),
+        packed=packed,
         runs_dense=next((mount.layer.runs_dense for mount in weight if mount.layer.runs_dense), None),
         beside=Beside.of(weight[0], attributes) if len(weight) == 1 else None,
         single=all(mount.layer.called for mount in weight),
+        updates=not packed and all(map(_updates_stack, weight)),
     )
+
+
+def _updates_stack(mount: Mount) -> bool:
+    """Whether an operator may be a low-rank update of matrices that a module reads one by one, and changes no bias."""
+    kind, layer = type(mount.operator), mount.layer
+    low_rank = kind.factors is not _Base.factors and kind.merged_bias is _Base.merged_bias
+    return low_rank and layer.batch_dims > 0 and not layer.called
 
 
 def layers_of(acting: Acting) -> tuple[Operator, ...] | None:
@@ -253,6 +288,19 @@ class Slot:
             "effective", self.sources(module, acting), under, lambda: acting.effective(module)
         )
         return made
+
+    def factors(self, module: nn.Module, acting: Acting) -> Mapping[str, Factors] | None:
+        """Low-rank updates of tensors that the module reads, kept in the same way."""
+        under = acting.effects, self.state.now().context
+        made: Mapping[str, Factors] | None = self.kept.get(
+            "factors", self.sources(module, acting), under, lambda: acting.factors(module)
+        )
+        return made
+
+    def keeping(self, module: nn.Module, acting: Acting) -> Made:
+        """Gives one effective tensor, kept in the same way."""
+        under = acting.effects, self.state.now().context
+        return lambda path, make: self.kept.get(path, self.sources(module, acting), under, make)
 
     def prepared(self, module: nn.Module, beside: Beside) -> Any:
         """What an operator beside the weight needs that no input changes, kept in the same way."""
