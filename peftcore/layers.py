@@ -65,7 +65,16 @@ def dense_layer(module: nn.Module, tensor: str) -> Layer:
                 layer = kinds[cls](owner)
                 return layer if owner is module else replace(layer, called=False)
     if isinstance(held, Tensor) and held.dim() == 3:
-        # Stacked experts describe themselves (transformers: `is_transposed`); without a word they are stored [experts,
-        # out, in].
-        return Transposed(batch_dims=1) if getattr(owner, "is_transposed", False) else Layer(batch_dims=1)
+        return Transposed(batch_dims=1) if stacked_transposed(owner) else Layer(batch_dims=1)
     return Layer()
+
+
+def stacked_transposed(module: nn.Module) -> bool:
+    """Whether a module stores its stacks as ``[experts, in, out]``: as it says (transformers: `is_transposed`), or as
+    two of them say that are gates with their inputs, and the way back (Llama 4). Else they are ``[experts, out,
+    in]``."""
+    declared = getattr(module, "is_transposed", None)
+    if isinstance(declared, bool):
+        return declared
+    stacks = [each.shape for each in module._parameters.values() if each is not None and each.dim() == 3]
+    return any(one[1] == other[2] and one[2] == 2 * other[1] for one in stacks for other in stacks)

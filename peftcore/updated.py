@@ -76,7 +76,8 @@ class Updated(Tensor):
     @staticmethod
     def of(parts: _Parts) -> Updated:
         """A stand-in, through which a gradient of the effective tensor finds its way, too."""
-        made: Any = apply(_Gradient, parts.weight, parts.left, parts.right)
+        tensors = parts.weight, parts.left, parts.right
+        made: Any = apply(_Gradient, *tensors) if torch.is_grad_enabled() else _stand_in_for(parts.weight)
         made.parts = parts
         stand_in: Updated = made
         return stand_in
@@ -114,15 +115,19 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
         ctx.save_for_backward(left, right)
-        made: Tensor = Tensor._make_wrapper_subclass(
-            Updated, weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
-        )
-        return made
+        return _stand_in_for(weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (left, right), (gradient,) = ctx.saved_tensors, gradients
         return gradient, gradient @ right.mT, left.mT @ gradient
+
+
+def _stand_in_for(weight: Tensor) -> Tensor:
+    made: Tensor = Tensor._make_wrapper_subclass(
+        Updated, weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
+    )
+    return made
 
 
 Factors = tuple[Tensor, Tensor]
@@ -195,8 +200,9 @@ def _grouped(rows: Tensor, weight: Any, *unknown: Any, bias: Tensor | None = Non
     parts = _open(weight, rows, bias)
     if parts is None or unknown or weight.dim() != 3:
         return NotImplemented
-    more = -parts.left.shape[-1] % (ALIGNED // parts.left.element_size())
-    left, right = F.pad(parts.left, (0, more)), F.pad(parts.right, (0, 0, 0, more))
+    left, right = parts.left, parts.right
+    if more := -left.shape[-1] % (ALIGNED // left.element_size()):
+        left, right = F.pad(left, (0, more)), F.pad(right, (0, 0, 0, more))
     low = _GROUPED(rows, left, offs=how.get("offs"))
     return _GROUPED(rows, parts.weight, bias=bias, **how).add_(_GROUPED(low, right, **how))
 

@@ -18,6 +18,7 @@ from peftcore.hosts import vocabulary as V
 from peftcore.hosts.hostmap import Layout
 from peftcore.hosts.mixers import Attention
 from peftcore.hosts.survey import Kind, Node
+from peftcore.layers import stacked_transposed
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KEY_VALUE_HEADS = ("num_kv_heads", "num_key_value_heads", "n_kv_heads", "kv_n_heads")
@@ -196,19 +197,9 @@ def logical_shape(node: Node) -> tuple[int, ...]:
 
 
 def is_transposed(node: Node) -> bool:
-    """Whether a stack is stored as (experts, in, out): declared, or told by the stack beside it (Llama 4)."""
+    """Whether a stack is stored as (experts, in, out)."""
     parent = node.parent
-    if parent is None or parent.kind is not Kind.EXPERTS:
-        return False
-    declared = getattr(parent.module, "is_transposed", None)
-    if isinstance(declared, bool):
-        return declared
-    stacks = {
-        (tensor.role or "").partition(".")[2]: tensor.shape for tensor in parent.tensors if len(tensor.shape) == 3
-    }
-    if "gate_up" not in stacks or "down" not in stacks:
-        return False
-    return stacks["gate_up"][1] == stacks["down"][2] and stacks["gate_up"][2] == 2 * stacks["down"][1]
+    return parent is not None and parent.kind is Kind.EXPERTS and stacked_transposed(parent.module)
 
 
 class Told:

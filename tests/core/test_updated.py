@@ -188,7 +188,7 @@ def test_what_a_module_changes_in_place_all_later_products_see() -> None:
 
 
 @pytest.mark.parametrize("way", ["linear of each", "batched", "einsum"])
-def test_several_injections_and_rows_of_one(way: str) -> None:
+def test_several_injections(way: str) -> None:
     model, one = adapted((PRODUCTS | OTHERS)[way])
     two = peftcore.apply(
         model, "lora", name="two", target="experts.weight", rank=3, alpha=1.5, scaling="sqrt_rank", dtype="float64"
@@ -350,9 +350,11 @@ def test_other_methods_have_no_stand_in(method: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize(
+    ("rank", "target"), [(3, r"re:.*experts\.(gate_up|down)_proj"), (4, ["experts.up", "experts.gate", "experts.down"])]
+)
 def test_the_ways_in_which_transformers_runs_experts(
-    implementation: str, rank: int, monkeypatch: pytest.MonkeyPatch
+    implementation: str, rank: int, target: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -362,7 +364,7 @@ def test_the_ways_in_which_transformers_runs_experts(
     )  # fmt: skip
     model = transformers.Qwen3MoeForCausalLM(config).eval()
     model.set_experts_implementation(implementation)
-    injection = peftcore.apply(model, "lora", target=r"re:.*experts\.(gate_up|down)_proj", rank=rank)
+    injection = peftcore.apply(model, "lora", target=target, rank=rank)
     filled(injection)
     ids = torch.arange(10).view(2, 5)
 

@@ -11,6 +11,7 @@ import torch
 from host_zoo import EXTRA, SURVEY, build
 from torch import Tensor, nn
 
+import peftcore
 from peftcore.errors import TargetError
 from peftcore.hosts import HostEntry, HostMap, Layout, Ranges, derive
 from peftcore.hosts.layouts import grouped
@@ -186,6 +187,25 @@ def test_stacks_are_told_in_logical_shape() -> None:
     mixtral = derive(build("mixtral")[0]).at("model.layers.0.mlp.experts.gate_up_proj")[0]
     assert llama4.shape == mixtral.shape == (4, 160, 48)
     assert llama4.layout == mixtral.layout == Layout((("gate", ((0, 80),)), ("up", ((80, 160),))))
+
+
+@pytest.mark.parametrize("name", ["llama4", "mixtral"])
+def test_operators_at_parts_of_stacks(name: str) -> None:
+    """They see what the map says, and act on those rows."""
+    model, inputs = build(name)
+    injection = peftcore.apply(model, "lora", target=["experts.gate", "experts.up", "experts.down"], rank=2)
+    sizes = {path.rpartition(":")[2]: (op.B.shape[-2], op.A.shape[-1]) for path, op in injection.operators.items()}
+    assert sizes.pop("experts.gate") == sizes.pop("experts.up") == (80, 48) and set(sizes.values()) == {(48, 80)}
+    for parameter in injection.parameters():
+        nn.init.normal_(parameter)
+    with torch.no_grad():
+        found = model(**inputs).logits
+        experts = next(module for path, module in model.named_modules() if path.endswith("experts"))
+        before = experts.gate_up_proj.detach().clone()
+        injection.merge()
+        changed = (experts.gate_up_proj - before).abs()
+        assert changed.shape == before.shape and changed.min() > 0
+        torch.testing.assert_close(model(**inputs).logits, found, rtol=1e-4, atol=1e-5)
 
 
 def test_columns_of_conv1d_are_rows() -> None:

@@ -19,6 +19,7 @@ from peft_folders import assert_reads, assert_same, assert_writes, fill, saved_b
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 import peftcore
 from peftcore.errors import CheckpointError, ExportError, HostMismatch
@@ -202,6 +203,19 @@ def test_matrices_of_a_module_that_is_no_layer(tmp_path: Path) -> None:
     changed(tmp_path / "1" / "theirs", target_parameters=["layer.first", "layer.second"])
     with pytest.raises(CheckpointError, match=r"missing tensors for layer\.first, which target_parameters means"):
         peftcore.load(deepcopy(base), tmp_path / "1" / "theirs")
+
+
+@pytest.mark.parametrize("declared", [None, True])
+def test_experts_stored_by_inputs(declared: bool | None, tmp_path: Path) -> None:
+    """Llama 4's, which do not say so, so that peft takes inputs for outputs; and the same that do."""
+    config = transformers.Llama4TextConfig(num_local_experts=3, hidden_size=6, intermediate_size=5)
+    base, x = One(Llama4TextExperts(config)), torch.randn(12, 6)
+    for parameter in base.parameters():
+        nn.init.normal_(parameter)
+    if declared is not None:
+        base.layer.is_transposed = declared
+    names = ["layer.gate_up_proj", "layer.down_proj"]
+    both_ways(base, lora(target_modules=[], target_parameters=names), lambda model: model(x), tmp_path)
 
 
 def test_attention_of_torch(tmp_path: Path) -> None:

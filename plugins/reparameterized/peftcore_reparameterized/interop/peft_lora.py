@@ -30,6 +30,7 @@ from peftcore.interop.peft_layers import is_one_of, not_added
 from peftcore.interop.peft_method import PeftMethod
 from peftcore.interop.peft_writing import is_parameter
 from peftcore.interop.places import Place
+from peftcore.sites import Site
 from peftcore.weights import Transposed
 from peftcore_reparameterized.lora import LoRA, scale_of
 
@@ -107,9 +108,11 @@ class PeftLoRA(PeftMethod):
             tensors = {"A": found.take("lora_embedding_A", A), "B": found.take("lora_embedding_B", B)}
         elif site.batch:
             experts, out, rank = B
+            out, inputs = (A[-1], out) if _turned(site) else (out, A[-1])
             side_by_side = found.take("lora_B.weight", (out, rank, experts), (out, rank * experts))
-            down = found.take("lora_A.weight", A, (experts * rank, *A[2:]))
-            tensors = {"A": down, "B": side_by_side.permute(2, 0, 1)}
+            down = found.take("lora_A.weight", (experts, rank, inputs), (experts * rank, inputs))
+            up = side_by_side.permute(2, 0, 1)
+            tensors = {"A": up.mT, "B": down.mT} if _turned(site) else {"A": down, "B": up}
         else:
             tensors = {"A": found.take("lora_A.weight", A), "B": found.take("lora_B.weight", B, (*B, *ones))}
         if site.tensor == BEHIND:
@@ -183,6 +186,7 @@ class PeftLoRA(PeftMethod):
         if site.layer.one_hot:
             tensors = {"lora_embedding_A": A, "lora_embedding_B": B}
         elif site.batch:
+            A, B = (B.mT, A.mT) if _turned(site) else (A, B)
             tensors = {"lora_A.weight": A.flatten(0, 1), "lora_B.weight": B.permute(1, 2, 0).flatten(1)}
         else:
             tensors = {"lora_A.weight": A, "lora_B.weight": B.view(*B.shape, *(1 for _ in site.kernel))}
@@ -191,6 +195,11 @@ class PeftLoRA(PeftMethod):
             size, ones = state["magnitude"].shape, [1 for _ in site.kernel]
             tensors["lora_magnitude_vector"] = state["magnitude"].view(1, *size, *ones) if ones else state["magnitude"]
         return tensors
+
+
+def _turned(site: Site) -> bool:
+    """Whether peft takes inputs of a stack for outputs: it believes what a module declares, and Llama 4 does not."""
+    return isinstance(site.layer, Transposed) and not getattr(site.module, "is_transposed", False)
 
 
 def _factors(place: Place, rank: int) -> tuple[Tensor, Tensor]:
