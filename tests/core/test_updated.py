@@ -80,6 +80,7 @@ OTHERS: Ways = {
     "slices": lambda x, weight: x @ weight[:, :, :].mT,
     "names": lambda x, weight: torch.bmm(input=x.expand(EXPERTS, -1, -1), mat2=weight.mT),
     "a mask": lambda x, weight: x @ weight[torch.ones(EXPERTS, dtype=torch.bool)].mT,
+    "a truth": lambda x, weight: x @ weight[torch.tensor(True)][0].mT,
     "changed in place": lambda x, weight: x @ weight.mul_(1.0).mT,
 }
 
@@ -185,6 +186,15 @@ def test_what_a_module_changes_in_place_all_later_products_see() -> None:
     found = differentiated(model(x), x, injection)
     for one, other in zip(found[:1], expected[:1], strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_products_that_are_written_where_they_are_told() -> None:
+    out = torch.empty(EXPERTS, TOKENS, OUT, dtype=torch.float64)
+    model, injection = adapted(lambda x, weight: torch.bmm(x.expand(EXPERTS, -1, -1), weight.mT, out=out))
+    x = inputs()
+    with torch.no_grad():
+        assert model(x) is out
+        torch.testing.assert_close(out, equation(model, x, injection), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("way", ["linear of each", "batched", "einsum"])
