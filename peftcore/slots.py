@@ -140,10 +140,9 @@ class Acting:
     def stand_ins(self, module: nn.Module, factors: Mapping[str, Factors], made: Made) -> dict[str, Tensor | None]:
         """What the module may read in place of effective tensors, each of which `made` gives if it is wanted."""
         found: dict[str, Tensor | None] = {}
-        for path, make in self.makes(module).items():
-            layer = dict(self.effects)[path][0].mount.layer
-            stored = layer.read(module, path)
-            found[path] = stand_in(stored, layer, factors[path], functools.partial(made, path, make))
+        for path, effects in self.effects:
+            layer, make = effects[0].mount.layer, functools.partial(_make, module, path, effects)
+            found[path] = stand_in(layer.read(module, path), layer, factors[path], functools.partial(made, path, make))
         return found
 
     def makes(self, module: nn.Module) -> dict[str, Callable[[], Tensor | None]]:
@@ -300,7 +299,7 @@ class Slot:
     def keeping(self, module: nn.Module, acting: Acting) -> Made:
         """Gives one effective tensor, kept in the same way."""
         under = acting.effects, self.state.now().context
-        return lambda path, make: self.kept.get(path, self.sources(module, acting), under, make)
+        return lambda path, make: self.kept.get(("effective", path), self.sources(module, acting), under, make)
 
     def prepared(self, module: nn.Module, beside: Beside) -> Any:
         """What an operator beside the weight needs that no input changes, kept in the same way."""
