@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ class _Whole:
         return self.tensor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Parts:
     """``weight + left right``, of what `view` makes of the whole."""
 
@@ -54,11 +55,23 @@ class _Parts:
     whole: _Whole
     view: Callable[[Tensor], Tensor]
 
-    def picked(self, pick: Callable[[Tensor], Tensor]) -> Updated:
-        """Of some experts."""
+    @cached_property
+    def _one_by_one(self) -> tuple[tuple[Tensor, ...], ...]:
+        """Taken apart at once, so that in backward gradients are put together once, and not for each expert."""
+        return self.weight.unbind(), self.left.unbind(), self.right.unbind()
+
+    def one(self, expert: int) -> Updated:
+        """The matrix of an expert."""
         before = self.view
-        parts = pick(self.weight), pick(self.left), pick(self.right)
-        return Updated.of(_Parts(*parts, self.whole, lambda whole: pick(before(whole))))
+        parts = self._one_by_one if torch.is_grad_enabled() else (self.weight, self.left, self.right)
+        weight, left, right = (part[expert] for part in parts)
+        return Updated.of(_Parts(weight, left, right, self.whole, lambda whole: before(whole)[expert]))
+
+    def several(self, experts: Tensor) -> Updated:
+        """Matrices of experts ``[n]``."""
+        before = self.view
+        parts = self.weight[experts], self.left[experts], self.right[experts]
+        return Updated.of(_Parts(*parts, self.whole, lambda whole: before(whole)[experts]))
 
     def turned(self) -> Updated:
         """The transposed matrices."""
@@ -209,20 +222,20 @@ def _grouped(rows: Tensor, weight: Any, *unknown: Any, bias: Tensor | None = Non
 
 def _pick(stand_in: Any, index: Any) -> Any:
     parts = _open(stand_in)
-    if isinstance(index, Tensor) and index.dtype is torch.long and index.dim() < 2:
-        index = index if index.dim() else int(index)  # a GPU is waited for once
-    elif type(index) is not int:
-        return NotImplemented
     if parts is None or stand_in.dim() != 3:
         return NotImplemented
-    return parts.picked(lambda tensor: tensor[index])
+    if isinstance(index, Tensor) and index.dtype is torch.long and index.dim() == 1:
+        return parts.several(index)
+    if isinstance(index, Tensor) and index.dtype is torch.long and not index.dim():
+        index = int(index)  # a GPU is waited for once
+    return parts.one(index) if type(index) is int else NotImplemented
 
 
 def _all(stand_in: Any, dim: int = 0) -> Any:
     parts = _open(stand_in)
     if parts is None or stand_in.dim() != 3 or dim != 0:
         return NotImplemented
-    return tuple(_pick(stand_in, index) for index in range(len(parts.weight)))
+    return tuple(parts.one(expert) for expert in range(len(parts.weight)))
 
 
 def _transpose(stand_in: Any, dim0: Any = -2, dim1: Any = -1) -> Any:

@@ -188,6 +188,27 @@ def test_what_a_module_changes_in_place_all_later_products_see() -> None:
         torch.testing.assert_close(one, other)
 
 
+class Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_of_experts_one_by_one_are_put_together_once() -> None:
+    """That of a picked matrix is one of all, zero but for it: with as many additions as experts they grow as the square
+    of their number."""
+    model, injection = adapted(PRODUCTS["linear of each"])
+    output = model(inputs())
+    with Calls() as calls:
+        torch.autograd.grad(output.square().sum(), list(injection.parameters()))
+    assert torch.ops.aten.stack.default in calls.found
+    assert torch.ops.aten.select_backward.default not in calls.found
+
+
 def test_products_that_are_written_where_they_are_told() -> None:
     out = torch.empty(EXPERTS, TOKENS, OUT, dtype=torch.float64)
     model, injection = adapted(lambda x, weight: torch.bmm(x.expand(EXPERTS, -1, -1), weight.mT, out=out))
