@@ -11,7 +11,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from peftcore.weights import Conv, ConvTransposed, Layer, Linear, Opaque, Table, Transposed, is_dense, plain_class
+from peftcore.weights import (
+    PRODUCTS,
+    Conv,
+    ConvTransposed,
+    Layer,
+    Linear,
+    Opaque,
+    Table,
+    Transposed,
+    is_dense,
+    plain_class,
+)
 
 
 def _runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -47,6 +58,7 @@ def _kinds() -> dict[type, Callable[[Any], Layer]]:
     utils = sys.modules.get("transformers.pytorch_utils")
     if utils is not None and utils.Conv1D not in _KINDS:
         _KINDS[utils.Conv1D] = lambda module: Transposed(called=_runs(module, utils.Conv1D))
+        PRODUCTS.add(utils.Conv1D.forward)
     return _KINDS
 
 

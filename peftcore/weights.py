@@ -182,7 +182,7 @@ class Linear(Layer):
     def update(
         self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
     ) -> Tensor:
-        own = _to_fuse(call, x, B.shape[-2], A, B) if torch.is_grad_enabled() else None
+        own = _to_fuse(self, call, x, B.shape[-2], A, B) if torch.is_grad_enabled() else None
         if own is not None and A.dim() == B.dim() == 2:
             return kernels.low_rank_linear(x, *own, A, B, scale, dropout)
         y = call(x)
@@ -194,13 +194,13 @@ class Linear(Layer):
     def scaled_update(
         self, call: Callable[..., Tensor], x: Tensor, factors: kernels.ScaledFactors, dropout: float = 0.0
     ) -> Tensor:
-        own = _to_fuse(call, x, len(factors.B), factors.inner, factors.outer) if torch.is_grad_enabled() else None
+        own = _to_fuse(self, call, x, len(factors.B), factors.inner, factors.outer) if torch.is_grad_enabled() else None
         if own is not None:
             return kernels.scaled_low_rank_linear(x, *own, factors, dropout)
         return super().scaled_update(call, x, factors, dropout)
 
     def rotated(self, call: Callable[..., Tensor], x: Tensor, R: Tensor) -> Tensor:
-        own = _to_fuse(call, x, x.shape[-1], R) if torch.is_grad_enabled() else None
+        own = _to_fuse(self, call, x, x.shape[-1], R) if torch.is_grad_enabled() else None
         if own is not None and x.numel() // x.shape[-1] >= len(own[0]):  # else the rows are less than the weight
             return kernels.rotated_linear(x, *own, R)
         return super().rotated(call, x, R)
@@ -214,32 +214,33 @@ class Linear(Layer):
         return flat.view(y.shape)
 
 
-_FORWARD = nn.Linear.forward
+PRODUCTS: set[Callable[..., Any]] = {nn.Linear.forward}
+"""Forwards that are a product with the weight, plus the bias, and nothing else (`layers` adds one of transformers)."""
 
 
 def is_linear(call: Callable[..., Any]) -> bool:
     """Whether `call` is a linear layer's own forward, with its own weight: what it returns is new and nobody else's."""
-    return type(call) is functools.partial and call.func is _FORWARD
+    return type(call) is functools.partial and call.func in PRODUCTS
 
 
 def _to_fuse(
-    call: Callable[..., Tensor], x: Tensor, outputs: int, *trained: Tensor
+    layer: Layer, call: Callable[..., Tensor], x: Tensor, outputs: int, *trained: Tensor
 ) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a layer that becomes one function with its update: where it trains, and enough goes through
     memory for that to be worth it."""
     if kernels.is_plain(x) or not any(each.requires_grad for each in trained):
         return None
-    return _own_weights(call) if is_compiling() or x.numel() // x.shape[-1] * outputs > SMALL else None
+    return _own_weights(layer, call) if is_compiling() or x.numel() // x.shape[-1] * outputs > SMALL else None
 
 
-def _own_weights(call: Callable[..., Any]) -> tuple[Tensor, Tensor | None] | None:
-    """Frozen weight and bias of the linear layer whose own forward `call` is; None where it is anything else."""
+def _own_weights(layer: Layer, call: Callable[..., Any]) -> tuple[Tensor, Tensor | None] | None:
+    """Frozen weight, as logical, and bias of the layer whose own forward `call` is; None where it is anything else."""
     if not is_linear(call):
         return None
     module: nn.Linear = call.args[0]  # type: ignore[attr-defined]
     weight, bias = module.weight, module.bias
     plain = all(each is None or (type(each) in DENSE and not each.requires_grad) for each in (weight, bias))
-    return (weight, bias) if plain else None
+    return (layer.logical(weight), bias) if plain else None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Any storage reads as one logical layout and is written back to the bit; a layer's linear map is the module's own."""
 
 import copy
-import itertools
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import Mock
@@ -313,9 +312,17 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def linears(widths: tuple[int, ...] = (4, 6, 5)) -> nn.Sequential:
+def conv1d(inputs: int, outputs: int) -> nn.Module:
+    """GPT-2's layer, whose weight is transposed."""
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(outputs, inputs)
+
+
+KINDS = pytest.mark.parametrize("kind", [nn.Linear, conv1d])
+
+
+def linears(kind: Callable[[int, int], nn.Module] = nn.Linear) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(*[nn.Linear(a, b) for a, b in itertools.pairwise(widths)])
+    return nn.Sequential(kind(4, 6), kind(6, 5))
 
 
 X = torch.linspace(-1, 1, 4 * 4000).view(2, 2000, 4)
@@ -325,9 +332,12 @@ UPDATES = pytest.mark.parametrize("method", ["lora", "vera"])
 """Of factors that train, and of fixed ones between vectors that train."""
 
 
+@KINDS
 @UPDATES
-def test_an_update_is_computed_with_the_layer_where_nothing_else_acts(method: str, fused: list[int]) -> None:
-    model = linears()
+def test_an_update_is_computed_with_the_layer_where_nothing_else_acts(
+    method: str, kind: Callable[[int, int], nn.Module], fused: list[int]
+) -> None:
+    model = linears(kind)
     stir(peftcore.apply(model, method, target=["0", "1"], name="one"))
     expected = model(X)
     assert fused == [6, 5]
@@ -339,12 +349,17 @@ def test_an_update_is_computed_with_the_layer_where_nothing_else_acts(method: st
     assert fused == [6, 5, 6, 5], "the second of two goes round the first"
 
 
+@KINDS
 @UPDATES
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_an_update_computed_with_the_layer_has_the_gradients_of_one_beside_it(
-    dropout: float, method: str, fused: list[int], monkeypatch: pytest.MonkeyPatch
+    dropout: float,
+    method: str,
+    kind: Callable[[int, int], nn.Module],
+    fused: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = linears().double()
+    model = linears(kind).double()
     stir(injection := peftcore.apply(model, method, target=["0", "1"], dropout=dropout, dtype="float64"))
     model.train()
     found = []
@@ -358,11 +373,12 @@ def test_an_update_computed_with_the_layer_has_the_gradients_of_one_beside_it(
     torch.testing.assert_close(*found)
 
 
+@KINDS
 @pytest.mark.parametrize("block_share", [False, True])
 def test_a_layer_of_many_turned_inputs_turns_its_weight(
-    block_share: bool, fused: list[int], monkeypatch: pytest.MonkeyPatch
+    block_share: bool, kind: Callable[[int, int], nn.Module], fused: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = linears((4, 6, 5)).double()
+    model = linears(kind).double()
     options = {"block_size": 2, "block_share": block_share, "dtype": "float64"}
     stir(injection := peftcore.apply(model, "oft", target=["0", "1"], **options))
     found = []
@@ -441,7 +457,7 @@ def test_an_update_computed_with_the_layer_is_computed_again_in_backward(
 
 @pytest.mark.parametrize("frozen", ["A", "B", "AB"])
 def test_an_update_is_computed_with_the_layer_where_a_factor_trains(frozen: str, fused: list[int]) -> None:
-    model = linears((4, 6))
+    model = linears()[:1]
     stir(injection := peftcore.apply(model, "lora", target=["0"]))
     operator = injection.operators["0"]
     for name in frozen:
