@@ -182,11 +182,9 @@ class Surgeon:
                 acts on a weight that nobody here can read; or what the user named in ``train`` is there.
             PluginError: the method has grafted this site before.
         """
-        if site.path in self._paths:
-            raise PluginError(f"{self.method.name} grafts {site.path} twice")
-        built: O = self._build(
-            site.path, lambda: operator(site, config.at(site.path)) if config else operator(site), site
-        )
+        if (path := site.path) in self._paths:
+            raise PluginError(f"{self.method.name} grafts {path} twice")
+        built: O = self._build(path, lambda: operator(site, config.at(path)) if config else operator(site), site)
         if isinstance(built, Operator) and site.form == "weight" and not is_mergeable(built):
             raise UnsupportedSite(
                 f"{self.method.name} acts on what a module computes, but {site.path} is a tensor that is read, "
@@ -315,14 +313,13 @@ class Surgeon:
         self._by_method = True
 
     def _record(self, graft: Graft) -> None:
-        if graft.site.path in self._paths:
+        if (path := graft.site.path) in self._paths:
             raise UnsupportedSite(
-                f"{graft.site.path} would be adapted and replaced at once; exclude= it from the target, or leave it "
-                "out of train="
+                f"{path} would be adapted and replaced at once; exclude= it from the target, or leave it out of train="
             )
         self.progress.step()
         self.grafts.append(graft)
-        self._paths.add(graft.site.path)
+        self._paths.add(path)
 
     def _matching(self, target: Target, warn: bool) -> list[Site]:
         found, unmatched = self.resolver.sites(target, exclude=self.wishes.exclude)
