@@ -114,15 +114,13 @@ def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwar
     slot.kept.clear()
     if not (acting.single or MANAGED in vars(module)):
         hooked = saves_elsewhere() or acting.is_cast(module)  # ours would keep things from them, or see no copies
-        remade, factors = Remade(slot.sources(module, acting)), acting.factors(module)
-        tensors: Mapping[str, Tensor | None] | None = None
-        if factors is not None:
-            tensors = acting.stand_ins(module, factors, remade)
-        elif not (acting.frugal or hooked):
-            tensors = remade.all(acting.makes(module))
-        if tensors is not None:
-            with nullcontext() if hooked else remade.hooks():
-                return _run_view(module, acting, tensors, args, kwargs)
+        factors = acting.factors(module)
+        if factors is not None or not (acting.frugal or hooked):
+            remade = Remade(slot.sources(module, acting))
+            tensors = remade.all(acting.makes(module)) if factors is None else acting.stand_ins(module, factors, remade)
+            if tensors is not None:
+                with nullcontext() if hooked else remade.hooks():
+                    return _run_view(module, acting, tensors, args, kwargs)
     return checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
 
 

@@ -89,4 +89,4 @@ def stacked_transposed(module: nn.Module) -> bool:
     if isinstance(declared, bool):
         return declared
     stacks = [each.shape for each in module._parameters.values() if each is not None and each.dim() == 3]
-    return any(one[1] == other[2] and one[2] == 2 * other[1] for one in stacks for other in stacks)
+    return any(one == (other[0], other[2], 2 * other[1]) for one in stacks for other in stacks)

@@ -6,7 +6,7 @@ Planned once for each choice, so that running looks up and never thinks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -282,24 +282,21 @@ class Slot:
 
     def effective(self, module: nn.Module, acting: Acting) -> Mapping[str, Tensor | None]:
         """Effective tensors, kept while nothing that they come from changes: decoding does not rebuild every weight."""
-        under = acting.effects, self.state.now().context
-        made: Mapping[str, Tensor | None] = self.kept.get(
-            "effective", self.sources(module, acting), under, lambda: acting.effective(module)
-        )
+        made: Mapping[str, Tensor | None] = self._kept("effective", module, acting, lambda: acting.effective(module))
         return made
 
     def factors(self, module: nn.Module, acting: Acting) -> Mapping[str, Factors] | None:
         """Low-rank updates of tensors that the module reads, kept in the same way."""
-        under = acting.effects, self.state.now().context
-        made: Mapping[str, Factors] | None = self.kept.get(
-            "factors", self.sources(module, acting), under, lambda: acting.factors(module)
-        )
+        made: Mapping[str, Factors] | None = self._kept("factors", module, acting, lambda: acting.factors(module))
         return made
 
     def keeping(self, module: nn.Module, acting: Acting) -> Made:
         """Gives one effective tensor, kept in the same way."""
+        return lambda path, make: self._kept(("effective", path), module, acting, make)
+
+    def _kept(self, what: Hashable, module: nn.Module, acting: Acting, make: Callable[[], Any]) -> Any:
         under = acting.effects, self.state.now().context
-        return lambda path, make: self.kept.get(("effective", path), self.sources(module, acting), under, make)
+        return self.kept.get(what, self.sources(module, acting), under, make)
 
     def prepared(self, module: nn.Module, beside: Beside) -> Any:
         """What an operator beside the weight needs that no input changes, kept in the same way."""

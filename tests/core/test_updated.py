@@ -182,10 +182,7 @@ def test_what_a_module_changes_in_place_all_later_products_see() -> None:
 
     model, injection = adapted(reads)
     x = inputs()
-    expected = differentiated(3 * equation(model, x, injection), x, injection)
-    found = differentiated(model(x), x, injection)
-    for one, other in zip(found[:1], expected[:1], strict=True):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(model(x), 3 * equation(model, x, injection))
 
 
 class Calls(TorchDispatchMode):
@@ -303,7 +300,7 @@ def test_below_checkpoints_and_autocast(reentrant: bool) -> None:
         torch.testing.assert_close(parameter.grad, one)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(x)
-        assert output.dtype is torch.bfloat16 and makes_no_sum(lambda: None)
+        assert output.dtype is torch.bfloat16 and makes_no_sum(lambda: model(x))
     torch.testing.assert_close(output.double(), equation(model, x, injection), rtol=0.05, atol=0.1)
     assert all(gradient.any() for gradient in torch.autograd.grad(output.sum(), list(injection.parameters())))
 

@@ -18,7 +18,7 @@ from peftcore.errors import UnsupportedSite
 from peftcore.kernels import low_rank_linear, projections, rotated_linear, scaled_low_rank_linear
 from peftcore.layers import dense_layer
 from peftcore.plugins import layer_of
-from peftcore.weights import SMALL, bias_name, put, take
+from peftcore.weights import SMALL, Transposed, bias_name, put, take
 
 
 def gpt_conv1d() -> nn.Module:
@@ -219,6 +219,24 @@ def test_missing_slots_read_as_none() -> None:
 )
 def test_bias_that_belongs_to_a_weight(tensor: str, bias: str) -> None:
     assert bias_name(tensor) == bias
+
+
+@pytest.mark.parametrize(
+    ("shapes", "turned"),
+    [
+        (((3, 4, 10), (3, 5, 4)), True),  # gates with their inputs, and the way back, stored by inputs
+        (((3, 10, 4), (3, 4, 5)), False),  # and by outputs
+        (((3, 4, 10), (2, 5, 4)), False),  # not as many
+        (((3, 4, 4), (3, 4, 4)), False),
+    ],
+)
+def test_two_stacks_tell_how_they_are_stored(shapes: tuple[tuple[int, ...], ...], turned: bool) -> None:
+    module = nn.Module()
+    for name, shape in zip(("first", "second"), shapes, strict=True):
+        module.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+    assert [isinstance(dense_layer(module, name), Transposed) for name in ("first", "second")] == [turned] * 2
+    module.is_transposed = not turned
+    assert isinstance(dense_layer(module, "first"), Transposed) is not turned, "what it declares holds"
 
 
 def test_layers_are_plain_data() -> None:

@@ -108,11 +108,12 @@ class PeftLoRA(PeftMethod):
             tensors = {"A": found.take("lora_embedding_A", A), "B": found.take("lora_embedding_B", B)}
         elif site.batch:
             experts, out, rank = B
-            out, inputs = (A[-1], out) if _turned(site) else (out, A[-1])
+            turned = _turned(site)
+            out, inputs = (A[-1], out) if turned else (out, A[-1])
             side_by_side = found.take("lora_B.weight", (out, rank, experts), (out, rank * experts))
             down = found.take("lora_A.weight", (experts, rank, inputs), (experts * rank, inputs))
             up = side_by_side.permute(2, 0, 1)
-            tensors = {"A": up.mT, "B": down.mT} if _turned(site) else {"A": down, "B": up}
+            tensors = {"A": up.mT, "B": down.mT} if turned else {"A": down, "B": up}
         else:
             tensors = {"A": found.take("lora_A.weight", A), "B": found.take("lora_B.weight", B, (*B, *ones))}
         if site.tensor == BEHIND:
