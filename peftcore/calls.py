@@ -121,8 +121,9 @@ class HostState:
     frozen: list[nn.Parameter] = field(default_factory=list)
     """Parameters whose requires_grad was turned off, to be turned on again when the last injection goes."""
 
-    slots: set[Slot] = field(default_factory=set)
-    """Slots of the grafted modules: they plan what acts when it changes, so no compiler ever traces the planning."""
+    slots: dict[Slot, None] = field(default_factory=dict)
+    """Slots of the grafted modules, in the order in which they came, which is how they lie in memory: they plan what
+    acts when it changes, so no compiler ever traces the planning."""
 
     witness: Witness | None = None
     """Sees to it that adapted sites run, until the host is compiled."""

@@ -279,7 +279,7 @@ class Method(ABC):
     def trainable(self, model: nn.Module, config: Any, injection: Injection) -> None:
         """What trains once injected: by default every parameter of the operators."""
         for parameter in injection.parameters():
-            parameter.requires_grad_(True)
+            parameter.requires_grad = True
 
     def calibrate(self, model: nn.Module, data: Batches, config: Any, injection: Injection) -> None:
         """Look at data before training (tag `needs_data`). Runs once, in `apply`, when the operators stand and are

@@ -323,7 +323,7 @@ def attach(module: nn.Module, state: HostState) -> Slot:
     slot = slot_of(module)
     if slot is None:
         slot = module.__dict__[_SLOT] = Slot(state)
-        state.slots.add(slot)
+        state.slots[slot] = None
         change_class(module, grafted_class(type(module)))
     else:
         slot.changed()
@@ -346,7 +346,7 @@ def ungraft(module: nn.Module) -> None:
     """Give the module its own class back."""
     slot = module.__dict__.pop(_SLOT, None)
     if slot is not None:
-        slot.state.slots.discard(slot)
+        slot.state.slots.pop(slot, None)
     if GRAFTED in vars(type(module)):
         change_class(module, vars(type(module))[GRAFTED])
 

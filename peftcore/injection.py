@@ -117,11 +117,11 @@ class Injection:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Every parameter of the injection, each once; all of them, trainable or not."""
-        modules: list[nn.Module] = [graft.operator for graft in self.grafts]
-        modules += [shared.module for shared in self._surgeon.owned.values()]
-        inside = (inner for module in modules for inner in (module.modules() if module._modules else (module,)))
-        tensors = [each for inner in inside for each in inner._parameters.values() if each is not None]
-        yield from {id(each): each for each in tensors}.values()
+        tensors: list[nn.Parameter | None] = []
+        for module in (*(g.operator for g in self.grafts), *(shared.module for shared in self._surgeon.owned.values())):
+            for inner in module.modules() if module._modules else (module,):
+                tensors += inner._parameters.values()
+        yield from {id(each): each for each in tensors if each is not None}.values()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The injection's tensors by ``<site path>.<operator tensor>``, without the injection's name: what files have;
@@ -173,7 +173,7 @@ class Injection:
         """Let its parameters train, or freeze them. Nothing else on the host changes."""
         self._alive()
         for parameter in self.parameters():
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False
         if mode:
             registry().hook.peftcore_select(model=self.model, method=self.method, config=self.config, injection=self)
             for graft in self.grafts:

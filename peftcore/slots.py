@@ -359,7 +359,9 @@ class Slot:
     def _acting(self, active: Active) -> Acting:
         unmerged = self.state.unmerged(active)
         acting = plan_acting(self.mounts, self.stances, unmerged)
-        acting.frugal = any(self.state.injections[name].frugal for name in unmerged if name in self.mounts)
+        for name in unmerged:
+            if name in self.mounts and self.state.injections[name].frugal:
+                acting.frugal = True
         return acting
 
     def changed(self) -> None:
