@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks import experts, lifecycle, packed, page, scaling, serving, steps
+from benchmarks import experts, lifecycle, packed, page, scaling, serving, steps, transposed
 from benchmarks.memory import keep_memory
 from benchmarks.rows import Row
 from benchmarks.timing import Estimate
@@ -30,6 +30,7 @@ FIGURES: Mapping[str, Callable[[int], Iterator[list[Row]]]] = {
     "token": serving.one_token,
     "rows": serving.mixed_rows,
     "steps": steps.step_rows,
+    "transposed": transposed.transposed_rows,
     "packed": packed.packed_rows,
     "experts": experts.expert_rows,
 }

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.contenders import PAIRS, Step, limit_step, training_step
-from benchmarks.hosts import llama, tokens
+from benchmarks.hosts import PROJECTIONS, llama, tokens
 from benchmarks.memory import peak
 from benchmarks.rows import Row
 from benchmarks.timing import Estimate, Times, overhead, take_turns
@@ -40,15 +40,19 @@ LENGTH = 128
 
 
 def contenders(
-    name: str, autocast: bool = False, length: int = LENGTH, host: Callable[[], Any] = llama
+    name: str,
+    autocast: bool = False,
+    length: int = LENGTH,
+    host: Callable[[], Any] = llama,
+    target: list[str] = PROJECTIONS,
 ) -> Mapping[str, Step]:
     """The limit, ours and theirs on copies of one host."""
     base, ids = host(), tokens(4, length)
     pair = PAIRS[name]
     return {
         "limit": limit_step(copy.deepcopy(base), ids, autocast),
-        "ours": training_step(pair.ours_on(copy.deepcopy(base)), ids, autocast),
-        "theirs": training_step(pair.theirs_on(copy.deepcopy(base)), ids, autocast),
+        "ours": training_step(pair.ours_on(copy.deepcopy(base), target), ids, autocast),
+        "theirs": training_step(pair.theirs_on(copy.deepcopy(base), target), ids, autocast),
     }
 
 

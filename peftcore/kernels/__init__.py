@@ -6,6 +6,7 @@ from peftcore.kernels.dropout import dropped_linear, keep, plain_dropped_linear
 from peftcore.kernels.low_rank import (
     ScaledFactors,
     low_rank_linear,
+    narrow,
     plain_low_rank_linear,
     plain_scaled_low_rank_linear,
     scaled_low_rank_linear,
@@ -33,6 +34,7 @@ __all__ = [
     "is_plain",
     "keep",
     "low_rank_linear",
+    "narrow",
     "neumann",
     "plain_add_scaled",
     "plain_cayley",

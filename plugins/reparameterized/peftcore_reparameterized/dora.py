@@ -21,7 +21,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
 from peftcore.operators import Held
 from peftcore_reparameterized._gains import gained
 from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors, low_rank_update
@@ -49,7 +49,10 @@ class DoRAOperator(WeightOperator):
         self.magnitude = nn.Parameter(self._norm(weight.to(precise)))  # [*batch, out]
 
     def _norm(self, weight: Tensor) -> Tensor:
-        return torch.linalg.vector_norm(weight.detach().flatten(self.layer.batch_dims + 1), dim=-1)
+        """The lengths of rows [*batch, out]. Along what lies as columns, as in GPT-2, torch's own takes ten times as
+        long as squares and their sum."""
+        rows = weight.detach().flatten(self.layer.batch_dims + 1)
+        return torch.linalg.vector_norm(rows, dim=-1) if rows.is_contiguous() else rows.square().sum(-1).sqrt()
 
     def acts_beside(self, x: Tensor) -> bool:
         return True
@@ -67,9 +70,9 @@ class DoRAOperator(WeightOperator):
         """||V|| from the products of rows, without V: |W|^2 + 2 s W.BA + s^2 |BA|^2."""
         precise = torch.promote_types(weight.dtype, torch.float32)
         W, A, B = (each.to(precise).flatten(1) for each in (weight, self.A, self.B))
-        mixed = ((W @ A.mT) * B).sum(-1)
+        mixed = (kernels.narrow(W, A) * B).sum(-1)
         own = ((B @ (A @ A.mT)) * B).sum(-1)
-        square = torch.linalg.vector_norm(W, dim=-1).square() + 2 * self.scale * mixed + self.scale**2 * own
+        square = self._norm(W).square() + 2 * self.scale * mixed + self.scale**2 * own
         return square.clamp(min=0).sqrt()
 
     def _gain(self, norm: Tensor) -> Tensor:
