@@ -97,9 +97,9 @@ def over(times: Times, name: str) -> str:
     return f"{np.median(times[name]) / np.median(times['limit']):.2f} × limit"
 
 
-def weighed(name: str, host: Callable[[], Any] = llama, where: str = "") -> Row:
+def weighed(name: str, host: Callable[[], Any] = llama, where: str = "", target: list[str] = PROJECTIONS) -> Row:
     """Peak memory of a step."""
-    return heavier(f"step{where}, {name}", peaks(contenders(name, host=host)))
+    return heavier(f"step{where}, {name}", peaks(contenders(name, host=host, target=target)))
 
 
 def peaks(contenders: Mapping[str, Step]) -> Mapping[str, int]:

@@ -11,7 +11,7 @@ import transformers
 
 from benchmarks.hosts import VOCABULARY
 from benchmarks.rows import Row
-from benchmarks.steps import LENGTH, WANTED, beyond, contenders, heavier, in_layouts, peaks, ratio_of
+from benchmarks.steps import WANTED, beyond, contenders, in_layouts, ratio_of, weighed
 
 METHODS = ("lora", "dora", "vera")
 """Of those that peft has on such layers, too."""
@@ -30,8 +30,6 @@ def host(width: int = 512, layers: int = 4) -> Any:
 def transposed_rows(rounds: int) -> Iterator[list[Row]]:
     """Time and memory of a step."""
     for name in METHODS:
-        build = functools.partial(contenders, name, False, LENGTH, host, TARGET)
-        step = beyond(
-            f"step{WHERE}, {name}: time beyond the limit", in_layouts(build, rounds, ratio_of), WANTED.get(name, 1.0)
-        )
-        yield [step, heavier(f"step{WHERE}, {name}", peaks(build()))]
+        times = in_layouts(functools.partial(contenders, name, host=host, target=TARGET), rounds, ratio_of)
+        step = beyond(f"step{WHERE}, {name}: time beyond the limit", times, WANTED.get(name, 1.0))
+        yield [step, weighed(name, host, WHERE, TARGET)]
