@@ -155,9 +155,10 @@ class Layer:
         low = self.along_channels(inner, y) * self.apply_dropped(x, A, dropout)
         return kernels.add_scaled(y, self.along_channels(outer, y), self.mix(low, B))
 
-    def rotated(self, call: Callable[..., Tensor], x: Tensor, R: Tensor) -> Tensor:
-        """``call`` of inputs that turn, by blocks R ``[blocks, size, size]`` whose transposes are their inverses."""
-        return call(kernels.rotate(x, R))
+    def rotated(self, call: Callable[..., Tensor], x: Tensor, R: Tensor, exact: bool = True) -> Tensor:
+        """``call`` of inputs that turn, by blocks R ``[blocks, size, size]`` of any dtype whose transposes are their
+        inverses, if they are exact."""
+        return call(kernels.rotate(x, R.to(x.dtype)))
 
     def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
         """`vector` shaped so that it broadcasts over the channels of the activation `like`."""
@@ -182,7 +183,7 @@ class Linear(Layer):
     def update(
         self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
     ) -> Tensor:
-        own = _to_fuse(self, call, x, B.shape[-2], A, B) if torch.is_grad_enabled() else None
+        own = _to_fuse(self, call, x, B.shape[-2])
         if own is not None and A.dim() == B.dim() == 2:
             return kernels.low_rank_linear(x, *own, A, B, scale, dropout)
         y = call(x)
@@ -194,16 +195,16 @@ class Linear(Layer):
     def scaled_update(
         self, call: Callable[..., Tensor], x: Tensor, factors: kernels.ScaledFactors, dropout: float = 0.0
     ) -> Tensor:
-        own = _to_fuse(self, call, x, len(factors.B), factors.inner, factors.outer) if torch.is_grad_enabled() else None
+        own = _to_fuse(self, call, x, len(factors.B))
         if own is not None:
             return kernels.scaled_low_rank_linear(x, *own, factors, dropout)
         return super().scaled_update(call, x, factors, dropout)
 
-    def rotated(self, call: Callable[..., Tensor], x: Tensor, R: Tensor) -> Tensor:
-        own = _to_fuse(self, call, x, x.shape[-1], R) if torch.is_grad_enabled() else None
-        if own is not None and x.numel() // x.shape[-1] >= len(own[0]):  # else the rows are less than the weight
-            return kernels.rotated_linear(x, *own, R)
-        return super().rotated(call, x, R)
+    def rotated(self, call: Callable[..., Tensor], x: Tensor, R: Tensor, exact: bool = True) -> Tensor:
+        own = _to_fuse(self, call, x, x.shape[-1])
+        if own is not None:
+            return kernels.rotated_linear(x, *own, R, exact)
+        return super().rotated(call, x, R, exact)
 
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
         if is_compiling():  # inductor loses `alpha` where it makes one of a sum and a product (pytorch issue 167313)
@@ -223,12 +224,10 @@ def is_linear(call: Callable[..., Any]) -> bool:
     return type(call) is functools.partial and call.func in PRODUCTS
 
 
-def _to_fuse(
-    layer: Layer, call: Callable[..., Tensor], x: Tensor, outputs: int, *trained: Tensor
-) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a layer that becomes one function with its update: where it trains, and enough goes through
-    memory for that to be worth it."""
-    if kernels.is_plain(x) or not any(each.requires_grad for each in trained):
+def _to_fuse(layer: Layer, call: Callable[..., Tensor], x: Tensor, outputs: int) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a layer that becomes one function with its update, where enough goes through memory for that
+    to be worth it."""
+    if kernels.is_plain(x):
         return None
     return _own_weights(layer, call) if is_compiling() or x.numel() // x.shape[-1] * outputs > SMALL else None
 

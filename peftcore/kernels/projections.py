@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from peftcore.kernels.autograd import apply, is_plain
+from peftcore.kernels.products import linear
 
 
 def plain_projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
@@ -26,8 +27,10 @@ def projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
     An input that nothing computed may be written to by its owner in ways that nobody sees (`x.data`); one product more
     is made for that.
     """
-    if is_plain() or not torch.is_grad_enabled() or x.grad_fn is None or A.requires_grad or A.is_inference():
+    if is_plain() or A.requires_grad:
         return plain_projected(x, A, dtype)
+    if not torch.is_grad_enabled() or x.grad_fn is None or A.is_inference():
+        return apply(_Project, x.to(dtype), A.to(dtype))
     asked = _Asked(x, A, dtype)
     found = _LAST.find(asked)
     if found is None:
@@ -75,9 +78,9 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor) -> Tensor:
         ctx.A = A
-        return F.linear(x, A)
+        return linear(x.reshape(-1, x.shape[-1]), A).view(*x.shape[:-1], len(A))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        return gradient @ ctx.A, None
+        return linear(gradient.reshape(-1, len(ctx.A)), ctx.A.mT).view(*gradient.shape[:-1], -1), None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftcore.kernels.autograd import apply, is_plain, operands
+from peftcore.kernels.products import linear
 
 
 def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
@@ -30,7 +32,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, R: Tensor) -> Tensor:
         ctx.save_for_backward(x, R)
-        return _laid_out_first(x, R) if x.device.type == "cpu" else _where_it_lies(x, R)
+        return _turned_rows(x, R)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -38,7 +40,7 @@ class _Rotate(torch.autograd.Function):
         (gradient,) = gradients
         of_x = of_R = None
         if ctx.needs_input_grad[1]:  # first, while the gradient is in the cache
-            of_R = _blocks(x, R).mT @ _blocks(gradient, R)
+            of_R = torch.bmm(_blocks(x, R).mT, _blocks(gradient, R))
         if ctx.needs_input_grad[0]:
             of_x = rotate(gradient, R.mT)
         return of_x, of_R
@@ -47,6 +49,10 @@ class _Rotate(torch.autograd.Function):
 def _blocks(x: Tensor, R: Tensor) -> Tensor:
     """The rows of x, ``[blocks, n, size]``."""
     return x.reshape(-1, *R.shape[:2]).transpose(0, 1)
+
+
+def _turned_rows(x: Tensor, R: Tensor) -> Tensor:
+    return _laid_out_first(x, R) if x.device.type == "cpu" else _where_it_lies(x, R)
 
 
 def _laid_out_first(x: Tensor, R: Tensor) -> Tensor:
@@ -72,34 +78,70 @@ def plain_rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tens
     return F.linear(plain_rotate(x, R), weight, bias)
 
 
-def rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
-    """`plain_rotated_linear` of a frozen weight, for R of rotations: their transposes must be their inverses. The
-    weight turns, so it costs the less, the more rows there are."""
+def rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor, exact: bool = True) -> Tensor:
+    """`plain_rotated_linear` of a frozen weight, in one function. Rows turn, or the weight does where that is less.
+
+    Args:
+        exact: whether R are rotations indeed, so that their transposes are their inverses.
+    """
     x, weight, bias = operands(x, weight, bias)
     R = R.to(weight.dtype)
     if is_plain():
         return plain_rotated_linear(x, weight, bias, R)
-    return apply(_RotatedLinear, x, weight, bias, R.expand(x.shape[-1] // R.shape[-1], -1, -1))
+    many = x.numel() // x.shape[-1] >= 2 * len(weight)
+    function = _TurnedWeight if exact and many else _TurnedRows
+    return apply(function, x, weight, bias, R.expand(x.shape[-1] // R.shape[-1], -1, -1))
 
 
-class _RotatedLinear(torch.autograd.Function):
-    """With u the gradient of turned rows, ``of_x = u R^T`` comes of the turned weight at once, and ``of_R = x^T u``, by
-    blocks, is ``x^T of_x R``: so nothing turns but the weight. It is turned again in backward, not kept."""
+class _TurnedRows(torch.autograd.Function):
+    """Any R. In backward rows are turned where they are: nobody needs those of the layer's own gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, R)
-        return F.linear(x, _turned(weight, R), bias)
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) >= len(weight):
+            y = linear(rows, _turned(weight, R), bias)
+        else:
+            y = linear(_turned_rows(rows, R), weight, bias)
+        return y.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, weight, R = ctx.saved_tensors
         (gradient,) = gradients
+        of_turned = linear(gradient.reshape(-1, len(weight)), weight.mT)
+        of_x = of_R = None
+        if ctx.needs_input_grad[3]:
+            of_R = torch.bmm(_blocks(x, R).mT, _blocks(of_turned, R))
+        if ctx.needs_input_grad[0]:
+            of_x = (rotate if torch.is_grad_enabled() else _turn_where_it_is)(of_turned, R.mT).view(x.shape)
+        return of_x, None, None, of_R
+
+
+def _turn_where_it_is(x: Tensor, R: Tensor) -> Tensor:
+    """Rows that nobody else has, turned."""
+    x.view(-1, *R.shape[:2]).copy_(torch.bmm(_blocks(x, R), R).transpose(0, 1))
+    return x
+
+
+class _TurnedWeight(torch.autograd.Function):
+    """With u the gradient of turned rows, ``of_x = u R^T`` comes of the turned weight at once, and ``of_R = x^T u``, by
+    blocks, is ``x^T of_x R``: so nothing turns but the weight. It is turned again in backward, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
+        return _TurnedRows.forward(ctx, x, weight, bias, R)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
         if torch.is_grad_enabled():  # backward is differentiated too, and what it says of R must hold beside rotations
-            of_turned = gradient @ weight
-            return rotate(of_turned, R.mT), None, None, _blocks(x, R).mT @ _blocks(of_turned, R)
-        of_x = gradient @ _turned(weight, R)
-        return of_x, None, None, _blocks(x, R).mT @ _blocks(of_x, R) @ R
+            return _TurnedRows.backward(ctx, *gradients)
+        x, weight, R = ctx.saved_tensors
+        (gradient,) = gradients
+        of_x = linear(gradient.reshape(-1, len(weight)), _turned(weight, R).mT)
+        of_R = torch.bmm(torch.bmm(_blocks(x, R).mT, _blocks(of_x, R)), R) if ctx.needs_input_grad[3] else None
+        return of_x.view(x.shape), None, None, of_R
 
 
 def _turned(weight: Tensor, R: Tensor) -> Tensor:
@@ -176,7 +218,14 @@ def _quotient(identity: Tensor, K: Tensor) -> Tensor:
 
 def cayley(K: Tensor) -> Tensor:
     """`plain_cayley`, of which backward keeps the rotation alone and solves nothing."""
-    return plain_cayley(K) if is_plain() else apply(_Cayley, K)
+    return plain_cayley(K) if is_plain() else _of_stack(_Cayley, K)
+
+
+def _of_stack(function: type[torch.autograd.Function], K: Tensor, *options: Any) -> Tensor:
+    """A function of a stack ``[n, size, size]``, of matrices in any number of dimensions."""
+    if K.dim() == 3:
+        return apply(function, K, *options)
+    return apply(function, K.reshape(-1, *K.shape[-2:]), *options).view(K.shape)
 
 
 class _Cayley(torch.autograd.Function):
@@ -184,7 +233,7 @@ class _Cayley(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, K: Tensor) -> Tensor:
-        R = _quotient(_identity_of(K), K)
+        R = _product(K) if len(K) and _is_small(K) else _quotient(_identity_of(K), K)
         ctx.save_for_backward(R)
         return R
 
@@ -192,7 +241,32 @@ class _Cayley(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (R,), (gradient,) = ctx.saved_tensors, gradients
         around = (R + _identity_of(R)).mT
-        return (around @ gradient) @ (around * -0.5)
+        return torch.bmm(torch.bmm(around, gradient), around * -0.5)
+
+
+WIDE = 16
+"""Matrices of this size and wider take longer to solve than six products of them."""
+SMALL = {dtype: math.sqrt(2) * torch.finfo(dtype).eps ** (1 / 16) for dtype in (torch.float32, torch.float64)}
+"""The norm of a skew-symmetric matrix below which its 16th power is nothing beside the identity: what it makes of a
+vector is longer by no more than the norm over the root of two."""
+
+
+def _is_small(K: Tensor) -> bool:
+    """Whether `_product` is exact to rounding, and worth it; asked on a CPU, where nobody waits for the answer."""
+    if K.shape[-1] < WIDE or K.device.type != "cpu" or type(K) is not Tensor or K.dtype not in SMALL:
+        return False
+    return bool(torch.linalg.vector_norm(K, dim=(-2, -1)).amax() < SMALL[K.dtype])
+
+
+def _product(K: Tensor) -> Tensor:
+    """``(I - K)^2 (I + K^2) (I + K^4) (I + K^8)``: the Cayley transform but for K^16."""
+    identity = _identity_of(K)
+    first = torch.baddbmm(identity, K, K)
+    square = first - identity
+    fourth = torch.bmm(square, square)
+    more = torch.baddbmm(first, fourth, first)
+    more = torch.baddbmm(more, torch.bmm(fourth, fourth), more)
+    return torch.bmm(more, torch.sub(first, K, alpha=2))
 
 
 def plain_neumann(K: Tensor, terms: int) -> Tensor:
@@ -207,11 +281,9 @@ def plain_neumann(K: Tensor, terms: int) -> Tensor:
 
 def neumann(K: Tensor, terms: int) -> Tensor:
     """`plain_neumann`, of which backward keeps K alone."""
-    stack = K if K.dim() == 3 else K.reshape(-1, *K.shape[-2:])
     if is_plain():
-        return _series(stack, terms).view(K.shape)
-    rotation = apply(_Neumann, stack, terms)
-    return rotation if K.dim() == 3 else rotation.view(K.shape)
+        return _series(K.reshape(-1, *K.shape[-2:]), terms).view(K.shape)
+    return _of_stack(_Neumann, K, terms)
 
 
 class _Neumann(torch.autograd.Function):
@@ -230,11 +302,11 @@ class _Neumann(torch.autograd.Function):
         pair, sums = _factors(K, ctx.terms)
         even, of_even = ctx.terms % 2 == 0, gradient
         if even:
-            gradient = K @ gradient
-        of_pair = sums[-1] @ gradient if sums else gradient
-        of_square = of_pair
+            gradient = torch.bmm(K, gradient)
+        of_pair = of_square = gradient
         if sums:
-            of_sum = gradient @ pair.mT
+            of_pair = torch.bmm(sums[-1], gradient)
+            of_square, of_sum = of_pair, torch.bmm(gradient, pair.mT)
             for below in reversed(sums[:-1]):
                 of_square, of_sum = torch.baddbmm(of_square, of_sum, below), torch.baddbmm(-of_sum, sums[0], of_sum)
             of_square = of_square + of_sum
@@ -252,7 +324,7 @@ def _series(K: Tensor, terms: int) -> Tensor:
 
 
 def _odd_series(pair: Tensor, sums: list[Tensor]) -> Tensor:
-    return sums[-1] @ pair if sums else pair
+    return torch.bmm(sums[-1], pair) if sums else pair
 
 
 def _identity_of(K: Tensor) -> Tensor:

@@ -64,41 +64,52 @@ def test_rotation_under_vmap_and_grad() -> None:
 Turned = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def layer_and_rotation(*leading: int, count: int = 3) -> Turned:
-    """x, weight, bias and rotations of blocks of two, of which the first and the last want gradients."""
+def layer_and_rotation(*leading: int, count: int = 3, exact: bool = True) -> Turned:
+    """x, weight, bias and blocks of two, of rotations if exact; the first and the last want gradients."""
     x, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((*leading, 6), (4, 6), (4,)))
-    R = kernels.plain_cayley(kernels.plain_skew(torch.randn(count, 1, dtype=torch.float64), 2))
+    R = torch.randn(count, 2, 2, dtype=torch.float64)
+    R = kernels.plain_cayley(R - R.mT) if exact else R
     return x.requires_grad_(), weight, bias, R.requires_grad_()
 
 
+LEADING = pytest.mark.parametrize(("leading", "count"), [((9,), 3), ((2, 4), 3), ((5,), 3), ((), 3), ((9,), 1)])
+"""As many rows as turn the weight there and back, or there alone, or nothing but themselves."""
+EXACT = pytest.mark.parametrize("exact", [True, False])
+
+
+@EXACT
 @pytest.mark.parametrize("biased", [True, False])
-@pytest.mark.parametrize(("leading", "count"), [((7,), 3), ((2, 3), 3), ((), 3), ((7,), 1)])
-def test_a_linear_layer_of_turned_inputs(leading: tuple[int, ...], count: int, biased: bool) -> None:
-    x, weight, bias, R = layer_and_rotation(*leading, count=count)
-    found = kernels.rotated_linear(x, weight, bias if biased else None, R)
+@LEADING
+def test_a_linear_layer_of_turned_inputs(leading: tuple[int, ...], count: int, biased: bool, exact: bool) -> None:
+    x, weight, bias, R = layer_and_rotation(*leading, count=count, exact=exact)
+    kept = [each.detach().clone() for each in (x, weight)]
+    found = kernels.rotated_linear(x, weight, bias if biased else None, R, exact)
     expected = x @ torch.block_diag(*R.expand(3, 2, 2)) @ weight.T + (bias if biased else 0.0)
     torch.testing.assert_close(found, expected)
     plain = kernels.plain_rotated_linear(x, weight, bias if biased else None, R)
     torch.testing.assert_close(plain, expected)
     gradient = torch.randn_like(found)
+    given = gradient.clone()
     torch.testing.assert_close(
         torch.autograd.grad(found, (x, R), gradient), torch.autograd.grad(plain, (x, R), gradient)
     )
+    assert torch.equal(gradient, given) and all(map(torch.equal, (x, weight), kept))
 
 
-@pytest.mark.parametrize(("leading", "count"), [((2, 3), 3), ((7,), 1)])
-def test_gradients_of_a_linear_layer_of_turned_inputs(leading: tuple[int, ...], count: int) -> None:
-    x, weight, bias, R = layer_and_rotation(*leading, count=count)
+@EXACT
+@LEADING
+def test_gradients_of_a_linear_layer_of_turned_inputs(leading: tuple[int, ...], count: int, exact: bool) -> None:
+    x, weight, bias, R = layer_and_rotation(*leading, count=count, exact=exact)
 
     def run(x: Tensor, R: Tensor) -> Tensor:
-        return kernels.rotated_linear(x, weight, bias, R)
+        return kernels.rotated_linear(x, weight, bias, R, exact)
 
     for given in ((x, R), (x.detach(), R), (x, R.detach())):
         assert gradcheck(run, given) and gradgradcheck(run, given)
 
 
 def test_gradients_of_gradients_of_turned_inputs_hold_beside_rotations_too() -> None:
-    x, weight, bias, R = layer_and_rotation(7)
+    x, weight, bias, R = layer_and_rotation(9)
     found = []
     for kernel in (kernels.rotated_linear, kernels.plain_rotated_linear):
         first = torch.autograd.grad(kernel(x, weight, bias, R).square().sum(), (x, R), create_graph=True)
@@ -200,6 +211,57 @@ def test_what_a_transform_makes_is_not_kept() -> None:
     assert not [key for key in rotations._KEPT if 7 in key]
     kernels.neumann(K, 5)
     assert [key for key in rotations._KEPT if 7 in key]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether matrices were so small that their transform is a product."""
+    seen: list[bool] = []
+    ask = rotations._is_small
+
+    def asking(K: Tensor) -> bool:
+        seen.append(ask(K))
+        return seen[-1]
+
+    monkeypatch.setattr(rotations, "_is_small", asking)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", rotations.SMALL)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.999])
+@pytest.mark.parametrize("shape", [(16,), (3, 32), (2, 3, 17)])
+def test_small_matrices_are_not_solved_for(
+    shape: tuple[int, ...], share: float, dtype: torch.dtype, asked: list[bool]
+) -> None:
+    K = skew(*shape)
+    K = K / torch.linalg.matrix_norm(K, keepdim=True) * rotations.SMALL[dtype] * share
+    K = (K + 0.0).to(dtype).requires_grad_()
+    found = kernels.cayley(K)
+    assert asked == [True] and found.dtype == dtype
+    expected = kernels.plain_cayley(precise := K.detach().double().requires_grad_())
+    few = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, atol=few, rtol=0)
+    torch.testing.assert_close(
+        (found @ found.mT).double(), torch.eye(shape[-1]).double().expand_as(K), atol=few, rtol=0
+    )
+    gradient = torch.randn_like(expected)
+    (of_K,), (of_precise,) = (
+        torch.autograd.grad(R, each, gradient.to(R.dtype)) for R, each in ((found, K), (expected, precise))
+    )
+    torch.testing.assert_close(of_K - of_K.mT, (of_precise - of_precise.mT).to(dtype), atol=100 * few, rtol=0)
+
+
+def test_larger_narrower_and_broken_matrices_are_solved_for(asked: list[bool]) -> None:
+    small = skew(3, 16)
+    small = small / torch.linalg.matrix_norm(small, keepdim=True) * rotations.SMALL[torch.float64] * 0.9
+    one_is_large, one_is_broken = small.clone(), small.clone()
+    one_is_large[1] *= 1.2
+    one_is_broken[1, 0, 1] = float("nan")
+    for K in (one_is_large, one_is_broken, small[:, :15, :15], small[:0]):
+        kernels.cayley(K)
+    assert not any(asked)
+    kernels.cayley(small)
+    assert asked[-1]
 
 
 def test_a_longer_series_comes_nearer_to_the_rotation() -> None:

@@ -75,7 +75,7 @@ class BOFTOperator(WeightOperator):
 
     def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor | None]) -> Tensor:
         R, bias = prepared
-        return gained(self.layer, self.layer.rotated(call, x, *self.cast(x, R)), self.gain, bias)
+        return gained(self.layer, self.layer.rotated(call, x, R), self.gain, bias)
 
     def forward(self, weight: Tensor) -> Tensor:
         turned = weight_of(self.turned(rows(weight, self.layer)), self.layer, weight.shape)

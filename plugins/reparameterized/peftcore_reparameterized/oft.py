@@ -76,8 +76,7 @@ class OFTOperator(WeightOperator):
         return self.rotation(self.K)
 
     def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: Tensor) -> Tensor:
-        (R,) = self.cast(x, prepared)
-        return self.layer.rotated(call, x, R) if self.series is None else call(kernels.rotate(x, R))
+        return self.layer.rotated(call, x, prepared, exact=self.series is None)
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight_of(rotate(rows(weight, self.layer), self.rotation(self.K)), self.layer, weight.shape)
