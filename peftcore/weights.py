@@ -226,10 +226,9 @@ def is_linear(call: Callable[..., Any]) -> bool:
 
 def _to_fuse(layer: Layer, call: Callable[..., Tensor], x: Tensor, outputs: int) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a layer that becomes one function with its update, where enough goes through memory for that
-    to be worth it."""
-    if kernels.is_plain(x):
-        return None
-    return _own_weights(layer, call) if is_compiling() or x.numel() // x.shape[-1] * outputs > SMALL else None
+    to be worth it; of what is compiled, where it trains."""
+    enough = torch.is_grad_enabled() if is_compiling() else x.shape[:-1].numel() * outputs > SMALL
+    return _own_weights(layer, call) if enough and not kernels.is_plain(x) else None
 
 
 def _own_weights(layer: Layer, call: Callable[..., Any]) -> tuple[Tensor, Tensor | None] | None:

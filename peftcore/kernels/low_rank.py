@@ -86,7 +86,7 @@ class _LowRankLinear(torch.autograd.Function):
             of_x = _through(gradient, weight, of_low, A, kept).view(ctx.shape)
         if x is not None:
             rows = x.reshape(-1, x.shape[-1])
-            of_A = linear(of_low.mT, (rows if kept is None else masked(rows, kept)).mT)
+            of_A = of_low.mT @ (rows if kept is None else masked(rows, kept))
         if low is not None:
             of_B = narrow(gradient.mT, low.mT).mul_(ctx.scale)
         return of_x, None, None, of_A, of_B, None, None

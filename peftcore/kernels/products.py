@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 MANY = 2**23
 """Multiplications of a product from which on it counts by which library it is made."""
-
-
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -34,6 +32,8 @@ def _by_onednn(rows: Tensor, weight: Tensor) -> bool:
         SUITS
         and type(rows) in PLAIN
         and type(weight) in PLAIN
+        and rows.is_contiguous()
+        and (weight.is_contiguous() or weight.mT.is_contiguous())  # else a thousand times as slow
         and rows.dtype is weight.dtype is torch.float32
         and rows.device.type == "cpu"
         and not torch.is_grad_enabled()

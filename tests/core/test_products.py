@@ -43,15 +43,15 @@ LAYOUTS: dict[str, Callable[[int, int], Tensor]] = {
     "part of wider rows": lambda n, m: torch.randn(n, 2 * m)[:, 1 : m + 1],
     "one row for all": lambda n, m: torch.randn(1, m).expand(n, m),
 }
+SUITED = {"as it is"}, {"as it is", "transposed"}
+"""Rows and weights that oneDNN is given; of others it makes copies, or products by its slow reference."""
 
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("of_weight", LAYOUTS)
 @pytest.mark.parametrize("of_rows", LAYOUTS)
-@pytest.mark.parametrize("size", [(1, 1, 1), (7, 33, 5), (130, 64, 257)])
-def test_a_product_by_onednn(
-    size: tuple[int, int, int], of_rows: str, of_weight: str, biased: bool, made: Made
-) -> None:
+@pytest.mark.parametrize("size", [(4, 2, 3), (7, 33, 5), (130, 64, 257)])
+def test_a_product(size: tuple[int, int, int], of_rows: str, of_weight: str, biased: bool, made: Made) -> None:
     n, inputs, outputs = size
     rows, weight = LAYOUTS[of_rows](n, inputs), LAYOUTS[of_weight](outputs, inputs)
     bias = torch.randn(outputs) if biased else None
@@ -60,7 +60,7 @@ def test_a_product_by_onednn(
         found = products.linear(rows, weight, bias)
     expected = rows.double() @ weight.double().T + (0 if bias is None else bias.double())
     torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=2e-5)
-    assert made == [found.shape] and found.is_contiguous()
+    assert made == ([found.shape] if of_rows in SUITED[0] and of_weight in SUITED[1] else [])
     assert torch.equal(rows, kept[0]) and torch.equal(weight, kept[1])
 
 
