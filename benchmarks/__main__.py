@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import warnings
@@ -18,6 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from benchmarks import experts, lifecycle, packed, page, scaling, serving, steps, transposed
+from benchmarks.contenders import PAIRS
 from benchmarks.memory import keep_memory
 from benchmarks.rows import Row
 from benchmarks.timing import Estimate
@@ -30,6 +32,7 @@ FIGURES: Mapping[str, Callable[[int], Iterator[list[Row]]]] = {
     "token": serving.one_token,
     "rows": serving.mixed_rows,
     "steps": steps.step_rows,
+    "variants": steps.variant_rows,
     "transposed": transposed.transposed_rows,
     "packed": packed.packed_rows,
     "experts": experts.expert_rows,
@@ -70,7 +73,9 @@ def main() -> None:
     parser.add_argument(
         "--page", action="store_true", help="put the tables into docs/performance.md; some figures replace those there"
     )
+    parser.add_argument("--methods", nargs="+", choices=PAIRS, default=[*PAIRS], help="whose steps are measured")
     given = parser.parse_args()
+    figures = {**FIGURES, "steps": functools.partial(steps.step_rows, methods=given.methods)}
     chosen = given.figures or [*FIGURES, "scaling"]
     if unknown := set(chosen).difference(FIGURES, ["scaling"]):
         parser.error(f"no figures are called {', '.join(sorted(unknown))}")
@@ -86,7 +91,7 @@ def main() -> None:
                 for each in progress.track(scaling.all_growth(), total=3, description=name):
                     growth.append(each)
                 continue
-            for found in FIGURES[name](given.rounds):
+            for found in figures[name](given.rounds):
                 rows += found
                 progress.console.print(table(found))
     console.print(table(rows))

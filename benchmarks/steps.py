@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -57,10 +57,14 @@ def contenders(
     }
 
 
-def step_rows(rounds: int) -> Iterator[list[Row]]:
+def step_rows(rounds: int, methods: Iterable[str] = PAIRS) -> Iterator[list[Row]]:
     """Time and memory of a step with each method."""
-    for name in PAIRS:
+    for name in methods:
         yield [timed(name, rounds), weighed(name)]
+
+
+def variant_rows(rounds: int) -> Iterator[list[Row]]:
+    """Time of steps otherwise: under autocast, of longer rows, and where oneDNN makes no products."""
     yield [timed("lora", rounds, autocast=True)]
     yield [timed("oft, exact", rounds, length=4 * LENGTH)]
     yield [by_torch_alone(name, rounds) for name in ("lora", "oft", "oft, exact")]

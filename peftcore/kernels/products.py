@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 MANY = 2**23
 """Multiplications of a product from which on it counts by which library it is made."""
+SOME = 8
+"""Rows of which that is so, too; of one or two MKL takes less time."""
 PLAIN = (Tensor, nn.Parameter)
 
 
@@ -22,7 +24,8 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     made by that in float32, where nobody differentiates it or watches what torch does (who counts operations, say).
     `torch.backends.mkldnn.enabled = False` leaves all to torch.
     """
-    if _ONEDNN is None or rows.numel() * len(weight) < MANY or not _by_onednn(rows, weight):
+    few = len(rows) < SOME or rows.numel() * len(weight) < MANY
+    if few or _ONEDNN is None or not _by_onednn(rows, weight):
         return F.linear(rows, weight, bias)
     return _ONEDNN(rows, weight, bias, "none", [], "")
 

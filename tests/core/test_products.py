@@ -34,6 +34,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Made:
     monkeypatch.setattr(products, "_ONEDNN", recorded)
     monkeypatch.setattr(products, "SUITS", True)
     monkeypatch.setattr(products, "MANY", 0)
+    monkeypatch.setattr(products, "SOME", 0)
     return seen
 
 
@@ -102,8 +103,11 @@ def test_torch_makes_the_product_where_it_is_small_or_the_processor_is_another(
         monkeypatch.setattr(products, "MANY", 3 * 4 * 5)
         monkeypatch.setattr(products, "SUITS", False)
         products.linear(rows, weight)
-        assert not made
         monkeypatch.setattr(products, "SUITS", True)
+        monkeypatch.setattr(products, "SOME", 4)
+        products.linear(rows, weight)
+        assert not made
+        monkeypatch.setattr(products, "SOME", 3)
         products.linear(rows, weight)
     assert made == [(3, 5)]
 
