@@ -75,7 +75,8 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", choices=PAIRS, default=[*PAIRS], help="whose steps are measured")
     given = parser.parse_args()
-    figures = {**FIGURES, "steps": functools.partial(steps.step_rows, methods=given.methods)}
+    figures: dict[str, Callable[[int], Iterator[list[Row]]]] = {**FIGURES}
+    figures["steps"] = functools.partial(steps.step_rows, methods=given.methods)
     chosen = given.figures or [*FIGURES, "scaling"]
     if unknown := set(chosen).difference(FIGURES, ["scaling"]):
         parser.error(f"no figures are called {', '.join(sorted(unknown))}")

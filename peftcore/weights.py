@@ -227,7 +227,7 @@ def is_linear(call: Callable[..., Any]) -> bool:
 def _to_fuse(layer: Layer, call: Callable[..., Tensor], x: Tensor, outputs: int) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a layer that becomes one function with its update, where enough goes through memory for that
     to be worth it; of what is compiled, where it trains."""
-    enough = torch.is_grad_enabled() if is_compiling() else x.shape[:-1].numel() * outputs > SMALL
+    enough = torch.is_grad_enabled() if is_compiling() else x.numel() * outputs > SMALL * x.shape[-1]
     return _own_weights(layer, call) if enough and not kernels.is_plain(x) else None
 
 
