@@ -121,6 +121,8 @@ class _TurnedRows(torch.autograd.Function):
 
 def _turn_where_it_is(x: Tensor, R: Tensor) -> Tensor:
     """Rows that nobody else has, turned."""
+    if x.device.type != "cpu":
+        return _where_it_lies(x, R)
     x.view(-1, *R.shape[:2]).copy_(torch.bmm(_blocks(x, R), R).transpose(0, 1))
     return x
 
