@@ -11,6 +11,7 @@ from peftcore.kernels.low_rank import (
     plain_scaled_low_rank_linear,
     scaled_low_rank_linear,
 )
+from peftcore.kernels.products import DENSE
 from peftcore.kernels.projections import plain_projected, projected
 from peftcore.kernels.rotations import (
     cayley,
@@ -27,6 +28,7 @@ from peftcore.kernels.rotations import (
 from peftcore.kernels.scaling import add_scaled, plain_add_scaled, plain_scaled_bases, scaled_bases
 
 __all__ = [
+    "DENSE",
     "ScaledFactors",
     "add_scaled",
     "cayley",

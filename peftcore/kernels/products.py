@@ -14,7 +14,8 @@ MANY = 2**23
 """Multiplications of a product from which on it counts by which library it is made."""
 SOME = 8
 """Rows of which that is so, too; of one or two MKL takes less time."""
-PLAIN = (Tensor, nn.Parameter)
+DENSE = (Tensor, nn.Parameter)
+"""The classes of plain tensors."""
 
 
 def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -33,8 +34,8 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _by_onednn(rows: Tensor, weight: Tensor) -> bool:
     return (
         SUITS
-        and type(rows) in PLAIN
-        and type(weight) in PLAIN
+        and type(rows) in DENSE
+        and type(weight) in DENSE
         and rows.is_contiguous()
         and (weight.is_contiguous() or weight.mT.is_contiguous())  # else a thousand times as slow
         and rows.dtype is weight.dtype is torch.float32

@@ -235,7 +235,7 @@ class _Cayley(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, K: Tensor) -> Tensor:
-        R = _product(K) if len(K) and _is_small(K) else _quotient(_identity_of(K), K)
+        R = _product(K) if _is_small(K) else _quotient(_identity_of(K), K)
         ctx.save_for_backward(R)
         return R
 
@@ -255,7 +255,7 @@ vector is longer by no more than the norm over the root of two."""
 
 def _is_small(K: Tensor) -> bool:
     """Whether `_product` is exact to rounding, and worth it; asked on a CPU, where nobody waits for the answer."""
-    if K.shape[-1] < WIDE or K.device.type != "cpu" or type(K) is not Tensor or K.dtype not in SMALL:
+    if not len(K) or K.shape[-1] < WIDE or K.device.type != "cpu" or type(K) is not Tensor or K.dtype not in SMALL:
         return False
     return bool(torch.linalg.vector_norm(K, dim=(-2, -1)).amax() < SMALL[K.dtype])
 
