@@ -54,7 +54,7 @@ class Parts:
         fixed = torch.eye(SIZE).repeat(blocks, 1, 1)
 
         def forward(x: Tensor) -> Tensor:
-            R = kernels.neumann(kernels.skew(entries, SIZE), TERMS) if self.makes else fixed
+            R = kernels.neumann(entries, SIZE, TERMS) if self.makes else fixed
             return F.linear(_Parted.apply(x, R, self), layer.weight)  # type: ignore[no-untyped-call]
 
         layer.forward = forward  # type: ignore[method-assign, assignment]

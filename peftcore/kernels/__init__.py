@@ -23,7 +23,6 @@ from peftcore.kernels.rotations import (
     plain_skew,
     rotate,
     rotated_linear,
-    skew,
 )
 from peftcore.kernels.scaling import add_scaled, plain_add_scaled, plain_scaled_bases, scaled_bases
 
@@ -55,6 +54,5 @@ __all__ = [
     "saves_elsewhere",
     "scaled_bases",
     "scaled_low_rank_linear",
-    "skew",
     "transformed",
 ]

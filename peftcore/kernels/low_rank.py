@@ -71,7 +71,7 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(x if trains_A else None, weight, A if back else None, B, low if trains_B else None, kept)
         ctx.scale, ctx.shape = scale, x.shape
         ctx.set_materialize_grads(False)
-        return y.view(*x.shape[:-1], len(weight)), low
+        return y.view(*x.shape[:-1], weight.shape[0]), low
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -95,14 +95,14 @@ class _LowRankLinear(torch.autograd.Function):
 def _rows_of(gradient: Tensor | None, shape: torch.Size, weight: Tensor) -> Tensor:
     """The gradient of the output by rows, for an input of a shape; none is of zeros."""
     if gradient is None:  # backward is being differentiated, and nothing comes by this way
-        gradient = weight.new_zeros(*shape[:-1], len(weight))
-    return gradient.reshape(-1, len(weight))
+        gradient = weight.new_zeros(*shape[:-1], weight.shape[0])
+    return gradient.reshape(-1, weight.shape[0])
 
 
 def narrow(wide: Tensor, few: Tensor) -> Tensor:
     """``wide few^T``, made as its transpose if it has few columns: on a CPU narrow takes two to ten times as long as
     flat."""
-    return (few @ wide.mT).mT if len(few) <= FEW else linear(wide, few)
+    return (few @ wide.mT).mT if few.shape[0] <= FEW else linear(wide, few)
 
 
 def _through(gradient: Tensor, weight: Tensor, of_low: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
@@ -161,7 +161,7 @@ class _ScaledLowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(low, weight, inner, B, outer, mixed)
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
-        return y.view(*x.shape[:-1], len(weight)), mixed
+        return y.view(*x.shape[:-1], weight.shape[0]), mixed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:

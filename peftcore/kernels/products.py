@@ -25,7 +25,7 @@ def linear(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     made by that in float32, where nobody differentiates it or watches what torch does (who counts operations, say).
     `torch.backends.mkldnn.enabled = False` leaves all to torch.
     """
-    few = len(rows) < SOME or rows.numel() * len(weight) < MANY
+    few = rows.shape[0] < SOME or rows.numel() * weight.shape[0] < MANY
     if few or _ONEDNN is None or not _by_onednn(rows, weight):
         return F.linear(rows, weight, bias)
     return _ONEDNN(rows, weight, bias, "none", [], "")

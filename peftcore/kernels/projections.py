@@ -78,9 +78,9 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor) -> Tensor:
         ctx.A = A
-        return linear(x.reshape(-1, x.shape[-1]), A).view(*x.shape[:-1], len(A))
+        return linear(x.reshape(-1, x.shape[-1]), A).view(*x.shape[:-1], A.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        return linear(gradient.reshape(-1, len(ctx.A)), ctx.A.mT).view(*gradient.shape[:-1], -1), None
+        return linear(gradient.reshape(-1, ctx.A.shape[0]), ctx.A.mT).view(*gradient.shape[:-1], ctx.A.shape[1]), None

@@ -38,12 +38,24 @@ class _Rotate(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, R = ctx.saved_tensors
         (gradient,) = gradients
-        of_x = of_R = None
-        if ctx.needs_input_grad[1]:  # first, while the gradient is in the cache
-            of_R = torch.bmm(_blocks(x, R).mT, _blocks(gradient, R))
-        if ctx.needs_input_grad[0]:
-            of_x = rotate(gradient, R.mT)
-        return of_x, of_R
+        return _back(x, R, gradient, *ctx.needs_input_grad)
+
+
+def _back(
+    x: Tensor, R: Tensor, gradient: Tensor, wants_x: bool, wants_R: bool, own: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of rows that turn, in the shape of theirs, and of what turns them.
+
+    Args:
+        own: whether nobody else has the gradient of the turned rows, so that its memory may be used.
+    """
+    blocks = _laid(gradient, R)
+    of_R = torch.bmm(blocks.mT, _blocks(x, R)).mT if wants_R else None  # what is transposed lies together
+    if not wants_x:
+        return None, of_R
+    if torch.is_grad_enabled() or gradient.device.type != "cpu":
+        return rotate(gradient, R.mT).view(x.shape), of_R
+    return _turned_blocks(blocks, R.mT, gradient.view(blocks.shape) if own else None).view(x.shape), of_R
 
 
 def _blocks(x: Tensor, R: Tensor) -> Tensor:
@@ -51,23 +63,29 @@ def _blocks(x: Tensor, R: Tensor) -> Tensor:
     return x.reshape(-1, *R.shape[:2]).transpose(0, 1)
 
 
+def _laid(x: Tensor, R: Tensor) -> Tensor:
+    """`_blocks`; on a CPU each in one piece, as a product that reads or writes a few columns of each row waits for
+    memory for longer than it takes to copy them together and back."""
+    blocks = _blocks(_fetched(x), R)
+    return blocks.clone(memory_format=torch.contiguous_format) if x.device.type == "cpu" else blocks
+
+
+def _turned_blocks(blocks: Tensor, R: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """The rows ``[n, blocks, size]`` of such blocks when they have turned. They take the place of the blocks."""
+    turned = torch.bmm(blocks, R, out=scratch)
+    return blocks.view(-1, *R.shape[:2]).copy_(turned.transpose(0, 1))
+
+
 def _turned_rows(x: Tensor, R: Tensor) -> Tensor:
-    return _laid_out_first(x, R) if x.device.type == "cpu" else _where_it_lies(x, R)
+    turned = _turned_blocks(_laid(x, R), R) if x.device.type == "cpu" else _where_they_lie(x, R)
+    return turned.view(x.shape)
 
 
-def _laid_out_first(x: Tensor, R: Tensor) -> Tensor:
-    """Turned rows. On a CPU a product that reads and writes a few columns of each row waits for memory for longer than
-    it takes to copy them together and back."""
-    blocks = _blocks(x, R).clone(memory_format=torch.contiguous_format)
-    turned = torch.bmm(blocks, R)
-    return blocks.view(-1, *R.shape[:2]).copy_(turned.transpose(0, 1)).view(x.shape)  # nobody needs `blocks` any more
-
-
-def _where_it_lies(x: Tensor, R: Tensor) -> Tensor:
-    """Turned rows, each product written where it belongs."""
+def _where_they_lie(x: Tensor, R: Tensor) -> Tensor:
+    """Turned rows ``[n, blocks, size]``, each product written where it belongs."""
     turned = x.new_empty(x.numel() // x.shape[-1], *R.shape[:2])
     torch.bmm(_blocks(x, R), R, out=turned.transpose(0, 1))
-    return turned.view(x.shape)
+    return turned
 
 
 # A linear layer of turned inputs
@@ -88,43 +106,32 @@ def rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor, ex
     R = R.to(weight.dtype)
     if is_plain():
         return plain_rotated_linear(x, weight, bias, R)
-    many = x.numel() // x.shape[-1] >= 2 * len(weight)
-    function = _TurnedWeight if exact and many else _TurnedRows
-    return apply(function, x, weight, bias, R.expand(x.shape[-1] // R.shape[-1], -1, -1))
+    if R.shape[0] == 1:
+        R = R.expand(x.shape[-1] // R.shape[-1], -1, -1)
+    many = x.numel() // x.shape[-1] >= 2 * weight.shape[0]
+    return apply(_TurnedWeight if exact and many else _TurnedRows, x, weight, bias, R)
 
 
 class _TurnedRows(torch.autograd.Function):
-    """Any R. In backward rows are turned where they are: nobody needs those of the layer's own gradient."""
+    """Any R."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, R)
         rows = x.reshape(-1, x.shape[-1])
-        if len(rows) >= len(weight):
+        if rows.shape[0] >= weight.shape[0]:
             y = linear(rows, _turned(weight, R), bias)
         else:
             y = linear(_turned_rows(rows, R), weight, bias)
-        return y.view(*x.shape[:-1], len(weight))
+        return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, weight, R = ctx.saved_tensors
         (gradient,) = gradients
-        of_turned = linear(gradient.reshape(-1, len(weight)), weight.mT)
-        of_x = of_R = None
-        if ctx.needs_input_grad[3]:
-            of_R = torch.bmm(_blocks(x, R).mT, _blocks(of_turned, R))
-        if ctx.needs_input_grad[0]:
-            of_x = (rotate if torch.is_grad_enabled() else _turn_where_it_is)(of_turned, R.mT).view(x.shape)
+        of_turned = linear(gradient.reshape(-1, weight.shape[0]), weight.mT)
+        of_x, of_R = _back(x, R, of_turned, ctx.needs_input_grad[0], ctx.needs_input_grad[3], own=True)
         return of_x, None, None, of_R
-
-
-def _turn_where_it_is(x: Tensor, R: Tensor) -> Tensor:
-    """Rows that nobody else has, turned."""
-    if x.device.type != "cpu":
-        return _where_it_lies(x, R)
-    x.view(-1, *R.shape[:2]).copy_(torch.bmm(_blocks(x, R), R).transpose(0, 1))
-    return x
 
 
 class _TurnedWeight(torch.autograd.Function):
@@ -141,14 +148,22 @@ class _TurnedWeight(torch.autograd.Function):
             return _TurnedRows.backward(ctx, *gradients)
         x, weight, R = ctx.saved_tensors
         (gradient,) = gradients
-        of_x = linear(gradient.reshape(-1, len(weight)), _turned(weight, R).mT)
-        of_R = torch.bmm(torch.bmm(_blocks(x, R).mT, _blocks(of_x, R)), R) if ctx.needs_input_grad[3] else None
+        of_x = linear(gradient.reshape(-1, weight.shape[0]), _turned(weight, R).mT)
+        of_R = torch.bmm(torch.bmm(_laid(of_x, R).mT, _blocks(x, R)).mT, R) if ctx.needs_input_grad[3] else None
         return of_x.view(x.shape), None, None, of_R
 
 
 def _turned(weight: Tensor, R: Tensor) -> Tensor:
     """The weight of a layer whose inputs turn ``[out, in]``, laid out by inputs: whole blocks are written."""
-    return torch.bmm(R, _blocks(weight, R).mT).view(weight.shape[::-1]).mT
+    return torch.bmm(R, _blocks(_fetched(weight), R).mT).view(weight.shape[::-1]).mT
+
+
+def _fetched(x: Tensor) -> Tensor:
+    """The same, read once in the order in which it lies. Of what is read a few columns at a time a CPU fetches nothing
+    ahead, and waits for each row; going through all of it first takes less."""
+    if x.device.type == "cpu":
+        x.sum()
+    return x
 
 
 # Skew-symmetric matrices, and their rotations
@@ -162,21 +177,16 @@ def plain_skew(entries: Tensor, size: int) -> Tensor:
     return matrix - matrix.mT
 
 
-def skew(entries: Tensor, size: int) -> Tensor:
-    """`plain_skew`, gathered in one pass there and one back; where each entry goes is worked out once."""
-    return plain_skew(entries, size) if is_plain() else apply(_Skew, entries, size)
+def _skew(entries: Tensor, size: int) -> Tensor:
+    """`plain_skew`, gathered in one pass; where each entry goes is worked out once."""
+    source, sign, _ = _kept(_places, size, entries.device)
+    return entries.index_select(-1, source).mul_(sign).view(*entries.shape[:-1], size, size)
 
 
-class _Skew(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, entries: Tensor, size: int) -> Tensor:
-        source, sign, ctx.above = _kept(_places, size, entries.device)
-        return entries.index_select(-1, source).mul_(sign).view(*entries.shape[:-1], size, size)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        (gradient,) = gradients
-        return (gradient - gradient.mT).flatten(-2).index_select(-1, ctx.above), None
+def _of_entries(of_K: Tensor) -> Tensor:
+    """The gradient of the entries, of that of their matrices, which need not be skew-symmetric."""
+    _, _, above = _kept(_places, of_K.shape[-1], of_K.device)
+    return (of_K - of_K.mT).flatten(-2).index_select(-1, above)
 
 
 _KEPT: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
@@ -206,10 +216,23 @@ def _identity(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tens
     return (torch.eye(size, dtype=dtype, device=device),)
 
 
-def plain_cayley(K: Tensor) -> Tensor:
-    """``(I - K) (I + K)^-1`` of each skew-symmetric matrix ``[*batch, size, size]``: every rotation without the
-    eigenvalue -1 is one."""
-    return _quotient(torch.eye(K.shape[-1], dtype=K.dtype, device=K.device), K)
+def _identity_of(K: Tensor) -> Tensor:
+    return _kept(_identity, K.shape[-1], K.dtype, K.device)[0]
+
+
+def _of_stack(function: type[torch.autograd.Function], entries: Tensor, size: int, *options: Any) -> Tensor:
+    """A function of a stack of entries ``[n, entries]``, of those in any number of dimensions."""
+    if entries.dim() == 2:
+        return apply(function, entries, size, *options)
+    batch = entries.shape[:-1]
+    return apply(function, entries.reshape(-1, entries.shape[-1]), size, *options).view(*batch, size, size)
+
+
+def plain_cayley(entries: Tensor, size: int) -> Tensor:
+    """``(I - K) (I + K)^-1`` of each skew-symmetric matrix K with these entries (`plain_skew`): every rotation without
+    the eigenvalue -1 is one."""
+    K = plain_skew(entries, size)
+    return _quotient(torch.eye(size, dtype=K.dtype, device=K.device), K)
 
 
 def _quotient(identity: Tensor, K: Tensor) -> Tensor:
@@ -218,23 +241,17 @@ def _quotient(identity: Tensor, K: Tensor) -> Tensor:
     return rotation
 
 
-def cayley(K: Tensor) -> Tensor:
+def cayley(entries: Tensor, size: int) -> Tensor:
     """`plain_cayley`, of which backward keeps the rotation alone and solves nothing."""
-    return plain_cayley(K) if is_plain() else _of_stack(_Cayley, K)
-
-
-def _of_stack(function: type[torch.autograd.Function], K: Tensor, *options: Any) -> Tensor:
-    """A function of a stack ``[n, size, size]``, of matrices in any number of dimensions."""
-    if K.dim() == 3:
-        return apply(function, K, *options)
-    return apply(function, K.reshape(-1, *K.shape[-2:]), *options).view(K.shape)
+    return plain_cayley(entries, size) if is_plain() else _of_stack(_Cayley, entries, size)
 
 
 class _Cayley(torch.autograd.Function):
     """With (I + K)^-1 = (I + R) / 2, a step dK turns R by -(I + R) dK (I + R) / 2."""
 
     @staticmethod
-    def forward(ctx: Any, K: Tensor) -> Tensor:
+    def forward(ctx: Any, entries: Tensor, size: int) -> Tensor:
+        K = _skew(entries, size)
         R = _product(K) if _is_small(K) else _quotient(_identity_of(K), K)
         ctx.save_for_backward(R)
         return R
@@ -243,7 +260,7 @@ class _Cayley(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         (R,), (gradient,) = ctx.saved_tensors, gradients
         around = (R + _identity_of(R)).mT
-        return torch.bmm(torch.bmm(around, gradient), around * -0.5)
+        return _of_entries(torch.bmm(torch.bmm(around, gradient), around * -0.5)), None
 
 
 WIDE = 16
@@ -255,7 +272,7 @@ vector is longer by no more than the norm over the root of two."""
 
 def _is_small(K: Tensor) -> bool:
     """Whether `_product` is exact to rounding, and worth it; asked on a CPU, where nobody waits for the answer."""
-    if not len(K) or K.shape[-1] < WIDE or K.device.type != "cpu" or type(K) is not Tensor or K.dtype not in SMALL:
+    if not K.shape[0] or K.shape[-1] < WIDE or K.device.type != "cpu" or type(K) is not Tensor or K.dtype not in SMALL:
         return False
     return bool(torch.linalg.vector_norm(K, dim=(-2, -1)).amax() < SMALL[K.dtype])
 
@@ -271,21 +288,24 @@ def _product(K: Tensor) -> Tensor:
     return torch.bmm(more, torch.sub(first, K, alpha=2))
 
 
-def plain_neumann(K: Tensor, terms: int) -> Tensor:
-    """The Cayley transform as a sum of powers of K ``[*batch, size, size]``: 1, -2, 2, -2, ... of them, and half of
-    that of the last one; four terms or more."""
-    identity = torch.eye(K.shape[-1], dtype=K.dtype, device=K.device)
+def plain_neumann(entries: Tensor, size: int, terms: int) -> Tensor:
+    """The Cayley transform of each skew-symmetric matrix K with these entries (`plain_skew`) as a sum of powers of K:
+    1, -2, 2, -2, ... of them, and half of that of the last one; four terms or more."""
+    K = plain_skew(entries, size)
+    identity = torch.eye(size, dtype=K.dtype, device=K.device)
     total = 2 * identity - K
     for _ in range(terms - 3):
         total = 2 * identity - K @ total
     return identity - K @ total
 
 
-def neumann(K: Tensor, terms: int) -> Tensor:
-    """`plain_neumann`, of which backward keeps K alone."""
+def neumann(entries: Tensor, size: int, terms: int) -> Tensor:
+    """`plain_neumann`, of which backward keeps two matrices alone."""
     if is_plain():
-        return _series(K.reshape(-1, *K.shape[-2:]), terms).view(K.shape)
-    return _of_stack(_Neumann, K, terms)
+        K = plain_skew(entries, size)
+        stack = K.reshape(-1, size, size)
+        return _series(stack, _square(stack), terms).view(K.shape)
+    return _of_stack(_Neumann, entries, size, terms)
 
 
 class _Neumann(torch.autograd.Function):
@@ -293,35 +313,47 @@ class _Neumann(torch.autograd.Function):
     square; along what is skew-symmetric, as every change of K, -(Q + Q^T) K is the same."""
 
     @staticmethod
-    def forward(ctx: Any, K: Tensor, terms: int) -> Tensor:
-        ctx.terms = terms
-        ctx.save_for_backward(K)
-        return _series(K, terms)
+    def forward(ctx: Any, entries: Tensor, size: int, terms: int) -> Tensor:
+        K = _skew(entries, size)
+        square = _square(K)
+        ctx.size, ctx.terms = size, terms
+        ctx.save_for_backward(entries, K, square)
+        return _series(K, square, terms)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (K,), (gradient,) = ctx.saved_tensors, gradients
-        pair, sums = _factors(K, ctx.terms)
+        (entries, K, square), (gradient,) = ctx.saved_tensors, gradients
+        if torch.is_grad_enabled():  # backward is differentiated too, and what forward made has no graph
+            K = plain_skew(entries, ctx.size)
+            square = _square(K)
+        pair, sums = _factors(K, square, ctx.terms)
         even, of_even = ctx.terms % 2 == 0, gradient
         if even:
             gradient = torch.bmm(K, gradient)
         of_pair = of_square = gradient
         if sums:
-            of_pair = torch.bmm(sums[-1], gradient)
-            of_square, of_sum = of_pair, torch.bmm(gradient, pair.mT)
+            of_pair = of_square = torch.bmm(sums[-1], gradient)
+            left, right = gradient, pair.mT  # whose product is the gradient of the last sum
             for below in reversed(sums[:-1]):
-                of_square, of_sum = torch.baddbmm(of_square, of_sum, below), torch.baddbmm(-of_sum, sums[0], of_sum)
-            of_square = of_square + of_sum
+                of_sum = torch.bmm(left, right)
+                of_square = torch.baddbmm(of_square, of_sum, below)
+                left, right = square - _identity_of(K), of_sum
+            of_square = torch.baddbmm(of_square, left, right)
         of_K = torch.baddbmm(of_pair, of_square + of_square.mT, K, beta=-2, alpha=-1)
         if even:
             of_K = torch.baddbmm(of_K - of_even, of_even, _odd_series(pair, sums).mT, alpha=-1)
-        return of_K, None
+        return _of_entries(of_K), None, None
 
 
-def _series(K: Tensor, terms: int) -> Tensor:
+def _square(K: Tensor) -> Tensor:
+    """I + K^2."""
+    return torch.baddbmm(_identity_of(K), K, K)
+
+
+def _series(K: Tensor, square: Tensor, terms: int) -> Tensor:
     """`plain_neumann` as a product: for terms 2 m + 1 it is (I - K)^2 (I + K^2 + ... + K^(2 m - 2)); for one term more,
     I - K (I + that of one less)."""
-    odd = _odd_series(*_factors(K, terms))
+    odd = _odd_series(*_factors(K, square, terms))
     return odd if terms % 2 else torch.baddbmm(_identity_of(K) - K, K, odd, alpha=-1)
 
 
@@ -329,15 +361,9 @@ def _odd_series(pair: Tensor, sums: list[Tensor]) -> Tensor:
     return torch.bmm(sums[-1], pair) if sums else pair
 
 
-def _identity_of(K: Tensor) -> Tensor:
-    return _kept(_identity, K.shape[-1], K.dtype, K.device)[0]
-
-
-def _factors(K: Tensor, terms: int) -> tuple[Tensor, list[Tensor]]:
+def _factors(K: Tensor, square: Tensor, terms: int) -> tuple[Tensor, list[Tensor]]:
     """(I - K)^2, and the sums I + K^2, I + K^2 + K^4, ..."""
-    identity = _identity_of(K)
-    first = torch.baddbmm(identity, K, K)
-    sums: list[Tensor] = []
-    for _ in range((terms - 3) // 2):
-        sums.append(torch.baddbmm(identity - sums[-1], first, sums[-1]) if sums else first)
-    return torch.sub(first, K, alpha=2), sums
+    sums = [square][: (terms - 3) // 2]
+    for _ in range((terms - 5) // 2):
+        sums.append(torch.baddbmm(_identity_of(K), square - _identity_of(K), sums[-1]))
+    return torch.sub(square, K, alpha=2), sums

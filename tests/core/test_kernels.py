@@ -1,5 +1,6 @@
 """The kernels beside the plain mathematics that they stand for."""
 
+import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -29,9 +30,8 @@ def test_rotation_is_a_product_with_a_block_diagonal_matrix(shape: tuple[int, in
     expected, before = x @ torch.block_diag(*R), x.clone()
     torch.testing.assert_close(kernels.rotate(x, R), expected)
     torch.testing.assert_close(kernels.plain_rotate(x, R), expected)
-    for way in (rotations._laid_out_first, rotations._where_it_lies):  # of a CPU, of other devices
-        with torch.no_grad():
-            torch.testing.assert_close(way(x, R), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(rotations._where_they_lie(x, R).view(x.shape), expected)  # of other devices
     torch.testing.assert_close(x, before, atol=0, rtol=0)
 
 
@@ -48,6 +48,14 @@ def test_gradients_of_rotation(shape: tuple[int, int, int]) -> None:
     assert gradgradcheck(kernels.rotate, blocks(*shape))
     x, R = blocks(*shape)
     assert gradcheck(kernels.rotate, (x.detach(), R)) and gradcheck(kernels.rotate, (x, R.detach()))
+
+
+def test_what_goes_into_a_rotation_and_back_stays() -> None:
+    given = [*blocks(6, 3, 2), torch.randn(6, 6, dtype=torch.float64)]
+    x, R, gradient = given
+    before = [each.detach().clone() for each in given]
+    torch.autograd.grad(kernels.rotate(x, R), (x, R), gradient)
+    assert all(map(torch.equal, given, before))
 
 
 def test_rotation_under_vmap_and_grad() -> None:
@@ -68,7 +76,7 @@ def layer_and_rotation(*leading: int, count: int = 3, exact: bool = True) -> Tur
     """x, weight, bias and blocks of two, of rotations if exact; the first and the last want gradients."""
     x, weight, bias = (torch.randn(*shape, dtype=torch.float64) for shape in ((*leading, 6), (4, 6), (4,)))
     R = torch.randn(count, 2, 2, dtype=torch.float64)
-    R = kernels.plain_cayley(R - R.mT) if exact else R
+    R = kernels.plain_cayley(R[:, :1, 1], 2) if exact else R
     return x.requires_grad_(), weight, bias, R.requires_grad_()
 
 
@@ -138,79 +146,70 @@ def test_a_linear_layer_of_turned_inputs_under_autocast() -> None:
     assert torch.autograd.grad(found.float().sum(), R)[0].dtype == torch.float32
 
 
-ROTATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+ROTATIONS: dict[str, tuple[Callable[[Tensor, int], Tensor], Callable[[Tensor, int], Tensor]]] = {
     "cayley": (kernels.cayley, kernels.plain_cayley),
     **{
         f"neumann {terms}": (partial(kernels.neumann, terms=terms), partial(kernels.plain_neumann, terms=terms))
-        for terms in (4, 5, 6, 7, 9)
+        for terms in (4, 5, 6, 7, 9, 12)
     },
 }
+BATCH = pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
 
 
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def entries_of(*batch: int, size: int) -> Tensor:
+    """What stands above the diagonals of skew-symmetric matrices."""
+    return torch.randn(*batch, size * (size - 1) // 2, dtype=torch.float64)
+
+
+@BATCH
 def test_skew_symmetric_matrices_from_their_entries(batch: tuple[int, ...]) -> None:
-    entries = torch.randn(*batch, 6, dtype=torch.float64, requires_grad=True)
-    K = kernels.skew(entries, 4)
+    entries = entries_of(*batch, size=4)
+    K = kernels.plain_skew(entries, 4)
     assert torch.equal(K, -K.mT) and torch.equal(K[..., 1, 2:], entries[..., 3:5])
-    assert torch.equal(K, kernels.plain_skew(entries, 4))
-    run = partial(kernels.skew, size=4)
-    assert gradcheck(run, entries) and gradgradcheck(run, entries)
+    assert torch.equal(K, rotations._skew(entries, 4))
 
 
-def test_skew_symmetric_matrices_under_vmap_grad_and_inference() -> None:
-    entries = torch.randn(5, 10, dtype=torch.float64)
-    each = torch.func.vmap(torch.func.grad(lambda row: kernels.skew(row, 5).triu().pow(3).sum()))(entries)
-    torch.testing.assert_close(each, 3 * entries.pow(2))
-    with torch.inference_mode():
-        kernels.skew(entries, 5)
-    assert gradcheck(partial(kernels.skew, size=5), entries.requires_grad_())
-
-
-def skew(*shape: int) -> Tensor:
-    """Skew-symmetric matrices of a random one each."""
-    full = torch.randn(*shape, shape[-1], dtype=torch.float64)
-    return full - full.mT
-
-
-@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
+@BATCH
 @pytest.mark.parametrize("name", ROTATIONS)
-def test_rotations_and_their_gradients(name: str, shape: tuple[int, ...]) -> None:
-    kernel, plain = ROTATIONS[name]
-    K = skew(*shape).requires_grad_()
-    torch.testing.assert_close(kernel(K), plain(K))
-    weights = torch.randn(*shape, shape[-1], dtype=torch.float64)
-    one, other = (torch.autograd.grad((each(K) * weights).sum(), K)[0] for each in (kernel, plain))
-    torch.testing.assert_close(one - one.mT, other - other.mT)  # what is not skew-symmetric nobody asks for
-
-    def turned(entries: Tensor) -> Tensor:
-        return kernel(entries - entries.mT)
-
-    assert gradcheck(turned, K) and gradgradcheck(turned, K)
+def test_rotations_and_their_gradients(name: str, batch: tuple[int, ...]) -> None:
+    kernel, plain = (partial(each, size=4) for each in ROTATIONS[name])
+    entries = entries_of(*batch, size=4).requires_grad_()
+    torch.testing.assert_close(kernel(entries), plain(entries))
+    weights = torch.randn(*batch, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((each(entries) * weights).sum(), entries) for each in (kernel, plain))
+    )
+    assert gradcheck(kernel, entries) and gradgradcheck(kernel, entries)
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
-def test_backward_of_rotations_keeps_one_tensor(name: str) -> None:
-    K, kept = skew(3, 4).requires_grad_(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: K):
-        ROTATIONS[name][0](K)
-    assert kept == [K.shape]
+def test_backward_of_rotations_keeps_two_matrices_at_most(name: str) -> None:
+    entries, kept = entries_of(3, size=4).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: entries):
+        ROTATIONS[name][0](entries, 4)
+    matrix = torch.Size([3, 4, 4])
+    assert kept == ([matrix] if name == "cayley" else [entries.shape, matrix, matrix])
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_rotations_under_vmap_and_grad(name: str) -> None:
-    kernel, plain = ROTATIONS[name]
-    K = skew(5, 2, 3)
-    each = torch.func.vmap(torch.func.grad(lambda K: kernel(K - K.mT).pow(3).sum()))(K)
-    for one, gradient in zip(K.requires_grad_(), each, strict=True):
-        torch.testing.assert_close(torch.autograd.grad(plain(one - one.mT).pow(3).sum(), one)[0], gradient)
+    kernel, plain = (partial(each, size=3) for each in ROTATIONS[name])
+    entries = entries_of(5, 2, size=3)
+    each = torch.func.vmap(torch.func.grad(lambda one: kernel(one).pow(3).sum()))(entries)
+    for one, gradient in zip(entries.requires_grad_(), each, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(plain(one).pow(3).sum(), one)[0], gradient)
 
 
-def test_what_a_transform_makes_is_not_kept() -> None:
-    K = skew(2, 7)  # of a size that nothing else here has
-    torch.func.vmap(torch.func.grad(lambda K: kernels.neumann(K, 5).pow(2).sum()))(K.unsqueeze(0))
-    assert not [key for key in rotations._KEPT if 7 in key]
-    kernels.neumann(K, 5)
-    assert [key for key in rotations._KEPT if 7 in key]
+def test_what_a_transform_or_inference_makes_is_not_kept() -> None:
+    entries = entries_of(2, size=7)  # of a size that nothing else here has
+    kept = lambda: [key for key in rotations._KEPT if 7 in key]  # noqa: E731
+    torch.func.vmap(torch.func.grad(lambda one: kernels.neumann(one, 7, 5).pow(2).sum()))(entries)
+    assert not kept()
+    with torch.inference_mode():
+        kernels.neumann(entries, 7, 5)
+    assert not kept()
+    kernels.neumann(entries, 7, 5)
+    assert kept()
 
 
 @pytest.fixture
@@ -227,49 +226,50 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
+def with_norm(entries: Tensor, norm: float) -> Tensor:
+    """Entries of matrices that have this norm."""
+    return entries * (norm / math.sqrt(2)) / torch.linalg.vector_norm(entries, dim=-1, keepdim=True)
+
+
 @pytest.mark.parametrize("dtype", rotations.SMALL)
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.999])
 @pytest.mark.parametrize("planes", ["all", "one"])
-@pytest.mark.parametrize("shape", [(16,), (3, 32), (2, 3, 17)])
+@pytest.mark.parametrize(("batch", "size"), [((), 16), ((3,), 32), ((2, 3), 17)])
 def test_small_matrices_are_not_solved_for(
-    shape: tuple[int, ...], planes: str, share: float, dtype: torch.dtype, asked: list[bool]
+    batch: tuple[int, ...], size: int, planes: str, share: float, dtype: torch.dtype, asked: list[bool]
 ) -> None:
-    K = skew(*shape)
+    entries = entries_of(*batch, size=size)
     if planes == "one":  # in which it does all that its norm allows
-        K[..., 2:, :], K[..., :, 2:] = 0, 0
-    K = K / torch.linalg.matrix_norm(K, keepdim=True) * rotations.SMALL[dtype] * share
-    K = (K + 0.0).to(dtype).requires_grad_()
-    found = kernels.cayley(K)
+        entries[..., 1:] = 0
+    entries = with_norm(entries, rotations.SMALL[dtype] * share).to(dtype).requires_grad_()
+    found = kernels.cayley(entries, size)
     assert asked == [True] and found.dtype == dtype
-    expected = kernels.plain_cayley(precise := K.detach().double().requires_grad_())
+    expected = kernels.plain_cayley(precise := entries.detach().double().requires_grad_(), size)
     few = 16 * torch.finfo(dtype).eps
     torch.testing.assert_close(found.double(), expected, atol=few, rtol=0)
-    torch.testing.assert_close(
-        (found @ found.mT).double(), torch.eye(shape[-1]).double().expand_as(K), atol=few, rtol=0
-    )
+    torch.testing.assert_close((found @ found.mT).double(), torch.eye(size).double().expand_as(found), atol=few, rtol=0)
     gradient = torch.randn_like(expected)
-    (of_K,), (of_precise,) = (
-        torch.autograd.grad(R, each, gradient.to(R.dtype)) for R, each in ((found, K), (expected, precise))
+    (one,), (other,) = (
+        torch.autograd.grad(R, each, gradient.to(R.dtype)) for R, each in ((found, entries), (expected, precise))
     )
-    torch.testing.assert_close(of_K - of_K.mT, (of_precise - of_precise.mT).to(dtype), atol=100 * few, rtol=0)
+    torch.testing.assert_close(one, other.to(dtype), atol=100 * few, rtol=0)
 
 
 def test_larger_narrower_and_broken_matrices_are_solved_for(asked: list[bool]) -> None:
-    small = skew(3, 16)
-    small = small / torch.linalg.matrix_norm(small, keepdim=True) * rotations.SMALL[torch.float64] * 0.9
+    small = with_norm(entries_of(3, size=16), rotations.SMALL[torch.float64] * 0.9)
     one_is_large, one_is_broken = small.clone(), small.clone()
     one_is_large[1] *= 1.2
-    one_is_broken[1, 0, 1] = float("nan")
-    for K in (one_is_large, one_is_broken, small[:, :15, :15], small[:0]):
-        kernels.cayley(K)
+    one_is_broken[1, 0] = float("nan")
+    for entries, size in ((one_is_large, 16), (one_is_broken, 16), (small[:, : 15 * 7], 15), (small[:0], 16)):
+        kernels.cayley(entries, size)
     assert not any(asked)
-    kernels.cayley(small)
+    kernels.cayley(small, 16)
     assert asked[-1]
 
 
 def test_a_longer_series_comes_nearer_to_the_rotation() -> None:
-    K = skew(3, 4) / 20
-    off = [(kernels.neumann(K, terms) - kernels.cayley(K)).abs().max() for terms in (4, 5, 9)]
+    entries = entries_of(3, size=4) / 20
+    off = [(kernels.neumann(entries, 4, terms) - kernels.cayley(entries, 4)).abs().max() for terms in (4, 5, 9)]
     assert off[0] > off[1] > off[2] and off[2] < 1e-4
 
 

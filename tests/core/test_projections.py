@@ -33,6 +33,12 @@ def test_a_projection_is_the_product() -> None:
     assert kernels.projected(x, A, torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_a_projection_of_no_rows() -> None:
+    x, A = torch.empty(0, 2, 5, dtype=Double, requires_grad=True), inputs()[1]
+    projected(x, A).sum().backward()
+    assert x.grad is not None and x.grad.shape == x.shape
+
+
 def test_what_is_projected_again_is_there() -> None:
     x, A = inputs(7)
     first = projected(x, A)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from peftcore import Site, kernels
+from peftcore import Site
 from peftcore.errors import UnsupportedSite
 from peftcore.weights import Layer
 
@@ -23,7 +23,7 @@ def width(site: Site) -> int:
 
 def rows(weight: Tensor, layer: Layer) -> Tensor:
     """The weight [*batch, out, in, *kernel] as rows [*batch, n, width] of the turned side, at full precision."""
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    weight = precise(weight)
     return weight.mT if layer.one_hot else weight.flatten(layer.batch_dims + 1)
 
 
@@ -51,9 +51,9 @@ def block_size(site: Site, wanted: int, factors: int = 1) -> int:
     return min(fitting, key=lambda n: (abs(n - wanted), n))
 
 
-def skew(entries: Tensor, size: int) -> Tensor:
-    """Skew-symmetric matrices [..., size, size] from what stands above the diagonal, row by row."""
-    return kernels.skew(entries.to(torch.promote_types(entries.dtype, torch.float32)), size)
+def precise(values: Tensor) -> Tensor:
+    """Values of which rotations are made, in float32 at least."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def rotate(rows: Tensor, R: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
 from peftcore.operators import Held
 from peftcore_reparameterized._gains import gained
-from peftcore_reparameterized._rotations import block_size, rotate, rows, skew, weight_of, width
+from peftcore_reparameterized._rotations import block_size, precise, rotate, rows, weight_of, width
 
 
 class Config(MethodConfig):
@@ -60,7 +60,7 @@ class BOFTOperator(WeightOperator):
 
     def turned(self, rows: Tensor) -> Tensor:
         """Rows [*batch, n, width] times R^T, one factor after the other."""
-        for factor, R in enumerate(kernels.cayley(skew(self.K, self.size)).unbind(-4)):
+        for factor, R in enumerate(kernels.cayley(precise(self.K), self.size).unbind(-4)):
             rows = _swap(rotate(_swap(rows, 2, 2**factor, self.size), R), 2**factor, 2, self.size)
         return rows
 

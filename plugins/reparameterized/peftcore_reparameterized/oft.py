@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
 from peftcore.operators import Held
-from peftcore_reparameterized._rotations import block_size, rotate, rows, skew, weight_of, width
+from peftcore_reparameterized._rotations import block_size, precise, rotate, rows, weight_of, width
 
 
 class Config(MethodConfig):
@@ -63,11 +63,13 @@ class OFTOperator(WeightOperator):
 
     def rotation(self, entries: Tensor) -> Tensor:
         """R, block by block, [*batch, blocks, size, size], of what stands above the diagonals of K."""
-        K = skew(entries, self.size)
+        entries = precise(entries)
         if self.radius is not None:
-            norm = torch.linalg.matrix_norm(K, keepdim=True)
-            K = K + (K * (self.radius / norm.clamp(min=self.radius)) - K).detach()
-        return kernels.cayley(K) if self.series is None else kernels.neumann(K, self.series)
+            norm = math.sqrt(2) * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)
+            entries = entries + (entries * (self.radius / norm.clamp(min=self.radius)) - entries).detach()
+        if self.series is None:
+            return kernels.cayley(entries, self.size)
+        return kernels.neumann(entries, self.size, self.series)
 
     def acts_beside(self, x: Tensor) -> bool:
         return self.layer.of_vectors
