@@ -280,7 +280,7 @@ def _is_small(K: Tensor) -> bool:
 def _product(K: Tensor) -> Tensor:
     """``(I - K)^2 (I + K^2) (I + K^4) (I + K^8)``: the Cayley transform but for K^16."""
     identity = _identity_of(K)
-    first = torch.baddbmm(identity, K, K)
+    first = _first_sum(K)
     square = first - identity
     fourth = torch.bmm(square, square)
     more = torch.baddbmm(first, fourth, first)
@@ -304,7 +304,7 @@ def neumann(entries: Tensor, size: int, terms: int) -> Tensor:
     if is_plain():
         K = plain_skew(entries, size)
         stack = K.reshape(-1, size, size)
-        return _series(stack, _square(stack), terms).view(K.shape)
+        return _series(stack, _first_sum(stack), terms).view(K.shape)
     return _of_stack(_Neumann, entries, size, terms)
 
 
@@ -315,18 +315,18 @@ class _Neumann(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, entries: Tensor, size: int, terms: int) -> Tensor:
         K = _skew(entries, size)
-        square = _square(K)
+        first = _first_sum(K)
         ctx.size, ctx.terms = size, terms
-        ctx.save_for_backward(entries, K, square)
-        return _series(K, square, terms)
+        ctx.save_for_backward(entries, K, first)
+        return _series(K, first, terms)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        (entries, K, square), (gradient,) = ctx.saved_tensors, gradients
+        (entries, K, first), (gradient,) = ctx.saved_tensors, gradients
         if torch.is_grad_enabled():  # backward is differentiated too, and what forward made has no graph
             K = plain_skew(entries, ctx.size)
-            square = _square(K)
-        pair, sums = _factors(K, square, ctx.terms)
+            first = _first_sum(K)
+        pair, sums = _factors(K, first, ctx.terms)
         even, of_even = ctx.terms % 2 == 0, gradient
         if even:
             gradient = torch.bmm(K, gradient)
@@ -337,7 +337,7 @@ class _Neumann(torch.autograd.Function):
             for below in reversed(sums[:-1]):
                 of_sum = torch.bmm(left, right)
                 of_square = torch.baddbmm(of_square, of_sum, below)
-                left, right = square - _identity_of(K), of_sum
+                left, right = first - _identity_of(K), of_sum
             of_square = torch.baddbmm(of_square, left, right)
         of_K = torch.baddbmm(of_pair, of_square + of_square.mT, K, beta=-2, alpha=-1)
         if even:
@@ -345,15 +345,15 @@ class _Neumann(torch.autograd.Function):
         return _of_entries(of_K), None, None
 
 
-def _square(K: Tensor) -> Tensor:
+def _first_sum(K: Tensor) -> Tensor:
     """I + K^2."""
     return torch.baddbmm(_identity_of(K), K, K)
 
 
-def _series(K: Tensor, square: Tensor, terms: int) -> Tensor:
+def _series(K: Tensor, first: Tensor, terms: int) -> Tensor:
     """`plain_neumann` as a product: for terms 2 m + 1 it is (I - K)^2 (I + K^2 + ... + K^(2 m - 2)); for one term more,
     I - K (I + that of one less)."""
-    odd = _odd_series(*_factors(K, square, terms))
+    odd = _odd_series(*_factors(K, first, terms))
     return odd if terms % 2 else torch.baddbmm(_identity_of(K) - K, K, odd, alpha=-1)
 
 
@@ -361,9 +361,9 @@ def _odd_series(pair: Tensor, sums: list[Tensor]) -> Tensor:
     return torch.bmm(sums[-1], pair) if sums else pair
 
 
-def _factors(K: Tensor, square: Tensor, terms: int) -> tuple[Tensor, list[Tensor]]:
+def _factors(K: Tensor, first: Tensor, terms: int) -> tuple[Tensor, list[Tensor]]:
     """(I - K)^2, and the sums I + K^2, I + K^2 + K^4, ..."""
-    sums = [square][: (terms - 3) // 2]
+    sums = [first][: (terms - 3) // 2]
     for _ in range((terms - 5) // 2):
-        sums.append(torch.baddbmm(_identity_of(K), square - _identity_of(K), sums[-1]))
-    return torch.sub(square, K, alpha=2), sums
+        sums.append(torch.baddbmm(_identity_of(K), first - _identity_of(K), sums[-1]))
+    return torch.sub(first, K, alpha=2), sums
