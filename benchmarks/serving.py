@@ -41,49 +41,45 @@ def forward(model: nn.Module, ids: torch.Tensor, **more: Any) -> Step:
 def one_token(rounds: int) -> Iterator[list[Row]]:
     """What an adapter adds to a forward of one token."""
     base, ids = llama(layers=LAYERS), tokens(1, 1)
-    calls: dict[str, Step] = {
-        "limit": forward(copy.deepcopy(base), ids),
-        "theirs": forward(LORA.theirs_on(copy.deepcopy(base)), ids),
-        "ours": forward(LORA.ours_on(copy.deepcopy(base)), ids),
-        **{name: forward(PAIRS[name].ours_on(copy.deepcopy(base)), ids) for name in WEIGHT_FORM},
-        **{
-            f"{name}, frugal": forward(replace(PAIRS[name], frugal=True).ours_on(copy.deepcopy(base)), ids)
-            for name in BESIDE
-        },
-    }
-    times = take_turns(calls, 10 * rounds, warmup=10)
+    others = {name: PAIRS[name] for name in WEIGHT_FORM}
+    others |= {f"{name}, frugal": replace(PAIRS[name], frugal=True) for name in BESIDE}
+
+    def build() -> Mapping[str, Step]:
+        pairs = {"ours": LORA, **others}
+        return {
+            "limit": forward(copy.deepcopy(base), ids),
+            "theirs": forward(LORA.theirs_on(copy.deepcopy(base)), ids),
+            **{name: forward(pair.ours_on(copy.deepcopy(base)), ids) for name, pair in pairs.items()},
+        }
+
+    times = in_layouts(build, 10 * rounds, ratio_of)
     rows = [beyond("one token, lora: time beyond the base", times, 0.6)]
-    for name in (*WEIGHT_FORM, *(f"{name}, frugal" for name in BESIDE)):
+    for name in others:
         figure, ratio = f"one token, {name}: time beyond the base, over lora's", overhead(times, name, "ours", "limit")
         rows.append(Row(figure, over(times, name), "(ours)", ratio, 1.2 if name in WEIGHT_FORM else math.inf))
     yield rows
 
 
-def many(adapters: int, rows: int = 8) -> Mapping[str, Step]:
-    """The base, ours and theirs with that many LoRAs; the rows go to as many of them."""
-    base, ids = llama(layers=LAYERS), tokens(rows, 32)
-    names = [f"a{number}" for number in range(adapters)]
-    ours = copy.deepcopy(base)
-    for name in names:
-        LORA.ours_on(ours, name=name)
+def many(adapters: int) -> Mapping[str, Step]:
+    """The base, ours and theirs with that many LoRAs, each on a row of its own."""
+    base, ids, names = llama(layers=LAYERS), tokens(adapters, 32), [f"a{number}" for number in range(adapters)]
     theirs: Any = LORA.theirs_on(copy.deepcopy(base), name=names[0])
     for name in names[1:]:
         theirs.add_adapter(name, LORA.settings())
-    peftcore.route(ours, names[:rows])
     return {
         "limit": forward(copy.deepcopy(base), ids),
-        "ours": forward(ours, ids),
-        "theirs": forward(theirs, ids, adapter_names=names[:rows]),
+        "ours": on_rows("lora", adapters),
+        "theirs": forward(theirs, ids, adapter_names=names),
     }
 
 
-def on_rows(name: str, adapters: int = 8) -> Step:
-    """Ours with that many adapters of one method, each on a row of its own."""
+def on_rows(method: str, adapters: int, rows: int = 8) -> Step:
+    """Ours with that many adapters of one method, of which as many as there are rows act, each on one."""
     model = llama(layers=LAYERS)
     for number in range(adapters):
-        PAIRS[name].ours_on(model, name=f"a{number}")
-    peftcore.route(model, [f"a{number}" for number in range(adapters)])
-    return forward(model, tokens(adapters, 32))
+        PAIRS[method].ours_on(model, name=f"a{number}")
+    peftcore.route(model, [f"a{number}" for number in range(rows)])
+    return forward(model, tokens(rows, 32))
 
 
 def mixed_rows(rounds: int) -> Iterator[list[Row]]:
@@ -94,14 +90,12 @@ def mixed_rows(rounds: int) -> Iterator[list[Row]]:
     def of_64(times: Times) -> Estimate:
         return overhead(times, "ours, of 64", "ours", "limit")
 
-    times = in_layouts(
-        lambda: {**many(8), **{f"{name}, of 64": call for name, call in many(64).items()}}, rounds, ratio_of, of_64
-    )
+    times = in_layouts(lambda: {**many(8), "ours, of 64": on_rows("lora", 64)}, 3 * rounds, ratio_of, of_64)
     yield [
         beyond(figure.format(""), times, 0.5),
         Row(figure.format(" of 64, over that of 8"), over(times, "ours, of 64"), "(ours)", of_64(times), 1.05),
     ]
-    times = take_turns({**many(8), **{name: on_rows(name) for name in MIXED}}, rounds)
+    times = take_turns({**many(8), **{name: on_rows(name, 8) for name in MIXED}}, rounds)
     yield [
         Row(
             f"8 rows on 8 adapters, {name}: time beyond the base, over lora's",

@@ -82,5 +82,5 @@ def ratio(times: Times, one: str, other: str) -> Estimate:
 
 
 def overhead(times: Times, one: str, other: str, limit: str) -> Estimate:
-    """What one adds to the limit, over what another adds."""
-    return estimate(times, lambda median: (median[one] - median[limit]) / (median[other] - median[limit]))
+    """What one adds to the limit of its round, over what another adds: what is slower for a while is so for all."""
+    return ratio({name: times[name] - times[limit] for name in (one, other)}, one, other)

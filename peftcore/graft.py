@@ -23,6 +23,7 @@ from types import MethodType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.utils.checkpoint import checkpoint
@@ -96,10 +97,13 @@ def _on_view(module: nn.Module, acting: Acting, args: tuple[Any, ...], kwargs: d
 def _run_view(
     module: nn.Module,
     acting: Acting,
-    tensors: Mapping[str, Tensor | None],
+    tensors: Mapping[str, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
+    if acting.product is not None and len(args) == 1 and not kwargs:  # a token: a view takes longer than the product
+        bias: Any = tensors.get("bias", module.bias)
+        return F.linear(*args, acting.product.logical(tensors["weight"]), bias)
     stand_in = view(module, tensors, acting.attributes, acting.runs_dense)
     return type(stand_in).forward(stand_in, *args, **kwargs)
 

@@ -28,6 +28,7 @@ from peftcore.operators import (
     tables,
 )
 from peftcore.updated import Factors, factors_of, stand_in
+from peftcore.weights import Layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,9 @@ class Acting:
     """The only mount that acts on tensors, where it can act on activations instead."""
     single: bool = True
     """Whether the module is nothing but one product with each tensor that it acts on."""
+    product: Layer | None = None
+    """The layer of the weight, where the module is a linear map of vectors that takes effective tensors as they
+    are."""
     updates: bool = False
     """Whether low-rank updates of stacked matrices are all that acts on tensors."""
     frugal: bool = False
@@ -180,8 +184,9 @@ def plan_acting(mounts: Mounts, stances: list[tuple[str | None, Mapping[str, Any
     if not weight:  # as nearly always
         return Acting((), tuple(onion), tuple(attention), attributes, derives, packed)
     packed = packed or any(mount.layer.packed for mount in weight)
+    effects = effects_of(weight)
     return Acting(
-        effects=tuple((path, tuple(each)) for path, each in effects_of(weight).items()),
+        effects=tuple((path, tuple(each)) for path, each in effects.items()),
         onion=tuple(onion),
         attention=tuple(attention),
         attributes=attributes,
@@ -190,8 +195,16 @@ def plan_acting(mounts: Mounts, stances: list[tuple[str | None, Mapping[str, Any
         runs_dense=next((mount.layer.runs_dense for mount in weight if mount.layer.runs_dense), None),
         beside=Beside.of(weight[0], attributes) if len(weight) == 1 else None,
         single=all(mount.layer.called for mount in weight),
+        product=None if packed or attributes else _product(effects),
         updates=not packed and all(map(_updates_stack, weight)),
     )
+
+
+def _product(effects: Mapping[str, list[Effect]]) -> Layer | None:
+    if "weight" not in effects or not effects.keys() <= {"weight", "bias"}:
+        return None
+    layer = effects["weight"][0].mount.layer
+    return layer if layer.called and layer.of_vectors and layer.runs_dense is None else None
 
 
 def _updates_stack(mount: Mount) -> bool:
