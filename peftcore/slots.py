@@ -107,8 +107,7 @@ class Acting:
     single: bool = True
     """Whether the module is nothing but one product with each tensor that it acts on."""
     product: Layer | None = None
-    """The layer of the weight, where the module is a linear map of vectors that takes effective tensors as they
-    are."""
+    """The layer of the weight that it acts on, where the module is a linear map of vectors with a dense one."""
     updates: bool = False
     """Whether low-rank updates of stacked matrices are all that acts on tensors."""
     frugal: bool = False
@@ -195,7 +194,7 @@ def plan_acting(mounts: Mounts, stances: list[tuple[str | None, Mapping[str, Any
         runs_dense=next((mount.layer.runs_dense for mount in weight if mount.layer.runs_dense), None),
         beside=Beside.of(weight[0], attributes) if len(weight) == 1 else None,
         single=all(mount.layer.called for mount in weight),
-        product=None if packed or attributes else _product(effects),
+        product=_product(effects),
         updates=not packed and all(map(_updates_stack, weight)),
     )
 
@@ -204,7 +203,7 @@ def _product(effects: Mapping[str, list[Effect]]) -> Layer | None:
     if "weight" not in effects or not effects.keys() <= {"weight", "bias"}:
         return None
     layer = effects["weight"][0].mount.layer
-    return layer if layer.called and layer.of_vectors and layer.runs_dense is None else None
+    return layer if layer.called and layer.of_vectors and not layer.packed else None
 
 
 def _updates_stack(mount: Mount) -> bool:
