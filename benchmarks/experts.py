@@ -45,7 +45,7 @@ def expert_rows(rounds: int) -> Iterator[list[Row]]:
     """Time and memory of a step, and the time of a token."""
     for size in SIZES:
         where = "lora on attention and {} experts of width {}".format(*size)
-        times = in_layouts(lambda size=size: steps(*size), rounds, ratio_of)  # type: ignore[misc]
+        times = in_layouts(lambda size=size: steps(*size), rounds, (ratio_of, 1.0))  # type: ignore[misc]
         step = beyond(f"step, {where}: time beyond the limit", times, 1.0)
         ids = torch.zeros(1, 1, dtype=torch.long)
         calls = {who: forward(model, ids) for who, model in hosts(*size).items()}

@@ -31,7 +31,7 @@ def host(layers: int = 4) -> Any:
 def packed_rows(rounds: int) -> Iterator[list[Row]]:
     """Time and memory of a step, and the time of a token, beyond those of the packed host."""
     for name in METHODS:
-        times = in_layouts(functools.partial(contenders, name, False, LENGTH, host), rounds, ratio_of)
+        times = in_layouts(functools.partial(contenders, name, False, LENGTH, host), rounds, (ratio_of, 1.0))
         step = beyond(f"step{WHERE}, {name}: time beyond the limit", times, 1.0)
         base, ids = host(), tokens(1, 1)
         calls = {

@@ -52,7 +52,7 @@ def one_token(rounds: int) -> Iterator[list[Row]]:
             **{name: forward(pair.ours_on(copy.deepcopy(base)), ids) for name, pair in pairs.items()},
         }
 
-    times = in_layouts(build, 10 * rounds, ratio_of)
+    times = in_layouts(build, 10 * rounds, (ratio_of, 0.6))
     rows = [beyond("one token, lora: time beyond the base", times, 0.6)]
     for name in others:
         figure, ratio = f"one token, {name}: time beyond the base, over lora's", overhead(times, name, "ours", "limit")
@@ -90,7 +90,9 @@ def mixed_rows(rounds: int) -> Iterator[list[Row]]:
     def of_64(times: Times) -> Estimate:
         return overhead(times, "ours, of 64", "ours", "limit")
 
-    times = in_layouts(lambda: {**many(8), "ours, of 64": on_rows("lora", 64)}, 3 * rounds, ratio_of, of_64)
+    times = in_layouts(
+        lambda: {**many(8), "ours, of 64": on_rows("lora", 64)}, 3 * rounds, (ratio_of, 0.5), (of_64, 1.05)
+    )
     yield [
         beyond(figure.format(""), times, 0.5),
         Row(figure.format(" of 64, over that of 8"), over(times, "ours, of 64"), "(ours)", of_64(times), 1.05),

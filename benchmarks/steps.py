@@ -33,7 +33,10 @@ LAYOUTS = 3
 """How often all contenders are built anew: where their tensors come to lie in memory is worth up to a tenth of a step,
 to one or to the other."""
 WIDTH = 0.1
-"""How wide the interval of a step's ratio may be, before it is measured for longer: up to three times."""
+"""How wide the interval of a ratio may be, before it is measured for longer: up to three times, and up to six times
+while what is wanted lies in it."""
+Goal = tuple[Callable[[Times], Estimate], float]
+"""A ratio, and what is wanted of it."""
 
 
 LENGTH = 128
@@ -77,7 +80,7 @@ def by_torch_alone(name: str, rounds: int) -> Row:
         made = contenders(name)
         return {**made, "ours": without_onednn(made["ours"])}
 
-    times = in_layouts(build, rounds, ratio_of)
+    times = in_layouts(build, rounds, (ratio_of, math.inf))
     return beyond(f"step, {name}, without oneDNN: time beyond the limit", times, math.inf)
 
 
@@ -91,20 +94,27 @@ def without_onednn(step: Step) -> Step:
 
 def timed(name: str, rounds: int, autocast: bool = False, length: int = LENGTH) -> Row:
     what = name + ", bf16 autocast" * autocast + f", rows of {length} tokens" * (length != LENGTH)
-    figure = f"step, {what}: time beyond the limit"
-    times = in_layouts(lambda: contenders(name, autocast, length), rounds, ratio_of)
-    return beyond(figure, times, WANTED.get(name, 1.0))
+    wanted = WANTED.get(name, 1.0)
+    times = in_layouts(lambda: contenders(name, autocast, length), rounds, (ratio_of, wanted))
+    return beyond(f"step, {what}: time beyond the limit", times, wanted)
 
 
-def in_layouts(build: Callable[[], Mapping[str, Step]], rounds: int, *ratios: Callable[[Times], Estimate]) -> Times:
-    """Times of contenders that are built anew a few times, and more often while a ratio is not narrow enough."""
+def in_layouts(build: Callable[[], Mapping[str, Step]], rounds: int, *goals: Goal) -> Times:
+    """Times of contenders that are built anew a few times, and more often while a ratio is not narrow enough, or
+    nearly what is wanted."""
     built: list[Mapping[str, Step]] = []  # all stay, so that none is built where the last one was
     times: Times = {}
-    while len(built) < LAYOUTS or (len(built) < 3 * LAYOUTS and any(each(times).width > WIDTH for each in ratios)):
+    while not times or len(built) < LAYOUTS * max(_effort(ratio(times), wanted) for ratio, wanted in goals):
         built.append(build())
         more = take_turns(built[-1], math.ceil(rounds / LAYOUTS))
         times = {who: np.concatenate([times[who], more[who]]) for who in more} if times else more
     return times
+
+
+def _effort(ratio: Estimate, wanted: float) -> int:
+    if ratio.low <= wanted < ratio.high:
+        return 6
+    return 3 if ratio.width > WIDTH else 1
 
 
 def beyond(figure: str, times: Times, wanted: float) -> Row:

@@ -30,6 +30,8 @@ def host(width: int = 512, layers: int = 4) -> Any:
 def transposed_rows(rounds: int) -> Iterator[list[Row]]:
     """Time and memory of a step."""
     for name in METHODS:
-        times = in_layouts(functools.partial(contenders, name, host=host, target=TARGET), rounds, ratio_of)
-        step = beyond(f"step{WHERE}, {name}: time beyond the limit", times, WANTED.get(name, 1.0))
+        build, wanted = functools.partial(contenders, name, host=host, target=TARGET), WANTED.get(name, 1.0)
+        step = beyond(
+            f"step{WHERE}, {name}: time beyond the limit", in_layouts(build, rounds, (ratio_of, wanted)), wanted
+        )
         yield [step, weighed(name, host, WHERE, TARGET)]
