@@ -22,6 +22,7 @@ from core_toys import (
 from torch import Tensor, nn
 
 import peftcore
+from peftcore import graft
 from peftcore.errors import UnsupportedHost
 
 
@@ -430,6 +431,17 @@ def test_operators_of_one_input_take_it_under_any_name(method: str) -> None:
     stir(injection, 0.3)
     by_name = model(x=x)
     assert torch.equal(by_name, model.inner(x))
+
+
+def test_a_linear_layer_multiplies_with_its_effective_weight_without_a_view(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making one takes longer than a token's product."""
+    model, x = perceptron(), torch.randn(3, 4)
+    injection = peftcore.apply(model, Shift, target="first")
+    stir(injection)
+    monkeypatch.setattr(graft, "view", None)
+    y = run_without_gradients(model.first, x)
+    injection.merge()
+    torch.testing.assert_close(y, model.first(x))
 
 
 def test_hooks_of_the_user_on_a_site_still_run() -> None:
