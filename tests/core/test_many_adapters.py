@@ -1,5 +1,6 @@
 """Many adapters on one host: what is done with one of them costs what it costs beside a few."""
 
+import gc
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from core_toys import Shift, Transformer, stir, token_ids, transformer
 
 import peftcore
+from peftcore import garbage
 
 TARGET = "all-linear"
 SITES = 12
@@ -65,7 +67,8 @@ def routed(model: Transformer, folder: Path) -> None:
 
 
 def instructions(act: Callable[[], None]) -> int:
-    """How many instructions of Python an act takes: its time, on a machine where nothing else happens."""
+    """How many instructions of Python an act takes: its time, on a machine where nothing else happens. What others left
+    behind is let go before, since their finalizers would count."""
     count = 0
 
     def note(frame: FrameType, event: str, argument: Any) -> Any:
@@ -74,12 +77,14 @@ def instructions(act: Callable[[], None]) -> int:
         count += event == "opcode"
         return note
 
+    gc.collect()
     before = sys.gettrace()
-    sys.settrace(note)
-    try:
-        act()
-    finally:
-        sys.settrace(before)
+    with garbage.kept():
+        sys.settrace(note)
+        try:
+            act()
+        finally:
+            sys.settrace(before)
     return count
 
 
