@@ -500,6 +500,26 @@ def test_a_scaled_low_rank_update_under_vmap_and_grad() -> None:
     torch.testing.assert_close(each.sum(0), torch.func.grad(norm)(inner, x))
 
 
+EYE, ONES = torch.eye(10), torch.ones(10)
+
+DROPPING: dict[str, Callable[[Tensor], Tensor]] = {
+    "projection": lambda x: kernels.dropped_linear(x, EYE, 0.25),
+    "low-rank update": lambda x: kernels.low_rank_linear(x, torch.zeros(10, 10), None, EYE, EYE, 1.0, 0.25),
+    "scaled update": lambda x: scaled_linear(x, torch.zeros(10, 10), None, EYE, ONES, EYE, ONES, 0.25),
+}
+"""Of each, what comes out is what is kept of x."""
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize("name", DROPPING)
+def test_what_drops_under_vmap_and_grad(name: str, randomness: str) -> None:
+    of_row = torch.func.grad(lambda x: DROPPING[name](x).sum())
+    each = torch.func.vmap(of_row, randomness=randomness)(torch.ones(400, 10))
+    assert set(each.unique().tolist()) == {0, ONES.div(0.75)[0].item()}
+    assert torch.equal(each, each[:1].expand_as(each)) == (randomness == "same")
+    assert randomness == "same" or abs(each.mean() - 1) < 0.05
+
+
 def test_a_scaled_low_rank_update_under_autocast() -> None:
     x, weight, bias, A, inner, B, outer = (each.detach().float() for each in layer_and_scaled_factors(2, 3))
     inner.requires_grad_(), outer.requires_grad_()
