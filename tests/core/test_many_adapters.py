@@ -1,4 +1,5 @@
-"""Many adapters on one host: what is done with one of them costs what it costs beside a few."""
+"""Many adapters on one host: what is done with one of them costs what it costs beside a few. And many sites: each costs
+what it costs among a few."""
 
 import gc
 import sys
@@ -16,18 +17,20 @@ import peftcore
 from peftcore import garbage
 
 TARGET = "all-linear"
-SITES = 12
+SITES_OF_A_LAYER = 6
+SITES = 2 * SITES_OF_A_LAYER
 
 
-def resident(count: int) -> Transformer:
+def resident(count: int, depth: int = 2) -> Transformer:
     """A host that has this many adapters, of which one acts, and has run."""
-    model = transformer()
+    torch.manual_seed(0)
+    model = Transformer(depth=depth).eval()
     for number in range(count):
         peftcore.activate(model)
         peftcore.apply(model, Shift, target=TARGET, name=f"a{number}")
     peftcore.activate(model, "a0")
     model(token_ids())
-    assert len(peftcore.injections(model)["a0"].sites) == SITES
+    assert len(peftcore.injections(model)["a0"].sites) == depth * SITES_OF_A_LAYER
     return model
 
 
@@ -88,7 +91,10 @@ def instructions(act: Callable[[], None]) -> int:
     return count
 
 
-@pytest.mark.parametrize("act", [applied, loaded, merged, merged_and_back, removed, saved, switched, routed])
+ACTS = [applied, loaded, merged, merged_and_back, removed, saved, switched, routed]
+
+
+@pytest.mark.parametrize("act", ACTS)
 def test_the_number_of_residents_costs_nothing(
     act: Callable[[Transformer, Path], None], tmp_path: Path, fresh_registry: None
 ) -> None:
@@ -100,6 +106,20 @@ def test_the_number_of_residents_costs_nothing(
     beside_few, beside_many = (instructions(partial(act, host, tmp_path)) for host in hosts)
     each = (beside_many - beside_few) / (many - few)
     assert each < 2 * SITES  # a look at its name, and none at its sites
+
+
+@pytest.mark.parametrize("act", ACTS)
+def test_another_site_costs_what_the_others_do(
+    act: Callable[[Transformer, Path], None], tmp_path: Path, fresh_registry: None
+) -> None:
+    peftcore.register(Shift)
+    spent = []
+    for depth in (4, 4, 12, 20):  # the first time has what a process does once
+        folder = tmp_path / f"{len(spent)}"
+        peftcore.injections(resident(1, depth))["a0"].save(folder)
+        spent.append(instructions(partial(act, resident(2, depth), folder)))
+    _, few, more, most = spent
+    assert 0.99 < (most - more) / (more - few) < 1.01
 
 
 def test_a_loaded_adapter_may_wait(tmp_path: Path, fresh_registry: None) -> None:
