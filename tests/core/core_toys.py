@@ -98,10 +98,10 @@ class Perceptron(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
-def transformer() -> Transformer:
+def transformer(depth: int = 2) -> Transformer:
     """A seeded host in eval mode."""
     torch.manual_seed(0)
-    return Transformer().eval()
+    return Transformer(depth=depth).eval()
 
 
 def perceptron() -> Perceptron:

@@ -500,6 +500,17 @@ def test_a_scaled_low_rank_update_under_vmap_and_grad() -> None:
     torch.testing.assert_close(each.sum(0), torch.func.grad(norm)(inner, x))
 
 
+def test_a_scaled_low_rank_update_under_autocast() -> None:
+    x, weight, bias, A, inner, B, outer = (each.detach().float() for each in layer_and_scaled_factors(2, 3))
+    inner.requires_grad_(), outer.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = scaled_linear(x, weight, bias, A, inner, B, outer)
+    assert found.dtype == torch.bfloat16
+    plain = plain_scaled_linear(x, weight, bias, A, inner, B, outer)
+    torch.testing.assert_close(found.float(), plain, atol=0.1, rtol=0.05)
+    assert {each.dtype for each in torch.autograd.grad(found.float().sum(), (inner, outer))} == {torch.float32}
+
+
 EYE, ONES = torch.eye(10), torch.ones(10)
 
 DROPPING: dict[str, Callable[[Tensor], Tensor]] = {
@@ -518,17 +529,6 @@ def test_what_drops_under_vmap_and_grad(name: str, randomness: str) -> None:
     assert set(each.unique().tolist()) == {0, ONES.div(0.75)[0].item()}
     assert torch.equal(each, each[:1].expand_as(each)) == (randomness == "same")
     assert randomness == "same" or abs(each.mean() - 1) < 0.05
-
-
-def test_a_scaled_low_rank_update_under_autocast() -> None:
-    x, weight, bias, A, inner, B, outer = (each.detach().float() for each in layer_and_scaled_factors(2, 3))
-    inner.requires_grad_(), outer.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = scaled_linear(x, weight, bias, A, inner, B, outer)
-    assert found.dtype == torch.bfloat16
-    plain = plain_scaled_linear(x, weight, bias, A, inner, B, outer)
-    torch.testing.assert_close(found.float(), plain, atol=0.1, rtol=0.05)
-    assert {each.dtype for each in torch.autograd.grad(found.float().sum(), (inner, outer))} == {torch.float32}
 
 
 @pytest.mark.parametrize("shapes", [((2, 3, 4), (4,), (2, 3, 4)), ((2, 3, 4), (3, 1), (2, 3, 4)), ((4,), (4,), (2, 4))])

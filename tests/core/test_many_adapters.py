@@ -23,8 +23,7 @@ SITES = 2 * SITES_OF_A_LAYER
 
 def resident(count: int, depth: int = 2) -> Transformer:
     """A host that has this many adapters, of which one acts, and has run."""
-    torch.manual_seed(0)
-    model = Transformer(depth=depth).eval()
+    model = transformer(depth)
     for number in range(count):
         peftcore.activate(model)
         peftcore.apply(model, Shift, target=TARGET, name=f"a{number}")
