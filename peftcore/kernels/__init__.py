@@ -13,30 +13,31 @@ from peftcore.kernels.low_rank import (
 )
 from peftcore.kernels.products import DENSE
 from peftcore.kernels.projections import plain_projected, projected
-from peftcore.kernels.rotations import (
+from peftcore.kernels.rotations import plain_rotate, plain_rotated_linear, rotate, rotated_linear
+from peftcore.kernels.scaling import add_scaled, plain_add_scaled, plain_scaled_bases, scaled_bases
+from peftcore.kernels.skew import (
     cayley,
+    cayley_of_each,
     neumann,
+    neumann_of_each,
     plain_cayley,
     plain_neumann,
-    plain_rotate,
-    plain_rotated_linear,
     plain_skew,
-    rotate,
-    rotated_linear,
 )
-from peftcore.kernels.scaling import add_scaled, plain_add_scaled, plain_scaled_bases, scaled_bases
 
 __all__ = [
     "DENSE",
     "ScaledFactors",
     "add_scaled",
     "cayley",
+    "cayley_of_each",
     "dropped_linear",
     "is_plain",
     "keep",
     "low_rank_linear",
     "narrow",
     "neumann",
+    "neumann_of_each",
     "plain_add_scaled",
     "plain_cayley",
     "plain_dropped_linear",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
 from peftcore import kernels
-from peftcore.kernels import rotations
+from peftcore.kernels import rotations, skew
 
 SHAPES = [(6, 3, 2), (5, 1, 4), (1, 3, 2)]
 """Rows, blocks, size."""
@@ -166,7 +166,7 @@ def test_skew_symmetric_matrices_from_their_entries(batch: tuple[int, ...]) -> N
     entries = entries_of(*batch, size=4)
     K = kernels.plain_skew(entries, 4)
     assert torch.equal(K, -K.mT) and torch.equal(K[..., 1, 2:], entries[..., 3:5])
-    assert torch.equal(K, rotations._skew(entries, 4))
+    assert torch.equal(K, skew._skew(entries, 4))
 
 
 @BATCH
@@ -188,7 +188,7 @@ def test_backward_of_rotations_keeps_two_matrices_at_most(name: str) -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape), lambda _: entries):
         ROTATIONS[name][0](entries, 4)
     matrix = torch.Size([3, 4, 4])
-    assert kept == ([matrix] if name == "cayley" else [entries.shape, matrix, matrix])
+    assert kept == [entries.shape, matrix, *([] if name == "cayley" else [matrix])]
 
 
 @pytest.mark.parametrize("name", ROTATIONS)
@@ -200,27 +200,93 @@ def test_rotations_under_vmap_and_grad(name: str) -> None:
         torch.testing.assert_close(torch.autograd.grad(plain(one).pow(3).sum(), one)[0], gradient)
 
 
+OF_EACH = {
+    "cayley": (kernels.cayley_of_each, kernels.plain_cayley),
+    **{
+        f"neumann {terms}": (partial(kernels.neumann_of_each, terms=terms), partial(kernels.plain_neumann, terms=terms))
+        for terms in (4, 5, 7)
+    },
+}
+
+
+def three(size: int = 4) -> list[Tensor]:
+    """Entries of two matrices, of none less than three, and of six in two dimensions."""
+    return [entries_of(*batch, size=size).requires_grad_() for batch in ((2,), (3,), (2, 3))]
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+def test_rotations_of_several_are_those_of_each(name: str) -> None:
+    (several, plain), entries = OF_EACH[name], three()
+    found, expected = several(entries, 4), [plain(each, 4) for each in entries]
+    torch.testing.assert_close(found, expected)
+    weights = [torch.randn_like(each) for each in expected]
+    torch.testing.assert_close(
+        torch.autograd.grad(found, entries, weights), torch.autograd.grad(expected, entries, weights)
+    )
+
+    def run(*entries: Tensor) -> tuple[Tensor, ...]:
+        return tuple(several(entries, 4))
+
+    assert gradcheck(run, entries) and gradgradcheck(run, entries)
+    assert gradcheck(run, (entries[0].detach(), *entries[1:]))
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+def test_parts_of_rotations_of_several_stand_for_themselves(name: str) -> None:
+    """Each is differentiated by itself, with the others or after them, and what is not used has no gradient."""
+    (several, plain), entries = OF_EACH[name], three()
+    found = several(entries, 4)
+    for number in (1, 0):
+        (found[number] ** 3).sum().backward()
+    for each in entries[:2]:
+        expected = torch.autograd.grad((plain(each, 4) ** 3).sum(), each)[0]
+        torch.testing.assert_close(each.grad, expected)
+    assert entries[2].grad is None
+    again = torch.autograd.grad((several(entries, 4)[2] ** 3).sum(), entries, create_graph=True, allow_unused=True)
+    assert again[:2] == (None, None)
+    expected = torch.autograd.grad((plain(entries[2], 4) ** 3).sum(), entries[2], create_graph=True)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(one.pow(2).sum(), entries[2])[0] for one in (again[2], expected[0]))
+    )
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+def test_rotations_of_several_under_vmap_and_grad(name: str) -> None:
+    several, plain = OF_EACH[name]
+    entries = entries_of(5, 2, size=3)
+
+    def norm(run: Callable[..., Any], one: Tensor) -> Tensor:
+        return torch.cat(run([one, 2 * one], 3)).pow(3).sum()
+
+    def each_plain(entries: list[Tensor], size: int) -> list[Tensor]:
+        return [plain(each, size) for each in entries]
+
+    each = torch.func.vmap(torch.func.grad(partial(norm, several)))(entries)
+    for one, gradient in zip(entries.requires_grad_(), each, strict=True):
+        torch.testing.assert_close(torch.autograd.grad(norm(each_plain, one), one)[0], gradient)
+
+
 def test_what_a_transform_or_inference_makes_is_not_kept() -> None:
     entries = entries_of(2, size=7)  # of a size that nothing else here has
     torch.func.vmap(torch.func.grad(lambda one: kernels.neumann(one, 7, 5).pow(2).sum()))(entries)
     with torch.inference_mode():
         kernels.neumann(entries, 7, 5)
-    assert not [key for key in rotations._KEPT if 7 in key]
+    assert not [key for key in skew._KEPT if 7 in key]
     kernels.neumann(entries, 7, 5)
-    assert [key for key in rotations._KEPT if 7 in key]
+    assert [key for key in skew._KEPT if 7 in key]
 
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether matrices were so small that their transform is a product."""
     seen: list[bool] = []
-    ask = rotations._is_small
+    ask = skew._is_small
 
     def asking(K: Tensor) -> bool:
         seen.append(ask(K))
         return seen[-1]
 
-    monkeypatch.setattr(rotations, "_is_small", asking)
+    monkeypatch.setattr(skew, "_is_small", asking)
     return seen
 
 
@@ -229,7 +295,7 @@ def with_norm(entries: Tensor, norm: float) -> Tensor:
     return entries * (norm / math.sqrt(2)) / torch.linalg.vector_norm(entries, dim=-1, keepdim=True)
 
 
-@pytest.mark.parametrize("dtype", rotations.SMALL)
+@pytest.mark.parametrize("dtype", skew.SMALL)
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.999])
 @pytest.mark.parametrize("planes", ["all", "one"])
 @pytest.mark.parametrize(("batch", "size"), [((), 16), ((3,), 32), ((2, 3), 17)])
@@ -239,7 +305,7 @@ def test_small_matrices_are_not_solved_for(
     entries = entries_of(*batch, size=size)
     if planes == "one":  # in which it does all that its norm allows
         entries[..., 1:] = 0
-    entries = with_norm(entries, rotations.SMALL[dtype] * share).to(dtype).requires_grad_()
+    entries = with_norm(entries, skew.SMALL[dtype] * share).to(dtype).requires_grad_()
     found = kernels.cayley(entries, size)
     assert asked == [True] and found.dtype == dtype
     expected = kernels.plain_cayley(precise := entries.detach().double().requires_grad_(), size)
@@ -254,7 +320,7 @@ def test_small_matrices_are_not_solved_for(
 
 
 def test_larger_narrower_and_broken_matrices_are_solved_for(asked: list[bool]) -> None:
-    small = with_norm(entries_of(3, size=16), rotations.SMALL[torch.float64] * 0.9)
+    small = with_norm(entries_of(3, size=16), skew.SMALL[torch.float64] * 0.9)
     one_is_large, one_is_broken = small.clone(), small.clone()
     one_is_large[1] *= 1.2
     one_is_broken[1, 0] = float("nan")

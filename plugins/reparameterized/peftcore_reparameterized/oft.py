@@ -25,7 +25,7 @@ Use it where fine-tuning must keep what the base knows: subject-driven diffusion
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -61,27 +61,39 @@ class OFTOperator(WeightOperator):
         self.radius = None if config.eps is None else config.eps * self.size**2 / math.sqrt(blocks)
         self.K = nn.Parameter(torch.zeros(*site.batch, blocks, self.size * (self.size - 1) // 2))
 
-    def rotation(self, entries: Tensor) -> Tensor:
-        """R, block by block, [*batch, blocks, size, size], of what stands above the diagonals of K."""
-        entries = precise(entries)
-        if self.radius is not None:
-            norm = math.sqrt(2) * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)
-            entries = entries + (entries * (self.radius / norm.clamp(min=self.radius)) - entries).detach()
-        if self.series is None:
-            return kernels.cayley(entries, self.size)
-        return kernels.neumann(entries, self.size, self.series)
+    def entries(self) -> Tensor:
+        """What stands above the diagonals of K, [*batch, blocks, entries], scaled down if it is constrained."""
+        entries = precise(self.K)
+        if self.radius is None:
+            return entries
+        norm = math.sqrt(2) * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)
+        return entries + (entries * (self.radius / norm.clamp(min=self.radius)) - entries).detach()
 
     def acts_beside(self, x: Tensor) -> bool:
         return self.layer.of_vectors
 
+    def rotation(self) -> Tensor:
+        """R, block by block, [*batch, blocks, size, size]."""
+        return self.prepare_all([self])[0]
+
     def prepare(self, held: Held) -> Tensor:
-        return self.rotation(self.K)
+        return self.rotation()
+
+    def alike(self) -> tuple[int, int | None]:
+        return self.size, self.series
+
+    @classmethod
+    def prepare_all(cls, operators: Sequence[OFTOperator]) -> Sequence[Tensor]:
+        entries, one = [each.entries() for each in operators], operators[0]
+        if one.series is None:
+            return kernels.cayley_of_each(entries, one.size)
+        return kernels.neumann_of_each(entries, one.size, one.series)
 
     def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: Tensor) -> Tensor:
         return self.layer.rotated(call, x, prepared, exact=self.series is None)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight_of(rotate(rows(weight, self.layer), self.rotation(self.K)), self.layer, weight.shape)
+        return weight_of(rotate(rows(weight, self.layer), self.rotation()), self.layer, weight.shape)
 
 
 class OFT(Method):

@@ -1,0 +1,100 @@
+"""What operators make of their parameters alone, such as rotations, made for all sites at once.
+
+At each site it is small, and asking for it takes longer than making it. So the first site that asks in a forward of the
+host gets it for all that will; the others find theirs. It ends with the forward, as another one may be differentiated
+by itself. Where a gradient could go astray, or somebody takes what autograd saves (a checkpoint, an offload), each site
+makes its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.calls import HostState
+from peftcore.kernels import is_plain, saves_elsewhere
+from peftcore.operators import WeightOperator, full_precision
+from peftcore.records import Tap, current_call, repeating
+from peftcore.sharding import MANAGED
+from peftcore.slots import Beside
+
+Kind = tuple[type[WeightOperator], Hashable]
+"""What may be made at once."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Made:
+    """What was made for one operator, and of what."""
+
+    value: Any
+    sources: list[tuple[Tensor, int]]
+
+    def holds(self, operator: WeightOperator) -> bool:
+        """Whether the operator's parameters are still those, and nobody has changed them meanwhile."""
+        now = zip(self.sources, _parameters(operator), strict=True)
+        return all(each is source and each._version == version for (source, version), each in now)
+
+
+_MADE = Tap()
+"""By kind: what this forward of the host has made, by operator."""
+
+
+def prepared(state: HostState, beside: Beside, module: nn.Module) -> Any:
+    """What an operator beside the weight of a module needs that no input changes, in training."""
+    operator = beside.operator
+    alike = operator.alike()
+    if alike is None or not _runs_whole(state):
+        return beside.prepare(module)
+    made: dict[Kind, dict[WeightOperator, _Made]] | None = _MADE.get()
+    if made is None:
+        _MADE.put(made := {})
+    kind = type(operator), alike
+    if kind not in made:
+        made[kind] = _make(kind, list(_asking(state, kind)))
+    found = made[kind].get(operator)
+    return found.value if found is not None and found.holds(operator) else beside.prepare(module)
+
+
+def _runs_whole(state: HostState) -> bool:
+    """Whether the host itself runs, not a part of it or again in backward, and autograd keeps what it saves."""
+    if not torch.is_grad_enabled() or is_plain() or repeating() or saves_elsewhere():
+        return False
+    call = current_call()
+    return call.state is state and call.of_host
+
+
+def _asking(state: HostState, kind: Kind) -> Iterator[WeightOperator]:
+    """The operators of a kind that the present choice lets act beside weights."""
+    choice = state.now()
+    for slot in state.slots:
+        acting = slot.plan_for(choice).acting
+        if acting.beside is not None and not acting.frugal:
+            operator = acting.beside.operator
+            if (type(operator), operator.alike()) == kind:
+                yield operator
+
+
+def _parameters(operator: WeightOperator) -> list[nn.Parameter]:
+    """Its parameters: seldom in modules of its own, among which torch would look for those that are shared."""
+    if operator._modules:
+        return list(operator.parameters())
+    return [each for each in operator._parameters.values() if each is not None]
+
+
+def _make(kind: Kind, operators: Sequence[WeightOperator]) -> dict[WeightOperator, _Made]:
+    """For all of them, or for none: of one there is nothing to gain, and what somebody cuts, moves or stands in for is
+    in its place when its own module runs, not before."""
+    each_has = [_parameters(operator) for operator in operators]
+    tensors = [tensor for has in each_has for tensor in has]
+    at_hand = all(type(tensor) is nn.Parameter and tensor.numel() for tensor in tensors)
+    alike = len({(tensor.device, tensor.dtype, tensor.requires_grad) for tensor in tensors}) == 1
+    if len(operators) < 2 or not (at_hand and alike) or any(MANAGED in vars(operator) for operator in operators):
+        return {}
+    with full_precision(tensors[0]):
+        values = kind[0].prepare_all(operators)
+    sources = [[(tensor, tensor._version) for tensor in has] for has in each_has]
+    return {operator: _Made(*made) for operator, *made in zip(operators, values, sources, strict=True)}
