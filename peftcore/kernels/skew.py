@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,11 @@ Kept = tuple[Tensor, ...]
 """What backward reads of what forward made."""
 
 
+MOST = {"cpu": 2**17, "other": 2**24}
+"""Values of the matrices that are made at once: on a CPU what is made of them on the way is to stay in its cache, and
+elsewhere to be little beside a model. Gradients of a group find their way back when all of its parts have theirs."""
+
+
 class _Function(NamedTuple):
     """A function of skew-symmetric matrices, and its gradient."""
 
@@ -125,12 +130,26 @@ def _parts(stacks: Kept, lengths: list[int], used: list[int]) -> Kept:
 def _made(function: _Function, entries: Sequence[Tensor], size: int, *options: Any) -> list[Tensor]:
     """What a function makes of entries in any number of dimensions."""
     stacks = [each if each.dim() == 2 else each.reshape(-1, each.shape[-1]) for each in entries]
-    made: Any = _OfEntries.apply(function, size, options, *stacks)  # type: ignore[no-untyped-call]
-    parts = made if len(entries) > 1 else [made]
+    parts: list[Tensor] = []
+    for group in _groups(stacks, size):
+        made: Any = _OfEntries.apply(function, size, options, *group)  # type: ignore[no-untyped-call]
+        parts += made if len(group) > 1 else [made]
     return [
         part if each.dim() == 2 else part.view(*each.shape[:-1], size, size)
         for part, each in zip(parts, entries, strict=True)
     ]
+
+
+def _groups(stacks: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
+    """Those one after the other that are made at once."""
+    most = MOST["cpu" if stacks[0].device.type == "cpu" else "other"] // size**2
+    group: list[Tensor] = []
+    for stack in stacks:
+        if group and sum(map(len, group)) + len(stack) > most:
+            yield group
+            group = []
+        group.append(stack)
+    yield group
 
 
 def plain_cayley(entries: Tensor, size: int) -> Tensor:
