@@ -180,8 +180,8 @@ class WeightOperator(_Base):
         """What `prepare` makes, for each of several operators that are `alike`, in training: of their parameters alone,
         not of what their modules hold.
 
-        What each gets is differentiated by itself, with the others or after them, and what is not used gives the
-        parameters no gradient: kernels of several (`cayley_of_each`, `neumann_of_each`) see to both.
+        What each gets is differentiated by itself, with the others or after them, use by use, and what is not used
+        gives the parameters no gradient: kernels of several (`cayley_of_each`, `neumann_of_each`) see to both.
         """
         raise NotImplementedError
 

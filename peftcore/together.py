@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.calls import HostState
-from peftcore.kernels import is_plain, saves_elsewhere
+from peftcore.kernels import saves_elsewhere
 from peftcore.operators import WeightOperator, full_precision
-from peftcore.records import Tap, current_call, repeating
+from peftcore.records import Tap, current_call
 from peftcore.sharding import MANAGED
 from peftcore.slots import Beside
 
@@ -60,8 +60,9 @@ def prepared(state: HostState, beside: Beside, module: nn.Module) -> Any:
 
 
 def _runs_whole(state: HostState) -> bool:
-    """Whether the host itself runs, not a part of it or again in backward, and autograd keeps what it saves."""
-    if not torch.is_grad_enabled() or is_plain() or repeating() or saves_elsewhere():
+    """Whether the host itself runs, not a part of it or what backward repeats of it, and autograd keeps what it
+    saves."""
+    if not torch.is_grad_enabled() or saves_elsewhere():
         return False
     call = current_call()
     return call.state is state and call.of_host
@@ -86,13 +87,13 @@ def _parameters(operator: WeightOperator) -> list[nn.Parameter]:
 
 
 def _make(kind: Kind, operators: Sequence[WeightOperator]) -> dict[WeightOperator, _Made]:
-    """For all of them, or for none: of one there is nothing to gain, and what somebody cuts, moves or stands in for is
-    in its place when its own module runs, not before."""
+    """For all of them, or for none: what somebody cuts, moves or stands in for is in its place when its own module
+    runs, not before."""
     each_has = [_parameters(operator) for operator in operators]
     tensors = [tensor for has in each_has for tensor in has]
     at_hand = all(type(tensor) is nn.Parameter and tensor.numel() for tensor in tensors)
     alike = len({(tensor.device, tensor.dtype, tensor.requires_grad) for tensor in tensors}) == 1
-    if len(operators) < 2 or not (at_hand and alike) or any(MANAGED in vars(operator) for operator in operators):
+    if not (at_hand and alike) or any(MANAGED in vars(operator) for operator in operators):
         return {}
     with full_precision(tensors[0]):
         values = kind[0].prepare_all(operators)

@@ -65,8 +65,6 @@ def _identity_of(K: Tensor) -> Tensor:
 
 Kept = tuple[Tensor, ...]
 """What backward reads of what forward made."""
-
-
 MOST = {"cpu": 2**17, "other": 2**24}
 """Values of the matrices that are made at once: on a CPU what is made of them on the way is to stay in its cache, and
 elsewhere to be little beside a model. Gradients of a group find their way back when all of its parts have theirs."""
@@ -84,31 +82,33 @@ class _Function(NamedTuple):
 class _OfEntries(torch.autograd.Function):
     """A function of stacks of entries, each of which gets its own part of what is made of all.
 
-    Of one, autograd saves what is kept. Of several it saves no tensor that was made: so parts can be differentiated one
-    after the other, as if each had been made alone; and what nobody uses a part of has no gradient.
+    If they are shared, autograd saves no tensor that was made: so parts, and uses of one part, can be differentiated
+    one after the other, as if each had been made alone. What nobody uses a part of has no gradient.
     """
 
     @staticmethod
-    def forward(ctx: Any, function: _Function, size: int, options: tuple[Any, ...], *entries: Tensor) -> Any:
+    def forward(
+        ctx: Any, function: _Function, size: int, options: tuple[Any, ...], shared: bool, *entries: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         made, kept = function.make(_whole(entries), size, *options)
         ctx.function, ctx.size, ctx.options, ctx.lengths = function, size, options, [len(each) for each in entries]
-        ctx.several = kept if len(entries) > 1 else None
-        ctx.save_for_backward(*entries, *(kept if ctx.several is None else ()))
-        return made if ctx.several is None else torch.split(made, ctx.lengths)
+        ctx.shared = kept if shared else None
+        ctx.save_for_backward(*entries, *(() if shared else kept))
+        return torch.split(made, ctx.lengths) if shared else (made,)  # nothing that is kept is what is returned
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         used = [number for number, gradient in enumerate(gradients) if gradient is not None]
         if not used:
-            return None, None, None, *gradients
+            return None, None, None, None, *gradients
         if torch.is_grad_enabled():  # backward is differentiated too, and what forward made has no graph
             _, kept = ctx.function.make(_whole([ctx.saved_tensors[each] for each in used]), ctx.size, *ctx.options)
         else:
-            kept = ctx.saved_tensors[1:] if ctx.several is None else _parts(ctx.several, ctx.lengths, used)
+            kept = ctx.saved_tensors[1:] if ctx.shared is None else _parts(ctx.shared, ctx.lengths, used)
         gradient = ctx.function.gradient(_whole([gradients[each] for each in used]), *kept, *ctx.options)
         found = dict(zip(used, _apart(_of_entries(gradient), [ctx.lengths[each] for each in used]), strict=True))
-        return None, None, None, *[found.get(number) for number in range(len(gradients))]
+        return None, None, None, None, *[found.get(number) for number in range(len(gradients))]
 
 
 def _whole(parts: Sequence[Tensor]) -> Tensor:
@@ -127,13 +127,20 @@ def _parts(stacks: Kept, lengths: list[int], used: list[int]) -> Kept:
     return tuple(_whole([torch.split(stack, lengths)[each] for each in used]) for stack in stacks)
 
 
-def _made(function: _Function, entries: Sequence[Tensor], size: int, *options: Any) -> list[Tensor]:
+def _made(function: _Function, entries: Tensor, size: int, *options: Any) -> Tensor:
     """What a function makes of entries in any number of dimensions."""
+    (made,) = _made_of_each(function, [entries], size, *options, shared=False)
+    return made
+
+
+def _made_of_each(
+    function: _Function, entries: Sequence[Tensor], size: int, *options: Any, shared: bool = True
+) -> list[Tensor]:
+    """The same of several, in groups; shared by all who use a part of what is made."""
     stacks = [each if each.dim() == 2 else each.reshape(-1, each.shape[-1]) for each in entries]
     parts: list[Tensor] = []
     for group in _groups(stacks, size):
-        made: Any = _OfEntries.apply(function, size, options, *group)  # type: ignore[no-untyped-call]
-        parts += made if len(group) > 1 else [made]
+        parts += _OfEntries.apply(function, size, options, shared, *group)  # type: ignore[no-untyped-call]
     return [
         part if each.dim() == 2 else part.view(*each.shape[:-1], size, size)
         for part, each in zip(parts, entries, strict=True)
@@ -167,12 +174,13 @@ def _quotient(identity: Tensor, K: Tensor) -> Tensor:
 
 def cayley(entries: Tensor, size: int) -> Tensor:
     """`plain_cayley`, of which backward keeps the rotation alone and solves nothing."""
-    return plain_cayley(entries, size) if is_plain() else _made(_CAYLEY, [entries], size)[0]
+    return plain_cayley(entries, size) if is_plain() else _made(_CAYLEY, entries, size)
 
 
 def cayley_of_each(entries: Sequence[Tensor], size: int) -> list[Tensor]:
-    """`cayley` of each of several, at once: for many small ones. Gradients are as of each alone."""
-    return [plain_cayley(each, size) for each in entries] if is_plain() else _made(_CAYLEY, entries, size)
+    """`cayley` of each of several, at once: for many small ones. Each part, and each use of it, can be differentiated
+    after the others, and what is not used has no gradient."""
+    return [plain_cayley(each, size) for each in entries] if is_plain() else _made_of_each(_CAYLEY, entries, size)
 
 
 def _cayley(entries: Tensor, size: int) -> tuple[Tensor, Kept]:
@@ -226,14 +234,14 @@ def plain_neumann(entries: Tensor, size: int, terms: int) -> Tensor:
 
 def neumann(entries: Tensor, size: int, terms: int) -> Tensor:
     """`plain_neumann`, of which backward keeps two matrices alone."""
-    return _by_product(entries, size, terms) if is_plain() else _made(_NEUMANN, [entries], size, terms)[0]
+    return _by_product(entries, size, terms) if is_plain() else _made(_NEUMANN, entries, size, terms)
 
 
 def neumann_of_each(entries: Sequence[Tensor], size: int, terms: int) -> list[Tensor]:
-    """`neumann` of each of several, at once: for many small ones. Gradients are as of each alone."""
+    """`neumann` of each, as `cayley_of_each`."""
     if is_plain():
         return [_by_product(each, size, terms) for each in entries]
-    return _made(_NEUMANN, entries, size, terms)
+    return _made_of_each(_NEUMANN, entries, size, terms)
 
 
 def _by_product(entries: Tensor, size: int, terms: int) -> Tensor:

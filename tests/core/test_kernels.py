@@ -1,7 +1,9 @@
 """The kernels beside the plain mathematics that they stand for."""
 
+import gc
 import math
 import shutil
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -271,6 +273,22 @@ def test_rotations_of_many_are_made_in_groups(name: str, most: int, groups: int,
     torch.testing.assert_close(
         torch.autograd.grad(found, entries, weights), torch.autograd.grad(expected, entries, weights)
     )
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("name", OF_EACH)
+def test_rotations_of_several_go_with_the_last_who_has_one(name: str, count: int) -> None:
+    gc.disable()
+    try:
+        found = OF_EACH[name][0](three()[:count], 4)
+        loss = sum(each.sum() for each in found)
+        references = [weakref.ref(each) for each in (*found, found[0].grad_fn)]
+        del found
+        assert references[-1]() is not None
+        del loss
+        assert all(reference() is None for reference in references)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("name", OF_EACH)

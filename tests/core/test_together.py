@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.operators import WeightOperator
+from peftcore.sharding import MANAGED
 from peftcore_reparameterized.oft import OFTOperator
 
 IDS = torch.arange(12).view(2, 6) % 11
@@ -33,13 +34,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def numbers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many operators are prepared at once, each time."""
-    prepare, numbers = OFTOperator.prepare_all.__func__, []  # type: ignore[attr-defined]
+    several, one, numbers = OFTOperator.prepare_all.__func__, OFTOperator.rotation, []  # type: ignore[attr-defined]
 
-    def counted(cls: type[OFTOperator], operators: list[OFTOperator]) -> Any:
+    def of_several(cls: type[OFTOperator], operators: list[OFTOperator]) -> Any:
         numbers.append(len(operators))
-        return prepare(cls, operators)
+        return several(cls, operators)
 
-    monkeypatch.setattr(OFTOperator, "prepare_all", classmethod(counted))
+    def of_one(operator: OFTOperator) -> Tensor:
+        numbers.append(1)
+        return one(operator)
+
+    monkeypatch.setattr(OFTOperator, "prepare_all", classmethod(of_several))
+    monkeypatch.setattr(OFTOperator, "rotation", of_one)
     return numbers
 
 
@@ -82,7 +88,8 @@ def test_all_at_once_are_what_each_is(name: str, numbers: list[int]) -> None:
     assert numbers == ALL + ONE
     torch.testing.assert_close(together, apart)
     torch.testing.assert_close(found, gradients(injection))
-    assert all(each is not None and each.any() and each._base is None for each in found)
+    assert all(each is not None and each.any() for each in found)
+    assert all(each.untyped_storage().nbytes() == each.nbytes for each in found)  # no part of anything
 
 
 def test_sites_of_two_widths_of_blocks(numbers: list[int]) -> None:
@@ -133,6 +140,47 @@ def test_losses_of_parts_are_differentiated_one_after_the_other(numbers: list[in
         left, right = model(X)
         (loss(left) + loss(right)).backward()
     torch.testing.assert_close(found, gradients(injection))
+
+
+class Twice(nn.Module):
+    """One layer, of two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.layer(x), self.layer(x.flip(0))]
+
+
+def test_uses_of_one_site_are_differentiated_one_after_the_other(numbers: list[int]) -> None:
+    model = Twice().train()
+    injection = turned(model, target="layer")
+    for each in model(X):
+        loss(each).backward()
+    found = gradients(injection)
+    assert numbers == [1]
+    with alone():
+        sum(map(loss, model(X))).backward()
+    torch.testing.assert_close(found, gradients(injection))
+
+
+@pytest.mark.parametrize("way", ["marked", "empty"])
+def test_what_is_there_when_its_module_runs_is_not_asked_for_before(way: str, numbers: list[int]) -> None:
+    """As FSDP marks what it cuts, and DeepSpeed empties what it has cut."""
+    model = Towers().train()
+    last = turned(model, target=LINEAR).operators["right.2"]
+    expected = model(X)[1]
+    value = last.K.data
+    if way == "marked":
+        setattr(last, MANAGED, True)
+    else:
+        last.K.data = value.new_empty(0)
+        model.right.register_forward_pre_hook(lambda *_: setattr(last.K, "data", value))
+    numbers.clear()
+    torch.testing.assert_close(model(X)[1], expected)
+    assert set(numbers) == {1}
 
 
 def test_what_did_not_run_has_no_gradient() -> None:
@@ -210,6 +258,26 @@ def test_parts_of_the_host_by_themselves(numbers: list[int]) -> None:
     model(IDS)
     loss(model.layers[0](torch.ones(1, 2, 8))).backward()
     assert numbers == ALL + [1] * 4
+
+
+class Around(nn.Module):
+    """Calls a part of another host, which is none of its own modules."""
+
+    def __init__(self, other: Towers) -> None:
+        super().__init__()
+        self.others = [other]
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(self.others[0].left(x)))
+
+
+def test_a_part_of_a_host_in_the_forward_of_another(numbers: list[int]) -> None:
+    inner = Towers().train()
+    outer = Around(inner).train()
+    turned(inner, target=LINEAR), turned(outer, target=["one", "two"])
+    loss(outer(X)).backward()
+    assert numbers == [1, 1, 2]
 
 
 def test_without_gradients_and_where_the_weight_is_made(numbers: list[int]) -> None:
@@ -296,10 +364,12 @@ def test_two_injections_are_one_stack(numbers: list[int]) -> None:
         with alone():
             loss(model(IDS)).backward()
         torch.testing.assert_close(found, [gradients(each) for each in injections])
-    numbers.clear()
-    with peftcore.activate(model, "v"):
-        loss(model(IDS)).backward()
-    assert numbers == [2]
+    for names in (("v",), ("q", "v")):
+        numbers.clear()
+        with peftcore.activate(model, *names):
+            loss(model(IDS)).backward()
+        assert max(numbers) == 2
+        injections[0].frugal = True
 
 
 def test_rows_that_go_to_different_ones(numbers: list[int]) -> None:

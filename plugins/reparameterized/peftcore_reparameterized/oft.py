@@ -74,7 +74,9 @@ class OFTOperator(WeightOperator):
 
     def rotation(self) -> Tensor:
         """R, block by block, [*batch, blocks, size, size]."""
-        return self.prepare_all([self])[0]
+        if self.series is None:
+            return kernels.cayley(self.entries(), self.size)
+        return kernels.neumann(self.entries(), self.size, self.series)
 
     def prepare(self, held: Held) -> Tensor:
         return self.rotation()
