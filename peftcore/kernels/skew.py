@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -65,9 +65,6 @@ def _identity_of(K: Tensor) -> Tensor:
 
 Kept = tuple[Tensor, ...]
 """What backward reads of what forward made."""
-MOST = {"cpu": 2**17, "other": 2**24}
-"""Values of the matrices that are made at once: on a CPU what is made of them on the way is to stay in its cache, and
-elsewhere to be little beside a model. Gradients of a group find their way back when all of its parts have theirs."""
 
 
 class _Function(NamedTuple):
@@ -136,27 +133,13 @@ def _made(function: _Function, entries: Tensor, size: int, *options: Any) -> Ten
 def _made_of_each(
     function: _Function, entries: Sequence[Tensor], size: int, *options: Any, shared: bool = True
 ) -> list[Tensor]:
-    """The same of several, in groups; shared by all who use a part of what is made."""
+    """The same of several, shared by all who use a part of what is made."""
     stacks = [each if each.dim() == 2 else each.reshape(-1, each.shape[-1]) for each in entries]
-    parts: list[Tensor] = []
-    for group in _groups(stacks, size):
-        parts += _OfEntries.apply(function, size, options, shared, *group)  # type: ignore[no-untyped-call]
+    parts: Any = _OfEntries.apply(function, size, options, shared, *stacks)  # type: ignore[no-untyped-call]
     return [
         part if each.dim() == 2 else part.view(*each.shape[:-1], size, size)
         for part, each in zip(parts, entries, strict=True)
     ]
-
-
-def _groups(stacks: Sequence[Tensor], size: int) -> Iterator[list[Tensor]]:
-    """Those one after the other that are made at once."""
-    most = MOST["cpu" if stacks[0].device.type == "cpu" else "other"] // size**2
-    group: list[Tensor] = []
-    for stack in stacks:
-        if group and sum(map(len, group)) + len(stack) > most:
-            yield group
-            group = []
-        group.append(stack)
-    yield group
 
 
 def plain_cayley(entries: Tensor, size: int) -> Tensor:

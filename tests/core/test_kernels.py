@@ -252,29 +252,6 @@ def test_parts_of_rotations_of_several_stand_for_themselves(name: str) -> None:
     )
 
 
-def made_by(rotations: Tensor) -> Any:
-    """The node of the graph that made them, of which they may be a view in more dimensions."""
-    node = rotations.grad_fn
-    return node if node is None or rotations.dim() == 3 else node.next_functions[0][0]
-
-
-@pytest.mark.parametrize(("most", "groups"), [(4, 3), (5, 2), (8, 2), (11, 1)])
-@pytest.mark.parametrize("name", OF_EACH)
-def test_rotations_of_many_are_made_in_groups(name: str, most: int, groups: int, monkeypatch: Any) -> None:
-    """Of so many matrices at most, but for one that has more by itself."""
-    monkeypatch.setitem(skew.MOST, "cpu", most * 4 * 4)
-    (several, plain), entries = OF_EACH[name], three()
-    found = several(entries, 4)
-    nodes = {made_by(each) for each in found}
-    assert len(nodes) == groups
-    expected = [plain(each, 4) for each in entries]
-    torch.testing.assert_close(found, expected)
-    weights = [torch.randn_like(each) for each in expected]
-    torch.testing.assert_close(
-        torch.autograd.grad(found, entries, weights), torch.autograd.grad(expected, entries, weights)
-    )
-
-
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", OF_EACH)
 def test_rotations_of_several_go_with_the_last_who_has_one(name: str, count: int) -> None:

@@ -13,6 +13,7 @@ from core_toys import transformer
 from torch import Tensor, nn
 
 import peftcore
+from peftcore import together
 from peftcore.operators import WeightOperator
 from peftcore.sharding import MANAGED
 from peftcore_reparameterized.oft import OFTOperator
@@ -80,13 +81,13 @@ def loss(output: Any) -> Tensor:
 def test_all_at_once_are_what_each_is(name: str, numbers: list[int]) -> None:
     model = transformer().train()
     injection = turned(model, **{"series": None, **OPTIONS[name]})
-    (together := loss(model(IDS))).backward()
+    (at_once := loss(model(IDS))).backward()
     found = gradients(injection)
     assert numbers == ALL
     with alone():
         (apart := loss(model(IDS))).backward()
     assert numbers == ALL + ONE
-    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(at_once, apart)
     torch.testing.assert_close(found, gradients(injection))
     assert all(each is not None and each.any() for each in found)
     assert all(each.untyped_storage().nbytes() == each.nbytes for each in found)  # no part of anything
@@ -97,6 +98,23 @@ def test_sites_of_two_widths_of_blocks(numbers: list[int]) -> None:
     turned(model, overrides={"*.down_proj": {"block_size": 8}, "*.v_proj": {"series": 7}})
     loss(model(IDS)).backward()
     assert sorted(numbers) == [2, 2, 4]
+
+
+@pytest.mark.parametrize(("most", "groups"), [(1, ONE), (24, [2, 1, 1] * 2), (10**4, ALL)])
+def test_many_sites_are_prepared_in_groups(
+    most: int, groups: list[int], numbers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of so many numbers at most, but for one that has more by itself."""
+    monkeypatch.setitem(together.MOST, "cpu", most)
+    model = transformer().train()
+    injection = turned(model)
+    assert [each.numel() for each in injection.parameters()] == [12, 12, 12, 24] * 2
+    loss(model(IDS)).backward()
+    found = gradients(injection)
+    assert numbers == groups
+    with alone():
+        loss(model(IDS)).backward()
+    torch.testing.assert_close(found, gradients(injection))
 
 
 def test_another_forward_has_a_graph_of_its_own(numbers: list[int]) -> None:
@@ -221,8 +239,10 @@ def test_what_is_recomputed_is_prepared_at_each_site(reentrant: bool, nested: bo
     torch.testing.assert_close(gradients(recomputed), gradients(kept))
 
 
-def test_a_checkpoint_round_one_layer(numbers: list[int]) -> None:
-    """The other layer's sites find what was made for all; those that run again make their own."""
+def test_a_checkpoint_round_one_layer(numbers: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other layer's sites find what was made for their group; those that run again make their own, and nothing was
+    made for a group of which all do."""
+    monkeypatch.setitem(together.MOST, "cpu", 60)  # a layer
     model, plain = host(False), host()
     injections = [turned(each) for each in (model, plain)]
     one = model.layers[1]
@@ -231,9 +251,8 @@ def test_a_checkpoint_round_one_layer(numbers: list[int]) -> None:
         return torch.utils.checkpoint.checkpoint(one, model.layers[0](x), use_reentrant=False)
 
     model._layers = layers  # type: ignore[method-assign]
-    numbers.clear()
     loss(model(IDS)).backward()
-    assert numbers == [8] + [1] * 8
+    assert numbers == [4] + [1] * 8
     loss(plain(IDS)).backward()
     torch.testing.assert_close(*map(gradients, injections))
 
