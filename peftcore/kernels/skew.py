@@ -125,7 +125,7 @@ def _parts(stacks: Kept, lengths: list[int], used: list[int]) -> Kept:
 
 
 def _made(function: _Function, entries: Tensor, size: int, *options: Any) -> Tensor:
-    """What a function makes of entries in any number of dimensions."""
+    """What a function makes of entries in any number of dimensions, whose graph is autograd's to keep."""
     (made,) = _made_of_each(function, [entries], size, *options, shared=False)
     return made
 

@@ -212,7 +212,7 @@ OF_EACH = {
 
 
 def three(size: int = 4) -> list[Tensor]:
-    """Entries of two matrices, of none less than three, and of six in two dimensions."""
+    """Entries of two matrices, of three, and of six in two dimensions."""
     return [entries_of(*batch, size=size).requires_grad_() for batch in ((2,), (3,), (2, 3))]
 
 

@@ -1,4 +1,4 @@
-"""What the operators of all sites make at once: the same numbers and gradients as each by itself, in all the ways in
+"""What the operators of many sites make at once: the same numbers and gradients as each by itself, in all the ways in
 which hosts run and are differentiated."""
 
 from collections.abc import Callable, Iterator
@@ -328,7 +328,7 @@ def test_compiled(numbers: list[int]) -> None:
     expected = gradients(injection)
     numbers.clear()
     loss(torch.compile(model, backend="aot_eager")(IDS)).backward()
-    assert 8 not in numbers
+    assert set(numbers) <= {1}
     torch.testing.assert_close(gradients(injection), expected)
 
 
