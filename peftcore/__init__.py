@@ -3,21 +3,15 @@
 from peftcore.applying import apply, plan
 from peftcore.attention import Attend, AttentionOperator
 from peftcore.attention_sites import AttentionSite
-from peftcore.calls import activate, call, injections, route
-from peftcore.catalogue import method, methods, register
+from peftcore.catalogue import MethodInfo, method, methods, register
 from peftcore.checkpoint import load
 from peftcore.combining import combine, deltas, to_lora
-from peftcore.compositions import (
-    Average,
-    Fuse,
-    Split,
-    Stack,
-    Sum,
-    load_composition,
-    save_composition,
-)
-from peftcore.contract import Method, MethodConfig, MethodInfo, Tags
+from peftcore.composition_files import load_composition, save_composition
+from peftcore.compositions import Average, Fuse, Split, Stack, Sum
+from peftcore.contract.config import MethodConfig
+from peftcore.contract.method import Method, Tags
 from peftcore.hookspecs import API, hookimpl
+from peftcore.host_state import injections
 from peftcore.injection import Injection
 from peftcore.operators import Combiner, Operator, Replacement, WeightOperator, on_first
 from peftcore.planning import Plan
@@ -27,6 +21,7 @@ from peftcore.saving import saving_base
 from peftcore.sequence import SequenceOperator, SequenceSite
 from peftcore.sites import Site
 from peftcore.surgery import Surgeon
+from peftcore.switching import activate, call, route
 from peftcore.training.batches import Batch, Batches
 from peftcore.training.optimizer import GradientRule
 

@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from peftcore import garbage, witness
-from peftcore.calls import drop_state, ensure_state, state_of
 from peftcore.catalogue import method as find_method
-from peftcore.config import dtype_of, validate
-from peftcore.contract import Method, MethodConfig, matches
+from peftcore.contract.config import MethodConfig, dtype_of, matches, validate
+from peftcore.contract.method import Method
 from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
+from peftcore.host_state import drop_state, ensure_state, state_of
 from peftcore.hosts import HostMap
 from peftcore.injection import Injection
 from peftcore.installation import install, release, uninstall

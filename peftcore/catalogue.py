@@ -1,20 +1,94 @@
-"""Which methods there are, by name. A method's module is imported when the method is first asked for."""
+"""Which methods there are, by name, and the schema of their options.
+
+A method's module is imported when the method is first asked for.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from peftcore.contract import CATEGORIES, Method, MethodInfo, check_method_class
+from peftcore.contract.method import CATEGORIES, Method, Tags, check_method_class
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
-from peftcore.plugins import RUNTIME, Plugin, registry
+from peftcore.plugins import RUNTIME, Plugin, imported, registry
 
 M = TypeVar("M", bound=type[Method])
 _registered: dict[str, type[Method]] = {}
 _loaded: dict[str, type[Method]] = {}
+BUDGETS = "peftcore.references:budgets"
+"""What counts parameters on reference models. It applies methods, which is far above, so it is named, not imported."""
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One line of `methods()`; reading it imports no method module beyond the method's own."""
+
+    name: str
+    """The name by which `apply` finds the method."""
+    plugin: str
+    """The plugin's name: of two methods of one name, ``"plugin/name"`` says which."""
+    distribution: str
+    """Distribution and version that bring the method, or "registered at run time"."""
+    location: str = field(repr=False)
+    """``module:Class``."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the method."""
+
+    def _tags(self) -> Tags:
+        return method(f"{self.plugin}/{self.name}").tags
+
+    @property
+    def tags(self) -> Tags:
+        """The declared capabilities (imports the method's module)."""
+        return self._tags()
+
+    @property
+    def category(self) -> str:
+        """The survey's category (imports the method's module)."""
+        return self._tags().category
+
+    @property
+    def paper(self) -> str:
+        """Reference of the defining paper (imports the method's module)."""
+        return self._tags().paper
+
+    @property
+    def mergeable(self) -> bool:
+        """`Tags.mergeable` (imports the method's module)."""
+        return self._tags().mergeable
+
+    @property
+    def per_row(self) -> bool:
+        """`Tags.per_row` (imports the method's module)."""
+        return self._tags().per_row
+
+    @property
+    def needs_data(self) -> bool:
+        """`Tags.needs_data` (imports the method's module)."""
+        return self._tags().needs_data
+
+    @property
+    def checked_against(self) -> str:
+        """`Tags.checked_against` (imports the method's module)."""
+        return self._tags().checked_against
+
+    @property
+    def proven(self) -> bool:
+        """`Tags.proven` (imports the method's module)."""
+        return self._tags().proven
+
+    @property
+    def budgets(self) -> Mapping[str, int]:
+        """Values that train with default options, by name of the reference hosts that the method has a place in.
+
+        Plans on the meta device, for those of transformers and diffusers that are installed; takes a second or two.
+        """
+        found: Mapping[str, int] = imported(BUDGETS)(f"{self.plugin}/{self.name}")
+        return found
 
 
 def register(cls: M) -> M:
@@ -107,3 +181,17 @@ def _unknown(name: str, short: str, known: list[str]) -> str:
             lines.append(f"it may be in a plugin that is not installed (pip install {' '.join(missing)})")
         lines.append(f"there are: {', '.join(known) or 'none'}")
     return "; ".join(lines)
+
+
+def schema(name: str | None = None) -> dict[str, Any]:
+    """JSON schema of one method's options, or of all methods' as alternatives told apart by their `method` field."""
+    if name is not None:
+        return method(name).Config.model_json_schema()
+    kinds = [method(f"{info.plugin}/{info.name}").Config for info in methods()]
+    alternatives = {kind.model_fields["method"].default: kind.model_json_schema() for kind in kinds}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "oneOf": [{"$ref": f"#/$defs/{key}"} for key in alternatives],
+        "$defs": alternatives,
+        "discriminator": {"propertyName": "method"},
+    }

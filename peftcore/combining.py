@@ -16,12 +16,12 @@ from torch import Tensor
 from peftcore import algebra
 from peftcore.algebra import Sign, cat, linear, padded, product, svd
 from peftcore.applying import check_name, establish, prepare
-from peftcore.calls import injections
 from peftcore.catalogue import method as find_method
 from peftcore.checkpoint import fill, load
-from peftcore.config import validate
-from peftcore.contract import Method, MethodConfig
+from peftcore.contract.config import MethodConfig, validate
+from peftcore.contract.method import Method
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
+from peftcore.host_state import injections
 from peftcore.injection import Injection
 from peftcore.operators import Factors, _Base, is_mergeable
 from peftcore.progress import through

@@ -3,29 +3,22 @@
     activate(model, Stack("style", Average("german", "french")))
 
 Each branch of a composition is what its injections do at a module, one after the other; there the outputs of the
-branches are put together. What comes later in a stack acts in every branch before it. `save_composition` keeps a
-composition with the adapters in it.
+branches are put together. What comes later in a stack acts in every branch before it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from peftcore.errors import CheckpointError, CompositionError
+from peftcore.errors import CompositionError
 from peftcore.operators import Combiner, on_first
 
-FILE = "composition.json"
-MOST = 1000
-"""Names that a composition in a file may have, and branches; nested ones multiply."""
 Names = tuple[str, ...]
 Run = Callable[[Names], Any]
 """What a module returns with these injections acting, in this order."""
@@ -218,67 +211,3 @@ def branches(nodes: Sequence[str | Composition], before: Names = ()) -> Iterator
         yield from branches(rest, before)
         for part in first.parts:
             yield from branches([part, *rest], before)
-
-
-def save_composition(model: nn.Module, composition: Composition, path: str | os.PathLike[str]) -> None:
-    """Write the adapters of a composition into folders of their names below `path`, and how they act together.
-
-    Raises:
-        UnknownInjection: the host has no injection of such a name.
-    """
-    from peftcore.calls import injections, known
-    from peftcore.files import write_text
-
-    names = list(dict.fromkeys(composition.names()))
-    known(model, names)
-    folder = Path(path)
-    for name in names:
-        injections(model)[name].save(folder / name)
-    write_text(folder / FILE, json.dumps(_spelled(composition), indent=2) + "\n")
-
-
-def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composition:
-    """Load the adapters that `save_composition` wrote, under their names, and activate the composition.
-
-    Raises:
-        CheckpointError: there is none at `path`, or it is broken. What `load` raises may come too, of any of its
-            adapters. Nothing was loaded.
-    """
-    from peftcore.calls import activate
-    from peftcore.checkpoint import load
-    from peftcore.files import read_json
-
-    folder = Path(path)
-    data = read_json(folder / FILE)
-    try:
-        composition = _read(data)
-        # Names first: each branch holds those before it.
-        for what, found in (("names", composition.names()), ("branches", branches([composition]))):
-            if sum(1 for _ in islice(found, MOST + 1)) > MOST:
-                raise ValueError(f"it has more than {MOST} {what}")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CompositionError) as error:
-        raise CheckpointError(f"{folder} holds no composition that can be read: {error}") from None
-    loaded = []
-    try:
-        for name in dict.fromkeys(composition.names()):
-            if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                raise CheckpointError(f"{folder}: {name!r} is no name of an adapter below it")
-            loaded.append(load(model, folder / name, name=name, active=False))
-        activate(model, composition)
-    except BaseException:  # whatever it was: nothing stays behind
-        for injection in reversed(loaded):
-            injection.remove()
-        raise
-    return composition
-
-
-def _spelled(part: str | Composition) -> Any:
-    if isinstance(part, str):
-        return part
-    return {"kind": type(part).__name__, "parts": [_spelled(each) for each in part.parts], **part.options}
-
-
-def _read(data: Mapping[str, Any]) -> Composition:
-    options = {key: value for key, value in data.items() if key not in ("kind", "parts")}
-    parts = (part if isinstance(part, str) else _read(part) for part in data["parts"])
-    return KINDS[data["kind"]](*parts, **options)

@@ -13,8 +13,8 @@ from torch import nn
 
 from peftcore.catalogue import method as find_method
 from peftcore.catalogue import methods
-from peftcore.config import DTYPES, described, validate_json
-from peftcore.contract import Method, MethodConfig
+from peftcore.contract.config import DTYPES, MethodConfig, described, validate_json
+from peftcore.contract.method import Method
 from peftcore.errors import CheckpointError, ConfigError, NewerFormat, UnknownMethod, shown
 from peftcore.injection import Injection
 from peftcore.sites import Site

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from peftcore.contract import fits
+from peftcore.contract.config import fits
 from peftcore.errors import CheckpointError
 
 MAX_HEADER = 32 * 2**20

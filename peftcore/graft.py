@@ -30,9 +30,10 @@ from torch.utils.checkpoint import checkpoint
 
 from peftcore import together
 from peftcore.attention import attributes
-from peftcore.calls import HostState, Route
+from peftcore.choice import Route
 from peftcore.compositions import composed
 from peftcore.derived import Remade
+from peftcore.host_state import HostState
 from peftcore.kernels import is_plain, saves_elsewhere, transformed
 from peftcore.operators import is_mergeable
 from peftcore.rows import OfSomeRows, Once, add_updates, each_its_own, select_rows

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from peftcore.contract import Method, MethodConfig
+    from peftcore.contract.config import MethodConfig
+    from peftcore.contract.method import Method
     from peftcore.hosts import HostMap
     from peftcore.injection import Injection
     from peftcore.stances import Stance

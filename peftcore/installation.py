@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from peftcore.calls import HostState
 from peftcore.errors import UnsupportedHost, UnsupportedSite
 from peftcore.graft import attach, detach, is_reached, slot_of, ungraft
+from peftcore.host_state import HostState
 from peftcore.light import names_of
 from peftcore.mounts import Mount
 from peftcore.shelf import HOLDER, Operators

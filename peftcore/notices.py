@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from peftcore.contract import Method
+    from peftcore.contract.method import Method
 
 logger = logging.getLogger("peftcore")
 told: set[str] = set()

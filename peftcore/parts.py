@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.catalogue import method as find_method
-from peftcore.config import validate_json
-from peftcore.contract import MethodConfig
+from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.errors import ConfigError
 from peftcore.injection import Injection
 from peftcore.plugins import registry

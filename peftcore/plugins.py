@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from peftcore import hookspecs
-from peftcore.defaults import Defaults
 from peftcore.errors import PluginError
 from peftcore.hookspecs import API
 
@@ -27,7 +26,9 @@ GROUP = "peftcore"
 """The entry point group of plugins."""
 RUNTIME = "registered"
 """The plugin name under which `register` files its methods."""
-RESERVED = {RUNTIME, "peftcore-defaults"}
+CORE = "peftcore.core_plugin"
+"""The core's own answers to the hooks: a plugin that is named here and imported on first use, as others are."""
+RESERVED = {RUNTIME, CORE}
 DISABLE = "PEFTCORE_DISABLE"
 """Environment variable: names of plugins that are not loaded, separated by commas."""
 
@@ -124,7 +125,7 @@ def registry() -> Registry:
     """The loaded plugins; the first call loads them."""
     manager = pluggy.PluginManager("peftcore")
     manager.add_hookspecs(hookspecs)
-    manager.register(Defaults(), "peftcore-defaults")
+    manager.register(importlib.import_module(CORE), CORE)
     found = Registry(manager)
     disabled = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
     for point in _entry_points():

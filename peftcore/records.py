@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.contract import Method
+from peftcore.contract.method import Method
 from peftcore.errors import AmbiguousBackward, MissingContext, RouteError
 from peftcore.kernels import transformed
 from peftcore.sharding import differentiable
 
 if TYPE_CHECKING:
-    from peftcore.calls import Choice, HostState, Route
+    from peftcore.choice import Choice, Route
+    from peftcore.host_state import HostState
 
 _CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
 """The names under which transformers hands its caches on."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftcore.calls import Route
+from peftcore.choice import Route
 from peftcore.errors import RouteError
 from peftcore.mounts import Mount
 from peftcore.operators import Factors

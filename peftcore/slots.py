@@ -13,8 +13,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from peftcore.calls import Active, Choice, HostState, Key, Route
+from peftcore.choice import Active, Choice, Key, Route
 from peftcore.compositions import Composition, branches
+from peftcore.host_state import HostState
 from peftcore.kept import Kept
 from peftcore.mounts import Effect, HeldRows, Mount, around_rows, effects_of, fold
 from peftcore.operators import (

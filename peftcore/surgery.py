@@ -29,7 +29,8 @@ from peftcore.targets import Resolver, Target
 from peftcore.weights import Ranges
 
 if TYPE_CHECKING:
-    from peftcore.contract import Method, MethodConfig
+    from peftcore.contract.config import MethodConfig
+    from peftcore.contract.method import Method
 
 O = TypeVar("O", bound=_Base)  # noqa: E741
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.calls import HostState
+from peftcore.host_state import HostState
 from peftcore.kernels import saves_elsewhere
 from peftcore.operators import WeightOperator, full_precision
 from peftcore.records import Tap, current_call

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from peftcore.calls import HostState, state_of
 from peftcore.errors import InactiveSite
 from peftcore.graft import slot_of
+from peftcore.host_state import HostState, state_of
 from peftcore.shelf import HOLDER
 from peftcore.slots import Slot
 

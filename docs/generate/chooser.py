@@ -21,7 +21,7 @@ from peftcore.cli.looking.costs import costs
 from peftcore.cli.looking.recorded import Wanted
 from peftcore.cli.models.example_inputs import Size
 from peftcore.cli.numbers import size
-from peftcore.contract import Tags
+from peftcore.contract.method import Tags
 from peftcore.errors import PeftcoreError
 from peftcore.plugins import imported, named_places
 from peftcore.references import reference

@@ -18,10 +18,11 @@ import snippets
 from diagram import svg
 from kept import ROOT, kept
 from peftcore.attention import AttentionOperator
+from peftcore.catalogue import MethodInfo
 from peftcore.cli.looking.quiet import unlogged
 from peftcore.cli.looking.recorded import Recorded, Wanted
 from peftcore.cli.looking.show import Shown
-from peftcore.contract import CATEGORIES, Method, MethodInfo
+from peftcore.contract.method import CATEGORIES, Method
 from peftcore.operators import Operator, Replacement, WeightOperator
 from peftcore.references import REFERENCES, reference
 from peftcore.sequence import SequenceOperator

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 import peftcore
-from peftcore.contract import Method
+from peftcore.contract.method import Method
 from peftcore.errors import PeftcoreError
 from peftcore.quantization import schemes
 

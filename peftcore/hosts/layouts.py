@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from peftcore.hosts import vocabulary as V
-from peftcore.hosts.hostmap import Layout
+from peftcore.hosts.entries import Layout
 from peftcore.hosts.mixers import Attention
 from peftcore.hosts.survey import Kind, Node
 from peftcore.layers import stacked_transposed

@@ -9,7 +9,8 @@ from itertools import chain
 from torch import nn
 
 from peftcore.hosts.blocks import Blocks
-from peftcore.hosts.hostmap import HostEntry, HostMap, Layout, moved
+from peftcore.hosts.entries import HostEntry, Layout
+from peftcore.hosts.hostmap import HostMap, moved
 from peftcore.hosts.layouts import logical_shape, static_layout
 from peftcore.hosts.mixers import Mixers
 from peftcore.hosts.mlps import FeedForwards

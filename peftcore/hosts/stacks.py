@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.hosts.hostmap import HostEntry
+from peftcore.hosts.entries import HostEntry
 from peftcore.hosts.survey import attribute
 
 IDS = "input_ids"

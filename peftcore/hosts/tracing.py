@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.hosts.hostmap import HostEntry, HostMap, Layout, Ranges, under
+from peftcore.hosts.entries import HostEntry, Layout, Ranges
+from peftcore.hosts.hostmap import HostMap, under
 from peftcore.hosts.recording import AttentionEvent, DownEvent, Inputs, Recording, differentiable, record
 from peftcore.hosts.vocabulary import OTHER
 

@@ -6,9 +6,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from peftcore.hosts.hostmap import HostEntry, HostMap, Layout
+from peftcore.hosts.entries import HostEntry, Layout
 from peftcore.hosts.vocabulary import OTHER
+
+if TYPE_CHECKING:
+    from peftcore.hosts.hostmap import HostMap
 
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.contract import Method
+from peftcore.contract.method import Method
 from peftcore.injection import Injection
 from peftcore.testing.checks_training import backward
 from peftcore.testing.kit import Case, check

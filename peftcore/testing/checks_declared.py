@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from peftcore.config import validate_json
+from peftcore.contract.config import validate_json
 from peftcore.errors import ConfigError
 from peftcore.operators import Replacement
 from peftcore.testing.kit import Case, check

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from peftcore.catalogue import method as find_method
-from peftcore.contract import Method
+from peftcore.contract.method import Method
 from peftcore.errors import ConfigError
 from peftcore.testing.failures import CheckFailed
 from peftcore.testing.hosts import HOSTS

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.contract import Method, Tags
+from peftcore.contract.method import Method, Tags
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.injection import Injection
 from peftcore.surgery import generator_kept

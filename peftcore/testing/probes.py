@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peftcore.contract import Method, MethodConfig
+from peftcore.contract.config import MethodConfig
+from peftcore.contract.method import Method
 from peftcore.plugins import registry
 
 

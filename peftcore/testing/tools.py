@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import peftcore
 from peftcore import catalogue
-from peftcore.contract import Method, MethodConfig, Tags
+from peftcore.contract.config import MethodConfig
+from peftcore.contract.method import Method, Tags
 from peftcore.errors import AmbiguousMethod, UnknownMethod
 from peftcore.injection import Injection
 from peftcore.operators import Operator, WeightOperator

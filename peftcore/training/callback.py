@@ -18,8 +18,8 @@ import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
-from peftcore.calls import injections
 from peftcore.errors import TrainingError
+from peftcore.host_state import injections
 from peftcore.injection import Injection
 from peftcore.plugins import layer_of
 from peftcore.training.optimizer import MethodOptimizer, gradient_rules, scheduled, take_steps, transient

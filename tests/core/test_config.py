@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 import peftcore
 from peftcore import MethodConfig
-from peftcore.config import schema, validate_json
+from peftcore.catalogue import schema
+from peftcore.contract.config import validate_json
 from peftcore.errors import ConfigError
 
 

@@ -125,7 +125,7 @@ def test_first_result_is_as_the_docstring_says(name: str) -> None:
 @pytest.mark.parametrize("name", FIRSTRESULT)
 def test_the_cores_own_implementation_comes_last(name: str) -> None:
     implementations = registry().manager.hook.__dict__[name].get_hookimpls()
-    assert implementations[0].plugin_name == "peftcore-defaults"  # pluggy calls from the end of the list
+    assert implementations[0].plugin_name == "peftcore.core_plugin"  # pluggy calls from the end of the list
     assert implementations[0].trylast
 
 

@@ -9,8 +9,8 @@ from core_toys import Shift, perceptron
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.calls import state_of
 from peftcore.errors import InactiveSite
+from peftcore.host_state import state_of
 from peftcore.witness import Witness
 
 

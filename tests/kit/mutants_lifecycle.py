@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Injection, Method, MethodConfig, Site
-from peftcore.calls import Choice, Chosen, HostState, chosen
+from peftcore.choice import Choice
 from peftcore.graft import slot_of
+from peftcore.host_state import Chosen, HostState, chosen
 from peftcore.injection import Summary
 from peftcore.surgery import Surgeon
 from peftcore.weights import Linear

@@ -12,8 +12,9 @@ from mutants_lifecycle import sabotaged
 from torch import Tensor, nn
 
 from peftcore import Injection, Method, MethodConfig, Site, merging
-from peftcore.calls import Choice, HostState
+from peftcore.choice import Choice
 from peftcore.errors import MergeError
+from peftcore.host_state import HostState
 
 
 class UnmergesWhenIdle(HostState):

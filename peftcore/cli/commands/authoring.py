@@ -36,7 +36,7 @@ def new(
         require({"jinja2": "peftcore[cli]"})
         from peftcore.cli import pages
         from peftcore.cli.authoring import new as job
-        from peftcore.contract import CATEGORIES
+        from peftcore.contract.method import CATEGORIES
 
         if template is Template.quantizer and (category is not None or activations is not None):
             raise BadInput("--category, --activations and --weights are for methods; leave them out for a quantizer")

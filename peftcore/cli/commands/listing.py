@@ -22,7 +22,7 @@ def methods(
 
         import peftcore
         from peftcore.cli.looking import listing
-        from peftcore.contract import CATEGORIES
+        from peftcore.contract.method import CATEGORIES
 
         if category is not None and category not in CATEGORIES:
             raise BadInput(f"no category {category!r}; there are: {', '.join(CATEGORIES)}")
@@ -56,10 +56,10 @@ def schema(
 ) -> None:
     """Print the JSON schema of a method's options, or of all methods' as alternatives."""
     with answered():
-        from peftcore import config
+        from peftcore import catalogue
         from peftcore.cli import pages
 
-        print(pages.as_json(config.schema(method)))
+        print(pages.as_json(catalogue.schema(method)))
 
 
 @app.command()

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from peftcore.applying import establish
-from peftcore.calls import HostState
 from peftcore.cli.looking.quiet import quiet
 from peftcore.cli.looking.recorded import Recorded, Wanted
 from peftcore.cli.models.activations import Batch, Pretended, explained
@@ -18,6 +17,7 @@ from peftcore.cli.models.example_inputs import Size, Unknown
 from peftcore.cli.models.skeletons import Skeleton, skeleton
 from peftcore.envelope import envelope_of
 from peftcore.files import DTYPES
+from peftcore.host_state import HostState
 from peftcore.injection import Injection
 from peftcore.interop.native import METADATA
 

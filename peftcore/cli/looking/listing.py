@@ -9,7 +9,7 @@ from typing import Any
 from rich.progress import track
 from rich.table import Column, Table
 
-from peftcore.contract import MethodInfo
+from peftcore.catalogue import MethodInfo
 from peftcore.errors import PeftcoreError
 
 

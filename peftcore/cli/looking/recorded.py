@@ -13,8 +13,8 @@ from torch import nn
 import peftcore
 from peftcore.applying import prepare, wishes_of
 from peftcore.cli.looking.quiet import unlogged
-from peftcore.config import validate_json
-from peftcore.contract import Method, MethodConfig
+from peftcore.contract.config import MethodConfig, validate_json
+from peftcore.contract.method import Method
 from peftcore.planning import Plan
 from peftcore.surgery import Graft, Surgeon
 from peftcore.targets import Target

@@ -24,7 +24,7 @@ from peftcore.cli.looking.quiet import quiet
 from peftcore.cli.models import example_inputs
 from peftcore.cli.models.example_inputs import Config, Size
 from peftcore.cli.models.files import CONFIG, PIPELINE, exported, read_config, reader_of
-from peftcore.config import DTYPES
+from peftcore.contract.config import DTYPES
 
 DENOISERS = ("unet", "transformer")
 """Folders of a pipeline of diffusers in which the model that is trained lies."""

@@ -25,7 +25,7 @@ import peftcore
 from peftcore.cli.comparing.compare import Candidate
 from peftcore.cli.errors import BadInput
 from peftcore.cli.training.runs import Options, validated
-from peftcore.contract import Method
+from peftcore.contract.method import Method
 from peftcore.errors import shown
 from peftcore.hosts import HostMap
 

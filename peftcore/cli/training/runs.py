@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from peftcore.cli.errors import BadInput
-from peftcore.config import described
+from peftcore.contract.config import described
 from peftcore.errors import shown
 
 B = TypeVar("B", bound=BaseModel)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Replacement, Site, Surgeon
-from peftcore.calls import known
 from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.host_state import known
 from peftcore.parts import options_of
 from peftcore.rows import Once
 from peftcore.surgery import Graft

@@ -20,7 +20,7 @@ import peftcore
 from peftcore import Injection, MethodConfig, Site, Surgeon, WeightOperator
 from peftcore.algebra import product
 from peftcore.combining import established, opened, warn_of_heads
-from peftcore.config import validate
+from peftcore.contract.config import validate
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.operators import _Base, is_mergeable
 from peftcore.parts import OfParts, options_of

@@ -3,19 +3,16 @@
 
 from __future__ import annotations
 
-import fnmatch
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import to_json
 from torch import Tensor, nn
 
-from peftcore.errors import PluginError, shown
+from peftcore.contract.config import MethodConfig
+from peftcore.errors import PluginError
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection
@@ -38,101 +35,6 @@ CATEGORIES = (
 
 SOURCES = re.compile(r"(?:(?:[A-Za-z][\w.-]* \d+(?:\.\d+)*|the authors' code)(?:, (?=.)|$))*")
 """What `Tags.checked_against` may be: a library has a version, and an equation has none."""
-
-RESERVED = frozenset(
-    {"model", "name", "target", "exclude", "train", "data", "seed", "dtype", "host", "trainable", "active", "strict"}
-)
-"""Argument names of `apply` and `load`: no method option may be called so."""
-
-
-MAX_OVERRIDES = 10_000
-MAX_GLOBS = 100_000
-"""Characters in all of them that have wildcards: each is tried on many paths."""
-
-
-def fits(value: Any) -> bool:
-    """False for numbers that tensors cannot be computed with: whole ones of more than 64 bits, and others near the end
-    of float32 (infinities and NaN are for others to refuse)."""
-    if isinstance(value, int):
-        return -(2**63) <= value < 2**63
-    return not isinstance(value, float) or abs(value) <= 1e30 or not math.isfinite(value)
-
-
-def _is_glob(pattern: str) -> bool:
-    return any(sign in pattern for sign in "*?[")
-
-
-def matches(path: str, pattern: str) -> bool:
-    """Whether a glob of `MethodConfig.overrides` means a site."""
-    return fnmatch.fnmatchcase(path, pattern) if _is_glob(pattern) else path == pattern
-
-
-class MethodConfig(BaseModel):
-    """Options of one method: typed, strict, immutable; unknown keys are refused. Docstrings under fields become schema
-    descriptions."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    method: str
-    """Name of the method these options belong to."""
-    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, max_length=MAX_OVERRIDES)
-    """Other options for some sites: ``{"*.layers.0.*": {"rank": 16}}``. Keys are globs for site paths; the first that
-    matches counts."""
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        taken = RESERVED.intersection(cls.model_fields)
-        if taken:
-            raise PluginError(
-                f"{cls.__name__}: {', '.join(sorted(taken))} are arguments of apply and cannot be options"
-            )
-
-    @model_validator(mode="after")  # one before reads the JSON, and lists stand for tuples no longer
-    def _numbers(self) -> Self:
-        left: list[Any] = [getattr(self, name) for name in type(self).model_fields]
-        while left:
-            each = left.pop()
-            if isinstance(each, dict):
-                left += each.values()
-            elif isinstance(each, list | tuple):
-                left += each
-            elif not isinstance(each, str) and not fits(each):
-                raise ValueError(f"no tensor can be computed with a number like {shown(each)}")
-        return self
-
-    @field_validator("overrides")
-    @classmethod
-    def _globs(cls, overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        if sum(len(each) for each in overrides if _is_glob(each)) > MAX_GLOBS:
-            raise ValueError(f"their globs have more than {MAX_GLOBS:,} characters")
-        return overrides
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some options changed, checked like a new one.
-
-        Raises:
-            ConfigError: an option is unknown or its value breaks a rule.
-        """
-        from peftcore.config import validate
-
-        return validate(type(self), {**self.model_dump(exclude=set(changes)), **changes})
-
-    def at(self, path: str) -> Self:
-        """The options for the site at `path`: `overrides` applied.
-
-        Raises:
-            ConfigError: an override has an unknown option, or a value that breaks a rule.
-        """
-        for pattern, changes in self.overrides.items():
-            if matches(path, pattern):
-                from peftcore.config import validate_json
-
-                options = {**self.model_dump(), **changes, "overrides": {}}
-                # By way of JSON: what a file holds for a tuple is a list, and means the same.
-                return validate_json(type(self), to_json(options, inf_nan_mode="constants", fallback=repr))
-        return self
 
 
 @dataclass(frozen=True)
@@ -166,77 +68,6 @@ class Tags:
     def proven(self) -> bool:
         """Independent numbers exist. A method that is not proven is experimental: its tests have the equation alone."""
         return bool(self.checked_against)
-
-
-@dataclass(frozen=True)
-class MethodInfo:
-    """One line of `methods()`; reading it imports no method module beyond the method's own."""
-
-    name: str
-    """The name by which `apply` finds the method."""
-    plugin: str
-    """The plugin's name: of two methods of one name, ``"plugin/name"`` says which."""
-    distribution: str
-    """Distribution and version that bring the method, or "registered at run time"."""
-    location: str = field(repr=False)
-    """``module:Class``."""
-    aliases: tuple[str, ...] = ()
-    """Other names of the method."""
-
-    def _tags(self) -> Tags:
-        from peftcore.catalogue import method
-
-        return method(f"{self.plugin}/{self.name}").tags
-
-    @property
-    def tags(self) -> Tags:
-        """The declared capabilities (imports the method's module)."""
-        return self._tags()
-
-    @property
-    def category(self) -> str:
-        """The survey's category (imports the method's module)."""
-        return self._tags().category
-
-    @property
-    def paper(self) -> str:
-        """Reference of the defining paper (imports the method's module)."""
-        return self._tags().paper
-
-    @property
-    def mergeable(self) -> bool:
-        """`Tags.mergeable` (imports the method's module)."""
-        return self._tags().mergeable
-
-    @property
-    def per_row(self) -> bool:
-        """`Tags.per_row` (imports the method's module)."""
-        return self._tags().per_row
-
-    @property
-    def needs_data(self) -> bool:
-        """`Tags.needs_data` (imports the method's module)."""
-        return self._tags().needs_data
-
-    @property
-    def checked_against(self) -> str:
-        """`Tags.checked_against` (imports the method's module)."""
-        return self._tags().checked_against
-
-    @property
-    def proven(self) -> bool:
-        """`Tags.proven` (imports the method's module)."""
-        return self._tags().proven
-
-    @property
-    def budgets(self) -> Mapping[str, int]:
-        """Values that train with default options, by name of the reference hosts that the method has a place in.
-
-        Plans on the meta device, for those of transformers and diffusers that are installed; takes a second or two.
-        """
-        from peftcore.references import budgets
-
-        return budgets(f"{self.plugin}/{self.name}")
 
 
 class Method(ABC):

@@ -9,18 +9,17 @@ that it repeats; see `peftcore.records`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from peftcore.compositions import Composition, Stack
-from peftcore.errors import MergeError, RouteError, UnknownInjection
+from peftcore.choice import Active, Choice
+from peftcore.errors import UnknownInjection
 from peftcore.records import Call, Recorder, graph_task, replayed
 from peftcore.saving import guard, unguard
 
@@ -30,84 +29,6 @@ if TYPE_CHECKING:
     from peftcore.witness import Witness
 
 _KEY = "_peftcore_state"
-Active = tuple[str, ...]
-Key = tuple[Active, Active | None, Composition | None]
-
-
-@dataclass(frozen=True, eq=False)
-class Route:
-    """A different injection for each row of a batch."""
-
-    names: Active
-    """The injections that occur, in the order in which they were applied."""
-    index: Tensor
-    """[rows] int64: the row's position in `names`, -1 for the bare base model."""
-    copies: int = 1
-    """How many rows of the batch may stand for one of these, one beside the other (beams)."""
-    positions: tuple[int, ...] = ()
-    """`index` as numbers, which are known without asking the device."""
-    _groups: dict[tuple[int, torch.device], tuple[dict[int, Tensor], Tensor]] = field(default_factory=dict, repr=False)
-
-    def fits(self, batch: int) -> bool:
-        """Whether a batch of the host has this many rows."""
-        return batch in (len(self.index), len(self.index) * self.copies)
-
-    def rows(self, count: int, device: torch.device) -> Tensor:
-        """The index for `count` rows: each repeated where a module sees several rows of each (windows, flat tokens).
-
-        Raises:
-            RouteError: `count` is no multiple of the rows.
-        """
-        times, index = self._times(count), self.index.to(device)
-        return index if times == 1 else index.repeat_interleave(times)
-
-    def _times(self, count: int) -> int:
-        times, rest = divmod(count, len(self.index))
-        if rest:
-            raise RouteError(f"a module got {count} rows, which cannot be told apart by a route of {len(self.index)}")
-        return times
-
-    def groups(self, count: int, device: torch.device) -> tuple[dict[int, Tensor], Tensor]:
-        """Of `count` rows, which go to each position that has any (-1: the bare base model), and where each row lies
-        when these are one after the other. Worked out once: no token waits for it.
-
-        Raises:
-            RouteError: `count` is no multiple of the rows.
-        """
-        if (count, device) not in self._groups:
-            each = [position for position in self.positions for _ in range(self._times(count))]
-            rows = {own: [n for n, position in enumerate(each) if position == own] for own in sorted(set(each))}
-            order = sorted(range(count), key=[*chain.from_iterable(rows.values())].__getitem__)
-            with torch.inference_mode(False):  # a later forward may train
-                places = {own: torch.tensor(found, device=device) for own, found in rows.items()}
-                self._groups[count, device] = places, torch.tensor(order, device=device)
-        return self._groups[count, device]
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """What one thread asked for."""
-
-    active: Active = ()
-    route: Route | None = None
-    context: Mapping[str, Any] = field(default_factory=dict)
-    composition: Composition | None = None
-    """How the active ones act together; None: in the order in which they were applied."""
-    key: Key = field(init=False)
-    """What plans depend on: not on the assignment of rows, so that all of them share one compiled graph."""
-
-    def __post_init__(self) -> None:
-        routed = None if self.route is None else self.route.names
-        object.__setattr__(self, "key", (self.active, routed, self.composition))
-
-    @property
-    def acting(self) -> Active:
-        """The names that act on any row."""
-        return self.active if self.route is None else self.route.names
-
-    def same(self, other: Choice) -> bool:
-        """Whether two forwards under these choices do the same."""
-        return self.key == other.key and self.route is other.route and self.context is other.context
 
 
 @dataclass(eq=False)
@@ -304,85 +225,3 @@ def known(model: nn.Module, names: Iterable[str]) -> HostState:
                 f"no injection named {name!r}; this host has: {', '.join(state.injections) or 'none'}"
             )
     return state
-
-
-def activate(model: nn.Module, *names: str | Composition) -> Chosen:
-    """Make exactly these injections act, in the order in which they were applied; no names: the bare base model.
-    Compositions (`Stack`, `Sum`, `Average`, `Split`, `Fuse`) say otherwise; names beside them stack in the order given.
-
-    Applies at once. The result is also a context manager that restores what held before:
-
-        with activate(model, "summarize"):
-            model.generate(...)
-
-    Called in the thread that adapted the host, it holds for all threads that did not choose for themselves; in any
-    other thread it holds for that thread alone (use the context manager there). Frozen and trainable parameters stay as
-    they are.
-
-    Raises:
-        UnknownInjection: the host has no injection of such a name.
-        CompositionError: an injection cannot be put together with others.
-        MergeError: an injection in a composition is merged.
-    """
-    plain = [name for name in names if isinstance(name, str)]
-    if len(plain) == len(names):
-        return chosen(known(model, plain), plain)
-    composition = names[0] if len(names) == 1 and isinstance(names[0], Composition) else Stack(*names)
-    state = known(model, composition.names())
-    wanted = set(composition.names())
-    active = tuple(name for name in state.injections if name in wanted)
-    for name in active:
-        if state.injections[name].merged:
-            raise MergeError(f"{name!r} is merged and acts in all branches; unmerge() it before composing")
-    for name in composition.combined():
-        state.injections[name].check_combinable()
-    return Chosen(state, Choice(active, None, state.now().context, composition))
-
-
-def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> Chosen:
-    """Let a different injection act on each row of the batch.
-
-    Best as a context manager, round forward or generate:
-
-        with route(model, ["summarize", None, "translate"]):
-            model(**batch_of_three)
-
-    Row by row the outputs equal separate passes. Any assignment of the same names shares one compiled graph. Holds for
-    threads as `activate` does.
-
-    Args:
-        model: the host.
-        names: one for each row of the batch; None for the bare base model.
-        copies: how many rows stand for one of these where `generate` repeats rows (``num_beams``).
-
-    Raises:
-        UnknownInjection: the host has no injection of such a name.
-        RouteError: a named injection cannot tell rows apart in this host, or (in forward) the batch has another length.
-        MergeError: a named injection is merged, so it would act on every row.
-    """
-    wanted = [name for name in names if name is not None]
-    state = known(model, wanted)
-    if not names:
-        raise RouteError("a route names one injection (or None) for each row; it got no rows")
-    used = tuple(name for name in state.injections if name in set(wanted))
-    for name in used:
-        if state.injections[name].merged:
-            raise MergeError(f"{name!r} is merged and acts on every row; unmerge() it before routing")
-        state.injections[name].check_routable()
-    positions = [-1 if name is None else used.index(name) for name in names]
-    device = next((parameter.device for parameter in model.parameters()), None)
-    routed = Route(used, torch.tensor(positions, device=device), copies, tuple(positions))
-    return Chosen(state, replace(state.now(), route=routed, composition=None))
-
-
-def call(model: nn.Module, **context: Any) -> Chosen:
-    """Tell methods what they need and forward has no argument for: a task, a timestep.
-
-    Best as a context manager, round forward or generate; what was told before stays unless it is told anew:
-
-        with call(model, task="rte"):
-            model(**batch)
-    """
-    state = state_of(model) or HostState()
-    now = state.now()
-    return Chosen(state, replace(now, context={**now.context, **context}))
