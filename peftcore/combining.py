@@ -24,10 +24,10 @@ from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInject
 from peftcore.host_state import injections
 from peftcore.injection import Injection
 from peftcore.operators import Factors, _Base, is_mergeable
-from peftcore.progress import through
 from peftcore.sharding import whole
 from peftcore.sites import Site
 from peftcore.surgery import Wishes
+from peftcore.utils.progress import through
 from peftcore.weights import bias_name, put, take
 
 How = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "slerp"]

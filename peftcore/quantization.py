@@ -22,9 +22,9 @@ from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
 from peftcore.graft import slot_of
 from peftcore.packing import Packed, become, dense_linear, floating_dtype
 from peftcore.plugins import imported, layer_of, named_places
-from peftcore.progress import Progress
 from peftcore.sites import Site
 from peftcore.targets import Resolver, Target
+from peftcore.utils.progress import Progress
 from peftcore.weights import Linear
 
 M = TypeVar("M", bound=nn.Module)

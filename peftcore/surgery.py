@@ -22,10 +22,10 @@ from peftcore.attention_sites import locate as locate_attention
 from peftcore.errors import CheckpointError, HostMismatch, PluginError, TargetError, UnsupportedSite
 from peftcore.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable, tables
 from peftcore.plugins import registry
-from peftcore.progress import Progress
 from peftcore.sequence import locate as locate_stack
 from peftcore.sites import Site
 from peftcore.targets import Resolver, Target
+from peftcore.utils.progress import Progress
 from peftcore.weights import Ranges
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import CalibrationError
-from peftcore.progress import through
+from peftcore.utils.progress import through
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection
