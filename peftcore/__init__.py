@@ -7,13 +7,13 @@ from peftcore.catalogue import MethodInfo, method, methods, register
 from peftcore.checkpoint import load
 from peftcore.combining import combine, deltas, to_lora
 from peftcore.composition_files import load_composition, save_composition
-from peftcore.compositions import Average, Fuse, Split, Stack, Sum
+from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
+from peftcore.contract.hookspecs import API, hookimpl
 from peftcore.contract.method import Method, Tags
-from peftcore.hookspecs import API, hookimpl
+from peftcore.contract.operators import Combiner, Operator, Replacement, WeightOperator, on_first
 from peftcore.host_state import injections
 from peftcore.injection import Injection
-from peftcore.operators import Combiner, Operator, Replacement, WeightOperator, on_first
 from peftcore.planning import Plan
 from peftcore.quantization import dequantize, quantize, schemes
 from peftcore.records import Call, Tap, current_call

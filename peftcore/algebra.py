@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from peftcore.operators import Factors
+from peftcore.contract.operators import Factors
 
 Sign = Literal["total", "frequency"]
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from peftcore.contract.operators import _Base
 from peftcore.errors import UnsupportedSite
-from peftcore.operators import _Base
 from peftcore.rows import select_rows
 from peftcore.weights import Layer, Ranges, bias_name, take
 

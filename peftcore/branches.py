@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peftcore.contract.operators import Operator, on_first
 from peftcore.errors import RouteError, UnsupportedSite
 from peftcore.hosts import HostEntry
 from peftcore.hosts.hostmap import under
-from peftcore.operators import Operator, on_first
 from peftcore.records import Tap
 from peftcore.sites import Site
 from peftcore.surgery import Surgeon

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from peftcore.applying import check_name, establish, prepare
+from peftcore.contract.operators import Checked
 from peftcore.envelope import Envelope, method_of, mismatched, options_of, weights_digest
 from peftcore.errors import (
     CheckpointError,
@@ -35,7 +36,6 @@ from peftcore.interop.description import Description
 from peftcore.interop.formats import Tensors, format_named, recognize
 from peftcore.interop.hub import located
 from peftcore.interop.patterns import one_file
-from peftcore.operators import Checked
 from peftcore.saving import saving_base
 from peftcore.sharding import gathered, one_writes
 from peftcore.surgery import Surgeon

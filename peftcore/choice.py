@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore.compositions import Composition
+from peftcore.contract.compositions import Composition
 from peftcore.errors import RouteError
 
 Active = tuple[str, ...]

@@ -20,10 +20,10 @@ from peftcore.catalogue import method as find_method
 from peftcore.checkpoint import fill, load
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
+from peftcore.contract.operators import Factors, _Base, is_mergeable
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
 from peftcore.host_state import injections
 from peftcore.injection import Injection
-from peftcore.operators import Factors, _Base, is_mergeable
 from peftcore.sharding import whole
 from peftcore.sites import Site
 from peftcore.surgery import Wishes

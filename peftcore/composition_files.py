@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from peftcore.checkpoint import load
-from peftcore.compositions import KINDS, Composition, branches
+from peftcore.contract.compositions import KINDS, Composition, branches
 from peftcore.errors import CheckpointError, CompositionError
 from peftcore.files import read_json, write_text
 from peftcore.host_state import injections, known

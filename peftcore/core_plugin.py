@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.hookspecs import hookimpl
+from peftcore.contract.hookspecs import hookimpl
 from peftcore.hosts import derive
 from peftcore.layers import dense_layer
 from peftcore.merging import merged_tensors

@@ -31,11 +31,11 @@ from torch.utils.checkpoint import checkpoint
 from peftcore import together
 from peftcore.attention import attributes
 from peftcore.choice import Route
-from peftcore.compositions import composed
+from peftcore.contract.compositions import composed
+from peftcore.contract.operators import is_mergeable
 from peftcore.derived import Remade
 from peftcore.host_state import HostState
 from peftcore.kernels import is_plain, saves_elsewhere, transformed
-from peftcore.operators import is_mergeable
 from peftcore.rows import OfSomeRows, Once, add_updates, each_its_own, select_rows
 from peftcore.sharding import MANAGED, whole
 from peftcore.slots import Acting, Beside, Edits, Planned, Slot

@@ -14,11 +14,11 @@ from torch.optim import Optimizer
 from peftcore import merging, witness
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
+from peftcore.contract.operators import _Base, trainable_numbers
 from peftcore.errors import CompositionError, InactiveSite, MergeError, RouteError, UnknownInjection
 from peftcore.graft import is_reached, slot_of
 from peftcore.host_state import Chosen, HostState, chosen, drop_state
 from peftcore.installation import release, uninstall
-from peftcore.operators import _Base, trainable_numbers
 from peftcore.plugins import registry
 from peftcore.sites import Site
 from peftcore.summary import Summary

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from peftcore.contract.operators import full_precision, is_mergeable
 from peftcore.errors import MergeError, NotMergeable, UnsupportedSite
 from peftcore.mounts import Effect, Mount, effects_of, fold
-from peftcore.operators import full_precision, is_mergeable
 from peftcore.packing import Form, Packed, become, dense_linear, floating_dtype, restore
 from peftcore.plugins import layer_of, registry
 from peftcore.saving import saving_base

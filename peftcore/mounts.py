@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.operators import Held, Operator, WeightOperator, _Base
+from peftcore.contract.operators import Held, Operator, WeightOperator, _Base
 from peftcore.weights import Layer, Ranges, bias_name, put, take
 
 

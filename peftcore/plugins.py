@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from peftcore import hookspecs
+from peftcore.contract import hookspecs
+from peftcore.contract.hookspecs import API
 from peftcore.errors import PluginError
-from peftcore.hookspecs import API
 
 if TYPE_CHECKING:
     from torch import nn

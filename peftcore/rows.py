@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcore.choice import Route
+from peftcore.contract.operators import Factors
 from peftcore.errors import RouteError
 from peftcore.mounts import Mount
-from peftcore.operators import Factors
 from peftcore.weights import put, take
 
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from peftcore.contract.operators import Operator
 from peftcore.errors import PluginError, SequenceError, UnsupportedSite
 from peftcore.hosts.stacks import CACHES, EMBEDS, IDS, MEMORY, Stack, arguments, find
-from peftcore.operators import Operator
 from peftcore.sequence_cache import Opened, is_cache, is_filled, opened
 from peftcore.sequence_masks import Front
 from peftcore.sharding import whole

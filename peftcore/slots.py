@@ -14,11 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.choice import Active, Choice, Key, Route
-from peftcore.compositions import Composition, branches
-from peftcore.host_state import HostState
-from peftcore.kept import Kept
-from peftcore.mounts import Effect, HeldRows, Mount, around_rows, effects_of, fold
-from peftcore.operators import (
+from peftcore.contract.compositions import Composition, branches
+from peftcore.contract.operators import (
     Combiner,
     Operator,
     WeightOperator,
@@ -28,6 +25,9 @@ from peftcore.operators import (
     is_mergeable,
     tables,
 )
+from peftcore.host_state import HostState
+from peftcore.kept import Kept
+from peftcore.mounts import Effect, HeldRows, Mount, around_rows, effects_of, fold
 from peftcore.updated import Factors, factors_of, stand_in
 from peftcore.weights import Layer
 

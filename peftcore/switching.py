@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftcore.choice import Choice, Route
-from peftcore.compositions import Composition, Stack
+from peftcore.contract.compositions import Composition, Stack
 from peftcore.errors import MergeError, RouteError
 from peftcore.host_state import Chosen, HostState, chosen, known, state_of
 

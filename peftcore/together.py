@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.contract.operators import WeightOperator, full_precision
 from peftcore.host_state import HostState
 from peftcore.kernels import saves_elsewhere
-from peftcore.operators import WeightOperator, full_precision
 from peftcore.records import Tap, current_call
 from peftcore.sharding import MANAGED
 from peftcore.slots import Beside

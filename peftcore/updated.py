@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from peftcore import kernels
+from peftcore.contract.operators import full_precision
 from peftcore.kernels.autograd import apply
 from peftcore.mounts import Mount
-from peftcore.operators import full_precision
 from peftcore.weights import Layer, put
 
 ALIGNED = 16

@@ -16,11 +16,11 @@ import snippets
 from peftcore.applying import host_map, prepare, resolve_method, wishes_of
 from peftcore.branches import Bypass, is_post_norm
 from peftcore.cli.looking.quiet import unlogged
+from peftcore.contract.operators import Combiner, Operator, Replacement, WeightOperator
 from peftcore.errors import ConfigError, PeftcoreError
 from peftcore.hosts import HostEntry, HostMap
 from peftcore.hosts.hostmap import part_roles
 from peftcore.hosts.vocabulary import FUSED_ROLES, OTHER
-from peftcore.operators import Combiner, Operator, Replacement, WeightOperator
 from peftcore.references import reference
 from peftcore.sites import Site
 from peftcore.surgery import Graft, Surgeon

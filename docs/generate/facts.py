@@ -23,7 +23,7 @@ from peftcore.cli.looking.quiet import unlogged
 from peftcore.cli.looking.recorded import Recorded, Wanted
 from peftcore.cli.looking.show import Shown
 from peftcore.contract.method import CATEGORIES, Method
-from peftcore.operators import Operator, Replacement, WeightOperator
+from peftcore.contract.operators import Operator, Replacement, WeightOperator
 from peftcore.references import REFERENCES, reference
 from peftcore.sequence import SequenceOperator
 

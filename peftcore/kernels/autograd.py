@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore.operators import autocasts
+from peftcore.contract.operators import autocasts
 
 
 def transformed() -> bool:

@@ -16,9 +16,9 @@ import peftcore
 from peftcore import catalogue
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method, Tags
+from peftcore.contract.operators import Operator, WeightOperator
 from peftcore.errors import AmbiguousMethod, UnknownMethod
 from peftcore.injection import Injection
-from peftcore.operators import Operator, WeightOperator
 from peftcore.plugins import layer_of
 from peftcore.sites import Site
 from peftcore.surgery import Surgeon

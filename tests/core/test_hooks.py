@@ -12,7 +12,8 @@ from core_toys import Doubling, DoublingOperator, Shift, perceptron, token_ids, 
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import hookimpl, hookspecs
+from peftcore import hookimpl
+from peftcore.contract import hookspecs
 from peftcore.interop.formats import formats
 from peftcore.interop.peft_method import peft_methods
 from peftcore.plugins import registry

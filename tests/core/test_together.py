@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import together
-from peftcore.operators import WeightOperator
+from peftcore.contract.operators import WeightOperator
 from peftcore.sharding import MANAGED
 from peftcore_reparameterized.oft import OFTOperator
 

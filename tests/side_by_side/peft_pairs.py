@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import weights
+from peftcore.contract.operators import _Base
 from peftcore.injection import Injection
-from peftcore.operators import _Base
 from peftcore.sites import Site
 
 ADAPTER = "default"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peftcore import Operator, Site, Tap
-from peftcore.operators import Shared
+from peftcore.contract.operators import Shared
 from peftcore.plugins import layer_of
 
 GIVEN = ("sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs")

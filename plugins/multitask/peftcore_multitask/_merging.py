@@ -21,8 +21,8 @@ from peftcore import Injection, MethodConfig, Site, Surgeon, WeightOperator
 from peftcore.algebra import product
 from peftcore.combining import established, opened, warn_of_heads
 from peftcore.contract.config import validate
+from peftcore.contract.operators import _Base, is_mergeable
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.operators import _Base, is_mergeable
 from peftcore.parts import OfParts, options_of
 from peftcore.weights import bias_name
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from peftcore import Method, Operator, Site, Surgeon, Tags, WeightOperator
 from peftcore.algebra import linear
+from peftcore.contract.operators import Factors, is_mergeable
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.graft import view
-from peftcore.operators import Factors, is_mergeable
 from peftcore.parts import options_of
 from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.attention_sites import locate
+from peftcore.contract.operators import full_precision
 from peftcore.errors import UnsupportedSite
-from peftcore.operators import full_precision
 
 HEADED = ("attn.k", "attn.v", "cross.k", "cross.v")
 """Roles whose output is a run of heads."""

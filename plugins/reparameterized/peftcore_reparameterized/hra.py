@@ -29,8 +29,8 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
 from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.contract.operators import Held
 from peftcore.errors import UnsupportedSite
-from peftcore.operators import Held
 from peftcore_reparameterized._rotations import rows, weight_of, width
 
 

@@ -26,7 +26,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.operators import Held
+from peftcore.contract.operators import Held
 
 
 class Config(MethodConfig):

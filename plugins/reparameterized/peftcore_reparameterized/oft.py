@@ -33,7 +33,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
-from peftcore.operators import Held
+from peftcore.contract.operators import Held
 from peftcore_reparameterized._rotations import block_size, precise, rotate, rows, weight_of, width
 
 

@@ -31,7 +31,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
-from peftcore.operators import Shared, full_precision
+from peftcore.contract.operators import Shared, full_precision
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 
 

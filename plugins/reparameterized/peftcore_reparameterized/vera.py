@@ -27,7 +27,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, kernels
-from peftcore.operators import Shared
+from peftcore.contract.operators import Shared
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 from peftcore_reparameterized._low_rank import LowRankOperator
 

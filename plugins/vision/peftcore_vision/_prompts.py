@@ -19,10 +19,10 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import MethodConfig, Operator, Site, Surgeon
+from peftcore.contract.operators import Shared
 from peftcore.errors import SequenceError, UnsupportedSite
 from peftcore.hosts import HostEntry
 from peftcore.hosts.stacks import find
-from peftcore.operators import Shared
 from peftcore.weights import plain_class
 
 STREAM = ("mlp.down", "experts.down", "attn.out")

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftcore.contract.operators import Combiner, on_first
 from peftcore.errors import CompositionError
-from peftcore.operators import Combiner, on_first
 
 Names = tuple[str, ...]
 Run = Callable[[Names], Any]
