@@ -3,7 +3,6 @@
 from peftcore.applying import apply, plan
 from peftcore.attention import Attend, AttentionOperator
 from peftcore.attention_sites import AttentionSite
-from peftcore.catalogue import MethodInfo, method, methods, register
 from peftcore.checkpoint import load
 from peftcore.combining import combine, deltas, to_lora
 from peftcore.composition_files import load_composition, save_composition
@@ -17,6 +16,7 @@ from peftcore.injection import Injection
 from peftcore.planning import Plan
 from peftcore.quantization import dequantize, quantize, schemes
 from peftcore.records import Call, Tap, current_call
+from peftcore.registry.catalogue import MethodInfo, method, methods, register
 from peftcore.saving import saving_base
 from peftcore.sequence import SequenceOperator, SequenceSite
 from peftcore.sites import Site

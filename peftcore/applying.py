@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from peftcore import garbage, witness
-from peftcore.catalogue import method as find_method
 from peftcore.contract.config import MethodConfig, dtype_of, matches, validate
 from peftcore.contract.method import Method
 from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
@@ -20,9 +19,10 @@ from peftcore.host_state import drop_state, ensure_state, state_of
 from peftcore.hosts import HostMap
 from peftcore.injection import Injection
 from peftcore.installation import install, release, uninstall
-from peftcore.notices import notice_experimental
 from peftcore.planning import Plan
-from peftcore.plugins import layer_of, registry
+from peftcore.registry.catalogue import method as find_method
+from peftcore.registry.experimental import notice_experimental
+from peftcore.registry.plugins import layer_of, registry
 from peftcore.shelf import Operators
 from peftcore.surgery import Surgeon, Wishes, generator_kept
 from peftcore.targets import Resolver, Target

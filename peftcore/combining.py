@@ -16,7 +16,6 @@ from torch import Tensor
 from peftcore import algebra
 from peftcore.algebra import Sign, cat, linear, padded, product, svd
 from peftcore.applying import check_name, establish, prepare
-from peftcore.catalogue import method as find_method
 from peftcore.checkpoint import fill, load
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
@@ -24,6 +23,7 @@ from peftcore.contract.operators import Factors, _Base, is_mergeable
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
 from peftcore.host_state import injections
 from peftcore.injection import Injection
+from peftcore.registry.catalogue import method as find_method
 from peftcore.sharding import whole
 from peftcore.sites import Site
 from peftcore.surgery import Wishes

@@ -11,12 +11,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from torch import nn
 
-from peftcore.catalogue import method as find_method
-from peftcore.catalogue import methods
 from peftcore.contract.config import DTYPES, MethodConfig, described, validate_json
 from peftcore.contract.method import Method
 from peftcore.errors import CheckpointError, ConfigError, NewerFormat, UnknownMethod, shown
 from peftcore.injection import Injection
+from peftcore.registry.catalogue import method as find_method
+from peftcore.registry.catalogue import methods
 from peftcore.sites import Site
 from peftcore.surgery import Wishes
 from peftcore.weights import plain_class

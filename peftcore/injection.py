@@ -19,7 +19,7 @@ from peftcore.errors import CompositionError, InactiveSite, MergeError, RouteErr
 from peftcore.graft import is_reached, slot_of
 from peftcore.host_state import Chosen, HostState, chosen, drop_state
 from peftcore.installation import release, uninstall
-from peftcore.plugins import registry
+from peftcore.registry.plugins import registry
 from peftcore.sites import Site
 from peftcore.summary import Summary
 from peftcore.surgery import Graft, Surgeon, Wishes

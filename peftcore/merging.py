@@ -25,7 +25,7 @@ from peftcore.contract.operators import full_precision, is_mergeable
 from peftcore.errors import MergeError, NotMergeable, UnsupportedSite
 from peftcore.mounts import Effect, Mount, effects_of, fold
 from peftcore.packing import Form, Packed, become, dense_linear, floating_dtype, restore
-from peftcore.plugins import layer_of, registry
+from peftcore.registry.plugins import layer_of, registry
 from peftcore.saving import saving_base
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import MergeError
 from peftcore.graft import FORWARDS, TORCHS, change_class, grafted_class, slot_of
-from peftcore.plugins import layer_of
+from peftcore.registry.plugins import layer_of
 from peftcore.slots import Slot
 from peftcore.weights import Layer, Linear, plain_class
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.catalogue import method as find_method
 from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.errors import ConfigError
 from peftcore.injection import Injection
-from peftcore.plugins import registry
+from peftcore.registry.catalogue import method as find_method
+from peftcore.registry.plugins import registry
 
 
 def options_of(part: Mapping[str, Any]) -> MethodConfig:

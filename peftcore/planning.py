@@ -10,7 +10,7 @@ import torch
 from torch import Size, nn
 
 from peftcore.hosts import HostMap
-from peftcore.plugins import layer_of
+from peftcore.registry.plugins import layer_of
 from peftcore.sites import Site
 from peftcore.weights import is_dense
 

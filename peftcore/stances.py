@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from peftcore.plugins import registry
+from peftcore.registry.plugins import registry
 from peftcore.weights import plain_class
 
 

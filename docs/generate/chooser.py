@@ -23,8 +23,8 @@ from peftcore.cli.models.example_inputs import Size
 from peftcore.cli.numbers import size
 from peftcore.contract.method import Tags
 from peftcore.errors import PeftcoreError
-from peftcore.plugins import imported, named_places
 from peftcore.references import reference
+from peftcore.registry.plugins import imported, named_places
 
 ROOT = Path(__file__).parents[2]
 HOSTS = ("Llama 2 7B", "BERT base", "ViT base", "ResNet-50", "SD 1.5 UNet")

@@ -25,7 +25,7 @@ from peftcore.interop.formats import Content, Format
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.rebasing import find_move
-from peftcore.plugins import imported, layer_of, named_places
+from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.sites import Site
 from peftcore.surgery import Surgeon
 from peftcore.targets import Resolver

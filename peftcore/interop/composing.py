@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from peftcore.catalogue import method as find_method
 from peftcore.envelope import FORMAT, Envelope, SavedSite
+from peftcore.registry.catalogue import method as find_method
 
 
 def literally(path: str) -> str:

@@ -17,7 +17,7 @@ from peftcore.envelope import Envelope
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.injection import Injection
 from peftcore.interop.description import Description, tensor_files
-from peftcore.plugins import imported, named_places
+from peftcore.registry.plugins import imported, named_places
 from peftcore.surgery import Surgeon
 
 

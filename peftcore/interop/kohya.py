@@ -38,7 +38,7 @@ from peftcore.interop.pipelines import (
     split,
 )
 from peftcore.interop.places import Place
-from peftcore.plugins import imported, layer_of, named_places
+from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.surgery import Surgeon
 
 TENSORS = "kohya.safetensors"

@@ -21,7 +21,7 @@ from peftcore.interop.patterns import matching
 from peftcore.interop.peft_layers import is_one_of
 from peftcore.interop.peft_names import PREFIXES, Group, modules_meant
 from peftcore.interop.places import Place
-from peftcore.plugins import imported, named_places
+from peftcore.registry.plugins import imported, named_places
 
 
 class PeftMethod(ABC):

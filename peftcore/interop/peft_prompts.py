@@ -17,7 +17,7 @@ from peftcore.interop.keys import Keys
 from peftcore.interop.peft_method import PeftMethod
 from peftcore.interop.peft_names import PREFIXES
 from peftcore.interop.places import Place
-from peftcore.plugins import layer_of
+from peftcore.registry.plugins import layer_of
 from peftcore.sequence import SequenceSite
 from peftcore.sequence import locate as locate_stack
 from peftcore.sites import Site

@@ -18,7 +18,7 @@ from peftcore.injection import Injection
 from peftcore.interop.peft_method import PeftMethod, peft_methods
 from peftcore.interop.peft_names import WRAPPER
 from peftcore.interop.places import Place, places_of
-from peftcore.plugins import imported
+from peftcore.registry.plugins import imported
 from peftcore.sites import Site
 from peftcore.surgery import Graft
 

@@ -12,7 +12,7 @@ from torch import nn
 from peftcore.errors import CheckpointError, HostMismatch
 from peftcore.files import TensorFile
 from peftcore.interop.rebasing import Move, find_move
-from peftcore.plugins import layer_of, registry
+from peftcore.registry.plugins import layer_of, registry
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from peftcore.errors import MergeError, NotMergeable, TargetError
 from peftcore.injection import Injection
 from peftcore.merging import MergeReport
 from peftcore.packing import Packed
-from peftcore.plugins import layer_of
 from peftcore.quantization import dequantize, scheme_class, schemes
+from peftcore.registry.plugins import layer_of
 from peftcore.testing.checks_training import backward, expect_same_gradients
 from peftcore.testing.kit import ALL, Case, NotApplicable, check
 from peftcore.testing.tools import findable

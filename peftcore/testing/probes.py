@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
-from peftcore.plugins import registry
+from peftcore.registry.plugins import registry
 
 
 class Holder(nn.Module):

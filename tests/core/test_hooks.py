@@ -16,8 +16,8 @@ from peftcore import hookimpl
 from peftcore.contract import hookspecs
 from peftcore.interop.formats import formats
 from peftcore.interop.peft_method import peft_methods
-from peftcore.plugins import registry
 from peftcore.quantization import schemes
+from peftcore.registry.plugins import registry
 from peftcore.stances import Stance
 
 HOOKS = [name for name in vars(hookspecs) if name.startswith("peftcore_")]

@@ -32,7 +32,7 @@ from peftcore.errors import (
     UnsupportedHost,
     UnsupportedSite,
 )
-from peftcore.plugins import registry
+from peftcore.registry.plugins import registry
 
 ALL = ["lora", "dora", "ia3", "houlsby_adapter", "bitfit", "ln_tuning", "linear_probe"]
 TOYS = [Doubling, Shift, Swap, SharedBases]

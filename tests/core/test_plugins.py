@@ -13,10 +13,10 @@ import pytest
 from core_toys import Doubling, DoublingConfig, Shift, ShiftConfig, perceptron
 
 import peftcore
-import peftcore.plugins
+import peftcore.registry.plugins
 from peftcore import Method, MethodConfig, Tags, hookimpl
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
-from peftcore.plugins import PluginWarning
+from peftcore.registry.plugins import PluginWarning
 
 pytestmark = pytest.mark.usefixtures("fresh_registry")
 
@@ -113,7 +113,7 @@ def test_broken_plugin_leaves_no_hook_behind(kind: str, install: Callable[..., N
     install(Point("bad", load))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PluginWarning)
-        registry = peftcore.plugins.registry()
+        registry = peftcore.registry.plugins.registry()
     assert registry.plugins == {}
     assert [name for name, _ in registry.manager.list_name_plugin()] == ["peftcore.core_plugin"]
     registry.manager.check_pending()

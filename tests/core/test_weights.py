@@ -17,7 +17,7 @@ import peftcore
 from peftcore.errors import UnsupportedSite
 from peftcore.kernels import low_rank_linear, projections, rotated_linear, scaled_low_rank_linear
 from peftcore.layers import dense_layer
-from peftcore.plugins import layer_of
+from peftcore.registry.plugins import layer_of
 from peftcore.weights import SMALL, Transposed, bias_name, put, take
 
 

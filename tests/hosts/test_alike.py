@@ -16,7 +16,7 @@ from peftcore import graft, installation
 from peftcore.applying import host_map
 from peftcore.hosts import alike, derive, rules, survey
 from peftcore.hosts.alike import Run, Structure, runs
-from peftcore.plugins import layer_of
+from peftcore.registry.plugins import layer_of
 from peftcore.targets import Resolver
 
 torch.set_num_threads(1)

@@ -27,7 +27,7 @@ import peftcore
 from peftcore.cli import pages
 from peftcore.cli.errors import BadInput
 from peftcore.contract.method import CATEGORIES
-from peftcore.plugins import RESERVED, registry
+from peftcore.registry.plugins import RESERVED, registry
 
 TREES = Path(__file__).parent / "templates"
 SUFFIX = ".jinja"

@@ -56,8 +56,8 @@ def schema(
 ) -> None:
     """Print the JSON schema of a method's options, or of all methods' as alternatives."""
     with answered():
-        from peftcore import catalogue
         from peftcore.cli import pages
+        from peftcore.registry import catalogue
 
         print(pages.as_json(catalogue.schema(method)))
 

@@ -20,8 +20,8 @@ from peftcore.cli.looking.quiet import quiet
 from peftcore.cli.numbers import size
 from peftcore.cli.pages import columns
 from peftcore.errors import PeftcoreError
-from peftcore.plugins import DISABLE, registry
 from peftcore.quantization import scheme_class
+from peftcore.registry.plugins import DISABLE, registry
 
 CORE = "peftcore"
 LIBRARIES = ("torch", "transformers", "diffusers", "timm")

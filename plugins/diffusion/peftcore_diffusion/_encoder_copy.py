@@ -12,7 +12,7 @@ from torch import nn
 
 from peftcore import Operator, Site, Tap
 from peftcore.contract.operators import Shared
-from peftcore.plugins import layer_of
+from peftcore.registry.plugins import layer_of
 
 GIVEN = ("sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs")
 """What the copy gets of the UNet's inputs."""

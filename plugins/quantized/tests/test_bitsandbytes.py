@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.graft import slot_of
-from peftcore.plugins import layer_of
+from peftcore.registry.plugins import layer_of
 
 bnb = pytest.importorskip("bitsandbytes")
 modules = pytest.importorskip("bitsandbytes.nn.modules")

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from peftcore.contract.method import CATEGORIES, Method, Tags, check_method_class
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
-from peftcore.plugins import RUNTIME, Plugin, imported, registry
+from peftcore.registry.plugins import RUNTIME, Plugin, imported, registry
 
 M = TypeVar("M", bound=type[Method])
 _registered: dict[str, type[Method]] = {}
