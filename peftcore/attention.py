@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import _Base
 from peftcore.errors import UnsupportedSite
+from peftcore.layers.layer import Layer, Ranges, bias_name, take
 from peftcore.rows import select_rows
-from peftcore.weights import Layer, Ranges, bias_name, take
 
 if TYPE_CHECKING:
     from peftcore.attention_sites import AttentionSite

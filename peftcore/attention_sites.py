@@ -14,9 +14,9 @@ from torch import nn
 
 from peftcore.attention import Geometry, Projection, implementation_of
 from peftcore.errors import TargetError, UnsupportedSite
+from peftcore.layers.layer import plain_class
 from peftcore.sites import Site
 from peftcore.targets import Resolver
-from peftcore.weights import plain_class
 
 # What attention classes call these sizes; the first name that a module has counts.
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")

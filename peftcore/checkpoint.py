@@ -36,8 +36,8 @@ from peftcore.interop.description import Description
 from peftcore.interop.formats import Tensors, format_named, recognize
 from peftcore.interop.hub import located
 from peftcore.interop.patterns import one_file
+from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.saving import saving_base
-from peftcore.sharding import gathered, one_writes
 from peftcore.surgery import Surgeon
 
 SPARE = 2**28

@@ -23,12 +23,12 @@ from peftcore.contract.operators import Factors, _Base, is_mergeable
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
 from peftcore.host_state import injections
 from peftcore.injection import Injection
+from peftcore.layers.fsdp import whole
+from peftcore.layers.layer import bias_name, put, take
 from peftcore.registry.catalogue import method as find_method
-from peftcore.sharding import whole
 from peftcore.sites import Site
 from peftcore.surgery import Wishes
 from peftcore.utils.progress import through
-from peftcore.weights import bias_name, put, take
 
 How = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "slerp"]
 Source = str | os.PathLike[str]

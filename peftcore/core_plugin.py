@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftcore.contract.hookspecs import hookimpl
 from peftcore.hosts import derive
-from peftcore.layers import dense_layer
+from peftcore.layers.detect import dense_layer
 from peftcore.merging import merged_tensors
 from peftcore.stances import STANCES
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from peftcore.kernels.autograd import apply
+from peftcore.layers.kernels.autograd import apply
 
 
 class Remade:

@@ -15,11 +15,11 @@ from peftcore.contract.config import DTYPES, MethodConfig, described, validate_j
 from peftcore.contract.method import Method
 from peftcore.errors import CheckpointError, ConfigError, NewerFormat, UnknownMethod, shown
 from peftcore.injection import Injection
+from peftcore.layers.layer import plain_class
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.catalogue import methods
 from peftcore.sites import Site
 from peftcore.surgery import Wishes
-from peftcore.weights import plain_class
 
 FORMAT = 1
 

@@ -35,11 +35,11 @@ from peftcore.contract.compositions import composed
 from peftcore.contract.operators import is_mergeable
 from peftcore.derived import Remade
 from peftcore.host_state import HostState
-from peftcore.kernels import is_plain, saves_elsewhere, transformed
+from peftcore.layers.fsdp import MANAGED, whole
+from peftcore.layers.kernels import is_plain, saves_elsewhere, transformed
+from peftcore.layers.layer import GRAFTED, Layer, Ranges, is_linear, plain_class, take
 from peftcore.rows import OfSomeRows, Once, add_updates, each_its_own, select_rows
-from peftcore.sharding import MANAGED, whole
 from peftcore.slots import Acting, Beside, Edits, Planned, Slot
-from peftcore.weights import GRAFTED, Layer, Ranges, is_linear, plain_class, take
 
 _SLOT = "_peftcore_slot"
 TORCHS = frozenset(vars(nn.Module()))

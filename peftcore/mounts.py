@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.contract.operators import Held, Operator, WeightOperator, _Base
-from peftcore.weights import Layer, Ranges, bias_name, put, take
+from peftcore.layers.layer import Layer, Ranges, bias_name, put, take
 
 
 @dataclass(eq=False, slots=True)

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from peftcore.errors import MergeError
 from peftcore.graft import FORWARDS, TORCHS, change_class, grafted_class, slot_of
+from peftcore.layers.layer import Layer, Linear, plain_class
 from peftcore.registry.plugins import layer_of
 from peftcore.slots import Slot
-from peftcore.weights import Layer, Linear, plain_class
 
 
 class Dense(nn.Linear):

@@ -10,9 +10,9 @@ import torch
 from torch import Size, nn
 
 from peftcore.hosts import HostMap
+from peftcore.layers.layer import is_dense
 from peftcore.registry.plugins import layer_of
 from peftcore.sites import Site
-from peftcore.weights import is_dense
 
 if TYPE_CHECKING:
     from peftcore.surgery import Surgeon

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from peftcore.applying import host_map, is_ours
 from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
 from peftcore.graft import slot_of
+from peftcore.layers.layer import Linear
 from peftcore.packing import Packed, become, dense_linear, floating_dtype
 from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.sites import Site
 from peftcore.targets import Resolver, Target
 from peftcore.utils.progress import Progress
-from peftcore.weights import Linear
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from peftcore.contract.method import Method
 from peftcore.errors import AmbiguousBackward, MissingContext, RouteError
-from peftcore.kernels import transformed
-from peftcore.sharding import differentiable
+from peftcore.layers.fsdp import differentiable
+from peftcore.layers.kernels import transformed
 
 if TYPE_CHECKING:
     from peftcore.choice import Choice, Route

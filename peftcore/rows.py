@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from peftcore.choice import Route
 from peftcore.contract.operators import Factors
 from peftcore.errors import RouteError
+from peftcore.layers.layer import put, take
 from peftcore.mounts import Mount
-from peftcore.weights import put, take
 
 
 class Once:

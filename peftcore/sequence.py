@@ -24,12 +24,12 @@ from torch.func import functional_call
 from peftcore.contract.operators import Operator
 from peftcore.errors import PluginError, SequenceError, UnsupportedSite
 from peftcore.hosts.stacks import CACHES, EMBEDS, IDS, MEMORY, Stack, arguments, find
+from peftcore.layers.fsdp import whole
+from peftcore.layers.layer import Layer
 from peftcore.sequence_cache import Opened, is_cache, is_filled, opened
 from peftcore.sequence_masks import Front
-from peftcore.sharding import whole
 from peftcore.sites import Site
 from peftcore.targets import Resolver
-from peftcore.weights import Layer
 
 MASK, POSITIONS, STEPS = "attention_mask", "position_ids", "cache_position"
 MEMORY_MASK = "encoder_attention_mask"

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from peftcore.errors import UnsupportedSite
 from peftcore.graft import effective_weight
-from peftcore.layers import dense_layer
-from peftcore.weights import Layer, Ranges
+from peftcore.layers.detect import dense_layer
+from peftcore.layers.layer import Layer, Ranges
 
 LayerOf = Callable[[nn.Module, str], Layer]
 

@@ -27,9 +27,9 @@ from peftcore.contract.operators import (
 )
 from peftcore.host_state import HostState
 from peftcore.kept import Kept
+from peftcore.layers.layer import Layer
 from peftcore.mounts import Effect, HeldRows, Mount, around_rows, effects_of, fold
 from peftcore.updated import Factors, factors_of, stand_in
-from peftcore.weights import Layer
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from peftcore.layers.layer import plain_class
 from peftcore.registry.plugins import registry
-from peftcore.weights import plain_class
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from peftcore.attention_sites import locate as locate_attention
 from peftcore.contract.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable, tables
 from peftcore.errors import CheckpointError, HostMismatch, PluginError, TargetError, UnsupportedSite
+from peftcore.layers.layer import Ranges
 from peftcore.registry.plugins import registry
 from peftcore.sequence import locate as locate_stack
 from peftcore.sites import Site
 from peftcore.targets import Resolver, Target
 from peftcore.utils.progress import Progress
-from peftcore.weights import Ranges
 
 if TYPE_CHECKING:
     from peftcore.contract.config import MethodConfig

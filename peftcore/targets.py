@@ -23,9 +23,9 @@ from torch.jit import ScriptModule
 from peftcore.errors import HostMismatch, TargetError, shown
 from peftcore.hosts import HostEntry, HostMap
 from peftcore.hosts.alike import Structure
+from peftcore.layers.layer import Layer, Ranges
 from peftcore.shelf import Operators
 from peftcore.sites import LayerOf, Site
-from peftcore.weights import Layer, Ranges
 
 UNSEEN = (Operators, ScriptModule)
 """Modules that are no places, nor is anything in them."""

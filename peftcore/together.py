@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import WeightOperator, full_precision
 from peftcore.host_state import HostState
-from peftcore.kernels import saves_elsewhere
+from peftcore.layers.fsdp import MANAGED
+from peftcore.layers.kernels import saves_elsewhere
 from peftcore.records import Tap, current_call
-from peftcore.sharding import MANAGED
 from peftcore.slots import Beside
 
 Kind = tuple[type[WeightOperator], Hashable]

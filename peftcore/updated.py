@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from peftcore import kernels
 from peftcore.contract.operators import full_precision
-from peftcore.kernels.autograd import apply
+from peftcore.layers import kernels
+from peftcore.layers.kernels.autograd import apply
+from peftcore.layers.layer import Layer, put
 from peftcore.mounts import Mount
-from peftcore.weights import Layer, put
 
 ALIGNED = 16
 """Rows of what torch multiplies in groups begin at multiples of so many bytes."""

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from peftcore.contract.method import Method
     from peftcore.hosts import HostMap
     from peftcore.injection import Injection
+    from peftcore.layers.layer import Layer
     from peftcore.stances import Stance
     from peftcore.surgery import Surgeon
-    from peftcore.weights import Layer
 
 API = 1
 """The version of these specifications; a plugin states the one it was written for as ``PEFTCORE_API``."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peftcore.envelope import base_name
 from peftcore.injection import Injection
-from peftcore.weights import plain_class
+from peftcore.layers.layer import plain_class
 
 CARD = "README.md"
 MARK = "<!-- written by peftcore; remove this line to keep your own text -->"

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from peftcore.weights import plain_class
+from peftcore.layers.layer import plain_class
 
 
 def is_one_of(site: Any, kinds: Iterable[type]) -> bool:

@@ -17,12 +17,12 @@ from peftcore.interop.keys import Keys
 from peftcore.interop.peft_method import PeftMethod
 from peftcore.interop.peft_names import PREFIXES
 from peftcore.interop.places import Place
+from peftcore.layers.layer import plain_class
 from peftcore.registry.plugins import layer_of
 from peftcore.sequence import SequenceSite
 from peftcore.sequence import locate as locate_stack
 from peftcore.sites import Site
 from peftcore.targets import Resolver
-from peftcore.weights import plain_class
 
 ROWS = "prompt_embeddings"
 BOTH = "SEQ_2_SEQ_LM"

@@ -20,7 +20,7 @@ from peftcore.errors import PluginError
 if TYPE_CHECKING:
     from torch import nn
 
-    from peftcore.weights import Layer
+    from peftcore.layers.layer import Layer
 
 GROUP = "peftcore"
 """The entry point group of plugins."""

@@ -17,6 +17,7 @@ from torch import nn
 
 import peftcore
 from peftcore.errors import QuantizationError
+from peftcore.layers.layer import Transposed
 from peftcore.quantization import quantize, scheme, scheme_class
 from peftcore.registry.plugins import layer_of
 from peftcore.testing.failures import CheckFailed
@@ -24,7 +25,6 @@ from peftcore.testing.hosts import gpt2
 from peftcore.testing.kit import NotApplicable, fill
 from peftcore.testing.quantizers import LINEAR, Packing, check
 from peftcore.testing.tools import Kinds, differences, raises, trace
-from peftcore.weights import Transposed
 
 USELESS = 0.3
 """The error of a round trip from which on a scheme is no use: more than formats of 3 bits have."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftcore.errors import TrainingError
-from peftcore.sharding import gathered, stand_ins_for, standing
+from peftcore.layers.fsdp import gathered, stand_ins_for, standing
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection

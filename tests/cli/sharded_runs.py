@@ -13,7 +13,7 @@ from silent import Silent
 from peftcore.cli.training import train as job
 from peftcore.cli.training.run_folder import first_process
 from peftcore.cli.training.runs import Run
-from peftcore.sharding import is_cut
+from peftcore.layers.fsdp import is_cut
 
 trainers: list[Any] = []
 made = job.trainer_for

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from peftcore import kernels
-from peftcore.kernels import rotations, skew
+from peftcore.layers import kernels
+from peftcore.layers.kernels import rotations, skew
 
 SHAPES = [(6, 3, 2), (5, 1, 4), (1, 3, 2)]
 """Rows, blocks, size."""
@@ -420,7 +420,7 @@ def test_autocast_projects_in_its_dtype() -> None:
 @pytest.fixture(params=["few columns", "many columns"])
 def columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the ranks of these tests are small ones."""
-    monkeypatch.setattr("peftcore.kernels.low_rank.FEW", 64 if request.param == "few columns" else 1)
+    monkeypatch.setattr("peftcore.layers.kernels.low_rank.FEW", 64 if request.param == "few columns" else 1)
 
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

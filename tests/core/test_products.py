@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import peftcore
-from peftcore import kernels
-from peftcore.kernels import products
+from peftcore.layers import kernels
+from peftcore.layers.kernels import products
 
 pytestmark = pytest.mark.skipif(products._ONEDNN is None, reason="this build of torch has no oneDNN")
 
@@ -251,7 +251,7 @@ def test_a_shared_projection_by_onednn(made: Made) -> None:
 def test_with_and_without_gradients_all_is_the_same_to_the_bit(
     method: str, options: dict[str, Any], made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peftcore.weights.SMALL", 0)
+    monkeypatch.setattr("peftcore.layers.layer.SMALL", 0)
     model = nn.Sequential(
         nn.Linear(704, 512), nn.Linear(512, 704)
     )  # sums so long that two libraries round them differently

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import together
 from peftcore.contract.operators import WeightOperator
-from peftcore.sharding import MANAGED
+from peftcore.layers.fsdp import MANAGED
 from peftcore_reparameterized.oft import OFTOperator
 
 IDS = torch.arange(12).view(2, 6) % 11

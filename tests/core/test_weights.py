@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.kernels import low_rank_linear, projections, rotated_linear, scaled_low_rank_linear
-from peftcore.layers import dense_layer
+from peftcore.layers.detect import dense_layer
+from peftcore.layers.kernels import low_rank_linear, projections, rotated_linear, scaled_low_rank_linear
+from peftcore.layers.layer import SMALL, Transposed, bias_name, put, take
 from peftcore.registry.plugins import layer_of
-from peftcore.weights import SMALL, Transposed, bias_name, put, take
 
 
 def gpt_conv1d() -> nn.Module:
@@ -326,7 +326,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return recorded
 
     for kernel in (low_rank_linear, scaled_low_rank_linear, rotated_linear):
-        monkeypatch.setattr(f"peftcore.kernels.{kernel.__name__}", recording(kernel))
+        monkeypatch.setattr(f"peftcore.layers.kernels.{kernel.__name__}", recording(kernel))
     return seen
 
 
@@ -382,7 +382,7 @@ def test_an_update_computed_with_the_layer_has_the_gradients_of_one_beside_it(
     model.train()
     found = []
     for small in (SMALL, 10**9):
-        monkeypatch.setattr("peftcore.weights.SMALL", small)
+        monkeypatch.setattr("peftcore.layers.layer.SMALL", small)
         torch.manual_seed(0)
         x = X.double().requires_grad_()
         output = model(x)
@@ -406,7 +406,7 @@ def test_a_layer_of_turned_inputs_is_one_function(
     stir(injection := peftcore.apply(model, "oft", target=["0", "1"], **options))
     found = []
     for small in (SMALL, 10**9):
-        monkeypatch.setattr("peftcore.weights.SMALL", small)
+        monkeypatch.setattr("peftcore.layers.layer.SMALL", small)
         x = torch.cat([X, X]).double().requires_grad_()
         output = model(x)
         found.append([output, *torch.autograd.grad(output.square().mean(), [x, *injection.parameters()])])
@@ -447,7 +447,7 @@ def test_sites_of_one_input_share_what_is_the_same_for_both(monkeypatch: pytest.
     monkeypatch.setattr(projections._Project, "forward", project := Mock(wraps=projections._Project.forward))
     found = []
     for small in (SMALL, 10**9):
-        monkeypatch.setattr("peftcore.weights.SMALL", small)
+        monkeypatch.setattr("peftcore.layers.layer.SMALL", small)
         x = X.clone().requires_grad_()
         q, k = model(x)
         found.append([q, k, *torch.autograd.grad(q.square().mean() + k.mean(), [x, *injection.parameters()])])

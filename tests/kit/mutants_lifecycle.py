@@ -19,8 +19,8 @@ from peftcore.choice import Choice
 from peftcore.graft import slot_of
 from peftcore.host_state import Chosen, HostState, chosen
 from peftcore.injection import Summary
+from peftcore.layers.layer import Linear
 from peftcore.surgery import Surgeon
-from peftcore.weights import Linear
 
 
 def sabotaged(name: str, **calls: Callable[..., Any]) -> type[Method]:

@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftcore import hookimpl
+from peftcore.layers.layer import Layer
 from peftcore.packing import Packed, packed_layer
 from peftcore.quantization import Scheme
 from peftcore.stances import Stance
-from peftcore.weights import Layer
 
 PEFTCORE_API = 1
 

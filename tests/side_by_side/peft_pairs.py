@@ -17,9 +17,9 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import weights
 from peftcore.contract.operators import _Base
 from peftcore.injection import Injection
+from peftcore.layers import layer as weights
 from peftcore.sites import Site
 
 ADAPTER = "default"
@@ -195,7 +195,7 @@ class Both:
         for small in (weights.SMALL, 0):
             for pair in self.pairs:
                 pair.ours.grad = pair.theirs.grad = None
-            with mock.patch("peftcore.weights.SMALL", small):
+            with mock.patch("peftcore.layers.layer.SMALL", small):
                 self.assert_same_gradients(*self.assert_same_outputs(run))
         self.assert_same_merged()
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from peftcore.cli.errors import BadInput, package_folder
-from peftcore.weights import is_dense
+from peftcore.layers.layer import is_dense
 
 GGUF, PACKAGE = ".gguf", "package:"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from peftcore.applying import host_map
 from peftcore.cli.errors import BadInput
-from peftcore.sharding import cut_like, is_cut, whole
+from peftcore.layers.fsdp import cut_like, is_cut, whole
 
 ASKED = "ACCELERATE_USE_FSDP"
 """What ``accelerate launch --use_fsdp`` sets."""

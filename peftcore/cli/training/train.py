@@ -29,7 +29,7 @@ from peftcore.cli.training.runs import Run, validated
 from peftcore.cli.training.trainer import AdapterTrainer, Clock, trainer_for
 from peftcore.errors import TrainingError
 from peftcore.files import write_text
-from peftcore.sharding import hold_whole, is_sharded
+from peftcore.layers.fsdp import hold_whole, is_sharded
 
 LOOKED_AT = 16
 """Batches for methods that look at data before training."""

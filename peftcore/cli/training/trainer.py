@@ -23,7 +23,7 @@ from peftcore.cli.training.processes import (
 )
 from peftcore.cli.training.runs import Run
 from peftcore.errors import TrainingError
-from peftcore.sharding import gathered, loading_whole
+from peftcore.layers.fsdp import gathered, loading_whole
 from peftcore.training import PeftcoreCallback
 
 KEPT = 3

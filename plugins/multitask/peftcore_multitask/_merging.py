@@ -23,12 +23,12 @@ from peftcore.combining import established, opened, warn_of_heads
 from peftcore.contract.config import validate
 from peftcore.contract.operators import _Base, is_mergeable
 from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.layers.layer import bias_name
 from peftcore.parts import OfParts, options_of
-from peftcore.weights import bias_name
 
 if TYPE_CHECKING:
+    from peftcore.layers.layer import Ranges
     from peftcore.surgery import Graft
-    from peftcore.weights import Ranges
 
     Key = tuple[str, str, Ranges | None]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from peftcore import kernels
-from peftcore.weights import Layer
+from peftcore.layers import kernels
+from peftcore.layers.layer import Layer
 
 
 def gained(layer: Layer, y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:

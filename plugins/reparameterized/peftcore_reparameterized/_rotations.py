@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftcore import Site
 from peftcore.errors import UnsupportedSite
-from peftcore.weights import Layer
+from peftcore.layers.layer import Layer
 
 
 def width(site: Site) -> int:

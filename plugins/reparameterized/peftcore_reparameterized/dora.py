@@ -21,8 +21,9 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.contract.operators import Held
+from peftcore.layers import kernels
 from peftcore_reparameterized._gains import gained
 from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors, low_rank_update
 

@@ -32,8 +32,9 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.contract.operators import Held
+from peftcore.layers import kernels
 from peftcore_reparameterized._rotations import block_size, precise, rotate, rows, weight_of, width
 
 

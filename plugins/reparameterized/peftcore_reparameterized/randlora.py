@@ -30,8 +30,9 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, kernels
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.contract.operators import Shared, full_precision
+from peftcore.layers import kernels
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 
 

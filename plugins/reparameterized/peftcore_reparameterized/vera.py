@@ -26,8 +26,9 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, kernels
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.contract.operators import Shared
+from peftcore.layers import kernels
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 from peftcore_reparameterized._low_rank import LowRankOperator
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.kernels import projections
+from peftcore.layers.kernels import projections
 from peftcore.testing import conformance
 
 RANK = 5

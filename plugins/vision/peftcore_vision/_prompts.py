@@ -23,7 +23,7 @@ from peftcore.contract.operators import Shared
 from peftcore.errors import SequenceError, UnsupportedSite
 from peftcore.hosts import HostEntry
 from peftcore.hosts.stacks import find
-from peftcore.weights import plain_class
+from peftcore.layers.layer import plain_class
 
 STREAM = ("mlp.down", "experts.down", "attn.out")
 """Roles of what adds to the stream of a block: its rows are as many as the stream is wide."""

@@ -19,7 +19,7 @@ from peftcore.interop.patterns import matching
 from peftcore.interop.peft_method import PeftMethod
 from peftcore.interop.peft_writing import module_key
 from peftcore.interop.places import Place
-from peftcore.weights import Transposed
+from peftcore.layers.layer import Transposed
 
 
 class PeftIA3(PeftMethod):

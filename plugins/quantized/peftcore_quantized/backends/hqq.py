@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from peftcore import hookimpl
 from peftcore.errors import QuantizationError
+from peftcore.layers.layer import Layer
 from peftcore.packing import Packed, packed_layer
 from peftcore.quantization import Scheme
-from peftcore.weights import Layer
 
 PEFTCORE_API = 1
 

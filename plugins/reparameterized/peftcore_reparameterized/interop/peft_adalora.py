@@ -16,7 +16,7 @@ from peftcore.interop.keys import Keys
 from peftcore.interop.peft_layers import not_added
 from peftcore.interop.peft_method import PeftMethod
 from peftcore.interop.places import Place
-from peftcore.weights import Transposed
+from peftcore.layers.layer import Transposed
 
 
 class PeftAdaLoRA(PeftMethod):

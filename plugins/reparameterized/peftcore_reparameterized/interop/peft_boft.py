@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from peftcore import kernels
 from peftcore.errors import CheckpointError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.peft_layers import not_added, uneven
 from peftcore.interop.peft_method import PeftMethod
 from peftcore.interop.places import Place
+from peftcore.layers import kernels
 
 
 class PeftBOFT(PeftMethod):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from peftcore.kernels.autograd import apply, is_plain
-from peftcore.kernels.products import linear
+from peftcore.layers.kernels.autograd import apply, is_plain
+from peftcore.layers.kernels.products import linear
 
 
 def plain_projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:

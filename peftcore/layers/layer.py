@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from peftcore import kernels
 from peftcore.errors import UnsupportedSite
-from peftcore.sharding import is_sharded_class
+from peftcore.layers import kernels
+from peftcore.layers.fsdp import is_sharded_class
 
 SMALL = 2**14
 """Values up to which one pass less over an output saves less than it takes to lay it out for that."""

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcore.kernels.autograd import apply, is_plain, operands
-from peftcore.kernels.products import linear
+from peftcore.layers.kernels.autograd import apply, is_plain, operands
+from peftcore.layers.kernels.products import linear
 
 
 def plain_rotate(x: Tensor, R: Tensor) -> Tensor:

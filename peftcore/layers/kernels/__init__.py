@@ -1,9 +1,9 @@
 """What several methods compute at every step, arranged for speed. Each stands for plain mathematics (`plain_*`), which
 the tests hold it against, and which runs under torch.compile, torch.func and wherever autograd is not plain."""
 
-from peftcore.kernels.autograd import is_plain, saves_elsewhere, transformed
-from peftcore.kernels.dropout import dropped_linear, keep, plain_dropped_linear
-from peftcore.kernels.low_rank import (
+from peftcore.layers.kernels.autograd import is_plain, saves_elsewhere, transformed
+from peftcore.layers.kernels.dropout import dropped_linear, keep, plain_dropped_linear
+from peftcore.layers.kernels.low_rank import (
     ScaledFactors,
     low_rank_linear,
     narrow,
@@ -11,11 +11,11 @@ from peftcore.kernels.low_rank import (
     plain_scaled_low_rank_linear,
     scaled_low_rank_linear,
 )
-from peftcore.kernels.products import DENSE
-from peftcore.kernels.projections import plain_projected, projected
-from peftcore.kernels.rotations import plain_rotate, plain_rotated_linear, rotate, rotated_linear
-from peftcore.kernels.scaling import add_scaled, plain_add_scaled, plain_scaled_bases, scaled_bases
-from peftcore.kernels.skew import (
+from peftcore.layers.kernels.products import DENSE
+from peftcore.layers.kernels.projections import plain_projected, projected
+from peftcore.layers.kernels.rotations import plain_rotate, plain_rotated_linear, rotate, rotated_linear
+from peftcore.layers.kernels.scaling import add_scaled, plain_add_scaled, plain_scaled_bases, scaled_bases
+from peftcore.layers.kernels.skew import (
     cayley,
     cayley_of_each,
     neumann,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore.kernels.autograd import apply, is_plain
+from peftcore.layers.kernels.autograd import apply, is_plain
 
 
 def plain_add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcore.kernels.autograd import apply, is_plain, operands
-from peftcore.kernels.dropout import dropped_linear, keep, masked
-from peftcore.kernels.products import linear
-from peftcore.kernels.projections import projected
+from peftcore.layers.kernels.autograd import apply, is_plain, operands
+from peftcore.layers.kernels.dropout import dropped_linear, keep, masked
+from peftcore.layers.kernels.products import linear
+from peftcore.layers.kernels.projections import projected
 
 FEW = 64
 """Up to so many columns of a product are made as rows."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from peftcore.weights import (
+from peftcore.layers.layer import (
     PRODUCTS,
     Conv,
     ConvTransposed,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcore.kernels.autograd import apply, is_plain, operands
+from peftcore.layers.kernels.autograd import apply, is_plain, operands
 
 LEVELS = 2**16
 """Probabilities are multiples of one over this: four draws come from each 64 random bits."""

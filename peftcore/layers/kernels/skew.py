@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftcore.kernels.autograd import is_plain
+from peftcore.layers.kernels.autograd import is_plain
 
 
 def plain_skew(entries: Tensor, size: int) -> Tensor:
