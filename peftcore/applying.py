@@ -16,13 +16,13 @@ from peftcore.contract.config import MethodConfig, dtype_of, matches, validate
 from peftcore.contract.method import Method
 from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
 from peftcore.host_state import drop_state, ensure_state, state_of
-from peftcore.hosts import HostMap
 from peftcore.injection import Injection
 from peftcore.installation import install, release, uninstall
 from peftcore.planning import Plan
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.experimental import notice_experimental
 from peftcore.registry.plugins import layer_of, registry
+from peftcore.roles import HostMap
 from peftcore.shelf import Operators
 from peftcore.surgery import Surgeon, Wishes, generator_kept
 from peftcore.targets import Resolver, Target
@@ -178,7 +178,7 @@ def apply(
         seed: operators are drawn from (seed, path); torch's initial seed by default. The global generator does not
             move.
         dtype: dtype of the operators, float32 by default.
-        host: a host map to use instead of the derived one (`peftcore.hosts.probe`, `HostMap.override`).
+        host: a host map to use instead of the derived one (`peftcore.roles.probe`, `HostMap.override`).
         config: the method's options.
 
     Raises:

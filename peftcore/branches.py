@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import Operator, on_first
 from peftcore.errors import RouteError, UnsupportedSite
-from peftcore.hosts import HostEntry
-from peftcore.hosts.hostmap import under
 from peftcore.records import Tap
+from peftcore.roles import HostEntry
+from peftcore.roles.hostmap import under
 from peftcore.sites import Site
 from peftcore.surgery import Surgeon
 from peftcore.targets import Resolver

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.contract.hookspecs import hookimpl
-from peftcore.hosts import derive
 from peftcore.layers.detect import dense_layer
 from peftcore.merging import merged_tensors
+from peftcore.roles import derive
 from peftcore.stances import STANCES
 
 

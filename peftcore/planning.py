@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Size, nn
 
-from peftcore.hosts import HostMap
 from peftcore.layers.layer import is_dense
 from peftcore.registry.plugins import layer_of
+from peftcore.roles import HostMap
 from peftcore.sites import Site
 
 if TYPE_CHECKING:

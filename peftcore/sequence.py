@@ -1,6 +1,6 @@
 """Edits of the token sequence: trained rows in front of what a host embeds (soft prompts).
 
-An author writes `rows`; the core puts them where ids are consumed, in the *stack* (see `peftcore.hosts.stacks`), and
+An author writes `rows`; the core puts them where ids are consumed, in the *stack* (see `peftcore.roles.stacks`), and
 keeps everything in step: masks, positions, token types, caches. Outputs keep the shape that the host would have had:
 the rows are dropped again before anything pools or scores, so heads, labels and `generate` see the user's tokens alone.
 An encoder whose output other stacks attend to keeps them, and the readers' masks get their columns.
@@ -23,9 +23,9 @@ from torch.func import functional_call
 
 from peftcore.contract.operators import Operator
 from peftcore.errors import PluginError, SequenceError, UnsupportedSite
-from peftcore.hosts.stacks import CACHES, EMBEDS, IDS, MEMORY, Stack, arguments, find
 from peftcore.layers.fsdp import whole
 from peftcore.layers.layer import Layer
+from peftcore.roles.stacks import CACHES, EMBEDS, IDS, MEMORY, Stack, arguments, find
 from peftcore.sequence_cache import Opened, is_cache, is_filled, opened
 from peftcore.sequence_masks import Front
 from peftcore.sites import Site

@@ -21,9 +21,9 @@ from torch import nn
 from torch.jit import ScriptModule
 
 from peftcore.errors import HostMismatch, TargetError, shown
-from peftcore.hosts import HostEntry, HostMap
-from peftcore.hosts.alike import Structure
 from peftcore.layers.layer import Layer, Ranges
+from peftcore.roles import HostEntry, HostMap
+from peftcore.roles.alike import Structure
 from peftcore.shelf import Operators
 from peftcore.sites import LayerOf, Site
 

@@ -154,7 +154,7 @@ class Witness:
             shown = ", ".join(silent[:4]) + (" …" if len(silent) > 4 else "")
             raise InactiveSite(
                 f"the host ran, but {len(silent)} adapted sites did not: {shown}. Usually their weights are read by "
-                "the module around them instead of being called: hand apply the map that peftcore.hosts.probe makes "
+                "the module around them instead of being called: hand apply the map that peftcore.roles.probe makes "
                 "from example inputs, or target the module around them. If they ran before, their weights were fused "
                 "into new modules (fuse_qkv_projections): undo that, or merge before it"
             )

@@ -18,10 +18,10 @@ from peftcore.branches import Bypass, is_post_norm
 from peftcore.cli.looking.quiet import unlogged
 from peftcore.contract.operators import Combiner, Operator, Replacement, WeightOperator
 from peftcore.errors import ConfigError, PeftcoreError
-from peftcore.hosts import HostEntry, HostMap
-from peftcore.hosts.hostmap import part_roles
-from peftcore.hosts.vocabulary import FUSED_ROLES, OTHER
 from peftcore.references import reference
+from peftcore.roles import HostEntry, HostMap
+from peftcore.roles.hostmap import part_roles
+from peftcore.roles.vocabulary import FUSED_ROLES, OTHER
 from peftcore.sites import Site
 from peftcore.surgery import Graft, Surgeon
 

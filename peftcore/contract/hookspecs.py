@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from peftcore.contract.config import MethodConfig
     from peftcore.contract.method import Method
-    from peftcore.hosts import HostMap
     from peftcore.injection import Injection
     from peftcore.layers.layer import Layer
+    from peftcore.roles import HostMap
     from peftcore.stances import Stance
     from peftcore.surgery import Surgeon
 

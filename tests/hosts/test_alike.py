@@ -14,9 +14,9 @@ from torch import nn
 import peftcore
 from peftcore import graft, installation
 from peftcore.applying import host_map
-from peftcore.hosts import alike, derive, rules, survey
-from peftcore.hosts.alike import Run, Structure, runs
 from peftcore.registry.plugins import layer_of
+from peftcore.roles import alike, derive, rules, survey
+from peftcore.roles.alike import Run, Structure, runs
 from peftcore.targets import Resolver
 
 torch.set_num_threads(1)

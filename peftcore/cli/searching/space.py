@@ -27,7 +27,7 @@ from peftcore.cli.errors import BadInput
 from peftcore.cli.training.runs import Options, validated
 from peftcore.contract.method import Method
 from peftcore.errors import shown
-from peftcore.hosts import HostMap
+from peftcore.roles import HostMap
 
 DEPTH, RATE = "depth", "learning_rate"
 SITES = ("target", "exclude", "train")

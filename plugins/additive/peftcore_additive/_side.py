@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import SequenceError
-from peftcore.hosts.stacks import CACHES
+from peftcore.roles.stacks import CACHES
 from peftcore.sequence_cache import own_part
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from peftcore.hosts import vocabulary as V
-from peftcore.hosts.mixers import Mixers
-from peftcore.hosts.survey import Kind, Node, Ordered, Survey
+from peftcore.roles import vocabulary as V
+from peftcore.roles.mixers import Mixers
+from peftcore.roles.survey import Kind, Node, Ordered, Survey
 
 
 class Blocks:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from peftcore.hosts import vocabulary as V
-from peftcore.hosts.survey import Kind, Node, Ordered, Survey
+from peftcore.roles import vocabulary as V
+from peftcore.roles.survey import Kind, Node, Ordered, Survey
 
 MULTIHEAD_OPERANDS = {"in_proj_weight": "qkv", "q_proj_weight": "q", "k_proj_weight": "k", "v_proj_weight": "v"}
 

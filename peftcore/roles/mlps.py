@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from peftcore.hosts import vocabulary as V
-from peftcore.hosts.blocks import Blocks
-from peftcore.hosts.mixers import Mixers
-from peftcore.hosts.survey import Kind, Node, Ordered, Survey
+from peftcore.roles import vocabulary as V
+from peftcore.roles.blocks import Blocks
+from peftcore.roles.mixers import Mixers
+from peftcore.roles.survey import Kind, Node, Ordered, Survey
 
 
 class FeedForwards:

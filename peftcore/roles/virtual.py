@@ -8,8 +8,8 @@ from itertools import takewhile
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from peftcore.hosts.entries import HostEntry
-    from peftcore.hosts.hostmap import HostMap
+    from peftcore.roles.entries import HostEntry
+    from peftcore.roles.hostmap import HostMap
 
 _LINEAR_FAMILIES = frozenset({"attn", "cross", "mlp", "attn_mlp", "ssm"})
 

@@ -14,10 +14,10 @@ from math import prod
 from typing import Any
 
 from peftcore.errors import TargetError
-from peftcore.hosts.entries import HostEntry, Ranges
-from peftcore.hosts.tree import render
-from peftcore.hosts.virtual import VIRTUAL, enclosing, prefixes
-from peftcore.hosts.vocabulary import OTHER, ROLES
+from peftcore.roles.entries import HostEntry, Ranges
+from peftcore.roles.tree import render
+from peftcore.roles.virtual import VIRTUAL, enclosing, prefixes
+from peftcore.roles.vocabulary import OTHER, ROLES
 
 
 def moved(entries: list[HostEntry], element: str, names: list[str]) -> Iterator[HostEntry]:
@@ -143,7 +143,7 @@ class HostMap:
                 if entry.layout is None:
                     raise TargetError(
                         f"the rows of {role!r} in {entry.path!r} are not known without a forward: target {entry.role!r}"
-                        ", which is all of it, or refine the map: peftcore.hosts.probe(model, inputs, host)"
+                        ", which is all of it, or refine the map: peftcore.roles.probe(model, inputs, host)"
                     )
                 rows = entry.layout.rows(role.partition(".")[2])
                 found.append((entry, None if rows == ((0, entry.rows),) else rows))

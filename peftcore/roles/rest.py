@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from peftcore.hosts import vocabulary as V
-from peftcore.hosts.blocks import Blocks
-from peftcore.hosts.mixers import Mixers
-from peftcore.hosts.mlps import FeedForwards
-from peftcore.hosts.survey import Kind, Node, Survey
+from peftcore.roles import vocabulary as V
+from peftcore.roles.blocks import Blocks
+from peftcore.roles.mixers import Mixers
+from peftcore.roles.mlps import FeedForwards
+from peftcore.roles.survey import Kind, Node, Survey
 
 # A lone r marks a relative parameter in an operand's name, and nothing elsewhere.
 POSITION = V.POSITION - {"r"}

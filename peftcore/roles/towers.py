@@ -7,9 +7,9 @@ network.
 
 from __future__ import annotations
 
-from peftcore.hosts.blocks import Blocks
-from peftcore.hosts.survey import Node, Survey
-from peftcore.hosts.vocabulary import tokens
+from peftcore.roles.blocks import Blocks
+from peftcore.roles.survey import Node, Survey
+from peftcore.roles.vocabulary import tokens
 
 HALVES = frozenset({"encoder", "decoder"})
 STAGES = frozenset({"block", "blocks", "layer", "layers", "stage", "stages", "down", "up", "mid"})

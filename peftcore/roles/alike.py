@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.hosts import vocabulary as V
+from peftcore.roles import vocabulary as V
 
 NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "index", "idx"})
 """Attributes in which the elements of a list keep their place in it."""

@@ -8,17 +8,17 @@ from itertools import chain
 
 from torch import nn
 
-from peftcore.hosts.blocks import Blocks
-from peftcore.hosts.entries import HostEntry, Layout
-from peftcore.hosts.hostmap import HostMap, moved
-from peftcore.hosts.layouts import logical_shape, static_layout
-from peftcore.hosts.mixers import Mixers
-from peftcore.hosts.mlps import FeedForwards
-from peftcore.hosts.rest import Rest
-from peftcore.hosts.stacks import find
-from peftcore.hosts.survey import Kind, Node, Survey
-from peftcore.hosts.towers import Towers, layers
-from peftcore.hosts.vocabulary import FUSED_ROLES, OTHER
+from peftcore.roles.blocks import Blocks
+from peftcore.roles.entries import HostEntry, Layout
+from peftcore.roles.hostmap import HostMap, moved
+from peftcore.roles.layouts import logical_shape, static_layout
+from peftcore.roles.mixers import Mixers
+from peftcore.roles.mlps import FeedForwards
+from peftcore.roles.rest import Rest
+from peftcore.roles.stacks import find
+from peftcore.roles.survey import Kind, Node, Survey
+from peftcore.roles.towers import Towers, layers
+from peftcore.roles.vocabulary import FUSED_ROLES, OTHER
 
 
 def derive(model: nn.Module) -> HostMap:

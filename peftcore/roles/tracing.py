@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.hosts.entries import HostEntry, Layout, Ranges
-from peftcore.hosts.hostmap import HostMap, under
-from peftcore.hosts.recording import AttentionEvent, DownEvent, Inputs, Recording, differentiable, record
-from peftcore.hosts.vocabulary import OTHER
+from peftcore.roles.entries import HostEntry, Layout, Ranges
+from peftcore.roles.hostmap import HostMap, under
+from peftcore.roles.recording import AttentionEvent, DownEvent, Inputs, Recording, differentiable, record
+from peftcore.roles.vocabulary import OTHER
 
 _OPERANDS = ("q", "k", "v")
 _PARTS = frozenset({"q", "k", "v", "kv", "qkv"})

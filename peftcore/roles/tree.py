@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from peftcore.hosts.entries import HostEntry, Layout
-from peftcore.hosts.vocabulary import OTHER
+from peftcore.roles.entries import HostEntry, Layout
+from peftcore.roles.vocabulary import OTHER
 
 if TYPE_CHECKING:
-    from peftcore.hosts.hostmap import HostMap
+    from peftcore.roles.hostmap import HostMap
 
 _NUMBERED = re.compile(r"(.*?)(\d+)")
 

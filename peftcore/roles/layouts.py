@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.hosts import vocabulary as V
-from peftcore.hosts.entries import Layout
-from peftcore.hosts.mixers import Attention
-from peftcore.hosts.survey import Kind, Node
 from peftcore.layers.detect import stacked_transposed
+from peftcore.roles import vocabulary as V
+from peftcore.roles.entries import Layout
+from peftcore.roles.mixers import Attention
+from peftcore.roles.survey import Kind, Node
 
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 KEY_VALUE_HEADS = ("num_kv_heads", "num_key_value_heads", "n_kv_heads", "kv_n_heads")

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.hosts.entries import HostEntry
-from peftcore.hosts.survey import attribute
+from peftcore.roles.entries import HostEntry
+from peftcore.roles.survey import attribute
 
 IDS = "input_ids"
 EMBEDS = "inputs_embeds"
