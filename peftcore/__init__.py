@@ -1,7 +1,6 @@
 """peftcore: a registry of parameter-efficient fine-tuning methods that anyone extends without touching its core."""
 
 from peftcore.applying import apply, plan
-from peftcore.attention import Attend, AttentionOperator
 from peftcore.attention_sites import AttentionSite
 from peftcore.checkpoint import load
 from peftcore.combining import combine, deltas, to_lora
@@ -11,13 +10,14 @@ from peftcore.contract.config import MethodConfig
 from peftcore.contract.hookspecs import API, hookimpl
 from peftcore.contract.method import Method, Tags
 from peftcore.contract.operators import Combiner, Operator, Replacement, WeightOperator, on_first
-from peftcore.host_state import injections
+from peftcore.forward.attention import Attend, AttentionOperator
+from peftcore.forward.context import Call, Tap, current_call
+from peftcore.forward.host_state import injections
+from peftcore.forward.save_pretrained import saving_base
 from peftcore.injection import Injection
 from peftcore.planning import Plan
 from peftcore.quantization import dequantize, quantize, schemes
-from peftcore.records import Call, Tap, current_call
 from peftcore.registry.catalogue import MethodInfo, method, methods, register
-from peftcore.saving import saving_base
 from peftcore.sequence import SequenceOperator, SequenceSite
 from peftcore.sites import Site
 from peftcore.surgery import Surgeon

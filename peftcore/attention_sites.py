@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore.attention import Geometry, Projection, implementation_of
 from peftcore.errors import TargetError, UnsupportedSite
+from peftcore.forward.attention import Geometry, Projection, implementation_of
 from peftcore.layers.layer import plain_class
 from peftcore.sites import Site
 from peftcore.targets import Resolver

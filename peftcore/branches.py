@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import Operator, on_first
 from peftcore.errors import RouteError, UnsupportedSite
-from peftcore.records import Tap
+from peftcore.forward.context import Tap
 from peftcore.roles import HostEntry
 from peftcore.roles.hostmap import under
 from peftcore.sites import Site

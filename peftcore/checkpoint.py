@@ -29,6 +29,7 @@ from peftcore.errors import (
     UnsupportedSite,
 )
 from peftcore.files import clear_partial, write_tensors, write_text
+from peftcore.forward.save_pretrained import saving_base
 from peftcore.injection import Injection
 from peftcore.interop.card import CARD, card, is_ours
 from peftcore.interop.description import Description
@@ -37,7 +38,6 @@ from peftcore.interop.hub import located
 from peftcore.interop.patterns import one_file
 from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.roles import HostMap
-from peftcore.saving import saving_base
 from peftcore.surgery import Surgeon
 
 SPARE = 2**28

@@ -21,7 +21,7 @@ from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
 from peftcore.contract.operators import Factors, _Base, is_mergeable
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
-from peftcore.host_state import injections
+from peftcore.forward.host_state import injections
 from peftcore.injection import Injection
 from peftcore.layers.fsdp import whole
 from peftcore.layers.layer import bias_name, put, take

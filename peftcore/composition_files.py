@@ -16,7 +16,7 @@ from peftcore.checkpoint import load
 from peftcore.contract.compositions import KINDS, Composition, branches
 from peftcore.errors import CheckpointError, CompositionError
 from peftcore.files import read_json, write_text
-from peftcore.host_state import injections, known
+from peftcore.forward.host_state import injections, known
 from peftcore.switching import activate
 
 FILE = "composition.json"

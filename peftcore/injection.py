@@ -16,8 +16,8 @@ from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
 from peftcore.contract.operators import _Base, trainable_numbers
 from peftcore.errors import CompositionError, InactiveSite, MergeError, RouteError, UnknownInjection
-from peftcore.graft import is_reached, slot_of
-from peftcore.host_state import Chosen, HostState, chosen, drop_state
+from peftcore.forward.class_swap import is_reached, slot_of
+from peftcore.forward.host_state import Chosen, HostState, chosen, drop_state
 from peftcore.installation import release, uninstall
 from peftcore.layers.layer import GRAFTED
 from peftcore.registry.plugins import registry

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from peftcore.errors import UnsupportedHost, UnsupportedSite
-from peftcore.graft import attach, detach, is_reached, slot_of, ungraft
-from peftcore.host_state import HostState
+from peftcore.forward.adapter_modules import HOLDER, Operators
+from peftcore.forward.class_swap import attach, detach, is_reached, slot_of, ungraft
+from peftcore.forward.host_state import HostState
+from peftcore.forward.mount import Mount
 from peftcore.light import names_of
-from peftcore.mounts import Mount
-from peftcore.shelf import HOLDER, Operators
 from peftcore.sites import Site
 from peftcore.stances import stances_of
 

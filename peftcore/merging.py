@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import full_precision, is_mergeable
 from peftcore.errors import MergeError, NotMergeable, UnsupportedSite
-from peftcore.mounts import Effect, Mount, effects_of, fold
+from peftcore.forward.mount import Effect, Mount, effects_of, fold
+from peftcore.forward.save_pretrained import saving_base
 from peftcore.packing import Form, Packed, become, dense_linear, floating_dtype, restore
 from peftcore.registry.plugins import layer_of, registry
-from peftcore.saving import saving_base
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection

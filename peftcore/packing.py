@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcore.errors import MergeError
-from peftcore.graft import FORWARDS, TORCHS, change_class, grafted_class, slot_of
+from peftcore.forward.class_swap import FORWARDS, TORCHS, change_class, grafted_class, slot_of
+from peftcore.forward.slot import Slot
 from peftcore.layers.layer import Layer, Linear, plain_class
 from peftcore.registry.plugins import layer_of
-from peftcore.slots import Slot
 
 
 class Dense(nn.Linear):

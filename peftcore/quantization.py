@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from peftcore.applying import host_map, is_ours
 from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
-from peftcore.graft import slot_of
+from peftcore.forward.class_swap import slot_of
 from peftcore.layers.layer import Linear
 from peftcore.packing import Packed, become, dense_linear, floating_dtype
 from peftcore.registry.plugins import imported, layer_of, named_places

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore.choice import Choice, Route
 from peftcore.contract.compositions import Composition, Stack
 from peftcore.errors import MergeError, RouteError
-from peftcore.host_state import Chosen, HostState, chosen, known, state_of
+from peftcore.forward.choice import Choice, Route
+from peftcore.forward.host_state import Chosen, HostState, chosen, known, state_of
 
 
 def activate(model: nn.Module, *names: str | Composition) -> Chosen:

@@ -21,10 +21,10 @@ from torch import nn
 from torch.jit import ScriptModule
 
 from peftcore.errors import HostMismatch, TargetError, shown
+from peftcore.forward.adapter_modules import Operators
 from peftcore.layers.layer import Layer, Ranges
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.alike import Structure
-from peftcore.shelf import Operators
 from peftcore.sites import LayerOf, Site
 
 UNSEEN = (Operators, ScriptModule)

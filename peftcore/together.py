@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.contract.operators import WeightOperator, full_precision
-from peftcore.host_state import HostState
+from peftcore.forward.context import Tap, current_call
+from peftcore.forward.host_state import HostState
+from peftcore.forward.slot import Beside
 from peftcore.layers.fsdp import MANAGED
 from peftcore.layers.kernels import saves_elsewhere
-from peftcore.records import Tap, current_call
-from peftcore.slots import Beside
 
 Kind = tuple[type[WeightOperator], Hashable]
 """What may be made at once."""

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 from peftcore.errors import InactiveSite
-from peftcore.graft import slot_of
-from peftcore.host_state import HostState, state_of
-from peftcore.shelf import HOLDER
-from peftcore.slots import Slot
+from peftcore.forward.adapter_modules import HOLDER
+from peftcore.forward.class_swap import slot_of
+from peftcore.forward.host_state import HostState, state_of
+from peftcore.forward.slot import Slot
 
 if TYPE_CHECKING:
     from peftcore.surgery import Surgeon

@@ -17,12 +17,12 @@ import peftcore
 import snippets
 from diagram import svg
 from kept import ROOT, kept
-from peftcore.attention import AttentionOperator
 from peftcore.cli.looking.quiet import unlogged
 from peftcore.cli.looking.recorded import Recorded, Wanted
 from peftcore.cli.looking.show import Shown
 from peftcore.contract.method import CATEGORIES, Method
 from peftcore.contract.operators import Operator, Replacement, WeightOperator
+from peftcore.forward.attention import AttentionOperator
 from peftcore.references import REFERENCES, reference
 from peftcore.registry.catalogue import MethodInfo
 from peftcore.sequence import SequenceOperator

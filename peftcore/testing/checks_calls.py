@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
-from peftcore.choice import Route
 from peftcore.errors import RouteError
-from peftcore.host_state import state_of
+from peftcore.forward.choice import Route
+from peftcore.forward.host_state import state_of
 from peftcore.injection import Injection
 from peftcore.testing.checks_training import backward, expect_same_gradients, gradients_of, loss
 from peftcore.testing.kit import TOLERANCES, Case, NotApplicable, check

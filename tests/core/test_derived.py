@@ -21,7 +21,7 @@ X = torch.linspace(-1, 1, 20).view(5, 4)
 
 class Experts(nn.Module):
     """Two products for each of three experts, of parameters that it takes apart by itself, and in a way for which
-    nothing can stand in (`peftcore.updated`)."""
+    nothing can stand in (`peftcore.forward.expert_updates`)."""
 
     def __init__(self) -> None:
         super().__init__()

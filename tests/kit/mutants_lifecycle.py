@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Injection, Method, MethodConfig, Site
-from peftcore.choice import Choice
-from peftcore.graft import slot_of
-from peftcore.host_state import Chosen, HostState, chosen
+from peftcore.forward.choice import Choice
+from peftcore.forward.class_swap import slot_of
+from peftcore.forward.host_state import Chosen, HostState, chosen
 from peftcore.injection import Summary
 from peftcore.layers.layer import Linear
 from peftcore.surgery import Surgeon

@@ -12,9 +12,9 @@ from mutants_lifecycle import sabotaged
 from torch import Tensor, nn
 
 from peftcore import Injection, Method, MethodConfig, Site, merging
-from peftcore.choice import Choice
 from peftcore.errors import MergeError
-from peftcore.host_state import HostState
+from peftcore.forward.choice import Choice
+from peftcore.forward.host_state import HostState
 
 
 class UnmergesWhenIdle(HostState):

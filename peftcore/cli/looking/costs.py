@@ -17,7 +17,7 @@ from peftcore.cli.models.example_inputs import Size, Unknown
 from peftcore.cli.models.skeletons import Skeleton, skeleton
 from peftcore.envelope import envelope_of
 from peftcore.files import DTYPES
-from peftcore.host_state import HostState
+from peftcore.forward.host_state import HostState
 from peftcore.injection import Injection
 from peftcore.interop.native import METADATA
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import Replacement, Site, Surgeon
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.host_state import known
+from peftcore.forward.host_state import known
+from peftcore.forward.routing import Once
 from peftcore.parts import options_of
-from peftcore.rows import Once
 from peftcore.surgery import Graft
 
 Members = list[list[nn.Module]]

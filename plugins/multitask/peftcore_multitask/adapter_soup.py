@@ -26,7 +26,7 @@ from peftcore import Method, Operator, Site, Surgeon, Tags, WeightOperator
 from peftcore.algebra import linear
 from peftcore.contract.operators import Factors, is_mergeable
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.graft import view
+from peftcore.forward.class_swap import view
 from peftcore.parts import options_of
 from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
 

@@ -29,17 +29,17 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils.checkpoint import checkpoint
 
 from peftcore import together
-from peftcore.attention import attributes
-from peftcore.choice import Route
 from peftcore.contract.compositions import composed
 from peftcore.contract.operators import is_mergeable
-from peftcore.derived import Remade
-from peftcore.host_state import HostState
+from peftcore.forward.attention import attributes
+from peftcore.forward.choice import Route
+from peftcore.forward.host_state import HostState
+from peftcore.forward.recompute import Remade
+from peftcore.forward.routing import OfSomeRows, Once, add_updates, each_its_own, select_rows
+from peftcore.forward.slot import Acting, Beside, Edits, Planned, Slot
 from peftcore.layers.fsdp import MANAGED, whole
 from peftcore.layers.kernels import is_plain, saves_elsewhere, transformed
 from peftcore.layers.layer import GRAFTED, Layer, Ranges, is_linear, plain_class, take
-from peftcore.rows import OfSomeRows, Once, add_updates, each_its_own, select_rows
-from peftcore.slots import Acting, Beside, Edits, Planned, Slot
 
 _SLOT = "_peftcore_slot"
 TORCHS = frozenset(vars(nn.Module()))

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from peftcore.forward.save_pretrained import BASE_ALONE
 from peftcore.light import LightModule
-from peftcore.saving import BASE_ALONE
 
 HOLDER = "peft"
 """What they are called in the module above."""

@@ -25,8 +25,8 @@ from peftcore.layers.fsdp import differentiable
 from peftcore.layers.kernels import transformed
 
 if TYPE_CHECKING:
-    from peftcore.choice import Choice, Route
-    from peftcore.host_state import HostState
+    from peftcore.forward.choice import Choice, Route
+    from peftcore.forward.host_state import HostState
 
 _CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
 """The names under which transformers hands its caches on."""

@@ -1,7 +1,7 @@
 """Edits of what happens inside attention: keys and values in the same softmax, a second softmax, other queries.
 
 An attention module of transformers looks up, by the name of the implementation in its config, the function that
-computes ``softmax(q k^T) v``. Where edits act, the module's forward runs on a view (see `peftcore.graft`) whose config
+computes ``softmax(q k^T) v``. Where edits act, the module's forward runs on a view (see `peftcore.forward.class_swap`) whose config
 is a stand-in: it answers as the real one does, but names a function of ours, which runs the edits around the real
 function. Nothing global changes: the model makes its masks for the implementation that the user chose, a later
 `set_attn_implementation` counts at once, and saved configs are as they were.
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import _Base
 from peftcore.errors import UnsupportedSite
+from peftcore.forward.routing import select_rows
 from peftcore.layers.layer import Layer, Ranges, bias_name, take
-from peftcore.rows import select_rows
 
 if TYPE_CHECKING:
     from peftcore.attention_sites import AttentionSite
-    from peftcore.mounts import Mount
-    from peftcore.slots import Edits
+    from peftcore.forward.mount import Mount
+    from peftcore.forward.slot import Edits
 
 SUPPORTED = ("eager", "sdpa")
 """The implementations around which edits run: both take any mask."""

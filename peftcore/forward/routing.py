@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peftcore.choice import Route
 from peftcore.contract.operators import Factors
 from peftcore.errors import RouteError
+from peftcore.forward.choice import Route
+from peftcore.forward.mount import Mount
 from peftcore.layers.layer import put, take
-from peftcore.mounts import Mount
 
 
 class Once:

@@ -3,7 +3,7 @@
 `HostState` is one plain object on the root of an adapted host. The thread that applied the first injection owns it:
 what it chooses holds for every thread that has not chosen for itself; any other thread chooses for itself alone, so
 two threads never meet. A forward that runs inside backward (gradient checkpointing) follows the choice of the forward
-that it repeats; see `peftcore.records`.
+that it repeats; see `peftcore.forward.context`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from peftcore.choice import Active, Choice
 from peftcore.errors import UnknownInjection
-from peftcore.records import Call, Recorder, graph_task, replayed
-from peftcore.saving import guard, unguard
+from peftcore.forward.choice import Active, Choice
+from peftcore.forward.context import Call, Recorder, graph_task, replayed
+from peftcore.forward.save_pretrained import guard, unguard
 
 if TYPE_CHECKING:
+    from peftcore.forward.slot import Slot
     from peftcore.injection import Injection
-    from peftcore.slots import Slot
     from peftcore.witness import Witness
 
 _KEY = "_peftcore_state"

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from peftcore.contract.operators import full_precision
+from peftcore.forward.mount import Mount
 from peftcore.layers import kernels
 from peftcore.layers.kernels.autograd import apply
 from peftcore.layers.layer import Layer, put
-from peftcore.mounts import Mount
 
 ALIGNED = 16
 """Rows of what torch multiplies in groups begin at multiples of so many bytes."""

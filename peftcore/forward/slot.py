@@ -13,7 +13,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from peftcore.choice import Active, Choice, Key, Route
 from peftcore.contract.compositions import Composition, branches
 from peftcore.contract.operators import (
     Combiner,
@@ -25,11 +24,12 @@ from peftcore.contract.operators import (
     is_mergeable,
     tables,
 )
-from peftcore.host_state import HostState
-from peftcore.kept import Kept
+from peftcore.forward.cache import Kept
+from peftcore.forward.choice import Active, Choice, Key, Route
+from peftcore.forward.expert_updates import Factors, factors_of, stand_in
+from peftcore.forward.host_state import HostState
+from peftcore.forward.mount import Effect, HeldRows, Mount, around_rows, effects_of, fold
 from peftcore.layers.layer import Layer
-from peftcore.mounts import Effect, HeldRows, Mount, around_rows, effects_of, fold
-from peftcore.updated import Factors, factors_of, stand_in
 
 
 @dataclass(frozen=True, eq=False)
