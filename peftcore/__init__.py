@@ -1,7 +1,6 @@
 """peftcore: a registry of parameter-efficient fine-tuning methods that anyone extends without touching its core."""
 
 from peftcore.applying import apply, plan
-from peftcore.attention_sites import AttentionSite
 from peftcore.checkpoint import load
 from peftcore.combining import combine, deltas, to_lora
 from peftcore.composition_files import load_composition, save_composition
@@ -18,10 +17,11 @@ from peftcore.injection import Injection
 from peftcore.planning import Plan
 from peftcore.quantization import dequantize, quantize, schemes
 from peftcore.registry.catalogue import MethodInfo, method, methods, register
-from peftcore.sequence import SequenceOperator, SequenceSite
-from peftcore.sites import Site
 from peftcore.surgery import Surgeon
 from peftcore.switching import activate, call, route
+from peftcore.targets.attention_sites import AttentionSite
+from peftcore.targets.sequence import SequenceOperator, SequenceSite
+from peftcore.targets.sites import Site
 from peftcore.training.batches import Batch, Batches
 from peftcore.training.optimizer import GradientRule
 

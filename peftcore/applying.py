@@ -25,7 +25,7 @@ from peftcore.registry.experimental import notice_experimental
 from peftcore.registry.plugins import layer_of, registry
 from peftcore.roles import HostMap
 from peftcore.surgery import Surgeon, Wishes, generator_kept
-from peftcore.targets import Resolver, Target
+from peftcore.targets.resolver import Resolver, Target
 from peftcore.training.batches import Data, calibrate
 
 Part = str | MethodConfig | Mapping[str, Any]

@@ -15,9 +15,9 @@ from peftcore.errors import RouteError, UnsupportedSite
 from peftcore.forward.context import Tap
 from peftcore.roles import HostEntry
 from peftcore.roles.hostmap import under
-from peftcore.sites import Site
 from peftcore.surgery import Surgeon
-from peftcore.targets import Resolver
+from peftcore.targets.resolver import Resolver
+from peftcore.targets.sites import Site
 
 FIRST = {
     "mlp.down": {"mlp.gate_up", "mlp.gate", "mlp.up"},

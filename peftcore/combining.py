@@ -26,8 +26,8 @@ from peftcore.injection import Injection
 from peftcore.layers.fsdp import whole
 from peftcore.layers.layer import bias_name, put, take
 from peftcore.registry.catalogue import method as find_method
-from peftcore.sites import Site
 from peftcore.surgery import Wishes
+from peftcore.targets.sites import Site
 from peftcore.utils.progress import through
 
 How = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "slerp"]

@@ -21,9 +21,9 @@ from peftcore.forward.host_state import Chosen, HostState, chosen, drop_state
 from peftcore.installation import release, uninstall
 from peftcore.layers.layer import GRAFTED
 from peftcore.registry.plugins import registry
-from peftcore.sites import Site
 from peftcore.summary import Summary
 from peftcore.surgery import Graft, Surgeon, Wishes
+from peftcore.targets.sites import Site
 
 MIXES_ROWS = ("experts", "pos")
 """Families of roles whose modules see no rows of the batch: chosen tokens, or positions."""

@@ -17,8 +17,8 @@ from peftcore.forward.class_swap import attach, detach, is_reached, slot_of, ung
 from peftcore.forward.host_state import HostState
 from peftcore.forward.mount import Mount
 from peftcore.light import names_of
-from peftcore.sites import Site
 from peftcore.stances import stances_of
+from peftcore.targets.sites import Site
 
 if TYPE_CHECKING:
     from peftcore.surgery import Surgeon

@@ -12,7 +12,7 @@ from torch import Size, nn
 from peftcore.layers.layer import is_dense
 from peftcore.registry.plugins import layer_of
 from peftcore.roles import HostMap
-from peftcore.sites import Site
+from peftcore.targets.sites import Site
 
 if TYPE_CHECKING:
     from peftcore.surgery import Surgeon

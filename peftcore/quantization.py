@@ -23,8 +23,8 @@ from peftcore.forward.class_swap import slot_of
 from peftcore.layers.layer import Linear
 from peftcore.packing import Packed, become, dense_linear, floating_dtype
 from peftcore.registry.plugins import imported, layer_of, named_places
-from peftcore.sites import Site
-from peftcore.targets import Resolver, Target
+from peftcore.targets.resolver import Resolver, Target
+from peftcore.targets.sites import Site
 from peftcore.utils.progress import Progress
 
 M = TypeVar("M", bound=nn.Module)

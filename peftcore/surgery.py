@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from peftcore.attention_sites import locate as locate_attention
 from peftcore.contract.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable, tables
 from peftcore.errors import CheckpointError, HostMismatch, PluginError, TargetError, UnsupportedSite
 from peftcore.layers.layer import Ranges
 from peftcore.registry.plugins import registry
-from peftcore.sequence import locate as locate_stack
-from peftcore.sites import Site
-from peftcore.targets import Resolver, Target
+from peftcore.targets.attention_sites import locate as locate_attention
+from peftcore.targets.resolver import Resolver, Target
+from peftcore.targets.sequence import locate as locate_stack
+from peftcore.targets.sites import Site
 from peftcore.utils.progress import Progress
 
 if TYPE_CHECKING:

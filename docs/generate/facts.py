@@ -25,7 +25,7 @@ from peftcore.contract.operators import Operator, Replacement, WeightOperator
 from peftcore.forward.attention import AttentionOperator
 from peftcore.references import REFERENCES, reference
 from peftcore.registry.catalogue import MethodInfo
-from peftcore.sequence import SequenceOperator
+from peftcore.targets.sequence import SequenceOperator
 
 MADE_OF_OTHERS = "made of other methods"
 SEVERAL = "several ways at once"

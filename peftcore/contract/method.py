@@ -16,8 +16,8 @@ from peftcore.errors import PluginError
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection
-    from peftcore.sites import Site
     from peftcore.surgery import Surgeon
+    from peftcore.targets.sites import Site
     from peftcore.training.batches import Batches
     from peftcore.training.optimizer import GradientRule
 

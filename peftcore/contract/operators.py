@@ -21,7 +21,7 @@ from peftcore.errors import NotMergeable
 from peftcore.light import LightModule
 
 if TYPE_CHECKING:
-    from peftcore.sites import Site
+    from peftcore.targets.sites import Site
 
 Factors = tuple[Tensor, Tensor, float]
 """``(A, B, scale)`` of a low-rank update ``scale * B A``; A is ``[*batch, rank, in, *kernel]`` and B is ``[*batch, out,

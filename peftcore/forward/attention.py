@@ -24,9 +24,9 @@ from peftcore.forward.routing import select_rows
 from peftcore.layers.layer import Layer, Ranges, bias_name, take
 
 if TYPE_CHECKING:
-    from peftcore.attention_sites import AttentionSite
     from peftcore.forward.mount import Mount
     from peftcore.forward.slot import Edits
+    from peftcore.targets.attention_sites import AttentionSite
 
 SUPPORTED = ("eager", "sdpa")
 """The implementations around which edits run: both take any mask."""

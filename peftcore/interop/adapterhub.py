@@ -26,9 +26,9 @@ from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.rebasing import find_move
 from peftcore.registry.plugins import imported, layer_of, named_places
-from peftcore.sites import Site
 from peftcore.surgery import Surgeon
-from peftcore.targets import Resolver
+from peftcore.targets.resolver import Resolver
+from peftcore.targets.sites import Site
 
 CONFIG, TENSORS, HEAD = "adapter_config.json", "adapter.safetensors", "model_head.safetensors"
 PLAIN = "bottleneck"

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from torch import Size, nn
 
 from peftcore.applying import host_map
-from peftcore.attention_sites import locate as locate_attention
 from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, ExportError, HostMismatch, TargetError, UnsupportedSite
 from peftcore.interop.keys import Keys
@@ -19,10 +18,11 @@ from peftcore.interop.peft_names import PREFIXES
 from peftcore.interop.places import Place
 from peftcore.layers.layer import plain_class
 from peftcore.registry.plugins import layer_of
-from peftcore.sequence import SequenceSite
-from peftcore.sequence import locate as locate_stack
-from peftcore.sites import Site
-from peftcore.targets import Resolver
+from peftcore.targets.attention_sites import locate as locate_attention
+from peftcore.targets.resolver import Resolver
+from peftcore.targets.sequence import SequenceSite
+from peftcore.targets.sequence import locate as locate_stack
+from peftcore.targets.sites import Site
 
 ROWS = "prompt_embeddings"
 BOTH = "SEQ_2_SEQ_LM"

@@ -19,8 +19,8 @@ from peftcore.interop.peft_method import PeftMethod, peft_methods
 from peftcore.interop.peft_names import WRAPPER
 from peftcore.interop.places import Place, places_of
 from peftcore.registry.plugins import imported
-from peftcore.sites import Site
 from peftcore.surgery import Graft
+from peftcore.targets.sites import Site
 
 
 def module_key(site: Site) -> str:

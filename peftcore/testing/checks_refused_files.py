@@ -15,7 +15,7 @@ import peftcore
 from peftcore.errors import CheckpointError, ConfigError, HostMismatch, NewerFormat, UnknownMethod
 from peftcore.files import TensorFile, write_tensors
 from peftcore.interop.native import METADATA, TENSORS
-from peftcore.sites import Site
+from peftcore.targets.sites import Site
 from peftcore.testing.checks_files import ONE, saved
 from peftcore.testing.kit import Case, check
 from peftcore.testing.tools import differences, raises, trace

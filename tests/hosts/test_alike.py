@@ -18,7 +18,7 @@ from peftcore.forward import class_swap as graft
 from peftcore.registry.plugins import layer_of
 from peftcore.roles import alike, derive, rules, survey
 from peftcore.roles.alike import Run, Structure, runs
-from peftcore.targets import Resolver
+from peftcore.targets.resolver import Resolver
 
 torch.set_num_threads(1)
 

@@ -20,7 +20,7 @@ import peftcore
 from peftcore.contract.operators import _Base
 from peftcore.injection import Injection
 from peftcore.layers import layer as weights
-from peftcore.sites import Site
+from peftcore.targets.sites import Site
 
 ADAPTER = "default"
 FILL = 0.1

@@ -17,7 +17,7 @@ from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.contract.method import Method
 from peftcore.planning import Plan
 from peftcore.surgery import Graft, Surgeon
-from peftcore.targets import Target
+from peftcore.targets.resolver import Target
 
 
 @dataclass(frozen=True)

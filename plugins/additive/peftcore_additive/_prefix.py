@@ -13,7 +13,7 @@ from peftcore import Attend, AttentionOperator, AttentionSite, MethodConfig, Ope
 from peftcore.contract.operators import Shared
 from peftcore.errors import UnsupportedSite
 from peftcore.roles.stacks import CACHES, EMBEDS, IDS, arguments
-from peftcore.sequence import FORM, POSITIONS
+from peftcore.targets.sequence import FORM, POSITIONS
 
 
 class PrefixConfig(Protocol):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import SequenceError
 from peftcore.roles.stacks import CACHES
-from peftcore.sequence_cache import own_part
+from peftcore.targets.sequence_cache import own_part
 
 
 class SideBlock(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.contract.operators import _Base
 from peftcore.errors import NotMergeable, UnsupportedSite
-from peftcore.sites import Site
+from peftcore.targets.sites import Site
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill

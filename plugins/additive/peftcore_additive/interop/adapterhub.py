@@ -18,7 +18,7 @@ from peftcore.errors import CheckpointError
 from peftcore.interop.adapterhub import HubArchitecture
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
-from peftcore.targets import Resolver
+from peftcore.targets.resolver import Resolver
 
 WHERE = ("mh_adapter", "output_adapter", "is_parallel", "original_ln_before", "original_ln_after")
 KINDS = {

@@ -11,7 +11,7 @@ from peftcore import Site
 from peftcore.interop.adapterhub import HubArchitecture
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
-from peftcore.targets import Resolver
+from peftcore.targets.resolver import Resolver
 
 
 class HubLoRA(HubArchitecture):

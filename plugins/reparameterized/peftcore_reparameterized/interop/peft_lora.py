@@ -31,7 +31,7 @@ from peftcore.interop.peft_method import PeftMethod
 from peftcore.interop.peft_writing import is_parameter
 from peftcore.interop.places import Place
 from peftcore.layers.layer import Transposed
-from peftcore.sites import Site
+from peftcore.targets.sites import Site
 from peftcore_reparameterized.lora import LoRA, scale_of
 
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "lora_ga", "mini_lora")

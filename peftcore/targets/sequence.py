@@ -26,10 +26,10 @@ from peftcore.errors import PluginError, SequenceError, UnsupportedSite
 from peftcore.layers.fsdp import whole
 from peftcore.layers.layer import Layer
 from peftcore.roles.stacks import CACHES, EMBEDS, IDS, MEMORY, Stack, arguments, find
-from peftcore.sequence_cache import Opened, is_cache, is_filled, opened
-from peftcore.sequence_masks import Front
-from peftcore.sites import Site
-from peftcore.targets import Resolver
+from peftcore.targets.resolver import Resolver
+from peftcore.targets.sequence_cache import Opened, is_cache, is_filled, opened
+from peftcore.targets.sequence_masks import Front
+from peftcore.targets.sites import Site
 
 MASK, POSITIONS, STEPS = "attention_mask", "position_ids", "cache_position"
 MEMORY_MASK = "encoder_attention_mask"

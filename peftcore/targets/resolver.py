@@ -25,7 +25,7 @@ from peftcore.forward.adapter_modules import Operators
 from peftcore.layers.layer import Layer, Ranges
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.alike import Structure
-from peftcore.sites import LayerOf, Site
+from peftcore.targets.sites import LayerOf, Site
 
 UNSEEN = (Operators, ScriptModule)
 """Modules that are no places, nor is anything in them."""

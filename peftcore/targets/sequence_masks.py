@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import SequenceError
-from peftcore.sequence_cache import Opened
+from peftcore.targets.sequence_cache import Opened
 
 SLIDING = "sliding_attention"
 KINDS = ("full_attention", SLIDING)

@@ -15,8 +15,8 @@ from torch import nn
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.forward.attention import Geometry, Projection, implementation_of
 from peftcore.layers.layer import plain_class
-from peftcore.sites import Site
-from peftcore.targets import Resolver
+from peftcore.targets.resolver import Resolver
+from peftcore.targets.sites import Site
 
 # What attention classes call these sizes; the first name that a module has counts.
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
