@@ -14,10 +14,10 @@ from peftcore.forward.context import Call, Tap, current_call
 from peftcore.forward.host_state import injections
 from peftcore.forward.save_pretrained import saving_base
 from peftcore.injection import Injection
-from peftcore.planning import Plan
 from peftcore.quantization import dequantize, quantize, schemes
 from peftcore.registry.catalogue import MethodInfo, method, methods, register
-from peftcore.surgery import Surgeon
+from peftcore.surgery.planning import Plan
+from peftcore.surgery.surgeon import Surgeon
 from peftcore.switching import activate, call, route
 from peftcore.targets.attention_sites import AttentionSite
 from peftcore.targets.sequence import SequenceOperator, SequenceSite

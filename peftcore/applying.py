@@ -11,20 +11,21 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from peftcore import garbage, witness
+from peftcore import garbage
 from peftcore.contract.config import MethodConfig, dtype_of, matches, validate
 from peftcore.contract.method import Method
 from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
 from peftcore.forward.adapter_modules import Operators
 from peftcore.forward.host_state import drop_state, ensure_state, state_of
 from peftcore.injection import Injection
-from peftcore.installation import install, release, uninstall
-from peftcore.planning import Plan
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.experimental import notice_experimental
 from peftcore.registry.plugins import layer_of, registry
 from peftcore.roles import HostMap
-from peftcore.surgery import Surgeon, Wishes, generator_kept
+from peftcore.surgery import silent_layers as witness
+from peftcore.surgery.installation import install, release, uninstall
+from peftcore.surgery.planning import Plan
+from peftcore.surgery.surgeon import Surgeon, Wishes, generator_kept
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.training.batches import Data, calibrate
 

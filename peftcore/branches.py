@@ -15,7 +15,7 @@ from peftcore.errors import RouteError, UnsupportedSite
 from peftcore.forward.context import Tap
 from peftcore.roles import HostEntry
 from peftcore.roles.hostmap import under
-from peftcore.surgery import Surgeon
+from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sites import Site
 

@@ -38,7 +38,7 @@ from peftcore.interop.hub import located
 from peftcore.interop.patterns import one_file
 from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.roles import HostMap
-from peftcore.surgery import Surgeon
+from peftcore.surgery.surgeon import Surgeon
 
 SPARE = 2**28
 """Bytes that an adapter may need beyond its file, besides as many as the host has: bases drawn from a seed."""

@@ -26,7 +26,7 @@ from peftcore.injection import Injection
 from peftcore.layers.fsdp import whole
 from peftcore.layers.layer import bias_name, put, take
 from peftcore.registry.catalogue import method as find_method
-from peftcore.surgery import Wishes
+from peftcore.surgery.surgeon import Wishes
 from peftcore.targets.sites import Site
 from peftcore.utils.progress import through
 

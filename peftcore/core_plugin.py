@@ -14,7 +14,7 @@ from peftcore.contract.hookspecs import hookimpl
 from peftcore.layers.detect import dense_layer
 from peftcore.merging import merged_tensors
 from peftcore.roles import derive
-from peftcore.stances import STANCES
+from peftcore.surgery.forced_attributes import STANCES
 
 
 @hookimpl(trylast=True)

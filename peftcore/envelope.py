@@ -18,7 +18,7 @@ from peftcore.injection import Injection
 from peftcore.layers.layer import plain_class
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.catalogue import methods
-from peftcore.surgery import Wishes
+from peftcore.surgery.surgeon import Wishes
 from peftcore.targets.sites import Site
 
 FORMAT = 1

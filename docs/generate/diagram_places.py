@@ -22,7 +22,7 @@ from peftcore.references import reference
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.hostmap import part_roles
 from peftcore.roles.vocabulary import FUSED_ROLES, OTHER
-from peftcore.surgery import Graft, Surgeon
+from peftcore.surgery.surgeon import Graft, Surgeon
 from peftcore.targets.sites import Site
 
 HOSTS = ("Llama 2 7B", "BERT base", "ViT base", "T5 small", "CLIP text", "SD 1.5 UNet", "ResNet-50")

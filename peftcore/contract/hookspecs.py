@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from peftcore.injection import Injection
     from peftcore.layers.layer import Layer
     from peftcore.roles import HostMap
-    from peftcore.stances import Stance
-    from peftcore.surgery import Surgeon
+    from peftcore.surgery.forced_attributes import Stance
+    from peftcore.surgery.surgeon import Surgeon
 
 API = 1
 """The version of these specifications; a plugin states the one it was written for as ``PEFTCORE_API``."""

@@ -16,7 +16,7 @@ from peftcore.errors import PluginError
 
 if TYPE_CHECKING:
     from peftcore.injection import Injection
-    from peftcore.surgery import Surgeon
+    from peftcore.surgery.surgeon import Surgeon
     from peftcore.targets.sites import Site
     from peftcore.training.batches import Batches
     from peftcore.training.optimizer import GradientRule

@@ -26,7 +26,7 @@ from peftcore.forward.save_pretrained import guard, unguard
 if TYPE_CHECKING:
     from peftcore.forward.slot import Slot
     from peftcore.injection import Injection
-    from peftcore.witness import Witness
+    from peftcore.surgery.silent_layers import Witness
 
 _KEY = "_peftcore_state"
 

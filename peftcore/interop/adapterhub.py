@@ -26,7 +26,7 @@ from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.rebasing import find_move
 from peftcore.registry.plugins import imported, layer_of, named_places
-from peftcore.surgery import Surgeon
+from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sites import Site
 

@@ -18,7 +18,7 @@ from peftcore.errors import CheckpointError, ExportError
 from peftcore.injection import Injection
 from peftcore.interop.description import Description, tensor_files
 from peftcore.registry.plugins import imported, named_places
-from peftcore.surgery import Surgeon
+from peftcore.surgery.surgeon import Surgeon
 
 
 @dataclass(frozen=True)

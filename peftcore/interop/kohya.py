@@ -39,7 +39,7 @@ from peftcore.interop.pipelines import (
 )
 from peftcore.interop.places import Place
 from peftcore.registry.plugins import imported, layer_of, named_places
-from peftcore.surgery import Surgeon
+from peftcore.surgery.surgeon import Surgeon
 
 TENSORS = "kohya.safetensors"
 """The file in a folder that we write; read is any that is the only one."""

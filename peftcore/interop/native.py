@@ -14,8 +14,8 @@ from peftcore.injection import Injection
 from peftcore.interop.description import Description, trouble, unique
 from peftcore.interop.formats import Content, Files, Format, Tensors
 from peftcore.interop.rebasing import Move, find_move
-from peftcore.planning import Plan
-from peftcore.surgery import Surgeon
+from peftcore.surgery.planning import Plan
+from peftcore.surgery.surgeon import Surgeon
 
 ENVELOPE, TENSORS = "adapter.json", "adapter.safetensors"
 METADATA = "peftcore"

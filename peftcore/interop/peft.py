@@ -35,7 +35,7 @@ from peftcore.interop.peft_names import (
 )
 from peftcore.interop.peft_writing import text_of, written
 from peftcore.interop.places import Place, places_of
-from peftcore.surgery import Surgeon
+from peftcore.surgery.surgeon import Surgeon
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NEUTRAL = (

@@ -19,7 +19,7 @@ from peftcore.interop.peft_method import PeftMethod, peft_methods
 from peftcore.interop.peft_names import WRAPPER
 from peftcore.interop.places import Place, places_of
 from peftcore.registry.plugins import imported
-from peftcore.surgery import Graft
+from peftcore.surgery.surgeon import Graft
 from peftcore.targets.sites import Site
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftcore.injection import Injection
-from peftcore.surgery import Graft, Surgeon
+from peftcore.surgery.surgeon import Graft, Surgeon
 
 
 @dataclass(frozen=True)

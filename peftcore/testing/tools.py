@@ -20,7 +20,7 @@ from peftcore.errors import AmbiguousMethod, UnknownMethod
 from peftcore.injection import Injection
 from peftcore.registry import catalogue
 from peftcore.registry.plugins import layer_of
-from peftcore.surgery import Surgeon
+from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.sites import Site
 from peftcore.testing.kit import Case, Expecting, fill
 

@@ -18,7 +18,7 @@ from peftcore.interop.formats import formats
 from peftcore.interop.peft_method import peft_methods
 from peftcore.quantization import schemes
 from peftcore.registry.plugins import registry
-from peftcore.stances import Stance
+from peftcore.surgery.forced_attributes import Stance
 
 HOOKS = [name for name in vars(hookspecs) if name.startswith("peftcore_")]
 FIRSTRESULT = [

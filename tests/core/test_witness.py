@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.errors import InactiveSite
 from peftcore.forward.host_state import state_of
-from peftcore.witness import Witness
+from peftcore.surgery.silent_layers import Witness
 
 
 class ReadsWeight(nn.Module):

@@ -12,12 +12,12 @@ from host_zoo import EXTRA, SURVEY, build
 from torch import nn
 
 import peftcore
-from peftcore import installation
 from peftcore.applying import host_map
 from peftcore.forward import class_swap as graft
 from peftcore.registry.plugins import layer_of
 from peftcore.roles import alike, derive, rules, survey
 from peftcore.roles.alike import Run, Structure, runs
+from peftcore.surgery import installation
 from peftcore.targets.resolver import Resolver
 
 torch.set_num_threads(1)

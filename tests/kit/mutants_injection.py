@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site
 from peftcore.forward.class_swap import slot_of
-from peftcore.surgery import Surgeon
+from peftcore.surgery.surgeon import Surgeon
 
 
 class HasAScalar(Small):

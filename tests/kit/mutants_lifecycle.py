@@ -20,7 +20,7 @@ from peftcore.forward.class_swap import slot_of
 from peftcore.forward.host_state import Chosen, HostState, chosen
 from peftcore.injection import Summary
 from peftcore.layers.layer import Linear
-from peftcore.surgery import Surgeon
+from peftcore.surgery.surgeon import Surgeon
 
 
 def sabotaged(name: str, **calls: Callable[..., Any]) -> type[Method]:

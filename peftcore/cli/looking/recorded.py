@@ -15,8 +15,8 @@ from peftcore.applying import prepare, wishes_of
 from peftcore.cli.looking.quiet import unlogged
 from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.contract.method import Method
-from peftcore.planning import Plan
-from peftcore.surgery import Graft, Surgeon
+from peftcore.surgery.planning import Plan
+from peftcore.surgery.surgeon import Graft, Surgeon
 from peftcore.targets.resolver import Target
 
 

@@ -20,8 +20,8 @@ from peftcore.cli.models.skeletons import emptied
 from peftcore.cli.numbers import size
 from peftcore.cli.tasks.task import Prepared
 from peftcore.errors import PeftcoreError
-from peftcore.planning import Plan
-from peftcore.surgery import Surgeon
+from peftcore.surgery.planning import Plan
+from peftcore.surgery.surgeon import Surgeon
 
 COUNT = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kKmMbB%]?)")
 COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}

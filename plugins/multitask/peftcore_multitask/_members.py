@@ -15,7 +15,7 @@ from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.forward.host_state import known
 from peftcore.forward.routing import Once
 from peftcore.parts import options_of
-from peftcore.surgery import Graft
+from peftcore.surgery.surgeon import Graft
 
 Members = list[list[nn.Module]]
 """The operators of each adapter at one place; several where an adapter is a hybrid."""

@@ -28,7 +28,7 @@ from peftcore.parts import OfParts, options_of
 
 if TYPE_CHECKING:
     from peftcore.layers.layer import Ranges
-    from peftcore.surgery import Graft
+    from peftcore.surgery.surgeon import Graft
 
     Key = tuple[str, str, Ranges | None]
 

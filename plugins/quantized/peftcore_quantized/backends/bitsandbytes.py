@@ -23,7 +23,7 @@ from peftcore.errors import QuantizationError
 from peftcore.layers.layer import Layer
 from peftcore.packing import Packed, packed_layer
 from peftcore.quantization import Scheme
-from peftcore.stances import Stance
+from peftcore.surgery.forced_attributes import Stance
 
 PEFTCORE_API = 1
 

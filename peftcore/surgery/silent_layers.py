@@ -22,7 +22,7 @@ from peftcore.forward.host_state import HostState, state_of
 from peftcore.forward.slot import Slot
 
 if TYPE_CHECKING:
-    from peftcore.surgery import Surgeon
+    from peftcore.surgery.surgeon import Surgeon
 
 
 class Expected(NamedTuple):

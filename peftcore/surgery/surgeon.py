@@ -1,6 +1,6 @@
 """The surgeon: the verbs of a method's `inject`.
 
-The verbs only record; `peftcore.installation` then changes the host. `plan` is the same recording with operators on
+The verbs only record; `peftcore.surgery.installation` then changes the host. `plan` is the same recording with operators on
 the meta device and no installation.
 """
 

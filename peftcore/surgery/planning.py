@@ -15,7 +15,7 @@ from peftcore.roles import HostMap
 from peftcore.targets.sites import Site
 
 if TYPE_CHECKING:
-    from peftcore.surgery import Surgeon
+    from peftcore.surgery.surgeon import Surgeon
 
 
 def _size(modules: Iterable[nn.Module]) -> int:

@@ -17,11 +17,11 @@ from peftcore.forward.class_swap import attach, detach, is_reached, slot_of, ung
 from peftcore.forward.host_state import HostState
 from peftcore.forward.mount import Mount
 from peftcore.light import names_of
-from peftcore.stances import stances_of
+from peftcore.surgery.forced_attributes import stances_of
 from peftcore.targets.sites import Site
 
 if TYPE_CHECKING:
-    from peftcore.surgery import Surgeon
+    from peftcore.surgery.surgeon import Surgeon
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Modules whose children are iterated by others: operators do not live in them."""
