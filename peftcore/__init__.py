@@ -1,6 +1,5 @@
 """peftcore: a registry of parameter-efficient fine-tuning methods that anyone extends without touching its core."""
 
-from peftcore.applying import apply, plan
 from peftcore.checkpoint import load
 from peftcore.combining import combine, deltas, to_lora
 from peftcore.composition_files import load_composition, save_composition
@@ -13,12 +12,13 @@ from peftcore.forward.attention import Attend, AttentionOperator
 from peftcore.forward.context import Call, Tap, current_call
 from peftcore.forward.host_state import injections
 from peftcore.forward.save_pretrained import saving_base
-from peftcore.injection import Injection
-from peftcore.quantization import dequantize, quantize, schemes
+from peftcore.injection.applying import apply, plan
+from peftcore.injection.injection import Injection
+from peftcore.injection.quantization import dequantize, quantize, schemes
+from peftcore.injection.switching import activate, call, route
 from peftcore.registry.catalogue import MethodInfo, method, methods, register
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Surgeon
-from peftcore.switching import activate, call, route
 from peftcore.targets.attention_sites import AttentionSite
 from peftcore.targets.sequence import SequenceOperator, SequenceSite
 from peftcore.targets.sites import Site

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peftcore.applying import check_name, establish, prepare
 from peftcore.contract.operators import Checked
 from peftcore.envelope import Envelope, method_of, mismatched, options_of, weights_digest
 from peftcore.errors import (
@@ -30,7 +29,8 @@ from peftcore.errors import (
 )
 from peftcore.files import clear_partial, write_tensors, write_text
 from peftcore.forward.save_pretrained import saving_base
-from peftcore.injection import Injection
+from peftcore.injection.applying import check_name, establish, prepare
+from peftcore.injection.injection import Injection
 from peftcore.interop.card import CARD, card, is_ours
 from peftcore.interop.description import Description
 from peftcore.interop.formats import Tensors, format_named, recognize

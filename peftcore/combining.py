@@ -15,14 +15,14 @@ from torch import Tensor
 
 from peftcore import algebra
 from peftcore.algebra import Sign, cat, linear, padded, product, svd
-from peftcore.applying import check_name, establish, prepare
 from peftcore.checkpoint import fill, load
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
 from peftcore.contract.operators import Factors, _Base, is_mergeable
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
 from peftcore.forward.host_state import injections
-from peftcore.injection import Injection
+from peftcore.injection.applying import check_name, establish, prepare
+from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import whole
 from peftcore.layers.layer import bias_name, put, take
 from peftcore.registry.catalogue import method as find_method

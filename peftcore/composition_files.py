@@ -17,7 +17,7 @@ from peftcore.contract.compositions import KINDS, Composition, branches
 from peftcore.errors import CheckpointError, CompositionError
 from peftcore.files import read_json, write_text
 from peftcore.forward.host_state import injections, known
-from peftcore.switching import activate
+from peftcore.injection.switching import activate
 
 FILE = "composition.json"
 MOST = 1000

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.contract.hookspecs import hookimpl
+from peftcore.injection.merging import merged_tensors
 from peftcore.layers.detect import dense_layer
-from peftcore.merging import merged_tensors
 from peftcore.roles import derive
 from peftcore.surgery.forced_attributes import STANCES
 

@@ -14,7 +14,7 @@ from torch import nn
 from peftcore.contract.config import DTYPES, MethodConfig, described, validate_json
 from peftcore.contract.method import Method
 from peftcore.errors import CheckpointError, ConfigError, NewerFormat, UnknownMethod, shown
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.layers.layer import plain_class
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.catalogue import methods

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.errors import ConfigError
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.plugins import registry
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore.applying import plan
 from peftcore.errors import PeftcoreError
+from peftcore.injection.applying import plan
 
 
 def _library(name: str, model: str, config: str = "", **sizes: Any) -> Callable[[], nn.Module]:

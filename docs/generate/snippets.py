@@ -18,7 +18,7 @@ from torch import nn
 import peftcore
 from peftcore.contract.method import Method
 from peftcore.errors import PeftcoreError
-from peftcore.quantization import schemes
+from peftcore.injection.quantization import schemes
 
 EXAMPLE = "Example:"
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from peftcore.contract.config import MethodConfig
     from peftcore.contract.method import Method
-    from peftcore.injection import Injection
+    from peftcore.injection.injection import Injection
     from peftcore.layers.layer import Layer
     from peftcore.roles import HostMap
     from peftcore.surgery.forced_attributes import Stance

@@ -15,7 +15,7 @@ from peftcore.contract.config import MethodConfig
 from peftcore.errors import PluginError
 
 if TYPE_CHECKING:
-    from peftcore.injection import Injection
+    from peftcore.injection.injection import Injection
     from peftcore.surgery.surgeon import Surgeon
     from peftcore.targets.sites import Site
     from peftcore.training.batches import Batches

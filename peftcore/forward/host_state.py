@@ -25,7 +25,7 @@ from peftcore.forward.save_pretrained import guard, unguard
 
 if TYPE_CHECKING:
     from peftcore.forward.slot import Slot
-    from peftcore.injection import Injection
+    from peftcore.injection.injection import Injection
     from peftcore.surgery.silent_layers import Witness
 
 _KEY = "_peftcore_state"

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from peftcore.applying import host_map
 from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, HostMismatch
 from peftcore.files import TensorFile, read_json
+from peftcore.injection.applying import host_map
 from peftcore.interop.composing import composed, with_overrides
 from peftcore.interop.description import Description, trouble, unique
 from peftcore.interop.formats import Content, Format

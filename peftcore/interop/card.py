@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from peftcore.envelope import base_name
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.layers.layer import plain_class
 
 CARD = "README.md"

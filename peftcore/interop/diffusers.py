@@ -18,7 +18,7 @@ from torch import nn
 
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.files import TensorFile, parse_json
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.interop.description import Description, unique
 from peftcore.interop.formats import Content, Files, Format, Tensors
 from peftcore.interop.keys import Keys

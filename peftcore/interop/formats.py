@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peftcore.envelope import Envelope
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.interop.description import Description, tensor_files
 from peftcore.registry.plugins import imported, named_places
 from peftcore.surgery.surgeon import Surgeon

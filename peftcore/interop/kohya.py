@@ -21,7 +21,7 @@ from torch import Size, Tensor, nn
 from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, ExportError, HostMismatch
 from peftcore.files import TensorFile
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.interop.composing import composed, with_overrides
 from peftcore.interop.description import Description, unique
 from peftcore.interop.formats import Content, Files, Format, Tensors

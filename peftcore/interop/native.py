@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftcore.envelope import Envelope, SavedSite, envelope_of, method_of, options_of, parse_envelope
 from peftcore.errors import CheckpointError, PluginError
 from peftcore.files import TensorFile, parse_json
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.interop.description import Description, trouble, unique
 from peftcore.interop.formats import Content, Files, Format, Tensors
 from peftcore.interop.rebasing import Move, find_move

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import CheckpointError
 from peftcore.files import TensorFile, read_json
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.interop.composing import composed, literally
 from peftcore.interop.description import Description, trouble, unique
 from peftcore.interop.formats import Content, Files, Format, Tensors, held_by

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 
 from torch import Size, nn
 
-from peftcore.applying import host_map
 from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, ExportError, HostMismatch, TargetError, UnsupportedSite
+from peftcore.injection.applying import host_map
 from peftcore.interop.keys import Keys
 from peftcore.interop.peft_method import PeftMethod
 from peftcore.interop.peft_names import PREFIXES

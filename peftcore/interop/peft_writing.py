@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from peftcore.envelope import base_name
 from peftcore.errors import ExportError
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.interop.peft_method import PeftMethod, peft_methods
 from peftcore.interop.peft_names import WRAPPER
 from peftcore.interop.places import Place, places_of

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.surgery.surgeon import Graft, Surgeon
 
 

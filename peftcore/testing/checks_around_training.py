@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.contract.method import Method
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.testing.checks_training import backward
 from peftcore.testing.kit import Case, check
 from peftcore.testing.tools import differences, raises, trace

@@ -14,7 +14,7 @@ import peftcore
 from peftcore.errors import RouteError
 from peftcore.forward.choice import Route
 from peftcore.forward.host_state import state_of
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.testing.checks_training import backward, expect_same_gradients, gradients_of, loss
 from peftcore.testing.kit import TOLERANCES, Case, NotApplicable, check
 from peftcore.testing.tools import raises

@@ -15,7 +15,7 @@ from torch import nn
 
 import peftcore
 from peftcore.files import TensorFile
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.interop.card import CARD
 from peftcore.interop.native import ENVELOPE, METADATA, TENSORS
 from peftcore.testing.kit import Case, NotApplicable, check, fill

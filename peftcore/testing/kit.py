@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.contract.method import Method, Tags
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.surgery.surgeon import generator_kept
 from peftcore.testing.failures import CheckFailed, explained
 

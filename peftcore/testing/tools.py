@@ -17,7 +17,7 @@ from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method, Tags
 from peftcore.contract.operators import Operator, WeightOperator
 from peftcore.errors import AmbiguousMethod, UnknownMethod
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.registry import catalogue
 from peftcore.registry.plugins import layer_of
 from peftcore.surgery.surgeon import Surgeon

@@ -13,7 +13,7 @@ from peftcore.errors import CalibrationError
 from peftcore.utils.progress import through
 
 if TYPE_CHECKING:
-    from peftcore.injection import Injection
+    from peftcore.injection.injection import Injection
 
 Data = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any]]
 """Batches: mappings are called as ``model(**batch)``, tuples and lists as ``model(*batch)``; a function of the model

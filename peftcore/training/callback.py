@@ -20,7 +20,7 @@ from torch import nn
 
 from peftcore.errors import TrainingError
 from peftcore.forward.host_state import injections
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import layer_of
 from peftcore.training.optimizer import MethodOptimizer, gradient_rules, scheduled, take_steps, transient
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import algebra
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnsupportedSite
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.testing.kit import fill
 
 F64 = torch.float64

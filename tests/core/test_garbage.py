@@ -60,6 +60,6 @@ def test_python_looks_as_it_did_before(looking: bool) -> None:
 def test_data_is_looked_at_with_garbage_collected(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the user's model leaves behind in a forward is not kept for as long as there are batches."""
     found: list[bool] = []
-    monkeypatch.setattr("peftcore.applying.calibrate", lambda *args: found.append(gc.isenabled()))
+    monkeypatch.setattr("peftcore.injection.applying.calibrate", lambda *args: found.append(gc.isenabled()))
     peftcore.apply(many(), "fish_mask", target=nn.Linear, data=[{}])
     assert found == [True]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import hookimpl
 from peftcore.contract import hookspecs
+from peftcore.injection.quantization import schemes
 from peftcore.interop.formats import formats
 from peftcore.interop.peft_method import peft_methods
-from peftcore.quantization import schemes
 from peftcore.registry.plugins import registry
 from peftcore.surgery.forced_attributes import Stance
 

@@ -12,8 +12,8 @@ from host_zoo import EXTRA, SURVEY, build
 from torch import nn
 
 import peftcore
-from peftcore.applying import host_map
 from peftcore.forward import class_swap as graft
+from peftcore.injection.applying import host_map
 from peftcore.registry.plugins import layer_of
 from peftcore.roles import alike, derive, rules, survey
 from peftcore.roles.alike import Run, Structure, runs

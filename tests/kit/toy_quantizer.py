@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftcore import hookimpl
+from peftcore.injection.quantization import Scheme
+from peftcore.injection.quantized_layer import Packed, packed_layer
 from peftcore.layers.layer import Layer
-from peftcore.packing import Packed, packed_layer
-from peftcore.quantization import Scheme
 from peftcore.surgery.forced_attributes import Stance
 
 PEFTCORE_API = 1

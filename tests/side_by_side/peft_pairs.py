@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.contract.operators import _Base
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.layers import layer as weights
 from peftcore.targets.sites import Site
 

@@ -12,7 +12,7 @@ from peftcore.cli.errors import BadInput
 from peftcore.cli.models.files import PIPELINE, read_config
 from peftcore.cli.models.opening import MadeOn, Opened, components, open_model
 from peftcore.errors import NoWeights, PeftcoreError
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.interop.description import Description
 
 

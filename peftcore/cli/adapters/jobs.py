@@ -14,9 +14,9 @@ from peftcore.cli.errors import BadInput
 from peftcore.cli.models.opening import open_model
 from peftcore.cli.output import Output
 from peftcore.errors import CheckpointError, NotMergeable, NoWeights
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
+from peftcore.injection.merging import Into
 from peftcore.interop.formats import recognize
-from peftcore.merging import Into
 
 
 class Display(Protocol):

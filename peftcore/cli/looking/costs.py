@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from peftcore.applying import establish
 from peftcore.cli.looking.quiet import quiet
 from peftcore.cli.looking.recorded import Recorded, Wanted
 from peftcore.cli.models.activations import Batch, Pretended, explained
@@ -18,7 +17,8 @@ from peftcore.cli.models.skeletons import Skeleton, skeleton
 from peftcore.envelope import envelope_of
 from peftcore.files import DTYPES
 from peftcore.forward.host_state import HostState
-from peftcore.injection import Injection
+from peftcore.injection.applying import establish
+from peftcore.injection.injection import Injection
 from peftcore.interop.native import METADATA
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -20,7 +20,7 @@ from peftcore.cli.looking.quiet import quiet
 from peftcore.cli.numbers import size
 from peftcore.cli.pages import columns
 from peftcore.errors import PeftcoreError
-from peftcore.quantization import scheme_class
+from peftcore.injection.quantization import scheme_class
 from peftcore.registry.plugins import DISABLE, registry
 
 CORE = "peftcore"

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 import peftcore
-from peftcore.applying import prepare, wishes_of
 from peftcore.cli.looking.quiet import unlogged
 from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.contract.method import Method
+from peftcore.injection.applying import prepare, wishes_of
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Graft, Surgeon
 from peftcore.targets.resolver import Target

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from peftcore.applying import establish, host_map, prepare, resolve_method, wishes_of
 from peftcore.cli.comparing.compare import Candidate
 from peftcore.cli.errors import BadInput
 from peftcore.cli.looking.costs import Memory, held
@@ -20,6 +19,7 @@ from peftcore.cli.models.skeletons import emptied
 from peftcore.cli.numbers import size
 from peftcore.cli.tasks.task import Prepared
 from peftcore.errors import PeftcoreError
+from peftcore.injection.applying import establish, host_map, prepare, resolve_method, wishes_of
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Surgeon
 

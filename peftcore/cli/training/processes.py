@@ -12,8 +12,8 @@ from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peftcore.applying import host_map
 from peftcore.cli.errors import BadInput
+from peftcore.injection.applying import host_map
 from peftcore.layers.fsdp import cut_like, is_cut, whole
 
 ASKED = "ACCELERATE_USE_FSDP"

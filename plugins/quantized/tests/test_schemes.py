@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import peftcore
-from peftcore.quantization import scheme
+from peftcore.injection.quantization import scheme
 from peftcore.registry.plugins import layer_of
 from peftcore.testing import quantizer_conformance
 from peftcore.testing.kit import fill

@@ -25,11 +25,11 @@ from peftcore.contract.operators import full_precision, is_mergeable
 from peftcore.errors import MergeError, NotMergeable, UnsupportedSite
 from peftcore.forward.mount import Effect, Mount, effects_of, fold
 from peftcore.forward.save_pretrained import saving_base
-from peftcore.packing import Form, Packed, become, dense_linear, floating_dtype, restore
+from peftcore.injection.quantized_layer import Form, Packed, become, dense_linear, floating_dtype, restore
 from peftcore.registry.plugins import layer_of, registry
 
 if TYPE_CHECKING:
-    from peftcore.injection import Injection
+    from peftcore.injection.injection import Injection
 
 Keep = Literal["cpu", "record", "device"] | None
 Into = Literal["float", "same"]

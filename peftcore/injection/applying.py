@@ -17,7 +17,7 @@ from peftcore.contract.method import Method
 from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
 from peftcore.forward.adapter_modules import Operators
 from peftcore.forward.host_state import drop_state, ensure_state, state_of
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.experimental import notice_experimental
 from peftcore.registry.plugins import layer_of, registry

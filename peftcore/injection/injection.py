@@ -11,16 +11,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from peftcore import merging
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.method import Method
 from peftcore.contract.operators import _Base, trainable_numbers
 from peftcore.errors import CompositionError, InactiveSite, MergeError, RouteError, UnknownInjection
 from peftcore.forward.class_swap import is_reached, slot_of
 from peftcore.forward.host_state import Chosen, HostState, chosen, drop_state
+from peftcore.injection import merging
+from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.registry.plugins import registry
-from peftcore.summary import Summary
 from peftcore.surgery import silent_layers as witness
 from peftcore.surgery.installation import release, uninstall
 from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
