@@ -1,13 +1,13 @@
 """peftcore: a registry of parameter-efficient fine-tuning methods that anyone extends without touching its core."""
 
-from peftcore.checkpoint import load
 from peftcore.combining import combine, deltas, to_lora
-from peftcore.composition_files import load_composition, save_composition
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.hookspecs import API, hookimpl
 from peftcore.contract.method import Method, Tags
 from peftcore.contract.operators import Combiner, Operator, Replacement, WeightOperator, on_first
+from peftcore.files.compositions import load_composition, save_composition
+from peftcore.files.save_load import load
 from peftcore.forward.attention import Attend, AttentionOperator
 from peftcore.forward.context import Call, Tap, current_call
 from peftcore.forward.host_state import injections

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from peftcore import algebra
 from peftcore.algebra import Sign, cat, linear, padded, product, svd
-from peftcore.checkpoint import fill, load
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
 from peftcore.contract.operators import Factors, _Base, is_mergeable
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
+from peftcore.files.save_load import fill, load
 from peftcore.forward.host_state import injections
 from peftcore.injection.applying import check_name, establish, prepare
 from peftcore.injection.injection import Injection

@@ -35,11 +35,11 @@ def peftcore_stance(cls: type[nn.Module]) -> Any:
 @hookimpl(trylast=True)
 def peftcore_formats() -> Mapping[str, str]:
     return {
-        "peftcore": "peftcore.interop.native:Native",
-        "peft": "peftcore.interop.peft:Peft",
-        "adapterhub": "peftcore.interop.adapterhub:AdapterHub",
-        "diffusers": "peftcore.interop.diffusers:Diffusers",
-        "kohya": "peftcore.interop.kohya:Kohya",
+        "peftcore": "peftcore.files.formats.native:Native",
+        "peft": "peftcore.files.formats.peft:Peft",
+        "adapterhub": "peftcore.files.formats.adapterhub:AdapterHub",
+        "diffusers": "peftcore.files.formats.diffusers:Diffusers",
+        "kohya": "peftcore.files.formats.kohya:Kohya",
     }
 
 

@@ -85,7 +85,7 @@ def peftcore_formats() -> Mapping[str, str]:  # type: ignore[empty-body]
     """Name the file formats that a plugin reads or writes.
 
     Runs when an adapter is loaded, or saved in another format than ours. Returns names mapped to ``"module:Class"``,
-    each a `peftcore.interop.formats.Format`.
+    each a `peftcore.files.formats.format.Format`.
     """
 
 

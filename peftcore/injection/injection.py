@@ -290,7 +290,7 @@ class Injection:
             ExportError: another library's format cannot hold this adapter; nothing was written.
         """
         self._alive()
-        from peftcore.checkpoint import save
+        from peftcore.files.save_load import save
 
         save(self, Path(path), (format,) if isinstance(format, str) else tuple(format), weights)
 

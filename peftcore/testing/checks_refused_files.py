@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import CheckpointError, ConfigError, HostMismatch, NewerFormat, UnknownMethod
-from peftcore.files import TensorFile, write_tensors
-from peftcore.interop.native import METADATA, TENSORS
+from peftcore.files.formats.native import METADATA, TENSORS
+from peftcore.files.safe_io import TensorFile, write_tensors
 from peftcore.targets.sites import Site
 from peftcore.testing.checks_files import ONE, saved
 from peftcore.testing.kit import Case, check

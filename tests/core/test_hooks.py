@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import hookimpl
 from peftcore.contract import hookspecs
+from peftcore.files.formats.format import formats
+from peftcore.files.formats.peft_method import peft_methods
 from peftcore.injection.quantization import schemes
-from peftcore.interop.formats import formats
-from peftcore.interop.peft_method import peft_methods
 from peftcore.registry.plugins import registry
 from peftcore.surgery.forced_attributes import Stance
 
@@ -218,7 +218,7 @@ def test_hook_schemes(answer: Add) -> None:
 
 def test_hook_formats(answer: Add) -> None:
     """Not firstresult: every plugin names its own, after those of the core."""
-    answer("peftcore_formats", lambda: {"scribbled": "peftcore.interop.native:Native"})
+    answer("peftcore_formats", lambda: {"scribbled": "peftcore.files.formats.native:Native"})
     assert next(iter(formats())) == "peftcore"
     assert "scribbled" in formats()
     answer("peftcore_formats", lambda: {"scribbled": "elsewhere:Scribbled"})

@@ -85,7 +85,7 @@ def test_all_are_found() -> None:
     wanted += ("peftcore.training.MethodOptimizer.step", "peftcore.testing.check_method", "peftcore.errors.MergeError")
     wanted += (
         "peftcore.contract.hookspecs.peftcore_map",
-        "peftcore.interop.formats.Format.open",
+        "peftcore.files.formats.format.Format.open",
         "peftcore_vision.coop.CoOp",
     )
     wanted += ("peftcore_reparameterized.lora.LoRAOperator.factors",)

@@ -12,8 +12,8 @@ from peftcore.cli.errors import BadInput
 from peftcore.cli.models.files import PIPELINE, read_config
 from peftcore.cli.models.opening import MadeOn, Opened, components, open_model
 from peftcore.errors import NoWeights, PeftcoreError
+from peftcore.files.formats.description import Description
 from peftcore.injection.injection import Injection
-from peftcore.interop.description import Description
 
 
 @dataclass(frozen=True)

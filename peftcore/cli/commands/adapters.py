@@ -38,8 +38,8 @@ def inspect(adapter: Adapter, json: Json = False) -> None:
     with _at_work():
         from rich.console import Console
 
-        from peftcore.checkpoint import describe
         from peftcore.cli.adapters import tables
+        from peftcore.files.save_load import describe
 
         about = describe(adapter)
         if json:
@@ -183,7 +183,7 @@ def _output(out: Path, overwrite: bool, sources: Sequence[Path]) -> Any:
 def _format(name: str) -> str:
     """What `save` calls a format."""
     from peftcore.cli.adapters.results import NATIVE, OURS, shown_format
-    from peftcore.interop.formats import format_named, formats
+    from peftcore.files.formats.format import format_named, formats
 
     found = OURS if name == NATIVE else name
     if found.partition("/")[0] not in formats():

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from peftcore.cli.comparing.trials import Entry, Report
 from peftcore.cli.numbers import size
-from peftcore.files import write_text
+from peftcore.files.safe_io import write_text
 
 
 def write(report: Report, folder: Path) -> None:

@@ -14,12 +14,12 @@ from peftcore.cli.looking.recorded import Recorded, Wanted
 from peftcore.cli.models.activations import Batch, Pretended, explained
 from peftcore.cli.models.example_inputs import Size, Unknown
 from peftcore.cli.models.skeletons import Skeleton, skeleton
-from peftcore.envelope import envelope_of
-from peftcore.files import DTYPES
+from peftcore.files.envelope import envelope_of
+from peftcore.files.formats.native import METADATA
+from peftcore.files.safe_io import DTYPES
 from peftcore.forward.host_state import HostState
 from peftcore.injection.applying import establish
 from peftcore.injection.injection import Injection
-from peftcore.interop.native import METADATA
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 STATES = 2

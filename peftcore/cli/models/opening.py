@@ -21,8 +21,8 @@ from peftcore.cli.errors import BadInput, require
 from peftcore.cli.models.files import CONFIG, PIPELINE, exported, read_config, reader_of
 from peftcore.cli.models.loading import UNREADABLE, unreadable
 from peftcore.errors import NoWeights
-from peftcore.files import TensorFile
-from peftcore.interop.peft_prompts import TASKS
+from peftcore.files.formats.peft_prompts import TASKS
+from peftcore.files.safe_io import TensorFile
 
 BROKEN: tuple[type[Exception], ...] = (
     *UNREADABLE,

@@ -18,7 +18,7 @@ from peftcore.cli.comparing.trials import Entry, Report
 from peftcore.cli.searching.budget import Budget
 from peftcore.cli.searching.studies import LOST, REASON
 from peftcore.cli.training.runs import Run
-from peftcore.files import write_text
+from peftcore.files.safe_io import write_text
 
 
 @dataclass(frozen=True)

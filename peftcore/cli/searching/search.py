@@ -33,7 +33,7 @@ from peftcore.cli.searching.studies import REASON, RECORD, Study
 from peftcore.cli.training.runs import Options, Training, validated
 from peftcore.cli.training.tuning import parted
 from peftcore.errors import PeftcoreError, TrainingError
-from peftcore.files import write_text
+from peftcore.files.safe_io import write_text
 
 POLL = 1.0
 """Seconds between two looks at the trials of other workers."""

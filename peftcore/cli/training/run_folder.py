@@ -16,7 +16,7 @@ import transformers
 from peftcore.cli.errors import BadInput
 from peftcore.cli.output import made
 from peftcore.cli.training.runs import Run
-from peftcore.files import write_text
+from peftcore.files.safe_io import write_text
 
 COMPLETE = "complete"
 """The last file of a checkpoint: one without it was being written when the run ended."""

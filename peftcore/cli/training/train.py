@@ -28,7 +28,7 @@ from peftcore.cli.training.run_folder import Keeper, RunFolder, first_process, p
 from peftcore.cli.training.runs import Run, validated
 from peftcore.cli.training.trainer import AdapterTrainer, Clock, trainer_for
 from peftcore.errors import TrainingError
-from peftcore.files import write_text
+from peftcore.files.safe_io import write_text
 from peftcore.layers.fsdp import hold_whole, is_sharded
 
 LOOKED_AT = 16

@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
-from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.interop.found import Found
-from peftcore.interop.keys import Keys
-from peftcore.interop.patterns import matching
-from peftcore.interop.peft_layers import is_one_of
-from peftcore.interop.peft_names import PREFIXES, Group, modules_meant
-from peftcore.interop.places import Place
+from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.patterns import matching
+from peftcore.files.formats.peft_layers import is_one_of
+from peftcore.files.formats.peft_names import PREFIXES, Group, modules_meant
+from peftcore.files.formats.places import Place
 from peftcore.registry.plugins import imported, named_places
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from peftcore.envelope import FORMAT, Envelope, SavedSite
+from peftcore.files.envelope import FORMAT, Envelope, SavedSite
 from peftcore.registry.catalogue import method as find_method
 
 

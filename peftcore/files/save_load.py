@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from peftcore.contract.operators import Checked
-from peftcore.envelope import Envelope, method_of, mismatched, options_of, weights_digest
 from peftcore.errors import (
     CheckpointError,
     HostMismatch,
@@ -27,15 +26,16 @@ from peftcore.errors import (
     UnsupportedHost,
     UnsupportedSite,
 )
-from peftcore.files import clear_partial, write_tensors, write_text
+from peftcore.files.envelope import Envelope, method_of, mismatched, options_of, weights_digest
+from peftcore.files.formats.card import CARD, card, is_ours
+from peftcore.files.formats.description import Description
+from peftcore.files.formats.format import Tensors, format_named, recognize
+from peftcore.files.formats.hub import located
+from peftcore.files.formats.patterns import one_file
+from peftcore.files.safe_io import clear_partial, write_tensors, write_text
 from peftcore.forward.save_pretrained import saving_base
 from peftcore.injection.applying import check_name, establish, prepare
 from peftcore.injection.injection import Injection
-from peftcore.interop.card import CARD, card, is_ours
-from peftcore.interop.description import Description
-from peftcore.interop.formats import Tensors, format_named, recognize
-from peftcore.interop.hub import located
-from peftcore.interop.patterns import one_file
 from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.roles import HostMap
 from peftcore.surgery.surgeon import Surgeon

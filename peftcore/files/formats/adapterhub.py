@@ -15,16 +15,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, HostMismatch
-from peftcore.files import TensorFile, read_json
+from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.composing import composed, with_overrides
+from peftcore.files.formats.description import Description, trouble, unique
+from peftcore.files.formats.format import Content, Format
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.rebasing import find_move
+from peftcore.files.safe_io import TensorFile, read_json
 from peftcore.injection.applying import host_map
-from peftcore.interop.composing import composed, with_overrides
-from peftcore.interop.description import Description, trouble, unique
-from peftcore.interop.formats import Content, Format
-from peftcore.interop.found import Found
-from peftcore.interop.keys import Keys
-from peftcore.interop.rebasing import find_move
 from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.resolver import Resolver

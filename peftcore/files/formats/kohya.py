@@ -18,16 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Size, Tensor, nn
 
-from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, ExportError, HostMismatch
-from peftcore.files import TensorFile
-from peftcore.injection.injection import Injection
-from peftcore.interop.composing import composed, with_overrides
-from peftcore.interop.description import Description, unique
-from peftcore.interop.formats import Content, Files, Format, Tensors
-from peftcore.interop.found import Found
-from peftcore.interop.ldm_names import ldm_names
-from peftcore.interop.pipelines import (
+from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.composing import composed, with_overrides
+from peftcore.files.formats.description import Description, unique
+from peftcore.files.formats.format import Content, Files, Format, Tensors
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.ldm_names import ldm_names
+from peftcore.files.formats.pipelines import (
     Part,
     clip_prefix,
     fitting,
@@ -37,7 +35,9 @@ from peftcore.interop.pipelines import (
     only_file,
     split,
 )
-from peftcore.interop.places import Place
+from peftcore.files.formats.places import Place
+from peftcore.files.safe_io import TensorFile
+from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.surgery.surgeon import Surgeon
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from peftcore.envelope import Envelope, SavedSite, envelope_of, method_of, options_of, parse_envelope
 from peftcore.errors import CheckpointError, PluginError
-from peftcore.files import TensorFile, parse_json
+from peftcore.files.envelope import Envelope, SavedSite, envelope_of, method_of, options_of, parse_envelope
+from peftcore.files.formats.description import Description, trouble, unique
+from peftcore.files.formats.format import Content, Files, Format, Tensors
+from peftcore.files.formats.rebasing import Move, find_move
+from peftcore.files.safe_io import TensorFile, parse_json
 from peftcore.injection.injection import Injection
-from peftcore.interop.description import Description, trouble, unique
-from peftcore.interop.formats import Content, Files, Format, Tensors
-from peftcore.interop.rebasing import Move, find_move
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Surgeon
 

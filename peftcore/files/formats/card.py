@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from peftcore.envelope import base_name
+from peftcore.files.envelope import base_name
 from peftcore.injection.injection import Injection
 from peftcore.layers.layer import plain_class
 

@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 from torch import Size, nn
 
-from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, ExportError, HostMismatch, TargetError, UnsupportedSite
+from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.peft_names import PREFIXES
+from peftcore.files.formats.places import Place
 from peftcore.injection.applying import host_map
-from peftcore.interop.keys import Keys
-from peftcore.interop.peft_method import PeftMethod
-from peftcore.interop.peft_names import PREFIXES
-from peftcore.interop.places import Place
 from peftcore.layers.layer import plain_class
 from peftcore.registry.plugins import layer_of
 from peftcore.targets.attention_sites import locate as locate_attention

@@ -13,10 +13,10 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from peftcore.envelope import Envelope
 from peftcore.errors import CheckpointError, ExportError
+from peftcore.files.envelope import Envelope
+from peftcore.files.formats.description import Description, tensor_files
 from peftcore.injection.injection import Injection
-from peftcore.interop.description import Description, tensor_files
 from peftcore.registry.plugins import imported, named_places
 from peftcore.surgery.surgeon import Surgeon
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from torch import nn
 
 from peftcore.errors import CheckpointError, HostMismatch
-from peftcore.files import TensorFile
-from peftcore.interop.rebasing import Move, find_move
+from peftcore.files.formats.rebasing import Move, find_move
+from peftcore.files.safe_io import TensorFile
 from peftcore.registry.plugins import layer_of, registry
 
 

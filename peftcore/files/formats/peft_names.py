@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import nn
 
-from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError
-from peftcore.files import TensorFile
-from peftcore.interop.keys import Keys
-from peftcore.interop.patterns import ending, matching
-from peftcore.interop.rebasing import Move, find_move
+from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.patterns import ending, matching
+from peftcore.files.formats.rebasing import Move, find_move
+from peftcore.files.safe_io import TensorFile
 
 PREFIXES = ("base_model.model.", "base_model.")
 """What peft puts in front: of modules of the host, and of its own shared state."""

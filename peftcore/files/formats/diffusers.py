@@ -17,16 +17,16 @@ from typing import Any, ClassVar
 from torch import nn
 
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.files import TensorFile, parse_json
+from peftcore.files.formats.description import Description, unique
+from peftcore.files.formats.format import Content, Files, Format, Tensors
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft import NEUTRAL, PeftContent, described
+from peftcore.files.formats.peft_method import peft_method
+from peftcore.files.formats.peft_names import PREFIXES, once
+from peftcore.files.formats.peft_writing import written
+from peftcore.files.formats.pipelines import Part, fitting, is_text_encoder, is_unet, names_in, only_file, split
+from peftcore.files.safe_io import TensorFile, parse_json
 from peftcore.injection.injection import Injection
-from peftcore.interop.description import Description, unique
-from peftcore.interop.formats import Content, Files, Format, Tensors
-from peftcore.interop.keys import Keys
-from peftcore.interop.peft import NEUTRAL, PeftContent, described
-from peftcore.interop.peft_method import peft_method
-from peftcore.interop.peft_names import PREFIXES, once
-from peftcore.interop.peft_writing import written
-from peftcore.interop.pipelines import Part, fitting, is_text_encoder, is_unet, names_in, only_file, split
 
 TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"

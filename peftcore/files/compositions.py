@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.checkpoint import load
 from peftcore.contract.compositions import KINDS, Composition, branches
 from peftcore.errors import CheckpointError, CompositionError
-from peftcore.files import read_json, write_text
+from peftcore.files.safe_io import read_json, write_text
+from peftcore.files.save_load import load
 from peftcore.forward.host_state import injections, known
 from peftcore.injection.switching import activate
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Size
 
 from peftcore.errors import PeftcoreError
-from peftcore.files import TensorFile
+from peftcore.files.safe_io import TensorFile
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from peftcore.envelope import base_name
 from peftcore.errors import ExportError
+from peftcore.files.envelope import base_name
+from peftcore.files.formats.peft_method import PeftMethod, peft_methods
+from peftcore.files.formats.peft_names import WRAPPER
+from peftcore.files.formats.places import Place, places_of
 from peftcore.injection.injection import Injection
-from peftcore.interop.peft_method import PeftMethod, peft_methods
-from peftcore.interop.peft_names import WRAPPER
-from peftcore.interop.places import Place, places_of
 from peftcore.registry.plugins import imported
 from peftcore.surgery.surgeon import Graft
 from peftcore.targets.sites import Site

@@ -15,15 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import CheckpointError
-from peftcore.files import TensorFile, read_json
-from peftcore.injection.injection import Injection
-from peftcore.interop.composing import composed, literally
-from peftcore.interop.description import Description, trouble, unique
-from peftcore.interop.formats import Content, Files, Format, Tensors, held_by
-from peftcore.interop.found import Found
-from peftcore.interop.keys import OFF, Keys
-from peftcore.interop.peft_method import PeftMethod, peft_method
-from peftcore.interop.peft_names import (
+from peftcore.files.formats.composing import composed, literally
+from peftcore.files.formats.description import Description, trouble, unique
+from peftcore.files.formats.format import Content, Files, Format, Tensors, held_by
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import OFF, Keys
+from peftcore.files.formats.peft_method import PeftMethod, peft_method
+from peftcore.files.formats.peft_names import (
     Group,
     bare_names,
     check_targets,
@@ -33,8 +31,10 @@ from peftcore.interop.peft_names import (
     written_path,
     written_paths,
 )
-from peftcore.interop.peft_writing import text_of, written
-from peftcore.interop.places import Place, places_of
+from peftcore.files.formats.peft_writing import text_of, written
+from peftcore.files.formats.places import Place, places_of
+from peftcore.files.safe_io import TensorFile, read_json
+from peftcore.injection.injection import Injection
 from peftcore.surgery.surgeon import Surgeon
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
