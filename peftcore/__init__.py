@@ -1,6 +1,6 @@
 """peftcore: a registry of parameter-efficient fine-tuning methods that anyone extends without touching its core."""
 
-from peftcore.combining import combine, deltas, to_lora
+from peftcore.algebra.combining import combine, deltas, to_lora
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.hookspecs import API, hookimpl

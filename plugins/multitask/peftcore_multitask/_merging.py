@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Injection, MethodConfig, Site, Surgeon, WeightOperator
-from peftcore.algebra import product
-from peftcore.combining import established, opened, warn_of_heads
+from peftcore.algebra.combining import established, opened, warn_of_heads
+from peftcore.algebra.merge_math import product
 from peftcore.contract.config import validate
 from peftcore.contract.operators import _Base, is_mergeable
 from peftcore.errors import ConfigError, UnsupportedSite

@@ -23,7 +23,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from peftcore import Method, Operator, Site, Surgeon, Tags, WeightOperator
-from peftcore.algebra import linear
+from peftcore.algebra.merge_math import linear
 from peftcore.contract.operators import Factors, is_mergeable
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.forward.class_swap import view

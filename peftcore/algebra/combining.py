@@ -1,5 +1,5 @@
 """Adapter algebra on whole adapters: `deltas` reads off what they do to weights, `to_lora` writes it as a LoRA,
-`combine` makes one adapter of several. The mathematics is in `peftcore.algebra`."""
+`combine` makes one adapter of several. The mathematics is in `peftcore.algebra.merge_math`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from peftcore import algebra
-from peftcore.algebra import Sign, cat, linear, padded, product, svd
+from peftcore.algebra import merge_math as algebra
+from peftcore.algebra.merge_math import Sign, cat, linear, padded, product, svd
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
 from peftcore.contract.operators import Factors, _Base, is_mergeable
