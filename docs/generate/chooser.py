@@ -17,13 +17,13 @@ from pathlib import Path
 import transformers
 
 import peftcore
+from peftcore.authoring.budgets import reference
 from peftcore.cli.looking.costs import costs
 from peftcore.cli.looking.recorded import Wanted
 from peftcore.cli.models.example_inputs import Size
 from peftcore.cli.numbers import size
 from peftcore.contract.method import Tags
 from peftcore.errors import PeftcoreError
-from peftcore.references import reference
 from peftcore.registry.plugins import imported, named_places
 
 ROOT = Path(__file__).parents[2]

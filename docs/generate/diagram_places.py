@@ -13,12 +13,12 @@ from torch import nn
 
 import peftcore
 import snippets
-from peftcore.branches import Bypass, is_post_norm
+from peftcore.authoring.branches import Bypass, is_post_norm
+from peftcore.authoring.budgets import reference
 from peftcore.cli.looking.quiet import unlogged
 from peftcore.contract.operators import Combiner, Operator, Replacement, WeightOperator
 from peftcore.errors import ConfigError, PeftcoreError
 from peftcore.injection.applying import host_map, prepare, resolve_method, wishes_of
-from peftcore.references import reference
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.hostmap import part_roles
 from peftcore.roles.vocabulary import FUSED_ROLES, OTHER

@@ -17,13 +17,13 @@ import peftcore
 import snippets
 from diagram import svg
 from kept import ROOT, kept
+from peftcore.authoring.budgets import REFERENCES, reference
 from peftcore.cli.looking.quiet import unlogged
 from peftcore.cli.looking.recorded import Recorded, Wanted
 from peftcore.cli.looking.show import Shown
 from peftcore.contract.method import CATEGORIES, Method
 from peftcore.contract.operators import Operator, Replacement, WeightOperator
 from peftcore.forward.attention import AttentionOperator
-from peftcore.references import REFERENCES, reference
 from peftcore.registry.catalogue import MethodInfo
 from peftcore.targets.sequence import SequenceOperator
 

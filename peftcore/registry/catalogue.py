@@ -19,7 +19,7 @@ from peftcore.registry.plugins import RUNTIME, Plugin, imported, registry
 M = TypeVar("M", bound=type[Method])
 _registered: dict[str, type[Method]] = {}
 _loaded: dict[str, type[Method]] = {}
-BUDGETS = "peftcore.references:budgets"
+BUDGETS = "peftcore.authoring.budgets:budgets"
 """What counts parameters on reference models. It applies methods, which is far above, so it is named, not imported."""
 
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Replacement, Site, Surgeon
+from peftcore.authoring.parts import options_of
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.forward.host_state import known
 from peftcore.forward.routing import Once
-from peftcore.parts import options_of
 from peftcore.surgery.surgeon import Graft
 
 Members = list[list[nn.Module]]

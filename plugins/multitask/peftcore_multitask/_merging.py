@@ -20,11 +20,11 @@ import peftcore
 from peftcore import Injection, MethodConfig, Site, Surgeon, WeightOperator
 from peftcore.algebra.combining import established, opened, warn_of_heads
 from peftcore.algebra.merge_math import product
+from peftcore.authoring.parts import OfParts, options_of
 from peftcore.contract.config import validate
 from peftcore.contract.operators import _Base, is_mergeable
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.layers.layer import bias_name
-from peftcore.parts import OfParts, options_of
 
 if TYPE_CHECKING:
     from peftcore.layers.layer import Ranges

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from peftcore import Site
-from peftcore.branches import is_post_norm
+from peftcore.authoring.branches import is_post_norm
 from peftcore.errors import CheckpointError
 from peftcore.files.formats.adapterhub import HubArchitecture
 from peftcore.files.formats.found import Found
