@@ -1,5 +1,4 @@
-"""The tree is the architecture: imports go down, those inside functions too, and the page and the packages say what there
-is."""
+"""The tree is the architecture: imports go down, those inside functions too, and pages say what is there."""
 
 import ast
 import re
@@ -14,8 +13,14 @@ CORE = ROOT / "peftcore"
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 
 DEFERRED = {
-    ("peftcore.injection.injection", "peftcore.files.save_load"): "`Injection.save` writes itself: users expect it there",
-    ("peftcore.training", "peftcore.trainers.callback"): "`peftcore.training.PeftcoreCallback` is where users import it",
+    (
+        "peftcore.injection.injection",
+        "peftcore.files.save_load",
+    ): "`Injection.save` writes itself: users expect it there",
+    (
+        "peftcore.training",
+        "peftcore.trainers.callback",
+    ): "`peftcore.training.PeftcoreCallback` is where users import it",
 }
 """Imports that go up on purpose, inside a function, each with its reason. No more than three."""
 
@@ -59,7 +64,7 @@ def arrows() -> set[tuple[str, str]]:
 
 def package(module: str) -> str:
     """The layer of a module: its package, or for the loose ones the module."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def test_every_package_has_its_place_on_the_page() -> None:

@@ -18,10 +18,10 @@ import transformers
 
 import peftcore
 from peftcore.authoring.budgets import reference
-from peftcore.cli.looking.costs import costs
-from peftcore.cli.looking.recorded import Wanted
-from peftcore.cli.models.example_inputs import Size
-from peftcore.cli.numbers import size
+from peftcore.comparing.models.example_inputs import Size
+from peftcore.comparing.numbers import size
+from peftcore.comparing.plans.costs import costs
+from peftcore.comparing.plans.recorded import Wanted
 from peftcore.contract.method import Tags
 from peftcore.errors import PeftcoreError
 from peftcore.registry.plugins import imported, named_places

@@ -15,7 +15,7 @@ import peftcore
 import snippets
 from peftcore.authoring.branches import Bypass, is_post_norm
 from peftcore.authoring.budgets import reference
-from peftcore.cli.looking.quiet import unlogged
+from peftcore.comparing.quiet import unlogged
 from peftcore.contract.operators import Combiner, Operator, Replacement, WeightOperator
 from peftcore.errors import ConfigError, PeftcoreError
 from peftcore.injection.applying import host_map, prepare, resolve_method, wishes_of

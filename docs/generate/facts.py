@@ -18,9 +18,9 @@ import snippets
 from diagram import svg
 from kept import ROOT, kept
 from peftcore.authoring.budgets import REFERENCES, reference
-from peftcore.cli.looking.quiet import unlogged
-from peftcore.cli.looking.recorded import Recorded, Wanted
 from peftcore.cli.looking.show import Shown
+from peftcore.comparing.plans.recorded import Recorded, Wanted
+from peftcore.comparing.quiet import unlogged
 from peftcore.contract.method import CATEGORIES, Method
 from peftcore.contract.operators import Operator, Replacement, WeightOperator
 from peftcore.forward.attention import AttentionOperator

@@ -1,7 +1,8 @@
 """Adapter algebra on tensors: sums, means and merges of what adapters do to weights.
 
 Pure functions, differentiable in the tensors. A *delta* (task vector) is ``tau = W_adapted - W_base`` of one site, of
-any shape; all deltas of one call have the same. Weights may be negative. For whole adapters see `peftcore.algebra.combining`.
+any shape; all deltas of one call have the same. Weights may be negative. For whole adapters see
+`peftcore.algebra.combining`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Edits of what happens inside attention: keys and values in the same softmax, a second softmax, other queries.
 
 An attention module of transformers looks up, by the name of the implementation in its config, the function that
-computes ``softmax(q k^T) v``. Where edits act, the module's forward runs on a view (see `peftcore.forward.class_swap`) whose config
-is a stand-in: it answers as the real one does, but names a function of ours, which runs the edits around the real
-function. Nothing global changes: the model makes its masks for the implementation that the user chose, a later
-`set_attn_implementation` counts at once, and saved configs are as they were.
+computes ``softmax(q k^T) v``. Where edits act, the module's forward runs on a view (see
+`peftcore.forward.class_swap`) whose config is a stand-in: it answers as the real one does, but names a function of
+ours, which runs the edits around the real function. Nothing global changes: the model makes its masks for the
+implementation that the user chose, a later `set_attn_implementation` counts at once, and saved configs are as they
+were.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The surgeon: the verbs of a method's `inject`.
 
-The verbs only record; `peftcore.surgery.installation` then changes the host. `plan` is the same recording with operators on
-the meta device and no installation.
+The verbs only record; `peftcore.surgery.installation` then changes the host. `plan` is the same recording with
+operators on the meta device and no installation.
 """
 
 from __future__ import annotations

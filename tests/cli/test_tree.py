@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from peftcore.cli.commands import app
 from peftcore.cli.looking.host_tree import shown
-from peftcore.cli.looking.recorded import Wanted
-from peftcore.cli.models.skeletons import skeleton
+from peftcore.comparing.models.skeletons import skeleton
+from peftcore.comparing.plans.recorded import Wanted
 from peftcore.injection.applying import host_map
 
 

@@ -25,7 +25,7 @@ from rich.padding import Padding
 
 import peftcore
 from peftcore.cli import pages
-from peftcore.cli.errors import BadInput
+from peftcore.comparing.errors import BadInput
 from peftcore.contract.method import CATEGORIES
 from peftcore.registry.plugins import RESERVED, registry
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from peftcore.cli.app import Json, answered, app
-from peftcore.cli.errors import BadInput
+from peftcore.comparing.errors import BadInput
 
 
 @app.command()

@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 import peftcore
-from peftcore.cli.looking.quiet import quiet
-from peftcore.cli.numbers import size
 from peftcore.cli.pages import columns
+from peftcore.comparing.numbers import size
+from peftcore.comparing.quiet import quiet
 from peftcore.errors import PeftcoreError
 from peftcore.injection.quantization import scheme_class
 from peftcore.registry.plugins import DISABLE, registry

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 import peftcore
-from peftcore.cli.looking.quiet import quiet
 from peftcore.cli.pages import columns, spelled
+from peftcore.comparing.quiet import quiet
 from peftcore.contract.method import Method
 from peftcore.registry.catalogue import MethodInfo
 
