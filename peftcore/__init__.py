@@ -12,6 +12,7 @@ from peftcore.forward.attention import Attend, AttentionOperator
 from peftcore.forward.context import Call, Tap, current_call
 from peftcore.forward.host_state import injections
 from peftcore.forward.save_pretrained import saving_base
+from peftcore.injection.applied import AppliedMethod, HybridPart
 from peftcore.injection.applying import apply, plan
 from peftcore.injection.injection import Injection
 from peftcore.injection.quantization import dequantize, quantize, schemes
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "API",
+    "AppliedMethod",
     "Attend",
     "AttentionOperator",
     "AttentionSite",
@@ -39,6 +41,7 @@ __all__ = [
     "Combiner",
     "Fuse",
     "GradientRule",
+    "HybridPart",
     "Injection",
     "Method",
     "MethodConfig",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.errors import ConfigError
-from peftcore.injection.injection import Injection
+from peftcore.injection.applied import AppliedMethod
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.plugins import registry
 
@@ -31,18 +31,18 @@ def options_of(part: Mapping[str, Any]) -> MethodConfig:
 class OfParts:
     """Hands on to the parts what is asked of the whole; stands before `Method` among the bases."""
 
-    def trainable(self, model: nn.Module, config: Any, injection: Injection) -> None:
+    def trainable(self, model: nn.Module, config: Any, injection: AppliedMethod) -> None:
         """What the parts let train."""
         for part in injection.parts.values():
             registry().hook.peftcore_select(model=model, method=part.method, config=part.config, injection=part)
 
-    def aux_loss(self, injection: Injection) -> Tensor | None:
+    def aux_loss(self, injection: AppliedMethod) -> Tensor | None:
         """The sum of the parts' own."""
         losses = [part.method.aux_loss(part) for part in injection.parts.values()]
         given = [loss for loss in losses if loss is not None]
         return sum(given[1:], given[0]) if given else None
 
-    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+    def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
         """Those of the parts."""
         parts = injection.parts.values()
         return [group for part in parts for group in part.method.parameter_groups(part, lr=lr, **defaults)]

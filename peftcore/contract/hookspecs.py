@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from peftcore.contract.config import MethodConfig
     from peftcore.contract.method import Method
+    from peftcore.injection.applied import AppliedMethod
     from peftcore.injection.injection import Injection
     from peftcore.layers.layer import Layer
     from peftcore.roles import HostMap
@@ -109,12 +110,12 @@ def peftcore_inject(model: nn.Module, method: Method, config: MethodConfig, surg
 
 
 @hookspec(firstresult=True)
-def peftcore_select(model: nn.Module, method: Method, config: MethodConfig, injection: Injection) -> bool | None:
+def peftcore_select(model: nn.Module, method: Method, config: MethodConfig, injection: AppliedMethod) -> bool | None:
     """Decide what trains.
 
     Runs after the operators stand in the host and the base is frozen, and when an injection is made trainable again.
-    Gets the host, the method, its options and the injection. Returns True when done; the core calls
-    ``method.trainable``. Stops at the first result that is not None.
+    Gets the host, the method, its options and the injection; of a hybrid, each part where the hybrid's method asks for
+    it. Returns True when done; the core calls ``method.trainable``. Stops at the first result that is not None.
     """
 
 

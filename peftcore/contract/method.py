@@ -15,7 +15,7 @@ from peftcore.contract.config import MethodConfig
 from peftcore.errors import PluginError
 
 if TYPE_CHECKING:
-    from peftcore.injection.injection import Injection
+    from peftcore.injection.applied import AppliedMethod
     from peftcore.surgery.surgeon import Surgeon
     from peftcore.targets.sites import Site
     from peftcore.training.batches import Batches
@@ -71,7 +71,11 @@ class Tags:
 
 
 class Method(ABC):
-    """A method. Subclasses are final: variants are options only where the paper's own code has them as options."""
+    """A method. Subclasses are final: variants are options only where the paper's own code has them as options.
+
+    What its functions get as `injection` is an `Injection`, or a `HybridPart` where the method is a part of a hybrid:
+    an `AppliedMethod`, which is what both have.
+    """
 
     name: ClassVar[str]
     """The name by which `apply` and files find it."""
@@ -107,12 +111,12 @@ class Method(ABC):
             UnsupportedSite: what the target means is nothing that the method can act on.
         """
 
-    def trainable(self, model: nn.Module, config: Any, injection: Injection) -> None:
+    def trainable(self, model: nn.Module, config: Any, injection: AppliedMethod) -> None:
         """What trains once injected: by default every parameter of the operators."""
         for parameter in injection.parameters():
             parameter.requires_grad = True
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Any, injection: Injection) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: Any, injection: AppliedMethod) -> None:
         """Look at data before training (tag `needs_data`). Runs once, in `apply`, when the operators stand and are
         active; never on loading, so what it finds goes into parameters or buffers of the operators.
 
@@ -124,7 +128,7 @@ class Method(ABC):
         """
         raise PluginError(f"{self.name} has the tag needs_data and does not define calibrate")
 
-    def on_step(self, injection: Injection, step: int, total: int) -> None:
+    def on_step(self, injection: AppliedMethod, step: int, total: int) -> None:
         """Change the adapter after step 1, 2, …, `total` of the optimizer, while the gradients of that step are still
         there (tag `scheduled`). What is to survive a resumed training, and is of no use afterwards, goes into
         non-persistent buffers of the operators: the optimizer saves them.
@@ -135,16 +139,16 @@ class Method(ABC):
         """
         raise PluginError(f"{self.name} has the tag scheduled and does not define on_step")
 
-    def aux_loss(self, injection: Injection) -> Tensor | None:
+    def aux_loss(self, injection: AppliedMethod) -> Tensor | None:
         """What is added to the host's loss in training, once a step: a tensor of shape ``[]``, or None."""
         return None
 
-    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+    def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
         """What trains, as the parameter groups of a torch optimizer; `defaults` are its other options. Parameters that
         train and are in no group (modules that the user named in ``train``) come in one more, with `lr`."""
         return [{"params": [p for p in injection.parameters() if p.requires_grad], "lr": lr, **defaults}]
 
-    def gradient_rule(self, injection: Injection) -> GradientRule | None:
+    def gradient_rule(self, injection: AppliedMethod) -> GradientRule | None:
         """What happens to gradients before the optimizer sees them, and to its updates before they are applied."""
         return None
 

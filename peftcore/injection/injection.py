@@ -8,16 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from peftcore.contract.config import MethodConfig
-from peftcore.contract.method import Method
-from peftcore.contract.operators import _Base, trainable_numbers
+from peftcore.contract.operators import trainable_numbers
 from peftcore.errors import CompositionError, InactiveSite, MergeError, RouteError, UnknownInjection
 from peftcore.forward.class_swap import is_reached, slot_of
 from peftcore.forward.host_state import Chosen, HostState, chosen, drop_state
 from peftcore.injection import merging
+from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.registry.plugins import registry
@@ -30,7 +29,7 @@ MIXES_ROWS = ("experts", "pos")
 """Families of roles whose modules see no rows of the batch: chosen tokens, or positions."""
 
 
-class Injection:
+class Injection(AppliedMethod):
     """One applied method under a name. Made by `apply` and `load`, found again with `injections(model)`. Once it is
     removed, what would act on the host raises UnknownInjection.
 
@@ -43,50 +42,23 @@ class Injection:
     """
 
     def __init__(self, name: str, surgeon: Surgeon, state: HostState) -> None:
-        self.name = name
-        self.model = surgeon.model
-        self.method: Method = surgeon.method
-        self.config: MethodConfig = surgeon.config
+        super().__init__(name, surgeon)
         self.wishes: Wishes = surgeon.wishes
-        self.grafts: list[Graft] = surgeon.grafts
         self.state = state
         self.merged = False
         self.kept: dict[merging.Key, merging.Original] | None = None
-        self._surgeon = surgeon
         self._keep: merging.Keep = "cpu"
         self._merge_report = merging.MergeReport()
         self._again: dict[str, Any] = {}
         self._frugal = False
 
     @property
-    def operators(self) -> dict[str, _Base]:
-        """The operators by site path (of a hybrid, with the part before it: ``0/model.layers.0.mlp``)."""
-        return {graft.key: graft.operator for graft in self.grafts}
+    def whole(self) -> Injection:
+        return self
 
-    @property
-    def sites(self) -> list[Site]:
-        """Where the operators stand, in the order in which the method put them there."""
-        return [graft.site for graft in self.grafts]
-
-    @property
-    def shared(self) -> dict[str, nn.Module]:
-        """State that several operators use, by name."""
-        return {name: shared.module for name, shared in self._surgeon.owned.items()}
-
-    @property
-    def parts(self) -> dict[str, Injection]:
-        """Of a hybrid: what each of its methods put in, for that method's own functions to read."""
-        return {part: Injection(self.name, surgeon, self.state) for part, surgeon in self._surgeon.parts.items()}
-
-    def family(self) -> Iterator[Injection]:
-        """The injection itself and, of a hybrid, all its parts."""
-        yield self
-        for part in self.parts.values():
-            yield from part.family()
-
-    def owner(self, graft: Graft) -> Injection:
+    def owner(self, graft: Graft) -> AppliedMethod:
         """The injection itself, or of a hybrid the part that a graft belongs to."""
-        owner = self
+        owner: AppliedMethod = self
         for part in filter(None, graft.part.split("/")):
             owner = owner.parts[part]
         return owner
@@ -110,25 +82,6 @@ class Injection:
         """Paths of the host's parameters that train because the user named them, or modules that hold them."""
         own = [graft.site for graft in self.grafts if not graft.by_method]
         return tuple(f"{site.module_path}.{site.tensor}".lstrip(".") for site in own)
-
-    def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Operators and shared modules under the names that files use."""
-        yield from self.operators.items()
-        for name, module in self.shared.items():
-            yield f"shared:{name}", module
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter of the injection, each once; all of them, trainable or not."""
-        tensors: list[nn.Parameter | None] = []
-        for module in (*(g.operator for g in self.grafts), *(shared.module for shared in self._surgeon.owned.values())):
-            for inner in module.modules() if module._modules else (module,):
-                tensors += inner._parameters.values()
-        yield from {id(each): each for each in tensors if each is not None}.values()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The injection's tensors by ``<site path>.<operator tensor>``, without the injection's name: what files have;
-        the operators' own, no copies."""
-        return {f"{path}.{key}": value for path, module in self.modules() for key, value in module.state_dict().items()}
 
     @property
     def active(self) -> bool:

@@ -20,6 +20,7 @@ from torch import nn
 
 from peftcore.errors import TrainingError
 from peftcore.forward.host_state import injections
+from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import layer_of
 from peftcore.training.optimizer import MethodOptimizer, gradient_rules, scheduled, take_steps, transient
@@ -44,7 +45,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._frozen: set[str] = set()
         self._undo: Callable[[], Any] | None = None
         self._evaluating = False
-        self._stepped: list[Injection] = []
+        self._stepped: list[AppliedMethod] = []
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The Trainer loads the checkpoint to resume from before it says that training begins."""

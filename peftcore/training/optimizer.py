@@ -21,6 +21,7 @@ from peftcore.errors import TrainingError
 from peftcore.layers.fsdp import gathered, stand_ins_for, standing
 
 if TYPE_CHECKING:
+    from peftcore.injection.applied import AppliedMethod
     from peftcore.injection.injection import Injection
 
 KEY = "peftcore"
@@ -276,13 +277,13 @@ def gradient_rules(injection: Injection) -> list[GradientRule]:
 
 
 @torch.no_grad()
-def take_steps(injections: Iterable[Injection], step: int, total: int) -> None:
+def take_steps(family: Iterable[AppliedMethod], step: int, total: int) -> None:
     """The methods' own, after one of the optimizer."""
-    for injection in injections:
-        with gathered(injection.model, injection.parameters):
-            injection.method.on_step(injection, step, total)
+    for each in family:
+        with gathered(each.model, each.parameters):
+            each.method.on_step(each, step, total)
 
 
-def scheduled(injection: Injection) -> Iterator[Injection]:
+def scheduled(injection: Injection) -> Iterator[AppliedMethod]:
     """Who wants to be told of steps: the injection or, of a hybrid, parts of it."""
     return (each for each in injection.family() if each.method.tags.scheduled)

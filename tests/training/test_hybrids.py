@@ -83,3 +83,14 @@ def test_a_part_sees_its_data() -> None:
     share = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
     assert share == pytest.approx(0.2, abs=0.01)
     assert isinstance(injection.optimizer(torch.optim.AdamW, lr=0.01), MethodOptimizer)
+
+
+def test_every_method_that_looks_at_data_finds_the_same_as_a_part() -> None:
+    options: dict[str, Any] = {"target": ["query", "value"], "data": [labelled()]}
+    curious = [info.name for info in peftcore.methods() if info.tags.needs_data]
+    assert {"child_tuning_d", "fish_mask", "lqer"} <= set(curious)
+    for method in curious:
+        alone = peftcore.apply(host("bert"), method, **options).state_dict()
+        part = peftcore.apply(host("bert"), [method, "ia3"], **options).parts["0"].state_dict()
+        assert alone and part.keys() == alone.keys(), method
+        assert all(torch.equal(value, part[key]) for key, value in alone.items()), method

@@ -17,6 +17,7 @@ from peftcore.files.envelope import base_name
 from peftcore.files.formats.peft_method import PeftMethod, peft_methods
 from peftcore.files.formats.peft_names import WRAPPER
 from peftcore.files.formats.places import Place, places_of
+from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import imported
 from peftcore.surgery.surgeon import Graft
@@ -93,13 +94,13 @@ def common(
     return found
 
 
-def targets(injection: Injection, grafts: Iterable[Graft]) -> dict[str, Any]:
+def targets(applied: AppliedMethod, grafts: Iterable[Graft]) -> dict[str, Any]:
     """`target_modules` by the last names, where these mean no other module, and by whole paths elsewhere."""
     sites = [graft.site for graft in grafts]
     parameters = sorted({f"{s.module_path}.{s.tensor}".lstrip(".") for s in sites if is_parameter(s)})
     paths = {module_key(site) for site in sites if not is_parameter(site)}
     leaves = {path.rpartition(".")[2] for path in paths}
-    everywhere = {path for path, _ in injection.model.named_modules() if path.rpartition(".")[2] in leaves}
+    everywhere = {path for path, _ in applied.model.named_modules() if path.rpartition(".")[2] in leaves}
     everywhere = {path for path in everywhere if ".peft." not in f".{path}."}
     beside = {"target_parameters": parameters} if parameters else {}
     return {"target_modules": sorted(leaves if everywhere == paths else paths), **beside}
@@ -178,14 +179,14 @@ class Written:
         return found
 
 
-def _written(injection: Injection) -> Written:
+def _written(applied: AppliedMethod) -> Written:
     """How peft would keep one method.
 
     Raises:
         ExportError: it cannot, or not all of it.
     """
-    kind, method = _writer_of(injection)
-    places = places_of(injection)
+    kind, method = _writer_of(applied)
+    places = places_of(applied)
     by_path: dict[str, dict[str, Any]] = {}
     for place in places:
         key, here = module_key(place.site), method.write_options_at(place)
@@ -194,17 +195,17 @@ def _written(injection: Injection) -> Written:
             raise ExportError(f"peft has the same options for all of {key}, and here they differ")
     options = common(by_path, method.patterns, method.pattern)
     if method.below:
-        options |= targets(injection, [place.graft for place in places])
-    options |= method.write_options_of_all(places, injection.model)
-    return Written(kind, method, places, options, injection.shared)
+        options |= targets(applied, [place.graft for place in places])
+    options |= method.write_options_of_all(places, applied.model)
+    return Written(kind, method, places, options, applied.shared)
 
 
-def _writer_of(injection: Injection) -> tuple[str, PeftMethod]:
+def _writer_of(applied: AppliedMethod) -> tuple[str, PeftMethod]:
     for kind, where in peft_methods().items():
         method: PeftMethod = imported(where)()
-        if injection.method.name in method.methods:
+        if applied.method.name in method.methods:
             return kind, method
-    raise ExportError(f"peft has no method that computes what {injection.method.name} does")
+    raise ExportError(f"peft has no method that computes what {applied.method.name} does")
 
 
 def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -215,7 +216,7 @@ def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     parts = list(injection.parts.values())
     apart = parts and all(graft.part for graft in injection.grafts if graft.by_method)
-    each = [_written(part) for part in (parts if apart else [injection])]
+    each = [_written(applied) for applied in (parts if apart else [injection])]
     main, options = _joined(each)
     tensors = main.tensors()
     for other in each:

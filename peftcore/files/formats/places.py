@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from peftcore.injection.injection import Injection
+from peftcore.injection.applied import AppliedMethod
 from peftcore.surgery.surgeon import Graft, Surgeon
 
 
@@ -33,7 +33,7 @@ class Place:
         return self.graft.operator
 
 
-def places_of(owner: Injection | Surgeon) -> list[Place]:
+def places_of(owner: AppliedMethod | Surgeon) -> list[Place]:
     """The operators that a method put in."""
     own = [graft for graft in owner.grafts if graft.by_method]
     counts, seen = Counter(type(graft.operator) for graft in own), Counter[type]()

@@ -26,7 +26,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import AppliedMethod, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.layers.fsdp import whole
 from peftcore.layers.layer import Layer, take
 from peftcore_diffusion._ties import alike, foremost, stored_as
@@ -94,7 +94,7 @@ class SVDiff(Method):
                 site, *rest = (stored_as(each, Layer()) for each in (site, *rest))
             surgeon.graft(site, SVDiffOperator, config, tuple(rest))
 
-    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+    def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
         groups: dict[float, list[nn.Parameter]] = {}
         for graft in injection.grafts:
             if graft.by_method and graft.operator.get_parameter("delta").requires_grad:

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Injection, MethodConfig, Site, Surgeon, WeightOperator
+from peftcore import AppliedMethod, Injection, MethodConfig, Site, Surgeon, WeightOperator
 from peftcore.algebra.combining import established, opened, warn_of_heads
 from peftcore.algebra.merge_math import product
 from peftcore.authoring.parts import OfParts, options_of
@@ -225,7 +225,7 @@ def gather(
     return made
 
 
-def _tensors(injection: Injection) -> dict[str, Tensor]:
+def _tensors(injection: AppliedMethod) -> dict[str, Tensor]:
     """The tensors of an injection, or of a part by the names that they would have without it."""
     ours = [(graft.site.path, graft.operator) for graft in injection.grafts if graft.by_method]
     shared = [(f"shared:{name}", module) for name, module in injection.shared.items()]

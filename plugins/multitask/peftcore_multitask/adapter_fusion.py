@@ -33,7 +33,7 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import Combiner, Injection, Method, MethodConfig, Site, Surgeon, Tags, on_first
+from peftcore import AppliedMethod, Combiner, Method, MethodConfig, Site, Surgeon, Tags, on_first
 from peftcore.errors import CompositionError
 from peftcore_multitask._members import Members, of_host, of_parts, outputs_of
 from peftcore_multitask._merging import SOME, OfMergedParts
@@ -118,13 +118,13 @@ class AdapterFusion(OfMergedParts, Method):
         for site, others, members in of_parts(surgeon, config.parts) if not config.adapters else ():
             surgeon.graft(site, functools.partial(FusionOperator, parts=members), config, others)
 
-    def trainable(self, model: nn.Module, config: Config, injection: Injection) -> None:
+    def trainable(self, model: nn.Module, config: Config, injection: AppliedMethod) -> None:
         if config.train_parts:
             super().trainable(model, config, injection)
         for parameter in _own(injection):
             parameter.requires_grad_(True)
 
-    def aux_loss(self, injection: Injection) -> Tensor | None:
+    def aux_loss(self, injection: AppliedMethod) -> Tensor | None:
         theirs = super().aux_loss(injection) if injection.config.train_parts else None
         losses = [] if theirs is None else [theirs]
         for each in injection.operators.values():
@@ -134,7 +134,7 @@ class AdapterFusion(OfMergedParts, Method):
                 losses.append(each.regularizer * (value - eye).square().sum())
         return torch.stack(losses).sum() if losses else None
 
-    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+    def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
         own = {"params": [p for p in _own(injection) if p.requires_grad], "lr": lr, **defaults}
         return [each for each in (own, *super().parameter_groups(injection, lr=lr, **defaults)) if each["params"]]
 
@@ -144,6 +144,6 @@ class AdapterFusion(OfMergedParts, Method):
         return (3 if config.value else 2) * site.out_features**2 + site.out_features + inside
 
 
-def _own(injection: Injection) -> list[nn.Parameter]:
+def _own(injection: AppliedMethod) -> list[nn.Parameter]:
     fusions = [each for each in injection.operators.values() if isinstance(each, FusionOperator)]
     return [parameter for each in fusions for parameter in each.parameters(recurse=False)]

@@ -29,7 +29,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Injection, Method, Operator, Site, Surgeon, Tags
+from peftcore import AppliedMethod, Method, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_multitask._skills import factors
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
@@ -114,7 +114,7 @@ class Polytropon(Method):
         for site in surgeon.sites():
             surgeon.graft(site, PolytroponOperator, config)
 
-    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+    def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
         operators = [each for each in injection.operators.values() if isinstance(each, PolytroponOperator)]
         logits = {id(each.logits) for each in operators}
         trained = [p for p in injection.parameters() if p.requires_grad]

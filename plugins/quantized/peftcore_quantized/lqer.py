@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Batches, Injection, Method, Site, Surgeon, Tags
+from peftcore import AppliedMethod, Batches, Method, Site, Surgeon, Tags
 from peftcore_quantized._packed_base import (
     Factors,
     PackedBaseOperator,
@@ -121,7 +121,7 @@ class LQER(Method):
         for site in surgeon.sites():
             surgeon.graft(place(site), LQEROperator, config)
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: Injection) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
         grafts: list[Any] = [each for each in injection.grafts if each.by_method and not each.site.layer.packed]
         called = {graft.site.module: graft.site for graft in grafts if graft.site.layer.called}
         seen: dict[nn.Module, Tensor] = {}
@@ -131,7 +131,7 @@ class LQER(Method):
             seen[module] = torch.maximum(seen.get(module, x), x)
 
         model.eval()
-        with injection.disabled(), torch.no_grad():
+        with injection.whole.disabled(), torch.no_grad():
             with ExitStack() as hooks:
                 for module in called:
                     hooks.callback(module.register_forward_pre_hook(look, with_kwargs=True).remove)

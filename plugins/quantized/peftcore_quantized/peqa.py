@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Injection, Method, Site, Surgeon, Tags
+from peftcore import AppliedMethod, Method, Site, Surgeon, Tags
 from peftcore_quantized._packed_base import HeldOperator, SchemeConfig, group_count, on_weight
 
 
@@ -86,7 +86,7 @@ class PEQA(Method):
         for site in surgeon.sites():
             surgeon.graft(on_weight(site), PEQAOperator, config)
 
-    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+    def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
         changes = (graft.operator.get_parameter("ds") for graft in injection.grafts if graft.by_method)
         trained = [ds for ds in changes if ds.requires_grad]
         return [{"params": trained, **defaults, "lr": lr, "weight_decay": 0.0}]

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import AppliedMethod, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import TrainingError
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count
 
@@ -103,12 +103,12 @@ class AdaLoRA(Method):
         for site in surgeon.sites():
             surgeon.graft(site, AdaLoRAOperator, config)
 
-    def aux_loss(self, injection: Injection) -> Tensor | None:
+    def aux_loss(self, injection: AppliedMethod) -> Tensor | None:
         distances = torch.cat([operator.distances() for operator in _operators(injection)])
         return injection.config.orthogonality * distances.mean()
 
     @torch.no_grad()
-    def on_step(self, injection: Injection, step: int, total: int) -> None:
+    def on_step(self, injection: AppliedMethod, step: int, total: int) -> None:
         config, operators, last = injection.config, _operators(injection), total - injection.config.final
         if last <= config.warmup:
             raise TrainingError(f"adalora: warmup and final leave none of the {total} steps in which ranks could fall")
@@ -127,7 +127,7 @@ class AdaLoRA(Method):
         return low_rank_count(site, config.rank) + math.prod(site.batch) * config.rank
 
 
-def _operators(injection: Injection) -> list[AdaLoRAOperator]:
+def _operators(injection: AppliedMethod) -> list[AdaLoRAOperator]:
     return [operator for operator in injection.operators.values() if isinstance(operator, AdaLoRAOperator)]
 
 

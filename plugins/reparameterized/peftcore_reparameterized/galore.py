@@ -21,7 +21,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import GradientRule, Injection, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import AppliedMethod, GradientRule, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 
 Side = Literal["std", "reverse_std", "right", "left", "full"]
@@ -97,10 +97,10 @@ class GaLore(Method):
                 raise UnsupportedSite(f"{site.path} has {len(site.weight_shape)} dimensions; GaLore projects matrices")
             surgeon.replace(site)
 
-    def gradient_rule(self, injection: Injection) -> GradientRule:
+    def gradient_rule(self, injection: AppliedMethod) -> GradientRule:
         return Projection(_configs(injection))
 
-    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+    def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
         return [{"params": [value for value in _configs(injection) if value.requires_grad], "lr": lr, **defaults}]
 
     @staticmethod
@@ -108,7 +108,7 @@ class GaLore(Method):
         return site.numel
 
 
-def _configs(injection: Injection) -> dict[nn.Parameter, Config]:
+def _configs(injection: AppliedMethod) -> dict[nn.Parameter, Config]:
     """The projected weights and their options."""
     grafts = [graft for graft in injection.grafts if graft.by_method]
     return {graft.operator.get_parameter("value"): injection.config.at(graft.site.path) for graft in grafts}

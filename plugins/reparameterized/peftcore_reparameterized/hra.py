@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import AppliedMethod, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.contract.operators import Held
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._rotations import rows, weight_of, width
@@ -111,7 +111,7 @@ class HRA(Method):
         for site in surgeon.sites():
             surgeon.graft(site, HRAOperator, config)
 
-    def aux_loss(self, injection: Injection) -> Tensor | None:
+    def aux_loss(self, injection: AppliedMethod) -> Tensor | None:
         weight = injection.config.orthogonality
         operators = [each for each in injection.operators.values() if isinstance(each, HRAOperator)]
         return weight * torch.cat([each.distance().flatten() for each in operators]).sum() if weight else None

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import AppliedMethod, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_reparameterized._low_rank import low_rank_count
 from peftcore_reparameterized.lora import LoRAOperator
 
@@ -60,7 +60,7 @@ class LoRAPlus(Method):
         for site in surgeon.sites():
             surgeon.graft(site, LoRAOperator, config)
 
-    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+    def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
         by_rate: defaultdict[float, list[nn.Parameter]] = defaultdict(list)
         for graft in injection.grafts:
             if graft.by_method:

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from peftcore import Batches, GradientRule, Injection, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import AppliedMethod, Batches, GradientRule, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_selective._fisher import squared_gradients
 
 
@@ -65,14 +65,14 @@ class ChildTuningD(Method):
         for value in values:
             value.register_buffer("mask", torch.ones_like(value.value, dtype=torch.bool))
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: Injection) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
         values = [value for value, _ in _masked(injection)]
         fisher = list(squared_gradients(values, data, config.max_grad_norm).values())
         threshold = _quantile(torch.cat([each.flatten() for each in fisher]), 1 - config.share)
         for (_, mask), information in zip(_masked(injection), fisher, strict=True):
             mask.copy_(information >= threshold)
 
-    def gradient_rule(self, injection: Injection) -> GradientRule:
+    def gradient_rule(self, injection: AppliedMethod) -> GradientRule:
         return Mask(dict(_masked(injection)))
 
     @staticmethod
@@ -80,7 +80,7 @@ class ChildTuningD(Method):
         return site.numel
 
 
-def _masked(injection: Injection) -> list[tuple[nn.Parameter, Tensor]]:
+def _masked(injection: AppliedMethod) -> list[tuple[nn.Parameter, Tensor]]:
     """The trained values and their masks."""
     operators = [graft.operator for graft in injection.grafts if graft.by_method]
     return [(operator.get_parameter("value"), operator.get_buffer("mask")) for operator in operators]

@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Batches, Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import AppliedMethod, Batches, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.contract.operators import Checked, Shared
 from peftcore.layers.layer import take
 from peftcore_selective._fisher import squared_gradients
@@ -113,7 +113,7 @@ class FishMask(Method):
             surgeon.graft(_stored(each), lambda site, start=start: FishOperator(site, start, mask), None, holders)
             start += each.numel
 
-    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: Injection) -> None:
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
         model.eval()
         sites = [graft.site for graft in injection.grafts if graft.by_method]
         weights = [site.module.get_parameter(site.tensor) for site in sites]

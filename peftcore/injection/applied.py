@@ -1,0 +1,106 @@
+"""What a method put into a model, for that method's own functions to read: an injection, or a part of a hybrid."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from peftcore.contract.config import MethodConfig
+from peftcore.contract.method import Method
+from peftcore.contract.operators import _Base
+from peftcore.surgery.surgeon import Graft, Surgeon
+from peftcore.targets.sites import Site
+
+if TYPE_CHECKING:
+    from peftcore.injection.injection import Injection
+
+
+class AppliedMethod(ABC):
+    """One method in a model, with its operators. The functions of `Method` get one: an `Injection`, or a `HybridPart`
+    where the method is a part of a hybrid. To read, it is the same in both: a part names things as if it were applied
+    by itself.
+
+    Attributes:
+        name: of an injection, its name on this model; of a part, its name in the hybrid.
+        model: the model.
+        method: the method.
+        config: its options.
+        grafts: where each operator stands.
+    """
+
+    def __init__(self, name: str, surgeon: Surgeon) -> None:
+        self.name = name
+        self.model = surgeon.model
+        self.method: Method = surgeon.method
+        self.config: MethodConfig = surgeon.config
+        self.grafts: list[Graft] = surgeon.grafts
+        self._surgeon = surgeon
+
+    @property
+    @abstractmethod
+    def whole(self) -> Injection:
+        """The injection itself, or of a part the one that it belongs to: what is switched, merged, saved, removed."""
+
+    @property
+    def operators(self) -> dict[str, _Base]:
+        """The operators by site path (of a hybrid, with the part before it: ``0/model.layers.0.mlp``)."""
+        return {graft.key.removeprefix(self._surgeon.part): graft.operator for graft in self.grafts}
+
+    @property
+    def sites(self) -> list[Site]:
+        """Where the operators stand, in the order in which the method put them there."""
+        return [graft.site for graft in self.grafts]
+
+    @property
+    def shared(self) -> dict[str, nn.Module]:
+        """State that several operators use, by name."""
+        return {name: shared.module for name, shared in self._surgeon.owned.items()}
+
+    @property
+    def parts(self) -> dict[str, HybridPart]:
+        """Of a hybrid: what each of its methods put in, by name of the part."""
+        return {name: HybridPart(name, surgeon, self.whole) for name, surgeon in self._surgeon.parts.items()}
+
+    def family(self) -> Iterator[AppliedMethod]:
+        """It itself and, of a hybrid, all its parts."""
+        yield self
+        for part in self.parts.values():
+            yield from part.family()
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Operators and shared modules under the names that files use."""
+        yield from self.operators.items()
+        for name, module in self.shared.items():
+            yield f"shared:{name}", module
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter that it has, each once; all of them, trainable or not."""
+        tensors: list[nn.Parameter | None] = []
+        for module in (*(g.operator for g in self.grafts), *(shared.module for shared in self._surgeon.owned.values())):
+            for inner in module.modules() if module._modules else (module,):
+                tensors += inner._parameters.values()
+        yield from {id(each): each for each in tensors if each is not None}.values()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors by ``<site path>.<operator tensor>``, without the injection's name: what files have; the
+        operators' own, no copies."""
+        return {f"{path}.{key}": value for path, module in self.modules() for key, value in module.state_dict().items()}
+
+
+class HybridPart(AppliedMethod):
+    """One method of a hybrid. A part is there to be read, and its parameters to be trained or frozen; it is neither
+    switched nor merged, saved or removed by itself: that is done to the `whole`."""
+
+    def __init__(self, name: str, surgeon: Surgeon, whole: Injection) -> None:
+        super().__init__(name, surgeon)
+        self._whole = whole
+
+    @property
+    def whole(self) -> Injection:
+        return self._whole
+
+    def __repr__(self) -> str:
+        return f"HybridPart({self.name!r} of {self.whole.name!r}: {self.method.name}, {len(self.grafts)} sites)"
