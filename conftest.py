@@ -44,7 +44,7 @@ def registered() -> Iterator[None]:
 TOGETHER = (
     "tests/packaging/",
     "tests/cli/test_compare.py",
-    "tests/cli/test_demo_training.py",
+    "tests/comparing/test_demo.py",
     "tests/torch_interop/test_distributed.py",
     "[it_learns",
 )

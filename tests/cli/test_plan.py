@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from looking import folder_of, real
-from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import peftcore
@@ -83,21 +81,6 @@ def test_numbers_are_those_of_the_real_thing(host: str, method: str, folders: Fo
     assert len(found["sites"]) == len(injection.sites)
     injection.save(tmp_path / "saved")
     assert found["file_size"] == (tmp_path / "saved" / "adapter.safetensors").stat().st_size
-
-
-def test_what_a_forward_keeps_by_hand() -> None:
-    """The input, for the first weight's gradient, and what ReLU returns, which it and the second layer share."""
-    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-
-    def run(inputs: dict[str, Tensor]) -> Tensor:
-        return model(inputs["x"])
-
-    inputs = {"x": torch.ones(3, 4)}
-    assert kept(named_tensors(model), run, inputs) == 4 * (3 * 4 + 3 * 8)
-    model[0].requires_grad_(False)
-    assert kept(named_tensors(model), run, inputs) == 4 * 3 * 8
-    model.requires_grad_(False)
-    assert kept(named_tensors(model), run, inputs) == 0
 
 
 def test_weights_are_not_looked_at(folders: Folders, tmp_path: Path) -> None:

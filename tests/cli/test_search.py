@@ -1,39 +1,22 @@
-"""``peftcore search``: what it tries, what it leaves out, what it picks by, and that workers share one study."""
+"""``peftcore search``: what it tries, what it leaves out, what it picks by, and what it refuses."""
 
 import json
-import threading
 from pathlib import Path
 
 import datasets
-import optuna
 import pytest
 import torch
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from searches import BUDGET, written
 from silent import Silent
 from typer.testing import CliRunner
 
 from peftcore.cli.commands import app
-from peftcore.comparing.comparisons.compare import Candidate
-from peftcore.comparing.errors import BadInput
-from peftcore.comparing.reports.trials import Trial
+from peftcore.comparing.comparisons.comparison import Candidate
 from peftcore.comparing.searching import search as job
-from peftcore.comparing.searching import studies
-from peftcore.comparing.searching.budget import memory, values
-from peftcore.errors import TrainingError
-
-BUDGET = 170
-SPACE = "{lora: {rank: [1, 2, 4], target: [attn.q, all-linear], depth: [1.0, 0.5]}, ia3: {}, bitfit: {}}"
 
 
 def invoke(*arguments: object):
     return CliRunner().invoke(app, ["search", *map(str, arguments)])
-
-
-def written(path: Path, model: Path, data: Path, **more: object) -> Path:
-    whole = {"model": str(model), "data": {"train": str(data)}, "training": {"steps": 2, "batch_size": 8}} | more
-    path.write_text(json.dumps(whole)[:-1] + f', "methods": {SPACE}}}', encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -106,151 +89,12 @@ def test_train_takes_the_pick_as_it_stands(finished):
     assert own.read_bytes() == theirs.read_bytes()
 
 
-@pytest.fixture
-def instant(monkeypatch) -> list[str]:
-    """Runs take no time; the higher the learning rate, the better. The labels of those that were asked for."""
-    asked: list[str] = []
-
-    def run_trial(comparison, candidate, seed, board):
-        asked.append(candidate.called)
-        score = {"accuracy": min(1.0, 5 * candidate.learning_rate)}
-        costs = {"seconds_per_step": 0.1, "peak_memory": 1, "file_size": 1, "folder": ""}
-        sizes = {"trainable": 100, "total": 1000, "curve": [], "losses": []}
-        rate, options = candidate.learning_rate, candidate.arguments
-        return Trial(
-            candidate.called, candidate.name, options, seed, rate, before=score, after=score, **sizes, **costs
-        ), None
-
-    monkeypatch.setattr(job, "run_trial", run_trial)
-    monkeypatch.setattr(job, "POLL", 0.01)
-    return asked
-
-
-@pytest.fixture
-def file(encoder, csv_file, tmp_path) -> Path:
-    return written(tmp_path / "search.yaml", encoder, csv_file, budget=BUDGET, trials=6, storage="study.log", out="out")
-
-
-def searched(file: Path, **more: object) -> job.Job:
-    return job.Job(job.Search.model_validate(job_values(file) | more), Silent())
-
-
-def job_values(file: Path) -> dict:
-    from peftcore.comparing.runs.reading import load
-
-    return load(file)
-
-
-@pytest.mark.parametrize("storage", ["study.log", "sqlite:///study.db"])
-def test_two_workers_share_one_study_and_its_number_of_trials(file, instant, storage):
-    jobs = [searched(file, storage=storage) for _ in range(2)]
-    threads = [threading.Thread(target=each.work) for each in jobs]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    trained = [each for each in jobs[0].study.trials() if each.state is optuna.trial.TrialState.COMPLETE]
-    assert len(trained) == len(instant) == len(set(instant)) == 6
-    assert jobs[1].study.trials() == jobs[0].study.trials()
-
-
 def test_a_worker_adds_to_the_study_and_leaves_the_pick_to_others(file, instant):
     result = invoke(file, "--worker", "--trials", 2)
     assert result.exit_code == 0 and "2 of 2 trials in study.log" in result.stdout
     assert not Path("out/search.json").exists()
     result = invoke(file, "--worker", "--trials", 3, "--json")
     assert json.loads(result.stdout) == {"trials": 3, "of": 3, "storage": "study.log"} and len(instant) == 3
-
-
-def points(of: job.Job) -> list[dict]:
-    return [each.params for each in of.study.trials()]
-
-
-def test_one_worker_finds_the_same_again_and_goes_on_where_it_stopped(file, instant):
-    once, parts, other = (
-        searched(file, storage="a.log"),
-        searched(file, storage="b.log", trials=3),
-        searched(file, storage="c.log", seed=1),
-    )
-    for each in (once, parts, other):
-        each.work()
-    again = searched(file, storage="b.log")
-    again.work()
-    assert points(again) == points(once) != points(other)
-
-
-def test_the_trial_of_a_lost_worker_is_given_up_and_its_point_tried_again(file, instant, monkeypatch):
-    first = searched(file)
-    lost = optuna.load_study(study_name="search", storage=JournalStorage(JournalFileBackend("study.log"))).ask()
-    first.space.suggest(lost)  # and here it is killed
-    first.work()
-    assert len(instant) == 5, "the sixth is still thought to be running"
-    monkeypatch.setattr(studies, "GRACE", 0.0)
-    first.study.bury()
-    first.work()
-    tried = first.study.trials()
-    assert studies.LOST in tried[0].user_attrs and len(instant) == 6
-    assert sum(each.params == lost.params for each in tried) == 2
-
-
-def test_an_interrupted_trial_is_tried_again(file, instant, monkeypatch):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(job, "run_trial", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            searched(file).work()
-    again = searched(file)
-    again.work()
-    stopped = next(each for each in again.study.trials() if studies.LOST in each.user_attrs)
-    assert len(instant) == 6 and points(again).count(stopped.params) == 2
-
-
-def test_training_that_fails_is_a_trial_and_no_pick(file, instant, monkeypatch):
-    working = job.run_trial
-
-    def failing(comparison, candidate, seed, board):
-        if candidate.learning_rate > 0.01:
-            raise TrainingError("the loss became nan")
-        return working(comparison, candidate, seed, board)
-
-    monkeypatch.setattr(job, "run_trial", failing)
-    found = searched(file)
-    found.work()
-    states = [each.state.name for each in found.study.counted()]
-    assert len(states) == 6 and set(states) == {"FAIL", "COMPLETE"}
-    failed = next(each for each in found.study.counted() if each.state.name == "FAIL")
-    assert failed.user_attrs[studies.REASON] == "the loss became nan"
-
-
-def test_memory_is_a_limit_too(file, instant):
-    free = searched(file, memory="1GB", storage="a.log")
-    needs = [free.planner.needs(Candidate(name="lora", rank=rank, target="attn.q")) for rank in (1, 4)]
-    assert 0 < needs[0].memory < needs[1].memory
-    tight = searched(file, budget=None, memory=f"{needs[0].memory}B", storage="b.log")
-    tight.work()
-    assert instant and any("of memory" in each.user_attrs.get(studies.REASON, "") for each in tight.study.trials())
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("50k", 50_000), ("1.5M", 1_500_000), ("2_000", 2000), (30, 30), ("0.5%", 5), ("100 %", 1000)]
-)
-def test_budgets(text, count):
-    assert values(text, 1000) == count
-
-
-@pytest.mark.parametrize(("text", "count"), [("2GB", 2 * 10**9), ("1.5 MiB", 1572864), ("10b", 10)])
-def test_sizes_of_memory(text, count):
-    assert memory(text) == count
-
-
-@pytest.mark.parametrize("text", ["much", "-5", "5 apples", ""])
-def test_no_budgets(text):
-    with pytest.raises(BadInput, match="write a number"):
-        values(text, 1000)
-    with pytest.raises(BadInput, match="write a size"):
-        memory(text)
 
 
 @pytest.mark.parametrize(
@@ -277,13 +121,6 @@ def test_bad_input_is_one_message(file, instant, change, message):
     assert result.exit_code == 2, result.output
     assert message in result.stderr and "Traceback" not in result.stderr
     assert not instant
-
-
-def test_another_search_does_not_go_on_with_a_study(file, instant):
-    searched(file)
-    with pytest.raises(BadInput, match="of another search \\(with other budget, training\\)"):
-        searched(file, budget=100, training={"steps": 3})
-    searched(file, budget=100, study="another", trials=1)
 
 
 def test_a_worker_wants_a_storage(encoder, csv_file):

@@ -1,7 +1,6 @@
 """The tasks of ``peftcore train`` beyond texts and their classes, each from a file or folder to an adapter."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +8,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 from sklearn.datasets import load_digits
 from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore.comparing.data.sources import splits
-from peftcore.comparing.errors import BadInput
-from peftcore.comparing.models.loading import from_pretrained
-from peftcore.comparing.runs.reading import read
-from peftcore.comparing.runs.run import Run
-from peftcore.comparing.tasks.catalogue import TASKS, find
-from peftcore.comparing.tasks.token_classification import scores
 
 
 def trained(*arguments: object) -> dict[str, Any]:
@@ -30,10 +21,6 @@ def trained(*arguments: object) -> dict[str, Any]:
     result = CliRunner().invoke(app, ["train", *map(str, (*arguments, *options))])
     assert result.exit_code == 0, (result.output, result.exception)
     return json.loads(result.stdout)
-
-
-def configured(model: Path, name: str, source: object) -> Run:
-    return read(Run, {}, [("model", str(model)), ("task", name), ("data.train", str(source)), ("method", "lora")])
 
 
 @pytest.fixture
@@ -54,28 +41,6 @@ def test_words_and_tags(encoder: Path, tagged: Path) -> None:
         "--model", encoder, "--task", "token-classification", "--data", tagged, "--steps", 40, "--lr", "3e-2"
     )
     assert outcome["after"]["f1"] > outcome["before"]["f1"] + 0.3
-
-
-def test_the_first_token_of_a_word_speaks_for_it(encoder: Path, tmp_path: Path) -> None:
-    """A word that the vocabulary has not is one token, a dash makes three of two words."""
-    path = tmp_path / "tagged.jsonl"
-    line = json.dumps({"tokens": ["my-phone", "is", "fine"], "ner_tags": ["A", "O", "B"]})
-    path.write_text("\n".join([line] * 5), encoding="utf-8")
-    run = configured(encoder, "token-classification", path)
-    prepared = find("token-classification").prepare(run, find("token-classification").Data(train=str(path)))
-    assert prepared.train[0]["labels"] == [-100, 0, -100, -100, 2, 1, -100]
-
-
-def test_f1_is_that_of_scikit_learn() -> None:
-    from sklearn.metrics import accuracy_score, f1_score
-
-    draw = np.random.default_rng(0)
-    truth, predicted = draw.integers(-1, 4, (9, 7)), draw.integers(0, 4, (9, 7))
-    truth[truth == -1] = -100
-    found, counted = scores(predicted, truth, ("A", "B", "C", "O")), truth != -100
-    assert found["accuracy"] == pytest.approx(accuracy_score(truth[counted], predicted[counted]))
-    expected = f1_score(truth[counted], predicted[counted], labels=[0, 1, 2], average="micro")
-    assert found["f1"] == pytest.approx(expected)
 
 
 @pytest.fixture
@@ -206,49 +171,3 @@ def test_pictures_of_words(painter: Path, pictures: Path) -> None:
     assert peftcore.load(unet, "run/adapter").summary().sites > 4
     saved = [path.stat().st_size for path in Path("run/checkpoints").glob("*/model.safetensors")]
     assert saved and max(saved) < 100_000
-
-
-def test_parquet_and_saved_datasets_say_the_same_as_a_table(csv_file: Path, rows: list[Any], tmp_path: Path) -> None:
-    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
-    saved = Dataset.from_list([{"text": row["text"], "label": row["label"]} for row in rows], features=features)
-    saved.save_to_disk(tmp_path / "saved")
-    Dataset.from_list(rows).to_parquet(tmp_path / "table.parquet")
-    expected = splits(str(csv_file), None, 20)
-    for path in (tmp_path / "saved", tmp_path / "table.parquet"):
-        found = splits(str(path), None, 20)
-        assert found.train["text"][:] == expected.train["text"][:]
-        assert found.held_out["label"][:] == expected.held_out["label"][:]
-
-
-def test_a_dataset_has_splits_of_its_own(rows: list[Any], tmp_path: Path) -> None:
-    DatasetDict(train=Dataset.from_list(rows[:90]), validation=Dataset.from_list(rows[90:])).save_to_disk(
-        tmp_path / "d"
-    )
-    found = splits(str(tmp_path / "d"), None, None)
-    assert (len(found.train), len(found.held_out)) == (90, 30)
-
-
-def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "bad.parquet").write_bytes(b"nothing")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "table.xlsx").write_bytes(b"")
-    for name in ("bad.parquet", "empty", "table.xlsx", "nothing/there"):
-        with pytest.raises(BadInput, match=name):
-            splits(str(tmp_path / name), None, None)
-
-
-def test_every_task_is_named_and_described() -> None:
-    for name in TASKS:
-        found = find(name)
-        assert found.__doc__ and all(field.description for field in found.Data.model_fields.values())
-
-
-def test_a_configuration_that_asks_for_code_of_the_hub_gets_attention_of_transformers(
-    decoder: Path, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(decoder, tmp_path / "model")
-    settings = json.loads((folder / "config.json").read_text())
-    wish = {"attn_implementation": "kernels-community/flash-attn", "experts_implementation": "someone/experts"}
-    (folder / "config.json").write_text(json.dumps({**settings, **wish}))
-    model = from_pretrained(transformers.AutoModelForCausalLM, folder)
-    assert model.config._attn_implementation == "sdpa"

@@ -1,7 +1,6 @@
 """``peftcore train``: from a model and a file to an adapter, resumed to the bit, ended clearly."""
 
 import json
-import math
 import shutil
 import signal
 import subprocess
@@ -18,10 +17,6 @@ from typer.testing import CliRunner
 import peftcore
 from peftcore.cli.commands import app
 from peftcore.comparing.runs.folder import COMPLETE
-from peftcore.comparing.runs.reading import load, read
-from peftcore.comparing.runs.run import Run
-from peftcore.comparing.tasks.catalogue import find
-from peftcore.comparing.tasks.chat import ChatData
 from peftcore.comparing.training import train as job
 
 
@@ -43,17 +38,6 @@ def tweets(encoder: Path, csv_file: Path) -> tuple[object, ...]:
         *("--model", encoder, "--task", "text-classification", "--data", csv_file, "--method", "lora"),
         *("--steps", 30, "--batch-size", 16, "--lr", "3e-2"),
     )
-
-
-@pytest.fixture
-def chats(tmp_path: Path) -> Path:
-    path = tmp_path / "chats.jsonl"
-    rows = [
-        [{"role": "user", "content": f"{a} phone"}, {"role": "assistant", "content": b}]
-        for a, b in [("my", "fine"), ("the", "lovely"), ("so", "awful")] * 8
-    ]
-    path.write_text("\n".join(json.dumps({"messages": row}) for row in rows), encoding="utf-8")
-    return path
 
 
 def test_a_classifier_learns_and_its_folder_holds_all_of_it(tweets: Any, encoder: Path, tmp_path: Path) -> None:
@@ -79,18 +63,6 @@ def test_a_classifier_learns_and_its_folder_holds_all_of_it(tweets: Any, encoder
     found = peftcore.load(transformers.AutoModelForSequenceClassification.from_pretrained(encoder), "run/adapter")
     assert found.config.rank == 4
     assert sum(p.numel() for p in found.parameters()) == outcome["trainable"]
-
-
-def test_a_file_says_all_and_options_go_over_it(encoder: Path, csv_file: Path, tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
-    path.write_text(
-        f"model: {encoder}\ntask: text-classification\ndata: {{train: {csv_file}}}\n"
-        "method: {name: lora, rank: 4}\ntraining: {steps: 5, learning_rate: 1e-3}\nout: elsewhere\n",
-        encoding="utf-8",
-    )
-    run = read(Run, load(path), [("method", "dora"), ("training.steps", 7), ("method.rank", 2)])
-    assert (run.method.name, run.method.arguments, run.training.steps) == ("dora", {"rank": 2}, 7)
-    assert (run.training.learning_rate, run.out) == (1e-3, Path("elsewhere"))
 
 
 @pytest.mark.parametrize(
@@ -213,32 +185,6 @@ def test_plain_text(decoder: Path, tmp_path: Path) -> None:
     assert len(outcome["samples"]) == 1
 
 
-TEMPLATE = (
-    "{% for m in messages %}{{ m.role[0] }} {{ m.content }} [SEP] {% endfor %}"
-    "{% if add_generation_prompt %}a {% endif %}"
-)
-
-
-@pytest.fixture
-def talker(decoder: Path, tmp_path: Path) -> Path:
-    """The decoder with a chat template."""
-    folder = shutil.copytree(decoder, tmp_path / "talker")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return Path(folder)
-
-
-def test_only_answers_are_learned(talker: Path, chats: Path) -> None:
-    run = read(Run, {}, [("model", str(talker)), ("task", "chat"), ("data.train", str(chats)), ("method", "lora")])
-    prepared = find("chat").prepare(run, ChatData(train=str(chats)))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(talker)
-    for row in prepared.train[:5]:
-        learned = [token for token in row["labels"] if token != -100]
-        assert tokenizer.decode(learned).split() in ([word, "[SEP]"] for word in ("fine", "lovely", "awful"))
-        assert [label for label in row["labels"] if label != -100] == row["input_ids"][-len(learned) :]
-
-
 def test_chats(talker: Path, chats: Path) -> None:
     outcome = json.loads(
         trained(
@@ -257,22 +203,6 @@ def test_chats(talker: Path, chats: Path) -> None:
         )
     )
     assert outcome["after"]["perplexity"] < 0.9 * outcome["before"]["perplexity"]
-
-
-def test_perplexity_weighs_tokens_not_batches(talker: Path, chats: Path) -> None:
-    """The cost of each token a second time, in float64, one row at a time."""
-    run = read(Run, {}, [("model", str(talker)), ("task", "chat"), ("data.train", str(chats)), ("method", "lora")])
-    prepared = find("chat").prepare(run, ChatData(train=str(chats)))
-    model = prepared.model.double().eval()
-    costs = []
-    for row in prepared.held_out:
-        scores = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
-        costs += [-scores[i, label].item() for i, label in enumerate(row["labels"][1:]) if label != -100]
-    batch = prepared.collate(prepared.held_out)
-    with torch.no_grad():
-        reduced = prepared.reduce(model(**batch).logits, batch["labels"])
-    found = prepared.metrics(transformers.EvalPrediction(reduced.numpy(), batch["labels"].numpy()))
-    assert found["perplexity"] == pytest.approx(math.exp(sum(costs) / len(costs)), rel=1e-6)
 
 
 def test_a_model_inside_a_package_that_is_not_imported(

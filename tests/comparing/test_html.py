@@ -6,62 +6,21 @@ import math
 import re
 from collections import Counter
 from html.parser import HTMLParser
-from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from matplotlib.text import Annotation
+from made_up import TOTAL, report, seeds, trial
 from PIL import Image
 
-from peftcore.comparing.numbers import SPACE, decimals, digits, duration, fixed, listed, percent, short, size
-from peftcore.comparing.reports import curves, html, plots
-from peftcore.comparing.reports.labels import plain, shorten, spread
+from peftcore.comparing.numbers import SPACE
+from peftcore.comparing.reports import html, plots
+from peftcore.comparing.reports.labels import plain, shorten
 from peftcore.comparing.reports.summary import findings
-from peftcore.comparing.reports.trials import Report, Trial, front
+from peftcore.comparing.reports.trials import Report
 
-TOTAL = 1_000_000
 NASTY = '<script>alert(1)</script> & "quotes" $x^\x07'
 LONG = "lora on every projection of every block with a rank of sixteen, and a scale that is learned"
-
-
-def trial(label: str, score: float, trainable: int, seed: int = 0, metric: str = "accuracy", **changed) -> Trial:
-    curve = [(10, 0.9 * score), (20, score)]
-    values = {
-        "label": label,
-        "method": "full" if label == "full" else "lora",
-        "options": {"rank": 8, "target": "a\"b'c<i>"},
-        "seed": seed,
-        "learning_rate": 1e-3,
-        "trainable": trainable,
-        "total": TOTAL,
-        "before": {metric: 0.25},
-        "after": {metric: score, "loss": 1.25},
-        "curve": curve,
-        "losses": [(10, 1.5), (20, 1.25)],
-        "seconds_per_step": 0.1 + trainable / TOTAL,
-        "peak_memory": 10**9 + 1000 * trainable,
-        "file_size": 4 * trainable,
-        "folder": f"runs/{seed}",
-    }
-    return Trial(**{**values, **changed})
-
-
-def report(*trials: Trial, metric: str = "accuracy", greater: bool = True, **changed) -> Report:
-    values = {
-        "model": "models/tiny-encoder",
-        "task": "text-classification",
-        "data": "texts.csv",
-        "train_size": 800,
-        "held_out_size": 400,
-        "training": {"steps": 20, "epochs": None, "batch_size": 16, "accumulate": 2, "learning_rate": 1e-3},
-        "seconds": 4210.0,
-    }
-    return Report(metric=metric, greater=greater, trials=trials, **{**values, **changed})
-
-
-def seeds(label: str, score: float, trainable: int) -> list[Trial]:
-    return [trial(label, score + shift, trainable, seed) for seed, shift in enumerate((-0.01, 0.01))]
 
 
 class Page(HTMLParser):
@@ -189,14 +148,6 @@ def test_findings_are_the_best_the_best_of_those_that_train_less_and_the_floor(c
     ]
 
 
-def test_the_smallest_within_the_error_of_the_best_is_a_finding():
-    found = findings(report(trial("lora", 0.900, 500), trial("dora", 0.905, 900), trial("ia3", 0.6, 10)))
-    assert [(each.name, each.label) for each in found] == [
-        ("Best", "dora"),
-        ("Smallest within one ± of the best", "lora"),
-    ]
-
-
 def test_failed_ones_are_listed_with_the_reason(page):
     assert 'gptq <b> no module matches "attn"' in page.said
 
@@ -246,40 +197,6 @@ def test_names_are_short_enough_for_their_chart(drawings):
     assert LONG not in names
 
 
-@pytest.mark.parametrize("shape", [html.WIDE, html.HALF, html.NARROW], ids=["wide", "half", "narrow"])
-@pytest.mark.parametrize("cost", [plots.PARAMETERS, plots.MEMORY], ids=["parameters", "memory"])
-def test_no_name_covers_a_point_or_another_name(shape, cost):
-    crowd = [trial(f"method number {n}", 0.8 + 0.01 * (7 * n % 11), 2_000 + 150 * (5 * n % 23)) for n in range(20)]
-    with plots.style():
-        figure = plots.trade_off(report(*crowd, floor=0.3), cost, shape)
-        (axes,) = figure.axes
-        boxes = [text.get_window_extent() for text in axes.texts if isinstance(text, Annotation)]
-        points = axes.transData.transform([(cost.of(e), e.score) for e in report(*crowd).entries()])
-    assert len(boxes) >= 18, "those without a name have a number, but for a few"
-    assert not [pair for pair in combinations(boxes, 2) if pair[0].overlaps(pair[1])]
-    assert not [box for box in boxes if box.count_contains(points)]
-    assert all(min(box.x0, box.y0) >= 0 and box.x1 <= shape.width and box.y1 <= shape.height for box in boxes)
-
-
-def test_one_far_worse_than_all_others_is_drawn_at_the_edge():
-    tight = [trial(f"lora {n}", 0.85 + 0.01 * n, 1_000 * (n + 1)) for n in range(4)]
-    drawn, beyond = plots.split(report(), plots.points(report(*tight, trial("probe", 0.3, 10)), plots.PARAMETERS))
-    assert [point.entry.label for point in beyond] == ["probe"] and len(drawn) == 4
-    assert not plots.split(report(), drawn)[1]
-    with plots.style():
-        figure = plots.trade_off(report(*tight, trial("probe", 0.3, 10)), plots.PARAMETERS, html.WIDE)
-    assert figure.axes[0].get_ylim()[0] > 0.8
-    assert "probe (0.300)" in [text.get_text() for text in figure.axes[0].texts]
-
-
-def test_a_front_of_each_chart_is_that_of_its_cost():
-    slow = trial("slow", 0.9, 10, seconds_per_step=9.0)
-    quick = trial("quick", 0.8, 20, seconds_per_step=1.0)
-    both = report(slow, quick)
-    assert [point.best for point in plots.points(both, plots.PARAMETERS)] == [True, False]
-    assert [point.best for point in plots.points(both, plots.SECONDS)] == [True, True]
-
-
 # Less is better.
 
 
@@ -301,14 +218,6 @@ def test_less_is_better():
     assert "descending" not in page.values("data-first")
 
 
-def test_perplexities_far_apart_are_drawn_by_their_ratios():
-    trials = [trial("a", 20.0, 10, metric="perplexity", before={"perplexity": 5_000.0})]
-    given = report(*trials, metric="perplexity", greater=False)
-    with plots.style():
-        figure = curves.draw(curves.scores(given), "perplexity", True, html.WIDE)
-    assert figure.axes[0].get_yscale() == "log"
-
-
 # What is no number.
 
 
@@ -322,32 +231,6 @@ def test_a_score_that_is_no_number_is_said_and_not_drawn():
     assert "nan" not in [value for value in page.values("data-value") if value]
 
 
-# Curves.
-
-
-def test_a_mean_stops_where_one_of_its_seeds_stopped():
-    early = trial("lora", 0.8, 10, seed=0, curve=[(10, 0.6), (20, 0.8)])
-    late = trial("lora", 0.9, 10, seed=1, curve=[(10, 0.7), (20, 0.6), (30, 0.9)])
-    (curve,) = curves.scores(report(early, late))
-    assert curve.steps == (0, 10, 20)
-    assert curve.mean == pytest.approx((0.25, 0.65, 0.7))
-    assert (curve.low[1], curve.high[1]) == (0.6, 0.7)
-    assert curve.result == pytest.approx(0.85), "what is written beside it is the score of the table"
-
-
-def test_many_curves_have_a_chart_each():
-    few = curves.losses(report(*(trial(f"m{n}", 0.8, 10 + n) for n in range(6)), trial("full", 0.9, TOTAL)))
-    many = curves.losses(report(*(trial(f"m{n}", 0.8, 10 + n) for n in range(7))))
-    with plots.style():
-        together = curves.draw(few, "training loss", True, html.HALF)
-        apart = curves.draw(many, "training loss", True, html.NARROW)
-    assert len(together.axes) == 1 and len(apart.axes) == 7
-    assert {text.get_text().strip() for text in together.axes[0].texts} == {*(f"m{n}" for n in range(6)), "full"}
-    colours = {line.get_color() for line in together.axes[0].lines}
-    assert len(colours) == 7
-    assert [axes.get_title("left") for axes in apart.axes] == [f"m{n}" for n in range(7)]
-
-
 # The picture.
 
 
@@ -356,37 +239,3 @@ def test_picture(compared, tmp_path: Path):
     with Image.open(tmp_path / "results.png") as picture:
         assert picture.format == "PNG" and picture.width > 1000
     plots.draw_picture(report(), tmp_path / "nothing.png")
-
-
-# Small parts.
-
-
-def test_numbers():
-    assert [size(n).replace(SPACE, " ") for n in (999, 1_200, 3_600_000_000)] == ["999 B", "1.20 kB", "3.60 GB"]
-    assert [short(n) for n in (512, 10_000, 2_500_000)] == ["512", "10k", "2.5M"]
-    assert [percent(n) for n in (1, 0.0236, 0.0000034)] == ["100%", "2.36%", "0.000340%"]
-    assert [digits(n) for n in (0.2, 12, 345.6)] == ["0.200", "12.0", "346"]
-    assert [fixed(v, decimals([v])) for v in (0.91234, 12.345, 54_321.0, math.inf)] == ["0.912", "12.35", "54,321", "∞"]
-    assert decimals([2.1, 224.9]) == 2, "the best perplexity keeps its digits beside the worst"
-    times = [duration(seconds).replace(SPACE, " ") for seconds in (45, 720, 3599.9, 4210)]
-    assert times == ["45 s", "12 min", "1 h 0 min", "1 h 10 min"]
-    assert [listed(range(n)) for n in (1, 2, 3)] == ["0", "0 and 1", "0, 1 and 2"]
-
-
-def test_shortened_names_keep_both_ends():
-    assert shorten("lora, rank 8, on queries", 40) == "lora, rank 8, on queries"
-    assert shorten("lora\nrank\t8\x00", 40) == "lora rank 8"
-    assert shorten("lora, rank 8, on queries", 12) == "lora,…ueries"
-
-
-def test_heights_are_spread_no_more_than_needed():
-    assert spread([5, 50], 10, 0, 100) == [5, 50]
-    assert spread([50, 50, 52], 10, 0, 100) == [50, 60, 70]
-    assert spread([98, 99, 100], 10, 0, 100) == [80, 90, 100]
-
-
-def test_front_by_another_cost():
-    entries = report(trial("a", 0.9, 10, peak_memory=9), trial("b", 0.8, 20, peak_memory=5)).entries()
-    better = report().better
-    assert [entry.label for entry in front(entries, better)] == ["a"]
-    assert [entry.label for entry in front(entries, better, lambda entry: entry.peak_memory)] == ["b", "a"]

@@ -1,7 +1,7 @@
-"""Every method of the demonstration does something: a trained head would hide an adapter that does nothing.
+"""The demonstration: its tweets are clean and kept apart, and every method does something.
 
-So the head is trained first (a linear probe on the real encoder and tweets) and then frozen: whatever lowers the
-training loss from there is the adapter's own work.
+A trained head would hide an adapter that does nothing. So the head is trained first (a linear probe on the real encoder
+and tweets) and then frozen: whatever lowers the training loss from there is the adapter's own work.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 import peftcore
 from peftcore.comparing.comparisons import demo
-from peftcore.comparing.data.texts import Encoded, encode
+from peftcore.comparing.data.texts import Encoded, Example, encode
 from peftcore.comparing.models.loading import classifier, load_tokenizer
 from peftcore.comparing.runs.run import FULL
 
@@ -127,3 +127,18 @@ def test_an_adapter_that_does_nothing_would_be_noticed(probed: Probed):
 
     peftcore.register(Inert)
     assert probed.loss_left_by("inert", demo.Recipe(1e-2), seed=0) == pytest.approx(1, abs=1e-6)
+
+
+def test_the_demo_holds_out_no_tweet_that_it_trains_on():
+    held_out, tuning = demo.tweets(), demo.tweets(tuning=True)
+    assert held_out.labels == ("negative", "neutral", "positive")
+    assert held_out.train == tuning.train
+    pools = [{example.text for example in pool} for pool in (held_out.train, held_out.held_out, tuning.held_out)]
+    assert [len(pool) for pool in pools[1:]] == [1000, 1000]
+    assert not pools[0] & pools[1] and not pools[0] & pools[2] and not pools[1] & pools[2]
+
+
+def test_cleaning_drops_links_repetitions_and_contradictions():
+    raw = ["so happy http://t.co/x", "RT @you: So happy!", "at last_\x99\x85", "no", "No."]
+    kept = demo.clean(Example(text, label) for text, label in zip(raw, "ppnpn", strict=True))
+    assert kept == [Example("so happy", "p"), Example("at last", "n")]

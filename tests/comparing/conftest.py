@@ -1,0 +1,30 @@
+"""The fixtures that tests of the library share: tiny models and data, and searches whose runs take no time."""
+
+from searches import file, instant
+from tiny import (
+    away_from_the_checkout,
+    chats,
+    csv_file,
+    decoder,
+    encoder,
+    jsonl_file,
+    one_thread,
+    poolerless,
+    rows,
+    talker,
+)
+
+__all__ = [
+    "away_from_the_checkout",
+    "chats",
+    "csv_file",
+    "decoder",
+    "encoder",
+    "file",
+    "instant",
+    "jsonl_file",
+    "one_thread",
+    "poolerless",
+    "rows",
+    "talker",
+]

@@ -1,0 +1,39 @@
+"""Where examples come from: what says the same in each, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from peftcore.comparing.data.sources import splits
+from peftcore.comparing.errors import BadInput
+
+
+def test_parquet_and_saved_datasets_say_the_same_as_a_table(csv_file: Path, rows: list[Any], tmp_path: Path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bad", "good"])})
+    saved = Dataset.from_list([{"text": row["text"], "label": row["label"]} for row in rows], features=features)
+    saved.save_to_disk(tmp_path / "saved")
+    Dataset.from_list(rows).to_parquet(tmp_path / "table.parquet")
+    expected = splits(str(csv_file), None, 20)
+    for path in (tmp_path / "saved", tmp_path / "table.parquet"):
+        found = splits(str(path), None, 20)
+        assert found.train["text"][:] == expected.train["text"][:]
+        assert found.held_out["label"][:] == expected.held_out["label"][:]
+
+
+def test_a_dataset_has_splits_of_its_own(rows: list[Any], tmp_path: Path) -> None:
+    DatasetDict(train=Dataset.from_list(rows[:90]), validation=Dataset.from_list(rows[90:])).save_to_disk(
+        tmp_path / "d"
+    )
+    found = splits(str(tmp_path / "d"), None, None)
+    assert (len(found.train), len(found.held_out)) == (90, 30)
+
+
+def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"nothing")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "table.xlsx").write_bytes(b"")
+    for name in ("bad.parquet", "empty", "table.xlsx", "nothing/there"):
+        with pytest.raises(BadInput, match=name):
+            splits(str(tmp_path / name), None, None)
