@@ -1,0 +1,7 @@
+"""Sums and merges of what adapters do to weights.
+
+It may import `files`, and what is below. In the order of reading:
+
+- `merge_math`: TIES, DARE and their kin, as functions of tensors.
+- `combining`: `deltas`, `to_lora` and `combine`, of whole adapters.
+"""

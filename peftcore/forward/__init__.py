@@ -1,0 +1,18 @@
+"""All that happens in a forward: what was chosen, what acts at a module, the class swap, what is kept and recomputed.
+
+It may import `roles`, and what is below. In the order of reading:
+
+- `choice`: which injections act, on which rows.
+- `context`: one forward of the model, which backward may repeat.
+- `save_pretrained`: other libraries' saving writes the bare base.
+- `host_state`: what peftcore remembers of a model.
+- `mount`: one operator at one module.
+- `cache`: effective weights in evaluation.
+- `recompute`: effective weights in training, made again in backward.
+- `expert_updates`: low-rank updates of stacked experts.
+- `slot`: what one module carries, and its plan for each choice.
+- `routing`: rows of a batch that go to different adapters.
+- `attention`: edits inside attention.
+- `class_swap`: how a module gets its other forward, and what runs there.
+- `adapter_modules`: the modules in which operators live.
+"""

@@ -1,4 +1,25 @@
-"""What the parts of a host are: `derive` reads a model, `HostMap` answers by role, `probe` refines with one forward."""
+"""What each part of a model is: `derive` reads a model, `HostMap` answers by role, `probe` refines with one forward.
+
+It may import `layers`, and what is below. In the order of reading:
+
+- `vocabulary`: the roles, and the names by which rules know them.
+- `entries`: what one module or bare parameter is.
+- `tree`: the map as text.
+- `virtual`: roles that no single weight has.
+- `hostmap`: the map, which answers by role.
+- `alike`: modules that are built alike.
+- `survey`: one walk over the model.
+- `mixers`: attention and state space.
+- `blocks`: what repeats along the depth.
+- `mlps`: feed-forward branches, experts, routers.
+- `rest`: embeddings, norms, convolutions, heads.
+- `towers`: sub-models.
+- `layouts`: the order of rows in fused projections.
+- `stacks`: what takes token ids and runs blocks.
+- `rules`: from a model to its map, rule by rule.
+- `recording`: one forward, watched.
+- `tracing`: what that says about the map.
+"""
 
 from peftcore.roles.entries import HostEntry, Layout, Ranges
 from peftcore.roles.hostmap import HostMap

@@ -1,0 +1,6 @@
+"""Other libraries' trainers.
+
+It may import `authoring`, and what is below. In the order of reading:
+
+- `callback`: transformers' Trainer.
+"""

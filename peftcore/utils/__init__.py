@@ -1,0 +1,7 @@
+"""Small helpers that everybody uses.
+
+It may import nothing of peftcore. In the order of reading:
+
+- `progress`: bars for long work.
+- `moved`: old paths of modules, for one minor version.
+"""
