@@ -22,7 +22,7 @@ from peftcore import kernels
 from peftcore.kernels.autograd import apply
 from peftcore.mounts import Mount
 from peftcore.operators import full_precision
-from peftcore.weights import Layer, put
+from peftcore.weights import DENSE, Layer, put
 
 ALIGNED = 16
 """Rows of what torch multiplies in groups begin at multiples of so many bytes."""
@@ -154,7 +154,7 @@ def factors_of(stored: Tensor | None, mounts: Sequence[Mount]) -> Factors | None
         stored: the tensor as the module has it, ``[*experts, out, in]`` in logical layout.
         mounts: what acts on it.
     """
-    if type(stored) not in kernels.DENSE:
+    if type(stored) not in DENSE:
         return None
     assert stored is not None
     lefts, rights = [], []

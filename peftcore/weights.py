@@ -27,6 +27,8 @@ SMALL = 2**14
 """Values up to which one pass less over an output saves less than it takes to lay it out for that."""
 Ranges = tuple[tuple[int, int], ...]
 """Half-open ranges of the logical output dimension: the rows of one part of a fused projection."""
+DENSE = (Tensor, nn.Parameter)
+"""The classes of plain tensors."""
 GRAFTED = "_peftcore_base"
 """The attribute by which a grafted class names the class it stands for."""
 
@@ -235,7 +237,7 @@ def _own_weights(layer: Layer, call: Callable[..., Any]) -> tuple[Tensor, Tensor
         return None
     module: nn.Linear = call.args[0]  # type: ignore[attr-defined]
     weight, bias = module.weight, module.bias
-    plain = all(each is None or (type(each) in kernels.DENSE and not each.requires_grad) for each in (weight, bias))
+    plain = all(each is None or (type(each) in DENSE and not each.requires_grad) for each in (weight, bias))
     return (layer.logical(weight), bias) if plain else None
 
 

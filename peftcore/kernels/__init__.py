@@ -11,7 +11,6 @@ from peftcore.kernels.low_rank import (
     plain_scaled_low_rank_linear,
     scaled_low_rank_linear,
 )
-from peftcore.kernels.products import DENSE
 from peftcore.kernels.projections import plain_projected, projected
 from peftcore.kernels.rotations import plain_rotate, plain_rotated_linear, rotate, rotated_linear
 from peftcore.kernels.scaling import add_scaled, plain_add_scaled, plain_scaled_bases, scaled_bases
@@ -26,7 +25,6 @@ from peftcore.kernels.skew import (
 )
 
 __all__ = [
-    "DENSE",
     "ScaledFactors",
     "add_scaled",
     "cayley",

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from peftcore.kernels.autograd import apply, is_plain, operands
 from peftcore.kernels.dropout import dropped_linear, keep, masked
-from peftcore.kernels.products import linear
 from peftcore.kernels.projections import projected
 
 FEW = 64
@@ -65,13 +64,14 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, kept: Any
     ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
-        low = linear(rows if kept is None else masked(rows, kept), A)
-        y = linear(rows, weight, bias).addmm_(low, B.mT, alpha=scale)
+        low = F.linear(rows if kept is None else masked(rows, kept), A)
+        y = F.linear(x, weight, bias)  # to the bit what the layer returns by itself, whatever the strides of x
+        y.view(-1, weight.shape[0]).addmm_(low, B.mT, alpha=scale)
         back, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if trains_A else None, weight, A if back else None, B, low if trains_B else None, kept)
         ctx.scale, ctx.shape = scale, x.shape
         ctx.set_materialize_grads(False)
-        return y.view(*x.shape[:-1], weight.shape[0]), low
+        return y, low
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -102,12 +102,12 @@ def _rows_of(gradient: Tensor | None, shape: torch.Size, weight: Tensor) -> Tens
 def narrow(wide: Tensor, few: Tensor) -> Tensor:
     """``wide few^T``, made as its transpose if it has few columns: on a CPU narrow takes two to ten times as long as
     flat."""
-    return (few @ wide.mT).mT if few.shape[0] <= FEW else linear(wide, few)
+    return (few @ wide.mT).mT if few.shape[0] <= FEW else F.linear(wide, few)
 
 
 def _through(gradient: Tensor, weight: Tensor, of_low: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
     """The gradient of the rows that went in, through the layer and through the update."""
-    of_rows = linear(gradient, weight.mT)
+    of_rows = gradient @ weight
     return of_rows.addmm_(of_low, A) if kept is None else of_rows.addcmul_(of_low @ A, kept.to(of_rows.dtype))
 
 
@@ -156,12 +156,13 @@ class _ScaledLowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, inner: Tensor, B: Tensor, outer: Tensor
     ) -> tuple[Tensor, Tensor]:
-        mixed = linear(low.reshape(-1, low.shape[-1]) * inner, B)
-        y = linear(x.reshape(-1, x.shape[-1]), weight, bias).addcmul_(outer, mixed)
+        mixed = F.linear(low.reshape(-1, low.shape[-1]) * inner, B)
+        y = F.linear(x, weight, bias)
+        y.view(mixed.shape).addcmul_(outer, mixed)
         ctx.save_for_backward(low, weight, inner, B, outer, mixed)
         ctx.shape = x.shape
         ctx.set_materialize_grads(False)
-        return y.view(*x.shape[:-1], weight.shape[0]), mixed
+        return y, mixed
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -170,8 +171,8 @@ class _ScaledLowRankLinear(torch.autograd.Function):
         gradient = _rows_of(of_y, ctx.shape, weight)
         of_scaled = narrow(gradient, (outer.unsqueeze(-1) * B).mT)  # of low * inner
         if of_mixed_too is not None:
-            of_scaled = of_scaled + linear(of_mixed_too, B.mT)
-        of_x = linear(gradient, weight.mT).view(ctx.shape) if ctx.needs_input_grad[0] else None
+            of_scaled = of_scaled + of_mixed_too @ B
+        of_x = (gradient @ weight).view(ctx.shape) if ctx.needs_input_grad[0] else None
         of_low = (of_scaled * inner).view(low.shape) if ctx.needs_input_grad[1] else None
         of_inner = (of_scaled * low.reshape(-1, low.shape[-1])).sum(0)
         return of_x, of_low, None, None, of_inner, None, (gradient * mixed).sum(0)

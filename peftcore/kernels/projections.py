@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
 from peftcore.kernels.autograd import apply, is_plain
-from peftcore.kernels.products import linear
 
 
 def plain_projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
@@ -78,9 +77,9 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor) -> Tensor:
         ctx.A = A
-        return linear(x.reshape(-1, x.shape[-1]), A).view(*x.shape[:-1], A.shape[0])
+        return F.linear(x, A)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        return linear(gradient.reshape(-1, ctx.A.shape[0]), ctx.A.mT).view(*gradient.shape[:-1], ctx.A.shape[1]), None
+        return gradient @ ctx.A, None

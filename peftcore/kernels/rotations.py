@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftcore.kernels.autograd import apply, is_plain, operands
-from peftcore.kernels.products import linear
 
 
 def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
@@ -118,16 +117,16 @@ class _TurnedRows(torch.autograd.Function):
         ctx.save_for_backward(x, weight, R)
         rows = x.reshape(-1, x.shape[-1])
         if rows.shape[0] >= weight.shape[0]:
-            y = linear(rows, _turned(weight, R), bias)
+            y = F.linear(rows, _turned(weight, R), bias)
         else:
-            y = linear(_turned_rows(rows, R), weight, bias)
+            y = F.linear(_turned_rows(rows, R), weight, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, weight, R = ctx.saved_tensors
         (gradient,) = gradients
-        of_turned = linear(gradient.reshape(-1, weight.shape[0]), weight.mT)
+        of_turned = gradient.reshape(-1, weight.shape[0]) @ weight
         of_x, of_R = _back(x, R, of_turned, ctx.needs_input_grad[0], ctx.needs_input_grad[3], own=True)
         return of_x, None, None, of_R
 
@@ -146,7 +145,7 @@ class _TurnedWeight(torch.autograd.Function):
             return _TurnedRows.backward(ctx, *gradients)
         x, weight, R = ctx.saved_tensors
         (gradient,) = gradients
-        of_x = linear(gradient.reshape(-1, weight.shape[0]), _turned(weight, R).mT)
+        of_x = gradient.reshape(-1, weight.shape[0]) @ _turned(weight, R)
         of_R = torch.bmm(torch.bmm(_laid(of_x, R).mT, _blocks(x, R)).mT, R) if ctx.needs_input_grad[3] else None
         return of_x.view(x.shape), None, None, of_R
 

@@ -367,6 +367,35 @@ def test_an_update_is_computed_with_the_layer_where_nothing_else_acts(
     assert fused == [6, 5] * 3, "the second of two goes round the first"
 
 
+ROWS: dict[str, Callable[[int], Tensor]] = {
+    "a matrix": lambda width: torch.randn(400, width),
+    "batches": lambda width: torch.randn(2, 200, width),
+    "strided batches": lambda width: torch.randn(200, 2, width).transpose(0, 1),
+    "a token": lambda width: torch.randn(2, 1, width),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [(kind, rows) for kind in (nn.Linear, conv1d) for rows in ROWS if kind is nn.Linear or rows != "strided batches"],
+)  # transformers' layer takes no strided inputs
+@UPDATES
+@pytest.mark.parametrize("training", [False, True])
+def test_a_fresh_update_leaves_a_linear_layer_as_it_is_to_the_bit(
+    training: bool, method: str, kind: Callable[[int, int], nn.Module], rows: str
+) -> None:
+    """Of sums so long that another order of adding them, or another library, would round them differently."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(kind(704, 512), nn.Linear(512, 704, bias=False)), ROWS[rows](704)
+    with torch.no_grad():
+        expected = model(x)
+    peftcore.apply(model, method, target=["0", "1"])
+    model.train(training)
+    assert torch.equal(model(x.requires_grad_()), expected)
+    with torch.no_grad():
+        assert torch.equal(model(x), expected)
+
+
 @KINDS
 @UPDATES
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
