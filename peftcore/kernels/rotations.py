@@ -63,7 +63,7 @@ def _blocks(x: Tensor, R: Tensor) -> Tensor:
 def _laid(x: Tensor, R: Tensor) -> Tensor:
     """`_blocks`; on a CPU each in one piece, as a product that reads or writes a few columns of each row waits for
     memory for longer than it takes to copy them together and back."""
-    blocks = _blocks(_fetched(x), R)
+    blocks = _blocks(x, R)
     return blocks.clone(memory_format=torch.contiguous_format) if x.device.type == "cpu" else blocks
 
 
@@ -152,12 +152,4 @@ class _TurnedWeight(torch.autograd.Function):
 
 def _turned(weight: Tensor, R: Tensor) -> Tensor:
     """The weight of a layer whose inputs turn ``[out, in]``, laid out by inputs: whole blocks are written."""
-    return torch.bmm(R, _blocks(_fetched(weight), R).mT).view(weight.shape[::-1]).mT
-
-
-def _fetched(x: Tensor) -> Tensor:
-    """The same, read once in the order in which it lies. Of what is read a few columns at a time a CPU fetches nothing
-    ahead, and waits for each row; going through all of it first takes less."""
-    if x.device.type == "cpu":
-        x.sum()
-    return x
+    return torch.bmm(R, _blocks(weight, R).mT).view(weight.shape[::-1]).mT
