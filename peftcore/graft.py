@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.utils.checkpoint import checkpoint
 
-from peftcore import together
 from peftcore.attention import attributes
 from peftcore.calls import HostState, Route
 from peftcore.compositions import composed
@@ -167,7 +166,7 @@ def _act_beside(inner: Forward, slot: Slot, module: nn.Module, beside: Beside) -
         return beside.around(inner, beside.prepare(module))
     if _trains(module):
         slot.kept.clear()
-        return beside.around(inner, together.prepared(slot.state, beside, module))
+        return beside.around(inner, beside.prepare(module))
     return beside.around(inner, slot.prepared(module, beside))
 
 

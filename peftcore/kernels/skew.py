@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftcore.kernels.autograd import is_plain
+from peftcore.kernels.autograd import apply, is_plain
 
 
 def plain_skew(entries: Tensor, size: int) -> Tensor:
@@ -63,83 +63,12 @@ def _identity_of(K: Tensor) -> Tensor:
     return _kept(_identity, K.shape[-1], K.dtype, K.device)[0]
 
 
-Kept = tuple[Tensor, ...]
-"""What backward reads of what forward made."""
-
-
-class _Function(NamedTuple):
-    """A function of skew-symmetric matrices, and its gradient."""
-
-    make: Callable[..., tuple[Tensor, Kept]]
-    """Of entries ``[n, entries]``, size and options: ``[n, size, size]``."""
-    gradient: Callable[..., Tensor]
-    """The gradient of K, of that of what was made, what is kept and options."""
-
-
-class _OfEntries(torch.autograd.Function):
-    """A function of stacks of entries, each of which gets its own part of what is made of all.
-
-    If they are shared, autograd saves no tensor that was made: so parts, and uses of one part, can be differentiated
-    one after the other, as if each had been made alone. What nobody uses a part of has no gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, function: _Function, size: int, options: tuple[Any, ...], shared: bool, *entries: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        made, kept = function.make(_whole(entries), size, *options)
-        ctx.function, ctx.size, ctx.options, ctx.lengths = function, size, options, [len(each) for each in entries]
-        ctx.shared = kept if shared else None
-        ctx.save_for_backward(*entries, *(() if shared else kept))
-        return torch.split(made, ctx.lengths) if shared else (made,)  # nothing that is kept is what is returned
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        used = [number for number, gradient in enumerate(gradients) if gradient is not None]
-        if not used:
-            return None, None, None, None, *gradients
-        if torch.is_grad_enabled():  # backward is differentiated too, and what forward made has no graph
-            _, kept = ctx.function.make(_whole([ctx.saved_tensors[each] for each in used]), ctx.size, *ctx.options)
-        else:
-            kept = ctx.saved_tensors[1:] if ctx.shared is None else _parts(ctx.shared, ctx.lengths, used)
-        gradient = ctx.function.gradient(_whole([gradients[each] for each in used]), *kept, *ctx.options)
-        found = dict(zip(used, _apart(_of_entries(gradient), [ctx.lengths[each] for each in used]), strict=True))
-        return None, None, None, None, *[found.get(number) for number in range(len(gradients))]
-
-
-def _whole(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _apart(stack: Tensor, lengths: list[int]) -> list[Tensor]:
-    """The parts of a stack, each by itself: parameters keep them as their gradients."""
-    return [stack] if len(lengths) == 1 else [part.clone() for part in torch.split(stack, lengths)]
-
-
-def _parts(stacks: Kept, lengths: list[int], used: list[int]) -> Kept:
-    """The parts of stacks that are used."""
-    if len(used) == len(lengths):
-        return stacks
-    return tuple(_whole([torch.split(stack, lengths)[each] for each in used]) for stack in stacks)
-
-
-def _made(function: _Function, entries: Tensor, size: int, *options: Any) -> Tensor:
-    """What a function makes of entries in any number of dimensions, whose graph is autograd's to keep."""
-    (made,) = _made_of_each(function, [entries], size, *options, shared=False)
-    return made
-
-
-def _made_of_each(
-    function: _Function, entries: Sequence[Tensor], size: int, *options: Any, shared: bool = True
-) -> list[Tensor]:
-    """The same of several, shared by all who use a part of what is made."""
-    stacks = [each if each.dim() == 2 else each.reshape(-1, each.shape[-1]) for each in entries]
-    parts: Any = _OfEntries.apply(function, size, options, shared, *stacks)  # type: ignore[no-untyped-call]
-    return [
-        part if each.dim() == 2 else part.view(*each.shape[:-1], size, size)
-        for part, each in zip(parts, entries, strict=True)
-    ]
+def _of_stack(function: type[torch.autograd.Function], entries: Tensor, size: int, *options: Any) -> Tensor:
+    """A function of a stack of entries ``[n, entries]``, of those in any number of dimensions."""
+    if entries.dim() == 2:
+        return apply(function, entries, size, *options)
+    batch = entries.shape[:-1]
+    return apply(function, entries.reshape(-1, entries.shape[-1]), size, *options).view(*batch, size, size)
 
 
 def plain_cayley(entries: Tensor, size: int) -> Tensor:
@@ -157,28 +86,26 @@ def _quotient(identity: Tensor, K: Tensor) -> Tensor:
 
 def cayley(entries: Tensor, size: int) -> Tensor:
     """`plain_cayley`, of which backward keeps the rotation alone and solves nothing."""
-    return plain_cayley(entries, size) if is_plain() else _made(_CAYLEY, entries, size)
+    return plain_cayley(entries, size) if is_plain() else _of_stack(_Cayley, entries, size)
 
 
-def cayley_of_each(entries: Sequence[Tensor], size: int) -> list[Tensor]:
-    """`cayley` of each of several, at once: for many small ones. Each part, and each use of it, can be differentiated
-    after the others, and what is not used has no gradient."""
-    return [plain_cayley(each, size) for each in entries] if is_plain() else _made_of_each(_CAYLEY, entries, size)
-
-
-def _cayley(entries: Tensor, size: int) -> tuple[Tensor, Kept]:
-    K = _skew(entries, size)
-    R = _product(K) if _is_small(K) else _quotient(_identity_of(K), K)
-    return R, (R,)
-
-
-def _cayley_gradient(gradient: Tensor, R: Tensor) -> Tensor:
+class _Cayley(torch.autograd.Function):
     """With (I + K)^-1 = (I + R) / 2, a step dK turns R by -(I + R) dK (I + R) / 2."""
-    around = (R + _identity_of(R)).mT
-    return torch.bmm(torch.bmm(around, gradient), around * -0.5)
+
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, size: int) -> Tensor:
+        K = _skew(entries, size)
+        R = _product(K) if _is_small(K) else _quotient(_identity_of(K), K)
+        ctx.save_for_backward(R)
+        return R
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (R,), (gradient,) = ctx.saved_tensors, gradients
+        around = (R + _identity_of(R)).mT
+        return _of_entries(torch.bmm(torch.bmm(around, gradient), around * -0.5)), None
 
 
-_CAYLEY = _Function(_cayley, _cayley_gradient)
 WIDE = 16
 """Matrices of this size and wider take longer to solve than six products of them."""
 SMALL = {dtype: math.sqrt(2) * torch.finfo(dtype).eps ** (1 / 16) for dtype in (torch.float32, torch.float64)}
@@ -217,51 +144,48 @@ def plain_neumann(entries: Tensor, size: int, terms: int) -> Tensor:
 
 def neumann(entries: Tensor, size: int, terms: int) -> Tensor:
     """`plain_neumann`, of which backward keeps two matrices alone."""
-    return _by_product(entries, size, terms) if is_plain() else _made(_NEUMANN, entries, size, terms)
-
-
-def neumann_of_each(entries: Sequence[Tensor], size: int, terms: int) -> list[Tensor]:
-    """`neumann` of each, as `cayley_of_each`."""
     if is_plain():
-        return [_by_product(each, size, terms) for each in entries]
-    return _made_of_each(_NEUMANN, entries, size, terms)
+        K = plain_skew(entries, size)
+        stack = K.reshape(-1, size, size)
+        return _series(stack, _first_sum(stack), terms).view(K.shape)
+    return _of_stack(_Neumann, entries, size, terms)
 
 
-def _by_product(entries: Tensor, size: int, terms: int) -> Tensor:
-    K = plain_skew(entries, size)
-    stack = K.reshape(-1, size, size)
-    return _series(stack, _first_sum(stack), terms).view(K.shape)
-
-
-def _neumann(entries: Tensor, size: int, terms: int) -> tuple[Tensor, Kept]:
-    K = _skew(entries, size)
-    first = _first_sum(K)
-    return _series(K, first, terms), (K, first)
-
-
-def _neumann_gradient(gradient: Tensor, K: Tensor, first: Tensor, terms: int) -> Tensor:
+class _Neumann(torch.autograd.Function):
     """Sums of even powers are symmetric, and K^T = -K. The gradient of K^2 by way of K is -(Q K + K Q), Q that of the
     square; along what is skew-symmetric, as every change of K, -(Q + Q^T) K is the same."""
-    pair, sums = _factors(K, first, terms)
-    even, of_even = terms % 2 == 0, gradient
-    if even:
-        gradient = torch.bmm(K, gradient)
-    of_pair = of_square = gradient
-    if sums:
-        of_pair = of_square = torch.bmm(sums[-1], gradient)
-        left, right = gradient, pair.mT  # whose product is the gradient of the last sum
-        for below in reversed(sums[:-1]):
-            of_sum = torch.bmm(left, right)
-            of_square = torch.baddbmm(of_square, of_sum, below)
-            left, right = first - _identity_of(K), of_sum
-        of_square = torch.baddbmm(of_square, left, right)
-    of_K = torch.baddbmm(of_pair, of_square + of_square.mT, K, beta=-2, alpha=-1)
-    if even:
-        of_K = torch.baddbmm(of_K - of_even, of_even, _odd_series(pair, sums).mT, alpha=-1)
-    return of_K
 
+    @staticmethod
+    def forward(ctx: Any, entries: Tensor, size: int, terms: int) -> Tensor:
+        K = _skew(entries, size)
+        first = _first_sum(K)
+        ctx.size, ctx.terms = size, terms
+        ctx.save_for_backward(entries, K, first)
+        return _series(K, first, terms)
 
-_NEUMANN = _Function(_neumann, _neumann_gradient)
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        (entries, K, first), (gradient,) = ctx.saved_tensors, gradients
+        if torch.is_grad_enabled():  # backward is differentiated too, and what forward made has no graph
+            K = plain_skew(entries, ctx.size)
+            first = _first_sum(K)
+        pair, sums = _factors(K, first, ctx.terms)
+        even, of_even = ctx.terms % 2 == 0, gradient
+        if even:
+            gradient = torch.bmm(K, gradient)
+        of_pair = of_square = gradient
+        if sums:
+            of_pair = of_square = torch.bmm(sums[-1], gradient)
+            left, right = gradient, pair.mT  # whose product is the gradient of the last sum
+            for below in reversed(sums[:-1]):
+                of_sum = torch.bmm(left, right)
+                of_square = torch.baddbmm(of_square, of_sum, below)
+                left, right = first - _identity_of(K), of_sum
+            of_square = torch.baddbmm(of_square, left, right)
+        of_K = torch.baddbmm(of_pair, of_square + of_square.mT, K, beta=-2, alpha=-1)
+        if even:
+            of_K = torch.baddbmm(of_K - of_even, of_even, _odd_series(pair, sums).mT, alpha=-1)
+        return _of_entries(of_K), None, None
 
 
 def _first_sum(K: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ Use it where fine-tuning must keep what the base knows: subject-driven diffusion
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
@@ -80,16 +80,6 @@ class OFTOperator(WeightOperator):
 
     def prepare(self, held: Held) -> Tensor:
         return self.rotation()
-
-    def alike(self) -> tuple[int, int | None]:
-        return self.size, self.series
-
-    @classmethod
-    def prepare_all(cls, operators: Sequence[OFTOperator]) -> Sequence[Tensor]:
-        entries, one = [each.entries() for each in operators], operators[0]
-        if one.series is None:
-            return kernels.cayley_of_each(entries, one.size)
-        return kernels.neumann_of_each(entries, one.size, one.series)
 
     def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: Tensor) -> Tensor:
         return self.layer.rotated(call, x, prepared, exact=self.series is None)
