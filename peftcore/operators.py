@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import NotMergeable
-from peftcore.light import LightModule
 
 if TYPE_CHECKING:
     from peftcore.sites import Site
@@ -28,7 +27,7 @@ Factors = tuple[Tensor, Tensor, float]
 rank]``."""
 
 
-class Checked(LightModule):
+class Checked(nn.Module):
     """A module whose values can be wrong though their shapes and dtypes are right, such as places in a weight. What a
     file holds is checked before the host changes."""
 
