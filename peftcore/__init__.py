@@ -19,7 +19,17 @@ from peftcore.compositions import (
 from peftcore.contract import Method, MethodConfig, MethodInfo, Tags
 from peftcore.hookspecs import API, hookimpl
 from peftcore.injection import Injection
-from peftcore.operators import Combiner, Operator, Replacement, WeightOperator, on_first
+from peftcore.kernels import cast_operands, dropped_linear, matmul_transposed, runs_plain
+from peftcore.operators import (
+    Combiner,
+    Held,
+    Operator,
+    Replacement,
+    Shared,
+    WeightOperator,
+    full_precision,
+    on_first,
+)
 from peftcore.planning import Plan
 from peftcore.quantization import dequantize, quantize, schemes
 from peftcore.records import Call, Tap, current_call
@@ -29,6 +39,7 @@ from peftcore.sites import Site
 from peftcore.surgery import Surgeon
 from peftcore.training.batches import Batch, Batches
 from peftcore.training.optimizer import GradientRule
+from peftcore.weights import Layer
 
 __version__ = "0.1.0"
 
@@ -44,7 +55,9 @@ __all__ = [
     "Combiner",
     "Fuse",
     "GradientRule",
+    "Held",
     "Injection",
+    "Layer",
     "Method",
     "MethodConfig",
     "MethodInfo",
@@ -53,6 +66,7 @@ __all__ = [
     "Replacement",
     "SequenceOperator",
     "SequenceSite",
+    "Shared",
     "Site",
     "Split",
     "Stack",
@@ -64,14 +78,18 @@ __all__ = [
     "activate",
     "apply",
     "call",
+    "cast_operands",
     "combine",
     "current_call",
     "deltas",
     "dequantize",
+    "dropped_linear",
+    "full_precision",
     "hookimpl",
     "injections",
     "load",
     "load_composition",
+    "matmul_transposed",
     "method",
     "methods",
     "on_first",
@@ -79,6 +97,7 @@ __all__ = [
     "quantize",
     "register",
     "route",
+    "runs_plain",
     "save_composition",
     "saving_base",
     "schemes",

@@ -32,7 +32,7 @@ from peftcore.attention import attributes
 from peftcore.calls import HostState, Route
 from peftcore.compositions import composed
 from peftcore.derived import Remade
-from peftcore.kernels import is_plain, saves_elsewhere, transformed
+from peftcore.kernels import runs_plain, saves_elsewhere, transformed
 from peftcore.operators import is_mergeable
 from peftcore.rows import OfSomeRows, Once, add_updates, each_its_own, select_rows
 from peftcore.sharding import MANAGED, whole
@@ -111,7 +111,7 @@ def _run_view(
 def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwargs: Any) -> Any:
     """The base forward on the view. In training the effective weight does not outlive its use: it is computed again in
     backward. Where the module reads what has low-rank updates it is not made at all, unless it is wanted."""
-    if not acting.derives or is_plain():
+    if not acting.derives or runs_plain():
         return _on_view(module, acting, args, kwargs)
     if not torch.is_grad_enabled():
         return _run_view(module, acting, _without_gradients(slot, module, acting), args, kwargs)

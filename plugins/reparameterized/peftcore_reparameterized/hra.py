@@ -28,9 +28,8 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import Held, Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.errors import UnsupportedSite
-from peftcore.operators import Held
 from peftcore_reparameterized._rotations import rows, weight_of, width
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from peftcore import kernels
 from peftcore.errors import CheckpointError
 from peftcore.interop.found import Found
 from peftcore.interop.keys import Keys
 from peftcore.interop.peft_layers import not_added, uneven
 from peftcore.interop.peft_method import PeftMethod
 from peftcore.interop.places import Place
+from peftcore_reparameterized._kernels import plain_skew
 
 
 class PeftBOFT(PeftMethod):
@@ -65,5 +65,5 @@ class PeftBOFT(PeftMethod):
 
     def write(self, place: Place) -> dict[str, Tensor]:
         gain = place.operator.gain.detach()
-        K = kernels.plain_skew(place.operator.K.detach(), place.operator.size).to(gain.dtype)
+        K = plain_skew(place.operator.K.detach(), place.operator.size).to(gain.dtype)
         return {"boft_R": K, "boft_s": gain.view(1, -1) if place.site.kernel else gain.view(-1, 1)}

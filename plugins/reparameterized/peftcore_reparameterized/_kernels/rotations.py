@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcore.kernels.autograd import apply, is_plain, operands
+from peftcore import Layer, cast_operands, runs_plain
 
 
 def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
@@ -20,9 +21,9 @@ def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
 
 def rotate(x: Tensor, R: Tensor) -> Tensor:
     """`plain_rotate`, with as few passes over memory as the device likes best."""
-    if is_plain() or R.shape[0] == 1:
+    if runs_plain() or R.shape[0] == 1:
         return plain_rotate(x, R)
-    return apply(_Rotate, x, R)
+    return _Rotate.apply(x, R)
 
 
 class _Rotate(torch.autograd.Function):
@@ -88,6 +89,19 @@ def _where_they_lie(x: Tensor, R: Tensor) -> Tensor:
 # A linear layer of turned inputs
 
 
+def rotated(layer: Layer, call: Callable[..., Tensor], x: Tensor, R: Tensor, exact: bool = True) -> Tensor:
+    """``call`` of inputs that turn, `call` the inner layer of an operator.
+
+    Args:
+        layer: that of the site, which does to each vector of x the same (`Layer.of_vectors`).
+        x: its input, ``[..., in]``.
+        R: blocks ``[blocks, size, size]`` of any dtype, of which one may stand for all.
+        exact: whether R are rotations indeed, so that their transposes are their inverses.
+    """
+    own = layer.frozen_linear(call, x, x.shape[-1])
+    return call(rotate(x, R.to(x.dtype))) if own is None else rotated_linear(x, *own, R, exact)
+
+
 def plain_rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
     """``weight R^T x + bias``: the layer of rows that `plain_rotate` turns."""
     return F.linear(plain_rotate(x, R), weight, bias)
@@ -99,14 +113,15 @@ def rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor, ex
     Args:
         exact: whether R are rotations indeed, so that their transposes are their inverses.
     """
-    x, weight, bias = operands(x, weight, bias)
+    x, weight, bias = cast_operands(x, weight, bias)
     R = R.to(weight.dtype)
-    if is_plain():
+    if runs_plain():
         return plain_rotated_linear(x, weight, bias, R)
     if R.shape[0] == 1:
         R = R.expand(x.shape[-1] // R.shape[-1], -1, -1)
     many = x.numel() // x.shape[-1] >= 2 * weight.shape[0]
-    return apply(_TurnedWeight if exact and many else _TurnedRows, x, weight, bias, R)
+    function = _TurnedWeight if exact and many else _TurnedRows
+    return function.apply(x, weight, bias, R)
 
 
 class _TurnedRows(torch.autograd.Function):

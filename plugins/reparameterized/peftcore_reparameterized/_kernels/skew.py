@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore.kernels.autograd import apply, is_plain
+from peftcore import runs_plain
 
 
 def plain_skew(entries: Tensor, size: int) -> Tensor:
@@ -40,7 +40,7 @@ def _kept(make: Callable[..., tuple[Tensor, ...]], *key: Any) -> tuple[Tensor, .
     known = _KEPT.get((make, *key))
     if known is None:
         known = make(*key)
-        if not is_plain() and all(type(each) is Tensor and not each.is_inference() for each in known):
+        if not runs_plain() and all(type(each) is Tensor and not each.is_inference() for each in known):
             _KEPT[make, *key] = known
     return known
 
@@ -66,9 +66,9 @@ def _identity_of(K: Tensor) -> Tensor:
 def _of_stack(function: type[torch.autograd.Function], entries: Tensor, size: int, *options: Any) -> Tensor:
     """A function of a stack of entries ``[n, entries]``, of those in any number of dimensions."""
     if entries.dim() == 2:
-        return apply(function, entries, size, *options)
+        return function.apply(entries, size, *options)
     batch = entries.shape[:-1]
-    return apply(function, entries.reshape(-1, entries.shape[-1]), size, *options).view(*batch, size, size)
+    return function.apply(entries.reshape(-1, entries.shape[-1]), size, *options).view(*batch, size, size)
 
 
 def plain_cayley(entries: Tensor, size: int) -> Tensor:
@@ -86,7 +86,7 @@ def _quotient(identity: Tensor, K: Tensor) -> Tensor:
 
 def cayley(entries: Tensor, size: int) -> Tensor:
     """`plain_cayley`, of which backward keeps the rotation alone and solves nothing."""
-    return plain_cayley(entries, size) if is_plain() else _of_stack(_Cayley, entries, size)
+    return plain_cayley(entries, size) if runs_plain() else _of_stack(_Cayley, entries, size)
 
 
 class _Cayley(torch.autograd.Function):
@@ -144,7 +144,7 @@ def plain_neumann(entries: Tensor, size: int, terms: int) -> Tensor:
 
 def neumann(entries: Tensor, size: int, terms: int) -> Tensor:
     """`plain_neumann`, of which backward keeps two matrices alone."""
-    if is_plain():
+    if runs_plain():
         K = plain_skew(entries, size)
         stack = K.reshape(-1, size, size)
         return _series(stack, _first_sum(stack), terms).view(K.shape)

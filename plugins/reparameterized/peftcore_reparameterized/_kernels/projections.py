@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from peftcore.kernels.autograd import apply, is_plain
+from peftcore import runs_plain
 
 
 def plain_projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
@@ -26,14 +26,14 @@ def projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
     An input that nothing computed may be written to by its owner in ways that nobody sees (`x.data`); one product more
     is made for that.
     """
-    if is_plain() or A.requires_grad:
+    if runs_plain() or A.requires_grad:
         return plain_projected(x, A, dtype)
     if not torch.is_grad_enabled() or x.grad_fn is None or A.is_inference():
-        return apply(_Project, x.to(dtype), A.to(dtype))
+        return _Project.apply(x.to(dtype), A.to(dtype))
     asked = _Asked(x, A, dtype)
     found = _LAST.find(asked)
     if found is None:
-        found = apply(_Project, x.to(dtype), A.to(dtype))
+        found = _Project.apply(x.to(dtype), A.to(dtype))
         _LAST.asked, _LAST.found = asked, TensorWeakRef(found)
     return found
 
