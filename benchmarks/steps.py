@@ -20,8 +20,6 @@ WANTED = {
     "lora, dropout 0.1": 0.8,
     "dora": 0.6,
     "dora, frugal": math.inf,
-    "oft": 0.6,
-    "oft, exact": 0.6,
     "boft": 0.6,
     "boft, frugal": 0.6,
     "hra": 0.6,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from peftcore.surgery import Surgeon
     from peftcore.weights import Layer
 
-API = 1
+API = 2
 """The version of these specifications; a plugin states the one it was written for as ``PEFTCORE_API``."""
 
 hookspec = pluggy.HookspecMarker("peftcore")

@@ -16,7 +16,7 @@ from peftcore.quantization import Scheme
 from peftcore.stances import Stance
 from peftcore.weights import Layer
 
-PEFTCORE_API = 1
+PEFTCORE_API = 2
 
 
 class Apply(torch.autograd.Function):

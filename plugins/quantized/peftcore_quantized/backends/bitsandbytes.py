@@ -25,7 +25,7 @@ from peftcore.quantization import Scheme
 from peftcore.stances import Stance
 from peftcore.weights import Layer
 
-PEFTCORE_API = 1
+PEFTCORE_API = 2
 
 
 def _nn() -> Any:

@@ -17,7 +17,7 @@ from peftcore.packing import Packed, packed_layer
 from peftcore.quantization import Scheme
 from peftcore.weights import Layer
 
-PEFTCORE_API = 1
+PEFTCORE_API = 2
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from peftcore.packing import Packed, packed_layer
 from peftcore.quantization import Scheme
 from peftcore.weights import Layer
 
-PEFTCORE_API = 1
+PEFTCORE_API = 2
 
 
 def _packed(weight: Tensor, config: Any) -> nn.Module:
