@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import peftcore.catalogue
+import peftcore.registry.catalogue
 
 torch.set_num_threads(1)
 gc.set_threshold(100_000, 20, 20)  # looking through all that torch and transformers made took a fifteenth of all time
@@ -35,10 +35,10 @@ def seeds() -> None:
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
     """What a test registers at run time ends with it: other tests go through all methods that there are."""
-    before = dict(peftcore.catalogue._registered)
+    before = dict(peftcore.registry.catalogue._registered)
     yield
-    peftcore.catalogue._registered.clear()
-    peftcore.catalogue._registered.update(before)
+    peftcore.registry.catalogue._registered.clear()
+    peftcore.registry.catalogue._registered.update(before)
 
 
 TOGETHER = (

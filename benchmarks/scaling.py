@@ -23,7 +23,7 @@ from benchmarks.contenders import LORA, limit_step, training_step
 from benchmarks.hosts import PROJECTIONS, llama, tokens
 from benchmarks.serving import forward
 from benchmarks.timing import take_turns
-from peftcore.targets import Target
+from peftcore.targets.resolver import Target
 
 T = TypeVar("T")
 Costs = dict[str, float]

@@ -1,26 +1,11 @@
 """peftcore: a registry of parameter-efficient fine-tuning methods that anyone extends without touching its core."""
 
-from peftcore.applying import apply, plan
-from peftcore.attention import Attend, AttentionOperator
-from peftcore.attention_sites import AttentionSite
-from peftcore.calls import activate, call, injections, route
-from peftcore.catalogue import method, methods, register
-from peftcore.checkpoint import load
-from peftcore.combining import combine, deltas, to_lora
-from peftcore.compositions import (
-    Average,
-    Fuse,
-    Split,
-    Stack,
-    Sum,
-    load_composition,
-    save_composition,
-)
-from peftcore.contract import Method, MethodConfig, MethodInfo, Tags
-from peftcore.hookspecs import API, hookimpl
-from peftcore.injection import Injection
-from peftcore.kernels import cast_operands, dropped_linear, matmul_transposed, runs_plain
-from peftcore.operators import (
+from peftcore.algebra.combining import combine, deltas, to_lora
+from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
+from peftcore.contract.config import MethodConfig
+from peftcore.contract.hookspecs import API, hookimpl
+from peftcore.contract.method import Method, Tags
+from peftcore.contract.operators import (
     Combiner,
     Held,
     Operator,
@@ -30,16 +15,26 @@ from peftcore.operators import (
     full_precision,
     on_first,
 )
-from peftcore.planning import Plan
-from peftcore.quantization import dequantize, quantize, schemes
-from peftcore.records import Call, Tap, current_call
-from peftcore.saving import saving_base
-from peftcore.sequence import SequenceOperator, SequenceSite
-from peftcore.sites import Site
-from peftcore.surgery import Surgeon
+from peftcore.files.compositions import load_composition, save_composition
+from peftcore.files.save_load import load
+from peftcore.forward.attention import Attend, AttentionOperator
+from peftcore.forward.context import Call, Tap, current_call
+from peftcore.forward.host_state import injections
+from peftcore.forward.save_pretrained import saving_base
+from peftcore.injection.applying import apply, plan
+from peftcore.injection.injection import Injection
+from peftcore.injection.quantization import dequantize, quantize, schemes
+from peftcore.injection.switching import activate, call, route
+from peftcore.layers.kernels import cast_operands, dropped_linear, matmul_transposed, runs_plain
+from peftcore.layers.layer import Layer
+from peftcore.registry.catalogue import MethodInfo, method, methods, register
+from peftcore.surgery.planning import Plan
+from peftcore.surgery.surgeon import Surgeon
+from peftcore.targets.attention_sites import AttentionSite
+from peftcore.targets.sequence import SequenceOperator, SequenceSite
+from peftcore.targets.sites import Site
 from peftcore.training.batches import Batch, Batches
 from peftcore.training.optimizer import GradientRule
-from peftcore.weights import Layer
 
 __version__ = "0.1.0"
 

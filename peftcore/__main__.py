@@ -1,6 +1,6 @@
 """``python -m peftcore`` is the command line ``peftcore``."""
 
-from peftcore.cli import main
+from peftcore.cli.entry import main
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,7 @@ MODULES: Mapping[str, Sequence[str]] = {
     "peftcore": (),
     "peftcore.training": (),
     "peftcore.testing": (),
-    "peftcore.interop": ("peftcore.interop.formats", "peftcore.interop.description"),
+    "peftcore.files.formats": ("peftcore.files.formats.format", "peftcore.files.formats.description"),
 }
 """Packages, and the modules that say what is public where the package itself has no names."""
 

@@ -17,14 +17,14 @@ from pathlib import Path
 import transformers
 
 import peftcore
-from peftcore.cli.looking.costs import costs
-from peftcore.cli.looking.recorded import Wanted
-from peftcore.cli.models.example_inputs import Size
-from peftcore.cli.numbers import size
-from peftcore.contract import Tags
+from peftcore.authoring.budgets import reference
+from peftcore.comparing.models.example_inputs import Size
+from peftcore.comparing.numbers import size
+from peftcore.comparing.plans.costs import costs
+from peftcore.comparing.plans.recorded import Wanted
+from peftcore.contract.method import Tags
 from peftcore.errors import PeftcoreError
-from peftcore.plugins import imported, named_places
-from peftcore.references import reference
+from peftcore.registry.plugins import imported, named_places
 
 ROOT = Path(__file__).parents[2]
 HOSTS = ("Llama 2 7B", "BERT base", "ViT base", "ResNet-50", "SD 1.5 UNet")

@@ -13,17 +13,17 @@ from torch import nn
 
 import peftcore
 import snippets
-from peftcore.applying import host_map, prepare, resolve_method, wishes_of
-from peftcore.branches import Bypass, is_post_norm
-from peftcore.cli.looking.quiet import unlogged
+from peftcore.authoring.branches import Bypass, is_post_norm
+from peftcore.authoring.budgets import reference
+from peftcore.comparing.quiet import unlogged
+from peftcore.contract.operators import Combiner, Operator, Replacement, WeightOperator
 from peftcore.errors import ConfigError, PeftcoreError
-from peftcore.hosts import HostEntry, HostMap
-from peftcore.hosts.hostmap import part_roles
-from peftcore.hosts.vocabulary import FUSED_ROLES, OTHER
-from peftcore.operators import Combiner, Operator, Replacement, WeightOperator
-from peftcore.references import reference
-from peftcore.sites import Site
-from peftcore.surgery import Graft, Surgeon
+from peftcore.injection.applying import host_map, prepare, resolve_method, wishes_of
+from peftcore.roles import HostEntry, HostMap
+from peftcore.roles.hostmap import part_roles
+from peftcore.roles.vocabulary import FUSED_ROLES, OTHER
+from peftcore.surgery.surgeon import Graft, Surgeon
+from peftcore.targets.sites import Site
 
 HOSTS = ("Llama 2 7B", "BERT base", "ViT base", "T5 small", "CLIP text", "SD 1.5 UNet", "ResNet-50")
 HOSTS_OF: Mapping[str, tuple[str, ...]] = {

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from diagram_places import FRAME, SEQUENCE, Drawn, Key, keys_of, parts
-from peftcore.hosts import HostEntry
-from peftcore.hosts.vocabulary import OTHER
+from peftcore.roles import HostEntry
+from peftcore.roles.vocabulary import OTHER
 
 STAGES = {"down_blocks": 1, "mid_block": 2, "up_blocks": 3}
 """Of a UNet, which has them in another order."""

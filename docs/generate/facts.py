@@ -17,14 +17,15 @@ import peftcore
 import snippets
 from diagram import svg
 from kept import ROOT, kept
-from peftcore.attention import AttentionOperator
-from peftcore.cli.looking.quiet import unlogged
-from peftcore.cli.looking.recorded import Recorded, Wanted
+from peftcore.authoring.budgets import REFERENCES, reference
 from peftcore.cli.looking.show import Shown
-from peftcore.contract import CATEGORIES, Method, MethodInfo
-from peftcore.operators import Operator, Replacement, WeightOperator
-from peftcore.references import REFERENCES, reference
-from peftcore.sequence import SequenceOperator
+from peftcore.comparing.plans.recorded import Recorded, Wanted
+from peftcore.comparing.quiet import unlogged
+from peftcore.contract.method import CATEGORIES, Method
+from peftcore.contract.operators import Operator, Replacement, WeightOperator
+from peftcore.forward.attention import AttentionOperator
+from peftcore.registry.catalogue import MethodInfo
+from peftcore.targets.sequence import SequenceOperator
 
 MADE_OF_OTHERS = "made of other methods"
 SEVERAL = "several ways at once"

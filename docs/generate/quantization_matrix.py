@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from peftcore.catalogue import methods
 from peftcore.errors import PeftcoreError
+from peftcore.registry.catalogue import methods
 from peftcore.testing.checks_packed import HOSTS, Life, installed_schemes, life
 from peftcore.testing.doors import Declared
 from peftcore.testing.kit import Case, NotApplicable

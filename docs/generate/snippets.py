@@ -16,9 +16,9 @@ from typing import Any
 from torch import nn
 
 import peftcore
-from peftcore.contract import Method
+from peftcore.contract.method import Method
 from peftcore.errors import PeftcoreError
-from peftcore.quantization import schemes
+from peftcore.injection.quantization import schemes
 
 EXAMPLE = "Example:"
 

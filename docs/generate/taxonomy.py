@@ -15,7 +15,7 @@ import facts
 from facts import Facts
 from method_pages import badge
 from peftcore.cli.looking.show import TAGS
-from peftcore.contract import CATEGORIES
+from peftcore.contract.method import CATEGORIES
 
 TITLES = {
     "additive": "New parts, beside or in front of what the model has",

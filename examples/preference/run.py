@@ -23,7 +23,7 @@ from torch import Tensor
 from trl import DPOConfig, DPOTrainer
 
 import peftcore
-from peftcore.cli.errors import package_folder
+from peftcore.comparing.packages import package_folder
 from peftcore.training import PeftcoreCallback
 
 HERE = Path(__file__).parent

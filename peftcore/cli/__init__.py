@@ -1,28 +1,16 @@
-"""The command line ``peftcore``: a typer application to which each command module adds itself.
+"""The command line ``peftcore``, the face of `peftcore.comparing`: it reads what is typed, and prints what came of it.
 
 Its dependencies belong to the extra ``peftcore[cli]`` and are imported when a command runs: ``import peftcore`` stays
 light, and an installation without the extra says what to install instead of failing at import.
+
+It may import all of peftcore, and nothing imports it but ``peftcore.__main__``. In the order of reading:
+
+- `entry`: where it starts.
+- `app`: the typer application, and what its commands have in common.
+- `commands`: one module a kind of command; each imports what does its work when it runs.
+- `pages`: consoles, tables and JSON, of which all that is printed is made.
+- `looking`: what the commands print that look and change nothing.
+- `printing`: what the commands print that train.
+- `adapters`: the commands on adapter files, in the words of their options.
+- `authoring`: ``peftcore new``, and its templates.
 """
-
-from __future__ import annotations
-
-import sys
-
-from peftcore.cli.errors import MissingPackage, require
-
-EXTRA = (
-    *("typer", "rich", "yaml", "packaging", "psutil", "matplotlib"),
-    *("transformers", "accelerate", "datasets", "tensorboard"),
-)
-
-
-def main() -> None:
-    """Run the command line on ``sys.argv``. Exit code 0: all is well, 2: bad input, 1: an internal failure."""
-    try:
-        require(dict.fromkeys(EXTRA, "peftcore[cli]"))
-    except MissingPackage as error:
-        print(f"Error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    from peftcore.cli.commands import app
-
-    app(prog_name="peftcore")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftcore.cli.errors import BadInput
+from peftcore.comparing.errors import BadInput
 from peftcore.errors import PeftcoreError
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
@@ -29,7 +29,7 @@ def settings(given: list[str] | None, flag: str = "--set", example: str = "train
     Raises:
         BadInput: one of them has no name, or a name is given twice.
     """
-    from peftcore.cli.training.runs import parse
+    from peftcore.comparing.runs.reading import parse
 
     found: dict[str, Any] = {}
     for each in given or ():

@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftcore.errors import MergeError
-from peftcore.plugins import layer_of
+from peftcore.registry.plugins import layer_of
 from peftcore.testing.quantizers import LINEAR, Packing, check
 from peftcore.testing.tools import KINDS
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.contract import Method
-from peftcore.injection import Injection
+from peftcore.contract.method import Method
+from peftcore.injection.injection import Injection
 from peftcore.testing.checks_training import backward
 from peftcore.testing.kit import Case, check
 from peftcore.testing.tools import differences, raises, trace

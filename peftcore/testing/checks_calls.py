@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
-from peftcore.calls import Route, state_of
 from peftcore.errors import RouteError
-from peftcore.injection import Injection
+from peftcore.forward.choice import Route
+from peftcore.forward.host_state import state_of
+from peftcore.injection.injection import Injection
 from peftcore.testing.checks_training import backward, expect_same_gradients, gradients_of, loss
 from peftcore.testing.kit import TOLERANCES, Case, NotApplicable, check
 from peftcore.testing.tools import raises

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from peftcore.config import validate_json
+from peftcore.contract.config import validate_json
+from peftcore.contract.operators import Replacement
 from peftcore.errors import ConfigError
-from peftcore.operators import Replacement
 from peftcore.testing.kit import Case, check
 from peftcore.testing.tools import differences, raises, trace
 

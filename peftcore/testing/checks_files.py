@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peftcore
-from peftcore.files import TensorFile
-from peftcore.injection import Injection
-from peftcore.interop.card import CARD
-from peftcore.interop.native import ENVELOPE, METADATA, TENSORS
+from peftcore.files.formats.card import CARD
+from peftcore.files.formats.native import ENVELOPE, METADATA, TENSORS
+from peftcore.files.safe_io import TensorFile
+from peftcore.injection.injection import Injection
 from peftcore.testing.kit import Case, NotApplicable, check, fill
 from peftcore.testing.tools import findable
 

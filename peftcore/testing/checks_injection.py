@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import InactiveSite, TargetError, UnsupportedSite
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.testing.kit import Case, NotApplicable, check, fill
 from peftcore.testing.probes import Holder, Interrupted, Unused, Wrapper, counted_calls, interrupted, zoo
 from peftcore.testing.tools import differences, raises, trace

@@ -11,7 +11,7 @@ from torch import nn
 
 import peftcore
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.testing.kit import Case, NotApplicable, check
 from peftcore.testing.tasks import PICTURE, STEPS, TASKS, Batch, Task, full_fine_tuning
 

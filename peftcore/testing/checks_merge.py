@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.contract import Tags
+from peftcore.contract.method import Tags
 from peftcore.errors import MergeError, NotMergeable
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.testing.kit import Case, NotApplicable, check
 from peftcore.testing.tools import differences, raises, trace
 

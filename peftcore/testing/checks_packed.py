@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import MergeError, NotMergeable, TargetError
-from peftcore.injection import Injection
-from peftcore.merging import MergeReport
-from peftcore.packing import Packed
-from peftcore.plugins import layer_of
-from peftcore.quantization import dequantize, scheme_class, schemes
+from peftcore.injection.injection import Injection
+from peftcore.injection.merging import MergeReport
+from peftcore.injection.quantization import dequantize, scheme_class, schemes
+from peftcore.injection.quantized_layer import Packed
+from peftcore.registry.plugins import layer_of
 from peftcore.testing.checks_training import backward, expect_same_gradients
 from peftcore.testing.kit import ALL, Case, NotApplicable, check
 from peftcore.testing.tools import findable

@@ -17,14 +17,14 @@ from torch import nn
 
 import peftcore
 from peftcore.errors import QuantizationError
-from peftcore.plugins import layer_of
-from peftcore.quantization import quantize, scheme, scheme_class
+from peftcore.injection.quantization import quantize, scheme, scheme_class
+from peftcore.layers.layer import Transposed
+from peftcore.registry.plugins import layer_of
 from peftcore.testing.failures import CheckFailed
 from peftcore.testing.hosts import gpt2
 from peftcore.testing.kit import NotApplicable, fill
 from peftcore.testing.quantizers import LINEAR, Packing, check
 from peftcore.testing.tools import Kinds, differences, raises, trace
-from peftcore.weights import Transposed
 
 USELESS = 0.3
 """The error of a round trip from which on a scheme is no use: more than formats of 3 bits have."""

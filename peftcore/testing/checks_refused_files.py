@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import CheckpointError, ConfigError, HostMismatch, NewerFormat, UnknownMethod
-from peftcore.files import TensorFile, write_tensors
-from peftcore.interop.native import METADATA, TENSORS
-from peftcore.sites import Site
+from peftcore.files.formats.native import METADATA, TENSORS
+from peftcore.files.safe_io import TensorFile, write_tensors
+from peftcore.targets.sites import Site
 from peftcore.testing.checks_files import ONE, saved
 from peftcore.testing.kit import Case, check
 from peftcore.testing.tools import differences, raises, trace

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.testing.kit import Case, NotApplicable, check
 from peftcore.testing.tools import differences, findable, partners, raises, trace, without_fast_paths
 

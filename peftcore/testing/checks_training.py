@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.testing.kit import TOLERANCES, Case, NotApplicable, check
 
 

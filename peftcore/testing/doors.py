@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from peftcore.catalogue import method as find_method
-from peftcore.contract import Method
+from peftcore.contract.method import Method
 from peftcore.errors import ConfigError
+from peftcore.registry.catalogue import method as find_method
 from peftcore.testing.failures import CheckFailed
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import ALL, ANYWHERE, Case, Check, Context, NotApplicable, cases

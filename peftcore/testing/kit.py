@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.contract import Method, Tags
+from peftcore.contract.method import Method, Tags
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.injection import Injection
-from peftcore.surgery import generator_kept
+from peftcore.injection.injection import Injection
+from peftcore.surgery.surgeon import generator_kept
 from peftcore.testing.failures import CheckFailed, explained
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peftcore.contract import Method, MethodConfig
-from peftcore.plugins import registry
+from peftcore.contract.config import MethodConfig
+from peftcore.contract.method import Method
+from peftcore.registry.plugins import registry
 
 
 class Holder(nn.Module):

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError
-from peftcore.injection import Injection
-from peftcore.plugins import layer_of
-from peftcore.quantization import Scheme, quantize, scheme, scheme_class
+from peftcore.injection.injection import Injection
+from peftcore.injection.quantization import Scheme, quantize, scheme, scheme_class
+from peftcore.registry.plugins import layer_of
 from peftcore.testing.doors import Result, judged, parametrized
 from peftcore.testing.kit import TOLERANCES, Check, Expecting, NotApplicable, fill
 from peftcore.testing.tools import Kinds, Trace, differences, trace

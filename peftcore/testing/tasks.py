@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.surgery import generator_kept
+from peftcore.surgery.surgeon import generator_kept
 from peftcore.testing.kit import NotApplicable
 
 Batch = dict[str, Tensor]

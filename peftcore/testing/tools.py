@@ -13,14 +13,15 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 import peftcore
-from peftcore import catalogue
-from peftcore.contract import Method, MethodConfig, Tags
+from peftcore.contract.config import MethodConfig
+from peftcore.contract.method import Method, Tags
+from peftcore.contract.operators import Operator, WeightOperator
 from peftcore.errors import AmbiguousMethod, UnknownMethod
-from peftcore.injection import Injection
-from peftcore.operators import Operator, WeightOperator
-from peftcore.plugins import layer_of
-from peftcore.sites import Site
-from peftcore.surgery import Surgeon
+from peftcore.injection.injection import Injection
+from peftcore.registry import catalogue
+from peftcore.registry.plugins import layer_of
+from peftcore.surgery.surgeon import Surgeon
+from peftcore.targets.sites import Site
 from peftcore.testing.kit import Case, Expecting, fill
 
 Trace = dict[str, Any]

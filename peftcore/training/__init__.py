@@ -6,7 +6,7 @@ from peftcore.training.batches import Batch, Batches
 from peftcore.training.optimizer import GradientRule, MethodOptimizer
 
 if TYPE_CHECKING:
-    from peftcore.training.callback import PeftcoreCallback
+    from peftcore.trainers.callback import PeftcoreCallback
 
 __all__ = ["Batch", "Batches", "GradientRule", "MethodOptimizer", "PeftcoreCallback"]
 
@@ -14,7 +14,7 @@ __all__ = ["Batch", "Batches", "GradientRule", "MethodOptimizer", "PeftcoreCallb
 def __getattr__(name: str) -> Any:
     """The callback is a class of transformers', which is imported when the callback is first asked for."""
     if name == "PeftcoreCallback":
-        from peftcore.training.callback import PeftcoreCallback
+        from peftcore.trainers.callback import PeftcoreCallback
 
         return PeftcoreCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import CalibrationError
-from peftcore.progress import through
+from peftcore.utils.progress import through
 
 if TYPE_CHECKING:
-    from peftcore.injection import Injection
+    from peftcore.injection.injection import Injection
 
 Data = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any]]
 """Batches: mappings are called as ``model(**batch)``, tuples and lists as ``model(*batch)``; a function of the model

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftcore.errors import TrainingError
-from peftcore.sharding import gathered, stand_ins_for, standing
+from peftcore.layers.fsdp import gathered, stand_ins_for, standing
 
 if TYPE_CHECKING:
-    from peftcore.injection import Injection
+    from peftcore.injection.injection import Injection
 
 KEY = "peftcore"
 """Under this key of an optimizer's state dict stands what a `MethodOptimizer` adds."""

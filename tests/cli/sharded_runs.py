@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from silent import Silent
 
-from peftcore.cli.training import train as job
-from peftcore.cli.training.run_folder import first_process
-from peftcore.cli.training.runs import Run
-from peftcore.sharding import is_cut
+from peftcore.comparing.runs.folder import first_process
+from peftcore.comparing.runs.run import Run
+from peftcore.comparing.training import train as job
+from peftcore.layers.fsdp import is_cut
 
 trainers: list[Any] = []
 made = job.trainer_for

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore.interop.native import TENSORS
+from peftcore.files.formats.native import TENSORS
 
 CLASS = ("--model-class", "BertForSequenceClassification")
 IDS = torch.arange(14).view(2, 7) % 20

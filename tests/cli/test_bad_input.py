@@ -9,8 +9,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-import peftcore.cli
 from peftcore.cli.commands import app
+from peftcore.cli.entry import main
+from peftcore.comparing.comparisons.demo import Recipe
 
 
 def refused(*arguments: object) -> str:
@@ -141,9 +142,10 @@ def test_weights_that_do_not_fit_the_config(encoder, csv_file, tmp_path):
 
 
 def test_a_method_that_cannot_act_on_the_model_is_refused_before_any_training(decoder, csv_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("peftcore.cli.comparing.compare.train", lambda *_: pytest.fail("a run began"))
+    monkeypatch.setattr("peftcore.comparing.comparisons.compare.train", lambda *_: pytest.fail("a run began"))
     monkeypatch.setattr(
-        "peftcore.cli.training.demo.RECIPES", {"lora": peftcore.cli.training.demo.Recipe(options={"target": "*.query"})}
+        "peftcore.comparing.comparisons.demo.RECIPES",
+        {"lora": Recipe(options={"target": "*.query"})},
     )
     refused("--model", decoder, "--data", csv_file, "--methods", "lora", "--out", tmp_path / "out")
 
@@ -165,15 +167,15 @@ def test_demo_without_its_packages(monkeypatch):
 def test_without_the_extra(monkeypatch, capsys):
     hide(monkeypatch, "typer", "matplotlib")
     with pytest.raises(SystemExit) as exit_:
-        peftcore.cli.main()
+        main()
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert error == "Error: not installed: typer, matplotlib. Run: pip install 'peftcore[cli]'\n"
 
 
 def test_a_fault_of_ours_is_exit_code_1_with_a_traceback(encoder, csv_file, tmp_path):
-    broken = "import peftcore.cli.comparing.compare as c; c.compare = lambda *_: 1 / 0"
-    code = f"{broken}; from peftcore.cli import main; main()"
+    broken = "import peftcore.comparing.comparisons.compare as c; c.compare = lambda *_: 1 / 0"
+    code = f"{broken}; from peftcore.cli.entry import main; main()"
     arguments = ["compare", "--model", encoder, "--data", csv_file, "--methods", "full", "--out", tmp_path / "out"]
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 1

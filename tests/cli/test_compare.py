@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore.cli.comparing.trials import Report, Trial
-from peftcore.cli.training.sources import splits
-from peftcore.cli.training.train import train
+from peftcore.comparing.data.sources import splits
+from peftcore.comparing.reports.trials import Report, Trial
+from peftcore.comparing.training.train import train
 from peftcore.errors import TrainingError
 
 METHODS = "linear_probe,bitfit,ln_tuning,ia3,lora,dora,houlsby_adapter,full"
@@ -95,8 +95,8 @@ def test_saved_adapters_load_into_a_fresh_model_and_score_the_same(finished, enc
 @pytest.fixture
 def undrawn(monkeypatch):
     """For what says nothing of the picture and the page: to draw them takes longer than to train."""
-    monkeypatch.setattr("peftcore.cli.comparing.html.page", lambda report: "")
-    monkeypatch.setattr("peftcore.cli.comparing.plots.draw_picture", lambda report, path: None)
+    monkeypatch.setattr("peftcore.comparing.reports.files.page", lambda report: "")
+    monkeypatch.setattr("peftcore.comparing.reports.files.draw_picture", lambda report, path: None)
 
 
 def timeless(report: dict) -> dict:
@@ -163,7 +163,7 @@ def test_a_method_that_fails_on_the_way_is_reported_and_the_others_go_on(encoder
             raise TrainingError("the loss became nan")
         return train(run, board)
 
-    monkeypatch.setattr("peftcore.cli.comparing.compare.train", broken)
+    monkeypatch.setattr("peftcore.comparing.comparisons.compare.train", broken)
     report = compare(encoder, csv_file, tmp_path / "out", methods="bitfit,lora")
     assert report["failed"] == {"bitfit": "the loss became nan"}
     assert [trial["method"] for trial in report["trials"]] == ["lora"]

@@ -1,7 +1,8 @@
 """Reading and splitting: pure functions of the file."""
 
-from peftcore.cli.training import demo
-from peftcore.cli.training.data import Example, make_task, read_rows, split
+from peftcore.comparing.comparisons import demo
+from peftcore.comparing.data.tables import read_rows
+from peftcore.comparing.data.texts import Example, make_task, split
 
 
 def examples(count: int) -> list[Example]:

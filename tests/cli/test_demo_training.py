@@ -17,10 +17,10 @@ import transformers
 from torch import nn
 
 import peftcore
-from peftcore.cli.comparing.trials import FULL
-from peftcore.cli.models.loading import classifier, load_tokenizer
-from peftcore.cli.training import demo
-from peftcore.cli.training.data import Encoded, encode
+from peftcore.comparing.comparisons import demo
+from peftcore.comparing.data.texts import Encoded, encode
+from peftcore.comparing.models.loading import classifier, load_tokenizer
+from peftcore.comparing.runs.run import FULL
 
 TEXTS, STEPS, BATCH_SIZE = 32, 16, 8
 PROBED_ON = 512

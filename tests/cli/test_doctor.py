@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 import peftcore
-import peftcore.catalogue
-import peftcore.plugins
+import peftcore.registry.catalogue
+import peftcore.registry.plugins
 from peftcore import hookimpl
 from peftcore.cli.commands import app
 
@@ -35,11 +35,11 @@ def findings() -> tuple[int, dict[str, Any]]:
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Plugins beside those that are installed: by name, what loading them does."""
-    installed = importlib.metadata.entry_points(group=peftcore.plugins.GROUP)
+    installed = importlib.metadata.entry_points(group=peftcore.registry.plugins.GROUP)
 
     def forget() -> None:
-        peftcore.plugins.registry.cache_clear()
-        peftcore.catalogue._loaded.clear()
+        peftcore.registry.plugins.registry.cache_clear()
+        peftcore.registry.catalogue._loaded.clear()
 
     def add(**loads: Callable[[], Any]) -> None:
         dist = SimpleNamespace(name="other-dist", version="3.1")
@@ -106,7 +106,7 @@ def test_a_name_that_means_two_methods(install: Callable[..., None]) -> None:
 
 def test_a_plugin_that_is_switched_off(install: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     install(faulty=broken)
-    monkeypatch.setenv(peftcore.plugins.DISABLE, "faulty, vision")
+    monkeypatch.setenv(peftcore.registry.plugins.DISABLE, "faulty, vision")
     code, found = findings()
     assert (code, found["disabled"]) == (0, ["faulty", "vision"])
     assert "vision" not in {each["name"] for each in found["plugins"]}

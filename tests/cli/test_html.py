@@ -14,11 +14,11 @@ import pytest
 from matplotlib.text import Annotation
 from PIL import Image
 
-from peftcore.cli.comparing import curves, html, plots
-from peftcore.cli.comparing.labels import plain, shorten, spread
-from peftcore.cli.comparing.summary import findings
-from peftcore.cli.comparing.trials import Report, Trial, front
-from peftcore.cli.numbers import SPACE, decimals, digits, duration, fixed, listed, percent, short, size
+from peftcore.comparing.numbers import SPACE, decimals, digits, duration, fixed, listed, percent, short, size
+from peftcore.comparing.reports import curves, html, plots
+from peftcore.comparing.reports.labels import plain, shorten, spread
+from peftcore.comparing.reports.summary import findings
+from peftcore.comparing.reports.trials import Report, Trial, front
 
 TOTAL = 1_000_000
 NASTY = '<script>alert(1)</script> & "quotes" $x^\x07'

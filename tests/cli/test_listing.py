@@ -5,8 +5,8 @@ import json
 from typer.testing import CliRunner
 
 import peftcore
+from peftcore.authoring.budgets import budgets
 from peftcore.cli.commands import app
-from peftcore.references import budgets
 
 
 def printed(*arguments: str) -> str:

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore.cli.looking.recorded import Wanted
-from peftcore.cli.models.activations import Batch, kept, named_tensors
-from peftcore.cli.models.example_inputs import Size
-from peftcore.cli.models.skeletons import skeleton
+from peftcore.comparing.models.activations import Batch, kept, named_tensors
+from peftcore.comparing.models.example_inputs import Size
+from peftcore.comparing.models.skeletons import skeleton
+from peftcore.comparing.plans.recorded import Wanted
 
 Folders = Callable[[str], Path]
 

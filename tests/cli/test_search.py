@@ -14,12 +14,12 @@ from silent import Silent
 from typer.testing import CliRunner
 
 from peftcore.cli.commands import app
-from peftcore.cli.comparing.compare import Candidate
-from peftcore.cli.comparing.trials import Trial
-from peftcore.cli.errors import BadInput
-from peftcore.cli.searching import search as job
-from peftcore.cli.searching import studies
-from peftcore.cli.searching.budget import memory, values
+from peftcore.comparing.comparisons.compare import Candidate
+from peftcore.comparing.errors import BadInput
+from peftcore.comparing.reports.trials import Trial
+from peftcore.comparing.searching import search as job
+from peftcore.comparing.searching import studies
+from peftcore.comparing.searching.budget import memory, values
 from peftcore.errors import TrainingError
 
 BUDGET = 170
@@ -136,7 +136,7 @@ def searched(file: Path, **more: object) -> job.Job:
 
 
 def job_values(file: Path) -> dict:
-    from peftcore.cli.training.runs import load
+    from peftcore.comparing.runs.reading import load
 
     return load(file)
 

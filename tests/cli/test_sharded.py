@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from silent import Silent
 
-from peftcore.cli.training import train as job
-from peftcore.cli.training.runs import Run
+from peftcore.comparing.runs.run import Run
+from peftcore.comparing.training import train as job
 
 METHODS = {
     "lora": {"rank": 4},  # beside weights

@@ -9,10 +9,10 @@ from pydantic import Field
 from typer.testing import CliRunner
 
 import peftcore
+from peftcore.authoring.budgets import budgets
 from peftcore.cli.commands import app
 from peftcore.cli.looking.show import Option, Shown, options_table, paragraphs
 from peftcore.cli.pages import console
-from peftcore.references import budgets
 
 
 def printed(*arguments: str) -> str:

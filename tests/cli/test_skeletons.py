@@ -9,9 +9,9 @@ import torch
 import transformers
 from looking import CONFIGS, folder_of
 
-from peftcore.cli.errors import BadInput
-from peftcore.cli.models.example_inputs import Size, Unknown
-from peftcore.cli.models.skeletons import skeleton
+from peftcore.comparing.errors import BadInput
+from peftcore.comparing.models.example_inputs import Size, Unknown
+from peftcore.comparing.models.skeletons import skeleton
 
 
 def written(folder: Path, config: Any, name: str = "config.json") -> str:

@@ -16,12 +16,13 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore.cli.errors import BadInput
-from peftcore.cli.models.loading import from_pretrained
-from peftcore.cli.tasks import TASKS, find
-from peftcore.cli.tasks.token_classification import scores
-from peftcore.cli.training.runs import Run, read
-from peftcore.cli.training.sources import splits
+from peftcore.comparing.data.sources import splits
+from peftcore.comparing.errors import BadInput
+from peftcore.comparing.models.loading import from_pretrained
+from peftcore.comparing.runs.reading import read
+from peftcore.comparing.runs.run import Run
+from peftcore.comparing.tasks.catalogue import TASKS, find
+from peftcore.comparing.tasks.token_classification import scores
 
 
 def trained(*arguments: object) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 import peftcore
 from peftcore.cli.commands import app
-from peftcore.cli.tasks import find
-from peftcore.cli.tasks.chat import ChatData
-from peftcore.cli.training import train as job
-from peftcore.cli.training.run_folder import COMPLETE
-from peftcore.cli.training.runs import Run, load, read
+from peftcore.comparing.runs.folder import COMPLETE
+from peftcore.comparing.runs.reading import load, read
+from peftcore.comparing.runs.run import Run
+from peftcore.comparing.tasks.catalogue import find
+from peftcore.comparing.tasks.chat import ChatData
+from peftcore.comparing.training import train as job
 
 
 def trained(*arguments: object) -> str:
@@ -122,16 +123,16 @@ def test_a_folder_holds_one_run(tweets: Any) -> None:
 
 KILLED = """
 import os, signal, sys
-from peftcore.cli.training import train as job
+from peftcore.comparing.training import train as job
 end = job.Watch.on_step_end
 def killed(self, args, state, control, **kwargs):
     end(self, args, state, control, **kwargs)
     if state.global_step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
 job.Watch.on_step_end = killed
-import peftcore.cli
+from peftcore.cli.entry import main
 sys.argv = ["peftcore", "train", {config!r}, "--out", {out!r}]
-peftcore.cli.main()
+main()
 """
 
 

@@ -9,11 +9,11 @@ from looking import folder_of
 from rich.console import Console
 from typer.testing import CliRunner
 
-from peftcore.applying import host_map
 from peftcore.cli.commands import app
 from peftcore.cli.looking.host_tree import shown
-from peftcore.cli.looking.recorded import Wanted
-from peftcore.cli.models.skeletons import skeleton
+from peftcore.comparing.models.skeletons import skeleton
+from peftcore.comparing.plans.recorded import Wanted
+from peftcore.injection.applying import host_map
 
 
 @pytest.fixture(scope="module")

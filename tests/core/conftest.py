@@ -7,8 +7,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 
-import peftcore.catalogue
-import peftcore.plugins
+import peftcore.registry.catalogue
+import peftcore.registry.plugins
 
 
 @pytest.fixture
@@ -16,9 +16,9 @@ def fresh_registry():
     """The plugins are looked for again in this test, and once more after it; nothing registered at run time stays."""
 
     def forget() -> None:
-        peftcore.plugins.registry.cache_clear()
-        peftcore.catalogue._loaded.clear()
-        peftcore.catalogue._registered.clear()
+        peftcore.registry.plugins.registry.cache_clear()
+        peftcore.registry.catalogue._loaded.clear()
+        peftcore.registry.catalogue._registered.clear()
 
     forget()
     yield

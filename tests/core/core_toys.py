@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Replacement, Tags, WeightOperator
-from peftcore.operators import on_first
+from peftcore.contract.operators import on_first
 
 WIDTH = 8
 

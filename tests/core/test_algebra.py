@@ -12,9 +12,9 @@ from core_toys import Perceptron
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import algebra
+from peftcore.algebra import merge_math as algebra
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnsupportedSite
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.testing.kit import fill
 
 F64 = torch.float64

@@ -16,9 +16,10 @@ from torch._dynamo.testing import CompileCounter
 
 import peftcore
 from peftcore import activate, call, route
-from peftcore.calls import Route, state_of
 from peftcore.errors import MergeError, MissingContext, RouteError, UnknownInjection
-from peftcore.rows import Once, each_its_own
+from peftcore.forward.choice import Route
+from peftcore.forward.host_state import state_of
+from peftcore.forward.routing import Once, each_its_own
 
 METHODS = [("lora", {}), ("dora", {}), ("ia3", {}), ("houlsby_adapter", {}), ("bitfit", {}), ("ln_tuning", {})]
 

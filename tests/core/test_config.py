@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 import peftcore
 from peftcore import MethodConfig
-from peftcore.config import schema, validate_json
+from peftcore.contract.config import validate_json
 from peftcore.errors import ConfigError
+from peftcore.registry.catalogue import schema
 
 
 def config(name: str, **options: Any) -> Any:

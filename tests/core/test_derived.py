@@ -13,7 +13,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
-from peftcore.kernels import saves_elsewhere
+from peftcore.layers.kernels import saves_elsewhere
 
 TELLS = pytest.mark.skipif(saves_elsewhere(), reason="this torch cannot say whether hooks of others are there")
 X = torch.linspace(-1, 1, 20).view(5, 4)
@@ -21,7 +21,7 @@ X = torch.linspace(-1, 1, 20).view(5, 4)
 
 class Experts(nn.Module):
     """Two products for each of three experts, of parameters that it takes apart by itself, and in a way for which
-    nothing can stand in (`peftcore.updated`)."""
+    nothing can stand in (`peftcore.forward.expert_updates`)."""
 
     def __init__(self) -> None:
         super().__init__()

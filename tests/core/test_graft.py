@@ -22,8 +22,8 @@ from core_toys import (
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import graft
 from peftcore.errors import UnsupportedHost
+from peftcore.forward import class_swap as graft
 
 
 def run_without_gradients(model: nn.Module, *inputs: Any) -> Tensor:

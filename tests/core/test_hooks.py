@@ -12,12 +12,13 @@ from core_toys import Doubling, DoublingOperator, Shift, perceptron, token_ids, 
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import hookimpl, hookspecs
-from peftcore.interop.formats import formats
-from peftcore.interop.peft_method import peft_methods
-from peftcore.plugins import registry
-from peftcore.quantization import schemes
-from peftcore.stances import Stance
+from peftcore import hookimpl
+from peftcore.contract import hookspecs
+from peftcore.files.formats.format import formats
+from peftcore.files.formats.peft_method import peft_methods
+from peftcore.injection.quantization import schemes
+from peftcore.registry.plugins import registry
+from peftcore.surgery.forced_attributes import Stance
 
 HOOKS = [name for name in vars(hookspecs) if name.startswith("peftcore_")]
 FIRSTRESULT = [
@@ -125,7 +126,7 @@ def test_first_result_is_as_the_docstring_says(name: str) -> None:
 @pytest.mark.parametrize("name", FIRSTRESULT)
 def test_the_cores_own_implementation_comes_last(name: str) -> None:
     implementations = registry().manager.hook.__dict__[name].get_hookimpls()
-    assert implementations[0].plugin_name == "peftcore-defaults"  # pluggy calls from the end of the list
+    assert implementations[0].plugin_name == "peftcore.core_plugin"  # pluggy calls from the end of the list
     assert implementations[0].trylast
 
 
@@ -217,7 +218,7 @@ def test_hook_schemes(answer: Add) -> None:
 
 def test_hook_formats(answer: Add) -> None:
     """Not firstresult: every plugin names its own, after those of the core."""
-    answer("peftcore_formats", lambda: {"scribbled": "peftcore.interop.native:Native"})
+    answer("peftcore_formats", lambda: {"scribbled": "peftcore.files.formats.native:Native"})
     assert next(iter(formats())) == "peftcore"
     assert "scribbled" in formats()
     answer("peftcore_formats", lambda: {"scribbled": "elsewhere:Scribbled"})

@@ -22,7 +22,7 @@ from core_toys import (
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import hookimpl, installation
+from peftcore import hookimpl
 from peftcore.errors import (
     ConfigError,
     DuplicateInjection,
@@ -32,7 +32,8 @@ from peftcore.errors import (
     UnsupportedHost,
     UnsupportedSite,
 )
-from peftcore.plugins import registry
+from peftcore.registry.plugins import registry
+from peftcore.surgery import installation
 
 ALL = ["lora", "dora", "ia3", "houlsby_adapter", "bitfit", "ln_tuning", "linear_probe"]
 TOYS = [Doubling, Shift, Swap, SharedBases]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from peftcore import kernels
+from peftcore.layers import kernels
 
 
 def seeded(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -77,7 +77,7 @@ def test_autocast_projects_in_its_dtype() -> None:
 @pytest.fixture(params=["few columns", "many columns"])
 def columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the ranks of these tests are small ones."""
-    monkeypatch.setattr("peftcore.kernels.low_rank.FEW", 64 if request.param == "few columns" else 1)
+    monkeypatch.setattr("peftcore.layers.kernels.low_rank.FEW", 64 if request.param == "few columns" else 1)
 
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]

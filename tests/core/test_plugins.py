@@ -13,10 +13,10 @@ import pytest
 from core_toys import Doubling, DoublingConfig, Shift, ShiftConfig, perceptron
 
 import peftcore
-import peftcore.plugins
+import peftcore.registry.plugins
 from peftcore import Method, MethodConfig, Tags, hookimpl
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
-from peftcore.plugins import PluginWarning
+from peftcore.registry.plugins import PluginWarning
 
 pytestmark = pytest.mark.usefixtures("fresh_registry")
 
@@ -114,9 +114,9 @@ def test_broken_plugin_leaves_no_hook_behind(kind: str, install: Callable[..., N
     install(Point("bad", load))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PluginWarning)
-        registry = peftcore.plugins.registry()
+        registry = peftcore.registry.plugins.registry()
     assert registry.plugins == {}
-    assert [name for name, _ in registry.manager.list_name_plugin()] == ["peftcore-defaults"]
+    assert [name for name, _ in registry.manager.list_name_plugin()] == ["peftcore.core_plugin"]
     registry.manager.check_pending()
 
 
@@ -143,7 +143,7 @@ def test_name_of_an_entry_point_counts_once(install: Callable[..., None]) -> Non
     assert listed == ["toy_doubling"]
 
 
-@pytest.mark.parametrize("name", ["peftcore-defaults", "registered"])
+@pytest.mark.parametrize("name", ["peftcore.core_plugin", "registered"])
 def test_entry_point_cannot_take_a_name_that_the_core_uses(name: str, install: Callable[..., None]) -> None:
     install(point(name, plugin({"other": "core_toys:Shift"}), "bold-dist", "1.0"), point("good", plugin()))
     with pytest.warns(PluginWarning, match=r"bold-dist 1\.0"):
@@ -223,7 +223,7 @@ def test_method_that_cannot_be_had_is_reported_when_it_is_asked_for(
 def test_method_modules_are_imported_on_first_use_only() -> None:
     script = """
 import sys, peftcore
-plugins = tuple(f"peftcore_{category}." for category in peftcore.contract.CATEGORIES)
+plugins = tuple(f"peftcore_{category}." for category in peftcore.contract.method.CATEGORIES)
 own = lambda: sorted(m for m in sys.modules if m.startswith(plugins) and "._" not in m and ".backends" not in m)
 # methods, not what they share, and not the schemes, which are plugins themselves
 assert {"lora", "ia3", "bitfit"} <= {info.name for info in peftcore.methods()}

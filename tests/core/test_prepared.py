@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Method, MethodConfig, Tags, route
-from peftcore.graft import slot_of
-from peftcore.kept import Kept
-from peftcore.operators import Held, WeightOperator
+from peftcore.contract.operators import Held, WeightOperator
+from peftcore.forward.cache import Kept
+from peftcore.forward.class_swap import slot_of
 
 INPUT = torch.linspace(-1, 1, 20).view(5, 4)
 

@@ -11,8 +11,8 @@ from core_toys import Doubling
 from torch import nn
 
 import peftcore
-from peftcore import notices
 from peftcore.errors import PluginError, TargetError
+from peftcore.registry import experimental as notices
 
 ROOT = Path(__file__).parents[2]
 INFOS = [info for info in peftcore.methods() if info.plugin in {path.name for path in ROOT.glob("plugins/*")}]

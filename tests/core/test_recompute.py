@@ -13,7 +13,7 @@ from torch import Tensor
 import peftcore
 from peftcore import Injection, activate, call, route
 from peftcore.errors import AmbiguousBackward
-from peftcore.records import graph_task, repeating
+from peftcore.forward.context import graph_task, repeating
 
 MODES = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 Choose = Callable[[Checkpointed], object]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.hosts import derive
+from peftcore.roles import derive
 
 QUERIES = [f"layers.{i}.self_attn.q_proj" for i in (0, 1)]
 VALUES = [f"layers.{i}.self_attn.v_proj" for i in (0, 1)]

@@ -15,10 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.kernels import low_rank_linear
-from peftcore.layers import dense_layer
-from peftcore.plugins import layer_of
-from peftcore.weights import SMALL, Transposed, bias_name, put, take
+from peftcore.layers.detect import dense_layer
+from peftcore.layers.kernels import low_rank_linear
+from peftcore.layers.layer import SMALL, Transposed, bias_name, put, take
+from peftcore.registry.plugins import layer_of
 
 
 def gpt_conv1d() -> nn.Module:
@@ -322,7 +322,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(len(weight))
         return low_rank_linear(x, weight, *args)
 
-    monkeypatch.setattr("peftcore.kernels.low_rank_linear", recorded)
+    monkeypatch.setattr("peftcore.layers.kernels.low_rank_linear", recorded)
     return seen
 
 
@@ -399,7 +399,7 @@ def test_an_update_computed_with_the_layer_has_the_gradients_of_one_beside_it(
     model.train()
     found = []
     for small in (SMALL, 10**9):
-        monkeypatch.setattr("peftcore.weights.SMALL", small)
+        monkeypatch.setattr("peftcore.layers.layer.SMALL", small)
         torch.manual_seed(0)
         x = X.double().requires_grad_()
         output = model(x)

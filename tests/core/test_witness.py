@@ -9,9 +9,9 @@ from core_toys import Shift, perceptron
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.calls import state_of
 from peftcore.errors import InactiveSite
-from peftcore.witness import Witness
+from peftcore.forward.host_state import state_of
+from peftcore.surgery.silent_layers import Witness
 
 
 class ReadsWeight(nn.Module):

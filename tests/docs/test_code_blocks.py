@@ -14,9 +14,9 @@ import yaml
 from doc_pages import DOCS, ROOT, Block, blocks, name, of_peftcore
 from typer.testing import CliRunner
 
-from peftcore import catalogue
 from peftcore.cli.commands import app
-from peftcore.plugins import registry
+from peftcore.registry import catalogue
+from peftcore.registry.plugins import registry
 
 LANGUAGES = {"python", "bash", "yaml", "toml", "json", "markdown", "text", ""}
 READERS = {"python": ast.parse, "yaml": yaml.safe_load, "toml": tomllib.loads, "json": json.loads}

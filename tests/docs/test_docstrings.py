@@ -83,7 +83,11 @@ def test_all_are_found() -> None:
     """Otherwise the tests below would hold of nothing."""
     wanted = ("peftcore.apply", "peftcore.Injection.merge", "peftcore.Site.path", "peftcore.Call.context")
     wanted += ("peftcore.training.MethodOptimizer.step", "peftcore.testing.check_method", "peftcore.errors.MergeError")
-    wanted += ("peftcore.hookspecs.peftcore_map", "peftcore.interop.formats.Format.open", "peftcore_vision.coop.CoOp")
+    wanted += (
+        "peftcore.contract.hookspecs.peftcore_map",
+        "peftcore.files.formats.format.Format.open",
+        "peftcore_vision.coop.CoOp",
+    )
     wanted += ("peftcore_reparameterized.lora.LoRAOperator.factors",)
     assert not set(wanted) - EVERY.keys()
 

@@ -4,7 +4,7 @@ import inspect
 import re
 from pathlib import Path
 
-from peftcore import hookspecs
+from peftcore.contract import hookspecs
 
 PAGE = (Path(__file__).parents[2] / "docs/hooks.md").read_text(encoding="utf-8")
 HOOKS = [name for name in vars(hookspecs) if name.startswith("peftcore_")]

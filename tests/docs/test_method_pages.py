@@ -98,7 +98,7 @@ def test_figure_has_every_method_and_what_filters_ask() -> None:
     [
         ("docs/index.md", "index.md", "[C](../CONTRIBUTING.md#style)", "[C](CONTRIBUTING.md#style)"),
         ("docs/index.md", "index.md", "[p](../examples/third-party-plugin/)", "[p](examples/third-party-plugin.md)"),
-        ("docs/files.md", "files.md", "[code](../peftcore/files.py)", "code (`peftcore/files.py`)"),
+        ("docs/files.md", "files.md", "[code](../peftcore/files/safe_io.py)", "code (`peftcore/files/safe_io.py`)"),
         (
             "docs/decisions/001.md",
             "decisions/001.md",

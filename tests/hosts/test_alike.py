@@ -12,12 +12,13 @@ from host_zoo import EXTRA, SURVEY, build
 from torch import nn
 
 import peftcore
-from peftcore import graft, installation
-from peftcore.applying import host_map
-from peftcore.hosts import alike, derive, rules, survey
-from peftcore.hosts.alike import Run, Structure, runs
-from peftcore.plugins import layer_of
-from peftcore.targets import Resolver
+from peftcore.forward import class_swap as graft
+from peftcore.injection.applying import host_map
+from peftcore.registry.plugins import layer_of
+from peftcore.roles import alike, derive, rules, survey
+from peftcore.roles.alike import Run, Structure, runs
+from peftcore.surgery import installation
+from peftcore.targets.resolver import Resolver
 
 torch.set_num_threads(1)
 

@@ -12,7 +12,7 @@ from host_zoo import SURVEY, build
 from torch import nn
 
 from peftcore.errors import TargetError
-from peftcore.hosts import ROLES, HostEntry, HostMap, Layout, derive
+from peftcore.roles import ROLES, HostEntry, HostMap, Layout, derive
 
 torch.set_num_threads(1)
 

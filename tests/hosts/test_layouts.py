@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import TargetError
-from peftcore.hosts import HostEntry, HostMap, Layout, Ranges, derive
-from peftcore.hosts.layouts import grouped
-from peftcore.hosts.recording import Recording, record
+from peftcore.roles import HostEntry, HostMap, Layout, Ranges, derive
+from peftcore.roles.layouts import grouped
+from peftcore.roles.recording import Recording, record
 
 torch.set_num_threads(1)
 

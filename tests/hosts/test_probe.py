@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from host_zoo import EXTRA, SURVEY, build
 from torch import Tensor, nn
 
-from peftcore.hosts import HostEntry, HostMap, derive, probe
+from peftcore.roles import HostEntry, HostMap, derive, probe
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ from host_truth import TRUTH
 from host_zoo import EXTRA, SURVEY, build
 from torch import nn
 
-from peftcore.hosts import HostEntry, HostMap, derive, probe
+from peftcore.roles import HostEntry, HostMap, derive, probe
 
 torch.set_num_threads(1)
 

@@ -7,8 +7,8 @@ import torch
 from host_zoo import SURVEY, build
 from torch import nn
 
-from peftcore.hosts import derive
-from peftcore.hosts.stacks import Stack, find
+from peftcore.roles import derive
+from peftcore.roles.stacks import Stack, find
 
 torch.set_num_threads(1)
 

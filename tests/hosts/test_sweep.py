@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import InactiveSite, MissingContext, SequenceError, TargetError, UnsupportedSite
-from peftcore.hosts import derive, probe
+from peftcore.roles import derive, probe
 from peftcore.testing.doors import ALL
 from peftcore.testing.kit import fill
 

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import peftcore
-from peftcore.checkpoint import describe
 from peftcore.errors import CheckpointError, HostMismatch, NewerFormat, PeftcoreError, UnknownMethod
+from peftcore.files.save_load import describe
 from peftcore.testing import HOSTS
 from peftcore.testing.tools import differences, trace
 
@@ -326,7 +326,7 @@ def test_the_adapter_of_another_host(host: str, tmp_path: Path) -> None:
 DEEP = """
 import json, sys
 from peftcore.errors import CheckpointError
-from peftcore.files import parse_json
+from peftcore.files.safe_io import parse_json
 sys.setrecursionlimit({limit})
 many = 300_000
 for text in ("[" * many, '{{"a":' * many, '{{"a": "\\\\\\"]]", "b":[' * many):

@@ -10,7 +10,7 @@ from torch import nn
 
 import peftcore
 from peftcore.errors import NoWeights
-from peftcore.interop.native import TENSORS
+from peftcore.files.formats.native import TENSORS
 
 
 def host() -> nn.Module:

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import CheckpointError, ExportError, HostMismatch, NewerFormat
-from peftcore.files import TensorFile, write_tensors
-from peftcore.interop.card import CARD, MARK
-from peftcore.interop.native import ENVELOPE, METADATA, TENSORS
+from peftcore.files.formats.card import CARD, MARK
+from peftcore.files.formats.native import ENVELOPE, METADATA, TENSORS
+from peftcore.files.safe_io import TensorFile, write_tensors
 from peftcore.testing import HOSTS
 from peftcore.testing.kit import fill
 from peftcore.testing.tools import differences, trace
@@ -152,10 +152,10 @@ def _writes_half(tensors: Any, path: Path, **_: Any) -> None:
 @pytest.mark.parametrize(
     ("what", "fails"),
     [
-        ("peftcore.files.os.replace", _fails),
-        ("peftcore.files.os.fsync", _fails),
-        ("peftcore.files.save_file", _fails_in_the_library),
-        ("peftcore.files.save_file", _writes_half),
+        ("peftcore.files.safe_io.os.replace", _fails),
+        ("peftcore.files.safe_io.os.fsync", _fails),
+        ("peftcore.files.safe_io.save_file", _fails_in_the_library),
+        ("peftcore.files.safe_io.save_file", _writes_half),
         ("pathlib.Path.write_text", _fails),
     ],
 )
@@ -168,7 +168,7 @@ def test_a_full_disk_leaves_the_old_adapter(what: str, fails: Any, tmp_path: Pat
         patch.setattr(what, fails)
         with pytest.raises(OSError, match="No space left"):
             injection.save(folder)
-        if what != "peftcore.files.os.fsync":  # nobody waits for the disk where nothing is replaced
+        if what != "peftcore.files.safe_io.os.fsync":  # nobody waits for the disk where nothing is replaced
             with pytest.raises(OSError, match="No space left"):
                 injection.save(outside)
     left = bytes_of(folder)
@@ -186,7 +186,8 @@ def test_only_what_changes_is_written_and_only_what_is_replaced_is_waited_for(
     synced: list[str] = []
     real = os.fsync
     monkeypatch.setattr(
-        "peftcore.files.os.fsync", lambda number: (synced.append(os.readlink(f"/proc/self/fd/{number}")), real(number))
+        "peftcore.files.safe_io.os.fsync",
+        lambda number: (synced.append(os.readlink(f"/proc/self/fd/{number}")), real(number)),
     )
     folder = tmp_path / "adapter"
     adapted(1.0).save(folder)

@@ -23,7 +23,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 import peftcore
 from peftcore.errors import CheckpointError, ExportError, HostMismatch
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.testing.hosts import HOSTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")

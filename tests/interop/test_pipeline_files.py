@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import CheckpointError, HostMismatch
-from peftcore.interop import diffusers, kohya
-from peftcore.interop.formats import recognize
-from peftcore.interop.ldm_names import ldm_names
+from peftcore.files.formats import diffusers, kohya
+from peftcore.files.formats.format import recognize
+from peftcore.files.formats.ldm_names import ldm_names
 
 ROWS = torch.arange(6.0).view(2, 3)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Tags
-from peftcore.surgery import Surgeon
+from peftcore.surgery.surgeon import Surgeon
 from peftcore.testing import Case
 
 RANK = 2

@@ -10,7 +10,7 @@ from mutant_base import TAGS, Entry, Small, mutant
 from torch import Tensor
 
 from peftcore import current_call
-from peftcore.calls import state_of
+from peftcore.forward.host_state import state_of
 
 
 class DoublesUnderRoutes(Small):

@@ -15,7 +15,7 @@ from mutants_lifecycle import sabotaged
 from torch import Tensor, nn
 
 from peftcore import Injection, Method, MethodConfig, Site
-from peftcore.surgery import Surgeon
+from peftcore.surgery.surgeon import Surgeon
 
 
 class DrawnScale(Small):

@@ -13,8 +13,8 @@ from mutant_base import NOT_MERGEABLE, Entry, Small, SmallConfig, Unmergeable, m
 from torch import Tensor, nn
 
 from peftcore import Injection, MethodConfig, Site, WeightOperator, current_call
-from peftcore.plugins import registry
-from peftcore.records import repeating
+from peftcore.forward.context import repeating
+from peftcore.registry.plugins import registry
 from peftcore.testing import Case
 from peftcore.testing.probes import ByKeyword
 

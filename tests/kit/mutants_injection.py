@@ -14,8 +14,8 @@ from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site
-from peftcore.graft import slot_of
-from peftcore.surgery import Surgeon
+from peftcore.forward.class_swap import slot_of
+from peftcore.surgery.surgeon import Surgeon
 
 
 class HasAScalar(Small):

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Injection, Method, MethodConfig, Site
-from peftcore.calls import Choice, Chosen, HostState, chosen
-from peftcore.graft import slot_of
-from peftcore.injection import Summary
-from peftcore.surgery import Surgeon
-from peftcore.weights import Linear
+from peftcore.forward.choice import Choice
+from peftcore.forward.class_swap import slot_of
+from peftcore.forward.host_state import Chosen, HostState, chosen
+from peftcore.injection.injection import Summary
+from peftcore.layers.layer import Linear
+from peftcore.surgery.surgeon import Surgeon
 
 
 def sabotaged(name: str, **calls: Callable[..., Any]) -> type[Method]:

@@ -11,9 +11,11 @@ from mutant_base import NOT_MERGEABLE, Entry, Small, mutant
 from mutants_lifecycle import sabotaged
 from torch import Tensor, nn
 
-from peftcore import Injection, Method, MethodConfig, Site, merging
-from peftcore.calls import Choice, HostState
+from peftcore import Injection, Method, MethodConfig, Site
 from peftcore.errors import MergeError
+from peftcore.forward.choice import Choice
+from peftcore.forward.host_state import HostState
+from peftcore.injection import merging
 
 
 class UnmergesWhenIdle(HostState):

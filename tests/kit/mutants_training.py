@@ -12,7 +12,7 @@ from mutant_base import NOT_MERGEABLE, TAGS, Entry, Small, Unmergeable, mutant
 from torch import Tensor, nn
 
 from peftcore import Batches, Injection, Method, MethodConfig, Site, Tap
-from peftcore.surgery import Surgeon
+from peftcore.surgery.surgeon import Surgeon
 
 WITH_DATA = replace(TAGS, needs_data=True)
 SCHEDULED = replace(TAGS, scheduled=True)

@@ -11,7 +11,7 @@ import packed_mutants
 import pytest
 import toy_quantizer
 
-import peftcore.plugins
+import peftcore.registry.plugins
 from peftcore.errors import ConfigError
 from peftcore.testing import QUANTIZER_CHECKS, Check, CheckFailed, NotApplicable, check_quantizer, quantizer_conformance
 from peftcore.testing.quantizers import Packing
@@ -27,9 +27,9 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The toy and the mutants are all that is installed."""
     points = [_point(toy_quantizer), _point(packed_mutants)]
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: points if group == "peftcore" else [])
-    peftcore.plugins.registry.cache_clear()
+    peftcore.registry.plugins.registry.cache_clear()
     yield
-    peftcore.plugins.registry.cache_clear()
+    peftcore.registry.plugins.registry.cache_clear()
 
 
 def _holds(check: Check, case: Packing) -> bool:

@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftcore import hookimpl
-from peftcore.packing import Packed, packed_layer
-from peftcore.quantization import Scheme
-from peftcore.stances import Stance
-from peftcore.weights import Layer
+from peftcore.injection.quantization import Scheme
+from peftcore.injection.quantized_layer import Packed, packed_layer
+from peftcore.layers.layer import Layer
+from peftcore.surgery.forced_attributes import Stance
 
 PEFTCORE_API = 2
 

@@ -235,9 +235,13 @@ def test_core_wheel_holds_the_package_its_typing_marker_and_the_licence(wheels: 
     assert {name.split("/")[0] for name in names} == {"peftcore", f"peftcore-{VERSION}.dist-info"}
     assert {"peftcore/py.typed", "peftcore/testing/__init__.py"} <= set(names)
     templates = {
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "peftcore/cli").glob("*/templates/**/*") if path.is_file()
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "peftcore").glob("**/templates/**/*") if path.is_file()
     }
-    assert templates <= set(names) and any(".github" in each for each in templates)
+    assert templates <= set(names)
+    assert (
+        any(".github" in each for each in templates)
+        and "peftcore/comparing/reports/templates/compare.html" in templates
+    )
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 

@@ -12,8 +12,8 @@ from peft_pairs import MOVED, OUTPUTS, difference
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.injection import Injection
-from peftcore.plugins import layer_of
+from peftcore.injection.injection import Injection
+from peftcore.registry.plugins import layer_of
 
 PACKAGES = {"nf4": (), "bnb-nf4": ("bitsandbytes",), "int8": (), "torchao-int8": ("torchao",), "hqq-4": ("hqq",)}
 """The schemes on which the methods are tried, with what they need."""

@@ -9,7 +9,7 @@ from lycoris import LycorisNetwork, create_lycoris_from_weights
 from safetensors.torch import save_file
 from torch import nn
 
-from peftcore.interop.kohya import TENSORS
+from peftcore.files.formats.kohya import TENSORS
 
 PRESET = {"target_module": [], "target_name": [".*to_[qkv]", ".*conv[12]", ".*proj_in", ".*net.0.proj"],
           "name_algo_map": {}, "module_algo_map": {}, "use_fnmatch": False}  # fmt: skip

@@ -13,7 +13,7 @@ from peft_pairs import FILL, MOVED, OUTPUTS, difference
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 
 Run = Callable[[nn.Module], Tensor]
 Change = Callable[[nn.Module], None]

@@ -17,10 +17,10 @@ from peft.tuners.lora import ParamWrapper
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import weights
-from peftcore.injection import Injection
-from peftcore.operators import _Base
-from peftcore.sites import Site
+from peftcore.contract.operators import _Base
+from peftcore.injection.injection import Injection
+from peftcore.layers import layer as weights
+from peftcore.targets.sites import Site
 
 ADAPTER = "default"
 FILL = 0.1
@@ -195,7 +195,7 @@ class Both:
         for small in (weights.SMALL, 0):
             for pair in self.pairs:
                 pair.ours.grad = pair.theirs.grad = None
-            with mock.patch("peftcore.weights.SMALL", small):
+            with mock.patch("peftcore.layers.layer.SMALL", small):
                 self.assert_same_gradients(*self.assert_same_outputs(run))
         self.assert_same_merged()
 

@@ -19,7 +19,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 import peftcore
-from peftcore import kernels
+from peftcore.layers import kernels
 from peftcore.testing.hosts import HOSTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")

@@ -173,7 +173,7 @@ def test_threads_that_end_leave_nothing_behind() -> None:
     with peftcore.activate(model):
         base = model(x)
     assert not torch.equal(model(x), base)
-    from peftcore.calls import state_of
+    from peftcore.forward.host_state import state_of
 
     assert state_of(model).threads == {}
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import InactiveSite
-from peftcore.hosts import derive, probe
+from peftcore.roles import derive, probe
 from peftcore.testing.hosts import stir
 from peftcore.testing.kit import fill
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import peftcore
-from peftcore.cli.errors import BadInput
-from peftcore.cli.models.files import PIPELINE, read_config
-from peftcore.cli.models.opening import MadeOn, Opened, components, open_model
+from peftcore.comparing.errors import BadInput
+from peftcore.comparing.models.files import PIPELINE, read_config
+from peftcore.comparing.models.opening import MadeOn, Opened, components, open_model
 from peftcore.errors import NoWeights, PeftcoreError
-from peftcore.injection import Injection
-from peftcore.interop.description import Description
+from peftcore.files.formats.description import Description
+from peftcore.injection.injection import Injection
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Protocol
 
 import peftcore
-from peftcore.checkpoint import describe
 from peftcore.cli.adapters.hosts import Adapter, Source, Wanted, check_complete, find_source, write
+from peftcore.cli.adapters.output import Output
 from peftcore.cli.adapters.results import Converted, Exported, Merged, shown_format
-from peftcore.cli.errors import BadInput
-from peftcore.cli.models.opening import open_model
-from peftcore.cli.output import Output
+from peftcore.comparing.errors import BadInput
+from peftcore.comparing.models.opening import open_model
 from peftcore.errors import CheckpointError, NotMergeable, NoWeights
-from peftcore.injection import Injection
-from peftcore.interop.formats import recognize
-from peftcore.merging import Into
+from peftcore.files.formats.format import recognize
+from peftcore.files.save_load import describe
+from peftcore.injection.injection import Injection
+from peftcore.injection.merging import Into
 
 
 class Display(Protocol):

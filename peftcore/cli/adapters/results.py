@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from peftcore.merging import MergeReport
+from peftcore.injection.merging import MergeReport
 
 NATIVE = "native"
 OURS = "peftcore"

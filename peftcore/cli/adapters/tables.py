@@ -17,8 +17,8 @@ from rich.text import Text
 from peftcore.cli.adapters.results import Converted, Exported, Merged, shown_format
 from peftcore.cli.app import printable
 from peftcore.errors import shown
-from peftcore.interop.description import Description
-from peftcore.interop.keys import OFF
+from peftcore.files.formats.description import Description
+from peftcore.files.formats.keys import OFF
 
 MOST = 20
 """Rows of a long table that are shown; JSON has all."""

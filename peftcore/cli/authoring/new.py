@@ -25,9 +25,9 @@ from rich.padding import Padding
 
 import peftcore
 from peftcore.cli import pages
-from peftcore.cli.errors import BadInput
-from peftcore.contract import CATEGORIES
-from peftcore.plugins import RESERVED, registry
+from peftcore.comparing.errors import BadInput
+from peftcore.contract.method import CATEGORIES
+from peftcore.registry.plugins import RESERVED, registry
 
 TREES = Path(__file__).parent / "templates"
 SUFFIX = ".jinja"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftcore.cli.errors import BadInput
+from peftcore.comparing.errors import BadInput
 
 Demo = Annotated[bool, typer.Option("--demo", help="A MiniLM encoder on tweets, both from Python packages.")]
 Model = Annotated[

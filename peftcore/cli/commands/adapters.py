@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.cli.app import Json, answered, app, printable
-from peftcore.cli.errors import BadInput
+from peftcore.comparing.errors import BadInput
 
 
 class Into(StrEnum):
@@ -38,8 +38,8 @@ def inspect(adapter: Adapter, json: Json = False) -> None:
     with _at_work():
         from rich.console import Console
 
-        from peftcore.checkpoint import describe
         from peftcore.cli.adapters import tables
+        from peftcore.files.save_load import describe
 
         about = describe(adapter)
         if json:
@@ -161,8 +161,8 @@ def _at_work() -> Iterator[Any]:
     def display() -> Any:
         from rich.console import Console
 
-        from peftcore.cli.looking.quiet import no_bars
-        from peftcore.cli.training.progress import Line
+        from peftcore.cli.printing.progress import Line
+        from peftcore.comparing.quiet import no_bars
 
         no_bars()
         return Line(Console(stderr=True))
@@ -175,7 +175,7 @@ def _at_work() -> Iterator[Any]:
 
 
 def _output(out: Path, overwrite: bool, sources: Sequence[Path]) -> Any:
-    from peftcore.cli.output import Output
+    from peftcore.cli.adapters.output import Output
 
     return Output(out, overwrite, sources)
 
@@ -183,7 +183,7 @@ def _output(out: Path, overwrite: bool, sources: Sequence[Path]) -> Any:
 def _format(name: str) -> str:
     """What `save` calls a format."""
     from peftcore.cli.adapters.results import NATIVE, OURS, shown_format
-    from peftcore.interop.formats import format_named, formats
+    from peftcore.files.formats.format import format_named, formats
 
     found = OURS if name == NATIVE else name
     if found.partition("/")[0] not in formats():

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from peftcore.cli.app import answered, app
-from peftcore.cli.errors import BadInput
+from peftcore.comparing.errors import BadInput
 
 
 class Template(StrEnum):
@@ -31,12 +31,12 @@ def new(
 ) -> None:
     """Write a plugin package that installs and passes the conformance kit as it is, for a method of your own."""
     with answered():
-        from peftcore.cli.errors import require
+        from peftcore.comparing.packages import require
 
         require({"jinja2": "peftcore[cli]"})
         from peftcore.cli import pages
         from peftcore.cli.authoring import new as job
-        from peftcore.contract import CATEGORIES
+        from peftcore.contract.method import CATEGORIES
 
         if template is Template.quantizer and (category is not None or activations is not None):
             raise BadInput("--category, --activations and --weights are for methods; leave them out for a quantizer")

@@ -9,7 +9,7 @@ import typer
 
 from peftcore.cli.app import Json, Set, answered, app, settings
 from peftcore.cli.commands._options import BatchSize, Data, Demo, Model, Steps, Task, check_source, given
-from peftcore.cli.errors import BadInput
+from peftcore.comparing.errors import BadInput
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file of the comparison; the options below go over it.")]
 Methods = Annotated[str | None, typer.Option(help="Names, separated by commas; 'full' is full fine-tuning.")]
@@ -50,10 +50,10 @@ def compare(
         "seeds": None if seeds is None else seeds.split(","),
     }
     with answered():
-        from peftcore.cli.training import demo as tweets
-        from peftcore.cli.training import runs
+        from peftcore.comparing.comparisons import demo as tweets
+        from peftcore.comparing.runs import reading
 
-        values: dict[str, Any] = {} if config is None else runs.load(config)
+        values: dict[str, Any] = {} if config is None else reading.load(config)
         if tuning and not demo:
             raise BadInput("--tuning belongs to --demo")
         check_source(demo, config, model, task, data)
@@ -65,14 +65,15 @@ def compare(
         # Not before the input has been read: what follows imports torch and transformers.
         from rich.console import Console
 
-        from peftcore.cli.comparing import compare as job
-        from peftcore.cli.comparing.report import table
-        from peftcore.cli.training.progress import Bars
+        from peftcore.cli.printing.comparison import table
+        from peftcore.cli.printing.progress import Bars
+        from peftcore.comparing.comparisons.compare import compare as work
+        from peftcore.comparing.comparisons.comparison import Comparison
 
         where = str(config or "the options")
-        comparison = runs.read(job.Comparison, values, [*given(flags), *settings(set_).items()], where)
+        comparison = reading.read(Comparison, values, [*given(flags), *settings(set_).items()], where)
         with Bars(Console(stderr=True), len(comparison.methods) * len(comparison.seeds)) as bars:
-            report = job.compare(comparison, bars)
+            report = work(comparison, bars)
         if json:
             print(report.as_json(), end="")
         else:

@@ -45,9 +45,9 @@ def plan(
         options = settings(option, "--option", "rank=16")
         from peftcore.cli import pages
         from peftcore.cli.looking import costs_page
-        from peftcore.cli.looking.costs import costs
-        from peftcore.cli.looking.recorded import Wanted
-        from peftcore.cli.models.example_inputs import Size
+        from peftcore.comparing.models.example_inputs import Size
+        from peftcore.comparing.plans.costs import costs
+        from peftcore.comparing.plans.recorded import Wanted
 
         wanted = Wanted(method, options, target, exclude, train or ())
         found = costs(model, wanted, Size(batch_size, length), dtype)
@@ -74,7 +74,7 @@ def tree(
         options = settings(option, "--option", "rank=16")
         from peftcore.cli import pages
         from peftcore.cli.looking import host_tree
-        from peftcore.cli.looking.recorded import Wanted
+        from peftcore.comparing.plans.recorded import Wanted
 
         found = host_tree.shown(model, [Wanted(method, options, target, exclude) for method in methods or ()])
         if json:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from peftcore.cli.app import Json, answered, app
-from peftcore.cli.errors import BadInput
+from peftcore.comparing.errors import BadInput
 
 
 @app.command()
@@ -22,7 +22,7 @@ def methods(
 
         import peftcore
         from peftcore.cli.looking import listing
-        from peftcore.contract import CATEGORIES
+        from peftcore.contract.method import CATEGORIES
 
         if category is not None and category not in CATEGORIES:
             raise BadInput(f"no category {category!r}; there are: {', '.join(CATEGORIES)}")
@@ -56,10 +56,10 @@ def schema(
 ) -> None:
     """Print the JSON schema of a method's options, or of all methods' as alternatives."""
     with answered():
-        from peftcore import config
         from peftcore.cli import pages
+        from peftcore.registry import catalogue
 
-        print(pages.as_json(config.schema(method)))
+        print(pages.as_json(catalogue.schema(method)))
 
 
 @app.command()

@@ -9,7 +9,7 @@ import typer
 
 from peftcore.cli.app import Json, Set, answered, app, settings
 from peftcore.cli.commands._options import BatchSize, Data, Demo, Model, Steps, Task, check_source, given
-from peftcore.cli.errors import BadInput
+from peftcore.comparing.errors import BadInput
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file of the search; the options below go over it.")]
 Methods = Annotated[str | None, typer.Option(help="Names, separated by commas; a file says more of each.")]
@@ -64,12 +64,12 @@ def search(
         "out": out,
     }
     with answered():
-        from peftcore.cli.errors import require
-        from peftcore.cli.training import demo as tweets
-        from peftcore.cli.training import runs
+        from peftcore.comparing.comparisons import demo as tweets
+        from peftcore.comparing.packages import require
+        from peftcore.comparing.runs import reading
 
         require({"optuna": "peftcore[cli]"})
-        values: dict[str, Any] = {} if config is None else runs.load(config)
+        values: dict[str, Any] = {} if config is None else reading.load(config)
         check_source(demo, config, model, task, data)
         if demo:
             values = tweets.searching(out or Path("peftcore-search"), methods)
@@ -79,12 +79,13 @@ def search(
         from rich.console import Console
 
         from peftcore.cli import pages
-        from peftcore.cli.comparing.report import table
-        from peftcore.cli.searching import search as job
-        from peftcore.cli.training.progress import Bars
+        from peftcore.cli.printing import comparison
+        from peftcore.cli.printing import search as searched
+        from peftcore.cli.printing.progress import Bars
+        from peftcore.comparing.searching import search as job
 
         where = str(config or "the options")
-        what = runs.read(job.Search, values, [*given(flags), *settings(set_).items()], where)
+        what = reading.read(job.Search, values, [*given(flags), *settings(set_).items()], where)
         with Bars(Console(stderr=True), what.runs) as bars:
             if worker:
                 count = job.work(what, bars)
@@ -98,6 +99,6 @@ def search(
             print(found.as_json(), end="")
         else:
             console = Console()
-            console.print(found.table())
-            console.print(table(found.report))
+            console.print(searched.table(found))
+            console.print(comparison.table(found.report))
             print(f"{what.out}: best.yaml, search.json, report.html, results.json, results.png, runs/, search/")

@@ -47,17 +47,19 @@ def train(
         "out": out,
     }
     with answered():
-        from peftcore.cli.training import runs
+        from peftcore.comparing.runs import reading
+        from peftcore.comparing.runs.run import Run
 
-        values = {} if config is None else runs.load(config)
-        run = runs.read(runs.Run, values, [*given(flags), *settings(set_).items()], str(config or "the options"))
+        values = {} if config is None else reading.load(config)
+        run = reading.read(Run, values, [*given(flags), *settings(set_).items()], str(config or "the options"))
         # Not before the input has been read: what follows imports torch and transformers.
         from rich.console import Console
 
-        from peftcore.cli.looking.quiet import no_bars
-        from peftcore.cli.training import train as job
-        from peftcore.cli.training.progress import Line
-        from peftcore.cli.training.run_folder import first_process
+        from peftcore.cli.printing.progress import Line
+        from peftcore.cli.printing.run import show
+        from peftcore.comparing.quiet import no_bars
+        from peftcore.comparing.runs.folder import first_process
+        from peftcore.comparing.training import train as job
 
         no_bars()
         others = not first_process()  # of several processes, one speaks
@@ -66,4 +68,4 @@ def train(
         if json and not others:
             print(job.as_json(outcome), end="")
         elif not json:
-            job.show(outcome, Console(quiet=others))
+            show(outcome, Console(quiet=others))

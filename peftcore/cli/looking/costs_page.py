@@ -8,11 +8,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from peftcore.cli.looking.costs import Costs, Memory
 from peftcore.cli.looking.folding import fold
-from peftcore.cli.looking.recorded import Place, Recorded
-from peftcore.cli.numbers import size
 from peftcore.cli.pages import columns, share, spelled, tensors, times
+from peftcore.comparing.numbers import size
+from peftcore.comparing.plans.costs import Costs, Memory
+from peftcore.comparing.plans.recorded import Place, Recorded
 
 FULL = "full fine-tuning"
 MEMORY = {

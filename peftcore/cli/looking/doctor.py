@@ -16,12 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 import peftcore
-from peftcore.cli.looking.quiet import quiet
-from peftcore.cli.numbers import size
 from peftcore.cli.pages import columns
+from peftcore.comparing.numbers import size
+from peftcore.comparing.quiet import quiet
 from peftcore.errors import PeftcoreError
-from peftcore.plugins import DISABLE, registry
-from peftcore.quantization import scheme_class
+from peftcore.injection.quantization import scheme_class
+from peftcore.registry.plugins import DISABLE, registry
 
 CORE = "peftcore"
 LIBRARIES = ("torch", "transformers", "diffusers", "timm")

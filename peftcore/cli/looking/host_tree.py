@@ -10,12 +10,12 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from peftcore.applying import host_map
-from peftcore.cli.looking.recorded import Place, Recorded, Wanted
-from peftcore.cli.models.skeletons import Skeleton, skeleton
 from peftcore.cli.pages import columns, share, tensors
-from peftcore.hosts import HostEntry, HostMap
-from peftcore.hosts.tree import Line, tree_lines
+from peftcore.comparing.models.skeletons import Skeleton, skeleton
+from peftcore.comparing.plans.recorded import Place, Recorded, Wanted
+from peftcore.injection.applying import host_map
+from peftcore.roles import HostEntry, HostMap
+from peftcore.roles.tree import Line, tree_lines
 
 COLOURS = ("green", "magenta", "yellow", "cyan", "blue", "red")
 """One a method, in turn."""

@@ -9,8 +9,8 @@ from typing import Any
 from rich.progress import track
 from rich.table import Column, Table
 
-from peftcore.contract import MethodInfo
 from peftcore.errors import PeftcoreError
+from peftcore.registry.catalogue import MethodInfo
 
 
 def records(infos: Iterable[MethodInfo], sizes: bool) -> list[dict[str, Any]]:

@@ -17,9 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 import peftcore
-from peftcore.cli.looking.quiet import quiet
 from peftcore.cli.pages import columns, spelled
-from peftcore.contract import Method, MethodInfo
+from peftcore.comparing.quiet import quiet
+from peftcore.contract.method import Method
+from peftcore.registry.catalogue import MethodInfo
 
 INDENT = 4
 ARXIV = re.compile(r"\d{4}\.\d{4,5}")

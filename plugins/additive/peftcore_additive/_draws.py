@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcore import Call
 from peftcore.errors import AmbiguousBackward, TrainingError
-from peftcore.records import repeating
+from peftcore.forward.context import repeating
 
 
 class Draws(nn.Module):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import Attend, AttentionOperator, AttentionSite, MethodConfig, Operator, SequenceSite, Site, Surgeon
+from peftcore.contract.operators import Shared
 from peftcore.errors import UnsupportedSite
-from peftcore.hosts.stacks import CACHES, EMBEDS, IDS, arguments
-from peftcore.operators import Shared
-from peftcore.sequence import FORM, POSITIONS
+from peftcore.roles.stacks import CACHES, EMBEDS, IDS, arguments
+from peftcore.targets.sequence import FORM, POSITIONS
 
 
 class PrefixConfig(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftcore import Site, Surgeon, current_call
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
-from peftcore.hosts.stacks import CACHES, Stack, find
+from peftcore.roles.stacks import CACHES, Stack, find
 from peftcore_additive._blocks import BlockSite
 
 S = TypeVar("S", bound=Site)

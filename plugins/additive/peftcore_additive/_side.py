@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import SequenceError
-from peftcore.hosts.stacks import CACHES
-from peftcore.sequence_cache import own_part
+from peftcore.roles.stacks import CACHES
+from peftcore.targets.sequence_cache import own_part
 
 
 class SideBlock(nn.Module):

@@ -28,8 +28,8 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, current_call
+from peftcore.contract.operators import Shared
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.operators import Shared
 from peftcore_additive._blocks import depths
 from peftcore_additive._draws import Draws
 from peftcore_additive.houlsby_adapter import BottleneckOperator

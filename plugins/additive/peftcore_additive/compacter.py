@@ -28,8 +28,8 @@ from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, on_first
+from peftcore.contract.operators import Shared
 from peftcore.errors import UnsupportedSite
-from peftcore.operators import Shared
 from peftcore_additive.houlsby_adapter import ACTIVATIONS
 
 FUNCTIONS = {**ACTIVATIONS, "gelu_tanh": lambda: nn.GELU("tanh")}

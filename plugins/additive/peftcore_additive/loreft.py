@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Surgeon, Tags, on_first
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.hosts.stacks import arguments
-from peftcore.weights import plain_class
+from peftcore.layers.layer import plain_class
+from peftcore.roles.stacks import arguments
 from peftcore_additive._blocks import BlockSite, block_sites
 from peftcore_additive._intervention import Intervention
 from peftcore_additive._prompt import Prompt, Stacks

@@ -28,10 +28,10 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, on_first
+from peftcore.contract.operators import Shared
 from peftcore.errors import ConfigError
-from peftcore.hosts.stacks import arguments
-from peftcore.operators import Shared
-from peftcore.weights import plain_class
+from peftcore.layers.layer import plain_class
+from peftcore.roles.stacks import arguments
 from peftcore_additive._blocks import BlockSite, block_sites
 from peftcore_additive._prompt import Stacks, Visible, cached_tokens
 from peftcore_additive._side import Ends, SideBlock, held_by, side_layers

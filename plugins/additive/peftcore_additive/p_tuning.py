@@ -22,7 +22,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, SequenceOperator, SequenceSite, Site, Surgeon, Tags
-from peftcore.operators import full_precision
+from peftcore.contract.operators import full_precision
 
 
 class Config(MethodConfig):

@@ -25,7 +25,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Surgeon, Tags
-from peftcore.branches import BranchSite, Bypass, branch
+from peftcore.authoring.branches import BranchSite, Bypass, branch
 from peftcore_additive.houlsby_adapter import ACTIVATIONS
 
 

@@ -27,9 +27,9 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags
-from peftcore.branches import is_post_norm
+from peftcore.authoring.branches import is_post_norm
 from peftcore.errors import UnsupportedSite
-from peftcore.hosts import HostMap
+from peftcore.roles import HostMap
 from peftcore_additive._blocks import MIXERS
 from peftcore_additive.houlsby_adapter import BottleneckOperator
 

@@ -26,7 +26,7 @@ from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
-from peftcore.weights import bias_name, plain_class
+from peftcore.layers.layer import bias_name, plain_class
 
 
 class Config(MethodConfig):

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from peftcore import Operator, Site, Tap
-from peftcore.operators import Shared
-from peftcore.plugins import layer_of
+from peftcore.contract.operators import Shared
+from peftcore.registry.plugins import layer_of
 
 GIVEN = ("sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs")
 """What the copy gets of the UNet's inputs."""

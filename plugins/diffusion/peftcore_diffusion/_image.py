@@ -7,8 +7,8 @@ import dataclasses
 from torch import Tensor, nn
 
 from peftcore import Site, Surgeon, Tap
+from peftcore.contract.operators import Shared
 from peftcore.errors import UnsupportedSite
-from peftcore.operators import Shared
 
 
 class Projection(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from peftcore import Site, Surgeon
-from peftcore.weights import Layer
+from peftcore.layers.layer import Layer
 
 
 def alike(sites: Iterable[Site]) -> list[list[Site]]:

@@ -27,8 +27,8 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from peftcore import Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.sharding import whole
-from peftcore.weights import Layer, take
+from peftcore.layers.fsdp import whole
+from peftcore.layers.layer import Layer, take
 from peftcore_diffusion._ties import alike, foremost, stored_as
 
 

@@ -28,8 +28,8 @@ from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, current_call
+from peftcore.contract.operators import Shared
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.operators import Shared
 from peftcore_diffusion._pyramid import Place, Pyramid
 from peftcore_diffusion._told import told
 

@@ -20,8 +20,8 @@ from torch import nn
 
 import peftcore
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.authoring.parts import OfParts, options_of
 from peftcore.errors import ConfigError
-from peftcore.parts import OfParts, options_of
 
 
 class Config(MethodConfig):

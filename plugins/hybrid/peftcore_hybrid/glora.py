@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.errors import UnsupportedSite
-from peftcore.weights import bias_name
+from peftcore.layers.layer import bias_name
 
 Matrix = Literal["lora", "vector", "constant", "none"]
 Vector = Literal["vector", "constant", "none"]

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Replacement, Site, Surgeon
-from peftcore.calls import known
+from peftcore.authoring.parts import options_of
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.parts import options_of
-from peftcore.rows import Once
-from peftcore.surgery import Graft
+from peftcore.forward.host_state import known
+from peftcore.forward.routing import Once
+from peftcore.surgery.surgeon import Graft
 
 Members = list[list[nn.Module]]
 """The operators of each adapter at one place; several where an adapter is a hybrid."""

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Injection, MethodConfig, Site, Surgeon, WeightOperator
-from peftcore.algebra import product
-from peftcore.combining import established, opened, warn_of_heads
-from peftcore.config import validate
+from peftcore.algebra.combining import established, opened, warn_of_heads
+from peftcore.algebra.merge_math import product
+from peftcore.authoring.parts import OfParts, options_of
+from peftcore.contract.config import validate
+from peftcore.contract.operators import _Base, is_mergeable
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.operators import _Base, is_mergeable
-from peftcore.parts import OfParts, options_of
-from peftcore.weights import bias_name
+from peftcore.layers.layer import bias_name
 
 if TYPE_CHECKING:
-    from peftcore.surgery import Graft
-    from peftcore.weights import Ranges
+    from peftcore.layers.layer import Ranges
+    from peftcore.surgery.surgeon import Graft
 
     Key = tuple[str, str, Ranges | None]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftcore import MethodConfig, Site, current_call
 from peftcore.errors import ConfigError, MissingContext, RouteError
-from peftcore.injection import MIXES_ROWS
+from peftcore.injection.injection import MIXES_ROWS
 
 
 class TaskConfig(MethodConfig):

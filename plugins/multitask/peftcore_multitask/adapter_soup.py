@@ -23,11 +23,11 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from peftcore import Method, Operator, Site, Surgeon, Tags, WeightOperator
-from peftcore.algebra import linear
+from peftcore.algebra.merge_math import linear
+from peftcore.authoring.parts import options_of
+from peftcore.contract.operators import Factors, is_mergeable
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.graft import view
-from peftcore.operators import Factors, is_mergeable
-from peftcore.parts import options_of
+from peftcore.forward.class_swap import view
 from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
 
 

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from peftcore import Method, Site, Surgeon, Tags
-from peftcore.algebra import Sign, linear, random_mask, ties
+from peftcore.algebra.merge_math import Sign, linear, random_mask, ties
 from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts
 
 

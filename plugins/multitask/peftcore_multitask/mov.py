@@ -27,9 +27,9 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
-from peftcore.attention_sites import locate
+from peftcore.contract.operators import full_precision
 from peftcore.errors import UnsupportedSite
-from peftcore.operators import full_precision
+from peftcore.targets.attention_sites import locate
 
 HEADED = ("attn.k", "attn.v", "cross.k", "cross.v")
 """Roles whose output is a run of heads."""

@@ -26,8 +26,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, SequenceOperator, SequenceSite, Site, Surgeon, Tags
+from peftcore.contract.operators import full_precision
 from peftcore.errors import ConfigError
-from peftcore.operators import full_precision
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
 

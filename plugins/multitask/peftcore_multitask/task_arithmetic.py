@@ -22,8 +22,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from peftcore import Method, Site, Surgeon, Tags
-from peftcore.algebra import cat, linear
-from peftcore.operators import Factors
+from peftcore.algebra.merge_math import cat, linear
+from peftcore.contract.operators import Factors
 from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts
 
 

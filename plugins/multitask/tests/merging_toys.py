@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.injection import Injection
+from peftcore.injection.injection import Injection
 from peftcore.testing.kit import fill
 
 

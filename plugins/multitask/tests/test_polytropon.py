@@ -12,9 +12,9 @@ from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.contract.operators import _Base
 from peftcore.errors import NotMergeable, UnsupportedSite
-from peftcore.operators import _Base
-from peftcore.sites import Site
+from peftcore.targets.sites import Site
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from peftcore import MethodConfig, Operator, Site
 from peftcore.errors import QuantizationError, UnsupportedSite
-from peftcore.quantization import round_trip, scheme_key
+from peftcore.injection.quantization import round_trip, scheme_key
 
 
 class SchemeConfig(MethodConfig):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import Method, MethodConfig, Surgeon, Tags
-from peftcore.branches import BranchSite, Bypass, branch
+from peftcore.authoring.branches import BranchSite, Bypass, branch
 from peftcore_quantized._binary import in_bits, normal_codes
 
 

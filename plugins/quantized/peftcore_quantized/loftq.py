@@ -25,7 +25,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, Site, Surgeon, Tags
-from peftcore.operators import full_precision
+from peftcore.contract.operators import full_precision
 from peftcore_quantized._packed_base import (
     Factors,
     PackedBaseOperator,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.graft import slot_of
-from peftcore.plugins import layer_of
+from peftcore.forward.class_swap import slot_of
+from peftcore.registry.plugins import layer_of
 
 bnb = pytest.importorskip("bitsandbytes")
 modules = pytest.importorskip("bitsandbytes.nn.modules")

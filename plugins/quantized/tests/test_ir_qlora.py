@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.quantization import scheme
+from peftcore.injection.quantization import scheme
 from peftcore.testing import conformance
 from peftcore_quantized.backends.reference import DYNAMIC, NORMAL
 

@@ -27,7 +27,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import peftcore
-from peftcore.quantization import round_trip, scheme_key
+from peftcore.injection.quantization import round_trip, scheme_key
 from peftcore.testing import conformance
 
 NOISE = "what rounding loses is noise: with the weight in bfloat16 its principal directions are others"

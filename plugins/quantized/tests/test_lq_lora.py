@@ -12,7 +12,7 @@ from peft_pairs import OUTPUTS, difference
 from torch import Tensor
 
 import peftcore
-from peftcore.plugins import layer_of
+from peftcore.registry.plugins import layer_of
 from peftcore.testing import conformance
 
 RANK, ALPHA = 3, 5.0

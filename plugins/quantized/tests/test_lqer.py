@@ -71,7 +71,9 @@ def test_the_factors_are_the_authors() -> None:
     for path, norms in AUTHORS.items():
         operator, layer = injection.operators[path], held.get_submodule(path)
         product = operator.B @ operator.A
-        gap = host()[0].get_submodule(path).weight - peftcore.plugins.layer_of(layer, "weight").read(layer, "weight")
+        gap = host()[0].get_submodule(path).weight - peftcore.registry.plugins.layer_of(layer, "weight").read(
+            layer, "weight"
+        )
         for found, wanted in zip((gap, gap - product, product), norms, strict=True):
             # The gap is a tenth of the weights, which bitsandbytes reads in float32, on each processor in its way.
             assert abs(found.norm().item() / wanted - 1) <= 1e-5

@@ -116,7 +116,7 @@ def test_from_a_packed_base(scheme: str, tmp_path: Path) -> None:
     """The principal part of what it holds trains."""
     fresh = assert_from_packed(scheme, "qpissa", tmp_path, **OPTIONS)
     held, operator = packed(scheme)[0], fresh.operators["0"]
-    weight = peftcore.plugins.layer_of(held, "weight").read(held, "weight").double()
+    weight = peftcore.registry.plugins.layer_of(held, "weight").read(held, "weight").double()
     vectors = torch.linalg.eigh(weight @ weight.T).eigenvectors[:, -RANK:]
     assert difference(ALPHA / RANK * operator.B0 @ operator.A0, vectors @ vectors.T @ weight) <= OUTPUTS
 

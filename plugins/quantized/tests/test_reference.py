@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import peftcore
 from peftcore.errors import QuantizationError
-from peftcore.quantization import scheme
+from peftcore.injection.quantization import scheme
 from peftcore_quantized.backends import reference
 
 SIZES = [(1024, 1024), (1000, 1001), (129, 65), (3, 7), (64, 100)]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import peftcore
-from peftcore.plugins import layer_of
-from peftcore.quantization import scheme
+from peftcore.injection.quantization import scheme
+from peftcore.registry.plugins import layer_of
 from peftcore.testing import quantizer_conformance
 from peftcore.testing.kit import fill
 from peftcore.testing.quantizers import LINEAR, Packing

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from peftcore.kernels import keep
+from peftcore.layers.kernels import keep
 from peftcore_reparameterized import _kernels as kernels
 
 
 @pytest.fixture(params=["few columns", "many columns"])
 def columns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether the ranks of these tests are small ones."""
-    monkeypatch.setattr("peftcore.kernels.low_rank.FEW", 64 if request.param == "few columns" else 1)
+    monkeypatch.setattr("peftcore.layers.kernels.low_rank.FEW", 64 if request.param == "few columns" else 1)
 
 
 Scaled = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]

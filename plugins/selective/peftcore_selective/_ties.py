@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from peftcore import Site, Surgeon
-from peftcore.weights import Ranges
+from peftcore.layers.layer import Ranges
 
 
 def one_each(sites: Iterable[Site]) -> list[Site]:

@@ -19,7 +19,7 @@ from typing import Literal
 from torch import nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags
-from peftcore.weights import bias_name
+from peftcore.layers.layer import bias_name
 
 
 class Config(MethodConfig):

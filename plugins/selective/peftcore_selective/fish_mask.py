@@ -30,8 +30,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Batches, Injection, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.operators import Checked, Shared
-from peftcore.weights import take
+from peftcore.contract.operators import Checked, Shared
+from peftcore.layers.layer import take
 from peftcore_selective._fisher import squared_gradients
 from peftcore_selective._ties import one_each, tied_to
 

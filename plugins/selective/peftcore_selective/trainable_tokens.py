@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
-from peftcore.weights import Layer
+from peftcore.layers.layer import Layer
 from peftcore_selective._ties import one_each, tied_to
 
 

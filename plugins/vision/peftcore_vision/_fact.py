@@ -13,8 +13,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import MethodConfig, Operator, Site, Surgeon
+from peftcore.contract.operators import Shared
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.operators import Shared
 
 
 class FactConfig(MethodConfig):

@@ -19,11 +19,11 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import MethodConfig, Operator, Site, Surgeon
+from peftcore.contract.operators import Shared
 from peftcore.errors import SequenceError, UnsupportedSite
-from peftcore.hosts import HostEntry
-from peftcore.hosts.stacks import find
-from peftcore.operators import Shared
-from peftcore.weights import plain_class
+from peftcore.layers.layer import plain_class
+from peftcore.roles import HostEntry
+from peftcore.roles.stacks import find
 
 STREAM = ("mlp.down", "experts.down", "attn.out")
 """Roles of what adds to the stream of a block: its rows are as many as the stream is wide."""

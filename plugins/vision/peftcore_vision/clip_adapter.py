@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.hosts.vocabulary import words
+from peftcore.roles.vocabulary import words
 
 IMAGES = frozenset({"visual", "vision", "image", "images", "img"})
 """How the head of images is called where there is also one of texts."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import Method, MethodConfig, Surgeon, Tags, Tap
-from peftcore.branches import BranchSite, Bypass, branch
+from peftcore.authoring.branches import BranchSite, Bypass, branch
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import patch_sites
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, current_call
 from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
-from peftcore.hosts.stacks import CACHES, arguments, find
+from peftcore.roles.stacks import CACHES, arguments, find
 
 
 class Config(MethodConfig):

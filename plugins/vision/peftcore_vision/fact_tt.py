@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import Method, Surgeon, Tags
-from peftcore.operators import Shared
+from peftcore.contract.operators import Shared
 from peftcore_vision._fact import FactConfig, FactOperator, FactSite, fact_sites, shared_factors
 
 

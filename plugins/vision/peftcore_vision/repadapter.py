@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
-from peftcore.weights import bias_name
+from peftcore.layers.layer import bias_name
 
 READERS = {
     "attn": ("attn.q", "attn.k", "attn.v", "attn.kv", "attn.qkv"),

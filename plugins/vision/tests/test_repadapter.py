@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.hosts import derive, probe
+from peftcore.roles import derive, probe
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 

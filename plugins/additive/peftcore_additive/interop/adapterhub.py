@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from peftcore import Site
-from peftcore.branches import is_post_norm
+from peftcore.authoring.branches import is_post_norm
 from peftcore.errors import CheckpointError
-from peftcore.interop.adapterhub import HubArchitecture
-from peftcore.interop.found import Found
-from peftcore.interop.keys import Keys
-from peftcore.targets import Resolver
+from peftcore.files.formats.adapterhub import HubArchitecture
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.targets.resolver import Resolver
 
 WHERE = ("mh_adapter", "output_adapter", "is_parallel", "original_ln_before", "original_ln_after")
 KINDS = {

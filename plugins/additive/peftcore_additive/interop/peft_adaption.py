@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import Size, Tensor, nn
 
-from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.interop.found import Found
-from peftcore.interop.keys import Keys
-from peftcore.interop.patterns import ending
-from peftcore.interop.peft_method import PeftMethod
-from peftcore.interop.places import Place
+from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.patterns import ending
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
 
 OUT = "o_proj"
 """What peft takes for the output matrix."""

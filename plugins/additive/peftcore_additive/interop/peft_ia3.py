@@ -13,13 +13,13 @@ from typing import Any
 from torch import Size, Tensor, nn
 
 from peftcore.errors import CheckpointError
-from peftcore.interop.found import Found
-from peftcore.interop.keys import Keys
-from peftcore.interop.patterns import matching
-from peftcore.interop.peft_method import PeftMethod
-from peftcore.interop.peft_writing import module_key
-from peftcore.interop.places import Place
-from peftcore.weights import Transposed
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.patterns import matching
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.peft_writing import module_key
+from peftcore.files.formats.places import Place
+from peftcore.layers.layer import Transposed
 
 
 class PeftIA3(PeftMethod):

@@ -16,12 +16,12 @@ import torch
 from torch import Size, Tensor, nn
 
 from peftcore import SequenceSite
-from peftcore.envelope import SavedSite
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.interop.found import Found
-from peftcore.interop.keys import Keys
-from peftcore.interop.peft_prompts import BOTH, ROWS, SoftPrompt, halves
-from peftcore.interop.places import Place
+from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_prompts import BOTH, ROWS, SoftPrompt, halves
+from peftcore.files.formats.places import Place
 from peftcore_additive._prefix import PrefixOperator
 
 

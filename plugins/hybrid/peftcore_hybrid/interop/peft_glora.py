@@ -13,11 +13,11 @@ from typing import Any
 from torch import Size, Tensor, nn
 
 from peftcore.errors import ExportError
-from peftcore.interop.found import Found
-from peftcore.interop.keys import Keys
-from peftcore.interop.peft_layers import not_added
-from peftcore.interop.peft_method import PeftMethod
-from peftcore.interop.places import Place
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_layers import not_added
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
 
 OPTION = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_E", "E": "config_D_E"}
 """Peft's option for each term."""

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from peftcore.envelope import SavedSite
 from peftcore.errors import ExportError
-from peftcore.interop.found import Found
-from peftcore.interop.keys import Keys
-from peftcore.interop.peft_prompts import ROWS, SoftPrompt, halves
-from peftcore.interop.places import Place
+from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_prompts import ROWS, SoftPrompt, halves
+from peftcore.files.formats.places import Place
 from peftcore_multitask._tasks import task_count
 
 COLS, TASK_ROWS = "prefix_task_cols", "prefix_task_rows"

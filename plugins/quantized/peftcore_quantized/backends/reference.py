@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from peftcore import hookimpl
 from peftcore.errors import QuantizationError
-from peftcore.packing import Packed, packed_layer
-from peftcore.quantization import Scheme
-from peftcore.weights import Layer
+from peftcore.injection.quantization import Scheme
+from peftcore.injection.quantized_layer import Packed, packed_layer
+from peftcore.layers.layer import Layer
 
 PEFTCORE_API = 2
 DOUBLE = 256

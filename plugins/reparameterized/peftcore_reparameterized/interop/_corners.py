@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from peftcore.interop.found import Found
+from peftcore.files.formats.found import Found
 
 
 def corner(found: Found, name: str, shape: Sequence[int]) -> Tensor:

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from peftcore import Site
-from peftcore.interop.adapterhub import HubArchitecture
-from peftcore.interop.found import Found
-from peftcore.interop.keys import Keys
-from peftcore.targets import Resolver
+from peftcore.files.formats.adapterhub import HubArchitecture
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.targets.resolver import Resolver
 
 
 class HubLoRA(HubArchitecture):

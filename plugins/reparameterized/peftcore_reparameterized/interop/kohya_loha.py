@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Size, Tensor
 
-from peftcore.interop.found import Found
-from peftcore.interop.kohya import Held, KohyaMethod
-from peftcore.interop.places import Place
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.kohya import Held, KohyaMethod
+from peftcore.files.formats.places import Place
 
 
 class KohyaLoHa(KohyaMethod):

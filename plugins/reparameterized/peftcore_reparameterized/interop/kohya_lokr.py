@@ -15,9 +15,9 @@ from typing import Any
 from torch import Size, Tensor
 
 from peftcore.errors import CheckpointError
-from peftcore.interop.found import Found
-from peftcore.interop.kohya import Held, KohyaMethod
-from peftcore.interop.places import Place
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.kohya import Held, KohyaMethod
+from peftcore.files.formats.places import Place
 from peftcore_reparameterized.lokr import _cut
 
 

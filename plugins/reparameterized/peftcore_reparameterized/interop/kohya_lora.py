@@ -13,9 +13,9 @@ from typing import Any
 from torch import Size, Tensor
 
 from peftcore.errors import CheckpointError
-from peftcore.interop.found import Found
-from peftcore.interop.kohya import Held, KohyaMethod, spelled
-from peftcore.interop.places import Place
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.kohya import Held, KohyaMethod, spelled
+from peftcore.files.formats.places import Place
 
 DOWN, UP, MAGNITUDE = "lora_down.weight", "lora_up.weight", "dora_scale"
 

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Size, Tensor, nn
 
 from peftcore.errors import CheckpointError
-from peftcore.interop.found import Found
-from peftcore.interop.keys import Keys
-from peftcore.interop.peft_layers import not_added, uneven
-from peftcore.interop.peft_method import PeftMethod
-from peftcore.interop.places import Place
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_layers import not_added, uneven
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
 
 
 class PeftHRA(PeftMethod):

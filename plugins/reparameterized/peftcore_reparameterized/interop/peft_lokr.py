@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 from torch import Size, Tensor, nn
 
 from peftcore.errors import ExportError
-from peftcore.interop.found import Found
-from peftcore.interop.keys import Keys
-from peftcore.interop.peft_layers import not_added
-from peftcore.interop.peft_method import PeftMethod
-from peftcore.interop.places import Place
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_layers import not_added
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
 
 NAMES = {
     "w1": "lokr_w1", "w1a": "lokr_w1_a", "w1b": "lokr_w1_b",

@@ -23,15 +23,15 @@ from torch import Size, Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from peftcore.errors import CheckpointError, ExportError
-from peftcore.interop.found import Found
-from peftcore.interop.keys import Keys
-from peftcore.interop.patterns import ending
-from peftcore.interop.peft_layers import is_one_of, not_added
-from peftcore.interop.peft_method import PeftMethod
-from peftcore.interop.peft_writing import is_parameter
-from peftcore.interop.places import Place
-from peftcore.sites import Site
-from peftcore.weights import Transposed
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.patterns import ending
+from peftcore.files.formats.peft_layers import is_one_of, not_added
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.peft_writing import is_parameter
+from peftcore.files.formats.places import Place
+from peftcore.layers.layer import Transposed
+from peftcore.targets.sites import Site
 from peftcore_reparameterized.lora import LoRA, scale_of
 
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "lora_ga", "mini_lora")

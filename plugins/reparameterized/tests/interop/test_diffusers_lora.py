@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import CheckpointError, ExportError, HostMismatch
-from peftcore.interop.diffusers import METADATA, TENSORS
+from peftcore.files.formats.diffusers import METADATA, TENSORS
 from peftcore.testing.hosts import HOSTS
 
 diffusers = pytest.importorskip("diffusers")

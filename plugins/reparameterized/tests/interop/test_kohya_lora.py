@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import CheckpointError, ExportError, HostMismatch
-from peftcore.interop.kohya import TENSORS
+from peftcore.files.formats.kohya import TENSORS
 from peftcore.testing.hosts import HOSTS
 
 diffusers = pytest.importorskip("diffusers")
@@ -145,7 +145,7 @@ def test_names_of_the_original_code(tmp_path: Path) -> None:
 
 def test_names_of_the_original_code_beside_diffusers(tmp_path: Path) -> None:
     """All attention and resnets of the blocks, renamed by our table, are what diffusers' converter finds."""
-    from peftcore.interop.ldm_names import ldm_names
+    from peftcore.files.formats.ldm_names import ldm_names
 
     model, inputs = unet()
     names = {path: name for name, path in ldm_names(dict(model.named_modules())).items()}

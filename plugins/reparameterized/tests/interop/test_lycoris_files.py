@@ -13,7 +13,7 @@ from torch import nn
 
 import peftcore
 from peftcore.errors import CheckpointError
-from peftcore.interop.kohya import TENSORS
+from peftcore.files.formats.kohya import TENSORS
 from peftcore.testing.hosts import HOSTS
 
 SIZES = {"lora_dim": 2, "conv_lora_dim": 3, "alpha": 3.0, "conv_alpha": 5.0}

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from peftcore.interop.found import Found
-from peftcore.interop.keys import Keys
-from peftcore.interop.peft_method import PeftMethod
-from peftcore.interop.places import Place
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
 
 COPY = "ln_tuning_layers"
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

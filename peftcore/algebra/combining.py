@@ -1,0 +1,391 @@
+"""Adapter algebra on whole adapters: `deltas` reads off what they do to weights, `to_lora` writes it as a LoRA,
+`combine` makes one adapter of several. The mathematics is in `peftcore.algebra.merge_math`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from peftcore.algebra import merge_math as algebra
+from peftcore.algebra.merge_math import Sign, cat, linear, padded, product, svd
+from peftcore.contract.config import MethodConfig, validate
+from peftcore.contract.method import Method
+from peftcore.contract.operators import Factors, _Base, is_mergeable
+from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
+from peftcore.files.save_load import fill, load
+from peftcore.forward.host_state import injections
+from peftcore.injection.applying import check_name, establish, prepare
+from peftcore.injection.injection import Injection
+from peftcore.layers.fsdp import whole
+from peftcore.layers.layer import bias_name, put, take
+from peftcore.registry.catalogue import method as find_method
+from peftcore.surgery.surgeon import Wishes
+from peftcore.targets.sites import Site
+from peftcore.utils.progress import through
+
+How = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune", "slerp"]
+Source = str | os.PathLike[str]
+"""An injection of the host by name, or the folder of a saved adapter."""
+LOSSY = 0.01
+"""Relative error of a site from which on `combine` warns."""
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What an adapter does to one tensor of the host."""
+
+    site: Site
+    delta: Tensor
+    """In logical layout."""
+    factors: Factors | None
+    """Where the change is a product of few columns."""
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _acting(injection: Injection) -> None:
+    stuck = [graft.site.path for graft in injection.grafts if not is_mergeable(graft.operator)]
+    if stuck:
+        raise NotMergeable(
+            f"{injection.method.name} makes no change of weights that algebra could use (first at {stuck[0]}): what it "
+            "computes is no function of the weight alone"
+        )
+    if injection.merged:
+        raise MergeError(f"{injection.name!r} is merged, so its base weights are not there; unmerge() it first")
+
+
+@torch.no_grad()
+def changes(injection: Injection) -> dict[str, Change]:
+    """The effective minus the base weight of each tensor, by site path, in float32 or better. What the user named in
+    ``train`` is left out: heads belong to one task.
+
+    Raises:
+        NotMergeable: an operator does not say what its effective weight is.
+        MergeError: the injection is merged.
+    """
+    _acting(injection)
+    found: dict[str, Change] = {}
+    now: dict[tuple[str, str], Tensor] = {}  # as the operators before leave it, as it is stored
+    for graft in injection.grafts:
+        if graft.by_method:
+            site, operator = graft.site, graft.operator
+            base = _stored(site, now)
+            weight = None if base is None else take(site.layer.logical(base), site.rows, site.layer.batch_dims)
+            if type(operator).merged_bias is not _Base.merged_bias:
+                bias = _bias_change(site, operator, weight, now)
+                if bias is not None and bias.any():
+                    _note(found, now, site.at(bias_name(site.tensor)), bias, None)
+            _note(found, now, site, *_weight_change(operator, weight))
+    return found
+
+
+def _stored(site: Site, now: Mapping[tuple[str, str], Tensor]) -> Tensor | None:
+    held = now.get((site.module_path, site.tensor))
+    read = site.layer.read(site.module, site.tensor) if held is None else held
+    return None if read is None else _precise(whole(read))
+
+
+def _weight_change(operator: _Base, weight: Tensor | None) -> tuple[Tensor, Factors | None]:
+    factors = None if weight is None else operator.factors()
+    if factors is not None:
+        factors = _precise(factors[0]), _precise(factors[1]), factors[2]
+        return product(factors), factors
+    new: Tensor = operator.merged(weight)  # type: ignore[arg-type]  # only replacements stand for a missing tensor
+    return (_precise(new) if weight is None else new - weight), None
+
+
+def _bias_change(
+    site: Site, operator: _Base, weight: Tensor | None, now: Mapping[tuple[str, str], Tensor]
+) -> Tensor | None:
+    stored = _stored(site.at(bias_name(site.tensor)), now)
+    bias = None if stored is None else take(stored, site.rows, site.layer.batch_dims)
+    assert weight is not None, "what changes a bias with a weight stands at a weight"
+    new = operator.merged_bias(bias, lambda: weight)
+    return new if new is None or bias is None else new - bias
+
+
+def _note(
+    found: dict[str, Change],
+    now: dict[tuple[str, str], Tensor],
+    site: Site,
+    delta: Tensor,
+    factors: Factors | None,
+) -> None:
+    key, dims = (site.module_path, site.tensor), site.layer.batch_dims
+    base = _stored(site, now)
+    if base is None:
+        now[key] = delta
+    else:
+        logical = site.layer.logical(base)
+        now[key] = site.layer.stored(put(logical, take(logical, site.rows, dims) + delta, site.rows, dims))
+    if site.rows is None:  # a replacement sees the tensor as it is stored
+        plain = site.layer_of(site.module, site.tensor)
+        delta, site = plain.logical(site.layer.stored(delta)), replace(site, layer=plain)
+    before = found.get(site.path)
+    if before is not None:
+        both = before.factors is not None and factors is not None
+        factors = cat([before.factors, factors], [1.0, 1.0]) if both else None  # type: ignore[list-item]
+        delta = before.delta + delta
+    found[site.path] = Change(site, delta, factors)
+
+
+def deltas(injection: Injection) -> dict[str, Tensor]:
+    """The change that an adapter makes to each tensor, by site path, in logical layout ``[*batch, out, in, *kernel]``
+    and in float32 or better; nothing for tensors that it leaves as they are.
+
+    Raises:
+        NotMergeable: the method makes no change of weights.
+        MergeError: the injection is merged.
+    """
+    return {path: change.delta for path, change in changes(injection).items()}
+
+
+def established(
+    model: torch.nn.Module,
+    method: type[Method],
+    config: MethodConfig,
+    name: str,
+    selections: Mapping[str, Sequence[Site]],
+    *,
+    dtype: torch.dtype = torch.float32,
+    train: tuple[str, ...] = (),
+    instead: Sequence[str] = (),
+) -> Injection:
+    """A new injection of a method whose selections are known already. It is frozen, as if loaded, and acts; the
+    injections named in `instead` do not any more."""
+    saved = {
+        key: [{"module_path": s.module_path, "tensor": s.tensor, "role": s.role, "rows": s.rows} for s in sites]
+        for key, sites in selections.items()
+    }
+    surgeon = prepare(model, method(), config, Wishes(train=train, dtype=dtype, saved=saved), None, dry=False)
+    injection = establish(surgeon, check_name(model, name))
+    injection.trainable(False)
+    injection.state.choose([each for each in injection.state.current() if each not in instead])
+    return injection
+
+
+@contextmanager
+def opened(model: torch.nn.Module, sources: Iterable[Source]) -> Iterator[list[Injection]]:
+    """The injections of a host by name, and saved ones by folder, for the time of the block.
+
+    Raises:
+        UnknownInjection: neither an injection nor a folder.
+    """
+    with ExitStack() as stack:
+        found = []
+        for source in sources:
+            injection = injections(model).get(str(source))
+            if injection is None and not os.path.isdir(source):
+                known = ", ".join(injections(model)) or "none"
+                raise UnknownInjection(f"{source!r} is no folder and no injection; this host has: {known}")
+            if injection is None:
+                injection = load(model, source, name=f"opened-{len(injections(model))}", active=False)
+                stack.callback(injection.remove)
+            found.append(injection)
+        yield found
+
+
+def warn_of_heads(sources: Iterable[Injection]) -> None:
+    """Say that what was trained along stays behind."""
+    heads = sorted({head for each in sources for head in each.wishes.train})
+    if heads:
+        warnings.warn(f"heads belong to one task and are left out: {', '.join(heads)}", UserWarning, stacklevel=3)
+
+
+def to_lora(injection: Injection, rank: int, name: str | None = None) -> tuple[Injection, dict[str, float]]:
+    """A LoRA that does what another adapter does to weights, and its error at each site relative to the change.
+
+    Exact where the change has so few columns, by its factors; else the nearest one, by `svd`. The new injection is
+    frozen and acts in the place of the old one, which stays on the host.
+
+    Raises:
+        NotMergeable: the method makes no change of weights.
+        UnsupportedSite: it changes vectors (biases, norms), of which no product of factors is one.
+        UnknownMethod: LoRA is not installed.
+    """
+    warn_of_heads([injection])
+    found = through(_matrices(changes(injection)).items(), "factors of changes")
+    made = {path: _nearest(change, rank) for path, change in found}
+    lora = _lora(injection.model, made, name or f"{injection.name}_lora", [injection.name])
+    return lora, {path: error for path, (_, _, error) in made.items()}
+
+
+Made = tuple[Site, Factors, float]
+"""An update of a site, and how far it is from what was wanted."""
+Merge = Callable[[str, list[dict[str, Change]], int | None], Made]
+
+
+def _matrices(found: dict[str, Change]) -> dict[str, Change]:
+    vectors = [path for path, each in found.items() if each.delta.dim() < each.site.layer.batch_dims + 2]
+    if vectors:
+        raise UnsupportedSite(f"vectors have no low-rank form, and these change: {', '.join(vectors[:8])}")
+    return found
+
+
+def _nearest(change: Change, rank: int) -> Made:
+    if change.factors is not None and change.factors[1].shape[-1] <= rank:
+        return change.site, padded(change.factors, rank), 0.0
+    return change.site, *svd(change.delta, rank, change.site.layer.batch_dims)
+
+
+@torch.no_grad()
+def _lora(model: torch.nn.Module, made: dict[str, Made], name: str, instead: Sequence[str]) -> Injection:
+    """A LoRA with these updates; what has fewer columns than another is filled up with zeros."""
+    try:
+        method = find_method("lora")
+    except UnknownMethod as error:
+        raise UnknownMethod(f"{error}; the result is a LoRA: pip install peftcore-reparameterized") from None
+    rank = max(factors[1].shape[-1] for _, factors, _ in made.values())
+    config = validate(method.Config, {"rank": rank, "alpha": float(rank)})
+    dtype = max((factors[0].dtype for _, factors, _ in made.values()), key=lambda each: each.itemsize)
+    sites = [_as_weight(site) for site, _, _ in made.values()]
+    lora = established(model, method, config, name, {"": sites}, dtype=dtype, instead=instead)
+    for graft, (_, factors, _) in zip(lora.grafts, made.values(), strict=True):
+        given = graft.operator.factors()
+        assert given is not None, "LoRA gives its factors"
+        for own, new in zip(given[:2], padded(factors, rank)[:2], strict=True):
+            own.copy_(new)
+    return lora
+
+
+def _as_weight(site: Site) -> Site:
+    """A site without the role of a module's output: there an update would act on what comes into the whole module."""
+    return replace(site, role=None) if site.role is not None and site.role.endswith(".output") else site
+
+
+def combine(
+    model: torch.nn.Module,
+    sources: Mapping[Source, float],
+    how: How = "cat",
+    *,
+    name: str = "combined",
+    rank: int | None = None,
+    density: float | None = None,
+    sign: Sign = "total",
+    seed: int = 0,
+) -> Injection:
+    """One new adapter of several, each with a weight. It is frozen and acts in their place; they stay as they are.
+
+    Args:
+        model: the host.
+        sources: weights by name of an injection, or by folder of a saved one.
+        how: "cat" is the exact sum of low-rank updates, as a LoRA of all their ranks. "linear" sums parameters of
+            adapters of one method with the same options (a soup, where weights sum to one). The others sum or merge
+            changes of weights, of any methods that have some, and give the LoRA of `rank` that is nearest: "svd" (the
+            weighted sum), "magnitude_prune", "ties", "dare_linear", "dare_ties", and "slerp" (two adapters; the weights
+            say how far it is from one to the other). Where an adapter has no change, it counts as 0.
+        name: name of the new injection.
+        rank: of the result, for all but "cat" and "linear". Where that loses one percent of a site, a warning says so.
+        density: share of the values that "ties", "dare_*" and "magnitude_prune" keep.
+        sign: how TIES elects.
+        seed: of the values that DARE drops.
+
+    Raises:
+        ConfigError: `rank` or `density` is missing or of no use here, or the adapters do not fit together.
+        NotMergeable, UnsupportedSite, UnknownInjection, UnknownMethod, CheckpointError: nothing was changed.
+    """
+    check_name(model, name)
+    if not sources:
+        raise ConfigError("combine needs adapters: {name or folder: weight}")
+    _check_use("rank", rank, how not in ("cat", "linear"), how)
+    _check_use("density", density, how in ("ties", "dare_linear", "dare_ties", "magnitude_prune"), how)
+    if density is not None and not 0 < density <= 1:
+        raise ConfigError(f"density={density} is no share: above 0, and 1 at most")
+    weights = list(sources.values())
+    with opened(model, sources) as adapters:
+        instead = [each.name for each in adapters]
+        if how == "linear":
+            _check_alike(adapters)
+            tensors = _averaged([each.state_dict() for each in adapters], weights)
+        else:
+            warn_of_heads(adapters)
+            tasks = [_matrices(changes(each)) for each in adapters]
+            merge = _merger(how, weights, density or 1.0, sign, seed)
+            made = {path: merge(path, tasks, rank) for path in dict.fromkeys(path for task in tasks for path in task)}
+    if how != "linear":
+        worst = max(made, key=lambda path: made[path][2])
+        if (error := made[worst][2]) >= LOSSY:
+            text = f"rank {rank} loses {error:.0%} of the change at {worst}; a higher rank loses less"
+            warnings.warn(text, UserWarning, stacklevel=2)
+        return _lora(model, made, name, instead)
+    first = adapters[0]
+    wishes, method = first.wishes, type(first.method)
+    soup = established(
+        model, method, first.config, name, first.selections, dtype=wishes.dtype, train=wishes.train, instead=instead
+    )
+    fill(soup, tensors)
+    return soup
+
+
+def _check_use(option: str, value: object, used: bool, how: str) -> None:
+    if used and value is None:
+        raise ConfigError(f"how={how!r} needs {option}=")
+    if not used and value is not None:
+        raise ConfigError(f"how={how!r} has no use for {option}=; leave it out")
+
+
+def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: int) -> Merge:
+    """What makes one site's update of all adapters' changes."""
+    generator = torch.Generator().manual_seed(seed)
+    if how == "slerp" and (len(weights) != 2 or min(weights) < 0 or not sum(weights)):
+        raise ConfigError("slerp goes from one adapter to another: two weights, none of them negative, not both zero")
+    merges: dict[str, Callable[[list[Tensor]], Tensor]] = {
+        "svd": lambda taus: linear(taus, weights),
+        "magnitude_prune": lambda taus: linear([algebra.magnitude_prune(tau, density) for tau in taus], weights),
+        "ties": lambda taus: algebra.ties(taus, weights, density, sign),
+        "dare_linear": lambda taus: algebra.dare_linear(taus, weights, density, generator),
+        "dare_ties": lambda taus: algebra.dare_ties(taus, weights, density, generator, sign),
+        "slerp": lambda taus: algebra.slerp(taus[0], taus[1], weights[1] / sum(weights)),
+    }
+    if how not in merges and how != "cat":
+        raise ConfigError(f"how={how!r} is none of cat, linear, {', '.join(merges)}")
+
+    def merge(path: str, tasks: list[dict[str, Change]], rank: int | None) -> Made:
+        here = [(task[path], weight) for task, weight in zip(tasks, weights, strict=True) if path in task]
+        site, like = here[0][0].site, here[0][0].delta
+        if rank is None:
+            return site, cat([_factors(path, change) for change, _ in here], [weight for _, weight in here]), 0.0
+        taus = [task[path].delta if path in task else torch.zeros_like(like) for task in tasks]
+        return _nearest(Change(site, merges[how](taus), None), rank)
+
+    return merge
+
+
+def _factors(path: str, change: Change) -> Factors:
+    if change.factors is None:
+        raise ConfigError(f'{path} is not changed by factors, as "cat" needs them; use how="svd" with a rank')
+    return change.factors
+
+
+def _check_alike(adapters: Sequence[Injection]) -> None:
+    first = adapters[0]
+    shapes = {key: value.shape for key, value in first.state_dict().items()}
+    for other in adapters[1:]:
+        if type(other.method) is not type(first.method) or other.config != first.config:
+            raise ConfigError(f"{first.name!r} and {other.name!r} differ in method or options; means need equal ones")
+        theirs = {key: value.shape for key, value in other.state_dict().items()}
+        if theirs != shapes:
+            wrong = sorted(key for key in shapes.keys() | theirs.keys() if shapes.get(key) != theirs.get(key))
+            raise ConfigError(f"{first.name!r} and {other.name!r} differ in: {', '.join(wrong[:8])}")
+
+
+def _averaged(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    mean: dict[str, Tensor] = {}
+    for key, value in states[0].items():
+        every = [state[key] for state in states]
+        if value.is_floating_point():
+            mean[key] = linear([each.detach() for each in every], weights)
+        elif all(torch.equal(value, each) for each in every):
+            mean[key] = value.clone()
+        else:
+            raise ConfigError(f"{key} holds choices (integers), and they differ: there is no mean of them")
+    return mean

@@ -1,0 +1,83 @@
+"""Hosts of the sizes that people know, on the meta device: what a method would train in them, by its own defaults.
+
+Nothing is allocated or fetched; what is not installed is left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcore.errors import PeftcoreError
+from peftcore.injection.applying import plan
+
+
+def _library(name: str, model: str, config: str = "", **sizes: Any) -> Callable[[], nn.Module]:
+    """Builds ``name.model(name.config(**sizes))``, or ``name.model(**sizes)``."""
+
+    def build() -> nn.Module:
+        library = importlib.import_module(name)
+        made = getattr(library, model)
+        host: nn.Module = made(getattr(library, config)(**sizes)) if config else made(**sizes)
+        return host
+
+    return build
+
+
+REFERENCES: Mapping[str, Callable[[], nn.Module]] = {
+    "Llama 2 7B": _library("transformers", "LlamaForCausalLM", "LlamaConfig"),
+    "BERT base": _library("transformers", "BertForSequenceClassification", "BertConfig"),
+    "T5 small": _library("transformers", "T5ForConditionalGeneration", "T5Config"),
+    "GPT-2": _library("transformers", "GPT2LMHeadModel", "GPT2Config"),
+    "Mixtral 8x7B": _library(
+        "transformers",
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        num_local_experts=8,
+        num_key_value_heads=8,
+        intermediate_size=14336,
+    ),
+    "CLIP text": _library("transformers", "CLIPTextModel", "CLIPTextConfig"),
+    "ViT base": _library("transformers", "ViTForImageClassification", "ViTConfig"),
+    "ResNet-50": _library("transformers", "ResNetForImageClassification", "ResNetConfig"),
+    "SD 1.5 UNet": _library("diffusers", "UNet2DConditionModel", cross_attention_dim=768),
+    "DiT-XL/2": _library(
+        "diffusers",
+        "DiTTransformer2DModel",
+        num_attention_heads=16,
+        attention_head_dim=72,
+        num_layers=28,
+        sample_size=32,
+    ),
+}
+"""Reference hosts by name, in the order in which a table asks them."""
+
+
+@functools.cache
+def reference(name: str) -> nn.Module | None:
+    """A reference host on the meta device; None when its library is not installed."""
+    try:
+        with torch.device("meta"):
+            return REFERENCES[name]()
+    except ImportError:
+        return None
+
+
+def budgets(method: str) -> dict[str, int]:
+    """What `method` trains with its default options, by name of the reference host; hosts in which it has nothing to
+    act on are left out, and all of them where its options have no defaults."""
+    found = {}
+    for name in REFERENCES:
+        host = reference(name)
+        if host is None:
+            continue
+        try:
+            found[name] = plan(host, method).trainable
+        except PeftcoreError:
+            continue
+    return found

@@ -1,0 +1,48 @@
+"""What methods share that are made of other methods, their parts: how a part is written, what is handed on to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftcore.contract.config import MethodConfig, validate_json
+from peftcore.errors import ConfigError
+from peftcore.injection.injection import Injection
+from peftcore.registry.catalogue import method as find_method
+from peftcore.registry.plugins import registry
+
+
+def options_of(part: Mapping[str, Any]) -> MethodConfig:
+    """The checked options of one part: a method's options, its name under "method", and its "target" if it has its own.
+
+    Raises:
+        ConfigError: it names no method, or its options break a rule of that method.
+    """
+    if not isinstance(part.get("method"), str):
+        raise ConfigError('every part says which method it is: {"method": "lora", ...}')
+    kind = find_method(part["method"]).Config
+    options = {key: value for key, value in part.items() if key != "target"}
+    return validate_json(kind, json.dumps({**options, "method": kind.model_fields["method"].default}))
+
+
+class OfParts:
+    """Hands on to the parts what is asked of the whole; stands before `Method` among the bases."""
+
+    def trainable(self, model: nn.Module, config: Any, injection: Injection) -> None:
+        """What the parts let train."""
+        for part in injection.parts.values():
+            registry().hook.peftcore_select(model=model, method=part.method, config=part.config, injection=part)
+
+    def aux_loss(self, injection: Injection) -> Tensor | None:
+        """The sum of the parts' own."""
+        losses = [part.method.aux_loss(part) for part in injection.parts.values()]
+        given = [loss for loss in losses if loss is not None]
+        return sum(given[1:], given[0]) if given else None
+
+    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        """Those of the parts."""
+        parts = injection.parts.values()
+        return [group for part in parts for group in part.method.parameter_groups(part, lr=lr, **defaults)]

@@ -1,0 +1,100 @@
+"""What a command on adapter files writes: put in place whole, at the end, and never over what the command reads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from peftcore.comparing.errors import BadInput
+
+SUFFIX = ".safetensors"
+SHARED = ("README.md", ".gitattributes")
+"""Files that any folder may have: they do not tell that it is the result of an earlier run."""
+
+
+class Output:
+    """A folder to be written, or one ``.safetensors`` file.
+
+    Args:
+        path: where it will be.
+        overwrite: whether it may take the place of an earlier result.
+        sources: what the command reads.
+
+    Raises:
+        BadInput: it cannot be written there, or something would be lost.
+    """
+
+    def __init__(self, path: Path, overwrite: bool, sources: Sequence[Path]) -> None:
+        self.path, self.overwrite = Path(os.path.realpath(path)), overwrite
+        self.shown = path
+        for source in map(Path, map(os.path.realpath, sources)):
+            if self.path in (source, *source.parents):
+                raise BadInput(f"--out {path} is, or holds, {source}, which is read; choose another folder")
+        if self.path.exists() and self._filled():
+            kind = "exists" if self.path.is_file() else "is not empty"
+            if self.path.is_dir() == self.single:
+                raise BadInput(f"--out {path} exists and is no {'file' if self.single else 'folder'}")
+            if not overwrite:
+                raise BadInput(f"--out {path} {kind}; choose another one, or say --overwrite")
+        self._above = next(each for each in self.path.parents if each.exists())
+        if not self._above.is_dir() or not os.access(self._above, os.W_OK):
+            raise BadInput(f"--out {path}: cannot write into {self._above}")
+
+    @property
+    def single(self) -> bool:
+        """Whether it is one file."""
+        return self.path.suffix == SUFFIX and not self.path.is_dir()
+
+    @contextmanager
+    def filled(self) -> Iterator[Path]:
+        """A new folder to write into. When the block ends its contents are put in place; on an error nothing is.
+
+        Of a result that is one file, the folder's only tensors' file is it.
+        """
+        partial = self._above / f".{self.path.name}.{uuid.uuid4().hex[:8]}.partial"
+        try:
+            partial.mkdir()
+            yield partial
+            ready = self._only(partial) if self.single else partial
+            self._check_earlier(ready)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._put(ready)
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"--out {self.shown}: cannot be written ({error})") from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _filled(self) -> bool:
+        return not self.path.is_dir() or any(self.path.iterdir())
+
+    def _only(self, folder: Path) -> Path:
+        [found] = folder.glob(f"*{SUFFIX}")
+        return found
+
+    def _check_earlier(self, ready: Path) -> None:
+        """What is overwritten is the result of an earlier run: it has one of the files that are written now."""
+        if not self.path.is_dir() or not self._filled():
+            return
+        names = {each.name for each in ready.iterdir()} - set(SHARED)
+        if not any((self.path / name).exists() for name in names):
+            held = ", ".join(sorted(each.name for each in self.path.iterdir())[:4])
+            raise BadInput(f"--out {self.shown} holds other things ({held}); --overwrite replaces earlier results only")
+
+    def _put(self, ready: Path) -> None:
+        if not self.path.is_dir():
+            os.replace(ready, self.path)
+            return
+        aside = ready.with_name(f"{ready.name}.old")
+        os.rename(self.path, aside)
+        try:
+            os.rename(ready, self.path)
+        except OSError:
+            os.rename(aside, self.path)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)

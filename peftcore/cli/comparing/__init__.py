@@ -1,1 +1,0 @@
-"""The job of ``peftcore compare``, and its report."""

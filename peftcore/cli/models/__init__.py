@@ -1,1 +1,0 @@
-"""Models from where the user keeps them: with their weights, or as skeletons for what only looks."""

@@ -1,0 +1,59 @@
+"""A comparison as a table in the terminal: one row a configuration."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from peftcore.comparing.numbers import size
+from peftcore.comparing.reports.trials import Entry, Report
+
+
+def table(report: Report) -> Table:
+    """One row a configuration; the best score is set in bold."""
+    entries = report.entries()
+    best = max(entries, key=lambda each: each.score if report.greater else -each.score)
+    found = Table(box=box.SIMPLE_HEAD, title=title(report), caption=caption(report, entries), title_justify="left")
+    found.padding, found.pad_edge = (0, 0, 0, 1), False
+    found.caption_justify = "left"
+    found.add_column("method", no_wrap=True)
+    for heading in ("trainable", "share", "before", "after", "s/step", "peak\nmemory", "saved\nfile"):
+        found.add_column(heading, justify="right", no_wrap=True)
+    for entry in entries:
+        first, score = entry.trials[0], number(entry.score)
+        found.add_row(
+            entry.label,
+            f"{entry.trainable:,}",
+            f"{first.share:.2%}",
+            number(first.before[report.metric]),
+            f"[bold]{score}[/bold]" if entry is best else score,
+            f"{entry.seconds_per_step:.2f}",
+            size(entry.peak_memory),
+            size(first.file_size),
+        )
+    return found
+
+
+def title(report: Report) -> str:
+    """What was measured."""
+    chosen = report.training
+    length = f"{chosen['steps']} steps" if chosen["steps"] else f"{chosen['epochs'] or 3:g} epochs"
+    return (
+        f"{report.metric.capitalize()} on {report.held_out_size:,} held-out examples after {length} of "
+        f"{chosen['batch_size']}"
+    )
+
+
+def caption(report: Report, entries: list[Entry]) -> str:
+    """What to hold the scores against."""
+    errors = [entry.error for entry in entries if entry.error is not None]
+    floor = [] if report.floor is None else [f"Majority class: {report.floor:.3f}."]
+    error = [f"Standard error: {max(errors):.3f}."] if errors else []
+    failed = [f"Failed: {label} ({reason})." for label, reason in report.failed.items()]
+    runs = f"{len(report.trials)} runs in {report.seconds / 60:.1f} minutes."
+    return " ".join([*floor, *error, runs, *failed])
+
+
+def number(value: float) -> str:
+    """Three decimals, or four digits."""
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"

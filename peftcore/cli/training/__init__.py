@@ -1,1 +1,0 @@
-"""The job of ``peftcore train``, and what comparing and searching share with it."""

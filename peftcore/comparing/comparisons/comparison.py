@@ -1,0 +1,61 @@
+"""What is compared: a training run, but with several configurations of methods, and with several seeds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
+
+from peftcore.comparing.runs.reading import validated
+from peftcore.comparing.runs.run import MethodChoice, Options, Run, Training
+
+
+class Candidate(MethodChoice):
+    """One configuration of a method."""
+
+    label: str | None = None
+    """What it is called in the report; the method's name, unless set."""
+    learning_rate: PositiveFloat | None = None
+    """Instead of that which all have."""
+
+    @property
+    def called(self) -> str:
+        return self.label or self.name
+
+
+class Comparison(Options):
+    """What is compared: a run of `train`, but with several methods and seeds."""
+
+    model: str
+    task: str = "text-classification"
+    data: dict[str, Any]
+    methods: list[Candidate] = Field(min_length=1)
+    """Names, or ``{name: lora, rank: 8, learning_rate: 2e-3, label: small}``; ``full`` is full fine-tuning."""
+    seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
+    """Each method is trained with each."""
+    training: Training = Field(default_factory=lambda: Training.model_validate({"steps": 100}))
+    dtype: str = "float32"
+    quantize: str | None = None
+    out: Path = Path("peftcore-compare")
+    """Folder for the report, and for a folder of each run."""
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _by_name_alone(cls, value: Any) -> Any:
+        listed = value.split(",") if isinstance(value, str) else value
+        if not isinstance(listed, list):
+            return listed
+        return [{"name": each.strip()} if isinstance(each, str) else each for each in listed if each]
+
+    def run(self, candidate: Candidate, seed: int) -> Run:
+        """The run of one trial. Its score is that after the last step: to choose the best would be to peek."""
+        training = self.training.model_dump() | {"seed": seed, "checkpoints": False}
+        if candidate.learning_rate is not None:
+            training["learning_rate"] = candidate.learning_rate
+        folder = re.sub(r"[^\w.-]+", "-", candidate.called) + (f"-{seed}" if len(self.seeds) > 1 else "")
+        shared = self.model_dump(include={"model", "task", "data", "dtype", "quantize"})
+        method = {"name": candidate.name, **candidate.arguments}
+        whole = {**shared, "method": method, "training": training, "out": self.out / "runs" / folder}
+        return validated(Run, whole, candidate.called)

@@ -1,0 +1,11 @@
+"""Examples, from files, folders and datasets.
+
+It may import `errors` and what libraries read tables and pictures with; no model and no tokenizer is loaded here. In
+the order of reading:
+
+- `tables`: the rows of a CSV or JSONL file.
+- `columns`: which column of a table holds what.
+- `texts`: labelled texts as a task of classes.
+- `sources`: anything that holds examples, as a ``datasets.Dataset``.
+- `tuning`: a third part of the examples, to choose settings by.
+"""

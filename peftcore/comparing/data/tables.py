@@ -1,0 +1,49 @@
+"""The rows of a CSV or JSONL file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from peftcore.comparing.errors import BadInput
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV file (comma, a header line) or a JSONL file (one object a line), chosen by the suffix."""
+    readers = {".csv": read_csv, ".jsonl": read_jsonl, ".ndjson": read_jsonl}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise BadInput(f"{path}: the data must be a file that ends in {', '.join(readers)}")
+    try:
+        rows = reader(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8 and try again") from error
+    except (csv.Error, ValueError) as error:
+        raise BadInput(f"{path}: {error}") from error
+    if not rows:
+        raise BadInput(f"{path}: holds no rows")
+    return rows
+
+
+def read_csv(text: str) -> list[dict[str, Any]]:
+    return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+
+
+def read_jsonl(text: str) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} is not JSON: {error.msg}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"line {number} is not a JSON object")
+        rows.append(row)
+    return rows

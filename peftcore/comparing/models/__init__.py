@@ -1,0 +1,12 @@
+"""Models from where the user keeps them: with their weights, or as skeletons for what only looks.
+
+It may import the core, `errors`, `packages` and `quiet`. No code of a repository runs, and no pickle is read. In the
+order of reading:
+
+- `files`: configurations, and the classes that they name.
+- `loading`: models and tokenizers to train, by folder, file, package or name.
+- `opening`: models of any library in folders, opened and written again.
+- `example_inputs`: what a forward is given, from a configuration.
+- `skeletons`: models without their weights, from a configuration.
+- `activations`: what a forward keeps in memory for its backward.
+"""

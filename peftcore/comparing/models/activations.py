@@ -1,0 +1,140 @@
+"""What a forward keeps in memory for its backward, counted without memory.
+
+The model's tensors are replaced by ones that only claim to lie on the CPU (torch's fake tensors), and it runs. So each
+operation takes the kernel that it takes on a CPU, and keeps what that keeps; tensors on the meta device would take
+others, which keep more of an attention.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
+
+from peftcore.comparing.errors import BadInput
+from peftcore.comparing.models.example_inputs import Size, Unknown
+from peftcore.comparing.models.skeletons import Skeleton
+from peftcore.errors import PeftcoreError
+
+Inputs = dict[str, Any]
+Run = Callable[[Inputs], Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What forward is given, with labels where the model then computes a loss."""
+
+    inputs: Inputs
+    loss: bool
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, size: Size, run: Run) -> Batch:
+        """The batch of a size; `run` gives the model's outputs."""
+        inputs = skeleton.inputs(size)
+        with torch.no_grad():
+            labelled = skeleton.with_labels(inputs, run(inputs))
+            try:
+                run(labelled)
+            except Exception:  # labels of another kind than classes: there is no list of what models raise then
+                return cls(inputs, False)
+        return cls(labelled, labelled is not inputs)
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """Of the tensors among the inputs."""
+        return {name: list(each.shape) for name, each in self.inputs.items() if isinstance(each, Tensor)}
+
+
+def kept(tensors: Mapping[str, Tensor], run: Run, inputs: Inputs) -> int:
+    """Bytes of the distinct storages that a forward saves for backward and that hold none of the model's tensors."""
+    own = {_storage(each) for each in tensors.values()}
+    saved: dict[int, Tensor] = {}  # alive until the end: a storage that is freed gives its address to the next
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.setdefault(_storage(tensor), tensor)
+        return tensor
+
+    with torch.enable_grad(), saved_tensors_hooks(save, lambda tensor: tensor):
+        run(inputs)
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in saved.items() if storage not in own)
+
+
+def _storage(tensor: Tensor) -> int:
+    place: int = tensor.untyped_storage()._cdata
+    return place
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, tied ones by all their names."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+@dataclass
+class Pretended:
+    """Runs of models on the meta device; their batches fit each other."""
+
+    mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
+
+    def batch(self, skeleton: Skeleton, size: Size) -> Batch:
+        """A batch for the model.
+
+        Raises:
+            Unknown: its forward cannot run without values.
+        """
+        with explained(), self.mode:
+            tensors = self._tensors(skeleton.model)
+            return Batch.of(skeleton, size, lambda inputs: functional_call(skeleton.model, tensors, kwargs=inputs))
+
+    def kept(self, model: nn.Module, batch: Batch) -> int:
+        """What a forward keeps.
+
+        Raises:
+            Unknown: it cannot run without values.
+        """
+        with explained(), self.mode:
+            tensors = self._tensors(model)
+            return kept(tensors, lambda inputs: functional_call(model, tensors, kwargs=inputs), batch.inputs)
+
+    def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        named, made = named_tensors(model), dict[int, Tensor]()
+        for each in named.values():
+            if id(each) not in made:
+                made[id(each)] = stand_in(each)
+        return {name: made[id(each)] for name, each in named.items()}
+
+
+def stand_in(tensor: Tensor) -> Tensor:
+    """A tensor like it, of the kind that it is."""
+    like = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Whatever a forward raises is a reason why nothing is known; torch's own report of it is left out."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (BadInput, Unknown):
+        raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise Unknown("its forward depends on values, not only on shapes") from error
+    except PeftcoreError as error:
+        raise Unknown(str(error)) from error
+    except Exception as error:
+        raise Unknown(f"without values it fails: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,144 @@
+"""Models and tokenizers from where the user keeps them; classifiers have a head that every method trains alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+
+from peftcore.comparing.errors import BadInput
+from peftcore.comparing.packages import package_folder
+from peftcore.layers.layer import is_dense
+
+GGUF, PACKAGE = ".gguf", "package:"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+NO_KERNELS = {"attn_implementation": None, "experts_implementation": None}
+"""A configuration may ask for kernels from the Hub, which are code; transformers chooses among its own instead."""
+UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
+"""What transformers raises for a folder that holds no model, half a model or a model of another kind."""
+
+
+def load_tokenizer(model: Path | str) -> Any:
+    """The model's tokenizer; one without a padding token (most decoders) pads with its end-of-text token."""
+    where, options = origin(model)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+    except UNREADABLE as error:
+        raise unreadable(model, "tokenizer", error) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise BadInput(f"{model}: its tokenizer has no padding and no end-of-text token to fill up batches with")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def origin(model: Path | str) -> tuple[str, dict[str, Any]]:
+    """What transformers' loaders call a model: a folder, a GGUF file or a folder of one, a name on the Hub.
+
+    ``package:NAME`` is the folder of an installed Python package, ``package:NAME/FOLDER`` one inside.
+
+    Raises:
+        BadInput: it looks like a path, and nothing is there.
+    """
+    if str(model).startswith(PACKAGE):
+        model = _in_package(str(model))
+    path = Path(model)
+    if path.suffix == GGUF and path.is_file():
+        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+    if path.is_dir():
+        files = [] if (path / "config.json").exists() else sorted(file.name for file in path.glob(f"*{GGUF}"))
+        if len(files) > 1:
+            raise BadInput(f"{path}: name one of its files: {', '.join(files)}")
+        return str(path), {"local_files_only": True, **({"gguf_file": files[0]} if files else {})}
+    if isinstance(model, Path) or not HUB_NAME.fullmatch(model):
+        raise BadInput(f"{model}: no such folder; a model is a folder with config.json, weights and tokenizer")
+    return model, {}
+
+
+def _in_package(model: str) -> Path:
+    """A folder inside a package, which is found but not imported."""
+    name, _, inside = model.removeprefix(PACKAGE).partition("/")
+    if (folder := package_folder(name)) is None:
+        raise BadInput(f"{model}: no package {name!r} is installed")
+    return folder / inside
+
+
+def from_pretrained(auto: Any, model: Path | str, dtype: str = "float32", **options: Any) -> Any:
+    """A model with its weights, by one of transformers' Auto classes.
+
+    Raises:
+        BadInput: there is no such model.
+    """
+    where, own = origin(model)
+    try:
+        found = auto.from_pretrained(where, dtype=getattr(torch, dtype), **NO_KERNELS, **own, **options)
+    except UNREADABLE as error:
+        words = re.findall("[A-Z][a-z]+|[A-Z]+", auto.__name__)[1:]
+        raise unreadable(model, " ".join(words).lower(), error) from error
+    if "gguf_file" in own:
+        _made_dense(found[0] if isinstance(found, tuple) else found)
+    return found
+
+
+def _made_dense(model: Any) -> None:
+    """Weights that were unpacked as they were read: transformers still calls the model quantized, and would neither
+    train nor save it."""
+    if all(map(is_dense, model.parameters())):
+        model.hf_quantizer.remove_quantization_config(model)
+
+
+def classifier(
+    auto: Any, model: Path | str, labels: tuple[str, ...], dtype: str = "float32", **options: Any
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """A model with a head for these classes, by one of the Auto classes, and the names of its head modules."""
+    loaded, info = from_pretrained(
+        auto,
+        model,
+        dtype,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **options,
+    )
+    mismatched = {name for name, *_ in info["mismatched_keys"]}
+    return loaded, head_modules(loaded, {*info["missing_keys"], *mismatched}, model)
+
+
+def head_modules(model: Any, fresh: Set[str], folder: Path | str) -> tuple[str, ...]:
+    """The parts outside the base model, and parts of the base of which nothing was in the folder (a pooler, say).
+
+    They start from nothing or from another task, so every method has to train them. What else is missing must not be.
+    """
+    prefix = model.base_model_prefix
+    outside = parts(model)
+    base = outside.pop(prefix, None)
+    if base is None or not outside:
+        raise BadInput(f"{folder}: {type(model).__qualname__} has no classification head beside its base model")
+    names = {
+        path: {f"{prefix}.{path}.{name}" for name, _ in part.named_parameters()} for path, part in parts(base).items()
+    }
+    new = [f"{prefix}.{path}" for path in names if fresh >= names[path]]
+    head = (*outside, *(new if len(new) < len(names) else ()))
+    covered = tuple(f"{name}." for name in head)
+    astray = [name for name, _ in model.named_parameters() if name in fresh and not name.startswith(covered)]
+    if astray:
+        raise BadInput(f"{folder}: its weights do not fit its config; missing or misshaped: {astray[0]}")
+    return head
+
+
+def parts(module: nn.Module) -> dict[str, nn.Module]:
+    """The children that have parameters."""
+    return {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
+
+
+def unreadable(folder: Path | str, what: str, error: Exception) -> BadInput:
+    reason = " ".join(str(error).split())
+    return BadInput(f"{folder}: cannot load a {what} from it ({reason[:300]})")

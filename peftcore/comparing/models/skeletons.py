@@ -1,0 +1,262 @@
+"""Models without their weights: built from a configuration, on the meta device, for what looks and does not train.
+
+Each library says how it builds one (`LIBRARIES`, chosen by a key of ``config.json``), and what its forward is given.
+No code of a repository runs, and files of weights are not opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from peftcore.comparing.errors import BadInput
+from peftcore.comparing.models import example_inputs
+from peftcore.comparing.models.example_inputs import Config, Size
+from peftcore.comparing.models.files import CONFIG, PIPELINE, exported, read_config, reader_of
+from peftcore.comparing.packages import require
+from peftcore.comparing.quiet import quiet
+from peftcore.contract.config import DTYPES
+
+DENOISERS = ("unet", "transformer")
+"""Folders of a pipeline of diffusers in which the model that is trained lies."""
+UNBUILT = "no model can be built from its configuration"
+TIMM = "timm:"
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Skeleton(ABC):
+    """A model on the meta device, in training mode, and what there is to say about it."""
+
+    source: str
+    model: nn.Module
+    notes: tuple[str, ...] = ()
+
+    library: ClassVar[str]
+    """Import name of the library that builds it."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, source: str, config: Config, dtype: torch.dtype | None) -> Skeleton:
+        """Build the model of a configuration; in `dtype`, or in what the configuration says, or in float32."""
+
+    @property
+    def title(self) -> str:
+        """What it is and where it is from, in two lines."""
+        return f"{type(self.model).__name__} ({self.library}, {str(self.dtype).removeprefix('torch.')})\n{self.source}"
+
+    def as_dict(self) -> dict[str, str]:
+        """The same for scripts."""
+        return {
+            "model": self.source,
+            "class": type(self.model).__name__,
+            "library": self.library,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the model takes pictures and other numbers."""
+        return next((each.dtype for each in self.model.parameters() if each.is_floating_point()), torch.float32)
+
+    @abstractmethod
+    def inputs(self, size: Size) -> dict[str, Any]:
+        """What forward is given for a batch: zeros, on the CPU.
+
+        Raises:
+            Unknown: the configuration does not say.
+        """
+
+    def with_labels(self, inputs: dict[str, Any], outputs: Any) -> dict[str, Any]:
+        """The inputs, and labels of the outputs where forward computes a loss when it is given some."""
+        return inputs
+
+
+class Transformers(Skeleton):
+    """transformers: the class that ``architectures`` names, else what ``AutoModel`` makes of the configuration."""
+
+    library = "transformers"
+
+    @classmethod
+    def build(cls, source: str, config: Config, dtype: torch.dtype | None) -> Skeleton:
+        import transformers
+
+        what = "no configuration that transformers reads" if config else "no such folder, and no model of the Hub"
+        with refusing(source, what):
+            found = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            # A file may ask for kernels from the Hub here, also in the configurations inside it.
+            found._attn_implementation = found._experts_implementation = None
+        notes = []
+        names = [str(name) for name in found.architectures or ()]
+        made = next((c for n in names if (c := exported(transformers, n, transformers.PreTrainedModel))), None)
+        auto: Any = transformers.AutoModel
+        with refusing(source, UNBUILT), meta(dtype or found.dtype):
+            model = made(found) if made else auto.from_config(found, trust_remote_code=False)
+        if names and made is None:
+            notes.append(f"transformers exports no {names[0]}; this is its {type(model).__name__}")
+        if "quantization_config" in found.to_dict():
+            notes.append("the file says that its weights are packed; here they are dense")
+        return cls(source, emptied(model), tuple(notes))
+
+    def inputs(self, size: Size) -> dict[str, Any]:
+        model: Any = self.model
+        accepted = parameters(model)
+        # What generates takes pictures where its text has places for them; what compares needs both.
+        main = [model.main_input_name] if model.can_generate() else [*accepted]
+        return example_inputs.for_transformers(model.config, main, accepted, size, self.dtype)
+
+    def with_labels(self, inputs: dict[str, Any], outputs: Any) -> dict[str, Any]:
+        logits = outputs.get("logits")
+        if logits is None or "labels" not in parameters(self.model):
+            return inputs
+        return {**inputs, "labels": torch.zeros(logits.shape[:-1], dtype=torch.long)}
+
+
+class Timm(Skeleton):
+    """timm: the architecture by name, with the arguments that were saved with it."""
+
+    library = "timm"
+
+    @classmethod
+    def build(cls, source: str, config: Config, dtype: torch.dtype | None) -> Skeleton:
+        import timm
+
+        name = str(config["architecture"])
+        if not timm.is_model(name.partition(".")[0]):
+            close = difflib.get_close_matches(name, timm.list_models(), n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise BadInput(f"{source}: timm has no model {name!r}{hint}")
+        where = name if source.startswith(TIMM) else f"local-dir:{source}"
+        with refusing(source, UNBUILT), meta(dtype):
+            model = timm.create_model(where, pretrained=False)
+        return cls(source, emptied(model))
+
+    def inputs(self, size: Size) -> dict[str, Any]:
+        import timm
+
+        data: Any = timm.data
+        shape = data.resolve_model_data_config(self.model)["input_size"]
+        return {next(iter(parameters(self.model))): torch.zeros(size.batch, *shape, dtype=self.dtype)}
+
+
+class Diffusers(Skeleton):
+    """diffusers: one component of a pipeline, by the class that its configuration names."""
+
+    library = "diffusers"
+
+    @classmethod
+    def build(cls, source: str, config: Config, dtype: torch.dtype | None) -> Skeleton:
+        import diffusers
+
+        name = str(config["_class_name"])
+        made: Any = exported(diffusers, name, diffusers.ModelMixin)
+        if made is None:
+            raise BadInput(f"{source}: diffusers has no model {name!r}")
+        with refusing(source, UNBUILT), meta(dtype):
+            model = made.from_config(dict(config))
+            model.register_to_config(_name_or_path=source)  # as from_pretrained does: adapters are saved with it
+        return cls(source, emptied(model))
+
+    def inputs(self, size: Size) -> dict[str, Any]:
+        model: Any = self.model
+        return example_inputs.for_diffusers(dict(model.config), parameters(model), size, self.dtype)
+
+
+LIBRARIES: Mapping[str, type[Skeleton]] = {
+    "_class_name": Diffusers,
+    "model_type": Transformers,
+    "architecture": Timm,
+}
+"""Who builds a model, by a key that its ``config.json`` has; the first that is there counts."""
+
+
+def skeleton(source: str, dtype: str | None = None) -> Skeleton:
+    """The model that the user means: a folder, ``timm:NAME``, or a name on the Hub.
+
+    Raises:
+        BadInput: there is no such model, its library is not installed, or the configuration makes no sense.
+    """
+    wanted = None if dtype is None else chosen_dtype(dtype)
+    if source.startswith(TIMM):
+        kind: type[Skeleton] = Timm
+        where, config = source, {"architecture": source.removeprefix(TIMM)}
+    elif Path(source).is_dir():
+        where, config = configured(Path(source))
+        kind = reader_of(LIBRARIES, config, where)
+    elif HUB_ID.fullmatch(source):
+        kind, where, config = Transformers, source, {}
+    else:
+        raise BadInput(f"{source}: no such folder")
+    require({kind.library: kind.library})
+    with quiet():
+        return kind.build(where, config, wanted)
+
+
+def configured(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The configuration in a folder, or of the denoiser of a pipeline, and the folder that it is in."""
+    if (folder / CONFIG).is_file():
+        return str(folder), read_config(folder / CONFIG)
+    inside = [folder / name for name in DENOISERS if (folder / name / CONFIG).is_file()]
+    if (folder / PIPELINE).is_file() and inside:
+        return str(inside[0]), read_config(inside[0] / CONFIG)
+    raise BadInput(f"{folder}: holds no {CONFIG}, and no pipeline with a {' or a '.join(DENOISERS)}")
+
+
+def chosen_dtype(name: str) -> torch.dtype:
+    """A dtype by name."""
+    if name not in DTYPES:
+        raise BadInput(f"--dtype {name}: there are {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The arguments of forward."""
+    return inspect.signature(model.forward).parameters
+
+
+def emptied(model: nn.Module) -> nn.Module:
+    """The model in training mode, on the meta device also where it made tensors without asking for a device."""
+    made: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in slots:
+            for name, each in tensors.items():
+                if each is not None and not each.is_meta:
+                    new = each.detach().to("meta")
+                    new = nn.Parameter(new, each.requires_grad) if isinstance(each, nn.Parameter) else new
+                    tensors[name] = made.setdefault(id(each), new)
+    return model.train()
+
+
+@contextlib.contextmanager
+def meta(dtype: torch.dtype | None) -> Iterator[None]:
+    """Modules that are built inside have no memory, and parameters of this dtype where they do not say another."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or torch.float32)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def refusing(source: str, what: str) -> Iterator[None]:
+    """Whatever a library raises about a configuration, for there is no list of it, is bad input here."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        if "trust_remote_code" in reason:
+            reason = "it brings code of its own, which is not run here"
+        raise BadInput(f"{source}: {what} ({type(error).__name__}: {reason[:300]})") from error

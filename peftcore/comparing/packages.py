@@ -1,0 +1,35 @@
+"""Which Python packages are installed, and where; none of them is imported for that."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+from peftcore.comparing.errors import MissingPackage
+
+
+def package_folder(name: str) -> Path | None:
+    """Where an installed package lies; it is not imported. A name with a dot is none: to look for that, Python would
+    import what is before the dot.
+    """
+    try:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    except ValueError:  # imported already, by no file: __main__
+        return None
+    found = None if spec is None else spec.submodule_search_locations
+    return Path(found[0]) if found else None
+
+
+def require(packages: Mapping[str, str], options: str = "") -> None:
+    """Raise `MissingPackage` unless every module is there.
+
+    Arguments:
+      packages: import name -> what pip has to install for it.
+      options: what the pip line says before that.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        requirements = sorted({f"'{packages[name]}'" for name in missing})
+        line = " ".join(["pip install", *options.split(), *requirements])
+        raise MissingPackage(f"not installed: {', '.join(missing)}. Run: {line}")

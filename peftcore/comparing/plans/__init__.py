@@ -1,0 +1,7 @@
+"""What a method would do to a model and what that costs, known before anything is trained.
+
+It may import the core, `quiet` and `models`. In the order of reading:
+
+- `recorded`: a method as the user asks for it, recorded on a model and not done.
+- `costs`: what it would add, and what a step of training would take.
+"""

@@ -1,0 +1,112 @@
+"""What a training run is told: its schema, which a file of ``peftcore train`` and its flags share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+FULL = "full"
+"""The reference among the methods: every parameter of the model is trained, nothing is injected."""
+
+
+class Options(BaseModel):
+    """Typed, immutable, and nothing unknown; docstrings under fields become the descriptions of the schema."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class MethodChoice(BaseModel):
+    """A method by name. All else belongs to it, or to `peftcore.apply`: ``target``, ``exclude``, ``overrides``."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Training(Options):
+    """How long, how fast, and what is written on the way. Steps are those of the optimizer."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps; instead of `epochs`."""
+    epochs: PositiveFloat | None = None
+    """Passes over the data (3)."""
+    batch_size: PositiveInt = 8
+    """Examples that a device takes at once."""
+    accumulate: PositiveInt = 1
+    """Batches that make one step."""
+    learning_rate: PositiveFloat = 1e-3
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    """What becomes of the learning rate after the warm-up."""
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """The share of all steps in which the learning rate rises."""
+    weight_decay: NonNegativeFloat = 0.0
+    clip: PositiveFloat = 1.0
+    """The largest norm of all gradients together."""
+    seed: NonNegativeInt = Field(0, lt=2**32)
+    """Of what is newly initialised, the order of the data, and dropout."""
+    autocast: bool = False
+    """Compute in bfloat16 where torch's autocast does."""
+    checkpoint_gradients: bool = False
+    """Keep no activations inside blocks, and run these again in backward."""
+    group_by_length: bool = False
+    """Let examples of similar length share a batch: less padding, and less chance in the order."""
+    evaluate_every: PositiveFloat = 0.1
+    """Steps between scores, and between checkpoints; below 1, a share of all steps."""
+    checkpoints: bool = True
+    """Write some, and end with the best; otherwise nothing is written before the end, which is the last step."""
+    patience: PositiveInt | None = None
+    """Stop after this many scores without a better one."""
+    shard: bool = False
+    """Cut the weights over the processes that share the run (FSDP2), so that none holds all of them."""
+    workers: NonNegativeInt = 0
+    """Processes that prepare batches."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give steps or epochs, not both")
+        if self.patience is not None and not self.checkpoints:
+            raise ValueError("patience goes back to the best checkpoint: leave checkpoints on")
+        return self
+
+
+class Run(Options):
+    """One training run: what a configuration file holds."""
+
+    model: str
+    """Folder of a model with its tokenizer or image processor, a GGUF file, ``package:NAME`` for what an installed
+    Python package holds, or a name on the Hub."""
+    task: str
+    """What is learned: text-classification, causal-lm, chat ..."""
+    data: dict[str, Any]
+    """Where the examples are, and what the task has to know of them."""
+    method: MethodChoice
+    """``lora``, or ``{name: lora, rank: 8}``."""
+    training: Training = Field(default_factory=lambda: Training.model_validate({}))
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the base's weights in memory."""
+    quantize: str | None = None
+    """A scheme that packs the base's weights before anything is trained: nf4, int8, bnb-nf4 ..."""
+    out: Path = Path("peftcore-run")
+    """Folder for the adapter, checkpoints, logs and metrics."""
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _by_name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value

@@ -1,0 +1,166 @@
+"""What an adapter may cost: trainable values, a share of the model's, or memory in training; known before training."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from peftcore.comparing.comparisons.comparison import Candidate
+from peftcore.comparing.errors import BadInput
+from peftcore.comparing.models.activations import Batch, Pretended
+from peftcore.comparing.models.example_inputs import Unknown
+from peftcore.comparing.models.skeletons import emptied
+from peftcore.comparing.numbers import size
+from peftcore.comparing.plans.costs import Memory, held
+from peftcore.comparing.quiet import quiet
+from peftcore.comparing.tasks.task import Prepared
+from peftcore.errors import PeftcoreError
+from peftcore.injection.applying import establish, host_map, prepare, resolve_method, wishes_of
+from peftcore.surgery.planning import Plan
+from peftcore.surgery.surgeon import Surgeon
+
+COUNT = re.compile(r"([0-9][0-9_,]*(?:\.[0-9]+)?)\s*([kKmMbB%]?)")
+COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
+BYTES = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kKmMgGtT]?)(i?)[bB]")
+POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+LOOKED_AT = 16
+"""Batches of which the largest is the one that is counted."""
+
+
+def values(text: str | int, total: int) -> int:
+    """A number of trainable values: ``50k``, ``1.5M``, ``20000``, or a share of all that the model has: ``0.5%``.
+
+    Raises:
+        BadInput: it is none.
+    """
+    found = COUNT.fullmatch(str(text).strip())
+    if found is None:
+        raise BadInput(f"budget={text}: write a number of trainable values, such as 50k or 1.5M, or a share: 0.5%")
+    number, unit = float(found[1].replace(",", "").replace("_", "")), found[2].lower()
+    return int(total * number / 100) if unit == "%" else int(number * COUNTS[unit])
+
+
+def memory(text: str | int) -> int:
+    """Bytes: ``2GB``, ``500 MB``, ``1.5GiB``.
+
+    Raises:
+        BadInput: it is no size.
+    """
+    found = BYTES.fullmatch(str(text).strip())
+    if found is None:
+        raise BadInput(f"memory={text}: write a size, such as 500MB or 2GB")
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** POWERS[found[2].lower()])
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What training a candidate takes."""
+
+    trainable: int
+    """Values that train, those of a new head included: as ``peftcore compare`` counts them."""
+    memory: int | None = None
+    """Bytes of a step, as ``peftcore plan`` counts them; where there is a limit."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The limits; None where there is none."""
+
+    trainable: int | None
+    memory: int | None
+
+    def over(self, needs: Needs) -> str | None:
+        """Why it is too much; None where it fits."""
+        if self.trainable is not None and needs.trainable > self.trainable:
+            return f"{needs.trainable:,} trainable values, the budget is {self.trainable:,}"
+        if self.memory is not None and needs.memory is not None and needs.memory > self.memory:
+            return f"{size(needs.memory)} of memory, the budget is {size(self.memory)}"
+        return None
+
+    def excess(self, needs: Needs) -> float:
+        """How far it is over: above 0 it does not fit; of two that do not, the smaller is nearer."""
+        limits = ((needs.trainable, self.trainable), (needs.memory, self.memory))
+        return max((need / limit - 1 for need, limit in limits if need is not None and limit is not None), default=-1.0)
+
+
+class Planner:
+    """Tells what candidates need on a model of which only the shapes are left.
+
+    Args:
+        prepared: the model and its examples; the model loses its weights.
+        batch_size: examples in a step.
+        with_memory: whether memory is counted too, which takes a run without values for each candidate.
+    """
+
+    def __init__(self, prepared: Prepared, batch_size: int, with_memory: bool) -> None:
+        rows = DataLoader(prepared.train, batch_size=batch_size, collate_fn=prepared.collate)
+        self._whole = emptied(prepared.model)
+        self.model = self._whole if prepared.adapted is None else emptied(prepared.adapted)
+        self.head, self.floor = prepared.head, prepared.floor
+        self.train_size, self.held_out_size = len(prepared.train), len(prepared.held_out)
+        self._weights = held((*self._whole.parameters(), *self._whole.buffers()))
+        self._batch = largest(list(islice(rows, LOOKED_AT))) if with_memory else None
+        self._known: dict[str, Needs] = {}
+        self.host = host_map(self.model)
+
+    @property
+    def total(self) -> int:
+        """Values in the model."""
+        return sum(each.numel() for each in self._whole.parameters())
+
+    def layered(self, method: str) -> bool:
+        """Whether a method stands in more than one layer by default, so that there is a depth to choose."""
+        try:
+            with quiet():
+                surgeon = self._surgeon(Candidate(name=method))
+        except PeftcoreError:
+            return False
+        blocks = {entry.block for entry in self.host.entries if entry.block is not None}
+        paths = [f"{graft.site.path}." for graft in surgeon.grafts]
+        return sum(any(path.startswith(f"{block}.") for path in paths) for block in blocks) > 1
+
+    def needs(self, candidate: Candidate) -> Needs:
+        """Of one candidate.
+
+        Raises:
+            PeftcoreError: the method cannot be used like that on this model.
+        """
+        key = f"{candidate.name} {sorted(candidate.arguments.items())}"
+        if key not in self._known:
+            with quiet():
+                self._known[key] = self._planned(candidate)
+        return self._known[key]
+
+    def _surgeon(self, candidate: Candidate) -> Surgeon:
+        arguments = candidate.arguments
+        train = (*self.head, *arguments.pop("train", ()))
+        target, exclude = arguments.pop("target", None), arguments.pop("exclude", None)
+        method, config = resolve_method(candidate.name, arguments)
+        wishes = wishes_of(target, exclude, train, 0, None)
+        return prepare(self.model, method, config, wishes, None, dry=True)
+
+    def _planned(self, candidate: Candidate) -> Needs:
+        surgeon = self._surgeon(candidate)
+        trainable = Plan.of(surgeon).trainable
+        if self._batch is None:
+            return Needs(trainable)
+        injection = establish(surgeon, "planned")
+        try:
+            trained = [each for each in self.model.parameters() if each.requires_grad]
+            kept = Pretended().kept(self._whole, self._batch)
+        except Unknown as error:
+            raise BadInput(f"the memory that {candidate.name} takes is not known: {error}") from None
+        finally:
+            injection.remove()
+        needed = Memory.of(self._weights, held(trained), trained, kept).total
+        return Needs(trainable, needed)
+
+
+def largest(batches: list[dict[str, Any]]) -> Batch:
+    """The batch with most values."""
+    sizes = [sum(each.numel() for each in batch.values()) for batch in batches]
+    return Batch(dict(batches[sizes.index(max(sizes))]), True)

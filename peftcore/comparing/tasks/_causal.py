@@ -1,0 +1,69 @@
+"""What tasks of decoders share: the model, batches, and what the model says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import transformers
+from pydantic import PositiveInt
+from torch import Tensor
+
+from peftcore.comparing.models.loading import from_pretrained
+from peftcore.comparing.runs.run import Run
+from peftcore.comparing.tasks._language import costs, perplexity
+from peftcore.comparing.tasks.task import IGNORED, Data, Prepared
+
+
+class CausalData(Data):
+    """What both have in common."""
+
+    max_length: PositiveInt = 512
+    """Tokens of an example."""
+    prompts: tuple[str, ...] = ()
+    """What the model is asked before and after training, to be looked at."""
+    answer_length: PositiveInt = 48
+    """Tokens of what it answers at most."""
+
+
+def prepared(
+    run: Run, data: CausalData, tokenizer: Any, train: list[Any], held_out: list[Any], prompts: Sequence[str]
+) -> Prepared:
+    """A decoder with tokenized examples; `prompts` are as the model reads them."""
+    model = from_pretrained(transformers.AutoModelForCausalLM, run.model, run.dtype)
+    return Prepared(
+        model=model,
+        train=train,
+        held_out=held_out,
+        collate=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        reduce=surprise,
+        metrics=perplexity,
+        samples=answers(model, tokenizer, prompts, data.answer_length) if prompts else None,
+    )
+
+
+def surprise(logits: Any, labels: Tensor) -> Tensor:
+    """What each row's tokens cost, each predicted from those before it."""
+    scores = logits[0] if isinstance(logits, tuple) else logits
+    return costs(scores[:, :-1], labels[:, 1:])
+
+
+def answers(model: Any, tokenizer: Any, prompts: Sequence[str], length: int) -> Callable[[], list[str]]:
+    """Says greedily what comes after each prompt."""
+
+    def answer(prompt: str) -> str:
+        read = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)
+        written = model.generate(**read, max_new_tokens=length, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        text: str = tokenizer.decode(written[0, read["input_ids"].shape[1] :], skip_special_tokens=True)
+        return text
+
+    def all_answers() -> list[str]:
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            said = [answer(prompt) for prompt in prompts]
+        model.train(training)
+        return said
+
+    return all_answers

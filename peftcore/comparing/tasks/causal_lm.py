@@ -1,0 +1,49 @@
+"""Plain text: what comes next."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftcore.comparing.data.columns import TEXT_NAMES, choose_column
+from peftcore.comparing.data.sources import splits
+from peftcore.comparing.errors import BadInput
+from peftcore.comparing.models.loading import load_tokenizer
+from peftcore.comparing.runs.run import Run
+from peftcore.comparing.tasks._causal import CausalData, prepared
+from peftcore.comparing.tasks.task import Prepared, Task
+
+
+class CausalTextData(CausalData):
+    """A column of texts."""
+
+    text: str | None = None
+    """Column of the texts; guessed when left out."""
+    pack: bool = False
+    """Lay texts end to end and cut them to equal lengths: no padding, but they see each other."""
+
+
+class CausalLM(Task[CausalTextData]):
+    """Perplexity counts."""
+
+    Data = CausalTextData
+    metric = "perplexity"
+
+    def prepare(self, run: Run, data: CausalTextData) -> Prepared:
+        found = splits(data.train, data.held_out, data.held_out_size)
+        column = choose_column(found.train.column_names, data.text, TEXT_NAMES, "text", data.train)
+        tokenizer = load_tokenizer(run.model)
+        parts = [_encoded(part[column], tokenizer, data) for part in (found.train, found.held_out)]
+        if not all(parts):
+            raise BadInput(f"{data.train}: no text is long enough: one token says nothing of the next")
+        return prepared(run, data, tokenizer, parts[0], parts[1], data.prompts)
+
+
+def _encoded(texts: Any, tokenizer: Any, data: CausalTextData) -> list[dict[str, Any]]:
+    """Each text with an end, cut at the length; or all of them as one, cut into pieces."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = [[*tokenizer(text)["input_ids"], *end] for text in texts if text]
+    if data.pack:
+        joined = [token for each in ids for token in each]
+        ids = [joined[start : start + data.max_length] for start in range(0, len(joined), data.max_length)]
+    kept = [each[: data.max_length] for each in ids if len(each) > 1]
+    return [{"input_ids": each, "attention_mask": [1] * len(each), "labels": each} for each in kept]

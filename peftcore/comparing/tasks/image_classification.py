@@ -1,0 +1,73 @@
+"""Pictures and their classes: a head on any image model of transformers or timm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import transformers
+
+from peftcore.comparing.data.columns import LABEL_NAMES, choose_column, label_order
+from peftcore.comparing.data.sources import splits
+from peftcore.comparing.errors import BadInput
+from peftcore.comparing.models.loading import UNREADABLE, classifier, origin, unreadable
+from peftcore.comparing.runs.run import Run
+from peftcore.comparing.tasks._classes import accuracy, predictions
+from peftcore.comparing.tasks.task import Data, Prepared, Task
+
+IMAGES = ("image", "img", "picture", "pixel_values")
+
+
+class ImageData(Data):
+    """A column of pictures, and one of classes."""
+
+    image: str | None = None
+    """Column of the pictures; guessed when left out."""
+    label: str | None = None
+    """Column of the classes; guessed when left out."""
+
+
+class ImageClassification(Task[ImageData]):
+    """Accuracy counts."""
+
+    Data = ImageData
+    packages: ClassVar[Mapping[str, str]] = {"PIL": "pillow", "torchvision": "torchvision"}
+    metric, greater = "accuracy", True
+
+    def prepare(self, run: Run, data: ImageData) -> Prepared:
+        found = splits(data.train, data.held_out, data.held_out_size)
+        image = choose_column(found.train.column_names, data.image, IMAGES, "image", data.train)
+        label = choose_column(found.train.column_names, data.label, LABEL_NAMES, "label", data.train)
+        labels = tuple(sorted({str(each) for each in found.train[label]}, key=label_order))
+        unseen = {str(each) for each in found.held_out[label]}.difference(labels)
+        if len(labels) < 2 or unseen:
+            what = f"no training picture is a {min(unseen)!r}" if unseen else "there is one class alone"
+            raise BadInput(f"{data.train}: {what}")
+        where, options = origin(run.model)
+        try:
+            auto: Any = transformers.AutoImageProcessor
+            processor = auto.from_pretrained(where, **options)
+        except UNREADABLE as error:
+            raise unreadable(run.model, "image processor", error) from error
+        model, head = classifier(transformers.AutoModelForImageClassification, run.model, labels, run.dtype)
+        kept = {image: "image", label: "label"}
+        train, held_out = (
+            part.select_columns(list(kept)).rename_columns(kept) for part in (found.train, found.held_out)
+        )
+        return Prepared(
+            model=model,
+            head=head,
+            train=train,
+            held_out=held_out,
+            collate=lambda rows: _batch(rows, processor, labels),
+            reduce=predictions,
+            metrics=accuracy,
+        )
+
+
+def _batch(rows: list[dict[str, Any]], processor: Any, labels: tuple[str, ...]) -> dict[str, Any]:
+    """Pictures are read and scaled as batches are made: all of them would not fit in memory."""
+    pictures = [row["image"].convert("RGB") for row in rows]
+    numbers = torch.tensor([labels.index(str(row["label"])) for row in rows])
+    return {**processor(pictures, return_tensors="pt"), "labels": numbers}

@@ -1,0 +1,78 @@
+"""Texts and what becomes of them: translation, summaries, answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from pydantic import PositiveInt
+
+from peftcore.comparing.data.columns import TEXT_NAMES, choose_column
+from peftcore.comparing.data.sources import splits
+from peftcore.comparing.models.loading import from_pretrained, load_tokenizer
+from peftcore.comparing.runs.run import Run
+from peftcore.comparing.tasks._language import costs, perplexity
+from peftcore.comparing.tasks.task import IGNORED, Data, Prepared, Task
+
+SOURCES = ("source", "input", "document", "article", "question", *TEXT_NAMES)
+TARGETS = ("target", "output", "summary", "highlights", "answer", "translation")
+
+
+class PairData(Data):
+    """A column of texts, and one of what becomes of them."""
+
+    source: str | None = None
+    """Column of what is read; guessed when left out."""
+    target: str | None = None
+    """Column of what is written; guessed when left out."""
+    prefix: str = ""
+    """Put before each text: "summarize: "."""
+    max_length: PositiveInt = 256
+    """Tokens read, and written, at most."""
+    prompts: tuple[str, ...] = ()
+    """Texts to be read before and after training, to look at what is written."""
+
+
+class Seq2Seq(Task[PairData]):
+    """Perplexity of what is to be written counts."""
+
+    Data = PairData
+    metric = "perplexity"
+
+    def prepare(self, run: Run, data: PairData) -> Prepared:
+        found = splits(data.train, data.held_out, data.held_out_size)
+        source = choose_column(found.train.column_names, data.source, SOURCES, "source", data.train)
+        target = choose_column(found.train.column_names, data.target, TARGETS, "target", data.train)
+        tokenizer = load_tokenizer(run.model)
+
+        def encoded(part: Any) -> list[dict[str, Any]]:
+            texts = [data.prefix + text for text in part[source]]
+            read = tokenizer(texts, text_target=list(part[target]), truncation=True, max_length=data.max_length)
+            return [{name: values[row] for name, values in read.items()} for row in range(len(texts))]
+
+        model = from_pretrained(transformers.AutoModelForSeq2SeqLM, run.model, run.dtype)
+        return Prepared(
+            model=model,
+            train=encoded(found.train),
+            held_out=encoded(found.held_out),
+            collate=transformers.DataCollatorForSeq2Seq(tokenizer, model, label_pad_token_id=IGNORED),
+            reduce=lambda logits, labels: costs(logits[0] if isinstance(logits, tuple) else logits, labels),
+            metrics=perplexity,
+            samples=_written(model, tokenizer, data) if data.prompts else None,
+        )
+
+
+def _written(model: Any, tokenizer: Any, data: PairData) -> Callable[[], list[str]]:
+    def write() -> list[str]:
+        training = model.training
+        texts = [data.prefix + prompt for prompt in data.prompts]
+        read = tokenizer(texts, return_tensors="pt", padding=True).to(model.device)
+        with torch.no_grad():
+            written = model.eval().generate(**read, max_new_tokens=data.max_length, do_sample=False)
+        model.train(training)
+        said: list[str] = tokenizer.batch_decode(written, skip_special_tokens=True)
+        return said
+
+    return write

@@ -1,0 +1,76 @@
+"""What a task is: options for its data, and a model with examples, ready for transformers' ``Trainer``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+from pydantic import PositiveInt
+from torch import nn
+
+from peftcore.comparing.runs.run import Options, Run
+
+IGNORED = -100
+"""The label of tokens that do not count, by torch's custom."""
+
+
+class Data(Options):
+    """Where the examples are."""
+
+    train: str
+    """A CSV, JSONL, Parquet or text file, a folder of pictures or of a saved dataset, or a name on the Hub."""
+    held_out: str | None = None
+    """Examples to score, from elsewhere; otherwise a split that the dataset has, or some of `train`."""
+    held_out_size: PositiveInt | None = None
+    """How many of `train` are held out (a fifth, at most 1,000)."""
+
+
+D = TypeVar("D", bound=Data)
+
+
+@dataclass
+class Prepared:
+    """A model and its examples."""
+
+    model: nn.Module
+    """What the Trainer trains: called with a batch, it returns a loss."""
+    train: Any
+    held_out: Any
+    """Indexable examples."""
+    collate: Callable[[list[Any]], dict[str, Any]]
+    """Examples to a batch."""
+    adapted: nn.Module | None = None
+    """The part that gets the adapter; the model itself, unless set."""
+    head: tuple[str, ...] = ()
+    """Modules that are new, and train whole."""
+    reduce: Callable[[Any, Any], Any] | None = None
+    """From logits and labels to what the metrics are made of: logits of all examples would not fit in memory."""
+    metrics: Callable[[Any], dict[str, float]] | None = None
+    """From all of that to numbers; the loss is there without it."""
+    floor: float | None = None
+    """The task's metric for an answer that looks at nothing, where that is known."""
+    samples: Callable[[], list[str]] | None = None
+    """What the model says, to be looked at before training and after it."""
+
+
+class Task(ABC, Generic[D]):
+    """One kind of task. Subclasses are listed in `peftcore.comparing.tasks.catalogue.TASKS`."""
+
+    Data: ClassVar[type[Data]]
+    """The options of its data."""
+    packages: ClassVar[Mapping[str, str]] = {}
+    """What has to be installed beyond the command line: modules, and how pip calls them."""
+    metric: ClassVar[str] = "loss"
+    """The number that says which checkpoint is best."""
+    greater: ClassVar[bool] = False
+    """Whether more of it is better."""
+
+    @abstractmethod
+    def prepare(self, run: Run, data: D) -> Prepared:
+        """Read the examples, then load the model.
+
+        Raises:
+            BadInput: one of them cannot be used.
+        """

@@ -1,0 +1,101 @@
+"""One run in several processes: how accelerate and the Trainer are told to cut the weights over them (FSDP2)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import transformers
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peftcore.comparing.errors import BadInput
+from peftcore.injection.applying import host_map
+from peftcore.layers.fsdp import cut_like, is_cut, whole
+
+ASKED = "ACCELERATE_USE_FSDP"
+"""What ``accelerate launch --use_fsdp`` sets."""
+
+
+def sharding_arguments(wanted: bool) -> dict[str, Any]:
+    """Arguments of the Trainer; one process has nothing to cut."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return {"fsdp": True, "fsdp_config": {"version": 2}} if wanted and several else {}
+
+
+def ask_for_sharding(args: transformers.TrainingArguments) -> None:
+    """Make accelerate do what the arguments or its own launcher say, also on processes without a device.
+
+    Raises:
+        BadInput: that is FSDP1, whose flat parameters nobody here takes apart.
+    """
+    launched = os.environ.get(ASKED, "false").lower() == "true"
+    if launched and not args.fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise BadInput("weights are cut by FSDP2 alone, and this is FSDP1: add --fsdp_version 2 to accelerate launch")
+    state = args.distributed_state
+    if (launched or args.fsdp) and state is not None and state.distributed_type is DistributedType.MULTI_CPU:
+        # It would leave them unsharded, without a word, though gloo can do it. Of this it makes FSDP; the device stays.
+        state.distributed_type = DistributedType.MULTI_GPU
+
+
+def settle_sharding(accelerator: Accelerator, model: nn.Module) -> None:
+    """Have accelerate cut the weights block by block, unless its own options say how.
+
+    Raises:
+        BadInput: the model has embeddings in common that accelerate would cut twice.
+    """
+    if accelerator.distributed_type is not DistributedType.FSDP:
+        return
+    from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy, transformer_auto_wrap_policy
+
+    _check_embeddings(model)
+    plugin = accelerator.state.fsdp_plugin
+    # Every process has read the weights, and accelerate's way of handing them on fails where a model has buffers.
+    plugin.cpu_ram_efficient_loading = False
+    if plugin.transformer_cls_names_to_wrap is None and plugin.auto_wrap_policy is not size_based_auto_wrap_policy:
+        # Not what a model of transformers calls its parts: among those one may hold another that accelerate cuts too.
+        blocks = [entry.path for entry in host_map(model).entries if entry.role == "block"]
+        plugin.transformer_cls_names_to_wrap = sorted({type(model.get_submodule(path)).__name__ for path in blocks})
+        plugin.auto_wrap_policy = transformer_auto_wrap_policy
+
+
+def _check_embeddings(model: nn.Module) -> None:
+    if not isinstance(model, transformers.PreTrainedModel):
+        return
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    table = next(embeddings[0].parameters())
+    holders = [path for path, each in model.named_modules() if each._parameters.get("weight") is table]
+    if any(model.get_submodule(path) not in embeddings for path in holders):
+        raise BadInput(
+            f"{', '.join(holders)} have their weight in common, and accelerate would cut it twice: train without "
+            "sharding, with all of the model in every process"
+        )
+
+
+@contextmanager
+def whole_state(optimizer: Optimizer) -> Iterator[None]:
+    """Until the end of the block, what an optimizer remembers is not cut over processes."""
+    pieces = [(held, key, each) for held, key, each in _tensors(optimizer) if is_cut(each)]
+    for held, key, each in pieces:
+        held[key] = whole(each)
+    try:
+        yield
+    finally:
+        for held, key, each in pieces:
+            held[key] = each
+
+
+def cut_state(optimizer: Optimizer) -> None:
+    """What an optimizer remembers of parameters that are cut, in the same pieces."""
+    for parameter, held in optimizer.state.items():
+        for key, each in held.items():
+            if is_cut(parameter) and isinstance(each, Tensor) and each.shape == parameter.shape:
+                held[key] = cut_like(each, parameter)
+
+
+def _tensors(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    for held in optimizer.state.values():
+        yield from ((held, key, each) for key, each in held.items() if isinstance(each, Tensor))

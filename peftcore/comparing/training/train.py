@@ -1,0 +1,186 @@
+"""Carrying a run out: one method on one task with transformers' ``Trainer``, from a model and a file to an adapter.
+
+Everything lands in one folder: ``adapter/`` (``model/``, where the whole model is trained), ``checkpoints/``, ``logs/``
+for TensorBoard, ``metrics.json``, and ``run.json``, by which ``--resume`` knows that it goes on with the same run.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import transformers
+from torch.utils.data import DataLoader, Subset
+
+import peftcore
+from peftcore.comparing.runs.folder import Keeper, RunFolder, first_process, plain
+from peftcore.comparing.runs.reading import validated
+from peftcore.comparing.runs.run import FULL, Run
+from peftcore.comparing.tasks import catalogue
+from peftcore.comparing.tasks.task import Prepared
+from peftcore.comparing.training.trainer import AdapterTrainer, Clock, trainer_for
+from peftcore.errors import TrainingError
+from peftcore.files.safe_io import write_text
+from peftcore.layers.fsdp import hold_whole, is_sharded
+
+LOOKED_AT = 16
+"""Batches for methods that look at data before training."""
+
+
+class Display(Protocol):
+    """Where a run says what it is doing."""
+
+    def phase(self, name: str, total: int | None) -> None:
+        """A stretch of so many steps begins."""
+
+    def advance(self) -> None:
+        """One of them is done."""
+
+    def say(self, line: str) -> None:
+        """Something to keep on the screen."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    method: str
+    trainable: int
+    total: int
+    before: dict[str, float]
+    after: dict[str, float]
+    """Scores of the best checkpoint, or after the last step where none is kept."""
+    curve: list[tuple[int, float]]
+    """Steps, and the task's metric there."""
+    losses: list[tuple[int, float]]
+    """Steps, and the mean training loss since the ones before."""
+    steps: int
+    seconds: float
+    seconds_per_step: float
+    saved: str
+    """Folder of the adapter."""
+    train_size: int
+    held_out_size: int
+    floor: float | None
+    """What the metric is for an answer that looks at nothing, where that is known."""
+    samples: list[tuple[str, str]]
+    """What the model said before, and says now."""
+
+
+class Watch(transformers.TrainerCallback):
+    """Tells the display."""
+
+    def __init__(self, display: Display) -> None:
+        self._display = display
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._display.phase("training", state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._display.advance()
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
+    ) -> None:
+        self._display.say(f"step {state.global_step}: {in_words(plain(metrics or {}))}")
+
+
+def train(run: Run, display: Display, resume: bool = False) -> Outcome:
+    """Run it. The adapter is in ``run.out / "adapter"`` afterwards.
+
+    Raises:
+        BadInput: what the run names cannot be used.
+        TrainingError: the loss is no number, or a disk is full; the last checkpoint is whole.
+    """
+    began = time.perf_counter()
+    task = catalogue.find(run.task)
+    data = validated(task.Data, run.data, "data")
+    folder = RunFolder(run)
+    checkpoint = folder.checkpoint(resume)
+    display.phase("loading", None)
+    transformers.set_seed(run.training.seed)
+    prepared = task.prepare(run, data)
+    injection = None if run.method.name == FULL else _adapted(run, prepared)
+    clock = Clock()
+    trainer = trainer_for(run, task, prepared, injection, [Keeper(folder), Watch(display), clock])
+    if folder.before is None:
+        # Not by trainer.evaluate(): what accelerate prepared for that alone, it does not wrap for several processes.
+        trainer.args.eval_on_start = True
+        folder.said = _said(prepared)
+        folder.note()
+    transformers.set_seed(run.training.seed)  # what came before drew a different number of times when resuming
+    _trained(trainer, checkpoint)
+    scores = {int(entry["step"]): plain(entry) for entry in trainer.state.log_history if f"eval_{task.metric}" in entry}
+    outcome = Outcome(
+        method=run.method.name,
+        trainable=sum(p.numel() for p in prepared.model.parameters() if p.requires_grad),
+        total=sum(p.numel() for p in prepared.model.parameters()),
+        before=folder.before or {},
+        after=scores[trainer.state.best_global_step or max(scores)],
+        curve=[(step, found[task.metric]) for step, found in scores.items()],
+        losses=[(int(entry["step"]), entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
+        steps=trainer.state.global_step,
+        seconds=time.perf_counter() - began,
+        seconds_per_step=clock.seconds_per_step,
+        saved=str(folder.path / ("model" if injection is None else "adapter")),
+        train_size=len(prepared.train),
+        held_out_size=len(prepared.held_out),
+        floor=prepared.floor,
+        samples=list(zip(folder.said, _said(prepared), strict=True)),
+    )
+    _save(trainer, prepared, Path(outcome.saved))
+    if first_process():
+        write_text(folder.path / "metrics.json", as_json(outcome))
+    return outcome
+
+
+def _adapted(run: Run, prepared: Prepared) -> peftcore.Injection:
+    base = prepared.adapted or prepared.model
+    if run.quantize is not None:
+        peftcore.quantize(base, run.quantize)
+    arguments = run.method.arguments
+    if peftcore.method(run.method.name).tags.needs_data:
+        arguments["data"] = DataLoader(
+            Subset(prepared.train, range(min(LOOKED_AT * run.training.batch_size, len(prepared.train)))),
+            batch_size=run.training.batch_size,
+            collate_fn=prepared.collate,
+        )
+    train = (*prepared.head, *arguments.pop("train", ()))
+    return peftcore.apply(base, run.method.name, train=train, seed=run.training.seed, **arguments)
+
+
+def _trained(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except OSError as error:
+        raise TrainingError(f"training stopped: {error}; --resume goes on from the last whole checkpoint") from error
+
+
+def _said(prepared: Prepared) -> list[str]:
+    if prepared.samples is None:
+        return []
+    hold_whole(prepared.model)  # a pipeline calls parts of it, not all of it
+    return prepared.samples()
+
+
+def _save(trainer: AdapterTrainer, prepared: Prepared, folder: Path) -> None:
+    """The adapter; of full fine-tuning there is none, but a model."""
+    model: Any = prepared.adapted or prepared.model
+    with trainer.whole():
+        if trainer.injection is None and first_process():
+            model.save_pretrained(folder)
+    if trainer.injection is not None and (first_process() or is_sharded(model)):  # then all of them are needed
+        trainer.injection.save(folder)
+
+
+def as_json(outcome: Outcome) -> str:
+    """For programs."""
+    return json.dumps(asdict(outcome), indent=2) + "\n"
+
+
+def in_words(metrics: dict[str, float]) -> str:
+    """Numbers on one line."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

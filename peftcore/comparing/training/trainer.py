@@ -1,0 +1,202 @@
+"""transformers' ``Trainer`` as ``peftcore train`` uses it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+import peftcore
+from peftcore.comparing.runs.run import Run
+from peftcore.comparing.tasks.task import Prepared, Task
+from peftcore.comparing.training.processes import (
+    ask_for_sharding,
+    cut_state,
+    settle_sharding,
+    sharding_arguments,
+    whole_state,
+)
+from peftcore.errors import TrainingError
+from peftcore.layers.fsdp import gathered, loading_whole
+from peftcore.training import PeftcoreCallback
+
+KEPT = 3
+"""Checkpoints: the best, the last, and the one before while the next is being written."""
+
+
+class AdapterTrainer(transformers.Trainer):
+    """The Trainer, with the method's optimizer, and an end to runs whose loss is no number."""
+
+    def __init__(self, injection: peftcore.Injection | None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.injection = injection
+        settle_sharding(self.accelerator, self._host)
+        # accelerate shards. Checkpoints are those of one process, for its own hold all of the base and not all that a
+        # method's optimizer remembers.
+        self.is_fsdp_enabled = False
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.injection is not None:
+            self.optimizer = self.injection.optimizer(
+                torch.optim.AdamW, lr=self.args.learning_rate, weight_decay=self.args.weight_decay
+            )
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        return optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        ask_for_sharding(self.args)
+        super().create_accelerator_and_postprocess()
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        assert self.optimizer is not None
+        with self.whole(), whole_state(self.optimizer):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        with loading_whole(self._host):
+            super()._load_best_model()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: Any) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        assert self.optimizer is not None
+        cut_state(self.optimizer)
+
+    @property
+    def _host(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Until the end of the block, what may have been trained is not cut over processes."""
+        return gathered(self._host, self._trained)
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        yield from (parameter for parameter in self._host.parameters() if parameter.requires_grad)
+        if self.injection is not None:
+            yield from self.injection.parameters()
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss).all():
+            raise TrainingError(
+                f"the loss became {loss.mean().item()} in step {self.state.global_step + 1}: try a smaller learning "
+                "rate or a longer warm-up; the last checkpoint is from before"
+            )
+        return loss
+
+
+class LastStep(transformers.TrainerCallback):
+    """Scores the model as it is after the last step, also where that is none of the steps between."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_log = True
+
+
+class Clock(transformers.TrainerCallback):
+    """Times the optimizer's steps, without what is between them."""
+
+    def __init__(self) -> None:
+        self._seconds, self._steps, self._began = 0.0, 0, 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._seconds += time.perf_counter() - self._began
+        self._steps += 1
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The mean."""
+        return self._seconds / max(self._steps, 1)
+
+
+def trainer_for(
+    run: Run, task: Task[Any], prepared: Prepared, injection: peftcore.Injection | None, callbacks: list[Any]
+) -> AdapterTrainer:
+    """A Trainer of the model, or of what was put into it."""
+    logs = TensorBoardCallback()  # type: ignore[no-untyped-call]
+    logs.logging_dir = str(run.out / "logs")
+    patience = run.training.patience
+    early = [] if patience is None else [transformers.EarlyStoppingCallback(patience)]
+    trainer = AdapterTrainer(
+        injection,
+        model=prepared.model,
+        args=_arguments(run, task, prepared),
+        train_dataset=prepared.train,
+        eval_dataset=prepared.held_out,
+        data_collator=prepared.collate,
+        compute_metrics=prepared.metrics,
+        preprocess_logits_for_metrics=prepared.reduce,
+        callbacks=[LastStep(), PeftcoreCallback(prepared.model), *callbacks, logs, *early],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.model_accepts_loss_kwargs &= _divides_by_items(prepared)
+    return trainer
+
+
+def _arguments(run: Run, task: Task[Any], prepared: Prepared) -> transformers.TrainingArguments:
+    chosen = run.training
+    length = {"max_steps": chosen.steps} if chosen.steps else {"num_train_epochs": chosen.epochs or 3.0}
+    return transformers.TrainingArguments(
+        output_dir=str(run.out / "checkpoints"),
+        **length,
+        per_device_train_batch_size=chosen.batch_size,
+        per_device_eval_batch_size=2 * chosen.batch_size,
+        gradient_accumulation_steps=chosen.accumulate,
+        train_sampling_strategy="group_by_length" if chosen.group_by_length else "random",
+        learning_rate=chosen.learning_rate,
+        lr_scheduler_type=chosen.schedule,
+        warmup_steps=chosen.warmup,
+        weight_decay=chosen.weight_decay,
+        max_grad_norm=chosen.clip,
+        bf16=chosen.autocast,
+        activation_checkpointing=chosen.checkpoint_gradients,
+        **sharding_arguments(chosen.shard),
+        seed=chosen.seed,
+        dataloader_num_workers=chosen.workers,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        eval_strategy="steps",
+        eval_steps=chosen.evaluate_every,
+        save_strategy="steps" if chosen.checkpoints else "no",
+        save_steps=chosen.evaluate_every,
+        save_total_limit=KEPT,
+        load_best_model_at_end=chosen.checkpoints,
+        metric_for_best_model=f"eval_{task.metric}",
+        greater_is_better=task.greater,
+        prediction_loss_only=prepared.metrics is None,
+        logging_steps=chosen.evaluate_every,
+        logging_nan_inf_filter=False,
+        use_cpu=not torch.accelerator.is_available(),  # or accelerate sees no processes beside this one
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+
+
+def _divides_by_items(prepared: Prepared) -> bool:
+    """Whether the loss is a sum over what counts, divided by a number that the Trainer tells.
+
+    The Trainer takes it from the signature, and multiplies by the number of processes, also where a model takes all
+    keywords and looks at none.
+    """
+    batch = prepared.collate([prepared.train[0], prepared.train[1 % len(prepared.train)]])
+    device = next(prepared.model.parameters()).device  # that of the processes only once it is sharded
+    inputs = {name: value.to(device) for name, value in batch.items()}
+    training = prepared.model.training
+    prepared.model.eval()
+    try:
+        with torch.no_grad():
+            one, two = (prepared.model(**inputs, num_items_in_batch=count)["loss"] for count in (1, 2))
+    except TypeError:
+        return False
+    finally:
+        prepared.model.train(training)
+    return not torch.isclose(one, two, rtol=1e-3)

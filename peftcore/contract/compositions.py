@@ -1,0 +1,213 @@
+"""How several injections act together: values that nest, to be activated like a name.
+
+    activate(model, Stack("style", Average("german", "french")))
+
+Each branch of a composition is what its injections do at a module, one after the other; there the outputs of the
+branches are put together. What comes later in a stack acts in every branch before it.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore.contract.operators import Combiner, on_first
+from peftcore.errors import CompositionError
+
+Names = tuple[str, ...]
+Run = Callable[[Names], Any]
+"""What a module returns with these injections acting, in this order."""
+Combiners = Mapping[str, Combiner]
+"""The combiners that stand at a module, by name of their injection."""
+
+
+class Composition(ABC):
+    """Several injections, or compositions of them, as one: immutable, compared by value."""
+
+    def __init__(self, *parts: str | Composition, **options: Any) -> None:
+        wrong = [part for part in parts if not isinstance(part, str | Composition)]
+        if wrong or not parts:
+            what = f"not {wrong}" if wrong else "and got nothing"
+            raise CompositionError(f"{type(self).__name__} takes names of injections and compositions of them, {what}")
+        self.parts = parts
+        self.options = options
+        """What a file keeps besides the parts: plain values."""
+
+    def names(self) -> Iterator[str]:
+        """Every injection in it, in order."""
+        for part in self.parts:
+            yield from (part,) if isinstance(part, str) else part.names()
+
+    def combined(self) -> Iterator[str]:
+        """Those whose outputs are put together with those of others."""
+        yield from self.names()
+
+    @abstractmethod
+    def combine(self, outputs: list[Tensor], base: Tensor, here: Combiners) -> Tensor:
+        """One output, from what the branches return and what the module returns without them."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.parts, json.dumps(self.options, sort_keys=True)))
+
+    def __repr__(self) -> str:
+        options = [f"{key}={value!r}" for key, value in self.options.items() if value is not None]
+        return f"{type(self).__name__}({', '.join([*map(repr, self.parts), *options])})"
+
+
+class Stack(Composition):
+    """One after the other, in this order."""
+
+    def __init__(self, *parts: str | Composition) -> None:
+        super().__init__(*parts)
+
+    def combined(self) -> Iterator[str]:
+        for part in self.parts:
+            yield from () if isinstance(part, str) else part.combined()
+
+    def combine(self, outputs: list[Tensor], base: Tensor, here: Combiners) -> Tensor:
+        raise NotImplementedError("a stack is unrolled into branches")
+
+
+def _weights(parts: Sequence[object], weights: Sequence[float] | None) -> list[float]:
+    given = [1.0] * len(parts) if weights is None else [float(weight) for weight in weights]
+    if len(given) != len(parts):
+        raise CompositionError(f"{len(parts)} parts need as many weights, not {len(given)}")
+    return given
+
+
+class Sum(Composition):
+    """``base + sum_i w_i (y_i - base)``: what each part changes, times its weight; 1 without `weights`, and a negative
+    one takes away.
+
+    Raises:
+        CompositionError: there are not as many weights as parts.
+    """
+
+    def __init__(self, *parts: str | Composition, weights: Sequence[float] | None = None) -> None:
+        super().__init__(*parts, weights=_weights(parts, weights))
+
+    def combine(self, outputs: list[Tensor], base: Tensor, here: Combiners) -> Tensor:
+        total = base
+        for weight, output in zip(self.options["weights"], outputs, strict=True):
+            total = total + weight * (output - base)
+        return total
+
+
+class Average(Composition):
+    """``sum_i w_i y_i / sum_i w_i``: the mean of what the parts return; every w is 1 without `weights`.
+
+    Raises:
+        CompositionError: there are not as many weights as parts, or they add up to 0.
+    """
+
+    def __init__(self, *parts: str | Composition, weights: Sequence[float] | None = None) -> None:
+        super().__init__(*parts, weights=_weights(parts, weights))
+        if not sum(self.options["weights"]):
+            raise CompositionError("the weights of an average must not add up to 0")
+
+    def combine(self, outputs: list[Tensor], base: Tensor, here: Combiners) -> Tensor:
+        weights = self.options["weights"]
+        pairs = zip(weights, outputs, strict=True)
+        return torch.stack([weight / sum(weights) * output for weight, output in pairs]).sum(0)
+
+
+class Split(Composition):
+    """Each part for a range of tokens, [batch, tokens, ...]: the first for the first ``lengths[0]`` tokens, and so on;
+    a last length of None takes what is left. It needs the whole sequence at every module, so no cache in generation.
+
+    Raises:
+        CompositionError: here, the lengths do not fit the parts; in forward, they do not fit the sequence.
+    """
+
+    def __init__(self, *parts: str | Composition, lengths: Sequence[int | None]) -> None:
+        super().__init__(*parts, lengths=list(lengths))
+        fixed = list(lengths[:-1]) + ([] if lengths and lengths[-1] is None else list(lengths[-1:]))
+        if len(lengths) != len(parts) or not all(isinstance(each, int) and each > 0 for each in fixed):
+            raise CompositionError(
+                f"a split of {len(parts)} parts needs as many lengths: whole numbers above 0, the last may be None; "
+                f"not {list(lengths)}"
+            )
+
+    def combine(self, outputs: list[Tensor], base: Tensor, here: Combiners) -> Tensor:
+        lengths = list(self.options["lengths"])
+        fixed = sum(each for each in lengths if each is not None)
+        tokens = base.shape[1] if base.dim() > 2 else 0
+        rest = tokens - fixed
+        if rest < 0 or (lengths[-1] is not None and rest):
+            raise CompositionError(
+                f"a split into {lengths} met a module that returns {list(base.shape)}: it needs [batch, tokens, "
+                "features] with all tokens of the sequence (generate with use_cache=False)"
+            )
+        lengths = [rest if each is None else each for each in lengths]
+        pieces = zip(*(torch.split(output, lengths, dim=1) for output in outputs), strict=True)
+        return torch.cat([piece[index] for index, piece in enumerate(pieces)], dim=1)
+
+
+class Fuse(Composition):
+    """What the injection `by` makes of the parts' outputs: learned attention, for one, with adapter_fusion. Where it
+    has no place, the parts are averaged."""
+
+    def __init__(self, *parts: str | Composition, by: str) -> None:
+        super().__init__(*parts, by=by)
+
+    def names(self) -> Iterator[str]:
+        yield from super().names()
+        yield self.options["by"]
+
+    def combined(self) -> Iterator[str]:
+        yield from super().names()
+
+    def combine(self, outputs: list[Tensor], base: Tensor, here: Combiners) -> Tensor:
+        combiner = here.get(self.options["by"])
+        if combiner is None:
+            return torch.stack(outputs).mean(0)
+        fused: Tensor = combiner.combine(outputs, base)
+        return fused
+
+
+KINDS = {kind.__name__: kind for kind in (Stack, Sum, Average, Split, Fuse)}
+
+
+def composed(composition: Composition, run: Run, here: Combiners) -> Any:
+    """What a module returns under a composition: the first of a tuple is put together, the rest is the base's."""
+    return _branches([composition], (), run, here)
+
+
+def _branches(nodes: Sequence[str | Composition], before: Names, run: Run, here: Combiners) -> Any:
+    if not nodes:
+        return run(before)
+    first, rest = nodes[0], nodes[1:]
+    if isinstance(first, str):
+        return _branches(rest, (*before, first), run, here)
+    if isinstance(first, Stack):
+        return _branches([*first.parts, *rest], before, run, here)
+    base = _branches(rest, before, run, here)
+    outputs = [_branches([part, *rest], before, run, here) for part in first.parts]
+    if all(output is base for output in outputs):
+        return base  # none of them stands here
+    kept = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    return on_first(base, lambda plain: first.combine(kept, plain, here))
+
+
+def branches(nodes: Sequence[str | Composition], before: Names = ()) -> Iterator[Names]:
+    """Everything that `composed` may run: names in the order in which they act."""
+    if not nodes:
+        yield before
+        return
+    first, rest = nodes[0], nodes[1:]
+    if isinstance(first, str):
+        yield from branches(rest, (*before, first))
+    elif isinstance(first, Stack):
+        yield from branches([*first.parts, *rest], before)
+    else:
+        yield from branches(rest, before)
+        for part in first.parts:
+            yield from branches([part, *rest], before)

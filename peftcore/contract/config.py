@@ -1,0 +1,171 @@
+"""The options of a method: a typed, strict, immutable `MethodConfig`, and validation with one readable error."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from typing import Any, Self, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import to_json
+
+from peftcore.errors import ConfigError, PluginError, shown
+
+RESERVED = frozenset(
+    {"model", "name", "target", "exclude", "train", "data", "seed", "dtype", "host", "trainable", "active", "strict"}
+)
+"""Argument names of `apply` and `load`: no method option may be called so."""
+
+
+MAX_OVERRIDES = 10_000
+MAX_GLOBS = 100_000
+"""Characters in all of them that have wildcards: each is tried on many paths."""
+
+
+def fits(value: Any) -> bool:
+    """False for numbers that tensors cannot be computed with: whole ones of more than 64 bits, and others near the end
+    of float32 (infinities and NaN are for others to refuse)."""
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return not isinstance(value, float) or abs(value) <= 1e30 or not math.isfinite(value)
+
+
+def _is_glob(pattern: str) -> bool:
+    return any(sign in pattern for sign in "*?[")
+
+
+def matches(path: str, pattern: str) -> bool:
+    """Whether a glob of `MethodConfig.overrides` means a site."""
+    return fnmatch.fnmatchcase(path, pattern) if _is_glob(pattern) else path == pattern
+
+
+class MethodConfig(BaseModel):
+    """Options of one method: typed, strict, immutable; unknown keys are refused. Docstrings under fields become schema
+    descriptions."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    method: str
+    """Name of the method these options belong to."""
+    overrides: dict[str, dict[str, Any]] = Field(default_factory=dict, max_length=MAX_OVERRIDES)
+    """Other options for some sites: ``{"*.layers.0.*": {"rank": 16}}``. Keys are globs for site paths; the first that
+    matches counts."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        taken = RESERVED.intersection(cls.model_fields)
+        if taken:
+            raise PluginError(
+                f"{cls.__name__}: {', '.join(sorted(taken))} are arguments of apply and cannot be options"
+            )
+
+    @model_validator(mode="after")  # one before reads the JSON, and lists stand for tuples no longer
+    def _numbers(self) -> Self:
+        left: list[Any] = [getattr(self, name) for name in type(self).model_fields]
+        while left:
+            each = left.pop()
+            if isinstance(each, dict):
+                left += each.values()
+            elif isinstance(each, list | tuple):
+                left += each
+            elif not isinstance(each, str) and not fits(each):
+                raise ValueError(f"no tensor can be computed with a number like {shown(each)}")
+        return self
+
+    @field_validator("overrides")
+    @classmethod
+    def _globs(cls, overrides: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        if sum(len(each) for each in overrides if _is_glob(each)) > MAX_GLOBS:
+            raise ValueError(f"their globs have more than {MAX_GLOBS:,} characters")
+        return overrides
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some options changed, checked like a new one.
+
+        Raises:
+            ConfigError: an option is unknown or its value breaks a rule.
+        """
+        return validate(type(self), {**self.model_dump(exclude=set(changes)), **changes})
+
+    def at(self, path: str) -> Self:
+        """The options for the site at `path`: `overrides` applied.
+
+        Raises:
+            ConfigError: an override has an unknown option, or a value that breaks a rule.
+        """
+        for pattern, changes in self.overrides.items():
+            if matches(path, pattern):
+                options = {**self.model_dump(), **changes, "overrides": {}}
+                # By way of JSON: what a file holds for a tuple is a list, and means the same.
+                return validate_json(type(self), to_json(options, inf_nan_mode="constants", fallback=repr))
+        return self
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
+"""The dtypes operators may have, by the names used in files."""
+
+
+MAX_ERRORS = 1000
+"""Wrong values that are named one by one: to describe a million of them takes seconds and a gigabyte."""
+
+
+def described(error: ValidationError) -> list[dict[str, Any]]:
+    """What is wrong with a model, one by one; where that is too much, in one line."""
+    if error.error_count() > MAX_ERRORS:
+        return [{"type": "many", "loc": (), "msg": f"{error.error_count():,} values are wrong", "input": "..."}]
+    return [dict(each) for each in error.errors(include_url=False)]
+
+
+def _explain(kind: type[MethodConfig], error: ValidationError) -> str:
+    name = kind.model_fields["method"].default
+    lines = []
+    for each in described(error):
+        place = ".".join(str(part) for part in each["loc"])
+        if each["type"] == "extra_forbidden":
+            options = sorted(set(kind.model_fields) - {"method"})
+            close = difflib.get_close_matches(place[:100], options, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; it has: {', '.join(options)}"
+            lines.append(f"{name} has no option {shown(place)}{hint}")
+        else:
+            lines.append(f"{name}: {place}={shown(each['input'])}: {each['msg']}")
+    return "\n".join(lines)
+
+
+def validate(kind: type[C], options: dict[str, Any]) -> C:
+    """The options as a config of `kind`.
+
+    Raises:
+        ConfigError: naming method, field, value and rule, one line each.
+    """
+    try:
+        return kind.model_validate(options)
+    except ValidationError as error:
+        raise ConfigError(_explain(kind, error)) from None
+
+
+def validate_json(kind: type[C], text: str | bytes) -> C:
+    """The same for JSON text (lists stand for tuples there)."""
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError(_explain(kind, error)) from None
+
+
+def dtype_of(name: str | torch.dtype | None) -> torch.dtype:
+    """An operator dtype by name or as it is; float32 by default.
+
+    Raises:
+        ConfigError: not a floating-point dtype.
+    """
+    if name is None:
+        return torch.float32
+    dtype = DTYPES.get(name.removeprefix("torch.")) if isinstance(name, str) else name
+    if dtype is None or dtype not in DTYPES.values():
+        raise ConfigError(f"dtype={name!r}: operators may be {', '.join(DTYPES)}")
+    return dtype

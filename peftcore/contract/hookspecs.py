@@ -1,0 +1,131 @@
+"""The hooks, in the order in which a life of an injection meets them.
+
+A hook is for "anybody may answer or look in"; what one method does is a function of its class. For every hook that
+stops at the first answer, the core's own implementation comes last and calls the method's function, so a plugin can
+answer earlier or wrap it. No hook runs while the host runs forward or backward. An implementation may accept fewer
+arguments than are listed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from peftcore.contract.config import MethodConfig
+    from peftcore.contract.method import Method
+    from peftcore.injection.injection import Injection
+    from peftcore.layers.layer import Layer
+    from peftcore.roles import HostMap
+    from peftcore.surgery.forced_attributes import Stance
+    from peftcore.surgery.surgeon import Surgeon
+
+API = 2
+"""The version of these specifications; a plugin states the one it was written for as ``PEFTCORE_API``."""
+
+hookspec = pluggy.HookspecMarker("peftcore")
+hookimpl = pluggy.HookimplMarker("peftcore")
+
+
+@hookspec
+def peftcore_methods() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """Name the methods that a plugin brings.
+
+    Runs when the catalogue is first asked for anything; once for each plugin. Returns method names mapped to
+    ``"module:Class"``. Strings, so that a method's module is imported on its first use only.
+    """
+
+
+@hookspec(firstresult=True)
+def peftcore_map(model: nn.Module) -> HostMap | None:
+    """Say what the modules of a host are.
+
+    Runs at the start of `apply` and `plan`, unless the user handed in a map.
+    Gets the host. Returns its map, or None to leave it to others; the core derives one from structure and names.
+    Stops at the first result that is not None.
+    """
+
+
+@hookspec(firstresult=True)
+def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
+    """Say how a module stores one of its tensors: its logical layout, how to read and write it, its linear map.
+
+    Runs when sites are chosen, for one of those modules that are built alike: of one class, with equal attributes, and
+    with plain tensors of equal shapes and dtypes. The answer is plain data that later reads and writes without hooks.
+    Gets the module and the path of the tensor below it ("weight" for most). Returns a `Layer`, or None; the core
+    answers for dense tensors, a quantizing plugin for packed ones. Stops at the first result that is not None.
+    """
+
+
+@hookspec(firstresult=True)
+def peftcore_stance(cls: type[nn.Module]) -> Stance | None:
+    """Say how modules of a class must be held while their host is adapted.
+
+    Runs once for each class of modules that an adapted host has. Gets the class. Returns a `Stance`: attributes that
+    the module's view has, or None; the core answers for modules of torch. Stops at the first result that is not None.
+    """
+
+
+@hookspec
+def peftcore_schemes() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """Name the ways of packing weights that a plugin brings, for `quantize`.
+
+    Runs when a scheme is first asked for. Returns names mapped to ``"module:Class"``, each a `Scheme`. Strings, so that
+    what they need is imported on first use only. Modules so packed are recognized by `peftcore_layer`.
+    """
+
+
+@hookspec
+def peftcore_formats() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """Name the file formats that a plugin reads or writes.
+
+    Runs when an adapter is loaded, or saved in another format than ours. Returns names mapped to ``"module:Class"``,
+    each a `peftcore.files.formats.format.Format`.
+    """
+
+
+@hookspec
+def peftcore_translations() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """Say how files of other libraries keep a plugin's methods.
+
+    Runs when such a file is read or written. Returns ``"format/name"`` mapped to ``"module:Class"``, where the name is
+    the one that the format itself has for the method: ``"peft/LORA"``. What the class has to be is up to the format.
+    """
+
+
+@hookspec(firstresult=True)
+def peftcore_inject(model: nn.Module, method: Method, config: MethodConfig, surgeon: Surgeon) -> bool | None:
+    """Put a method's operators at its sites.
+
+    Runs once in `apply` and `plan`; nothing in the host has changed yet, and nothing does before it returns. Gets the
+    host, the method, its options and the surgeon whose verbs record the changes. Returns True when done; the core calls
+    ``method.inject``. Stops at the first result that is not None.
+    """
+
+
+@hookspec(firstresult=True)
+def peftcore_select(model: nn.Module, method: Method, config: MethodConfig, injection: Injection) -> bool | None:
+    """Decide what trains.
+
+    Runs after the operators stand in the host and the base is frozen, and when an injection is made trainable again.
+    Gets the host, the method, its options and the injection. Returns True when done; the core calls
+    ``method.trainable``. Stops at the first result that is not None.
+    """
+
+
+@hookspec(firstresult=True)
+def peftcore_merge(
+    model: nn.Module, method: Method, config: MethodConfig, injection: Injection
+) -> Mapping[tuple[str, str], torch.Tensor] | None:
+    """Compute what a merge writes.
+
+    Runs in `Injection.merge`, before any weight changes. Gets the host, the method, its options and the injection.
+    Returns the new stored tensors by (module path, tensor path); the core asks every operator for its effective
+    tensors. The core then checks that all are finite and writes all or none. Stops at the first result that is not
+    None.
+    """

@@ -1,0 +1,190 @@
+"""What a method is: a final subclass of `Method` with a name, a `Config`, `Tags`, default targets by role, and
+`inject`."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from peftcore.contract.config import MethodConfig
+from peftcore.errors import PluginError
+
+if TYPE_CHECKING:
+    from peftcore.injection.injection import Injection
+    from peftcore.surgery.surgeon import Surgeon
+    from peftcore.targets.sites import Site
+    from peftcore.training.batches import Batches
+    from peftcore.training.optimizer import GradientRule
+
+CATEGORIES = (
+    "additive",
+    "reparameterized",
+    "selective",
+    "hybrid",
+    "quantized",
+    "multitask",
+    "vision",
+    "diffusion",
+)
+"""The categories of the survey arXiv 2410.19878; a plugin of ours for each."""
+
+SOURCES = re.compile(r"(?:(?:[A-Za-z][\w.-]* \d+(?:\.\d+)*|the authors' code)(?:, (?=.)|$))*")
+"""What `Tags.checked_against` may be: a library has a version, and an equation has none."""
+
+
+@dataclass(frozen=True)
+class Tags:
+    """What a method can do. Declared here, proven by the conformance kit: claiming too much and claiming too little
+    both fail."""
+
+    category: str
+    """One of `CATEGORIES`."""
+    paper: str
+    """arXiv number of the paper that defines the method, or another reference."""
+    mergeable: bool = False
+    """The effect can be folded into the host's tensors; `merge` then gives the same outputs."""
+    identity_at_init: bool = True
+    """A fresh injection with default options leaves the host's outputs unchanged, up to rounding."""
+    identity_options: Mapping[str, Any] | None = None
+    """Where a fresh injection changes outputs, as the paper has it: the options with which it does not."""
+    per_row: bool = True
+    """Rows of a batch may go to different injections (`route`)."""
+    low_rank: bool = False
+    """`factors()` of every operator gives the update as A, B and a scale."""
+    needs_data: bool = False
+    """`calibrate` looks at the user's data before training; `apply` then wants ``data=``."""
+    scheduled: bool = False
+    """`on_step` changes the adapter while it trains, so whoever steps must know how many steps there will be."""
+    checked_against: str = ""
+    """Whose numbers its tests compare with, separated by commas: libraries with their versions (``"peft 0.21"``), or
+    ``"the authors' code"``. Empty where there are none, only the equation, written a second time."""
+
+    @property
+    def proven(self) -> bool:
+        """Independent numbers exist. A method that is not proven is experimental: its tests have the equation alone."""
+        return bool(self.checked_against)
+
+
+class Method(ABC):
+    """A method. Subclasses are final: variants are options only where the paper's own code has them as options."""
+
+    name: ClassVar[str]
+    """The name by which `apply` and files find it."""
+    aliases: ClassVar[tuple[str, ...]] = ()
+    """Other names."""
+    Config: ClassVar[type[MethodConfig]]
+    """Its options."""
+    tags: ClassVar[Tags]
+    """What it can do."""
+    target: ClassVar[str | tuple[str, ...]]
+    """Default targets, by role, so that one line serves every architecture; roles that a host lacks are passed over."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if Method not in cls.__bases__:
+            raise PluginError(f"{cls.__name__} subclasses another method; methods are final, share functions instead")
+
+    config_version: ClassVar[int] = 1
+    """Raised when options change their meaning; `migrate` then upgrades old ones."""
+
+    @abstractmethod
+    def inject(self, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
+        """Say which operators stand where, through the surgeon's verbs. Nothing changes before it returns.
+
+        Args:
+            model: the host, as it came.
+            config: the method's own `Config`.
+            surgeon: finds sites and records what is to stand there.
+
+        Raises:
+            ConfigError: options that do not go together, or not with this host.
+            TargetError: there is nothing to act on.
+            UnsupportedSite: what the target means is nothing that the method can act on.
+        """
+
+    def trainable(self, model: nn.Module, config: Any, injection: Injection) -> None:
+        """What trains once injected: by default every parameter of the operators."""
+        for parameter in injection.parameters():
+            parameter.requires_grad = True
+
+    def calibrate(self, model: nn.Module, data: Batches, config: Any, injection: Injection) -> None:
+        """Look at data before training (tag `needs_data`). Runs once, in `apply`, when the operators stand and are
+        active; never on loading, so what it finds goes into parameters or buffers of the operators.
+
+        Gradients, training mode and `requires_grad` are put back afterwards.
+
+        Raises:
+            CalibrationError: the data does not tell what the method wants to know.
+            PluginError: the method has the tag and no such function.
+        """
+        raise PluginError(f"{self.name} has the tag needs_data and does not define calibrate")
+
+    def on_step(self, injection: Injection, step: int, total: int) -> None:
+        """Change the adapter after step 1, 2, …, `total` of the optimizer, while the gradients of that step are still
+        there (tag `scheduled`). What is to survive a resumed training, and is of no use afterwards, goes into
+        non-persistent buffers of the operators: the optimizer saves them.
+
+        Raises:
+            TrainingError: its schedule does not fit into `total` steps.
+            PluginError: the method has the tag and no such function.
+        """
+        raise PluginError(f"{self.name} has the tag scheduled and does not define on_step")
+
+    def aux_loss(self, injection: Injection) -> Tensor | None:
+        """What is added to the host's loss in training, once a step: a tensor of shape ``[]``, or None."""
+        return None
+
+    def parameter_groups(self, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        """What trains, as the parameter groups of a torch optimizer; `defaults` are its other options. Parameters that
+        train and are in no group (modules that the user named in ``train``) come in one more, with `lr`."""
+        return [{"params": [p for p in injection.parameters() if p.requires_grad], "lr": lr, **defaults}]
+
+    def gradient_rule(self, injection: Injection) -> GradientRule | None:
+        """What happens to gradients before the optimizer sees them, and to its updates before they are applied."""
+        return None
+
+    @staticmethod
+    @abstractmethod
+    def parameter_count(site: Site, config: Any) -> int:
+        """How many values the operator at one grafted site has, by the closed formula of the paper; the kit compares it
+        with reality.
+
+        Raises:
+            ConfigError: the number is not said by the options of one site.
+        """
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        """Options of a file of `version`, as JSON has them, as those of ``version + 1``."""
+        return options
+
+
+def check_method_class(cls: Any) -> type[Method]:
+    """The class, if it keeps the contract.
+
+    Raises:
+        PluginError: naming what is missing.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise PluginError(f"{cls!r} is not a subclass of peftcore.Method")
+    for attribute, kind in (("name", str), ("tags", Tags), ("target", object), ("Config", type)):
+        value = getattr(cls, attribute, None)
+        if value is None or not isinstance(value, kind):
+            raise PluginError(f"{cls.__name__} must define {attribute}")
+    if not issubclass(cls.Config, MethodConfig):
+        raise PluginError(f"{cls.__name__}.Config must subclass MethodConfig")
+    if cls.tags.category not in CATEGORIES:
+        raise PluginError(f"{cls.__name__}: unknown category {cls.tags.category!r}; one of {', '.join(CATEGORIES)}")
+    if not SOURCES.fullmatch(cls.tags.checked_against):
+        raise PluginError(
+            f"{cls.__name__}: checked_against={cls.tags.checked_against!r} names nobody whose numbers there are; write "
+            'a library with its version ("peft 0.21") or "the authors\' code", and nothing for the equation alone'
+        )
+    if cls.__abstractmethods__:
+        raise PluginError(f"{cls.__name__} must implement {', '.join(sorted(cls.__abstractmethods__))}")
+    return cls

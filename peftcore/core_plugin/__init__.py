@@ -1,0 +1,60 @@
+"""The core's own answers to the hooks. They come last in line, and call the function of the method at hand.
+
+The registry loads this plugin by name, as it loads any: so nothing low imports what stands here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftcore.contract.hookspecs import hookimpl
+from peftcore.injection.merging import merged_tensors
+from peftcore.layers.detect import dense_layer
+from peftcore.roles import derive
+from peftcore.surgery.forced_attributes import STANCES
+
+
+@hookimpl(trylast=True)
+def peftcore_map(model: nn.Module) -> Any:
+    return derive(model)
+
+
+@hookimpl(trylast=True)
+def peftcore_layer(module: nn.Module, tensor: str) -> Any:
+    return dense_layer(module, tensor)
+
+
+@hookimpl(trylast=True)
+def peftcore_stance(cls: type[nn.Module]) -> Any:
+    return next((stance for known, stance in STANCES.items() if issubclass(cls, known)), None)
+
+
+@hookimpl(trylast=True)
+def peftcore_formats() -> Mapping[str, str]:
+    return {
+        "peftcore": "peftcore.files.formats.native:Native",
+        "peft": "peftcore.files.formats.peft:Peft",
+        "adapterhub": "peftcore.files.formats.adapterhub:AdapterHub",
+        "diffusers": "peftcore.files.formats.diffusers:Diffusers",
+        "kohya": "peftcore.files.formats.kohya:Kohya",
+    }
+
+
+@hookimpl(trylast=True)
+def peftcore_inject(model: nn.Module, method: Any, config: Any, surgeon: Any) -> bool:
+    method.inject(model, config, surgeon)
+    return True
+
+
+@hookimpl(trylast=True)
+def peftcore_select(model: nn.Module, method: Any, config: Any, injection: Any) -> bool:
+    method.trainable(model, config, injection)
+    return True
+
+
+@hookimpl(trylast=True)
+def peftcore_merge(injection: Any) -> Mapping[tuple[str, str], Tensor]:
+    return merged_tensors(injection)

@@ -1,0 +1,81 @@
+"""A composition in a folder: the adapters in it, each in a folder of its name, and ``composition.json``, which says how
+they act together."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftcore.contract.compositions import KINDS, Composition, branches
+from peftcore.errors import CheckpointError, CompositionError
+from peftcore.files.safe_io import read_json, write_text
+from peftcore.files.save_load import load
+from peftcore.forward.host_state import injections, known
+from peftcore.injection.switching import activate
+
+FILE = "composition.json"
+MOST = 1000
+"""Names that a composition in a file may have, and branches; nested ones multiply."""
+
+
+def save_composition(model: nn.Module, composition: Composition, path: str | os.PathLike[str]) -> None:
+    """Write the adapters of a composition into folders of their names below `path`, and how they act together.
+
+    Raises:
+        UnknownInjection: the host has no injection of such a name.
+    """
+    names = list(dict.fromkeys(composition.names()))
+    known(model, names)
+    folder = Path(path)
+    for name in names:
+        injections(model)[name].save(folder / name)
+    write_text(folder / FILE, json.dumps(_spelled(composition), indent=2) + "\n")
+
+
+def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composition:
+    """Load the adapters that `save_composition` wrote, under their names, and activate the composition.
+
+    Raises:
+        CheckpointError: there is none at `path`, or it is broken. What `load` raises may come too, of any of its
+            adapters. Nothing was loaded.
+    """
+    folder = Path(path)
+    data = read_json(folder / FILE)
+    try:
+        composition = _read(data)
+        # Names first: each branch holds those before it.
+        for what, found in (("names", composition.names()), ("branches", branches([composition]))):
+            if sum(1 for _ in islice(found, MOST + 1)) > MOST:
+                raise ValueError(f"it has more than {MOST} {what}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CompositionError) as error:
+        raise CheckpointError(f"{folder} holds no composition that can be read: {error}") from None
+    loaded = []
+    try:
+        for name in dict.fromkeys(composition.names()):
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise CheckpointError(f"{folder}: {name!r} is no name of an adapter below it")
+            loaded.append(load(model, folder / name, name=name, active=False))
+        activate(model, composition)
+    except BaseException:  # whatever it was: nothing stays behind
+        for injection in reversed(loaded):
+            injection.remove()
+        raise
+    return composition
+
+
+def _spelled(part: str | Composition) -> Any:
+    if isinstance(part, str):
+        return part
+    return {"kind": type(part).__name__, "parts": [_spelled(each) for each in part.parts], **part.options}
+
+
+def _read(data: Mapping[str, Any]) -> Composition:
+    options = {key: value for key, value in data.items() if key not in ("kind", "parts")}
+    parts = (part if isinstance(part, str) else _read(part) for part in data["parts"])
+    return KINDS[data["kind"]](*parts, **options)

@@ -1,0 +1,220 @@
+"""What a saved adapter says about itself besides its tensors: method, options, where it stands, on which base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from torch import nn
+
+from peftcore.contract.config import DTYPES, MethodConfig, described, validate_json
+from peftcore.contract.method import Method
+from peftcore.errors import CheckpointError, ConfigError, NewerFormat, UnknownMethod, shown
+from peftcore.injection.injection import Injection
+from peftcore.layers.layer import plain_class
+from peftcore.registry.catalogue import method as find_method
+from peftcore.registry.catalogue import methods
+from peftcore.surgery.surgeon import Wishes
+from peftcore.targets.sites import Site
+
+FORMAT = 1
+
+
+class SavedSite(BaseModel):
+    """One site as a selection found it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    module_path: str
+    tensor: str = "weight"
+    role: str | None = None
+    rows: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] | None = None
+    shape: tuple[NonNegativeInt, ...] | None = None
+    """Logical shape; empty for a module without a weight of its own, None where the file does not say."""
+
+    @classmethod
+    def of(cls, site: Site) -> SavedSite:
+        """A selected site."""
+        return cls(
+            module_path=site.module_path, tensor=site.tensor, role=site.role, rows=site.rows, shape=site_shape(site)
+        )
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the resolver finds the site by."""
+        return self.model_dump(include={"module_path", "tensor", "role", "rows"})
+
+
+class Envelope(BaseModel):
+    """What ``adapter.json`` holds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: int
+    method: str
+    plugin: str = ""
+    plugin_version: str = ""
+    config_version: NonNegativeInt
+    config: dict[str, Any]
+    target: Any = None
+    exclude: Any = None
+    train: tuple[str, ...] = ()
+    """Paths of modules and parameters that were trained along."""
+    dtype: str = "float32"
+    host: str = ""
+    """Class of the host, for people to read."""
+    base: str | None = None
+    """What the host's own config calls its weights, for people to read."""
+    weights: str | None = None
+    """Digest of the host's tensors at the sites, where the user asked for it."""
+    selections: dict[str, tuple[SavedSite, ...]]
+
+    @property
+    def wishes(self) -> Wishes:
+        """The wishes with which the method is applied again; sites are not resolved, but taken from the file.
+
+        Raises:
+            CheckpointError: operators cannot have the dtype.
+        """
+        if self.dtype not in DTYPES:
+            raise CheckpointError(f"dtype {self.dtype!r}: operators may be {', '.join(DTYPES)}")
+        saved = {key: [site.record for site in sites] for key, sites in self.selections.items()}
+        return Wishes(self.target, self.exclude, self.train, 0, DTYPES[self.dtype], saved)
+
+    @property
+    def text(self) -> str:
+        """As JSON to read, the same for equal adapters."""
+        return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+
+    @property
+    def short(self) -> str:
+        """As JSON without what is as by default and without spaces, to stand in a file's header."""
+        return self.model_dump_json(exclude_defaults=True)
+
+
+def site_shape(site: Site) -> tuple[int, ...]:
+    """The logical shape of a selected site; empty for a module without a weight of its own."""
+    return tuple(site.weight_shape) if site.layer.has(site.module, site.tensor) else ()
+
+
+def spelled(target: Any) -> Any:
+    """A target as JSON keeps it: strings as the user wrote them, types and predicates by their name (they are for
+    reading only)."""
+    if target is None or isinstance(target, str):
+        return target
+    if isinstance(target, type) or callable(target):
+        return f"<{target.__module__}.{target.__qualname__}>"
+    return [spelled(each) for each in target]
+
+
+def envelope_of(injection: Injection, weights: bool = False) -> Envelope:
+    """What `injection` says about itself; with `weights`, also which values its base has at the sites."""
+    name = injection.method.name
+    info = next(
+        (i for i in methods() if i.name == name and find_method(f"{i.plugin}/{i.name}") is type(injection.method)), None
+    )
+    wishes, model, cls = injection.wishes, injection.model, plain_class(injection.model)
+    return Envelope(
+        format=FORMAT,
+        method=name,
+        plugin=info.plugin if info else "registered",
+        plugin_version=info.distribution if info else "",
+        config_version=injection.method.config_version,
+        config=injection.config.model_dump(mode="json"),
+        target=spelled(wishes.target),
+        exclude=spelled(wishes.exclude),
+        train=injection.trained_along,
+        dtype=str(wishes.dtype).removeprefix("torch."),
+        host=f"{cls.__module__}.{cls.__qualname__}",
+        base=base_name(model),
+        weights=weights_digest(injection.sites) if weights else None,
+        selections={key: tuple(map(SavedSite.of, sites)) for key, sites in injection.selections.items()},
+    )
+
+
+def base_name(model: nn.Module) -> str | None:
+    """What the host's own config calls its weights (models of transformers and diffusers have one)."""
+    config = vars(model).get("config") or vars(model).get("_internal_dict")
+    name = getattr(config, "_name_or_path", None) or (config.get("_name_or_path") if isinstance(config, dict) else None)
+    return str(name) if name else None
+
+
+def weights_digest(sites: Iterable[Site]) -> str:
+    """SHA-256 of the stored tensors at sites, in the order of their paths."""
+    digest = hashlib.sha256()
+    for site in sorted(sites, key=lambda each: each.path):
+        value = site.layer.read(site.module, site.tensor)
+        if value is not None:
+            digest.update(f"{site.path} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def parse_envelope(data: Mapping[str, Any], where: object) -> Envelope:
+    """The envelope in a JSON object.
+
+    Raises:
+        NewerFormat: it was written by a newer peftcore.
+        CheckpointError: it is no envelope.
+    """
+    version = data.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise NewerFormat(f"{where} has format {version}, this peftcore reads up to {FORMAT}: pip install -U peftcore")
+    try:
+        found = Envelope.model_validate_json(json.dumps(data))
+    except ValidationError as error:
+        places = [(".".join(map(str, each["loc"])), each) for each in described(error)]
+        wrong = "; ".join(f"{place}={shown(each['input'])}: {each['msg']}" for place, each in places)
+        raise CheckpointError(f"{where} cannot be read: {wrong}") from None
+    if len(set(found.train)) < len(found.train):
+        raise CheckpointError(f"{where} cannot be read: what was trained along stands there twice")
+    return found
+
+
+def method_of(envelope: Envelope) -> type[Method]:
+    """The installed method that an envelope names.
+
+    Raises:
+        UnknownMethod: saying what to install.
+    """
+    known = {info.plugin for info in methods() if info.name == envelope.method}
+    try:
+        return find_method(f"{envelope.plugin}/{envelope.method}" if envelope.plugin in known else envelope.method)
+    except UnknownMethod as error:
+        written = f"; the adapter was written with {envelope.plugin_version}" if envelope.plugin_version else ""
+        raise UnknownMethod(f"{error}{written}") from None
+
+
+def options_of(cls: type[Method], envelope: Envelope) -> MethodConfig:
+    """The options, brought to the installed version.
+
+    Raises:
+        NewerFormat: they are newer than the installed plugin.
+        CheckpointError: they are wrong.
+    """
+    if envelope.config_version > cls.config_version:
+        raise NewerFormat(
+            f"the adapter has version {envelope.config_version} of {cls.name}'s options, the installed plugin knows "
+            f"{cls.config_version}: "
+            f"pip install -U {envelope.plugin_version.split(' ')[0] or 'its plugin'}"
+        )
+    options = envelope.config
+    for version in range(envelope.config_version, cls.config_version):
+        options = cls.migrate(dict(options), version)
+    try:
+        return validate_json(cls.Config, json.dumps(options))
+    except (ConfigError, ValueError) as error:
+        raise CheckpointError(f"the adapter's options are wrong: {error}") from None
+
+
+def mismatched(envelope: Envelope, selections: Mapping[str, Sequence[Site]]) -> list[str]:
+    """The sites whose shapes on this host are not those that the file tells of."""
+    wrong = []
+    for key, saved in envelope.selections.items():
+        for record, site in zip(saved, selections.get(key, ()), strict=False):
+            here = site_shape(site)
+            if record.shape is not None and here != record.shape:
+                wrong.append(f"{site.path} is {here} here and was {record.shape}")
+    return wrong

@@ -1,0 +1,71 @@
+"""An envelope from what a foreign file holds: options that differ from place to place, and several methods at once."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from peftcore.files.envelope import FORMAT, Envelope, SavedSite
+from peftcore.registry.catalogue import method as find_method
+
+
+def literally(path: str) -> str:
+    """A glob that matches exactly this path."""
+    return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in path)
+
+
+def with_overrides(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A method's options from those of each place, by path: what most have, and overrides for the others."""
+    values: dict[str, Counter[str]] = {}
+    for each in options.values():
+        for name, value in each.items():
+            values.setdefault(name, Counter())[json.dumps(value)] += 1
+    most = {name: json.loads(counted.most_common(1)[0][0]) for name, counted in values.items()}
+    overrides = {}
+    for path, each in options.items():
+        if other := {name: value for name, value in each.items() if value != most[name]}:
+            overrides[literally(path)] = other
+    return {**most, "overrides": overrides} if overrides else most
+
+
+def composed(
+    configs: Sequence[dict[str, Any]],
+    selections: Sequence[Mapping[str, Sequence[SavedSite]]],
+    *,
+    dtypes: Iterable[torch.dtype],
+    target: Sequence[str] | None,
+    train: Sequence[str] = (),
+    host: str = "",
+) -> Envelope:
+    """The envelope of one method, or of a union of several.
+
+    Args:
+        configs: options of each, with its name under "method".
+        selections: where each stands, as its own selections.
+        dtypes: those of the tensors.
+        target: paths of modules, for people to read.
+        train: the host's parameters that are replaced.
+        host: what the file says of its base, for people to read.
+    """
+    several = len(configs) > 1
+    name = "config_union" if several else configs[0]["method"]
+    places = {
+        f"{index}/{key}" if several else key: tuple(sites)
+        for index, each in enumerate(selections)
+        for key, sites in each.items()
+    }
+    return Envelope(
+        format=FORMAT,
+        method=name,
+        config_version=find_method(name).config_version,
+        config={"method": name, "parts": list(configs)} if several else configs[0],
+        target=target,
+        train=tuple(train),
+        dtype="float64" if torch.float64 in dtypes else "float32",
+        host=host,
+        selections=places,
+    )

@@ -1,0 +1,74 @@
+"""What an adapter file says about itself, for people who have the file and no host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Size
+
+from peftcore.errors import PeftcoreError
+from peftcore.files.safe_io import TensorFile
+
+
+@dataclass(frozen=True)
+class Description:
+    """One adapter. Values of tensors were not read."""
+
+    format: str
+    files: tuple[TensorFile, ...]
+    """Where its tensors are."""
+    methods: tuple[str, ...] = ()
+    """Our methods that compute what it holds; nothing where none does, or where a host has to say which."""
+    kind: str = ""
+    """What another library calls the method."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """As the file has them."""
+    base: str = ""
+    """What the file calls the weights that it belongs to; empty where it does not say."""
+    host: str = ""
+    """The class that it was made on; empty where the file does not say."""
+    task: str = ""
+    """Peft's name for the kind of model that it was made on."""
+    parts: tuple[str, ...] = ()
+    """Of a file for a pipeline: the models that it is for."""
+    sites: tuple[str, ...] = ()
+    """Where its operators stand, as the file spells it; nothing where the method finds its place itself."""
+    trained: Mapping[str, Size] = field(default_factory=dict)
+    """Parameters of the host that it replaces, with their shapes."""
+    problem: str = ""
+    """Why it cannot be loaded here, where that shows without a host."""
+
+    @property
+    def values(self) -> int:
+        """How many numbers its tensors hold."""
+        return sum(math.prod(shape) for file in self.files for shape in file.shapes.values())
+
+    @property
+    def bytes(self) -> int:
+        """The size of its tensors."""
+        every = [(file.shapes[name], dtype) for file in self.files for name, dtype in file.dtypes.items()]
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in every)
+
+
+def tensor_files(path: Path) -> tuple[TensorFile, ...]:
+    """The safetensors files in a folder, or the one file."""
+    found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return tuple(map(TensorFile, found))
+
+
+def trouble(attempt: Callable[[], object]) -> str:
+    """Why something is refused; empty where it is not."""
+    try:
+        attempt()
+    except PeftcoreError as error:
+        return str(error)
+    return ""
+
+
+def unique(names: Iterable[str]) -> tuple[str, ...]:
+    """Each once, in order."""
+    return tuple(dict.fromkeys(names))

@@ -1,0 +1,155 @@
+"""What a file format is to `load` and `save`: it recognizes its files, reads an adapter from them, and writes one.
+
+A plugin brings more by the hook `peftcore_formats`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from peftcore.errors import CheckpointError, ExportError
+from peftcore.files.envelope import Envelope
+from peftcore.files.formats.description import Description, tensor_files
+from peftcore.injection.injection import Injection
+from peftcore.registry.plugins import imported, named_places
+from peftcore.surgery.surgeon import Surgeon
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What a safetensors file holds."""
+
+    values: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
+Files = Mapping[str, str | Tensors]
+
+
+class Content(ABC):
+    """An adapter as a file holds it, in our words: what was applied, and the tensors once the operators are known."""
+
+    def __init__(self, envelope: Envelope, where: Path) -> None:
+        self.envelope = envelope
+        self.where = where
+        """The file, for messages."""
+
+    @abstractmethod
+    def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
+        """The adapter's tensors by our own names.
+
+        Args:
+            surgeon: what was recorded for the host, with operators on the meta device.
+            strict: False accepts missing and unknown tensors.
+
+        Raises:
+            CheckpointError: naming every tensor that is missing, unknown, misshaped or not finite.
+        """
+
+
+class Format(ABC):
+    """One file format."""
+
+    name: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]] = ()
+    """Models of a pipeline that a file of this format can hold adapters of, by the names that it has for them."""
+
+    def __init__(self, part: str = "") -> None:
+        self.part = part
+        """Which of `parts` an adapter that is saved is for; empty: what the host looks like."""
+
+    @classmethod
+    @abstractmethod
+    def recognizes(cls, path: Path) -> bool:
+        """Whether a folder or file is of this format. Looks at names and headers, and raises nothing for files that
+        are none of its own."""
+
+    @abstractmethod
+    def open(self, path: Path, model: nn.Module) -> Content:
+        """Read what a folder or file says of an adapter for `model`, and no values yet.
+
+        Raises:
+            CheckpointError: it is damaged, or says what nobody here understands.
+            HostMismatch: it belongs to another base.
+            NewerFormat: it was written by a newer version.
+            UnknownMethod: no installed plugin has its method.
+        """
+
+    def describe(self, path: Path) -> Description:
+        """What a folder or file says about itself without a host. Formats that know more than the tensors override it.
+
+        Raises:
+            CheckpointError: it is damaged.
+            NewerFormat: it was written by a newer version.
+        """
+        return Description(self.name, tensor_files(path))
+
+    def files(self, injection: Injection, weights: bool = False) -> Files:
+        """What to write for an injection: the contents of files by name, in the order in which they are written.
+
+        Args:
+            weights: note which values the base has at the sites, where the format has a place for it.
+
+        Raises:
+            ExportError: the format cannot hold it.
+            PluginError: the adapter's tensors cannot be saved by name, since two share their memory.
+        """
+        raise ExportError(f"adapters are read from files of {self.name}, not written to them")
+
+
+def formats() -> dict[str, type[Format]]:
+    """The formats of the core and of all plugins, by name, in the order in which they are asked."""
+    return {name: imported(place) for name, place in named_places("peftcore_formats", "format").items()}
+
+
+def format_named(name: str) -> Format:
+    """The format of that name; after a slash, the model of the pipeline: ``"diffusers/text_encoder_2"``.
+
+    Raises:
+        ExportError: there is no such format, or it has no name for such a model.
+    """
+    known = formats()
+    name, slash, part = name.partition("/")
+    if name not in known:
+        raise ExportError(f"there is no format {name!r}; there are: {', '.join(known)}")
+    if slash and part not in known[name].parts:
+        names = ", ".join(known[name].parts) or "none"
+        raise ExportError(f"files of {name} have no part {part!r}; the parts that they can have: {names}")
+    return known[name](part)
+
+
+def recognize(path: Path) -> Format:
+    """The format of a folder or file.
+
+    Raises:
+        CheckpointError: it is of none, or there is nothing.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist")
+    for kind in formats().values():
+        if kind.recognizes(path):
+            return kind()
+    raise CheckpointError(f"{path} is no adapter of a known format ({', '.join(formats())}); {held_by(path)}")
+
+
+def held_by(path: Path) -> str:
+    """What a folder or file holds, for a message about what it lacks.
+
+    Raises:
+        CheckpointError: tensors in a pickle, saying how to convert it.
+    """
+    held = sorted(each.name for each in path.iterdir()) if path.is_dir() else [path.name]
+    pickled = [name for name in held if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickled:
+        raise CheckpointError(
+            f"{path} keeps its tensors in {pickled[0]}, a pickle, which can run any code when it is read: if you trust "
+            "it, convert it once with safetensors.torch.save_file(torch.load(file, weights_only=True), "
+            f'"{pickled[0].rpartition(".")[0]}.safetensors")'
+        )
+    return f"it holds {', '.join(held[:8]) or 'nothing'}"

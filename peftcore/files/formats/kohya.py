@@ -1,0 +1,354 @@
+"""Files of kohya's sd-scripts and of LyCORIS: one safetensors file for a model or for a pipeline.
+
+A tensor is called ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``: the model, the module's path with
+underscores for dots, the tensor. Which dots the underscores stand for is said by the host's own modules. There are no
+options: rank and form follow from shapes, and the scale is alpha / rank with an ``alpha`` for each module. How a method
+keeps its tensors is said by a `KohyaMethod`, which the plugin of our method brings under ``"kohya/NAME"``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Size, Tensor, nn
+
+from peftcore.errors import CheckpointError, ExportError, HostMismatch
+from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.composing import composed, with_overrides
+from peftcore.files.formats.description import Description, unique
+from peftcore.files.formats.format import Content, Files, Format, Tensors
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.ldm_names import ldm_names
+from peftcore.files.formats.pipelines import (
+    Part,
+    clip_prefix,
+    fitting,
+    is_text_encoder,
+    is_unet,
+    names_in,
+    only_file,
+    split,
+)
+from peftcore.files.formats.places import Place
+from peftcore.files.safe_io import TensorFile
+from peftcore.injection.injection import Injection
+from peftcore.registry.plugins import imported, layer_of, named_places
+from peftcore.surgery.surgeon import Surgeon
+
+TENSORS = "kohya.safetensors"
+"""The file in a folder that we write; read is any that is the only one."""
+ALPHA = "alpha"
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a file has for one module."""
+
+    shapes: Mapping[str, Size]
+    """Shapes of its tensors by what stands below the module, without alpha."""
+    given: float | None
+    """The value of alpha, where there is one."""
+    weight: Size
+    """The logical shape of the host's weight: ``[out, in, *kernel]``."""
+    where: str
+    """The file and the module's name in it, for messages."""
+
+    def size(self, name: str, dim: int) -> int:
+        """The size of a tensor in one dimension; 1 where it lacks: the file is refused later."""
+        shape = self.shapes.get(name, ())
+        return shape[dim] if dim < len(shape) and shape[dim] else 1
+
+    def alpha(self, rank: int) -> float:
+        """Alpha, which is the rank where the file has none.
+
+        Raises:
+            CheckpointError: it is not above zero.
+        """
+        if self.given is not None and not (self.given > 0 and math.isfinite(self.given)):
+            raise CheckpointError(f"{self.where}: alpha is {self.given}, but peftcore reads only what is above 0")
+        return float(rank if self.given is None else self.given)
+
+
+class KohyaMethod(ABC):
+    """How these files keep one method."""
+
+    methods: ClassVar[tuple[str, ...]]
+    """Our methods that it can hold; the first is the one that is read."""
+    below: ClassVar[tuple[str, ...]]
+    """Names of its tensors below a module, without alpha."""
+    telling: ClassVar[tuple[str, ...]]
+    """Those of which one at least says that it is this method."""
+
+    @abstractmethod
+    def options(self, held: Held) -> dict[str, Any]:
+        """Our options for one module.
+
+        Raises:
+            CheckpointError: ours cannot compute it.
+        """
+
+    @abstractmethod
+    def outputs(self, shapes: Mapping[str, Size]) -> int:
+        """How many outputs a module has, from the shapes of its tensors; -1 where they do not tell."""
+
+    @abstractmethod
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        """One operator's tensors by our names."""
+
+    @abstractmethod
+    def write(self, place: Place) -> tuple[float, dict[str, Tensor]]:
+        """Alpha, and one operator's tensors by the file's names.
+
+        Raises:
+            ExportError: the file cannot hold it.
+        """
+
+    def reads(self, names: Iterable[str]) -> bool:
+        """Whether a module's tensors are of this method."""
+        names = set(names) - {ALPHA}
+        return names <= set(self.below) and not names.isdisjoint(self.telling)
+
+
+def spelled(shape: Sequence[int]) -> list[tuple[int, ...]]:
+    """The shapes that a matrix [a, b] may have in a file: pointwise convolutions are written as they are, or flat."""
+    if math.prod(shape[2:]) != 1:
+        return [tuple(shape)]
+    flat = tuple(shape[:2])
+    return [tuple(shape), flat, *((*flat, *[1] * count) for count in (1, 2, 3))]
+
+
+def kohya_methods() -> list[KohyaMethod]:
+    """What the installed plugins can read, the simplest first."""
+    places = named_places("peftcore_translations", "translation")
+    found: list[KohyaMethod] = [imported(place)() for name, place in places.items() if name.startswith("kohya/")]
+    return sorted(found, key=lambda method: (len(method.below), method.methods))
+
+
+class Kohya(Format):
+    """Files of kohya's sd-scripts and of LyCORIS."""
+
+    name = "kohya"
+    parts: ClassVar[tuple[str, ...]] = (
+        "lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lycoris",
+    )  # fmt: skip
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        return any(map(_known, names_in(only_file(path, TENSORS))))
+
+    def open(self, path: Path, model: nn.Module) -> Content:
+        return KohyaContent(TensorFile(only_file(path, TENSORS) or path / TENSORS), model)
+
+    def describe(self, path: Path) -> Description:
+        file = TensorFile(only_file(path, TENSORS) or path / TENSORS)
+        stems: dict[str, list[str]] = {}
+        for full in file.shapes:
+            stem, _, leaf = full.partition(".")
+            stems.setdefault(stem, []).append(leaf)
+        known = kohya_methods()
+        found = {stem: next((each for each in known if each.reads(names)), None) for stem, names in stems.items()}
+        strange = [stem for stem, method in found.items() if method is None]
+        return Description(
+            self.name,
+            (file,),
+            methods=unique(method.methods[0] for method in found.values() if method is not None),
+            parts=unique(part for stem in stems if (part := _known(stem))),
+            sites=tuple(stems),
+            problem=f"no installed plugin reads what is at {', '.join(strange[:4])}" if strange else "",
+        )
+
+    def files(self, injection: Injection, weights: bool = False) -> Files:
+        if injection.trained_along or injection.shared:
+            what = next(iter((*injection.trained_along, *injection.shared)))
+            raise ExportError(f"files of kohya have no place for {what}: only for operators at modules")
+        model = injection.model
+        part = self.part or ("lora_unet" if is_unet(model) else "lora_te" if is_text_encoder(model) else "lycoris")
+        front = clip_prefix(model) if part.startswith("lora_te") else ""
+        spelling = Spelling(dict(injection.model.named_modules()))
+        methods, tensors = kohya_methods(), dict[str, Tensor]()
+        for index, graft in enumerate(injection.grafts):
+            site, owner = graft.site, injection.owner(graft)
+            method = next((each for each in methods if owner.method.name in each.methods), None)
+            if method is None:
+                raise ExportError(f"files of kohya have no method that computes what {owner.method.name} does")
+            if site.tensor != "weight" or site.rows is not None or site.batch or site.layer.one_hot:
+                raise ExportError(f"files of kohya hold linear maps and convolutions as a whole, and not {site.path}")
+            spelling.only(site.module_path)
+            stem = f"{part}_{front}{site.module_path}".replace(".", "_")
+            if f"{stem}.{ALPHA}" in tensors:
+                raise ExportError(f"files of kohya have one operator for a module; {site.path} has two")
+            place = Place(graft, index, len(injection.grafts), owner.config.at(site.path))
+            alpha, values = method.write(place)
+            tensors[f"{stem}.{ALPHA}"] = torch.tensor(float(alpha))
+            tensors |= {f"{stem}.{name}": value.detach().contiguous() for name, value in values.items()}
+        return {TENSORS: Tensors(tensors, {"format": "pt"})}
+
+
+def _known(name: str) -> str | None:
+    """The model in front of a tensor's name."""
+    stem = name.partition(".")[0]
+    return next((part for part in Kohya.parts if stem.startswith(f"{part}_")), None)
+
+
+class Spelling:
+    """A host's modules by what is left of their paths when dots and underscores are one."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self.paths: dict[str, list[str]] = {}
+        for path in modules:
+            self.paths.setdefault(path.replace("_", "."), []).append(path)
+        for name, path in ldm_names(modules).items():
+            self.paths.setdefault(name.replace("_", "."), [path])
+
+    @property
+    def places(self) -> dict[str, str]:
+        """One path for each spelling; see `only`."""
+        return {spelling: paths[0] for spelling, paths in self.paths.items()}
+
+    def only(self, path: str) -> str:
+        """The module with a weight that is meant by the spelling of `path`.
+
+        Raises:
+            HostMismatch: several are.
+        """
+        meant = self.paths[path.replace("_", ".")]
+        if len(meant) > 1:
+            weighty = [
+                each for each in meant if layer_of(self.modules[each], "weight").has(self.modules[each], "weight")
+            ]
+            if len(weighty) > 1:
+                raise HostMismatch(f"with underscores for dots {' and '.join(weighty)} are one name")
+            meant = weighty or meant
+        return meant[0]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tensors at one module."""
+
+    path: str
+    names: Mapping[str, str]
+    """Full names by what stands below the module."""
+    held: Held
+
+
+@dataclass(frozen=True)
+class Share:
+    """The modules that one method reads."""
+
+    method: KohyaMethod
+    groups: list[Group]
+
+
+class KohyaContent(Content):
+    """An adapter of such a file for one host."""
+
+    def __init__(self, file: TensorFile, model: nn.Module) -> None:
+        self.file = file
+        self.methods = kohya_methods()
+        modules = dict(model.named_modules())
+        spelling = Spelling(modules)
+        stems = split(list(file.shapes), _known)
+        self.strange = stems.pop("", [])
+        parts = [self._part(name, held, spelling) for name, held in stems.items()]
+        part, move = fitting(parts, model, file.path)
+        names: dict[str, dict[str, str]] = {}
+        for full in part.names:
+            stem, _, leaf = full.partition(".")
+            names.setdefault(stem, {})[leaf] = full
+        alphas = self._alphas(names)
+        groups = []
+        for stem, below in names.items():
+            path = spelling.only(spelling.places[move(_dotted(stem, part.name))])
+            layer = layer_of(modules[path], "weight")
+            if not layer.has(modules[path], "weight"):
+                raise HostMismatch(f"{file.path}: {stem} stands at {path}, which has no weight here")
+            shapes = {leaf: file.shapes[full] for leaf, full in below.items() if leaf != ALPHA}
+            weight = Size(layer.shape(modules[path], "weight"))
+            groups.append(Group(path, below, Held(shapes, alphas.get(stem), weight, f"{file.path}: {stem}")))
+        if len({group.path for group in groups}) < len(groups):
+            raise CheckpointError(f"{file.path} has two names for the same module")
+        order = {path: index for index, path in enumerate(modules)}
+        groups.sort(key=lambda group: order[group.path])
+        self.shares = self._shares(groups)
+        envelope = composed(
+            [
+                {"method": share.method.methods[0]}
+                | with_overrides({g.path: share.method.options(g.held) for g in share.groups})
+                for share in self.shares
+            ],
+            [{"": [SavedSite(module_path=group.path) for group in share.groups]} for share in self.shares],
+            dtypes=file.dtypes.values(),
+            target=[group.path for group in groups],
+        )
+        super().__init__(envelope, file.path)
+
+    def _part(self, name: str, held: Sequence[str], spelling: Spelling) -> Part:
+        below: dict[str, dict[str, Size]] = {}
+        for full in held:
+            stem, _, leaf = full.partition(".")
+            below.setdefault(_dotted(stem, name), {})[leaf] = self.file.shapes[full]
+        outputs = {}
+        for path, shapes in below.items():
+            method = next((each for each in self.methods if each.reads(shapes)), None)
+            outputs[path] = -1 if method is None else method.outputs(shapes)
+        return Part(name, {full: full for full in held}, outputs, spelling.places)
+
+    def _alphas(self, names: Mapping[str, Mapping[str, str]]) -> dict[str, float]:
+        full = {stem: below[ALPHA] for stem, below in names.items() if ALPHA in below}
+        values = self.file.read(full.values())
+        for name, value in values.items():
+            if value.numel() != 1:
+                raise CheckpointError(f"{self.file.path}: {name} has shape {tuple(value.shape)}, expected one number")
+        return {stem: float(values[name]) for stem, name in full.items()}
+
+    def _shares(self, groups: Sequence[Group]) -> list[Share]:
+        """As few methods as can read all modules, that of most modules first.
+
+        Raises:
+            CheckpointError: no installed plugin reads what a module has.
+        """
+        left, found = list(groups), list[Share]()
+        while left:
+            counts = [sum(method.reads(group.names) for group in left) for method in self.methods]
+            most = max(counts, default=0)
+            if not most:
+                shown = [f"{', '.join(sorted(g.names))} at {g.held.where.rpartition(': ')[2]}" for g in left[:4]]
+                raise CheckpointError(f"{self.file.path}: no installed plugin reads {'; '.join(shown)}")
+            method = self.methods[counts.index(most)]
+            found.append(Share(method, [group for group in left if method.reads(group.names)]))
+            left = [group for group in left if not method.reads(group.names)]
+        return found
+
+    def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
+        every = [full for share in self.shares for group in share.groups for full in group.names.values()]
+        values = self.file.read(every)
+        wrong, used = [f"unknown {name}" for name in self.strange], set[str]()
+        tensors: dict[str, Tensor] = {}
+        for index, share in enumerate(self.shares):
+            recorder = surgeon.parts[str(index)] if len(self.shares) > 1 else surgeon
+            here = {group.path: group for group in share.groups}
+            for number, graft in enumerate(recorder.grafts):
+                group = here[graft.site.module_path]
+                found = Found(group.names, self.file.shapes, values.__getitem__, wrong, used)
+                place = Place(graft, number, len(recorder.grafts), recorder.config.at(graft.site.path))
+                before = len(wrong)
+                read = share.method.read(place, found)
+                if len(wrong) == before:  # a place that lacks something stays as it is, where that is accepted
+                    tensors |= {f"{graft.key}.{name}": value for name, value in read.items()}
+        used |= {full for full in every if full.endswith(f".{ALPHA}")}
+        wrong += [f"unknown {name}" for name in sorted(set(every) - used)]
+        if strict and wrong:
+            raise CheckpointError(f"{self.where}: {'; '.join(dict.fromkeys(wrong))}")
+        return tensors
+
+
+def _dotted(stem: str, part: str) -> str:
+    return stem.removeprefix(f"{part}_").replace("_", ".")

@@ -1,0 +1,127 @@
+"""Our own files: ``adapter.safetensors``, whose header holds the envelope too, so that the one file is whole or is not
+there, also after a save that was killed; and ``adapter.json``, the envelope for people and tools to read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from peftcore.errors import CheckpointError, PluginError
+from peftcore.files.envelope import Envelope, SavedSite, envelope_of, method_of, options_of, parse_envelope
+from peftcore.files.formats.description import Description, trouble, unique
+from peftcore.files.formats.format import Content, Files, Format, Tensors
+from peftcore.files.formats.rebasing import Move, find_move
+from peftcore.files.safe_io import TensorFile, parse_json
+from peftcore.injection.injection import Injection
+from peftcore.surgery.planning import Plan
+from peftcore.surgery.surgeon import Surgeon
+
+ENVELOPE, TENSORS = "adapter.json", "adapter.safetensors"
+METADATA = "peftcore"
+"""Where in the header of the tensors' file the envelope stands."""
+
+
+class Native(Format):
+    """Our own files."""
+
+    name = "peftcore"
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        if (path / ENVELOPE).exists():
+            return True
+        file = path / TENSORS if path.is_dir() else path
+        try:
+            return file.name.endswith(".safetensors") and file.exists() and METADATA in TensorFile(file).metadata
+        except CheckpointError:
+            return path.is_dir()  # damaged, and called as ours are
+
+    def open(self, path: Path, model: nn.Module) -> Content:
+        file, envelope = _read(path)
+        paths = [site.module_path for sites in envelope.selections.values() for site in sites]
+        move = find_move(paths, dict(model.named_modules()), f"the adapter in {file.path} (made on {envelope.host})")
+        return NativeContent(moved(envelope, move), file, move)
+
+    def describe(self, path: Path) -> Description:
+        file, envelope = _read(path)
+        sites = [site for each in envelope.selections.values() for site in each]
+        names = {each: f"{each.removesuffix('.weight')}.value" for each in envelope.train}
+        return Description(
+            self.name,
+            (file,),
+            methods=(envelope.method,),
+            options={key: value for key, value in envelope.config.items() if key != "method"},
+            base=envelope.base or "",
+            host=envelope.host,
+            sites=unique(_place(site) for site in sites),
+            trained={each: file.shapes[name] for each, name in names.items() if name in file.shapes},
+            problem=trouble(lambda: options_of(method_of(envelope), envelope)),
+        )
+
+    def files(self, injection: Injection, weights: bool = False) -> Files:
+        tensors = injection.state_dict()
+        storages = [value.untyped_storage().data_ptr() for value in tensors.values() if value.numel()]
+        if len(set(storages)) != len(storages):
+            raise PluginError(
+                f"{injection.method.name} registers a tensor twice: keep what surgeon.own returns, do not make it a "
+                "child"
+            )
+        envelope = envelope_of(injection, weights)
+        return {TENSORS: Tensors(tensors, {METADATA: envelope.short}), ENVELOPE: envelope.text}
+
+
+def _read(path: Path) -> tuple[TensorFile, Envelope]:
+    file = TensorFile(path / TENSORS if path.is_dir() else path)
+    if METADATA not in file.metadata:
+        raise CheckpointError(f"{file.path} does not say what adapter it holds")
+    return file, parse_envelope(parse_json(file.metadata[METADATA], file.path), file.path)
+
+
+def _place(site: SavedSite) -> str:
+    """A site as messages spell it."""
+    tensor = "" if site.tensor == "weight" else site.tensor
+    path = f"{site.module_path}.{tensor}".strip(".")
+    return path if site.rows is None else f"{path}:{site.role or site.rows[0][0]}"
+
+
+class NativeContent(Content):
+    """Tensors that have our own names."""
+
+    def __init__(self, envelope: Envelope, file: TensorFile, move: Move) -> None:
+        super().__init__(envelope, file.path)
+        self.file = file
+        self.move = move
+
+    def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
+        names = {_moved_key(key, self.move): key for key in self.file.shapes}
+        plan = Plan.of(surgeon)
+        shapes = {name: self.file.shapes[key] for name, key in names.items()}
+        dtypes = {name: self.file.dtypes[key] for name, key in names.items()}
+        wrong = plan.differences(shapes, dtypes, strict)
+        if wrong:
+            raise CheckpointError(f"{self.where}: {'; '.join(wrong)}")
+        values = self.file.read(key for name, key in names.items() if name in plan.shapes)
+        return {name: values[key] for name, key in names.items() if key in values}
+
+
+def moved(envelope: Envelope, move: Move) -> Envelope:
+    """The envelope with the host's own paths."""
+    if move == Move():
+        return envelope
+    selections = {
+        key: tuple(site.model_copy(update={"module_path": move(site.module_path)}) for site in sites)
+        for key, sites in envelope.selections.items()
+    }
+    overrides = envelope.config.get("overrides")
+    config = dict(envelope.config)
+    if isinstance(overrides, dict):
+        config["overrides"] = {move(key) if move.covers(key) else key: each for key, each in overrides.items()}
+    update = {"selections": selections, "train": tuple(map(move, envelope.train)), "config": config}
+    return envelope.model_copy(update=update)
+
+
+def _moved_key(key: str, move: Move) -> str:
+    """A tensor's name: ``part/part/path.tensor``; shared state has no path."""
+    part, slash, name = key.rpartition("/")
+    return key if name.startswith("shared:") else f"{part}{slash}{move(name)}"

@@ -1,0 +1,259 @@
+"""Folders of Hugging Face peft: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+What is the same for all of peft's types stands here and in `peft_writing`: names of tensors, targets, patterns, modules
+that train along. How one of them keeps its options and tensors is said by a `PeftMethod`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import CheckpointError
+from peftcore.files.formats.composing import composed, literally
+from peftcore.files.formats.description import Description, trouble, unique
+from peftcore.files.formats.format import Content, Files, Format, Tensors, held_by
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import OFF, Keys
+from peftcore.files.formats.peft_method import PeftMethod, peft_method
+from peftcore.files.formats.peft_names import (
+    Group,
+    bare_names,
+    check_targets,
+    grouped_names,
+    parameters_meant,
+    sort_names,
+    written_path,
+    written_paths,
+)
+from peftcore.files.formats.peft_writing import text_of, written
+from peftcore.files.formats.places import Place, places_of
+from peftcore.files.safe_io import TensorFile, read_json
+from peftcore.injection.injection import Injection
+from peftcore.surgery.surgeon import Surgeon
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+NEUTRAL = (
+    "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
+    "fan_in_fan_out", "runtime_config", "init_weights", "megatron_core",
+)  # fmt: skip
+"""Options that change nothing of what is computed: origin, start, and what the host's layers say themselves."""
+
+
+class Peft(Format):
+    """Folders of peft."""
+
+    name = "peft"
+
+    @classmethod
+    def recognizes(cls, path: Path) -> bool:
+        if not (path / CONFIG).is_file():
+            return False
+        try:
+            return "peft_type" in read_json(path / CONFIG)
+        except CheckpointError:
+            return True
+
+    def open(self, path: Path, model: nn.Module) -> Content:
+        keys = Keys(read_json(path / CONFIG), path / CONFIG)
+        keys.pass_over(*NEUTRAL)
+        method = peft_method(keys.take("peft_type", str), keys.where)
+        if not (path / TENSORS).exists():
+            raise CheckpointError(f"{path} has no {TENSORS}; {held_by(path)}")
+        file = TensorFile(path / TENSORS)
+        return PeftContent(keys, file, bare_names(file, method.stem), method, model)
+
+    def describe(self, path: Path) -> Description:
+        options = read_json(path / CONFIG)
+        keys = Keys(options, path / CONFIG)
+        if not (path / TENSORS).exists():
+            raise CheckpointError(f"{path} has no {TENSORS}; {held_by(path)}")
+        return described(self.name, keys, TensorFile(path / TENSORS))
+
+    def files(self, injection: Injection, weights: bool = False) -> Files:
+        options, tensors = written(injection)
+        return {TENSORS: Tensors(tensors, {"format": "pt"}), CONFIG: text_of(options)}
+
+
+def described(name: str, keys: Keys, file: TensorFile, names: Mapping[str, str] | None = None) -> Description:
+    """What options and names of tensors say without a host.
+
+    Args:
+        name: of the format.
+        names: as of `PeftContent`.
+    """
+    kind = keys.take("peft_type", str)
+    about = Description(
+        name,
+        (file,),
+        kind=kind,
+        options={key: value for key, value in keys.data.items() if value not in OFF and key not in NEUTRAL},
+        base=keys.take("base_model_name_or_path", str, ""),
+        task=keys.take("task_type", str, ""),
+    )
+    if problem := trouble(lambda: peft_method(kind, keys.where)):
+        return replace(about, problem=problem)
+    method = peft_method(kind, keys.where)
+    held = bare_names(file, method.stem) if names is None else names
+    grouped, whole, rest = grouped_names(held, method.below, method.root)
+    shapes = {key: file.shapes[full] for key, full in next(iter(grouped.values()), whole).items()}
+    ours: list[str] = []
+    problem = trouble(lambda: ours.append(method.options(keys, shapes)["method"]))
+    return replace(
+        about,
+        methods=tuple(ours),
+        sites=unique(path for path, _ in grouped),
+        trained={path: file.shapes[full] for path, full in rest.items()},
+        problem=problem,
+    )
+
+
+@dataclass
+class Part:
+    """What one of our methods gets of a file; nearly always all of it."""
+
+    method: PeftMethod
+    keys: Keys
+    groups: list[Group]
+    prefix: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+class PeftContent(Content):
+    """An adapter of peft for one host.
+
+    Args:
+        names: the adapter's tensors: their names in the file, by peft's names for them.
+        exact: other values of options at some modules, by the paths that `names` have for them.
+    """
+
+    def __init__(
+        self,
+        keys: Keys,
+        file: TensorFile,
+        names: Mapping[str, str],
+        method: PeftMethod,
+        model: nn.Module,
+        exact: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.file, self.names, self.model, self.exact = file, names, model, exact or {}
+        kinds = [(method, keys)]
+        for name, data in method.companions(keys, model):
+            kinds.append((peft_method(name, keys.where), Keys(data, keys.where)))
+        below = [name for kind, _ in kinds for name in (*kind.below, *kind.beside.values())]
+        root = [name for kind, _ in kinds for name in kind.root]
+        self.sorted = sort_names(file, names, keys, below, root, model)
+        paths = written_paths(self.sorted, model)
+        self.parts, self.repeated = [], set[str]()
+        for kind, of in kinds:
+            meant = kind.meant(of, paths) if kind.below else None
+            own = {*kind.below, *kind.beside.values()}
+            groups = [group for group in self.sorted.groups if group.names.keys() & own]
+            if of is not keys and meant is not None:
+                groups = [group for group in groups if group.written in meant]
+            every = {full for group in groups for full in group.names.values()}
+            groups = kind.own(groups, model, lambda name: file.read([name])[name])
+            self.repeated |= every - {full for group in groups for full in group.names.values()}
+            check_targets(meant, parameters_meant(of, self.sorted, model), self.sorted, groups)
+            self.parts.append(Part(kind, of, groups))
+        for index, part in enumerate(self.parts):
+            part.prefix = f"{index}/" if len(self.parts) > 1 else ""
+            part.config = self._options(part)
+        self._beside = {path: (part, g) for part in self.parts for g in part.groups
+                        for path in part.method.trains(part.keys, g.path)}  # fmt: skip
+        trained = self._trained(keys)
+        keys.check_known()
+        groups = self.parts[0].groups
+        envelope = composed(
+            [part.config for part in self.parts],
+            [part.method.selections(part.keys, [g.site for g in part.groups], model) for part in self.parts],
+            dtypes=file.dtypes.values(),
+            target=[group.path for group in groups] or None,
+            train=(*trained, *self._beside),
+            host=keys.take("base_model_name_or_path", str, ""),
+        )
+        super().__init__(envelope, file.path)
+
+    def _options(self, part: Part) -> dict[str, Any]:
+        """Options for most places, and other ones where a pattern says so."""
+        method, keys, groups = part.method, part.keys, part.groups
+        names = self.sorted.root or (groups[0].names if groups else {})
+        plain = method.options(keys, {name: self.file.shapes[full] for name, full in names.items()})
+        changes = method.changes(keys, [group.key for group in groups])
+        overrides = {}
+        for group in groups:
+            shapes = {name: self.file.shapes[full] for name, full in group.names.items()}
+            here = method.options(
+                keys.patched({**self.exact.get(group.written, {}), **changes.get(group.key, {})}), shapes
+            )
+            other = {name: value for name, value in here.items() if value != plain.get(name)}
+            if other:
+                overrides[literally(group.site_path)] = other
+        return {**plain, "overrides": overrides} if overrides else plain
+
+    def _trained(self, keys: Keys) -> list[str]:
+        """The host's parameters that the file brings and its options announce. Copies of others, as peft writes them of
+        tables that it adapts, must be what the host has."""
+        announced, biases = keys.names("modules_to_save"), keys.take("bias", str, "none")
+        found, owned = [], {group.path for part in self.parts for group in part.groups}
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        for path, full in self.sorted.replaced.items():
+            owner, _, leaf = path.rpartition(".")
+            bias = leaf == "bias" and (biases == "all" or (biases.endswith("_only") and owner in owned))
+            if bias or any(f".{name}." in f".{written_path(path, self.sorted.move)}." for name in announced):
+                found.append(path)
+            elif self.file.shapes[full] != parameters[path].shape or not torch.equal(
+                self.file.read([full])[full].to(parameters[path]), parameters[path]
+            ):
+                self.sorted.wrong.append(f"{full} is none of the adapter's modules and differs from the host's {path}")
+        return found
+
+    def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
+        wrong, used = list(self.sorted.wrong), {*self.sorted.replaced.values(), *self.repeated}
+        cache: dict[str, Tensor] = {}
+
+        def read(name: str) -> Tensor:
+            if name not in cache:
+                cache.update(self.file.read([name]))
+            return cache[name]
+
+        def found(names: Mapping[str, str]) -> Found:
+            return Found(names, self.file.shapes, read, wrong, used)
+
+        tensors: dict[str, Tensor] = {}
+        whole = found(self.sorted.root)
+        for part in self.parts:
+            recorder = surgeon.parts[part.prefix[:-1]] if part.prefix else surgeon
+            here = {group.path: found(group.names) for group in part.groups}
+            selected = zip(recorder.selections.get("", ()), part.groups, strict=False)
+            here |= {site.path: found(group.names) for site, group in selected}
+            for place in places_of(recorder):
+                names = here.get(place.site.path) or here.get(place.site.module_path) or whole
+                part.method.check(place, CheckpointError, f"{self.where}: ")
+                before = len(wrong)
+                values = part.method.read(place, names)
+                if len(wrong) == before:  # a place that lacks something stays as it is, where that is accepted
+                    tensors |= {f"{place.graft.key}.{name}": value for name, value in values.items()}
+            for name, shared in recorder.owned.items():
+                values = part.method.read_shared(name, shared.module, whole)
+                tensors |= {f"shared:{part.prefix}{name}.{key}": value for key, value in values.items()}
+        for graft in surgeon.grafts:
+            path = f"{graft.site.module_path}.{graft.site.tensor}".lstrip(".")
+            if graft.by_method:
+                continue
+            if path in self._beside:
+                part, group = self._beside[path]
+                place = Place(graft, 0, 1, surgeon.config)
+                value = part.method.replaced(place, part.config, found(group.names))
+            else:
+                value = found({path: self.sorted.replaced[path]}).take(path, graft.operator.state_dict()["value"].shape)
+            tensors[f"{graft.key}.value"] = value
+        wrong += [f"unknown {name}" for name in sorted(set(self.names.values()) - used)]
+        if strict and wrong:
+            raise CheckpointError(f"{self.where}: {'; '.join(dict.fromkeys(wrong))}")
+        return tensors

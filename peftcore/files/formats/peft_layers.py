@@ -1,0 +1,46 @@
+"""Layers as peft tells them apart, and where its arithmetic is not what the layer computes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from peftcore.layers.layer import plain_class
+
+
+def is_one_of(site: Any, kinds: Iterable[type]) -> bool:
+    """Whether a site is the weight of one whole layer of these kinds: classes of modules, or of our layers."""
+    plain = site.rows is None and not site.batch and site.tensor == "weight"
+    return plain and (isinstance(site.module, tuple(kinds)) or type(site.layer) in kinds)
+
+
+def not_added(site: Any) -> str:
+    """What keeps a layer's output plus that of an update from being what the layer computes with the updated weight.
+
+    Nothing where it is: peft's additive types compute the sum, ours the second where the two differ.
+    """
+    module, forward = site.module, plain_class(site.module).forward
+    if isinstance(module, _ConvNd) and module.padding_mode != "zeros":
+        return f"padding_mode={module.padding_mode!r}"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm"
+    utils = sys.modules.get("transformers.pytorch_utils")  # without transformers no module can be one of theirs
+    known = [nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, *([utils.Conv1D] if utils else [])]
+    if not site.layer.packed and all(forward is not kind.forward for kind in known):
+        return "a forward of the layer's own"
+    return ""
+
+
+def uneven(module: nn.Module) -> str:
+    """What keeps a convolution in two dimensions from being one that peft's rotations are written for: they take one
+    number for the kernel, the stride and the padding, and pass over dilation. Nothing for other layers."""
+    if not isinstance(module, nn.Conv2d):
+        return ""
+    pairs = {"kernel": module.kernel_size, "stride": module.stride, "padding": module.padding}
+    found = [name for name, value in pairs.items() if isinstance(value, str) or len(set(value)) > 1]
+    found += [name for name, value in (("dilation", max(module.dilation)), ("groups", module.groups)) if value > 1]
+    return f"such a {' and '.join(found)}" if found else ""

@@ -1,0 +1,205 @@
+"""How a method of ours and a type of peft say the same: a `PeftMethod` for each type.
+
+The plugin of our method brings it under ``"peft/TYPE"`` in the hook `peftcore_translations`.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Size, Tensor, nn
+
+from peftcore.errors import CheckpointError, ExportError
+from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.patterns import matching
+from peftcore.files.formats.peft_layers import is_one_of
+from peftcore.files.formats.peft_names import PREFIXES, Group, modules_meant
+from peftcore.files.formats.places import Place
+from peftcore.registry.plugins import imported, named_places
+
+
+class PeftMethod(ABC):
+    """How peft's files keep one method."""
+
+    methods: ClassVar[tuple[str, ...]]
+    """Our methods that it can hold; the first is the one that is read."""
+    below: ClassVar[tuple[str, ...]] = ()
+    """Names of its tensors below a module: ``"lora_A.weight"``."""
+    root: ClassVar[tuple[str, ...]] = ()
+    """Names of its tensors that belong to the adapter as a whole; a name that ends with a dot is a beginning."""
+    beside: ClassVar[Mapping[str, str]] = {}
+    """What its tensors are called in a file of another type, by their names in one of its own."""
+    stem: ClassVar[str] = PREFIXES[0]
+    """What stands in front of the host's paths."""
+    kinds: ClassVar[tuple[type, ...]] = ()
+    """What peft adapts with it: classes of modules, or of our layers; where there is none, it is not checked."""
+    bias: ClassVar[str] = ""
+    """What the option `bias` says where the biases of adapted modules train, in types that have the option."""
+    patterns: ClassVar[Mapping[str, str]] = {}
+    """Options that hold values by pattern of path, and the option that each of them changes."""
+
+    @abstractmethod
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        """Our options with "method", from peft's and from shapes of the tensors at one place, by `below` or `root`.
+
+        Raises:
+            CheckpointError: the options say what our method cannot compute, or do not fit the shapes.
+        """
+
+    def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Other values of peft's options for some places, by path in the file: `options` gets them there.
+
+        Raises:
+            CheckpointError: a pattern is no regular expression, or takes too long; or a value is none for this type.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for key, changed in self.patterns.items():
+            left = set(paths)
+            for pattern, value in keys.table(key).items():  # the first that matches counts
+                hit = matching(pattern, left, keys.where, endings=True)
+                left -= hit
+                for path in hit:
+                    found.setdefault(path, {})[changed] = value
+        return found
+
+    def meant(self, keys: Keys, paths: Collection[str]) -> set[str] | None:
+        """Which modules the options mean, of those at `paths`; None where they do not say."""
+        return modules_meant(keys, paths)
+
+    def own(self, groups: Sequence[Group], model: nn.Module, read: Callable[[str], Tensor]) -> list[Group]:
+        """The places that ours has as well, of those in the file. One that repeats another is left out, once it is seen
+        to be the same."""
+        return list(groups)
+
+    def selections(self, keys: Keys, sites: Sequence[SavedSite], model: nn.Module) -> dict[str, tuple[SavedSite, ...]]:
+        """Our method's selections, from the places that have tensors; none for a method that finds its place itself."""
+        return {"": tuple(sites)} if self.below else {}
+
+    def companions(self, keys: Keys, model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+        """Other types of peft that the same file holds beside this one, with their options.
+
+        Raises:
+            CheckpointError: they are not to be understood.
+        """
+        return []
+
+    def joined(self, others: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
+        """The options by which a file of this type holds others, from theirs: the way back from `companions`.
+
+        None where it does not hold them.
+        """
+        return None
+
+    def trains(self, keys: Keys, path: str) -> tuple[str, ...]:
+        """Parameters below a module that are replaced besides, such as a bias."""
+        return ()
+
+    def differs(self, place: Place) -> str:
+        """What peft computes otherwise at a place of a kind that it takes, or nothing: where it does, an adapter is
+        neither read nor written."""
+        return ""
+
+    def check(self, place: Place, error: type[CheckpointError] | type[ExportError], where: str = "") -> None:
+        """Refuse a place where peft has not the same.
+
+        Raises:
+            CheckpointError, ExportError: whichever is wanted.
+        """
+        if self.kinds and not is_one_of(place.site, self.kinds):
+            known = ", ".join(each.__name__ for each in self.kinds)
+            raise error(f"{where}{place.site.path} is none of what peft adapts so: {known}")
+        if other := self.differs(place):
+            raise error(f"{where}{place.site.path}: peft computes something else with {other}")
+
+    @abstractmethod
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        """One operator's tensors by our names, from those at its module (or of the whole, for a method without).
+
+        Raises:
+            CheckpointError: their values cannot be ours.
+        """
+
+    def read_shared(self, name: str, module: nn.Module, found: Found) -> dict[str, Tensor]:
+        """The tensors of shared state by our names, from those of the whole adapter."""
+        return {}
+
+    def replaced(self, place: Place, config: Mapping[str, Any], found: Found) -> Tensor:
+        """The value of a parameter that `trains` named; `config` are our options."""
+        raise NotImplementedError
+
+    def pattern(self, path: str, paths: Collection[str]) -> str:
+        """How a pattern means one of all adapted modules, and no other one of them.
+
+        Raises:
+            ExportError: none does.
+        """
+        return f"^{re.escape(path)}"
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        """Peft's options from ours, for one place.
+
+        Raises:
+            ExportError: peft cannot do what they say.
+        """
+        return {}
+
+    def write_options_at(self, place: Place) -> dict[str, Any]:
+        """Peft's options for one place, where these depend on the place; what is left out does not matter there.
+
+        Raises:
+            ExportError: peft cannot do it there.
+        """
+        return self.write_options(place.config)
+
+    def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
+        """Options that are said once, from all operators and the host.
+
+        Raises:
+            ExportError: they differ where peft has one for all.
+        """
+        return {}
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        """One operator's tensors by peft's names.
+
+        Raises:
+            ExportError: peft has none for what it holds.
+        """
+        return {}
+
+    def write_all(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        """Tensors that several operators share in the file, by peft's names.
+
+        Raises:
+            ExportError: the operators differ where the file has one tensor.
+        """
+        return {}
+
+    def write_shared(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        """Shared state by peft's names."""
+        return {}
+
+
+def peft_methods() -> dict[str, str]:
+    """Peft's types that plugins can read, and where that is written."""
+    places = named_places("peftcore_translations", "translation")
+    return {name.removeprefix("peft/"): place for name, place in places.items() if name.startswith("peft/")}
+
+
+def peft_method(kind: str, where: Path) -> PeftMethod:
+    """How peft's files keep one type.
+
+    Raises:
+        CheckpointError: no installed plugin reads it.
+    """
+    known = peft_methods()
+    if kind not in known:
+        raise CheckpointError(f"{where}: no installed plugin reads peft's {kind}; they read {', '.join(sorted(known))}")
+    method: PeftMethod = imported(known[kind])()
+    return method

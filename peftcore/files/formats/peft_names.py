@@ -1,0 +1,243 @@
+"""Names in peft's files: which tensor belongs to which module of the host, and which modules the options mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from peftcore.errors import CheckpointError
+from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.patterns import ending, matching
+from peftcore.files.formats.rebasing import Move, find_move
+from peftcore.files.safe_io import TensorFile
+
+PREFIXES = ("base_model.model.", "base_model.")
+"""What peft puts in front: of modules of the host, and of its own shared state."""
+WRAPPER = "base_layer"
+"""What peft calls the module that it wrapped; an operator for a parameter wraps the one for the parameter before."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The tensors at one module, or at one parameter of a module."""
+
+    site: SavedSite
+    written: str
+    """The module's path in the file."""
+    names: Mapping[str, str]
+    """Full names by what stands below the module."""
+    parameter: bool = False
+    """Whether `target_parameters` means it."""
+
+    @property
+    def path(self) -> str:
+        """The module's path on the host."""
+        return self.site.module_path
+
+    @property
+    def key(self) -> str:
+        """What patterns of peft match."""
+        return f"{self.written}.{self.site.tensor}" if self.parameter else self.written
+
+    @property
+    def site_path(self) -> str:
+        """What our own patterns match."""
+        plain = self.site.tensor == "weight"
+        return self.path if plain else f"{self.path}.{self.site.tensor}".lstrip(".")
+
+
+@dataclass
+class Sorted:
+    """All tensors of a file, sorted by what they belong to."""
+
+    groups: list[Group]
+    root: dict[str, str]
+    """Full names of what belongs to the adapter as a whole, by name."""
+    replaced: dict[str, str]
+    """Full names of what stands for a parameter of the host, by its path there."""
+    wrong: list[str]
+    move: Move
+
+
+def bare_names(file: TensorFile, stem: str = PREFIXES[0]) -> dict[str, str]:
+    """Names in a file of peft by what they are without what peft puts in front.
+
+    Args:
+        stem: what stands in front of the host's paths.
+
+    Raises:
+        CheckpointError: two mean the same.
+    """
+    return once(((_bare(full, stem), full) for full in file.shapes), file.path)
+
+
+def once(pairs: Iterable[tuple[str, str]], where: Path) -> dict[str, str]:
+    """Names in a file by what they mean.
+
+    Raises:
+        CheckpointError: two mean the same.
+    """
+    found: dict[str, str] = {}
+    for name, full in pairs:
+        if name in found:
+            raise CheckpointError(f"{where}: {found[name]} and {full} are the same tensor")
+        found[name] = full
+    return found
+
+
+def _bare(name: str, stem: str) -> str:
+    for prefix in (stem, PREFIXES[-1]):
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+Grouped = tuple[dict[tuple[str, int], dict[str, str]], dict[str, str], dict[str, str]]
+
+
+def grouped_names(names: Mapping[str, str], below: Iterable[str], root: Iterable[str]) -> Grouped:
+    """Full names by path and depth of the wrapper, and by what stands below; those of the whole; and the others.
+
+    Args: as of `sort_names`.
+    """
+    below, root = sorted(below, key=len, reverse=True), tuple(root)
+    grouped: dict[tuple[str, int], dict[str, str]] = {}
+    whole: dict[str, str] = {}
+    rest: dict[str, str] = {}
+    for name, full in names.items():
+        if any(name == each or (each.endswith(".") and name.startswith(each)) for each in root):
+            whole[name] = full
+            continue
+        leaf = next((each for each in below if f".{name}".endswith(f".{each}")), None)
+        if leaf is None:
+            rest[name] = full
+            continue
+        steps = name.removesuffix(leaf).strip(".").split(".")
+        path = ".".join(step for step in steps if step != WRAPPER)
+        grouped.setdefault((path, steps.count(WRAPPER)), {})[leaf] = full
+    return grouped, whole, rest
+
+
+def sort_names(
+    file: TensorFile,
+    names: Mapping[str, str],
+    keys: Keys,
+    below: Iterable[str],
+    root: Iterable[str],
+    model: nn.Module,
+) -> Sorted:
+    """Sort a file's tensors by what they belong to on the host.
+
+    Args:
+        names: the tensors to sort: their names in the file, by peft's names for them.
+        below: what tensors are called below a module.
+        root: what those of the whole are called.
+
+    Raises:
+        HostMismatch: the host has not the modules that they stand at.
+    """
+    modules = dict(model.named_modules())
+    grouped, whole, rest = grouped_names(names, below, root)
+    move = find_move((path for path, _ in grouped), modules, f"the adapter in {file.path}")
+    meant = keys.names("target_parameters")
+    groups = []
+    for (path, depth), names in grouped.items():
+        here = move(path)
+        owner, _, last = here.rpartition(".")
+        if last == "out_proj" and isinstance(modules.get(owner), nn.MultiheadAttention):  # it is never called itself
+            site = SavedSite(module_path=owner, tensor="out_proj.weight")
+            groups.append(Group(site, path.rpartition(".")[0], names))
+            continue
+        tensor = "in_proj_weight" if isinstance(modules[here], nn.MultiheadAttention) else "weight"
+        tensors = [name for name in modules[here]._parameters if ending([f"{path}.{name}"], meant)]
+        if depth < len(tensors):
+            tensor = tensors[-1 - depth]  # the last one is wrapped last, so it stands outside
+        site = SavedSite(module_path=here, tensor=tensor)
+        groups.append(Group(site, path, names, depth < len(tensors)))
+    order = {path: index for index, path in enumerate(modules)}
+    groups.sort(key=lambda group: order[group.path])
+    replaced, wrong = {}, []
+    for name, full in rest.items():
+        path = move(".".join(step for step in name.split(".") if step != WRAPPER))
+        owner, _, leaf = path.rpartition(".")
+        if owner in modules and leaf in modules[owner]._parameters:
+            replaced[path] = full
+        else:
+            wrong.append(f"unknown {full}")
+    return Sorted(groups, whole, replaced, wrong, move)
+
+
+def written_path(path: str, move: Move) -> str:
+    """The path that something on the host has in the file."""
+    return f"{move.old}.{path}".strip(".") if move.old else path.removeprefix(move.new).removeprefix(".")
+
+
+def written_paths(found: Sorted, model: nn.Module) -> list[str]:
+    """The paths of the host's modules as the file would have them."""
+    return [written_path(path, found.move) for path in dict(model.named_modules()) if path]
+
+
+def check_targets(meant: set[str] | None, parameters: Iterable[str], found: Sorted, groups: Iterable[Group]) -> None:
+    """Note where the options and the tensors do not mean the same places.
+
+    Peft puts an operator at every place that the options mean; one without tensors in the file would stay as it was
+    drawn there, so such a file is damaged.
+
+    Args:
+        meant: the modules that the options mean; None where they do not say.
+        parameters: the parameters that they mean.
+    """
+    for option, wanted, held in (
+        ("target_parameters", set(parameters), {group.key for group in groups if group.parameter}),
+        ("target_modules", meant, {group.written for group in groups if not group.parameter}),
+    ):
+        if wanted is not None:
+            found.wrong += [f"missing tensors for {path}, which {option} means" for path in sorted(wanted - held)]
+            found.wrong += [f"unknown tensors for {path}, which {option} leaves out" for path in sorted(held - wanted)]
+
+
+def parameters_meant(keys: Keys, found: Sorted, model: nn.Module) -> set[str]:
+    """Which parameters of the host `target_parameters` means, as the file would have their paths."""
+    paths = [
+        f"{written_path(path, found.move)}.{name}"
+        for path, module in model.named_modules()
+        for name in module._parameters
+    ]
+    return ending(paths, keys.names("target_parameters"))
+
+
+def modules_meant(keys: Keys, paths: Iterable[str]) -> set[str] | None:
+    """Which of these modules the options mean; None where they do not say."""
+    target = keys.take("target_modules", (list, str), None)
+    only, lists = keys.take("layers_to_transform", (list, int), None), keys.names("layers_pattern")
+    exclude = keys.take("exclude_modules", (list, str), None)
+    if target is None or target == "all-linear":
+        return None
+    if isinstance(target, str):
+        meant = matching(target, paths, keys.where)
+    else:
+        meant = ending(paths, keys.names("target_modules"))
+        if only is not None and only != []:
+            chosen = {only} if isinstance(only, int) else set(only)
+            meant = {path for path in meant if _layer(path, lists, keys) in chosen}
+    if isinstance(exclude, str):
+        meant -= matching(exclude, meant, keys.where)
+    elif exclude:
+        meant -= ending(meant, keys.names("exclude_modules"))
+    saved = keys.names("modules_to_save")
+    return {path for path in meant if not any(f".{name}." in f".{path}." for name in saved)}
+
+
+def _layer(path: str, lists: list[str], keys: Keys) -> int | None:
+    """The number of the layer that a module is in: the first number behind a name, or behind one of these names."""
+    steps = path.split(".")
+    for index in range(1, len(steps)):
+        inside = index + 1 < len(steps) and steps[index].isdecimal()
+        holder = "." + ".".join(steps[:index])
+        if inside and (index > 1 if not lists else any(holder.endswith(f".{name}") for name in lists)):
+            return int(steps[index])
+    return None

@@ -1,0 +1,154 @@
+"""Soft prompts in folders of peft: one tensor for the whole adapter, and what peft wants to know of the host."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Size, nn
+
+from peftcore.errors import CheckpointError, ExportError, HostMismatch, TargetError, UnsupportedSite
+from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.peft_names import PREFIXES
+from peftcore.files.formats.places import Place
+from peftcore.injection.applying import host_map
+from peftcore.layers.layer import plain_class
+from peftcore.registry.plugins import layer_of
+from peftcore.targets.attention_sites import locate as locate_attention
+from peftcore.targets.resolver import Resolver
+from peftcore.targets.sequence import SequenceSite
+from peftcore.targets.sequence import locate as locate_stack
+from peftcore.targets.sites import Site
+
+ROWS = "prompt_embeddings"
+BOTH = "SEQ_2_SEQ_LM"
+TASKS = {
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    BOTH: "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "FEATURE_EXTRACTION": "MODEL_MAPPING",
+}
+"""Peft's tasks, and where transformers lists the models that are made for them."""
+
+
+class SoftPrompt(PeftMethod):
+    """What types of peft share whose tensors belong to the sequence, and not to modules.
+
+    Peft takes the first of the rows that a classifier gets for the first token; there it is a row of the prompt, and
+    what ours gets is the token. So prompts of encoders that classify are refused.
+    """
+
+    stem = PREFIXES[-1]
+    root = (ROWS,)
+    most_stacks: ClassVar[int] = 1
+    """2 where peft may have rows in front of a decoder too, besides its encoder."""
+
+    def shared_options(self, keys: Keys) -> int:
+        """Take the options that all soft prompts have; the number of rows."""
+        keys.pass_over("token_dim", "num_layers", "num_attention_heads")
+        halves(keys)
+        length: int = keys.take("num_virtual_tokens", int)
+        return length
+
+    def check_rows(self, keys: Keys, shapes: Mapping[str, Size]) -> None:
+        """Verify that the file has as many rows as its options say.
+
+        Raises:
+            CheckpointError: it has not.
+        """
+        rows = keys.take("num_virtual_tokens", int) * halves(keys)
+        if ROWS in shapes and shapes[ROWS][0] != rows:
+            raise CheckpointError(f"{keys.where} has {shapes[ROWS][0]} rows, but its options say {rows}")
+
+    def stacks(self, keys: Keys, model: nn.Module, roles: Sequence[str] = ("stack",)) -> tuple[SavedSite, ...]:
+        """The stacks in front of which the prompt stands, one for each of `roles`.
+
+        Raises:
+            HostMismatch: the host has other ones, or peft computes something else with it.
+        """
+        resolver = resolver_of(model)
+        sites = [site for role in roles for site in _at(resolver, role)]
+        if len(sites) != len(roles):
+            paths = ", ".join(site.module_path for site in sites)
+            raise HostMismatch(f"{keys.where} has a soft prompt for one stack of tokens; this host has {paths}")
+        for site in sites:
+            stack = locate_stack(site, resolver).stack
+            if keys.take("task_type", str, "") == "SEQ_CLS" and not stack.causal:
+                raise HostMismatch(
+                    f"{keys.where} is for classification by an encoder: peft pools the prompt's first row there, and "
+                    "not the first token; peftcore does not"
+                )
+        return tuple(map(SavedSite.of, sites))
+
+    def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
+        sites = [place.site for place in places]
+        stacks = [site for site in sites if isinstance(site, SequenceSite)]
+        task = task_of(model)
+        if task is None:
+            name = plain_class(model).__name__
+            raise ExportError(f"peft has no task for {name}, and runs soft prompts for its tasks only")
+        if task == "SEQ_CLS" and not all(site.stack.causal for site in stacks):
+            raise ExportError("peft classifies by the prompt's first row, and not by the first token as peftcore does")
+        reading = sorted(site.stack.reads for site in stacks)
+        if len(stacks) > self.most_stacks or reading != [False, True][: len(stacks)]:
+            where = ", ".join(site.module_path for site in stacks)
+            raise ExportError(f"peft has no prompts of this type in front of {where}: of one stack, first the encoder")
+        heads, layers = _sizes(model, stacks[0].module_path) if stacks else (None, None)
+        return {
+            "task_type": task,
+            "token_dim": stacks[0].out_features if stacks else None,
+            "num_attention_heads": heads,
+            "num_layers": layers,
+            "num_transformer_submodules": len(stacks),
+        }
+
+
+def halves(keys: Keys) -> int:
+    """How many of encoder and decoder peft has a prompt for: 1 or 2.
+
+    Raises:
+        CheckpointError: the options say another number.
+    """
+    count: int = keys.take("num_transformer_submodules", int, 2 if keys.take("task_type", str, "") == BOTH else 1)
+    if count not in (1, 2):
+        raise CheckpointError(f"{keys.where}: 'num_transformer_submodules' is {count}, expected 1 or 2")
+    return count
+
+
+def task_of(model: nn.Module) -> str | None:
+    """What a model of transformers is made for, in peft's words, which decide how peft runs it; None for others."""
+    auto = importlib.import_module("transformers.models.auto.modeling_auto") if "transformers" in sys.modules else None
+    config = vars(model).get("config")
+    for task, listed in TASKS.items() if auto is not None else ():
+        made = getattr(auto, listed).get(type(config), ())
+        if issubclass(plain_class(model), made if isinstance(made, tuple) else (made,)):
+            return task
+    return None
+
+
+def resolver_of(model: nn.Module) -> Resolver:
+    """Finds places on a host."""
+    return Resolver(model, host_map(model), layer_of)
+
+
+def _at(resolver: Resolver, role: str) -> list[Site]:
+    try:
+        return resolver.sites(role, tower=resolver.host.main_tower())[0]
+    except TargetError:
+        return resolver.sites(role)[0]
+
+
+def _sizes(model: nn.Module, below: str) -> tuple[int | None, int | None]:
+    """The heads of a stack's attentions and how many there are; None where they are not known."""
+    resolver = resolver_of(model)
+    try:
+        found = [site for site in resolver.sites("attn.core")[0] if f"{site.module_path}.".startswith(f"{below}.")]
+        return locate_attention(found[0], resolver).geometry.heads, len(found)
+    except (TargetError, UnsupportedSite, IndexError):
+        return None, None

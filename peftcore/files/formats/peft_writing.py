@@ -1,0 +1,239 @@
+"""Folders of peft from our injections: options, patterns, targets and names of tensors."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import starmap
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from peftcore.errors import ExportError
+from peftcore.files.envelope import base_name
+from peftcore.files.formats.peft_method import PeftMethod, peft_methods
+from peftcore.files.formats.peft_names import WRAPPER
+from peftcore.files.formats.places import Place, places_of
+from peftcore.injection.injection import Injection
+from peftcore.registry.plugins import imported
+from peftcore.surgery.surgeon import Graft
+from peftcore.targets.sites import Site
+
+
+def module_key(site: Site) -> str:
+    """The path of the module that peft wraps for a site.
+
+    Raises:
+        ExportError: peft adapts whole tensors only.
+    """
+    if site.rows is not None:
+        raise ExportError(
+            f"{site.path} is a part of a fused projection; peft adapts whole modules only, so apply with target= the "
+            "module's name, or keep our own format"
+        )
+    if site.tensor == "out_proj.weight":  # the attention around it is
+        return site.module_path
+    path = f"{site.module_path}.{site.tensor}".lstrip(".")
+    return path if is_parameter(site) else path.rpartition(".")[0]
+
+
+def is_parameter(site: Site) -> bool:
+    """Whether peft reaches the site by `target_parameters` only: a tensor of a module that is no layer to it."""
+    name, module = site.tensor.rpartition(".")[2], site.module
+    if site.rows is not None or site.layer.batch_dims or name not in ("weight", "bias", "in_proj_weight"):
+        return site.rows is None
+    own = (
+        isinstance(module, nn.Linear | nn.Embedding | nn.MultiheadAttention | _ConvNd)
+        or site.layer.called
+        or site.layer.one_hot
+    )
+    return site.tensor in module._parameters and not own and len(site.weight_shape) > 1
+
+
+def stem_of(site: Site, all_sites: Iterable[Site]) -> str:
+    """What stands in front of a site's tensors: peft wraps the parameters of one module one round the other."""
+    if not is_parameter(site):
+        inside = [WRAPPER, "out_proj"] if site.tensor == "out_proj.weight" else []
+        return ".".join([module_key(site), *inside])
+    beside = {each.tensor for each in all_sites if is_parameter(each) and each.module is site.module}
+    order = [name for name in site.module._parameters if name in beside]
+    return ".".join([site.module_path, *[WRAPPER] * (len(order) - 1 - order.index(site.tensor))])
+
+
+def common(
+    options: Mapping[str, Mapping[str, Any]],
+    patterns: Mapping[str, str],
+    name_of: Callable[[str, Collection[str]], str],
+) -> dict[str, Any]:
+    """Peft's options for all places, from those of each, by path: what differs goes into patterns.
+
+    Args:
+        name_of: how a pattern means one path of all of them.
+
+    Raises:
+        ExportError: something differs that peft has no pattern for.
+    """
+    names = {name for each in options.values() for name in each}
+    found: dict[str, Any] = {}
+    by_option = {option: pattern for pattern, option in patterns.items()}
+    for name in sorted(names):
+        values = {path: each[name] for path, each in options.items() if name in each}
+        (most, _), *others = Counter(json.dumps(value) for value in values.values()).most_common()
+        found[name] = json.loads(most)
+        if others and name not in by_option:
+            raise ExportError(
+                f"peft has one {name} for all modules; here they are {', '.join([most, *map(str, others)])}"
+            )
+        if name in by_option:
+            other = {path: value for path, value in values.items() if value != found[name]}
+            found[by_option[name]] = {name_of(path, options): value for path, value in other.items()}
+    return found
+
+
+def targets(injection: Injection, grafts: Iterable[Graft]) -> dict[str, Any]:
+    """`target_modules` by the last names, where these mean no other module, and by whole paths elsewhere."""
+    sites = [graft.site for graft in grafts]
+    parameters = sorted({f"{s.module_path}.{s.tensor}".lstrip(".") for s in sites if is_parameter(s)})
+    paths = {module_key(site) for site in sites if not is_parameter(site)}
+    leaves = {path.rpartition(".")[2] for path in paths}
+    everywhere = {path for path, _ in injection.model.named_modules() if path.rpartition(".")[2] in leaves}
+    everywhere = {path for path in everywhere if ".peft." not in f".{path}."}
+    beside = {"target_parameters": parameters} if parameters else {}
+    return {"target_modules": sorted(leaves if everywhere == paths else paths), **beside}
+
+
+def along(injection: Injection, only: str, stem: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What was trained along, as peft's `modules_to_save` and `bias`, and the tensors by peft's names.
+
+    Args:
+        only: peft's word for biases of adapted modules alone, where the type has one.
+        stem: what stands in front of paths.
+
+    Raises:
+        ExportError: it was a part of a module, or some biases.
+    """
+    replaced = {(g.site.module_path, g.site.tensor): g for g in injection.grafts if not g.by_method}
+    adapted = {graft.site.module_path for graft in injection.grafts if graft.by_method}
+    own = {path: [name for name, value in graft.site.module._parameters.items() if value is not None]
+           for (path, _), graft in replaced.items()}  # fmt: skip
+    whole = {path for path, names in own.items() if path and all((path, name) in replaced for name in names)}
+    partly = {key for key in replaced if key[0] not in whole}
+    everywhere = {(path.rpartition(".")[0], "bias") for path, _ in injection.model.named_parameters() if
+                  path.endswith(".bias") and ".peft." not in path}  # fmt: skip
+    beside = {key for key in everywhere if key[0] in adapted}
+    mode = "none" if not partly else only if partly == beside else "all" if partly == everywhere else ""
+    if (not only and mode != "none") or not mode:
+        shown = ", ".join(".".join(key) for key in sorted(partly)[:4])
+        raise ExportError(f"peft trains along whole modules, or all biases, and not {shown}")
+    tensors = {}
+    for (path, name), graft in replaced.items():
+        inside = f".{WRAPPER}" if path in adapted else ""
+        tensors[f"{stem}{path}{inside}.{name}"] = graft.operator.state_dict()["value"]
+    return {"modules_to_save": sorted(whole) or None, **({"bias": mode} if only else {})}, tensors
+
+
+def whole(injection: Injection, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options, with what every type of peft has."""
+    return {
+        "peft_type": kind,
+        "base_model_name_or_path": base_name(injection.model),
+        "task_type": None,
+        "inference_mode": True,
+        **options,
+    }
+
+
+def text_of(options: Mapping[str, Any]) -> str:
+    """The text of ``adapter_config.json``."""
+    return json.dumps(options, indent=2, sort_keys=True) + "\n"
+
+
+@dataclass
+class Written:
+    """What one type of peft says of an injection, or of a part of one."""
+
+    kind: str
+    method: PeftMethod
+    places: list[Place]
+    options: dict[str, Any]
+    shared: Mapping[str, nn.Module]
+
+    @property
+    def modules(self) -> set[str]:
+        """The paths of the modules that it adapts."""
+        return {place.site.module_path for place in self.places}
+
+    def tensors(self, *, beside: bool = False) -> dict[str, Tensor]:
+        """Its tensors by peft's names: as those of a file of its own, or `beside` another type."""
+        method, sites, found = self.method, [place.site for place in self.places], {}
+        for place in self.places:
+            stem = f"{method.stem}{stem_of(place.site, sites)}." if method.below else ""
+            for name, value in method.write(place).items():
+                found[f"{stem}{method.beside.get(name, name) if beside else name}"] = value.detach()
+        for each in (method.write_all(self.places), *starmap(method.write_shared, self.shared.items())):
+            found |= {name: value.detach() for name, value in each.items()}
+        return found
+
+
+def _written(injection: Injection) -> Written:
+    """How peft would keep one method.
+
+    Raises:
+        ExportError: it cannot, or not all of it.
+    """
+    kind, method = _writer_of(injection)
+    places = places_of(injection)
+    by_path: dict[str, dict[str, Any]] = {}
+    for place in places:
+        key, here = module_key(place.site), method.write_options_at(place)
+        method.check(place, ExportError)
+        if by_path.setdefault(key, here) != here:
+            raise ExportError(f"peft has the same options for all of {key}, and here they differ")
+    options = common(by_path, method.patterns, method.pattern)
+    if method.below:
+        options |= targets(injection, [place.graft for place in places])
+    options |= method.write_options_of_all(places, injection.model)
+    return Written(kind, method, places, options, injection.shared)
+
+
+def _writer_of(injection: Injection) -> tuple[str, PeftMethod]:
+    for kind, where in peft_methods().items():
+        method: PeftMethod = imported(where)()
+        if injection.method.name in method.methods:
+            return kind, method
+    raise ExportError(f"peft has no method that computes what {injection.method.name} does")
+
+
+def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What stands in the two files of a peft folder: the options, and the tensors.
+
+    Raises:
+        ExportError: peft cannot hold this injection.
+    """
+    parts = list(injection.parts.values())
+    apart = parts and all(graft.part for graft in injection.grafts if graft.by_method)
+    each = [_written(part) for part in (parts if apart else [injection])]
+    main, options = _joined(each)
+    tensors = main.tensors()
+    for other in each:
+        if other is not main:
+            tensors |= other.tensors(beside=True)
+            if both := sorted(main.modules & other.modules):
+                raise ExportError(f"peft cannot have {main.kind} and {other.kind} at one module: {both[0]}")
+    trained, values = along(injection, main.method.bias, main.method.stem)
+    return whole(injection, main.kind, options | trained), tensors | values
+
+
+def _joined(each: list[Written]) -> tuple[Written, dict[str, Any]]:
+    """The type whose file holds all the others, and its options."""
+    if len(each) == 1:
+        return each[0], each[0].options
+    for main in each:
+        others = [(other.kind, other.options) for other in each if other is not main]
+        if (held := main.method.joined(others)) is not None:
+            return main, main.options | held
+    kinds = " and ".join(sorted({one.kind for one in each}))
+    raise ExportError(f"peft has no type whose file holds {kinds} together")

@@ -1,0 +1,108 @@
+"""Files that hold adapters of several models of one pipeline, told apart by what stands in front of the names: which of
+them is meant for a host, and what to put in front when an adapter is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from peftcore.errors import CheckpointError, HostMismatch
+from peftcore.files.formats.rebasing import Move, find_move
+from peftcore.files.safe_io import TensorFile
+from peftcore.registry.plugins import layer_of, registry
+
+
+@dataclass(frozen=True)
+class Part:
+    """The tensors of one model in a file, in one way of reading their names."""
+
+    name: str
+    """The model's name in the pipeline; empty where names stand for themselves."""
+    names: Mapping[str, str]
+    """Names in the file, by the names that they stand for."""
+    outputs: Mapping[str, int]
+    """How many outputs the module at a path should have; -1 where the tensors do not tell."""
+    places: Mapping[str, str] = field(default_factory=dict)
+    """Paths on the host, by the way in which the file spells them, where it is not the host's own."""
+
+
+def fitting(parts: Sequence[Part], model: nn.Module, file: Path) -> tuple[Part, Move]:
+    """The part of a file that is for `model`, and where its modules are found.
+
+    By the names of the modules; where these fit several parts, as those of two text encoders do, by their sizes.
+
+    Raises:
+        HostMismatch: none fits, or several do.
+    """
+    modules = dict(model.named_modules())
+    found, reasons = [], []
+    for part in parts:
+        here = part.places or {path: path for path in modules}
+        title = f"the part {part.name!r} of {file}" if part.name else f"the adapter in {file}"
+        title += " (with dots for underscores)" if part.places else ""
+        try:
+            found.append((part, find_move(part.outputs, here, title)))
+        except HostMismatch as error:
+            reasons.append(str(error))
+    if not found:
+        raise HostMismatch("; ".join(dict.fromkeys(reasons)))
+    if len(found) > 1:
+        found = [(part, move) for part, move in found if _sized(part, move, modules)] or found
+    names = list(dict.fromkeys(repr(part.name) for part, _ in found))
+    if len(names) > 1:
+        raise HostMismatch(f"{' and '.join(names)} of {file} all fit this host; keep each in a file of its own")
+    return found[0]
+
+
+def _sized(part: Part, move: Move, modules: Mapping[str, nn.Module]) -> bool:
+    for path, outputs in part.outputs.items():
+        place = move(path)
+        module = modules[part.places.get(place, place)]
+        layer = layer_of(module, "weight")
+        if outputs != -1 and (not layer.has(module, "weight") or layer.shape(module, "weight")[0] != outputs):
+            return False
+    return True
+
+
+def split(names: Sequence[str], known: Callable[[str], str | None]) -> dict[str, list[str]]:
+    """Names by the part that they belong to; ``""`` for those in front of which no known part stands."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(known(name) or "", []).append(name)
+    return found
+
+
+def is_unet(model: nn.Module) -> bool:
+    """Whether a host goes down and up again."""
+    return {"down_blocks", "up_blocks"} <= {name for name, _ in model.named_children()}
+
+
+def is_text_encoder(model: nn.Module) -> bool:
+    """Whether a host is given tokens."""
+    return "stack" in registry().hook.peftcore_map(model=model).roles()
+
+
+def clip_prefix(model: nn.Module) -> str:
+    """What files have in front of the modules of a CLIP text encoder and newer versions of transformers leave out."""
+    modules = dict(model.named_modules())
+    return "text_model." if {"encoder.layers.0.self_attn.q_proj", "final_layer_norm"} <= modules.keys() else ""
+
+
+def only_file(path: Path, preferred: str) -> Path | None:
+    """The file that is meant: `path` itself, or in a folder the one of that name, or the only one."""
+    if path.is_file():
+        return path if path.suffix == ".safetensors" else None
+    held = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    named = [each for each in held if each.name == preferred]
+    return next(iter(named or held), None) if named or len(held) == 1 else None
+
+
+def names_in(path: Path | None) -> list[str]:
+    """The names of a file's tensors; nothing where it cannot be read."""
+    try:
+        return [] if path is None else list(TensorFile(path).shapes)
+    except CheckpointError:
+        return []

@@ -1,0 +1,45 @@
+"""Operators of ours as translations see them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from peftcore.injection.injection import Injection
+from peftcore.surgery.surgeon import Graft, Surgeon
+
+
+@dataclass(frozen=True)
+class Place:
+    """One operator of ours, for a translation to read into or write from."""
+
+    graft: Graft
+    index: int
+    """Its number among the operators of its kind."""
+    count: int
+    """How many there are of its kind."""
+    config: Any
+    """Its options."""
+
+    @property
+    def site(self) -> Any:
+        """Where it stands."""
+        return self.graft.site
+
+    @property
+    def operator(self) -> Any:
+        """The operator; while reading, on the meta device."""
+        return self.graft.operator
+
+
+def places_of(owner: Injection | Surgeon) -> list[Place]:
+    """The operators that a method put in."""
+    own = [graft for graft in owner.grafts if graft.by_method]
+    counts, seen = Counter(type(graft.operator) for graft in own), Counter[type]()
+    places = []
+    for graft in own:
+        kind = type(graft.operator)
+        places.append(Place(graft, seen[kind], counts[kind], owner.config.at(graft.site.path)))
+        seen[kind] += 1
+    return places

@@ -1,0 +1,247 @@
+"""Reading and writing adapter files: nothing in a file is believed, nothing half-written is left behind.
+
+Reading checks sizes, structure and names before it allocates, and knows JSON and safetensors only. Writing puts each
+file in place whole: after a kill or on a full disk the old one is still there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from peftcore.contract.config import fits
+from peftcore.errors import CheckpointError
+
+MAX_HEADER = 32 * 2**20
+"""Bytes of the header of a tensors' file that are read at most: a hundred thousand tensors have half of it."""
+MAX_JSON = 16 * 2**20
+"""Bytes of an adapter's options that are read at most, far above any adapter's."""
+MAX_VALUES = 500_000
+"""Values in them."""
+MAX_DEPTH = 64
+"""How deep they may be nested."""
+SAFE_CALLS = 5_000
+"""Python's JSON parser calls itself for what is nested, in C. It ends with an error at the limit of that, which some
+libraries raise so far that the stack ends first, and with it the process: then nesting is looked at beforehand."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+"""The dtypes of tensors that adapters have, by their names in safetensors."""
+
+
+def _regular(path: Path) -> int:
+    """The size of a regular file (links are followed: caches are made of them)."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is no regular file")
+    return status.st_size
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key[:80]!r} stands there twice")
+        found[key] = value
+    return found
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > 20 or not fits(number := int(digits)):
+        raise ValueError(f"a whole number of {len(digits)} digits fits no tensor")
+    return number
+
+
+def _nesting(text: str | bytes) -> int:
+    """How deep lists and objects lie in each other."""
+    text = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
+    outside = re.sub(r'"(?:[^"\\]|\\.)*"', "", text, flags=re.DOTALL)
+    steps = (1 if mark in "[{" else -1 for mark in re.findall(r"[][{}]", outside))
+    return max(accumulate(steps), default=0)
+
+
+def _object(text: str | bytes, where: object) -> dict[str, Any]:
+    try:
+        if sys.getrecursionlimit() > SAFE_CALLS and _nesting(text) > MAX_DEPTH:
+            raise ValueError("it is nested deeper than any adapter's options")
+        found = json.loads(text, object_pairs_hook=_once, parse_constant=_refuse, parse_int=_whole)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{where} cannot be read: it holds no JSON object")
+    return found
+
+
+def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
+    """A JSON object of reasonable size without repeated keys, NaN, infinities, or numbers that no computer counts with.
+
+    Raises:
+        CheckpointError: it is something else; `where` is named.
+    """
+    if len(text) > MAX_JSON:
+        raise CheckpointError(f"{where} cannot be read: {len(text):,} bytes are too many for an adapter's options")
+    found = _object(text, where)
+    level: list[Any] = [found]
+    count = depth = 0
+    while level:
+        count, depth = count + len(level), depth + 1
+        if count > MAX_VALUES or depth > MAX_DEPTH:
+            raise CheckpointError(f"{where} cannot be read: it holds more values than any adapter's options")
+        inside = [each for each in level if isinstance(each, (dict, list))]
+        level = [value for each in inside for value in (each.values() if isinstance(each, dict) else each)]
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: it is missing, too large, or no JSON object.
+    """
+    _regular(path)
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_JSON + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    return parse_json(text, path)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A safetensors file: names, shapes and dtypes are read and checked at once, values only when asked for."""
+
+    path: Path
+
+    @cached_property
+    def header(self) -> dict[str, Any]:
+        """The file's own description of itself.
+
+        Raises:
+            CheckpointError: it is damaged or no safetensors file.
+        """
+        size = _regular(self.path)
+        try:
+            with self.path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if size < 8 or length > min(size - 8, MAX_HEADER):
+                    raise CheckpointError(f"{self.path} cannot be read: it is cut off, or no safetensors file")
+                text = file.read(length)
+            with safe_open(self.path, framework="pt"):
+                pass  # kinds of entries, offsets, overlaps, lengths
+            header = _object(text, self.path)
+        except (SafetensorError, OSError, OverflowError, MemoryError) as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from None
+        return header
+
+    @cached_property
+    def metadata(self) -> dict[str, str]:
+        """The texts that whoever wrote the file left in it."""
+        return dict(self.header.get("__metadata__") or {})
+
+    @cached_property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Every tensor's shape, by name."""
+        return {key: torch.Size(each["shape"]) for key, each in self.header.items() if key != "__metadata__"}
+
+    @cached_property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Every tensor's dtype, by name.
+
+        Raises:
+            CheckpointError: adapters have no tensors of such a dtype.
+        """
+        named = {key: each["dtype"] for key, each in self.header.items() if key != "__metadata__"}
+        if strange := sorted(f"{key} has dtype {name}" for key, name in named.items() if name not in DTYPES):
+            raise CheckpointError(f"{self.path}: no adapter has such tensors: {'; '.join(strange[:8])}")
+        return {key: DTYPES[name] for key, name in named.items()}
+
+    def read(self, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """Values, copied into memory.
+
+        Raises:
+            CheckpointError: they cannot be read, or some are not finite; all of these are named.
+        """
+        wanted = sorted(self.dtypes if keys is None else keys)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                found = {key: file.get_tensor(key).clone() for key in wanted}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error}") from None
+        broken = [key for key, value in found.items() if value.is_floating_point() and not value.isfinite().all()]
+        if broken:
+            raise CheckpointError(f"{self.path} holds values that are not finite in {', '.join(broken[:8])}")
+        return found
+
+
+def _put(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a new file, then put it in the place of `path` at once. It is filled in a folder of its own, for
+    libraries put files of theirs beside it meanwhile. Where a file is replaced, the new one is on the disk before: no
+    cut of power leaves half of one in the place of a whole one. Where there was none, there is nothing to lose."""
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        scratch.mkdir()
+        partial = scratch / path.name
+        write(partial)
+        if path.exists():
+            with partial.open("rb+") as file:
+                os.fsync(file.fileno())
+        partial.chmod(scratch.stat().st_mode & 0o666)  # as the user's umask has it; a library may hide what it writes
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put a text in place whole, or not at all. One that stands there already, as when an adapter is saved again after
+    more training, is left alone."""
+    if path.is_file() and path.stat().st_size <= MAX_JSON and path.read_bytes() == text.encode():
+        return
+    _put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Put a safetensors file in place whole, or not at all; equal tensors give equal bytes.
+
+    Args:
+        metadata: at most one text, for the library writes several in any order.
+    """
+    ready = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
+
+    def write(partial: Path) -> None:
+        try:
+            save_file(ready, partial, metadata=dict(metadata))
+        except SafetensorError as error:  # a full disk, for instance
+            raise OSError(f"{path} cannot be written: {error}") from error
+
+    _put(path, write)
+
+
+def clear_partial(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder an hour ago or longer."""
+    for path in folder.glob(".*.partial"):
+        if path.is_dir() and not path.is_symlink() and time.time() - path.lstat().st_mtime > 3600:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,273 @@
+"""Saving and loading adapters, in whatever format: what all formats share.
+
+Everything is checked against the host before the host changes: on any error nothing is loaded, and one error lists all
+that is wrong. No pickle; nothing named by a file is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from peftcore.contract.operators import Checked
+from peftcore.errors import (
+    CheckpointError,
+    HostMismatch,
+    NoWeights,
+    PeftcoreError,
+    TargetError,
+    UnsupportedHost,
+    UnsupportedSite,
+)
+from peftcore.files.envelope import Envelope, method_of, mismatched, options_of, weights_digest
+from peftcore.files.formats.card import CARD, card, is_ours
+from peftcore.files.formats.description import Description
+from peftcore.files.formats.format import Tensors, format_named, recognize
+from peftcore.files.formats.hub import located
+from peftcore.files.formats.patterns import one_file
+from peftcore.files.safe_io import clear_partial, write_tensors, write_text
+from peftcore.forward.save_pretrained import saving_base
+from peftcore.injection.applying import check_name, establish, prepare
+from peftcore.injection.injection import Injection
+from peftcore.layers.fsdp import gathered, one_writes
+from peftcore.roles import HostMap
+from peftcore.surgery.surgeon import Surgeon
+
+SPARE = 2**28
+"""Bytes that an adapter may need beyond its file, besides as many as the host has: bases drawn from a seed."""
+CALLS, CALLS_EACH = 10_000, 300
+"""Calls of torch that a rehearsal may make, and those for each parameter of the host: the method that makes most,
+fact_tk, makes a hundred."""
+
+
+def save(injection: Injection, path: Path, formats: Sequence[str], weights: bool) -> None:
+    """Write a folder; each file appears whole or not at all, and equal adapters give equal bytes.
+
+    Where the model is cut over processes, all of them come here, and the first one writes.
+    """
+    model = injection.model
+    with _values_wanted(model), gathered(model, injection.parameters):
+        contents = {
+            name: content for each in formats for name, content in format_named(each).files(injection, weights).items()
+        }
+    for content in contents.values():
+        if isinstance(content, Tensors) and (lacking := [key for key, each in content.values.items() if each.is_meta]):
+            raise NoWeights(f"these depend on weights of the host, which is on the meta device: {lacking[0]}")
+    with one_writes(model) as mine:
+        if mine:
+            _write(injection, path, formats, contents)
+
+
+def _write(injection: Injection, path: Path, formats: Sequence[str], contents: dict[str, Tensors | str]) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    clear_partial(path)
+    if is_ours(path / CARD):
+        contents[CARD] = card(injection, formats)
+    for name, content in contents.items():
+        if isinstance(content, Tensors):
+            write_tensors(path / name, content.values, content.metadata)
+        else:
+            write_text(path / name, content)
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    trainable: bool = False,
+    active: bool = True,
+    strict: bool = True,
+) -> Injection:
+    """Apply a saved adapter to a host of the same shape.
+
+    Args:
+        model: the host. It may be on the meta device: the adapter's tensors have values all the same.
+        path: a folder that `Injection.save` wrote, a folder or file of another library, or "owner/name" on a model hub;
+            the format is recognized. An adapter of a bare encoder fits a host that has the encoder inside, and the
+            other way round; of files for whole pipelines the part for `model` is taken.
+        name: name of the injection on this host; the method's by default.
+        trainable: False loads it frozen.
+        active: False lets what acts now go on as it is, and the adapter wait until `activate` or `route` names it: for
+            hosts that serve meanwhile, and for many adapters at once.
+        strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are passed over).
+
+    Raises:
+        CheckpointError: the files are damaged, or do not hold what the adapter needs, listing all that is wrong.
+        HostMismatch: the adapter belongs to another base.
+        NewerFormat: it was written by a newer version.
+        UnknownMethod: no installed plugin has its method.
+        DuplicateInjection: the name is taken or cannot be used.
+        NoWeights: the host is on the meta device, and the adapter is nothing without values of its weights.
+
+    The host was not changed then.
+    """
+    place = located(path)
+    if name is not None:
+        check_name(model, name)
+    # A file knows nothing of other adapters, and the host is no larger for having some: they are not seen here.
+    with _about(place), _values_wanted(model), one_file(), saving_base():
+        content = recognize(place).open(place, model)
+    with _about(content.where), _values_wanted(model), saving_base():
+        envelope = content.envelope
+        cls = method_of(envelope)
+        config = options_of(cls, envelope)
+        wishes = envelope.wishes
+        _check_sites(envelope, model)
+
+        def prepared(host: HostMap | None, dry: bool) -> Surgeon:
+            return prepare(model, cls(), config, wishes, host, dry=dry)
+
+        try:
+            with _Bounded(model):
+                rehearsal = prepared(None, dry=True)
+        except CheckpointError:
+            raise
+        except (TargetError, UnsupportedSite, UnsupportedHost) as error:
+            where = f" (it was made on {envelope.host})" if envelope.host else ""
+            raise HostMismatch(f"the adapter does not fit this base{where}: {error}") from None
+        _check_host(envelope, rehearsal)
+        tensors = content.tensors(rehearsal, strict)
+        _check_memory(rehearsal, tensors)
+        _check_values(rehearsal, tensors)
+    name = check_name(model, cls.name) if name is None else name
+    with _about(content.where), _values_wanted(model):
+        injection = establish(prepared(rehearsal.resolver.host, dry=False), name, active=active)
+        fill(injection, tensors)
+        _check_filled(injection)
+    injection.trainable(trainable)
+    return injection
+
+
+def describe(path: str | os.PathLike[str]) -> Description:
+    """What a saved adapter says about itself, in any format that `load` recognizes; no host is needed.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    place = located(path)
+    with _about(place), one_file():
+        return recognize(place).describe(place)
+
+
+@contextmanager
+def _values_wanted(model: nn.Module) -> Iterator[None]:
+    """What torch cannot do on the meta device is said in our words."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if isinstance(error, PeftcoreError) or not any(each.is_meta for each in model.parameters()):
+            raise
+        raise NoWeights(f"the host is on the meta device, and values of its weights are needed: {error}") from error
+
+
+@contextmanager
+def _about(where: Path) -> Iterator[None]:
+    """Every error names the file. What a method raises because options of the file make no sense is one of ours too."""
+    try:
+        yield
+    except PeftcoreError as error:
+        error.about(where)
+        raise
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        text = f"no adapter can be made of what it says: {type(error).__name__}: {error}"
+        raise CheckpointError(text).about(where) from error
+
+
+class _Bounded(TorchFunctionMode):
+    """Ends a rehearsal that goes on and on because an option of a file says so."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.left = CALLS + CALLS_EACH * sum(len(module._parameters) for module in model.modules())
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0 and func is not torch._C._set_grad_enabled:  # the end of a no_grad() comes through here too
+            raise CheckpointError("its options ask for more operators than any adapter of this base has")
+        return func(*args, **(kwargs or {}))
+
+
+def _check_sites(envelope: Envelope, model: nn.Module) -> None:
+    told, here = sum(map(len, envelope.selections.values())), sum(1 for _ in model.modules())
+    if told > 100 * here:
+        raise HostMismatch(f"the adapter belongs to another base: it stands at {told:,} places, and here are {here:,}")
+
+
+def _check_host(envelope: Envelope, surgeon: Surgeon) -> None:
+    made = f"the adapter belongs to another base (it was made on {envelope.host})"
+    if wrong := mismatched(envelope, surgeon.selections):
+        raise HostMismatch(f"{made}: {'; '.join(wrong[:8])}")
+    if envelope.weights is not None and envelope.weights != weights_digest(graft.site for graft in surgeon.grafts):
+        raise HostMismatch(f"{made}: the base has other weights at its sites")
+
+
+def _check_values(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
+    """Values that only the method understands; all that are wrong are named."""
+    modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
+    modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]  # type: ignore[misc]
+    wrong = []
+    for path, module in modules:
+        for below, each in module.named_modules(prefix=path):
+            if isinstance(each, Checked):
+                names = {name: f"{below}.{name}" for name in (*each._parameters, *each._buffers)}
+                values = {name: tensors[full] for name, full in names.items() if full in tensors}
+                wrong += [f"{below}.{what}" for what in each.wrong_values(values)]
+    if wrong:
+        raise CheckpointError("; ".join(wrong))
+
+
+def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
+    """What is built beyond the file's own tensors is no larger than the host."""
+    modules = [graft.operator for graft in surgeon.grafts] + [shared.module for shared in surgeon.owned.values()]
+    held = {id(each): each for module in modules for each in (*module.parameters(), *module.buffers())}
+    needed = sum(each.numel() * each.element_size() for each in held.values())
+    known = sum(each.numel() * each.element_size() for each in tensors.values())
+    host = sum(each.numel() * each.element_size() for each in surgeon.model.parameters())
+    if needed - known > host + SPARE:
+        raise CheckpointError(
+            f"it holds {known:,} bytes of an adapter that needs {needed:,}: more than the host itself has, {host:,}"
+        )
+
+
+@torch.no_grad()
+def fill(injection: Injection, tensors: Mapping[str, Tensor]) -> None:
+    """Copy values into an injection's tensors, by their names in files."""
+    for path, module in injection.modules():
+        for key, value in module.state_dict(keep_vars=True).items():
+            saved = tensors.get(f"{path}.{key}")
+            if saved is not None and value.is_meta:  # it was to start from the host's weight
+                _put(module, key, saved.to(value.dtype))
+            elif saved is not None:
+                value.data.copy_(saved)
+
+
+def _put(module: nn.Module, key: str, value: Tensor) -> None:
+    """Give a tensor that has no memory some."""
+    below, _, name = key.rpartition(".")
+    owner = module.get_submodule(below)
+    if name in owner._parameters:
+        owner._parameters[name] = nn.Parameter(value, requires_grad=False)
+    else:
+        owner._buffers[name] = value
+
+
+def _check_filled(injection: Injection) -> None:
+    held = ((path, name, each) for path, module in injection.modules()
+            for name, each in (*module.named_parameters(), *module.named_buffers()))  # fmt: skip
+    lacking = [f"{path}.{name}" for path, name, each in held if each.is_meta]
+    if lacking:
+        injection.remove()
+        what = f"{injection.method.name} starts from its weights: {', '.join(lacking[:4])}"
+        raise NoWeights(f"the host is on the meta device, and {what}")

@@ -1,0 +1,289 @@
+"""Edits of what happens inside attention: keys and values in the same softmax, a second softmax, other queries.
+
+An attention module of transformers looks up, by the name of the implementation in its config, the function that
+computes ``softmax(q k^T) v``. Where edits act, the module's forward runs on a view (see
+`peftcore.forward.class_swap`) whose config is a stand-in: it answers as the real one does, but names a function of
+ours, which runs the edits around the real function. Nothing global changes: the model makes its masks for the
+implementation that the user chose, a later `set_attn_implementation` counts at once, and saved configs are as they
+were.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftcore.contract.operators import _Base
+from peftcore.errors import UnsupportedSite
+from peftcore.forward.routing import select_rows
+from peftcore.layers.layer import Layer, Ranges, bias_name, take
+
+if TYPE_CHECKING:
+    from peftcore.forward.mount import Mount
+    from peftcore.forward.slot import Edits
+    from peftcore.targets.attention_sites import AttentionSite
+
+SUPPORTED = ("eager", "sdpa")
+"""The implementations around which edits run: both take any mask."""
+Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""``(query, key, value) -> output``, each ``[batch, heads, length, width]``."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes of one attention."""
+
+    heads: int
+    kv_heads: int
+    """Heads of keys and values: fewer than `heads` in grouped-query attention."""
+    head_dim: int
+    """Width of a query and of a key."""
+    value_dim: int
+    """Width of a value."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The rows of one matrix by which an attention makes queries, keys or values."""
+
+    module: str
+    """Path of the module that holds the matrix, below the attention; "" for the attention itself."""
+    tensor: str
+    layer: Layer
+    rows: Ranges | None
+    in_features: int
+    out_features: int
+
+    def apply(self, attention: nn.Module, states: Tensor, base: bool = False) -> Tensor:
+        """The projection of `states` ``[..., in]``, bias included, as the injections that act now leave it, merged or
+        not; that of the bare `base` where rows go to different ones."""
+        module = attention.get_submodule(self.module)
+        if self.layer.called and not base:
+            return take(module(states), self.rows, -1)
+        stored = self.layer.read(module, self.tensor)
+        assert stored is not None, "a projection has a matrix"
+        weight = take(self.layer.logical(stored), self.rows, 0)
+        bias = self.layer.read(module, bias_name(self.tensor))
+        bias = None if bias is None else take(bias, self.rows, 0)
+        return F.linear(states.to(weight.dtype), weight, bias)
+
+
+class AttentionOperator(_Base):
+    """Acts inside an attention: between its projections and the softmax.
+
+    ``forward(attend, query, key, value)`` returns what the attention gives: ``[batch, heads, queries, value_dim]``.
+    `query` is ``[batch, heads, queries, head_dim]``, `key` and `value` are ``[batch, kv_heads, keys, width]`` and hold
+    what a cache has of the past. `attend` is the next attention inside, at last the host's own; see `Attend`.
+    """
+
+    def __init__(self, site: AttentionSite) -> None:
+        super().__init__(site)
+        self.geometry = site.geometry
+        self.projections = site.projections
+        self.eager = site.eager
+        register()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        register()  # a pickle may be loaded in a fresh process
+
+    def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Act around `attend`: what the attention gives, ``[batch, heads, queries, value_dim]``."""
+        raise NotImplementedError
+
+    def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """`tensors` in the dtype of `like`: also under autocast, which would promote elementwise products."""
+        return tuple(tensor.to(like.dtype) for tensor in tensors)
+
+
+class Attend:
+    """What an edit calls: the next attention inside it."""
+
+    def __init__(self, host: HostAttention, inner: Compute, operator: AttentionOperator) -> None:
+        self._host, self._inner, self._operator = host, inner, operator
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The attention inside, causality and padding included: ``[batch, heads, queries, value_dim]``. Keys that stand
+        in front of those that came in are seen by every query. Shapes are those of `AttentionOperator`.
+        """
+        return self._inner(query, key, value)
+
+    def apart(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """A softmax of its own over `key` ``[batch, kv_heads, any, width]``, all of which every query sees; with the
+        host's scale. Returns ``[batch, heads, queries, value_dim]``."""
+        return self._host.apart(query, key, value)
+
+    def project(self, part: str, states: Tensor) -> Tensor:
+        """What the attention's own frozen projection `part` ("q", "k", "v") makes of `states` ``[length, in]``, by
+        heads: ``[heads of that part, length, width]``. No positions are applied."""
+        made = self._operator.projections[part].apply(self._host.module, states, base=self._host.routed)
+        heads = self._operator.geometry.heads if part == "q" else self._operator.geometry.kv_heads
+        return made.reshape(len(states), heads, -1).transpose(0, 1)
+
+
+_PER_KEY = ("position_bias",)
+"""Arguments of attention functions that have a column for each key."""
+
+
+class HostAttention:
+    """The host's own function in one forward, with what it was called with."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        function: Callable[..., Any],
+        causal: bool,
+        key: Tensor,
+        mask: Tensor | None,
+        options: Mapping[str, Any],
+        routed: bool,
+    ) -> None:
+        self.module, self._function, self._causal, self.routed = module, function, causal, routed
+        self._keys, self._mask, self._options = key.shape[2], mask, options
+        self.weights: Tensor | None = None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        front = key.shape[2] - self._keys
+        options = dict(self._options)
+        for name in _PER_KEY if front else ():
+            if options.get(name) is not None:
+                options[name] = F.pad(options[name], (front, 0))  # a new key stands at no distance from anything
+        output, weights = self._function(self.module, query, key, value, self._padded(front, query), **options)
+        self.weights = None if weights is None else weights[..., front:]
+        transposed: Tensor = output.transpose(1, 2)
+        return transposed
+
+    def apart(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        options = {name: value for name, value in self._options.items() if name not in _PER_KEY}
+        output, _ = self._function(self.module, query, key, value, None, **{**options, "is_causal": False})
+        transposed: Tensor = output.transpose(1, 2)
+        return transposed
+
+    def _padded(self, front: int, query: Tensor) -> Tensor | None:
+        """The mask with a visible column for each key in front; made where the function would go by causality alone."""
+        mask, queries = self._mask, query.shape[2]
+        if front == 0:
+            return mask
+        if mask is not None:  # boolean: True is visible; additive: 0 is visible
+            return F.pad(mask, (front, 0), value=1.0 if mask.dtype == torch.bool else 0.0)
+        if queries == 1 or not self._is_causal():
+            return None
+        # As sdpa does it, from the top left: a static cache has room for keys that are not there yet.
+        seen = torch.ones(queries, self._keys, dtype=torch.bool, device=query.device).tril()
+        return F.pad(seen, (front, 0), value=1.0)[None, None]
+
+    def _is_causal(self) -> bool:
+        given = self._options.get("is_causal")
+        return self._causal and bool(getattr(self.module, "is_causal", True) if given is None else given)
+
+
+def _chain(mounts: Iterable[Mount], host: HostAttention) -> Compute:
+    """The host's attention with the edits around it, the first applied innermost."""
+    compute: Compute = host
+    for mount in mounts:
+        operator = mount.operator
+        assert isinstance(operator, AttentionOperator)
+        compute = functools.partial(operator, Attend(host, compute, operator))
+    return compute
+
+
+def _run(edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Output and weights; with a route, each row gets the edits of its own injection only."""
+    route = edits.route
+    if route is None:
+        return _chain(edits.mounts, host)(query, key, value), host.weights
+    result = host(query, key, value), host.weights
+    for position, name in enumerate(route.names):
+        mounts = [mount for mount in edits.mounts if mount.name == name]
+        if mounts:
+            other = _chain(mounts, host)(query, key, value), host.weights
+            result = select_rows(result, other, route, position)
+    return result
+
+
+def _edited(interface: Mapping[str, Callable[..., Any]], implementation: str) -> Callable[..., Any]:
+    """Our attention function for one implementation of the host's."""
+
+    def attention(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **more: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        edits: Edits = module.__dict__["_peftcore_edits"]
+        if edits.slot.state.witness is not None:
+            edits.slot.ran = True
+        first = edits.mounts[0].operator
+        assert isinstance(first, AttentionOperator)
+        _check_shapes(first.geometry, query, key, value)
+        function = first.eager if implementation == "eager" else interface[implementation]
+        host = HostAttention(
+            module, function, implementation == "sdpa", key, attention_mask, more, edits.route is not None
+        )
+        output, weights = _run(edits, host, query, key, value)
+        return output.transpose(1, 2).contiguous(), weights
+
+    return attention
+
+
+def _check_shapes(geometry: Geometry, query: Tensor, key: Tensor, value: Tensor) -> None:
+    found = Geometry(query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+    if found != geometry:
+        raise UnsupportedSite(f"an attention turned out to have {found}, where its modules say {geometry}")
+
+
+def register() -> None:
+    """Make our functions known to transformers, once in a process and never while a compiler traces."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    for implementation in SUPPORTED:
+        if _named(implementation) not in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(_named(implementation), _edited(ALL_ATTENTION_FUNCTIONS, implementation))
+
+
+def _named(implementation: str) -> str:
+    return f"peftcore_{implementation}"
+
+
+class StandIn:
+    """A config in all but the name of its attention implementation, which is read anew each time."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_config":  # while being copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._config, name)
+
+    @property
+    def _attn_implementation(self) -> str:
+        return _named(implementation_of(self._config))
+
+
+def implementation_of(config: Any) -> str:
+    """The implementation that a config names.
+
+    Raises:
+        UnsupportedSite: edits cannot run around it.
+    """
+    name: str = config._attn_implementation or "eager"
+    if name not in SUPPORTED:
+        raise UnsupportedSite(
+            f"attention is edited around {' and '.join(SUPPORTED)}, not around {name!r}: "
+            'model.set_attn_implementation("sdpa")'
+        )
+    return name
+
+
+def attributes(module: nn.Module, edits: Edits) -> Mapping[str, Any]:
+    """What the view of an attention module has instead of the module's own attributes."""
+    return {"config": StandIn(module.config), "_peftcore_edits": edits}

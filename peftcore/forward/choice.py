@@ -1,0 +1,93 @@
+"""What was chosen: which injections act, on which rows of a batch, in what context and composition."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore.contract.compositions import Composition
+from peftcore.errors import RouteError
+
+Active = tuple[str, ...]
+Key = tuple[Active, Active | None, Composition | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """A different injection for each row of a batch."""
+
+    names: Active
+    """The injections that occur, in the order in which they were applied."""
+    index: Tensor
+    """[rows] int64: the row's position in `names`, -1 for the bare base model."""
+    copies: int = 1
+    """How many rows of the batch may stand for one of these, one beside the other (beams)."""
+    positions: tuple[int, ...] = ()
+    """`index` as numbers, which are known without asking the device."""
+    _groups: dict[tuple[int, torch.device], tuple[dict[int, Tensor], Tensor]] = field(default_factory=dict, repr=False)
+
+    def fits(self, batch: int) -> bool:
+        """Whether a batch of the host has this many rows."""
+        return batch in (len(self.index), len(self.index) * self.copies)
+
+    def rows(self, count: int, device: torch.device) -> Tensor:
+        """The index for `count` rows: each repeated where a module sees several rows of each (windows, flat tokens).
+
+        Raises:
+            RouteError: `count` is no multiple of the rows.
+        """
+        times, index = self._times(count), self.index.to(device)
+        return index if times == 1 else index.repeat_interleave(times)
+
+    def _times(self, count: int) -> int:
+        times, rest = divmod(count, len(self.index))
+        if rest:
+            raise RouteError(f"a module got {count} rows, which cannot be told apart by a route of {len(self.index)}")
+        return times
+
+    def groups(self, count: int, device: torch.device) -> tuple[dict[int, Tensor], Tensor]:
+        """Of `count` rows, which go to each position that has any (-1: the bare base model), and where each row lies
+        when these are one after the other. Worked out once: no token waits for it.
+
+        Raises:
+            RouteError: `count` is no multiple of the rows.
+        """
+        if (count, device) not in self._groups:
+            each = [position for position in self.positions for _ in range(self._times(count))]
+            rows = {own: [n for n, position in enumerate(each) if position == own] for own in sorted(set(each))}
+            order = sorted(range(count), key=[*chain.from_iterable(rows.values())].__getitem__)
+            with torch.inference_mode(False):  # a later forward may train
+                places = {own: torch.tensor(found, device=device) for own, found in rows.items()}
+                self._groups[count, device] = places, torch.tensor(order, device=device)
+        return self._groups[count, device]
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What one thread asked for."""
+
+    active: Active = ()
+    route: Route | None = None
+    context: Mapping[str, Any] = field(default_factory=dict)
+    composition: Composition | None = None
+    """How the active ones act together; None: in the order in which they were applied."""
+    key: Key = field(init=False)
+    """What plans depend on: not on the assignment of rows, so that all of them share one compiled graph."""
+
+    def __post_init__(self) -> None:
+        routed = None if self.route is None else self.route.names
+        object.__setattr__(self, "key", (self.active, routed, self.composition))
+
+    @property
+    def acting(self) -> Active:
+        """The names that act on any row."""
+        return self.active if self.route is None else self.route.names
+
+    def same(self, other: Choice) -> bool:
+        """Whether two forwards under these choices do the same."""
+        return self.key == other.key and self.route is other.route and self.context is other.context

@@ -1,0 +1,368 @@
+"""The record of one forward of the host: its inputs, the choice it ran under, taps, losses.
+
+Two hooks on the root open and close it; operators reach it through `current_call`. Modules that run again inside
+backward (gradient checkpointing) find the record of the forward that they repeat: its outputs' autograd nodes announce
+it before any of its modules can run again. So leaving `activate` or `route` before `backward()` changes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.contract.method import Method
+from peftcore.errors import AmbiguousBackward, MissingContext, RouteError
+from peftcore.layers.fsdp import differentiable
+from peftcore.layers.kernels import transformed
+
+if TYPE_CHECKING:
+    from peftcore.forward.choice import Choice, Route
+    from peftcore.forward.host_state import HostState
+
+_CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
+"""The names under which transformers hands its caches on."""
+
+
+class _Threads(threading.local):
+    """What one thread has open."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.outside: weakref.ref[Call] | None = None
+        """What stands for one where a part of the host runs by itself; the host's state holds it."""
+        self.announced: dict[int, tuple[int, weakref.ref[Call]]] = {}
+        """By host: the backward pass (its number) and the forward that it goes through now, which its graph holds."""
+
+
+_HERE = _Threads()
+_TRACED: list[Call] = []
+"""The open records of all threads, for code that torch.compile traces: it follows a plain list, not what belongs to a
+thread."""
+
+
+graph_task: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward pass that this thread runs, -1 outside of any.
+
+A private function of torch: nothing public tells a repeated forward from a first one."""
+
+
+def repeating() -> bool:
+    """Whether this thread is inside a backward pass: what runs forward now repeats what ran before."""
+    return graph_task() != -1
+
+
+IGNORED = -100
+"""Labels that transformers leaves out."""
+
+
+class Call:
+    """One forward of the host.
+
+    Attributes:
+        choice: what was chosen when it began.
+        taps: what operators leave for each other, by number of the `Tap`; of these only the kept ones are there when
+            the host has returned. A list, since torch.compile does not trace grafts behind a change of a dict that was
+            there before.
+        losses: what operators add to the loss of the output; see `add_loss`.
+    """
+
+    def __init__(
+        self,
+        state: HostState | None = None,
+        choice: Choice | None = None,
+        model: nn.Module | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.state, self.choice = state, choice
+        self.taps: list[tuple[int, Any, bool]] = []
+        self.losses: list[Tensor] = []
+        self.open = True
+        self._model, self._args, self._kwargs = model, args, kwargs or {}
+
+    @property
+    def context(self) -> Mapping[str, Any]:
+        """What `peftcore.call(model, ...)` said."""
+        return {} if self.choice is None else self.choice.context
+
+    def need(self, name: str) -> Any:
+        """One entry of the context.
+
+        Raises:
+            MissingContext: nobody said it.
+        """
+        if name not in self.context:
+            raise MissingContext(f"this method needs to be told {name!r}: with peftcore.call(model, {name}=...): ...")
+        return self.context[name]
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """The host's arguments by the names of its forward; empty where a part of the host was called by itself."""
+        if self._model is None:
+            return {}
+        return bound(self._model, self._args, self._kwargs)
+
+    def add_loss(self, loss: Tensor) -> None:
+        """Let the host's output add a scalar to its loss, in training. Repeated forwards add nothing twice."""
+        if self.open:
+            self.losses.append(loss)
+
+    def without(self, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """An extra pass: ``run(*args, **kwargs)`` with the injection `name` off, in this thread alone.
+
+        Caches are copied for it, so the pass sees what is in them and leaves them as they are.
+        """
+        state, ident = self.state, threading.get_ident()
+        if state is None or self.choice is None:
+            return run(*args, **kwargs)
+        before = state.threads.get(ident)
+        active = tuple(each for each in self.choice.active if each != name)
+        state.threads[ident] = dataclasses.replace(self.choice, active=active, route=None)
+        kwargs = {key: copy.deepcopy(value) if key in _CACHES else value for key, value in kwargs.items()}
+        inner = Call(state, state.threads[ident], self._model, self._args, self._kwargs)
+        try:
+            output = run(*args, **kwargs)
+        finally:
+            if before is None:
+                del state.threads[ident]
+            else:
+                state.threads[ident] = before
+        _announce(output, inner)
+        return output
+
+    def close(self) -> None:
+        """The host has returned: taps hold activations, so they go, but for those that backward will read."""
+        self.open = False
+        self.taps = [tap for tap in self.taps if tap[2]]
+
+
+_COMPILED_ALONE = Call()
+"""For parts of a host that are compiled and run by themselves."""
+
+
+def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a module's forward by name; what a ``**kwargs`` takes stands beside the named ones."""
+    signature = inspect.signature(module.forward)
+    arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name, {}))
+    return arguments
+
+
+def current_call() -> Call:
+    """The forward of the host that runs in this thread; inside backward, the forward that is being repeated.
+
+    For operators, inside their forward. Where a part of the host was called by itself (an encoder by `generate`), the
+    record has no inputs.
+    """
+    if torch.compiler.is_compiling():
+        return _TRACED[-1] if _TRACED else _COMPILED_ALONE
+    if repeating():
+        here = graph_task()
+        for task, reference in reversed(_HERE.announced.values()):
+            call = reference()
+            if task == here and call is not None:
+                return call
+    return _HERE.calls[-1] if _HERE.calls else _outside() or Call()
+
+
+def _outside() -> Call | None:
+    return None if _HERE.outside is None else _HERE.outside()
+
+
+class Tap:
+    """A place where one operator leaves a value for another during one forward, both holding the tap.
+
+    Args:
+        kept: hold the value until backward is done with this forward. For operators in different blocks: gradient
+            checkpointing runs one block again without the other.
+    """
+
+    _numbers = itertools.count()
+
+    def __init__(self, kept: bool = False) -> None:
+        self.key, self.kept = next(self._numbers), kept
+
+    def put(self, value: Any) -> None:
+        """Leave a value for the rest of this forward."""
+        current_call().taps.append((self.key, value, self.kept))
+
+    def get(self) -> Any:
+        """The value that was left in this forward; None when there is none."""
+        return next((value for key, value, _ in reversed(current_call().taps) if key == self.key), None)
+
+    def take(self) -> Any:
+        """The same, and it is not kept any longer: what one operator alone reads is freed when it has."""
+        value, taps = self.get(), current_call().taps
+        taps[:] = [tap for tap in taps if tap[0] != self.key]
+        return value
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, key=next(self._numbers))  # a number of another process may be taken in this one
+
+
+class Recorder:
+    """Opens a record when the host starts and closes it when it returns or fails."""
+
+    def __init__(self) -> None:
+        self.recent: list[Choice] = []
+        """The last two different choices of the forwards since the last backward."""
+        self.drained = False
+
+    def enter(self, state: HostState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the host runs."""
+        choice = state.now()
+        call = Call(state, choice, model, args, kwargs)
+        _TRACED.append(call)
+        if torch.compiler.is_compiling():
+            state.witness = None  # it does not see into what is compiled, where a checkpoint must not leave marks
+            return
+        _HERE.calls.append(call)
+        if _HERE.outside is not None:
+            _HERE.outside = None
+            state.outside.pop(threading.get_ident(), None)
+        if (witness := state.witness) is not None:
+            witness.look(model)
+        if choice.route is not None:
+            _check_rows(call, choice.route)
+        if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
+            self.note(choice)
+            state.calm = threading.get_ident() if choice is state.choice else None
+
+    def leave(self, state: HostState, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
+        """After it, also when it raised."""
+        calls = _TRACED if torch.compiler.is_compiling() else _HERE.calls
+        if not calls:
+            return None  # tracing failed half-way: nothing was opened here
+        call = calls.pop()
+        if calls is not _TRACED:
+            _TRACED.remove(call)
+            state.calm = None
+        call.close()
+        if output is None or not torch.is_grad_enabled():
+            return None
+        if model.training:
+            output = _with_losses(output, [*call.losses, *_aux_losses(state, call)], _share(kwargs))
+        if not torch.compiler.is_compiling():
+            _announce(output, call)
+        return output
+
+    def note(self, choice: Choice) -> None:
+        """A forward runs under this choice, and backward may repeat it."""
+        if self.drained:
+            self.recent, self.drained = [], False
+        if self.recent and self.recent[-1] is choice:
+            return  # as at nearly every token
+        if not any(choice.same(other) for other in self.recent):
+            self.recent = [*self.recent[-1:], choice]
+
+    def visit(self, state: HostState, choice: Choice, training: bool) -> None:
+        """A grafted module runs. Where the host itself does not (through `forward_features`, an encoder by itself),
+        there is a record all the same, without inputs, until the next forward of the host."""
+        if _HERE.calls:
+            return
+        outside = _outside()
+        if outside is None or outside.state is not state or outside.choice is not choice:
+            outside = state.outside[threading.get_ident()] = Call(state, choice)
+            _HERE.outside = weakref.ref(outside)
+        if training and not repeating():
+            self.note(choice)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"recent": [], "drained": False}
+
+
+def _aux_losses(state: HostState, call: Call) -> Iterator[Tensor]:
+    for name in call.choice.acting if call.choice is not None else ():
+        injection = state.injections[name]
+        if type(injection.method).aux_loss is not Method.aux_loss:
+            with differentiable(injection.model, injection.parameters):  # here it is outside of the blocks
+                loss = injection.method.aux_loss(injection)
+            if loss is not None:
+                yield loss
+
+
+def _check_rows(call: Call, route: Route) -> None:
+    tensors = [value for value in call.inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
+    if tensors and not route.fits(len(tensors[0])):
+        raise RouteError(
+            f"the route has {len(route.index)} rows (times {route.copies} copies), the batch {len(tensors[0])}; "
+            "name one injection (or None) for each row, and say copies=num_beams where generate repeats rows"
+        )
+
+
+def _with_losses(output: Any, losses: list[Tensor], share: Tensor | float) -> Any:
+    if losses and isinstance(output, MutableMapping) and isinstance(output.get("loss"), Tensor):
+        output["loss"] = output["loss"] + share * sum(losses[1:], losses[0])
+    return output
+
+
+def _share(inputs: Mapping[str, Any]) -> Tensor | float:
+    """How much of an optimizer's step this forward is. Models of transformers are told how many items all of its
+    forwards have, in all processes, and divide their sums by that; then methods' own losses are added in parts too."""
+    items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    counted = labels[..., 1:] if labels.dim() > 1 else labels  # the first token is predicted from nothing
+    share: Tensor = counted.ne(IGNORED).sum() / items
+    return share
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(output):
+        yield from _tensors(vars(output))
+
+
+def _announce(output: Any, call: Call) -> None:
+    """Let backward say that it goes through this forward: the nodes of the outputs run before anything inside."""
+    if call.state is None or transformed():
+        return
+    state = call.state
+
+    def announce(gradients: tuple[Any, ...]) -> None:
+        _HERE.announced[id(state)] = graph_task(), weakref.ref(call)
+        state.recorder.drained = True
+        state.calm = None  # a forward of the host may be under way: what runs again in its middle must ask
+
+    for tensor in _tensors(output):
+        if tensor.grad_fn is not None:
+            tensor.grad_fn.register_prehook(announce)
+
+
+def replayed(state: HostState) -> Choice:
+    """The choice of the forward whose modules run again now.
+
+    Raises:
+        AmbiguousBackward: forwards under different choices came before this backward, and nothing says which one it is:
+            a nested reentrant checkpoint, or a loss that was not made from the host's outputs.
+    """
+    task, reference = _HERE.announced.get(id(state), (-1, None))
+    call = None if reference is None else reference()
+    if task == graph_task() and call is not None and call.choice is not None:
+        return call.choice
+    recent, state.recorder.drained = state.recorder.recent, True
+    if len(recent) > 1:
+        raise AmbiguousBackward(
+            "several forwards with different active injections, routes or contexts came before this backward, and a "
+            "recomputed layer cannot tell which one it belongs to; run backward after each forward, or use "
+            "non-reentrant checkpointing on the host's own outputs"
+        )
+    return recent[0] if recent else state.threads.get(threading.get_ident(), state.choice)

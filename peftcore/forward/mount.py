@@ -1,0 +1,151 @@
+"""One operator at one site, and what it does to a tensor or around a forward."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftcore.contract.operators import Held, Operator, WeightOperator, _Base
+from peftcore.layers.layer import Layer, Ranges, bias_name, put, take
+
+
+@dataclass(eq=False, slots=True)
+class Mount:
+    """One operator at one site, as the slot of the site's module keeps it."""
+
+    name: str
+    operator: _Base
+    form: str
+    """"activation": around the module's forward; "weight": on one tensor; "attention": inside an attention module,
+    around what its queries, keys and values go through."""
+    tensor: str
+    layer: Layer
+    rows: Ranges | None = None
+
+    def effective(self, stored: Tensor | None, like: Tensor) -> Tensor:
+        """The effective tensor, in storage layout and in the dtype of `stored` (of `like` where the host has none)."""
+        operate = self.operator if isinstance(self.operator, WeightOperator) else self.operator.merged
+        if stored is None:
+            new: Tensor = operate(None)  # type: ignore[arg-type]  # only replacements accept a missing tensor
+            return new.to(like.dtype)
+        logical = self.layer.logical(stored)
+        part = operate(take(logical, self.rows, self.layer.batch_dims)).to(stored.dtype)
+        return self.layer.stored(put(logical, part, self.rows, self.layer.batch_dims))
+
+    def effective_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+        """The bias that goes with `effective`, of the stored weight that `weight` reads when it is asked."""
+        dim = self.layer.batch_dims
+
+        def logical() -> Tensor:
+            return take(self.layer.logical(weight()), self.rows, dim)
+
+        part = self.operator.merged_bias(None if bias is None else take(bias, self.rows, dim), logical)
+        if part is None:
+            return None
+        if bias is None:
+            stored = weight()
+            whole = self.layer.logical(stored).shape[: dim + 1]
+            bias = stored.new_zeros(whole)
+        return put(bias, part.to(bias.dtype), self.rows, dim)
+
+    def around(self, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+        """The next onion layer around a module's forward."""
+        if self.rows is None:
+            assert isinstance(self.operator, Operator)
+            return functools.partial(self.operator.at(self.form, module), call)
+        return functools.partial(around_rows, self.operator, self, call)
+
+
+class HeldRows(Held):
+    """The rows of a mount."""
+
+    def __init__(self, mount: Mount, module: nn.Module) -> None:
+        self._mount, self._module = mount, module
+
+    @property
+    def weight(self) -> Tensor:
+        mount = self._mount
+        stored = mount.layer.read(self._module, mount.tensor)
+        assert stored is not None
+        return take(mount.layer.logical(stored), mount.rows, mount.layer.batch_dims)
+
+    @property
+    def bias(self) -> Tensor | None:
+        mount = self._mount
+        stored = mount.layer.read(self._module, bias_name(mount.tensor))
+        return stored if stored is None else take(stored, mount.rows, mount.layer.batch_dims)
+
+
+def around_rows(
+    operate: Callable[..., Any], mount: Mount, call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Tensor:
+    """An onion layer that sees some rows of the output: those of one part of a fused projection."""
+    rows, dim = mount.rows, mount.layer.channel_dim
+    whole: list[Tensor] = []
+
+    def part(*inner_args: Any, **inner_kwargs: Any) -> Tensor:
+        output: Tensor = call(*inner_args, **inner_kwargs)
+        if all(inner is outer for inner, outer in zip(inner_args, args, strict=False)):
+            whole.append(output)
+        return take(output, rows, dim)
+
+    changed = operate(part, *args, **kwargs)
+    if not whole:  # the operator changed its input, which is none of the other rows' affair
+        whole.append(call(*args, **kwargs))
+    return put(whole[-1], changed, rows, dim)
+
+
+Cast = Callable[[Any], Any]
+"""Raises the precision of a tensor, for what is written once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """A mount that acts on a tensor: on the one it stands at, or on the bias that goes with it."""
+
+    mount: Mount
+    before: tuple[Mount, ...] | None = None
+    """For a bias: what acts on the weight beside it earlier."""
+
+    def __call__(self, module: nn.Module, tensor: Tensor | None, like: Tensor, cast: Cast) -> Tensor | None:
+        """The stored tensor after this effect."""
+        if self.before is None:
+            return self.mount.effective(tensor, like)
+
+        def weight() -> Tensor:
+            stored: Tensor = cast(self.mount.layer.read(module, self.mount.tensor))
+            for mount in self.before or ():
+                stored = mount.effective(stored, like)
+            return stored
+
+        return self.mount.effective_bias(tensor, weight)
+
+
+def effects_of(mounts: Iterable[Mount]) -> dict[str, list[Effect]]:
+    """What acts on each tensor of a module, in order: an operator may act on a weight and on its bias."""
+    effects: dict[str, list[Effect]] = {}
+    for mount in mounts:
+        earlier = effects.setdefault(mount.tensor, [])
+        if type(mount.operator).merged_bias is not _Base.merged_bias:
+            before = tuple(each.mount for each in earlier)
+            effects.setdefault(bias_name(mount.tensor), []).append(Effect(mount, before))
+        earlier.append(Effect(mount))
+    return effects
+
+
+def _as_it_is(tensor: Any) -> Any:
+    return tensor
+
+
+def fold(
+    module: nn.Module, effects: Iterable[Effect], tensor: Tensor | None, like: Tensor, cast: Cast = _as_it_is
+) -> Tensor | None:
+    """The stored tensor after all effects; new ones get the dtype of `like`. What else is read of the module goes
+    through `cast`."""
+    for effect in effects:
+        tensor = effect(module, tensor, like, cast)
+    return tensor

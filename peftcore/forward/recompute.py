@@ -1,0 +1,116 @@
+"""Effective tensors that do not outlive a forward: backward makes them again, and nothing else.
+
+A checkpoint around the module makes them again too, but with them whatever the module does until the last tensor that
+it saves: of a linear layer nothing, of experts or attention nearly all. So what is checkpointed here is what makes the
+tensors; and where the module saves one of them, or a part of one, it saves how to get it instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from peftcore.layers.kernels.autograd import apply
+
+
+class Remade:
+    """Makes effective tensors that backward makes again; within `hooks` nobody saves one."""
+
+    def __init__(self, others: Iterable[Tensor]) -> None:
+        """`others` are tensors that live on anyway: the base's own, and the operators'."""
+        self._living = {_memory(each) for each in others}
+        self._sources: list[_Source] = []
+        self._known: WeakValueDictionary[int, _Source] = WeakValueDictionary()
+
+    def __call__(self, path: str, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """What `make` makes, which must be the same when it is called again, in backward."""
+        with torch.enable_grad():  # whoever asks first
+            tensor: Tensor | None = checkpoint(_made, make, use_reentrant=False)
+        if tensor is not None and type(tensor) is Tensor and tensor.requires_grad:
+            self._sources.append(source := _Source(tensor))
+            self._known[_memory(tensor)] = source
+        return tensor
+
+    def all(self, makes: Mapping[str, Callable[[], Tensor | None]]) -> dict[str, Tensor | None] | None:
+        """All of them; None where one cannot be made again alone: it has no gradient, or is of a class of its own."""
+        tensors = {path: self(path, make) for path, make in makes.items()}
+        alone = all(each is None or (type(each) is Tensor and each.requires_grad) for each in tensors.values())
+        return tensors if alone else None
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """What is saved within of a tensor that was made, is saved as how to get it."""
+        living, known = self._living, self._known  # whatever is saved holds `pack`, which must not hold the tensors
+
+        def pack(tensor: Tensor) -> Tensor | _Part:
+            memory = _memory(tensor)
+            source = None if memory in living else known.get(memory)
+            if source is None or source.version != tensor._version:  # or changed by the module (max_norm of embeddings)
+                return tensor
+            return _Part(source, tensor.size(), tensor.stride(), tensor.storage_offset())
+
+        with saved_tensors_hooks(pack, _unpack):
+            yield
+
+
+def _made(make: Callable[[], Tensor | None]) -> Tensor | None:
+    made = make()
+    return None if made is None else apply(_Last, made)
+
+
+class _Last(torch.autograd.Function):
+    """Saves the tensor, as the last of what the checkpoint saves."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.save_for_backward(tensor)
+        return tensor.data  # no view, which the module might not change
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0]
+
+
+class _Source:
+    """A tensor as backward has made it. It goes with the last of those who saved a part of it, each of which autograd
+    lets go when it is through."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.version = tensor._version
+        self._node: Any = tensor.grad_fn
+        self._tensor: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        if self._tensor is None:
+            (self._tensor,) = self._node.saved_tensors
+        return self._tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What is saved in place of a tensor, or of a view of it."""
+
+    source: _Source
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int | torch.SymInt
+
+
+def _unpack(saved: Tensor | _Part) -> Tensor:
+    if isinstance(saved, Tensor):
+        return saved
+    return saved.source.tensor().as_strided(saved.size, saved.stride, saved.offset)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Tells memory apart, also where there are shapes only."""
+    address: int = tensor.untyped_storage()._cdata
+    return address

@@ -1,0 +1,297 @@
+"""`apply` and `plan`: from a host and a method's name to an injection, or to what it would be."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from peftcore.contract.config import MethodConfig, dtype_of, matches, validate
+from peftcore.contract.method import Method
+from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
+from peftcore.forward.adapter_modules import Operators
+from peftcore.forward.host_state import drop_state, ensure_state, state_of
+from peftcore.injection.injection import Injection
+from peftcore.registry.catalogue import method as find_method
+from peftcore.registry.experimental import notice_experimental
+from peftcore.registry.plugins import layer_of, registry
+from peftcore.roles import HostMap
+from peftcore.surgery import silent_layers as witness
+from peftcore.surgery.installation import install, release, uninstall
+from peftcore.surgery.planning import Plan
+from peftcore.surgery.surgeon import Surgeon, Wishes, generator_kept
+from peftcore.targets.resolver import Resolver, Target
+from peftcore.training.batches import Data, calibrate
+
+Part = str | MethodConfig | Mapping[str, Any]
+"""One method of a hybrid: a name, a config object, or the options as a mapping with the name under "method" (and, where
+the part has its own, a "target")."""
+
+
+def resolve_method(
+    method: str | MethodConfig | type[Method] | Sequence[Part], options: Mapping[str, Any]
+) -> tuple[Method, MethodConfig]:
+    """The method and its checked options, from a name, a config object, a method class, or a list of parts."""
+    if isinstance(method, Sequence) and not isinstance(method, str):
+        return resolve_method("config_union", {"parts": [_spelled(part) for part in method], **options})
+    if isinstance(method, MethodConfig):
+        return find_method(method.method)(), method.replace(**options) if options else method
+    cls = find_method(method) if isinstance(method, str) else method
+    return cls(), validate(cls.Config, dict(options))
+
+
+def _spelled(part: Part) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"method": part}
+    return part.model_dump(mode="json") if isinstance(part, MethodConfig) else dict(part)
+
+
+def host_map(model: nn.Module) -> HostMap:
+    """The host's map, from whoever knows the host first."""
+    found: HostMap = registry().hook.peftcore_map(model=model)
+    return found
+
+
+def prepare(
+    model: nn.Module, method: Method, config: MethodConfig, wishes: Wishes, host: HostMap | None, dry: bool
+) -> Surgeon:
+    """Record what the method would do; nothing is changed.
+
+    Raises:
+        UnsupportedHost: a wrapper that hides its module, TorchScript, or layers without shapes.
+        TargetError: nothing to act on.
+    """
+    if isinstance(model, nn.DataParallel):
+        raise UnsupportedHost(
+            "DataParallel copies modules in every forward; use DistributedDataParallel, and apply to the module inside"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedHost("TorchScript modules cannot change; apply before scripting, merge, then script")
+    for changes in config.overrides.values():
+        config.replace(**{**changes, "overrides": {}})  # wrong options are errors, also where no site matches
+    resolver = Resolver(model, host or host_map(model), layer_of)
+    parameters = resolver.parameters()
+    if any(map(is_lazy, parameters)):
+        raise UnsupportedHost("some layers are lazy and have no shapes yet: run the host once, then adapt it")
+    if _is_distributed(parameters) and _is_tensor_parallel(model):
+        raise UnsupportedHost(
+            "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"
+        )
+    thawed = list({id(each): each for each in parameters if each.requires_grad}.values())
+    surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry, thawed=thawed)
+    try:
+        with generator_kept():
+            registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
+            surgeon.train_wishes()
+    finally:
+        surgeon.progress.close()
+    if not surgeon.grafts:
+        raise TargetError(
+            f"{method.name} found nothing to act on in this {type(model).__name__}; "
+            f"its target is {wishes.target or method.target!r}"
+        )
+    if idle := _idle(config, surgeon):
+        warnings.warn(f"these overrides match no site and are passed over: {idle}", UserWarning, stacklevel=3)
+    return surgeon
+
+
+def _idle(config: MethodConfig, surgeon: Surgeon) -> list[str]:
+    """The overrides that match no site."""
+    if not config.overrides:
+        return []
+    paths = {graft.site.path for graft in surgeon.grafts}
+    paths |= {site.path for selection in surgeon.selections.values() for site in selection}
+    return [each for each in config.overrides if not any(matches(path, each) for path in paths)]
+
+
+def _is_distributed(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether a weight is a distributed tensor. Looked up, not imported: in a process that never imported
+    torch.distributed.tensor none is."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and any(issubclass(kind, tensors.DTensor) for kind in set(map(type, parameters)))
+
+
+def _is_tensor_parallel(model: nn.Module) -> bool:
+    """Weights that are distributed tensors by other means than FSDP2, which gathers them before each use."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(model, FSDPModule):
+        return False
+    own = any(isinstance(parameter, DTensor) for parameter in model._parameters.values())
+    children = (child for child in model._modules.values() if child is not None and not is_ours(child))
+    return own or any(_is_tensor_parallel(child) for child in children)
+
+
+def is_ours(module: nn.Module) -> bool:
+    """Whether a module of the host belongs to an injection."""
+    return isinstance(module, Operators)
+
+
+def wishes_of(
+    target: Target | None,
+    exclude: Target | None,
+    train: Iterable[str],
+    seed: int | None,
+    dtype: torch.dtype | str | None,
+) -> Wishes:
+    """The user's wishes; the seed is torch's own unless one is given, so that torch.manual_seed decides."""
+    train = (train,) if isinstance(train, str) else tuple(train)
+    return Wishes(target, exclude, train, torch.initial_seed() if seed is None else seed, dtype_of(dtype))
+
+
+def apply(
+    model: nn.Module,
+    method: str | MethodConfig | type[Method] | Sequence[Part],
+    *,
+    name: str | None = None,
+    target: Target | None = None,
+    exclude: Target | None = None,
+    train: Sequence[str] | str = (),
+    data: Data | None = None,
+    seed: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    host: HostMap | None = None,
+    **config: Any,
+) -> Injection:
+    """Adapt any module in place with a method; all of it, or nothing on an error.
+
+    The base is frozen, the operators train, the injection is active. Other injections on the host stay as they are.
+
+    Args:
+        model: the host; changed in place, its class and parameter names stay.
+        method: a name, ``"plugin/name"``, a config object, or a method class; a list of names, config objects or
+            mappings (``{"method": "lora", "rank": 4, "target": "attn.q"}``) applies all of them as one injection.
+        name: name of the injection on this host; the method's by default. No dots.
+        target: where to act, instead of the method's default roles: a role ("attn.q", "all-linear"), a glob, ends of
+            paths, "re:…", a type, a predicate of (path, module), or a list of these.
+        exclude: what of it to leave out, in the same forms.
+        train: modules of the host (heads, norms) that train along, as replacements saved with the adapter.
+        data: batches for methods that look at data first (tag `needs_data`): mappings are called as model(**batch),
+            tuples as model(*batch), functions as batch(model); the output is, or has, the loss.
+        seed: operators are drawn from (seed, path); torch's initial seed by default. The global generator does not
+            move.
+        dtype: dtype of the operators, float32 by default.
+        host: a host map to use instead of the derived one (`peftcore.roles.probe`, `HostMap.override`).
+        config: the method's options.
+
+    Raises:
+        UnknownMethod: no plugin has it; AmbiguousMethod: two have.
+        ConfigError: an option is unknown, or its value breaks a rule.
+        TargetError: there is nothing to act on.
+        UnsupportedSite: the method cannot act on what the target means.
+        UnsupportedHost: this host cannot be adapted as a whole.
+        DuplicateInjection: the name is taken or cannot be used.
+        CalibrationError: data is missing, or of no use to the method.
+        PluginError: the method breaks its contract.
+
+    Nothing was changed then. A method that is experimental (`Tags.proven`) is told in one line, once in a process, by
+    the logger "peftcore".
+    """
+    found, options = resolve_method(method, config)
+    name = check_name(model, found.name if name is None else name)
+    surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=False)
+    _check_data(surgeon, data)
+    return establish(surgeon, name, data)
+
+
+def _check_data(surgeon: Surgeon, data: Data | None) -> None:
+    """Data is there exactly when the method, or a part of a hybrid, looks at it."""
+    curious = [method.name for method in _methods(surgeon) if method.tags.needs_data]
+    if curious and data is None:
+        raise CalibrationError(f"{curious[0]} looks at data before training: apply(..., data=batches)")
+    if data is not None and not curious:
+        raise CalibrationError(f"{surgeon.method.name} looks at no data before training; leave data= out")
+
+
+def _methods(surgeon: Surgeon) -> Iterator[Method]:
+    yield surgeon.method
+    for part in surgeon.parts.values():
+        yield from _methods(part)
+
+
+def check_name(model: nn.Module, name: str) -> str:
+    """The name, if an injection of this host may have it.
+
+    Raises:
+        DuplicateInjection: it is taken, empty, or has a dot.
+    """
+    state = state_of(model)
+    if not name or "." in name or name in dir(nn.Module):
+        raise DuplicateInjection(
+            f"an injection cannot be called {name!r}: not empty, no dots, no attribute of nn.Module"
+        )
+    if state is not None and name in state.injections:
+        raise DuplicateInjection(
+            f"this host already has an injection named {name!r}; give another name=, or remove() it first"
+        )
+    return name
+
+
+def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: bool = True) -> Injection:
+    """Install what was recorded, make it the host's, and let the method look at the data, if there is any. It acts from
+    then on, unless it is not to be `active`."""
+    model = surgeon.model
+    fresh = state_of(model) is None
+    state = ensure_state(model, surgeon.resolver.modules.values())
+    injection = Injection(name, surgeon, state)
+    state.injections[name] = injection
+    thawed = surgeon.thawed
+    choice, threads = state.choice, dict(state.threads)
+    try:
+        install(surgeon, state, name)
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+        if active:
+            state.choose((*state.current(), name))
+        else:
+            state.replan()
+        injection.trainable(True)
+        witness.attend(surgeon, state, name)
+        if data is not None:
+            calibrate(injection, data)
+    except BaseException:
+        witness.forget(model, state, name)
+        del state.injections[name]
+        state.choice, state.threads = choice, threads
+        uninstall(surgeon, name)
+        state.replan()
+        for parameter in thawed:
+            parameter.requires_grad_(True)
+        if fresh:
+            release(model)
+            drop_state(model)
+        raise
+    state.frozen += thawed
+    notice_experimental(_methods(surgeon))
+    return injection
+
+
+def plan(
+    model: nn.Module,
+    method: str | MethodConfig | type[Method] | Sequence[Part],
+    *,
+    target: Target | None = None,
+    exclude: Target | None = None,
+    train: Sequence[str] | str = (),
+    data: Data | None = None,
+    seed: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    host: HostMap | None = None,
+    **config: Any,
+) -> Plan:
+    """What `apply` with the same arguments would do: sites, shapes, parameters, bytes. Nothing is changed or allocated.
+
+    The host may be on the meta device; data is not looked at.
+
+    Raises:
+        PeftcoreError: the same errors as `apply`.
+    """
+    found, options = resolve_method(method, config)
+    surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=True)
+    return Plan.of(surgeon)

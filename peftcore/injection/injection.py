@@ -1,0 +1,401 @@
+"""The handle on one applied method: what it is, switching it, merging it, taking it out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from peftcore.contract.config import MethodConfig
+from peftcore.contract.method import Method
+from peftcore.contract.operators import _Base, trainable_numbers
+from peftcore.errors import CompositionError, InactiveSite, MergeError, RouteError, UnknownInjection
+from peftcore.forward.class_swap import is_reached, slot_of
+from peftcore.forward.host_state import Chosen, HostState, chosen, drop_state
+from peftcore.injection import merging
+from peftcore.injection.summary import Summary
+from peftcore.layers.layer import GRAFTED
+from peftcore.registry.plugins import registry
+from peftcore.surgery import silent_layers as witness
+from peftcore.surgery.installation import release, uninstall
+from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
+from peftcore.targets.sites import Site
+
+MIXES_ROWS = ("experts", "pos")
+"""Families of roles whose modules see no rows of the batch: chosen tokens, or positions."""
+
+
+class Injection:
+    """One applied method under a name. Made by `apply` and `load`, found again with `injections(model)`. Once it is
+    removed, what would act on the host raises UnknownInjection.
+
+    Attributes:
+        name: its name on this host.
+        model: the host.
+        method: the method.
+        config: its options.
+        merged: whether its effect is in the host's weights now.
+    """
+
+    def __init__(self, name: str, surgeon: Surgeon, state: HostState) -> None:
+        self.name = name
+        self.model = surgeon.model
+        self.method: Method = surgeon.method
+        self.config: MethodConfig = surgeon.config
+        self.wishes: Wishes = surgeon.wishes
+        self.grafts: list[Graft] = surgeon.grafts
+        self.state = state
+        self.merged = False
+        self.kept: dict[merging.Key, merging.Original] | None = None
+        self._surgeon = surgeon
+        self._keep: merging.Keep = "cpu"
+        self._merge_report = merging.MergeReport()
+        self._again: dict[str, Any] = {}
+        self._frugal = False
+
+    @property
+    def operators(self) -> dict[str, _Base]:
+        """The operators by site path (of a hybrid, with the part before it: ``0/model.layers.0.mlp``)."""
+        return {graft.key: graft.operator for graft in self.grafts}
+
+    @property
+    def sites(self) -> list[Site]:
+        """Where the operators stand, in the order in which the method put them there."""
+        return [graft.site for graft in self.grafts]
+
+    @property
+    def shared(self) -> dict[str, nn.Module]:
+        """State that several operators use, by name."""
+        return {name: shared.module for name, shared in self._surgeon.owned.items()}
+
+    @property
+    def parts(self) -> dict[str, Injection]:
+        """Of a hybrid: what each of its methods put in, for that method's own functions to read."""
+        return {part: Injection(self.name, surgeon, self.state) for part, surgeon in self._surgeon.parts.items()}
+
+    def family(self) -> Iterator[Injection]:
+        """The injection itself and, of a hybrid, all its parts."""
+        yield self
+        for part in self.parts.values():
+            yield from part.family()
+
+    def owner(self, graft: Graft) -> Injection:
+        """The injection itself, or of a hybrid the part that a graft belongs to."""
+        owner = self
+        for part in filter(None, graft.part.split("/")):
+            owner = owner.parts[part]
+        return owner
+
+    @property
+    def selections(self) -> dict[str, list[Site]]:
+        """What each selection of the method resolved to; kept in files, so that loading does not resolve again."""
+        return self._surgeon.selections
+
+    def base_modules(self) -> Iterator[nn.Module]:
+        """The host's own modules, without the operators of any injection."""
+        yield from self._surgeon.resolver.modules.values()
+
+    @property
+    def main_selection(self) -> list[Site]:
+        """The sites of the user's target, or of the default one; of a hybrid, those of all parts."""
+        return [site for key, sites in self.selections.items() if not key.rpartition("/")[2] for site in sites]
+
+    @property
+    def trained_along(self) -> tuple[str, ...]:
+        """Paths of the host's parameters that train because the user named them, or modules that hold them."""
+        own = [graft.site for graft in self.grafts if not graft.by_method]
+        return tuple(f"{site.module_path}.{site.tensor}".lstrip(".") for site in own)
+
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Operators and shared modules under the names that files use."""
+        yield from self.operators.items()
+        for name, module in self.shared.items():
+            yield f"shared:{name}", module
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Every parameter of the injection, each once; all of them, trainable or not."""
+        tensors: list[nn.Parameter | None] = []
+        for module in (*(g.operator for g in self.grafts), *(shared.module for shared in self._surgeon.owned.values())):
+            for inner in module.modules() if module._modules else (module,):
+                tensors += inner._parameters.values()
+        yield from {id(each): each for each in tensors if each is not None}.values()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The injection's tensors by ``<site path>.<operator tensor>``, without the injection's name: what files have;
+        the operators' own, no copies."""
+        return {f"{path}.{key}": value for path, module in self.modules() for key, value in module.state_dict().items()}
+
+    @property
+    def active(self) -> bool:
+        """Whether it acts in this thread."""
+        return self.name in self.state.current()
+
+    @property
+    def frugal(self) -> bool:
+        """Whether it goes the way that needs least memory, not the fastest; False at first. In training, what acts
+        beside a weight (dora, oft, hra) then makes the effective one, and again in backward, and modules of experts or
+        attention that it changes run again there as a whole. In evaluation no effective weight is kept."""
+        return self._frugal
+
+    @frugal.setter
+    def frugal(self, mode: bool) -> None:
+        self._alive()
+        self._frugal = mode
+        self._replan()
+
+    def enabled(self) -> Chosen:
+        """Make it act besides those that act now; as a context manager, until the end of the block."""
+        self._alive()
+        return chosen(self.state, (*self.state.current(), self.name))
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Without it, to the bit, until the end of the block; a merged injection is taken out of the weights meanwhile.
+
+        Raises:
+            MergeError: it is merged and the originals were not kept.
+        """
+        self._alive()
+        merged, keep, again = self.merged, self._keep, self._again
+        if merged:
+            self.unmerge()
+        try:
+            with chosen(self.state, [name for name in self.state.current() if name != self.name]):
+                yield
+        finally:
+            if merged:
+                self.merge(keep, **again)
+
+    def trainable(self, mode: bool = True) -> None:
+        """Let its parameters train, or freeze them. Nothing else on the host changes."""
+        self._alive()
+        for parameter in self.parameters():
+            parameter.requires_grad = False
+        if mode:
+            registry().hook.peftcore_select(model=self.model, method=self.method, config=self.config, injection=self)
+            for graft in self.grafts:
+                if not graft.by_method:  # what the user named in `train` trains, whatever the method selects
+                    graft.operator.requires_grad_(True)
+
+    def optimizer(
+        self, cls: Callable[..., Optimizer], *, lr: float, total_steps: int | None = None, **options: Any
+    ) -> Optimizer:
+        """A torch optimizer of class `cls` over the method's parameter groups, with the method's rule for gradients.
+
+        Args:
+            cls: any torch optimizer, such as ``torch.optim.AdamW``.
+            lr: its learning rate; methods may give some parameters another one.
+            total_steps: how many steps there will be, for methods with a schedule.
+            options: its other options.
+
+        Raises:
+            TrainingError: the injection is frozen.
+        """
+        self._alive()
+        from peftcore.training.optimizer import method_optimizer
+
+        return method_optimizer(self, cls, lr, total_steps, options)
+
+    def merge(
+        self,
+        keep: merging.Keep = "cpu",
+        *,
+        into: merging.Into = "float",
+        max_error: float = merging.BOUND,
+        weight: float = 1.0,
+    ) -> merging.MergeReport:
+        """Fold it into the host's tensors; merging twice changes nothing more.
+
+        Args:
+            keep: how `unmerge` gets the originals back: their values on the "cpu" or on the "device", a compressed
+                "record" of ulps, or None (then it cannot). Of packed weights the codes are kept where they are.
+            into: what becomes of packed weights: "float" makes their modules dense; "same" packs the merged weights
+                again, which costs accuracy: the report says how much at each site.
+            max_error: the error (norm of the difference over norm of the weight) above which packing again is refused.
+            weight: how much of the change is written: 0.5 is half of it, -1 takes it away from the weights.
+
+        Returns:
+            What was written; it prints as a table.
+
+        Raises:
+            NotMergeable: the method has no merged form.
+            MergeError: not possible now, the result would not be finite, or a weight cannot be packed again or not
+                well enough; no weight was changed.
+        """
+        self._alive()
+        if self.merged:
+            return self._merge_report
+        kept, report = merging.merge(self, keep, into, max_error, weight)
+        self.kept, self.merged, self._keep = None if keep is None else kept, True, keep
+        self._merge_report, self._again = report, {"into": into, "max_error": max_error, "weight": weight}
+        self._replan()
+        return report
+
+    def unmerge(self) -> None:
+        """Restore the host's tensors bit for bit; the injection acts through its operators again.
+
+        Raises:
+            MergeError: it was merged with ``keep=None``, or another injection was merged on top.
+        """
+        self._alive()
+        if not self.merged:
+            return
+        if self.kept is None:
+            raise MergeError(
+                f"{self.name!r} was merged with keep=None, so the originals are gone; load the base model again"
+            )
+        merging.unmerge(self, self.kept)
+        self.kept, self.merged = None, False
+        self._replan()
+
+    def bake(self) -> None:
+        """Merge for good: the host keeps the effect and nothing else of the injection.
+
+        Raises:
+            NotMergeable, MergeError: as `merge`; the injection is still there.
+        """
+        self.merge(keep=None if not self.merged else self._keep)
+        self._leave()
+
+    def remove(self) -> None:
+        """Take it out: modules, classes, hooks, requires_grad and weights are as they were before it came.
+
+        Raises:
+            MergeError: it is merged, and `unmerge` is impossible.
+        """
+        self._alive()
+        self.unmerge()
+        self._leave()
+
+    def save(
+        self, path: str | os.PathLike[str], *, format: str | Sequence[str] = "peftcore", weights: bool = False
+    ) -> None:
+        """Write the adapter alone into the folder `path`.
+
+        Of a model whose weights are cut over processes (FSDP2) all of them call this, and the first one writes.
+
+        Args:
+            path: a folder; it is made where it is missing, and what it holds of the same format is replaced.
+            format: ours (``adapter.safetensors``, and ``adapter.json`` to read), another library's ("peft",
+                "diffusers", "kohya"), or several at once; also for which model of a pipeline:
+                "diffusers/text_encoder_2".
+            weights: note which values the base has at the sites, so that `load` refuses other ones.
+
+        Raises:
+            ExportError: another library's format cannot hold this adapter; nothing was written.
+        """
+        self._alive()
+        from peftcore.files.save_load import save
+
+        save(self, Path(path), (format,) if isinstance(format, str) else tuple(format), weights)
+
+    def summary(self) -> Summary:
+        """What the injection is and whether all of it is in one state."""
+        parameters = list(self.parameters())
+        training = [parameter.requires_grad for parameter in parameters]
+        return Summary(
+            name=self.name,
+            method=self.method.name,
+            sites=len(self.grafts),
+            parameters=sum(parameter.numel() for parameter in parameters),
+            trainable=trainable_numbers(module for _, module in self.modules()),
+            active=self.active,
+            merged=self.merged,
+            dtypes=tuple(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
+            devices=tuple(sorted({str(p.device) for p in parameters})),
+            irregular=tuple(self._irregular(training)),
+        )
+
+    def check(self) -> None:
+        """Verify that every operator still stands where it was put and will be called.
+
+        Raises:
+            InactiveSite: naming the sites that were replaced, patched or ungrafted since.
+        """
+        broken = list(self._broken())
+        if broken:
+            raise InactiveSite(f"{self.name!r} is not in place any more: {'; '.join(broken)}")
+
+    def __repr__(self) -> str:
+        return f"Injection({self.summary()})"
+
+    def _irregular(self, training: list[bool]) -> Iterator[str]:
+        if any(training) and not all(training):
+            yield f"{sum(training)} of {len(training)} tensors train"
+        yield from self._broken()
+
+    def _broken(self) -> Iterator[str]:
+        for graft in self.grafts:
+            for site in graft.holders:
+                slot = slot_of(site.module)
+                swapped = any(GRAFTED in vars(cls) for cls in type(site.module).__mro__)
+                mounts = () if slot is None else slot.mounts.get(self.name, ())
+                if not swapped or all(mount.operator is not graft.operator for mount in mounts):
+                    yield f"{site.path} lost its operator"
+                elif not is_reached(site.module):
+                    yield f"{site.path} has a forward set on the instance"
+                elif self._module(site.module_path) is not site.module:
+                    yield f"{site.path} was replaced"
+
+    def _module(self, path: str) -> nn.Module | None:
+        """What is at a path now; None where a module above it was replaced."""
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError:
+            return None
+
+    def _replan(self) -> None:
+        for graft in self.grafts:
+            for site in graft.holders:
+                slot = slot_of(site.module)
+                if slot is not None:
+                    slot.changed()
+        self.state.replan()
+
+    def stored_anew(self, module: nn.Module) -> None:
+        """A module of the host was packed or made dense: sites there are read in another way from now on."""
+        self._surgeon.stored_anew(module)
+
+    def check_routable(self) -> None:
+        """Verify that rows of a batch can be told apart at every site.
+
+        Raises:
+            RouteError: the method or a site cannot: experts get tokens of all rows, position tables get no rows.
+        """
+        if not self.method.tags.per_row:
+            raise RouteError(f"{self.method.name} acts on the whole batch, so it cannot be routed by rows")
+        for site in self.sites:
+            if (site.role or "").partition(".")[0] in MIXES_ROWS or site.role == "embed.pos":
+                raise RouteError(f"{self.name!r} acts on {site.path}, where rows of the batch cannot be told apart")
+
+    def check_combinable(self) -> None:
+        """Verify that what the injection makes of a module's output can be put together with what others do.
+
+        Raises:
+            CompositionError: it acts inside attention, or on the whole sequence or batch.
+        """
+        if not self.method.tags.per_row or any(graft.site.form == "attention" for graft in self.grafts):
+            raise CompositionError(
+                f"{self.name!r} ({self.method.name}) does not act on outputs of modules alone, so these cannot be "
+                "summed, averaged, split or fused with others; stack it"
+            )
+
+    def _alive(self) -> None:
+        if self.state.injections.get(self.name) is not self:
+            raise UnknownInjection(f"injection {self.name!r} is not on its host any more")
+
+    def _leave(self) -> None:
+        witness.forget(self.model, self.state, self.name)
+        uninstall(self._surgeon, self.name)
+        state = self.state
+        state.forget(self.name)
+        if not state.injections:
+            for parameter in state.frozen:
+                parameter.requires_grad_(True)
+            release(self.model)
+            drop_state(self.model)

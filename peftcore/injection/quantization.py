@@ -1,0 +1,235 @@
+"""Packing a host's linear layers: the contract of a scheme, and `quantize`.
+
+A plugin brings a scheme with three answers: `peftcore_schemes` names it, `peftcore_layer` recognizes its modules, and
+the `Packed` layer that it returns reads and packs their weights. No method knows a scheme, and no scheme a method.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
+from peftcore.forward.class_swap import slot_of
+from peftcore.injection.applying import host_map, is_ours
+from peftcore.injection.quantized_layer import Packed, become, dense_linear, floating_dtype
+from peftcore.layers.layer import Linear
+from peftcore.registry.plugins import imported, layer_of, named_places
+from peftcore.targets.resolver import Resolver, Target
+from peftcore.targets.sites import Site
+from peftcore.utils.progress import Progress
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class Scheme(BaseModel):
+    """One way of packing the weight of a linear layer, with its options as fields."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    layer: ClassVar[Packed]
+    """How what `module` returns is read."""
+    requires: ClassVar[tuple[str, ...]] = ()
+    """The packages that it needs, by import name."""
+    extra: ClassVar[str] = ""
+    """What to install for them: a requirement for pip."""
+
+    @classmethod
+    def missing(cls) -> list[str]:
+        """The packages that it needs and that are not installed."""
+        return [package for package in cls.requires if importlib.util.find_spec(package) is None]
+
+    def module(self, weight: Tensor) -> nn.Module:
+        """A linear layer without bias that holds the weight ``[out, in]`` packed.
+
+        Raises:
+            QuantizationError: the weight does not fit the format.
+        """
+        raise NotImplementedError
+
+
+def schemes() -> dict[str, str]:
+    """The schemes of all plugins: names and where their classes are.
+
+    Raises:
+        PluginError: two plugins call a scheme alike.
+    """
+    return named_places("peftcore_schemes", "scheme")
+
+
+def scheme_class(name: str) -> type[Scheme]:
+    """The class of a scheme by name, whether or not its packages are installed.
+
+    Raises:
+        QuantizationError: no plugin has it.
+    """
+    known = schemes()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        there = ", ".join(sorted(known)) or "none (pip install peftcore-quantized)"
+        raise QuantizationError(f"no scheme named {name!r}{hint}; there are: {there}")
+    cls: type[Scheme] = imported(known[name])
+    return cls
+
+
+def scheme(name: str, **options: Any) -> Scheme:
+    """A scheme by name, with its options.
+
+    Raises:
+        QuantizationError: no plugin has it, an option is wrong, or a package is missing; it says what to do.
+    """
+    cls = scheme_class(name)
+    missing = cls.missing()
+    if missing:
+        raise QuantizationError(f"scheme {name!r} needs {' and '.join(missing)}: pip install '{cls.extra}'")
+    try:
+        return cls(**options)
+    except ValidationError as error:
+        lines = [f"{name}: {'.'.join(map(str, e['loc']))}={e['input']!r}: {e['msg']}" for e in error.errors()]
+        raise QuantizationError("\n".join([*lines, f"it has: {', '.join(cls.model_fields) or 'no options'}"])) from None
+
+
+@functools.cache
+def _scheme(key: str) -> Scheme:
+    name, options = json.loads(key)
+    return scheme(name, **options)
+
+
+def scheme_key(name: str, options: Mapping[str, Any]) -> str:
+    """A scheme and its options as a text, for `round_trip`.
+
+    Raises:
+        QuantizationError: as of `scheme`.
+    """
+    key = json.dumps([name, dict(options)], sort_keys=True)
+    _scheme(key)
+    return key
+
+
+@torch.library.custom_op("peftcore::round_trip", mutates_args=(), schema="(Tensor weight, str key) -> Tensor")
+def _round_trip(weight: Tensor, key: str) -> Tensor:
+    chosen = _scheme(key)
+    return chosen.layer.unpack(chosen.module(weight.contiguous())).to(weight.dtype, copy=True)
+
+
+@_round_trip.register_fake
+def _(weight: Tensor, key: str) -> Tensor:
+    return torch.empty_like(weight)
+
+
+_round_trip.register_autograd(lambda ctx, grad: (grad, None))
+
+
+def round_trip(weight: Tensor, key: str) -> Tensor:
+    """What is left of a matrix ``[out, in]`` that is packed and read again, by the scheme of a `scheme_key`. Its
+    gradient passes as if nothing had been done.
+
+    An operation of torch as a whole, so that compilers do not look at how it is done.
+
+    Raises:
+        QuantizationError: the weight does not fit the format.
+    """
+    rounded: Tensor = _round_trip(weight, key)
+    return rounded
+
+
+def quantize(model: M, name: str, *, target: Target | None = None, exclude: Target | None = None, **options: Any) -> M:
+    """Pack the weights of a host's linear layers in place; all of them, or nothing on an error.
+
+    Modules stay the objects that they are. Injections that are on the host stay active; those that were made for a
+    packed base (LoftQ and the like) say what is packed in place of their weight.
+
+    Args:
+        model: the host, its weights dense. What is packed already is passed over.
+        name: a scheme: "nf4", "int8", "bnb-nf4", … (`peftcore.schemes()` lists what the plugins have).
+        target: what to pack, in the forms that `apply` knows; by default every linear layer inside the blocks (the
+            role "all-linear"), or of a host without such roles every one that there is.
+        exclude: what of it to leave dense.
+        options: the scheme's options.
+
+    Raises:
+        QuantizationError: an unknown scheme, a missing package, a weight that the format does not fit.
+        TargetError: there is nothing to pack.
+        UnsupportedSite: the target means what is no linear layer.
+
+    Nothing was changed then.
+    """
+    chosen = scheme(name, **options)
+    sites = list(_sites(model, target, exclude))
+    progress, packed = Progress(f"packing as {name}"), []
+    progress.expect(len(sites))
+    try:
+        for site in sites:
+            packed.append(chosen.module(_to_pack(site)).train(site.module.training))
+            progress.step()
+    finally:
+        progress.close()
+    for site, new in zip(sites, packed, strict=True):
+        become(site.module, new)
+        for operator in _operators(site.module):
+            operator.base_was_packed()
+    return model
+
+
+def dequantize(model: M) -> M:
+    """Make every packed linear layer of a host dense, in place: the weights are those that the codes stand for.
+
+    Injections stay active, and what they compute stays the same.
+    """
+    dtype = floating_dtype(module for module in model.modules() if not is_ours(module))
+    for module in list(model.modules()):
+        layer = layer_of(module, "weight")
+        if isinstance(layer, Packed):
+            become(module, dense_linear(layer.unpack(module), layer.dtype(module) or dtype).train(module.training))
+    return model
+
+
+def _sites(model: nn.Module, target: Target | None, exclude: Target | None) -> Iterator[Site]:
+    resolver = Resolver(model, host_map(model), layer_of)
+    try:
+        found, _ = resolver.sites("all-linear" if target is None else target, exclude=exclude)
+    except TargetError:
+        if target is not None:
+            raise
+        found, _ = resolver.sites(nn.Linear, exclude=exclude)
+    seen: set[int] = set()
+    for site in found:
+        fits = isinstance(site.layer, Linear) and site.layer.called and site.tensor == "weight"
+        if not fits and target is not None:
+            raise UnsupportedSite(f"{site.path} is no linear layer that is called, so its weight cannot be packed")
+        if not fits or site.layer.packed or id(site.module) in seen:
+            continue
+        slot = slot_of(site.module)
+        if slot is not None and any(injection.merged for injection in slot.state.injections.values()):
+            raise QuantizationError("an injection is merged into these weights; bake() it, or unmerge() it first")
+        seen.add(id(site.module))
+        yield site
+    if not seen:
+        raise TargetError("there is no dense linear layer to pack here")
+
+
+def _operators(module: nn.Module) -> Iterator[Any]:
+    slot = slot_of(module)
+    for own in slot.mounts.values() if slot is not None else ():
+        yield from (mount.operator for mount in own if mount.tensor == "weight")
+
+
+@torch.no_grad()
+def _to_pack(site: Site) -> Tensor:
+    stored = site.layer.read(site.module, site.tensor)
+    assert stored is not None, "a linear layer has a weight"
+    weight = site.layer.logical(stored)
+    for operator in _operators(site.module):
+        weight = operator.base_to_pack(weight)
+    return weight.detach().contiguous()

@@ -1,0 +1,215 @@
+"""Packed weights: what a quantizer tells the core about its format, and how a module gets and loses one.
+
+A module is packed and made dense *in place*: it takes over class and state of another one and stays the object that it
+was, so containers, ties, hooks and grafts go on to hold it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from peftcore.errors import MergeError
+from peftcore.forward.class_swap import FORWARDS, TORCHS, change_class, grafted_class, slot_of
+from peftcore.forward.slot import Slot
+from peftcore.layers.layer import Layer, Linear, plain_class
+from peftcore.registry.plugins import layer_of
+
+
+class Dense(nn.Linear):
+    """Runs in place of a packed linear layer when an effective weight stands for the packed one. Like those, it takes
+    inputs of any floating-point dtype and returns theirs."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+@dataclass(frozen=True)
+class Packed(Linear):
+    """A linear layer whose weight is kept packed. A quantizer describes its format by a subclass, which holds no state:
+    everything is read from the module.
+
+    Needed: `unpack`, `features`, `dtype`, `device`. With `pack` an injection can be merged into the same format.
+    """
+
+    called: bool = True
+
+    def unpack(self, module: nn.Module) -> Tensor:
+        """The weight ``[out, in]`` as the module's forward uses it: a new dense tensor."""
+        raise NotImplementedError
+
+    def features(self, module: nn.Module) -> tuple[int, int]:
+        """``(out, in)``, without unpacking."""
+        return module.out_features, module.in_features  # type: ignore[return-value]
+
+    def dtype(self, module: nn.Module) -> torch.dtype | None:
+        """The dtype that the weight was packed from; None where the format does not remember, and `unpack` gives
+        float32."""
+        raise NotImplementedError
+
+    def device(self, module: nn.Module) -> torch.device:
+        """The device of `unpack`, without unpacking."""
+        return next(iter((*module.parameters(), *module.buffers()))).device
+
+    def pack(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        """A new module, packed as `module` is, with the weight ``[out, in]`` and no bias.
+
+        Raises:
+            MergeError: unless the format overrides it.
+        """
+        raise MergeError(f"{type(module).__name__} cannot be packed again")
+
+    # What the core asks of any layer; of what stands beside the weight too
+
+    @property
+    def packed(self) -> bool:
+        return True
+
+    @property
+    def runs_dense(self) -> type[nn.Module] | None:
+        return Dense
+
+    @property
+    def as_stored(self) -> Layer:
+        return self
+
+    def slots(self, module: nn.Module) -> tuple[str, ...]:
+        return ("weight", "bias")
+
+    def has(self, module: nn.Module, tensor: str) -> bool:
+        return tensor.endswith("weight") or super().has(module, tensor)
+
+    def read(self, module: nn.Module, tensor: str) -> Tensor | None:
+        owner, _, name = tensor.rpartition(".")
+        if name != "weight":
+            return super().read(module, tensor)
+        with torch.no_grad():
+            return self.unpack(module.get_submodule(owner))
+
+    def shape(self, module: nn.Module, tensor: str) -> torch.Size:
+        return torch.Size(self.features(module.get_submodule(tensor.rpartition(".")[0])))
+
+    def like(self, module: nn.Module, tensor: str) -> Tensor:
+        owner = module.get_submodule(tensor.rpartition(".")[0])
+        return torch.empty(0, dtype=self.dtype(owner) or torch.float32, device=self.device(owner))
+
+
+@dataclass(frozen=True)
+class Beside(Layer):
+    """A dense tensor beside a packed weight: its bias, which has the weight's dtype where there is none yet."""
+
+    weight: Packed = Packed()
+
+    @property
+    def as_stored(self) -> Layer:
+        return self
+
+    def like(self, module: nn.Module, tensor: str) -> Tensor:
+        held = self.read(module, tensor)
+        return self.weight.like(module, tensor) if held is None else held
+
+
+def packed_layer(module: nn.Module, tensor: str, layer: Packed) -> Layer | None:
+    """What a quantizer answers to `peftcore_layer` for a module of its format."""
+    name = tensor.rpartition(".")[2]
+    return (
+        replace(layer, called="." not in tensor)
+        if name == "weight"
+        else Beside(weight=layer)
+        if name == "bias"
+        else None
+    )
+
+
+def dense_linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
+    """A frozen linear layer without bias that holds the weight ``[out, in]``."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
+    return layer
+
+
+def floating_dtype(modules: Iterable[nn.Module]) -> torch.dtype:
+    """That of a host's first matrix which is not packed: an embedding, most likely. Where all are packed, that of any
+    other parameter."""
+    own = [p for module in modules for p in module._parameters.values() if p is not None and p.is_floating_point()]
+    return min(own, key=lambda p: p.dim() < 2).dtype if own else torch.float32
+
+
+TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+"""What a module holds its tensors by."""
+FOREIGN = (*FORWARDS, "_hf_hook")
+"""What others (accelerate) set on an instance, and what stays there."""
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """What a module was before it became another: its class, its own state, and the hooks that the other brought."""
+
+    cls: type[nn.Module]
+    state: dict[str, Any]
+    brought: dict[str, tuple[int, ...]]
+
+
+def become(module: nn.Module, other: nn.Module) -> Form:
+    """Give `module` class, parameters, buffers and attributes of `other`, but keep what stands on it: hooks, grafts,
+    its own bias, training mode. Returns the way back."""
+    kept = {key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in _own(module)}
+    hooks = {
+        key: value for key, value in vars(other).items() if isinstance(value, dict) and key in TORCHS and "hooks" in key
+    }
+    form = Form(plain_class(module), kept, {key: tuple(value) for key, value in hooks.items()})
+    bias = _bias(module)
+    _take(module, plain_class(other), dict(_own(other)))
+    module._parameters["bias"] = bias
+    for key, value in hooks.items():
+        vars(module)[key].update(value)
+    return form
+
+
+def restore(module: nn.Module, form: Form) -> None:
+    """Make a module what it was before `become`."""
+    for key, brought in form.brought.items():
+        for each in brought:
+            vars(module)[key].pop(each, None)
+    bias = _bias(module)
+    _take(module, form.cls, form.state)
+    if "bias" in module._parameters:
+        module._parameters["bias"] = bias
+
+
+def _bias(module: nn.Module) -> nn.Parameter | None:
+    """The bias; of those who keep it as a plain attribute (HQQ), as a parameter."""
+    bias: Tensor | None = getattr(module, "bias", None)
+    return bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach(), requires_grad=False)
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What is a module's own: parameters, buffers, attributes, but for the forward that others set on it."""
+    for key, value in vars(module).items():
+        if key in TENSORS or (key not in TORCHS and key not in FOREIGN and not isinstance(value, Slot)):
+            yield key, value
+
+
+def _take(module: nn.Module, cls: type[nn.Module], fields: dict[str, Any]) -> None:
+    slot = slot_of(module)
+    for key in [key for key, _ in _own(module)]:
+        del vars(module)[key]
+    vars(module).update({key: copy.copy(value) if key in TENSORS else value for key, value in fields.items()})
+    change_class(module, cls if slot is None else grafted_class(cls))
+    if slot is None:
+        return
+    for own in slot.mounts.values():
+        own[:] = [replace(mount, layer=layer_of(module, mount.tensor)) for mount in own]
+        for mount in own:
+            mount.operator.layer = mount.layer
+    for injection in slot.state.injections.values():
+        injection.stored_anew(module)
+    slot.changed()
+    slot.state.replan()

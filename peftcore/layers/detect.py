@@ -1,0 +1,92 @@
+"""Which `Layer` a dense tensor of a module is, by the module's class and by the tensor's dimensions: what the core
+answers to `peftcore_layer` after all plugins."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from peftcore.layers.layer import (
+    PRODUCTS,
+    Conv,
+    ConvTransposed,
+    Layer,
+    Linear,
+    Opaque,
+    Table,
+    Transposed,
+    is_dense,
+    plain_class,
+)
+
+
+def _runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """True when the module's forward is that of one of `kinds`: subclasses may make something else of the tensors.
+
+    Scaled embeddings (Gemma) and standardized or self-padding convolutions (timm) do: act on their weight instead.
+    """
+    return any(plain_class(module).forward is kind.forward for kind in kinds)
+
+
+def _conv(module: _ConvNd) -> Layer:
+    plain = module.groups == 1 and module.padding_mode == "zeros" and _runs(module, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    padding = module.padding if isinstance(module.padding, str) else tuple(module.padding)
+    return Conv(called=plain, stride=module.stride, padding=padding, dilation=module.dilation)
+
+
+def _embedding(module: nn.Embedding) -> Layer:
+    plain = _runs(module, nn.Embedding)
+    simple = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+    return Table(called=plain and simple, one_hot=True, padding_idx=module.padding_idx)
+
+
+_KINDS: dict[type, Callable[[Any], Layer]] = {
+    nn.Linear: lambda module: Linear(called=_runs(module, nn.Linear)),
+    nn.Embedding: _embedding,
+    _ConvNd: _conv,
+    _ConvTransposeNd: lambda module: ConvTransposed(groups=module.groups),
+}
+
+
+def _kinds() -> dict[type, Callable[[Any], Layer]]:
+    """The known classes. transformers' Conv1D is looked up, not imported: without transformers no module can be one."""
+    utils = sys.modules.get("transformers.pytorch_utils")
+    if utils is not None and utils.Conv1D not in _KINDS:
+        _KINDS[utils.Conv1D] = lambda module: Transposed(called=_runs(module, utils.Conv1D))
+        PRODUCTS.add(utils.Conv1D.forward)
+    return _KINDS
+
+
+def dense_layer(module: nn.Module, tensor: str) -> Layer:
+    """The layer of a dense tensor: of a `weight` by the class of the module that holds it, of any other tensor by its
+    dimensions. What a module reads of one below it is stored alike, but is never called at the module."""
+    path, _, name = tensor.rpartition(".")
+    owner = module.get_submodule(path)
+    held = getattr(owner, name, None)
+    if isinstance(held, Tensor) and not is_dense(held):
+        return Opaque(called=owner is module)
+    if name == "weight":
+        kinds = _kinds()
+        for cls in type(owner).__mro__:
+            if cls in kinds:
+                layer = kinds[cls](owner)
+                return layer if owner is module else replace(layer, called=False)
+    if isinstance(held, Tensor) and held.dim() == 3:
+        return Transposed(batch_dims=1) if stacked_transposed(owner) else Layer(batch_dims=1)
+    return Layer()
+
+
+def stacked_transposed(module: nn.Module) -> bool:
+    """Whether a module stores its stacks as ``[experts, in, out]``: as it says (transformers: `is_transposed`), or as
+    two of them say that are gates with their inputs, and the way back (Llama 4). Else they are ``[experts, out,
+    in]``."""
+    declared = getattr(module, "is_transposed", None)
+    if isinstance(declared, bool):
+        return declared
+    stacks = [each.shape for each in module._parameters.values() if each is not None and each.dim() == 3]
+    return any(one == (other[0], other[2], 2 * other[1]) for one in stacks for other in stacks)

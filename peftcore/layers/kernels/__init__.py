@@ -1,0 +1,20 @@
+"""What methods of several families compute at every step, arranged for speed. Each stands for plain mathematics
+(`plain_*`), which the tests hold it against, and which runs under torch.compile, torch.func and wherever autograd is
+not plain."""
+
+from peftcore.layers.kernels.autograd import cast_operands, runs_plain, saves_elsewhere, transformed
+from peftcore.layers.kernels.dropout import dropped_linear, keep, plain_dropped_linear
+from peftcore.layers.kernels.low_rank import low_rank_linear, matmul_transposed, plain_low_rank_linear
+
+__all__ = [
+    "cast_operands",
+    "dropped_linear",
+    "keep",
+    "low_rank_linear",
+    "matmul_transposed",
+    "plain_dropped_linear",
+    "plain_low_rank_linear",
+    "runs_plain",
+    "saves_elsewhere",
+    "transformed",
+]

@@ -1,0 +1,56 @@
+"""When a kernel's own gradient may stand for that of its plain form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore.contract.operators import autocasts
+
+
+def transformed() -> bool:
+    """True inside torch.func's grad, vmap and the like, which know neither saved-tensor hooks nor addresses."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+def saves_elsewhere() -> bool:
+    """Whether hooks of others take what autograd saves (a checkpoint, an offload to the CPU), which hooks of one's own
+    would keep from them. Versions of torch that cannot say so may have some."""
+    top = vars(torch._C._autograd).get("_top_saved_tensors_default_hooks")
+    return top is None or top(False) is not None
+
+
+def runs_plain(product: Tensor | None = None) -> bool:
+    """True where plain mathematics is to run in place of a function with a gradient of its own: in what is compiled,
+    transformed by torch.func, or traced.
+
+    Args:
+        product: an operand of a kernel that arranges products, which compilers leave as they are written, so that it is
+            worth as much in what is compiled for a CPU. Exports are plain, for whatever will run them.
+    """
+    if torch.compiler.is_compiling():
+        return product is None or product.device.type != "cpu" or _exports() or transformed()
+    return transformed() or torch._C._get_tracing_state() is not None
+
+
+_exports: Callable[[], bool] = vars(torch.compiler).get("is_exporting", lambda: True)
+"""Whether what is compiled is exported; versions of torch that cannot say so may export it."""
+
+
+def cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a linear layer multiplies and adds: x ``[..., in]``, weight ``[out, in]`` and bias ``[out]``, in the dtype
+    of autocast where that is on, else as they are."""
+    device = x.device.type
+    if not autocasts(device):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """The output of a function with a gradient of its own."""
+    output: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    return output

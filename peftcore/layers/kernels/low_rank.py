@@ -1,0 +1,115 @@
+"""A linear layer and a low-rank update of it, in one function: the update is added where the output stands, and in
+backward its part of the input's gradient where that of the layer stands, instead of going through memory once more each
+time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftcore.layers.kernels.autograd import apply, cast_operands, runs_plain
+from peftcore.layers.kernels.dropout import keep, masked
+
+FEW = 64
+"""Up to so many columns of a product are made as rows."""
+
+
+def plain_low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """``weight x + bias + scale B A dropout(x)``."""
+    low = F.linear(F.dropout(x, dropout) if dropout else x, A)
+    return F.linear(x, weight, bias) + F.linear(low * scale, B)
+
+
+def low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """`plain_low_rank_linear` of a frozen weight."""
+    x, weight, bias, (A, B) = _in_one_dtype(x, weight, bias, A, B)
+    if runs_plain(x) or (dropout and dropout == 1):  # a default is a symbol where shapes are, and not to be compared
+        return plain_low_rank_linear(x, weight, bias, A, B, scale, dropout)
+    if torch.compiler.is_compiling():
+        B, scale = B * scale, 1.0  # see `Linear.add`
+    A, kept = _dropping(x, A, dropout)
+    return apply(_LowRankLinear, x, weight, bias, A, B, scale, kept)[0]
+
+
+def _in_one_dtype(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
+    """All in the dtype in which the layer computes."""
+    x, weight, bias = cast_operands(x, weight, bias)
+    return x, weight, bias, [each.to(weight.dtype) for each in others]
+
+
+def _dropping(x: Tensor, A: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
+    """A as large as makes up for what is dropped, and what is kept of the rows of x."""
+    if not dropout:
+        return A, None
+    kept, more = keep(x, dropout)
+    return A * more, kept.view(-1, x.shape[-1])
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """Returns what it keeps for backward as well, so that backward can be differentiated without keeping more: the
+    input is kept for A alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, kept: Any
+    ) -> tuple[Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        low = F.linear(rows if kept is None else masked(rows, kept), A)
+        y = F.linear(x, weight, bias)  # to the bit what the layer returns by itself, whatever the strides of x
+        y.view(-1, weight.shape[0]).addmm_(low, B.mT, alpha=scale)
+        back, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if trains_A else None, weight, A if back else None, B, low if trains_B else None, kept)
+        ctx.scale, ctx.shape = scale, x.shape
+        ctx.set_materialize_grads(False)
+        return y, low
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, weight, A, B, low, kept = ctx.saved_tensors
+        of_y, of_low_too = gradients
+        gradient = _rows_of(of_y, ctx.shape, weight)
+        of_low = matmul_transposed(gradient, B.mT).mul_(ctx.scale)
+        if of_low_too is not None:
+            of_low = of_low + of_low_too
+        of_x = of_A = of_B = None
+        if ctx.needs_input_grad[0]:
+            of_x = _through(gradient, weight, of_low, A, kept).view(ctx.shape)
+        if x is not None:
+            rows = x.reshape(-1, x.shape[-1])
+            of_A = of_low.mT @ (rows if kept is None else masked(rows, kept))
+        if low is not None:
+            of_B = matmul_transposed(gradient.mT, low.mT).mul_(ctx.scale)
+        return of_x, None, None, of_A, of_B, None, None
+
+
+def _rows_of(gradient: Tensor | None, shape: torch.Size, weight: Tensor) -> Tensor:
+    """The gradient of the output by rows, for an input of a shape; none is of zeros."""
+    if gradient is None:  # backward is being differentiated, and nothing comes by this way
+        gradient = weight.new_zeros(*shape[:-1], weight.shape[0])
+    return gradient.reshape(-1, weight.shape[0])
+
+
+def matmul_transposed(wide: Tensor, few: Tensor) -> Tensor:
+    """``wide few^T``, made as its transpose if it has few columns: on a CPU a narrow product takes two to ten times as
+    long as a flat one.
+
+    Args:
+        wide: ``[n, k]``.
+        few: ``[columns, k]``, of the same dtype.
+    """
+    return (few @ wide.mT).mT if few.shape[0] <= FEW else F.linear(wide, few)
+
+
+def _through(gradient: Tensor, weight: Tensor, of_low: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
+    """The gradient of the rows that went in, through the layer and through the update."""
+    of_rows = gradient @ weight
+    return of_rows.addmm_(of_low, A) if kept is None else of_rows.addcmul_(of_low @ A, kept.to(of_rows.dtype))

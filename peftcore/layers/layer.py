@@ -1,0 +1,389 @@
+"""How each kind of module stores a tensor, and what its linear map is.
+
+A method sees every weight in one *logical layout*, ``[*batch, out, in, *kernel]``, whatever the storage: transformers'
+Conv1D is transposed, embeddings are tables ``[num, dim]``, experts are three-dimensional. A `Layer` converts, and
+applies the module's own linear map with another weight in place of its own. It is plain data, found once when a site is
+chosen: hook implementations may answer first (quantizers do).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from peftcore.errors import UnsupportedSite
+from peftcore.layers import kernels
+from peftcore.layers.fsdp import is_sharded_class
+
+SMALL = 2**14
+"""Values up to which one pass less over an output saves less than it takes to lay it out for that."""
+Ranges = tuple[tuple[int, int], ...]
+"""Half-open ranges of the logical output dimension: the rows of one part of a fused projection."""
+DENSE = (Tensor, nn.Parameter)
+"""The classes of plain tensors."""
+GRAFTED = "_peftcore_base"
+"""The attribute by which a grafted class names the class it stands for."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One tensor of one kind of module. The base class fits tensors stored as they are meant: ``[out, in, *kernel]`` or
+    vectors."""
+
+    of_vectors: ClassVar[bool] = False
+    """True when what the module does to vectors it does to each in the last dimension of its input."""
+    batch_dims: int = 0
+    """Leading dimensions that are neither output nor input: 1 for stacked experts."""
+    called: bool = False
+    """True when the module computes exactly `apply` plus its bias, so that an adapter may act on activations."""
+    one_hot: bool = False
+    """True when each input picks a single column of the logical weight (embeddings)."""
+
+    @property
+    def packed(self) -> bool:
+        """True when the tensor is kept in another form, such as codes, and each `read` makes a dense copy."""
+        return False
+
+    @property
+    def runs_dense(self) -> type[nn.Module] | None:
+        """The class whose forward takes an effective tensor in place of the module's own; None for the module's."""
+        return None
+
+    @property
+    def saves_dense(self) -> bool:
+        """True when the module's own forward keeps a dense copy of a packed weight for backward; the core computes it
+        again instead."""
+        return False
+
+    @property
+    def as_stored(self) -> Layer:
+        """The same tensor as it lies there, without a logical layout, for a value that stands for it."""
+        return Layer()
+
+    @property
+    def channel_dim(self) -> int:
+        """The dimension of the module's output along which the logical rows lie."""
+        return -1
+
+    def logical(self, stored: Tensor) -> Tensor:
+        """The stored tensor in logical layout; a view where possible."""
+        return stored
+
+    def stored(self, logical: Tensor) -> Tensor:
+        """The way back from `logical`."""
+        return logical
+
+    def read(self, module: nn.Module, tensor: str) -> Tensor | None:
+        """The dense stored tensor at the path `tensor` below `module`; None where there is none (a missing bias)."""
+        value: Tensor | None = module._parameters.get(tensor)  # as nearly always
+        if value is None:
+            path, _, name = tensor.rpartition(".")
+            value = getattr(module.get_submodule(path), name, None)
+        return value if isinstance(value, Tensor) else None
+
+    def check_readable(self, module: nn.Module, tensor: str) -> None:
+        """Verify that `read` knows the format; cheap, and without values.
+
+        Raises:
+            UnsupportedSite: it does not.
+        """
+
+    def has(self, module: nn.Module, tensor: str) -> bool:
+        """Whether the module has such a tensor; cheap, also where reading is not."""
+        return self.read(module, tensor) is not None
+
+    def slots(self, module: nn.Module) -> tuple[str, ...]:
+        """What may be replaced in a module whose weight this is: its parameters, empty ones (no bias) too."""
+        return tuple(module._parameters)
+
+    def like(self, module: nn.Module, tensor: str) -> Tensor:
+        """A tensor of the dtype and on the device of `read`, also where the module has none (a missing bias)."""
+        held = self.read(module, tensor)
+        return next(module.parameters()) if held is None else held
+
+    def shape(self, module: nn.Module, tensor: str) -> torch.Size:
+        """The logical shape, also where the stored form is packed."""
+        stored = self.read(module, tensor)
+        assert stored is not None, "only existing tensors have a shape"
+        return self.logical(stored).shape
+
+    def write(self, module: nn.Module, tensor: str, stored: Tensor) -> None:
+        """Set the values of a dense stored tensor in place."""
+        target = self.read(module, tensor)
+        assert target is not None, "only existing tensors are written"
+        target.data.copy_(stored)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The module's linear map with `weight` (logical layout, any number of outputs) and no bias.
+
+        Raises:
+            UnsupportedSite: this kind of module has no linear map of its own.
+        """
+        raise UnsupportedSite("this kind of module has no linear map of its own")
+
+    def apply_dropped(self, x: Tensor, weight: Tensor, probability: float) -> Tensor:
+        """`apply` to an input of which parts are dropped; of which, with a probability of 0, none are."""
+        return self.apply(F.dropout(x, probability) if probability else x, weight)
+
+    def mix(self, low: Tensor, matrix: Tensor) -> Tensor:
+        """The matrix ``[out, rank]`` acting on the channels of `low`.
+
+        Raises:
+            UnsupportedSite: this kind of module has no linear map of its own.
+        """
+        raise UnsupportedSite("this kind of module has no linear map of its own")
+
+    def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
+        """``y + scale * matrix low``, the matrix ``[out, rank]`` acting on the channels of `low`.
+
+        Raises:
+            UnsupportedSite: this kind of module has no linear map of its own.
+        """
+        raise UnsupportedSite("this kind of module has no linear map of its own")
+
+    def update(
+        self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+    ) -> Tensor:
+        """``call(x) + scale * B A dropout(x)``, A ``[*batch, rank, in, *kernel]`` and B ``[*batch, out, rank]`` of any
+        dtype, `call` the inner layer of an operator."""
+        y = call(x)
+        A, B = A.to(y.dtype), B.to(y.dtype)
+        return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
+
+    def frozen_linear(self, call: Callable[..., Tensor], x: Tensor, width: int) -> tuple[Tensor, Tensor | None] | None:
+        """Weight ``[out, in]``, in logical layout, and bias ``[out]`` of the frozen linear layer whose own forward
+        `call` is, where one function with a gradient of its own may compute the layer and what an operator does to its
+        inputs or outputs: both in one save a pass over memory.
+
+        None wherever such a function must not, or need not: `call` is anything else, such as another operator; weight
+        or bias train, or are more than plain tensors (packed, sharded, traced); the plain mathematics runs
+        (`peftcore.runs_plain`); or so little goes through memory that it is not worth it. Then call, and add.
+
+        Args:
+            call: the inner layer of an operator.
+            x: its input, ``[..., in]``.
+            width: values a row of x of which a pass is saved: the outputs of an update, the inputs of a rotation.
+        """
+        return None
+
+    def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
+        """`vector` shaped so that it broadcasts over the channels of the activation `like`."""
+        return vector
+
+
+@dataclass(frozen=True)
+class Linear(Layer):
+    """``y = W x`` over the last dimension."""
+
+    of_vectors: ClassVar[bool] = True
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    def apply_dropped(self, x: Tensor, weight: Tensor, probability: float) -> Tensor:
+        return kernels.dropped_linear(x, weight, probability) if probability else self.apply(x, weight)
+
+    def mix(self, low: Tensor, matrix: Tensor) -> Tensor:
+        return F.linear(low, matrix)
+
+    def update(
+        self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
+    ) -> Tensor:
+        own = self.frozen_linear(call, x, B.shape[-2])
+        if own is not None and A.dim() == B.dim() == 2:
+            return kernels.low_rank_linear(x, *own, A, B, scale, dropout)
+        y = call(x)
+        if A.dtype is B.dtype is y.dtype and not dropout and not is_compiling() and y.numel() <= SMALL:
+            return torch.add(y, F.linear(F.linear(x, A), B), alpha=scale)  # a token: each call counts
+        A, B = A.to(y.dtype), B.to(y.dtype)
+        return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
+
+    def frozen_linear(self, call: Callable[..., Tensor], x: Tensor, width: int) -> tuple[Tensor, Tensor | None] | None:
+        enough = torch.is_grad_enabled() if is_compiling() else x.numel() * width > SMALL * x.shape[-1]
+        if not enough or kernels.runs_plain(x) or not is_linear(call):
+            return None
+        module: nn.Linear = call.args[0]  # type: ignore[attr-defined]
+        weight, bias = module.weight, module.bias
+        plain = all(each is None or (type(each) in DENSE and not each.requires_grad) for each in (weight, bias))
+        return (self.logical(weight), bias) if plain else None
+
+    def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
+        if is_compiling():  # inductor loses `alpha` where it makes one of a sum and a product (pytorch issue 167313)
+            return y + F.linear(low * scale, matrix)
+        if y.numel() <= SMALL:
+            return torch.add(y, F.linear(low, matrix), alpha=scale)
+        flat = torch.addmm(y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1]), matrix.T, alpha=scale)
+        return flat.view(y.shape)
+
+
+PRODUCTS: set[Callable[..., Any]] = {nn.Linear.forward}
+"""Forwards that are a product with the weight, plus the bias, and nothing else (`layers` adds one of transformers)."""
+
+
+def is_linear(call: Callable[..., Any]) -> bool:
+    """Whether `call` is a linear layer's own forward, with its own weight: what it returns is new and nobody else's."""
+    return type(call) is functools.partial and call.func in PRODUCTS
+
+
+@dataclass(frozen=True)
+class Opaque(Linear):
+    """A linear layer whose weight nobody here can read: its module may be called, and that is all."""
+
+    def check_readable(self, module: nn.Module, tensor: str) -> None:
+        held = super().read(module, tensor)
+        kind = "no tensor" if held is None else f"{type(held).__name__} of {held.dtype}".replace("torch.", "")
+        raise UnsupportedSite(
+            f"{tensor!r} of {type(module).__name__} is stored as {kind}, which no installed plugin can read, and this "
+            "needs the weight itself. Use a method that acts beside the layer, such as lora, or a plugin that reads "
+            "it: peftcore-quantized knows bitsandbytes, torchao and HQQ; for another format it is one file that "
+            "answers peftcore_layer"
+        )
+
+    def read(self, module: nn.Module, tensor: str) -> Tensor | None:
+        self.check_readable(module, tensor)
+        return None
+
+    def has(self, module: nn.Module, tensor: str) -> bool:
+        return True
+
+    def like(self, module: nn.Module, tensor: str) -> Tensor:
+        floats = (each for each in (*module.parameters(), *module.buffers()) if each.is_floating_point())
+        return next(floats, torch.empty(0, device=next(module.parameters()).device))
+
+    def shape(self, module: nn.Module, tensor: str) -> torch.Size:
+        features = getattr(module, "out_features", None), getattr(module, "in_features", None)
+        return torch.Size(features) if all(features) else self.logical(self.read(module, tensor)).shape  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Transposed(Linear):
+    """Stored ``[*batch, in, out]``: transformers' Conv1D, experts of some mixtures."""
+
+    def logical(self, stored: Tensor) -> Tensor:
+        return stored.mT
+
+    def stored(self, logical: Tensor) -> Tensor:
+        return logical.mT
+
+
+@dataclass(frozen=True)
+class Table(Transposed):
+    """An embedding ``[num, dim]``: a linear map from one-hot inputs, so its logical weight is ``[dim, num]``."""
+
+    of_vectors: ClassVar[bool] = False
+    padding_idx: int | None = None
+    update, frozen_linear = Layer.update, Layer.frozen_linear
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.embedding(x, weight.mT, padding_idx=self.padding_idx)
+
+
+@dataclass(frozen=True)
+class Conv(Layer):
+    """A convolution ``[out, in / groups, *kernel]`` over channels-first activations."""
+
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+
+    @property
+    def channel_dim(self) -> int:
+        return -1 - len(self.stride)
+
+    def _conv(self, x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
+        conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+        return conv(x, weight, **kwargs)
+
+    def apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv(x, weight, stride=self.stride, padding=self.padding, dilation=self.dilation)
+
+    def mix(self, low: Tensor, matrix: Tensor) -> Tensor:
+        return self._conv(low, matrix.view(*matrix.shape, *[1] * len(self.stride)))
+
+    def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
+        return y + self.mix(low * scale, matrix)
+
+    def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
+        return vector.view(-1, *[1] * len(self.stride))
+
+
+@dataclass(frozen=True)
+class ConvTransposed(Layer):
+    """A transposed convolution, stored ``[in, out / groups, *kernel]``; logical ``[out, in / groups, *kernel]``."""
+
+    groups: int = 1
+
+    def _swap(self, weight: Tensor) -> Tensor:
+        grouped = weight.reshape(self.groups, -1, *weight.shape[1:])  # [groups, a, b, *kernel]
+        return grouped.transpose(1, 2).flatten(0, 1)
+
+    def logical(self, stored: Tensor) -> Tensor:
+        return self._swap(stored)
+
+    def shape(self, module: nn.Module, tensor: str) -> torch.Size:
+        stored = self.read(module, tensor)
+        assert stored is not None, "only existing tensors have a shape"
+        return self.logical(stored.detach().to("meta")).shape  # in groups the layout is a copy
+
+    def stored(self, logical: Tensor) -> Tensor:
+        return self._swap(logical)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class below our grafts, torch's parametrizations and FSDP2: the one whose forward reads plain tensors."""
+    cls = type(module)
+    while GRAFTED in vars(cls) or _is_torchs(cls, module):
+        cls = vars(cls).get(GRAFTED) or cls.__bases__[-1]
+    return cls
+
+
+def _is_torchs(cls: type[nn.Module], module: nn.Module) -> bool:
+    parametrized = "parametrizations" in module._modules and cls.__name__.startswith("Parametrized")
+    return parametrized or is_sharded_class(cls)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor holds the numbers that it stands for: no codes, no bytes that want a scale, and no subclass that
+    makes numbers as it is used.
+
+    DTensors (FSDP2) and fake ones (while a graph is traced) do. Looked up, not imported.
+    """
+    wide = tensor.element_size() > 1 and (tensor.is_floating_point() or tensor.is_complex())
+    if not wide or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
+        return wide
+    known = (("torch.distributed.tensor", "DTensor"), ("torch._subclasses.fake_tensor", "FakeTensor"))
+    return isinstance(tensor, tuple(vars(sys.modules[module])[name] for module, name in known if module in sys.modules))
+
+
+def bias_name(tensor: str) -> str:
+    """The bias that belongs to a weight: ``weight`` -> ``bias``, ``in_proj_weight`` -> ``in_proj_bias``,
+    ``gate_up_proj`` -> ``gate_up_proj_bias``."""
+    return tensor[: -len("weight")] + "bias" if tensor.endswith("weight") else f"{tensor}_bias"
+
+
+def take(tensor: Tensor, rows: Ranges | None, dim: int) -> Tensor:
+    """The rows of one part; the tensor itself when `rows` is None."""
+    if rows is None:
+        return tensor
+    parts = [tensor.narrow(dim, start, stop - start) for start, stop in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def put(tensor: Tensor, part: Tensor, rows: Ranges | None, dim: int) -> Tensor:
+    """`tensor` with the rows of one part replaced (a new tensor)."""
+    if rows is None:
+        return part
+    pieces, end, used = [], 0, 0
+    for start, stop in rows:
+        pieces += [tensor.narrow(dim, end, start - end), part.narrow(dim, used, stop - start)]
+        end, used = stop, used + stop - start
+    pieces.append(tensor.narrow(dim, end, tensor.shape[dim] - end))
+    return torch.cat([piece for piece in pieces if piece.shape[dim]], dim)

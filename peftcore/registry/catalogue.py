@@ -1,0 +1,197 @@
+"""Which methods there are, by name, and the schema of their options.
+
+A method's module is imported when the method is first asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, TypeVar
+
+from peftcore.contract.method import CATEGORIES, Method, Tags, check_method_class
+from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
+from peftcore.registry.plugins import RUNTIME, Plugin, imported, registry
+
+M = TypeVar("M", bound=type[Method])
+_registered: dict[str, type[Method]] = {}
+_loaded: dict[str, type[Method]] = {}
+BUDGETS = "peftcore.authoring.budgets:budgets"
+"""What counts parameters on reference models. It applies methods, which is far above, so it is named, not imported."""
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One line of `methods()`; reading it imports no method module beyond the method's own."""
+
+    name: str
+    """The name by which `apply` finds the method."""
+    plugin: str
+    """The plugin's name: of two methods of one name, ``"plugin/name"`` says which."""
+    distribution: str
+    """Distribution and version that bring the method, or "registered at run time"."""
+    location: str = field(repr=False)
+    """``module:Class``."""
+    aliases: tuple[str, ...] = ()
+    """Other names of the method."""
+
+    def _tags(self) -> Tags:
+        return method(f"{self.plugin}/{self.name}").tags
+
+    @property
+    def tags(self) -> Tags:
+        """The declared capabilities (imports the method's module)."""
+        return self._tags()
+
+    @property
+    def category(self) -> str:
+        """The survey's category (imports the method's module)."""
+        return self._tags().category
+
+    @property
+    def paper(self) -> str:
+        """Reference of the defining paper (imports the method's module)."""
+        return self._tags().paper
+
+    @property
+    def mergeable(self) -> bool:
+        """`Tags.mergeable` (imports the method's module)."""
+        return self._tags().mergeable
+
+    @property
+    def per_row(self) -> bool:
+        """`Tags.per_row` (imports the method's module)."""
+        return self._tags().per_row
+
+    @property
+    def needs_data(self) -> bool:
+        """`Tags.needs_data` (imports the method's module)."""
+        return self._tags().needs_data
+
+    @property
+    def checked_against(self) -> str:
+        """`Tags.checked_against` (imports the method's module)."""
+        return self._tags().checked_against
+
+    @property
+    def proven(self) -> bool:
+        """`Tags.proven` (imports the method's module)."""
+        return self._tags().proven
+
+    @property
+    def budgets(self) -> Mapping[str, int]:
+        """Values that train with default options, by name of the reference hosts that the method has a place in.
+
+        Plans on the meta device, for those of transformers and diffusers that are installed; takes a second or two.
+        """
+        found: Mapping[str, int] = imported(BUDGETS)(f"{self.plugin}/{self.name}")
+        return found
+
+
+def register(cls: M) -> M:
+    """Add a method at run time, for notebooks: no packaging needed. Usable as a decorator; registering a name again
+    replaces it.
+
+    Raises:
+        PluginError: the class breaks the contract.
+    """
+    check_method_class(cls)
+    _registered[cls.name] = cls
+    return cls
+
+
+def _of(plugin: Plugin) -> list[MethodInfo]:
+    names: dict[str, list[str]] = {}
+    for name, place in plugin.methods.items():
+        names.setdefault(place, []).append(name)  # further names of one class are its aliases
+    return [MethodInfo(n[0], plugin.name, plugin.distribution, p, tuple(n[1:])) for p, n in names.items()]
+
+
+def _of_run_time() -> list[MethodInfo]:
+    return [
+        MethodInfo(name, RUNTIME, "registered at run time", f"{cls.__module__}:{cls.__qualname__}", cls.aliases)
+        for name, cls in _registered.items()
+    ]
+
+
+def _ordered(found: Iterable[MethodInfo]) -> list[MethodInfo]:
+    return sorted(found, key=lambda info: (info.name, info.plugin))
+
+
+def methods(category: str | None = None) -> list[MethodInfo]:
+    """The methods of all loaded plugins, by name; those of one of the survey's `category`, where it is given. Without
+    it, no method module is imported; with it, all are.
+
+    Raises:
+        PluginError: a method's module cannot be imported, where `category` is given.
+    """
+    listed = _ordered(chain(*map(_of, registry().plugins.values()), _of_run_time()))
+    return [info for info in listed if category is None or info.category == category]
+
+
+def method(name: str) -> type[Method]:
+    """The method class called `name`; ``"plugin/name"`` where two plugins have one.
+
+    Raises:
+        UnknownMethod: with close names, the plugins that failed, and what to install where we know.
+        AmbiguousMethod: naming the distributions that clash.
+        PluginError: its module cannot be imported, or its class breaks the contract.
+    """
+    plugin, slash, short = name.rpartition("/")
+    having = [each for each in registry().plugins.values() if short in each.methods]
+    listed = chain(*map(_of, having), _of_run_time())
+    found = _ordered(i for i in listed if short in (i.name, *i.aliases) and (not slash or i.plugin == plugin))
+    if len(found) > 1:
+        where = " and ".join(f"{info.distribution} (write {info.plugin + '/' + short!r})" for info in found)
+        raise AmbiguousMethod(f"method {short!r} is in {where}")
+    if not found:
+        raise UnknownMethod(_unknown(name, short, [info.name for info in methods()]))
+    return _load(found[0])
+
+
+def _load(info: MethodInfo) -> type[Method]:
+    if info.plugin == RUNTIME:
+        return _registered[info.name]
+    key = f"{info.plugin}/{info.name}"
+    if key not in _loaded:
+        module, _, attribute = info.location.partition(":")
+        try:
+            cls = check_method_class(getattr(importlib.import_module(module), attribute))
+        except (ImportError, AttributeError) as error:
+            raise PluginError(f"method {info.name!r} of {info.distribution} cannot be imported: {error}") from error
+        if (cls.name, set(cls.aliases)) != (info.name, set(info.aliases)):
+            called = ", ".join((cls.name, *cls.aliases))
+            raise PluginError(f"{info.distribution} lists {info.name!r}, but {info.location} is called {called}")
+        _loaded[key] = cls
+    return _loaded[key]
+
+
+def _unknown(name: str, short: str, known: list[str]) -> str:
+    lines = [f"no method named {name!r}"]
+    close = difflib.get_close_matches(short, sorted(set(known)), n=3)
+    if close:
+        lines.append(f"did you mean {' or '.join(repr(each) for each in close)}?")
+    lines += [str(failure) for failure in registry().failures]
+    if not close:
+        missing = [f"peftcore-{each}" for each in CATEGORIES if each not in registry().plugins]
+        if missing:
+            lines.append(f"it may be in a plugin that is not installed (pip install {' '.join(missing)})")
+        lines.append(f"there are: {', '.join(known) or 'none'}")
+    return "; ".join(lines)
+
+
+def schema(name: str | None = None) -> dict[str, Any]:
+    """JSON schema of one method's options, or of all methods' as alternatives told apart by their `method` field."""
+    if name is not None:
+        return method(name).Config.model_json_schema()
+    kinds = [method(f"{info.plugin}/{info.name}").Config for info in methods()]
+    alternatives = {kind.model_fields["method"].default: kind.model_json_schema() for kind in kinds}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "oneOf": [{"$ref": f"#/$defs/{key}"} for key in alternatives],
+        "$defs": alternatives,
+        "discriminator": {"propertyName": "method"},
+    }

@@ -1,0 +1,27 @@
+"""What a user is told once: that a method is experimental, `Tags.proven` says why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peftcore.contract.method import Method
+
+logger = logging.getLogger("peftcore")
+told: set[str] = set()
+"""Names of the methods that this process has spoken of."""
+
+
+def notice_experimental(methods: Iterable[Method]) -> None:
+    """Log one line, a warning of the logger "peftcore", for each method that nobody else's numbers were compared with;
+    in a process once a method."""
+    for method in methods:
+        if not method.tags.proven and method.name not in told:
+            told.add(method.name)
+            logger.warning(
+                "method %r is experimental: its tests compare it with its equation alone, not with numbers of another "
+                "library or of the authors' code (no more of this: logging.getLogger('peftcore').setLevel('ERROR'))",
+                method.name,
+            )

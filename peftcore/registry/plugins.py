@@ -1,0 +1,173 @@
+"""Finding plugins: one entry point at a time, so that a broken one is reported and never breaks the rest."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+from peftcore.contract import hookspecs
+from peftcore.contract.hookspecs import API
+from peftcore.errors import PluginError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcore.layers.layer import Layer
+
+GROUP = "peftcore"
+"""The entry point group of plugins."""
+RUNTIME = "registered"
+"""The plugin name under which `register` files its methods."""
+CORE = "peftcore.core_plugin"
+"""The core's own answers to the hooks: a plugin that is named here and imported on first use, as others are."""
+RESERVED = {RUNTIME, CORE}
+DISABLE = "PEFTCORE_DISABLE"
+"""Environment variable: names of plugins that are not loaded, separated by commas."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One loaded plugin."""
+
+    name: str
+    """That of its entry point."""
+    distribution: str
+    """Distribution and version."""
+    methods: Mapping[str, str]
+    """``"module:Class"`` by name."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One plugin that could not be loaded, and why."""
+
+    name: str
+    distribution: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"peftcore plugin {self.name!r} ({self.distribution}) was not loaded: {self.reason}"
+
+
+class PluginWarning(UserWarning):
+    """A plugin could not be loaded; everything else works."""
+
+
+@dataclass
+class Registry:
+    """The hook manager and what was found."""
+
+    manager: pluggy.PluginManager
+    plugins: dict[str, Plugin] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+
+    @property
+    def hook(self) -> Any:
+        """Calls every implementation of a hook: ``registry().hook.peftcore_map(model=model)``."""
+        return self.manager.hook
+
+    def load(self, name: str, distribution: str, module: Any) -> None:
+        """Register one plugin module, or record why not. Nothing of a failing plugin stays behind."""
+        try:
+            version = getattr(module, "PEFTCORE_API", None)
+            if version != API:
+                raise pluggy.PluginValidationError(
+                    module, f"it speaks API {version}, this peftcore speaks {API}; docs/upgrade.md says what changed"
+                )
+            self.manager.register(module, name)
+            self.manager.check_pending()
+            self.plugins[name] = Plugin(name, distribution, _methods_of(self.manager, module))
+        except Exception as error:  # any error of a plugin is that plugin's alone
+            if self.manager.get_plugin(name) is module:
+                self.manager.unregister(name=name)
+            self.fail(name, distribution, error)
+
+    def fail(self, name: str, distribution: str, error: BaseException) -> None:
+        """Record and warn once."""
+        failure = Failure(name, distribution, f"{type(error).__name__}: {error}")
+        self.failures.append(failure)
+        warnings.warn(str(failure), PluginWarning, stacklevel=2)
+
+
+def _methods_of(manager: pluggy.PluginManager, module: Any) -> Mapping[str, str]:
+    callers = manager.get_hookcallers(module) or []
+    methods: dict[str, str] = {}
+    for implementation in (
+        i for caller in callers if caller.name == "peftcore_methods" for i in caller.get_hookimpls()
+    ):
+        if implementation.plugin is module:
+            answer: Any = implementation.function()
+            methods.update(answer)
+    wrong = [
+        pair for pair in methods.items() if not (all(isinstance(e, str) for e in pair) and pair[1].count(":") == 1)
+    ]
+    if wrong:
+        raise pluggy.PluginValidationError(module, f"peftcore_methods must map names to 'module:Class'; wrong: {wrong}")
+    return methods
+
+
+def _entry_points() -> Iterator[importlib.metadata.EntryPoint]:
+    yield from sorted(importlib.metadata.entry_points(group=GROUP), key=lambda point: (point.name, point.value))
+
+
+def _distribution(point: importlib.metadata.EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version}" if point.dist else "unknown distribution"
+
+
+@functools.cache
+def registry() -> Registry:
+    """The loaded plugins; the first call loads them."""
+    manager = pluggy.PluginManager("peftcore")
+    manager.add_hookspecs(hookspecs)
+    manager.register(importlib.import_module(CORE), CORE)
+    found = Registry(manager)
+    disabled = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
+    for point in _entry_points():
+        if point.name in disabled:
+            continue
+        if point.name in found.plugins or point.name in RESERVED:
+            owner = found.plugins[point.name].distribution if point.name in found.plugins else "peftcore itself"
+            error = ValueError(f"its name is taken by {owner}")
+            found.fail(point.name, _distribution(point), error)
+            continue
+        try:
+            module = point.load()
+        except Exception as error:  # whatever an import raises
+            found.fail(point.name, _distribution(point), error)
+            continue
+        found.load(point.name, _distribution(point), module)
+    return found
+
+
+def named_places(hook: str, what: str) -> dict[str, str]:
+    """What all plugins name by one hook: names mapped to ``"module:Class"``, the core's first.
+
+    Raises:
+        PluginError: two plugins name something alike.
+    """
+    found: dict[str, str] = {}
+    for named in reversed(getattr(registry().hook, hook)()):
+        for name, place in named.items():
+            if found.setdefault(name, place) != place:
+                raise PluginError(f"{what} {name!r} is in {found[name]} and in {place}; disable one of the plugins")
+    return found
+
+
+def imported(place: str) -> Any:
+    """What stands at ``"module:Class"``."""
+    module, _, attribute = place.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def layer_of(module: nn.Module, tensor: str) -> Layer:
+    """How `module` stores `tensor`, by whoever knows first."""
+    layer: Layer = registry().hook.peftcore_layer(module=module, tensor=tensor)
+    return layer

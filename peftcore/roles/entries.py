@@ -1,0 +1,62 @@
+"""The entries of a host map: what one module or bare parameter of a host is, and the slices of a fused projection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+Ranges = tuple[tuple[int, int], ...]
+"""Half-open row ranges of the logical output dimension."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rows of a fused projection, part by part: q, k, v of a qkv; gate, up of a gate_up."""
+
+    parts: tuple[tuple[str, Ranges], ...]
+
+    def rows(self, part: str) -> Ranges:
+        return dict(self.parts)[part]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.parts)
+
+
+@dataclass(frozen=True)
+class HostEntry:
+    """One module or bare parameter of the host.
+
+    * `path`: of the module, or "module.param" for a bare parameter (3-D experts, `in_proj_weight`).
+    * `module`, `tensor`: the module that owns or reads the weight ("" is the root) and, when the weight is not its
+      plain `weight`, the parameter's name in it. `nn.MultiheadAttention` reads its `out_proj` and never calls it:
+      there `module` is the attention and `tensor` is "out_proj.weight".
+    * `role`: one role of `ROLES`, or "other". A module that is both a block and an attention has two entries.
+    * `stream`: "main", or "context" for the second stream of joint attention.
+    * `tower`: path of the nearest sub-model with blocks of its own, "" when the host has only one.
+    * `block`, `layer`: path of the enclosing block and its index among the blocks of its list.
+    * `layout`: the rows of a fused projection, None when there is nothing fused or the order is not known without a
+      probe.
+    * `called`: False when the weight is known to be read without its module being called.
+    * `reader`: where the module that holds the weight is known never to be called: the nearest one above that is.
+    * `kind`: "container", "linear", "conv", "norm", "table", "experts", "mha", "raw" or "tensor".
+    * `shape`: of the weight; (out, in) for a matrix whatever the storage.
+    """
+
+    path: str
+    module: str
+    tensor: str | None
+    role: str
+    stream: str = "main"
+    tower: str = ""
+    block: str | None = None
+    layer: int | None = None
+    layout: Layout | None = None
+    called: bool = True
+    reader: str | None = None
+    kind: str = "container"
+    shape: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """The size of the logical output dimension."""
+        return self.shape[-2] if len(self.shape) >= 2 else 0

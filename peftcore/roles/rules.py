@@ -1,0 +1,141 @@
+"""From a model to its host map, by the static rules: no forward, no weights touched, one walk."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import replace
+from itertools import chain
+
+from torch import nn
+
+from peftcore.roles.blocks import Blocks
+from peftcore.roles.entries import HostEntry, Layout
+from peftcore.roles.hostmap import HostMap, moved
+from peftcore.roles.layouts import logical_shape, static_layout
+from peftcore.roles.mixers import Mixers
+from peftcore.roles.mlps import FeedForwards
+from peftcore.roles.rest import Rest
+from peftcore.roles.stacks import find
+from peftcore.roles.survey import Kind, Node, Survey
+from peftcore.roles.towers import Towers, layers
+from peftcore.roles.vocabulary import FUSED_ROLES, OTHER
+
+
+def derive(model: nn.Module) -> HostMap:
+    """What everything in the host is, told from structure and names.
+
+    The order of the steps matters: mixers make blocks recognizable, blocks bound the search for feed-forward
+    branches, and the rest is judged by its place relative to all of these.
+    """
+    with closing(Survey(model)) as survey:
+        entries = judged(survey)
+        if not are_told_apart(survey, entries):
+            return HostMap(tuple(unfolded(survey.root, entries)))
+    with closing(Survey(model, each=True)) as survey:
+        return HostMap(tuple(unfolded(survey.root, judged(survey))))
+
+
+Entries = list[list[HostEntry]]
+"""By the number of their node."""
+
+
+def judged(survey: Survey) -> Entries:
+    """What each node is."""
+    mixers = Mixers(survey)
+    blocks = Blocks(survey, mixers)
+    mixers.assign()
+    mlps = FeedForwards(survey, mixers, blocks)
+    mlps.assign()
+    Rest(survey, mixers, blocks, mlps).assign()
+    towers = Towers(survey, blocks).of(survey)
+    layer_of = layers(blocks)
+    entries: Entries = []
+    for node in survey.nodes:
+        entries.append([])
+        roles = (["block"] if node.is_block else []) + ([node.role] if node.role else [])
+        for role in roles or [OTHER]:
+            layout = static_layout(node, mixers.attention_around(node)) if role in FUSED_ROLES else None
+            layer = layer_of[node.block] if node.block is not None else None
+            entries[-1].append(entry_of(node, role, towers[node.index], layer, layout))
+    return with_stacks(survey, entries)
+
+
+def with_stacks(survey: Survey, entries: Entries) -> Entries:
+    """The modules that take token ids get a role, "stack.decoder" where they read another one, else "stack"; their
+    tensor is the token table."""
+    modules = {node.path: node.module for node in survey.nodes if node.tensor is None}
+    stacks = {stack.path: stack for stack in find(modules, chain.from_iterable(entries))}
+    return [
+        [
+            replace(entry, role=stacks[entry.path].role, tensor=f"{stacks[entry.path].table}.weight")
+            if entry.role == OTHER and entry.path in stacks
+            else entry
+            for entry in each
+        ]
+        for each in entries
+    ]
+
+
+def are_told_apart(survey: Survey, entries: Entries) -> bool:
+    """Whether an element that speaks for others is told from the one before it, though both are built alike: then they
+    may be told from each other, too (matrices of one shape, of which each second one is the first's counterpart).
+    """
+    for node in survey.nodes:
+        if node.twins and node.parent is not None:
+            before = node.parent.children[node.parent.children.index(node) - 1]
+            here, there = (list(chain.from_iterable(entries[n.index : n.end])) for n in (node, before))
+            if here != list(moved(there, before.path, [node.name])):
+                return True
+    return False
+
+
+def unfolded(node: Node, entries: Entries) -> list[HostEntry]:
+    """The entries of a node and all below it, with those of the elements for which others speak."""
+    found = entries[node.index].copy()
+    for below in (*node.tensors, *node.children):
+        inside = unfolded(below, entries)
+        found += inside
+        if below.twins:
+            found += moved(inside, below.path, below.twins)
+    return found
+
+
+def entry_of(node: Node, role: str, tower: str, layer: int | None, layout: Layout | None) -> HostEntry:
+    (module, tensor), reader = owner(node), reader_of(node)
+    return HostEntry(
+        path=node.path,
+        module=module,
+        tensor=tensor,
+        role=role,
+        stream="context" if node.context else "main",
+        tower=tower,
+        block=node.block.path if node.block is not None else None,
+        layer=layer,
+        layout=layout,
+        called=tensor is None and reader is None,
+        reader=reader,
+        kind=node.kind.value,
+        shape=logical_shape(node),
+    )
+
+
+def owner(node: Node) -> tuple[str, str | None]:
+    """The module through which the weight acts, and the weight's name in it; None for a plain weight."""
+    parent = node.parent
+    if parent is not None and node.tensor is not None:
+        return parent.path, node.tensor
+    if parent is not None and parent.kind is Kind.MHA and node.name == "out_proj":
+        return parent.path, "out_proj.weight"
+    return node.path, None
+
+
+def reader_of(node: Node) -> str | None:
+    """A list of parameters has no forward: what holds it reads them."""
+    holder = node if node.tensor is None or node.parent is None else node.parent
+    if not holder.module._parameters or _has_forward(holder):
+        return None
+    return next((above.path for above in holder.ancestors() if _has_forward(above)), None)
+
+
+def _has_forward(node: Node) -> bool:
+    return type(node.module).forward is not nn.Module.forward

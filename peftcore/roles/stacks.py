@@ -1,0 +1,174 @@
+"""The stacks of a host: the modules that take token ids, embed them, and run the blocks.
+
+A stack, not the root that the user calls, is where a sequence can be changed: `generate` runs an encoder by itself,
+`get_text_features` runs a tower, multimodal models merge images and hand embeddings on. Told from signatures and from
+the roles of what lies below, never from class names.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from peftcore.roles.entries import HostEntry
+from peftcore.roles.survey import attribute
+
+IDS = "input_ids"
+EMBEDS = "inputs_embeds"
+MEMORY = "encoder_hidden_states"
+CACHES = frozenset({"cache", "past_key_values", "cache_params"})
+"""What transformers calls the argument that holds what earlier tokens left."""
+NEED_IDS = frozenset({"per_layer_inputs"})
+"""Arguments of stacks that make more of the ids than their embeddings, so that embeddings alone do not say enough."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One stack, by paths."""
+
+    path: str
+    entry: str
+    """The module that takes embeddings in the place of ids: the stack itself, or its embeddings (CLIP's text tower)."""
+    body: str
+    """The module below which all blocks lie: what the stack makes of its output (poolers) comes after it."""
+    table: str
+    """Path of the token table below the stack."""
+    causal: bool = False
+    """Whether its tokens see only what stands before them."""
+    position_padding: int | None = None
+    """Where positions count the tokens that are no padding (RoBERTa): the id and the position of padding."""
+    readers: tuple[str, ...] = ()
+    """The stacks that attend to this one's output."""
+    reads: bool = False
+    """Whether it attends to the output of another stack."""
+
+    @property
+    def role(self) -> str:
+        """Its role in the host map."""
+        return "stack.decoder" if self.reads else "stack"
+
+
+def arguments(cls: type[nn.Module]) -> tuple[str, ...]:
+    """The names of the arguments of a class's forward; a grafted class shows those of the class it stands for."""
+    return _arguments(cls.forward)
+
+
+@functools.lru_cache(maxsize=1024)
+def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def find(modules: Mapping[str, nn.Module], entries: Iterable[HostEntry]) -> list[Stack]:
+    """Every stack of a host, given its modules by path and what is known of them."""
+    places: dict[str, list[HostEntry]] = {}
+    for entry in entries:
+        places.setdefault(entry.role, []).append(entry)
+    tables = {id(table) for table in _tables(modules, places.get("embed", []))}
+    blocks = [entry.path for entry in places.get("block", [])]
+    if not tables or not blocks:
+        return []
+    classes = {cls for cls in {type(module) for module in modules.values()} if IDS in arguments(cls)}
+    candidates = [path for path, module in modules.items() if type(module) in classes and _below(blocks, path)]
+    stacks = []
+    for path in candidates:
+        if not any(other != path and _inside(other, path) for other in candidates):
+            stack = _describe(modules, path, tables, blocks, places.get("embed.pos", []))
+            stacks += [stack] if stack is not None else []
+    cross = [entry.path for role, found in places.items() if role.startswith("cross") for entry in found]
+    return _related(stacks, cross)
+
+
+def _related(stacks: list[Stack], cross: list[str]) -> list[Stack]:
+    """Who reads whom: where some stacks have cross-attention and others have not, the first read the others."""
+    reading = {stack.path for stack in stacks if _below(cross, stack.path)}
+    if len(reading) in (0, len(stacks)):
+        return stacks
+    readers = tuple(stack.path for stack in stacks if stack.path in reading)
+    return [_joined(stack, stack.path in reading, readers) for stack in stacks]
+
+
+def _joined(stack: Stack, reads: bool, readers: tuple[str, ...]) -> Stack:
+    return replace(stack, readers=() if reads else readers, reads=reads)
+
+
+def _describe(
+    modules: Mapping[str, nn.Module],
+    path: str,
+    tables: set[int],
+    blocks: list[str],
+    positions: list[HostEntry],
+) -> Stack | None:
+    """The stack at a path; None where embeddings cannot take the place of its ids."""
+    module = modules[path]
+    embeddings = (
+        name for name, below in module.named_modules() if isinstance(below, nn.Embedding) and _weight(below) in tables
+    )
+    table = next(embeddings, None)
+    if table is None or NEED_IDS.intersection(arguments(type(module))):
+        return None
+    entry = _entry(modules, path, table)
+    if entry is None:
+        return None
+    body, padding = _body(modules, path, blocks), _padding(modules, path, positions)
+    return Stack(path, entry, body, table, _causal(modules, path, blocks), padding)
+
+
+def _causal(modules: Mapping[str, nn.Module], path: str, blocks: list[str]) -> bool:
+    """What the attention of its blocks says of itself; where it says nothing, a stack with a cache is causal."""
+    tops = {block for block in blocks if _inside(block, path)}
+    inside = [module for place, module in modules.items() if not tops.isdisjoint(_from(place))]
+    said = {attribute(module, "is_causal") for module in inside} - {None}
+    return True in said or (not said and not CACHES.isdisjoint(arguments(type(modules[path]))))
+
+
+def _entry(modules: Mapping[str, nn.Module], path: str, table: str) -> str | None:
+    """The outermost module from the stack down to its table that takes embeddings."""
+    steps = table.split(".")
+    below = [".".join(steps[:depth]) for depth in range(len(steps))]
+    ways = [f"{path}.{step}".strip(".") for step in below]
+    return next((way for way in ways if way in modules and {IDS, EMBEDS} <= set(arguments(type(modules[way])))), None)
+
+
+def _body(modules: Mapping[str, nn.Module], path: str, blocks: list[str]) -> str:
+    """The stack itself where it lists its blocks, else the child that holds them all."""
+    inside = [block for block in blocks if _inside(block, path)]
+    depth = len(path.split(".")) if path else 0
+    children = {".".join(block.split(".")[: depth + 1]) for block in inside}
+    child = children.pop()
+    listed = isinstance(modules[child], nn.ModuleList | nn.ModuleDict | nn.Sequential)
+    return path if children or listed or child in inside else child
+
+
+def _padding(modules: Mapping[str, nn.Module], path: str, positions: list[HostEntry]) -> int | None:
+    """The padding of the position table: a table that has one counts tokens, all others count places."""
+    tables = [modules[entry.path] for entry in positions if entry.tensor is None and _inside(entry.path, path)]
+    return next((table.padding_idx for table in tables if isinstance(table, nn.Embedding)), None)
+
+
+def _tables(modules: Mapping[str, nn.Module], entries: list[HostEntry]) -> Iterable[nn.Parameter]:
+    weights = (modules[entry.path]._parameters.get("weight") for entry in entries if entry.path in modules)
+    return (weight for weight in weights if weight is not None)
+
+
+def _weight(module: nn.Module) -> int:
+    return id(module._parameters.get("weight"))
+
+
+def _from(path: str) -> Iterable[str]:
+    """A path and all above it, but for the host's."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+
+
+def _inside(path: str, top: str) -> bool:
+    return path != top and (not top or path.startswith(f"{top}."))
+
+
+def _below(paths: Iterable[str], top: str) -> bool:
+    return any(_inside(path, top) for path in paths)

@@ -1,0 +1,54 @@
+"""Which sub-model of a host a node belongs to, and the layer it lies in.
+
+A tower is a sub-model with blocks of its own beside another one: CLIP's text and vision models, LLaVA's vision tower
+and language model. Encoder and decoder are two halves of one model and count as one tower, and so do the stages of a
+network.
+"""
+
+from __future__ import annotations
+
+from peftcore.roles.blocks import Blocks
+from peftcore.roles.survey import Node, Survey
+from peftcore.roles.vocabulary import tokens
+
+HALVES = frozenset({"encoder", "decoder"})
+STAGES = frozenset({"block", "blocks", "layer", "layers", "stage", "stages", "down", "up", "mid"})
+
+
+class Towers:
+    def __init__(self, survey: Survey, blocks: Blocks) -> None:
+        self._blocks = blocks
+        self.roots = self._find(survey.root)
+
+    def of(self, survey: Survey) -> list[str]:
+        """The tower of each node: the path of the nearest tower root above it, "" outside all of them."""
+        towers: list[str] = []
+        for node in survey.nodes:
+            inherited = towers[node.parent.index] if node.parent is not None else ""
+            towers.append(node.path if node in self.roots else inherited)
+        return towers
+
+    def _find(self, node: Node) -> set[Node]:
+        """Children with blocks, where a module has several such children that are neither halves nor stages."""
+        if node.is_block or node in self._blocks.lists:
+            return set()
+        holding = [child for child in node.children if self._blocks.blocks.count(child)]
+        found = {child for child in holding if len(holding) > 1 and self._stands_alone(child)}
+        for child in holding:
+            found |= self._find(child)
+        return found
+
+    def _stands_alone(self, child: Node) -> bool:
+        """No block, no list of blocks or stages, and not called one half or one stage."""
+        part = child.is_block or child in self._blocks.lists or STAGES.intersection(tokens(child.name))
+        return not part and child.name not in HALVES
+
+
+def layers(blocks: Blocks) -> dict[Node, int]:
+    """The index of each block among the blocks of its list."""
+    counts: dict[Node | None, int] = {}
+    numbered = {}
+    for block in blocks.blocks:
+        numbered[block] = counts.setdefault(block.parent, 0)
+        counts[block.parent] += 1 + len(block.twins)
+    return numbered

@@ -1,0 +1,122 @@
+"""Roles that no single weight has: each is found by a rule over the whole map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from peftcore.roles.entries import HostEntry
+    from peftcore.roles.hostmap import HostMap
+
+_LINEAR_FAMILIES = frozenset({"attn", "cross", "mlp", "attn_mlp", "ssm"})
+
+
+def _in_body(host: HostMap, entry: HostEntry) -> bool:
+    """In a block; hosts without blocks are all body."""
+    return entry.block is not None or not host.has_blocks
+
+
+def _all_linear(host: HostMap) -> list[HostEntry]:
+    matrices = [entry for entry in host.entries if len(entry.shape) == 2 or entry.kind == "conv"]
+    if not host.has_blocks:
+        return [entry for entry in matrices if entry.kind == "linear"]
+    return [
+        entry
+        for entry in matrices
+        if entry.block is not None
+        and entry.kind != "experts"
+        and entry.role.partition(".")[0] in _LINEAR_FAMILIES
+        and "." in entry.role
+        and entry.role != "ssm.conv"
+    ]
+
+
+def enclosing(host: HostMap, path: str, role: str) -> HostEntry | None:
+    """The nearest entry of a role at or above a path."""
+    at_or_above = (entry for prefix in prefixes(path) for entry in host.at(prefix))
+    return next((entry for entry in at_or_above if entry.role == role), None)
+
+
+def _attention_outputs(host: HostMap) -> list[HostEntry]:
+    """The output matrix is the last one of its branch, before residual, post-norm, scale and gate; the module's own
+    output is not safe (BERT, Bloom and UNet attentions add the residual themselves). Where no output matrix is
+    called, the attention itself is the place.
+    """
+    found: dict[str, HostEntry] = {}
+    for entry in host.entries:
+        if entry.role not in ("attn.out", "cross.out", "attn_mlp.out") or not _in_body(host, entry):
+            continue
+        place: HostEntry | None = entry
+        if entry.kind == "experts" or (entry.tensor or "").startswith("out_proj."):
+            place = enclosing(host, entry.path, entry.role.partition(".")[0])
+        elif entry.tensor is not None:
+            place = None  # a bare parameter gives nothing back, and its module adds the residual (XLNet)
+        if place is not None:
+            found[place.path] = place
+    return list(found.values())
+
+
+def _cores(family: str) -> Callable[[HostMap], list[HostEntry]]:
+    """The module that computes an attention: the one in which its query, key and value matrices lie. Mostly that is the
+    attention itself; BERT's also holds the output matrix and the norm, and computes in a module of its own.
+    """
+
+    def cores(host: HostMap) -> list[HostEntry]:
+        owners: dict[str, list[list[str]]] = {}
+        for entry in host.entries:
+            place = enclosing(host, entry.path, family) if entry.role in _CORE_ROLES[family] else None
+            if place is not None:
+                owner = entry.module if entry.tensor is not None else entry.module.rpartition(".")[0]
+                owners.setdefault(place.path, []).append(owner.split("."))
+        return [
+            replace(entry, module=".".join(_common(owners.get(entry.path, [entry.module.split(".")]))))
+            for entry in host.by_role.get(family, [])
+            if _in_body(host, entry)
+        ]
+
+    return cores
+
+
+_CORE_ROLES = {
+    family: {f"{family}.{part}" for part in ("q", "k", "v", "qkv", "kv", "q_b", "kv_b")} for family in ("attn", "cross")
+}
+
+
+def _common(paths: list[list[str]]) -> list[str]:
+    """The steps that all paths begin with."""
+    same = takewhile(lambda steps: len(set(steps)) == 1, zip(*paths, strict=False))
+    return [steps[0] for steps in same]
+
+
+def _mlp_outputs(host: HostMap) -> list[HostEntry]:
+    """The down matrix; where experts are summed, the module that sums them, together with its shared experts."""
+    sums: dict[str, HostEntry] = {}
+    for entry in host.entries:
+        if entry.role.startswith(("experts.", "router")) and _in_body(host, entry):
+            place = enclosing(host, entry.path, "mlp")
+            if place is not None:
+                sums[place.path] = place
+    downs = [
+        entry
+        for entry in host.by_role.get("mlp.down", [])
+        if _in_body(host, entry) and sums.keys().isdisjoint(prefixes(entry.path))
+    ]
+    return [*sums.values(), *downs]
+
+
+def prefixes(path: str) -> list[str]:
+    steps = path.split(".")
+    return [".".join(steps[:length]) for length in range(len(steps), 0, -1)]
+
+
+VIRTUAL: dict[str, Callable[[HostMap], list[HostEntry]]] = {
+    "all-linear": _all_linear,
+    "attn.output": _attention_outputs,
+    "attn.core": _cores("attn"),
+    "cross.core": _cores("cross"),
+    "mlp.output": _mlp_outputs,
+}
+"""What finds the entries of each."""

@@ -1,0 +1,152 @@
+"""Putting what a surgeon recorded into the host, all of it or nothing, and taking it out again, bit for bit.
+
+Operators live beside the site that they act on, one level up: ``self_attn.peft.q_proj.<injection>``. So the site stays
+a leaf, and what handles it as one (containers that iterate, layerwise casting, parallel plans) goes on to do so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from peftcore.errors import UnsupportedHost, UnsupportedSite
+from peftcore.forward.adapter_modules import HOLDER, Operators
+from peftcore.forward.class_swap import attach, detach, is_reached, slot_of, ungraft
+from peftcore.forward.host_state import HostState
+from peftcore.forward.mount import Mount
+from peftcore.surgery.forced_attributes import stances_of
+from peftcore.targets.sites import Site
+
+if TYPE_CHECKING:
+    from peftcore.surgery.surgeon import Surgeon
+
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+"""Modules whose children are iterated by others: operators do not live in them."""
+
+
+def _no_container(model: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module at a path, or the nearest one above it that is no container, and its path."""
+    found = model, ""
+    module, parts = model, path.split(".") if path else []
+    for depth, part in enumerate(parts, 1):
+        module = module._modules[part]  # type: ignore[assignment]
+        if not isinstance(module, CONTAINERS):
+            found = module, ".".join(parts[:depth])
+    return found
+
+
+def _key(site: Site, path: str) -> str:
+    """The name that the site's operators get in a module at a path."""
+    inside = site.path[len(path) :].lstrip(".")
+    key = inside.replace(".", "__").replace(":", "__") or "self"
+    return f"{key}_" if _has(nn.Module, key) else key
+
+
+def _has(cls: type, name: str) -> bool:
+    """Whether a class gives its instances an attribute."""
+    return any(name in vars(each) for each in cls.__mro__)
+
+
+def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
+    for child in (HOLDER, key):
+        if child not in holder._modules:
+            if child in holder.__dict__ or child in holder._parameters or _has(type(holder), child):
+                raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
+            made = holder._modules[child] = Operators()
+            made.training = holder.training
+        inner = holder._modules[child]
+        if not isinstance(inner, Operators):
+            raise UnsupportedHost(f"{type(holder).__name__} has a module {child!r} of its own")
+        holder = inner
+    if name in holder._modules:
+        raise UnsupportedHost(f"two sites would keep their operators under {key!r}; rename one of the modules")
+    holder._modules[name] = operator
+
+
+def _remove(holder: nn.Module, key: str, name: str) -> None:
+    operators = holder._modules.get(HOLDER)
+    if operators is None or (site := operators._modules.get(key)) is None:
+        return
+    site._modules.pop(name, None)
+    if not site._modules:
+        del operators._modules[key]
+    if not operators._modules:
+        del holder._modules[HOLDER]
+
+
+def _shelves(surgeon: Surgeon) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    places: dict[str, tuple[nn.Module, str]] = {}
+    for graft in surgeon.grafts:
+        site = graft.site
+        above = site.module_path.rpartition(".")[0]
+        if above not in places:
+            places[above] = _no_container(surgeon.model, above)
+        holder, path = places[above]
+        if isinstance(holder, CONTAINERS):
+            holder, path = site.module, site.module_path  # containers all the way up: there is no better place
+        if isinstance(holder, CONTAINERS):
+            raise UnsupportedHost(f"{site.path or 'the host'} is a container; apply to a module that holds it")
+        yield holder, _key(site, path) + graft.part.replace("/", "_part"), graft.operator
+    if surgeon.owned:
+        root = surgeon.model if not isinstance(surgeon.model, CONTAINERS) else surgeon.grafts[0].site.module
+        for key, shared in surgeon.owned.items():
+            yield root, f"shared__{key.replace('/', '__')}", shared.module
+
+
+def install(surgeon: Surgeon, state: HostState, name: str) -> None:
+    """Put everything recorded into the host; on any error the host is left as it was."""
+    try:
+        for holder, key, operator in _shelves(surgeon):
+            _put(holder, key, name, operator)
+        for graft in surgeon.grafts:
+            for site in graft.holders:
+                _check_reachable(site)
+                mount = Mount(name, graft.operator, site.form, site.tensor, site.layer, site.rows)
+                attach(site.module, state).mounts.setdefault(name, []).append(mount)
+        _hold_stances(surgeon, state, name)
+    except BaseException:
+        uninstall(surgeon, name)
+        raise
+
+
+def _check_reachable(site: Site) -> None:
+    if not is_reached(site.module):
+        raise UnsupportedSite(
+            f"{site.path}: its forward was set on the instance and would go around the adapter; apply peftcore first, "
+            "then patch the model"
+        )
+    if "forward" in site.module.__dict__ and any(p.is_meta for p in site.module.parameters()):
+        raise UnsupportedSite(
+            f"{site.path}: its weights are offloaded, so an adapter cannot start from them; apply peftcore first, then "
+            "offload the model"
+        )
+
+
+def _hold_stances(surgeon: Surgeon, state: HostState, name: str) -> None:
+    found = list(stances_of(surgeon.resolver.modules.values()))
+    acting = {id(site.module) for graft in surgeon.grafts for site in graft.holders} if found else ()
+    for module, stance in found:
+        if not stance.always and not any(id(inner) in acting for inner in module.modules()):
+            continue
+        stance.ready(module)
+        owner = None if stance.always else name
+        slot = attach(module, state)
+        if all(held[0] != owner for held in slot.stances):
+            slot.stances.append((owner, stance.attributes))
+
+
+def uninstall(surgeon: Surgeon, name: str) -> None:
+    """Take out what `install` put in under `name`."""
+    for holder, key, _ in _shelves(surgeon):
+        _remove(holder, key, name)
+    for module in surgeon.resolver.modules.values():
+        detach(module, name)
+
+
+def release(model: nn.Module) -> None:
+    """After the last injection: give every module its own class back."""
+    for module in model.modules():
+        if slot_of(module) is not None:
+            ungraft(module)

@@ -1,0 +1,100 @@
+"""What applying a method would do, before anything is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Size, nn
+
+from peftcore.layers.layer import is_dense
+from peftcore.registry.plugins import layer_of
+from peftcore.roles import HostMap
+from peftcore.targets.sites import Site
+
+if TYPE_CHECKING:
+    from peftcore.surgery.surgeon import Surgeon
+
+
+def _size(modules: Iterable[nn.Module]) -> int:
+    """Values in the modules' parameters, each counted once; for a packed weight those that it stands for."""
+    sizes: dict[int, int] = {}
+    for module in modules:
+        own = {name: each for name, each in module._parameters.items() if each is not None}
+        may_be_packed = any(module._buffers) or not all(is_dense(each) for each in own.values())
+        if may_be_packed and (layer := layer_of(module, "weight")).packed:
+            sizes[id(module)] = layer.shape(module, "weight").numel()
+            own = {name: each for name, each in own.items() if name == "bias"}
+        sizes |= {id(each): each.numel() for each in own.values()}
+    return sum(sizes.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The outcome of `plan`."""
+
+    sites: tuple[Site, ...]
+    """Where operators would stand."""
+    shapes: dict[str, Size]
+    """The tensors of the adapter, by their name in its file."""
+    dtypes: dict[str, torch.dtype]
+    """Their dtypes."""
+    trainable: int
+    """Values that would train."""
+    total: int
+    """Values in the host, each parameter counted once."""
+    bytes: int
+    """Size of the adapter's tensors in its file, in bytes."""
+    host: HostMap
+    """The host map that was used."""
+
+    @classmethod
+    def of(cls, surgeon: Surgeon) -> Plan:
+        """Read off what a surgeon recorded."""
+        modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
+        modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]  # type: ignore[misc]
+        tensors = {f"{path}.{key}": tensor for path, module in modules for key, tensor in module.state_dict().items()}
+        return cls(
+            sites=tuple(graft.site for graft in surgeon.grafts),
+            shapes={key: tensor.shape for key, tensor in tensors.items()},
+            dtypes={key: tensor.dtype for key, tensor in tensors.items()},
+            trainable=sum(p.numel() for _, module in modules for p in module.parameters()),
+            total=_size(surgeon.resolver.modules.values()),
+            bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
+            host=surgeon.resolver.host,
+        )
+
+    def differences(
+        self, shapes: Mapping[str, Size], dtypes: Mapping[str, torch.dtype], strict: bool = True
+    ) -> list[str]:
+        """What is wrong with a file's tensors, in words; with `strict` also what is missing or unknown."""
+        wrong = []
+        if strict:
+            wrong += [f"missing {key}" for key in sorted(self.shapes.keys() - shapes.keys())]
+            wrong += [f"unknown {key}" for key in sorted(shapes.keys() - self.shapes.keys())]
+        for key in sorted(self.shapes.keys() & shapes.keys()):
+            if self.shapes[key] != shapes[key]:
+                wrong.append(f"{key} has shape {tuple(shapes[key])}, expected {tuple(self.shapes[key])}")
+            if self.dtypes[key] != dtypes[key]:
+                wrong.append(f"{key} has dtype {dtypes[key]}, expected {self.dtypes[key]}")
+        return wrong
+
+    @property
+    def share(self) -> float:
+        """Trainable values over values of the host: 0.01 is one percent."""
+        return self.trainable / max(self.total, 1)
+
+    def tree(self) -> str:
+        """The host's map as a tree, and under it the sites that would change."""
+        lines = [
+            self.host.tree(),
+            "",
+            f"{len(self.sites)} sites, {self.trainable:,} trainable ({self.share:.3%}), {self.bytes:,} bytes",
+        ]
+        lines += [f"  {site.path}  {tuple(site.weight_shape)}  {site.form}" for site in self.sites]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.tree()

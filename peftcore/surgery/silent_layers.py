@@ -1,0 +1,197 @@
+"""A witness for each graft: after the host has run, a site that never ran is an error, not a silence.
+
+Modules whose weights are read by others but whose forward is never called (attention output projections, some vision
+models' qkv, dead layers) would otherwise carry adapters that train nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from peftcore.errors import InactiveSite
+from peftcore.forward.adapter_modules import HOLDER
+from peftcore.forward.class_swap import slot_of
+from peftcore.forward.host_state import HostState, state_of
+from peftcore.forward.slot import Slot
+
+if TYPE_CHECKING:
+    from peftcore.surgery.surgeon import Surgeon
+
+
+class Expected(NamedTuple):
+    """One site that should run."""
+
+    path: str
+    slots: tuple[Slot, ...]
+    """Of all the modules at which its operator stands: one that runs is enough."""
+    tower: str
+    name: str
+
+
+NUMBER = re.compile(r"\d+")
+Sites = dict[str, list[Expected]]
+"""By injection: one of many is forgotten at once."""
+
+
+@dataclass
+class Beside:
+    """Sites that should run and are children of one module, and what stood beside them."""
+
+    children: frozenset[str]
+    sites: Sites
+
+
+class Witness:
+    """A forward hook on the host that judges once, and then takes itself away. It comes back when a module was added
+    beside an adapted one: a projection made of several, for one, that read their weights and takes their place.
+
+    Sites are judged in groups that differ only in numbers (layers, experts): one that ran speaks for all, since layers
+    may be dropped and experts may get no tokens. A tower of a multimodal host from which nothing ran has not been used
+    yet, so it waits; so does an injection that did not act.
+    """
+
+    def __init__(self) -> None:
+        self.new: dict[str, Surgeon] = {}
+        """Injections whose sites nobody has looked at yet: who applies many does not wait for it."""
+        self.waiting: dict[str, Sites] = {}
+        """By group."""
+        self.beside: dict[nn.Module, list[Beside]] = {}
+        self.places: dict[str, list[nn.Module]] = {}
+        """Those of `beside` by the name of their class."""
+        self._turn = 0
+
+    def _watch(self, holder: nn.Module, site: Expected) -> None:
+        """Expect a site to run; `holder` is the module whose child it is."""
+        self._wait(site)
+        known = self.beside.get(holder)
+        if known is None:
+            self._place(holder)
+            known = self.beside[holder] = []
+        if not known or len(holder._modules) != len(known[-1].children):
+            known.append(Beside(frozenset(holder._modules), {}))
+        known[-1].sites.setdefault(site.name, []).append(site)
+
+    def _wait(self, site: Expected) -> None:
+        self.waiting.setdefault(NUMBER.sub("*", site.path), {}).setdefault(site.name, []).append(site)
+
+    def _place(self, holder: nn.Module) -> None:
+        self.places.setdefault(type(holder).__name__, []).append(holder)
+
+    def forget(self, name: str) -> None:
+        """Stop expecting anything of an injection."""
+        for known in self.beside.values():
+            for each in known:
+                each.sites.pop(name, None)
+        self.beside = {
+            holder: left for holder, known in self.beside.items() if (left := [each for each in known if each.sites])
+        }
+        self.places = {}
+        for holder in self.beside:
+            self._place(holder)
+        self.new.pop(name, None)
+        for members in self.waiting.values():
+            members.pop(name, None)
+        self.waiting = {group: members for group, members in self.waiting.items() if members}
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is expected."""
+        return not self.new and not self.waiting
+
+    def look(self, model: nn.Module) -> None:
+        """Expect sites anew beside which modules were added since. Without gradients, where each token looks, one place
+        of each class is looked at, in turn: who fuses projections does so in all blocks."""
+        self._turn += 1
+        recorded = torch.is_grad_enabled()
+        for alike in self.places.values():
+            for place in alike if recorded else (alike[self._turn % len(alike)],):
+                for each in self.beside[place]:
+                    if len(place._modules) != len(each.children):
+                        return self._look_everywhere(model)
+
+    def _look_everywhere(self, model: nn.Module) -> None:
+        for holder, known in self.beside.items():
+            for each in known:
+                if len(holder._modules) == len(each.children):
+                    continue
+                before, each.children = each.children, frozenset(holder._modules)
+                if not each.children <= before | {HOLDER}:
+                    for site in chain.from_iterable(each.sites.values()):
+                        for slot in site.slots:
+                            slot.ran = False
+                        self._wait(site)
+        if not self.is_idle and self not in model._forward_hooks.values():
+            model.register_forward_hook(self)
+
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        state = state_of(model)
+        if state is None or state.witness is not self:  # a forward was compiled, which nobody saw
+            return leave(model)
+        acting = state.unmerged(state.current())
+        silent: list[str] = []
+        new, self.new = self.new, {}  # forwards of other threads judge, too
+        for name, surgeon in new.items():
+            for holder, site in _expected(surgeon, name):
+                self._watch(holder, site)
+        for group, sites in list(self.waiting.items()):
+            members = list(chain.from_iterable(sites.values()))
+            if any(slot.ran for member in members for slot in member.slots):
+                del self.waiting[group]
+            elif not members[0].tower:  # not in a tower of its own, so it has had its chance
+                silent += [member.path for member in members if member.name in acting]
+        if not self.waiting:
+            leave(model)
+        if silent:
+            shown = ", ".join(silent[:4]) + (" …" if len(silent) > 4 else "")
+            raise InactiveSite(
+                f"the host ran, but {len(silent)} adapted sites did not: {shown}. Usually their weights are read by "
+                "the module around them instead of being called: hand apply the map that peftcore.roles.probe makes "
+                "from example inputs, or target the module around them. If they ran before, their weights were fused "
+                "into new modules (fuse_qkv_projections): undo that, or merge before it"
+            )
+
+
+def _expected(surgeon: Surgeon, name: str) -> Iterator[tuple[nn.Module, Expected]]:
+    """The sites of an injection that should run, each tower of a multimodal host for itself, with the modules whose
+    children they are."""
+    modules = surgeon.resolver.modules
+    towers = sorted({entry.tower for entry in surgeon.resolver.host.entries} - {""}, key=len, reverse=True)
+    for graft in surgeon.grafts:
+        path = graft.site.module_path
+        slots = tuple([slot for each in graft.holders if (slot := slot_of(each.module)) is not None])
+        tower = next((each for each in towers if f"{path}.".startswith(f"{each}.")), "")
+        if slots and graft.by_method:
+            yield modules.get(path[: max(path.rfind("."), 0)], graft.site.module), Expected(path, slots, tower, name)
+
+
+def attend(surgeon: Surgeon, state: HostState, name: str) -> None:
+    """Expect the sites of an injection to run, from the host's next forward on."""
+    model = surgeon.model
+    witness = state.witness = state.witness or Witness()
+    witness.new[name] = surgeon
+    if witness not in model._forward_hooks.values():
+        model.register_forward_hook(witness)
+
+
+def leave(model: nn.Module) -> None:
+    """Take the witness away."""
+    for key, hook in list(model._forward_hooks.items()):
+        if isinstance(hook, Witness):
+            del model._forward_hooks[key]
+
+
+def forget(model: nn.Module, state: HostState, name: str) -> None:
+    """Stop expecting anything of an injection: it is gone."""
+    if (witness := state.witness) is not None:
+        witness.forget(name)
+        if witness.is_idle:
+            leave(model)

@@ -1,0 +1,392 @@
+"""The surgeon: the verbs of a method's `inject`.
+
+The verbs only record; `peftcore.surgery.installation` then changes the host. `plan` is the same recording with
+operators on the meta device and no installation.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.contract.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable, tables
+from peftcore.errors import CheckpointError, HostMismatch, PluginError, TargetError, UnsupportedSite
+from peftcore.layers.layer import Ranges
+from peftcore.registry.plugins import registry
+from peftcore.targets.attention_sites import locate as locate_attention
+from peftcore.targets.resolver import Resolver, Target
+from peftcore.targets.sequence import locate as locate_stack
+from peftcore.targets.sites import Site
+from peftcore.utils.progress import Progress
+
+if TYPE_CHECKING:
+    from peftcore.contract.config import MethodConfig
+    from peftcore.contract.method import Method
+
+O = TypeVar("O", bound=_Base)  # noqa: E741
+
+
+@dataclass(eq=False, slots=True)
+class Graft:
+    """One recorded operator: where it stands and every (module, tensor) that it acts on (several when a tensor is
+    tied)."""
+
+    site: Site
+    operator: _Base
+    holders: tuple[Site, ...]
+    by_method: bool
+    """False for modules that the user named in ``train``."""
+    part: str = ""
+    """Of a hybrid: the part that the operator belongs to, ``"0/"``."""
+
+    @property
+    def key(self) -> str:
+        """The operator's name in files and in `Injection.operators`: the site's path."""
+        return self.part + self.site.path
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asked for besides the method's options."""
+
+    target: Target | None = None
+    exclude: Target | None = None
+    train: tuple[str, ...] = ()
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    saved: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
+    """Selections of a saved adapter: they are taken as they were instead of being resolved again."""
+
+
+@contextmanager
+def generator_kept() -> Iterator[None]:
+    """What is drawn meanwhile does not move the global generator."""
+    before = torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
+
+
+def _seed(seed: int, path: str) -> None:
+    """The next random numbers depend on (seed, path) alone."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@dataclass
+class Surgeon:
+    """What a method may do to a host. Nothing is changed until `inject` has returned.
+
+    Attributes:
+        model: the host.
+        method: the method that acts.
+        config: its options.
+        resolver: finds modules and tensors of the host, and has its map.
+        wishes: what the user asked for besides the method's options.
+        dry: only what would be done is recorded, with operators on the meta device.
+        part: of a hybrid's part, what stands in front of its paths: ``"0/"``.
+        grafts: the operators so far, in the order in which they came.
+        owned: what `own` has built, by name.
+        selections: what each target meant, by its text; "" for the user's or the default one.
+        thawed: the host's parameters that train before anything is changed.
+    """
+
+    model: nn.Module
+    method: Method
+    config: MethodConfig
+    resolver: Resolver
+    wishes: Wishes
+    dry: bool = False
+    part: str = ""
+    parts: dict[str, Surgeon] = field(default_factory=dict)
+    """Other methods that this one includes, by name of the part."""
+    grafts: list[Graft] = field(default_factory=list)
+    owned: dict[str, Shared] = field(default_factory=dict)
+    selections: dict[str, list[Site]] = field(default_factory=dict)
+    thawed: list[nn.Parameter] = field(default_factory=list)
+    progress: Progress = field(default_factory=lambda: Progress("building operators"))
+    """Steps on with each operator: decompositions of many weights take their time."""
+    _by_method: bool = True
+    _paths: set[str] = field(default_factory=set)
+    _replaced: dict[tuple[str | int, Ranges | None], Replacement] = field(default_factory=dict)
+
+    def sites(self, target: Target | None = None, *, optional: bool = False) -> list[Site]:
+        """The sites of `target`; without one, those the user asked for, or the method's default targets.
+
+        Default targets stay in one tower of a multimodal host, and pass over roles that the host lacks.
+
+        Raises:
+            TargetError: nothing matches, and it is not `optional`.
+            CheckpointError: a file says where the method stands, and says it twice or not at all.
+        """
+        key = "" if target is None else str(target)
+        saved = self.wishes.saved
+        try:
+            if saved is not None and key in saved:
+                found = [self.resolver.recorded(**record) for record in saved[key]]
+                if len({site.path for site in found}) < len(found):
+                    raise CheckpointError(f"the file says twice that {self.method.name} stands at one place")
+            elif saved is not None and target is None and self.wishes.target is not None:
+                raise CheckpointError(f"the file does not say where {self.method.name} stands")
+            elif target is None and self.wishes.target is not None:
+                found = self._matching(self.wishes.target, warn=True)
+            else:  # what a file says of targets is for people to read: its patterns are matched nowhere
+                exclude = self.wishes.exclude if saved is None else None
+                found = self._defaults(self.method.target if target is None else target, exclude)
+        except TargetError:
+            if not optional:
+                raise
+            found = []
+        self.selections[key] = found
+        self.progress.expect(0 if self.dry else len(found))
+        return [replace(site, meta=True) for site in found] if self.dry else found
+
+    def chosen(self, sites: Sequence[Site]) -> list[Site]:
+        """Those of these sites that are at modules that the user's target and exclude leave: all, unless there are
+        some. For methods that find their places by themselves; like `sites`, kept in files."""
+        wishes, saved = self.wishes, self.wishes.saved
+        if saved is not None:
+            wanted = {record["module_path"] for record in saved.get("", ())}
+        else:
+            target: Target = [_exactly(site.module_path) for site in sites] if wishes.target is None else wishes.target
+            wanted = {site.module_path for site in self.resolver.sites(target, exclude=wishes.exclude)[0]}
+        found = [site for site in sites if site.module_path in wanted]
+        self.selections[""] = found
+        return found
+
+    def at(self, role: str) -> list[Site]:
+        """The sites of one role in the main tower; nothing when the host has none."""
+        return self.sites(role, optional=True)
+
+    def graft(
+        self,
+        site: Site,
+        operator: Callable[..., O],
+        config: MethodConfig | None = None,
+        holders: tuple[Site, ...] = (),
+    ) -> O:
+        """Put ``operator(site, config)`` at a site: built from (seed, path), moved to the site's device, in the wished
+        dtype. At `holders` the same operator acts too; see `Operator.at`.
+
+        Raises:
+            UnsupportedSite: the operator wraps a forward, but the site is a tensor that is read, not called; or it
+                acts on a weight that nobody here can read; or what the user named in ``train`` is there.
+            PluginError: the method has grafted this site before.
+        """
+        if (path := site.path) in self._paths:
+            raise PluginError(f"{self.method.name} grafts {path} twice")
+        built: O = self._build(path, lambda: operator(site, config.at(path)) if config else operator(site), site)
+        if isinstance(built, Operator) and site.form == "weight" and not is_mergeable(built):
+            raise UnsupportedSite(
+                f"{self.method.name} acts on what a module computes, but {site.path} is a tensor that is read, "
+                "not called; target what uses it, such as the role attn.output"
+            )
+        if isinstance(built, WeightOperator):
+            site = replace(site, form="weight")
+        for each in (site, *holders):
+            if each.form == "weight":
+                each.layer.check_readable(each.module, each.tensor)
+        self._record(Graft(site, built, (site, *holders), self._by_method, self.part))
+        return built
+
+    def attention(self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None) -> O:
+        """Put ``operator(site, config)``, an `AttentionOperator`, inside an attention module: around what its queries,
+        keys and values go through.
+
+        Raises:
+            UnsupportedSite: the module's attention cannot be edited.
+        """
+        return self.graft(locate_attention(site, self.resolver), operator, config)
+
+    def sequence(self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None) -> O:
+        """Put ``operator(site, config)``, a `SequenceOperator`, at a stack: its rows go in front of the tokens.
+
+        Raises:
+            UnsupportedSite: the site is no stack: no module that takes token ids, embeds them and runs blocks.
+        """
+        found = locate_stack(site, self.resolver)
+        return self.graft(found, operator, config, found.places)
+
+    def include(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> None:
+        """Let another method act as one part of this one: a hybrid. What it grafts, owns and selects stands under the
+        part's name."""
+        self.grafts += self.collect(part, method, config, target)
+        self._paths |= self.parts[part]._paths
+
+    def collect(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> list[Graft]:
+        """What another method would graft as a part of this one. It does not act: the operators are for this method to
+        put into its own, as children. What the part owns and selects is recorded as by `include`."""
+        prefix, wishes = f"{part}/", self.wishes
+        saved = wishes.saved
+        if saved is not None:
+            saved = {key.removeprefix(prefix): sites for key, sites in saved.items() if key.startswith(prefix)}
+        wishes = replace(wishes, target=wishes.target if target is None else target, train=(), saved=saved)
+        child = Surgeon(
+            self.model, method, config, self.resolver, wishes, self.dry, self.part + prefix, progress=self.progress
+        )
+        registry().hook.peftcore_inject(model=self.model, method=method, config=config, surgeon=child)
+        self.parts[part] = child
+        self.owned |= {prefix + name: shared for name, shared in child.owned.items()}
+        self.selections |= {prefix + key: sites for key, sites in child.selections.items()}
+        return child.grafts
+
+    def own(self, name: str, module: Callable[[], nn.Module]) -> Shared:
+        """State that sites share, registered and saved once: built on the first call with that name."""
+        if name not in self.owned:
+            anywhere = next(self.model.parameters(), torch.empty(0)).device
+            with generator_kept():  # an operator that is being built may ask for it
+                self.owned[name] = Shared(self._build(f"shared:{name}", module, None, anywhere))
+        return self.owned[name]
+
+    def replace(self, site: Site) -> Replacement:
+        """Let a value stand for the site's tensor: one for each tensor, so all that is tied to it sees the same. It is
+        stored as the host stores the tensor, and has its shape.
+
+        Raises:
+            UnsupportedSite: an operator stands there.
+        """
+        tensor = None if site.layer.packed else site.layer.read(site.module, site.tensor)
+        key = (site.path if tensor is None else id(tensor), site.rows)
+        if key not in self._replaced:
+            site = self._as_stored(site)
+            self._replaced[key] = self._build(site.path, lambda: Replacement(site), site)
+            holders = tuple(self._tied(site, tensor))
+            self._record(Graft(site, self._replaced[key], holders, self._by_method, self.part))
+        return self._replaced[key]
+
+    def train(self, path: str) -> list[Replacement]:
+        """Replace every parameter of the module at `path` and below (or the one parameter of that name).
+
+        Raises:
+            TargetError: there is neither a module nor a parameter at `path`.
+            UnsupportedSite: an operator stands at one of them.
+        """
+        resolver = self.resolver
+        if path not in resolver.modules:
+            return [self.replace(resolver.module_site(path))]
+        inside = [p for p in resolver.modules if p == path or p.startswith(f"{path}.") or not path]
+        sites = [
+            resolver.site(p, name)
+            for p in inside
+            for name in resolver.layer_of(resolver.modules[p], "weight").slots(resolver.modules[p])
+        ]
+        sites = [site for site in sites if not site.missing(site.tensor)]
+        return [self.replace(replace(site, meta=self.dry)) for site in sites]
+
+    def stored_anew(self, module: nn.Module) -> None:
+        """Look again at how a module stores what the recorded sites are."""
+
+        def anew(site: Site) -> Site:
+            return replace(site, layer=site.layer_of(module, site.tensor)) if site.module is module else site
+
+        self.grafts[:] = [
+            replace(graft, site=anew(graft.site), holders=tuple(map(anew, graft.holders))) for graft in self.grafts
+        ]
+        self.selections |= {key: [anew(site) for site in sites] for key, sites in self.selections.items()}
+        for part in self.parts.values():
+            part.stored_anew(module)
+
+    def train_wishes(self) -> None:
+        """Record what the user named in ``train``: paths, or ends of paths.
+
+        Raises:
+            TargetError: a name means nothing, or nothing that has parameters.
+            HostMismatch: a file names what the host does not have.
+        """
+        self._by_method = False
+        for name in self.wishes.train:
+            exact = name in self.resolver.modules or self.resolver.has_parameter(name)
+            if not exact and self.wishes.saved is not None:
+                raise HostMismatch(f"{name!r} was trained along, and is not here")
+            paths = [name] if exact else [_meant(name, site) for site in self.resolver.sites(name)[0]]
+            if not [each for path in paths for each in self.train(path)]:
+                raise TargetError(f"train: {name!r} has no parameters")
+        self._by_method = True
+
+    def _record(self, graft: Graft) -> None:
+        if (path := graft.site.path) in self._paths:
+            raise UnsupportedSite(
+                f"{path} would be adapted and replaced at once; exclude= it from the target, or leave it out of train="
+            )
+        self.progress.step()
+        self.grafts.append(graft)
+        self._paths.add(path)
+
+    def _matching(self, target: Target, warn: bool) -> list[Site]:
+        found, unmatched = self.resolver.sites(target, exclude=self.wishes.exclude)
+        if unmatched and warn:
+            warnings.warn(f"these targets match nothing and are passed over: {unmatched}", UserWarning, stacklevel=2)
+        return found
+
+    def _defaults(self, target: Target, exclude: Target | None) -> list[Site]:
+        try:
+            return self.resolver.sites(target, exclude=exclude, tower=self.resolver.host.main_tower())[0]
+        except TargetError:
+            return self.resolver.sites(target, exclude=exclude)[0]  # heads and projectors stand outside of all towers
+
+    def _tied(self, site: Site, tensor: Tensor | None) -> Iterator[Site]:
+        yield site
+        if isinstance(tensor, nn.Parameter) and site.rows is None:
+            for path, name in self.resolver.holders(tensor):
+                holder = self.resolver.site(path, name)
+                if (holder.module_path, holder.tensor) != (site.module_path, site.tensor):
+                    yield self._as_stored(holder)
+
+    @staticmethod
+    def _as_stored(site: Site) -> Site:
+        """A whole tensor is replaced as it is stored, so that holders of different kinds (table, head) share it."""
+        return replace(site, form="weight", layer=site.layer if site.rows else site.layer.as_stored)
+
+    def _build(self, path: str, make: Callable[[], Any], site: Site | None, device: torch.device | None = None) -> Any:
+        if site is not None:
+            device = site.device
+        where, on_it = self._where
+        _seed(self.wishes.seed, self.part + path)
+        with on_it:
+            built = make()
+        goal = where if self.dry else device
+        if not self.dry and device is not None and device.type == "meta":
+            goal = None  # a host without values: its operators have some
+        built = self._moved(built, where, goal)
+        training = self.model.training if site is None else site.module.training
+        if built._modules:
+            return built.train(training)
+        if built.training is not training:
+            built.training = training  # as `train` does, after a search for more below
+        return built
+
+    @cached_property
+    def _where(self) -> tuple[torch.device, AbstractContextManager[Any]]:
+        """The device on which operators are built, and what makes torch build there."""
+        where = torch.device("meta" if self.dry else "cpu")
+        # A device that is the default already needs no mode, which would look at each call of torch.
+        return where, contextlib.nullcontext() if torch.get_default_device() == where else where
+
+    def _moved(self, built: nn.Module, where: torch.device, goal: torch.device | None) -> nn.Module:
+        """An operator built on a device, in the wished dtype on another. Most are there already, and are not walked."""
+        dtype = self.wishes.dtype
+        parameters, buffers = tables(built)
+        there = (goal is None or goal == where) and not built._modules and not buffers
+        for parameter in parameters.values():
+            there = there and (parameter is None or parameter.dtype is dtype)
+        return built if there else built.to(goal, dtype)
+
+
+def _exactly(path: str) -> Callable[[str, nn.Module], bool]:
+    return lambda found, module: found == path
+
+
+def _meant(name: str, site: Site) -> str:
+    """The module of a matched site, or the one tensor that the name ends with: ``classifier.bias``."""
+    parameter = f"{site.module_path}.{site.tensor}".lstrip(".")
+    return parameter if f".{name}".endswith(f".{site.tensor}") else site.module_path

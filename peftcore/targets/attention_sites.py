@@ -1,0 +1,164 @@
+"""Where attention can be edited: the module that goes through transformers' attention interface, its sizes, its
+projections. All of it is found from the module's code, attributes and host map, before anything is changed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcore.errors import TargetError, UnsupportedSite
+from peftcore.forward.attention import Geometry, Projection, implementation_of
+from peftcore.layers.layer import plain_class
+from peftcore.targets.resolver import Resolver
+from peftcore.targets.sites import Site
+
+# What attention classes call these sizes; the first name that a module has counts.
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
+_VALUE_DIM = ("v_head_dim",)
+_GROUPS = ("num_key_value_groups",)
+
+_PER_KEY_INDICES = {"indices", "block_indices"}
+"""Arguments by which an attention picks keys by position: keys in front would shift them."""
+_DETOURS = ("reorder_and_upcast_attn",)
+"""Options of configs with which an attention goes around its interface."""
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionSite(Site):
+    """An attention module whose queries, keys and values can be edited."""
+
+    geometry: Geometry = field(kw_only=True)
+    """Its heads, key and value heads, and their widths."""
+    projections: Mapping[str, Projection] = field(kw_only=True)
+    """The attention's own matrices by part: "q", "k", "v", those that are there."""
+    eager: Callable[..., Any] = field(kw_only=True)
+    """The attention function of the module's own file, which transformers uses for "eager"."""
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """What stands for a shape in plans and files: ``[heads, kv_heads, head_dim, value_dim]``."""
+        sizes = self.geometry
+        return torch.Size([sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.value_dim])
+
+
+def locate(site: Site, resolver: Resolver) -> AttentionSite:
+    """The attention at a site: its module, or the one inside it that computes attention (BERT's ``attention.self``).
+
+    Raises:
+        UnsupportedSite: there is none, there are several, or it does not go through the attention interface.
+    """
+    inside = [path for path in _paths(site, resolver) if _goes_through_interface(resolver.modules[path])]
+    if len(inside) != 1:
+        found = f"has several attentions inside, {', '.join(inside)}: target one" if inside else _REASON
+        raise UnsupportedSite(f"{site.path or 'the host'} {found}")
+    path = inside[0]
+    module = resolver.modules[path]
+    _check_config(path, module)
+    projections = {part: _projection(resolver, path, part) for part in ("q", "k", "v")}
+    known = {part: projection for part, projection in projections.items() if projection is not None}
+    return AttentionSite(
+        module,
+        path,
+        "weight",
+        site.layer,
+        site.role,
+        form="attention",
+        layer_of=site.layer_of,
+        meta=site.meta,
+        geometry=_geometry(path, module, known),
+        projections=known,
+        eager=_eager(module),
+    )
+
+
+_REASON = (
+    "does not compute attention through transformers' attention interface (it is another library's, or computes it in "
+    "its own forward), so nothing can act between its projections and its softmax"
+)
+
+
+def _paths(site: Site, resolver: Resolver) -> Iterator[str]:
+    """The module of the site and those below it."""
+    top = site.module_path
+    return (path for path in resolver.modules if path == top or path.startswith(f"{top}.") or not top)
+
+
+def _forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward of the module's own class, without decorators."""
+    forward: Callable[..., Any] = inspect.unwrap(plain_class(module).forward)
+    return forward
+
+
+def _code(module: nn.Module) -> CodeType | None:
+    return getattr(_forward(module), "__code__", None)
+
+
+def _goes_through_interface(module: nn.Module) -> bool:
+    code = _code(module)
+    return code is not None and {"get_interface", "_attn_implementation", "config"} <= set(code.co_names)
+
+
+def _check_config(path: str, module: nn.Module) -> None:
+    implementation_of(module.config)
+    named = {
+        name for each in _forward(module).__code__.co_consts for name in (each if isinstance(each, tuple) else (each,))
+    }
+    if chosen := named & _PER_KEY_INDICES:
+        raise UnsupportedSite(
+            f"{path} picks its keys by position ({', '.join(chosen)}), which keys in front would shift"
+        )
+    for option in _DETOURS:
+        if getattr(module.config, option, False):
+            raise UnsupportedSite(f"{path} goes around its attention interface with {option}=True; turn it off")
+
+
+def _eager(module: nn.Module) -> Callable[..., Any]:
+    """The function by which the module's file computes attention itself: what the forward hands to the interface."""
+    forward = _forward(module)
+    code = forward.__code__
+    name = next(name for name in code.co_names if name.endswith("eager_attention_forward"))
+    function: Callable[..., Any] = forward.__globals__[name]
+    return function
+
+
+def _projection(resolver: Resolver, path: str, part: str) -> Projection | None:
+    """The attention's own matrix (or the rows of a fused one) for a part, None where the host map knows none."""
+    for family in ("attn", "cross"):
+        try:
+            places = resolver.host.select(f"{family}.{part}")
+        except TargetError:  # fused, and its rows are not known
+            continue
+        for entry, rows in places:
+            if entry.module == path or entry.module.startswith(f"{path}."):
+                site = resolver.site(entry.module, entry.tensor or "weight", f"{family}.{part}", rows)
+                below = site.module_path[len(path) :].lstrip(".")
+                shape = site.weight_shape
+                return Projection(below, site.tensor, site.layer, rows, shape[1], shape[0])
+    return None
+
+
+def _size(module: nn.Module, names: tuple[str, ...]) -> int | None:
+    """The first of the attributes that the module has as a number."""
+    return next((size for name in names if isinstance(size := getattr(module, name, None), int)), None)
+
+
+def _geometry(path: str, module: Any, projections: Mapping[str, Projection]) -> Geometry:
+    """The sizes that the module's attributes tell, checked against its projections."""
+    heads = _size(module, _HEADS) or int(module.config.num_attention_heads)
+    kv_heads = heads // (_size(module, _GROUPS) or 1)
+    made = {part: projection.out_features for part, projection in projections.items()}
+    head_dim = _size(module, _HEAD_DIM) or made.get("k", 0) // kv_heads
+    value_dim = _size(module, _VALUE_DIM) or head_dim
+    if made.get("v", kv_heads * value_dim) != kv_heads * value_dim or not head_dim:
+        raise UnsupportedSite(
+            f"{path}: the sizes of its heads are not known: {heads} heads, {kv_heads} of them for keys, {head_dim} "
+            f"wide, and projections of {made}"
+        )
+    return Geometry(heads, kv_heads, head_dim, value_dim)

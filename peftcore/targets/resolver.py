@@ -1,0 +1,317 @@
+"""From what a user calls a target to sites: globs, suffixes, regular expressions, roles, types and predicates.
+
+A string is read in this order: ``re:...`` is a regular expression for the whole path; one with ``* ? [`` is a glob for
+the whole path (``*`` crosses dots); a role that the host map knows is that role; anything else is the end of a path.
+What matches no module is tried on parameters (``"*.in_proj_bias"``). Roles know the rows of fused projections; the
+other forms take whole modules. ``vision:``, ``text:`` or ``audio:`` in front of any of them means the towers that take
+that in, and no others: ``vision:attn.q``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+from torch.jit import ScriptModule
+
+from peftcore.errors import HostMismatch, TargetError, shown
+from peftcore.forward.adapter_modules import Operators
+from peftcore.layers.layer import Layer, Ranges
+from peftcore.roles import HostEntry, HostMap
+from peftcore.roles.alike import Structure
+from peftcore.targets.sites import LayerOf, Site
+
+UNSEEN = (Operators, ScriptModule)
+"""Modules that are no places, nor is anything in them."""
+KINDS = 8
+"""So many ways in which modules of a class and a shape are built are kept in mind."""
+Target = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[Any]
+
+
+def _matcher(pattern: Any) -> Callable[[str, nn.Module | None], bool]:
+    """A predicate for one target that is not a role."""
+    if isinstance(pattern, type):
+        return lambda path, module: isinstance(module, pattern)
+    if callable(pattern):
+        return lambda path, module: module is not None and bool(pattern(path, module))
+    if pattern.startswith("re:"):
+        try:
+            compiled = re.compile(pattern[3:])
+        except re.error as error:
+            raise TargetError(f"target {pattern!r} is no regular expression: {error}") from None
+        return lambda path, module: compiled.fullmatch(path) is not None
+    if not _is_ending(pattern):
+        return lambda path, module: fnmatch.fnmatchcase(path, pattern)
+    ending = f".{pattern}"
+    return lambda path, module: path.endswith(ending) or path == pattern
+
+
+def _is_ending(pattern: Any) -> bool:
+    """Whether a target that is no role is the end of a path."""
+    return isinstance(pattern, str) and not pattern.startswith("re:") and not any(each in pattern for each in "*?[")
+
+
+def _each(target: Target) -> Iterator[Any]:
+    if isinstance(target, str | type) or callable(target):
+        yield target
+    elif isinstance(target, Iterable):
+        for part in target:
+            yield from _each(part)
+    else:
+        raise TargetError(f"target {target!r} is no name, role, pattern, type or predicate")
+
+
+class Resolver:
+    """Finds sites in one host. Operators of other injections are never seen as targets."""
+
+    def __init__(self, model: nn.Module, host: HostMap, layer_of: LayerOf) -> None:
+        self.model, self.host, self.layer_of = model, host, layer_of
+        self.modules: dict[str, nn.Module] = {}
+        self._see(model, "", set())
+        self._order = {path: index for index, path in enumerate(self.modules)}
+        self._role_of = {entry.path: entry.role for entry in host.entries}
+        self._readers = {entry.module: entry.reader for entry in host.entries if entry.reader is not None}
+        self._holders: dict[int, list[tuple[str, str]]] | None = None
+        self._layers: dict[tuple[Any, ...], list[tuple[Structure, Layer]]] = {}
+        """By what tells most modules apart."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies look again how their modules are built."""
+        return {**self.__dict__, "_layers": {}}
+
+    def _see(self, module: nn.Module, path: str, seen: set[int]) -> None:
+        """Note a module and all below it, each once."""
+        if id(module) in seen or isinstance(module, UNSEEN):
+            return
+        seen.add(id(module))
+        self.modules[path] = module
+        if module._modules:
+            prefix = f"{path}." if path else ""
+            for name, child in module._modules.items():
+                if child is not None:
+                    self._see(child, prefix + name, seen)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The host's own, each as often as a module holds it."""
+        modules = self.modules.values()
+        return [each for module in modules for each in module._parameters.values() if each is not None]
+
+    def sites(
+        self, target: Target, *, exclude: Target | None = None, tower: str | None = None
+    ) -> tuple[list[Site], list[Any]]:
+        """The sites of a target, in the host's order, without those of `exclude`; and the parts of the target that
+        match nothing.
+
+        Raises:
+            TargetError: nothing matches, or everything was excluded.
+        """
+        found: dict[str, Site] = {}
+        unmatched: list[Any] = []
+        for pattern in _each(target):
+            matched = list(self._match(pattern, tower))
+            found.update((site.path, site) for site in matched)
+            if not matched:
+                unmatched.append(pattern)
+        if not found:
+            raise TargetError(self._nothing(*unmatched))
+        if exclude is not None:
+            out = {path for pattern in _each(exclude) for path in self._excluded(pattern)}
+            found = {path: site for path, site in found.items() if path not in out and out.isdisjoint(_above(path))}
+            if not found:
+                raise TargetError(f"exclude={exclude!r} leaves nothing of target={target!r}")
+        return sorted(found.values(), key=lambda site: self._order[site.module_path]), unmatched
+
+    def _excluded(self, pattern: Any) -> set[str]:
+        """Paths of sites, and of whole modules where the pattern means modules: what is below those is left out too."""
+        out = {site.path for site in self._match(pattern, None)}
+        if not self._is_role(self._split(pattern)[1]):
+            out |= {path for path in self._modules_of(pattern) if path}
+        return out
+
+    def holders(self, tensor: nn.Parameter) -> list[tuple[str, str]]:
+        """Every (module path, name) that holds this very parameter."""
+        if self._holders is None:
+            self._holders = {}
+            for path, module in self.modules.items():
+                for name, value in module._parameters.items():
+                    self._holders.setdefault(id(value), []).append((path, name))
+        return self._holders.get(id(tensor), [])
+
+    def module_site(self, path: str) -> Site:
+        """The site of a whole module or of one parameter by exact path."""
+        if path in self.modules:
+            return self._whole(path)
+        owner, _, tensor = path.rpartition(".")
+        if owner in self.modules and tensor in self.modules[owner]._parameters:
+            return self.site(owner, tensor)
+        raise TargetError(self._nothing(path))
+
+    def site(self, module_path: str, tensor: str, role: str | None = None, rows: Ranges | None = None) -> Site:
+        """One site, described exactly; what is read without being called is a tensor of the module above that reads
+        it."""
+        parent, _, leaf = module_path.rpartition(".")
+        attention = leaf == "out_proj" and isinstance(self.modules.get(parent), nn.MultiheadAttention)
+        reader = parent if attention else self._readers.get(module_path)
+        if reader is not None:
+            module_path, tensor = reader, f"{module_path}.{tensor}".removeprefix(f"{reader}.")
+        module = self.modules[module_path]
+        output = role is not None and role.endswith(".output")  # the operator acts on what the module returns
+        layer = self._layer(module, tensor)
+        whole = tensor == "weight" and not layer.has(module, tensor)  # a module without a weight of its own
+        form = "activation" if output or whole or (layer.called and tensor == "weight") else "weight"
+        if role is None:
+            role = self._role_of.get(module_path if tensor == "weight" else f"{module_path}.{tensor}")
+        return Site(module, module_path, tensor, layer, role, rows, form, self.layer_of)
+
+    def _layer(self, module: nn.Module, tensor: str) -> Layer:
+        """How a module stores a tensor: of those that are built alike, one is looked at."""
+        held = module._parameters.get(tensor)
+        known = self._layers.setdefault((type(module), tensor, None if held is None else held.shape), [])
+        for structure, layer in known:
+            if structure.fits(module):
+                return layer
+        layer = self.layer_of(module, tensor)
+        if len(known) < KINDS:
+            known.append((Structure(module), layer))
+        return layer
+
+    def recorded(self, module_path: str, tensor: str, role: str | None = None, rows: Ranges | None = None) -> Site:
+        """A site as a file tells of it.
+
+        Raises:
+            HostMismatch: the host has no such module, tensor, or rows.
+        """
+        module = self.modules.get(module_path)
+        if module is None:
+            raise HostMismatch(f"the adapter belongs to another base: there is no {module_path!r} here")
+        owner = self.modules.get(f"{module_path}.{tensor.rpartition('.')[0]}".strip("."))
+        if owner is None or (tensor != "weight" and tensor.rpartition(".")[2] not in self._slots(module, tensor)):
+            raise HostMismatch(f"the adapter belongs to another base: {module_path!r} has no {tensor!r} here")
+        site = self.site(module_path, tensor, role, rows)
+        if rows is not None:
+            height = replace(site, rows=None).out_features
+            ends = [end for pair in rows for end in pair]
+            empty = any(start >= stop for start, stop in rows)
+            if not rows or empty or ends != sorted(ends) or ends[-1] > height:
+                raise HostMismatch(f"{module_path} has {height} rows here, the adapter stands at {shown(rows)}")
+        return site
+
+    def _slots(self, module: nn.Module, tensor: str) -> Iterable[str]:
+        owner = module.get_submodule(tensor.rpartition(".")[0])
+        return self.layer_of(owner, "weight").slots(owner)
+
+    def has_parameter(self, path: str) -> bool:
+        """Whether a module has a place for a parameter of exactly that path (it may be empty)."""
+        owner, _, tensor = path.rpartition(".")
+        return owner in self.modules and tensor in self._slots(self.modules[owner], tensor)
+
+    def _whole(self, path: str, role: str | None = None) -> Site:
+        return self.site(path, self._own_tensor(path), role)
+
+    def _own_tensor(self, path: str) -> str:
+        return "in_proj_weight" if isinstance(self.modules[path], nn.MultiheadAttention) else "weight"
+
+    def _match(self, pattern: Any, tower: str | None) -> Iterator[Site]:
+        towers, inner = self._split(pattern)
+        if self._is_role(inner):
+            for each in (tower,) if towers is None else towers:
+                for entry, rows in self.host.select(inner, each):
+                    yield self._of_entry(entry, inner, rows)
+            return
+        paths = self._modules_of(pattern)
+        yield from (self._whole(path) for path in paths)
+        if not paths:
+            matches = _matcher(inner)
+            for owner in self._inside(towers, self.modules):
+                for name in self.modules[owner]._parameters:
+                    if matches(f"{owner}.{name}".lstrip("."), None):
+                        yield self.site(owner, name)
+
+    def _split(self, pattern: Any) -> tuple[tuple[str, ...] | None, Any]:
+        """The towers that a pattern means, None for all, and the rest of it."""
+        if isinstance(pattern, str):
+            sense, colon, rest = pattern.partition(":")
+            if colon and sense in self.host.named_towers:
+                return self.host.named_towers[sense], rest
+        return None, pattern
+
+    @cached_property
+    def _tower_of(self) -> dict[str, str]:
+        return {entry.module: entry.tower for entry in self.host.entries}
+
+    def _inside(self, towers: tuple[str, ...] | None, paths: Iterable[str]) -> list[str]:
+        """Those of the paths that are in some towers."""
+        return [path for path in paths if towers is None or self._tower_of.get(path) in towers]
+
+    def _modules_of(self, pattern: Any) -> list[str]:
+        """The modules that a pattern which is no role means."""
+        towers, inner = self._split(pattern)
+        matches = _matcher(inner)
+        paths = self._by_name.get(inner.rpartition(".")[2], ()) if _is_ending(inner) else self.modules
+        return [path for path in self._inside(towers, paths) if matches(path, self.modules[path])]
+
+    @cached_property
+    def _by_name(self) -> dict[str, list[str]]:
+        """The paths of modules by their last step."""
+        found: dict[str, list[str]] = {}
+        for path in self.modules:
+            found.setdefault(path.rpartition(".")[2], []).append(path)
+        return found
+
+    def _is_role(self, pattern: Any) -> bool:
+        """A role of this host, or a family such as ``norm.*`` (which is never a path: paths have an owner before the
+        dot)."""
+        return isinstance(pattern, str) and self.host.knows(pattern)
+
+    def _of_entry(self, entry: HostEntry, role: str, rows: Ranges | None) -> Site:
+        if role.endswith(".output"):
+            return self.site(entry.module, entry.tensor or self._last_matrix(entry), role, rows)
+        named = entry.role if role.endswith("*") or role == "all-linear" else role
+        return self.site(entry.module, entry.tensor or self._own_tensor(entry.module), named, rows)
+
+    def _last_matrix(self, entry: HostEntry) -> str:
+        """The tensor below a module from which its output comes: its own weight, or its experts' second matrices."""
+        if self.modules[entry.module]._parameters.get("weight") is not None:
+            return "weight"
+        prefix = f"{entry.module}."
+        inside = (
+            e.path
+            for e in self.host.entries
+            if e.path.startswith(prefix) and e.role in ("experts.down", "attn.out", "mlp.down")
+        )
+        path = next(inside, f"{prefix}weight").removeprefix(prefix)
+        return (
+            path
+            if path == "weight" or path.rpartition(".")[2] in self._leaf_tensors(entry.module, path)
+            else f"{path}.weight"
+        )
+
+    def _leaf_tensors(self, module: str, path: str) -> dict[str, Any]:
+        owner = f"{module}.{path.rpartition('.')[0]}".rstrip(".")
+        return self.modules[owner]._parameters
+
+    def _nothing(self, *patterns: Any) -> str:
+        leaves = sorted({path.rpartition(".")[2] for path in self.modules if path})
+        known = self.host.roles()
+        names = [*sorted(known), *leaves]
+        close = [c for p in patterns for c in difflib.get_close_matches(str(p), names, n=3, cutoff=0.5)]
+        shown = ", ".join(map(repr, patterns))
+        hint = f"; close: {', '.join(close)}" if close else ""
+        roles = ", ".join(sorted(r for r in known if not r.endswith("*"))) or "none"
+        towers = ", ".join(f"{sense}:" for sense in sorted(self.host.named_towers))
+        its = f"Its roles: {roles}" + (f". Its towers: {towers}" if towers else "")
+        return f"target {shown} matches nothing in this {type(self.model).__name__}{hint}. {its}"
+
+
+def _above(path: str) -> Iterator[str]:
+    """The whole tensor of a part, and every module above a path."""
+    path = path.partition(":")[0]
+    while path:
+        yield path
+        path = path.rpartition(".")[0]

@@ -1,0 +1,288 @@
+"""Edits of the token sequence: trained rows in front of what a host embeds (soft prompts).
+
+An author writes `rows`; the core puts them where ids are consumed, in the *stack* (see `peftcore.roles.stacks`), and
+keeps everything in step: masks, positions, token types, caches. Outputs keep the shape that the host would have had:
+the rows are dropped again before anything pools or scores, so heads, labels and `generate` see the user's tokens alone.
+An encoder whose output other stacks attend to keeps them, and the readers' masks get their columns.
+
+Everything equals the host run on embeddings that begin with the rows. Where the rows cannot be kept in step, a
+`SequenceError` says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peftcore.contract.operators import Operator
+from peftcore.errors import PluginError, SequenceError, UnsupportedSite
+from peftcore.layers.fsdp import whole
+from peftcore.layers.layer import Layer
+from peftcore.roles.stacks import CACHES, EMBEDS, IDS, MEMORY, Stack, arguments, find
+from peftcore.targets.resolver import Resolver
+from peftcore.targets.sequence_cache import Opened, is_cache, is_filled, opened
+from peftcore.targets.sequence_masks import Front
+from peftcore.targets.sites import Site
+
+MASK, POSITIONS, STEPS = "attention_mask", "position_ids", "cache_position"
+MEMORY_MASK = "encoder_attention_mask"
+MARKS = ("token_type_ids", "mm_token_type_ids", "visual_pos_masks")
+"""What is said of each token; of rows in front it says 0."""
+PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
+"""Arguments of batches that pack several sequences into one."""
+KNOWN = frozenset({IDS, EMBEDS, MASK, POSITIONS, STEPS, MEMORY, MEMORY_MASK, *MARKS, *CACHES})
+FORM = "sequence"
+ENTRY, BODY, READER = f"{FORM}.entry", f"{FORM}.body", f"{FORM}.reader"
+
+NOWHERE = Stack("", "", "", "")
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceSite(Site):
+    """A stack; its tensor is the token table, so `out_features` is the width of a row."""
+
+    stack: Stack = NOWHERE
+    """What embeds ids and runs blocks, and where it does so."""
+    places: tuple[Site, ...] = ()
+    """Where the operator stands besides: where embeddings enter, where blocks end, what reads the output."""
+
+    @property
+    def path(self) -> str:
+        return f"{self.module_path}:{FORM}".lstrip(":")
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """What the stack makes of ids, scaled as it scales; shape only while planning."""
+        if self.meta:
+            return torch.empty(*ids.shape, self.out_features, device="meta")
+        table = self.module.get_submodule(self.stack.table)
+        weight = whole(next(table.parameters()))  # of all processes, where they share it
+        with torch.no_grad():
+            embedded: Tensor = functional_call(table, {"weight": weight}, (ids.to(weight.device),))
+        return embedded.detach()
+
+
+def locate(site: Site, resolver: Resolver) -> SequenceSite:
+    """The stack at a site.
+
+    Raises:
+        UnsupportedSite: no stack is there.
+    """
+    stacks = {stack.path: stack for stack in find(resolver.modules, resolver.host.entries)}
+    stack = stacks.get(site.module_path)
+    if stack is None:
+        known = ", ".join(map(repr, stacks)) or "none: it embeds no token ids, or makes more of them than embeddings"
+        raise UnsupportedSite(f"{site.module_path or 'the host'} is no stack of tokens; those of this host are {known}")
+
+    def place(path: str, form: str) -> Site:
+        return Site(resolver.modules[path], path, "", Layer(), form=form, meta=site.meta)
+
+    places = [place(path, READER) for path in stack.readers]
+    if stack.entry != stack.path:
+        places.append(place(stack.entry, ENTRY))
+    if stack.body != stack.path and not stack.readers:
+        places.append(place(stack.body, BODY))
+    return SequenceSite(
+        site.module,
+        stack.path,
+        f"{stack.table}.weight",
+        site.layer_of(site.module.get_submodule(stack.table), "weight"),
+        site.role,
+        form=FORM,
+        layer_of=site.layer_of,
+        meta=site.meta,
+        stack=stack,
+        places=tuple(places),
+    )
+
+
+class SequenceOperator(Operator):
+    """Rows in front of the sequence of a stack: subclasses say which, in `rows`."""
+
+    def __init__(self, site: SequenceSite, length: int) -> None:
+        super().__init__(site)
+        self.length, self.width, self.stack = length, site.out_features, site.stack
+        self.names = {place.form: arguments(type(place.module)) for place in (site, *site.places)}
+        self.stamp = uuid.uuid4().hex  # copies of a host keep it, so caches go with copies
+
+    def rows(self, embeds: Tensor) -> Tensor:
+        """The rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]``, or one such for each
+        of the batch."""
+        raise NotImplementedError
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        """What acts at one of the operator's places."""
+        acts = {FORM: self._around, ENTRY: self._enter, BODY: self._leave, READER: self._read}
+        return functools.partial(acts[form], module)
+
+    def _around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The stack itself."""
+        if self.stack.entry == self.stack.path:
+            return self._enter(module, call, *args, **kwargs)
+        given = self._bind(FORM, args, kwargs)  # embeddings enter further in; here are the mask and the outputs
+        tokens = given[IDS].shape[1]
+        front = self._front(module, Opened(None, None, held=False))
+        given[MASK] = front.extend(given.get(MASK), tokens)
+        return _without_rows(call(**given), self.length, tokens + self.length, len(given[IDS]))
+
+    def _enter(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Where embeddings take the place of ids."""
+        given = self._bind(FORM if self.stack.entry == self.stack.path else ENTRY, args, kwargs)
+        key = next((name for name in CACHES if given.get(name) is not None), None)
+        mark = self.stamp, self.length
+        cache = opened(given.get(key) if key else None, mark)
+        batch, tokens = (given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]).shape[:2]
+        if not cache.held:
+            self._put_rows_in(module, given, tokens)
+        given.update(self._shifted(given, enter=not cache.held))
+        if given.get(MASK) is not None:
+            given[MASK] = self._front(module, cache).extend(given[MASK], tokens)
+        if key is not None:
+            given[key] = cache.inner
+        try:
+            output = call(**given)
+        except BaseException:
+            cache.abandon(mark)
+            raise
+        cache.mark(mark)
+        output = _with_caches(output, lambda found: cache.outward(found, mark))
+        if cache.held or self.stack.readers or self.stack.entry != self.stack.path:
+            return output
+        whole = self.length + tokens
+        _check(output, whole if self.stack.body == self.stack.path else None, tokens)
+        return _without_rows(output, self.length, whole, batch)
+
+    def _put_rows_in(self, module: nn.Module, given: dict[str, Any], tokens: int) -> None:
+        """Embed the ids and put the rows in front."""
+        _refuse_unknown(given, tokens)
+        ids, embeds = given.get(IDS), given.get(EMBEDS)
+        if embeds is None:
+            embeds = self._table(module)(ids)
+        rows = self.rows(embeds)
+        if rows.shape[-2:] != (self.length, embeds.shape[-1]):
+            raise PluginError(f"{type(self).__name__}.rows gives {tuple(rows.shape)}, not {self.length} rows")
+        (rows,) = self.cast(embeds, rows)
+        padding = self.stack.position_padding
+        if given.get(POSITIONS) is None and padding is not None and ids is not None:
+            count = (ids != padding).cumsum(1) * (ids != padding)  # as the host counts where it has ids
+            given[POSITIONS] = count + padding
+        given[IDS] = None
+        given[EMBEDS] = torch.cat([rows.expand(len(embeds), -1, -1), embeds], dim=1)
+
+    def _shifted(self, given: Mapping[str, Any], enter: bool) -> dict[str, Any]:
+        """What counts or describes tokens, with the rows in front counted and described."""
+        changed: dict[str, Any] = {}
+        count = self.length
+        start = 0 if self.stack.position_padding is None else self.stack.position_padding + 1
+        for name in (POSITIONS, STEPS):
+            places = given.get(name)
+            if places is None:
+                continue
+            if enter and name == POSITIONS:
+                _refuse_packing(places, given)
+            first = torch.arange(count if enter else 0, device=places.device) + (start if name == POSITIONS else 0)
+            first = first.to(places.dtype).expand(*places.shape[:-1], -1)
+            changed[name] = torch.cat([first, places + count], dim=-1)
+        for name in MARKS if enter else ():
+            if given.get(name) is not None:
+                changed[name] = nn.functional.pad(given[name], (count, 0))
+        return changed
+
+    def _leave(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Where the blocks end, in stacks that pool after them."""
+        given = self._bind(BODY, args, kwargs)
+        hidden = next(value for value in given.values() if isinstance(value, Tensor) and value.dim() == 3)
+        held = any(is_filled(given[name]) for name in CACHES if given.get(name) is not None)
+        output = call(*args, **kwargs)
+        return output if held else _without_rows(output, self.length, _rows_of(output), len(hidden))
+
+    def _read(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Where another stack attends to this one's output: its mask gets the rows' columns."""
+        given = self._bind(READER, args, kwargs)
+        mask, memory = given.get(MEMORY_MASK), given.get(MEMORY)
+        if mask is not None and memory is not None:
+            if mask.dim() != 2 or memory.shape[1] < mask.shape[1] + self.length:
+                raise SequenceError(
+                    f"the encoder's output has {memory.shape[1]} rows and its mask is {tuple(mask.shape)}: the soft "
+                    "prompt is not in it; pass ids, or what the encoder gives with the same injections active"
+                )
+            given[MEMORY_MASK] = torch.cat([mask.new_ones(len(mask), self.length), mask], dim=1)
+        return call(**given)
+
+    def _bind(self, form: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self.names[form], args, strict=False)), **kwargs}
+
+    def _front(self, module: nn.Module, cache: Opened) -> Front:
+        return Front(module, self.length, not cache.held, self.stack.causal, cache)
+
+    def _table(self, module: nn.Module) -> nn.Module:
+        """The token table, which may have been replaced since (resized); given the stack or its embeddings."""
+        below = self.stack.entry[len(self.stack.path) :].lstrip(".")
+        return module.get_submodule(self.stack.table.removeprefix(f"{below}."))
+
+
+def _refuse_unknown(given: Mapping[str, Any], tokens: int) -> None:
+    """Rows cannot go in front of what nobody knows to run along the sequence."""
+    for name, value in given.items():
+        along = isinstance(value, Tensor) and name not in KNOWN and value.dim() > 1 and value.shape[1] == tokens
+        if along or (name in PACKING and value is not None):
+            raise SequenceError(
+                f"rows cannot stand in front of a sequence with {name}=: nobody knows its entries there"
+            )
+
+
+def _refuse_packing(places: Tensor, given: Mapping[str, Any]) -> None:
+    """Without a mask, positions that start again say that several sequences are packed into one."""
+    alone = given.get(MASK) is None and all(given.get(name) is None for name in CACHES)
+    if alone and places.dim() == 2 and not torch.compiler.is_compiling() and bool((places.diff() != 1).any()):
+        raise SequenceError("packed sequences would each need the soft prompt in front; pass them as rows of a batch")
+
+
+def _check(output: Any, whole: int | None, tokens: int) -> None:
+    """The output has the rows that the sequence had (or had without the rows in front, where blocks end further in)."""
+    rows = _rows_of(output)
+    if rows > tokens if whole is None else rows != whole:
+        raise SequenceError(f"{tokens} tokens gave {rows} rows: the stack pools or regroups them, rows in front too")
+
+
+def _rows_of(output: Any) -> int:
+    """The length of the sequence that a module gives back."""
+    if isinstance(output, Mapping | list | tuple):
+        values = output.values() if isinstance(output, Mapping) else output
+        output = next(value for value in values if isinstance(value, Tensor))
+    rows: int = output.shape[1]
+    return rows
+
+
+def _without_rows(output: Any, count: int, whole: int, batch: int) -> Any:
+    """The output without the first `count` of the (at least) `whole` places: of hidden states, of the queries of
+    attention weights, and of what is said of all tokens of a batch in one list (routers)."""
+    if isinstance(output, Tensor):
+        if output.dim() == 3 and output.shape[1] >= whole:
+            return output[:, count:].contiguous()  # heads may want to view it
+        if output.dim() == 4 and output.shape[2] >= whole:
+            return output[:, :, count:].contiguous()
+        if output.dim() == 2 and output.shape[0] == batch * whole:
+            return output.view(batch, whole, -1)[:, count:].flatten(0, 1)
+        return output
+    return _mapped(output, lambda value: _without_rows(value, count, whole, batch))
+
+
+def _with_caches(output: Any, outward: Callable[[Any], Any]) -> Any:
+    """The output with its caches exchanged."""
+    return _mapped(output, lambda value: outward(value) if is_cache(value) else value)
+
+
+def _mapped(output: Any, change: Callable[[Any], Any]) -> Any:
+    """A structure with `change` applied to its entries."""
+    if isinstance(output, Mapping):
+        return type(output)(**{key: change(value) for key, value in output.items()})
+    if isinstance(output, list | tuple):
+        return type(output)(change(value) for value in output)
+    return output

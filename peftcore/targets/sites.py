@@ -1,0 +1,186 @@
+"""A place in a host at which a method acts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import UnsupportedSite
+from peftcore.forward.class_swap import effective_weight
+from peftcore.layers.detect import dense_layer
+from peftcore.layers.layer import Layer, Ranges
+
+LayerOf = Callable[[nn.Module, str], Layer]
+
+
+class _Memory:
+    """Room for what a site has worked out, since methods ask many times. Not among its attributes, from which others
+    are made (``**vars(site)``)."""
+
+    __slots__ = ("__dict__", "__weakref__", "_path", "_shape")
+    _path: str
+    _shape: torch.Size
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Site(_Memory):
+    """A module of the host, one of its tensors, or some rows of one, that a method acts on.
+
+    Attributes:
+        module: the module itself.
+        module_path: path of the module, "" for the host itself.
+        tensor: path of the tensor below the module; "weight" for most.
+        layer: how the module stores the tensor.
+        role: the role by which it was found, if any.
+        rows: the rows of the logical output dimension, for one part of a fused projection.
+        form: "activation" where an operator may wrap the module's forward, "weight" where only the tensor can be acted
+            on; "attention" for what acts inside an attention module.
+        layer_of: finds the `layer` of the module's other tensors.
+        meta: shapes alone count: while planning.
+    """
+
+    module: nn.Module
+    module_path: str
+    tensor: str
+    layer: Layer
+    role: str | None = None
+    rows: Ranges | None = None
+    form: str = "weight"
+    layer_of: LayerOf = dense_layer
+    meta: bool = False
+
+    @property
+    def path(self) -> str:
+        """The name of the site in files and messages: ``h.0.attn.c_attn``, ``mha.in_proj_weight``,
+        ``h.0.attn.c_attn:attn.q``."""
+        try:
+            return self._path
+        except AttributeError:
+            object.__setattr__(self, "_path", self._make_path())
+            return self._path
+
+    def _make_path(self) -> str:
+        if self.form == "attention":
+            return f"{self.module_path}:attention"
+        plain = self.tensor == "weight" or self.form == "activation"
+        path = self.module_path if plain else f"{self.module_path}.{self.tensor}".lstrip(".")
+        return path if self.rows is None else f"{path}:{self.role or self.rows[0][0]}"
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """The logical shape ``[*batch, out, in, *kernel]``, also when the weight is packed; rows only.
+
+        Raises:
+            UnsupportedSite: the module has no such tensor, and it is no bias that could be added.
+        """
+        try:
+            return self._shape
+        except AttributeError:
+            object.__setattr__(self, "_shape", self._find_shape())
+            return self._shape
+
+    def _find_shape(self) -> torch.Size:
+        if not self.layer.has(self.module, self.tensor):
+            return torch.Size([self._beside().out_features])
+        shape = self.layer.shape(self.module, self.tensor)
+        if self.rows is None:
+            return shape
+        dim, height = self.layer.batch_dims, sum(stop - start for start, stop in self.rows)
+        return torch.Size([*shape[:dim], height, *shape[dim + 1 :]])
+
+    @property
+    def batch(self) -> tuple[int, ...]:
+        """The leading dimensions of a stack: ``(experts,)``, or nothing."""
+        dims = self.layer.batch_dims
+        return tuple(self.weight_shape[:dims]) if dims else ()
+
+    @property
+    def out_features(self) -> int:
+        """Outputs of the linear map, or the length of a vector."""
+        return self.weight_shape[self.layer.batch_dims]
+
+    @property
+    def in_features(self) -> int:
+        """Inputs of the linear map (of one group, for grouped convolutions).
+
+        Raises:
+            UnsupportedSite: the tensor is a vector.
+        """
+        return self.weight_shape[self._first_input()]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """The kernel of a convolution, ``(height, width)`` for one in 2-D, or nothing.
+
+        Raises:
+            UnsupportedSite: the tensor is a vector.
+        """
+        first, shape = self._first_input(), self.weight_shape
+        return tuple(shape[first + 1 :]) if len(shape) > first + 1 else ()
+
+    @property
+    def numel(self) -> int:
+        """Values in the tensor (or in its rows)."""
+        return math.prod(self.weight_shape)
+
+    def _first_input(self) -> int:
+        """The dimension of the inputs."""
+        dim = self.layer.batch_dims + 1
+        if dim >= len(self.weight_shape):
+            raise UnsupportedSite(f"{self.path} is a vector of {self.out_features}; this method needs a matrix")
+        return dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module computes."""
+        held: Tensor | None = self.module._parameters.get(self.tensor)  # as nearly always
+        if held is not None:
+            return held.device
+        if self.layer.has(self.module, self.tensor):
+            held = self.layer.like(self.module, self.tensor)
+        else:
+            held = next(self.module.parameters(), None)
+        return torch.device("cpu") if held is None else held.device
+
+    def weight(self) -> Tensor:
+        """The dense logical weight ``[*batch, out, in, *kernel]`` as the active injections leave it, in the dtype that
+        the module has (a packed one: computes in); zeros for a missing bias, shape only while planning.
+
+        Raises:
+            UnsupportedSite: nobody here can read it, or there is none.
+        """
+        self.layer.check_readable(self.module, self.tensor)
+        if self.meta:
+            return torch.empty(self.weight_shape, device="meta")
+        if not self.layer.has(self.module, self.tensor):
+            return self._beside().weight().new_zeros(self.weight_shape)
+        return effective_weight(self.module, self.tensor, self.layer, self.rows)
+
+    def _beside(self) -> Site:
+        """The weight beside a bias that the host does not have."""
+        owner, _, name = self.tensor.rpartition(".")
+        if name != "bias":
+            raise UnsupportedSite(f"{self.module_path or 'the host'} has no tensor {self.tensor!r} to act on")
+        return self.at(f"{owner}.weight".lstrip("."))
+
+    def tensors(self) -> tuple[str, ...]:
+        """The parameter slots beside the site's tensor, by path below the module; empty ones (no bias) included."""
+        owner = self.tensor.rpartition(".")[0]
+        module = self.module.get_submodule(owner)
+        return tuple(f"{owner}.{name}".lstrip(".") for name in self.layer_of(module, "weight").slots(module))
+
+    def missing(self, tensor: str) -> bool:
+        """True for a parameter slot that the host left empty."""
+        return not self.layer_of(self.module, tensor).has(self.module, tensor)
+
+    def at(self, tensor: str) -> Site:
+        """The same rows of another tensor of the module."""
+        return replace(self, tensor=tensor, layer=self.layer_of(self.module, tensor), form="weight")

@@ -1,0 +1,123 @@
+"""The tree is the architecture: imports go down, those inside functions too, and pages say what is there."""
+
+import ast
+import re
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = ROOT / "peftcore"
+PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
+
+DEFERRED = {
+    (
+        "peftcore.injection.injection",
+        "peftcore.files.save_load",
+    ): "`Injection.save` writes itself: users expect it there",
+    (
+        "peftcore.training",
+        "peftcore.trainers.callback",
+    ): "`peftcore.training.PeftcoreCallback` is where users import it",
+}
+"""Imports that go up on purpose, inside a function, each with its reason. No more than three."""
+
+TREE = re.search(r"^```\npeftcore/\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+LINES = re.findall(r"^  ((?:\w+/?)(?:, \w+)*) {2,}\S", TREE[1] if TREE else "", re.MULTILINE)
+PACKAGES = [line.rstrip("/") for line in LINES if line.endswith("/")]
+"""The packages by layer, from the ground up."""
+
+
+def module_of(file: Path) -> str:
+    """The dotted name of a file of the core."""
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_of(file): file for file in sorted(CORE.rglob("*.py"))}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every module of the core that a file imports when it runs, anywhere in it: not what only type checkers read."""
+
+    def below(node: ast.AST) -> Iterator[str]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue
+            if isinstance(child, ast.Import):
+                yield from (alias.name for alias in child.names if alias.name in FILES)
+            elif isinstance(child, ast.ImportFrom) and child.module is not None:
+                for alias in child.names:
+                    inner = f"{child.module}.{alias.name}"
+                    yield from (name for name in [inner if inner in FILES else child.module] if name in FILES)
+            yield from below(child)
+
+    yield from below(ast.parse(file.read_text(encoding="utf-8")))
+
+
+def arrows() -> set[tuple[str, str]]:
+    """(importing, imported) module, but for what is deferred on purpose."""
+    return {(name, other) for name, file in FILES.items() for other in imports(file) if other != name} - set(DEFERRED)
+
+
+def package(module: str) -> str:
+    """The layer of a module: its package, or for the loose ones the module."""
+    return [*module.split("."), ""][1]
+
+
+def test_every_package_has_its_place_on_the_page() -> None:
+    there = [path.parent.name for path in CORE.glob("*/__init__.py")]
+    assert sorted(PACKAGES) == sorted(there)
+    loose = {path.stem for path in CORE.glob("*.py")}
+    assert loose == {"__init__", "__main__", "errors"}
+
+
+def test_imports_go_down_between_packages() -> None:
+    level = {name: place for place, name in enumerate(["errors", *PACKAGES, "", "__main__"])}
+    wrong = [
+        f"{name} imports {other}"
+        for name, other in sorted(arrows())
+        if package(name) != package(other) and level[package(other)] > level[package(name)]
+    ]
+    assert not wrong
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for name, other in arrows():
+        if not other.startswith(f"{name}."):  # a package hands out what its own modules bring
+            graph.setdefault(name, set()).add(other)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_what_is_deferred_is_there_and_rare() -> None:
+    assert len(DEFERRED) <= 3
+    for name, other in DEFERRED:
+        assert other in set(imports(FILES[name]))
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_says_what_it_is_for_and_in_which_order_to_read_it(name: str) -> None:
+    text = ast.get_docstring(ast.parse((CORE / name / "__init__.py").read_text(encoding="utf-8"))) or ""
+    assert "It may import" in text
+    inside = {path.stem for path in (CORE / name).glob("[!_]*.py")}
+    inside |= {path.parent.name for path in (CORE / name).glob("*/__init__.py")}
+    listed = re.findall(r"^\* `(\w+)`: \S", text, re.MULTILINE)
+    assert sorted(listed) == sorted(inside)
+    rank = {module: place for place, module in enumerate(listed)}
+    for module in inside:  # one reads from what nothing else here needs
+        for _, other in (arrow for arrow in arrows() if arrow[0].startswith(f"peftcore.{name}.{module}")):
+            below = other.removeprefix(f"peftcore.{name}.").split(".")[0]
+            if other.startswith(f"peftcore.{name}.") and below != module:
+                assert rank[below] < rank[module], f"{module} needs {below}, which is listed after it"
+
+
+def test_the_test_sees_imports_inside_functions(tmp_path: Path) -> None:
+    file = tmp_path / "inner.py"
+    file.write_text("def late():\n    from peftcore.files import save_load\n    import peftcore.errors\n")
+    assert list(imports(file)) == ["peftcore.files.save_load", "peftcore.errors"]
