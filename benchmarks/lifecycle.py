@@ -97,7 +97,7 @@ def injecting(rounds: int) -> Iterator[list[Row]]:
     more |= {f"theirs {count}": another_of_theirs(count) for count in (1, 20)}
     later = thrice(more, 8)
     yield [
-        compared(f"injection of LoRA into {SITES}", times, 0.1),
+        compared(f"injection of LoRA into {SITES}", times, 0.2),
         compared("the 21st adapter", later, 0.1, "ours 20", "theirs 20"),
         compared("the 21st adapter over the 2nd", later, 1.1, "ours 20", "ours 1"),
     ]

@@ -21,7 +21,7 @@ from benchmarks.contenders import PAIRS, Step, limit_step, training_step
 from benchmarks.hosts import PROJECTIONS, llama, tokens
 from benchmarks.steps import LAYOUTS, LENGTH
 from benchmarks.timing import take_turns
-from peftcore.layers import kernels
+from peftcore_reparameterized import _kernels as kernels
 
 SIZE, TERMS = 32, 5
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from benchmarks.contenders import PAIRS, Step, limit_step, training_step
 from benchmarks.hosts import PROJECTIONS, llama, tokens
@@ -21,8 +20,6 @@ WANTED = {
     "lora, dropout 0.1": 0.8,
     "dora": 0.6,
     "dora, frugal": math.inf,
-    "oft": 0.6,
-    "oft, exact": 0.6,
     "boft": 0.6,
     "boft, frugal": 0.6,
     "hra": 0.6,
@@ -67,29 +64,9 @@ def step_rows(rounds: int, methods: Iterable[str] = PAIRS) -> Iterator[list[Row]
 
 
 def variant_rows(rounds: int) -> Iterator[list[Row]]:
-    """Time of steps otherwise: under autocast, of longer rows, and where oneDNN makes no products."""
+    """Time of steps otherwise: under autocast, and of longer rows."""
     yield [timed("lora", rounds, autocast=True)]
     yield [timed("oft, exact", rounds, length=4 * LENGTH)]
-    yield [by_torch_alone(name, rounds) for name in ("lora", "oft", "oft, exact")]
-
-
-def by_torch_alone(name: str, rounds: int) -> Row:
-    """Time where ours makes no product by oneDNN, as on processors on which that is not faster."""
-
-    def build() -> Mapping[str, Step]:
-        made = contenders(name)
-        return {**made, "ours": without_onednn(made["ours"])}
-
-    times = in_layouts(build, rounds, (ratio_of, math.inf))
-    return beyond(f"step, {name}, without oneDNN: time beyond the limit", times, math.inf)
-
-
-def without_onednn(step: Step) -> Step:
-    def run() -> None:
-        with torch.backends.mkldnn.flags(enabled=False):
-            step()
-
-    return run
 
 
 def timed(name: str, rounds: int, autocast: bool = False, length: int = LENGTH) -> Row:

@@ -5,7 +5,16 @@ from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.hookspecs import API, hookimpl
 from peftcore.contract.method import Method, Tags
-from peftcore.contract.operators import Combiner, Operator, Replacement, WeightOperator, on_first
+from peftcore.contract.operators import (
+    Combiner,
+    Held,
+    Operator,
+    Replacement,
+    Shared,
+    WeightOperator,
+    full_precision,
+    on_first,
+)
 from peftcore.files.compositions import load_composition, save_composition
 from peftcore.files.save_load import load
 from peftcore.forward.attention import Attend, AttentionOperator
@@ -17,6 +26,8 @@ from peftcore.injection.applying import apply, plan
 from peftcore.injection.injection import Injection
 from peftcore.injection.quantization import dequantize, quantize, schemes
 from peftcore.injection.switching import activate, call, route
+from peftcore.layers.kernels import cast_operands, dropped_linear, matmul_transposed, runs_plain
+from peftcore.layers.layer import Layer
 from peftcore.registry.catalogue import MethodInfo, method, methods, register
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Surgeon
@@ -41,8 +52,10 @@ __all__ = [
     "Combiner",
     "Fuse",
     "GradientRule",
+    "Held",
     "HybridPart",
     "Injection",
+    "Layer",
     "Method",
     "MethodConfig",
     "MethodInfo",
@@ -51,6 +64,7 @@ __all__ = [
     "Replacement",
     "SequenceOperator",
     "SequenceSite",
+    "Shared",
     "Site",
     "Split",
     "Stack",
@@ -62,14 +76,18 @@ __all__ = [
     "activate",
     "apply",
     "call",
+    "cast_operands",
     "combine",
     "current_call",
     "deltas",
     "dequantize",
+    "dropped_linear",
+    "full_precision",
     "hookimpl",
     "injections",
     "load",
     "load_composition",
+    "matmul_transposed",
     "method",
     "methods",
     "on_first",
@@ -77,6 +95,7 @@ __all__ = [
     "quantize",
     "register",
     "route",
+    "runs_plain",
     "save_composition",
     "saving_base",
     "schemes",

@@ -14,7 +14,7 @@ SECTIONS = {
         *("start", "concepts", "choose", "training", "quantization", "serving"),
         *("files", "moving-from-peft", "performance"),
     ),
-    "Extend": ("write-a-method", "hooks"),
+    "Extend": ("write-a-method", "hooks", "upgrade"),
     "Project": ("overview", "architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"),
 }
 

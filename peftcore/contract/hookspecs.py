@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from peftcore.surgery.forced_attributes import Stance
     from peftcore.surgery.surgeon import Surgeon
 
-API = 1
+API = 2
 """The version of these specifications; a plugin states the one it was written for as ``PEFTCORE_API``."""
 
 hookspec = pluggy.HookspecMarker("peftcore")

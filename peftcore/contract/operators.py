@@ -10,7 +10,7 @@ layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import NotMergeable
-from peftcore.light import LightModule
 
 if TYPE_CHECKING:
     from peftcore.targets.sites import Site
@@ -28,7 +27,7 @@ Factors = tuple[Tensor, Tensor, float]
 rank]``."""
 
 
-class Checked(LightModule):
+class Checked(nn.Module):
     """A module whose values can be wrong though their shapes and dtypes are right, such as places in a weight. What a
     file holds is checked before the host changes."""
 
@@ -169,21 +168,6 @@ class WeightOperator(_Base):
         """What `beside` needs that no input changes, such as a rotation: small things, made of parameters and of what
         the module holds, at their own precision. In evaluation they are kept while none of these changes."""
         return None
-
-    def alike(self) -> Hashable:
-        """What operators of one class have in common that `prepare_all` can prepare at once, such as their sizes and
-        options; None where each prepares by itself."""
-        return None
-
-    @classmethod
-    def prepare_all(cls, operators: Sequence[Any]) -> Sequence[Any]:
-        """What `prepare` makes, for each of several operators that are `alike`, in training: of their parameters alone,
-        not of what their modules hold.
-
-        What each gets is differentiated by itself, with the others or after them, use by use, and what is not used
-        gives the parameters no gradient: kernels of several (`cayley_of_each`, `neumann_of_each`) see to both.
-        """
-        raise NotImplementedError
 
     def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: Any) -> Tensor:
         """The same mathematics by what goes into the module and comes out: `call` is ``W x + b``, `x` ``[..., in]``,

@@ -9,13 +9,12 @@ from typing import Any
 from torch import nn
 
 from peftcore.forward.save_pretrained import BASE_ALONE
-from peftcore.light import LightModule
 
 HOLDER = "peft"
 """What they are called in the module above."""
 
 
-class Operators(LightModule):
+class Operators(nn.Module):
     """Holds operators beside the site they act on: ``self_attn.peft.q_proj.<injection>``."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.utils.checkpoint import checkpoint
 
-from peftcore import together
 from peftcore.contract.compositions import composed
 from peftcore.contract.operators import is_mergeable
 from peftcore.forward.attention import attributes
@@ -38,7 +37,7 @@ from peftcore.forward.recompute import Remade
 from peftcore.forward.routing import OfSomeRows, Once, add_updates, each_its_own, select_rows
 from peftcore.forward.slot import Acting, Beside, Edits, Planned, Slot
 from peftcore.layers.fsdp import MANAGED, whole
-from peftcore.layers.kernels import is_plain, saves_elsewhere, transformed
+from peftcore.layers.kernels import runs_plain, saves_elsewhere, transformed
 from peftcore.layers.layer import GRAFTED, Layer, Ranges, is_linear, plain_class, take
 
 _SLOT = "_peftcore_slot"
@@ -113,7 +112,7 @@ def _run_view(
 def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwargs: Any) -> Any:
     """The base forward on the view. In training the effective weight does not outlive its use: it is computed again in
     backward. Where the module reads what has low-rank updates it is not made at all, unless it is wanted."""
-    if not acting.derives or is_plain():
+    if not acting.derives or runs_plain():
         return _on_view(module, acting, args, kwargs)
     if not torch.is_grad_enabled():
         return _run_view(module, acting, _without_gradients(slot, module, acting), args, kwargs)
@@ -168,7 +167,7 @@ def _act_beside(inner: Forward, slot: Slot, module: nn.Module, beside: Beside) -
         return beside.around(inner, beside.prepare(module))
     if _trains(module):
         slot.kept.clear()
-        return beside.around(inner, together.prepared(slot.state, beside, module))
+        return beside.around(inner, beside.prepare(module))
     return beside.around(inner, slot.prepared(module, beside))
 
 

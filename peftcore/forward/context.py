@@ -90,11 +90,6 @@ class Call:
         self._model, self._args, self._kwargs = model, args, kwargs or {}
 
     @property
-    def of_host(self) -> bool:
-        """Whether the host itself runs, from its inputs to its output, and has not returned."""
-        return self.open and self._model is not None
-
-    @property
     def context(self) -> Mapping[str, Any]:
         """What `peftcore.call(model, ...)` said."""
         return {} if self.choice is None else self.choice.context

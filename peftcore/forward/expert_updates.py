@@ -22,7 +22,7 @@ from peftcore.contract.operators import full_precision
 from peftcore.forward.mount import Mount
 from peftcore.layers import kernels
 from peftcore.layers.kernels.autograd import apply
-from peftcore.layers.layer import Layer, put
+from peftcore.layers.layer import DENSE, Layer, put
 
 ALIGNED = 16
 """Rows of what torch multiplies in groups begin at multiples of so many bytes."""
@@ -154,7 +154,7 @@ def factors_of(stored: Tensor | None, mounts: Sequence[Mount]) -> Factors | None
         stored: the tensor as the module has it, ``[*experts, out, in]`` in logical layout.
         mounts: what acts on it.
     """
-    if type(stored) not in kernels.DENSE:
+    if type(stored) not in DENSE:
         return None
     assert stored is not None
     lefts, rights = [], []

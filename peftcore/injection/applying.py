@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from peftcore import garbage
 from peftcore.contract.config import MethodConfig, dtype_of, matches, validate
 from peftcore.contract.method import Method
 from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
@@ -75,23 +74,22 @@ def prepare(
         raise UnsupportedHost("TorchScript modules cannot change; apply before scripting, merge, then script")
     for changes in config.overrides.values():
         config.replace(**{**changes, "overrides": {}})  # wrong options are errors, also where no site matches
-    with garbage.kept():
-        resolver = Resolver(model, host or host_map(model), layer_of)
-        parameters = resolver.parameters()
-        if any(map(is_lazy, parameters)):
-            raise UnsupportedHost("some layers are lazy and have no shapes yet: run the host once, then adapt it")
-        if _is_distributed(parameters) and _is_tensor_parallel(model):
-            raise UnsupportedHost(
-                "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"
-            )
-        thawed = list({id(each): each for each in parameters if each.requires_grad}.values())
-        surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry, thawed=thawed)
-        try:
-            with generator_kept():
-                registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
-                surgeon.train_wishes()
-        finally:
-            surgeon.progress.close()
+    resolver = Resolver(model, host or host_map(model), layer_of)
+    parameters = resolver.parameters()
+    if any(map(is_lazy, parameters)):
+        raise UnsupportedHost("some layers are lazy and have no shapes yet: run the host once, then adapt it")
+    if _is_distributed(parameters) and _is_tensor_parallel(model):
+        raise UnsupportedHost(
+            "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"
+        )
+    thawed = list({id(each): each for each in parameters if each.requires_grad}.values())
+    surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry, thawed=thawed)
+    try:
+        with generator_kept():
+            registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
+            surgeon.train_wishes()
+    finally:
+        surgeon.progress.close()
     if not surgeon.grafts:
         raise TargetError(
             f"{method.name} found nothing to act on in this {type(model).__name__}; "
@@ -246,16 +244,15 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: 
     thawed = surgeon.thawed
     choice, threads = state.choice, dict(state.threads)
     try:
-        with garbage.kept():
-            install(surgeon, state, name)
-            for parameter in thawed:
-                parameter.requires_grad_(False)
-            if active:
-                state.choose((*state.current(), name))
-            else:
-                state.replan()
-            injection.trainable(True)
-            witness.attend(surgeon, state, name)
+        install(surgeon, state, name)
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+        if active:
+            state.choose((*state.current(), name))
+        else:
+            state.replan()
+        injection.trainable(True)
+        witness.attend(surgeon, state, name)
         if data is not None:
             calibrate(injection, data)
     except BaseException:

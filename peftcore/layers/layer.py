@@ -27,6 +27,8 @@ SMALL = 2**14
 """Values up to which one pass less over an output saves less than it takes to lay it out for that."""
 Ranges = tuple[tuple[int, int], ...]
 """Half-open ranges of the logical output dimension: the rows of one part of a fused projection."""
+DENSE = (Tensor, nn.Parameter)
+"""The classes of plain tensors."""
 GRAFTED = "_peftcore_base"
 """The attribute by which a grafted class names the class it stands for."""
 
@@ -120,7 +122,11 @@ class Layer:
         target.data.copy_(stored)
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The module's linear map with `weight` (logical layout, any number of outputs) and no bias."""
+        """The module's linear map with `weight` (logical layout, any number of outputs) and no bias.
+
+        Raises:
+            UnsupportedSite: this kind of module has no linear map of its own.
+        """
         raise UnsupportedSite("this kind of module has no linear map of its own")
 
     def apply_dropped(self, x: Tensor, weight: Tensor, probability: float) -> Tensor:
@@ -128,11 +134,19 @@ class Layer:
         return self.apply(F.dropout(x, probability) if probability else x, weight)
 
     def mix(self, low: Tensor, matrix: Tensor) -> Tensor:
-        """The matrix ``[out, rank]`` acting on the channels of `low`."""
+        """The matrix ``[out, rank]`` acting on the channels of `low`.
+
+        Raises:
+            UnsupportedSite: this kind of module has no linear map of its own.
+        """
         raise UnsupportedSite("this kind of module has no linear map of its own")
 
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
-        """``y + scale * matrix low``, the matrix ``[out, rank]`` acting on the channels of `low`."""
+        """``y + scale * matrix low``, the matrix ``[out, rank]`` acting on the channels of `low`.
+
+        Raises:
+            UnsupportedSite: this kind of module has no linear map of its own.
+        """
         raise UnsupportedSite("this kind of module has no linear map of its own")
 
     def update(
@@ -144,19 +158,21 @@ class Layer:
         A, B = A.to(y.dtype), B.to(y.dtype)
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
 
-    def scaled_update(
-        self, call: Callable[..., Tensor], x: Tensor, factors: kernels.ScaledFactors, dropout: float = 0.0
-    ) -> Tensor:
-        """``call(x) + diag(outer) B diag(inner) A dropout(x)``, with factors of any dtype."""
-        y = call(x)
-        A, inner, B, outer = (each.to(y.dtype) for each in factors)
-        low = self.along_channels(inner, y) * self.apply_dropped(x, A, dropout)
-        return kernels.add_scaled(y, self.along_channels(outer, y), self.mix(low, B))
+    def frozen_linear(self, call: Callable[..., Tensor], x: Tensor, width: int) -> tuple[Tensor, Tensor | None] | None:
+        """Weight ``[out, in]``, in logical layout, and bias ``[out]`` of the frozen linear layer whose own forward
+        `call` is, where one function with a gradient of its own may compute the layer and what an operator does to its
+        inputs or outputs: both in one save a pass over memory.
 
-    def rotated(self, call: Callable[..., Tensor], x: Tensor, R: Tensor, exact: bool = True) -> Tensor:
-        """``call`` of inputs that turn, by blocks R ``[blocks, size, size]`` of any dtype whose transposes are their
-        inverses, if they are exact."""
-        return call(kernels.rotate(x, R.to(x.dtype)))
+        None wherever such a function must not, or need not: `call` is anything else, such as another operator; weight
+        or bias train, or are more than plain tensors (packed, sharded, traced); the plain mathematics runs
+        (`peftcore.runs_plain`); or so little goes through memory that it is not worth it. Then call, and add.
+
+        Args:
+            call: the inner layer of an operator.
+            x: its input, ``[..., in]``.
+            width: values a row of x of which a pass is saved: the outputs of an update, the inputs of a rotation.
+        """
+        return None
 
     def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
         """`vector` shaped so that it broadcasts over the channels of the activation `like`."""
@@ -181,7 +197,7 @@ class Linear(Layer):
     def update(
         self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
     ) -> Tensor:
-        own = _to_fuse(self, call, x, B.shape[-2])
+        own = self.frozen_linear(call, x, B.shape[-2])
         if own is not None and A.dim() == B.dim() == 2:
             return kernels.low_rank_linear(x, *own, A, B, scale, dropout)
         y = call(x)
@@ -190,19 +206,14 @@ class Linear(Layer):
         A, B = A.to(y.dtype), B.to(y.dtype)
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
 
-    def scaled_update(
-        self, call: Callable[..., Tensor], x: Tensor, factors: kernels.ScaledFactors, dropout: float = 0.0
-    ) -> Tensor:
-        own = _to_fuse(self, call, x, len(factors.B))
-        if own is not None:
-            return kernels.scaled_low_rank_linear(x, *own, factors, dropout)
-        return super().scaled_update(call, x, factors, dropout)
-
-    def rotated(self, call: Callable[..., Tensor], x: Tensor, R: Tensor, exact: bool = True) -> Tensor:
-        own = _to_fuse(self, call, x, x.shape[-1])
-        if own is not None:
-            return kernels.rotated_linear(x, *own, R, exact)
-        return super().rotated(call, x, R, exact)
+    def frozen_linear(self, call: Callable[..., Tensor], x: Tensor, width: int) -> tuple[Tensor, Tensor | None] | None:
+        enough = torch.is_grad_enabled() if is_compiling() else x.numel() * width > SMALL * x.shape[-1]
+        if not enough or kernels.runs_plain(x) or not is_linear(call):
+            return None
+        module: nn.Linear = call.args[0]  # type: ignore[attr-defined]
+        weight, bias = module.weight, module.bias
+        plain = all(each is None or (type(each) in DENSE and not each.requires_grad) for each in (weight, bias))
+        return (self.logical(weight), bias) if plain else None
 
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
         if is_compiling():  # inductor loses `alpha` where it makes one of a sum and a product (pytorch issue 167313)
@@ -220,23 +231,6 @@ PRODUCTS: set[Callable[..., Any]] = {nn.Linear.forward}
 def is_linear(call: Callable[..., Any]) -> bool:
     """Whether `call` is a linear layer's own forward, with its own weight: what it returns is new and nobody else's."""
     return type(call) is functools.partial and call.func in PRODUCTS
-
-
-def _to_fuse(layer: Layer, call: Callable[..., Tensor], x: Tensor, outputs: int) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a layer that becomes one function with its update, where enough goes through memory for that
-    to be worth it; of what is compiled, where it trains."""
-    enough = torch.is_grad_enabled() if is_compiling() else x.numel() * outputs > SMALL * x.shape[-1]
-    return _own_weights(layer, call) if enough and not kernels.is_plain(x) else None
-
-
-def _own_weights(layer: Layer, call: Callable[..., Any]) -> tuple[Tensor, Tensor | None] | None:
-    """Frozen weight, as logical, and bias of the layer whose own forward `call` is; None where it is anything else."""
-    if not is_linear(call):
-        return None
-    module: nn.Linear = call.args[0]  # type: ignore[attr-defined]
-    weight, bias = module.weight, module.bias
-    plain = all(each is None or (type(each) in kernels.DENSE and not each.requires_grad) for each in (weight, bias))
-    return (layer.logical(weight), bias) if plain else None
 
 
 @dataclass(frozen=True)
@@ -286,7 +280,7 @@ class Table(Transposed):
 
     of_vectors: ClassVar[bool] = False
     padding_idx: int | None = None
-    update, scaled_update = Layer.update, Layer.scaled_update
+    update, frozen_linear = Layer.update, Layer.frozen_linear
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(x, weight.mT, padding_idx=self.padding_idx)

@@ -79,7 +79,9 @@ class Registry:
         try:
             version = getattr(module, "PEFTCORE_API", None)
             if version != API:
-                raise pluggy.PluginValidationError(module, f"it speaks API {version}, this peftcore speaks {API}")
+                raise pluggy.PluginValidationError(
+                    module, f"it speaks API {version}, this peftcore speaks {API}; docs/upgrade.md says what changed"
+                )
             self.manager.register(module, name)
             self.manager.check_pending()
             self.plugins[name] = Plugin(name, distribution, _methods_of(self.manager, module))

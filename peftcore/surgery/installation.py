@@ -7,7 +7,7 @@ a leaf, and what handles it as one (containers that iterate, layerwise casting, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -16,7 +16,6 @@ from peftcore.forward.adapter_modules import HOLDER, Operators
 from peftcore.forward.class_swap import attach, detach, is_reached, slot_of, ungraft
 from peftcore.forward.host_state import HostState
 from peftcore.forward.mount import Mount
-from peftcore.light import names_of
 from peftcore.surgery.forced_attributes import stances_of
 from peftcore.targets.sites import Site
 
@@ -42,17 +41,21 @@ def _key(site: Site, path: str) -> str:
     """The name that the site's operators get in a module at a path."""
     inside = site.path[len(path) :].lstrip(".")
     key = inside.replace(".", "__").replace(":", "__") or "self"
-    return f"{key}_" if key in names_of(nn.Module) else key
+    return f"{key}_" if _has(nn.Module, key) else key
+
+
+def _has(cls: type, name: str) -> bool:
+    """Whether a class gives its instances an attribute."""
+    return any(name in vars(each) for each in cls.__mro__)
 
 
 def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
     for child in (HOLDER, key):
         if child not in holder._modules:
-            cls: Any = type(holder)
-            if child in holder.__dict__ or child in holder._parameters or child in names_of(cls):
+            if child in holder.__dict__ or child in holder._parameters or _has(type(holder), child):
                 raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
             made = holder._modules[child] = Operators()
-            vars(made)["training"] = holder.training  # `train` would walk what is empty
+            made.training = holder.training
         inner = holder._modules[child]
         if not isinstance(inner, Operators):
             raise UnsupportedHost(f"{type(holder).__name__} has a module {child!r} of its own")

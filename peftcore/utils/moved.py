@@ -71,7 +71,7 @@ MOVED: Mapping[str, tuple[str, ...]] = {
 """Where the names of an old module are now; of a package, where its modules are. All below ``peftcore``."""
 WHOLE = ("hosts", "interop", "kernels")
 """Old packages that moved with the modules in them."""
-RENAMED: Mapping[str, str] = {}
+RENAMED: Mapping[str, str] = {"is_plain": "runs_plain", "narrow": "matmul_transposed"}
 """Old names of what is called otherwise in the new place."""
 
 

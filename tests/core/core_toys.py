@@ -269,10 +269,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
     """All that `remove` and a failed `apply` must leave as it was in a host, by identity and by bits."""
     return {
         "modules": [(path, id(module), type(module)) for path, module in model.named_modules(remove_duplicate=False)],
-        "attributes": [  # operators have tables of hooks when somebody asks for them
-            (path, sorted(name for name in vars(module) if "_hooks" not in name))
-            for path, module in model.named_modules()
-        ],
+        "attributes": [(path, sorted(vars(module))) for path, module in model.named_modules()],
         "parameters": [
             (name, id(value), value.requires_grad, value._version)
             for name, value in model.named_parameters(remove_duplicate=False)

@@ -14,7 +14,6 @@ import torch
 from core_toys import Shift, Transformer, stir, token_ids, transformer
 
 import peftcore
-from peftcore import garbage
 
 TARGET = "all-linear"
 SITES_OF_A_LAYER = 6
@@ -81,12 +80,13 @@ def instructions(act: Callable[[], None]) -> int:
 
     gc.collect()
     before = sys.gettrace()
-    with garbage.kept():
-        sys.settrace(note)
-        try:
-            act()
-        finally:
-            sys.settrace(before)
+    gc.disable()
+    sys.settrace(note)
+    try:
+        act()
+    finally:
+        sys.settrace(before)
+        gc.enable()
     return count
 
 

@@ -81,7 +81,8 @@ class NoMapping:
 BROKEN: dict[str, tuple[Callable[[], Any], str]] = {
     "fails at import": (import_failure, "missing_dependency"),
     "raises something else at import": (any_failure, "division by zero"),
-    "speaks another API": (lambda: plugin(api=2), "API 2"),
+    "speaks an older API": (lambda: plugin(api=peftcore.API - 1), "API 1, this peftcore speaks 2; docs/upgrade.md"),
+    "speaks a newer API": (lambda: plugin(api=3), "API 3"),
     "says no API": (lambda: plugin(api=None), "API None"),
     "misspells a hook": (lambda: plugin(peftcore_injekt=hookimpl(lambda model: True)), "peftcore_injekt"),
     "asks for an argument that the hook has not": (lambda: plugin(peftcore_map=hookimpl(lambda modle: None)), "modle"),

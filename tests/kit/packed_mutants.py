@@ -12,7 +12,7 @@ from toy_quantizer import Toy, ToyLayer, ToyLinear
 
 from peftcore import hookimpl
 
-PEFTCORE_API = 1
+PEFTCORE_API = 2
 SCHEMES: dict[str, str] = {}
 
 

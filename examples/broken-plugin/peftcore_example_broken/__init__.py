@@ -6,7 +6,7 @@ import a_dependency_that_was_never_declared  # noqa: F401
 
 from peftcore import hookimpl
 
-PEFTCORE_API = 1
+PEFTCORE_API = 2
 
 
 @hookimpl

@@ -1,59 +1,20 @@
-"""What several methods compute at every step, arranged for speed. Each stands for plain mathematics (`plain_*`), which
-the tests hold it against, and which runs under torch.compile, torch.func and wherever autograd is not plain."""
+"""What methods of several families compute at every step, arranged for speed. Each stands for plain mathematics
+(`plain_*`), which the tests hold it against, and which runs under torch.compile, torch.func and wherever autograd is
+not plain."""
 
-from peftcore.layers.kernels.autograd import is_plain, saves_elsewhere, transformed
+from peftcore.layers.kernels.autograd import cast_operands, runs_plain, saves_elsewhere, transformed
 from peftcore.layers.kernels.dropout import dropped_linear, keep, plain_dropped_linear
-from peftcore.layers.kernels.low_rank import (
-    ScaledFactors,
-    low_rank_linear,
-    narrow,
-    plain_low_rank_linear,
-    plain_scaled_low_rank_linear,
-    scaled_low_rank_linear,
-)
-from peftcore.layers.kernels.products import DENSE
-from peftcore.layers.kernels.projections import plain_projected, projected
-from peftcore.layers.kernels.rotations import plain_rotate, plain_rotated_linear, rotate, rotated_linear
-from peftcore.layers.kernels.scaling import add_scaled, plain_add_scaled, plain_scaled_bases, scaled_bases
-from peftcore.layers.kernels.skew import (
-    cayley,
-    cayley_of_each,
-    neumann,
-    neumann_of_each,
-    plain_cayley,
-    plain_neumann,
-    plain_skew,
-)
+from peftcore.layers.kernels.low_rank import low_rank_linear, matmul_transposed, plain_low_rank_linear
 
 __all__ = [
-    "DENSE",
-    "ScaledFactors",
-    "add_scaled",
-    "cayley",
-    "cayley_of_each",
+    "cast_operands",
     "dropped_linear",
-    "is_plain",
     "keep",
     "low_rank_linear",
-    "narrow",
-    "neumann",
-    "neumann_of_each",
-    "plain_add_scaled",
-    "plain_cayley",
+    "matmul_transposed",
     "plain_dropped_linear",
     "plain_low_rank_linear",
-    "plain_neumann",
-    "plain_projected",
-    "plain_rotate",
-    "plain_rotated_linear",
-    "plain_scaled_bases",
-    "plain_scaled_low_rank_linear",
-    "plain_skew",
-    "projected",
-    "rotate",
-    "rotated_linear",
+    "runs_plain",
     "saves_elsewhere",
-    "scaled_bases",
-    "scaled_low_rank_linear",
     "transformed",
 ]

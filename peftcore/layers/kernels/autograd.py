@@ -23,8 +23,9 @@ def saves_elsewhere() -> bool:
     return top is None or top(False) is not None
 
 
-def is_plain(product: Tensor | None = None) -> bool:
-    """True where the plain mathematics runs: compiled, transformed or traced.
+def runs_plain(product: Tensor | None = None) -> bool:
+    """True where plain mathematics is to run in place of a function with a gradient of its own: in what is compiled,
+    transformed by torch.func, or traced.
 
     Args:
         product: an operand of a kernel that arranges products, which compilers leave as they are written, so that it is
@@ -39,8 +40,9 @@ _exports: Callable[[], bool] = vars(torch.compiler).get("is_exporting", lambda: 
 """Whether what is compiled is exported; versions of torch that cannot say so may export it."""
 
 
-def operands(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a linear layer multiplies and adds: in the dtype of autocast where that is on, else as it is."""
+def cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a linear layer multiplies and adds: x ``[..., in]``, weight ``[out, in]`` and bias ``[out]``, in the dtype
+    of autocast where that is on, else as they are."""
     device = x.device.type
     if not autocasts(device):
         return x, weight, bias

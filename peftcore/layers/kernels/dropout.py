@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcore.layers.kernels.autograd import apply, is_plain, operands
+from peftcore.layers.kernels.autograd import apply, cast_operands, runs_plain
 
 LEVELS = 2**16
 """Probabilities are multiples of one over this: four draws come from each 64 random bits."""
@@ -20,12 +20,12 @@ def plain_dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tenso
 
 
 def dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tensor:
-    """`plain_dropped_linear` for a narrow weight: of what is dropped one byte a value is kept, no copy of the input,
-    and its randomness costs a tenth."""
-    if is_plain(x) or probability == 1:
+    """``weight dropout(x)`` for x ``[..., in]`` and a narrow weight ``[out, in]``: of what is dropped one byte a value
+    is kept, no copy of the input, and its randomness costs a tenth. Returns the dtype of autocast where that is on."""
+    if runs_plain(x) or probability == 1:
         return plain_dropped_linear(x, weight, probability)
     kept, scale = keep(x, probability)
-    x, weight, _ = operands(x, weight)
+    x, weight, _ = cast_operands(x, weight)
     return apply(_MaskedLinear, x, weight * scale, kept)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from peftcore import hookimpl
 
-PEFTCORE_API = 1
+PEFTCORE_API = 2
 
 
 @hookimpl

@@ -5,7 +5,7 @@ from typing import Any
 
 from peftcore import hookimpl
 
-PEFTCORE_API = 1
+PEFTCORE_API = 2
 
 
 @hookimpl

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from peftcore.layers import kernels
-from peftcore.layers.layer import Layer
+from peftcore import Layer
+from peftcore_reparameterized._kernels import add_scaled
 
 
 def gained(layer: Layer, y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
@@ -15,4 +15,4 @@ def gained(layer: Layer, y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor
     if bias is None:
         return y * gain
     shift = layer.along_channels(bias.to(y.dtype), y)
-    return kernels.add_scaled(shift, gain, y - shift)
+    return add_scaled(shift, gain, y - shift)

@@ -8,9 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from peftcore import Site
+from peftcore import Layer, Site
 from peftcore.errors import UnsupportedSite
-from peftcore.layers.layer import Layer
 
 
 def width(site: Site) -> int:

@@ -27,10 +27,9 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.contract.operators import Held
-from peftcore.layers import kernels
+from peftcore import Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_reparameterized._gains import gained
+from peftcore_reparameterized._kernels import cayley, rotated
 from peftcore_reparameterized._rotations import block_size, precise, rotate, rows, weight_of, width
 
 
@@ -61,7 +60,7 @@ class BOFTOperator(WeightOperator):
 
     def turned(self, rows: Tensor) -> Tensor:
         """Rows [*batch, n, width] times R^T, one factor after the other."""
-        for factor, R in enumerate(kernels.cayley(precise(self.K), self.size).unbind(-4)):
+        for factor, R in enumerate(cayley(precise(self.K), self.size).unbind(-4)):
             rows = _swap(rotate(_swap(rows, 2, 2**factor, self.size), R), 2**factor, 2, self.size)
         return rows
 
@@ -76,7 +75,7 @@ class BOFTOperator(WeightOperator):
 
     def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor | None]) -> Tensor:
         R, bias = prepared
-        return gained(self.layer, self.layer.rotated(call, x, R), self.gain, bias)
+        return gained(self.layer, rotated(self.layer, call, x, R), self.gain, bias)
 
     def forward(self, weight: Tensor) -> Tensor:
         turned = weight_of(self.turned(rows(weight, self.layer)), self.layer, weight.shape)

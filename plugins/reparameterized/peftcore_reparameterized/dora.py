@@ -21,9 +21,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.contract.operators import Held
-from peftcore.layers import kernels
+from peftcore import Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, matmul_transposed
 from peftcore_reparameterized._gains import gained
 from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors, low_rank_update
 
@@ -71,7 +69,7 @@ class DoRAOperator(WeightOperator):
         """||V|| from the products of rows, without V: |W|^2 + 2 s W.BA + s^2 |BA|^2."""
         precise = torch.promote_types(weight.dtype, torch.float32)
         W, A, B = (each.to(precise).flatten(1) for each in (weight, self.A, self.B))
-        mixed = (kernels.narrow(W, A) * B).sum(-1)
+        mixed = (matmul_transposed(W, A) * B).sum(-1)
         own = ((B @ (A @ A.mT)) * B).sum(-1)
         square = self._norm(W).square() + 2 * self.scale * mixed + self.scale**2 * own
         return square.clamp(min=0).sqrt()

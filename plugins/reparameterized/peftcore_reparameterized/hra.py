@@ -28,8 +28,7 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.contract.operators import Held
+from peftcore import AppliedMethod, Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._rotations import rows, weight_of, width
 

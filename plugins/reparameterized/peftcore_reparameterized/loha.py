@@ -25,8 +25,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.contract.operators import Held
+from peftcore import Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 
 
 class Config(MethodConfig):

@@ -25,16 +25,15 @@ Use it where fine-tuning must keep what the base knows: subject-driven diffusion
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.contract.operators import Held
-from peftcore.layers import kernels
+from peftcore import Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore_reparameterized._kernels import cayley, neumann, rotated
 from peftcore_reparameterized._rotations import block_size, precise, rotate, rows, weight_of, width
 
 
@@ -76,24 +75,14 @@ class OFTOperator(WeightOperator):
     def rotation(self) -> Tensor:
         """R, block by block, [*batch, blocks, size, size]."""
         if self.series is None:
-            return kernels.cayley(self.entries(), self.size)
-        return kernels.neumann(self.entries(), self.size, self.series)
+            return cayley(self.entries(), self.size)
+        return neumann(self.entries(), self.size, self.series)
 
     def prepare(self, held: Held) -> Tensor:
         return self.rotation()
 
-    def alike(self) -> tuple[int, int | None]:
-        return self.size, self.series
-
-    @classmethod
-    def prepare_all(cls, operators: Sequence[OFTOperator]) -> Sequence[Tensor]:
-        entries, one = [each.entries() for each in operators], operators[0]
-        if one.series is None:
-            return kernels.cayley_of_each(entries, one.size)
-        return kernels.neumann_of_each(entries, one.size, one.series)
-
     def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: Tensor) -> Tensor:
-        return self.layer.rotated(call, x, prepared, exact=self.series is None)
+        return rotated(self.layer, call, x, prepared, exact=self.series is None)
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight_of(rotate(rows(weight, self.layer), self.rotation()), self.layer, weight.shape)

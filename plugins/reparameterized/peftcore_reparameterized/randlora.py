@@ -30,10 +30,9 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.contract.operators import Shared, full_precision
-from peftcore.layers import kernels
+from peftcore import Method, MethodConfig, Shared, Site, Surgeon, Tags, WeightOperator, full_precision
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
+from peftcore_reparameterized._kernels import scaled_bases
 
 
 class Config(MethodConfig):
@@ -96,7 +95,7 @@ class RandLoRAOperator(WeightOperator):
         """B [long, rank * bases], and A scaled [*batch, rank * bases, short]: their product is the update."""
         count, short = self.G.shape[-2:]
         A, B = self.basis.module.A[:, :short].to(self.G), self.basis.module.B[: self.long, :count].to(self.G)
-        scaled = kernels.scaled_bases(A, self.L, self.G)  # [*batch, rank, bases, short]
+        scaled = scaled_bases(A, self.L, self.G)  # [*batch, rank, bases, short]
         return B.flatten(1), scaled.flatten(-3, -2)
 
     def acts_beside(self, x: Tensor) -> bool:

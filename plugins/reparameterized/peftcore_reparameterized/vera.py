@@ -26,10 +26,9 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags
-from peftcore.contract.operators import Shared
-from peftcore.layers import kernels
+from peftcore import Method, MethodConfig, Shared, Site, Surgeon, Tags
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
+from peftcore_reparameterized._kernels import ScaledFactors, scaled_update
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
@@ -76,8 +75,8 @@ class VeRAOperator(LowRankOperator):
         rank, out = self.d.shape[-1], self.b.shape[-1]
         A = self.basis.module.A[:rank, : self.columns].unflatten(-1, self.inputs)
         B = self.basis.module.B[:out, :rank]
-        factors = kernels.ScaledFactors(A, self.d, B, self.b)
-        return self.layer.scaled_update(call, x, factors, self.dropout if self.training else 0.0)
+        factors = ScaledFactors(A, self.d, B, self.b)
+        return scaled_update(self.layer, call, x, factors, self.dropout if self.training else 0.0)
 
 
 class VeRA(Method):

@@ -17,8 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.layers.kernels import projections
 from peftcore.testing import conformance
+from peftcore_reparameterized._kernels import projections
 
 RANK = 5
 

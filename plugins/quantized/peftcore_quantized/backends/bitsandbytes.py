@@ -25,7 +25,7 @@ from peftcore.injection.quantized_layer import Packed, packed_layer
 from peftcore.layers.layer import Layer
 from peftcore.surgery.forced_attributes import Stance
 
-PEFTCORE_API = 1
+PEFTCORE_API = 2
 
 
 def _nn() -> Any:

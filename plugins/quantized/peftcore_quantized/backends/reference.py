@@ -29,7 +29,7 @@ from peftcore.injection.quantization import Scheme
 from peftcore.injection.quantized_layer import Packed, packed_layer
 from peftcore.layers.layer import Layer
 
-PEFTCORE_API = 1
+PEFTCORE_API = 2
 DOUBLE = 256
 """How many absmax share a scale when they are packed themselves."""
 GRID = 65535

@@ -21,7 +21,7 @@ from peftcore.injection.quantization import Scheme
 from peftcore.injection.quantized_layer import Packed, packed_layer
 from peftcore.layers.layer import Layer
 
-PEFTCORE_API = 1
+PEFTCORE_API = 2
 
 
 def _packed(weight: Tensor, config: Any) -> nn.Module:

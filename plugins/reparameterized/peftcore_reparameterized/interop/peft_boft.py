@@ -19,7 +19,7 @@ from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.peft_layers import not_added, uneven
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
-from peftcore.layers import kernels
+from peftcore_reparameterized._kernels import plain_skew
 
 
 class PeftBOFT(PeftMethod):
@@ -65,5 +65,5 @@ class PeftBOFT(PeftMethod):
 
     def write(self, place: Place) -> dict[str, Tensor]:
         gain = place.operator.gain.detach()
-        K = kernels.plain_skew(place.operator.K.detach(), place.operator.size).to(gain.dtype)
+        K = plain_skew(place.operator.K.detach(), place.operator.size).to(gain.dtype)
         return {"boft_R": K, "boft_s": gain.view(1, -1) if place.site.kernel else gain.view(-1, 1)}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcore.layers.kernels.autograd import apply, is_plain, operands
-from peftcore.layers.kernels.products import linear
+from peftcore import Layer, cast_operands, runs_plain
 
 
 def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
@@ -21,9 +21,9 @@ def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
 
 def rotate(x: Tensor, R: Tensor) -> Tensor:
     """`plain_rotate`, with as few passes over memory as the device likes best."""
-    if is_plain() or R.shape[0] == 1:
+    if runs_plain() or R.shape[0] == 1:
         return plain_rotate(x, R)
-    return apply(_Rotate, x, R)
+    return _Rotate.apply(x, R)
 
 
 class _Rotate(torch.autograd.Function):
@@ -64,7 +64,7 @@ def _blocks(x: Tensor, R: Tensor) -> Tensor:
 def _laid(x: Tensor, R: Tensor) -> Tensor:
     """`_blocks`; on a CPU each in one piece, as a product that reads or writes a few columns of each row waits for
     memory for longer than it takes to copy them together and back."""
-    blocks = _blocks(_fetched(x), R)
+    blocks = _blocks(x, R)
     return blocks.clone(memory_format=torch.contiguous_format) if x.device.type == "cpu" else blocks
 
 
@@ -89,6 +89,19 @@ def _where_they_lie(x: Tensor, R: Tensor) -> Tensor:
 # A linear layer of turned inputs
 
 
+def rotated(layer: Layer, call: Callable[..., Tensor], x: Tensor, R: Tensor, exact: bool = True) -> Tensor:
+    """``call`` of inputs that turn, `call` the inner layer of an operator.
+
+    Args:
+        layer: that of the site, which does to each vector of x the same (`Layer.of_vectors`).
+        x: its input, ``[..., in]``.
+        R: blocks ``[blocks, size, size]`` of any dtype, of which one may stand for all.
+        exact: whether R are rotations indeed, so that their transposes are their inverses.
+    """
+    own = layer.frozen_linear(call, x, x.shape[-1])
+    return call(rotate(x, R.to(x.dtype))) if own is None else rotated_linear(x, *own, R, exact)
+
+
 def plain_rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
     """``weight R^T x + bias``: the layer of rows that `plain_rotate` turns."""
     return F.linear(plain_rotate(x, R), weight, bias)
@@ -100,14 +113,15 @@ def rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor, ex
     Args:
         exact: whether R are rotations indeed, so that their transposes are their inverses.
     """
-    x, weight, bias = operands(x, weight, bias)
+    x, weight, bias = cast_operands(x, weight, bias)
     R = R.to(weight.dtype)
-    if is_plain():
+    if runs_plain():
         return plain_rotated_linear(x, weight, bias, R)
     if R.shape[0] == 1:
         R = R.expand(x.shape[-1] // R.shape[-1], -1, -1)
     many = x.numel() // x.shape[-1] >= 2 * weight.shape[0]
-    return apply(_TurnedWeight if exact and many else _TurnedRows, x, weight, bias, R)
+    function = _TurnedWeight if exact and many else _TurnedRows
+    return function.apply(x, weight, bias, R)
 
 
 class _TurnedRows(torch.autograd.Function):
@@ -118,16 +132,16 @@ class _TurnedRows(torch.autograd.Function):
         ctx.save_for_backward(x, weight, R)
         rows = x.reshape(-1, x.shape[-1])
         if rows.shape[0] >= weight.shape[0]:
-            y = linear(rows, _turned(weight, R), bias)
+            y = F.linear(rows, _turned(weight, R), bias)
         else:
-            y = linear(_turned_rows(rows, R), weight, bias)
+            y = F.linear(_turned_rows(rows, R), weight, bias)
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, weight, R = ctx.saved_tensors
         (gradient,) = gradients
-        of_turned = linear(gradient.reshape(-1, weight.shape[0]), weight.mT)
+        of_turned = gradient.reshape(-1, weight.shape[0]) @ weight
         of_x, of_R = _back(x, R, of_turned, ctx.needs_input_grad[0], ctx.needs_input_grad[3], own=True)
         return of_x, None, None, of_R
 
@@ -146,19 +160,11 @@ class _TurnedWeight(torch.autograd.Function):
             return _TurnedRows.backward(ctx, *gradients)
         x, weight, R = ctx.saved_tensors
         (gradient,) = gradients
-        of_x = linear(gradient.reshape(-1, weight.shape[0]), _turned(weight, R).mT)
+        of_x = gradient.reshape(-1, weight.shape[0]) @ _turned(weight, R)
         of_R = torch.bmm(torch.bmm(_laid(of_x, R).mT, _blocks(x, R)).mT, R) if ctx.needs_input_grad[3] else None
         return of_x.view(x.shape), None, None, of_R
 
 
 def _turned(weight: Tensor, R: Tensor) -> Tensor:
     """The weight of a layer whose inputs turn ``[out, in]``, laid out by inputs: whole blocks are written."""
-    return torch.bmm(R, _blocks(_fetched(weight), R).mT).view(weight.shape[::-1]).mT
-
-
-def _fetched(x: Tensor) -> Tensor:
-    """The same, read once in the order in which it lies. Of what is read a few columns at a time a CPU fetches nothing
-    ahead, and waits for each row; going through all of it first takes less."""
-    if x.device.type == "cpu":
-        x.sum()
-    return x
+    return torch.bmm(R, _blocks(weight, R).mT).view(weight.shape[::-1]).mT

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from peftcore.layers import kernels
+from peftcore_reparameterized import _kernels as kernels
 
 Double = torch.float64
 

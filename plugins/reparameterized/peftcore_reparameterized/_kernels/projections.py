@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from peftcore.layers.kernels.autograd import apply, is_plain
-from peftcore.layers.kernels.products import linear
+from peftcore import runs_plain
 
 
 def plain_projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
@@ -27,14 +26,14 @@ def projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
     An input that nothing computed may be written to by its owner in ways that nobody sees (`x.data`); one product more
     is made for that.
     """
-    if is_plain() or A.requires_grad:
+    if runs_plain() or A.requires_grad:
         return plain_projected(x, A, dtype)
     if not torch.is_grad_enabled() or x.grad_fn is None or A.is_inference():
-        return apply(_Project, x.to(dtype), A.to(dtype))
+        return _Project.apply(x.to(dtype), A.to(dtype))
     asked = _Asked(x, A, dtype)
     found = _LAST.find(asked)
     if found is None:
-        found = apply(_Project, x.to(dtype), A.to(dtype))
+        found = _Project.apply(x.to(dtype), A.to(dtype))
         _LAST.asked, _LAST.found = asked, TensorWeakRef(found)
     return found
 
@@ -78,9 +77,9 @@ class _Project(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor) -> Tensor:
         ctx.A = A
-        return linear(x.reshape(-1, x.shape[-1]), A).view(*x.shape[:-1], A.shape[0])
+        return F.linear(x, A)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         (gradient,) = gradients
-        return linear(gradient.reshape(-1, ctx.A.shape[0]), ctx.A.mT).view(*gradient.shape[:-1], ctx.A.shape[1]), None
+        return gradient @ ctx.A, None

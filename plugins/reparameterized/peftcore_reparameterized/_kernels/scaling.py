@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore.layers.kernels.autograd import apply, is_plain
+from peftcore import runs_plain
 
 
 def plain_add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
@@ -17,7 +17,7 @@ def plain_add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
 
 def add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
     """`plain_add_scaled` in one pass, and one pass less in backward than `torch.addcmul` takes."""
-    return plain_add_scaled(y, gain, z) if is_plain() else apply(_AddScaled, y, gain, z)
+    return plain_add_scaled(y, gain, z) if runs_plain() else _AddScaled.apply(y, gain, z)
 
 
 class _AddScaled(torch.autograd.Function):
@@ -45,9 +45,9 @@ def plain_scaled_bases(A: Tensor, L: Tensor, G: Tensor) -> Tensor:
 
 def scaled_bases(A: Tensor, L: Tensor, G: Tensor) -> Tensor:
     """`plain_scaled_bases` of a fixed A, of which backward keeps the scales alone and makes one tensor of that size."""
-    if is_plain() or A.requires_grad:
+    if runs_plain() or A.requires_grad:
         return plain_scaled_bases(A, L, G)
-    return apply(_ScaledBases, A, L, G)
+    return _ScaledBases.apply(A, L, G)
 
 
 class _ScaledBases(torch.autograd.Function):

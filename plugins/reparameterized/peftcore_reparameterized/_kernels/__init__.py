@@ -1,0 +1,43 @@
+"""What orthogonal methods, methods of fixed random matrices and those that scale outputs compute at every step,
+arranged for speed. Each stands for plain mathematics (`plain_*`), which the tests hold it against, and which runs
+wherever `peftcore.runs_plain` says so."""
+
+from peftcore_reparameterized._kernels.projections import plain_projected, projected
+from peftcore_reparameterized._kernels.rotations import (
+    plain_rotate,
+    plain_rotated_linear,
+    rotate,
+    rotated,
+    rotated_linear,
+)
+from peftcore_reparameterized._kernels.scaled_low_rank import (
+    ScaledFactors,
+    plain_scaled_low_rank_linear,
+    scaled_low_rank_linear,
+    scaled_update,
+)
+from peftcore_reparameterized._kernels.scaling import add_scaled, plain_add_scaled, plain_scaled_bases, scaled_bases
+from peftcore_reparameterized._kernels.skew import cayley, neumann, plain_cayley, plain_neumann, plain_skew
+
+__all__ = [
+    "ScaledFactors",
+    "add_scaled",
+    "cayley",
+    "neumann",
+    "plain_add_scaled",
+    "plain_cayley",
+    "plain_neumann",
+    "plain_projected",
+    "plain_rotate",
+    "plain_rotated_linear",
+    "plain_scaled_bases",
+    "plain_scaled_low_rank_linear",
+    "plain_skew",
+    "projected",
+    "rotate",
+    "rotated",
+    "rotated_linear",
+    "scaled_bases",
+    "scaled_low_rank_linear",
+    "scaled_update",
+]
