@@ -36,6 +36,9 @@ from peftcore.targets.sequence import SequenceOperator, SequenceSite
 from peftcore.targets.sites import Site
 from peftcore.training.batches import Batch, Batches
 from peftcore.training.optimizer import GradientRule
+from peftcore.utils import moved
+
+moved.install()
 
 __version__ = "0.1.0"
 

@@ -8,3 +8,7 @@ It may import `injection`, and what is below. In the order of reading:
 - `save_load`: `load`, and what `Injection.save` calls.
 - `compositions`: compositions with the adapters in them.
 """
+
+from peftcore.utils.moved import names_of
+
+__getattr__ = names_of("files")

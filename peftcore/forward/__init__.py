@@ -10,9 +10,12 @@ It may import `roles`, and what is below. In the order of reading:
 - `cache`: effective weights in evaluation.
 - `recompute`: effective weights in training, made again in backward.
 - `expert_updates`: low-rank updates of stacked experts.
-- `slot`: what one module carries, and its plan for each choice.
+- `view`: a module with other tensors, for one forward.
+- `plan`: what acts at one module under one choice.
+- `slot`: what one module carries.
 - `routing`: rows of a batch that go to different adapters.
 - `attention`: edits inside attention.
-- `class_swap`: how a module gets its other forward, and what runs there.
+- `run`: what runs there.
+- `class_swap`: how a module gets another forward.
 - `adapter_modules`: the modules in which operators live.
 """

@@ -22,7 +22,8 @@ from peftcore.contract.operators import full_precision
 from peftcore.forward.mount import Mount
 from peftcore.layers import kernels
 from peftcore.layers.kernels.autograd import apply
-from peftcore.layers.layer import DENSE, Layer, put
+from peftcore.layers.kinds import DENSE
+from peftcore.layers.layer import Layer, put
 
 ALIGNED = 16
 """Rows of what torch multiplies in groups begin at multiples of so many bytes."""

@@ -1,14 +1,10 @@
-"""What one module carries, and what acts there under each choice: its slot, and the plans that the slot keeps.
-
-Planned once for each choice, so that running looks up and never thinks.
-"""
+"""What one module carries: its operators, the plans for each choice, and what was computed for the present one."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +12,20 @@ from torch import Tensor, nn
 from peftcore.contract.compositions import Composition, branches
 from peftcore.contract.operators import (
     Combiner,
-    Operator,
-    WeightOperator,
-    _Base,
-    autocasts,
-    full_precision,
     is_mergeable,
     tables,
 )
 from peftcore.forward.cache import Kept
 from peftcore.forward.choice import Active, Choice, Key, Route
-from peftcore.forward.expert_updates import Factors, factors_of, stand_in
+from peftcore.forward.expert_updates import Factors
 from peftcore.forward.host_state import HostState
-from peftcore.forward.mount import Effect, HeldRows, Mount, around_rows, effects_of, fold
-from peftcore.layers.layer import Layer
+from peftcore.forward.mount import Mount
+from peftcore.forward.plan import Acting, Beside, Made, Planned, layers_of, plan_acting, run_apart, updates_of
+from peftcore.forward.view import SLOT
+from peftcore.layers.fsdp import whole
+from peftcore.layers.layer import Layer, Ranges, take
+
+Tables = tuple[Mapping[str, Tensor | None], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,243 +37,6 @@ class Edits:
     """Told that it ran by whoever asks the edits."""
     route: Route | None = None
     """Where rows go to different injections: each mount acts on the rows of its own."""
-
-
-@dataclass(frozen=True, eq=False)
-class Beside:
-    """A weight operator that can act on activations instead: around the module's own forward."""
-
-    mount: Mount
-    operator: WeightOperator
-    bare: Acting
-
-    @classmethod
-    def of(cls, mount: Mount, attributes: Mapping[str, Any]) -> Self | None:
-        """None where it cannot: the tensor is no weight of a linear map that is called."""
-        operator = mount.operator
-        called = mount.layer.called and mount.form == "weight" and mount.tensor == "weight"
-        if not called or not isinstance(operator, WeightOperator):
-            return None
-        if type(operator).acts_beside is WeightOperator.acts_beside:
-            return None
-        bare = Acting(attributes=attributes, derives=mount.layer.saves_dense, packed=mount.layer.packed)
-        return cls(mount, operator, bare)
-
-    @property
-    def mounts(self) -> tuple[Mount, ...]:
-        """The mount alone."""
-        return (self.mount,)
-
-    def prepare(self, module: nn.Module) -> Any:
-        """What it needs that no input changes, computed at the operator's own precision."""
-        with full_precision(self.mount.layer.like(module, self.mount.tensor)):
-            return self.operator.prepare(HeldRows(self.mount, module))
-
-    def around(self, call: Callable[..., Any], prepared: Any) -> Callable[..., Any]:
-        """The module's forward with what the operator does."""
-
-        def act(inner: Callable[..., Tensor], x: Tensor) -> Tensor:
-            return self.operator.beside(inner, x, prepared)
-
-        if self.mount.rows is None:
-            return functools.partial(act, call)
-        return functools.partial(around_rows, act, self.mount, call)
-
-
-Made = Callable[[str, Callable[[], Any]], Any]
-"""Gives an effective tensor, by its path and by what makes it."""
-
-
-@dataclass(eq=False, slots=True)
-class Acting:
-    """What one active set does at one module."""
-
-    effects: tuple[tuple[str, tuple[Effect, ...]], ...] = ()
-    """What acts on tensors, by path below the module."""
-    onion: tuple[Mount, ...] = ()
-    attention: tuple[Mount, ...] = ()
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    derives: bool = False
-    """Whether forward makes tensors that must not outlive their use: it is computed again in backward."""
-    packed: bool = False
-    """Whether a tensor that it acts on is kept packed: each effective tensor is a dense copy."""
-    runs_dense: type[nn.Module] | None = None
-    """The class whose forward takes the effective tensors, where the module's own cannot."""
-    beside: Beside | None = None
-    """The only mount that acts on tensors, where it can act on activations instead."""
-    single: bool = True
-    """Whether the module is nothing but one product with each tensor that it acts on."""
-    product: Layer | None = None
-    """The layer of the weight that it acts on, where the module is a linear map of vectors with a dense one."""
-    updates: bool = False
-    """Whether low-rank updates of stacked matrices are all that acts on tensors."""
-    frugal: bool = False
-    """Whether what acts is to need as little memory as it can."""
-
-    @property
-    def mounts(self) -> tuple[Mount, ...]:
-        """Those that act on tensors."""
-        return tuple([effect.mount for _, effects in self.effects for effect in effects])
-
-    def is_cast(self, module: nn.Module) -> bool:
-        """Whether autocast would make copies of effective tensors, which a module saves instead of them."""
-        likes = (each[0].mount.layer.like(module, path) for path, each in self.effects)
-        return any(
-            autocasts(like.device.type) and torch.get_autocast_dtype(like.device.type) is not like.dtype
-            for like in likes
-        )
-
-    def effective(self, module: nn.Module) -> dict[str, Tensor | None]:
-        """The effective tensors by path below the module, computed at the operators' own precision."""
-        return {path: make() for path, make in self.makes(module).items()}
-
-    def factors(self, module: nn.Module) -> Mapping[str, Factors] | None:
-        """The update of each tensor, where that is all that acts."""
-        found = {}
-        for path, effects in self.effects if self.updates else ():
-            factors = factors_of(effects[0].mount.layer.read(module, path), [effect.mount for effect in effects])
-            if factors is None:
-                return None
-            found[path] = factors
-        return found or None
-
-    def stand_ins(self, module: nn.Module, factors: Mapping[str, Factors], made: Made) -> dict[str, Tensor | None]:
-        """What the module may read in place of effective tensors, each of which `made` gives if it is wanted."""
-        found: dict[str, Tensor | None] = {}
-        for path, effects in self.effects:
-            layer, make = effects[0].mount.layer, functools.partial(_make, module, path, effects)
-            found[path] = stand_in(layer.read(module, path), layer, factors[path], functools.partial(made, path, make))
-        return found
-
-    def makes(self, module: nn.Module) -> dict[str, Callable[[], Tensor | None]]:
-        """What makes each of them."""
-        return {path: functools.partial(_make, module, path, each) for path, each in self.effects}
-
-
-def _make(module: nn.Module, path: str, effects: tuple[Effect, ...]) -> Tensor | None:
-    layer = effects[0].mount.layer
-    like = layer.like(module, path)
-    with full_precision(like):
-        return fold(module, effects, layer.read(module, path), like)
-
-
-def plan_acting(mounts: Mounts, stances: list[tuple[str | None, Mapping[str, Any]]], active: Active) -> Acting:
-    """What acts, in order. A mergeable onion layer that came before a weight operator acts on the weight too, so that
-    several active injections compose as merging them one after the other would."""
-    weight: list[Mount] = []
-    onion: list[Mount] = []
-    attention: list[Mount] = []
-    for name in active:
-        for mount in mounts.get(name, ()):
-            if mount.form == "weight":
-                weight += [*(before for before in onion if is_mergeable(before.operator)), mount]
-                onion = [before for before in onion if not is_mergeable(before.operator)]
-            else:
-                (attention if mount.form == "attention" else onion).append(mount)
-    attributes: dict[str, Any] = {}
-    for owner, stance in stances:
-        if owner is None or owner in active:
-            attributes.update(stance)
-    derives = packed = False
-    for mount in onion:
-        derives, packed = derives or mount.layer.saves_dense, packed or mount.layer.packed
-    if not weight:  # as nearly always
-        return Acting((), tuple(onion), tuple(attention), attributes, derives, packed)
-    packed = packed or any(mount.layer.packed for mount in weight)
-    effects = effects_of(weight)
-    return Acting(
-        effects=tuple((path, tuple(each)) for path, each in effects.items()),
-        onion=tuple(onion),
-        attention=tuple(attention),
-        attributes=attributes,
-        derives=derives or any(mount.operator.derives for mount in weight),
-        packed=packed,
-        runs_dense=next((mount.layer.runs_dense for mount in weight if mount.layer.runs_dense), None),
-        beside=Beside.of(weight[0], attributes) if len(weight) == 1 else None,
-        single=all(mount.layer.called for mount in weight),
-        product=_product(effects),
-        updates=not packed and all(map(_updates_stack, weight)),
-    )
-
-
-def _product(effects: Mapping[str, list[Effect]]) -> Layer | None:
-    if "weight" not in effects or not effects.keys() <= {"weight", "bias"}:
-        return None
-    layer = effects["weight"][0].mount.layer
-    return layer if layer.called and layer.of_vectors and not layer.packed else None
-
-
-def _updates_stack(mount: Mount) -> bool:
-    """Whether an operator may be a low-rank update of matrices that a module reads one by one, and changes no bias."""
-    kind, layer = type(mount.operator), mount.layer
-    low_rank = kind.factors is not _Base.factors and kind.merged_bias is _Base.merged_bias
-    return low_rank and layer.batch_dims > 0 and not layer.called
-
-
-def layers_of(acting: Acting) -> tuple[Operator, ...] | None:
-    """The operators, innermost first, where all that acts is layers around the module's forward; None where more
-    does."""
-    if acting.effects or acting.attention or acting.attributes or acting.derives:
-        return None
-    operators = []
-    for mount in acting.onion:
-        operator = mount.operator
-        if mount.rows or not isinstance(operator, Operator) or type(operator).at is not Operator.at:
-            return None
-        operators.append(operator)
-    return tuple(operators)
-
-
-def updates_of(routed: Sequence[Acting]) -> tuple[tuple[int, Mount], ...]:
-    """Low-rank updates by position, if all that acts is such."""
-    if not all(_is_update(mount) for acting in routed for mount in acting.onion):
-        return ()
-    if any(acting.effects or acting.attention or acting.attributes for acting in routed):
-        return ()
-    return tuple((position, mount) for position, acting in enumerate(routed) for mount in acting.onion)
-
-
-def run_apart(routed: Sequence[Acting]) -> bool:
-    """Whether several act on the weight, and can beside it, and none asks whose rows it is given (what it was told for
-    each row of the batch, for one)."""
-    several = sum(acting.beside is not None for acting in routed) > 1
-    return several and all(_is_update(mount) for acting in routed for mount in acting.onion)
-
-
-def _is_update(mount: Mount) -> bool:
-    """Whether an operator adds ``scale * B A x`` to each vector and does nothing else."""
-    kind = type(mount.operator)
-    beside = issubclass(kind, Operator) and kind.at is Operator.at and kind.merged_bias is _Base.merged_bias
-    called = mount.layer.called and mount.layer.of_vectors and mount.form == "activation"
-    return beside and called and mount.operator.factors() is not None
-
-
-@dataclass(eq=False, slots=True)
-class Planned:
-    """What one choice does at one module."""
-
-    key: Key
-    acting: Acting
-    """With a route: what acts on no row in particular; attention edits pick their rows themselves."""
-    inner: tuple[Operator, ...] = ()
-    outermost: Operator | None = None
-    """The operators, if nothing acts but them, one around the other: the short way, which decoding takes."""
-    routed: tuple[Acting, ...] = ()
-    """With a route: what acts on the rows of each of its names."""
-    updates: tuple[tuple[int, Mount], ...] = ()
-    """With a route: the low-rank updates of its names by position, where they do nothing else here."""
-    apart: bool = False
-    """With a route: each of its names runs on its own rows alone, see `run_apart`."""
-    composition: Composition | None = None
-    branches: Mapping[Active, Acting] = field(default_factory=dict)
-    """With a composition: what acts in each of its branches; the same object where the same acts."""
-    combiners: Mapping[str, Combiner] = field(default_factory=dict)
-    """With a composition: the combiners that stand here, by injection."""
-
-
-Tables = tuple[Mapping[str, Tensor | None], ...]
-Mounts = Mapping[str, list[Mount]]
-"""By injection: of the many that may be resident, those that act are looked up."""
 
 
 class Slot:
@@ -384,3 +143,23 @@ class Slot:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "plans": {}, "kept": Kept(), "asked": {}}
+
+
+def slot_of(module: nn.Module) -> Slot | None:
+    """The module's slot; None when it is not grafted."""
+    return module.__dict__.get(SLOT)
+
+
+def effective_weight(module: nn.Module, tensor: str, layer: Layer, rows: Ranges | None) -> Tensor:
+    """The logical weight as the injections that act now leave it."""
+    stored = layer.read(module, tensor)
+    assert stored is not None
+    stored = whole(stored)
+    slot = slot_of(module)
+    if slot is not None:
+        active = slot.state.unmerged(slot.state.now().active)
+        mounts = [mount for name in active for mount in slot.mounts.get(name, ()) if mount.tensor == tensor]
+        with torch.no_grad():
+            for mount in mounts:
+                stored = mount.effective(stored, stored) if is_mergeable(mount.operator) else stored
+    return take(layer.logical(stored), rows, layer.batch_dims)

@@ -11,3 +11,7 @@ It may import `training`, and what is below; saving is handed to `files`, which 
 - `applying`: `apply` and `plan`; here the base is frozen.
 - `quantization`: `quantize`, and the contract of a scheme.
 """
+
+from peftcore.utils.moved import names_of
+
+__getattr__ = names_of("injection")

@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from peftcore.contract.operators import trainable_numbers
 from peftcore.errors import CompositionError, InactiveSite, MergeError, RouteError, UnknownInjection
-from peftcore.forward.class_swap import is_reached, slot_of
+from peftcore.forward.class_swap import is_reached
 from peftcore.forward.host_state import Chosen, HostState, chosen, drop_state
+from peftcore.forward.slot import slot_of
 from peftcore.injection import merging
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.summary import Summary

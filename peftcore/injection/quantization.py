@@ -18,10 +18,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
-from peftcore.forward.class_swap import slot_of
+from peftcore.forward.slot import slot_of
 from peftcore.injection.applying import host_map, is_ours
 from peftcore.injection.quantized_layer import Packed, become, dense_linear, floating_dtype
-from peftcore.layers.layer import Linear
+from peftcore.layers.kinds import Linear
 from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.targets.sites import Site

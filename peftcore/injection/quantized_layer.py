@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcore.errors import MergeError
-from peftcore.forward.class_swap import FORWARDS, TORCHS, change_class, grafted_class, slot_of
-from peftcore.forward.slot import Slot
-from peftcore.layers.layer import Layer, Linear, plain_class
+from peftcore.forward.class_swap import FORWARDS, change_class, grafted_class
+from peftcore.forward.slot import Slot, slot_of
+from peftcore.forward.view import TORCHS
+from peftcore.layers.kinds import Linear
+from peftcore.layers.layer import Layer, plain_class
 from peftcore.registry.plugins import layer_of
 
 

@@ -4,6 +4,11 @@ It may import `registry`, and what is below. In the order of reading:
 
 - `fsdp`: parameters that are cut over processes.
 - `kernels`: fused products, each equal to plain mathematics.
-- `layer`: the contract of a layer, and each kind of it.
+- `layer`: what the core asks of any layer.
+- `kinds`: linear, embedding, convolution and their kin.
 - `detect`: which kind a dense tensor of a module is.
 """
+
+from peftcore.utils.moved import names_of
+
+__getattr__ = names_of("layers")

@@ -11,18 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from peftcore.layers.layer import (
-    PRODUCTS,
-    Conv,
-    ConvTransposed,
-    Layer,
-    Linear,
-    Opaque,
-    Table,
-    Transposed,
-    is_dense,
-    plain_class,
-)
+from peftcore.layers.kinds import PRODUCTS, Conv, ConvTransposed, Linear, Opaque, Table, Transposed
+from peftcore.layers.layer import Layer, is_dense, plain_class
 
 
 def _runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:

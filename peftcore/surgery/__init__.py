@@ -8,3 +8,7 @@ It may import `targets`, and what is below. In the order of reading:
 - `silent_layers`: a target module that never ran is an error.
 - `planning`: what would be done.
 """
+
+from peftcore.utils.moved import names_of
+
+__getattr__ = names_of("surgery")

@@ -13,9 +13,10 @@ from torch import nn
 
 from peftcore.errors import UnsupportedHost, UnsupportedSite
 from peftcore.forward.adapter_modules import HOLDER, Operators
-from peftcore.forward.class_swap import attach, detach, is_reached, slot_of, ungraft
+from peftcore.forward.class_swap import attach, detach, is_reached, ungraft
 from peftcore.forward.host_state import HostState
 from peftcore.forward.mount import Mount
+from peftcore.forward.slot import slot_of
 from peftcore.surgery.forced_attributes import stances_of
 from peftcore.targets.sites import Site
 

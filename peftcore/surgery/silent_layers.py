@@ -17,9 +17,8 @@ from torch import nn
 
 from peftcore.errors import InactiveSite
 from peftcore.forward.adapter_modules import HOLDER
-from peftcore.forward.class_swap import slot_of
 from peftcore.forward.host_state import HostState, state_of
-from peftcore.forward.slot import Slot
+from peftcore.forward.slot import Slot, slot_of
 
 if TYPE_CHECKING:
     from peftcore.surgery.surgeon import Surgeon

@@ -9,3 +9,7 @@ It may import `forward`, and what is below. In the order of reading:
 - `sequence_masks`: masks over trained rows.
 - `sequence`: trained rows in front of the tokens.
 """
+
+from peftcore.utils.moved import names_of
+
+__getattr__ = names_of("targets")

@@ -18,7 +18,7 @@ from torch import nn
 import peftcore
 from peftcore.errors import QuantizationError
 from peftcore.injection.quantization import quantize, scheme, scheme_class
-from peftcore.layers.layer import Transposed
+from peftcore.layers.kinds import Transposed
 from peftcore.registry.plugins import layer_of
 from peftcore.testing.failures import CheckFailed
 from peftcore.testing.hosts import gpt2

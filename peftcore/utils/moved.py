@@ -21,6 +21,87 @@ MOVED: Mapping[str, tuple[str, ...]] = {
     "calls": ("forward.host_state", "forward.choice", "injection.switching"),
     "catalogue": ("registry.catalogue",),
     "checkpoint": ("files.save_load",),
+    "cli.comparing": ("comparing.comparisons",),
+    "cli.comparing.compare": (
+        "comparing.comparisons.compare",
+        "comparing.comparisons.comparison",
+    ),
+    "cli.comparing.curves": ("comparing.reports.curves",),
+    "cli.comparing.html": ("comparing.reports.html",),
+    "cli.comparing.labels": ("comparing.reports.labels",),
+    "cli.comparing.plots": ("comparing.reports.plots",),
+    "cli.comparing.report": (
+        "comparing.reports.files",
+        "cli.printing.comparison",
+    ),
+    "cli.comparing.summary": ("comparing.reports.summary",),
+    "cli.comparing.svg": ("comparing.reports.svg",),
+    "cli.comparing.trials": (
+        "comparing.reports.trials",
+        "comparing.runs.run",
+    ),
+    "cli.errors": (
+        "comparing.errors",
+        "comparing.packages",
+    ),
+    "cli.looking.costs": ("comparing.plans.costs",),
+    "cli.looking.quiet": ("comparing.quiet",),
+    "cli.looking.recorded": ("comparing.plans.recorded",),
+    "cli.models": ("comparing.models",),
+    "cli.models.activations": ("comparing.models.activations",),
+    "cli.models.example_inputs": ("comparing.models.example_inputs",),
+    "cli.models.files": ("comparing.models.files",),
+    "cli.models.loading": ("comparing.models.loading",),
+    "cli.models.opening": ("comparing.models.opening",),
+    "cli.models.skeletons": ("comparing.models.skeletons",),
+    "cli.numbers": ("comparing.numbers",),
+    "cli.output": (
+        "cli.adapters.output",
+        "comparing.runs.folder",
+    ),
+    "cli.searching": ("comparing.searching",),
+    "cli.searching.budget": ("comparing.searching.budget",),
+    "cli.searching.found": (
+        "comparing.searching.found",
+        "cli.printing.search",
+    ),
+    "cli.searching.search": ("comparing.searching.search",),
+    "cli.searching.space": ("comparing.searching.space",),
+    "cli.searching.studies": ("comparing.searching.studies",),
+    "cli.tasks": ("comparing.tasks.catalogue",),
+    "cli.tasks._causal": ("comparing.tasks._causal",),
+    "cli.tasks._classes": ("comparing.tasks._classes",),
+    "cli.tasks._language": ("comparing.tasks._language",),
+    "cli.tasks.causal_lm": ("comparing.tasks.causal_lm",),
+    "cli.tasks.chat": ("comparing.tasks.chat",),
+    "cli.tasks.image_classification": ("comparing.tasks.image_classification",),
+    "cli.tasks.seq2seq": ("comparing.tasks.seq2seq",),
+    "cli.tasks.task": ("comparing.tasks.task",),
+    "cli.tasks.text_classification": ("comparing.tasks.text_classification",),
+    "cli.tasks.text_to_image": ("comparing.tasks.text_to_image",),
+    "cli.tasks.token_classification": ("comparing.tasks.token_classification",),
+    "cli.training": ("comparing.training",),
+    "cli.training.data": (
+        "comparing.data.texts",
+        "comparing.data.tables",
+        "comparing.data.columns",
+    ),
+    "cli.training.demo": ("comparing.comparisons.demo",),
+    "cli.training.memory": ("comparing.training.memory",),
+    "cli.training.processes": ("comparing.training.processes",),
+    "cli.training.progress": ("cli.printing.progress",),
+    "cli.training.run_folder": ("comparing.runs.folder",),
+    "cli.training.runs": (
+        "comparing.runs.run",
+        "comparing.runs.reading",
+    ),
+    "cli.training.sources": ("comparing.data.sources",),
+    "cli.training.train": (
+        "comparing.training.train",
+        "cli.printing.run",
+    ),
+    "cli.training.trainer": ("comparing.training.trainer",),
+    "cli.training.tuning": ("comparing.data.tuning",),
     "combining": ("algebra.combining",),
     "compositions": ("contract.compositions", "files.compositions"),
     "config": ("contract.config", "registry.catalogue"),
@@ -28,7 +109,7 @@ MOVED: Mapping[str, tuple[str, ...]] = {
     "derived": ("forward.recompute",),
     "envelope": ("files.envelope",),
     "files": ("files.safe_io",),
-    "graft": ("forward.class_swap",),
+    "graft": ("forward.class_swap", "forward.run", "forward.view", "forward.slot"),
     "hookspecs": ("contract.hookspecs",),
     "hosts": ("roles",),
     "injection": ("injection.injection",),
@@ -58,14 +139,14 @@ MOVED: Mapping[str, tuple[str, ...]] = {
     "sharding": ("layers.fsdp",),
     "shelf": ("forward.adapter_modules",),
     "sites": ("targets.sites",),
-    "slots": ("forward.slot",),
+    "slots": ("forward.slot", "forward.plan"),
     "stances": ("surgery.forced_attributes",),
     "summary": ("injection.summary",),
     "surgery": ("surgery.surgeon",),
     "targets": ("targets.resolver",),
     "training.callback": ("trainers.callback",),
     "updated": ("forward.expert_updates",),
-    "weights": ("layers.layer",),
+    "weights": ("layers.layer", "layers.kinds"),
     "witness": ("surgery.silent_layers",),
 }
 """Where the names of an old module are now; of a package, where its modules are. All below ``peftcore``."""
@@ -83,7 +164,10 @@ def names_of(old: str) -> Callable[[str], Any]:
     """
 
     def lookup(name: str) -> Any:
-        for new in MOVED[old] if not name.startswith("__") else ():
+        inner = importlib.util.find_spec(f"peftcore.{old}.{name}") if not name.startswith("__") else None
+        for new in (
+            MOVED[old] if not name.startswith("__") and inner is None else ()
+        ):  # its own modules are no old names
             module = importlib.import_module(f"peftcore.{new}")
             now = RENAMED.get(name, name)
             if now in vars(module):

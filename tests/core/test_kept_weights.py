@@ -9,7 +9,7 @@ from core_toys import Shift, ShiftOperator, perceptron
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.forward.class_swap import slot_of
+from peftcore.forward.slot import slot_of
 
 
 def run_without_gradients(model: nn.Module, *inputs: Any) -> Tensor:

@@ -15,7 +15,7 @@ import peftcore
 from peftcore import Method, MethodConfig, Tags, route
 from peftcore.contract.operators import Held, WeightOperator
 from peftcore.forward.cache import Kept
-from peftcore.forward.class_swap import slot_of
+from peftcore.forward.slot import slot_of
 
 INPUT = torch.linspace(-1, 1, 20).view(5, 4)
 

@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import peftcore
 from peftcore import activate
 from peftcore.forward.expert_updates import Updated
-from peftcore.forward.slot import Acting, Slot
+from peftcore.forward.plan import Acting
+from peftcore.forward.slot import Slot
 
 EXPERTS, OUT, IN, TOKENS = 3, 6, 4, 7
 Ways = dict[str, Callable[[Tensor, Any], Tensor]]

@@ -17,7 +17,8 @@ import peftcore
 from peftcore.errors import UnsupportedSite
 from peftcore.layers.detect import dense_layer
 from peftcore.layers.kernels import low_rank_linear
-from peftcore.layers.layer import SMALL, Transposed, bias_name, put, take
+from peftcore.layers.kinds import SMALL, Transposed
+from peftcore.layers.layer import bias_name, put, take
 from peftcore.registry.plugins import layer_of
 
 
@@ -399,7 +400,7 @@ def test_an_update_computed_with_the_layer_has_the_gradients_of_one_beside_it(
     model.train()
     found = []
     for small in (SMALL, 10**9):
-        monkeypatch.setattr("peftcore.layers.layer.SMALL", small)
+        monkeypatch.setattr("peftcore.layers.kinds.SMALL", small)
         torch.manual_seed(0)
         x = X.double().requires_grad_()
         output = model(x)

@@ -12,7 +12,7 @@ from host_zoo import EXTRA, SURVEY, build
 from torch import nn
 
 import peftcore
-from peftcore.forward import class_swap as graft
+from peftcore.forward import view
 from peftcore.injection.applying import host_map
 from peftcore.registry.plugins import layer_of
 from peftcore.roles import alike, derive, rules, survey
@@ -277,7 +277,7 @@ def test_a_layer_is_the_one_that_plugins_tell(name: str) -> None:
 
 
 def test_what_adapters_leave_on_a_host_is_known_by_its_name() -> None:
-    assert (graft._SLOT, installation.HOLDER) == (alike.SLOT, alike.GUEST)
+    assert (view.SLOT, installation.HOLDER) == (alike.SLOT, alike.GUEST)
     one, other = Block(), Block(1)
     peftcore.apply(nn.ModuleList([one]), "lora", target="q_proj", rank=2)
     peftcore.apply(nn.ModuleList([other]), "lora", target="q_proj", rank=4)

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site
-from peftcore.forward.class_swap import slot_of
+from peftcore.forward.slot import slot_of
 from peftcore.surgery.surgeon import Surgeon
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import Injection, Method, MethodConfig, Site
 from peftcore.forward.choice import Choice
-from peftcore.forward.class_swap import slot_of
 from peftcore.forward.host_state import Chosen, HostState, chosen
+from peftcore.forward.slot import slot_of
 from peftcore.injection.injection import Summary
-from peftcore.layers.layer import Linear
+from peftcore.layers.kinds import Linear
 from peftcore.surgery.surgeon import Surgeon
 
 

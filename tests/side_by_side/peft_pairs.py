@@ -195,7 +195,7 @@ class Both:
         for small in (weights.SMALL, 0):
             for pair in self.pairs:
                 pair.ours.grad = pair.theirs.grad = None
-            with mock.patch("peftcore.layers.layer.SMALL", small):
+            with mock.patch("peftcore.layers.kinds.SMALL", small):
                 self.assert_same_gradients(*self.assert_same_outputs(run))
         self.assert_same_merged()
 

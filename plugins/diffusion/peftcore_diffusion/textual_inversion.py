@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
-from peftcore.layers.layer import Transposed
+from peftcore.layers.kinds import Transposed
 from peftcore_diffusion._ties import alike, foremost, holders, stored_as
 
 

@@ -27,7 +27,7 @@ from peftcore.algebra.merge_math import linear
 from peftcore.authoring.parts import options_of
 from peftcore.contract.operators import Factors, is_mergeable
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.forward.class_swap import view
+from peftcore.forward.view import view
 from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
 
 

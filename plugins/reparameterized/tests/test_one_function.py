@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import peftcore
-from peftcore.layers.layer import SMALL
+from peftcore.layers.kinds import SMALL
 from peftcore_reparameterized._kernels import projections, rotations, scaled_low_rank
 
 X = torch.linspace(-1, 1, 4 * 8000).view(4, 2000, 4)
@@ -69,7 +69,7 @@ def test_outputs_and_gradients_are_those_beside_the_layer(
     model.train()
     found = []
     for small in (SMALL, 10**9):
-        monkeypatch.setattr("peftcore.layers.layer.SMALL", small)
+        monkeypatch.setattr("peftcore.layers.kinds.SMALL", small)
         torch.manual_seed(0)
         x = X.double().requires_grad_()
         output = model(x)
@@ -163,7 +163,7 @@ def test_sites_of_one_input_share_what_is_the_same_for_both(monkeypatch: pytest.
     monkeypatch.setattr(projections._Project, "forward", project := Mock(wraps=projections._Project.forward))
     found = []
     for small in (SMALL, 10**9):
-        monkeypatch.setattr("peftcore.layers.layer.SMALL", small)
+        monkeypatch.setattr("peftcore.layers.kinds.SMALL", small)
         x = X.clone().requires_grad_()
         q, k = model(x)
         found.append([q, k, *torch.autograd.grad(q.square().mean() + k.mean(), [x, *injection.parameters()])])

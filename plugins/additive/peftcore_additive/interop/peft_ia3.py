@@ -19,7 +19,7 @@ from peftcore.files.formats.patterns import matching
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.peft_writing import module_key
 from peftcore.files.formats.places import Place
-from peftcore.layers.layer import Transposed
+from peftcore.layers.kinds import Transposed
 
 
 class PeftIA3(PeftMethod):

@@ -14,7 +14,7 @@ from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
-from peftcore.layers.layer import Transposed
+from peftcore.layers.kinds import Transposed
 
 
 class PeftFourierFT(PeftMethod):

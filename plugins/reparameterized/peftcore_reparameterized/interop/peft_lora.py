@@ -30,7 +30,7 @@ from peftcore.files.formats.peft_layers import is_one_of, not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.peft_writing import is_parameter
 from peftcore.files.formats.places import Place
-from peftcore.layers.layer import Transposed
+from peftcore.layers.kinds import Transposed
 from peftcore.targets.sites import Site
 from peftcore_reparameterized.lora import LoRA, scale_of
 

@@ -1,0 +1,230 @@
+"""What a grafted module computes: the base forward with what acts inside it, around it, for rows and in branches.
+
+1. Weight operators compute effective tensors, and the base forward runs on a view with these; or they act on
+   activations instead.
+2. Operators wrap the result, the first applied innermost.
+3. A route puts rows together, a composition its branches.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from peftcore.contract.compositions import composed
+from peftcore.forward.attention import attributes
+from peftcore.forward.choice import Route
+from peftcore.forward.plan import Acting, Beside, Planned
+from peftcore.forward.recompute import Remade
+from peftcore.forward.routing import OfSomeRows, Once, add_updates, each_its_own, select_rows
+from peftcore.forward.slot import Edits, Slot
+from peftcore.forward.view import view
+from peftcore.layers.fsdp import MANAGED
+from peftcore.layers.kernels import runs_plain, saves_elsewhere, transformed
+from peftcore.layers.kinds import is_linear
+
+Forward = Callable[..., Any]
+
+
+def run(
+    plain: Forward,
+    slot: Slot,
+    module: nn.Module,
+    planned: Planned,
+    route: Route | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """What a module returns with all that acts there.
+
+    Args:
+        plain: the forward of the module's own class.
+        slot: what the module carries.
+        module: the grafted module.
+        planned: what the present choice does there.
+        route: which rows of the batch are whose, where they differ.
+        args: the module's inputs by position, those that operators act on among them.
+        kwargs: the others.
+    """
+    if planned.composition is not None:
+        return _composed(plain, slot, module, planned, args, kwargs)
+    inner = _inner(plain, slot, module, planned.acting, route)
+    if route is not None:
+        return _by_rows(plain, slot, module, planned, route, Once(inner, module), args, kwargs)
+    return _around(planned.acting, inner, module)(*args, **kwargs)
+
+
+def _on_view(module: nn.Module, acting: Acting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return _run_view(module, acting, acting.effective(module), args, kwargs)
+
+
+def _run_view(
+    module: nn.Module,
+    acting: Acting,
+    tensors: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if acting.product is not None and len(args) == 1 and not kwargs:  # a token: a view takes longer than the product
+        bias: Any = tensors.get("bias", module.bias)
+        return F.linear(*args, acting.product.logical(tensors["weight"]), bias)
+    stand_in = view(module, tensors, acting.attributes, acting.runs_dense)
+    return type(stand_in).forward(stand_in, *args, **kwargs)
+
+
+def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwargs: Any) -> Any:
+    """The base forward on the view. In training the effective weight does not outlive its use: it is computed again in
+    backward. Where the module reads what has low-rank updates it is not made at all, unless it is wanted."""
+    if not acting.derives or runs_plain():
+        return _on_view(module, acting, args, kwargs)
+    if not torch.is_grad_enabled():
+        return _run_view(module, acting, _without_gradients(slot, module, acting), args, kwargs)
+    slot.kept.clear()
+    if not (acting.single or MANAGED in vars(module)):
+        hooked = saves_elsewhere() or acting.is_cast(module)  # ours would keep things from them, or see no copies
+        factors = acting.factors(module)
+        if factors is not None or not (acting.frugal or hooked):
+            remade = Remade(slot.sources(module, acting))
+            tensors = remade.all(acting.makes(module)) if factors is None else acting.stand_ins(module, factors, remade)
+            if tensors is not None:
+                with nullcontext() if hooked else remade.hooks():
+                    return _run_view(module, acting, tensors, args, kwargs)
+    return checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
+
+
+def _without_gradients(slot: Slot, module: nn.Module, acting: Acting) -> Mapping[str, Tensor | None]:
+    """What the module reads then: effective tensors, kept in evaluation, or what stands for them."""
+    managed = MANAGED in vars(module)
+    keeps = not (module.training or acting.packed or acting.frugal or managed)  # copies would undo packing and sharding
+    if acting.updates and not managed:
+        factors = acting.factors(module) if module.training else slot.factors(module, acting)
+        if factors is not None:
+            return acting.stand_ins(module, factors, slot.keeping(module, acting) if keeps else _make_now)
+    return slot.effective(module, acting) if keeps else acting.effective(module)
+
+
+def _make_now(path: str, make: Callable[[], Tensor | None]) -> Tensor | None:
+    return make()
+
+
+def _beside(
+    plain: Forward, slot: Slot, module: nn.Module, acting: Acting, beside: Beside, *args: Any, **kwargs: Any
+) -> Any:
+    """What one weight operator does to activations, where that is cheaper. In evaluation it acts on the weight, which
+    is kept, unless it may not be, or would be made at each call all the same: under torch.compile."""
+    spare = acting.frugal or acting.packed or torch.compiler.is_compiling()
+    wanted = not acting.frugal if _trains(module) else spare
+    if not (wanted and beside.operator.acts_beside(*args)):
+        return _base_call(slot, module, acting, *args, **kwargs)
+    return _act_beside(_inner(plain, slot, module, beside.bare), slot, module, beside)(*args, **kwargs)
+
+
+def _trains(module: nn.Module) -> bool:
+    """A checkpoint's first forward has no gradients either, and does what its second does."""
+    return torch.is_grad_enabled() or module.training
+
+
+def _act_beside(inner: Forward, slot: Slot, module: nn.Module, beside: Beside) -> Callable[..., Any]:
+    """`inner` with what a weight operator does to activations. What no input changes is kept in evaluation."""
+    if torch.compiler.is_compiling() or transformed() or MANAGED in vars(module):
+        return beside.around(inner, beside.prepare(module))
+    if _trains(module):
+        slot.kept.clear()
+        return beside.around(inner, beside.prepare(module))
+    return beside.around(inner, slot.prepared(module, beside))
+
+
+def _inner(
+    plain: Forward, slot: Slot, module: nn.Module, acting: Acting, route: Route | None = None
+) -> Callable[..., Any]:
+    """The base forward with what acts inside it: on its tensors, its attributes, its attention."""
+    if acting.beside is not None:
+        return functools.partial(_beside, plain, slot, module, acting, acting.beside)
+    if acting.attention:
+        edits = Edits(acting.attention, slot, route)
+        acting = replace(acting, attributes={**acting.attributes, **attributes(module, edits)})
+    if acting.effects or acting.attributes or acting.derives:
+        return functools.partial(_base_call, slot, module, acting)
+    return functools.partial(plain, module)
+
+
+def _around(acting: Acting, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+    for mount in acting.onion:
+        call = mount.around(call, module)
+    return call
+
+
+def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: Acting, bare: OfSomeRows) -> Callable[..., Any]:
+    """What acts on the rows of one name alone: beside the weight where it can, in evaluation too, where one forward of
+    the base does for all rows."""
+    beside, trains = acting.beside, _trains(module)
+    if beside is not None and not (acting.frugal and trains) and beside.operator.acts_beside(bare.rows):
+        inner = _inner(plain, slot, module, beside.bare) if trains else bare
+        call = _act_beside(inner, slot, module, beside)
+    else:
+        call = _inner(plain, slot, module, acting) if trains or acting.effects else bare
+    return _around(acting, call, module)
+
+
+def _by_rows(
+    plain: Forward,
+    slot: Slot,
+    module: nn.Module,
+    planned: Planned,
+    route: Route,
+    inner: Once,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """What each injection of a route computes, put together row by row. Those that only wrap share one base forward.
+    Where several act on the weight, which could be kept for one of them, each gets its own rows alone."""
+    if planned.apart and len(args) == 1 and not kwargs and len(args[0]) > 1 and not torch.compiler.is_compiling():
+
+        def act(position: int, bare: OfSomeRows) -> Callable[..., Any]:
+            return _alone(plain, slot, module, planned.routed[position], bare)
+
+        return each_its_own(route, *args, inner, act)
+    output = inner(*args, **kwargs)
+    if planned.updates and not torch.is_grad_enabled() and not module.training and len(args[0]) > 1:
+        return add_updates(planned.updates, route, output, args[0], is_linear(inner.run))
+    for position, acting in enumerate(planned.routed):
+        if acting.effects:
+            call = _inner(plain, slot, module, replace(acting, attention=()))
+            other = _around(acting, call, module)(*args, **kwargs)
+        elif acting.onion:
+            other = _around(acting, inner, module)(*args, **kwargs)
+        else:
+            continue
+        output = select_rows(output, other, route, position)
+    return output
+
+
+def _composed(
+    plain: Forward,
+    slot: Slot,
+    module: nn.Module,
+    planned: Planned,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """What the branches of a composition compute, put together. Those that only wrap share one base forward."""
+    assert planned.composition is not None
+    shared = Once(_inner(plain, slot, module, Acting(attributes=planned.acting.attributes)), module)
+    outputs: dict[int, Any] = {}
+
+    def run(names: tuple[str, ...]) -> Any:
+        acting = planned.branches[names]
+        if id(acting) not in outputs:
+            call = _inner(plain, slot, module, acting) if acting.effects or acting.attention else shared
+            outputs[id(acting)] = _around(acting, call, module)(*args, **kwargs)
+        return outputs[id(acting)]
+
+    return composed(planned.composition, run, planned.combiners)

@@ -1,0 +1,56 @@
+"""A view of a module: an object of its plain class that shares its `__dict__` but for some tensors and attributes.
+
+The base forward runs on a view with effective tensors. No flag is set anywhere, so nothing can be left on, raced, or
+read by the wrong reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftcore.layers.layer import plain_class
+
+SLOT = "_peftcore_slot"
+"""The attribute in which a grafted module keeps its slot. A view has none: it is not grafted."""
+TORCHS = frozenset(vars(nn.Module()))
+"""Attributes that are torch's own."""
+
+
+def view(
+    module: nn.Module,
+    effective: Mapping[str, Tensor | None],
+    attributes: Mapping[str, Any] | None = None,
+    cls: type[nn.Module] | None = None,
+) -> nn.Module:
+    """A stand-in of the plain class (or of `cls`) that shares the module's `__dict__` but for the effective tensors
+    (paths may reach into children)."""
+    own = {path: tensor for path, tensor in effective.items() if "." not in path}
+    parametrized = module._modules.get("parametrizations")
+    for name in parametrized._modules if parametrized is not None else ():  # the plain class does not compute them
+        own.setdefault(name, getattr(module, name))
+    stand_in: nn.Module = object.__new__(cls or plain_class(module))
+    fields = {
+        key: {} if effective and key not in TORCHS and _is_cache(value) else value
+        for key, value in module.__dict__.items()
+        if key not in own and key != SLOT
+    }
+    fields["_parameters"] = {**module._parameters, **own}
+    nested: dict[str, dict[str, Tensor | None]] = {}
+    for path, tensor in effective.items():
+        child, dot, rest = path.partition(".")
+        if dot:
+            nested.setdefault(child, {})[rest] = tensor
+    if nested:
+        children = {child: view(module.get_submodule(child), tensors) for child, tensors in nested.items()}
+        fields["_modules"] = {**module._modules, **children}
+    stand_in.__dict__.update(fields, **(attributes or {}))
+    return stand_in
+
+
+def _is_cache(value: Any) -> bool:
+    """A dictionary of tensors, or one to fill. What a module keeps there comes of its own tensors (LeViT's gathered
+    biases), so a view neither reads nor leaves anything in it."""
+    return type(value) is dict and all(isinstance(each, Tensor) for each in value.values())
