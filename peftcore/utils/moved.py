@@ -207,7 +207,7 @@ class _Forwarding(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def _inside(old: str) -> str | None:
     """The new path of a module of a package that moved as a whole; None where there is none."""
     package, dot, rest = old.partition(".")
-    if not dot or package not in WHOLE:
+    if not dot or package not in WHOLE or old.rpartition(".")[0] in MOVED.keys() - set(WHOLE):
         return None
     new = f"{MOVED[package][0]}.{rest}"
     return new if importlib.util.find_spec(f"peftcore.{new}") is not None else None
