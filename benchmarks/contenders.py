@@ -22,13 +22,13 @@ class Pair:
     config: Callable[..., peft.PeftConfig]
     theirs: Mapping[str, Any] = field(default_factory=dict)
     ours: Mapping[str, Any] = field(default_factory=dict)
-    frugal: bool = False
+    low_memory: bool = False
     """Ours takes the way that needs least memory."""
 
     def ours_on(self, model: nn.Module, target: list[str] = PROJECTIONS, **wishes: Any) -> nn.Module:
         """The host with our operators, no longer at their start."""
         injection = peftcore.apply(model, self.method, target=target, **{**self.ours, **wishes})
-        injection.frugal = self.frugal
+        injection.low_memory = self.low_memory
         moved(injection.parameters())
         return model
 
@@ -67,11 +67,11 @@ PAIRS: Mapping[str, Pair] = {
         {"rank": 8, "alpha": 8.0, "dropout": 0.1},
     ),
     "dora": DORA,
-    "dora, frugal": replace(DORA, frugal=True),
+    "dora, frugal": replace(DORA, low_memory=True),
     "oft": Pair("oft", peft.OFTConfig, {"oft_block_size": 32}, {"block_size": 32, "series": 5}),
     "oft, exact": Pair("oft", peft.OFTConfig, {"oft_block_size": 32, "use_cayley_neumann": False}, {"block_size": 32}),
     "boft": BOFT,
-    "boft, frugal": replace(BOFT, frugal=True),
+    "boft, frugal": replace(BOFT, low_memory=True),
     "hra": Pair("hra", peft.HRAConfig, {"r": 8}, {"rank": 8}),
     "loha": Pair("loha", peft.LoHaConfig, {"r": 8, "alpha": 8}, {"rank": 8, "alpha": 8.0}),
     "lokr": Pair("lokr", peft.LoKrConfig, {"r": 8, "alpha": 8}, {"rank": 8, "alpha": 8.0}),

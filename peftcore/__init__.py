@@ -18,7 +18,7 @@ from peftcore.contract.operators import (
 from peftcore.files.compositions import load_composition, save_composition
 from peftcore.files.save_load import load
 from peftcore.forward.attention import Attend, AttentionOperator
-from peftcore.forward.context import Call, Tap, current_call
+from peftcore.forward.context import Call, ForwardContext, Tap, current_call, forward_context
 from peftcore.forward.host_state import injections
 from peftcore.forward.save_pretrained import saving_base
 from peftcore.injection.applied import AppliedMethod, HybridPart
@@ -53,6 +53,7 @@ __all__ = [
     "Batches",
     "Call",
     "Combiner",
+    "ForwardContext",
     "Fuse",
     "GradientRule",
     "Held",
@@ -85,6 +86,7 @@ __all__ = [
     "deltas",
     "dequantize",
     "dropped_linear",
+    "forward_context",
     "full_precision",
     "hookimpl",
     "injections",

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -25,9 +26,12 @@ DEFERRED = {
 """Imports that go up on purpose, inside a function, each with its reason. No more than three."""
 
 TREE = re.search(r"^```\npeftcore/\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-LINES = re.findall(r"^  ((?:\w+/?)(?:, \w+)*) {2,}\S", TREE[1] if TREE else "", re.MULTILINE)
-PACKAGES = [line.rstrip("/") for line in LINES if line.endswith("/")]
-"""The packages by layer, from the ground up."""
+LAYERS = [
+    each.removesuffix(".py").rstrip("/") for each in re.findall(r"^  (\S+) ", TREE[1] if TREE else "", re.MULTILINE)
+]
+"""Packages and loose modules by layer, from the ground up."""
+LOOSE = ("errors", "__init__", "__main__")
+PACKAGES = [name for name in LAYERS if name not in LOOSE]
 
 
 def module_of(file: Path) -> str:
@@ -57,25 +61,26 @@ def imports(file: Path) -> Iterator[str]:
     yield from below(ast.parse(file.read_text(encoding="utf-8")))
 
 
-def arrows() -> set[tuple[str, str]]:
+@cache
+def arrows() -> frozenset[tuple[str, str]]:
     """(importing, imported) module, but for what is deferred on purpose."""
-    return {(name, other) for name, file in FILES.items() for other in imports(file) if other != name} - set(DEFERRED)
+    found = {(name, other) for name, file in FILES.items() for other in imports(file) if other != name}
+    return frozenset(found - set(DEFERRED))
 
 
 def package(module: str) -> str:
     """The layer of a module: its package, or for the loose ones the module."""
-    return [*module.split("."), ""][1]
+    return [*module.split("."), "__init__"][1]
 
 
 def test_every_package_has_its_place_on_the_page() -> None:
     there = [path.parent.name for path in CORE.glob("*/__init__.py")]
     assert sorted(PACKAGES) == sorted(there)
-    loose = {path.stem for path in CORE.glob("*.py")}
-    assert loose == {"__init__", "__main__", "errors"}
+    assert {path.stem for path in CORE.glob("*.py")} == set(LOOSE) <= set(LAYERS)
 
 
 def test_imports_go_down_between_packages() -> None:
-    level = {name: place for place, name in enumerate(["errors", *PACKAGES, "", "__main__"])}
+    level = {name: place for place, name in enumerate(LAYERS)}
     wrong = [
         f"{name} imports {other}"
         for name, other in sorted(arrows())
@@ -107,7 +112,8 @@ def test_a_package_says_what_it_is_for_and_in_which_order_to_read_it(name: str) 
     assert "It may import" in text
     inside = {path.stem for path in (CORE / name).glob("[!_]*.py")}
     inside |= {path.parent.name for path in (CORE / name).glob("*/__init__.py")}
-    listed = re.findall(r"^\* `(\w+)`: \S", text, re.MULTILINE)
+    points = re.findall(r"^- (`\w+`(?:,\s+`\w+`)*): \S", text, re.MULTILINE)
+    listed = [name for point in points for name in re.findall(r"\w+", point)]
     assert sorted(listed) == sorted(inside)
     rank = {module: place for place, module in enumerate(listed)}
     for module in inside:  # one reads from what nothing else here needs

@@ -222,7 +222,7 @@ def boxes_of(site: Site, found: HostMap, keys: Mapping[tuple[str, str], Key]) ->
     """The boxes of a site: several, where it is all of a fused weight."""
     if site.form == SEQUENCE:
         return (Key(SEQUENCE),)
-    if site.rows is not None and site.role is not None:
+    if site.slices is not None and site.role is not None:
         return (Key(site.role),)
     full = f"{site.module_path}.{site.tensor}".lstrip(".")
     entries = found.at(site.module_path) or found.at(full) or found.at(full.rpartition(".")[0])

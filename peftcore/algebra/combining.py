@@ -79,7 +79,7 @@ def changes(injection: Injection) -> dict[str, Change]:
         if graft.by_method:
             site, operator = graft.site, graft.operator
             base = _stored(site, now)
-            weight = None if base is None else take(site.layer.logical(base), site.rows, site.layer.batch_dims)
+            weight = None if base is None else take(site.layer.logical(base), site.slices, site.layer.batch_dims)
             if type(operator).merged_bias is not _Base.merged_bias:
                 bias = _bias_change(site, operator, weight, now)
                 if bias is not None and bias.any():
@@ -107,7 +107,7 @@ def _bias_change(
     site: Site, operator: _Base, weight: Tensor | None, now: Mapping[tuple[str, str], Tensor]
 ) -> Tensor | None:
     stored = _stored(site.at(bias_name(site.tensor)), now)
-    bias = None if stored is None else take(stored, site.rows, site.layer.batch_dims)
+    bias = None if stored is None else take(stored, site.slices, site.layer.batch_dims)
     assert weight is not None, "what changes a bias with a weight stands at a weight"
     new = operator.merged_bias(bias, lambda: weight)
     return new if new is None or bias is None else new - bias
@@ -126,8 +126,8 @@ def _note(
         now[key] = delta
     else:
         logical = site.layer.logical(base)
-        now[key] = site.layer.stored(put(logical, take(logical, site.rows, dims) + delta, site.rows, dims))
-    if site.rows is None:  # a replacement sees the tensor as it is stored
+        now[key] = site.layer.stored(put(logical, take(logical, site.slices, dims) + delta, site.slices, dims))
+    if site.slices is None:  # a replacement sees the tensor as it is stored
         plain = site.layer_of(site.module, site.tensor)
         delta, site = plain.logical(site.layer.stored(delta)), replace(site, layer=plain)
     before = found.get(site.path)
@@ -163,7 +163,7 @@ def established(
     """A new injection of a method whose selections are known already. It is frozen, as if loaded, and acts; the
     injections named in `instead` do not any more."""
     saved = {
-        key: [{"module_path": s.module_path, "tensor": s.tensor, "role": s.role, "rows": s.rows} for s in sites]
+        key: [{"module_path": s.module_path, "tensor": s.tensor, "role": s.role, "slices": s.slices} for s in sites]
         for key, sites in selections.items()
     }
     surgeon = prepare(model, method(), config, Wishes(train=train, dtype=dtype, saved=saved), None, dry=False)

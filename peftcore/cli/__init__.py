@@ -5,12 +5,12 @@ light, and an installation without the extra says what to install instead of fai
 
 It may import all of peftcore, and nothing imports it but ``peftcore.__main__``. In the order of reading:
 
-- `entry`: where it starts.
 - `app`: the typer application, and what its commands have in common.
-- `commands`: one module a kind of command; each imports what does its work when it runs.
 - `pages`: consoles, tables and JSON, of which all that is printed is made.
 - `looking`: what the commands print that look and change nothing.
 - `printing`: what the commands print that train.
 - `adapters`: the commands on adapter files, in the words of their options.
 - `authoring`: ``peftcore new``, and its templates.
+- `commands`: one module a kind of command; each imports what does its work when it runs.
+- `entry`: where it starts.
 """

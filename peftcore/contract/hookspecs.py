@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peftcore.injection.injection import Injection
     from peftcore.layers.layer import Layer
     from peftcore.roles import HostMap
-    from peftcore.surgery.forced_attributes import Stance
+    from peftcore.surgery.forced_attributes import ForcedAttributes
     from peftcore.surgery.surgeon import Surgeon
 
 API = 2
@@ -64,11 +64,12 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
 
 
 @hookspec(firstresult=True)
-def peftcore_stance(cls: type[nn.Module]) -> Stance | None:
+def peftcore_forced_attributes(cls: type[nn.Module]) -> ForcedAttributes | None:
     """Say how modules of a class must be held while their host is adapted.
 
-    Runs once for each class of modules that an adapted host has. Gets the class. Returns a `Stance`: attributes that
-    the module's view has, or None; the core answers for modules of torch. Stops at the first result that is not None.
+    Runs once for each class of modules that an adapted host has. Gets the class. Returns `ForcedAttributes`, those
+    that the module's view has, or None; the core answers for modules of torch. Stops at the first result that is not
+    None.
     """
 
 

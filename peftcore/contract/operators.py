@@ -46,7 +46,7 @@ class Checked(nn.Module):
 class _Base(Checked):
     """What both kinds share: the layer at which the operator acts (plain data, never the host's module)."""
 
-    derives = True
+    needs_recompute = True
     """True when the effective tensor is computed and must not outlive its use; False when a parameter stands for it as
     it is."""
 
@@ -160,16 +160,16 @@ class WeightOperator(_Base):
         cast once by the core. Of what has no two dimensions, such as a bias, `weight` is ``[out]``."""
         raise NotImplementedError
 
-    def acts_beside(self, x: Tensor) -> bool:
-        """Whether `beside` is the cheaper way for an input ``[..., in]``."""
+    def prefers_activation_form(self, x: Tensor) -> bool:
+        """Whether `activation_form` is the cheaper way for an input ``[..., in]``."""
         return False
 
     def prepare(self, held: Held) -> Any:
-        """What `beside` needs that no input changes, such as a rotation: small things, made of parameters and of what
-        the module holds, at their own precision. In evaluation they are kept while none of these changes."""
+        """What `activation_form` needs that no input changes, such as a rotation: small things, made of parameters and
+        of what the module holds, at their own precision. In evaluation they are kept while none of these changes."""
         return None
 
-    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: Any) -> Tensor:
+    def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: Any) -> Tensor:
         """The same mathematics by what goes into the module and comes out: `call` is ``W x + b``, `x` ``[..., in]``,
         `prepared` what `prepare` made.
 
@@ -191,7 +191,7 @@ class Replacement(WeightOperator):
     Starts from the tensor itself, or from zeros where the host has none (a missing bias).
     """
 
-    derives = False
+    needs_recompute = False
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)

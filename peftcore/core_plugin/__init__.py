@@ -1,6 +1,7 @@
 """The core's own answers to the hooks. They come last in line, and call the function of the method at hand.
 
-The registry loads this plugin by name, as it loads any: so nothing low imports what stands here.
+The registry loads this plugin by name, as it loads any: so nothing low imports what stands here. It may import all that
+is below the public API.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from peftcore.contract.hookspecs import hookimpl
 from peftcore.injection.merging import merged_tensors
 from peftcore.layers.detect import dense_layer
 from peftcore.roles import derive
-from peftcore.surgery.forced_attributes import STANCES
+from peftcore.surgery.forced_attributes import FORCED_ATTRIBUTES
 
 
 @hookimpl(trylast=True)
@@ -28,8 +29,8 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Any:
 
 
 @hookimpl(trylast=True)
-def peftcore_stance(cls: type[nn.Module]) -> Any:
-    return next((stance for known, stance in STANCES.items() if issubclass(cls, known)), None)
+def peftcore_forced_attributes(cls: type[nn.Module]) -> Any:
+    return next((forced for known, forced in FORCED_ATTRIBUTES.items() if issubclass(cls, known)), None)
 
 
 @hookimpl(trylast=True)

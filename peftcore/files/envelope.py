@@ -39,13 +39,13 @@ class SavedSite(BaseModel):
     def of(cls, site: Site) -> SavedSite:
         """A selected site."""
         return cls(
-            module_path=site.module_path, tensor=site.tensor, role=site.role, rows=site.rows, shape=site_shape(site)
+            module_path=site.module_path, tensor=site.tensor, role=site.role, rows=site.slices, shape=site_shape(site)
         )
 
     @property
     def record(self) -> dict[str, Any]:
         """What the resolver finds the site by."""
-        return self.model_dump(include={"module_path", "tensor", "role", "rows"})
+        return {**self.model_dump(include={"module_path", "tensor", "role"}), "slices": self.rows}
 
 
 class Envelope(BaseModel):

@@ -10,11 +10,11 @@ from torch import nn
 
 from peftcore.forward.save_pretrained import BASE_ALONE
 
-HOLDER = "peft"
+ADAPTER_MODULES = "peft"
 """What they are called in the module above."""
 
 
-class Operators(nn.Module):
+class AdapterModules(nn.Module):
     """Holds operators beside the site they act on: ``self_attn.peft.q_proj.<injection>``."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from peftcore.contract.operators import _Base
 from peftcore.errors import UnsupportedSite
 from peftcore.forward.routing import select_rows
-from peftcore.layers.layer import Layer, Ranges, bias_name, take
+from peftcore.layers.layer import Layer, Slices, bias_name, take
 
 if TYPE_CHECKING:
     from peftcore.forward.mount import Mount
@@ -50,13 +50,13 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Projection:
-    """The rows of one matrix by which an attention makes queries, keys or values."""
+    """The slices of one matrix by which an attention makes queries, keys or values."""
 
     module: str
     """Path of the module that holds the matrix, below the attention; "" for the attention itself."""
     tensor: str
     layer: Layer
-    rows: Ranges | None
+    slices: Slices | None
     in_features: int
     out_features: int
 
@@ -65,12 +65,12 @@ class Projection:
         not; that of the bare `base` where rows go to different ones."""
         module = attention.get_submodule(self.module)
         if self.layer.called and not base:
-            return take(module(states), self.rows, -1)
+            return take(module(states), self.slices, -1)
         stored = self.layer.read(module, self.tensor)
         assert stored is not None, "a projection has a matrix"
-        weight = take(self.layer.logical(stored), self.rows, 0)
+        weight = take(self.layer.logical(stored), self.slices, 0)
         bias = self.layer.read(module, bias_name(self.tensor))
-        bias = None if bias is None else take(bias, self.rows, 0)
+        bias = None if bias is None else take(bias, self.slices, 0)
         return F.linear(states.to(weight.dtype), weight, bias)
 
 
@@ -219,7 +219,7 @@ def _edited(interface: Mapping[str, Callable[..., Any]], implementation: str) ->
         **more: Any,
     ) -> tuple[Tensor, Tensor | None]:
         edits: Edits = module.__dict__["_peftcore_edits"]
-        if edits.slot.state.witness is not None:
+        if edits.slot.state.silent_layers is not None:
             edits.slot.ran = True
         first = edits.mounts[0].operator
         assert isinstance(first, AttentionOperator)

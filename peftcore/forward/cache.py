@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-class Kept:
+class EffectiveWeightCache:
     """Values by what they are, each with the tensors that it was made of.
 
     In-place changes are known by version counters, other memory by its address. Writes through `.data` do not count;

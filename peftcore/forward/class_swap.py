@@ -47,13 +47,15 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if not args and first in kwargs:
             args = (kwargs.pop(first),)  # operators get what they act on by position, however the module was called
         if planned.outermost is not None:
-            if state.witness is not None:
+            if state.silent_layers is not None:
                 slot.ran = True
             call: Forward = functools.partial(plain, self)
             for operator in planned.inner:
                 call = functools.partial(operator, call)
             return planned.outermost(call, *args, **kwargs)
-        if state.witness is not None and not planned.acting.attention:  # edits say it themselves: hosts go round some
+        if (
+            state.silent_layers is not None and not planned.acting.attention
+        ):  # edits say it themselves: hosts go round some
             slot.ran = True
         return run(plain, slot, self, planned, choice.route, args, kwargs)
 
@@ -105,9 +107,9 @@ def detach(module: nn.Module, name: str) -> None:
     if slot is None:
         return
     slot.mounts.pop(name, None)
-    slot.stances = [stance for stance in slot.stances if stance[0] != name]
+    slot.forced_attributes = [forced for forced in slot.forced_attributes if forced[0] != name]
     slot.changed()
-    if not slot.mounts and not slot.stances:
+    if not slot.mounts and not slot.forced_attributes:
         ungraft(module)
 
 

@@ -1,6 +1,6 @@
 """The record of one forward of the host: its inputs, the choice it ran under, taps, losses.
 
-Two hooks on the root open and close it; operators reach it through `current_call`. Modules that run again inside
+Two hooks on the root open and close it; operators reach it through `forward_context`. Modules that run again inside
 backward (gradient checkpointing) find the record of the forward that they repeat: its outputs' autograd nodes announce
 it before any of its modules can run again. So leaving `activate` or `route` before `backward()` changes nothing.
 """
@@ -36,15 +36,15 @@ class _Threads(threading.local):
     """What one thread has open."""
 
     def __init__(self) -> None:
-        self.calls: list[Call] = []
-        self.outside: weakref.ref[Call] | None = None
+        self.calls: list[ForwardContext] = []
+        self.outside: weakref.ref[ForwardContext] | None = None
         """What stands for one where a part of the host runs by itself; the host's state holds it."""
-        self.announced: dict[int, tuple[int, weakref.ref[Call]]] = {}
+        self.announced: dict[int, tuple[int, weakref.ref[ForwardContext]]] = {}
         """By host: the backward pass (its number) and the forward that it goes through now, which its graph holds."""
 
 
 _HERE = _Threads()
-_TRACED: list[Call] = []
+_TRACED: list[ForwardContext] = []
 """The open records of all threads, for code that torch.compile traces: it follows a plain list, not what belongs to a
 thread."""
 
@@ -64,7 +64,7 @@ IGNORED = -100
 """Labels that transformers leaves out."""
 
 
-class Call:
+class ForwardContext:
     """One forward of the host.
 
     Attributes:
@@ -128,7 +128,7 @@ class Call:
         active = tuple(each for each in self.choice.active if each != name)
         state.threads[ident] = dataclasses.replace(self.choice, active=active, route=None)
         kwargs = {key: copy.deepcopy(value) if key in _CACHES else value for key, value in kwargs.items()}
-        inner = Call(state, state.threads[ident], self._model, self._args, self._kwargs)
+        inner = ForwardContext(state, state.threads[ident], self._model, self._args, self._kwargs)
         try:
             output = run(*args, **kwargs)
         finally:
@@ -145,7 +145,7 @@ class Call:
         self.taps = [tap for tap in self.taps if tap[2]]
 
 
-_COMPILED_ALONE = Call()
+_COMPILED_ALONE = ForwardContext()
 """For parts of a host that are compiled and run by themselves."""
 
 
@@ -159,7 +159,7 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     return arguments
 
 
-def current_call() -> Call:
+def forward_context() -> ForwardContext:
     """The forward of the host that runs in this thread; inside backward, the forward that is being repeated.
 
     For operators, inside their forward. Where a part of the host was called by itself (an encoder by `generate`), the
@@ -173,10 +173,10 @@ def current_call() -> Call:
             call = reference()
             if task == here and call is not None:
                 return call
-    return _HERE.calls[-1] if _HERE.calls else _outside() or Call()
+    return _HERE.calls[-1] if _HERE.calls else _outside() or ForwardContext()
 
 
-def _outside() -> Call | None:
+def _outside() -> ForwardContext | None:
     return None if _HERE.outside is None else _HERE.outside()
 
 
@@ -195,15 +195,15 @@ class Tap:
 
     def put(self, value: Any) -> None:
         """Leave a value for the rest of this forward."""
-        current_call().taps.append((self.key, value, self.kept))
+        forward_context().taps.append((self.key, value, self.kept))
 
     def get(self) -> Any:
         """The value that was left in this forward; None when there is none."""
-        return next((value for key, value, _ in reversed(current_call().taps) if key == self.key), None)
+        return next((value for key, value, _ in reversed(forward_context().taps) if key == self.key), None)
 
     def take(self) -> Any:
         """The same, and it is not kept any longer: what one operator alone reads is freed when it has."""
-        value, taps = self.get(), current_call().taps
+        value, taps = self.get(), forward_context().taps
         taps[:] = [tap for tap in taps if tap[0] != self.key]
         return value
 
@@ -222,17 +222,17 @@ class Recorder:
     def enter(self, state: HostState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the host runs."""
         choice = state.now()
-        call = Call(state, choice, model, args, kwargs)
+        call = ForwardContext(state, choice, model, args, kwargs)
         _TRACED.append(call)
         if torch.compiler.is_compiling():
-            state.witness = None  # it does not see into what is compiled, where a checkpoint must not leave marks
+            state.silent_layers = None  # it does not see into what is compiled, where a checkpoint must not leave marks
             return
         _HERE.calls.append(call)
         if _HERE.outside is not None:
             _HERE.outside = None
             state.outside.pop(threading.get_ident(), None)
-        if (witness := state.witness) is not None:
-            witness.look(model)
+        if (silent_layers := state.silent_layers) is not None:
+            silent_layers.check(model)
         if choice.route is not None:
             _check_rows(call, choice.route)
         if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
@@ -273,7 +273,7 @@ class Recorder:
             return
         outside = _outside()
         if outside is None or outside.state is not state or outside.choice is not choice:
-            outside = state.outside[threading.get_ident()] = Call(state, choice)
+            outside = state.outside[threading.get_ident()] = ForwardContext(state, choice)
             _HERE.outside = weakref.ref(outside)
         if training and not repeating():
             self.note(choice)
@@ -282,7 +282,7 @@ class Recorder:
         return {"recent": [], "drained": False}
 
 
-def _aux_losses(state: HostState, call: Call) -> Iterator[Tensor]:
+def _aux_losses(state: HostState, call: ForwardContext) -> Iterator[Tensor]:
     for name in call.choice.acting if call.choice is not None else ():
         injection = state.injections[name]
         if type(injection.method).aux_loss is not Method.aux_loss:
@@ -292,7 +292,7 @@ def _aux_losses(state: HostState, call: Call) -> Iterator[Tensor]:
                 yield loss
 
 
-def _check_rows(call: Call, route: Route) -> None:
+def _check_rows(call: ForwardContext, route: Route) -> None:
     tensors = [value for value in call.inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
     if tensors and not route.fits(len(tensors[0])):
         raise RouteError(
@@ -331,7 +331,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
         yield from _tensors(vars(output))
 
 
-def _announce(output: Any, call: Call) -> None:
+def _announce(output: Any, call: ForwardContext) -> None:
     """Let backward say that it goes through this forward: the nodes of the outputs run before anything inside."""
     if call.state is None or transformed():
         return
@@ -366,3 +366,7 @@ def replayed(state: HostState) -> Choice:
             "non-reentrant checkpointing on the host's own outputs"
         )
     return recent[0] if recent else state.threads.get(threading.get_ident(), state.choice)
+
+
+Call, current_call = ForwardContext, forward_context
+"""The old names, for one minor version."""

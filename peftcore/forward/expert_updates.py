@@ -61,40 +61,40 @@ class _Parts:
         """Taken apart at once, so that in backward gradients are put together once, and not for each expert."""
         return self.weight.unbind(), self.left.unbind(), self.right.unbind()
 
-    def one(self, expert: int) -> Updated:
+    def one(self, expert: int) -> LowRankUpdatedWeight:
         """The matrix of an expert."""
         before = self.view
         parts = self._one_by_one if torch.is_grad_enabled() else (self.weight, self.left, self.right)
         weight, left, right = (part[expert] for part in parts)
-        return Updated.of(_Parts(weight, left, right, self.whole, lambda whole: before(whole)[expert]))
+        return LowRankUpdatedWeight.of(_Parts(weight, left, right, self.whole, lambda whole: before(whole)[expert]))
 
-    def several(self, experts: Tensor) -> Updated:
+    def several(self, experts: Tensor) -> LowRankUpdatedWeight:
         """Matrices of experts ``[n]``."""
         before = self.view
         parts = self.weight[experts], self.left[experts], self.right[experts]
-        return Updated.of(_Parts(*parts, self.whole, lambda whole: before(whole)[experts]))
+        return LowRankUpdatedWeight.of(_Parts(*parts, self.whole, lambda whole: before(whole)[experts]))
 
-    def turned(self) -> Updated:
+    def turned(self) -> LowRankUpdatedWeight:
         """The transposed matrices."""
         before = self.view
         parts = self.weight.mT, self.right.mT, self.left.mT
-        return Updated.of(_Parts(*parts, self.whole, lambda whole: before(whole).mT))
+        return LowRankUpdatedWeight.of(_Parts(*parts, self.whole, lambda whole: before(whole).mT))
 
 
-class Updated(Tensor):
+class LowRankUpdatedWeight(Tensor):
     """A stand-in for the effective tensor, of its shape, dtype and device, and without memory of its own: whoever looks
     for numbers finds those of the effective tensor, or an error."""
 
     parts: _Parts
 
     @staticmethod
-    def of(parts: _Parts) -> Updated:
+    def of(parts: _Parts) -> LowRankUpdatedWeight:
         """A stand-in, through which a gradient of the effective tensor finds its way, too."""
         tensors = parts.weight, parts.left, parts.right
         made: Any = apply(_Gradient, *tensors) if torch.is_grad_enabled() else _stand_in_for(parts.weight)
         made.parts = parts
-        stand_in: Updated = made
-        return stand_in
+        lazy_weight: LowRankUpdatedWeight = made
+        return lazy_weight
 
     def effective(self) -> Tensor:
         """The tensor itself."""
@@ -109,7 +109,7 @@ class Updated(Tensor):
                 return func(*args, **kwargs)
         result = _ACTS[func](*args, **kwargs) if func in _ACTS else NotImplemented
         if result is NotImplemented:
-            args, kwargs = tree_map_only(Updated, Updated.effective, (args, kwargs))
+            args, kwargs = tree_map_only(LowRankUpdatedWeight, LowRankUpdatedWeight.effective, (args, kwargs))
             result = func(*args, **kwargs)
         return result
 
@@ -118,7 +118,7 @@ class Updated(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """What is called from elsewhere, where gradients are recorded already."""
-        args, kwargs = tree_map_only(Updated, lambda each: each.effective().detach(), (args, kwargs or {}))
+        args, kwargs = tree_map_only(LowRankUpdatedWeight, lambda each: each.effective().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
@@ -139,7 +139,7 @@ class _Gradient(torch.autograd.Function):
 
 def _stand_in_for(weight: Tensor) -> Tensor:
     made: Tensor = Tensor._make_wrapper_subclass(
-        Updated, weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
+        LowRankUpdatedWeight, weight.shape, weight.stride(), dtype=weight.dtype, device=weight.device
     )
     return made
 
@@ -171,24 +171,24 @@ def factors_of(stored: Tensor | None, mounts: Sequence[Mount]) -> Factors | None
 
 def _all_rows(mount: Mount, B: Tensor, stored: Tensor) -> Tensor:
     """B with zeros for the rows that are not the mount's."""
-    if mount.rows is None:
+    if mount.slices is None:
         return B
     shape = mount.layer.logical(stored).shape
-    return put(B.new_zeros(*shape[:-1], B.shape[-1]), B, mount.rows, mount.layer.batch_dims)
+    return put(B.new_zeros(*shape[:-1], B.shape[-1]), B, mount.slices, mount.layer.batch_dims)
 
 
-def stand_in(stored: Tensor | None, layer: Layer, factors: Factors, make: Callable[[], Tensor]) -> Tensor:
+def lazy_weight(stored: Tensor | None, layer: Layer, factors: Factors, make: Callable[[], Tensor]) -> Tensor:
     """What stands for a stored tensor with its update; `make` makes the effective one, in the same layout."""
     assert stored is not None
-    logical = Updated.of(_Parts(layer.logical(stored), *factors, _Whole(make), layer.logical))
+    logical = LowRankUpdatedWeight.of(_Parts(layer.logical(stored), *factors, _Whole(make), layer.logical))
     return layer.stored(logical)
 
 
-def _open(stand_in: Any, *others: Any) -> _Parts | None:
+def _open(lazy_weight: Any, *others: Any) -> _Parts | None:
     """The parts of a stand-in that is still one, beside tensors that are none."""
-    if type(stand_in) is not Updated or any(type(other) is Updated for other in others):
+    if type(lazy_weight) is not LowRankUpdatedWeight or any(type(other) is LowRankUpdatedWeight for other in others):
         return None
-    return None if stand_in.parts.whole.tensor is not None else stand_in.parts
+    return None if lazy_weight.parts.whole.tensor is not None else lazy_weight.parts
 
 
 def _linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Any:
@@ -221,9 +221,9 @@ def _grouped(rows: Tensor, weight: Any, *unknown: Any, bias: Tensor | None = Non
     return _GROUPED(rows, parts.weight, bias=bias, **how).add_(_GROUPED(low, right, **how))
 
 
-def _pick(stand_in: Any, index: Any) -> Any:
-    parts = _open(stand_in)
-    if parts is None or stand_in.dim() != 3:
+def _pick(lazy_weight: Any, index: Any) -> Any:
+    parts = _open(lazy_weight)
+    if parts is None or lazy_weight.dim() != 3:
         return NotImplemented
     if isinstance(index, Tensor) and index.dtype is torch.long and index.dim() == 1:
         return parts.several(index)
@@ -232,22 +232,22 @@ def _pick(stand_in: Any, index: Any) -> Any:
     return parts.one(index) if type(index) is int else NotImplemented
 
 
-def _all(stand_in: Any, dim: int = 0) -> Any:
-    parts = _open(stand_in)
-    if parts is None or stand_in.dim() != 3 or dim != 0:
+def _all(lazy_weight: Any, dim: int = 0) -> Any:
+    parts = _open(lazy_weight)
+    if parts is None or lazy_weight.dim() != 3 or dim != 0:
         return NotImplemented
     return tuple(parts.one(expert) for expert in range(len(parts.weight)))
 
 
-def _transpose(stand_in: Any, dim0: Any = -2, dim1: Any = -1) -> Any:
-    parts, dims = _open(stand_in), stand_in.dim()
+def _transpose(lazy_weight: Any, dim0: Any = -2, dim1: Any = -1) -> Any:
+    parts, dims = _open(lazy_weight), lazy_weight.dim()
     if parts is None or {dim0, dim1} not in ({-2, -1}, {dims - 2, dims - 1}):
         return NotImplemented
     return parts.turned()
 
 
-def _turn(stand_in: Any) -> Any:
-    return _transpose(stand_in) if stand_in.dim() == 2 else NotImplemented  # of more it is another thing
+def _turn(lazy_weight: Any) -> Any:
+    return _transpose(lazy_weight) if lazy_weight.dim() == 2 else NotImplemented  # of more it is another thing
 
 
 _GROUPED: Any = vars(torch).get("_grouped_mm")

@@ -20,13 +20,13 @@ from torch import nn
 
 from peftcore.errors import UnknownInjection
 from peftcore.forward.choice import Active, Choice
-from peftcore.forward.context import Call, Recorder, graph_task, replayed
+from peftcore.forward.context import ForwardContext, Recorder, graph_task, replayed
 from peftcore.forward.save_pretrained import guard, unguard
 
 if TYPE_CHECKING:
     from peftcore.forward.slot import Slot
     from peftcore.injection.injection import Injection
-    from peftcore.surgery.silent_layers import Witness
+    from peftcore.surgery.silent_layers import SilentLayers
 
 _KEY = "_peftcore_state"
 
@@ -46,7 +46,7 @@ class HostState:
     """Slots of the grafted modules, in the order in which they came, which is how they lie in memory: they plan what
     acts when it changes, so no compiler ever traces the planning."""
 
-    witness: Witness | None = None
+    silent_layers: SilentLayers | None = None
     """Sees to it that adapted sites run, until the host is compiled."""
 
     calm: int | None = None
@@ -54,7 +54,7 @@ class HostState:
     unless somebody chooses for a thread alone."""
 
     recorder: Recorder = field(default_factory=Recorder)
-    outside: dict[int, Call] = field(default_factory=dict)
+    outside: dict[int, ForwardContext] = field(default_factory=dict)
     """By thread: the record of what ran of the host without the host itself. Here, so that it ends with the host."""
 
     @property

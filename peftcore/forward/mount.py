@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.contract.operators import Held, Operator, WeightOperator, _Base
-from peftcore.layers.layer import Layer, Ranges, bias_name, put, take
+from peftcore.layers.layer import Layer, Slices, bias_name, put, take
 
 
 @dataclass(eq=False, slots=True)
@@ -24,7 +24,7 @@ class Mount:
     around what its queries, keys and values go through."""
     tensor: str
     layer: Layer
-    rows: Ranges | None = None
+    slices: Slices | None = None
 
     def effective(self, stored: Tensor | None, like: Tensor) -> Tensor:
         """The effective tensor, in storage layout and in the dtype of `stored` (of `like` where the host has none)."""
@@ -33,34 +33,34 @@ class Mount:
             new: Tensor = operate(None)  # type: ignore[arg-type]  # only replacements accept a missing tensor
             return new.to(like.dtype)
         logical = self.layer.logical(stored)
-        part = operate(take(logical, self.rows, self.layer.batch_dims)).to(stored.dtype)
-        return self.layer.stored(put(logical, part, self.rows, self.layer.batch_dims))
+        part = operate(take(logical, self.slices, self.layer.batch_dims)).to(stored.dtype)
+        return self.layer.stored(put(logical, part, self.slices, self.layer.batch_dims))
 
     def effective_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
         """The bias that goes with `effective`, of the stored weight that `weight` reads when it is asked."""
         dim = self.layer.batch_dims
 
         def logical() -> Tensor:
-            return take(self.layer.logical(weight()), self.rows, dim)
+            return take(self.layer.logical(weight()), self.slices, dim)
 
-        part = self.operator.merged_bias(None if bias is None else take(bias, self.rows, dim), logical)
+        part = self.operator.merged_bias(None if bias is None else take(bias, self.slices, dim), logical)
         if part is None:
             return None
         if bias is None:
             stored = weight()
             whole = self.layer.logical(stored).shape[: dim + 1]
             bias = stored.new_zeros(whole)
-        return put(bias, part.to(bias.dtype), self.rows, dim)
+        return put(bias, part.to(bias.dtype), self.slices, dim)
 
     def around(self, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
         """The next onion layer around a module's forward."""
-        if self.rows is None:
+        if self.slices is None:
             assert isinstance(self.operator, Operator)
             return functools.partial(self.operator.at(self.form, module), call)
-        return functools.partial(around_rows, self.operator, self, call)
+        return functools.partial(around_slices, self.operator, self, call)
 
 
-class HeldRows(Held):
+class HeldSlices(Held):
     """The rows of a mount."""
 
     def __init__(self, mount: Mount, module: nn.Module) -> None:
@@ -71,32 +71,32 @@ class HeldRows(Held):
         mount = self._mount
         stored = mount.layer.read(self._module, mount.tensor)
         assert stored is not None
-        return take(mount.layer.logical(stored), mount.rows, mount.layer.batch_dims)
+        return take(mount.layer.logical(stored), mount.slices, mount.layer.batch_dims)
 
     @property
     def bias(self) -> Tensor | None:
         mount = self._mount
         stored = mount.layer.read(self._module, bias_name(mount.tensor))
-        return stored if stored is None else take(stored, mount.rows, mount.layer.batch_dims)
+        return stored if stored is None else take(stored, mount.slices, mount.layer.batch_dims)
 
 
-def around_rows(
+def around_slices(
     operate: Callable[..., Any], mount: Mount, call: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Tensor:
     """An onion layer that sees some rows of the output: those of one part of a fused projection."""
-    rows, dim = mount.rows, mount.layer.channel_dim
+    slices, dim = mount.slices, mount.layer.channel_dim
     whole: list[Tensor] = []
 
     def part(*inner_args: Any, **inner_kwargs: Any) -> Tensor:
         output: Tensor = call(*inner_args, **inner_kwargs)
         if all(inner is outer for inner, outer in zip(inner_args, args, strict=False)):
             whole.append(output)
-        return take(output, rows, dim)
+        return take(output, slices, dim)
 
     changed = operate(part, *args, **kwargs)
     if not whole:  # the operator changed its input, which is none of the other rows' affair
         whole.append(call(*args, **kwargs))
-    return put(whole[-1], changed, rows, dim)
+    return put(whole[-1], changed, slices, dim)
 
 
 Cast = Callable[[Any], Any]

@@ -21,8 +21,8 @@ from peftcore.contract.operators import (
     is_mergeable,
 )
 from peftcore.forward.choice import Active, Key
-from peftcore.forward.expert_updates import Factors, factors_of, stand_in
-from peftcore.forward.mount import Effect, HeldRows, Mount, around_rows, effects_of, fold
+from peftcore.forward.expert_updates import Factors, factors_of, lazy_weight
+from peftcore.forward.mount import Effect, HeldSlices, Mount, around_slices, effects_of, fold
 from peftcore.layers.layer import Layer
 
 Mounts = Mapping[str, list[Mount]]
@@ -30,12 +30,12 @@ Mounts = Mapping[str, list[Mount]]
 
 
 @dataclass(frozen=True, eq=False)
-class Beside:
+class ActivationForm:
     """A weight operator that can act on activations instead: around the module's own forward."""
 
     mount: Mount
     operator: WeightOperator
-    bare: Acting
+    bare: ActivePlan
 
     @classmethod
     def of(cls, mount: Mount, attributes: Mapping[str, Any]) -> Self | None:
@@ -44,9 +44,9 @@ class Beside:
         called = mount.layer.called and mount.form == "weight" and mount.tensor == "weight"
         if not called or not isinstance(operator, WeightOperator):
             return None
-        if type(operator).acts_beside is WeightOperator.acts_beside:
+        if type(operator).prefers_activation_form is WeightOperator.prefers_activation_form:
             return None
-        bare = Acting(attributes=attributes, derives=mount.layer.saves_dense, packed=mount.layer.packed)
+        bare = ActivePlan(attributes=attributes, needs_recompute=mount.layer.saves_dense, packed=mount.layer.packed)
         return cls(mount, operator, bare)
 
     @property
@@ -57,17 +57,17 @@ class Beside:
     def prepare(self, module: nn.Module) -> Any:
         """What it needs that no input changes, computed at the operator's own precision."""
         with full_precision(self.mount.layer.like(module, self.mount.tensor)):
-            return self.operator.prepare(HeldRows(self.mount, module))
+            return self.operator.prepare(HeldSlices(self.mount, module))
 
     def around(self, call: Callable[..., Any], prepared: Any) -> Callable[..., Any]:
         """The module's forward with what the operator does."""
 
         def act(inner: Callable[..., Tensor], x: Tensor) -> Tensor:
-            return self.operator.beside(inner, x, prepared)
+            return self.operator.activation_form(inner, x, prepared)
 
-        if self.mount.rows is None:
+        if self.mount.slices is None:
             return functools.partial(act, call)
-        return functools.partial(around_rows, act, self.mount, call)
+        return functools.partial(around_slices, act, self.mount, call)
 
 
 Made = Callable[[str, Callable[[], Any]], Any]
@@ -75,7 +75,7 @@ Made = Callable[[str, Callable[[], Any]], Any]
 
 
 @dataclass(eq=False, slots=True)
-class Acting:
+class ActivePlan:
     """What one active set does at one module."""
 
     effects: tuple[tuple[str, tuple[Effect, ...]], ...] = ()
@@ -83,21 +83,21 @@ class Acting:
     onion: tuple[Mount, ...] = ()
     attention: tuple[Mount, ...] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
-    derives: bool = False
+    needs_recompute: bool = False
     """Whether forward makes tensors that must not outlive their use: it is computed again in backward."""
     packed: bool = False
     """Whether a tensor that it acts on is kept packed: each effective tensor is a dense copy."""
     runs_dense: type[nn.Module] | None = None
     """The class whose forward takes the effective tensors, where the module's own cannot."""
-    beside: Beside | None = None
+    activation_form: ActivationForm | None = None
     """The only mount that acts on tensors, where it can act on activations instead."""
-    single: bool = True
+    linear_only: bool = True
     """Whether the module is nothing but one product with each tensor that it acts on."""
     product: Layer | None = None
     """The layer of the weight that it acts on, where the module is a linear map of vectors with a dense one."""
     updates: bool = False
     """Whether low-rank updates of stacked matrices are all that acts on tensors."""
-    frugal: bool = False
+    low_memory: bool = False
     """Whether what acts is to need as little memory as it can."""
 
     @property
@@ -127,12 +127,14 @@ class Acting:
             found[path] = factors
         return found or None
 
-    def stand_ins(self, module: nn.Module, factors: Mapping[str, Factors], made: Made) -> dict[str, Tensor | None]:
+    def lazy_weights(self, module: nn.Module, factors: Mapping[str, Factors], made: Made) -> dict[str, Tensor | None]:
         """What the module may read in place of effective tensors, each of which `made` gives if it is wanted."""
         found: dict[str, Tensor | None] = {}
         for path, effects in self.effects:
             layer, make = effects[0].mount.layer, functools.partial(_make, module, path, effects)
-            found[path] = stand_in(layer.read(module, path), layer, factors[path], functools.partial(made, path, make))
+            found[path] = lazy_weight(
+                layer.read(module, path), layer, factors[path], functools.partial(made, path, make)
+            )
         return found
 
     def makes(self, module: nn.Module) -> dict[str, Callable[[], Tensor | None]]:
@@ -147,7 +149,9 @@ def _make(module: nn.Module, path: str, effects: tuple[Effect, ...]) -> Tensor |
         return fold(module, effects, layer.read(module, path), like)
 
 
-def plan_acting(mounts: Mounts, stances: list[tuple[str | None, Mapping[str, Any]]], active: Active) -> Acting:
+def plan_acting(
+    mounts: Mounts, forced_attributes: list[tuple[str | None, Mapping[str, Any]]], active: Active
+) -> ActivePlan:
     """What acts, in order. A mergeable onion layer that came before a weight operator acts on the weight too, so that
     several active injections compose as merging them one after the other would."""
     weight: list[Mount] = []
@@ -161,26 +165,26 @@ def plan_acting(mounts: Mounts, stances: list[tuple[str | None, Mapping[str, Any
             else:
                 (attention if mount.form == "attention" else onion).append(mount)
     attributes: dict[str, Any] = {}
-    for owner, stance in stances:
+    for owner, forced in forced_attributes:
         if owner is None or owner in active:
-            attributes.update(stance)
-    derives = packed = False
+            attributes.update(forced)
+    needs_recompute = packed = False
     for mount in onion:
-        derives, packed = derives or mount.layer.saves_dense, packed or mount.layer.packed
+        needs_recompute, packed = needs_recompute or mount.layer.saves_dense, packed or mount.layer.packed
     if not weight:  # as nearly always
-        return Acting((), tuple(onion), tuple(attention), attributes, derives, packed)
+        return ActivePlan((), tuple(onion), tuple(attention), attributes, needs_recompute, packed)
     packed = packed or any(mount.layer.packed for mount in weight)
     effects = effects_of(weight)
-    return Acting(
+    return ActivePlan(
         effects=tuple((path, tuple(each)) for path, each in effects.items()),
         onion=tuple(onion),
         attention=tuple(attention),
         attributes=attributes,
-        derives=derives or any(mount.operator.derives for mount in weight),
+        needs_recompute=needs_recompute or any(mount.operator.needs_recompute for mount in weight),
         packed=packed,
         runs_dense=next((mount.layer.runs_dense for mount in weight if mount.layer.runs_dense), None),
-        beside=Beside.of(weight[0], attributes) if len(weight) == 1 else None,
-        single=all(mount.layer.called for mount in weight),
+        activation_form=ActivationForm.of(weight[0], attributes) if len(weight) == 1 else None,
+        linear_only=all(mount.layer.called for mount in weight),
         product=_product(effects),
         updates=not packed and all(map(_updates_stack, weight)),
     )
@@ -200,21 +204,21 @@ def _updates_stack(mount: Mount) -> bool:
     return low_rank and layer.batch_dims > 0 and not layer.called
 
 
-def layers_of(acting: Acting) -> tuple[Operator, ...] | None:
+def layers_of(acting: ActivePlan) -> tuple[Operator, ...] | None:
     """The operators, innermost first, where all that acts is layers around the module's forward; None where more
     does."""
-    if acting.effects or acting.attention or acting.attributes or acting.derives:
+    if acting.effects or acting.attention or acting.attributes or acting.needs_recompute:
         return None
     operators = []
     for mount in acting.onion:
         operator = mount.operator
-        if mount.rows or not isinstance(operator, Operator) or type(operator).at is not Operator.at:
+        if mount.slices or not isinstance(operator, Operator) or type(operator).at is not Operator.at:
             return None
         operators.append(operator)
     return tuple(operators)
 
 
-def updates_of(routed: Sequence[Acting]) -> tuple[tuple[int, Mount], ...]:
+def updates_of(routed: Sequence[ActivePlan]) -> tuple[tuple[int, Mount], ...]:
     """Low-rank updates by position, if all that acts is such."""
     if not all(_is_update(mount) for acting in routed for mount in acting.onion):
         return ()
@@ -223,39 +227,39 @@ def updates_of(routed: Sequence[Acting]) -> tuple[tuple[int, Mount], ...]:
     return tuple((position, mount) for position, acting in enumerate(routed) for mount in acting.onion)
 
 
-def run_apart(routed: Sequence[Acting]) -> bool:
+def run_apart(routed: Sequence[ActivePlan]) -> bool:
     """Whether several act on the weight, and can beside it, and none asks whose rows it is given (what it was told for
     each row of the batch, for one)."""
-    several = sum(acting.beside is not None for acting in routed) > 1
+    several = sum(acting.activation_form is not None for acting in routed) > 1
     return several and all(_is_update(mount) for acting in routed for mount in acting.onion)
 
 
 def _is_update(mount: Mount) -> bool:
     """Whether an operator adds ``scale * B A x`` to each vector and does nothing else."""
     kind = type(mount.operator)
-    beside = issubclass(kind, Operator) and kind.at is Operator.at and kind.merged_bias is _Base.merged_bias
+    activation_form = issubclass(kind, Operator) and kind.at is Operator.at and kind.merged_bias is _Base.merged_bias
     called = mount.layer.called and mount.layer.of_vectors and mount.form == "activation"
-    return beside and called and mount.operator.factors() is not None
+    return activation_form and called and mount.operator.factors() is not None
 
 
 @dataclass(eq=False, slots=True)
-class Planned:
+class ModulePlan:
     """What one choice does at one module."""
 
     key: Key
-    acting: Acting
+    acting: ActivePlan
     """With a route: what acts on no row in particular; attention edits pick their rows themselves."""
     inner: tuple[Operator, ...] = ()
     outermost: Operator | None = None
     """The operators, if nothing acts but them, one around the other: the short way, which decoding takes."""
-    routed: tuple[Acting, ...] = ()
+    routed: tuple[ActivePlan, ...] = ()
     """With a route: what acts on the rows of each of its names."""
     updates: tuple[tuple[int, Mount], ...] = ()
     """With a route: the low-rank updates of its names by position, where they do nothing else here."""
     apart: bool = False
     """With a route: each of its names runs on its own rows alone, see `run_apart`."""
     composition: Composition | None = None
-    branches: Mapping[Active, Acting] = field(default_factory=dict)
+    branches: Mapping[Active, ActivePlan] = field(default_factory=dict)
     """With a composition: what acts in each of its branches; the same object where the same acts."""
     combiners: Mapping[str, Combiner] = field(default_factory=dict)
     """With a composition: the combiners that stand here, by injection."""

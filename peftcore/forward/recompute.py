@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from peftcore.layers.kernels.autograd import apply
 
 
-class Remade:
+class RecomputedTensors:
     """Makes effective tensors that backward makes again; within `hooks` nobody saves one."""
 
     def __init__(self, others: Iterable[Tensor]) -> None:

@@ -91,16 +91,16 @@ def add_updates(updates: Sequence[tuple[int, Mount]], route: Route, y: Tensor, x
         new: whether `y` is nobody else's, so that they may be added in place.
     """
     tokens = x.reshape(len(x), -1, x.shape[-1])
-    for rows in dict.fromkeys(mount.rows for _, mount in updates):
-        factors = {position: mount.operator.factors() for position, mount in updates if mount.rows == rows}
+    for slices in dict.fromkeys(mount.slices for _, mount in updates):
+        factors = {position: mount.operator.factors() for position, mount in updates if mount.slices == slices}
         A, B, scales = _of_rows(factors, route, len(x), y)  # type: ignore[arg-type]
         low = (tokens.to(y.dtype) @ A.mT) * scales.view(-1, 1, 1)
-        if new and rows is None and type(y) is Tensor and y.is_contiguous():
+        if new and slices is None and type(y) is Tensor and y.is_contiguous():
             y.view(len(x), -1, y.shape[-1]).baddbmm_(low, B.mT)
             continue
-        part = take(y, rows, -1)
+        part = take(y, slices, -1)
         changed = torch.baddbmm(part.reshape(len(x), -1, part.shape[-1]), low, B.mT)
-        y = put(y, changed.view(part.shape), rows, -1)
+        y = put(y, changed.view(part.shape), slices, -1)
     return y
 
 

@@ -22,8 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from peftcore.contract.compositions import composed
 from peftcore.forward.attention import attributes
 from peftcore.forward.choice import Route
-from peftcore.forward.plan import Acting, Beside, Planned
-from peftcore.forward.recompute import Remade
+from peftcore.forward.plan import ActivationForm, ActivePlan, ModulePlan
+from peftcore.forward.recompute import RecomputedTensors
 from peftcore.forward.routing import OfSomeRows, Once, add_updates, each_its_own, select_rows
 from peftcore.forward.slot import Edits, Slot
 from peftcore.forward.view import view
@@ -38,7 +38,7 @@ def run(
     plain: Forward,
     slot: Slot,
     module: nn.Module,
-    planned: Planned,
+    planned: ModulePlan,
     route: Route | None,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -62,13 +62,13 @@ def run(
     return _around(planned.acting, inner, module)(*args, **kwargs)
 
 
-def _on_view(module: nn.Module, acting: Acting, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _on_view(module: nn.Module, acting: ActivePlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _run_view(module, acting, acting.effective(module), args, kwargs)
 
 
 def _run_view(
     module: nn.Module,
-    acting: Acting,
+    acting: ActivePlan,
     tensors: Mapping[str, Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -80,34 +80,38 @@ def _run_view(
     return type(stand_in).forward(stand_in, *args, **kwargs)
 
 
-def _base_call(slot: Slot, module: nn.Module, acting: Acting, *args: Any, **kwargs: Any) -> Any:
+def _base_call(slot: Slot, module: nn.Module, acting: ActivePlan, *args: Any, **kwargs: Any) -> Any:
     """The base forward on the view. In training the effective weight does not outlive its use: it is computed again in
     backward. Where the module reads what has low-rank updates it is not made at all, unless it is wanted."""
-    if not acting.derives or runs_plain():
+    if not acting.needs_recompute or runs_plain():
         return _on_view(module, acting, args, kwargs)
     if not torch.is_grad_enabled():
         return _run_view(module, acting, _without_gradients(slot, module, acting), args, kwargs)
-    slot.kept.clear()
-    if not (acting.single or MANAGED in vars(module)):
+    slot.cache.clear()
+    if not (acting.linear_only or MANAGED in vars(module)):
         hooked = saves_elsewhere() or acting.is_cast(module)  # ours would keep things from them, or see no copies
         factors = acting.factors(module)
-        if factors is not None or not (acting.frugal or hooked):
-            remade = Remade(slot.sources(module, acting))
-            tensors = remade.all(acting.makes(module)) if factors is None else acting.stand_ins(module, factors, remade)
+        if factors is not None or not (acting.low_memory or hooked):
+            remade = RecomputedTensors(slot.sources(module, acting))
+            tensors = (
+                remade.all(acting.makes(module)) if factors is None else acting.lazy_weights(module, factors, remade)
+            )
             if tensors is not None:
                 with nullcontext() if hooked else remade.hooks():
                     return _run_view(module, acting, tensors, args, kwargs)
     return checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
 
 
-def _without_gradients(slot: Slot, module: nn.Module, acting: Acting) -> Mapping[str, Tensor | None]:
+def _without_gradients(slot: Slot, module: nn.Module, acting: ActivePlan) -> Mapping[str, Tensor | None]:
     """What the module reads then: effective tensors, kept in evaluation, or what stands for them."""
     managed = MANAGED in vars(module)
-    keeps = not (module.training or acting.packed or acting.frugal or managed)  # copies would undo packing and sharding
+    keeps = not (
+        module.training or acting.packed or acting.low_memory or managed
+    )  # copies would undo packing and sharding
     if acting.updates and not managed:
         factors = acting.factors(module) if module.training else slot.factors(module, acting)
         if factors is not None:
-            return acting.stand_ins(module, factors, slot.keeping(module, acting) if keeps else _make_now)
+            return acting.lazy_weights(module, factors, slot.keeping(module, acting) if keeps else _make_now)
     return slot.effective(module, acting) if keeps else acting.effective(module)
 
 
@@ -115,16 +119,24 @@ def _make_now(path: str, make: Callable[[], Tensor | None]) -> Tensor | None:
     return make()
 
 
-def _beside(
-    plain: Forward, slot: Slot, module: nn.Module, acting: Acting, beside: Beside, *args: Any, **kwargs: Any
+def _activation_form(
+    plain: Forward,
+    slot: Slot,
+    module: nn.Module,
+    acting: ActivePlan,
+    activation_form: ActivationForm,
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
     """What one weight operator does to activations, where that is cheaper. In evaluation it acts on the weight, which
     is kept, unless it may not be, or would be made at each call all the same: under torch.compile."""
-    spare = acting.frugal or acting.packed or torch.compiler.is_compiling()
-    wanted = not acting.frugal if _trains(module) else spare
-    if not (wanted and beside.operator.acts_beside(*args)):
+    spare = acting.low_memory or acting.packed or torch.compiler.is_compiling()
+    wanted = not acting.low_memory if _trains(module) else spare
+    if not (wanted and activation_form.operator.prefers_activation_form(*args)):
         return _base_call(slot, module, acting, *args, **kwargs)
-    return _act_beside(_inner(plain, slot, module, beside.bare), slot, module, beside)(*args, **kwargs)
+    return _act_on_activations(_inner(plain, slot, module, activation_form.bare), slot, module, activation_form)(
+        *args, **kwargs
+    )
 
 
 def _trains(module: nn.Module) -> bool:
@@ -132,43 +144,49 @@ def _trains(module: nn.Module) -> bool:
     return torch.is_grad_enabled() or module.training
 
 
-def _act_beside(inner: Forward, slot: Slot, module: nn.Module, beside: Beside) -> Callable[..., Any]:
+def _act_on_activations(
+    inner: Forward, slot: Slot, module: nn.Module, activation_form: ActivationForm
+) -> Callable[..., Any]:
     """`inner` with what a weight operator does to activations. What no input changes is kept in evaluation."""
     if torch.compiler.is_compiling() or transformed() or MANAGED in vars(module):
-        return beside.around(inner, beside.prepare(module))
+        return activation_form.around(inner, activation_form.prepare(module))
     if _trains(module):
-        slot.kept.clear()
-        return beside.around(inner, beside.prepare(module))
-    return beside.around(inner, slot.prepared(module, beside))
+        slot.cache.clear()
+        return activation_form.around(inner, activation_form.prepare(module))
+    return activation_form.around(inner, slot.prepared(module, activation_form))
 
 
 def _inner(
-    plain: Forward, slot: Slot, module: nn.Module, acting: Acting, route: Route | None = None
+    plain: Forward, slot: Slot, module: nn.Module, acting: ActivePlan, route: Route | None = None
 ) -> Callable[..., Any]:
     """The base forward with what acts inside it: on its tensors, its attributes, its attention."""
-    if acting.beside is not None:
-        return functools.partial(_beside, plain, slot, module, acting, acting.beside)
+    if acting.activation_form is not None:
+        return functools.partial(_activation_form, plain, slot, module, acting, acting.activation_form)
     if acting.attention:
         edits = Edits(acting.attention, slot, route)
         acting = replace(acting, attributes={**acting.attributes, **attributes(module, edits)})
-    if acting.effects or acting.attributes or acting.derives:
+    if acting.effects or acting.attributes or acting.needs_recompute:
         return functools.partial(_base_call, slot, module, acting)
     return functools.partial(plain, module)
 
 
-def _around(acting: Acting, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+def _around(acting: ActivePlan, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
     for mount in acting.onion:
         call = mount.around(call, module)
     return call
 
 
-def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: Acting, bare: OfSomeRows) -> Callable[..., Any]:
+def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: ActivePlan, bare: OfSomeRows) -> Callable[..., Any]:
     """What acts on the rows of one name alone: beside the weight where it can, in evaluation too, where one forward of
     the base does for all rows."""
-    beside, trains = acting.beside, _trains(module)
-    if beside is not None and not (acting.frugal and trains) and beside.operator.acts_beside(bare.rows):
-        inner = _inner(plain, slot, module, beside.bare) if trains else bare
-        call = _act_beside(inner, slot, module, beside)
+    activation_form, trains = acting.activation_form, _trains(module)
+    if (
+        activation_form is not None
+        and not (acting.low_memory and trains)
+        and activation_form.operator.prefers_activation_form(bare.rows)
+    ):
+        inner = _inner(plain, slot, module, activation_form.bare) if trains else bare
+        call = _act_on_activations(inner, slot, module, activation_form)
     else:
         call = _inner(plain, slot, module, acting) if trains or acting.effects else bare
     return _around(acting, call, module)
@@ -178,7 +196,7 @@ def _by_rows(
     plain: Forward,
     slot: Slot,
     module: nn.Module,
-    planned: Planned,
+    planned: ModulePlan,
     route: Route,
     inner: Once,
     args: tuple[Any, ...],
@@ -211,13 +229,13 @@ def _composed(
     plain: Forward,
     slot: Slot,
     module: nn.Module,
-    planned: Planned,
+    planned: ModulePlan,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """What the branches of a composition compute, put together. Those that only wrap share one base forward."""
     assert planned.composition is not None
-    shared = Once(_inner(plain, slot, module, Acting(attributes=planned.acting.attributes)), module)
+    shared = Once(_inner(plain, slot, module, ActivePlan(attributes=planned.acting.attributes)), module)
     outputs: dict[int, Any] = {}
 
     def run(names: tuple[str, ...]) -> Any:

@@ -15,15 +15,24 @@ from peftcore.contract.operators import (
     is_mergeable,
     tables,
 )
-from peftcore.forward.cache import Kept
+from peftcore.forward.cache import EffectiveWeightCache
 from peftcore.forward.choice import Active, Choice, Key, Route
 from peftcore.forward.expert_updates import Factors
 from peftcore.forward.host_state import HostState
 from peftcore.forward.mount import Mount
-from peftcore.forward.plan import Acting, Beside, Made, Planned, layers_of, plan_acting, run_apart, updates_of
+from peftcore.forward.plan import (
+    ActivationForm,
+    ActivePlan,
+    Made,
+    ModulePlan,
+    layers_of,
+    plan_acting,
+    run_apart,
+    updates_of,
+)
 from peftcore.forward.view import SLOT
 from peftcore.layers.fsdp import whole
-from peftcore.layers.layer import Layer, Ranges, take
+from peftcore.layers.layer import Layer, Slices, take
 
 Tables = tuple[Mapping[str, Tensor | None], ...]
 
@@ -45,37 +54,39 @@ class Slot:
     def __init__(self, state: HostState) -> None:
         self.state = state
         self.mounts: dict[str, list[Mount]] = {}
-        self.stances: list[tuple[str | None, Mapping[str, Any]]] = []
+        self.forced_attributes: list[tuple[str | None, Mapping[str, Any]]] = []
         self.ran = False
-        self.planned: Planned | None = None
-        self.plans: dict[Key, Planned] = {}
+        self.planned: ModulePlan | None = None
+        self.plans: dict[Key, ModulePlan] = {}
         self.asked: dict[tuple[Mount, ...], Tables] = {}
-        self.kept = Kept()
+        self.cache = EffectiveWeightCache()
 
-    def effective(self, module: nn.Module, acting: Acting) -> Mapping[str, Tensor | None]:
+    def effective(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Tensor | None]:
         """Effective tensors, kept while nothing that they come from changes: decoding does not rebuild every weight."""
-        made: Mapping[str, Tensor | None] = self._kept("effective", module, acting, lambda: acting.effective(module))
+        made: Mapping[str, Tensor | None] = self._cached("effective", module, acting, lambda: acting.effective(module))
         return made
 
-    def factors(self, module: nn.Module, acting: Acting) -> Mapping[str, Factors] | None:
+    def factors(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Factors] | None:
         """Low-rank updates of tensors that the module reads, kept in the same way."""
-        made: Mapping[str, Factors] | None = self._kept("factors", module, acting, lambda: acting.factors(module))
+        made: Mapping[str, Factors] | None = self._cached("factors", module, acting, lambda: acting.factors(module))
         return made
 
-    def keeping(self, module: nn.Module, acting: Acting) -> Made:
+    def keeping(self, module: nn.Module, acting: ActivePlan) -> Made:
         """Gives one effective tensor, kept in the same way."""
-        return lambda path, make: self._kept(("effective", path), module, acting, make)
+        return lambda path, make: self._cached(("effective", path), module, acting, make)
 
-    def _kept(self, what: Hashable, module: nn.Module, acting: Acting, make: Callable[[], Any]) -> Any:
+    def _cached(self, what: Hashable, module: nn.Module, acting: ActivePlan, make: Callable[[], Any]) -> Any:
         under = acting.effects, self.state.now().context
-        return self.kept.get(what, self.sources(module, acting), under, make)
+        return self.cache.get(what, self.sources(module, acting), under, make)
 
-    def prepared(self, module: nn.Module, beside: Beside) -> Any:
+    def prepared(self, module: nn.Module, activation_form: ActivationForm) -> Any:
         """What an operator beside the weight needs that no input changes, kept in the same way."""
         under = (self.state.now().context,)
-        return self.kept.get(beside.mount, self.sources(module, beside), under, lambda: beside.prepare(module))
+        return self.cache.get(
+            activation_form.mount, self.sources(module, activation_form), under, lambda: activation_form.prepare(module)
+        )
 
-    def sources(self, module: nn.Module, acts: Acting | Beside) -> list[Tensor]:
+    def sources(self, module: nn.Module, acts: ActivePlan | ActivationForm) -> list[Tensor]:
         """All tensors of the module and of the operators that act. Where theirs stand is looked up once, since decoding
         asks at every token; modules of the host may be exchanged."""
         mounts = acts.mounts
@@ -85,7 +96,7 @@ class Slot:
         below = (table for each in module.modules() for table in tables(each)) if module._modules else tables(module)
         return [each for table in (*below, *asked) for each in table.values() if each is not None]
 
-    def plan_for(self, choice: Choice) -> Planned:
+    def plan_for(self, choice: Choice) -> ModulePlan:
         """What the choice does here, as far as it is not merged."""
         planned = self.planned  # read once: another thread may plan anew
         if planned is not None and planned.key == choice.key:
@@ -96,29 +107,29 @@ class Slot:
         """Plan ahead for what the host's owner chose."""
         self.planned = self._plan(choice)
 
-    def _plan(self, choice: Choice) -> Planned:
+    def _plan(self, choice: Choice) -> ModulePlan:
         plan = self.plans.get(choice.key)
         if plan is None:
             plan = self.plans[choice.key] = self._make_plan(choice)
         return plan
 
-    def _make_plan(self, choice: Choice) -> Planned:
+    def _make_plan(self, choice: Choice) -> ModulePlan:
         if choice.composition is not None:
             return self._composed(choice, choice.composition)
         if choice.route is None:
             acting = self._acting(choice.active)
             *inner, outermost = layers_of(acting) or (None,)
-            return Planned(choice.key, acting, tuple(inner), outermost)
+            return ModulePlan(choice.key, acting, tuple(inner), outermost)
         each = tuple(self._acting((name,)) for name in choice.route.names)
         edits = tuple(mount for acting in each for mount in acting.attention)
-        stand = plan_acting({}, self.stances, choice.route.names)
+        stand = plan_acting({}, self.forced_attributes, choice.route.names)
         together = replace(stand, attention=edits)
-        return Planned(choice.key, together, routed=each, updates=updates_of(each), apart=run_apart(each))
+        return ModulePlan(choice.key, together, routed=each, updates=updates_of(each), apart=run_apart(each))
 
-    def _composed(self, choice: Choice, composition: Composition) -> Planned:
+    def _composed(self, choice: Choice, composition: Composition) -> ModulePlan:
         active = (mount for name in choice.active for mount in self.mounts.get(name, ()))
         combiners = {mount.name: mount.operator for mount in active if isinstance(mount.operator, Combiner)}
-        distinct: dict[Active, Acting] = {}
+        distinct: dict[Active, ActivePlan] = {}
         ways = {}
         for names in branches([composition]):
             here = tuple(name for name in names if name in self.mounts)
@@ -126,23 +137,23 @@ class Slot:
                 distinct[here] = self._acting(here)
             ways[names] = distinct[here]
         whole = self._acting(choice.active)
-        return Planned(choice.key, whole, composition=composition, branches=ways, combiners=combiners)
+        return ModulePlan(choice.key, whole, composition=composition, branches=ways, combiners=combiners)
 
-    def _acting(self, active: Active) -> Acting:
+    def _acting(self, active: Active) -> ActivePlan:
         unmerged = self.state.unmerged(active)
-        acting = plan_acting(self.mounts, self.stances, unmerged)
+        acting = plan_acting(self.mounts, self.forced_attributes, unmerged)
         for name in unmerged:
-            if name in self.mounts and self.state.injections[name].frugal:
-                acting.frugal = True
+            if name in self.mounts and self.state.injections[name].low_memory:
+                acting.low_memory = True
         return acting
 
     def changed(self) -> None:
         """Forget what was planned and computed."""
         self.planned, self.plans, self.asked = None, {}, {}
-        self.kept.clear()
+        self.cache.clear()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}, "kept": Kept(), "asked": {}}
+        return {**self.__dict__, "plans": {}, "cache": EffectiveWeightCache(), "asked": {}}
 
 
 def slot_of(module: nn.Module) -> Slot | None:
@@ -150,7 +161,7 @@ def slot_of(module: nn.Module) -> Slot | None:
     return module.__dict__.get(SLOT)
 
 
-def effective_weight(module: nn.Module, tensor: str, layer: Layer, rows: Ranges | None) -> Tensor:
+def effective_weight(module: nn.Module, tensor: str, layer: Layer, rows: Slices | None) -> Tensor:
     """The logical weight as the injections that act now leave it."""
     stored = layer.read(module, tensor)
     assert stored is not None

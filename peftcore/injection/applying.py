@@ -14,17 +14,17 @@ from torch.nn.parameter import is_lazy
 from peftcore.contract.config import MethodConfig, dtype_of, matches, validate
 from peftcore.contract.method import Method
 from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
-from peftcore.forward.adapter_modules import Operators
+from peftcore.forward.adapter_modules import AdapterModules
 from peftcore.forward.host_state import drop_state, ensure_state, state_of
 from peftcore.injection.injection import Injection
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.experimental import notice_experimental
 from peftcore.registry.plugins import layer_of, registry
 from peftcore.roles import HostMap
-from peftcore.surgery import silent_layers as witness
+from peftcore.surgery import silent_layers as silent_layers
 from peftcore.surgery.installation import install, release, uninstall
 from peftcore.surgery.planning import Plan
-from peftcore.surgery.surgeon import Surgeon, Wishes, generator_kept
+from peftcore.surgery.surgeon import Surgeon, Wishes, preserved_rng
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.training.batches import Data, calibrate
 
@@ -85,7 +85,7 @@ def prepare(
     thawed = list({id(each): each for each in parameters if each.requires_grad}.values())
     surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry, thawed=thawed)
     try:
-        with generator_kept():
+        with preserved_rng():
             registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
             surgeon.train_wishes()
     finally:
@@ -130,7 +130,7 @@ def _is_tensor_parallel(model: nn.Module) -> bool:
 
 def is_ours(module: nn.Module) -> bool:
     """Whether a module of the host belongs to an injection."""
-    return isinstance(module, Operators)
+    return isinstance(module, AdapterModules)
 
 
 def wishes_of(
@@ -252,11 +252,11 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: 
         else:
             state.replan()
         injection.trainable(True)
-        witness.attend(surgeon, state, name)
+        silent_layers.watch(surgeon, state, name)
         if data is not None:
             calibrate(injection, data)
     except BaseException:
-        witness.forget(model, state, name)
+        silent_layers.forget(model, state, name)
         del state.injections[name]
         state.choice, state.threads = choice, threads
         uninstall(surgeon, name)

@@ -21,7 +21,7 @@ from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.registry.plugins import registry
-from peftcore.surgery import silent_layers as witness
+from peftcore.surgery import silent_layers as silent_layers
 from peftcore.surgery.installation import release, uninstall
 from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
 from peftcore.targets.sites import Site
@@ -47,11 +47,11 @@ class Injection(AppliedMethod):
         self.wishes: Wishes = surgeon.wishes
         self.state = state
         self.merged = False
-        self.kept: dict[merging.Key, merging.Original] | None = None
+        self.originals: dict[merging.Key, merging.Original] | None = None
         self._keep: merging.Keep = "cpu"
         self._merge_report = merging.MergeReport()
         self._again: dict[str, Any] = {}
-        self._frugal = False
+        self._low_memory = False
 
     @property
     def whole(self) -> Injection:
@@ -90,17 +90,26 @@ class Injection(AppliedMethod):
         return self.name in self.state.current()
 
     @property
-    def frugal(self) -> bool:
+    def low_memory(self) -> bool:
         """Whether it goes the way that needs least memory, not the fastest; False at first. In training, what acts
         beside a weight (dora, oft, hra) then makes the effective one, and again in backward, and modules of experts or
         attention that it changes run again there as a whole. In evaluation no effective weight is kept."""
-        return self._frugal
+        return self._low_memory
+
+    @low_memory.setter
+    def low_memory(self, mode: bool) -> None:
+        self._alive()
+        self._low_memory = mode
+        self._replan()
+
+    @property
+    def frugal(self) -> bool:
+        """The old name of `low_memory`, for one minor version."""
+        return self.low_memory
 
     @frugal.setter
     def frugal(self, mode: bool) -> None:
-        self._alive()
-        self._frugal = mode
-        self._replan()
+        self.low_memory = mode
 
     def enabled(self) -> Chosen:
         """Make it act besides those that act now; as a context manager, until the end of the block."""
@@ -184,8 +193,8 @@ class Injection(AppliedMethod):
         self._alive()
         if self.merged:
             return self._merge_report
-        kept, report = merging.merge(self, keep, into, max_error, weight)
-        self.kept, self.merged, self._keep = None if keep is None else kept, True, keep
+        originals, report = merging.merge(self, keep, into, max_error, weight)
+        self.originals, self.merged, self._keep = None if keep is None else originals, True, keep
         self._merge_report, self._again = report, {"into": into, "max_error": max_error, "weight": weight}
         self._replan()
         return report
@@ -199,12 +208,12 @@ class Injection(AppliedMethod):
         self._alive()
         if not self.merged:
             return
-        if self.kept is None:
+        if self.originals is None:
             raise MergeError(
                 f"{self.name!r} was merged with keep=None, so the originals are gone; load the base model again"
             )
-        merging.unmerge(self, self.kept)
-        self.kept, self.merged = None, False
+        merging.unmerge(self, self.originals)
+        self.originals, self.merged = None, False
         self._replan()
 
     def bake(self) -> None:
@@ -344,7 +353,7 @@ class Injection(AppliedMethod):
             raise UnknownInjection(f"injection {self.name!r} is not on its host any more")
 
     def _leave(self) -> None:
-        witness.forget(self.model, self.state, self.name)
+        silent_layers.forget(self.model, self.state, self.name)
         uninstall(self._surgeon, self.name)
         state = self.state
         state.forget(self.name)

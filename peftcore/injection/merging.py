@@ -25,7 +25,14 @@ from peftcore.contract.operators import full_precision, is_mergeable
 from peftcore.errors import MergeError, NotMergeable, UnsupportedSite
 from peftcore.forward.mount import Effect, Mount, effects_of, fold
 from peftcore.forward.save_pretrained import saving_base
-from peftcore.injection.quantized_layer import Form, Packed, become, dense_linear, floating_dtype, restore
+from peftcore.injection.quantized_layer import (
+    Form,
+    QuantizedLayer,
+    dense_linear,
+    floating_dtype,
+    replace_in_place,
+    restore,
+)
 from peftcore.registry.plugins import layer_of, registry
 
 if TYPE_CHECKING:
@@ -85,7 +92,7 @@ def _effects(injection: Injection) -> dict[Key, list[Effect]]:
     mounts: dict[str, list[Mount]] = {}
     for graft in injection.grafts:
         for site in graft.holders:
-            mount = Mount(injection.name, graft.operator, "weight", site.tensor, site.layer, site.rows)
+            mount = Mount(injection.name, graft.operator, "weight", site.tensor, site.layer, site.slices)
             mounts.setdefault(site.module_path, []).append(mount)
     return {(path, tensor): each for path, own in mounts.items() for tensor, each in effects_of(own).items()}
 
@@ -235,13 +242,13 @@ def _keep(injection: Injection, key: Key, keep: Keep, old: Tensor | None, new: T
     return Original(None, zlib.compress(steps.numpy().tobytes(), 6), _digest(old))
 
 
-def _original(injection: Injection, key: Key, kept: Original, merged: Tensor) -> Tensor | None:
-    if kept.record is None:
-        return kept.values
-    steps = torch.frombuffer(bytearray(zlib.decompress(kept.record)), dtype=_INTEGERS[merged.element_size()])
+def _original(injection: Injection, key: Key, original: Original, merged: Tensor) -> Tensor | None:
+    if original.record is None:
+        return original.values
+    steps = torch.frombuffer(bytearray(zlib.decompress(original.record)), dtype=_INTEGERS[merged.element_size()])
     bits = _bits(_prediction(injection, key, merged))
     old = (bits + steps.view(bits.shape)).view(merged.dtype)
-    if _digest(old) != kept.digest:
+    if _digest(old) != original.digest:
         raise MergeError(
             f"{'.'.join(key)}: the record does not fit any more, since an operator or the merged weight changed after "
             "the merge; reload the base model"
@@ -271,44 +278,44 @@ def merge(
     if bad:
         raise MergeError(f"the merged weights would not be finite: {', '.join(bad[:4])}; nothing was changed")
     _check_ties(injection.model, new)
-    kept: dict[Key, Original] = {}
+    originals: dict[Key, Original] = {}
     repacked: dict[str, Repacked] = {}
     done: set[int] = set()
     try:
         for key, tensor in new.items():
             layer = layer_of(injection.model.get_submodule(key[0]), key[1])
-            if isinstance(layer, Packed):
-                kept[key], error = _write_packed(injection, key, layer, tensor, into)
+            if isinstance(layer, QuantizedLayer):
+                originals[key], error = _write_packed(injection, key, layer, tensor, into)
                 if error is not None:
                     repacked[key[0]] = _within(error, bound, key[0])
                 continue
             old = _read(injection.model, key)
             if id(old) in done:
                 continue  # tied to one that is written
-            kept[key] = _keep(injection, key, keep, old, tensor)
-            _write(injection.model, key, tensor, kept[key].aside)
+            originals[key] = _keep(injection, key, keep, old, tensor)
+            _write(injection.model, key, tensor, originals[key].aside)
             done.add(id(_read(injection.model, key)))
     except BaseException:
-        _restore(injection, kept)
+        _restore(injection, originals)
         raise
-    dense = [key[0] for key, original in kept.items() if original.form is not None and key[0] not in repacked]
-    return kept, MergeReport(tuple(dense), repacked, len(new))
+    dense = [key[0] for key, original in originals.items() if original.form is not None and key[0] not in repacked]
+    return originals, MergeReport(tuple(dense), repacked, len(new))
 
 
 def _write_packed(
-    injection: Injection, key: Key, layer: Packed, weight: Tensor, into: Into
+    injection: Injection, key: Key, layer: QuantizedLayer, weight: Tensor, into: Into
 ) -> tuple[Original, Repacked | None]:
     """Write a weight where a packed one is: as a dense linear layer, or packed in the same way."""
     module, _ = _owner(injection.model, key)
     if into == "float":
         dense = dense_linear(weight, layer.dtype(module) or floating_dtype(injection.base_modules()))
-        return Original(None, form=become(module, dense.train(module.training))), None
+        return Original(None, form=replace_in_place(module, dense.train(module.training))), None
     before = layer.unpack(module)
     again = layer.pack(module, weight).train(module.training)
     off = _precise(layer.unpack(again)) - _precise(weight)
     size, change = _precise(weight).norm(), (_precise(weight) - _precise(before)).norm()
     error = Repacked(float(off.norm() / size.clamp_min(1e-30)), float(off.norm() / change.clamp_min(1e-30)))
-    return Original(None, form=become(module, again)), error
+    return Original(None, form=replace_in_place(module, again)), error
 
 
 def _within(error: Repacked, bound: float, path: str) -> Repacked:
@@ -320,22 +327,22 @@ def _within(error: Repacked, bound: float, path: str) -> Repacked:
     return error
 
 
-def _restore(injection: Injection, kept: Mapping[Key, Original]) -> None:
-    originals = {}
-    for key, original in kept.items():
+def _restore(injection: Injection, originals: Mapping[Key, Original]) -> None:
+    values = {}
+    for key, original in originals.items():
         if original.form is None:
             merged = _read(injection.model, key)
             assert merged is not None
-            originals[key] = _original(injection, key, original, merged)
-    for key, value in originals.items():
-        _write(injection.model, key, value, kept[key].aside)
-    for key, original in kept.items():
+            values[key] = _original(injection, key, original, merged)
+    for key, value in values.items():
+        _write(injection.model, key, value, originals[key].aside)
+    for key, original in originals.items():
         if original.form is not None:
             restore(_owner(injection.model, key)[0], original.form)
 
 
 @torch.no_grad()
-def unmerge(injection: Injection, kept: Mapping[Key, Original]) -> None:
+def unmerge(injection: Injection, originals: Mapping[Key, Original]) -> None:
     """Write the originals back, bit for bit.
 
     Raises:
@@ -344,6 +351,6 @@ def unmerge(injection: Injection, kept: Mapping[Key, Original]) -> None:
     later = list(injection.state.injections)
     for other in later[later.index(injection.name) + 1 :]:
         above = injection.state.injections[other]
-        if above.merged and set(above.kept or ()) & set(kept):
+        if above.merged and set(above.originals or ()) & set(originals):
             raise MergeError(f"unmerge {other!r} first: it was merged on top of {injection.name!r}")
-    _restore(injection, kept)
+    _restore(injection, originals)

@@ -1,7 +1,7 @@
 """Packing a host's linear layers: the contract of a scheme, and `quantize`.
 
 A plugin brings a scheme with three answers: `peftcore_schemes` names it, `peftcore_layer` recognizes its modules, and
-the `Packed` layer that it returns reads and packs their weights. No method knows a scheme, and no scheme a method.
+the `QuantizedLayer` that it returns reads and packs their weights. No method knows a scheme, and no scheme a method.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
 from peftcore.forward.slot import slot_of
 from peftcore.injection.applying import host_map, is_ours
-from peftcore.injection.quantized_layer import Packed, become, dense_linear, floating_dtype
+from peftcore.injection.quantized_layer import QuantizedLayer, dense_linear, floating_dtype, replace_in_place
 from peftcore.layers.kinds import Linear
 from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.targets.resolver import Resolver, Target
@@ -37,7 +37,7 @@ class Scheme(BaseModel):
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
-    layer: ClassVar[Packed]
+    layer: ClassVar[QuantizedLayer]
     """How what `module` returns is read."""
     requires: ClassVar[tuple[str, ...]] = ()
     """The packages that it needs, by import name."""
@@ -176,7 +176,7 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
     finally:
         progress.close()
     for site, new in zip(sites, packed, strict=True):
-        become(site.module, new)
+        replace_in_place(site.module, new)
         for operator in _operators(site.module):
             operator.base_was_packed()
     return model
@@ -190,8 +190,10 @@ def dequantize(model: M) -> M:
     dtype = floating_dtype(module for module in model.modules() if not is_ours(module))
     for module in list(model.modules()):
         layer = layer_of(module, "weight")
-        if isinstance(layer, Packed):
-            become(module, dense_linear(layer.unpack(module), layer.dtype(module) or dtype).train(module.training))
+        if isinstance(layer, QuantizedLayer):
+            replace_in_place(
+                module, dense_linear(layer.unpack(module), layer.dtype(module) or dtype).train(module.training)
+            )
     return model
 
 

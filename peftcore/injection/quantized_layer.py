@@ -34,7 +34,7 @@ class Dense(nn.Linear):
 
 
 @dataclass(frozen=True)
-class Packed(Linear):
+class QuantizedLayer(Linear):
     """A linear layer whose weight is kept packed. A quantizer describes its format by a subclass, which holds no state:
     everything is read from the module.
 
@@ -104,10 +104,10 @@ class Packed(Linear):
 
 
 @dataclass(frozen=True)
-class Beside(Layer):
+class QuantizedBias(Layer):
     """A dense tensor beside a packed weight: its bias, which has the weight's dtype where there is none yet."""
 
-    weight: Packed = Packed()
+    weight: QuantizedLayer = QuantizedLayer()
 
     @property
     def as_stored(self) -> Layer:
@@ -118,13 +118,13 @@ class Beside(Layer):
         return self.weight.like(module, tensor) if held is None else held
 
 
-def packed_layer(module: nn.Module, tensor: str, layer: Packed) -> Layer | None:
+def quantized_layer_of(module: nn.Module, tensor: str, layer: QuantizedLayer) -> Layer | None:
     """What a quantizer answers to `peftcore_layer` for a module of its format."""
     name = tensor.rpartition(".")[2]
     return (
         replace(layer, called="." not in tensor)
         if name == "weight"
-        else Beside(weight=layer)
+        else QuantizedBias(weight=layer)
         if name == "bias"
         else None
     )
@@ -159,7 +159,7 @@ class Form:
     brought: dict[str, tuple[int, ...]]
 
 
-def become(module: nn.Module, other: nn.Module) -> Form:
+def replace_in_place(module: nn.Module, other: nn.Module) -> Form:
     """Give `module` class, parameters, buffers and attributes of `other`, but keep what stands on it: hooks, grafts,
     its own bias, training mode. Returns the way back."""
     kept = {key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in _own(module)}
@@ -176,7 +176,7 @@ def become(module: nn.Module, other: nn.Module) -> Form:
 
 
 def restore(module: nn.Module, form: Form) -> None:
-    """Make a module what it was before `become`."""
+    """Make a module what it was before `replace_in_place`."""
     for key, brought in form.brought.items():
         for each in brought:
             vars(module)[key].pop(each, None)

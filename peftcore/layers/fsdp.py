@@ -68,7 +68,7 @@ StandIns = Mapping[nn.Parameter, nn.Parameter]
 
 @contextmanager
 def gathered(
-    model: nn.Module, wanted: Callable[[], Iterable[nn.Parameter]], stand_ins: StandIns | None = None
+    model: nn.Module, wanted: Callable[[], Iterable[nn.Parameter]], lazy_weights: StandIns | None = None
 ) -> Iterator[None]:
     """Until the end of the block, parameters of the model stand whole in their modules, with whole gradients; their
     values are cut again afterwards.
@@ -81,7 +81,7 @@ def gathered(
         yield
         return
     _reshard(model)
-    filled = stand_ins_for(wanted()) if stand_ins is None else stand_ins
+    filled = stand_ins_for(wanted()) if lazy_weights is None else lazy_weights
     for piece, stand_in in filled.items():
         stand_in.data = whole(piece.detach())
         stand_in.grad = None if piece.grad is None else whole(piece.grad)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from peftcore.errors import UnsupportedSite
 from peftcore.layers.fsdp import is_sharded_class
 
-Ranges = tuple[tuple[int, int], ...]
-"""Half-open ranges of the logical output dimension: the rows of one part of a fused projection."""
+Slices = tuple[tuple[int, int], ...]
+"""Half-open ranges of the logical output dimension: the slices of one part of a fused projection."""
 GRAFTED = "_peftcore_base"
 """The attribute by which a grafted class names the class it stands for."""
 
@@ -204,20 +204,20 @@ def bias_name(tensor: str) -> str:
     return tensor[: -len("weight")] + "bias" if tensor.endswith("weight") else f"{tensor}_bias"
 
 
-def take(tensor: Tensor, rows: Ranges | None, dim: int) -> Tensor:
-    """The rows of one part; the tensor itself when `rows` is None."""
-    if rows is None:
+def take(tensor: Tensor, slices: Slices | None, dim: int) -> Tensor:
+    """The slices of one part; the tensor itself when `slices` is None."""
+    if slices is None:
         return tensor
-    parts = [tensor.narrow(dim, start, stop - start) for start, stop in rows]
+    parts = [tensor.narrow(dim, start, stop - start) for start, stop in slices]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def put(tensor: Tensor, part: Tensor, rows: Ranges | None, dim: int) -> Tensor:
-    """`tensor` with the rows of one part replaced (a new tensor)."""
-    if rows is None:
+def put(tensor: Tensor, part: Tensor, slices: Slices | None, dim: int) -> Tensor:
+    """`tensor` with the slices of one part replaced (a new tensor)."""
+    if slices is None:
         return part
     pieces, end, used = [], 0, 0
-    for start, stop in rows:
+    for start, stop in slices:
         pieces += [tensor.narrow(dim, end, start - end), part.narrow(dim, used, stop - start)]
         end, used = stop, used + stop - start
     pieces.append(tensor.narrow(dim, end, tensor.shape[dim] - end))

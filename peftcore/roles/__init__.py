@@ -21,10 +21,10 @@ It may import `layers`, and what is below. In the order of reading:
 - `tracing`: what that says about the map.
 """
 
-from peftcore.roles.entries import HostEntry, Layout, Ranges
+from peftcore.roles.entries import HostEntry, Layout, Slices
 from peftcore.roles.hostmap import HostMap
 from peftcore.roles.rules import derive
 from peftcore.roles.tracing import probe
 from peftcore.roles.vocabulary import ROLES
 
-__all__ = ["ROLES", "HostEntry", "HostMap", "Layout", "Ranges", "derive", "probe"]
+__all__ = ["ROLES", "HostEntry", "HostMap", "Layout", "Slices", "derive", "probe"]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-Ranges = tuple[tuple[int, int], ...]
+Slices = tuple[tuple[int, int], ...]
 """Half-open row ranges of the logical output dimension."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The rows of a fused projection, part by part: q, k, v of a qkv; gate, up of a gate_up."""
+    """The slices of a fused projection, part by part: q, k, v of a qkv; gate, up of a gate_up."""
 
-    parts: tuple[tuple[str, Ranges], ...]
+    parts: tuple[tuple[str, Slices], ...]
 
-    def rows(self, part: str) -> Ranges:
+    def slices(self, part: str) -> Slices:
         return dict(self.parts)[part]
 
     @property
@@ -34,7 +34,7 @@ class HostEntry:
     * `stream`: "main", or "context" for the second stream of joint attention.
     * `tower`: path of the nearest sub-model with blocks of its own, "" when the host has only one.
     * `block`, `layer`: path of the enclosing block and its index among the blocks of its list.
-    * `layout`: the rows of a fused projection, None when there is nothing fused or the order is not known without a
+    * `layout`: the slices of a fused projection, None when there is nothing fused or the order is not known without a
       probe.
     * `called`: False when the weight is known to be read without its module being called.
     * `reader`: where the module that holds the weight is known never to be called: the nearest one above that is.

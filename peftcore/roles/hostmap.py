@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 from peftcore.errors import TargetError
-from peftcore.roles.entries import HostEntry, Ranges
+from peftcore.roles.entries import HostEntry, Slices
 from peftcore.roles.tree import render
 from peftcore.roles.virtual import VIRTUAL, enclosing, prefixes
 from peftcore.roles.vocabulary import OTHER, ROLES
@@ -42,7 +42,7 @@ def moved(entries: list[HostEntry], element: str, names: list[str]) -> Iterator[
             yield other
 
 
-Selection = list[tuple[HostEntry, Ranges | None]]
+Selection = list[tuple[HostEntry, Slices | None]]
 
 # The parts of fused weights, and of the second factors of low-rank pairs: MLA's make q, and k with v.
 _PARTS = {
@@ -111,9 +111,9 @@ class HostMap:
         return frozenset(present | families)
 
     def select(self, role: str, tower: str | None = None) -> Selection:
-        """The places of a role, in the order of the host, each with its rows when it is a part of a fused weight.
+        """The places of a role, in the order of the host, each with its slices when it is a part of a fused weight.
 
-        * a role: "attn.q" finds the query matrices and the query rows of fused ones;
+        * a role: "attn.q" finds the query matrices and the query slices of fused ones;
         * a family: "norm.*" finds the weights of every role that starts so, and of "norm" itself (modules, where it
           has no weights);
         * virtual: "all-linear", every matrix inside blocks that a linear adapter makes sense on; "attn.output" and
@@ -134,7 +134,7 @@ class HostMap:
         return [place for place in found if tower is None or place[0].tower == tower]
 
     def _parts(self, role: str) -> Selection:
-        """The rows of a role in fused weights."""
+        """The slices of a role in fused weights."""
         found: Selection = []
         for fused in self.by_role.keys() & _PARTS_OF.keys():
             for entry in self.by_role[fused]:
@@ -145,8 +145,8 @@ class HostMap:
                         f"the rows of {role!r} in {entry.path!r} are not known without a forward: target {entry.role!r}"
                         ", which is all of it, or refine the map: peftcore.roles.probe(model, inputs, host)"
                     )
-                rows = entry.layout.rows(role.partition(".")[2])
-                found.append((entry, None if rows == ((0, entry.rows),) else rows))
+                slices = entry.layout.slices(role.partition(".")[2])
+                found.append((entry, None if slices == ((0, entry.rows),) else slices))
         return found
 
     @property

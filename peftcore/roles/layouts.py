@@ -61,17 +61,17 @@ def static_layout(node: Node, attention: Attention | None) -> Layout | None:
 def grouped(groups: int, parts: tuple[tuple[str, int], ...]) -> Layout:
     """`groups` times the parts with their widths, one after another."""
     size = sum(width for _, width in parts)
-    rows: dict[str, list[tuple[int, int]]] = {name: [] for name, _ in parts}
+    slices: dict[str, list[tuple[int, int]]] = {name: [] for name, _ in parts}
     for group in range(groups):
         start = group * size
         for name, width in parts:
-            ranges = rows[name]
+            ranges = slices[name]
             if ranges and ranges[-1][1] == start:
                 ranges[-1] = (ranges[-1][0], start + width)
             else:
                 ranges.append((start, start + width))
             start += width
-    return Layout(tuple((name, tuple(ranges)) for name, ranges in rows.items()))
+    return Layout(tuple((name, tuple(ranges)) for name, ranges in slices.items()))
 
 
 def query_key_value(node: Node, attention: Attention) -> Layout | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.roles.entries import HostEntry, Layout, Ranges
+from peftcore.roles.entries import HostEntry, Layout, Slices
 from peftcore.roles.hostmap import HostMap, under
 from peftcore.roles.recording import AttentionEvent, DownEvent, Inputs, Recording, differentiable, record
 from peftcore.roles.vocabulary import OTHER
@@ -198,7 +198,7 @@ def as_layout(rows: Mapping[str, tuple[int, ...]]) -> Layout:
     return Layout(tuple((name, as_ranges(rows[name])) for name in sorted(rows, key=lambda name: rows[name][0])))
 
 
-def as_ranges(rows: Sequence[int]) -> Ranges:
+def as_ranges(rows: Sequence[int]) -> Slices:
     """[0, 1, 2, 6, 7] -> ((0, 3), (6, 8))."""
     present = set(rows)
     starts = [row for row in rows if row - 1 not in present]

@@ -1,7 +1,7 @@
 """How modules that would go behind the back of grafts, or move a frozen base, are held while a host is adapted.
 
 A stance is a set of attributes that the module's view has: no flag is set on the module itself. Those of torch's own
-modules stand here; plugins add theirs with the hook `peftcore_stance`.
+modules stand here; plugins add theirs with the hook `peftcore_forced_attributes`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from peftcore.registry.plugins import registry
 
 
 @dataclass(frozen=True)
-class Stance:
+class ForcedAttributes:
     """How modules of one class are held."""
 
     attributes: Mapping[str, Any]
@@ -32,30 +32,32 @@ class Stance:
     """Brings a module back into the state that the stance keeps it in; its weights stay what they are."""
 
 
-STANCES: Mapping[type[nn.Module], Stance] = {
+FORCED_ATTRIBUTES: Mapping[type[nn.Module], ForcedAttributes] = {
     # Running statistics of a frozen base stay.
-    _NormBase: Stance({"training": False}, wanted=lambda module: getattr(module, "running_mean", None) is not None),
+    _NormBase: ForcedAttributes(
+        {"training": False}, wanted=lambda module: getattr(module, "running_mean", None) is not None
+    ),
     # The nested-tensor path works on the fused layer path only,
-    nn.TransformerEncoder: Stance({"use_nested_tensor": False}, always=False),
+    nn.TransformerEncoder: ForcedAttributes({"use_nested_tensor": False}, always=False),
     # and the fused path reads the children's weights itself.
-    nn.TransformerEncoderLayer: Stance({"activation_relu_or_gelu": 0}, always=False),
+    nn.TransformerEncoderLayer: ForcedAttributes({"activation_relu_or_gelu": 0}, always=False),
 }
 
 
 @functools.cache
-def _of_class(cls: Any) -> Stance | None:
-    stance: Stance | None = registry().hook.peftcore_stance(cls=cls)
-    return stance
+def _of_class(cls: Any) -> ForcedAttributes | None:
+    forced: ForcedAttributes | None = registry().hook.peftcore_forced_attributes(cls=cls)
+    return forced
 
 
-def stances_of(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Stance]]:
+def forced_attributes_of(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, ForcedAttributes]]:
     """How modules must be held while the host is adapted: those that must be."""
-    known: dict[Any, Stance | None] = {}
+    known: dict[Any, ForcedAttributes | None] = {}
     for module in modules:
         cls: Any = type(module)
         if cls not in known:
             plain: Any = plain_class(module)
             known[cls] = _of_class(plain)
-        stance = known[cls]
-        if stance is not None and stance.wanted(module):
-            yield module, stance
+        forced = known[cls]
+        if forced is not None and forced.wanted(module):
+            yield module, forced

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from peftcore.errors import UnsupportedHost, UnsupportedSite
-from peftcore.forward.adapter_modules import HOLDER, Operators
+from peftcore.forward.adapter_modules import ADAPTER_MODULES, AdapterModules
 from peftcore.forward.class_swap import attach, detach, is_reached, ungraft
 from peftcore.forward.host_state import HostState
 from peftcore.forward.mount import Mount
 from peftcore.forward.slot import slot_of
-from peftcore.surgery.forced_attributes import stances_of
+from peftcore.surgery.forced_attributes import forced_attributes_of
 from peftcore.targets.sites import Site
 
 if TYPE_CHECKING:
@@ -51,14 +51,14 @@ def _has(cls: type, name: str) -> bool:
 
 
 def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
-    for child in (HOLDER, key):
+    for child in (ADAPTER_MODULES, key):
         if child not in holder._modules:
             if child in holder.__dict__ or child in holder._parameters or _has(type(holder), child):
                 raise UnsupportedHost(f"{type(holder).__name__} has an attribute {child!r} of its own")
-            made = holder._modules[child] = Operators()
+            made = holder._modules[child] = AdapterModules()
             made.training = holder.training
         inner = holder._modules[child]
-        if not isinstance(inner, Operators):
+        if not isinstance(inner, AdapterModules):
             raise UnsupportedHost(f"{type(holder).__name__} has a module {child!r} of its own")
         holder = inner
     if name in holder._modules:
@@ -67,14 +67,14 @@ def _put(holder: nn.Module, key: str, name: str, operator: nn.Module) -> None:
 
 
 def _remove(holder: nn.Module, key: str, name: str) -> None:
-    operators = holder._modules.get(HOLDER)
+    operators = holder._modules.get(ADAPTER_MODULES)
     if operators is None or (site := operators._modules.get(key)) is None:
         return
     site._modules.pop(name, None)
     if not site._modules:
         del operators._modules[key]
     if not operators._modules:
-        del holder._modules[HOLDER]
+        del holder._modules[ADAPTER_MODULES]
 
 
 def _shelves(surgeon: Surgeon) -> Iterator[tuple[nn.Module, str, nn.Module]]:
@@ -104,9 +104,9 @@ def install(surgeon: Surgeon, state: HostState, name: str) -> None:
         for graft in surgeon.grafts:
             for site in graft.holders:
                 _check_reachable(site)
-                mount = Mount(name, graft.operator, site.form, site.tensor, site.layer, site.rows)
+                mount = Mount(name, graft.operator, site.form, site.tensor, site.layer, site.slices)
                 attach(site.module, state).mounts.setdefault(name, []).append(mount)
-        _hold_stances(surgeon, state, name)
+        _force_attributes(surgeon, state, name)
     except BaseException:
         uninstall(surgeon, name)
         raise
@@ -125,17 +125,17 @@ def _check_reachable(site: Site) -> None:
         )
 
 
-def _hold_stances(surgeon: Surgeon, state: HostState, name: str) -> None:
-    found = list(stances_of(surgeon.resolver.modules.values()))
+def _force_attributes(surgeon: Surgeon, state: HostState, name: str) -> None:
+    found = list(forced_attributes_of(surgeon.resolver.modules.values()))
     acting = {id(site.module) for graft in surgeon.grafts for site in graft.holders} if found else ()
-    for module, stance in found:
-        if not stance.always and not any(id(inner) in acting for inner in module.modules()):
+    for module, forced in found:
+        if not forced.always and not any(id(inner) in acting for inner in module.modules()):
             continue
-        stance.ready(module)
-        owner = None if stance.always else name
+        forced.ready(module)
+        owner = None if forced.always else name
         slot = attach(module, state)
-        if all(held[0] != owner for held in slot.stances):
-            slot.stances.append((owner, stance.attributes))
+        if all(held[0] != owner for held in slot.forced_attributes):
+            slot.forced_attributes.append((owner, forced.attributes))
 
 
 def uninstall(surgeon: Surgeon, name: str) -> None:

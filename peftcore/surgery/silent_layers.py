@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from peftcore.errors import InactiveSite
-from peftcore.forward.adapter_modules import HOLDER
+from peftcore.forward.adapter_modules import ADAPTER_MODULES
 from peftcore.forward.host_state import HostState, state_of
 from peftcore.forward.slot import Slot, slot_of
 
@@ -40,14 +40,14 @@ Sites = dict[str, list[Expected]]
 
 
 @dataclass
-class Beside:
+class Siblings:
     """Sites that should run and are children of one module, and what stood beside them."""
 
     children: frozenset[str]
     sites: Sites
 
 
-class Witness:
+class SilentLayers:
     """A forward hook on the host that judges once, and then takes itself away. It comes back when a module was added
     beside an adapted one: a projection made of several, for one, that read their weights and takes their place.
 
@@ -61,20 +61,20 @@ class Witness:
         """Injections whose sites nobody has looked at yet: who applies many does not wait for it."""
         self.waiting: dict[str, Sites] = {}
         """By group."""
-        self.beside: dict[nn.Module, list[Beside]] = {}
+        self.siblings: dict[nn.Module, list[Siblings]] = {}
         self.places: dict[str, list[nn.Module]] = {}
-        """Those of `beside` by the name of their class."""
+        """Those of `activation_form` by the name of their class."""
         self._turn = 0
 
     def _watch(self, holder: nn.Module, site: Expected) -> None:
         """Expect a site to run; `holder` is the module whose child it is."""
         self._wait(site)
-        known = self.beside.get(holder)
+        known = self.siblings.get(holder)
         if known is None:
             self._place(holder)
-            known = self.beside[holder] = []
+            known = self.siblings[holder] = []
         if not known or len(holder._modules) != len(known[-1].children):
-            known.append(Beside(frozenset(holder._modules), {}))
+            known.append(Siblings(frozenset(holder._modules), {}))
         known[-1].sites.setdefault(site.name, []).append(site)
 
     def _wait(self, site: Expected) -> None:
@@ -85,14 +85,14 @@ class Witness:
 
     def forget(self, name: str) -> None:
         """Stop expecting anything of an injection."""
-        for known in self.beside.values():
+        for known in self.siblings.values():
             for each in known:
                 each.sites.pop(name, None)
-        self.beside = {
-            holder: left for holder, known in self.beside.items() if (left := [each for each in known if each.sites])
+        self.siblings = {
+            holder: left for holder, known in self.siblings.items() if (left := [each for each in known if each.sites])
         }
         self.places = {}
-        for holder in self.beside:
+        for holder in self.siblings:
             self._place(holder)
         self.new.pop(name, None)
         for members in self.waiting.values():
@@ -104,24 +104,24 @@ class Witness:
         """Whether nothing is expected."""
         return not self.new and not self.waiting
 
-    def look(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module) -> None:
         """Expect sites anew beside which modules were added since. Without gradients, where each token looks, one place
         of each class is looked at, in turn: who fuses projections does so in all blocks."""
         self._turn += 1
         recorded = torch.is_grad_enabled()
         for alike in self.places.values():
             for place in alike if recorded else (alike[self._turn % len(alike)],):
-                for each in self.beside[place]:
+                for each in self.siblings[place]:
                     if len(place._modules) != len(each.children):
-                        return self._look_everywhere(model)
+                        return self._check_everywhere(model)
 
-    def _look_everywhere(self, model: nn.Module) -> None:
-        for holder, known in self.beside.items():
+    def _check_everywhere(self, model: nn.Module) -> None:
+        for holder, known in self.siblings.items():
             for each in known:
                 if len(holder._modules) == len(each.children):
                     continue
                 before, each.children = each.children, frozenset(holder._modules)
-                if not each.children <= before | {HOLDER}:
+                if not each.children <= before | {ADAPTER_MODULES}:
                     for site in chain.from_iterable(each.sites.values()):
                         for slot in site.slots:
                             slot.ran = False
@@ -133,7 +133,7 @@ class Witness:
         if torch.compiler.is_compiling():
             return
         state = state_of(model)
-        if state is None or state.witness is not self:  # a forward was compiled, which nobody saw
+        if state is None or state.silent_layers is not self:  # a forward was compiled, which nobody saw
             return leave(model)
         acting = state.unmerged(state.current())
         silent: list[str] = []
@@ -172,25 +172,25 @@ def _expected(surgeon: Surgeon, name: str) -> Iterator[tuple[nn.Module, Expected
             yield modules.get(path[: max(path.rfind("."), 0)], graft.site.module), Expected(path, slots, tower, name)
 
 
-def attend(surgeon: Surgeon, state: HostState, name: str) -> None:
+def watch(surgeon: Surgeon, state: HostState, name: str) -> None:
     """Expect the sites of an injection to run, from the host's next forward on."""
     model = surgeon.model
-    witness = state.witness = state.witness or Witness()
-    witness.new[name] = surgeon
-    if witness not in model._forward_hooks.values():
-        model.register_forward_hook(witness)
+    silent_layers = state.silent_layers = state.silent_layers or SilentLayers()
+    silent_layers.new[name] = surgeon
+    if silent_layers not in model._forward_hooks.values():
+        model.register_forward_hook(silent_layers)
 
 
 def leave(model: nn.Module) -> None:
     """Take the witness away."""
     for key, hook in list(model._forward_hooks.items()):
-        if isinstance(hook, Witness):
+        if isinstance(hook, SilentLayers):
             del model._forward_hooks[key]
 
 
 def forget(model: nn.Module, state: HostState, name: str) -> None:
     """Stop expecting anything of an injection: it is gone."""
-    if (witness := state.witness) is not None:
-        witness.forget(name)
-        if witness.is_idle:
+    if (silent_layers := state.silent_layers) is not None:
+        silent_layers.forget(name)
+        if silent_layers.is_idle:
             leave(model)

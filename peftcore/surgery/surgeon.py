@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import Operator, Replacement, Shared, WeightOperator, _Base, is_mergeable, tables
 from peftcore.errors import CheckpointError, HostMismatch, PluginError, TargetError, UnsupportedSite
-from peftcore.layers.layer import Ranges
+from peftcore.layers.layer import Slices
 from peftcore.registry.plugins import registry
 from peftcore.targets.attention_sites import locate as locate_attention
 from peftcore.targets.resolver import Resolver, Target
@@ -68,7 +68,7 @@ class Wishes:
 
 
 @contextmanager
-def generator_kept() -> Iterator[None]:
+def preserved_rng() -> Iterator[None]:
     """What is drawn meanwhile does not move the global generator."""
     before = torch.default_generator.get_state()
     try:
@@ -118,7 +118,7 @@ class Surgeon:
     """Steps on with each operator: decompositions of many weights take their time."""
     _by_method: bool = True
     _paths: set[str] = field(default_factory=set)
-    _replaced: dict[tuple[str | int, Ranges | None], Replacement] = field(default_factory=dict)
+    _replaced: dict[tuple[str | int, Slices | None], Replacement] = field(default_factory=dict)
 
     def sites(self, target: Target | None = None, *, optional: bool = False) -> list[Site]:
         """The sites of `target`; without one, those the user asked for, or the method's default targets.
@@ -244,7 +244,7 @@ class Surgeon:
         """State that sites share, registered and saved once: built on the first call with that name."""
         if name not in self.owned:
             anywhere = next(self.model.parameters(), torch.empty(0)).device
-            with generator_kept():  # an operator that is being built may ask for it
+            with preserved_rng():  # an operator that is being built may ask for it
                 self.owned[name] = Shared(self._build(f"shared:{name}", module, None, anywhere))
         return self.owned[name]
 
@@ -256,7 +256,7 @@ class Surgeon:
             UnsupportedSite: an operator stands there.
         """
         tensor = None if site.layer.packed else site.layer.read(site.module, site.tensor)
-        key = (site.path if tensor is None else id(tensor), site.rows)
+        key = (site.path if tensor is None else id(tensor), site.slices)
         if key not in self._replaced:
             site = self._as_stored(site)
             self._replaced[key] = self._build(site.path, lambda: Replacement(site), site)
@@ -336,7 +336,7 @@ class Surgeon:
 
     def _tied(self, site: Site, tensor: Tensor | None) -> Iterator[Site]:
         yield site
-        if isinstance(tensor, nn.Parameter) and site.rows is None:
+        if isinstance(tensor, nn.Parameter) and site.slices is None:
             for path, name in self.resolver.holders(tensor):
                 holder = self.resolver.site(path, name)
                 if (holder.module_path, holder.tensor) != (site.module_path, site.tensor):
@@ -345,7 +345,7 @@ class Surgeon:
     @staticmethod
     def _as_stored(site: Site) -> Site:
         """A whole tensor is replaced as it is stored, so that holders of different kinds (table, head) share it."""
-        return replace(site, form="weight", layer=site.layer if site.rows else site.layer.as_stored)
+        return replace(site, form="weight", layer=site.layer if site.slices else site.layer.as_stored)
 
     def _build(self, path: str, make: Callable[[], Any], site: Site | None, device: torch.device | None = None) -> Any:
         if site is not None:

@@ -135,12 +135,12 @@ def _projection(resolver: Resolver, path: str, part: str) -> Projection | None:
             places = resolver.host.select(f"{family}.{part}")
         except TargetError:  # fused, and its rows are not known
             continue
-        for entry, rows in places:
+        for entry, slices in places:
             if entry.module == path or entry.module.startswith(f"{path}."):
-                site = resolver.site(entry.module, entry.tensor or "weight", f"{family}.{part}", rows)
+                site = resolver.site(entry.module, entry.tensor or "weight", f"{family}.{part}", slices)
                 below = site.module_path[len(path) :].lstrip(".")
                 shape = site.weight_shape
-                return Projection(below, site.tensor, site.layer, rows, shape[1], shape[0])
+                return Projection(below, site.tensor, site.layer, slices, shape[1], shape[0])
     return None
 
 

@@ -21,13 +21,13 @@ from torch import nn
 from torch.jit import ScriptModule
 
 from peftcore.errors import HostMismatch, TargetError, shown
-from peftcore.forward.adapter_modules import Operators
-from peftcore.layers.layer import Layer, Ranges
+from peftcore.forward.adapter_modules import AdapterModules
+from peftcore.layers.layer import Layer, Slices
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.alike import Structure
 from peftcore.targets.sites import LayerOf, Site
 
-UNSEEN = (Operators, ScriptModule)
+UNSEEN = (AdapterModules, ScriptModule)
 """Modules that are no places, nor is anything in them."""
 KINDS = 8
 """So many ways in which modules of a class and a shape are built are kept in mind."""
@@ -152,7 +152,7 @@ class Resolver:
             return self.site(owner, tensor)
         raise TargetError(self._nothing(path))
 
-    def site(self, module_path: str, tensor: str, role: str | None = None, rows: Ranges | None = None) -> Site:
+    def site(self, module_path: str, tensor: str, role: str | None = None, slices: Slices | None = None) -> Site:
         """One site, described exactly; what is read without being called is a tensor of the module above that reads
         it."""
         parent, _, leaf = module_path.rpartition(".")
@@ -167,7 +167,7 @@ class Resolver:
         form = "activation" if output or whole or (layer.called and tensor == "weight") else "weight"
         if role is None:
             role = self._role_of.get(module_path if tensor == "weight" else f"{module_path}.{tensor}")
-        return Site(module, module_path, tensor, layer, role, rows, form, self.layer_of)
+        return Site(module, module_path, tensor, layer, role, slices, form, self.layer_of)
 
     def _layer(self, module: nn.Module, tensor: str) -> Layer:
         """How a module stores a tensor: of those that are built alike, one is looked at."""
@@ -181,7 +181,7 @@ class Resolver:
             known.append((Structure(module), layer))
         return layer
 
-    def recorded(self, module_path: str, tensor: str, role: str | None = None, rows: Ranges | None = None) -> Site:
+    def recorded(self, module_path: str, tensor: str, role: str | None = None, slices: Slices | None = None) -> Site:
         """A site as a file tells of it.
 
         Raises:
@@ -193,13 +193,13 @@ class Resolver:
         owner = self.modules.get(f"{module_path}.{tensor.rpartition('.')[0]}".strip("."))
         if owner is None or (tensor != "weight" and tensor.rpartition(".")[2] not in self._slots(module, tensor)):
             raise HostMismatch(f"the adapter belongs to another base: {module_path!r} has no {tensor!r} here")
-        site = self.site(module_path, tensor, role, rows)
-        if rows is not None:
-            height = replace(site, rows=None).out_features
-            ends = [end for pair in rows for end in pair]
-            empty = any(start >= stop for start, stop in rows)
-            if not rows or empty or ends != sorted(ends) or ends[-1] > height:
-                raise HostMismatch(f"{module_path} has {height} rows here, the adapter stands at {shown(rows)}")
+        site = self.site(module_path, tensor, role, slices)
+        if slices is not None:
+            height = replace(site, slices=None).out_features
+            ends = [end for pair in slices for end in pair]
+            empty = any(start >= stop for start, stop in slices)
+            if not slices or empty or ends != sorted(ends) or ends[-1] > height:
+                raise HostMismatch(f"{module_path} has {height} rows here, the adapter stands at {shown(slices)}")
         return site
 
     def _slots(self, module: nn.Module, tensor: str) -> Iterable[str]:
@@ -221,8 +221,8 @@ class Resolver:
         towers, inner = self._split(pattern)
         if self._is_role(inner):
             for each in (tower,) if towers is None else towers:
-                for entry, rows in self.host.select(inner, each):
-                    yield self._of_entry(entry, inner, rows)
+                for entry, slices in self.host.select(inner, each):
+                    yield self._of_entry(entry, inner, slices)
             return
         paths = self._modules_of(pattern)
         yield from (self._whole(path) for path in paths)
@@ -269,11 +269,11 @@ class Resolver:
         dot)."""
         return isinstance(pattern, str) and self.host.knows(pattern)
 
-    def _of_entry(self, entry: HostEntry, role: str, rows: Ranges | None) -> Site:
+    def _of_entry(self, entry: HostEntry, role: str, slices: Slices | None) -> Site:
         if role.endswith(".output"):
-            return self.site(entry.module, entry.tensor or self._last_matrix(entry), role, rows)
+            return self.site(entry.module, entry.tensor or self._last_matrix(entry), role, slices)
         named = entry.role if role.endswith("*") or role == "all-linear" else role
-        return self.site(entry.module, entry.tensor or self._own_tensor(entry.module), named, rows)
+        return self.site(entry.module, entry.tensor or self._own_tensor(entry.module), named, slices)
 
     def _last_matrix(self, entry: HostEntry) -> str:
         """The tensor below a module from which its output comes: its own weight, or its experts' second matrices."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftcore.errors import UnsupportedSite
 from peftcore.forward.slot import effective_weight
 from peftcore.layers.detect import dense_layer
-from peftcore.layers.layer import Layer, Ranges
+from peftcore.layers.layer import Layer, Slices
 
 LayerOf = Callable[[nn.Module, str], Layer]
 
@@ -52,10 +52,15 @@ class Site(_Memory):
     tensor: str
     layer: Layer
     role: str | None = None
-    rows: Ranges | None = None
+    slices: Slices | None = None
     form: str = "weight"
     layer_of: LayerOf = dense_layer
     meta: bool = False
+
+    @property
+    def rows(self) -> Slices | None:
+        """The old name of `slices`, for one minor version."""
+        return self.slices
 
     @property
     def path(self) -> str:
@@ -72,7 +77,7 @@ class Site(_Memory):
             return f"{self.module_path}:attention"
         plain = self.tensor == "weight" or self.form == "activation"
         path = self.module_path if plain else f"{self.module_path}.{self.tensor}".lstrip(".")
-        return path if self.rows is None else f"{path}:{self.role or self.rows[0][0]}"
+        return path if self.slices is None else f"{path}:{self.role or self.slices[0][0]}"
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -91,9 +96,9 @@ class Site(_Memory):
         if not self.layer.has(self.module, self.tensor):
             return torch.Size([self._beside().out_features])
         shape = self.layer.shape(self.module, self.tensor)
-        if self.rows is None:
+        if self.slices is None:
             return shape
-        dim, height = self.layer.batch_dims, sum(stop - start for start, stop in self.rows)
+        dim, height = self.layer.batch_dims, sum(stop - start for start, stop in self.slices)
         return torch.Size([*shape[:dim], height, *shape[dim + 1 :]])
 
     @property
@@ -162,7 +167,7 @@ class Site(_Memory):
             return torch.empty(self.weight_shape, device="meta")
         if not self.layer.has(self.module, self.tensor):
             return self._beside().weight().new_zeros(self.weight_shape)
-        return effective_weight(self.module, self.tensor, self.layer, self.rows)
+        return effective_weight(self.module, self.tensor, self.layer, self.slices)
 
     def _beside(self) -> Site:
         """The weight beside a bias that the host does not have."""

@@ -6,6 +6,21 @@
 
 or, without pytest, ``for result in check_method("mymethod"): print(result)``. Of schemes that pack weights:
 `quantizer_conformance` and `check_quantizer`.
+
+It may import all of peftcore but `comparing` and `cli`. In the order of reading:
+
+- `failures`: what a failed check says.
+- `kit`: cases, checks, and how a check is filed.
+- `hosts`: tiny models on which checks run.
+- `tools`: what several checks use.
+- `probes`: tiny methods and models for one question.
+- `tasks`: what a method has to learn.
+- `compiling`: what a compiler would change.
+- `doors`: `conformance` and `check_method`.
+- `quantizers`: the same frame for schemes that pack weights.
+- `checks_injection`, `checks_declared`, `checks_training`, `checks_forward`, `checks_around_training`,
+  `checks_switching`, `checks_lifecycle`, `checks_calls`, `checks_merge`, `checks_files`, `checks_refused_files`,
+  `checks_packed`, `checks_learning`, `checks_quantizers`, `checks_adapted_quantizers`: one subject of checks a module.
 """
 
 import importlib

@@ -107,7 +107,7 @@ def routing_is_refused_where_rows_mix(case: Case) -> None:
 @check(
     "a choice of injections that is left before backward still counts where layers are computed again",
     cause="an operator looks at the host's state, or at something of its own, instead of the call's",
-    remedy="read `current_call()`, which is the forward's own when a layer is computed again",
+    remedy="read `forward_context()`, which is the forward's own when a layer is computed again",
 )
 def backward_repeats_the_choice_of_its_forward(case: Case) -> None:
     model, inputs, (one, two) = _two(case)
@@ -180,7 +180,7 @@ WAYS: dict[str, dict[str, Any]] = {
 @check(
     "padding on the left, static caches and beams: generation gives what it gives without a cache",
     cause="an operator takes positions, masks or rows from somewhere else than the forward that runs",
-    remedy="read them from `current_call().inputs`, and count on no number of rows or tokens",
+    remedy="read them from `forward_context().inputs`, and count on no number of rows or tokens",
     hosts=GENERATORS,
 )
 def generation_in_other_ways_does_not_depend_on_the_cache(case: Case) -> None:

@@ -18,7 +18,7 @@ from peftcore.errors import MergeError, NotMergeable, TargetError
 from peftcore.injection.injection import Injection
 from peftcore.injection.merging import MergeReport
 from peftcore.injection.quantization import dequantize, scheme_class, schemes
-from peftcore.injection.quantized_layer import Packed
+from peftcore.injection.quantized_layer import QuantizedLayer
 from peftcore.registry.plugins import layer_of
 from peftcore.testing.checks_training import backward, expect_same_gradients
 from peftcore.testing.kit import ALL, Case, NotApplicable, check
@@ -104,10 +104,10 @@ def _dense(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Module, dict[st
     return dequantize(copy.deepcopy(model)), inputs
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Packed]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, QuantizedLayer]]:
     for path, module in model.named_modules():
         layer = layer_of(module, "weight")
-        if isinstance(layer, Packed):
+        if isinstance(layer, QuantizedLayer):
             yield path, module, layer
 
 

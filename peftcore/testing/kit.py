@@ -21,7 +21,7 @@ import peftcore
 from peftcore.contract.method import Method, Tags
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.injection.injection import Injection
-from peftcore.surgery.surgeon import generator_kept
+from peftcore.surgery.surgeon import preserved_rng
 from peftcore.testing.failures import CheckFailed, explained
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}
@@ -166,7 +166,7 @@ class Case(Expecting):
 
     @staticmethod
     def _built(build: Build, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
-        with generator_kept():
+        with preserved_rng():
             torch.default_generator.manual_seed(0)
             model, inputs = build()
         cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}

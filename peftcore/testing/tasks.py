@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.surgery.surgeon import generator_kept
+from peftcore.surgery.surgeon import preserved_rng
 from peftcore.testing.kit import NotApplicable
 
 Batch = dict[str, Tensor]
@@ -74,7 +74,7 @@ def _drawn(number: int) -> torch.Generator:
 
 def _learned(make: Callable[[], nn.Module], loss: Callable[[nn.Module, int], Tensor], lr: float) -> nn.Module:
     """A host that knows the first kind of data; the global generator does not move."""
-    with generator_kept():
+    with preserved_rng():
         torch.default_generator.manual_seed(0)
         model = make().train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)

@@ -1,4 +1,11 @@
-"""Training: optimizers with a method's rules and schedule, a look at data beforehand, and the Trainer's callback."""
+"""Training: optimizers with a method's parameter groups, gradient rule and schedule, and data before training.
+
+It may import `surgery`, and what is below; the Trainer's callback, which is above, is handed out on demand. In the
+order of reading:
+
+- `batches`: the user's data, as a method sees it before training.
+- `optimizer`: a torch optimizer with a method's rules.
+"""
 
 from typing import TYPE_CHECKING, Any
 

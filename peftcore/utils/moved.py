@@ -152,7 +152,16 @@ MOVED: Mapping[str, tuple[str, ...]] = {
 """Where the names of an old module are now; of a package, where its modules are. All below ``peftcore``."""
 WHOLE = ("hosts", "interop", "kernels")
 """Old packages that moved with the modules in them."""
-RENAMED: Mapping[str, str] = {"is_plain": "runs_plain", "narrow": "matmul_transposed"}
+RENAMED: Mapping[str, str] = {
+    "Packed": "QuantizedLayer",
+    "Ranges": "Slices",
+    "STANCES": "FORCED_ATTRIBUTES",
+    "Stance": "ForcedAttributes",
+    "become": "replace_in_place",
+    "is_plain": "runs_plain",
+    "narrow": "matmul_transposed",
+    "packed_layer": "quantized_layer_of",
+}
 """Old names of what is called otherwise in the new place."""
 
 

@@ -13,9 +13,19 @@ from make_snapshot import FILE, ROOT, described, public, works
 
 RECORDED = json.loads(FILE.read_text(encoding="utf-8"))
 ALONE = "each site prepares by itself, see docs/upgrade.md"
+RENAMED = "has another name, which an author overrides in its place, see docs/upgrade.md"
+ON_WEIGHTS = ("WeightOperator", "Replacement")
+OPERATORS = (*ON_WEIGHTS, "Operator", "AttentionOperator", "SequenceOperator", "Combiner")
 GONE: dict[str, str] = {
-    f"peftcore.{kind}.{name}": ALONE for kind in ("WeightOperator", "Replacement") for name in ("alike", "prepare_all")
-} | {"peftcore.Call.of_host": "nobody asks any more; `open` says whether a forward runs"}
+    **{f"peftcore.{kind}.{name}": ALONE for kind in ON_WEIGHTS for name in ("alike", "prepare_all")},
+    **{f"peftcore.{kind}.{name}": RENAMED for kind in ON_WEIGHTS for name in ("beside", "acts_beside")},
+    **{f"peftcore.{kind}.derives": RENAMED for kind in OPERATORS},
+    **{
+        f"peftcore.{kind}(rows)": "is `slices`: rows are those of a batch"
+        for kind in ("Site", "AttentionSite", "SequenceSite")
+    },
+    "peftcore.Call.of_host": "nobody asks any more; `open` says whether a forward runs",
+}
 """What was taken out on purpose, and the reason that the release notes give: a name ("peftcore.Injection.save"), a
 parameter ("peftcore.apply(seed)") or an import as it is recorded. Each is named in CHANGELOG.md too."""
 KEYWORD, POSITIONAL = "keyword_only", ("positional_only", "positional_or_keyword")

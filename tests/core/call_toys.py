@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
-from peftcore import Method, MethodConfig, Operator, Tags, Tap, current_call
+from peftcore import Method, MethodConfig, Operator, Tags, Tap, forward_context
 
 WIDTH = 8
 
@@ -64,7 +64,7 @@ class TaskOperator(Operator):
         self.gain = nn.Parameter(torch.full((site.out_features,), 0.5))
 
     def forward(self, call: Callable[..., Any], x: Tensor) -> Tensor:
-        return call(x) * (1 + self.gain * current_call().need("strength"))
+        return call(x) * (1 + self.gain * forward_context().need("strength"))
 
 
 def _method(label: str, inject: Callable[..., None], **tags: Any) -> type[Method]:
@@ -102,7 +102,7 @@ class Reader(Operator):
 
     def forward(self, call: Callable[..., Any], x: Tensor) -> Tensor:
         y, seen = call(x), self.tap.get()
-        current_call().add_loss((self.gain * seen).square().mean())
+        forward_context().add_loss((self.gain * seen).square().mean())
         return y + self.gain * seen
 
 
@@ -122,7 +122,7 @@ class Twice(Operator):
         self.gain = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        plain = current_call().without(self.label, call, *args, **kwargs)
+        plain = forward_context().without(self.label, call, *args, **kwargs)
         output = call(*args, **kwargs)
         if isinstance(output, tuple):
             return output[0] + self.gain * plain[0], *output[1:]

@@ -89,11 +89,11 @@ def rows_seen(injection: peftcore.Injection, monkeypatch: pytest.MonkeyPatch) ->
     seen: list[int] = []
     for operator in injection.operators.values():
 
-        def noting(call: Any, x: Tensor, prepared: Any, beside: Any = operator.beside) -> Any:
+        def noting(call: Any, x: Tensor, prepared: Any, inner: Any = operator.activation_form) -> Any:
             seen.append(len(x))
-            return beside(call, x, prepared)
+            return inner(call, x, prepared)
 
-        monkeypatch.setitem(vars(operator), "beside", noting)
+        monkeypatch.setitem(vars(operator), "activation_form", noting)
     return seen
 
 
@@ -319,11 +319,11 @@ def test_context_reaches_operators_in_forward_and_generate() -> None:
 def test_the_record_names_the_inputs_and_is_gone_afterwards() -> None:
     seen: dict[str, Any] = {}
     model, _ = adapted("lora")
-    model.norm.register_forward_hook(lambda *_: seen.update(peftcore.current_call().inputs))
+    model.norm.register_forward_hook(lambda *_: seen.update(peftcore.forward_context().inputs))
     ids = token_ids(2)
     model(ids, labels=ids)
     assert seen["ids"] is ids and seen["labels"] is ids
-    assert not peftcore.current_call().inputs
+    assert not peftcore.forward_context().inputs
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -349,7 +349,7 @@ def test_taps_and_losses(compiled: bool) -> None:
     torch.testing.assert_close(trained["loss"] - plain["loss"], extra)
     assert extra > 1e-3
     assert model(ids).keys() == {"logits"}
-    assert not peftcore.current_call().taps
+    assert not peftcore.forward_context().taps
     torch.compiler.reset()
 
 
@@ -417,7 +417,7 @@ def test_nothing_of_the_record_stays_when_forward_raises_or_the_injection_goes()
     injection = peftcore.apply(model, TaskMethod)
     with pytest.raises(MissingContext):
         model(token_ids(2))
-    assert not peftcore.current_call().inputs
+    assert not peftcore.forward_context().inputs
     injection.remove()
     notes = (model._forward_hooks_with_kwargs, model._forward_hooks_always_called, model._forward_pre_hooks_with_kwargs)
     assert (dict(model._forward_hooks), dict(model._forward_pre_hooks)) == hooks and not any(notes)

@@ -94,11 +94,11 @@ def made(monkeypatch: pytest.MonkeyPatch, injection: peftcore.Injection) -> list
 def test_gradients_are_those_of_the_whole_module_again(method: str) -> None:
     model, injection = adapted(method, **({"n_frequency": 5} if method == "fourierft" else {}))
     found = []
-    for frugal in (False, True):
-        injection.frugal = frugal
+    for low_memory in (False, True):
+        injection.low_memory = low_memory
         model.experts.ran.clear()
         found.append(gradients(injection, model(X)))
-        repeats = frugal or saves_elsewhere()  # which old versions of torch cannot tell
+        repeats = low_memory or saves_elsewhere()  # which old versions of torch cannot tell
         assert len(model.experts.ran) == 1 + (repeats and method != "lora")
     assert all(gradient.any() for gradient in found[0])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
@@ -157,8 +157,8 @@ def test_backward_again_and_of_backward() -> None:
     for one, *others in zip(first, parts, again, strict=True):
         assert all(torch.equal(one, other) for other in others)
     second = []
-    for frugal in (False, True):
-        injection.frugal = frugal
+    for low_memory in (False, True):
+        injection.low_memory = low_memory
         first = gradients(injection, model(X), create_graph=True)
         second.append(torch.autograd.grad(sum(each.square().sum() for each in first), list(injection.parameters())))
     assert all(each.any() for each in second[0])
@@ -209,8 +209,8 @@ class Halved(Experts):
 def test_what_the_module_has_changed_is_saved() -> None:
     model, injection = adapted(before=lambda model: setattr(model.experts, "__class__", Halved))
     found = []
-    for frugal in (False, True):
-        injection.frugal = frugal
+    for low_memory in (False, True):
+        injection.low_memory = low_memory
         x = X.clone().requires_grad_()
         output = model(x).square().sum()
         found.append([output, *torch.autograd.grad(output, [x, *injection.parameters()])])
@@ -229,8 +229,8 @@ def test_what_is_drawn_is_the_same_in_backward() -> None:
     for operator in injection.operators.values():
         operator.__class__ = NoisyOperator
     found = []
-    for frugal in (False, True):
-        injection.frugal = frugal
+    for low_memory in (False, True):
+        injection.low_memory = low_memory
         torch.manual_seed(3)
         found.append(gradients(injection, model(X)))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

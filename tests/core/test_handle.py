@@ -72,13 +72,13 @@ def test_frugal_training_makes_the_weight_and_gives_the_same_numbers(
     stir(injection)
     operator = type(next(iter(injection.operators.values())))
     found = []
-    for frugal in (False, True, False):
-        injection.frugal = frugal
+    for low_memory in (False, True, False):
+        injection.low_memory = low_memory
         asked: list[bool] = []
         with monkeypatch.context() as patch:
-            patch.setattr(operator, "acts_beside", lambda self, x, asked=asked: not asked.append(True))
+            patch.setattr(operator, "prefers_activation_form", lambda self, x, asked=asked: not asked.append(True))
             output = model(torch.linspace(-1, 1, 20, dtype=torch.float64).view(5, 4))
-        assert (not asked) is frugal is injection.frugal
+        assert (not asked) is low_memory is injection.low_memory
         found.append([output, *torch.autograd.grad(output.square().sum(), list(injection.parameters()))])
     for beside, on, again in zip(*found, strict=True):
         torch.testing.assert_close(on, beside)
@@ -103,7 +103,7 @@ def test_handle_of_a_removed_injection_refuses() -> None:
     with pytest.raises(UnknownInjection), injection.disabled():
         pass
     with pytest.raises(UnknownInjection):
-        injection.frugal = True
+        injection.low_memory = True
     assert list(peftcore.injections(model)) == ["lora"]
 
 

@@ -18,13 +18,13 @@ from peftcore.files.formats.format import formats
 from peftcore.files.formats.peft_method import peft_methods
 from peftcore.injection.quantization import schemes
 from peftcore.registry.plugins import registry
-from peftcore.surgery.forced_attributes import Stance
+from peftcore.surgery.forced_attributes import ForcedAttributes
 
 HOOKS = [name for name in vars(hookspecs) if name.startswith("peftcore_")]
 FIRSTRESULT = [
     "peftcore_map",
     "peftcore_layer",
-    "peftcore_stance",
+    "peftcore_forced_attributes",
     "peftcore_inject",
     "peftcore_select",
     "peftcore_merge",
@@ -184,7 +184,7 @@ def test_hook_layer(answer: Add) -> None:
     assert peftcore.plan(model, Doubling, target="second").sites[0].form == "activation"
 
 
-def test_hook_stance(answer: Add) -> None:
+def test_hook_forced_attributes(answer: Add) -> None:
     """Asked once for each class; what it says is seen by the forward alone."""
 
     class Guarded(nn.Linear):
@@ -195,8 +195,8 @@ def test_hook_stance(answer: Add) -> None:
             return super().forward(input)
 
     readied: list[nn.Module] = []
-    stance = Stance({"fast": False}, ready=readied.append)
-    observer = answer("peftcore_stance", lambda cls: stance if cls is Guarded else None)
+    forced = ForcedAttributes({"fast": False}, ready=readied.append)
+    observer = answer("peftcore_forced_attributes", lambda cls: forced if cls is Guarded else None)
     model = nn.Sequential(Guarded(3, 3), Guarded(3, 3), nn.Linear(3, 3))
     injection = peftcore.apply(model, Doubling, target="2")
     model(torch.randn(1, 3))

@@ -89,23 +89,23 @@ def test_kept_weight_follows_optimizer_steps(counted: Any) -> None:
 def test_forward_with_gradients_drops_what_is_kept(counted: Any) -> None:
     model, _, _ = counted
     built(counted)
-    assert slot_of(model.first).kept
+    assert slot_of(model.first).cache
     model(torch.ones(1, 4))
-    assert not slot_of(model.first).kept
+    assert not slot_of(model.first).cache
 
 
 def test_nothing_is_kept_in_training_mode(counted: Any) -> None:
     model, _, _ = counted
     model.train()
     assert [built(counted), built(counted)] == [1, 1]
-    assert not slot_of(model.first).kept
+    assert not slot_of(model.first).cache
 
 
 def test_a_frugal_one_keeps_nothing(counted: Any) -> None:
     model, injection, _ = counted
-    injection.frugal = True
+    injection.low_memory = True
     assert [built(counted), built(counted)] == [1, 1]
-    assert not slot_of(model.first).kept
+    assert not slot_of(model.first).cache
 
 
 def test_leaving_for_training_mode_frees_what_is_kept(counted: Any) -> None:
@@ -114,7 +114,7 @@ def test_leaving_for_training_mode_frees_what_is_kept(counted: Any) -> None:
     built(counted)
     model.train()
     model(torch.ones(1, 4)).sum().backward()
-    assert not slot_of(model.first).kept
+    assert not slot_of(model.first).cache
 
 
 def test_switching_injections_rebuilds(counted: Any) -> None:
@@ -132,9 +132,9 @@ def test_kept_weights_are_not_pickled(counted: Any) -> None:
     model(torch.ones(1, 4))  # the witness has seen enough and goes
     small = len(pickle.dumps(model))
     run_without_gradients(model, torch.ones(1, 4))
-    assert slot_of(model.first).kept
+    assert slot_of(model.first).cache
     assert len(pickle.dumps(model)) == small
-    assert not slot_of(pickle.loads(pickle.dumps(model)).first).kept
+    assert not slot_of(pickle.loads(pickle.dumps(model)).first).cache
 
 
 def test_inference_mode_and_no_grad_agree(counted: Any) -> None:

@@ -26,9 +26,9 @@ def seeded(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def test_a_dropped_projection_is_that_of_what_is_kept(leading: tuple[int, ...]) -> None:
     x, A = torch.randn(*leading, 10, dtype=torch.float64), torch.randn(3, 10, dtype=torch.float64)
     torch.manual_seed(1)
-    kept, scale = kernels.keep(x, 0.25)
-    assert kept.shape == x.shape and scale == 4 / 3
-    torch.testing.assert_close(seeded(kernels.dropped_linear)(x, A), (x * kept * scale) @ A.T)
+    mask, scale = kernels.dropout_mask(x, 0.25)
+    assert mask.shape == x.shape and scale == 4 / 3
+    torch.testing.assert_close(seeded(kernels.dropped_linear)(x, A), (x * mask * scale) @ A.T)
 
 
 def test_gradients_of_a_dropped_projection() -> None:
@@ -50,13 +50,17 @@ BACKENDS = [
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_as_many_are_dropped_as_dropout_drops(probability: float, backend: str) -> None:
     x = torch.ones(1000, 1001)
-    keep = kernels.keep if backend == "none" else torch.compile(kernels.keep, fullgraph=True, backend=backend)
-    kept, scale = keep(x, probability)
-    assert abs(kept.double().mean() - (1 - probability)) < 5 * (probability * (1 - probability) / x.numel()) ** 0.5
-    assert abs(kept.double().mean(0) - (1 - probability)).max() < 0.1
+    dropout_mask = (
+        kernels.dropout_mask
+        if backend == "none"
+        else torch.compile(kernels.dropout_mask, fullgraph=True, backend=backend)
+    )
+    mask, scale = dropout_mask(x, probability)
+    assert abs(mask.double().mean() - (1 - probability)) < 5 * (probability * (1 - probability) / x.numel()) ** 0.5
+    assert abs(mask.double().mean(0) - (1 - probability)).max() < 0.1
     assert abs(scale * (1 - probability) - 1) < 1e-4
-    assert not torch.equal(kept, keep(x, probability)[0])
-    rows = kept[:, :1000].double() - (1 - probability)
+    assert not torch.equal(mask, dropout_mask(x, probability)[0])
+    rows = mask[:, :1000].double() - (1 - probability)
     assert abs((rows[:, :-1] * rows[:, 1:]).mean()) < 0.002  # neighbours come from the same random bits
 
 
@@ -109,33 +113,33 @@ def test_gradients_of_a_low_rank_update(dropout: float) -> None:
         return kernels.low_rank_linear(x, weight, bias, A, B, 0.7, dropout)
 
     assert gradcheck(run, (x, A, B)) and gradgradcheck(run, (x, A, B))
-    for kept in ((x.detach(), A, B), (x, A.detach(), B), (x, A, B.detach())):
-        assert gradcheck(run, kept) and gradgradcheck(run, kept)
+    for mask in ((x.detach(), A, B), (x, A.detach(), B), (x, A, B.detach())):
+        assert gradcheck(run, mask) and gradgradcheck(run, mask)
 
 
 def test_a_low_rank_update_keeps_the_input_for_what_trains_alone() -> None:
     x, weight, bias, A, B = layer_and_factors(7)
-    kept: list[torch.Size] = []
+    mask: list[torch.Size] = []
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor.shape)
+    def dropout_mask(tensor: Tensor) -> Tensor:
+        mask.append(tensor.shape)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(dropout_mask, lambda tensor: tensor):
         kernels.low_rank_linear(x, weight, bias, A.detach(), B, 0.7)
-        assert x.shape not in kept and (7, 2) in kept
-        kept.clear()
+        assert x.shape not in mask and (7, 2) in mask
+        mask.clear()
         kernels.low_rank_linear(x, weight, bias, A, B.detach(), 0.7)
-        assert x.shape in kept and (7, 2) not in kept
+        assert x.shape in mask and (7, 2) not in mask
 
 
 def test_a_low_rank_update_drops_what_dropout_keeps_not() -> None:
     x, weight, bias, A, B = layer_and_factors(2, 3)
     torch.manual_seed(1)
-    kept, scale = kernels.keep(x, 0.25)
+    mask, scale = kernels.dropout_mask(x, 0.25)
     torch.manual_seed(1)
     found = kernels.low_rank_linear(x, weight, bias, A, B, 0.7, 0.25)
-    torch.testing.assert_close(found, x @ weight.T + bias + 0.7 * (x * kept * scale) @ A.T @ B.T)
+    torch.testing.assert_close(found, x @ weight.T + bias + 0.7 * (x * mask * scale) @ A.T @ B.T)
     assert torch.equal(kernels.low_rank_linear(x, weight, bias, A, B, 0.7, 1.0), F.linear(x, weight, bias))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import Method, MethodConfig, Tags, route
 from peftcore.contract.operators import Held, WeightOperator
-from peftcore.forward.cache import Kept
+from peftcore.forward.cache import EffectiveWeightCache
 from peftcore.forward.slot import slot_of
 
 INPUT = torch.linspace(-1, 1, 20).view(5, 4)
@@ -28,14 +28,14 @@ class BesideOperator(WeightOperator):
         self.shift = nn.Parameter(torch.zeros(site.out_features))
         self.made: list[str] = []
 
-    def acts_beside(self, x: Tensor) -> bool:
+    def prefers_activation_form(self, x: Tensor) -> bool:
         return True
 
     def prepare(self, held: Held) -> Tensor:
         self.made.append("prepared")
         return self.shift * held.weight.norm()
 
-    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: Tensor) -> Tensor:
+    def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: Tensor) -> Tensor:
         return call(x) + prepared * x.sum(-1, keepdim=True)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def adapted() -> tuple[nn.Module, peftcore.Injection, BesideOperator]:
     model = perceptron().eval()
     injection = peftcore.apply(model, BesideMethod, target="first")
     fill(injection, 0)
-    injection.frugal = True
+    injection.low_memory = True
     return model, injection, injection.operators["first"]  # type: ignore[return-value]
 
 
@@ -115,11 +115,11 @@ def test_it_is_prepared_anew_when_what_it_comes_of_changes(adapted: Any, change:
 def test_training_keeps_nothing(adapted: Any) -> None:
     model, injection, operator = adapted
     made(model, operator)
-    assert slot_of(model.first).kept
-    injection.frugal = False
+    assert slot_of(model.first).cache
+    injection.low_memory = False
     model(INPUT).sum().backward()
     assert operator.shift.grad is not None and operator.shift.grad.any()
-    assert not slot_of(model.first).kept
+    assert not slot_of(model.first).cache
     model.train()
     operator.made.clear()
     with torch.no_grad():
@@ -132,13 +132,13 @@ def test_a_frugal_one_makes_the_weight_in_training_and_keeps_none_in_evaluation(
     operator.made.clear()
     model(INPUT).sum().backward()
     assert operator.made == ["weight", "weight"]  # and again in backward
-    injection.frugal = False
+    injection.low_memory = False
     assert [made(model, operator), made(model, operator)] == [["weight"], []]
 
 
 def test_rows_of_several_are_prepared_once_until_they_train(adapted: Any) -> None:
     model, injection, operator = adapted
-    injection.frugal = False
+    injection.low_memory = False
     other = peftcore.apply(model, BesideMethod, name="other", target="first")
     fill(other, 1)
     with torch.no_grad(), peftcore.activate(model, injection.name):
@@ -149,20 +149,20 @@ def test_rows_of_several_are_prepared_once_until_they_train(adapted: Any) -> Non
             model(INPUT)
             torch.testing.assert_close(model(INPUT)[:2], expected)
         assert operator.made == ["prepared"]
-        assert slot_of(model.first).kept
+        assert slot_of(model.first).cache
         model(INPUT).sum().backward()
-        assert not slot_of(model.first).kept
+        assert not slot_of(model.first).cache
 
 
 def test_copies_keep_nothing(adapted: Any) -> None:
     model, _, operator = adapted
     made(model, operator)
-    assert slot_of(model.first).kept and not slot_of(copy.deepcopy(model).first).kept
+    assert slot_of(model.first).cache and not slot_of(copy.deepcopy(model).first).cache
 
 
 def test_another_tensor_in_the_place_of_one_that_is_gone_is_another() -> None:
     """Its identity, its address and its counter may all be those of the one before."""
-    kept = Kept()
+    kept = EffectiveWeightCache()
     memory = torch.zeros(3).numpy()
 
     def read() -> float:

@@ -185,8 +185,8 @@ def test_losses_of_operators_count_once(reentrant: bool) -> None:
 
 def test_records_die_with_their_graphs() -> None:
     model, _ = adapted(False)
-    seen: list[weakref.ref[peftcore.Call]] = []
-    model.norm.register_forward_hook(lambda *_: seen.append(weakref.ref(peftcore.current_call())))
+    seen: list[weakref.ref[peftcore.ForwardContext]] = []
+    model.norm.register_forward_hook(lambda *_: seen.append(weakref.ref(peftcore.forward_context())))
     value = loss(model, CHOICES["one"])
     assert seen[0]() is not None
     value.backward()

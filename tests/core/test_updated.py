@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore import activate
-from peftcore.forward.expert_updates import Updated
-from peftcore.forward.plan import Acting
+from peftcore.forward.expert_updates import LowRankUpdatedWeight
+from peftcore.forward.plan import ActivePlan
 from peftcore.forward.slot import Slot
 
 EXPERTS, OUT, IN, TOKENS = 3, 6, 4, 7
@@ -332,9 +332,9 @@ def test_it_looks_like_the_tensor_for_which_it_stands() -> None:
 
     model, _ = adapted(reads)
     model(inputs())
-    (stand_in,) = seen
-    assert type(stand_in) is Updated and stand_in.parts.whole.tensor is None
-    assert stand_in.requires_grad and stand_in.sum().requires_grad
+    (lazy_weight,) = seen
+    assert type(lazy_weight) is LowRankUpdatedWeight and lazy_weight.parts.whole.tensor is None
+    assert lazy_weight.requires_grad and lazy_weight.sum().requires_grad
 
 
 def test_in_evaluation_what_no_input_changes_is_kept_and_nothing_of_the_weights_size() -> None:
@@ -349,7 +349,7 @@ def test_in_evaluation_what_no_input_changes_is_kept_and_nothing_of_the_weights_
     with torch.no_grad():
         for _ in range(3):
             first = model(x)
-        assert len(calls) == 1 and len(slot.kept) == 1
+        assert len(calls) == 1 and len(slot.cache) == 1
         with torch.inference_mode():
             assert torch.equal(model(x), first)
         operator.A.mul_(2)
@@ -370,13 +370,13 @@ def test_in_evaluation_an_effective_tensor_that_is_wanted_is_kept() -> None:
         second = model(x)
         assert not torch.equal(first, second)
         torch.testing.assert_close(second, equation(model, x, injection))
-        injection.frugal = True
+        injection.low_memory = True
         assert not makes_no_sum(lambda: model(x))
 
 
 @pytest.mark.parametrize("method", ["dora", "ia3", "oft"])
 def test_other_methods_have_no_stand_in(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Acting, "stand_ins", None)
+    monkeypatch.setattr(ActivePlan, "lazy_weights", None)
     model, injection = adapted(PRODUCTS["batched"], method=method)
     x = inputs()
     assert all(gradient.any() for gradient in differentiated(model(x), x, injection))
@@ -408,13 +408,13 @@ def test_the_ways_in_which_transformers_runs_experts(
         return [output.logits, again, *torch.autograd.grad(output.loss, list(injection.parameters()))]
 
     made: list[object] = []
-    effective = Updated.effective
-    monkeypatch.setattr(Updated, "effective", lambda self: made.append(None) or effective(self))
+    effective = LowRankUpdatedWeight.effective
+    monkeypatch.setattr(LowRankUpdatedWeight, "effective", lambda self: made.append(None) or effective(self))
     beside = found()
     grouped = implementation != "grouped_mm" or "_grouped_mm" in vars(torch)
     assert bool(made) is not grouped
-    monkeypatch.setattr(Acting, "factors", lambda self, module: None)
-    injection.frugal = True  # what is kept goes
+    monkeypatch.setattr(ActivePlan, "factors", lambda self, module: None)
+    injection.low_memory = True  # what is kept goes
     for one, other in zip(beside, found(), strict=True):
         assert other.abs().max() > 1e-4
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -73,12 +73,12 @@ class Keeper(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.randn(3, 4))
-        self.kept: dict[str, Tensor] = {}
+        self.cache: dict[str, Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
-        if "rows" not in self.kept:
-            self.kept["rows"] = self.table[:, [2, 0, 1]]
-        return x @ self.kept["rows"].T
+        if "rows" not in self.cache:
+            self.cache["rows"] = self.table[:, [2, 0, 1]]
+        return x @ self.cache["rows"].T
 
 
 @pytest.mark.parametrize("fresh", [True, False])

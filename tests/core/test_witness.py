@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.errors import InactiveSite
 from peftcore.forward.host_state import state_of
-from peftcore.surgery.silent_layers import Witness
+from peftcore.surgery.silent_layers import SilentLayers
 
 
 class ReadsWeight(nn.Module):
@@ -69,7 +69,7 @@ def test_witness_judges_every_injection_and_then_goes() -> None:
     model = Stack(ReadsWeight)
     peftcore.apply(model, "lora", target="proj")
     model(torch.randn(2, 5, 4))
-    assert not any(isinstance(hook, Witness) for hook in model._forward_hooks.values())
+    assert not any(isinstance(hook, SilentLayers) for hook in model._forward_hooks.values())
     peftcore.apply(model, "lora", name="second", target="qkv")
     with pytest.raises(InactiveSite, match="qkv"):
         model(torch.randn(2, 5, 4))
@@ -87,7 +87,7 @@ def test_removed_injection_leaves_nobody_waiting() -> None:
     peftcore.apply(model, "lora", target="proj")
     model(torch.randn(2, 5, 4))
     peftcore.apply(model, "lora", name="gone", target="qkv").remove()
-    assert not any(isinstance(hook, Witness) for hook in model._forward_hooks.values())
+    assert not any(isinstance(hook, SilentLayers) for hook in model._forward_hooks.values())
 
 
 def test_sites_are_judged_for_modules_and_for_train_alike_but_only_by_the_method() -> None:
@@ -124,7 +124,7 @@ def test_experts_without_tokens_are_exempt() -> None:
     model = Stack(Mixture, depth=1)
     peftcore.apply(model, "lora", target=nn.Linear)
     model(torch.randn(2, 4))
-    assert not any(isinstance(hook, Witness) for hook in model._forward_hooks.values())
+    assert not any(isinstance(hook, SilentLayers) for hook in model._forward_hooks.values())
 
 
 def test_witness_waits_while_the_injection_does_not_act() -> None:
@@ -149,12 +149,12 @@ def test_sites_are_looked_at_in_the_first_forward() -> None:
     model = Stack(Attention)
     peftcore.apply(model, "lora", target="query")
     state = state_of(model)
-    assert state is not None and state.witness is not None
-    witness = state.witness
-    assert list(witness.new) == ["lora"] and not witness.beside
+    assert state is not None and state.silent_layers is not None
+    silent_layers = state.silent_layers
+    assert list(silent_layers.new) == ["lora"] and not silent_layers.siblings
     again = copy.deepcopy(model)
     model(torch.randn(2, 5, 4))
-    assert witness.is_idle and len(witness.beside) == 3
+    assert silent_layers.is_idle and len(silent_layers.siblings) == 3
     again.use = []
     with pytest.raises(InactiveSite, match="3 adapted sites did not"):
         again(torch.randn(2, 5, 4))
@@ -173,9 +173,9 @@ def test_of_a_host_that_is_compiled_nothing_is_said(whole: bool) -> None:
             layer.compile(backend="eager", fullgraph=True)
         model(x)
     state = state_of(model)
-    assert state is not None and (state.witness is None) == whole
+    assert state is not None and (state.silent_layers is None) == whole
     model(x)
-    assert not any(isinstance(hook, Witness) for hook in model._forward_hooks.values())
+    assert not any(isinstance(hook, SilentLayers) for hook in model._forward_hooks.values())
     torch.compiler.reset()
 
 

@@ -158,7 +158,7 @@ def parametrized(block: Block) -> None:
     nn.utils.parametrizations.weight_norm(block.q_proj)
 
 
-class Packed(torch.Tensor):
+class QuantizedLayer(torch.Tensor):
     """A tensor that is more than its numbers."""
 
 
@@ -174,7 +174,7 @@ DIFFERENT: dict[str, Callable[[Any], object]] = {
     "an empty part": lambda block: setattr(block, "v_proj", None),
     "another dtype": lambda block: block.v_proj.double(),
     "another buffer": lambda block: setattr(block, "scale", torch.ones(4)),
-    "a packed tensor": lambda block: setattr(block, "scale", torch.ones(3).as_subclass(Packed)),
+    "a packed tensor": lambda block: setattr(block, "scale", torch.ones(3).as_subclass(QuantizedLayer)),
     "a parametrization": parametrized,
 }
 
@@ -277,7 +277,7 @@ def test_a_layer_is_the_one_that_plugins_tell(name: str) -> None:
 
 
 def test_what_adapters_leave_on_a_host_is_known_by_its_name() -> None:
-    assert (view.SLOT, installation.HOLDER) == (alike.SLOT, alike.GUEST)
+    assert (view.SLOT, installation.ADAPTER_MODULES) == (alike.SLOT, alike.GUEST)
     one, other = Block(), Block(1)
     peftcore.apply(nn.ModuleList([one]), "lora", target="q_proj", rank=2)
     peftcore.apply(nn.ModuleList([other]), "lora", target="q_proj", rank=4)

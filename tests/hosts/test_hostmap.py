@@ -355,7 +355,7 @@ def test_maps_are_values() -> None:
     assert host_of("llama") == host_of("llama")
     assert len(set(host_of("llama").entries)) == len(host_of("llama").entries)
     layout = Layout((("q", ((0, 2),)), ("k", ((2, 3),))))
-    assert layout.rows("k") == ((2, 3),) and layout.names == ("q", "k")
+    assert layout.slices("k") == ((2, 3),) and layout.names == ("q", "k")
     assert HostMap((HostEntry("a", "a", None, "other"),)).roles() == frozenset()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import TargetError
-from peftcore.roles import HostEntry, HostMap, Layout, Ranges, derive
+from peftcore.roles import HostEntry, HostMap, Layout, Slices, derive
 from peftcore.roles.layouts import grouped
 from peftcore.roles.recording import Recording, record
 
@@ -37,7 +37,7 @@ def by_row(model: nn.Module, entry: HostEntry) -> Tensor:
 
 
 @contextmanager
-def scaled(model: nn.Module, entry: HostEntry, rows: Ranges, factor: float) -> Iterator[None]:
+def scaled(model: nn.Module, entry: HostEntry, rows: Slices, factor: float) -> Iterator[None]:
     """The model with some rows of one weight scaled."""
     weight = weight_of(model, entry)
     original = weight.detach().clone()
@@ -95,7 +95,7 @@ def test_zeroed_rows_change_their_operand_alone(name: str) -> None:
         assert entry.layout is not None
         module = attention_around(host, entry)
         for part in entry.layout.names:
-            with scaled(model, entry, entry.layout.rows(part), 0.0):
+            with scaled(model, entry, entry.layout.slices(part), 0.0):
                 after = operands_within(run(model, inputs), module)
             changed = {key for key, old in operands_within(before, module).items() if not torch.equal(old, after[key])}
             assert changed == {part}, entry
@@ -131,9 +131,9 @@ def test_the_branch_is_linear_in_the_up_rows(name: str) -> None:
         remove_bias(model, entry)
         stand_out(model, entry)
         plain = gated_output(model, inputs, entry)
-        with scaled(model, entry, entry.layout.rows("up"), 2.0):
+        with scaled(model, entry, entry.layout.slices("up"), 2.0):
             torch.testing.assert_close(gated_output(model, inputs, entry), 2 * plain)
-        with scaled(model, entry, entry.layout.rows("gate"), 2.0):
+        with scaled(model, entry, entry.layout.slices("gate"), 2.0):
             assert not torch.allclose(gated_output(model, inputs, entry), 2 * plain, rtol=1e-3)
 
 
@@ -175,9 +175,9 @@ def test_interleaved_experts() -> None:
     experts.get_parameter("gate_up_proj_bias").data.zero_()
     experts.get_parameter("down_proj_bias").data.zero_()
     assert output_of(model, inputs, path).abs().max() > 0
-    with scaled(model, entry, entry.layout.rows("gate"), 0.0):
+    with scaled(model, entry, entry.layout.slices("gate"), 0.0):
         assert output_of(model, inputs, path).abs().max() == 0
-    with scaled(model, entry, entry.layout.rows("up"), 0.0):
+    with scaled(model, entry, entry.layout.slices("up"), 0.0):
         assert output_of(model, inputs, path).abs().max() > 0
 
 
@@ -212,7 +212,7 @@ def test_columns_of_conv1d_are_rows() -> None:
     """GPT-2 stores (in, out): rows are given in the output dimension all the same."""
     (entry,) = derive(build("gpt2")[0]).at("transformer.h.0.attn.c_attn")
     assert entry.shape == (144, 48)
-    assert entry.layout is not None and entry.layout.rows("v") == ((96, 144),)
+    assert entry.layout is not None and entry.layout.slices("v") == ((96, 144),)
 
 
 def test_grouped_merges_neighbours() -> None:

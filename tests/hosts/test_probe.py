@@ -181,7 +181,7 @@ def test_attention_without_known_names_is_found(nest: tuple[Nest, dict[str, Tens
     (entry,) = probe(model, inputs, host).at("layers.1.mix.a")
     assert entry.role == "attn.qkv"
     assert entry.layout is not None and entry.layout.names == ("v", "k", "q")
-    assert entry.layout.rows("k") == ((2, 4), (8, 10), (14, 16), (20, 22))
+    assert entry.layout.slices("k") == ((2, 4), (8, 10), (14, 16), (20, 22))
 
 
 def test_interleaved_gates_are_found(nest: tuple[Nest, dict[str, Tensor]]) -> None:
@@ -191,7 +191,7 @@ def test_interleaved_gates_are_found(nest: tuple[Nest, dict[str, Tensor]]) -> No
     assert host.at("layers.0.twofold")[0].layout is None
     (entry,) = probe(model, inputs, host).at("layers.0.twofold")
     assert entry.layout is not None
-    assert entry.layout.rows("up") == tuple((row, row + 1) for row in range(0, 40, 2))
+    assert entry.layout.slices("up") == tuple((row, row + 1) for row in range(0, 40, 2))
 
 
 def test_gates_that_could_be_either_stay_open() -> None:

@@ -190,7 +190,7 @@ def test_torch_transformer() -> None:
     assert (out.module, out.tensor, out.called) == (f"{layer}.self_attn", "out_proj.weight", False)
 
 
-class Packed(nn.Module):
+class QuantizedLayer(nn.Module):
     """Says of itself how large it is."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -215,7 +215,7 @@ class PackedInRows(nn.Module):
         return len(self.packed)
 
 
-@pytest.mark.parametrize("packed", [Packed, PackedInRows])
+@pytest.mark.parametrize("packed", [QuantizedLayer, PackedInRows])
 def test_a_linear_by_any_other_name(packed: Callable[[int, int], nn.Module]) -> None:
     """A packed weight has no telling shape; what declares in_features and out_features is a matrix."""
 

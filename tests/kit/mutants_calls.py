@@ -9,7 +9,7 @@ from typing import Any
 from mutant_base import TAGS, Entry, Small, mutant
 from torch import Tensor
 
-from peftcore import current_call
+from peftcore import forward_context
 from peftcore.forward.host_state import state_of
 
 
@@ -18,7 +18,7 @@ class DoublesUnderRoutes(Small):
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         y = super().forward(call, x)
-        choice = current_call().choice
+        choice = forward_context().choice
         return 2 * y - call(x) if choice is not None and choice.route is not None else y
 
 
@@ -26,7 +26,7 @@ class ReadsTheRoute(Small):
     """Needs the values of the route."""
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        choice = current_call().choice
+        choice = forward_context().choice
         y = super().forward(call, x)
         if choice is not None and choice.route is not None and choice.route.index[0] == 0:
             return y.clone()
@@ -56,7 +56,7 @@ class CountsTokens(Small):
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         y = super().forward(call, x)
-        padded = current_call().inputs.get("attention_mask") is not None
+        padded = forward_context().inputs.get("attention_mask") is not None
         return 2 * y - call(x) if x.dim() == 3 and x.shape[1] == 1 and not padded else y
 
 

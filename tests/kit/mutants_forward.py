@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from mutant_base import NOT_MERGEABLE, Entry, Small, SmallConfig, Unmergeable, mutant
 from torch import Tensor, nn
 
-from peftcore import Injection, MethodConfig, Site, WeightOperator, current_call
+from peftcore import Injection, MethodConfig, Site, WeightOperator, forward_context
 from peftcore.forward.context import repeating
 from peftcore.registry.plugins import registry
 from peftcore.testing import Case
@@ -107,7 +107,7 @@ class OtherInBackward(Small):
         y = call(x)
         A, B = self.cast(y, self.A, self.B)
         low = self.layer.apply(x, A)
-        state = current_call().state
+        state = forward_context().state
         alone = state is not None and len(state.injections) == 1
         if alone and not torch.compiler.is_compiling() and repeating():
             low = low * 2

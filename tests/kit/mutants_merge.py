@@ -127,7 +127,7 @@ def merges_tied(injection: Injection, keep: merging.Keep = "cpu", **how: Any) ->
 
 
 def forgets_to_unmerge(injection: Injection) -> None:
-    if injection.kept is not None:
+    if injection.originals is not None:
         injection.merged = False
     Injection.remove(injection)
 

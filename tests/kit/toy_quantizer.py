@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from peftcore import hookimpl
 from peftcore.injection.quantization import Scheme
-from peftcore.injection.quantized_layer import Packed, packed_layer
+from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of
 from peftcore.layers.layer import Layer
-from peftcore.surgery.forced_attributes import Stance
+from peftcore.surgery.forced_attributes import ForcedAttributes
 
 PEFTCORE_API = 2
 
@@ -35,7 +35,7 @@ class Apply(torch.autograd.Function):
 class ToyLinear(nn.Module):
     """A linear layer of small integers."""
 
-    layer: ClassVar[Packed]
+    layer: ClassVar[QuantizedLayer]
     persistent = True
 
     def __init__(self, weight: Tensor, bits: int) -> None:
@@ -60,7 +60,7 @@ class ToyLinear(nn.Module):
 
 
 @dataclass(frozen=True)
-class ToyLayer(Packed):
+class ToyLayer(QuantizedLayer):
     """How the core reads and packs it."""
 
     def unpack(self, module: Any) -> Tensor:
@@ -79,7 +79,7 @@ ToyLinear.layer = ToyLayer()
 class Toy(Scheme):
     """Small integers."""
 
-    layer: ClassVar[Packed] = ToyLinear.layer
+    layer: ClassVar[QuantizedLayer] = ToyLinear.layer
     linear: ClassVar[type[ToyLinear]] = ToyLinear
     requires: ClassVar[tuple[str, ...]] = ("numpy",)
     extra: ClassVar[str] = "toy-quantizer[numpy]"
@@ -98,9 +98,9 @@ def peftcore_schemes() -> dict[str, str]:
 @hookimpl
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
     owner = module.get_submodule(tensor.rpartition(".")[0])
-    return packed_layer(module, tensor, owner.layer) if isinstance(owner, ToyLinear) else None
+    return quantized_layer_of(module, tensor, owner.layer) if isinstance(owner, ToyLinear) else None
 
 
 @hookimpl
-def peftcore_stance(cls: type[nn.Module]) -> Stance | None:
-    return Stance({"held": True}) if issubclass(cls, ToyLinear) else None
+def peftcore_forced_attributes(cls: type[nn.Module]) -> ForcedAttributes | None:
+    return ForcedAttributes({"held": True}) if issubclass(cls, ToyLinear) else None

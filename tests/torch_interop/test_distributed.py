@@ -142,7 +142,7 @@ def check_nothing_is_kept(runner: nn.Module, injection: peftcore.Injection) -> N
     """Effective weights are whole, and all of them together are what no process is to hold."""
     runner.eval()
     runner(mine(inputs()))
-    assert not any(slot.kept for slot in injection.state.slots)
+    assert not any(slot.cache for slot in injection.state.slots)
 
 
 def reduce_what_is_not_sharded(injection: peftcore.Injection) -> None:

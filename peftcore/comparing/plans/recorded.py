@@ -70,7 +70,7 @@ class Place:
         shape = tuple(site.weight_shape) if site.layer.has(site.module, site.tensor) else ()
         path = site.path.partition(":")[0]
         held = cls.of(graft.key, graft.operator)
-        return replace(held, path=path, shape=shape, role=site.role, rows=site.rows is not None)
+        return replace(held, path=path, shape=shape, role=site.role, rows=site.slices is not None)
 
     def as_dict(self) -> dict[str, Any]:
         return {

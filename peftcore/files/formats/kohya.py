@@ -177,7 +177,7 @@ class Kohya(Format):
             method = next((each for each in methods if owner.method.name in each.methods), None)
             if method is None:
                 raise ExportError(f"files of kohya have no method that computes what {owner.method.name} does")
-            if site.tensor != "weight" or site.rows is not None or site.batch or site.layer.one_hot:
+            if site.tensor != "weight" or site.slices is not None or site.batch or site.layer.one_hot:
                 raise ExportError(f"files of kohya hold linear maps and convolutions as a whole, and not {site.path}")
             spelling.only(site.module_path)
             stem = f"{part}_{front}{site.module_path}".replace(".", "_")

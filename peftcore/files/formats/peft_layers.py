@@ -14,7 +14,7 @@ from peftcore.layers.layer import plain_class
 
 def is_one_of(site: Any, kinds: Iterable[type]) -> bool:
     """Whether a site is the weight of one whole layer of these kinds: classes of modules, or of our layers."""
-    plain = site.rows is None and not site.batch and site.tensor == "weight"
+    plain = site.slices is None and not site.batch and site.tensor == "weight"
     return plain and (isinstance(site.module, tuple(kinds)) or type(site.layer) in kinds)
 
 

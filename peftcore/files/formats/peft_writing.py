@@ -30,7 +30,7 @@ def module_key(site: Site) -> str:
     Raises:
         ExportError: peft adapts whole tensors only.
     """
-    if site.rows is not None:
+    if site.slices is not None:
         raise ExportError(
             f"{site.path} is a part of a fused projection; peft adapts whole modules only, so apply with target= the "
             "module's name, or keep our own format"
@@ -44,8 +44,8 @@ def module_key(site: Site) -> str:
 def is_parameter(site: Site) -> bool:
     """Whether peft reaches the site by `target_parameters` only: a tensor of a module that is no layer to it."""
     name, module = site.tensor.rpartition(".")[2], site.module
-    if site.rows is not None or site.layer.batch_dims or name not in ("weight", "bias", "in_proj_weight"):
-        return site.rows is None
+    if site.slices is not None or site.layer.batch_dims or name not in ("weight", "bias", "in_proj_weight"):
+        return site.slices is None
     own = (
         isinstance(module, nn.Linear | nn.Embedding | nn.MultiheadAttention | _ConvNd)
         or site.layer.called
@@ -168,7 +168,7 @@ class Written:
         return {place.site.module_path for place in self.places}
 
     def tensors(self, *, beside: bool = False) -> dict[str, Tensor]:
-        """Its tensors by peft's names: as those of a file of its own, or `beside` another type."""
+        """Its tensors by peft's names: as those of a file of its own, or `activation_form` another type."""
         method, sites, found = self.method, [place.site for place in self.places], {}
         for place in self.places:
             stem = f"{method.stem}{stem_of(place.site, sites)}." if method.below else ""

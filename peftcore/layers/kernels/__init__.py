@@ -3,13 +3,13 @@
 not plain."""
 
 from peftcore.layers.kernels.autograd import cast_operands, runs_plain, saves_elsewhere, transformed
-from peftcore.layers.kernels.dropout import dropped_linear, keep, plain_dropped_linear
+from peftcore.layers.kernels.dropout import dropout_mask, dropped_linear, plain_dropped_linear
 from peftcore.layers.kernels.low_rank import low_rank_linear, matmul_transposed, plain_low_rank_linear
 
 __all__ = [
     "cast_operands",
+    "dropout_mask",
     "dropped_linear",
-    "keep",
     "low_rank_linear",
     "matmul_transposed",
     "plain_dropped_linear",

@@ -24,12 +24,12 @@ def dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tensor:
     is kept, no copy of the input, and its randomness costs a tenth. Returns the dtype of autocast where that is on."""
     if runs_plain(x) or probability == 1:
         return plain_dropped_linear(x, weight, probability)
-    kept, scale = keep(x, probability)
+    mask, scale = dropout_mask(x, probability)
     x, weight, _ = cast_operands(x, weight)
-    return apply(_MaskedLinear, x, weight * scale, kept)
+    return apply(_MaskedLinear, x, weight * scale, mask)
 
 
-def keep(like: Tensor, probability: float) -> tuple[Tensor, float]:
+def dropout_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
     """What dropout keeps [bool, the shape of `like`], and by how much it makes that larger."""
     count, level = like.numel(), round(probability * LEVELS)
     draws = _bits(-(-count // 4), like.device).view(torch.int16)[:count].view(like.shape)
@@ -45,19 +45,19 @@ def _bits(words: int, device: torch.device) -> Tensor:
 
 class _MaskedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, kept: Tensor) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, kept)
-        return F.linear(masked(x, kept), weight)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, mask)
+        return F.linear(masked(x, mask), weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        x, weight, kept = ctx.saved_tensors
+        x, weight, mask = ctx.saved_tensors
         (gradient,) = gradients
-        of_x = masked(gradient @ weight, kept) if ctx.needs_input_grad[0] else None
-        of_weight = None if x is None else gradient.flatten(0, -2).mT @ masked(x, kept).flatten(0, -2)
+        of_x = masked(gradient @ weight, mask) if ctx.needs_input_grad[0] else None
+        of_weight = None if x is None else gradient.flatten(0, -2).mT @ masked(x, mask).flatten(0, -2)
         return of_x, of_weight, None
 
 
-def masked(x: Tensor, kept: Tensor) -> Tensor:
+def masked(x: Tensor, mask: Tensor) -> Tensor:
     """`x`, with zeros for what was not kept; `torch.where` takes half as long again."""
-    return kept.to(x.dtype).mul_(x)
+    return mask.to(x.dtype).mul_(x)

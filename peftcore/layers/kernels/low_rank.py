@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftcore.layers.kernels.autograd import apply, cast_operands, runs_plain
-from peftcore.layers.kernels.dropout import keep, masked
+from peftcore.layers.kernels.dropout import dropout_mask, masked
 
 FEW = 64
 """Up to so many columns of a product are made as rows."""
@@ -34,8 +34,8 @@ def low_rank_linear(
         return plain_low_rank_linear(x, weight, bias, A, B, scale, dropout)
     if torch.compiler.is_compiling():
         B, scale = B * scale, 1.0  # see `Linear.add`
-    A, kept = _dropping(x, A, dropout)
-    return apply(_LowRankLinear, x, weight, bias, A, B, scale, kept)[0]
+    A, mask = _dropping(x, A, dropout)
+    return apply(_LowRankLinear, x, weight, bias, A, B, scale, mask)[0]
 
 
 def _in_one_dtype(
@@ -50,8 +50,8 @@ def _dropping(x: Tensor, A: Tensor, dropout: float) -> tuple[Tensor, Tensor | No
     """A as large as makes up for what is dropped, and what is kept of the rows of x."""
     if not dropout:
         return A, None
-    kept, more = keep(x, dropout)
-    return A * more, kept.view(-1, x.shape[-1])
+    mask, more = dropout_mask(x, dropout)
+    return A * more, mask.view(-1, x.shape[-1])
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -60,21 +60,21 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, kept: Any
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, mask: Any
     ) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
-        low = F.linear(rows if kept is None else masked(rows, kept), A)
+        low = F.linear(rows if mask is None else masked(rows, mask), A)
         y = F.linear(x, weight, bias)  # to the bit what the layer returns by itself, whatever the strides of x
         y.view(-1, weight.shape[0]).addmm_(low, B.mT, alpha=scale)
         back, _, _, trains_A, trains_B, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(x if trains_A else None, weight, A if back else None, B, low if trains_B else None, kept)
+        ctx.save_for_backward(x if trains_A else None, weight, A if back else None, B, low if trains_B else None, mask)
         ctx.scale, ctx.shape = scale, x.shape
         ctx.set_materialize_grads(False)
         return y, low
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        x, weight, A, B, low, kept = ctx.saved_tensors
+        x, weight, A, B, low, mask = ctx.saved_tensors
         of_y, of_low_too = gradients
         gradient = _rows_of(of_y, ctx.shape, weight)
         of_low = matmul_transposed(gradient, B.mT).mul_(ctx.scale)
@@ -82,10 +82,10 @@ class _LowRankLinear(torch.autograd.Function):
             of_low = of_low + of_low_too
         of_x = of_A = of_B = None
         if ctx.needs_input_grad[0]:
-            of_x = _through(gradient, weight, of_low, A, kept).view(ctx.shape)
+            of_x = _through(gradient, weight, of_low, A, mask).view(ctx.shape)
         if x is not None:
             rows = x.reshape(-1, x.shape[-1])
-            of_A = of_low.mT @ (rows if kept is None else masked(rows, kept))
+            of_A = of_low.mT @ (rows if mask is None else masked(rows, mask))
         if low is not None:
             of_B = matmul_transposed(gradient.mT, low.mT).mul_(ctx.scale)
         return of_x, None, None, of_A, of_B, None, None
@@ -109,7 +109,7 @@ def matmul_transposed(wide: Tensor, few: Tensor) -> Tensor:
     return (few @ wide.mT).mT if few.shape[0] <= FEW else F.linear(wide, few)
 
 
-def _through(gradient: Tensor, weight: Tensor, of_low: Tensor, A: Tensor, kept: Tensor | None) -> Tensor:
+def _through(gradient: Tensor, weight: Tensor, of_low: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
     """The gradient of the rows that went in, through the layer and through the update."""
     of_rows = gradient @ weight
-    return of_rows.addmm_(of_low, A) if kept is None else of_rows.addcmul_(of_low @ A, kept.to(of_rows.dtype))
+    return of_rows.addmm_(of_low, A) if mask is None else of_rows.addcmul_(of_low @ A, mask.to(of_rows.dtype))

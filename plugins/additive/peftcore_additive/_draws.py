@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from peftcore import Call
+from peftcore import ForwardContext
 from peftcore.errors import AmbiguousBackward, TrainingError
 from peftcore.forward.context import repeating
 
@@ -28,12 +28,12 @@ class Draws(nn.Module):
         self.most = most
         self.register_buffer("seed", torch.randint(2**62, ()), persistent=False)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.drawn: WeakKeyDictionary[Call, int] = WeakKeyDictionary()
+        self.drawn: WeakKeyDictionary[ForwardContext, int] = WeakKeyDictionary()
         self.blind: set[int] = set()  # what forwards without gradients drew: a reentrant checkpoint round the host
         self.repeated = False  # runs them again inside backward, under another record
 
     @torch.compiler.disable
-    def forward(self, call: Call) -> int:
+    def forward(self, call: ForwardContext) -> int:
         """The number of one forward.
 
         Raises:
@@ -44,7 +44,7 @@ class Draws(nn.Module):
             self.drawn[call] = self._again() if repeating() else self._anew(call)
         return self.drawn[call]
 
-    def _anew(self, call: Call) -> int:
+    def _anew(self, call: ForwardContext) -> int:
         if not call.inputs:
             raise TrainingError(
                 "this method draws once for each forward of the host: train the host itself, not a part"

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from peftcore import Site, Surgeon, current_call
+from peftcore import Site, Surgeon, forward_context
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
 from peftcore.roles.stacks import CACHES, Stack, find
 from peftcore_additive._blocks import BlockSite
@@ -84,7 +84,7 @@ class Prompt:
             SequenceError: nothing tells which tokens are padding.
         """
         rows, new = len(hidden), hidden[0, ..., 0].numel()
-        running = current_call()
+        running = forward_context()
         inputs, told = running.inputs, running.context.get("prompt_length")
         held = cached_tokens(given, self.depth, new)
         if told is None and held:
@@ -127,7 +127,7 @@ class Visible:
         """For `new` tokens behind the `held` ones in a cache, and the arguments of a block by name: True where a token
         is seen, ``[batch or 1, 1, new, held + new]``."""
         count = held + new
-        real = _real([given] if self.reads else [current_call().inputs, given], count, device)
+        real = _real([given] if self.reads else [forward_context().inputs, given], count, device)
         seen = real[:, None, None, :count].expand(-1, 1, new, count)
         if self.causal:
             seen = seen.tril(held)

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, current_call
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, forward_context
 from peftcore.contract.operators import Shared
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore_additive._blocks import depths
@@ -64,7 +64,7 @@ class DroppableOperator(BottleneckOperator):
         return call(*args, **kwargs) if self.depth < self._dropped() else super().forward(call, *args, **kwargs)
 
     def _dropped(self) -> int:
-        running = current_call()
+        running = forward_context()
         told = running.context.get("drop_first_layers")
         if told is None and self.draws is not None and self.training:
             return self.draws.module(running)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
-from peftcore import current_call
+from peftcore import forward_context
 from peftcore.errors import AmbiguousBackward, NotMergeable, TargetError, TrainingError, UnsupportedSite
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
@@ -82,7 +82,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 def watched(model: nn.Module, injection: peftcore.Injection) -> list[int]:
     """What the forwards of the host draw, one after the other."""
     draws, numbers = injection.shared["draws"], []
-    model.register_forward_pre_hook(lambda *_: numbers.append(draws(current_call())) if model.training else None)
+    model.register_forward_pre_hook(lambda *_: numbers.append(draws(forward_context())) if model.training else None)
     return numbers
 
 
@@ -199,7 +199,7 @@ def numbers(seed: int, forwards: int = 400) -> list[int]:
     """What a robust injection draws, without running a host for it."""
     model, _ = host("llama")
     draws = apply(model, drop_first_layers=3, robust=True, seed=seed).shared["draws"]
-    return [draws(peftcore.Call(model=nn.Linear(1, 1), args=(torch.zeros(1),))) for _ in range(forwards)]
+    return [draws(peftcore.ForwardContext(model=nn.Linear(1, 1), args=(torch.zeros(1),))) for _ in range(forwards)]
 
 
 def test_draws_are_even_and_depend_on_the_seed_alone() -> None:
@@ -310,7 +310,7 @@ def test_training_a_part_of_the_host_alone_is_refused() -> None:
     apply(model, drop_first_layers=3, robust=True)
     with pytest.raises(TrainingError, match="host itself"):
         model.train().model(torch.ones(1, 3, dtype=torch.int64))
-    assert not current_call().inputs
+    assert not forward_context().inputs
 
 
 def test_a_compiled_host_drops_too() -> None:

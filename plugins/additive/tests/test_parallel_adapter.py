@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import current_call
+from peftcore import forward_context
 from peftcore.errors import NotMergeable, UnsupportedSite
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
@@ -239,7 +239,7 @@ def test_parts_of_the_host_run_by_themselves() -> None:
     whole = model(**inputs, output_hidden_states=True).hidden_states[-1]
     alone = model.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
     torch.testing.assert_close(alone, whole, rtol=1e-12, atol=1e-12)
-    assert not current_call().taps
+    assert not forward_context().taps
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -269,7 +269,7 @@ def test_what_a_block_read_is_let_go_once_it_was_used() -> None:
     model, _, run = host("llama")
     apply(model)
     kept: list[int] = []
-    model.model.norm.register_forward_hook(lambda module, args, output: kept.append(len(current_call().taps)))
+    model.model.norm.register_forward_hook(lambda module, args, output: kept.append(len(forward_context().taps)))
     run(model)
     assert kept == [0]
 

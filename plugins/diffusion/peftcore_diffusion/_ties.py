@@ -16,7 +16,7 @@ def alike(sites: Iterable[Site]) -> list[list[Site]]:
     groups: dict[object, list[Site]] = {}
     for site in sites:
         tensor = site.layer.read(site.module, site.tensor)
-        tied = isinstance(tensor, nn.Parameter) and site.rows is None
+        tied = isinstance(tensor, nn.Parameter) and site.slices is None
         groups.setdefault(id(tensor) if tied else site.path, []).append(site)
     return list(groups.values())
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peftcore import current_call
+from peftcore import forward_context
 from peftcore.errors import RouteError
 
 
@@ -19,7 +19,7 @@ def told(name: str, rows: int) -> Tensor:
         MissingContext: nobody said it.
         RouteError: there are not as many rows.
     """
-    value: Tensor = current_call().need(name)
+    value: Tensor = forward_context().need(name)
     times, rest = divmod(rows, len(value))
     if rest or not times:
         raise RouteError(

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, current_call
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_diffusion._encoder_copy import GIVEN, Copy, InputsOperator, encoder_copy
 from peftcore_diffusion._told import cast, told
@@ -72,7 +72,7 @@ class ControlNetOperator(Operator):
 
     def _compute(self, rows: int) -> Any:
         """What the copy makes of the host's own inputs and the image."""
-        here, network = current_call(), self.copy.network.module
+        here, network = forward_context(), self.copy.network.module
         inputs = here.inputs if self.copy.inputs is None else self.copy.inputs.get()
         like: Tensor = network.conv_in.weight
         return network(

@@ -26,7 +26,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, current_call
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
 from peftcore.errors import UnsupportedSite
 from peftcore_diffusion._image import ImageSite, Projection, matrices
 from peftcore_diffusion._told import told
@@ -76,7 +76,7 @@ class IPAdapterOperator(Operator):
         tokens, key, value = self.cast(query, tokens, self.key, self.value)
         parts = (query, nn.functional.linear(tokens, key), nn.functional.linear(tokens, value))
         attended = nn.functional.scaled_dot_product_attention(*(self._by_head(part) for part in parts))
-        scale = current_call().context.get("image_scale", self.scale)
+        scale = forward_context().context.get("image_scale", self.scale)
         return call(h + scale * attended.transpose(1, 2).flatten(2).to(h.dtype))
 
     def _by_head(self, part: Tensor) -> Tensor:

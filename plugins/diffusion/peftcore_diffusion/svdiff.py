@@ -113,7 +113,7 @@ def _base(site: Site) -> Tensor:
     """The weight without what other injections do."""
     if site.meta or (stored := site.layer.read(site.module, site.tensor)) is None:
         return site.weight()
-    return take(site.layer.logical(whole(stored)), site.rows, site.layer.batch_dims)
+    return take(site.layer.logical(whole(stored)), site.slices, site.layer.batch_dims)
 
 
 def _weights(site: Site) -> Iterator[Site]:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, current_call
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
 from peftcore.contract.operators import Shared
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_diffusion._pyramid import Place, Pyramid
@@ -64,7 +64,7 @@ class T2IAdapterOperator(Operator):
         hidden = output[0] if isinstance(output, tuple) else output
         if self.first:
             self.features.put(self._compute(hidden))
-        scale = current_call().context.get(f"{self.name}_scale", self.scale)
+        scale = forward_context().context.get(f"{self.name}_scale", self.scale)
         changed = hidden + scale * self.features.get()[self.number].to(hidden.dtype)
         if not isinstance(output, tuple):
             return changed

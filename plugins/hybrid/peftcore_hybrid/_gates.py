@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore import Operator, Site, current_call, on_first
+from peftcore import Operator, Site, forward_context, on_first
 from peftcore.errors import MissingContext, UnsupportedSite
 
 Each = Literal["token", "sequence"]
@@ -44,7 +44,7 @@ def mean_of_tokens(values: Tensor) -> Tensor:
     Raises:
         MissingContext: a part of the host was called by itself, so nobody knows what is padding.
     """
-    inputs = current_call().inputs
+    inputs = forward_context().inputs
     if not inputs or values.dim() != 3:
         raise MissingContext(
             "a gate for the sequence needs rows of tokens, and to know which are padding: call the host itself, or "

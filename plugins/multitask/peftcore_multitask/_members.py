@@ -52,7 +52,7 @@ def _as_called(surgeon: Surgeon, site: Site) -> Site:
     """The whole module of a site, as something that is called; where it cannot be, the surgeon will say so."""
     if site.form == "weight":
         site = surgeon.resolver.site(site.module_path, site.tensor)
-    return replace(site, rows=None, meta=surgeon.dry)
+    return replace(site, slices=None, meta=surgeon.dry)
 
 
 def of_parts(surgeon: Surgeon, parts: Sequence[dict[str, Any]]) -> list[tuple[Site, tuple[Site, ...], Members]]:

@@ -27,10 +27,10 @@ from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore.layers.layer import bias_name
 
 if TYPE_CHECKING:
-    from peftcore.layers.layer import Ranges
+    from peftcore.layers.layer import Slices
     from peftcore.surgery.surgeon import Graft
 
-    Key = tuple[str, str, Ranges | None]
+    Key = tuple[str, str, Slices | None]
 
 Members = dict[int, "Graft"]
 """What stands at one tensor, by number of the part; parts without a site there are left out."""
@@ -136,7 +136,7 @@ def collected(surgeon: Surgeon, config: PartsConfig) -> dict[Key, Members]:
         method = peftcore.method(part["method"])()
         for graft in surgeon.collect(str(index), method, options_of(part), part.get("target")):
             site = graft.site
-            members = groups.setdefault((site.module_path, site.tensor, site.rows), {})
+            members = groups.setdefault((site.module_path, site.tensor, site.slices), {})
             if index in members:
                 raise UnsupportedSite(f"{site.path}: {method.name} acts there twice, so it has no one delta")
             members[index] = graft
@@ -160,7 +160,7 @@ def merge_parts(surgeon: Surgeon, config: PartsConfig, operator: Callable[..., M
 
 def _check_apart(groups: Mapping[Key, Members]) -> None:
     """Each tensor belongs to one group: also biases that change with a weight."""
-    held: dict[str, list[tuple[Key, Ranges | None]]] = {}
+    held: dict[str, list[tuple[Key, Slices | None]]] = {}
     for key, members in groups.items():
         places = [{_name(each.module_path, each.tensor) for each in graft.holders} for graft in members.values()]
         biases = {_name(key[0], bias_name(key[1])) for graft in members.values() if _changes_bias(graft.operator)}
@@ -182,7 +182,7 @@ def _changes_bias(operator: _Base) -> bool:
     return type(operator).merged_bias is not _Base.merged_bias
 
 
-def _meet(one: Ranges | None, other: Ranges | None) -> bool:
+def _meet(one: Slices | None, other: Slices | None) -> bool:
     if one is None or other is None:
         return True
     return any(start < end and begin < stop for start, stop in one for begin, end in other)

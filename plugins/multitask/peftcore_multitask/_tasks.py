@@ -9,7 +9,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
-from peftcore import MethodConfig, Site, current_call
+from peftcore import MethodConfig, Site, forward_context
 from peftcore.errors import ConfigError, MissingContext, RouteError
 from peftcore.injection.injection import MIXES_ROWS
 
@@ -74,7 +74,7 @@ class Tasks:
             MissingContext: nobody said the task.
             RouteError: there are not as many rows.
         """
-        told = current_call().context.get("task", self.default)
+        told = forward_context().context.get("task", self.default)
         if told is None:
             raise MissingContext(
                 "this method needs to be told the task, one or a list of one for each row: with "

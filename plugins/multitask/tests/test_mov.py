@@ -112,7 +112,7 @@ def test_the_equation(name: str) -> None:
             module.register_forward_pre_hook(lambda m, args, g=gain, r=router: (mixed(args[0], g, r),))
             continue
         assert gain.shape[-1] == 8 and router.shape == (3, 8)
-        start, stop = site.rows[0] if site.rows else (0, site.out_features)
+        start, stop = site.slices[0] if site.slices else (0, site.out_features)
 
         def scale(
             m: Any, args: Any, y: Tensor, g: Tensor = gain, r: Tensor = router, at: slice = slice(start, stop)

@@ -205,4 +205,4 @@ def test_what_cannot_be_packed_again_is_not_held() -> None:
         model[0].support_avx512bf16_for_cpu = able
         peftcore.apply(model, "lora", target="0")
         slot = slot_of(model[0])
-        assert slot is not None and bool(slot.stances) is able
+        assert slot is not None and bool(slot.forced_attributes) is able

@@ -64,7 +64,7 @@ class BOFTOperator(WeightOperator):
             rows = _swap(rotate(_swap(rows, 2, 2**factor, self.size), R), 2**factor, 2, self.size)
         return rows
 
-    def acts_beside(self, x: Tensor) -> bool:
+    def prefers_activation_form(self, x: Tensor) -> bool:
         return self.layer.of_vectors and self.span <= WIDEST
 
     def prepare(self, held: Held) -> tuple[Tensor, Tensor | None]:
@@ -73,7 +73,7 @@ class BOFTOperator(WeightOperator):
         ones = torch.eye(self.span, device=self.K.device, dtype=self.K.dtype).repeat(1, blocks)
         return self.turned(ones).unflatten(-1, (-1, self.span)).permute(1, 2, 0), held.bias
 
-    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor | None]) -> Tensor:
+    def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor | None]) -> Tensor:
         R, bias = prepared
         return gained(self.layer, rotated(self.layer, call, x, R), self.gain, bias)
 

@@ -53,14 +53,14 @@ class DoRAOperator(WeightOperator):
         rows = weight.detach().flatten(self.layer.batch_dims + 1)
         return torch.linalg.vector_norm(rows, dim=-1) if rows.is_contiguous() else rows.square().sum(-1).sqrt()
 
-    def acts_beside(self, x: Tensor) -> bool:
+    def prefers_activation_form(self, x: Tensor) -> bool:
         return True
 
     def prepare(self, held: Held) -> tuple[Tensor, Tensor | None]:
         """The gain [out] and the bias."""
         return self._gain(self._norm_beside(held.weight)), held.bias
 
-    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor | None]) -> Tensor:
+    def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor | None]) -> Tensor:
         turned = self.layer.update(call, x, self.A, self.B, self.scale)  # V x + b
         return gained(self.layer, turned, *prepared)
 

@@ -77,13 +77,13 @@ class HRAOperator(WeightOperator):
         along = (base @ N.mT.to(base.dtype)).to(N.dtype)
         return torch.linalg.solve_triangular(inverse, along, upper=True, left=False), N
 
-    def acts_beside(self, x: Tensor) -> bool:
+    def prefers_activation_form(self, x: Tensor) -> bool:
         return self.layer.of_vectors
 
     def prepare(self, held: Held) -> tuple[Tensor, Tensor]:
         return self.factors_of(held.weight)
 
-    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:
+    def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:
         M, N = prepared
         return self.layer.update(call, x, N, M, -1.0)
 

@@ -56,7 +56,7 @@ class LoHaOperator(WeightOperator):
         core = self._parameters.get(f"T{number}")
         return B @ A if core is None else torch.einsum("pq...,op,qi->oi...", core, B, A)
 
-    def acts_beside(self, x: Tensor) -> bool:
+    def prefers_activation_form(self, x: Tensor) -> bool:
         """Where factors of all its ranks are far smaller than the weight."""
         (outputs, rank), (_, inputs) = self.get_parameter("B1").shape[-2:], self.get_parameter("A1").shape[-2:]
         return self.layer.of_vectors and 3 * rank**2 * (outputs + inputs) < 2 * outputs * inputs
@@ -66,7 +66,7 @@ class LoHaOperator(WeightOperator):
         (A1, B1), (A2, B2) = ((self.get_parameter(f"A{n}"), self.get_parameter(f"B{n}")) for n in (1, 2))
         return (A1[:, None] * A2).flatten(0, 1), (B1[:, :, None] * B2[:, None]).flatten(1)
 
-    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:
+    def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:
         return self.layer.update(call, x, *prepared, self.scale)
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -75,10 +75,10 @@ class LoKrOperator(WeightOperator):
         core = held.get("t2") if name == "w2" else None
         return a @ b if core is None else torch.einsum("pq...,po,qi->oi...", core, a, b).flatten(1)
 
-    def acts_beside(self, x: Tensor) -> bool:
+    def prefers_activation_form(self, x: Tensor) -> bool:
         return self.layer.of_vectors
 
-    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: None) -> Tensor:
+    def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: None) -> Tensor:
         y, w1 = call(x), self.factor("w1")
         parts = x.unflatten(-1, (w1.shape[1], -1))  # [..., m, n]: one after the other, w2 acts in each and w1 across
         last = self._parameters.get("w2")

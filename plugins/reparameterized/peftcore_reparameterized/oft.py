@@ -69,7 +69,7 @@ class OFTOperator(WeightOperator):
         norm = math.sqrt(2) * torch.linalg.vector_norm(entries, dim=-1, keepdim=True)
         return entries + (entries * (self.radius / norm.clamp(min=self.radius)) - entries).detach()
 
-    def acts_beside(self, x: Tensor) -> bool:
+    def prefers_activation_form(self, x: Tensor) -> bool:
         return self.layer.of_vectors
 
     def rotation(self) -> Tensor:
@@ -81,7 +81,7 @@ class OFTOperator(WeightOperator):
     def prepare(self, held: Held) -> Tensor:
         return self.rotation()
 
-    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: Tensor) -> Tensor:
+    def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: Tensor) -> Tensor:
         return rotated(self.layer, call, x, prepared, exact=self.series is None)
 
     def forward(self, weight: Tensor) -> Tensor:

@@ -98,12 +98,12 @@ class RandLoRAOperator(WeightOperator):
         scaled = scaled_bases(A, self.L, self.G)  # [*batch, rank, bases, short]
         return B.flatten(1), scaled.flatten(-3, -2)
 
-    def acts_beside(self, x: Tensor) -> bool:
+    def prefers_activation_form(self, x: Tensor) -> bool:
         """Where the products with the inputs are smaller than those that make an update of the weight's size."""
         inputs, full = x.numel() // x.shape[-1], self.G.shape[-2] * self.L.shape[-2]
         return self.layer.of_vectors and inputs * (3 * full + self.long) < 3 * full * self.long
 
-    def beside(self, call: Callable[..., Tensor], x: Tensor, prepared: None) -> Tensor:
+    def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: None) -> Tensor:
         with full_precision(x):
             first, second = self.factors_of()
         A, B = (first.mT, second.mT) if self.wide else (second, first)

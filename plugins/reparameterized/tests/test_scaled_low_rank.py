@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from peftcore.layers.kernels import keep
+from peftcore.layers.kernels import dropout_mask
 from peftcore_reparameterized import _kernels as kernels
 
 
@@ -60,8 +60,8 @@ def test_gradients_of_a_scaled_low_rank_update(dropout: float) -> None:
         return scaled_linear(x, weight, bias, A, inner, B, outer, dropout)
 
     assert gradcheck(run, (x, inner, outer)) and gradgradcheck(run, (x, inner, outer))
-    for kept in ((x.detach(), inner, outer), (x, inner.detach(), outer), (x, inner, outer.detach())):
-        assert gradcheck(run, kept) and gradgradcheck(run, kept)
+    for mask in ((x.detach(), inner, outer), (x, inner.detach(), outer), (x, inner, outer.detach())):
+        assert gradcheck(run, mask) and gradgradcheck(run, mask)
 
 
 def test_gradients_of_gradients_of_scales_alone() -> None:
@@ -78,10 +78,10 @@ def test_gradients_of_gradients_of_scales_alone() -> None:
 def test_a_scaled_low_rank_update_drops_what_dropout_keeps_not() -> None:
     x, weight, bias, A, inner, B, outer = layer_and_scaled_factors(2, 3)
     torch.manual_seed(1)
-    kept, scale = keep(x, 0.25)
+    mask, scale = dropout_mask(x, 0.25)
     torch.manual_seed(1)
     found = scaled_linear(x, weight, bias, A, inner, B, outer, 0.25)
-    torch.testing.assert_close(found, x @ weight.T + bias + ((x * kept * scale) @ A.T * inner) @ B.T * outer)
+    torch.testing.assert_close(found, x @ weight.T + bias + ((x * mask * scale) @ A.T * inner) @ B.T * outer)
 
 
 def test_a_scaled_low_rank_update_of_matrices_that_train_is_the_plain_one() -> None:
@@ -114,10 +114,10 @@ def test_a_scaled_low_rank_update_under_autocast() -> None:
 def test_a_scaled_low_rank_update_drops_under_vmap_and_grad() -> None:
     eye, ones = torch.eye(10), torch.ones(10)
 
-    def kept(x: Tensor) -> Tensor:
+    def mask(x: Tensor) -> Tensor:
         return scaled_linear(x, torch.zeros(10, 10), None, eye, ones, eye, ones, 0.25).sum()
 
     for randomness in ("same", "different"):
-        each = torch.func.vmap(torch.func.grad(kept), randomness=randomness)(torch.ones(400, 10))
+        each = torch.func.vmap(torch.func.grad(mask), randomness=randomness)(torch.ones(400, 10))
         assert set(each.unique().tolist()) == {0, ones.div(0.75)[0].item()}
         assert torch.equal(each, each[:1].expand_as(each)) == (randomness == "same")

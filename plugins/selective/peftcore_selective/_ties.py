@@ -7,16 +7,16 @@ from collections.abc import Iterable
 from torch import nn
 
 from peftcore import Site, Surgeon
-from peftcore.layers.layer import Ranges
+from peftcore.layers.layer import Slices
 
 
 def one_each(sites: Iterable[Site]) -> list[Site]:
     """One site for each tensor. Of those that are tied the deepest: a table that stands above its users is handed down
     to them, and may never be called itself."""
-    found: dict[tuple[int | str, Ranges | None], Site] = {}
+    found: dict[tuple[int | str, Slices | None], Site] = {}
     for site in sites:
         tensor = site.layer.read(site.module, site.tensor)
-        key = (site.path if tensor is None else id(tensor), site.rows)
+        key = (site.path if tensor is None else id(tensor), site.slices)
         if key not in found or site.module_path.count(".") > found[key].module_path.count("."):
             found[key] = site
     return list(found.values())
@@ -25,6 +25,6 @@ def one_each(sites: Iterable[Site]) -> list[Site]:
 def tied_to(site: Site, surgeon: Surgeon) -> list[Site]:
     """The other places that hold the site's tensor, where the site is all of it."""
     resolver, tensor = surgeon.resolver, site.layer.read(site.module, site.tensor)
-    places = resolver.holders(tensor) if isinstance(tensor, nn.Parameter) and site.rows is None else []
+    places = resolver.holders(tensor) if isinstance(tensor, nn.Parameter) and site.slices is None else []
     here = site.module_path, site.tensor
     return [each for each in (resolver.site(*place) for place in places) if (each.module_path, each.tensor) != here]

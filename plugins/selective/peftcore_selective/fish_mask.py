@@ -121,7 +121,7 @@ class FishMask(Method):
             weight.requires_grad_(True)
         fisher = squared_gradients(weights, islice(data, config.samples))
         parts = [
-            take(site.layer.logical(fisher[weight]), site.rows, site.layer.batch_dims).flatten()
+            take(site.layer.logical(fisher[weight]), site.slices, site.layer.batch_dims).flatten()
             for site, weight in zip(sites, weights, strict=True)
         ]
         index = injection.shared["mask"].get_buffer("index")
@@ -140,4 +140,4 @@ def _there(site: Site) -> bool:
 
 def _stored(site: Site) -> Site:
     """A whole tensor as it is stored, so that holders of different kinds (table, head) share it."""
-    return replace(site, form="weight", layer=site.layer if site.rows else site.layer.as_stored)
+    return replace(site, form="weight", layer=site.layer if site.slices else site.layer.as_stored)

@@ -50,7 +50,7 @@ class TokensOperator(Operator):
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
-        if site.rows is not None or len(site.weight_shape) != 2:
+        if site.slices is not None or len(site.weight_shape) != 2:
             raise UnsupportedSite(f"{site.path} is no table: it has no rows that could belong to tokens")
         if max(config.token_indices) >= site.out_features:
             raise UnsupportedSite(

@@ -43,7 +43,7 @@ class FactSite(Site):
         return self.out_features // self.side, self.in_features // self.side, math.prod(self.kernel)
 
     @property
-    def slices(self) -> int:
+    def count(self) -> int:
         """How many there are."""
         return math.prod(self.batch) * math.prod(self.cut)
 
@@ -71,7 +71,7 @@ def fact_sites(surgeon: Surgeon, config: FactConfig) -> list[FactSite]:
             f"common, which is less than the rank {config.rank}; lower the rank or exclude= what differs, such as {odd}"
         )
     cut = [FactSite(**vars(site), side=side) for site in sites]
-    return [replace(site, total=sum(each.slices for each in cut)) for site in cut]
+    return [replace(site, total=sum(each.count for each in cut)) for site in cut]
 
 
 def shared_factors(surgeon: Surgeon, side: int, rank: int) -> tuple[Shared, Shared]:

@@ -31,7 +31,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, current_call
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
 from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
 from peftcore.roles.stacks import CACHES, arguments, find
 
@@ -101,7 +101,7 @@ class ContextOperator(Operator):
         """Whose context each row of the batch gets."""
         if self.classes is None:
             return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
-        told = current_call().context.get("classes")
+        told = forward_context().context.get("classes")
         if told is None and len(ids) != self.classes:
             raise MissingContext(
                 f"{len(ids)} texts, but {self.classes} classes: say whose each is: with peftcore.call(model, "

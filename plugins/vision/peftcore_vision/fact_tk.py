@@ -47,7 +47,7 @@ class FactTKOperator(FactOperator):
     def __init__(self, site: FactSite, config: Config, U: Shared, V: Shared, core: Shared) -> None:
         super().__init__(site, config, U, V)
         self.core = core
-        self.P = nn.Parameter(torch.empty(config.rank, site.slices))
+        self.P = nn.Parameter(torch.empty(config.rank, site.count))
         bound = math.sqrt(6 / (config.rank + site.total))  # Xavier's for the columns of all sites together
         nn.init.uniform_(self.P, -bound, bound)
 
@@ -80,4 +80,4 @@ class FactTK(Method):
 
     @staticmethod
     def parameter_count(site: FactSite, config: Config) -> int:
-        return site.slices * config.rank
+        return site.count * config.rank

@@ -65,4 +65,4 @@ class FactTT(Method):
 
     @staticmethod
     def parameter_count(site: FactSite, config: Config) -> int:
-        return site.slices * config.rank**2
+        return site.count * config.rank**2

@@ -123,9 +123,9 @@ def _read_alike(surgeon: Surgeon) -> Iterable[list[Site]]:
 def _joined(surgeon: Surgeon, parts: list[Site]) -> list[Site]:
     """Parts that are all of a fused matrix, as that; else as weights, for other rows would read what goes through."""
     first = parts[0]
-    if first.rows is None:
+    if first.slices is None:
         return parts
-    if sum(part.out_features for part in parts) == replace(first, rows=None).out_features:
+    if sum(part.out_features for part in parts) == replace(first, slices=None).out_features:
         return [replace(surgeon.resolver.site(first.module_path, first.tensor), meta=first.meta)]
     return [replace(part, form="weight") for part in parts]
 

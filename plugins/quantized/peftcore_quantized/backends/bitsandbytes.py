@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from peftcore import hookimpl
 from peftcore.errors import QuantizationError
 from peftcore.injection.quantization import Scheme
-from peftcore.injection.quantized_layer import Packed, packed_layer
+from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of
 from peftcore.layers.layer import Layer
-from peftcore.surgery.forced_attributes import Stance
+from peftcore.surgery.forced_attributes import ForcedAttributes
 
 PEFTCORE_API = 2
 
@@ -47,7 +47,7 @@ def _plain_codes(weight: Any) -> tuple[Tensor, Any]:
 
 
 @dataclass(frozen=True)
-class FourBit(Packed):
+class FourBit(QuantizedLayer):
     """How the core reads and packs `Linear4bit`."""
 
     def unpack(self, module: nn.Module) -> Tensor:
@@ -86,7 +86,7 @@ def _four_bit(weight: Tensor, kind: str, block_size: int, double: bool, storage:
 
 
 @dataclass(frozen=True)
-class EightBit(Packed):
+class EightBit(QuantizedLayer):
     """How the core reads and packs `Linear8bitLt`. It does not remember the dtype that it was packed from."""
 
     def unpack(self, module: nn.Module) -> Tensor:
@@ -128,7 +128,7 @@ class BnbScheme(Scheme):
 class NF4(BnbScheme):
     """4-bit NormalFloat of bitsandbytes."""
 
-    layer: ClassVar[Packed] = FourBit()
+    layer: ClassVar[QuantizedLayer] = FourBit()
     kind: ClassVar[str] = "nf4"
     block_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     """How many weights share a scale."""
@@ -148,7 +148,7 @@ class FP4(NF4):
 class Int8(BnbScheme):
     """LLM.int8: 8-bit integers, one scale a row; inputs are packed too, but for columns with outliers."""
 
-    layer: ClassVar[Packed] = EightBit()
+    layer: ClassVar[QuantizedLayer] = EightBit()
     threshold: NonNegativeFloat = 6.0
     """Columns of the input with a value above this are multiplied in floating point; 0 for none."""
 
@@ -169,9 +169,9 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
     if classes is None:
         return None
     if isinstance(owner, classes.Linear4bit):
-        return packed_layer(module, tensor, NF4.layer) if _is_packed(owner) else None
+        return quantized_layer_of(module, tensor, NF4.layer) if _is_packed(owner) else None
     eight = isinstance(owner, classes.Linear8bitLt) and not owner.state.has_fp16_weights
-    return packed_layer(module, tensor, Int8.layer) if eight else None
+    return quantized_layer_of(module, tensor, Int8.layer) if eight else None
 
 
 def _is_packed(module: Any) -> bool:
@@ -191,12 +191,12 @@ def _may_pack_again(module: Any) -> bool:
 
 
 @functools.cache
-def _held() -> Stance:
-    return Stance({"support_avx512bf16_for_cpu": False}, wanted=_may_pack_again, ready=_unpack_for_gradients)
+def _held() -> ForcedAttributes:
+    return ForcedAttributes({"support_avx512bf16_for_cpu": False}, wanted=_may_pack_again, ready=_unpack_for_gradients)
 
 
 @hookimpl
-def peftcore_stance(cls: type[nn.Module]) -> Stance | None:
+def peftcore_forced_attributes(cls: type[nn.Module]) -> ForcedAttributes | None:
     """Codes stay in the layout that gradients go through."""
     classes = _nn()
     return _held() if classes is not None and issubclass(cls, classes.Linear4bit) else None

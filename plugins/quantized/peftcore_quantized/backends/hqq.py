@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftcore import hookimpl
 from peftcore.errors import QuantizationError
 from peftcore.injection.quantization import Scheme
-from peftcore.injection.quantized_layer import Packed, packed_layer
+from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of
 from peftcore.layers.layer import Layer
 
 PEFTCORE_API = 2
@@ -53,7 +53,7 @@ def _packed(weight: Tensor, config: dict[str, Any]) -> Any:
 
 
 @dataclass(frozen=True)
-class HQQLayer(Packed):
+class HQQLayer(QuantizedLayer):
     """How the core reads and packs `HQQLinear`."""
 
     def unpack(self, module: Any) -> Tensor:
@@ -69,7 +69,7 @@ class HQQLayer(Packed):
 class HQQ8(Scheme):
     """8 bits of HQQ."""
 
-    layer: ClassVar[Packed] = HQQLayer()
+    layer: ClassVar[QuantizedLayer] = HQQLayer()
     requires: ClassVar[tuple[str, ...]] = ("hqq",)
     extra: ClassVar[str] = "peftcore-quantized[hqq]"
     bits: ClassVar[int] = 8
@@ -104,4 +104,6 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
     """What HQQ has packed. Looked up, not imported: without it no module can be one of its own."""
     hqq = sys.modules.get("hqq.core.quantize")
     owner = module.get_submodule(tensor.rpartition(".")[0])
-    return packed_layer(module, tensor, HQQ8.layer) if hqq is not None and isinstance(owner, hqq.HQQLinear) else None
+    return (
+        quantized_layer_of(module, tensor, HQQ8.layer) if hqq is not None and isinstance(owner, hqq.HQQLinear) else None
+    )

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from peftcore import hookimpl
 from peftcore.errors import QuantizationError
 from peftcore.injection.quantization import Scheme
-from peftcore.injection.quantized_layer import Packed, packed_layer
+from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of
 from peftcore.layers.layer import Layer
 
 PEFTCORE_API = 2
@@ -220,7 +220,7 @@ class Int4Linear(PackedLinear):
 
 
 @dataclass(frozen=True)
-class ReferenceLayer(Packed):
+class ReferenceLayer(QuantizedLayer):
     """How the core reads and packs these modules."""
 
     def unpack(self, module: nn.Module) -> Tensor:
@@ -236,7 +236,7 @@ class ReferenceLayer(Packed):
 class Reference(Scheme):
     """The common part of the three."""
 
-    layer: ClassVar[Packed] = ReferenceLayer()
+    layer: ClassVar[QuantizedLayer] = ReferenceLayer()
     kind: ClassVar[type[PackedLinear]]
 
     def module(self, weight: Tensor) -> nn.Module:
@@ -278,4 +278,4 @@ def peftcore_schemes() -> dict[str, str]:
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
     """What is packed by one of these."""
     owner = module.get_submodule(tensor.rpartition(".")[0])
-    return packed_layer(module, tensor, NF4.layer) if isinstance(owner, PackedLinear) else None
+    return quantized_layer_of(module, tensor, NF4.layer) if isinstance(owner, PackedLinear) else None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from peftcore import hookimpl
 from peftcore.errors import MergeError, QuantizationError
 from peftcore.injection.quantization import Scheme
-from peftcore.injection.quantized_layer import Packed, packed_layer
+from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of
 from peftcore.layers.layer import Layer
 
 PEFTCORE_API = 2
@@ -67,7 +67,7 @@ PACKERS: dict[str, Callable[[Any], Any]] = {
 
 
 @dataclass(frozen=True)
-class TorchAOLayer(Packed):
+class TorchAOLayer(QuantizedLayer):
     """How the core reads and packs linear layers whose weight is one of torchao's tensors."""
 
     @property
@@ -92,7 +92,7 @@ class TorchAOLayer(Packed):
 class Int8(Scheme):
     """8-bit integers of torchao, one scale a row."""
 
-    layer: ClassVar[Packed] = TorchAOLayer()
+    layer: ClassVar[QuantizedLayer] = TorchAOLayer()
     requires: ClassVar[tuple[str, ...]] = ("torchao",)
     extra: ClassVar[str] = "peftcore-quantized[torchao]"
 
@@ -136,4 +136,4 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
         return None
     weight = module.get_submodule(path)._parameters.get("weight" if name == "bias" else name)
     ours = isinstance(weight, utils.TorchAOBaseTensor) and weight.dim() == 2
-    return packed_layer(module, tensor, Int8.layer) if ours else None
+    return quantized_layer_of(module, tensor, Int8.layer) if ours else None
