@@ -1,18 +1,26 @@
 """peftcore: a registry of parameter-efficient fine-tuning methods that anyone extends without touching its core."""
 
+from peftcore.algebra import merge_math
 from peftcore.algebra.combining import combine, deltas, to_lora
+from peftcore.algebra.gathering import gather
+from peftcore.authoring.branches import BranchSite, Bypass, branch, is_post_norm
+from peftcore.authoring.parts import OfParts, options_of
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.hookspecs import API, hookimpl
 from peftcore.contract.method import Method, Tags
 from peftcore.contract.operators import (
+    Checked,
     Combiner,
+    Factors,
     Held,
     Operator,
     Replacement,
     Shared,
     WeightOperator,
+    changes_bias,
     full_precision,
+    is_mergeable,
     on_first,
 )
 from peftcore.files.compositions import load_composition, save_composition
@@ -20,19 +28,28 @@ from peftcore.files.save_load import load
 from peftcore.forward.attention import Attend, AttentionOperator
 from peftcore.forward.context import Call, ForwardContext, Tap, current_call, forward_context
 from peftcore.forward.host_state import injections
+from peftcore.forward.routing import OneForward
 from peftcore.forward.save_pretrained import saving_base
+from peftcore.forward.view import with_tensors
 from peftcore.injection.applied import AppliedMethod, HybridPart
 from peftcore.injection.applying import apply, plan
 from peftcore.injection.injection import Injection
-from peftcore.injection.quantization import dequantize, quantize, schemes
+from peftcore.injection.quantization import Scheme, dequantize, quantize, round_trip, scheme, scheme_key, schemes
+from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of
 from peftcore.injection.switching import activate, call, route
 from peftcore.layers.kernels import cast_operands, dropped_linear, matmul_transposed, runs_plain
-from peftcore.layers.layer import Layer
+from peftcore.layers.kinds import Transposed
+from peftcore.layers.layer import Layer, Slices, bias_name
 from peftcore.registry.catalogue import MethodInfo, method, methods, register
+from peftcore.roles import HostEntry, HostMap
+from peftcore.roles.stacks import TokenStack, cache_in
+from peftcore.surgery.forced_attributes import ForcedAttributes
 from peftcore.surgery.planning import Plan
-from peftcore.surgery.surgeon import Surgeon
+from peftcore.surgery.surgeon import Graft, Surgeon
 from peftcore.targets.attention_sites import AttentionSite
+from peftcore.targets.resolver import Resolver
 from peftcore.targets.sequence import SequenceOperator, SequenceSite
+from peftcore.targets.sequence_cache import self_attention_cache
 from peftcore.targets.sites import Site
 from peftcore.training.batches import Batch, Batches
 from peftcore.training.optimizer import GradientRule
@@ -51,36 +68,56 @@ __all__ = [
     "Average",
     "Batch",
     "Batches",
+    "BranchSite",
+    "Bypass",
     "Call",
+    "Checked",
     "Combiner",
+    "Factors",
+    "ForcedAttributes",
     "ForwardContext",
     "Fuse",
     "GradientRule",
+    "Graft",
     "Held",
+    "HostEntry",
+    "HostMap",
     "HybridPart",
     "Injection",
     "Layer",
     "Method",
     "MethodConfig",
     "MethodInfo",
+    "OfParts",
+    "OneForward",
     "Operator",
     "Plan",
+    "QuantizedLayer",
     "Replacement",
+    "Resolver",
+    "Scheme",
     "SequenceOperator",
     "SequenceSite",
     "Shared",
     "Site",
+    "Slices",
     "Split",
     "Stack",
     "Sum",
     "Surgeon",
     "Tags",
     "Tap",
+    "TokenStack",
+    "Transposed",
     "WeightOperator",
     "activate",
     "apply",
+    "bias_name",
+    "branch",
+    "cache_in",
     "call",
     "cast_operands",
+    "changes_bias",
     "combine",
     "current_call",
     "deltas",
@@ -88,21 +125,37 @@ __all__ = [
     "dropped_linear",
     "forward_context",
     "full_precision",
+    "gather",
     "hookimpl",
     "injections",
+    "is_mergeable",
+    "is_post_norm",
     "load",
     "load_composition",
     "matmul_transposed",
+    "merge_math",
     "method",
     "methods",
     "on_first",
+    "options_of",
     "plan",
     "quantize",
+    "quantized_layer_of",
     "register",
+    "round_trip",
     "route",
     "runs_plain",
     "save_composition",
     "saving_base",
+    "scheme",
+    "scheme_key",
     "schemes",
+    "self_attention_cache",
     "to_lora",
+    "with_tensors",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public API: modules that imports leave here are not part of it."""
+    return sorted(__all__)

@@ -17,7 +17,7 @@ from peftcore.algebra import merge_math as algebra
 from peftcore.algebra.merge_math import Sign, cat, linear, padded, product, svd
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
-from peftcore.contract.operators import Factors, _Base, is_mergeable
+from peftcore.contract.operators import Factors, _Base, changes_bias, is_mergeable
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
 from peftcore.files.save_load import fill, load
 from peftcore.forward.host_state import injections
@@ -80,7 +80,7 @@ def changes(injection: Injection) -> dict[str, Change]:
             site, operator = graft.site, graft.operator
             base = _stored(site, now)
             weight = None if base is None else take(site.layer.logical(base), site.slices, site.layer.batch_dims)
-            if type(operator).merged_bias is not _Base.merged_bias:
+            if changes_bias(operator):
                 bias = _bias_change(site, operator, weight, now)
                 if bias is not None and bias.any():
                     _note(found, now, site.at(bias_name(site.tensor)), bias, None)

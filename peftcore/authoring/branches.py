@@ -39,7 +39,12 @@ class BranchSite(Site):
 
 
 class Bypass(Operator):
-    """Adds what `beside` makes of what a branch reads to what the branch returns; features are last in both."""
+    """Adds what `beside` makes of what a branch reads to what the branch returns; features are last in both.
+
+    Raises:
+        UnsupportedSite: there are not as many tokens behind the branch as in front of it.
+        RouteError: what reads first in the branch is not called, so rows of a batch cannot be told apart.
+    """
 
     def __init__(self, site: BranchSite) -> None:
         super().__init__(site)
@@ -94,7 +99,11 @@ class Bypass(Operator):
 
 
 def branch(surgeon: Surgeon, site: Site, *, before_norm: bool = False) -> BranchSite:
-    """A site as the end of a branch; with `before_norm`, its operator also listens at the norms of the block."""
+    """A site as the end of a branch; with `before_norm`, its operator also listens at the norms of the block.
+
+    Raises:
+        UnsupportedSite: nobody knows what reads the input of the branch.
+    """
     host = surgeon.resolver.host
     last = next((entry for entry in host.at(site.module_path) if entry.role in FIRST), None)
     if last is None:  # a matrix says what it reads; a mixture or an attention returns what it reads: the stream's width

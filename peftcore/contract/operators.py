@@ -237,6 +237,11 @@ def is_mergeable(operator: _Base) -> bool:
     return isinstance(operator, WeightOperator) or type(operator).merged is not _Base.merged
 
 
+def changes_bias(operator: _Base) -> bool:
+    """True when the operator changes the bias that goes with its weight."""
+    return type(operator).merged_bias is not _Base.merged_bias
+
+
 def trainable_numbers(operators: Iterable[nn.Module]) -> int:
     """The number of distinct trainable values."""
     seen = {id(p): p.numel() for operator in operators for p in operator.parameters() if p.requires_grad}

@@ -105,6 +105,11 @@ class ForwardContext:
         return self.context[name]
 
     @property
+    def repeating(self) -> bool:
+        """Whether this thread is inside a backward pass, which runs parts of the forward again."""
+        return repeating()
+
+    @property
     def inputs(self) -> Mapping[str, Any]:
         """The host's arguments by the names of its forward; empty where a part of the host was called by itself."""
         if self._model is None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.contract.operators import Held, Operator, WeightOperator, _Base
+from peftcore.contract.operators import Held, Operator, WeightOperator, _Base, changes_bias
 from peftcore.layers.layer import Layer, Slices, bias_name, put, take
 
 
@@ -130,7 +130,7 @@ def effects_of(mounts: Iterable[Mount]) -> dict[str, list[Effect]]:
     effects: dict[str, list[Effect]] = {}
     for mount in mounts:
         earlier = effects.setdefault(mount.tensor, [])
-        if type(mount.operator).merged_bias is not _Base.merged_bias:
+        if changes_bias(mount.operator):
             before = tuple(each.mount for each in earlier)
             effects.setdefault(bias_name(mount.tensor), []).append(Effect(mount, before))
         earlier.append(Effect(mount))

@@ -16,8 +16,14 @@ from peftcore.forward.mount import Mount
 from peftcore.layers.layer import put, take
 
 
-class Once:
-    """A forward that runs once for the same inputs, however many injections of a route ask for its output."""
+class OneForward:
+    """A forward that runs once for the same inputs, however many ask for its output.
+
+    Args:
+        run: the forward.
+        module: the module whose forward it is. Where that has modules inside, other inputs raise a RouteError: they
+            would fill caches more than once.
+    """
 
     def __init__(self, run: Callable[..., Any], module: nn.Module) -> None:
         self.run, self._module = run, module
@@ -51,7 +57,7 @@ class Once:
 class OfSomeRows:
     """A forward of some rows of a batch: those of one forward of all rows, as long as nobody changes what goes in."""
 
-    def __init__(self, whole: Once, x: Tensor, own: Tensor) -> None:
+    def __init__(self, whole: OneForward, x: Tensor, own: Tensor) -> None:
         self._whole, self._x, self._own = whole, x, own
         self.rows = x.index_select(0, own)
 
@@ -62,7 +68,7 @@ class OfSomeRows:
 
 
 def each_its_own(
-    route: Route, x: Tensor, whole: Once, act: Callable[[int, OfSomeRows], Callable[[Tensor], Tensor]]
+    route: Route, x: Tensor, whole: OneForward, act: Callable[[int, OfSomeRows], Callable[[Tensor], Tensor]]
 ) -> Tensor:
     """What a forward of their own makes of the rows of each position of a route, ``[rows, ..., out]``.
 

@@ -24,7 +24,7 @@ from peftcore.forward.attention import attributes
 from peftcore.forward.choice import Route
 from peftcore.forward.plan import ActivationForm, ActivePlan, ModulePlan
 from peftcore.forward.recompute import RecomputedTensors
-from peftcore.forward.routing import OfSomeRows, Once, add_updates, each_its_own, select_rows
+from peftcore.forward.routing import OfSomeRows, OneForward, add_updates, each_its_own, select_rows
 from peftcore.forward.slot import Edits, Slot
 from peftcore.forward.view import view
 from peftcore.layers.fsdp import MANAGED
@@ -58,7 +58,7 @@ def run(
         return _composed(plain, slot, module, planned, args, kwargs)
     inner = _inner(plain, slot, module, planned.acting, route)
     if route is not None:
-        return _by_rows(plain, slot, module, planned, route, Once(inner, module), args, kwargs)
+        return _by_rows(plain, slot, module, planned, route, OneForward(inner, module), args, kwargs)
     return _around(planned.acting, inner, module)(*args, **kwargs)
 
 
@@ -198,7 +198,7 @@ def _by_rows(
     module: nn.Module,
     planned: ModulePlan,
     route: Route,
-    inner: Once,
+    inner: OneForward,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -235,7 +235,7 @@ def _composed(
 ) -> Any:
     """What the branches of a composition compute, put together. Those that only wrap share one base forward."""
     assert planned.composition is not None
-    shared = Once(_inner(plain, slot, module, ActivePlan(attributes=planned.acting.attributes)), module)
+    shared = OneForward(_inner(plain, slot, module, ActivePlan(attributes=planned.acting.attributes)), module)
     outputs: dict[int, Any] = {}
 
     def run(names: tuple[str, ...]) -> Any:

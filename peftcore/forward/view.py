@@ -19,6 +19,16 @@ TORCHS = frozenset(vars(nn.Module()))
 """Attributes that are torch's own."""
 
 
+def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
+    """A stand-in for a module that computes with other tensors in place of some of its own. The module stays as it is.
+
+    Args:
+        module: the module. What injections do at it, the stand-in does not do; what they do inside it, it does.
+        tensors: what stands in place of its parameters, by path below it; gradients go through.
+    """
+    return view(module, tensors)
+
+
 def view(
     module: nn.Module,
     effective: Mapping[str, Tensor | None],

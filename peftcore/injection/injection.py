@@ -26,9 +26,6 @@ from peftcore.surgery.installation import release, uninstall
 from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
 from peftcore.targets.sites import Site
 
-MIXES_ROWS = ("experts", "pos")
-"""Families of roles whose modules see no rows of the batch: chosen tokens, or positions."""
-
 
 class Injection(AppliedMethod):
     """One applied method under a name. Made by `apply` and `load`, found again with `injections(model)`. Once it is
@@ -333,7 +330,7 @@ class Injection(AppliedMethod):
         if not self.method.tags.per_row:
             raise RouteError(f"{self.method.name} acts on the whole batch, so it cannot be routed by rows")
         for site in self.sites:
-            if (site.role or "").partition(".")[0] in MIXES_ROWS or site.role == "embed.pos":
+            if site.mixes_rows:
                 raise RouteError(f"{self.name!r} acts on {site.path}, where rows of the batch cannot be told apart")
 
     def check_combinable(self) -> None:

@@ -42,6 +42,7 @@ class QuantizedLayer(Linear):
     """
 
     called: bool = True
+    """A packed layer computes its linear map and adds its bias, so an adapter may act on activations."""
 
     def unpack(self, module: nn.Module) -> Tensor:
         """The weight ``[out, in]`` as the module's forward uses it: a new dense tensor."""

@@ -26,20 +26,22 @@ class Layout:
 class HostEntry:
     """One module or bare parameter of the host.
 
-    * `path`: of the module, or "module.param" for a bare parameter (3-D experts, `in_proj_weight`).
-    * `module`, `tensor`: the module that owns or reads the weight ("" is the root) and, when the weight is not its
-      plain `weight`, the parameter's name in it. `nn.MultiheadAttention` reads its `out_proj` and never calls it:
-      there `module` is the attention and `tensor` is "out_proj.weight".
-    * `role`: one role of `ROLES`, or "other". A module that is both a block and an attention has two entries.
-    * `stream`: "main", or "context" for the second stream of joint attention.
-    * `tower`: path of the nearest sub-model with blocks of its own, "" when the host has only one.
-    * `block`, `layer`: path of the enclosing block and its index among the blocks of its list.
-    * `layout`: the slices of a fused projection, None when there is nothing fused or the order is not known without a
-      probe.
-    * `called`: False when the weight is known to be read without its module being called.
-    * `reader`: where the module that holds the weight is known never to be called: the nearest one above that is.
-    * `kind`: "container", "linear", "conv", "norm", "table", "experts", "mha", "raw" or "tensor".
-    * `shape`: of the weight; (out, in) for a matrix whatever the storage.
+    Attributes:
+        path: of the module, or "module.param" for a bare parameter (3-D experts, `in_proj_weight`).
+        module: path of the module that owns or reads the weight; "" is the root. `nn.MultiheadAttention` reads its
+            `out_proj` and never calls it: there it is the attention.
+        tensor: the parameter's name in that module, when the weight is not its plain `weight`: "out_proj.weight".
+        role: one role of `ROLES`, or "other". A module that is both a block and an attention has two entries.
+        stream: "main", or "context" for the second stream of joint attention.
+        tower: path of the nearest sub-model with blocks of its own, "" when the host has only one.
+        block: path of the enclosing block.
+        layer: the index of that block among the blocks of its list.
+        layout: the slices of a fused projection, None when there is nothing fused or the order is not known without a
+            probe.
+        called: False when the weight is known to be read without its module being called.
+        reader: where the module that holds the weight is known never to be called: the nearest one above that is.
+        kind: "container", "linear", "conv", "norm", "table", "experts", "mha", "raw" or "tensor".
+        shape: of the weight; (out, in) for a matrix whatever the storage.
     """
 
     path: str

@@ -62,6 +62,7 @@ class HostMap:
     """Roles to places. `derive` makes one, `probe` refines it, `override` corrects it."""
 
     entries: tuple[HostEntry, ...]
+    """What is known of each module and each bare parameter, in the order of the host."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -119,6 +120,9 @@ class HostMap:
         * virtual: "all-linear", every matrix inside blocks that a linear adapter makes sense on; "attn.output" and
           "mlp.output", the places whose output a branch adds to the residual stream; "attn.core" and "cross.core", the
           modules that compute attention.
+
+        Raises:
+            TargetError: the role is a part of a fused weight whose rows nobody knows without a forward.
         """
         if role in VIRTUAL:
             found: Selection = [(entry, None) for entry in VIRTUAL[role](self)]
@@ -151,6 +155,7 @@ class HostMap:
 
     @property
     def has_blocks(self) -> bool:
+        """Whether something repeats along the depth."""
         return "block" in self.by_role
 
     def on_grid(self, block: str) -> bool:
@@ -191,7 +196,11 @@ class HostMap:
         return named
 
     def override(self, roles: Mapping[str, str]) -> HostMap:
-        """The map with corrections, path to role; "other" takes a path out of every role."""
+        """The map with corrections, path to role; "other" takes a path out of every role.
+
+        Raises:
+            TargetError: the host has no such path, or there is no such role.
+        """
         for path, role in roles.items():
             self._check(path, role)
         entries = []

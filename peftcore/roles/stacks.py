@@ -28,10 +28,11 @@ NEED_IDS = frozenset({"per_layer_inputs"})
 
 
 @dataclass(frozen=True)
-class Stack:
-    """One stack, by paths."""
+class TokenStack:
+    """One stack of blocks that takes token ids, by paths."""
 
     path: str
+    """Its own; "" for the host itself."""
     entry: str
     """The module that takes embeddings in the place of ids: the stack itself, or its embeddings (CLIP's text tower)."""
     body: str
@@ -46,6 +47,8 @@ class Stack:
     """The stacks that attend to this one's output."""
     reads: bool = False
     """Whether it attends to the output of another stack."""
+    takes_cache: bool = False
+    """Whether it may be given what earlier tokens left, and so goes on where they end."""
 
     @property
     def role(self) -> str:
@@ -63,7 +66,12 @@ def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def find(modules: Mapping[str, nn.Module], entries: Iterable[HostEntry]) -> list[Stack]:
+def cache_in(given: Mapping[str, Any]) -> Any:
+    """The cache that a module of transformers is given, of its arguments by name; None where it is given none."""
+    return next((given[name] for name in sorted(CACHES) if given.get(name) is not None), None)
+
+
+def find(modules: Mapping[str, nn.Module], entries: Iterable[HostEntry]) -> list[TokenStack]:
     """Every stack of a host, given its modules by path and what is known of them."""
     places: dict[str, list[HostEntry]] = {}
     for entry in entries:
@@ -83,7 +91,7 @@ def find(modules: Mapping[str, nn.Module], entries: Iterable[HostEntry]) -> list
     return _related(stacks, cross)
 
 
-def _related(stacks: list[Stack], cross: list[str]) -> list[Stack]:
+def _related(stacks: list[TokenStack], cross: list[str]) -> list[TokenStack]:
     """Who reads whom: where some stacks have cross-attention and others have not, the first read the others."""
     reading = {stack.path for stack in stacks if _below(cross, stack.path)}
     if len(reading) in (0, len(stacks)):
@@ -92,7 +100,7 @@ def _related(stacks: list[Stack], cross: list[str]) -> list[Stack]:
     return [_joined(stack, stack.path in reading, readers) for stack in stacks]
 
 
-def _joined(stack: Stack, reads: bool, readers: tuple[str, ...]) -> Stack:
+def _joined(stack: TokenStack, reads: bool, readers: tuple[str, ...]) -> TokenStack:
     return replace(stack, readers=() if reads else readers, reads=reads)
 
 
@@ -102,7 +110,7 @@ def _describe(
     tables: set[int],
     blocks: list[str],
     positions: list[HostEntry],
-) -> Stack | None:
+) -> TokenStack | None:
     """The stack at a path; None where embeddings cannot take the place of its ids."""
     module = modules[path]
     embeddings = (
@@ -114,8 +122,19 @@ def _describe(
     entry = _entry(modules, path, table)
     if entry is None:
         return None
-    body, padding = _body(modules, path, blocks), _padding(modules, path, positions)
-    return Stack(path, entry, body, table, _causal(modules, path, blocks), padding)
+    return TokenStack(
+        path,
+        entry,
+        _body(modules, path, blocks),
+        table,
+        _causal(modules, path, blocks),
+        _padding(modules, path, positions),
+        takes_cache=_takes_cache(module),
+    )
+
+
+def _takes_cache(module: nn.Module) -> bool:
+    return not CACHES.isdisjoint(arguments(type(module)))
 
 
 def _causal(modules: Mapping[str, nn.Module], path: str, blocks: list[str]) -> bool:
@@ -123,7 +142,7 @@ def _causal(modules: Mapping[str, nn.Module], path: str, blocks: list[str]) -> b
     tops = {block for block in blocks if _inside(block, path)}
     inside = [module for place, module in modules.items() if not tops.isdisjoint(_from(place))]
     said = {attribute(module, "is_causal") for module in inside} - {None}
-    return True in said or (not said and not CACHES.isdisjoint(arguments(type(modules[path]))))
+    return True in said or (not said and _takes_cache(modules[path]))
 
 
 def _entry(modules: Mapping[str, nn.Module], path: str, table: str) -> str | None:

@@ -22,6 +22,7 @@ from peftcore.contract.operators import Operator, Replacement, Shared, WeightOpe
 from peftcore.errors import CheckpointError, HostMismatch, PluginError, TargetError, UnsupportedSite
 from peftcore.layers.layer import Slices
 from peftcore.registry.plugins import registry
+from peftcore.targets.attention_sites import AttentionSite
 from peftcore.targets.attention_sites import locate as locate_attention
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.targets.sequence import locate as locate_stack
@@ -37,12 +38,14 @@ O = TypeVar("O", bound=_Base)  # noqa: E741
 
 @dataclass(eq=False, slots=True)
 class Graft:
-    """One recorded operator: where it stands and every (module, tensor) that it acts on (several when a tensor is
-    tied)."""
+    """One recorded operator."""
 
     site: Site
+    """Where it stands."""
     operator: _Base
+    """The operator itself."""
     holders: tuple[Site, ...]
+    """Every (module, tensor) that it acts on: several when a tensor is tied."""
     by_method: bool
     """False for modules that the user named in ``train``."""
     part: str = ""
@@ -206,7 +209,11 @@ class Surgeon:
         Raises:
             UnsupportedSite: the module's attention cannot be edited.
         """
-        return self.graft(locate_attention(site, self.resolver), operator, config)
+        return self.graft(self.attention_site(site), operator, config)
+
+    def attention_site(self, site: Site) -> AttentionSite:
+        """The attention at a site, with the sizes of its heads; UnsupportedSite where it cannot be edited."""
+        return locate_attention(site, self.resolver)
 
     def sequence(self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None) -> O:
         """Put ``operator(site, config)``, a `SequenceOperator`, at a stack: its rows go in front of the tokens.

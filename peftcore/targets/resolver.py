@@ -25,6 +25,7 @@ from peftcore.forward.adapter_modules import AdapterModules
 from peftcore.layers.layer import Layer, Slices
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.alike import Structure
+from peftcore.roles.stacks import TokenStack, find
 from peftcore.targets.sites import LayerOf, Site
 
 UNSEEN = (AdapterModules, ScriptModule)
@@ -143,8 +144,16 @@ class Resolver:
                     self._holders.setdefault(id(value), []).append((path, name))
         return self._holders.get(id(tensor), [])
 
+    def token_stacks(self) -> list[TokenStack]:
+        """The stacks of the host: what takes token ids, embeds them and runs blocks."""
+        return find(self.modules, self.host.entries)
+
     def module_site(self, path: str) -> Site:
-        """The site of a whole module or of one parameter by exact path."""
+        """The site of a whole module or of one parameter by exact path.
+
+        Raises:
+            TargetError: there is neither.
+        """
         if path in self.modules:
             return self._whole(path)
         owner, _, tensor = path.rpartition(".")

@@ -25,7 +25,7 @@ from peftcore.contract.operators import Operator
 from peftcore.errors import PluginError, SequenceError, UnsupportedSite
 from peftcore.layers.fsdp import whole
 from peftcore.layers.layer import Layer
-from peftcore.roles.stacks import CACHES, EMBEDS, IDS, MEMORY, Stack, arguments, find
+from peftcore.roles.stacks import CACHES, EMBEDS, IDS, MEMORY, TokenStack, arguments
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sequence_cache import Opened, is_cache, is_filled, opened
 from peftcore.targets.sequence_masks import Front
@@ -41,14 +41,14 @@ KNOWN = frozenset({IDS, EMBEDS, MASK, POSITIONS, STEPS, MEMORY, MEMORY_MASK, *MA
 FORM = "sequence"
 ENTRY, BODY, READER = f"{FORM}.entry", f"{FORM}.body", f"{FORM}.reader"
 
-NOWHERE = Stack("", "", "", "")
+NOWHERE = TokenStack("", "", "", "")
 
 
 @dataclass(frozen=True, eq=False)
 class SequenceSite(Site):
     """A stack; its tensor is the token table, so `out_features` is the width of a row."""
 
-    stack: Stack = NOWHERE
+    stack: TokenStack = NOWHERE
     """What embeds ids and runs blocks, and where it does so."""
     places: tuple[Site, ...] = ()
     """Where the operator stands besides: where embeddings enter, where blocks end, what reads the output."""
@@ -74,7 +74,7 @@ def locate(site: Site, resolver: Resolver) -> SequenceSite:
     Raises:
         UnsupportedSite: no stack is there.
     """
-    stacks = {stack.path: stack for stack in find(resolver.modules, resolver.host.entries)}
+    stacks = {stack.path: stack for stack in resolver.token_stacks()}
     stack = stacks.get(site.module_path)
     if stack is None:
         known = ", ".join(map(repr, stacks)) or "none: it embeds no token ids, or makes more of them than embeddings"

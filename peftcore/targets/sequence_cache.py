@@ -99,8 +99,9 @@ def _rows(own: Any) -> Rows:
     return own.rows if isinstance(own, Marked) else ()
 
 
-def own_part(cache: Any) -> Any:
-    """The part of a cache that grows with the stack's own tokens.
+def self_attention_cache(cache: Any) -> Any:
+    """The part of a cache that grows with a stack's own tokens: of a decoder that also attends to an encoder, that of
+    its self-attention; else the cache itself.
 
     Raises:
         SequenceError: it is no cache of transformers.
@@ -115,7 +116,7 @@ def own_part(cache: Any) -> Any:
 
 
 def _with_own(cache: Any, own: Any) -> Any:
-    if own_part(cache) is cache:
+    if self_attention_cache(cache) is cache:
         return own
     other: Any = object.__new__(type(cache))
     other.__dict__.update(cache.__dict__, self_attention_cache=own)
@@ -140,7 +141,7 @@ def _grow(own: Any, count: int) -> None:
 
 def is_filled(cache: Any) -> bool:
     """Whether a cache holds anything."""
-    own = own_part(cache)
+    own = self_attention_cache(cache)
     if own.layers and all(own.is_linear):
         return bool(own.has_previous_state())
     return int(own.get_seq_length()) > 0
@@ -160,11 +161,11 @@ class Opened:
     @property
     def past(self) -> Any:
         """How much it holds, these rows included: a number, or a tensor in static caches."""
-        return 0 if self.inner is None else own_part(self.inner).get_seq_length()
+        return 0 if self.inner is None else self_attention_cache(self.inner).get_seq_length()
 
     def sizes(self, queries: int, sliding: bool) -> tuple[int, int]:
         """Number and first position of the keys that queries of the layers of one kind will see."""
-        own = own_part(self.inner)
+        own = self_attention_cache(self.inner)
         index = next((index for index, each in enumerate(own.is_sliding) if each == sliding), 0)
         length, offset = own.get_mask_sizes(queries, index)
         return length, offset
@@ -173,24 +174,24 @@ class Opened:
         """After the forward: the user's cache holds the rows now, and says so."""
         if self.given is None or self.held or not is_filled(self.inner):
             return
-        own, inner = own_part(self.given), own_part(self.inner)
+        own, inner = self_attention_cache(self.given), self_attention_cache(self.inner)
         own.__dict__.update(rows=(*_rows(inner), mark), grown=inner.__dict__.get("grown", 0))
         own.__class__ = _marked_class(type(own))
 
     def abandon(self, mark: tuple[str, int]) -> None:
         """After a forward that failed before it filled anything: the room made for the rows is given back."""
-        grew = self.given is not None and not self.held and "grown" in own_part(self.inner).__dict__
+        grew = self.given is not None and not self.held and "grown" in self_attention_cache(self.inner).__dict__
         if grew and not is_filled(self.given):
-            _grow(own_part(self.given), -mark[1])
+            _grow(self_attention_cache(self.given), -mark[1])
 
     def outward(self, found: Any, mark: tuple[str, int]) -> Any:
         """What the user gets for a cache that the stack gives back: the one handed in, or the new one, marked."""
         if found is self.inner:
             return self.given
-        own = own_part(found)
+        own = self_attention_cache(found)
         if self.given is None:
             return _with_own(found, _view(own, (*_rows(own), mark)))
-        return _with_own(found, own_part(self.given)) if own is own_part(self.inner) else found
+        return _with_own(found, self_attention_cache(self.given)) if own is self_attention_cache(self.inner) else found
 
 
 def opened(cache: Any, mark: tuple[str, int]) -> Opened:
@@ -201,7 +202,7 @@ def opened(cache: Any, mark: tuple[str, int]) -> Opened:
     """
     if cache is None:
         return Opened(None, None, held=False)
-    own = own_part(cache)
+    own = self_attention_cache(cache)
     if isinstance(own, Marked):
         if own.rows[-1] != mark:
             raise SequenceError(

@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from peftcore.errors import UnsupportedSite
 from peftcore.forward.slot import effective_weight
 from peftcore.layers.detect import dense_layer
-from peftcore.layers.layer import Layer, Slices
+from peftcore.layers.fsdp import whole
+from peftcore.layers.layer import Layer, Slices, plain_class, take
+from peftcore.roles.stacks import arguments
 
 LayerOf = Callable[[nn.Module, str], Layer]
+MIXES_ROWS = ("experts", "pos")
+"""Families of roles whose modules see no rows of the batch: chosen tokens, or positions."""
 
 
 class _Memory:
@@ -42,7 +46,7 @@ class Site(_Memory):
         role: the role by which it was found, if any.
         rows: the rows of the logical output dimension, for one part of a fused projection.
         form: "activation" where an operator may wrap the module's forward, "weight" where only the tensor can be acted
-            on; "attention" for what acts inside an attention module.
+            on; "attention" for what acts inside an attention module; "sequence" for a stack of tokens.
         layer_of: finds the `layer` of the module's other tensors.
         meta: shapes alone count: while planning.
     """
@@ -78,6 +82,16 @@ class Site(_Memory):
         plain = self.tensor == "weight" or self.form == "activation"
         path = self.module_path if plain else f"{self.module_path}.{self.tensor}".lstrip(".")
         return path if self.slices is None else f"{path}:{self.role or self.slices[0][0]}"
+
+    @property
+    def mixes_rows(self) -> bool:
+        """True where rows of the batch cannot be told apart: among the tokens of experts, and at positions."""
+        return (self.role or "").partition(".")[0] in MIXES_ROWS or self.role == "embed.pos"
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The names of the arguments of the module's forward."""
+        return arguments(plain_class(self.module))
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -168,6 +182,20 @@ class Site(_Memory):
         if not self.layer.has(self.module, self.tensor):
             return self._beside().weight().new_zeros(self.weight_shape)
         return effective_weight(self.module, self.tensor, self.layer, self.slices)
+
+    def base_weight(self) -> Tensor:
+        """The weight as `weight` gives it, but without what injections do to it.
+
+        Raises:
+            UnsupportedSite: nobody here can read it, or there is none.
+        """
+        stored = None if self.meta else self.layer.read(self.module, self.tensor)
+        return self.weight() if stored is None else self.logical(whole(stored))
+
+    def logical(self, stored: Tensor) -> Tensor:
+        """The site's part of a tensor ``[*batch, out, in, *kernel]`` (its rows), given one of the shape in which the
+        module stores the whole, such as its gradient."""
+        return take(self.layer.logical(stored), self.slices, self.layer.batch_dims)
 
     def _beside(self) -> Site:
         """The weight beside a bias that the host does not have."""

@@ -5,7 +5,7 @@
         check()
 
 or, without pytest, ``for result in check_method("mymethod"): print(result)``. Of schemes that pack weights:
-`quantizer_conformance` and `check_quantizer`.
+`quantizer_conformance` and `check_quantizer`. `plugged` tries hooks out without packaging them.
 
 It may import all of peftcore but `comparing` and `cli`. In the order of reading:
 
@@ -15,6 +15,7 @@ It may import all of peftcore but `comparing` and `cli`. In the order of reading
 - `tools`: what several checks use.
 - `probes`: tiny methods and models for one question.
 - `tasks`: what a method has to learn.
+- `plugging`: hooks tried out without packaging them.
 - `compiling`: what a compiler would change.
 - `doors`: `conformance` and `check_method`.
 - `quantizers`: the same frame for schemes that pack weights.
@@ -29,6 +30,7 @@ from peftcore.testing.doors import Result, check_method, conformance
 from peftcore.testing.failures import CheckFailed
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import CHECKS, Case, Check, Host, NotApplicable
+from peftcore.testing.plugging import plugged
 from peftcore.testing.quantizers import QUANTIZER_CHECKS, check_quantizer, quantizer_conformance
 
 for _name in (
@@ -63,5 +65,6 @@ __all__ = [
     "check_method",
     "check_quantizer",
     "conformance",
+    "plugged",
     "quantizer_conformance",
 ]

@@ -19,7 +19,7 @@ from peftcore import activate, call, route
 from peftcore.errors import MergeError, MissingContext, RouteError, UnknownInjection
 from peftcore.forward.choice import Route
 from peftcore.forward.host_state import state_of
-from peftcore.forward.routing import Once, each_its_own
+from peftcore.forward.routing import OneForward, each_its_own
 
 METHODS = [("lora", {}), ("dora", {}), ("ia3", {}), ("houlsby_adapter", {}), ("bitfit", {}), ("ln_tuning", {})]
 
@@ -132,7 +132,7 @@ def test_one_forward_of_all_rows_does_for_all_who_do_not_change_what_goes_in() -
 
     places = (1, -1, 0, 1, 2)
     split = Route(("a", "b", "c"), torch.tensor(places), positions=places)
-    output = each_its_own(split, torch.arange(5.0).view(5, 1), Once(run, nn.Identity()), act)
+    output = each_its_own(split, torch.arange(5.0).view(5, 1), OneForward(run, nn.Identity()), act)
     assert output.flatten().tolist() == [1, 10, 20, 31, 47]
     assert seen == [[0, 1, 2, 3, 4], [4.5]]
 

@@ -8,12 +8,12 @@ from host_zoo import SURVEY, build
 from torch import nn
 
 from peftcore.roles import derive
-from peftcore.roles.stacks import Stack, find
+from peftcore.roles.stacks import TokenStack, find
 
 torch.set_num_threads(1)
 
 
-def stacks_of(model: nn.Module) -> dict[str, Stack]:
+def stacks_of(model: nn.Module) -> dict[str, TokenStack]:
     return {stack.path: stack for stack in find(dict(model.named_modules()), derive(model).entries)}
 
 

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from peftcore import Site, Surgeon
+from peftcore import HostEntry, Site, Surgeon
 from peftcore.errors import UnsupportedSite
-from peftcore.roles import HostEntry
 
 WIDTHS = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out", "ssm.out")
 """Roles of what adds to the stream of a block, so that its rows are as many as the stream is wide."""

@@ -11,7 +11,6 @@ from torch import nn
 
 from peftcore import ForwardContext
 from peftcore.errors import AmbiguousBackward, TrainingError
-from peftcore.forward.context import repeating
 
 
 class Draws(nn.Module):
@@ -41,7 +40,7 @@ class Draws(nn.Module):
             AmbiguousBackward: backward repeats a whole forward, and several could be meant.
         """
         if call not in self.drawn:
-            self.drawn[call] = self._again() if repeating() else self._anew(call)
+            self.drawn[call] = self._again() if call.repeating else self._anew(call)
         return self.drawn[call]
 
     def _anew(self, call: ForwardContext) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.contract.operators import Checked, full_precision
+from peftcore import Checked, full_precision
 
 
 class Intervention(Checked):

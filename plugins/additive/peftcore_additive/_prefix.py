@@ -9,11 +9,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from peftcore import Attend, AttentionOperator, AttentionSite, MethodConfig, Operator, SequenceSite, Site, Surgeon
-from peftcore.contract.operators import Shared
+from peftcore import (
+    Attend,
+    AttentionOperator,
+    AttentionSite,
+    MethodConfig,
+    Operator,
+    SequenceSite,
+    Shared,
+    Site,
+    Surgeon,
+    cache_in,
+)
 from peftcore.errors import UnsupportedSite
-from peftcore.roles.stacks import CACHES, EMBEDS, IDS, arguments
-from peftcore.targets.sequence import FORM, POSITIONS
 
 
 class PrefixConfig(Protocol):
@@ -103,28 +111,28 @@ class Behind(Operator):
     def __init__(self, site: SequenceSite, length: int) -> None:
         super().__init__(site)
         self.length, self.padding = length, site.stack.position_padding
-        self.names = arguments(type(site.module))
-        if POSITIONS not in self.names:
-            raise UnsupportedSite(f"{site.module_path} takes no {POSITIONS}, so its tokens stay where they are")
+        self.names = site.arguments
+        if "position_ids" not in self.names:
+            raise UnsupportedSite(f"{site.module_path} takes no position_ids, so its tokens stay where they are")
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
         """It acts around the stack itself."""
-        return self if form == FORM else _pass
+        return self if form == "sequence" else _pass
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        places, ids = given.get(POSITIONS), given.get(IDS)
+        places, ids = given.get("position_ids"), given.get("input_ids")
         if places is not None:
             places = places + self.length
         elif self.padding is None:
-            tokens = given[EMBEDS] if ids is None else ids
-            cache = next((given[name] for name in CACHES if given.get(name) is not None), None)
+            tokens = given["inputs_embeds"] if ids is None else ids
+            cache = cache_in(given)
             start = self.length + (0 if cache is None else cache.get_seq_length())
             places = torch.arange(tokens.shape[1], device=tokens.device)[None] + start
         elif ids is not None:  # RoBERTa counts what is no padding
             counted = ids != self.padding
             places = (counted.cumsum(1) + self.length) * counted + self.padding
-        return call(**{**given, POSITIONS: places})
+        return call(**{**given, "position_ids": places})
 
 
 def _pass(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

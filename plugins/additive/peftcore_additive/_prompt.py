@@ -9,9 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from peftcore import Site, Surgeon, forward_context
+from peftcore import Site, Surgeon, TokenStack, cache_in, forward_context
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
-from peftcore.roles.stacks import CACHES, Stack, find
 from peftcore_additive._blocks import BlockSite
 
 S = TypeVar("S", bound=Site)
@@ -26,9 +25,9 @@ class Stacks:
     """The stacks of a host: what takes tokens, and runs blocks."""
 
     def __init__(self, surgeon: Surgeon) -> None:
-        self.stacks = find(surgeon.resolver.modules, surgeon.resolver.host.entries)
+        self.stacks = surgeon.resolver.token_stacks()
 
-    def of(self, site: Site) -> Stack | None:
+    def of(self, site: Site) -> TokenStack | None:
         """The stack that a block belongs to; None where it takes no tokens (images)."""
         above = [stack for stack in self.stacks if f"{site.module_path}.".startswith(f"{stack.path}.".lstrip("."))]
         return max(above, key=lambda stack: len(stack.path), default=None)
@@ -119,7 +118,7 @@ class Visible:
     """Which tokens each token sees, for a network beside the host: what is no padding, in causal stacks from the first
     token on up to itself, and itself always."""
 
-    def __init__(self, stack: Stack | None) -> None:
+    def __init__(self, stack: TokenStack | None) -> None:
         self.causal = stack is not None and stack.causal
         self.reads = stack is not None and stack.reads  # then the host's masks may be those of what is read
 
@@ -141,7 +140,7 @@ def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
     Raises:
         SequenceError: the cache does not count tokens.
     """
-    cache = next((given[name] for name in sorted(CACHES) if given.get(name) is not None), None)
+    cache = cache_in(given)
     if cache is None:
         return 0
     if torch.compiler.is_compiling():  # static caches count in tensors, and are compiled for decoding

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore import cache_in, self_attention_cache
 from peftcore.errors import SequenceError
-from peftcore.roles.stacks import CACHES
-from peftcore.targets.sequence_cache import own_part
 
 
 class SideBlock(nn.Module):
@@ -57,12 +56,12 @@ class Ends(torch.autograd.Function):
 def side_layers(given: Mapping[str, Any], stamp: str, count: int, blocks: int) -> list[Any]:
     """The `count` layers of the network with a stamp, made where the cache has none yet; none where a block of a stack
     of so many `blocks` is given no cache (its arguments by name)."""
-    cache = next((given[name] for name in sorted(CACHES) if given.get(name) is not None), None)
+    cache = cache_in(given)
     if cache is None:
         return []
     from transformers.cache_utils import DynamicLayer
 
-    own = own_part(cache)
+    own = self_attention_cache(cache)
     layers = own.layers
     mine = [layer for layer in layers if vars(layer).get("side") == stamp]
     if not mine:

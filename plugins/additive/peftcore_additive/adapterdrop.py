@@ -27,8 +27,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, forward_context
-from peftcore.contract.operators import Shared
+from peftcore import Method, MethodConfig, Shared, Site, Surgeon, Tags, forward_context
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore_additive._blocks import depths
 from peftcore_additive._draws import Draws

@@ -27,8 +27,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, on_first
-from peftcore.contract.operators import Shared
+from peftcore import Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, on_first
 from peftcore.errors import UnsupportedSite
 from peftcore_additive.houlsby_adapter import ACTIVATIONS
 

@@ -28,8 +28,6 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Surgeon, Tags, on_first
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.layers.layer import plain_class
-from peftcore.roles.stacks import arguments
 from peftcore_additive._blocks import BlockSite, block_sites
 from peftcore_additive._intervention import Intervention
 from peftcore_additive._prompt import Prompt, Stacks
@@ -70,7 +68,7 @@ class ReftOperator(Operator):
         super().__init__(site)
         if config.rank > site.width:
             raise UnsupportedSite(f"{site.path} is {site.width} wide, which has no subspace of rank {config.rank}")
-        self.names = arguments(plain_class(site.module))
+        self.names = site.arguments
         self.prompt = Prompt(site.depth, generates, config.prefix_positions, config.suffix_positions)
         ends = {"prefix": config.prefix_positions, "suffix": config.suffix_positions}
         names = ["both"] if config.tied else [name for name, count in ends.items() if count]

@@ -27,11 +27,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, on_first
-from peftcore.contract.operators import Shared
+from peftcore import Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, Tap, on_first
 from peftcore.errors import ConfigError
-from peftcore.layers.layer import plain_class
-from peftcore.roles.stacks import arguments
 from peftcore_additive._blocks import BlockSite, block_sites
 from peftcore_additive._prompt import Stacks, Visible, cached_tokens
 from peftcore_additive._side import Ends, SideBlock, held_by, side_layers
@@ -84,7 +81,7 @@ class LadderOperator(Operator):
 
     def __init__(self, site: BlockSite, taps: Sequence[Tap], visible: Visible, ladder: Ladder | None) -> None:
         super().__init__(site)
-        self.names, self.depth = arguments(plain_class(site.module)), site.depth
+        self.names, self.depth = site.arguments, site.depth
         self.taps, self.visible, self.ladder = taps, visible, ladder
 
     def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -21,8 +21,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, SequenceOperator, SequenceSite, Site, Surgeon, Tags
-from peftcore.contract.operators import full_precision
+from peftcore import Method, MethodConfig, SequenceOperator, SequenceSite, Site, Surgeon, Tags, full_precision
 
 
 class Config(MethodConfig):

@@ -24,8 +24,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Surgeon, Tags
-from peftcore.authoring.branches import BranchSite, Bypass, branch
+from peftcore import BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, branch
 from peftcore_additive.houlsby_adapter import ACTIVATIONS
 
 

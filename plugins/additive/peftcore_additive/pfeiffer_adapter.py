@@ -26,10 +26,8 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags
-from peftcore.authoring.branches import is_post_norm
+from peftcore import HostMap, Method, MethodConfig, Site, Surgeon, Tags, is_post_norm
 from peftcore.errors import UnsupportedSite
-from peftcore.roles import HostMap
 from peftcore_additive._blocks import MIXERS
 from peftcore_additive.houlsby_adapter import BottleneckOperator
 

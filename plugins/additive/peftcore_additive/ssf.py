@@ -18,15 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from copy import copy
 from typing import Literal
 
 import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
-from peftcore.layers.layer import bias_name, plain_class
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, bias_name, with_tensors
 
 
 class Config(MethodConfig):
@@ -83,9 +81,7 @@ def _added(site: Site) -> float:
     weight = site.layer.read(site.module, site.tensor)
     if site.meta or shifts(site) or weight is None or weight.dim() != 1 or weight.is_meta:
         return 0.0
-    norm = copy(site.module)
-    norm.__class__ = plain_class(norm)
-    norm._parameters = {site.tensor: nn.Parameter(torch.zeros_like(weight), requires_grad=False)}
+    norm = with_tensors(site.module, {site.tensor: torch.zeros_like(weight)})
     x = torch.linspace(-1, 1, len(weight) + 1, dtype=weight.dtype, device=weight.device)[None, 1:]
     try:
         return float(norm.forward(x).any())

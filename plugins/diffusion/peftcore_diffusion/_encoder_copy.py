@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore import Operator, Site, Tap
-from peftcore.contract.operators import Shared
-from peftcore.registry.plugins import layer_of
+from peftcore import Operator, Shared, Site, Surgeon, Tap
 
 GIVEN = ("sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs")
 """What the copy gets of the UNet's inputs."""
@@ -40,7 +38,7 @@ class InputsOperator(Operator):
         return call(*args, **kwargs)
 
 
-def encoder_copy(model: Any, widths: tuple[int, ...], channels: int) -> nn.Module:
+def encoder_copy(surgeon: Surgeon, model: Any, widths: tuple[int, ...], channels: int) -> nn.Module:
     """A ControlNet for a UNet, with that one's weights."""
     import diffusers
 
@@ -50,7 +48,7 @@ def encoder_copy(model: Any, widths: tuple[int, ...], channels: int) -> nn.Modul
         conditioning_channels=channels,
         load_weights_from_unet=False,  # that knows no host with other adapters in it
     )
-    own = dict(model.named_modules())
+    own, layer_of = dict(model.named_modules()), surgeon.resolver.layer_of
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
             path, _, tensor = name.rpartition(".")

@@ -6,8 +6,7 @@ import dataclasses
 
 from torch import Tensor, nn
 
-from peftcore import Site, Surgeon, Tap
-from peftcore.contract.operators import Shared
+from peftcore import Shared, Site, Surgeon, Tap
 from peftcore.errors import UnsupportedSite
 
 

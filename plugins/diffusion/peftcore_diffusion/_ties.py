@@ -7,8 +7,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from peftcore import Site, Surgeon
-from peftcore.layers.layer import Layer
+from peftcore import Layer, Site, Surgeon
 
 
 def alike(sites: Iterable[Site]) -> list[list[Site]]:

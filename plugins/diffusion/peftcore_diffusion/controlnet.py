@@ -107,7 +107,7 @@ class ControlNet(Method):
             first = unet not in copies
             if first:
                 module = surgeon.resolver.modules[unet]
-                network = surgeon.own(f"control_{unet}", lambda module=module: encoder_copy(module, *sizes))
+                network = surgeon.own(f"control_{unet}", lambda module=module: encoder_copy(surgeon, module, *sizes))
                 copies[unet] = Copy(network, Tap(kept=True) if unet else None)
                 if unet:
                     at = dataclasses.replace(surgeon.resolver.module_site(unet), meta=site.meta)

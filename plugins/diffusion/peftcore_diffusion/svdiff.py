@@ -26,9 +26,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.layers.fsdp import whole
-from peftcore.layers.layer import Layer, take
+from peftcore import AppliedMethod, Layer, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_diffusion._ties import alike, foremost, stored_as
 
 
@@ -53,7 +51,7 @@ class SVDiffOperator(WeightOperator):
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         self.scale, self.stale = config.scale, False
-        U, S, V = self._decompose(_base(site))
+        U, S, V = self._decompose(site.base_weight())
         for name, tensor in (("U", U), ("S", S), ("V", V)):
             self.register_buffer(name, tensor.contiguous(), persistent=False)
         self.delta = nn.Parameter(torch.zeros(S.shape))  # [*batch, min(out, in * kernel)]
@@ -107,13 +105,6 @@ class SVDiff(Method):
     def parameter_count(site: Site, config: Config) -> int:
         shape = site.weight_shape[site.layer.batch_dims :]
         return math.prod(site.batch) * (min(shape[0], math.prod(shape[1:])) if len(shape) > 1 else 1)
-
-
-def _base(site: Site) -> Tensor:
-    """The weight without what other injections do."""
-    if site.meta or (stored := site.layer.read(site.module, site.tensor)) is None:
-        return site.weight()
-    return take(site.layer.logical(whole(stored)), site.slices, site.layer.batch_dims)
 
 
 def _weights(site: Site) -> Iterator[Site]:

@@ -24,9 +24,8 @@ import torch
 from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Transposed
 from peftcore.errors import UnsupportedSite
-from peftcore.layers.kinds import Transposed
 from peftcore_diffusion._ties import alike, foremost, holders, stored_as
 
 

@@ -19,8 +19,7 @@ from pydantic import Field, field_validator
 from torch import nn
 
 import peftcore
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags
-from peftcore.authoring.parts import OfParts, options_of
+from peftcore import Method, MethodConfig, OfParts, Site, Surgeon, Tags, options_of
 from peftcore.errors import ConfigError
 
 

@@ -27,9 +27,8 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, bias_name
 from peftcore.errors import UnsupportedSite
-from peftcore.layers.layer import bias_name
 
 Matrix = Literal["lora", "vector", "constant", "none"]
 Vector = Literal["vector", "constant", "none"]

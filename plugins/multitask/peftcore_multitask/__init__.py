@@ -1,11 +1,11 @@
 """Multi-task methods of peftcore: skills, routers and compositions that several tasks share."""
 
 from collections.abc import Mapping
-from typing import Any
 
-from peftcore import hookimpl
+from peftcore import gather, hookimpl
 
 PEFTCORE_API = 2
+__all__ = ["PEFTCORE_API", "gather", "peftcore_methods", "peftcore_translations"]
 
 
 @hookimpl
@@ -31,12 +31,3 @@ def peftcore_translations() -> Mapping[str, str]:
         "peft/MULTITASK_PROMPT_TUNING": "peftcore_multitask.interop.peft_multitask_prompt:PeftMultitaskPrompt",
         "peft/POLY": "peftcore_multitask.interop.peft_poly:PeftPoly",
     }
-
-
-def __getattr__(name: str) -> Any:
-    """`gather`, imported when it is asked for: listing methods imports none of them."""
-    if name == "gather":
-        from peftcore_multitask._merging import gather
-
-        return gather
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

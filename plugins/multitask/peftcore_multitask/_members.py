@@ -10,12 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Replacement, Site, Surgeon
-from peftcore.authoring.parts import options_of
-from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.forward.host_state import known
-from peftcore.forward.routing import Once
-from peftcore.surgery.surgeon import Graft
+from peftcore import Graft, OneForward, Replacement, Site, Surgeon, injections, options_of
+from peftcore.errors import ConfigError, UnknownInjection, UnsupportedSite
 
 Members = list[list[nn.Module]]
 """The operators of each adapter at one place; several where an adapter is a hybrid."""
@@ -29,10 +25,12 @@ def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
         UnknownInjection: the host lacks one.
         CompositionError: one does not act on outputs of modules alone.
     """
-    state = known(surgeon.model, names)
+    there = injections(surgeon.model)
+    if unknown := [name for name in names if name not in there]:
+        raise UnknownInjection(f"no injection named {unknown[0]!r}; this host has: {', '.join(there) or 'none'}")
     places: dict[str, list[Site]] = {}
     taken: dict[str, list[Site]] = {}
-    for injection in [state.injections[name] for name in names]:
+    for injection in [there[name] for name in names]:
         injection.check_combinable()
         for graft in injection.grafts:
             if isinstance(graft.operator, Replacement):
@@ -99,7 +97,7 @@ def outputs_of(
     **kwargs: Any,
 ) -> tuple[Any, list[Tensor]]:
     """What the module returns by itself and with each part; no parts where all pass on. They share one forward."""
-    once = Once(call, module)
+    once = OneForward(call, module)
     base = once(*args, **kwargs)
     outputs = []
     for part in parts:

@@ -8,31 +8,33 @@ biases is combined in the same way. What is no change of a weight (a dropout of 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import AppliedMethod, Injection, MethodConfig, Site, Surgeon, WeightOperator
-from peftcore.algebra.combining import established, opened, warn_of_heads
-from peftcore.algebra.merge_math import product
-from peftcore.authoring.parts import OfParts, options_of
-from peftcore.contract.config import validate
-from peftcore.contract.operators import _Base, is_mergeable
+from peftcore import (
+    Graft,
+    MethodConfig,
+    OfParts,
+    Site,
+    Slices,
+    Surgeon,
+    WeightOperator,
+    bias_name,
+    changes_bias,
+    is_mergeable,
+    merge_math,
+    options_of,
+)
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.layers.layer import bias_name
 
-if TYPE_CHECKING:
-    from peftcore.layers.layer import Slices
-    from peftcore.surgery.surgeon import Graft
-
-    Key = tuple[str, str, Slices | None]
-
-Members = dict[int, "Graft"]
+Key = tuple[str, str, Slices | None]
+"""Module, tensor and rows."""
+Members = dict[int, Graft]
 """What stands at one tensor, by number of the part; parts without a site there are left out."""
 
 
@@ -96,7 +98,7 @@ class MergingOperator(WeightOperator):
             return precise(operator.merged(None))
         factors = operator.factors()
         if factors is not None:
-            return product(factors).view(base.shape)
+            return merge_math.product(factors).view(base.shape)
         if self.layers[index] == self.layer:
             new: Tensor = operator.merged(base)
         else:  # a value in the place of the whole tensor is as it is stored
@@ -163,7 +165,7 @@ def _check_apart(groups: Mapping[Key, Members]) -> None:
     held: dict[str, list[tuple[Key, Slices | None]]] = {}
     for key, members in groups.items():
         places = [{_name(each.module_path, each.tensor) for each in graft.holders} for graft in members.values()]
-        biases = {_name(key[0], bias_name(key[1])) for graft in members.values() if _changes_bias(graft.operator)}
+        biases = {_name(key[0], bias_name(key[1])) for graft in members.values() if changes_bias(graft.operator)}
         for name in sorted(biases.union(*places)):
             crossed = any(other != key and _meet(rows, key[2]) for other, rows in held.get(name, ()))
             if crossed or any(place != places[0] for place in places):
@@ -178,56 +180,7 @@ def _name(module: str, tensor: str) -> str:
     return f"{module}.{tensor}".lstrip(".")
 
 
-def _changes_bias(operator: _Base) -> bool:
-    return type(operator).merged_bias is not _Base.merged_bias
-
-
 def _meet(one: Slices | None, other: Slices | None) -> bool:
     if one is None or other is None:
         return True
     return any(start < end and begin < stop for start, stop in one for begin, end in other)
-
-
-@torch.no_grad()
-def gather(
-    model: nn.Module,
-    method: str,
-    sources: Mapping[str | os.PathLike[str], float],
-    *,
-    name: str | None = None,
-    **options: Any,
-) -> Injection:
-    """An injection of `method` whose parts are adapters that exist already, by folder or by name on this host, each
-    with its weight. It is frozen (``trainable()`` lets it train on), and acts in the place of those on the host.
-
-    Args:
-        model: the host.
-        method: a method of parts: "task_arithmetic", "ties_merging", "dare", "adapter_soup".
-        sources: weights by folder or name.
-        name: name of the new injection; the method's by default.
-        options: the method's other options.
-
-    Raises: as `peftcore.load` and `peftcore.apply`; nothing was changed.
-    """
-    kind = peftcore.method(method)
-    with opened(model, sources) as adapters:
-        warn_of_heads(adapters)
-        parts = [each.config.model_dump(mode="json") for each in adapters]
-        found = [(_tensors(each), each.selections, each.wishes.dtype) for each in adapters]
-        instead = [each.name for each in adapters]
-    config = validate(kind.Config, {"parts": parts, "weights": list(sources.values()), **options})
-    selections = {f"{index}/{key}": sites for index, each in enumerate(found) for key, sites in each[1].items()}
-    dtype = functools.reduce(torch.promote_types, (each[2] for each in found))
-    made = established(model, kind, config, name or kind.name, selections, dtype=dtype, instead=instead)
-    for part, (tensors, _, _) in zip(made.parts.values(), found, strict=True):
-        for key, value in _tensors(part).items():
-            value.copy_(tensors[key])
-    return made
-
-
-def _tensors(injection: AppliedMethod) -> dict[str, Tensor]:
-    """The tensors of an injection, or of a part by the names that they would have without it."""
-    ours = [(graft.site.path, graft.operator) for graft in injection.grafts if graft.by_method]
-    shared = [(f"shared:{name}", module) for name, module in injection.shared.items()]
-    modules: Sequence[tuple[str, nn.Module]] = [*ours, *shared]
-    return {f"{path}.{key}": value for path, module in modules for key, value in module.state_dict().items()}

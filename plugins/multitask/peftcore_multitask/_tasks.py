@@ -11,7 +11,6 @@ from torch import Tensor
 
 from peftcore import MethodConfig, Site, forward_context
 from peftcore.errors import ConfigError, MissingContext, RouteError
-from peftcore.injection.injection import MIXES_ROWS
 
 
 class TaskConfig(MethodConfig):
@@ -62,7 +61,7 @@ class Tasks:
 
     def __init__(self, site: Site, config: TaskConfig) -> None:
         self.tasks, self.default, self.path = config.tasks, config.task, site.path
-        self.apart = (site.role or "").partition(".")[0] not in MIXES_ROWS and site.role != "embed.pos"
+        self.apart = not site.mixes_rows
         if self.default is None and task_count(config) == 1:
             self.default = 0
 

@@ -22,12 +22,20 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from peftcore import Method, Operator, Site, Surgeon, Tags, WeightOperator
-from peftcore.algebra.merge_math import linear
-from peftcore.authoring.parts import options_of
-from peftcore.contract.operators import Factors, is_mergeable
+from peftcore import (
+    Factors,
+    Method,
+    Operator,
+    Site,
+    Surgeon,
+    Tags,
+    WeightOperator,
+    is_mergeable,
+    merge_math,
+    options_of,
+    with_tensors,
+)
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.forward.view import view
 from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
 
 
@@ -56,8 +64,8 @@ class _Soup(nn.Module):
     def mean(self) -> Any:
         """Made for each use and shared with nobody: threads do not meet in it."""
         every = [dict(part.named_parameters()) | dict(part.named_buffers()) for part in self.parts.values()]
-        mixed = {name: linear([each[name] for each in every], self.weights) for name in every[0]}
-        return view(self.parts["0"], mixed)
+        mixed = {name: merge_math.linear([each[name] for each in every], self.weights) for name in every[0]}
+        return with_tensors(self.parts["0"], mixed)
 
 
 class SoupOperator(WeightOperator):

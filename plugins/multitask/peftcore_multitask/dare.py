@@ -23,8 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftcore import Method, Site, Surgeon, Tags
-from peftcore.algebra.merge_math import Sign, linear, random_mask, ties
+from peftcore import Method, Site, Surgeon, Tags, merge_math
 from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts
 
 
@@ -40,7 +39,7 @@ class Config(PartsConfig):
     """What the sparse changes go into: their sum, or TIES."""
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """For TIES: the share of each part's values that is kept, of all."""
-    sign: Sign = "total"
+    sign: merge_math.Sign = "total"
     """For TIES: whose sign is elected, that of the sum or that of more parts ("frequency")."""
     scale: float = 1.0
     """The factor s of the merged change."""
@@ -63,7 +62,7 @@ class DAREOperator(MergingOperator):
         if meta:
             return torch.empty(shape, dtype=torch.bool, device="meta")
         generator = torch.Generator().manual_seed(seed)
-        return random_mask(shape, 1 - self.config.drop_rate, generator)
+        return merge_math.random_mask(shape, 1 - self.config.drop_rate, generator)
 
     def _rest(self, index: str, delta: Tensor) -> Tensor:
         mask = self.get_buffer(f"mask_{index}")
@@ -74,8 +73,8 @@ class DAREOperator(MergingOperator):
     def combined(self, deltas: dict[str, Tensor]) -> Tensor:
         rest, weights = [self._rest(*each) for each in deltas.items()], [self.weights[index] for index in deltas]
         if self.config.merge == "ties":
-            return self.config.scale * ties(rest, weights, self.config.density, self.config.sign)
-        return self.config.scale * linear(rest, weights)
+            return self.config.scale * merge_math.ties(rest, weights, self.config.density, self.config.sign)
+        return self.config.scale * merge_math.linear(rest, weights)
 
 
 class DARE(OfMergedParts, Method):

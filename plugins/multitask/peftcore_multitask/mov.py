@@ -26,10 +26,8 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
-from peftcore.contract.operators import full_precision
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, full_precision
 from peftcore.errors import UnsupportedSite
-from peftcore.targets.attention_sites import locate
 
 HEADED = ("attn.k", "attn.v", "cross.k", "cross.v")
 """Roles whose output is a run of heads."""
@@ -104,7 +102,7 @@ def _routed(surgeon: Surgeon, site: Site, config: Config) -> RoutedSite:
 def _head(surgeon: Surgeon, site: Site) -> int:
     try:
         above = surgeon.resolver.module_site(site.module_path.rpartition(".")[0])
-        sizes = locate(above, surgeon.resolver).geometry
+        sizes = surgeon.attention_site(above).geometry
     except UnsupportedSite as error:
         raise UnsupportedSite(f"{site.path}: how wide are its heads? Say it: head=... ({error})") from None
     return sizes.value_dim if site.role in ("attn.v", "cross.v") else sizes.head_dim

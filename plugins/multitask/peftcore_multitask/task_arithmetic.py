@@ -21,9 +21,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from peftcore import Method, Site, Surgeon, Tags
-from peftcore.algebra.merge_math import cat, linear
-from peftcore.contract.operators import Factors
+from peftcore import Factors, Method, Site, Surgeon, Tags, merge_math
 from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts
 
 
@@ -43,13 +41,15 @@ class TaskArithmeticOperator(MergingOperator):
         self.scale = config.scale
 
     def combined(self, deltas: dict[str, Tensor]) -> Tensor:
-        return self.scale * linear(list(deltas.values()), [self.weights[index] for index in deltas])
+        return self.scale * merge_math.linear(list(deltas.values()), [self.weights[index] for index in deltas])
 
     def factors(self) -> Factors | None:
         operators: list[Any] = list(self.parts.values())
         every = [operator.factors() for operator in operators]
         given = [factors for factors in every if factors is not None]
-        return cat(given, [self.scale * w for w in self.weights.values()]) if len(given) == len(every) else None
+        if len(given) < len(every):
+            return None
+        return merge_math.cat(given, [self.scale * weight for weight in self.weights.values()])
 
 
 class TaskArithmetic(OfMergedParts, Method):

@@ -23,8 +23,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftcore import Method, Site, Surgeon, Tags
-from peftcore.algebra.merge_math import Sign, ties
+from peftcore import Method, Site, Surgeon, Tags, merge_math
 from peftcore_multitask._merging import Members, MergingOperator, OfMergedParts, PartsConfig, merge_parts
 
 
@@ -34,7 +33,7 @@ class Config(PartsConfig):
     method: Literal["ties_merging"] = "ties_merging"
     density: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
     """Share of each part's values that is kept."""
-    sign: Sign = "total"
+    sign: merge_math.Sign = "total"
     """Whose sign is elected: that of the sum of values, or that of more parts ("frequency")."""
     scale: float = 1.0
     """The factor s of the merged change."""
@@ -49,7 +48,7 @@ class TIESOperator(MergingOperator):
 
     def combined(self, deltas: dict[str, Tensor]) -> Tensor:
         weights = [self.weights[index] for index in deltas]
-        return self.scale * ties(list(deltas.values()), weights, self.density, self.sign)
+        return self.scale * merge_math.ties(list(deltas.values()), weights, self.density, self.sign)
 
 
 class TIESMerging(OfMergedParts, Method):

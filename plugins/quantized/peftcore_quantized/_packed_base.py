@@ -21,9 +21,8 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MethodConfig, Operator, Site
+from peftcore import MethodConfig, Operator, Site, round_trip, scheme_key
 from peftcore.errors import QuantizationError, UnsupportedSite
-from peftcore.injection.quantization import round_trip, scheme_key
 
 
 class SchemeConfig(MethodConfig):

@@ -26,8 +26,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import Method, MethodConfig, Surgeon, Tags
-from peftcore.authoring.branches import BranchSite, Bypass, branch
+from peftcore import BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, branch
 from peftcore_quantized._binary import in_bits, normal_codes
 
 

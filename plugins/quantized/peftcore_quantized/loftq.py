@@ -24,8 +24,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, Site, Surgeon, Tags
-from peftcore.contract.operators import full_precision
+from peftcore import Method, Site, Surgeon, Tags, full_precision
 from peftcore_quantized._packed_base import (
     Factors,
     PackedBaseOperator,

@@ -18,8 +18,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags
-from peftcore.layers.layer import bias_name
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, bias_name
 
 
 class Config(MethodConfig):

@@ -29,9 +29,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Batches, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore.contract.operators import Checked, Shared
-from peftcore.layers.layer import take
+from peftcore import AppliedMethod, Batches, Checked, Method, MethodConfig, Shared, Site, Surgeon, Tags, WeightOperator
 from peftcore_selective._fisher import squared_gradients
 from peftcore_selective._ties import one_each, tied_to
 
@@ -120,10 +118,7 @@ class FishMask(Method):
         for weight in weights:
             weight.requires_grad_(True)
         fisher = squared_gradients(weights, islice(data, config.samples))
-        parts = [
-            take(site.layer.logical(fisher[weight]), site.slices, site.layer.batch_dims).flatten()
-            for site, weight in zip(sites, weights, strict=True)
-        ]
+        parts = [site.logical(fisher[weight]).flatten() for site, weight in zip(sites, weights, strict=True)]
         index = injection.shared["mask"].get_buffer("index")
         index.copy_(torch.cat(parts).topk(len(index)).indices.sort().values)
 

@@ -23,9 +23,8 @@ import torch
 from pydantic import AfterValidator, Field, NonNegativeInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import Layer, Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
-from peftcore.layers.layer import Layer
 from peftcore_selective._ties import one_each, tied_to
 
 

@@ -12,8 +12,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MethodConfig, Operator, Site, Surgeon
-from peftcore.contract.operators import Shared
+from peftcore import MethodConfig, Operator, Shared, Site, Surgeon
 from peftcore.errors import ConfigError, UnsupportedSite
 
 

@@ -18,12 +18,8 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MethodConfig, Operator, Site, Surgeon
-from peftcore.contract.operators import Shared
+from peftcore import HostEntry, MethodConfig, Operator, Shared, Site, Surgeon
 from peftcore.errors import SequenceError, UnsupportedSite
-from peftcore.layers.layer import plain_class
-from peftcore.roles import HostEntry
-from peftcore.roles.stacks import find
 
 STREAM = ("mlp.down", "experts.down", "attn.out")
 """Roles of what adds to the stream of a block: its rows are as many as the stream is wide."""
@@ -73,7 +69,7 @@ def prompt_sites(surgeon: Surgeon) -> list[PromptSite]:
         found = surgeon.sites([f"re:{re.escape(path)}" for path in blocks])
     else:
         found = surgeon.sites()
-    stacks = [stack.path for stack in find(surgeon.resolver.modules, host.entries)]
+    stacks = [stack.path for stack in surgeon.resolver.token_stacks()]
     for site in found:
         if any(f"{site.module_path}.".startswith(f"{stack}.".lstrip(".")) for stack in stacks):
             raise UnsupportedSite(f"{site.path} goes over tokens of a text; prompt_tuning puts rows in front of those")
@@ -116,7 +112,7 @@ def _obstacles(surgeon: Surgeon, site: Site, inside: list[HostEntry], tower: str
     if any(entry.kind == "conv" for entry in inside):
         yield "lays its tokens on a grid and convolves them"
     for path, module in modules.items():
-        if path.startswith(f"{tower}.".lstrip(".")) and ROTARY.search(plain_class(module).__name__):
+        if path.startswith(f"{tower}.".lstrip(".")) and ROTARY.search(type(module).__name__):
             yield f"gets rotary positions for each of its tokens from {path}"
     for module in modules[site.module_path].modules():
         if isinstance(module, nn.MultiheadAttention) and not module.batch_first:

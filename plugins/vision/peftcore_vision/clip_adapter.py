@@ -20,6 +20,7 @@ Use it with few images a class: only features are touched, so the host's own for
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -30,7 +31,6 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.roles.vocabulary import words
 
 IMAGES = frozenset({"visual", "vision", "image", "images", "img"})
 """How the head of images is called where there is also one of texts."""
@@ -102,7 +102,7 @@ class CLIPAdapter(Method):
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         sites = surgeon.sites()
         if surgeon.wishes.target is None and config.features == "output":
-            sites = [site for site in sites if words(site.module_path) & IMAGES]
+            sites = [site for site in sites if _words(site.module_path) & IMAGES]
             if not sites:
                 raise TargetError(
                     f"this {type(model).__name__} has no projection of images; name in target= what returns their "
@@ -114,6 +114,11 @@ class CLIPAdapter(Method):
     @staticmethod
     def parameter_count(site: FeatureSite, config: Config) -> int:
         return 2 * site.width * (site.width // config.reduction)
+
+
+def _words(path: str) -> set[str]:
+    """The words in a path: ``visual`` and ``projection`` of ``visual_projection``."""
+    return {word.lower() for word in re.findall("[A-Z]?[a-z]+", path)}
 
 
 def _feature_site(surgeon: Surgeon, site: Site, config: Config) -> FeatureSite:

@@ -26,8 +26,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import Method, MethodConfig, Surgeon, Tags, Tap
-from peftcore.authoring.branches import BranchSite, Bypass, branch
+from peftcore import BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, Tap, branch
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import patch_sites
 

@@ -33,7 +33,6 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
 from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
-from peftcore.roles.stacks import CACHES, arguments, find
 
 
 class Config(MethodConfig):
@@ -119,16 +118,13 @@ class CoOp(Method):
     target = ("embed",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        modules = surgeon.resolver.modules
-        stacks = {
-            f"{each.path}.{each.table}".lstrip("."): each for each in find(modules, surgeon.resolver.host.entries)
-        }
+        stacks = {f"{each.path}.{each.table}".lstrip("."): each for each in surgeon.resolver.token_stacks()}
         sites, refused = [], []
         for site in surgeon.sites():
             stack = stacks.get(site.module_path)
             if stack is None:
                 refused.append(f"{site.path} embeds no texts of a tower")
-            elif stack.causal and CACHES.intersection(arguments(type(modules[stack.path]))):
+            elif stack.causal and stack.takes_cache:
                 refused.append(f"{site.path} embeds what a model generates; prompt_tuning is for that")
             else:
                 sites.append(site)

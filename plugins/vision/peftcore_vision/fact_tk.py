@@ -21,8 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore import Method, Surgeon, Tags
-from peftcore.contract.operators import Shared
+from peftcore import Method, Shared, Surgeon, Tags
 from peftcore_vision._fact import FactConfig, FactOperator, FactSite, fact_sites, shared_factors
 
 

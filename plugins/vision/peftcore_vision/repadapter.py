@@ -24,9 +24,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, bias_name
 from peftcore.errors import UnsupportedSite
-from peftcore.layers.layer import bias_name
 
 READERS = {
     "attn": ("attn.q", "attn.k", "attn.v", "attn.kv", "attn.qkv"),

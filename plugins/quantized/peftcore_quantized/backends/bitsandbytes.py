@@ -18,12 +18,8 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import hookimpl
+from peftcore import ForcedAttributes, Layer, QuantizedLayer, Scheme, hookimpl, quantized_layer_of
 from peftcore.errors import QuantizationError
-from peftcore.injection.quantization import Scheme
-from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of
-from peftcore.layers.layer import Layer
-from peftcore.surgery.forced_attributes import ForcedAttributes
 
 PEFTCORE_API = 2
 

@@ -11,11 +11,8 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import hookimpl
+from peftcore import Layer, QuantizedLayer, Scheme, hookimpl, quantized_layer_of
 from peftcore.errors import QuantizationError
-from peftcore.injection.quantization import Scheme
-from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of
-from peftcore.layers.layer import Layer
 
 PEFTCORE_API = 2
 

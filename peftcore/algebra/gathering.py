@@ -1,0 +1,63 @@
+"""Adapters that exist already, as the parts of one: `gather` puts them into a method that is made of methods."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.algebra.combining import Source, established, opened, warn_of_heads
+from peftcore.contract.config import validate
+from peftcore.injection.applied import AppliedMethod
+from peftcore.injection.injection import Injection
+from peftcore.registry.catalogue import method as find_method
+
+
+@torch.no_grad()
+def gather(
+    model: nn.Module,
+    method: str,
+    sources: Mapping[Source, float],
+    *,
+    name: str | None = None,
+    **options: Any,
+) -> Injection:
+    """An injection of `method` whose parts are adapters that exist already, by folder or by name on this host, each
+    with its weight. It is frozen (``trainable()`` lets it train on), and acts in the place of those on the host.
+
+    Args:
+        model: the host.
+        method: a method of parts, which has them and their weights as the options `parts` and `weights`:
+            "task_arithmetic", "ties_merging", "dare", "adapter_soup".
+        sources: weights by folder or name.
+        name: name of the new injection; the method's by default.
+        options: the method's other options.
+
+    Raises:
+        PeftcoreError: as `peftcore.load` and `peftcore.apply` do; nothing was changed.
+    """
+    kind = find_method(method)
+    with opened(model, sources) as adapters:
+        warn_of_heads(adapters)
+        parts = [each.config.model_dump(mode="json") for each in adapters]
+        found = [(_tensors(each), each.selections, each.wishes.dtype) for each in adapters]
+        instead = [each.name for each in adapters]
+    config = validate(kind.Config, {"parts": parts, "weights": list(sources.values()), **options})
+    selections = {f"{index}/{key}": sites for index, each in enumerate(found) for key, sites in each[1].items()}
+    dtype = functools.reduce(torch.promote_types, (each[2] for each in found))
+    made = established(model, kind, config, name or kind.name, selections, dtype=dtype, instead=instead)
+    for part, (tensors, _, _) in zip(made.parts.values(), found, strict=True):
+        for key, value in _tensors(part).items():
+            value.copy_(tensors[key])
+    return made
+
+
+def _tensors(injection: AppliedMethod) -> dict[str, Tensor]:
+    """The tensors of an injection, or of a part by the names that they would have without it."""
+    ours = [(graft.site.path, graft.operator) for graft in injection.grafts if graft.by_method]
+    shared = [(f"shared:{name}", module) for name, module in injection.shared.items()]
+    modules: Sequence[tuple[str, nn.Module]] = [*ours, *shared]
+    return {f"{path}.{key}": value for path, module in modules for key, value in module.state_dict().items()}
