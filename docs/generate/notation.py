@@ -58,7 +58,7 @@ def is_call(statement: ast.stmt) -> bool:
     value = getattr(statement, "value", None)
     while isinstance(value, ast.Attribute):
         value = value.value
-    called = isinstance(statement, ast.Expr) and isinstance(value, ast.ForwardContext)
+    called = isinstance(statement, ast.Expr) and isinstance(value, ast.Call)
     return called and (isinstance(value.func, ast.Attribute) or bool(value.keywords))
 
 

@@ -141,7 +141,7 @@ def example_of(method: type[Method]) -> str:
 
 def options(method: type[Method]) -> dict[str, Any]:
     """The options that the example has."""
-    calls = [node for node in ast.walk(ast.parse(example_of(method))) if isinstance(node, ast.ForwardContext)]
+    calls = [node for node in ast.walk(ast.parse(example_of(method))) if isinstance(node, ast.Call)]
     applying = [call for call in calls if ast.unparse(call.func) == "peftcore.apply"]
     return {each.arg: ast.literal_eval(each.value) for call in applying for each in call.keywords if each.arg}
 

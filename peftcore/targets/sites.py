@@ -44,7 +44,7 @@ class Site(_Memory):
         tensor: path of the tensor below the module; "weight" for most.
         layer: how the module stores the tensor.
         role: the role by which it was found, if any.
-        rows: the rows of the logical output dimension, for one part of a fused projection.
+        slices: the slices of the logical output dimension, for one part of a fused projection.
         form: "activation" where an operator may wrap the module's forward, "weight" where only the tensor can be acted
             on; "attention" for what acts inside an attention module; "sequence" for a stack of tokens.
         layer_of: finds the `layer` of the module's other tensors.

@@ -137,9 +137,9 @@ def raised(function: FunctionType) -> set[str]:
             continue
         seen.append(node)
         for inner in ast.walk(node):
-            if isinstance(inner, ast.Raise) and isinstance(inner.exc, ast.ForwardContext):
+            if isinstance(inner, ast.Raise) and isinstance(inner.exc, ast.Call):
                 found.add(getattr(inner.exc.func, "id", ""))
-            if isinstance(inner, ast.ForwardContext):
+            if isinstance(inner, ast.Call):
                 called = getattr(inner.func, "id", "") or getattr(inner.func, "attr", "")
                 left += (
                     functions.get(called, []) if called.startswith("_") and len(functions.get(called, ())) == 1 else []
