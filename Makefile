@@ -50,7 +50,7 @@ fuzz: export PEFTCORE_FUZZ ?= 200000
 fuzz: export PEFTCORE_FUZZ_SEED ?= 0
 fuzz: export OMP_NUM_THREADS := 1
 fuzz: $(INSTALLED)
-	$(BIN)/python -m pytest --capture=sys tests/interop/test_hostile.py -k whatever
+	$(BIN)/python -m pytest --capture=sys tests/fuzz/test_hostile.py -k whatever
 
 version: $(INSTALLED)
 	$(BIN)/python release/version.py $(VERSION)

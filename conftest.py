@@ -44,7 +44,7 @@ def registered() -> Iterator[None]:
 TOGETHER = (
     "tests/packaging/",
     "tests/cli/test_compare.py",
-    "tests/comparing/test_demo.py",
+    "tests/comparing/comparisons/test_demo.py",
     "tests/torch_interop/test_distributed.py",
     "[it_learns",
 )

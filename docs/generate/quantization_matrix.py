@@ -21,7 +21,7 @@ from peftcore.testing.doors import Declared
 from peftcore.testing.kit import Case, NotApplicable
 
 ROOT = Path(__file__).parents[2]
-HELPERS = [str(ROOT / "tests" / folder) for folder in ("hosts", "kit", "side_by_side")]
+HELPERS = [str(ROOT / "tests" / folder) for folder in ("kit", "side_by_side", "toys")]
 PAGE = ROOT / "docs/quantization.md"
 BEGIN, END = "<!-- matrix: written by docs/generate/quantization_matrix.py -->", "<!-- end of the matrix -->"
 SIGNS = {"yes": "●", "no, as on a dense base": "–", "nothing to train": "–", "acts on no packed weight": "–"}

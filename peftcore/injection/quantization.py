@@ -207,7 +207,8 @@ def _sites(model: nn.Module, target: Target | None, exclude: Target | None) -> I
         found, _ = resolver.sites(nn.Linear, exclude=exclude)
     seen: set[int] = set()
     for site in found:
-        fits = isinstance(site.layer, Linear) and site.layer.called and site.tensor == "weight"
+        linear = isinstance(site.layer, Linear) and not site.layer.one_hot  # a table is looked up, whatever it stores
+        fits = linear and site.layer.called and site.tensor == "weight"
         if not fits and target is not None:
             raise UnsupportedSite(f"{site.path} is no linear layer that is called, so its weight cannot be packed")
         if not fits or site.layer.packed or id(site.module) in seen:

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import interop_hosts
 import pytest
 import torch
 from interop_hosts import METHODS, adapt, encoder, inputs
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import peftcore
 
-HERE = Path(__file__).parent
+HERE = Path(interop_hosts.__file__).parent
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,7 +1,7 @@
 """Prompt tuning: the other implementation with the same prompt, where it stands, how it starts.
 
 (The other implementation is compared in a plain forward: its `generate` gives wrong text with the transformers versions
-that this project is for. What it is compared with there stands in tests/sequence.)"""
+that this project is for. What it is compared with there stands in tests/targets/test_sequence.py.)"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every promise of the conformance kit, for lists of methods; tests/training/test_hybrids.py has more."""
+"""Every promise of the conformance kit, for lists of methods; tests/training/test_optimizer_hybrids.py has more."""
 
 from collections.abc import Callable
 

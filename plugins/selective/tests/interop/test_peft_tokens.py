@@ -1,4 +1,4 @@
-"""Trainable tokens in folders of peft of their own, both ways. (Beside a LoRA: tests/interop/test_peft_lora.py.)"""
+"""Trainable tokens in folders of peft of their own, both ways. (Beside a LoRA: tests/files/formats/test_peft.py.)"""
 
 import json
 from pathlib import Path

@@ -1,0 +1,53 @@
+"""The card beside a saved adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from file_toys import adapted
+from torch import nn
+
+import peftcore
+from peftcore.files.formats.card import CARD, MARK
+
+
+def test_the_card_says_what_it_is(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.config._name_or_path = "someone/tiny-llama"
+    injection = peftcore.apply(model, "lora", rank=4)
+    values = injection.summary().parameters
+    base = sum(each.numel() for each in host_parameters(model))
+    injection.save(tmp_path)
+    card = (tmp_path / CARD).read_text()
+    head, _, body = card.removeprefix("---\n").partition("---\n")
+    assert "base_model: someone/tiny-llama" in head and "library_name: peftcore" in head and "- lora" in head
+    for told in ("`someone/tiny-llama`", "method: lora", "`rank=4`", "2106.09685", f"{values:,} values", f"{base:,}"):
+        assert told in body, told
+    assert f"{values / base:.3%}" in body and MARK in body
+    code = body.partition("```python\n")[2].partition("```")[0]
+    there = code.replace("path of this folder", str(tmp_path))
+    exec(there, {"model": transformers.LlamaForCausalLM(config)})
+
+
+def host_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The base's own."""
+    return [each for name, each in model.named_parameters() if ".peft." not in f".{name}"]
+
+
+def test_a_card_of_the_users_own_is_kept(tmp_path: Path) -> None:
+    injection = adapted()
+    (tmp_path / CARD).write_text("# mine\n")
+    injection.save(tmp_path)
+    assert (tmp_path / CARD).read_text() == "# mine\n"
+    (tmp_path / CARD).write_text(f"an older one\n{MARK}\n")
+    injection.save(tmp_path)
+    assert "method: lora" in (tmp_path / CARD).read_text()
+    (tmp_path / CARD).unlink()
+    (tmp_path / CARD).mkdir()
+    injection.save(tmp_path)
+    assert (tmp_path / CARD).is_dir()

@@ -1,0 +1,145 @@
+"""What an injection tells of itself, and what a plan tells before there is one."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from core_toys import (
+    ALL,
+    Doubling,
+    SharedBases,
+    Shift,
+    Swap,
+    Transformer,
+    irregular,
+    perceptron,
+    snapshot,
+    stir,
+    token_ids,
+    transformer,
+)
+from torch import nn
+
+import peftcore
+from peftcore.errors import (
+    InactiveSite,
+    UnknownInjection,
+)
+
+
+@pytest.mark.parametrize("what", ["replaced", "patched", "ungrafted"])
+def test_check_finds_what_is_no_longer_in_place(what: str) -> None:
+    model = perceptron()
+    injection = peftcore.apply(model, "lora", target=["first", "second"])
+    injection.check()
+    if what == "replaced":
+        model.first = nn.Linear(4, 6)
+    if what == "patched":
+        model.first.forward = functools.partial(nn.Linear.forward, model.first)
+    if what == "ungrafted":
+        model.first.__class__ = nn.Linear
+    with pytest.raises(InactiveSite, match="first") as caught:
+        injection.check()
+    assert "second" not in str(caught.value)
+    assert injection.summary().irregular
+
+
+def test_handle_of_a_removed_injection_refuses() -> None:
+    model = perceptron()
+    injection = peftcore.apply(model, "lora", target="first")
+    injection.remove()
+    peftcore.apply(model, "lora", target="first")  # the name is in use again, by another
+    for act in (
+        injection.remove,
+        injection.merge,
+        injection.unmerge,
+        injection.enabled,
+        injection.trainable,
+        injection.bake,
+    ):
+        with pytest.raises(UnknownInjection):
+            act()
+    with pytest.raises(UnknownInjection), injection.disabled():
+        pass
+    with pytest.raises(UnknownInjection):
+        injection.low_memory = True
+    assert list(peftcore.injections(model)) == ["lora"]
+
+
+def test_base_state_dict_loads_into_an_adapted_host() -> None:
+    fresh = transformer()
+    model = Transformer()
+    injection = peftcore.apply(model, "lora", train=["classifier"])
+    stir(injection)
+    kept = {key: value.clone() for key, value in injection.state_dict().items()}
+    model.load_state_dict(fresh.state_dict())
+    assert all(torch.equal(kept[key], value) for key, value in injection.state_dict().items())
+    with injection.disabled():
+        assert torch.equal(model.eval()(token_ids()), fresh(token_ids()))
+
+
+def test_adapted_state_dict_round_trips_and_is_strict() -> None:
+    models = [transformer() for _ in range(2)]
+    injections = [peftcore.apply(model, "lora", train=["classifier"]) for model in models]
+    stir(injections[0])
+    models[1].load_state_dict(models[0].state_dict())
+    assert torch.equal(models[0](token_ids()), models[1](token_ids()))
+    broken = {key: value for key, value in models[0].state_dict().items() if not key.endswith("q_proj.lora.A")}
+    with pytest.raises(RuntimeError, match=r"q_proj\.lora\.A"):
+        models[1].load_state_dict(broken)
+
+
+TOYS = [Doubling, Shift, Swap, SharedBases]
+
+
+@pytest.mark.parametrize("method", [*ALL, *TOYS], ids=lambda m: m if isinstance(m, str) else m.name)
+@pytest.mark.parametrize("run", ["unused", "trained"])
+def test_remove_restores_everything(method: Any, run: str) -> None:
+    model = irregular()
+    before = snapshot(model)
+    injection = peftcore.apply(model, method, train=["classifier"])
+    assert snapshot(model) != before
+    if run == "trained":
+        optimizer = torch.optim.AdamW(injection.parameters(), lr=0.1)
+        for _ in range(2):
+            model(token_ids()).square().sum().backward()
+            optimizer.step()
+    injection.remove()
+    assert snapshot(model) == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert peftcore.injections(model) == {}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
+def test_several_leave_in_any_order(order: tuple[int, ...]) -> None:
+    model = irregular()
+    before = snapshot(model)
+    injections = [peftcore.apply(model, name) for name in ("lora", "bitfit", "ln_tuning")]
+    for index in order:
+        injections[index].remove()
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("method", ALL)
+def test_base_is_frozen_and_operators_train(method: str) -> None:
+    model = transformer()
+    own = dict(model.named_parameters())
+    injection = peftcore.apply(model, method)
+    assert not any(parameter.requires_grad for parameter in own.values())
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in injection.parameters()} and trained
+    model(token_ids()).square().sum().backward()
+    assert all(parameter.grad is None for parameter in own.values())
+
+
+def test_second_injection_leaves_the_first_as_it_was() -> None:
+    model = transformer()
+    first = peftcore.apply(model, "lora")
+    first.trainable(False)
+    second = peftcore.apply(model, "ia3")
+    assert not any(parameter.requires_grad for parameter in first.parameters())
+    second.remove()
+    assert not any(parameter.requires_grad for parameter in first.parameters())
+    first.trainable(True)
+    assert all(parameter.requires_grad for parameter in first.parameters())

@@ -1,0 +1,253 @@
+"""Everything that comes with a sequence is kept in step with the rows in front, or refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from sequence_toys import LENGTH, Rows, adapt, by_hand, close, host, in_front, ones_in_front, padded, tokens
+
+import peftcore
+from peftcore.errors import NotMergeable, RouteError, SequenceError, UnsupportedSite
+
+
+def test_labels_need_no_change_and_the_loss_counts_what_tokens_predict() -> None:
+    model, _ = host("llama")
+    base, _, rows = adapt(model)
+    ids = tokens()
+    mask = padded(torch.ones_like(ids), right=2)
+    labels = ids.masked_fill(mask == 0, -100)
+    output = model(input_ids=ids, attention_mask=mask, labels=labels)
+    logits = by_hand(base, rows, ids, attention_mask=ones_in_front(mask))
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(output.loss, expected.to(output.loss.dtype), rtol=1e-6, atol=1e-6)
+    embeds = in_front(rows, base.get_input_embeddings()(ids))
+    others = torch.cat([torch.full((2, LENGTH), -100), labels], dim=1)
+    theirs = base(inputs_embeds=embeds, attention_mask=ones_in_front(mask), labels=others).loss
+    assert (theirs - output.loss).abs() > 1e-3  # it counts the first token too, which the last row predicts
+
+
+def test_a_classifier_finds_its_token() -> None:
+    """The last token that is no padding is told from the ids, in the coordinates of the user."""
+    import transformers
+
+    full, _ = host("llama")
+    full.config.num_labels = 4
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(full.config).double().eval()
+    base, _, rows = adapt(model)
+    ids = tokens()
+    mask = padded(torch.ones_like(ids), right=2)
+    ids = ids.masked_fill(mask == 0, 0)
+    embeds = in_front(rows, base.model.embed_tokens(ids))
+    hidden = base.model(inputs_embeds=embeds, attention_mask=ones_in_front(mask)).last_hidden_state
+    expected = base.score(hidden[torch.arange(2), LENGTH + torch.tensor([5, 3])])
+    close(model(input_ids=ids, attention_mask=mask).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "roberta"])
+def test_embeddings_in_the_place_of_ids(name: str) -> None:
+    model, _ = host(name)
+    adapt(model)
+    ids = tokens()
+    embeds = model.get_input_embeddings()(ids)
+    mask = torch.ones_like(ids)
+    close(model(inputs_embeds=embeds, attention_mask=mask).logits, model(input_ids=ids, attention_mask=mask).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_inputs_by_position_and_tuples_back(name: str) -> None:
+    model, _ = host(name)
+    adapt(model)
+    stack = model.model if name == "llama" else model.transformer
+    expected = stack(input_ids=tokens()).last_hidden_state
+    hidden, cache = stack(tokens(), return_dict=False)[:2]
+    assert torch.equal(hidden, expected)
+    assert cache.get_seq_length() == tokens().shape[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "bert"])
+def test_given_positions_are_moved_behind_the_rows(name: str) -> None:
+    model, _ = host(name)
+    base, _, rows = adapt(model)
+    ids = tokens()
+    places = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]])
+    mask = padded(torch.ones_like(ids), left=2)
+    behind = torch.cat([torch.arange(LENGTH).expand(2, -1), places + LENGTH], dim=1)
+    expected = by_hand(base, rows, ids, attention_mask=ones_in_front(mask), position_ids=behind)
+    output = model(input_ids=ids, attention_mask=mask, position_ids=places).logits
+    close(output[mask.bool()], expected[mask.bool()])
+    assert (expected - by_hand(base, rows, ids, attention_mask=ones_in_front(mask))).abs().max() > 1e-4
+
+
+def test_token_types() -> None:
+    model, _ = host("gpt2")
+    base, _, rows = adapt(model)
+    ids, kinds = tokens(), tokens(seed=8)
+    whole = torch.cat([torch.zeros(2, LENGTH, dtype=torch.long), kinds], dim=1)
+    close(model(input_ids=ids, token_type_ids=kinds).logits, by_hand(base, rows, ids, token_type_ids=whole))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "says"),
+    [
+        ("bert", {"attention_mask": torch.ones(2, 1, 6, 6, dtype=torch.bool)}, "shape .2, 1, 6, 6."),
+        ("llama", {"attention_mask": torch.ones(2, 6, 6)}, "shape .2, 6, 6."),
+        ("hybrid", {"attention_mask": {"chunked_attention": None}}, "chunked_attention"),
+        ("llama", {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, "packed"),
+        ("llama", {"cu_seq_lens_q": torch.tensor([0, 3, 6])}, "cu_seq_lens_q"),
+        ("llama", {"per_token": torch.ones(2, 6)}, "per_token"),
+    ],
+)
+def test_what_nobody_can_keep_in_step_is_refused(name: str, given: dict[str, Any], says: str) -> None:
+    model, _ = host(name)
+    adapt(model)
+    with pytest.raises(SequenceError, match=says):
+        model(input_ids=tokens(), **given)
+
+
+def test_encoder_outputs_without_the_rows_are_refused() -> None:
+    model, inputs = host("t5")
+    _, injection, _ = adapt(model)
+    ids = inputs.pop("input_ids")
+    mask = torch.ones_like(ids)
+    with injection.disabled():
+        encoded = model.encoder(input_ids=ids)
+    with pytest.raises(SequenceError, match="not in it"):
+        model(encoder_outputs=encoded, attention_mask=mask, **inputs)
+    again = model(encoder_outputs=model.encoder(input_ids=ids), attention_mask=mask, **inputs).logits
+    close(again, model(input_ids=ids, attention_mask=mask, **inputs).logits)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_outputs_can_be_viewed(name: str) -> None:
+    model, _ = host(name)
+    adapt(model)
+    stack = model.model if name == "llama" else model.bert
+    states = stack(input_ids=tokens(), output_hidden_states=True).hidden_states
+    assert {state.view(-1, 48).shape for state in states} == {torch.Size([12, 48])}
+
+
+def test_attention_weights_are_those_of_the_tokens() -> None:
+    model, _ = host("llama")
+    model.set_attn_implementation("eager")
+    base, _, rows = adapt(model)
+    embeds = in_front(rows, base.get_input_embeddings()(tokens()))
+    ours = model(input_ids=tokens(), output_attentions=True).attentions
+    theirs = base(inputs_embeds=embeds, output_attentions=True).attentions
+    for mine, other in zip(ours, theirs, strict=True):
+        close(mine, other[:, :, LENGTH:])
+        torch.testing.assert_close(mine.sum(-1), torch.ones_like(mine[..., 0]))
+
+
+def test_routers_speak_of_the_tokens() -> None:
+    """The auxiliary loss of a mixture reads the router's logits together with the mask of the user."""
+    model, _ = host("mixtral")
+    base, _, rows = adapt(model)
+    ids = tokens()
+    mask = padded(torch.ones_like(ids), right=2)
+    output = model(input_ids=ids, attention_mask=mask, labels=ids, output_router_logits=True)
+    embeds = in_front(rows, base.get_input_embeddings()(ids))
+    hidden = base.model(inputs_embeds=embeds, attention_mask=ones_in_front(mask), output_router_logits=True)
+    for ours, other in zip(output.router_logits, hidden.router_logits, strict=True):
+        close(ours, other.view(2, LENGTH + 6, -1)[:, LENGTH:].flatten(0, 1))
+    assert torch.isfinite(output.aux_loss)
+
+
+def test_several_edits_stand_in_the_order_of_their_application() -> None:
+    model, _ = host("llama")
+    base, _, first = adapt(model)
+    second = peftcore.apply(model, Rows, name="second", length=2, dtype="float64", seed=3)
+    (other,) = (operator.value for operator in second.operators.values())
+    ids = tokens()
+    mask = padded(torch.ones_like(ids), right=2)
+    rows = torch.cat([first, other])
+    embeds = in_front(rows, base.get_input_embeddings()(ids))
+    expected = base(inputs_embeds=embeds, attention_mask=ones_in_front(mask, 5), use_cache=False).logits[:, 5:]
+    output = model(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    close(output.logits, expected)
+    assert {state.shape[1] for state in output.hidden_states} == {6}
+    for options in ({}, {"cache_implementation": "static"}, {"num_beams": 2}):
+        given = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, **options}
+        uncached = model.generate(ids, use_cache=False, **{**given, "cache_implementation": None})
+        assert torch.equal(model.generate(ids, **given), uncached)
+    with second.disabled():
+        close(model(input_ids=ids).logits, by_hand(base, first, ids))
+
+
+@pytest.mark.parametrize("name", ["bert_cls", "clip", "t5"])
+def test_several_edits_where_stack_and_body_differ(name: str) -> None:
+    model, inputs = host(name)
+    adapt(model)
+    peftcore.apply(model, Rows, name="second", length=2, dtype="float64", seed=3)
+    values = [operator.value for each in peftcore.injections(model).values() for operator in each.operators.values()]
+    alone, _ = host(name)
+    joined = peftcore.apply(alone, Rows, length=LENGTH + 2, dtype="float64")
+    (operator,) = joined.operators.values()
+    operator.value.data.copy_(torch.cat(values))
+    key = "logits_per_image" if name == "clip" else "logits"
+    close(model(**inputs)[key], alone(**inputs)[key])
+    if name == "clip":
+        states = model.text_model(inputs["input_ids"], output_hidden_states=True).hidden_states
+        assert {state.shape[1] for state in states} == {inputs["input_ids"].shape[1]}
+
+
+def test_rows_that_follow_the_input() -> None:
+    model, _ = host("llama")
+    base, _, value = adapt(model, by_input=True)
+    ids = tokens()
+    embeds = base.get_input_embeddings()(ids)
+    rows = value * embeds[:, :1].tanh()
+    expected = base(inputs_embeds=torch.cat([rows, embeds], dim=1)).logits[:, LENGTH:]
+    close(model(input_ids=ids).logits, expected)
+    given = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(model.generate(ids, **given), model.generate(ids, use_cache=False, **given))
+
+
+def test_what_acts_on_the_table_acts_on_the_tokens_too() -> None:
+    model, _ = host("llama")
+    base, _, rows = adapt(model)
+    table = peftcore.apply(model, "lora", target="embed", name="table", dtype="float64")
+    with torch.no_grad():
+        for parameter in table.parameters():
+            parameter.add_(0.1)
+    twin = peftcore.apply(base, "lora", target="embed", name="table", dtype="float64")
+    for mine, other in zip(twin.parameters(), table.parameters(), strict=True):
+        mine.data.copy_(other.data)
+    close(model(input_ids=tokens()).logits, by_hand(base, rows, tokens()))
+
+
+def test_a_table_that_is_exchanged_later() -> None:
+    model, _ = host("llama")
+    base, _, rows = adapt(model)
+    for each in (model, base):
+        torch.manual_seed(0)
+        each.resize_token_embeddings(120, mean_resizing=False)
+    ids = tokens().masked_fill(tokens() == tokens()[0, 0], 110)
+    with torch.no_grad():
+        base.get_input_embeddings().weight.copy_(model.get_input_embeddings().weight)
+        base.lm_head.weight.copy_(model.lm_head.weight)
+    close(model(input_ids=ids).logits, by_hand(base, rows, ids))
+
+
+def test_routes_of_rows_are_refused() -> None:
+    model, _ = host("llama")
+    adapt(model)
+    with pytest.raises(RouteError, match="toy_rows"):
+        peftcore.route(model, ["toy_rows", None])
+
+
+def test_rows_cannot_be_merged() -> None:
+    model, _ = host("llama")
+    _, injection, _ = adapt(model)
+    with pytest.raises(NotMergeable):
+        injection.merge()
+
+
+@pytest.mark.parametrize("target", ["lm_head", "model.layers.0", "model.embed_tokens"])
+def test_only_stacks_take_rows(target: str) -> None:
+    model, _ = host("llama")
+    with pytest.raises(UnsupportedSite, match="no stack of tokens; those of this host are 'model'"):
+        peftcore.apply(model, Rows, target=target)

@@ -1,0 +1,58 @@
+"""``import peftcore`` costs little and brings in nothing that it does not need."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BUDGET = 0.3
+"""Seconds of processor time that ``import peftcore`` may add to ``import torch``; other processes do not count."""
+OPTIONAL = ("transformers", "timm", "diffusers", "accelerate", "peft", "typer", "rich", "matplotlib", "numpy.testing")
+OPTIONAL += ("bitsandbytes", "torchao", "hqq")
+
+SCRIPT = """
+import json, sys, time
+import torch
+before = set(sys.modules)
+start = time.process_time()
+import peftcore
+seconds = time.process_time() - start
+added = sorted(set(sys.modules) - before)
+listed = [info.name for info in peftcore.methods()]
+print(json.dumps({"seconds": seconds, "added": added, "listed": listed, "after": sorted(set(sys.modules) - before)}))
+"""
+
+
+def measure() -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], check=True, capture_output=True, text=True, timeout=120)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def test_import_is_light_and_lists_methods_without_importing_them() -> None:
+    runs = [measure()]
+    while len(runs) < 3 and min(run["seconds"] for run in runs) >= BUDGET:
+        runs.append(measure())  # another process may have had the processor
+    assert min(run["seconds"] for run in runs) < BUDGET
+
+    run = runs[0]
+    assert not [name for name in run["added"] if name.partition(".")[0] in OPTIONAL]
+    unwanted = ("peftcore_", "peftcore.testing", "peftcore.comparing", "peftcore.cli")
+    assert not [name for name in run["added"] if name.startswith(unwanted)]
+    assert {"lora", "dora", "ia3", "houlsby_adapter", "bitfit", "ln_tuning", "linear_probe"} <= set(run["listed"])
+    plugins = {f"peftcore_{folder.parent.name}" for folder in ROOT.glob("plugins/*/pyproject.toml")}
+    after = {name for name in run["after"] if name.partition(".")[0] in plugins}
+    assert {name for name in after if not name.startswith("peftcore_quantized.backends")} == plugins
+    assert not [name for name in run["after"] if name.partition(".")[0] in OPTIONAL]
+
+
+def test_no_module_bears_the_name_of_a_public_function() -> None:
+    """A module imported lazily under the name of a function would take the function's place in the package."""
+    script = """
+import pkgutil, peftcore
+modules = {name for _, name, _ in pkgutil.iter_modules(peftcore.__path__)}
+assert not modules & set(peftcore.__all__), modules & set(peftcore.__all__)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
