@@ -6,33 +6,10 @@ import pytest
 import torch
 from core_toys import (
     perceptron,
-    snapshot,
     stir,
 )
-from torch import nn
 
 import peftcore
-
-
-def test_effective_bias_of_a_missing_slot() -> None:
-    model = perceptron()
-    model.first = nn.Linear(4, 6, bias=False)
-    before, x = snapshot(model), torch.randn(3, 4)
-    injection = peftcore.apply(model, "bitfit", target="first", add_missing_bias=True)
-    (site,) = injection.sites
-    assert site.path == "first.bias" and model.first.bias is None
-    base = nn.functional.linear(x, model.first.weight)
-    assert torch.equal(model.first(x), base)
-    stir(injection, 1.0)
-    moved = base + injection.operators["first.bias"].value
-    assert torch.allclose(model.first(x), moved, atol=1e-6)
-    injection.merge()
-    assert model.first.bias is not None and torch.allclose(model.first(x), moved, atol=1e-6)
-    injection.unmerge()
-    assert model.first.bias is None and list(model.first.state_dict()) == ["weight"]
-    injection.remove()
-    assert snapshot(model) == before
-
 
 BESIDE: dict[str, dict[str, Any]] = {
     "boft": {"block_size": 2, "factors": 1},

@@ -243,27 +243,6 @@ def test_grafted_transformer_equals_its_base_when_fresh() -> None:
     assert torch.allclose(model(token_ids()), base, atol=1e-5)
 
 
-def test_an_input_changed_for_some_rows_of_a_fused_projection_leaves_the_others() -> None:
-    """Queries, keys and values in one matrix: what scales the inputs of queries does nothing to keys and values."""
-    timm = pytest.importorskip("timm")
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, num_heads=2, depth=1, num_classes=3)
-    qkv = model.eval().double().blocks[0].attn.qkv
-    x = torch.randn(2, 5, 24, dtype=torch.float64)
-    before = qkv(x)
-    injection = peftcore.apply(model, "ia3", target="attn.q", scale_inputs=["attn.q"], dtype=torch.float64)
-    gain = next(injection.parameters())
-    with torch.no_grad():
-        gain.normal_(1, 0.1)
-        after = qkv(x)
-        torch.testing.assert_close(after[..., 24:], before[..., 24:], rtol=0, atol=1e-12)
-        torch.testing.assert_close(
-            after[..., :24], torch.nn.functional.linear(x * gain, qkv.weight, qkv.bias)[..., :24]
-        )
-        injection.merge()
-        torch.testing.assert_close(qkv(x), after, rtol=0, atol=1e-12)
-
-
 # sites of other kinds
 def test_attention_with_keyword_only_forward_can_be_a_site() -> None:
     model = transformer()
@@ -274,21 +253,3 @@ def test_attention_with_keyword_only_forward_can_be_a_site() -> None:
         for parameter in injection.parameters():
             parameter.fill_(0.0)
     assert not torch.allclose(model(token_ids()), base, atol=1e-3)
-
-
-def test_effects_on_one_bias_compose_in_order() -> None:
-    """Gains that scale a bias, then a replacement of it: the later one has the last word, merged or not."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    x = torch.randn(5, 3)
-    gains = peftcore.apply(model, "ia3", target=["0"])
-    biases = peftcore.apply(model, "bitfit", target=["0"])
-    with torch.no_grad():
-        for parameter in (*gains.parameters(), *biases.parameters()):
-            parameter.add_(torch.randn_like(parameter))
-    gain, bias = (next(each.parameters()).detach() for each in (gains, biases))
-    expected = model[1](gain * (x @ model[0].weight.T) + bias)
-    torch.testing.assert_close(model(x), expected)
-    gains.merge()
-    biases.merge()
-    torch.testing.assert_close(model(x), expected)

@@ -64,6 +64,7 @@ def test_injections_stay_active() -> None:
     [
         ({"target": "nowhere"}, TargetError),
         ({"target": "embed_tokens"}, UnsupportedSite),
+        ({"target": "layers.0.attn_norm"}, UnsupportedSite),
         ({"exclude": "*"}, TargetError),
     ],
 )

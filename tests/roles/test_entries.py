@@ -9,11 +9,11 @@ from peftcore.roles import HostEntry, Layout
 LAYOUT = Layout((("q", ((0, 4),)), ("k", ((4, 6), (8, 10)))))
 
 
-def test_a_layout_tells_the_rows_of_a_part() -> None:
+def test_a_layout_tells_the_slices_of_a_part() -> None:
     assert LAYOUT.names == ("q", "k")
-    assert LAYOUT.rows("k") == ((4, 6), (8, 10))
+    assert LAYOUT.slices("k") == ((4, 6), (8, 10))
     with pytest.raises(KeyError):
-        LAYOUT.rows("v")
+        LAYOUT.slices("v")
 
 
 @pytest.mark.parametrize(("shape", "rows"), [((6, 4), 6), ((3, 6, 4), 6), ((6,), 0), ((), 0)])

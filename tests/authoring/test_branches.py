@@ -1,0 +1,112 @@
+"""Where a branch of a block begins and ends, and what is read at its beginning comes to its end."""
+
+from typing import Any, Literal
+
+import pytest
+import torch
+from core_toys import token_ids, transformer
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import Method, MethodConfig, Tags
+from peftcore.authoring.branches import BranchSite, Bypass, branch, is_post_norm
+from peftcore.errors import UnsupportedSite
+from peftcore.registry.plugins import layer_of
+from peftcore.roles import derive
+from peftcore.targets.resolver import Resolver
+
+X = torch.linspace(-1, 1, 2 * 5 * 8).view(2, 5, 8)
+
+
+class Config(MethodConfig):
+    """Options of the toy."""
+
+    method: Literal["toy_bypass"] = "toy_bypass"
+    stream: bool = False
+    """Whether it reads in front of the norm."""
+
+
+class Seen(Bypass):
+    """Adds a gain times what the branch reads."""
+
+    def __init__(self, site: BranchSite, config: Config) -> None:
+        super().__init__(site)
+        self.gain = nn.Parameter(torch.ones(site.width))
+
+    def beside(self, x: Tensor) -> Tensor:
+        return x * self.gain
+
+
+class Beside(Method):
+    name = "toy_bypass"
+    Config = Config
+    tags = Tags(category="additive", paper="none", identity_at_init=False)
+    target = "mlp.down"
+
+    def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:
+        for site in surgeon.sites():
+            place = branch(surgeon, site, before_norm=config.stream)
+            surgeon.graft(place, Seen, config, place.places)
+
+    @staticmethod
+    def parameter_count(site: Any, config: Any) -> int:
+        return site.width
+
+
+def watched(layer: nn.Module, block: str, norm: str) -> dict[str, Tensor]:
+    """What will go into the norm in front of a block, and in and out of the block."""
+    seen: dict[str, Tensor] = {}
+
+    def note(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        seen.update(read=(*args, *kwargs.values())[0], returned=output)
+
+    layer.get_submodule(norm).register_forward_hook(lambda module, args, output: seen.update(stream=args[0]))
+    layer.get_submodule(block).register_forward_hook(note, with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("target", "block", "norm"), [("mlp.down", "mlp", "mlp_norm"), ("attn.out", "self_attn", "attn_norm")]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_branch_reads_is_added_to_what_it_returns(target: str, block: str, norm: str, stream: bool) -> None:
+    host, twin = transformer(1), transformer(1)
+    injection = peftcore.apply(host, Beside, target=target, stream=stream)
+    assert [operator.gain.numel() for operator in injection.operators.values()] == [8]
+    adapted, bare = (watched(each.layers[0], block, norm) for each in (host, twin))
+    host(token_ids()), twin(token_ids())
+    assert torch.equal(adapted["read"], bare["read"])
+    added = adapted["stream" if stream else "read"]
+    torch.testing.assert_close(adapted["returned"], bare["returned"] + added)
+
+
+def test_a_module_that_ends_no_branch_is_one_by_itself() -> None:
+    host, twin = transformer(), transformer()
+    peftcore.apply(host, Beside, target="layers.0.self_attn.q_proj")
+    q_proj = twin.layers[0].self_attn.q_proj
+    torch.testing.assert_close(host.layers[0].self_attn.q_proj(X), q_proj(X) + X)
+
+
+def test_what_cannot_go_past_is_refused() -> None:
+    with pytest.raises(UnsupportedSite, match="as many tokens"):
+        peftcore.apply(transformer(), Beside, target="embed_tokens")
+    host = transformer()
+    peftcore.apply(host, Beside, target="classifier")
+    with pytest.raises(UnsupportedSite, match="nothing can go past it"):
+        host(token_ids())
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_torchs_layers_say_where_their_norms_stand(first: bool) -> None:
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(8, 2, 16, norm_first=first), 2, enable_nested_tensor=False
+    )
+    resolver = Resolver(encoder, derive(encoder), layer_of)
+    assert is_post_norm(resolver, "layers.0") is not first
+
+
+def test_a_norm_behind_the_blocks_tells_that_theirs_stand_in_front() -> None:
+    model, bare = transformer(), transformer()
+    bare.norm = nn.Identity()
+    for host, expected in ((model, False), (bare, True)):
+        assert is_post_norm(Resolver(host, derive(host), layer_of), "layers.0") is expected

@@ -1,0 +1,67 @@
+"""One operator at one site: what it does to a tensor, to a missing one, to some rows, and in which order."""
+
+import pytest
+import torch
+from core_toys import perceptron, snapshot, stir
+from torch import nn
+
+import peftcore
+
+
+def test_effective_bias_of_a_missing_slot() -> None:
+    model = perceptron()
+    model.first = nn.Linear(4, 6, bias=False)
+    before, x = snapshot(model), torch.randn(3, 4)
+    injection = peftcore.apply(model, "bitfit", target="first", add_missing_bias=True)
+    (site,) = injection.sites
+    assert site.path == "first.bias" and model.first.bias is None
+    base = nn.functional.linear(x, model.first.weight)
+    assert torch.equal(model.first(x), base)
+    stir(injection, 1.0)
+    moved = base + injection.operators["first.bias"].value
+    assert torch.allclose(model.first(x), moved, atol=1e-6)
+    injection.merge()
+    assert model.first.bias is not None and torch.allclose(model.first(x), moved, atol=1e-6)
+    injection.unmerge()
+    assert model.first.bias is None and list(model.first.state_dict()) == ["weight"]
+    injection.remove()
+    assert snapshot(model) == before
+
+
+def test_an_input_changed_for_some_rows_of_a_fused_projection_leaves_the_others() -> None:
+    """Queries, keys and values in one matrix: what scales the inputs of queries does nothing to keys and values."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=24, num_heads=2, depth=1, num_classes=3)
+    qkv = model.eval().double().blocks[0].attn.qkv
+    x = torch.randn(2, 5, 24, dtype=torch.float64)
+    before = qkv(x)
+    injection = peftcore.apply(model, "ia3", target="attn.q", scale_inputs=["attn.q"], dtype=torch.float64)
+    gain = next(injection.parameters())
+    with torch.no_grad():
+        gain.normal_(1, 0.1)
+        after = qkv(x)
+        torch.testing.assert_close(after[..., 24:], before[..., 24:], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            after[..., :24], torch.nn.functional.linear(x * gain, qkv.weight, qkv.bias)[..., :24]
+        )
+        injection.merge()
+        torch.testing.assert_close(qkv(x), after, rtol=0, atol=1e-12)
+
+
+def test_effects_on_one_bias_compose_in_order() -> None:
+    """Gains that scale a bias, then a replacement of it: the later one has the last word, merged or not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    x = torch.randn(5, 3)
+    gains = peftcore.apply(model, "ia3", target=["0"])
+    biases = peftcore.apply(model, "bitfit", target=["0"])
+    with torch.no_grad():
+        for parameter in (*gains.parameters(), *biases.parameters()):
+            parameter.add_(torch.randn_like(parameter))
+    gain, bias = (next(each.parameters()).detach() for each in (gains, biases))
+    expected = model[1](gain * (x @ model[0].weight.T) + bias)
+    torch.testing.assert_close(model(x), expected)
+    gains.merge()
+    biases.merge()
+    torch.testing.assert_close(model(x), expected)
