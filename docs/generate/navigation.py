@@ -11,7 +11,7 @@ from links import ROOT, copies
 
 SECTIONS = {
     "Use": (
-        *("start", "concepts", "choose", "training", "quantization", "serving"),
+        *("start", "concepts", "roles", "choose", "training", "quantization", "serving"),
         *("files", "moving-from-peft", "performance"),
     ),
     "Extend": ("write-a-method", "hooks", "upgrade"),

@@ -1,6 +1,7 @@
 """What each part of a model is: `derive` reads a model, `HostMap` answers by role, `probe` refines with one forward.
 
-It may import `layers`, and what is below. In the order of reading:
+What derives a map goes by the rules R1 to R14 of `docs/roles.md`. The package may import `layers`, and what is below.
+In the order of reading:
 
 - `vocabulary`: the roles, and the names by which rules know them.
 - `entries`: what one module or bare parameter is.

@@ -1,4 +1,4 @@
-"""Which modules are the blocks that repeat along the depth of a host (rule R8)."""
+"""Which modules are the blocks that repeat along the depth of a host: rule R8 of `docs/roles.md`."""
 
 from __future__ import annotations
 

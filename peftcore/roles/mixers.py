@@ -1,4 +1,7 @@
-"""Which modules mix tokens, attention or state space, and what each of their matrices is (rules R3 to R7, R11)."""
+"""Which modules mix tokens, attention or state space, and what each of their matrices is.
+
+Rules R3 to R7 of `docs/roles.md`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Feed-forward branches: up and down matrices, gates, stacks of experts and their router (rules R9 to R11)."""
+"""Feed-forward branches: up and down matrices, gates, stacks of experts and their router.
+
+Rules R9 to R11 of `docs/roles.md`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is neither mixer nor feed-forward: embeddings, norms, patches, modulation, convolutions, heads (R12 to R14)."""
+"""What is neither mixer nor feed-forward: embeddings, norms, patches, modulation, convolutions, heads.
+
+Rules R12 to R14 of `docs/roles.md`.
+"""
 
 from __future__ import annotations
 

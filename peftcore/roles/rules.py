@@ -1,4 +1,7 @@
-"""From a model to its host map, by the static rules: no forward, no weights touched, one walk."""
+"""From a model to its host map, by the static rules: no forward, no weights touched, one walk.
+
+`docs/roles.md` has the rules, R1 to R14, in words.
+"""
 
 from __future__ import annotations
 

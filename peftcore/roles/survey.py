@@ -35,7 +35,7 @@ NODES = 3
 
 
 class Kind(Enum):
-    """What a node is, told by the rank of its parameters (rule R1)."""
+    """What a node is, told by the rank of its parameters: rule R1 of `docs/roles.md`."""
 
     CONTAINER = "container"  # no parameter of its own
     LINEAR = "linear"  # a matrix: 2-D weight, or a bare q, k, v, o parameter

@@ -266,7 +266,7 @@ class Check:
 
 
 CHECKS: list[Check] = []
-"""Every check, in the order of ``conformance.md``."""
+"""Every check, in the order in which they are filed."""
 
 
 def check(
