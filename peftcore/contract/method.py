@@ -71,7 +71,8 @@ class Tags:
 
 
 class Method(ABC):
-    """A method. Subclasses are final: variants are options only where the paper's own code has them as options.
+    """A method. Subclasses are final: a variant is an option where the paper's own code has it as one, or where it
+    changes only the start, the data or the schedule.
 
     What its functions get as `injection` is an `Injection`, or a `HybridPart` where the method is a part of a hybrid:
     an `AppliedMethod`, which is what both have.
