@@ -95,7 +95,7 @@ def pages() -> Iterable[Path]:
 
 
 def imports(text: str, prose: bool) -> set[str]:
-    """The import statements of ours in a text, one for each name; in `prose` also ``peftcore.module.Name``."""
+    """The import statements of ours in a text, one for each name; in `prose` also dotted names in backticks."""
     found = {f"import {module}" for module in IMPORT.findall(text)}
     for module, several, few in FROM.findall(text):
         names = (each.partition(" as ")[0].strip() for each in re.sub("#.*", "", several or few).split(","))
