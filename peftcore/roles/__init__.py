@@ -1,7 +1,7 @@
 """What each part of a model is: `derive` reads a model, `HostMap` answers by role, `probe` refines with one forward.
 
-What derives a map goes by the rules R1 to R14 of `docs/roles.md`. The package may import `layers`, and what is below.
-In the order of reading:
+It may import `layers`, and what is below. The rules by which a map is derived, R1 to R14, are in `docs/roles.md`. In
+the order of reading:
 
 - `vocabulary`: the roles, and the names by which rules know them.
 - `entries`: what one module or bare parameter is.
