@@ -195,5 +195,5 @@ def test_the_table_fits_a_terminal_of_80_columns(encoder, csv_file, tmp_path):
         app, [*arguments, "--steps", "2", "--out", str(tmp_path / "out")], env={"COLUMNS": "80", "TERM": "dumb"}
     )
     assert result.exit_code == 0, result.output
-    assert "lora" in result.stdout and "100.00%" in result.stdout and "Majority class" in result.stdout
+    assert "lora" in result.stdout and "100.00%" in result.stdout and "Majority baseline" in result.stdout
     assert "…" not in result.stdout, "a cell was cut"

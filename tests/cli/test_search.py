@@ -41,7 +41,7 @@ def test_only_what_is_within_the_budget_is_trained(finished):
     assert json.loads((out / "search.json").read_text()) == found
     assert len(trials(found, "trained")) == 4
     assert all(each["trainable"] <= BUDGET for each in trials(found, "trained"))
-    assert set(found["left_out"]) == {"bitfit"} and "trainable values" in found["left_out"]["bitfit"]
+    assert set(found["left_out"]) == {"bitfit"} and "trainable parameters" in found["left_out"]["bitfit"]
     assert all(str(BUDGET) in each["reason"] for each in trials(found, "skipped"))
     assert len(list((out / "search" / "runs").iterdir())) == 4 + 1, "one run a trial, and another seed of the best"
 
@@ -108,12 +108,12 @@ def test_a_worker_adds_to_the_study_and_leaves_the_pick_to_others(file, instant)
         ("methods={lora: {rank: {low: 8, high: 2}}}", "low must be below high"),
         ("methods={lroa: {}}", "did you mean"),
         ("budget=20", "nothing fits: the smallest candidate is lora rank=1 target=attn.q depth=0.5: 66 trainable"),
-        ("budget=lots", "write a number of trainable values"),
+        ("budget=lots", "write a number of trainable parameters"),
         ("storage=nowhere/study.log", "storage=nowhere/study.log: cannot be used"),
         ("storage=texts.csv", "storage=texts.csv: cannot be used"),
         ("storage=sqlite:////nowhere/study.db", "cannot be used"),
         ("start=[{name: lora, rank: 3}]", "start: lora with rank=3 is not in the space"),
-        ("quantize=nf4", "memory is not counted for packed bases"),
+        ("quantize=nf4", "memory is not counted for quantized models"),
     ],
 )
 def test_bad_input_is_one_message(file, instant, change, message):

@@ -64,12 +64,12 @@ def show_description(about: Description, console: Console) -> None:
         "format": data["format"],
         "method": _method(about),
         "options": ", ".join(f"{key}={shown(value)}" for key, value in about.options.items() if value not in OFF),
-        "base": about.base or "the file does not say",
+        "base model": about.base or "the file does not say",
         "made on": data["host"],
         "parts": ", ".join(about.parts),
-        "sites": _sites(about.sites),
+        "target modules": _sites(about.sites),
         "trained along": ", ".join(about.trained),
-        "values": f"{about.values:,} in {len(data['tensors']):,} tensors, {decimal(about.bytes)}",
+        "parameters": f"{about.values:,} in {len(data['tensors']):,} tensors, {decimal(about.bytes)}",
         "files": ", ".join(f"{file['path']} ({decimal(file['bytes'])})" for file in data["files"]),
         "problem": about.problem,
     }
@@ -101,14 +101,14 @@ def show_merged(out: Path, merged: Sequence[Merged], console: Console) -> None:
          f"{len(each.report.dense):,}")
         for each in merged
     ]  # fmt: skip
-    _show_rows(console, ("adapter", "method", "weight", "sites", "tensors written", "made dense"), rows)
+    _show_rows(console, ("adapter", "method", "weight", "target modules", "tensors written", "dequantized"), rows)
     errors = [
         (path, f"{error.error:.3g}", f"{error.lost:.3g}")
         for each in merged
         for path, error in sorted(each.report.repacked.items(), key=lambda item: -item[1].error)
     ]
     if errors:
-        _show_rows(console, ("packed again", "error", "of the change"), errors)
+        _show_rows(console, ("quantized again", "error", "of the update"), errors)
     console.print(plain(f"merged model: {out}"))
 
 
@@ -129,7 +129,7 @@ def converted_data(done: Converted) -> dict[str, Any]:
 
 def show_converted(done: Converted, console: Console) -> None:
     facts = {
-        "adapter": f"{done.method}, {done.sites:,} sites, {done.values:,} values",
+        "adapter": f"{done.method}, {done.sites:,} target modules, {done.values:,} parameters",
         "from": done.was,
         "to": done.now,
         "model": f"{done.model} ({'its weights were loaded' if done.weights else 'its weights were not needed'})",
@@ -154,10 +154,10 @@ def exported_data(done: Exported) -> dict[str, Any]:
 
 def show_exported(done: Exported, console: Console) -> None:
     worst = sorted(done.errors.items(), key=lambda item: -item[1])
-    _show_rows(console, ("site", "error"), [(path, f"{error:.3g}") for path, error in worst])
+    _show_rows(console, ("target module", "error"), [(path, f"{error:.3g}") for path, error in worst])
     facts = {
-        "lora": f"rank {done.rank} of {done.method}, {len(done.errors):,} sites, {done.values:,} values",
-        "largest error": f"{worst[0][1]:.3g} of the change",
+        "lora": f"rank {done.rank} of {done.method}, {len(done.errors):,} target modules, {done.values:,} parameters",
+        "largest error": f"{worst[0][1]:.3g} of the update",
         "files": ", ".join(done.files),
     }
     console.print(_facts(facts))

@@ -28,13 +28,13 @@ Adapter = Annotated[str, typer.Argument(help="Folder or file of an adapter, in a
 Model = Annotated[Path, typer.Argument(help="Folder of a model of transformers, diffusers or timm, or of a pipeline.")]
 OutFolder = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
-ModelClass = Annotated[str | None, typer.Option(help="Class of transformers, for a head that the folder has not.")]
-Component = Annotated[str | None, typer.Option(help="Which model of a pipeline; found out when only one fits.")]
+ModelClass = Annotated[str | None, typer.Option(help="Class of transformers, if the folder has no head.")]
+Component = Annotated[str | None, typer.Option(help="Which model of a pipeline; not needed if only one fits.")]
 
 
 @app.command()
 def inspect(adapter: Adapter, json: Json = False) -> None:
-    """Say what an adapter file is, without any model: format, method, options, base, sites, tensors."""
+    """Describe an adapter file, without any model: format, method, options, base model, target modules, tensors."""
     with _at_work():
         from rich.console import Console
 
@@ -54,16 +54,20 @@ def merge(
     adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER", help="Adapters, merged in this order.")],
     out: OutFolder,
     into: Annotated[
-        Into, typer.Option(help="Of a packed model: a dense one, or one packed in the same way.")
+        Into, typer.Option(help="What a quantized model becomes: a floating point one, or quantized as it was.")
     ] = Into.float,
-    weights: Annotated[str | None, typer.Option(help="How much of each, separated by commas: 0.7,0.3.")] = None,
-    max_error: Annotated[float, typer.Option(min=0, help="Of a weight that is packed again: above it, refuse.")] = 0.25,
+    weights: Annotated[
+        str | None, typer.Option(help="A weight for each adapter, separated by commas: 0.7,0.3.")
+    ] = None,
+    max_error: Annotated[
+        float, typer.Option(min=0, help="Refuse if quantizing a weight again moves it by more.")
+    ] = 0.25,
     component: Component = None,
     model_class: ModelClass = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
-    """Fold adapters into a model and write it, tokenizer and all, so that it loads without peftcore."""
+    """Merge adapters into a model and write it, with its tokenizer, so that it loads without peftcore."""
     with _at_work() as display:
         shares = _weights(weights, len(adapters))
         output = _output(out, overwrite, [model, *map(Path, adapters)])
@@ -86,7 +90,7 @@ def merge(
 def convert(
     adapter: Adapter,
     to: Annotated[str, typer.Option(help="native, peft, diffusers or kohya; diffusers/text_encoder_2 names a part.")],
-    out: Annotated[Path, typer.Option(help="Folder to write, or FILE.safetensors where one file says all.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, or FILE.safetensors for a format of one file.")],
     model: Annotated[
         Path | None, typer.Option(help="The model's folder; otherwise the one that the adapter names.")
     ] = None,
@@ -121,11 +125,12 @@ def convert(
 def export_lora(
     model: Model,
     adapter: Adapter,
-    rank: Annotated[int, typer.Option(min=1, help="Of the LoRA.")],
-    out: Annotated[Path, typer.Option(help="Folder to write, or FILE.safetensors where one file says all.")],
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, or FILE.safetensors for a format of one file.")],
     format: Annotated[str, typer.Option(help="native, peft, diffusers or kohya.")] = "peft",
     max_error: Annotated[
-        float | None, typer.Option(min=0, help="Write nothing if a site loses more of its change: 0.05 is 5 percent.")
+        float | None,
+        typer.Option(min=0, help="Write nothing if a target module loses more of its update: 0.05 is 5 percent."),
     ] = None,
     component: Component = None,
     model_class: ModelClass = None,

@@ -21,10 +21,10 @@ class Template(StrEnum):
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(help="Of the method or the format: my-method.")],
+    name: Annotated[str, typer.Argument(help="Name of the method or the format: my-method.")],
     folder: Annotated[Path | None, typer.Option(help="Where to write it (peftcore-NAME).")] = None,
-    template: Annotated[Template, typer.Option(help="A method, or a way of packing weights.")] = Template.method,
-    category: Annotated[str | None, typer.Option(help="Of a method: one category of the survey.")] = None,
+    template: Annotated[Template, typer.Option(help="A method, or a quantization scheme.")] = Template.method,
+    category: Annotated[str | None, typer.Option(help="Category of a method; peftcore methods shows them.")] = None,
     activations: Annotated[
         bool | None, typer.Option("--activations/--weights", help="What a method changes (weights).")
     ] = None,

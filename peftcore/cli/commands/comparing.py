@@ -18,7 +18,7 @@ LearningRate = Annotated[
 ]
 Seeds = Annotated[str | None, typer.Option(help="One run of each method for each of these: 0,1,2 (0).")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the report and the runs.")]
-Tuning = Annotated[bool, typer.Option("--tuning", help="Demo: score the split that is there to choose settings by.")]
+Tuning = Annotated[bool, typer.Option("--tuning", help="Demo: score the tuning split, which settings are chosen by.")]
 
 
 @app.command()

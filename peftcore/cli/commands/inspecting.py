@@ -16,10 +16,12 @@ Model = Annotated[
     ),
 ]
 Options = Annotated[list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="An option of the method.")]
-Target = Annotated[list[str] | None, typer.Option(help="Where to act: a role, a glob, the end of a path. Repeatable.")]
-Exclude = Annotated[list[str] | None, typer.Option(help="What of it to leave out. Repeatable.")]
-Train = Annotated[list[str] | None, typer.Option(help="A module of the model that trains along. Repeatable.")]
-DType = Annotated[str | None, typer.Option(help="Of the model's weights; by default what its config says.")]
+Target = Annotated[
+    list[str] | None, typer.Option(help="Target modules: a role, a glob, the end of a path. Repeatable.")
+]
+Exclude = Annotated[list[str] | None, typer.Option(help="Target modules to leave out. Repeatable.")]
+Train = Annotated[list[str] | None, typer.Option(help="A module that is trained too, such as a head. Repeatable.")]
+DType = Annotated[str | None, typer.Option(help="Data type of the weights; by default that of the config.")]
 
 
 @app.command()
@@ -30,16 +32,16 @@ def plan(
     target: Target = None,
     exclude: Exclude = None,
     train: Train = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows in a step.")] = 8,
-    length: Annotated[int | None, typer.Option(min=1, help="Tokens of a row (128; of a prompt 77).")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 8,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens of an example (128; of a prompt 77).")] = None,
     dtype: DType = None,
     json: Json = False,
 ) -> None:
-    """What a method would train in a model, and what memory a step takes.
+    """Show what a method would train in a model, and what memory a step takes.
 
-    The model is built from its configuration alone. Activations are counted by a run without values, with the kernels
-    of a CPU and without gradient checkpointing; full fine-tuning stands beside it. The peak of a step lies above the
-    sum: gradients of activations and buffers of kernels come and go, and are not counted.
+    The model is built from its configuration alone. Activations are counted by a forward of tensors that have shapes
+    only, with the kernels of a CPU and without gradient checkpointing; full fine-tuning is shown for comparison. The
+    peak of a step is higher than the sum: gradients of activations and buffers of kernels are not counted.
     """
     with answered():
         options = settings(option, "--option", "rank=16")
@@ -60,15 +62,15 @@ def plan(
 @app.command()
 def tree(
     model: Model,
-    methods: Annotated[list[str] | None, typer.Argument(help="Methods: what each would change is shown.")] = None,
+    methods: Annotated[list[str] | None, typer.Argument(help="Methods whose changes are shown.")] = None,
     option: Options = None,
     target: Target = None,
     exclude: Exclude = None,
     json: Json = False,
 ) -> None:
-    """What a model is made of: its modules by role, what is alike folded; and what methods would change.
+    """Show the modules of a model by role, with equal ones folded, and what methods would change in it.
 
-    Options, --target and --exclude hold for each of the methods.
+    Options, --target and --exclude apply to each of the methods.
     """
     with answered():
         options = settings(option, "--option", "rank=16")

@@ -12,8 +12,10 @@ from peftcore.comparing.errors import BadInput
 
 @app.command()
 def methods(
-    category: Annotated[str | None, typer.Option(help="One category of the survey.")] = None,
-    sizes: Annotated[bool, typer.Option("--sizes", help="Also plan each in known models: what would train.")] = False,
+    category: Annotated[str | None, typer.Option(help="Category of the methods to list.")] = None,
+    sizes: Annotated[
+        bool, typer.Option("--sizes", help="Also count the trainable parameters of each in known models.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """List the installed methods: category, paper, and what each can do."""
@@ -64,7 +66,7 @@ def schema(
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """Say what is installed: plugins, versions, extras, quantization schemes, devices; and what of it is broken.
+    """Report what is installed: plugins, versions, extras, quantization schemes, devices; and what of it is broken.
 
     Exit code 0: all is well. 1: a plugin or a method is broken, or a name means several methods.
     """

@@ -13,11 +13,11 @@ from peftcore.comparing.errors import BadInput
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file of the search; the options below go over it.")]
 Methods = Annotated[str | None, typer.Option(help="Names, separated by commas; a file says more of each.")]
-Budget = Annotated[str | None, typer.Option(help="Trainable values at most: 50k, 1.5M, or a share: 0.5%.")]
+Budget = Annotated[str | None, typer.Option(help="Trainable parameters at most: 50k, 1.5M, or a share: 0.5%.")]
 Memory = Annotated[str | None, typer.Option(help="Memory of a training step at most: 2GB.")]
 Trials = Annotated[int | None, typer.Option(help="Runs on the tuning split, of all workers together (20).")]
-Seeds = Annotated[str | None, typer.Option(help="Of the runs between which the pick is made, and of its own: 0,1,2.")]
-Seed = Annotated[int | None, typer.Option(help="Of the search, and of its runs (0).")]
+Seeds = Annotated[str | None, typer.Option(help="Seeds of the runs that decide, and of the final ones: 0,1,2.")]
+Seed = Annotated[int | None, typer.Option(help="Random seed of the search and of its runs (0).")]
 Storage = Annotated[str | None, typer.Option(help="Where the study is: a journal file, or sqlite:///study.db.")]
 Study = Annotated[str | None, typer.Option(help="Name of the study in the storage.")]
 Worker = Annotated[bool, typer.Option("--worker", help="Only run trials, for a search that another process finishes.")]
@@ -46,7 +46,7 @@ def search(
     set_: Set = None,
     json: Json = False,
 ) -> None:
-    """Find the method, its options and its sites that suit a task best within a budget."""
+    """Find the method, its options and its target modules that suit a task best within a budget."""
     flags = {
         "model": model,
         "task": task,

@@ -13,7 +13,7 @@ from peftcore.cli.commands._options import BatchSize, Data, Model, Steps, Task, 
 Config = Annotated[Path | None, typer.Argument(help="YAML file of the run; the options below go over it.")]
 Method = Annotated[str | None, typer.Option(help="Name of a method; its options: --set method.rank=8.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
-Seed = Annotated[int | None, typer.Option(help="Of all that is random.")]
+Seed = Annotated[int | None, typer.Option(help="Random seed.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the adapter, checkpoints, logs and metrics.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder from its last checkpoint.")]
 

@@ -42,7 +42,7 @@ def heading(costs: Costs) -> Text:
 
 def sites(recorded: Recorded) -> Table:
     """One row for what is alike."""
-    table = columns("site", "", "weight", "adapter", "trainable", right=frozenset({"", "trainable"}))
+    table = columns("target module", "", "weight", "adapter", "trainable", right=frozenset({"", "trainable"}))
     for name, alike in rows((*recorded.places, *recorded.shared)):
         number = f"×{len(alike)}" if len(alike) > 1 else ""
         trainable = sum(place.trainable for place in alike)
@@ -66,7 +66,7 @@ def totals(costs: Costs) -> Text:
     return Text.assemble(
         "trainable ",
         (f"{plan.trainable:,}", "bold"),
-        f" of {plan.total:,} ({share(plan.share)}), sites {len(plan.sites)}, file ",
+        f" of {plan.total:,} ({share(plan.share)}), target modules {len(plan.sites)}, file ",
         (size(costs.file_size), "bold"),
     )
 

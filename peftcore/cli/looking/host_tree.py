@@ -100,4 +100,4 @@ def total(recorded: Recorded) -> str:
     shared = [
         f"{place.name.removeprefix('shared:')}: {tensors(place.tensors)}" for place in recorded.shared if place.tensors
     ]
-    return "; ".join([f"{text}, sites {len(plan.sites)}", *(f"shared {each}" for each in shared)])
+    return "; ".join([f"{text}, target modules {len(plan.sites)}", *(f"shared {each}" for each in shared)])

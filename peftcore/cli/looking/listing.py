@@ -47,10 +47,10 @@ def as_json(found: list[dict[str, Any]]) -> str:
 def as_table(found: list[dict[str, Any]], sizes: bool) -> Table:
     """For people. Parameters are those in the first reference host that the method has a place in."""
     checked = Column("checked against", min_width=len("experimental"))
-    table = Table("method", "category", "paper", "merges", "per row", "data", checked)
+    table = Table("method", "category", "paper", "merges", "per sample", "data", checked)
     if sizes:
         table.add_column("parameters", justify="right")
-        table.add_column("hosts")
+        table.add_column("models")
     for record in sorted(found, key=lambda each: (each.get("category", ""), each["name"])):
         if "error" in record:
             table.add_row(record["name"], f"[red]{record['error']}")

@@ -27,7 +27,7 @@ ARXIV = re.compile(r"\d{4}\.\d{4,5}")
 TAGS = {
     "mergeable": "merges into the weights of the model",
     "identity_at_init": "changes nothing until it has trained",
-    "per_row": "rows of a batch may go to different adapters",
+    "per_row": "per-sample adapters: each sample of a batch can have its own",
     "low_rank": "its update is two factors: it can be turned into LoRA",
     "needs_data": "looks at data before it trains",
     "scheduled": "changes while it trains, by the number of steps",
@@ -202,7 +202,7 @@ def options_table(options: list[Option]) -> Table:
 def budgets_table(budgets: Mapping[str, int]) -> RenderableType:
     """What trains by default in the reference models."""
     if not budgets:
-        return "What it trains depends on its options, or it has no place in the models that are planned here."
+        return "What it trains depends on its options, or it has no target module in the models that are planned here."
     table = columns("trained by default in", "parameters", right=frozenset({"parameters"}))
     for host, count in budgets.items():
         table.add_row(host, f"{count:,}")

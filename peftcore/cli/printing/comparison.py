@@ -39,7 +39,7 @@ def title(report: Report) -> str:
     chosen = report.training
     length = f"{chosen['steps']} steps" if chosen["steps"] else f"{chosen['epochs'] or 3:g} epochs"
     return (
-        f"{report.metric.capitalize()} on {report.held_out_size:,} held-out examples after {length} of "
+        f"{report.metric.capitalize()} on {report.held_out_size:,} validation examples after {length} of "
         f"{chosen['batch_size']}"
     )
 
@@ -47,7 +47,7 @@ def title(report: Report) -> str:
 def caption(report: Report, entries: list[Entry]) -> str:
     """What to hold the scores against."""
     errors = [entry.error for entry in entries if entry.error is not None]
-    floor = [] if report.floor is None else [f"Majority class: {report.floor:.3f}."]
+    floor = [] if report.floor is None else [f"Majority baseline: {report.floor:.3f}."]
     error = [f"Standard error: {max(errors):.3f}."] if errors else []
     failed = [f"Failed: {label} ({reason})." for label, reason in report.failed.items()]
     runs = f"{len(report.trials)} runs in {report.seconds / 60:.1f} minutes."

@@ -19,7 +19,7 @@ def show(outcome: Outcome, console: Console) -> None:
     for earlier, now in outcome.samples:
         console.print(f"[dim]before:[/dim] {escape(earlier)}\n[dim]after:[/dim]  {escape(now)}\n", highlight=False)
     console.print(
-        f"{outcome.method}: {outcome.trainable:,} of {outcome.total:,} values trained in {outcome.steps} steps, "
+        f"{outcome.method}: {outcome.trainable:,} of {outcome.total:,} parameters trained in {outcome.steps} steps, "
         f"{outcome.seconds:.0f} s\nsaved in {outcome.saved}",
         highlight=False,
     )

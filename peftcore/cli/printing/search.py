@@ -38,7 +38,7 @@ def table(search: Found) -> Table:
 
 
 def title(search: Found) -> str:
-    limit = "" if search.budget.trainable is None else f", at most {search.budget.trainable:,} trainable values"
+    limit = "" if search.budget.trainable is None else f", at most {search.budget.trainable:,} trainable parameters"
     return f"{search.tried.metric.capitalize()} on {search.tried.held_out_size:,} tuning examples{limit}"
 
 

@@ -135,6 +135,6 @@ def explained() -> Iterator[None]:
     except PeftcoreError as error:
         raise Unknown(str(error)) from error
     except Exception as error:
-        raise Unknown(f"without values it fails: {' '.join(str(error).split())[:200]}") from error
+        raise Unknown(f"its forward fails on tensors without data: {' '.join(str(error).split())[:200]}") from error
     finally:
         log.setLevel(level)

@@ -295,4 +295,4 @@ READERS: Mapping[str, Reader] = {"_class_name": _diffusers, "model_type": _trans
 
 
 def _cannot(out: Path) -> None:
-    raise AssertionError("a model without values is not written")
+    raise AssertionError("a model on the meta device is not written")

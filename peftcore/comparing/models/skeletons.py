@@ -105,7 +105,7 @@ class Transformers(Skeleton):
         if names and made is None:
             notes.append(f"transformers exports no {names[0]}; this is its {type(model).__name__}")
         if "quantization_config" in found.to_dict():
-            notes.append("the file says that its weights are packed; here they are dense")
+            notes.append("the file says that its weights are quantized; here they are dense")
         return cls(source, emptied(model), tuple(notes))
 
     def inputs(self, size: Size) -> dict[str, Any]:

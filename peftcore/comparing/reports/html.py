@@ -99,7 +99,7 @@ def trade_off(report: Report, cost: Cost, shape: Shape, tips: dict[int, str]) ->
     """The metric over a cost."""
     drawn = plots.points(report, cost)
     best = listed(plain(point.entry.label) for point in drawn if point.best)
-    crowd = " Where a name has no room stands the number of its row." if len(drawn) > CROWD else ""
+    crowd = " Instead of a name that has no room there is the number of its row." if len(drawn) > CROWD else ""
     return chart(
         f"{capital(report.metric)} over {cost.name}",
         f"What is on the line is better than all that takes {cost.less}.{crowd}",

@@ -340,7 +340,7 @@ def name_floor(axes: Axes, report: Report, drawn: list[Point], marks: list[Box])
     """Write what the floor is at its line, or at the edge beyond which it lies; where that was written."""
     if report.floor is None:
         return []
-    text = f"floor {fixed(report.floor, decimals([report.floor]))}"
+    text = f"majority baseline {fixed(report.floor, decimals([report.floor]))}"
     inside = axes.get_window_extent()
     if not has_room(report.floor, drawn):
         below = report.floor < min(point.y for point in drawn)

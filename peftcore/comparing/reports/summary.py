@@ -22,11 +22,11 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("Model", report.model),
         ("Task", report.task),
         ("Data", report.data),
-        ("Examples", f"{report.train_size:,} to train on, {report.held_out_size:,} held out"),
+        ("Examples", f"{report.train_size:,} for training, {report.held_out_size:,} for validation"),
         ("Training", length(report.training)),
         ("Seed" if len(seeds) == 1 else "Seeds", listed(seeds) if seeds else ""),
         ("Metric", metric_name(report)),
-        ("± stands for", error(report)),
+        ("± is", error(report)),
         ("Took", duration(report.seconds)),
         ("Versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
     ]
@@ -86,7 +86,7 @@ def findings(report: Report) -> list[Finding]:
     found = [finding(report, name, by_label[label]) for label, name in names.items()]
     if report.floor is not None:
         score = fixed(report.floor, decimals([report.floor]))
-        found.append(Finding("Floor", score, "", "an answer that looks at nothing"))
+        found.append(Finding("Majority baseline", score, "", "the most frequent answer"))
     return found
 
 

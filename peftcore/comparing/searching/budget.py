@@ -39,7 +39,7 @@ def values(text: str | int, total: int) -> int:
     """
     found = COUNT.fullmatch(str(text).strip())
     if found is None:
-        raise BadInput(f"budget={text}: write a number of trainable values, such as 50k or 1.5M, or a share: 0.5%")
+        raise BadInput(f"budget={text}: write a number of trainable parameters, such as 50k or 1.5M, or a share: 0.5%")
     number, unit = float(found[1].replace(",", "").replace("_", "")), found[2].lower()
     return int(total * number / 100) if unit == "%" else int(number * COUNTS[unit])
 
@@ -76,7 +76,7 @@ class Budget:
     def over(self, needs: Needs) -> str | None:
         """Why it is too much; None where it fits."""
         if self.trainable is not None and needs.trainable > self.trainable:
-            return f"{needs.trainable:,} trainable values, the budget is {self.trainable:,}"
+            return f"{needs.trainable:,} trainable parameters, the budget is {self.trainable:,}"
         if self.memory is not None and needs.memory is not None and needs.memory > self.memory:
             return f"{size(needs.memory)} of memory, the budget is {size(self.memory)}"
         return None

@@ -146,7 +146,7 @@ class Job:
         if self.search.budget is not None:
             values(self.search.budget, 1)
         if self.search.memory is not None and self.search.quantize is not None:
-            raise BadInput("memory is not counted for packed bases; leave out memory, or quantize")
+            raise BadInput("memory is not counted for quantized models; leave out memory, or quantize")
 
     def _planner(self) -> Planner:
         """The model is loaded once, for its shapes and those of the examples."""
@@ -246,7 +246,7 @@ class Job:
         except TrainingError as error:
             self.board.finish(f"{candidate.called:<20} failed: {error}")
             raise
-        self.board.finish(f"{candidate.called:<20} {self.task.metric} {score:.3f}, {found.trainable:,} values")
+        self.board.finish(f"{candidate.called:<20} {self.task.metric} {score:.3f}, {found.trainable:,} parameters")
         return found
 
     def _on_tuning(self, candidates: list[Candidate], seeds: list[int] | None = None) -> Comparison:

@@ -91,7 +91,7 @@ def test_a_file_does_not_choose_kernels(tmp_path: Path) -> None:
 def test_packed_weights_are_noted(tmp_path: Path) -> None:
     config = llama(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     assert skeleton(written(tmp_path, config)).notes == (
-        "the file says that its weights are packed; here they are dense",
+        "the file says that its weights are quantized; here they are dense",
     )
 
 

@@ -106,7 +106,7 @@ def test_says_what_was_compared(page):
     for words in (
         "5 ways to fine-tune tiny-encoder",
         "Model models/tiny-encoder Task text-classification Data texts.csv",
-        "800 to train on, 400 held out",
+        "800 for training, 400 for validation",
         "20 steps of 2 × 16 examples",
         "Seeds 0 and 1",
         "accuracy (more is better)",
@@ -144,7 +144,7 @@ def test_findings_are_the_best_the_best_of_those_that_train_less_and_the_floor(c
     assert [(each.name, each.label, each.score.replace(SPACE, " ")) for each in findings(compared)] == [
         ("Best", "full", "0.900 ± 0.010"),
         ("Best of those that train less", NASTY, "0.800 ± 0.010"),
-        ("Floor", "", "0.600"),
+        ("Majority baseline", "", "0.600"),
     ]
 
 
@@ -192,7 +192,7 @@ def test_points_tell_their_numbers_and_belong_to_their_row(compared, drawings):
 
 def test_names_are_short_enough_for_their_chart(drawings):
     names = [text.text.strip() for text in drawings[0].iter("text")]
-    assert "bitfit" in names and "full" in names and "floor 0.600" in names
+    assert "bitfit" in names and "full" in names and "majority baseline 0.600" in names
     assert shorten(LONG, html.WIDE.name) in names
     assert LONG not in names
 
