@@ -53,13 +53,13 @@ def has_a_place(host: str) -> Holds:
 CLAIMS: Mapping[str, Holds] = {
     "merge": lambda name, tags: tags.mergeable,
     "do not merge": lambda name, tags: not tags.mergeable,
-    "rows may differ": lambda name, tags: tags.per_row,
+    "per-sample adapters": lambda name, tags: tags.per_row,
     "low rank": lambda name, tags: tags.low_rank,
     "look at data": lambda name, tags: tags.needs_data,
-    "start as the base": lambda name, tags: tags.identity_at_init,
-    "made for packed bases": lambda name, tags: tags.category == "quantized",
+    "start as the base model": lambda name, tags: tags.identity_at_init,
+    "made for quantized models": lambda name, tags: tags.category == "quantized",
     "for several tasks": lambda name, tags: tags.category == "multitask",
-    f"under {FEW:,} values in a {LARGE}": lambda name, tags: 0 < (trained(name, LARGE) or 0) < FEW,
+    f"under {FEW:,} parameters in a {LARGE}": lambda name, tags: 0 < (trained(name, LARGE) or 0) < FEW,
     **{f"act in {host}": has_a_place(host) for host in HOSTS[2:]},
 }
 """What advice may say of its methods, and how it is found out."""
@@ -77,64 +77,64 @@ class Advice:
 
 ADVICE = (
     Advice(
-        "nothing is known yet",
+        "nothing special, or do not know yet",
         ("lora",),
-        ("merge", "rows may differ", "low rank", "start as the base"),
-        "suits nearly every task; its files are read everywhere",
+        ("merge", "per-sample adapters", "low rank", "start as the base model"),
+        "suits nearly every task; other programs read its files",
     ),
     Advice(
-        "LoRA falls short, and a step may cost more",
+        "better results than LoRA, and a step may cost more",
         ("dora", "hira", "randlora"),
-        ("merge", "start as the base"),
-        "other or more directions for as many values",
+        ("merge", "start as the base model"),
+        "other or more directions with as many parameters",
     ),
     Advice(
         "hardly any memory for adapters, or thousands of them",
         ("ia3", "vera", "lora_xs"),
-        (f"under {FEW:,} values in a {LARGE}", "merge"),
-        "some of what others train is drawn or shared",
+        (f"under {FEW:,} parameters in a {LARGE}", "merge"),
+        "part of the matrices is random and frozen, or shared",
     ),
     Advice(
         "one model serves many users in one batch",
         ("lora", "vera", "lora_xs", "miss"),
-        ("rows may differ", "low rank"),
-        "all rows of all low-rank adapters in two batched products",
+        ("per-sample adapters", "low rank"),
+        "two batched products for all low-rank adapters of a batch",
     ),
     Advice(
         "inference may cost nothing more",
         ("lora", "dora", "oft", "ia3", "bitfit", "ssf"),
         ("merge",),
-        "after `merge()` nothing is left to compute",
+        "a merged model computes nothing more",
     ),
     Advice(
         "only the input may change",
         ("prompt_tuning", "p_tuning"),
         ("do not merge",),
-        "rows in front of the tokens; each takes a place in the context",
+        "trained vectors in front of the tokens; each takes one position of the context",
     ),
     Advice(
-        "the base has 4 or 8 bits",
+        "a base model in 4 or 8 bits",
         ("qlora", "loftq", "qpissa", "qa_lora"),
-        ("made for packed bases", "merge"),
-        "any method works there; these make up for what rounding lost, or merge into the codes",
+        ("made for quantized models", "merge"),
+        "any method works there; these compensate for the rounding, or merge into the codes",
     ),
     Advice(
-        "which weights train is to follow from the data",
+        "the trained weights to be selected by the data",
         ("fish_mask", "child_tuning_d"),
         ("look at data", "merge"),
         "a mask from gradients; `apply(..., data=batches)`",
     ),
     Advice(
-        "several tasks are learned together",
+        "several tasks that are learned together",
         ("polytropon", "hydralora", "multitask_prompt_tuning"),
         ("for several tasks", "do not merge"),
         "parts are shared between tasks, and `peftcore.call(model, task=...)` or a router chooses",
     ),
     Advice(
-        "adapters are there, and shall become one",
+        "several adapters, to be combined into one",
         ("task_arithmetic", "ties_merging", "dare", "adapter_soup"),
         ("for several tasks", "merge"),
-        "sums and averages of changes; `peftcore.combine` makes a LoRA of them",
+        "sums and averages of updates; `peftcore.combine` makes a LoRA of them",
     ),
     Advice(
         "pictures, with a ViT",
@@ -146,19 +146,19 @@ ADVICE = (
         "pictures, with a ConvNet",
         ("locon", "ssf"),
         ("act in ResNet-50", "merge"),
-        "`lora`, `loha`, `lokr` and others know kernels too: say `target=nn.Conv2d`",
+        "`lora`, `loha`, `lokr` and others adapt convolutions too, with `target=nn.Conv2d`",
     ),
     Advice(
-        "a diffusion model learns a style or a subject",
+        "a diffusion model that learns a style or a subject",
         ("lora", "locon", "loha", "oft"),
-        ("act in SD 1.5 UNet", "merge", "start as the base"),
+        ("act in SD 1.5 UNet", "merge", "start as the base model"),
         "files that other programs read",
     ),
     Advice(
-        "a diffusion model follows a picture",
+        "a diffusion model that follows a picture",
         ("controlnet", "t2i_adapter", "ip_adapter"),
         ("do not merge",),
-        "a network beside it; `peftcore.call(model, condition=...)`",
+        "a second network; `peftcore.call(model, condition=...)`",
     ),
 )
 
@@ -208,10 +208,10 @@ def kinds() -> str:
     tags = {info.name: info.tags for info in peftcore.methods()}
     groups = {
         "does not merge": [name for name, each in tags.items() if not each.mergeable],
-        "all rows of a batch alike": [name for name, each in tags.items() if not each.per_row],
+        "no per-sample adapters": [name for name, each in tags.items() if not each.per_row],
         "looks at data before training": [name for name, each in tags.items() if each.needs_data],
         "changes with the steps: use `injection.optimizer`": [name for name, each in tags.items() if each.scheduled],
-        "is low rank: routes fast, can be written as a LoRA": [name for name, each in tags.items() if each.low_rank],
+        "is low rank: per-sample adapters are fast, can be written as a LoRA": [name for name, each in tags.items() if each.low_rank],
         "changes outputs before it is trained": [name for name, each in tags.items() if not each.identity_at_init],
     }
     rows = [(what, str(len(names)), named(names)) for what, names in groups.items()]
@@ -256,7 +256,7 @@ def digits() -> str:
     rows = of_page("examples/digits-classifiers/README.md", r"^\| (?:ViT|ConvNet) \|.*")
     chosen = [(host, method, accuracy, values) for host, method, accuracy, values, _ in rows]
     chosen.sort(key=lambda row: (row[0] != "ViT", int(row[3].replace(",", ""))))
-    return table(("host", "method", "accuracy", "trainable"), chosen, right=2)
+    return table(("model", "method", "accuracy", "trainable"), chosen, right=2)
 
 
 def demo() -> str:

@@ -40,10 +40,10 @@ ACTS = (
     (Replacement, "trains in place"),
     (WeightOperator, ON_WEIGHT),
     (peftcore.AttentionOperator, "acts on queries, keys and values"),
-    (peftcore.SequenceOperator, "puts rows in front of the tokens"),
-    (Bypass, "goes past the branch"),
-    (Combiner, "weighs what adapters add"),
-    (Operator, "acts on what is computed"),
+    (peftcore.SequenceOperator, "adds vectors in front of the tokens"),
+    (Bypass, "acts in parallel to the branch"),
+    (Combiner, "weights the outputs of adapters"),
+    (Operator, "acts on the output"),
 )
 """By kind of operator, the narrow ones first."""
 
@@ -201,8 +201,8 @@ def shared(surgeon: Surgeon) -> Iterator[Mark]:
     for name, modules in alike.items():
         tensors = shapes(item for module in modules for item in trained(module))
         values = sum(parameter.numel() for module in modules for parameter in module.parameters())
-        lines = tensors if len(tensors) <= 4 else (f"{values:,} values",)
-        act = "beside the model" if tensors else "beside the model, frozen"
+        lines = tensors if len(tensors) <= 4 else (f"{values:,} parameters",)
+        act = "shared" if tensors else "shared, frozen"
         yield Mark(frozenset(), "trains" if tensors else "", name, act, lines, len(modules))
 
 

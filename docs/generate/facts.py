@@ -33,7 +33,7 @@ LOW_RANK = "low-rank updates of weights"
 UPDATES = "other updates of weights"
 IN_PLACE = "tensors of the model itself"
 KINDS: Mapping[type[nn.Module], str] = {
-    SequenceOperator: "rows in front of the tokens",
+    SequenceOperator: "vectors in front of the tokens",
     AttentionOperator: "keys and values of attention",
     WeightOperator: UPDATES,
     Operator: "what modules return",

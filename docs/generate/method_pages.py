@@ -45,7 +45,7 @@ def _body(method: Facts) -> Iterable[str]:
     yield _identity(method)
     yield f'<div class="method-text">\n<p class="lead">{inline(_joined(lead))}</p>\n{as_html(rest, page_of)}\n</div>'
     yield "## Try it"
-    yield f"On {method.host}, with options that suit its size. Any model with the same roles will do."
+    yield f"On {method.host}, with options that suit its size. Any model with the same roles works."
     yield f"```python\n{method.snippet}```"
     yield "## Where it acts"
     yield f'<div class="diagram">\n{method.drawing}\n</div>'

@@ -18,16 +18,16 @@ from peftcore.cli.looking.show import TAGS
 from peftcore.contract.method import CATEGORIES
 
 TITLES = {
-    "additive": "New parts, beside or in front of what the model has",
+    "additive": "New modules or vectors, added to those of the model",
     "reparameterized": "Updates of weights in a form with few parameters",
     "selective": "Some of the model's own parameters",
     "hybrid": "Several ways together",
-    "quantized": "On a base in few bits",
+    "quantized": "For quantized models",
     "multitask": "For several tasks, or from several adapters",
     "vision": "For models of images",
     "diffusion": "For models that make images",
 }
-FLAGS = {"mergeable": "merges", "per_row": "per row", "needs_data": "needs data"}
+FLAGS = {"mergeable": "merges", "per_row": "per sample", "needs_data": "needs data"}
 """Tags that can be filtered, and what stands on the method."""
 SHARES = {"0.01": "0.01 %", "0.1": "0.1 %", "1": "1 %", "5": "5 %"}
 
@@ -60,7 +60,7 @@ def _filters() -> str:
             for name, label in FLAGS.items()
         ),
         _select("mark", "Mark", [("", "any"), ("proven", "proven"), ("experimental", "experimental")]),
-        _select("host", "Has a place in", [("", "any model"), *((each, each) for each in hosts)]),
+        _select("host", "Works on", [("", "any model"), *((each, each) for each in hosts)]),
         _select("budget", "Trains at most", [("", "any share"), *SHARES.items()]),
     ]
     search = '<label>Name <input type="search" name="name" autocomplete="off"></label>'
