@@ -211,7 +211,9 @@ def kinds() -> str:
         "no per-sample adapters": [name for name, each in tags.items() if not each.per_row],
         "looks at data before training": [name for name, each in tags.items() if each.needs_data],
         "changes with the steps: use `injection.optimizer`": [name for name, each in tags.items() if each.scheduled],
-        "is low rank: per-sample adapters are fast, can be written as a LoRA": [name for name, each in tags.items() if each.low_rank],
+        "is low rank: per-sample adapters are fast, can be written as a LoRA": [
+            name for name, each in tags.items() if each.low_rank
+        ],
         "changes outputs before it is trained": [name for name, each in tags.items() if not each.identity_at_init],
     }
     rows = [(what, str(len(names)), named(names)) for what, names in groups.items()]

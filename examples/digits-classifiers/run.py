@@ -149,8 +149,8 @@ def compare(host: str, steps: int, pretraining: int, progress: Progress) -> list
 
 def table(results: list[Result]) -> Table:
     printed = Table(title="Digits that lie on their side", title_justify="left")
-    for heading in ("host", "method", "accuracy", "trainable", "seconds"):
-        printed.add_column(heading, justify="left" if heading in ("host", "method") else "right")
+    for heading in ("model", "method", "accuracy", "trainable", "seconds"):
+        printed.add_column(heading, justify="left" if heading in ("model", "method") else "right")
     for result in results:
         numbers = f"{result.accuracy:.3f}", f"{result.trainable:,}", f"{result.seconds:.1f}"
         printed.add_row(result.host, result.method, *numbers, end_section=result.method == FULL)
@@ -173,7 +173,7 @@ def picture(results: list[Result], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         figure.draw_without_rendering()  # settles the layout, without which no text has an extent
         label(axes, rows)
-    figure.axes[0].set_ylabel("accuracy on 597 held-out digits")
+    figure.axes[0].set_ylabel("accuracy on 597 validation digits")
     figure.savefig(path)
 
 

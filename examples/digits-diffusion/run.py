@@ -199,7 +199,7 @@ def run(share: int, display: Display) -> Outcome:
     outcome = Outcome()
     judge = Judge(plain, labels, READER // share, display.begins("classifiers that score what is drawn"))
     wanted = torch.arange(100) % 10
-    outcome.styles.append({"host": "held-out digits", "method": "", **judge.held_out, "trainable": 0, "seconds": 0.0})
+    outcome.styles.append({"host": "real digits", "method": "", **judge.held_out, "trainable": 0, "seconds": 0.0})
     for name, host in HOSTS.items():
         base = pretrained(host, (plain, labels), host.pretraining // share, display.begins(f"{name} learns to draw"))
         drawn = draw(base, host, wanted)
@@ -264,7 +264,8 @@ def steer(
 def table(title: str, rows: list[dict[str, Any]]) -> Table:
     printed = Table(title=title, title_justify="left")
     for heading in rows[0]:
-        printed.add_column(heading, justify="left" if heading in ("host", "method") else "right")
+        shown = "model" if heading == "host" else heading
+        printed.add_column(shown, justify="left" if heading in ("host", "method") else "right")
     formats = {"style": ".2f", "digit": ".2f", "both": ".2f", "overlap": ".2f", "trainable": ",", "seconds": ".0f"}
     formats |= {"likeness": ".2f", "drift": ".2f"}
     for row in rows:
@@ -302,7 +303,7 @@ def main() -> None:
     seconds = time.process_time()  # of the one core that it uses: other programs do not count
     console = Console()
     console.print(table("100 digits drawn after adaptation to faded italics", outcome.styles))
-    console.print(table("100 digits drawn along the edges of held-out ones", outcome.steering))
+    console.print(table("100 digits drawn along the edges of digits of the validation set", outcome.steering))
     console.print(f"{seconds:.0f} seconds of one core", highlight=False)
     arguments.out.mkdir(parents=True, exist_ok=True)
     document = {"seconds": seconds, "styles": outcome.styles, "steering": outcome.steering}

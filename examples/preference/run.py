@@ -173,7 +173,7 @@ def main() -> None:
 
 def show(results: dict[str, Any]) -> None:
     console = Console()
-    table = Table("held-out pairs", "before", "after")
+    table = Table("validation pairs", "before", "after")
     for name in ("margin", "accuracy", "loss"):
         table.add_row(name, *(f"{value:.3f}" for value in results[name]))
     console.print(table)
@@ -181,7 +181,7 @@ def show(results: dict[str, Any]) -> None:
         console.print(f"{prompt}\n  before: {before}\n  after:  {after}", highlight=False, markup=False)
     console.print(
         f"reference equals the base to the bit: {results['reference_is_the_base']}\n"
-        f"{results['trainable']:,} values train; with gradients and Adam's moments, all tensors together grew by "
+        f"{results['trainable']:,} parameters train; with gradients and Adam's moments, all tensors together grew by "
         f"{results['added_mib']:.0f} MiB\n(a second copy of the weights would be {results['weights_mib']:.0f} MiB); "
         f"the process took {results['peak_resident_mib']:.0f} MiB at most\n{results['seconds']:.0f} s of the processor",
         highlight=False,
