@@ -19,7 +19,7 @@ TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encod
 def lines(page: Path) -> list[list[str]]:
     """Every command of ours, of make and of python."""
     found = [words for block in blocks(page) if block.language in SHELL for words in _words(block)]
-    return [words for words in found if of_peftcore(words) is not None or words[0] in ("make", "python")]
+    return [words for words in found if of_peftcore(words) or words[0] in ("make", "python")]
 
 
 def _words(block: Block) -> list[list[str]]:

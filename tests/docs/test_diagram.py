@@ -73,7 +73,7 @@ def test_acts_that_no_role_names(name: str, expected: set[str]) -> None:
 
 def test_what_a_bypass_reads_is_marked_as_read() -> None:
     assert marked("parallel_adapter", "reads") == {"mlp.gate"}
-    assert "past the branch" in diagram.svg("parallel_adapter")
+    assert "in parallel to the branch" in diagram.svg("parallel_adapter")
 
 
 def test_some_blocks_of_many() -> None:
