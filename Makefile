@@ -1,5 +1,6 @@
 # make demo    adapt a real encoder to real tweets with every method, and compare them
 # make test    linters, types, tests
+# make test-all PART=1/4    the first quarter of the whole matrix of methods and hosts; without PART all of it
 # make quantization-matrix    try every method on every packed base, and write docs/quantization.md
 # make bench   how fast it is, side by side with peft; writes docs/performance.md
 # make version VERSION=0.2.0    give all nine packages another version
@@ -24,7 +25,8 @@ export HF_HUB_OFFLINE := 1
 demo: $(INSTALLED)
 	$(BIN)/peftcore compare --demo
 
-# Methods whose files differ from origin/main (from the last commit, where there is none) run on all hosts; of many, `make test-all` is for.
+# Methods whose files differ from origin/main (from the last commit, where there is none) run on all hosts, and with the checks that take seconds;
+# of many, `make test-all` is for.
 CHANGED = $(shell git diff --name-only `git rev-parse -q --verify origin/main || echo HEAD` -- plugins 2>/dev/null \
 	| sed -n 's,^plugins/.*/peftcore_[a-z]*/\([a-z0-9][a-z0-9_]*\)\.py$$,\1,p')
 
@@ -35,8 +37,9 @@ test: export MKL_NUM_THREADS := 1
 test: lint
 	$(BIN)/python -m pytest -n 2
 
-# The whole matrix of methods and hosts, of which `make test` runs a covering part.
+# The whole matrix of methods and hosts, of which `make test` runs a covering part; a quarter of it with PART=1/4, each test in exactly one.
 test-all: export PEFTCORE_TEST_ALL := 1
+test-all: export PEFTCORE_TEST_PART = $(PART)
 test-all: test
 
 quantization-matrix: $(INSTALLED)

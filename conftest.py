@@ -8,6 +8,7 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported, so it is set before any test module is
 
+import covering
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,18 @@ import peftcore.registry.catalogue
 
 torch.set_num_threads(1)
 gc.set_threshold(100_000, 20, 20)  # looking through all that torch and transformers made took a fifteenth of all time
+
+
+pytest_plugins = ["processor_time"]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among what the command line asks for, what `covering` chooses."""
+    chosen = covering.covering(items)
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
 
 
 def pytest_collection_finish() -> None:
@@ -41,16 +54,6 @@ def registered() -> Iterator[None]:
     peftcore.registry.catalogue._registered.update(before)
 
 
-TOGETHER = (
-    "tests/packaging/",
-    "tests/cli/test_compare.py",
-    "tests/comparing/comparisons/test_demo.py",
-    "tests/torch_interop/test_distributed.py",
-    "[it_learns",
-)
-"""Parts of names of tests that share something that takes long to make: they run in one worker."""
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Pytest 9.2 took away what pytest-xdist 3.8 marks groups by, and says nothing."""
@@ -58,6 +61,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class ByGroup(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return next((name for name in TOGETHER if name in nodeid), nodeid)
+            return covering.scope(nodeid)
 
     return ByGroup(config, log)

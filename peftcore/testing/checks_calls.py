@@ -131,6 +131,7 @@ def backward_repeats_the_choice_of_its_forward(case: Case) -> None:
     remedy="leave rows to the core, or index by the route as a tensor",
     when=lambda tags: tags.per_row,
     hosts=("llama", "mlp"),
+    cost="slow",
 )
 def assignments_share_a_compiled_graph(case: Case) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend

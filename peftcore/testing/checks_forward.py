@@ -266,6 +266,7 @@ def no_hook_runs_in_forward(case: Case) -> None:
     cause="Python that depends on values of tensors: `.item()`, `if tensor:`; or a call that cannot be traced",
     remedy="write it in torch operations (`torch.where`); with TORCH_LOGS=graph_breaks torch names the line",
     hosts=tuple(HOSTS),  # so that a quick run, in which nothing takes longer, takes one of them
+    cost="slow",
 )
 def compiled_equals_eager(case: Case) -> None:
     model, inputs = case.shallow()

@@ -67,6 +67,7 @@ def _gains(case: Case, task: Task) -> Iterator[tuple[float, float]]:
     cause="the update is scaled far too small, or the optimizer does not get what should train",
     remedy="print gradients and values after some steps; tensors that want other rates get them in `parameter_groups`",
     chooses=True,
+    cost="slow",
 )
 def it_learns(case: Case) -> None:
     tried: dict[str, list[str]] = {}

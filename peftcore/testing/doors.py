@@ -178,6 +178,8 @@ class Declared:
     telling: tuple[str, ...]
     options: Options
     context: Context | None
+    checks: Mapping[str, Check]
+    """Those that run here, by the id of the test."""
 
     def case(self, host: str) -> Case:
         """The method on one host, as the test has it."""
@@ -212,7 +214,7 @@ def conformance(
         named = {name: pair for name, pair in named.items() if pair[1].host.name in _telling(pair[0], quick)}
 
     runs = {name: functools.partial(_run, check, case) for name, (check, case) in named.items()}
-    told = Declared(found, quick, options or {}, context)
+    told = Declared(found, quick, options or {}, context, {name: check for name, (check, _) in named.items()})
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         vars(function)["declared"] = told

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -226,6 +226,11 @@ class Case(Expecting):
         return result
 
 
+Cost = Literal["quick", "slow"]
+"""What a check costs a case: "quick" is a fraction of a second of processor time, "slow" seconds (it trains a model on
+a task, or compiles one). A suite of many methods may leave slow checks to some of them in its quick runs."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One promise and the function that proves it."""
@@ -244,6 +249,8 @@ class Check:
     """Names of the hosts on which the check runs; all when None (a check of files needs one host, not eight)."""
     chooses: bool = False
     """It finds hosts by itself, and runs once a method."""
+    cost: Cost = "quick"
+    """What a case of it costs."""
 
     @property
     def name(self) -> str:
@@ -277,6 +284,7 @@ def check(
     when: Callable[[Tags], bool] = lambda tags: True,
     hosts: tuple[str, ...] | None = None,
     chooses: bool = False,
+    cost: Cost = "quick",
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
     """File a function as a check.
 
@@ -287,10 +295,11 @@ def check(
         when: whether the tags call for it.
         hosts: names of those on which it runs; all when None.
         chooses: it finds hosts by itself, and runs once a method.
+        cost: what a case of it costs, see `Cost`.
     """
 
     def file(function: Callable[[Case], None]) -> Callable[[Case], None]:
-        CHECKS.append(Check(function, promise, cause, remedy, when, hosts, chooses))
+        CHECKS.append(Check(function, promise, cause, remedy, when, hosts, chooses, cost))
         return function
 
     return file

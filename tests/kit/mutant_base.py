@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Tags
@@ -74,6 +75,7 @@ def mutant(
         "method": name,
         "__module__": __name__,
         "__doc__": "Options.",
+        "model_config": ConfigDict(use_attribute_docstrings=False),  # pydantic would look for its source, at length
     }
     config = globals()[f"{label}Config"] = type(f"{label}Config", (config,), fields)
     members |= {"name": name, "operator": operator, "Config": config, "tags": tags, "target": target, "inject": inject}

@@ -21,7 +21,9 @@ def mutant(check: str, linear: type[ToyLinear] = ToyLinear, layer: type[ToyLayer
     name = "".join(part.title() for part in check.split("_"))
     fields = {"__module__": __name__, "__qualname__": f"{name}Linear", "layer": layer()}
     globals()[f"{name}Linear"] = kind = type(f"{name}Linear", (linear,), fields)
-    fields = {"__module__": __name__, "__doc__": "Of a mutant.", "layer": kind.layer, "linear": kind, **members}
+    fields = {"__module__": __name__, "__doc__": "Of a mutant.", "layer": kind.layer, "linear": kind}
+    fields["model_config"] = ConfigDict(use_attribute_docstrings=False)  # pydantic would look for its source, at length
+    fields |= members
     kinds = {"layer": ClassVar[Any], "linear": ClassVar[Any], "requires": ClassVar[Any], "extra": ClassVar[Any]}
     globals()[name] = type(name, (Toy,), {**fields, "__annotations__": kinds})
     SCHEMES[check] = f"{__name__}:{name}"

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from peftcore import Batches, GradientRule, Injection, Method, MethodConfig, Operator, Site, Surgeon, Tags
@@ -80,7 +81,9 @@ class Breaks(FirstRow):
 
 def method(label: str, tags: dict[str, Any] | None = None, **members: Any) -> type[Method]:
     """A low-rank method with other members."""
-    config = type("Config", (MethodConfig,), {"__annotations__": {"method": Literal[label]}, "method": label})
+    quickly = ConfigDict(use_attribute_docstrings=False)  # pydantic would look for its source, at length
+    fields = {"__annotations__": {"method": Literal[label]}, "method": label, "model_config": quickly}
+    config = type("Config", (MethodConfig,), fields)
 
     def inject(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

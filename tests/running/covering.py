@@ -1,0 +1,93 @@
+"""Which tests a run has: all of them, a part of them, or those that cover what slow checks of the kit are for.
+
+Slow checks train a model or compile one, and what they find wrong lies nearly always in a kind of operator, seldom in
+one method alone. A quick run has them for methods that changed, and for one method of each kind. The kinds follow from
+what methods are made of: the core's operator classes that theirs derive from, and the surgeon's verbs that put other
+operators into a model.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import zlib
+from collections.abc import Iterable, Sequence
+
+import pytest
+
+from peftcore.attention import AttentionOperator
+from peftcore.contract import Method
+from peftcore.operators import Operator, WeightOperator
+from peftcore.surgery import Surgeon
+from peftcore.testing.doors import CHANGED, Declared
+from peftcore.testing.kit import ALL, Check
+
+PART = "PEFTCORE_TEST_PART"
+"""Environment variable: "2/4" runs the second quarter of what would run."""
+TOGETHER = (
+    "tests/packaging/",
+    "tests/cli/test_compare.py",
+    "tests/cli/test_demo_training.py",
+    "tests/torch_interop/test_distributed.py",
+)
+"""Parts of names of tests that share something that takes long to make: they run in one worker, and in one part."""
+OPERATORS = (Operator, WeightOperator, AttentionOperator)
+"""What operators of methods are; the core has more special ones below these."""
+VERBS = (Surgeon.attention, Surgeon.sequence, Surgeon.replace, Surgeon.train, Surgeon.include, Surgeon.own)
+"""How a method puts into a model what is no operator class of its own."""
+
+
+def scope(name: str) -> str:
+    """What of a test's name stands for all tests that run together with it."""
+    return next((shared for shared in TOGETHER if shared in name), name)
+
+
+def in_part(name: str, part: str) -> bool:
+    """Whether the test belongs to the part "i/n"; it does to exactly one of n, the same on every machine.
+
+    Raises:
+        pytest.UsageError: `part` is nothing of this kind.
+    """
+    which, _, parts = part.partition("/")
+    if not (which.isdecimal() and parts.isdecimal() and 1 <= int(which) <= int(parts)):
+        raise pytest.UsageError(f"{PART}={part}: a part is written as 1/4, the first of four")
+    return zlib.crc32(scope(name).encode()) % int(parts) == int(which) - 1
+
+
+def kinds(method: type[Method]) -> frozenset[str]:
+    """What the method is made of: names of core classes of operators and of the surgeon's verbs, or "other"."""
+    used = method.inject.__code__.co_names
+    verbs = {verb.__name__ for verb in VERBS if verb.__name__ in used}
+    there = vars(sys.modules[method.__module__]).values()
+    operators = [each for each in there if isinstance(each, type) and issubclass(each, OPERATORS)]
+    core = {next(base for base in each.__mro__ if base.__module__.startswith("peftcore.")) for each in operators}
+    return frozenset(verbs | {each.__name__ for each in core} or {"other"})
+
+
+def representatives(methods: Iterable[type[Method]]) -> set[str]:
+    """Names of methods such that each kind has one: the method that is made of the fewest."""
+    made_of = {method.name: kinds(method) for method in methods}
+    ordered = sorted(made_of, key=lambda name: (len(made_of[name]), name))
+    return {next(name for name in ordered if kind in made_of[name]) for kind in set().union(*made_of.values())}
+
+
+def declared(item: pytest.Item) -> tuple[Declared, Check] | None:
+    """What the kit runs in this test; None where it is no test of the kit's."""
+    told = getattr(getattr(item, "function", None), "declared", None)
+    check = told.checks.get(item.callspec.id) if isinstance(told, Declared) else None  # type: ignore[attr-defined]
+    return None if check is None else (told, check)
+
+
+def covering(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Those that the environment asks for."""
+    pairs = [(item, declared(item)) for item in items]
+    if os.environ.get(ALL) != "1":
+        slow = {pair[0].method for _, pair in pairs if pair is not None and pair[1].cost == "slow"}
+        chosen = representatives(slow) | set(os.environ.get(CHANGED, "").split())
+        pairs = [
+            (item, pair)
+            for item, pair in pairs
+            if pair is None or pair[1].cost == "quick" or pair[0].method.name in chosen
+        ]
+    part = os.environ.get(PART)
+    return [item for item, _ in pairs if not part or in_part(item.nodeid, part)]

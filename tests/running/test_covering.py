@@ -1,0 +1,144 @@
+"""What a run leaves to others runs there: parts are disjoint and complete, and every kind of method has one for slow
+checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import covering
+import pytest
+
+import peftcore.catalogue
+from peftcore.testing import CHECKS, conformance
+from peftcore.testing.doors import CHANGED
+from peftcore.testing.kit import ALL
+
+NAMES = [f"plugins/additive/tests/test_ia3.py::test_conformance[check_{number}-llama]" for number in range(1000)]
+
+
+def _tests(method: str) -> list[Any]:
+    """Stand for what pytest collects of the kit's test of a method."""
+
+    @conformance(method)
+    def test(check: Callable[[], None]) -> None: ...
+
+    told = vars(test)["declared"]
+    return [
+        SimpleNamespace(nodeid=f"test_{method}.py::test[{name}]", function=test, callspec=SimpleNamespace(id=name))
+        for name in told.checks
+    ]
+
+
+def _slow(items: Iterable[Any]) -> set[str]:
+    """Names of methods for which slow checks run."""
+    pairs = [covering.declared(item) for item in items]
+    return {pair[0].method.name for pair in pairs if pair is not None and pair[1].cost == "slow"}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in (ALL, CHANGED, covering.PART):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def test_each_test_is_in_exactly_one_part() -> None:
+    for parts in (1, 3, 4):
+        found = [[name for name in NAMES if covering.in_part(name, f"{part}/{parts}")] for part in range(1, parts + 1)]
+        assert sorted(name for each in found for name in each) == sorted(NAMES)
+        assert min(map(len, found)) > 0.8 * len(NAMES) / parts
+
+
+def test_a_part_is_the_same_in_every_process() -> None:
+    """Also where strings have other hashes."""
+    assert [covering.in_part(NAMES[0], f"{part}/4") for part in (1, 2, 3, 4)] == [True, False, False, False]
+
+
+def test_what_is_collected_here_is_in_exactly_one_part(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected = request.session.items
+    monkeypatch.setenv(ALL, "1")
+    found = []
+    for part in (1, 2, 3, 4):
+        monkeypatch.setenv(covering.PART, f"{part}/4")
+        found += covering.covering(collected)
+    assert sorted(item.nodeid for item in found) == sorted(item.nodeid for item in collected)
+
+
+def test_tests_that_share_what_takes_long_are_in_one_part() -> None:
+    for shared in covering.TOGETHER:
+        names = [f"{shared}::test_{number}" for number in range(50)]
+        assert sum(any(covering.in_part(name, f"{part}/4") for name in names) for part in (1, 2, 3, 4)) == 1
+
+
+@pytest.mark.parametrize("part", ["1", "0/4", "5/4", "a/b", "1/0", "1/4/2", "-1/4"])
+def test_a_part_that_is_none_is_refused(part: str) -> None:
+    with pytest.raises(pytest.UsageError, match="the first of four"):
+        covering.in_part(NAMES[0], part)
+
+
+def test_every_kind_of_method_has_a_representative() -> None:
+    methods = [peftcore.catalogue.method(info.name) for info in peftcore.catalogue.methods()]
+    made_of = {method.name: covering.kinds(method) for method in methods}
+    of = {
+        "lora": "Operator",
+        "dora": "WeightOperator",
+        "bitfit": "replace",
+        "prefix_tuning": "AttentionOperator",
+        "prompt_tuning": "SequenceOperator",
+        "mam_adapter": "include",
+        "adaptformer": "Bypass",
+    }
+    for method, kind in of.items():
+        assert kind in made_of[method]
+    chosen = covering.representatives(methods)
+    assert set().union(*(made_of[name] for name in chosen)) == set().union(*made_of.values())
+    assert len(chosen) <= len(set().union(*made_of.values())) < len(methods) / 4
+    assert all(made_of.values())
+
+
+def test_slow_checks_run_for_one_method_of_a_kind(quick: None) -> None:
+    items = [*_tests("lora"), *_tests("lora_plus"), *_tests("oft"), *_tests("dora")]
+    chosen = covering.covering(items)
+    assert _slow(items) == {"lora", "lora_plus", "oft", "dora"}
+    assert _slow(chosen) == {"lora", "dora"}
+    left = [item for item in items if item not in chosen]
+    assert left
+    for item in left:
+        pair = covering.declared(item)
+        assert pair is not None and pair[1].cost == "slow"
+
+
+def test_slow_checks_run_for_methods_that_changed(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CHANGED, "lora_plus oft")
+    assert _slow(covering.covering([*_tests("lora"), *_tests("lora_plus"), *_tests("oft")])) == {
+        "lora",
+        "lora_plus",
+        "oft",
+    }
+
+
+def test_a_whole_run_leaves_nothing_out(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ALL, "1")
+    items = [*_tests("lora"), *_tests("lora_plus")]
+    assert covering.covering(items) == items
+
+
+def test_a_method_whose_file_runs_alone_is_checked_whole(quick: None) -> None:
+    items = _tests("lora_plus")
+    assert _slow(items) and covering.covering(items) == items
+
+
+def test_tests_that_are_not_the_kits_run_always(quick: None) -> None:
+    items: list[Any] = [SimpleNamespace(nodeid=name) for name in NAMES]
+    assert covering.covering(items) == items
+
+
+def test_slow_checks_are_those_that_train_or_compile() -> None:
+    assert {check.name for check in CHECKS if check.cost == "slow"} == {
+        "it_learns",
+        "compiled_equals_eager",
+        "assignments_share_a_compiled_graph",
+    }
