@@ -2,8 +2,8 @@
 
 Slow checks train a model or compile one, and what they find wrong lies nearly always in a kind of operator, seldom in
 one method alone. A quick run has them for methods that changed, and for one method of each kind. The kinds follow from
-what methods are made of: the core's operator classes that theirs derive from, and the surgeon's verbs that put other
-operators into a model.
+what methods are made of: the core's operator classes that theirs derive from, trained values of the model itself, and
+parts that are methods.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import os
 import sys
 import zlib
 from collections.abc import Iterable, Sequence
+from types import CodeType
 
 import pytest
 
 from peftcore.attention import AttentionOperator
 from peftcore.contract import Method
-from peftcore.operators import Operator, WeightOperator
+from peftcore.operators import Operator, Replacement, WeightOperator
 from peftcore.surgery import Surgeon
 from peftcore.testing.doors import CHANGED, Declared
 from peftcore.testing.kit import ALL, Check
@@ -33,8 +34,12 @@ TOGETHER = (
 """Parts of names of tests that share something that takes long to make: they run in one worker, and in one part."""
 OPERATORS = (Operator, WeightOperator, AttentionOperator)
 """What operators of methods are; the core has more special ones below these."""
-VERBS = (Surgeon.attention, Surgeon.sequence, Surgeon.replace, Surgeon.train, Surgeon.include, Surgeon.own)
-"""How a method puts into a model what is no operator class of its own."""
+KINDS = {
+    Surgeon.replace: Replacement.__name__,
+    Surgeon.train: Replacement.__name__,
+    Surgeon.include: "parts",
+}
+"""What a method is made of beside operator classes of its own, by the surgeon's function that it calls."""
 
 
 def scope(name: str) -> str:
@@ -55,13 +60,19 @@ def in_part(name: str, part: str) -> bool:
 
 
 def kinds(method: type[Method]) -> frozenset[str]:
-    """What the method is made of: names of core classes of operators and of the surgeon's verbs, or "other"."""
-    used = method.inject.__code__.co_names
-    verbs = {verb.__name__ for verb in VERBS if verb.__name__ in used}
+    """What the method is made of: names of the core's classes of operators, "parts", or "other" when it shows none."""
+    called = _names(method.inject.__code__)
+    made = {kind for function, kind in KINDS.items() if function.__name__ in called}
     there = vars(sys.modules[method.__module__]).values()
     operators = [each for each in there if isinstance(each, type) and issubclass(each, OPERATORS)]
     core = {next(base for base in each.__mro__ if base.__module__.startswith("peftcore.")) for each in operators}
-    return frozenset(verbs | {each.__name__ for each in core} or {"other"})
+    return frozenset(made | {each.__name__ for each in core} or {"other"})
+
+
+def _names(code: CodeType) -> set[str]:
+    """Names that a function uses, those of functions inside it too."""
+    inside = [each for each in code.co_consts if isinstance(each, CodeType)]
+    return set(code.co_names).union(*map(_names, inside))
 
 
 def representatives(methods: Iterable[type[Method]]) -> set[str]:
