@@ -21,7 +21,7 @@ from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.experimental import notice_experimental
 from peftcore.registry.plugins import layer_of, registry
 from peftcore.roles import HostMap
-from peftcore.surgery import silent_layers as silent_layers
+from peftcore.surgery import silent_layers
 from peftcore.surgery.installation import install, release, uninstall
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Surgeon, Wishes, preserved_rng

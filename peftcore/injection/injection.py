@@ -21,7 +21,7 @@ from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.registry.plugins import registry
-from peftcore.surgery import silent_layers as silent_layers
+from peftcore.surgery import silent_layers
 from peftcore.surgery.installation import release, uninstall
 from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
 from peftcore.targets.sites import Site

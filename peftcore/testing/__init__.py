@@ -14,6 +14,7 @@ It may import all of peftcore but `comparing` and `cli`. In the order of reading
 - `hosts`: tiny models on which checks run.
 - `tools`: what several checks use.
 - `probes`: tiny methods and models for one question.
+- `trained_once`: what is trained beforehand, kept on disk.
 - `tasks`: what a method has to learn.
 - `plugging`: hooks tried out without packaging them.
 - `compiling`: what a compiler would change.

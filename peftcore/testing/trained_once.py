@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from peftcore.errors import CheckpointError
-from peftcore.files import TensorFile, write_tensors
+from peftcore.files.safe_io import TensorFile, write_tensors
 
 CACHE = "PEFTCORE_CACHE"
 """Environment variable: the folder, ``peftcore`` in XDG_CACHE_HOME or in ``~/.cache`` when it is not set."""

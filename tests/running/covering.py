@@ -16,10 +16,7 @@ from types import CodeType
 
 import pytest
 
-from peftcore.attention import AttentionOperator
-from peftcore.contract import Method
-from peftcore.operators import Operator, Replacement, WeightOperator
-from peftcore.surgery import Surgeon
+from peftcore import AttentionOperator, Method, Operator, Replacement, Surgeon, WeightOperator
 from peftcore.testing.doors import CHANGED, Declared
 from peftcore.testing.kit import ALL, Check
 
@@ -28,7 +25,7 @@ PART = "PEFTCORE_TEST_PART"
 TOGETHER = (
     "tests/packaging/",
     "tests/cli/test_compare.py",
-    "tests/cli/test_demo_training.py",
+    "tests/comparing/comparisons/test_demo.py",
     "tests/torch_interop/test_distributed.py",
 )
 """Parts of names of tests that share something that takes long to make: they run in one worker, and in one part."""

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import covering
+import peftcore.catalogue
 import pytest
 
-import peftcore.catalogue
 from peftcore.testing import CHECKS, conformance
 from peftcore.testing.doors import CHANGED
 from peftcore.testing.kit import ALL
