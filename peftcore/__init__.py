@@ -21,6 +21,7 @@ from peftcore.contract.operators import (
     changes_bias,
     full_precision,
     is_mergeable,
+    low_rank,
     on_first,
 )
 from peftcore.files.compositions import load_composition, save_composition
@@ -132,6 +133,7 @@ __all__ = [
     "is_post_norm",
     "load",
     "load_composition",
+    "low_rank",
     "matmul_transposed",
     "merge_math",
     "method",

@@ -24,8 +24,8 @@ PAGES += sorted(ROOT.glob("plugins/*/README.md"))
 FILES = [*PLUGINS, *EXAMPLE, *TEMPLATES, *PAGES]
 
 FOR_AUTHORS = {"peftcore", "peftcore.errors"}
-BESIDES = {"peftcore.testing", "peftcore.training"}
-"""For tests, and for whoever trains: what pages and tests show, and no method file needs."""
+BESIDES = {"peftcore.roles", "peftcore.testing", "peftcore.training"}
+"""For tests, for whoever trains or corrects the map of a model: what pages and tests show, and no method file needs."""
 SNIPPET = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 

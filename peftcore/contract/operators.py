@@ -9,6 +9,7 @@ layer.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -105,6 +106,9 @@ class Operator(_Base):
     uses `merged` in its place, so a method that defines both works on every kind of module.
     """
 
+    dropout: float = 0.0
+    """Probability with which inputs of a low-rank update are dropped in training."""
+
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Act around `call`, which takes the site's own inputs and gives its output: a tensor ``[..., out]`` of a
         linear layer, ``[batch, out, *positions]`` of a convolution, a tuple of some attentions (see `on_first`). What
@@ -120,6 +124,26 @@ class Operator(_Base):
         """What acts around a module: the operator itself. One that stands at several modules tells them apart by the
         form of the site (and reads what it needs of the module, but never keeps it)."""
         return self
+
+
+def low_rank(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorates the forward of an operator that is a low-rank update and nothing else: ``call(x) + scale * B A
+    dropout(x)`` of what its `factors` gives, with the probability `Operator.dropout` in training.
+
+    Then the core computes it by a fused kernel on layers that have one (`Layer.fuses_updates`), and the forward itself
+    runs on all others. The conformance kit holds one equal to the other, with gradients.
+    """
+
+    @functools.wraps(forward)
+    def update(self: Operator, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if not self.layer.fuses_updates:
+            return forward(self, call, x)
+        factors = self.factors()
+        assert factors is not None, "low_rank is for operators that have factors"
+        return self.layer.update(call, x, *factors, self.dropout if self.training else 0.0)
+
+    vars(update)["plain"] = forward
+    return update
 
 
 class Combiner(Operator):

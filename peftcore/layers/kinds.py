@@ -26,6 +26,7 @@ DENSE = (Tensor, nn.Parameter)
 class Linear(Layer):
     """``y = W x`` over the last dimension."""
 
+    fuses_updates: ClassVar[bool] = True
     of_vectors: ClassVar[bool] = True
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -121,6 +122,7 @@ class Transposed(Linear):
 class Table(Transposed):
     """An embedding ``[num, dim]``: a linear map from one-hot inputs, so its logical weight is ``[dim, num]``."""
 
+    fuses_updates: ClassVar[bool] = False
     of_vectors: ClassVar[bool] = False
     padding_idx: int | None = None
     update, frozen_linear = Layer.update, Layer.frozen_linear

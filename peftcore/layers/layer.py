@@ -31,6 +31,8 @@ class Layer:
     """One tensor of one kind of module. The base class fits tensors stored as they are meant: ``[out, in, *kernel]`` or
     vectors."""
 
+    fuses_updates: ClassVar[bool] = False
+    """True when `update` is a kernel of the layer's own, faster than its plain form."""
     of_vectors: ClassVar[bool] = False
     """True when what the module does to vectors it does to each in the last dimension of its input."""
     batch_dims: int = 0

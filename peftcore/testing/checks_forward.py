@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.layers import kinds
 from peftcore.testing.checks_training import backward, expect_same_gradients, loss
 from peftcore.testing.compiling import AsItStands
 from peftcore.testing.hosts import HOSTS
@@ -299,3 +302,25 @@ def exported_equals_eager(case: Case) -> None:
     program = torch.export.export(model, (), dict(inputs)).module()
     with torch.no_grad():
         case.expect_close(case.host.output(program(**inputs)), output, "the exported program's output", factor=10)
+
+
+@check(
+    "the fused kernel gives what the plain forward says, with gradients",
+    cause="a forward with `@low_rank` computes something else than `factors()` says: another scale, a gate, a norm",
+    remedy="write `call(x) + scale * B A dropout(x)` of the factors there, or take `@low_rank` away",
+    when=lambda tags: tags.low_rank,
+)
+def fused_kernels_equal_the_plain_forward(case: Case) -> None:
+    model, inputs = case.fresh(torch.float64)
+    injection = case.filled(model)
+    plain = {each: vars(type(each).forward).get("plain") for each in injection.operators.values()}
+    if not any(plain.values()):
+        raise NotApplicable("no operator has a forward with @low_rank")
+    with mock.patch.object(kinds, "SMALL", 0):  # tiny hosts run the kernel for large inputs too
+        output, gradients = backward(case, model, inputs, injection)
+    for operator, forward in plain.items():
+        if forward is not None:
+            vars(operator)["forward"] = MethodType(forward, operator)
+    expected, wanted = backward(case, model, inputs, injection)
+    case.expect_close(output, expected, "output of the fused kernel")
+    expect_same_gradients(case, gradients, wanted, "the fused kernel")

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mutant_base import NOT_MERGEABLE, Entry, Small, SmallConfig, Unmergeable, mutant
+from mutant_base import NOT_MERGEABLE, TAGS, Entry, Small, SmallConfig, Unmergeable, mutant
 from torch import Tensor, nn
 
-from peftcore import Injection, MethodConfig, Site, WeightOperator, forward_context
+from peftcore import Injection, MethodConfig, Site, WeightOperator, forward_context, low_rank
 from peftcore.forward.context import repeating
 from peftcore.registry.plugins import registry
 from peftcore.testing import Case
@@ -38,6 +38,22 @@ class DetachesA(Small):
         y = call(x)
         A, B = self.cast(y, self.A, self.B)
         return self.layer.add(y, self.layer.apply(x, A.detach()), B, 1.0)
+
+
+class ForgetsTheScale(Small):
+    """Its factors are right, and linear layers are computed from them."""
+
+    @low_rank
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        return y + self.layer.mix(self.layer.apply(x, A), B)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.A, self.B, 2.0
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + 2 * (self.B @ self.A.flatten(1)).view(weight.shape)
 
 
 class WritesBase(Small):
@@ -268,6 +284,9 @@ MUTANTS: dict[str, Entry] = {
         "divides_by_norms", DividesByNorms, parameter_count=lambda site, config: site.out_features
     ),
     "every_trainable_tensor_learns": _on_mlp("detaches", DetachesA),
+    "fused_kernels_equal_the_plain_forward": _on_mlp(
+        "forgets_the_scale", ForgetsTheScale, tags=replace(TAGS, low_rank=True)
+    ),
     "training_leaves_the_base_alone": _on_mlp("writes_base", WritesBase),
     "the_effect_is_the_same_in_training_and_evaluation": _on_mlp("stronger_in_training", StrongerInTraining),
     "dropout_acts_in_training_only": _on_mlp("always_drops", AlwaysDrops, config=DropoutConfig),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from peftcore import Operator, Site
+from peftcore import Operator, Site, low_rank
 from peftcore.errors import UnsupportedSite
 
 
@@ -64,9 +64,13 @@ class LowRankOperator(Operator):
         """A ``[*batch, rank, in, *kernel]``, B ``[*batch, out, rank]`` and the scale s."""
         raise NotImplementedError
 
+    @low_rank
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        A, B, scale = self.factors()
-        return self.layer.update(call, x, A, B, scale, self.dropout if self.training else 0.0)
+        y = call(x)
+        *factors, scale = self.factors()
+        A, B = self.cast(y, *factors)
+        low = self.layer.apply_dropped(x, A, self.dropout if self.training else 0.0)
+        return y + self.layer.mix(scale * low, B)
 
     def merged(self, weight: Tensor) -> Tensor:
         A, B, scale = self.factors()

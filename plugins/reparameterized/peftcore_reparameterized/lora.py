@@ -17,13 +17,15 @@ Use it first: it merges, adds no latency then, and suits nearly every task. More
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal
 
+import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags
-from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count, low_rank_factors
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, low_rank
+from peftcore_reparameterized._low_rank import input_dropout, low_rank_count, low_rank_factors, low_rank_update
 
 
 class Config(MethodConfig):
@@ -45,13 +47,25 @@ def scale_of(config: Config) -> float:
     return config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))
 
 
-class LoRAOperator(LowRankOperator):
-    """The update of one site."""
+class LoRAOperator(Operator):
+    """The update of one target module. Shapes are those of a linear layer; `layer` knows those of the others."""
 
     def __init__(self, site: Site, config: Config) -> None:
-        super().__init__(site, config.dropout)
+        super().__init__(site)
+        self.dropout = input_dropout(site, config.dropout)
         self.scale = scale_of(config)
-        self.A, self.B = low_rank_factors(site, config.rank)
+        self.A, self.B = low_rank_factors(site, config.rank)  # [rank, in], [out, rank]
+
+    @low_rank
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]
+        y = call(x)  # [..., out]: W x + b
+        A, B = self.cast(y, self.A, self.B)
+        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        low = self.layer.apply(dropped, A)  # [..., rank]: A x
+        return y + self.layer.mix(self.scale * low, B)  # [..., out]: B (s A x)
+
+    def merged(self, weight: Tensor) -> Tensor:  # [*batch, out, in, *kernel]
+        return weight + self.scale * low_rank_update(self.A, self.B, weight)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.A, self.B, self.scale
