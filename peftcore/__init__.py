@@ -4,7 +4,7 @@ from peftcore.algebra import merge_math
 from peftcore.algebra.combining import combine, deltas, to_lora
 from peftcore.algebra.gathering import gather
 from peftcore.authoring.branches import BranchSite, Bypass, branch, is_post_norm
-from peftcore.authoring.parts import OfParts, options_of
+from peftcore.authoring.hybrid_parts import OfParts, options_of
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.hookspecs import API, hookimpl

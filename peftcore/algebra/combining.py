@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from peftcore.algebra import merge_math as algebra
+from peftcore.algebra import merge_math
 from peftcore.algebra.merge_math import Sign, cat, linear, padded, product, svd
 from peftcore.contract.config import MethodConfig, validate
 from peftcore.contract.method import Method
@@ -340,11 +340,11 @@ def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: in
         raise ConfigError("slerp goes from one adapter to another: two weights, none of them negative, not both zero")
     merges: dict[str, Callable[[list[Tensor]], Tensor]] = {
         "svd": lambda taus: linear(taus, weights),
-        "magnitude_prune": lambda taus: linear([algebra.magnitude_prune(tau, density) for tau in taus], weights),
-        "ties": lambda taus: algebra.ties(taus, weights, density, sign),
-        "dare_linear": lambda taus: algebra.dare_linear(taus, weights, density, generator),
-        "dare_ties": lambda taus: algebra.dare_ties(taus, weights, density, generator, sign),
-        "slerp": lambda taus: algebra.slerp(taus[0], taus[1], weights[1] / sum(weights)),
+        "magnitude_prune": lambda taus: linear([merge_math.magnitude_prune(tau, density) for tau in taus], weights),
+        "ties": lambda taus: merge_math.ties(taus, weights, density, sign),
+        "dare_linear": lambda taus: merge_math.dare_linear(taus, weights, density, generator),
+        "dare_ties": lambda taus: merge_math.dare_ties(taus, weights, density, generator, sign),
+        "slerp": lambda taus: merge_math.slerp(taus[0], taus[1], weights[1] / sum(weights)),
     }
     if how not in merges and how != "cat":
         raise ConfigError(f"how={how!r} is none of cat, linear, {', '.join(merges)}")

@@ -124,7 +124,7 @@ MOVED: Mapping[str, tuple[str, ...]] = {
     "notices": ("registry.experimental",),
     "operators": ("contract.operators",),
     "packing": ("injection.quantized_layer",),
-    "parts": ("authoring.parts",),
+    "parts": ("authoring.hybrid_parts",),
     "planning": ("surgery.planning",),
     "plugins": ("registry.plugins",),
     "progress": ("utils.progress",),

@@ -8,7 +8,7 @@ from core_toys import perceptron
 from torch import Tensor
 
 import peftcore
-from peftcore.authoring.parts import OfParts, options_of
+from peftcore.authoring.hybrid_parts import OfParts, options_of
 from peftcore.errors import ConfigError, UnknownMethod
 
 
