@@ -24,8 +24,8 @@ PAGES += sorted(ROOT.glob("plugins/*/README.md"))
 FILES = [*PLUGINS, *EXAMPLE, *TEMPLATES, *PAGES]
 
 FOR_AUTHORS = {"peftcore", "peftcore.errors"}
-BESIDES = {"peftcore.roles", "peftcore.testing", "peftcore.training"}
-"""For tests, for whoever trains or corrects the map of a model: what pages and tests show, and no method file needs."""
+BESIDES = {"peftcore.testing", "peftcore.training", "peftcore.roles"}
+"""For tests, for who trains, and for who corrects a map of roles: what pages and tests show, and no method needs."""
 SNIPPET = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 

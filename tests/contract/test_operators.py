@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from core_toys import SharedBases, snapshot, stir, token_ids, transformer
+from core_toys import SharedBases, Shift, ShiftOperator, snapshot, stir, token_ids, transformer
 
 import peftcore
 
@@ -70,3 +70,13 @@ def test_owned_state_follows_the_host_to_another_dtype_and_device() -> None:
     model.to(torch.float64)
     assert injection.shared["bases"].A.dtype == torch.float64
     assert model(token_ids()).dtype == torch.float64
+
+
+def test_which_operators_change_the_bias_beside_their_weight() -> None:
+    class Moves(ShiftOperator):
+        def merged_bias(self, bias: Any, weight: Any) -> Any:
+            return bias
+
+    (site,) = peftcore.plan(transformer(), Shift, target="layers.0.mlp.up_proj").sites
+    config = Shift.Config()
+    assert peftcore.changes_bias(Moves(site, config)) and not peftcore.changes_bias(ShiftOperator(site, config))

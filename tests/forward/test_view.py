@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from core_toys import Shift, ShiftOperator, perceptron
+from core_toys import Shift, ShiftOperator, perceptron, snapshot
 from torch import Tensor, nn
 
 import peftcore
@@ -112,3 +112,16 @@ def test_a_module_without_parameters() -> None:
     assert torch.equal(model(x), moved)
     injection.remove()
     assert torch.equal(model(x), base)
+
+
+def test_a_stand_in_computes_with_other_tensors_and_leaves_the_module_alone() -> None:
+    """Without what injections do at it; gradients reach what stands in."""
+    model, x = nn.ModuleDict({"reader": Reader()}), torch.randn(3, 4)
+    peftcore.apply(model, OnNestedTensor)
+    reader = model["reader"]
+    before, weight = snapshot(model), torch.randn(6, 4, requires_grad=True)
+    y = peftcore.with_tensors(reader, {"qkv.weight": weight})(x)
+    assert torch.equal(y, nn.functional.linear(x, weight))
+    y.sum().backward()
+    assert weight.grad is not None and reader.qkv.weight.grad is None
+    assert snapshot(model) == before

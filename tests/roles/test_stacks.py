@@ -7,6 +7,7 @@ import torch
 from host_zoo import SURVEY, build
 from torch import nn
 
+import peftcore
 from peftcore.roles import derive
 from peftcore.roles.stacks import TokenStack, find
 
@@ -132,3 +133,15 @@ def test_a_stack_must_take_embeddings_that_say_all_that_ids_say() -> None:
     assert list(stacks_of(Plain())) == [""]
     assert stacks_of(IdsOnly()) == {}
     assert stacks_of(MoreThanEmbeddings()) == {}
+
+
+@pytest.mark.parametrize(("name", "takes"), [("llama", True), ("mamba", True), ("clip", False)])
+def test_which_stacks_go_on_from_what_earlier_tokens_left(name: str, takes: bool) -> None:
+    (stack,) = stacks_of(build(name)[0]).values()
+    assert stack.takes_cache is takes
+
+
+def test_the_cache_among_the_arguments_of_a_module() -> None:
+    cache = object()
+    assert peftcore.cache_in({"hidden_states": 1, "past_key_values": cache, "cache_params": None}) is cache
+    assert peftcore.cache_in({"hidden_states": 1, "past_key_values": None}) is None

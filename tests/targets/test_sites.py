@@ -1,5 +1,6 @@
 """What a site knows about itself."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -123,3 +124,36 @@ def test_roles_of_sites_are_known_whatever_the_form_of_the_target() -> None:
         "attn.q",
         "attn.k",
     ]
+
+
+def test_base_weight_is_what_no_injection_touches() -> None:
+    model = perceptron()
+    base = model.first.weight.detach().clone()
+    (site,) = peftcore.apply(model, Shift, target="first").sites
+    assert torch.equal(site.base_weight(), base) and torch.allclose(site.weight(), base + 1)
+    (planned,) = peftcore.plan(perceptron(), Shift, target="first").sites
+    assert planned.base_weight().is_meta and planned.base_weight().shape == base.shape
+
+
+def test_a_gradient_is_cut_as_the_site_is() -> None:
+    """In logical layout, and the slices of the site alone."""
+    stored = torch.arange(12.0).view(3, 4)  # of an embedding: [num, dim]
+    (site,) = peftcore.plan(nn.ModuleDict({"inner": nn.Embedding(3, 4)}), Shift, target="inner").sites
+    assert torch.equal(site.logical(stored), stored.T)
+    assert torch.equal(replace(site, slices=((1, 2), (3, 4))).logical(stored), stored.T[[1, 3]])
+
+
+def test_a_site_names_the_arguments_of_its_module() -> None:
+    """Also where an injection acts there, which shows the arguments of the class it stands for."""
+    model = transformer()
+    for name in ("first", "second"):
+        (site,) = peftcore.apply(model, Doubling, name=name, target="layers.0.self_attn").sites
+        assert site.arguments == ("hidden",)
+
+
+@pytest.mark.parametrize(
+    ("role", "mixes"), [("experts.up", True), ("pos.proj", True), ("embed.pos", True), ("embed", False), (None, False)]
+)
+def test_where_rows_of_the_batch_cannot_be_told_apart(role: str | None, mixes: bool) -> None:
+    (site,) = peftcore.plan(perceptron(), Shift, target="first").sites
+    assert replace(site, role=role).mixes_rows is mixes
