@@ -1,8 +1,8 @@
 """peftcore: a registry of parameter-efficient fine-tuning methods that anyone extends without touching its core."""
 
 from peftcore.algebra import merge_math
+from peftcore.algebra.adapters_as_parts import gather
 from peftcore.algebra.combining import combine, deltas, to_lora
-from peftcore.algebra.gathering import gather
 from peftcore.authoring.branches import BranchSite, Bypass, branch, is_post_norm
 from peftcore.authoring.hybrid_parts import OfParts, options_of
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
@@ -19,7 +19,6 @@ from peftcore.contract.operators import (
     Shared,
     WeightOperator,
     changes_bias,
-    full_precision,
     is_mergeable,
     low_rank,
     on_first,
@@ -38,7 +37,7 @@ from peftcore.injection.injection import Injection
 from peftcore.injection.quantization import Scheme, dequantize, quantize, round_trip, scheme, scheme_key, schemes
 from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of
 from peftcore.injection.switching import activate, call, route
-from peftcore.layers.kernels import cast_operands, dropped_linear, matmul_transposed, runs_plain
+from peftcore.layers.kernels import dropped_linear, matmul_transposed, runs_plain
 from peftcore.layers.kinds import Transposed
 from peftcore.layers.layer import Layer, Slices, bias_name
 from peftcore.registry.catalogue import MethodInfo, method, methods, register
@@ -55,6 +54,7 @@ from peftcore.targets.sites import Site
 from peftcore.training.batches import Batch, Batches
 from peftcore.training.optimizer import GradientRule
 from peftcore.utils import moved
+from peftcore.utils.autocast import cast_operands, full_precision
 
 moved.install()
 

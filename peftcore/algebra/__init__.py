@@ -4,7 +4,7 @@ It may import `files`, and what is below. In the order of reading:
 
 - `merge_math`: TIES, DARE and their kin, as functions of tensors.
 - `combining`: `deltas`, `to_lora` and `combine`, of whole adapters.
-- `gathering`: adapters as the parts of a method of parts.
+- `adapters_as_parts`: adapters as the parts of a method of parts.
 """
 
 from peftcore.utils.moved import names_of

@@ -12,10 +12,8 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from peftcore.errors import NotMergeable
@@ -236,17 +234,6 @@ class Shared:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-
-
-def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device; where there are shapes only, torch has none."""
-    return device != "meta" and torch.is_autocast_enabled(device)
-
-
-def full_precision(like: Tensor) -> AbstractContextManager[None]:
-    """Products inside are not rounded by autocast: for what is small, and made of parameters alone."""
-    device = like.device.type
-    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -2,7 +2,7 @@
 
 It may import `roles`, and what is below. In the order of reading:
 
-- `choice`: which injections act, on which rows.
+- `active_adapters`: which adapters are active, on which rows of a batch.
 - `context`: one forward of the model, which backward may repeat.
 - `save_pretrained`: other libraries' saving writes the bare base.
 - `host_state`: what peftcore remembers of a model.
@@ -14,6 +14,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `plan`: what acts at one module under one choice.
 - `slot`: what one module carries.
 - `routing`: rows of a batch that go to different adapters.
+- `batched_updates`: low-rank updates of many adapters in one product.
 - `attention`: edits inside attention.
 - `run`: what runs there.
 - `class_swap`: how a module gets another forward.

@@ -25,7 +25,7 @@ from peftcore.layers.fsdp import differentiable
 from peftcore.layers.kernels import transformed
 
 if TYPE_CHECKING:
-    from peftcore.forward.choice import Choice, Route
+    from peftcore.forward.active_adapters import Choice, Route
     from peftcore.forward.host_state import HostState
 
 _CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")

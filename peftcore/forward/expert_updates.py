@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from peftcore.contract.operators import full_precision
 from peftcore.forward.mount import Mount
 from peftcore.layers import kernels
 from peftcore.layers.kernels.autograd import apply
 from peftcore.layers.kinds import DENSE
 from peftcore.layers.layer import Layer, put
+from peftcore.utils.autocast import full_precision
 
 ALIGNED = 16
 """Rows of what torch multiplies in groups begin at multiples of so many bytes."""

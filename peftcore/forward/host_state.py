@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from peftcore.errors import UnknownInjection
-from peftcore.forward.choice import Active, Choice
+from peftcore.forward.active_adapters import Active, Choice
 from peftcore.forward.context import ForwardContext, Recorder, graph_task, replayed
 from peftcore.forward.save_pretrained import guard, unguard
 

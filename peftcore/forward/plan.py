@@ -11,19 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.contract.compositions import Composition
-from peftcore.contract.operators import (
-    Combiner,
-    Operator,
-    WeightOperator,
-    _Base,
-    autocasts,
-    full_precision,
-    is_mergeable,
-)
-from peftcore.forward.choice import Active, Key
+from peftcore.contract.operators import Combiner, Operator, WeightOperator, _Base, is_mergeable
+from peftcore.forward.active_adapters import Active, Key
 from peftcore.forward.expert_updates import Factors, factors_of, lazy_weight
 from peftcore.forward.mount import Effect, HeldSlices, Mount, around_slices, effects_of, fold
 from peftcore.layers.layer import Layer
+from peftcore.utils.autocast import autocasts, full_precision
 
 Mounts = Mapping[str, list[Mount]]
 """By injection: of the many that may be resident, those that act are looked up."""

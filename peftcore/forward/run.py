@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peftcore.contract.compositions import composed
+from peftcore.forward.active_adapters import Route
 from peftcore.forward.attention import attributes
-from peftcore.forward.choice import Route
+from peftcore.forward.batched_updates import add_updates
 from peftcore.forward.plan import ActivationForm, ActivePlan, ModulePlan
 from peftcore.forward.recompute import RecomputedTensors
-from peftcore.forward.routing import OfSomeRows, OneForward, add_updates, each_its_own, select_rows
+from peftcore.forward.routing import OfSomeRows, OneForward, each_its_own, select_rows
 from peftcore.forward.slot import Edits, Slot
 from peftcore.forward.view import view
 from peftcore.layers.fsdp import MANAGED

@@ -10,13 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.contract.compositions import Composition, branches
-from peftcore.contract.operators import (
-    Combiner,
-    is_mergeable,
-    tables,
-)
+from peftcore.contract.operators import Combiner, is_mergeable, tables
+from peftcore.forward.active_adapters import Active, Choice, Key, Route
 from peftcore.forward.cache import EffectiveWeightCache
-from peftcore.forward.choice import Active, Choice, Key, Route
 from peftcore.forward.expert_updates import Factors
 from peftcore.forward.host_state import HostState
 from peftcore.forward.mount import Mount

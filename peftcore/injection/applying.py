@@ -16,6 +16,7 @@ from peftcore.contract.method import Method
 from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
 from peftcore.forward.adapter_modules import AdapterModules
 from peftcore.forward.host_state import drop_state, ensure_state, state_of
+from peftcore.injection import freezing
 from peftcore.injection.injection import Injection
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.experimental import notice_experimental
@@ -24,7 +25,8 @@ from peftcore.roles import HostMap
 from peftcore.surgery import silent_layers
 from peftcore.surgery.installation import install, release, uninstall
 from peftcore.surgery.planning import Plan
-from peftcore.surgery.surgeon import Surgeon, Wishes, preserved_rng
+from peftcore.surgery.seeding import preserved_rng
+from peftcore.surgery.surgeon import Surgeon, Wishes
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.training.batches import Data, calibrate
 
@@ -82,8 +84,7 @@ def prepare(
         raise UnsupportedHost(
             "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"
         )
-    thawed = list({id(each): each for each in parameters if each.requires_grad}.values())
-    surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry, thawed=thawed)
+    surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry, thawed=freezing.thawed(parameters))
     try:
         with preserved_rng():
             registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
@@ -245,8 +246,7 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: 
     choice, threads = state.choice, dict(state.threads)
     try:
         install(surgeon, state, name)
-        for parameter in thawed:
-            parameter.requires_grad_(False)
+        freezing.freeze(thawed)
         if active:
             state.choose((*state.current(), name))
         else:
@@ -261,8 +261,7 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: 
         state.choice, state.threads = choice, threads
         uninstall(surgeon, name)
         state.replan()
-        for parameter in thawed:
-            parameter.requires_grad_(True)
+        freezing.thaw(thawed)
         if fresh:
             release(model)
             drop_state(model)

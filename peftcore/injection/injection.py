@@ -18,6 +18,7 @@ from peftcore.forward.host_state import Chosen, HostState, chosen, drop_state
 from peftcore.forward.slot import slot_of
 from peftcore.injection import merging
 from peftcore.injection.applied import AppliedMethod
+from peftcore.injection.freezing import thaw
 from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.registry.plugins import registry
@@ -355,7 +356,6 @@ class Injection(AppliedMethod):
         state = self.state
         state.forget(self.name)
         if not state.injections:
-            for parameter in state.frozen:
-                parameter.requires_grad_(True)
+            thaw(state.frozen)
             release(self.model)
             drop_state(self.model)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore.contract.operators import full_precision, is_mergeable
+from peftcore.contract.operators import is_mergeable
 from peftcore.errors import MergeError, NotMergeable, UnsupportedSite
 from peftcore.forward.mount import Effect, Mount, effects_of, fold
 from peftcore.forward.save_pretrained import saving_base
@@ -34,6 +34,7 @@ from peftcore.injection.quantized_layer import (
     restore,
 )
 from peftcore.registry.plugins import layer_of, registry
+from peftcore.utils.autocast import full_precision
 
 if TYPE_CHECKING:
     from peftcore.injection.injection import Injection

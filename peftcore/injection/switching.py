@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcore.contract.compositions import Composition, Stack
 from peftcore.errors import MergeError, RouteError
-from peftcore.forward.choice import Choice, Route
+from peftcore.forward.active_adapters import Choice, Route
 from peftcore.forward.host_state import Chosen, HostState, chosen, known, state_of
 
 

@@ -17,14 +17,14 @@ the order of reading:
 - `towers`: sub-models.
 - `layouts`: the order of rows in fused projections.
 - `stacks`: what takes token ids and runs blocks.
-- `rules`: from a model to its map, rule by rule.
+- `find_roles`: from a model to its map, rule by rule.
 - `recording`: one forward, watched.
 - `tracing`: what that says about the map.
 """
 
 from peftcore.roles.entries import HostEntry, Layout, Slices
+from peftcore.roles.find_roles import derive
 from peftcore.roles.hostmap import HostMap
-from peftcore.roles.rules import derive
 from peftcore.roles.tracing import probe
 from peftcore.roles.vocabulary import ROLES
 

@@ -2,6 +2,7 @@
 
 It may import `targets`, and what is below. In the order of reading:
 
+- `seeding`: random numbers by seed and path.
 - `surgeon`: the verbs of `Method.inject`, which record.
 - `forced_attributes`: how some modules are held while a model is adapted.
 - `installation`: what was recorded goes in; the base is frozen by who applies.

@@ -7,10 +7,9 @@ operators on the meta device and no installation.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,6 +21,7 @@ from peftcore.contract.operators import Operator, Replacement, Shared, WeightOpe
 from peftcore.errors import CheckpointError, HostMismatch, PluginError, TargetError, UnsupportedSite
 from peftcore.layers.layer import Slices
 from peftcore.registry.plugins import registry
+from peftcore.surgery.seeding import preserved_rng, seed_by_path
 from peftcore.targets.attention_sites import AttentionSite
 from peftcore.targets.attention_sites import locate as locate_attention
 from peftcore.targets.resolver import Resolver, Target
@@ -68,22 +68,6 @@ class Wishes:
     dtype: torch.dtype = torch.float32
     saved: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
     """Selections of a saved adapter: they are taken as they were instead of being resolved again."""
-
-
-@contextmanager
-def preserved_rng() -> Iterator[None]:
-    """What is drawn meanwhile does not move the global generator."""
-    before = torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(before)
-
-
-def _seed(seed: int, path: str) -> None:
-    """The next random numbers depend on (seed, path) alone."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
-    torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @dataclass
@@ -358,7 +342,7 @@ class Surgeon:
         if site is not None:
             device = site.device
         where, on_it = self._where
-        _seed(self.wishes.seed, self.part + path)
+        seed_by_path(self.wishes.seed, self.part + path)
         with on_it:
             built = make()
         goal = where if self.dry else device

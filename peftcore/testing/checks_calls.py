@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore.errors import RouteError
-from peftcore.forward.choice import Route
+from peftcore.forward.active_adapters import Route
 from peftcore.forward.host_state import state_of
 from peftcore.injection.injection import Injection
 from peftcore.testing.checks_training import backward, expect_same_gradients, gradients_of, loss

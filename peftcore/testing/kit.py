@@ -21,7 +21,7 @@ import peftcore
 from peftcore.contract.method import Method, Tags
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.injection.injection import Injection
-from peftcore.surgery.surgeon import preserved_rng
+from peftcore.surgery.seeding import preserved_rng
 from peftcore.testing.failures import CheckFailed, explained
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 6e-2, torch.float16: 1e-2}

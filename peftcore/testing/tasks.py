@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.surgery.surgeon import preserved_rng
+from peftcore.surgery.seeding import preserved_rng
 from peftcore.testing.kit import NotApplicable
 from peftcore.testing.trained_once import trained_once
 

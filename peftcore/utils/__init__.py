@@ -3,5 +3,6 @@
 It may import nothing of peftcore. In the order of reading:
 
 - `progress`: bars for long work.
+- `autocast`: the dtype under autocast.
 - `moved`: old paths of modules, for one minor version.
 """

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 import peftcore
 from peftcore import activate, call, route
 from peftcore.errors import RouteError
-from peftcore.forward.choice import Route
+from peftcore.forward.active_adapters import Route
 from peftcore.forward.routing import OneForward, each_its_own
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Injection, Method, MethodConfig, Site
-from peftcore.forward.choice import Choice
+from peftcore.forward.active_adapters import Choice
 from peftcore.forward.host_state import Chosen, HostState, chosen
 from peftcore.forward.slot import slot_of
 from peftcore.injection.injection import Summary

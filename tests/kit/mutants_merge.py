@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peftcore import Injection, Method, MethodConfig, Site
 from peftcore.errors import MergeError
-from peftcore.forward.choice import Choice
+from peftcore.forward.active_adapters import Choice
 from peftcore.forward.host_state import HostState
 from peftcore.injection import merging
 

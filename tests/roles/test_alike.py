@@ -15,7 +15,8 @@ import peftcore
 from peftcore.forward import view
 from peftcore.injection.applying import host_map
 from peftcore.registry.plugins import layer_of
-from peftcore.roles import alike, derive, rules, survey
+from peftcore.roles import alike, derive, survey
+from peftcore.roles import find_roles as rules
 from peftcore.roles.alike import Run, Structure, runs
 from peftcore.surgery import installation
 from peftcore.targets.resolver import Resolver

@@ -2,12 +2,11 @@
 (`plain_*`), which the tests hold it against, and which runs under torch.compile, torch.func and wherever autograd is
 not plain."""
 
-from peftcore.layers.kernels.autograd import cast_operands, runs_plain, saves_elsewhere, transformed
+from peftcore.layers.kernels.autograd import runs_plain, saves_elsewhere, transformed
 from peftcore.layers.kernels.dropout import dropout_mask, dropped_linear, plain_dropped_linear
 from peftcore.layers.kernels.low_rank import low_rank_linear, matmul_transposed, plain_low_rank_linear
 
 __all__ = [
-    "cast_operands",
     "dropout_mask",
     "dropped_linear",
     "low_rank_linear",

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore.contract.operators import autocasts
-
 
 def transformed() -> bool:
     """True inside torch.func's grad, vmap and the like, which know neither saved-tensor hooks nor addresses."""
@@ -38,16 +36,6 @@ def runs_plain(product: Tensor | None = None) -> bool:
 
 _exports: Callable[[], bool] = vars(torch.compiler).get("is_exporting", lambda: True)
 """Whether what is compiled is exported; versions of torch that cannot say so may export it."""
-
-
-def cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a linear layer multiplies and adds: x ``[..., in]``, weight ``[out, in]`` and bias ``[out]``, in the dtype
-    of autocast where that is on, else as they are."""
-    device = x.device.type
-    if not autocasts(device):
-        return x, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcore.layers.kernels.autograd import apply, cast_operands, runs_plain
+from peftcore.layers.kernels.autograd import apply, runs_plain
+from peftcore.utils.autocast import cast_operands
 
 LEVELS = 2**16
 """Probabilities are multiples of one over this: four draws come from each 64 random bits."""

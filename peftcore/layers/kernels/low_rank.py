@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftcore.layers.kernels.autograd import apply, cast_operands, runs_plain
+from peftcore.layers.kernels.autograd import apply, runs_plain
 from peftcore.layers.kernels.dropout import dropout_mask, masked
+from peftcore.utils.autocast import cast_operands
 
 FEW = 64
 """Up to so many columns of a product are made as rows."""

@@ -1,0 +1,61 @@
+"""Low-rank updates of many adapters in one product: a batch whose rows go to different adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftcore.contract.operators import Factors
+from peftcore.forward.active_adapters import Route
+from peftcore.forward.mount import Mount
+from peftcore.layers.layer import put, take
+
+
+def add_updates(updates: Sequence[tuple[int, Mount]], route: Route, y: Tensor, x: Tensor, new: bool = False) -> Tensor:
+    """Low-rank updates of several injections, each of its own rows: two products for all of them.
+
+    Args:
+        updates: mounts whose operators are low-rank updates of vectors, with the positions of their injections.
+        route: which rows are whose.
+        y: what the module returns without them ``[rows, ..., out]``.
+        x: its input ``[rows, ..., in]``.
+        new: whether `y` is nobody else's, so that they may be added in place.
+    """
+    tokens = x.reshape(len(x), -1, x.shape[-1])
+    for slices in dict.fromkeys(mount.slices for _, mount in updates):
+        factors = {position: mount.operator.factors() for position, mount in updates if mount.slices == slices}
+        A, B, scales = _of_rows(factors, route, len(x), y)  # type: ignore[arg-type]
+        low = (tokens.to(y.dtype) @ A.mT) * scales.view(-1, 1, 1)
+        if new and slices is None and type(y) is Tensor and y.is_contiguous():
+            y.view(len(x), -1, y.shape[-1]).baddbmm_(low, B.mT)
+            continue
+        part = take(y, slices, -1)
+        changed = torch.baddbmm(part.reshape(len(x), -1, part.shape[-1]), low, B.mT)
+        y = put(y, changed.view(part.shape), slices, -1)
+    return y
+
+
+def _of_rows(factors: Mapping[int, Factors], route: Route, count: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A ``[count, rank, in]``, B ``[count, out, rank]`` and a scale for each of `count` rows; zeros for those of the
+    bare base, and of what does nothing here. Lower ranks are filled up."""
+    first, second, _ = next(iter(factors.values()))
+    rank = max(len(A) for A, _, _ in factors.values())
+    nothing = first.new_zeros(rank, first.shape[1]), second.new_zeros(len(second), rank), 0.0
+    each = [_filled(factors[n], rank) if n in factors else nothing for n in range(len(route.names))] + [nothing]
+    index = route.rows(count, like.device)
+    laid = not torch.compiler.is_compiling() and bool(route.positions)  # no graph may depend on who is where
+    if laid:  # side by side at once, not one of each first and then by row
+        times = count // len(route.positions)
+        each = [each[n] for n in route.positions for _ in range(times)]
+    As, Bs, scales = (list(part) for part in zip(*each, strict=True))
+    A, B, scale = torch.stack(As).to(like.dtype), torch.stack(Bs).to(like.dtype), like.new_tensor(scales)
+    return (A, B, scale) if laid else (A[index], B[index], scale[index])
+
+
+def _filled(factors: Factors, rank: int) -> Factors:
+    A, B, scale = factors
+    lacking = rank - len(A)
+    return (F.pad(A, (0, 0, 0, lacking)), F.pad(B, (0, lacking)), scale) if lacking else factors

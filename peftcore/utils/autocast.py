@@ -1,0 +1,29 @@
+"""The dtype under autocast: whether it is on, products that it rounds, and those that it leaves alone."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; where there are shapes only, torch has none."""
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def full_precision(like: Tensor) -> AbstractContextManager[None]:
+    """Products inside are not rounded by autocast: for what is small, and made of parameters alone."""
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a linear layer multiplies and adds: x ``[..., in]``, weight ``[out, in]`` and bias ``[out]``, in the dtype
+    of autocast where that is on, else as they are."""
+    device = x.device.type
+    if not autocasts(device):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
