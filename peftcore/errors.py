@@ -1,4 +1,4 @@
-"""Everything peftcore raises. Each error says what was wrong and what to do next; after any of them the host is as it
+"""All errors that peftcore raises. Each says what was wrong and what to do next; after any of them the host is as it
 was."""
 
 from __future__ import annotations
@@ -7,22 +7,23 @@ import reprlib
 from typing import Any, Self
 
 LONGEST = 4000
-"""Characters of a message about a file; what is wrong with one may be long."""
+"""The number of characters of a message about a file, after which it is cut."""
 _short = reprlib.Repr()
 _short.maxlevel, _short.maxstring, _short.maxlong, _short.maxother = 3, 60, 60, 60
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
+    """Returns a value as text for a message, shortened where it is long."""
     many = isinstance(value, dict) and len(value) > 100  # they would be sorted
     return f"{len(value):,} entries" if many else _short.repr(value)
 
 
 class PeftcoreError(Exception):
-    """The root: catch this to catch all of the below."""
+    """Base class of all errors of peftcore."""
 
     def about(self, where: object) -> Self:
-        """The same error, its message beginning with what it is about (unless that is in it), and not endless."""
+        """Returns the same error, its message beginning with `where` (unless that is in it), and cut where it is
+        long."""
         text = str(self)
         text = text if str(where) in text else f"{where}: {text}"
         self.args = (text if len(text) <= LONGEST else f"{text[:LONGEST]}...",)
@@ -78,27 +79,27 @@ class CompositionError(PeftcoreError, ValueError):
 
 
 class MissingContext(PeftcoreError, LookupError):
-    """A method needs to be told something that forward has no argument for: ``with peftcore.call(model, task=...)``."""
+    """A method needs a value for which forward has no argument: ``with peftcore.call(model, task=...)``."""
 
 
 class AmbiguousBackward(PeftcoreError, RuntimeError):
-    """A layer is computed again inside backward, and several forwards under different choices could be meant."""
+    """A layer is recomputed inside backward, and several forwards under different choices could be meant."""
 
 
 class CalibrationError(PeftcoreError, ValueError):
-    """The method's look at data is impossible: no ``data=``, data that it has no use for, or batches without a loss."""
+    """Calibration is impossible: no ``data=``, data for a method that uses none, or batches without a loss."""
 
 
 class TrainingError(PeftcoreError, RuntimeError):
-    """Training set up like this would not do what the method says."""
+    """Training set up like this would not follow the method."""
 
 
 class SequenceError(PeftcoreError, RuntimeError):
-    """Rows cannot stand in front of this sequence: an argument or a cache that nobody knows how to keep in step."""
+    """Rows cannot go in front of this sequence: an argument or a cache cannot be kept in step with them."""
 
 
 class QuantizationError(PeftcoreError, ValueError):
-    """Weights cannot be packed as asked: an unknown scheme, a missing package, a format that does not fit."""
+    """Weights cannot be quantized as asked: an unknown scheme, a missing package, a format that does not fit."""
 
 
 class MergeError(PeftcoreError, RuntimeError):
@@ -106,7 +107,7 @@ class MergeError(PeftcoreError, RuntimeError):
 
 
 class NotMergeable(MergeError):
-    """The method cannot be folded into weights at all."""
+    """The method cannot be merged into weights at all."""
 
 
 class CheckpointError(PeftcoreError, ValueError):
@@ -114,7 +115,7 @@ class CheckpointError(PeftcoreError, ValueError):
 
 
 class NoWeights(PeftcoreError, RuntimeError):
-    """The host is on the meta device, and what was asked needs values of its weights."""
+    """The host is on the meta device, and the function needs values of its weights."""
 
 
 class ExportError(PeftcoreError, ValueError):

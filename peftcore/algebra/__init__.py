@@ -1,10 +1,10 @@
-"""Sums and merges of what adapters do to weights.
+"""Adapter algebra: sums and merges of the weight changes of adapters.
 
 It may import `files`, and what is below. In the order of reading:
 
 - `merge_math`: TIES, DARE and their kin, as functions of tensors.
 - `combining`: `deltas`, `to_lora` and `combine`, of whole adapters.
-- `adapters_as_parts`: adapters as the parts of a method of parts.
+- `adapters_as_parts`: existing adapters as the parts of a hybrid.
 """
 
 from peftcore.utils.moved import names_of

@@ -1,4 +1,4 @@
-"""Adapters that exist already, as the parts of one: `gather` puts them into a method that is made of methods."""
+"""`gather`: existing adapters become the parts of a new hybrid."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def gather(
     name: str | None = None,
     **options: Any,
 ) -> Injection:
-    """An injection of `method` whose parts are adapters that exist already, by folder or by name on this host, each
-    with its weight. It is frozen (``trainable()`` lets it train on), and acts in the place of those on the host.
+    """Returns an injection of `method` whose parts are existing adapters, by folder or by name on this host, each with
+    its weight. It is frozen (``trainable()`` lets it train on), and active in place of those on the host.
 
     Args:
         model: the host.
@@ -56,7 +56,7 @@ def gather(
 
 
 def _tensors(injection: AppliedMethod) -> dict[str, Tensor]:
-    """The tensors of an injection, or of a part by the names that they would have without it."""
+    """Returns the tensors of an injection, or of a part by the names that they would have without it."""
     ours = [(graft.site.path, graft.operator) for graft in injection.grafts if graft.by_method]
     shared = [(f"shared:{name}", module) for name, module in injection.shared.items()]
     modules: Sequence[tuple[str, nn.Module]] = [*ours, *shared]

@@ -1,5 +1,5 @@
-"""Adapter algebra on whole adapters: `deltas` reads off what they do to weights, `to_lora` writes it as a LoRA,
-`combine` makes one adapter of several. The mathematics is in `peftcore.algebra.merge_math`."""
+"""Adapter algebra on whole adapters: `deltas` returns their weight changes, `to_lora` writes these as a LoRA, `combine`
+makes one adapter of several. The mathematics is in `peftcore.algebra.merge_math`."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ LOSSY = 0.01
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What an adapter does to one tensor of the host."""
+    """The change that an adapter makes to one tensor of the host."""
 
     site: Site
     delta: Tensor
-    """In logical layout."""
+    """The change in logical layout."""
     factors: Factors | None
-    """Where the change is a product of few columns."""
+    """The factors of the change, where it is low-rank."""
 
 
 def _precise(tensor: Tensor) -> Tensor:
@@ -65,11 +65,11 @@ def _acting(injection: Injection) -> None:
 
 @torch.no_grad()
 def changes(injection: Injection) -> dict[str, Change]:
-    """The effective minus the base weight of each tensor, by site path, in float32 or better. What the user named in
-    ``train`` is left out: heads belong to one task.
+    """Returns the effective minus the base weight of each tensor, by site path, in float32 or better. Modules that the
+    user named in ``train`` are left out: heads belong to one task.
 
     Raises:
-        NotMergeable: an operator does not say what its effective weight is.
+        NotMergeable: an operator has no effective weight.
         MergeError: the injection is merged.
     """
     _acting(injection)
@@ -139,8 +139,8 @@ def _note(
 
 
 def deltas(injection: Injection) -> dict[str, Tensor]:
-    """The change that an adapter makes to each tensor, by site path, in logical layout ``[*batch, out, in, *kernel]``
-    and in float32 or better; nothing for tensors that it leaves as they are.
+    """Returns the change that an adapter makes to each tensor, by site path, in logical layout ``[*batch, out, in,
+    *kernel]`` and in float32 or better; nothing for tensors that it leaves as they are.
 
     Raises:
         NotMergeable: the method makes no change of weights.
@@ -160,8 +160,8 @@ def established(
     train: tuple[str, ...] = (),
     instead: Sequence[str] = (),
 ) -> Injection:
-    """A new injection of a method whose selections are known already. It is frozen, as if loaded, and acts; the
-    injections named in `instead` do not any more."""
+    """Returns a new injection of a method whose selections are known already. It is frozen, as if loaded, and active;
+    the injections named in `instead` are deactivated."""
     saved = {
         key: [{"module_path": s.module_path, "tensor": s.tensor, "role": s.role, "slices": s.slices} for s in sites]
         for key, sites in selections.items()
@@ -175,7 +175,7 @@ def established(
 
 @contextmanager
 def opened(model: torch.nn.Module, sources: Iterable[Source]) -> Iterator[list[Injection]]:
-    """The injections of a host by name, and saved ones by folder, for the time of the block.
+    """Context manager that yields injections of a host by name, and saved ones by folder, which are removed at its end.
 
     Raises:
         UnknownInjection: neither an injection nor a folder.
@@ -195,17 +195,17 @@ def opened(model: torch.nn.Module, sources: Iterable[Source]) -> Iterator[list[I
 
 
 def warn_of_heads(sources: Iterable[Injection]) -> None:
-    """Say that what was trained along stays behind."""
+    """Warn that modules trained along are left out."""
     heads = sorted({head for each in sources for head in each.wishes.train})
     if heads:
         warnings.warn(f"heads belong to one task and are left out: {', '.join(heads)}", UserWarning, stacklevel=3)
 
 
 def to_lora(injection: Injection, rank: int, name: str | None = None) -> tuple[Injection, dict[str, float]]:
-    """A LoRA that does what another adapter does to weights, and its error at each site relative to the change.
+    """Returns a LoRA with the weight changes of another adapter, and its error at each site relative to the change.
 
     Exact where the change has so few columns, by its factors; else the nearest one, by `svd`. The new injection is
-    frozen and acts in the place of the old one, which stays on the host.
+    frozen and active in place of the old one, which stays on the host.
 
     Raises:
         NotMergeable: the method makes no change of weights.
@@ -220,7 +220,7 @@ def to_lora(injection: Injection, rank: int, name: str | None = None) -> tuple[I
 
 
 Made = tuple[Site, Factors, float]
-"""An update of a site, and how far it is from what was wanted."""
+"""An update of a site, and its relative error."""
 Merge = Callable[[str, list[dict[str, Change]], int | None], Made]
 
 
@@ -239,7 +239,7 @@ def _nearest(change: Change, rank: int) -> Made:
 
 @torch.no_grad()
 def _lora(model: torch.nn.Module, made: dict[str, Made], name: str, instead: Sequence[str]) -> Injection:
-    """A LoRA with these updates; what has fewer columns than another is filled up with zeros."""
+    """Returns a LoRA with these updates; lower ranks are padded with zeros."""
     try:
         method = find_method("lora")
     except UnknownMethod as error:
@@ -258,7 +258,8 @@ def _lora(model: torch.nn.Module, made: dict[str, Made], name: str, instead: Seq
 
 
 def _as_weight(site: Site) -> Site:
-    """A site without the role of a module's output: there an update would act on what comes into the whole module."""
+    """Returns a site without the role of a module's output: there an update would act on the input of the whole
+    module."""
     return replace(site, role=None) if site.role is not None and site.role.endswith(".output") else site
 
 
@@ -273,7 +274,8 @@ def combine(
     sign: Sign = "total",
     seed: int = 0,
 ) -> Injection:
-    """One new adapter of several, each with a weight. It is frozen and acts in their place; they stay as they are.
+    """Returns one new adapter of several, each with a weight. It is frozen and active in their place; they stay as they
+    are.
 
     Args:
         model: the host.
@@ -334,7 +336,7 @@ def _check_use(option: str, value: object, used: bool, how: str) -> None:
 
 
 def _merger(how: How, weights: list[float], density: float, sign: Sign, seed: int) -> Merge:
-    """What makes one site's update of all adapters' changes."""
+    """Returns the function that makes one site's update of all adapters' changes."""
     generator = torch.Generator().manual_seed(seed)
     if how == "slerp" and (len(weights) != 2 or min(weights) < 0 or not sum(weights)):
         raise ConfigError("slerp goes from one adapter to another: two weights, none of them negative, not both zero")

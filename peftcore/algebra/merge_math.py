@@ -1,4 +1,4 @@
-"""Adapter algebra on tensors: sums, means and merges of what adapters do to weights.
+"""Adapter algebra on tensors: sums, means and merges of weight changes.
 
 Pure functions, differentiable in the tensors. A *delta* (task vector) is ``tau = W_adapted - W_base`` of one site, of
 any shape; all deltas of one call have the same. Weights may be negative. For whole adapters see
@@ -40,7 +40,7 @@ def magnitude_prune(t: Tensor, density: float) -> Tensor:
 
 
 def random_mask(shape: Sequence[int], density: float, generator: torch.Generator) -> Tensor:
-    """True with probability `density`, each value for itself; drawn where the generator is."""
+    """Returns a mask that is True with probability `density`, each value by itself; drawn on the generator's device."""
     return torch.rand(*shape, generator=generator, device=generator.device) < density
 
 
@@ -91,8 +91,8 @@ def dare_ties(
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """From `a` (t = 0) to `b` (t = 1) along the arc between them (Shoemake 1985), each as one long vector; along the
-    straight line where they have nearly one direction, or opposite ones."""
+    """Returns the point from `a` (t = 0) to `b` (t = 1) along the arc between them (Shoemake 1985), each as one long
+    vector; along the straight line where they have nearly one direction, or opposite ones."""
     lengths = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
     cosine = (a * b).sum() / lengths.clamp_min(torch.finfo(a.dtype).tiny)
     if abs(float(cosine)) > 0.9995:
@@ -102,24 +102,24 @@ def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
 
 
 def cat(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """The exact weighted sum of low-rank updates, each A ``[*batch, rank, in, *kernel]``, B ``[*batch, out, rank]`` and
-    a scale: the factors side by side, the ranks added. (peft's "linear" adds ``sqrt(w s)`` times A and B apart instead,
-    which leaves products of unrelated factors in the sum.)"""
+    """Returns the exact weighted sum of low-rank updates, each A ``[*batch, rank, in, *kernel]``, B ``[*batch, out,
+    rank]`` and a scale: the factors are concatenated, the ranks added. (peft's "linear" adds ``sqrt(w s)`` times A and
+    B apart instead, which leaves products of unrelated factors in the sum.)"""
     A = torch.cat([A for A, _, _ in factors], factors[0][1].dim() - 2)
     B = torch.cat([B * (scale * weight) for (_, B, scale), weight in zip(factors, weights, strict=True)], -1)
     return A, B, 1.0
 
 
 def product(factors: Factors) -> Tensor:
-    """The delta ``[*batch, out, in, *kernel]`` of an update by its factors."""
+    """Returns the delta ``[*batch, out, in, *kernel]`` of an update by its factors."""
     A, B, scale = factors
     lead = B.dim() - 1
     return scale * (B @ A.flatten(lead)).view(*B.shape[:-1], *A.shape[lead:])
 
 
 def svd(delta: Tensor, rank: int, batch_dims: int = 0) -> tuple[Factors, float]:
-    """The nearest update of that rank to a delta ``[*batch, out, in, *kernel]`` (Eckart and Young 1936), and its error
-    relative to the delta, both by the Frobenius norm. Ranks above the matrix's own are filled up with zeros."""
+    """Returns the nearest update of that rank to a delta ``[*batch, out, in, *kernel]`` (Eckart and Young 1936), and
+    its error relative to the delta, both by the Frobenius norm. Ranks above the matrix's own are padded with zeros."""
     U, S, V = torch.linalg.svd(delta.flatten(batch_dims + 1), full_matrices=False)
     root = S[..., :rank].sqrt()
     A = (root.unsqueeze(-1) * V[..., :rank, :]).unflatten(-1, delta.shape[batch_dims + 1 :])
@@ -128,7 +128,7 @@ def svd(delta: Tensor, rank: int, batch_dims: int = 0) -> tuple[Factors, float]:
 
 
 def padded(factors: Factors, rank: int) -> Factors:
-    """The same update with more columns, all zero; the scale in B."""
+    """Returns the same update with more columns, all zero; the scale in B."""
     A, B, scale = factors
     dim, missing = B.dim() - 2, rank - B.shape[-1]
     rows = A.new_zeros(*A.shape[:dim], missing, *A.shape[dim + 1 :])

@@ -1,8 +1,8 @@
-"""What authors of methods share.
+"""Helpers for authors of methods.
 
 It may import `algebra`, and what is below. In the order of reading:
 
-- `branches`: adapters beside a branch of a block.
+- `branches`: adapters parallel to a branch of a block.
 - `hybrid_parts`: methods that are made of methods.
-- `budgets`: what a method trains in models that people know.
+- `budgets`: trainable values of a method in well-known models.
 """

@@ -1,5 +1,5 @@
-"""What adapters beside a branch of a block share: where the branch begins and ends, and how what is read at its
-beginning, or in front of the norm before it, comes to its end."""
+"""Adapters parallel to a branch of a block: where the branch begins and ends, and how its input, or the input of the
+norm before it, is carried to its end."""
 
 from __future__ import annotations
 
@@ -25,25 +25,26 @@ FIRST = {
     "cross.out": {"cross.qkv", "cross.q", "cross.q_a"},
     "attn_mlp.out": {"attn_mlp.in", "attn.qkv", "attn.q"},
 }
-"""By the role of a branch's last matrix, the roles of the first ones, which read what the branch reads."""
+"""By the role of a branch's last matrix, the roles of the first ones, which read the input of the branch."""
 
 
 @dataclass(frozen=True, eq=False)
 class BranchSite(Site):
-    """The last matrix of a branch, with what the branch reads. A module that ends no branch is one by itself."""
+    """The last matrix of a branch, with the modules that read its input. A module that ends no branch is one by
+    itself."""
 
     width: int = 0
-    """Features of what the branch reads."""
+    """The number of features of the branch's input."""
     places: tuple[Site, ...] = ()
-    """Where the operator listens besides: what reads first (form "first"), and the norms of the block ("norm")."""
+    """Further sites of the operator: modules that read the input (form "first"), and the block's norms ("norm")."""
 
 
 class Bypass(Operator):
-    """Adds what `beside` makes of what a branch reads to what the branch returns; features are last in both.
+    """Adds `beside` of a branch's input to the branch's output; features are last in both.
 
     Raises:
         UnsupportedSite: there are not as many tokens behind the branch as in front of it.
-        RouteError: what reads first in the branch is not called, so rows of a batch cannot be told apart.
+        RouteError: the first matrix of the branch is not called, so rows of a batch cannot be told apart.
     """
 
     def __init__(self, site: BranchSite) -> None:
@@ -90,23 +91,23 @@ class Bypass(Operator):
         return added
 
     def beside(self, x: Tensor) -> Tensor:
-        """What is added, from ``[batch, ..., features]`` in the dtype of the branch's output.
+        """Returns the summand for ``[batch, ..., features]``, in the dtype of the branch's output.
 
         Raises:
-            UnsupportedSite: the features do not lie as the method needs them.
+            UnsupportedSite: the features are not laid out as the method needs them.
         """
         raise NotImplementedError
 
 
 def branch(surgeon: Surgeon, site: Site, *, before_norm: bool = False) -> BranchSite:
-    """A site as the end of a branch; with `before_norm`, its operator also listens at the norms of the block.
+    """Returns a site as the end of a branch; with `before_norm`, its operator also acts at the norms of the block.
 
     Raises:
-        UnsupportedSite: nobody knows what reads the input of the branch.
+        UnsupportedSite: no matrix is known that reads the input of the branch.
     """
     host = surgeon.resolver.host
     last = next((entry for entry in host.at(site.module_path) if entry.role in FIRST), None)
-    if last is None:  # a matrix says what it reads; a mixture or an attention returns what it reads: the stream's width
+    if last is None:  # a matrix, or a mixture or an attention, whose output has the width of the stream
         return BranchSite(**vars(site), width=site.in_features if site.tensor == "weight" else site.out_features)
     inside = [entry for entry in host.entries if entry.block == last.block]
     first = [entry for entry in inside if entry.role in FIRST[last.role]]
@@ -122,8 +123,9 @@ def branch(surgeon: Surgeon, site: Site, *, before_norm: bool = False) -> Branch
 
 
 def _readers(surgeon: Surgeon, inside: list[HostEntry], first: HostEntry) -> list[HostEntry]:
-    """The modules that may be given what a branch reads: its first matrix; and before that the attention around it,
-    where that keeps the matrix's bias, and so may read the weight without calling the matrix (BEiT, EVA, Swin V2)."""
+    """Returns the modules that may get the input of a branch: its first matrix; and before that the attention around
+    it, where that keeps the matrix's bias, and so may read the weight without calling the matrix (BEiT, EVA, Swin V2).
+    """
     around = [e for e in inside if e.role in ("attn", "cross") and first.path.startswith(f"{e.path}.")]
     nearest = sorted(around, key=lambda entry: len(entry.path))[-1:]
     if not first.called or first.tensor is not None:
@@ -137,13 +139,13 @@ def _readers(surgeon: Surgeon, inside: list[HostEntry], first: HostEntry) -> lis
 
 
 def _steps_shared(path: str, other: str) -> int:
-    """How many steps from the host down two paths have in common."""
+    """Returns the number of steps from the host down that two paths have in common."""
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(path.split("."), other.split("."), strict=False))))
 
 
 def is_post_norm(resolver: Resolver, block: str) -> bool:
-    """Whether norms stand behind the branches of a block, and not in front of them. Torch's layers say it; other hosts
-    that normalize in front of branches have one more norm behind their blocks."""
+    """Whether norms come after the branches of a block, and not before them. Torch's layers have an attribute for it;
+    other hosts that normalize before branches have one more norm after their blocks."""
     module, host = resolver.modules[block], resolver.host
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         return not module.norm_first

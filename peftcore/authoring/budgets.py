@@ -1,6 +1,6 @@
-"""Hosts of the sizes that people know, on the meta device: what a method would train in them, by its own defaults.
+"""Budgets: the trainable values of a method, by its own defaults, in models of well-known sizes on the meta device.
 
-Nothing is allocated or fetched; what is not installed is left out.
+Nothing is allocated or fetched; models of libraries that are not installed are left out.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peftcore.injection.applying import plan
 
 
 def _library(name: str, model: str, config: str = "", **sizes: Any) -> Callable[[], nn.Module]:
-    """Builds ``name.model(name.config(**sizes))``, or ``name.model(**sizes)``."""
+    """Returns a function that builds ``name.model(name.config(**sizes))``, or ``name.model(**sizes)``."""
 
     def build() -> nn.Module:
         library = importlib.import_module(name)
@@ -55,12 +55,12 @@ REFERENCES: Mapping[str, Callable[[], nn.Module]] = {
         sample_size=32,
     ),
 }
-"""Reference hosts by name, in the order in which a table asks them."""
+"""Reference hosts by name, in the order of the table."""
 
 
 @functools.cache
 def reference(name: str) -> nn.Module | None:
-    """A reference host on the meta device; None when its library is not installed."""
+    """Returns a reference host on the meta device; None when its library is not installed."""
     try:
         with torch.device("meta"):
             return REFERENCES[name]()
@@ -69,8 +69,8 @@ def reference(name: str) -> nn.Module | None:
 
 
 def budgets(method: str) -> dict[str, int]:
-    """What `method` trains with its default options, by name of the reference host; hosts in which it has nothing to
-    act on are left out, and all of them where its options have no defaults."""
+    """Returns the trainable values of `method` with its default options, by name of the reference host; hosts in which
+    it finds no target are left out, and all of them where its options have no defaults."""
     found = {}
     for name in REFERENCES:
         host = reference(name)

@@ -1,4 +1,4 @@
-"""What methods share that are made of other methods, their parts: how a part is written, what is handed on to it."""
+"""Shared code of hybrids, methods that are made of other methods: reading the options of a part, calling all parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from peftcore.registry.plugins import registry
 
 
 def options_of(part: Mapping[str, Any]) -> MethodConfig:
-    """The checked options of one part: a method's options, its name under "method", and its "target" if it has its own.
+    """Returns the checked options of one part: a method's options, its name under "method", and its "target" if it has
+    its own.
 
     Raises:
         ConfigError: it names no method, or its options break a rule of that method.
@@ -29,20 +30,20 @@ def options_of(part: Mapping[str, Any]) -> MethodConfig:
 
 
 class OfParts:
-    """Hands on to the parts what is asked of the whole; stands before `Method` among the bases."""
+    """Mixin that calls the parts' functions for the whole; comes before `Method` among the bases."""
 
     def trainable(self, model: nn.Module, config: Any, injection: AppliedMethod) -> None:
-        """What the parts let train."""
+        """Let the parameters train that the parts select."""
         for part in injection.parts.values():
             registry().hook.peftcore_select(model=model, method=part.method, config=part.config, injection=part)
 
     def aux_loss(self, injection: AppliedMethod) -> Tensor | None:
-        """The sum of the parts' own."""
+        """Returns the sum of the parts' losses."""
         losses = [part.method.aux_loss(part) for part in injection.parts.values()]
         given = [loss for loss in losses if loss is not None]
         return sum(given[1:], given[0]) if given else None
 
     def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
-        """Those of the parts."""
+        """Returns the parameter groups of the parts."""
         parts = injection.parts.values()
         return [group for part in parts for group in part.method.parameter_groups(part, lr=lr, **defaults)]

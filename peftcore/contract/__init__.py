@@ -1,9 +1,9 @@
-"""What plugins are written against: methods, options, operators, compositions, hooks.
+"""The contract of plugins: methods, options, operators, compositions, hooks.
 
 It may import `peftcore.errors`. In the order of reading:
 
 - `config`: the options of a method.
-- `method`: a method and what it says of itself.
+- `method`: a method and its tags.
 - `operators`: the trainable modules that a method puts at target modules.
 - `compositions`: how several injections act together.
 - `hookspecs`: every hook, and the version of the contract.

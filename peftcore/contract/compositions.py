@@ -1,9 +1,9 @@
-"""How several injections act together: values that nest, to be activated like a name.
+"""Compositions of several injections: values that nest, to be activated like a name.
 
     activate(model, Stack("style", Average("german", "french")))
 
-Each branch of a composition is what its injections do at a module, one after the other; there the outputs of the
-branches are put together. What comes later in a stack acts in every branch before it.
+Each branch of a composition runs its injections at a module, one after the other; there the outputs of the
+branches are combined. Later parts of a stack act in every branch before them.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from peftcore.errors import CompositionError
 
 Names = tuple[str, ...]
 Run = Callable[[Names], Any]
-"""What a module returns with these injections acting, in this order."""
+"""Returns a module's output with these injections acting, in this order."""
 Combiners = Mapping[str, Combiner]
 """The combiners that stand at a module, by name of their injection."""
 
 
 class Composition(ABC):
-    """Several injections, or compositions of them, as one: immutable, compared by value."""
+    """Base class of compositions: several injections, or compositions of them, as one. Immutable, compared by value."""
 
     def __init__(self, *parts: str | Composition, **options: Any) -> None:
         wrong = [part for part in parts if not isinstance(part, str | Composition)]
@@ -36,20 +36,20 @@ class Composition(ABC):
             raise CompositionError(f"{type(self).__name__} takes names of injections and compositions of them, {what}")
         self.parts = parts
         self.options = options
-        """What a file keeps besides the parts: plain values."""
+        """The plain values that a file holds besides the parts."""
 
     def names(self) -> Iterator[str]:
-        """Every injection in it, in order."""
+        """Yields every injection in it, in order."""
         for part in self.parts:
             yield from (part,) if isinstance(part, str) else part.names()
 
     def combined(self) -> Iterator[str]:
-        """Those whose outputs are put together with those of others."""
+        """Yields the injections whose outputs are combined with those of others."""
         yield from self.names()
 
     @abstractmethod
     def combine(self, outputs: list[Tensor], base: Tensor, here: Combiners) -> Tensor:
-        """One output, from what the branches return and what the module returns without them."""
+        """Returns one output, from the outputs of the branches and the module's output without them."""
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -63,7 +63,7 @@ class Composition(ABC):
 
 
 class Stack(Composition):
-    """One after the other, in this order."""
+    """Parts that act one after the other, in this order."""
 
     def __init__(self, *parts: str | Composition) -> None:
         super().__init__(*parts)
@@ -84,8 +84,8 @@ def _weights(parts: Sequence[object], weights: Sequence[float] | None) -> list[f
 
 
 class Sum(Composition):
-    """``base + sum_i w_i (y_i - base)``: what each part changes, times its weight; 1 without `weights`, and a negative
-    one takes away.
+    """``base + sum_i w_i (y_i - base)``: the change of each part, times its weight; 1 without `weights`, and a negative
+    weight takes away.
 
     Raises:
         CompositionError: there are not as many weights as parts.
@@ -102,7 +102,7 @@ class Sum(Composition):
 
 
 class Average(Composition):
-    """``sum_i w_i y_i / sum_i w_i``: the mean of what the parts return; every w is 1 without `weights`.
+    """``sum_i w_i y_i / sum_i w_i``: the mean of the parts' outputs; every w is 1 without `weights`.
 
     Raises:
         CompositionError: there are not as many weights as parts, or they add up to 0.
@@ -120,8 +120,8 @@ class Average(Composition):
 
 
 class Split(Composition):
-    """Each part for a range of tokens, [batch, tokens, ...]: the first for the first ``lengths[0]`` tokens, and so on;
-    a last length of None takes what is left. It needs the whole sequence at every module, so no cache in generation.
+    """Parts for ranges of tokens, [batch, tokens, ...]: the first for the first ``lengths[0]`` tokens, and so on; a
+    last length of None takes what is left. It needs the whole sequence at every module, so no cache in generation.
 
     Raises:
         CompositionError: here, the lengths do not fit the parts; in forward, they do not fit the sequence.
@@ -152,8 +152,8 @@ class Split(Composition):
 
 
 class Fuse(Composition):
-    """What the injection `by` makes of the parts' outputs: learned attention, for one, with adapter_fusion. Where it
-    has no place, the parts are averaged."""
+    """The parts' outputs combined by the injection `by`: learned attention, for one, with adapter_fusion. Where it has
+    no place, the parts are averaged."""
 
     def __init__(self, *parts: str | Composition, by: str) -> None:
         super().__init__(*parts, by=by)
@@ -177,7 +177,7 @@ KINDS = {kind.__name__: kind for kind in (Stack, Sum, Average, Split, Fuse)}
 
 
 def composed(composition: Composition, run: Run, here: Combiners) -> Any:
-    """What a module returns under a composition: the first of a tuple is put together, the rest is the base's."""
+    """Returns a module's output under a composition: the first entry of a tuple is combined, the rest is the base's."""
     return _branches([composition], (), run, here)
 
 
@@ -192,13 +192,13 @@ def _branches(nodes: Sequence[str | Composition], before: Names, run: Run, here:
     base = _branches(rest, before, run, here)
     outputs = [_branches([part, *rest], before, run, here) for part in first.parts]
     if all(output is base for output in outputs):
-        return base  # none of them stands here
+        return base  # none of them acts here
     kept = [output[0] if isinstance(output, tuple) else output for output in outputs]
     return on_first(base, lambda plain: first.combine(kept, plain, here))
 
 
 def branches(nodes: Sequence[str | Composition], before: Names = ()) -> Iterator[Names]:
-    """Everything that `composed` may run: names in the order in which they act."""
+    """Yields every branch that `composed` may run: names in the order in which they act."""
     if not nodes:
         yield before
         return

@@ -25,8 +25,8 @@ MAX_GLOBS = 100_000
 
 
 def fits(value: Any) -> bool:
-    """False for numbers that tensors cannot be computed with: whole ones of more than 64 bits, and others near the end
-    of float32 (infinities and NaN are for others to refuse)."""
+    """Whether tensors can be computed with a number. False for integers of more than 64 bits, and for others near the
+    end of float32 (infinities and NaN are for others to refuse)."""
     if isinstance(value, int):
         return -(2**63) <= value < 2**63
     return not isinstance(value, float) or abs(value) <= 1e30 or not math.isfinite(value)
@@ -37,7 +37,7 @@ def _is_glob(pattern: str) -> bool:
 
 
 def matches(path: str, pattern: str) -> bool:
-    """Whether a glob of `MethodConfig.overrides` means a site."""
+    """Whether a glob of `MethodConfig.overrides` matches the path of a site."""
     return fnmatch.fnmatchcase(path, pattern) if _is_glob(pattern) else path == pattern
 
 
@@ -84,7 +84,7 @@ class MethodConfig(BaseModel):
         return overrides
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some options changed, checked like a new one.
+        """Returns a copy with some options changed, validated like a new one.
 
         Raises:
             ConfigError: an option is unknown or its value breaks a rule.
@@ -92,7 +92,7 @@ class MethodConfig(BaseModel):
         return validate(type(self), {**self.model_dump(exclude=set(changes)), **changes})
 
     def at(self, path: str) -> Self:
-        """The options for the site at `path`: `overrides` applied.
+        """Returns the options for the site at `path`, with `overrides` applied.
 
         Raises:
             ConfigError: an override has an unknown option, or a value that breaks a rule.
@@ -100,7 +100,7 @@ class MethodConfig(BaseModel):
         for pattern, changes in self.overrides.items():
             if matches(path, pattern):
                 options = {**self.model_dump(), **changes, "overrides": {}}
-                # By way of JSON: what a file holds for a tuple is a list, and means the same.
+                # By way of JSON: a file holds a list for a tuple, which means the same.
                 return validate_json(type(self), to_json(options, inf_nan_mode="constants", fallback=repr))
         return self
 
@@ -116,7 +116,7 @@ MAX_ERRORS = 1000
 
 
 def described(error: ValidationError) -> list[dict[str, Any]]:
-    """What is wrong with a model, one by one; where that is too much, in one line."""
+    """Returns the errors of a model one by one; where there are too many, one line."""
     if error.error_count() > MAX_ERRORS:
         return [{"type": "many", "loc": (), "msg": f"{error.error_count():,} values are wrong", "input": "..."}]
     return [dict(each) for each in error.errors(include_url=False)]
@@ -138,7 +138,7 @@ def _explain(kind: type[MethodConfig], error: ValidationError) -> str:
 
 
 def validate(kind: type[C], options: dict[str, Any]) -> C:
-    """The options as a config of `kind`.
+    """Returns the options as a config of `kind`.
 
     Raises:
         ConfigError: naming method, field, value and rule, one line each.
@@ -150,7 +150,11 @@ def validate(kind: type[C], options: dict[str, Any]) -> C:
 
 
 def validate_json(kind: type[C], text: str | bytes) -> C:
-    """The same for JSON text (lists stand for tuples there)."""
+    """Returns JSON text as a config of `kind` (lists stand for tuples there).
+
+    Raises:
+        ConfigError: naming method, field, value and rule, one line each.
+    """
     try:
         return kind.model_validate_json(text)
     except ValidationError as error:
@@ -158,7 +162,7 @@ def validate_json(kind: type[C], text: str | bytes) -> C:
 
 
 def dtype_of(name: str | torch.dtype | None) -> torch.dtype:
-    """An operator dtype by name or as it is; float32 by default.
+    """Returns an operator dtype by name or as it is; float32 by default.
 
     Raises:
         ConfigError: not a floating-point dtype.

@@ -1,6 +1,6 @@
 """The hooks, in the order in which a life of an injection meets them.
 
-A hook is for "anybody may answer or look in"; what one method does is a function of its class. For every hook that
+A hook is for answers that any plugin may give; the steps of one method are functions of its class. For every hook that
 stops at the first answer, the core's own implementation comes last and calls the method's function, so a plugin can
 answer earlier or wrap it. No hook runs while the host runs forward or backward. An implementation may accept fewer
 arguments than are listed here.
@@ -44,7 +44,7 @@ def peftcore_methods() -> Mapping[str, str]:  # type: ignore[empty-body]
 
 @hookspec(firstresult=True)
 def peftcore_map(model: nn.Module) -> HostMap | None:
-    """Say what the modules of a host are.
+    """Map the modules of a host to their roles.
 
     Runs at the start of `apply` and `plan`, unless the user handed in a map.
     Gets the host. Returns its map, or None to leave it to others; the core derives one from structure and names.
@@ -59,13 +59,13 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
     Runs when sites are chosen, for one of those modules that are built alike: of one class, with equal attributes, and
     with plain tensors of equal shapes and dtypes. The answer is plain data that later reads and writes without hooks.
     Gets the module and the path of the tensor below it ("weight" for most). Returns a `Layer`, or None; the core
-    answers for dense tensors, a quantizing plugin for packed ones. Stops at the first result that is not None.
+    answers for dense tensors, a quantizing plugin for quantized ones. Stops at the first result that is not None.
     """
 
 
 @hookspec(firstresult=True)
 def peftcore_forced_attributes(cls: type[nn.Module]) -> ForcedAttributes | None:
-    """Say how modules of a class must be held while their host is adapted.
+    """Say which attributes modules of a class must have while their host is adapted.
 
     Runs once for each class of modules that an adapted host has. Gets the class. Returns `ForcedAttributes`, those
     that the module's view has, or None; the core answers for modules of torch. Stops at the first result that is not
@@ -78,7 +78,7 @@ def peftcore_schemes() -> Mapping[str, str]:  # type: ignore[empty-body]
     """Name the ways of packing weights that a plugin brings, for `quantize`.
 
     Runs when a scheme is first asked for. Returns names mapped to ``"module:Class"``, each a `Scheme`. Strings, so that
-    what they need is imported on first use only. Modules so packed are recognized by `peftcore_layer`.
+    their packages are imported on first use only. Modules so packed are recognized by `peftcore_layer`.
     """
 
 
@@ -93,10 +93,10 @@ def peftcore_formats() -> Mapping[str, str]:  # type: ignore[empty-body]
 
 @hookspec
 def peftcore_translations() -> Mapping[str, str]:  # type: ignore[empty-body]
-    """Say how files of other libraries keep a plugin's methods.
+    """Say how files of other libraries store a plugin's methods.
 
     Runs when such a file is read or written. Returns ``"format/name"`` mapped to ``"module:Class"``, where the name is
-    the one that the format itself has for the method: ``"peft/LORA"``. What the class has to be is up to the format.
+    the one that the format itself has for the method: ``"peft/LORA"``. The class's interface is up to the format.
     """
 
 
@@ -112,7 +112,7 @@ def peftcore_inject(model: nn.Module, method: Method, config: MethodConfig, surg
 
 @hookspec(firstresult=True)
 def peftcore_select(model: nn.Module, method: Method, config: MethodConfig, injection: AppliedMethod) -> bool | None:
-    """Decide what trains.
+    """Choose the parameters that train.
 
     Runs after the operators stand in the host and the base is frozen, and when an injection is made trainable again.
     Gets the host, the method, its options and the injection; of a hybrid, each part where the hybrid's method asks for
@@ -124,7 +124,7 @@ def peftcore_select(model: nn.Module, method: Method, config: MethodConfig, inje
 def peftcore_merge(
     model: nn.Module, method: Method, config: MethodConfig, injection: Injection
 ) -> Mapping[tuple[str, str], torch.Tensor] | None:
-    """Compute what a merge writes.
+    """Compute the tensors that a merge writes.
 
     Runs in `Injection.merge`, before any weight changes. Gets the host, the method, its options and the injection.
     Returns the new stored tensors by (module path, tensor path); the core asks every operator for its effective

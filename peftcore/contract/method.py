@@ -1,5 +1,5 @@
-"""What a method is: a final subclass of `Method` with a name, a `Config`, `Tags`, default targets by role, and
-`inject`."""
+"""`Method`, the base class of all methods: a final subclass has a name, a `Config`, `Tags`, default targets by role,
+and `inject`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ CATEGORIES = (
 """The categories of the survey arXiv 2410.19878; a plugin of ours for each."""
 
 SOURCES = re.compile(r"(?:(?:[A-Za-z][\w.-]* \d+(?:\.\d+)*|the authors' code)(?:, (?=.)|$))*")
-"""What `Tags.checked_against` may be: a library has a version, and an equation has none."""
+"""The format of `Tags.checked_against`: a library has a version, and an equation has none."""
 
 
 @dataclass(frozen=True)
 class Tags:
-    """What a method can do. Declared here, proven by the conformance kit: claiming too much and claiming too little
-    both fail."""
+    """The abilities of a method, declared here and proven by the conformance kit: claiming too much and claiming too
+    little both fail."""
 
     category: str
     """One of `CATEGORIES`."""
@@ -57,9 +57,9 @@ class Tags:
     low_rank: bool = False
     """`factors()` of every operator gives the update as A, B and a scale."""
     needs_data: bool = False
-    """`calibrate` looks at the user's data before training; `apply` then wants ``data=``."""
+    """`calibrate` uses the user's data before training; `apply` then needs ``data=``."""
     scheduled: bool = False
-    """`on_step` changes the adapter while it trains, so whoever steps must know how many steps there will be."""
+    """`on_step` changes the adapter while it trains, so the optimizer must know how many steps there will be."""
     checked_against: str = ""
     """Whose numbers its tests compare with, separated by commas: libraries with their versions (``"peft 0.21"``), or
     ``"the authors' code"``. Empty where there are none, only the equation, written a second time."""
@@ -71,11 +71,11 @@ class Tags:
 
 
 class Method(ABC):
-    """A method. Subclasses are final: a variant is an option where the paper's own code has it as one, or where it
-    changes only the start, the data or the schedule.
+    """Base class of methods. Subclasses are final: a variant is an option where the paper's own code has it as one, or
+    where it changes only the start, the data or the schedule.
 
-    What its functions get as `injection` is an `Injection`, or a `HybridPart` where the method is a part of a hybrid:
-    an `AppliedMethod`, which is what both have.
+    The functions get as `injection` an `Injection`, or a `HybridPart` where the method is a part of a hybrid: an
+    `AppliedMethod`, the base class of both.
     """
 
     name: ClassVar[str]
@@ -85,7 +85,7 @@ class Method(ABC):
     Config: ClassVar[type[MethodConfig]]
     """Its options."""
     tags: ClassVar[Tags]
-    """What it can do."""
+    """Its abilities."""
     target: ClassVar[str | tuple[str, ...]]
     """Default targets, by role, so that one line serves every architecture; roles that a host lacks are passed over."""
 
@@ -99,39 +99,39 @@ class Method(ABC):
 
     @abstractmethod
     def inject(self, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
-        """Say which operators stand where, through the surgeon's verbs. Nothing changes before it returns.
+        """Put operators at target modules, through the surgeon's verbs. Nothing changes before it returns.
 
         Args:
             model: the host, as it came.
             config: the method's own `Config`.
-            surgeon: finds sites and records what is to stand there.
+            surgeon: finds sites and records the operators for them.
 
         Raises:
             ConfigError: options that do not go together, or not with this host.
             TargetError: there is nothing to act on.
-            UnsupportedSite: what the target means is nothing that the method can act on.
+            UnsupportedSite: the method cannot act on the target.
         """
 
     def trainable(self, model: nn.Module, config: Any, injection: AppliedMethod) -> None:
-        """What trains once injected: by default every parameter of the operators."""
+        """Turn on requires_grad of the parameters that train: by default of every parameter of the operators."""
         for parameter in injection.parameters():
             parameter.requires_grad = True
 
     def calibrate(self, model: nn.Module, data: Batches, config: Any, injection: AppliedMethod) -> None:
-        """Look at data before training (tag `needs_data`). Runs once, in `apply`, when the operators stand and are
-        active; never on loading, so what it finds goes into parameters or buffers of the operators.
+        """Look at data before training (tag `needs_data`). Runs once, in `apply`, when the operators are installed and
+        active; never on loading, so its results go into parameters or buffers of the operators.
 
         Gradients, training mode and `requires_grad` are put back afterwards.
 
         Raises:
-            CalibrationError: the data does not tell what the method wants to know.
+            CalibrationError: the data lacks what the method needs.
             PluginError: the method has the tag and no such function.
         """
         raise PluginError(f"{self.name} has the tag needs_data and does not define calibrate")
 
     def on_step(self, injection: AppliedMethod, step: int, total: int) -> None:
         """Change the adapter after step 1, 2, …, `total` of the optimizer, while the gradients of that step are still
-        there (tag `scheduled`). What is to survive a resumed training, and is of no use afterwards, goes into
+        there (tag `scheduled`). State that a resumed training needs, and that is of no use afterwards, goes into
         non-persistent buffers of the operators: the optimizer saves them.
 
         Raises:
@@ -141,36 +141,37 @@ class Method(ABC):
         raise PluginError(f"{self.name} has the tag scheduled and does not define on_step")
 
     def aux_loss(self, injection: AppliedMethod) -> Tensor | None:
-        """What is added to the host's loss in training, once a step: a tensor of shape ``[]``, or None."""
+        """Returns a loss to add to the host's loss in training, once a step: a tensor of shape ``[]``, or None."""
         return None
 
     def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
-        """What trains, as the parameter groups of a torch optimizer; `defaults` are its other options. Parameters that
-        train and are in no group (modules that the user named in ``train``) come in one more, with `lr`."""
+        """Returns the parameter groups for a torch optimizer; `defaults` are its other options. Parameters that train
+        and are in no group (modules that the user named in ``train``) come in one more, with `lr`."""
         return [{"params": [p for p in injection.parameters() if p.requires_grad], "lr": lr, **defaults}]
 
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule | None:
-        """What happens to gradients before the optimizer sees them, and to its updates before they are applied."""
+        """Returns a rule that changes gradients before the optimizer sees them, and its updates before they are
+        applied; or None."""
         return None
 
     @staticmethod
     @abstractmethod
     def parameter_count(site: Site, config: Any) -> int:
-        """How many values the operator at one grafted site has, by the closed formula of the paper; the kit compares it
-        with reality.
+        """Returns the number of values of the operator at one target module, by the closed formula of the paper; the
+        kit compares it with the actual number.
 
         Raises:
-            ConfigError: the number is not said by the options of one site.
+            ConfigError: the number does not follow from the options of one site.
         """
 
     @classmethod
     def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        """Options of a file of `version`, as JSON has them, as those of ``version + 1``."""
+        """Returns the options of a file of `version`, as JSON has them, as options of ``version + 1``."""
         return options
 
 
 def check_method_class(cls: Any) -> type[Method]:
-    """The class, if it keeps the contract.
+    """Returns the class, if it fulfils the contract.
 
     Raises:
         PluginError: naming what is missing.

@@ -4,7 +4,7 @@ host.
 * `Operator`: an onion layer around a module's forward; ``forward(call, *inputs)``, where `call` is the next inner
 layer.
 * `WeightOperator`: a reparameterization of one tensor; ``forward(weight) -> weight`` in logical layout.
-* `Replacement`: the weight operator of selective methods: a value that stands for the tensor while it is active.
+* `Replacement`: the weight operator of selective methods: a value that replaces the tensor while it is active.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ rank]``."""
 
 
 class Checked(nn.Module):
-    """A module whose values can be wrong though their shapes and dtypes are right, such as places in a weight. What a
-    file holds is checked before the host changes."""
+    """A module whose values can be wrong though their shapes and dtypes are right, such as indices into a weight. The
+    values of a file are checked before the host changes."""
 
     def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
-        """What is wrong with values from a file for this module's own tensors, in words that follow the tensor's name.
+        """Yields the errors in values from a file for this module's own tensors, in words that follow the tensor's
+        name.
 
         Args:
             values: tensors of the right shapes by their names in this module; some may be missing.
@@ -43,10 +44,10 @@ class Checked(nn.Module):
 
 
 class _Base(Checked):
-    """What both kinds share: the layer at which the operator acts (plain data, never the host's module)."""
+    """Base class of all operators: holds the layer at which the operator acts (plain data, never the host's module)."""
 
     needs_recompute = True
-    """True when the effective tensor is computed and must not outlive its use; False when a parameter stands for it as
+    """True when the effective tensor is computed and must not outlive its use; False when a parameter replaces it as
     it is."""
 
     def __init__(self, site: Site) -> None:
@@ -54,7 +55,7 @@ class _Base(Checked):
         self.layer = site.layer
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The effective weight for the base weight `weight` (logical layout): the same mathematics as forward.
+        """Returns the effective weight for the base weight `weight` (logical layout): the same mathematics as forward.
 
         Raises:
             NotMergeable: unless the operator overrides it.
@@ -62,21 +63,21 @@ class _Base(Checked):
         raise NotMergeable(f"{type(self).__name__} does not say what its merged weight is")
 
     def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
-        """The effective bias that goes with `merged`; most methods leave it alone. `weight` gives the weight that
-        `merged` gets, for the few whose bias depends on it."""
+        """Returns the effective bias that goes with `merged`; most methods leave it alone. `weight` gives the weight
+        that `merged` gets, for the few whose bias depends on it."""
         return bias
 
     def base_to_pack(self, weight: Tensor) -> Tensor:
-        """What `quantize` packs in place of the base weight ``[out, in]``, for methods that are made for a packed base;
-        most leave it alone."""
+        """Returns the weight that `quantize` packs in place of the base weight ``[out, in]``, for methods that are made
+        for a quantized base; most leave it alone."""
         return weight
 
     def base_was_packed(self) -> None:
-        """What `base_to_pack` said is packed now, and is the base from here on."""
+        """Called when the result of `base_to_pack` is packed and is the base from here on."""
 
     def tables(self) -> Iterator[Mapping[str, Tensor | None]]:
-        """Where all stands that it computes with: its parameters and buffers, and those of shared modules that it
-        holds."""
+        """Yields the dictionaries of all tensors that it computes with: its parameters and buffers, and those of shared
+        modules that it holds."""
         for module in self.modules():
             yield from tables(module)
             for held in vars(module).values():
@@ -84,7 +85,7 @@ class _Base(Checked):
                     yield from (table for each in held.module.modules() for table in tables(each))
 
     def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`tensors` in the dtype of `like`: also under autocast, which would promote elementwise products."""
+        """Returns `tensors` in the dtype of `like`: also under autocast, which would promote elementwise products."""
         dtype = like.dtype
         for tensor in tensors:
             if tensor.dtype is not dtype:
@@ -92,16 +93,17 @@ class _Base(Checked):
         return tensors  # as nearly always, and at every token
 
     def factors(self) -> Factors | None:
-        """The low-rank factors, where the update is one: what export, routing and adapter algebra need to know."""
+        """Returns the low-rank factors, where the update is low-rank, for export, routing and adapter algebra;
+        otherwise None."""
         return None
 
 
 class Operator(_Base):
-    """An onion layer. `forward` receives the inner call and the site's own inputs, and returns what the site would
+    """An onion layer: `forward` receives the inner call and the module's own inputs, and returns what the module would
     return.
 
-    Where the site cannot be called (a raw parameter, an attention's packed projection, a grouped convolution), the core
-    uses `merged` in its place, so a method that defines both works on every kind of module.
+    Where the target cannot be called (a raw parameter, an attention's fused projection, a grouped convolution), the
+    core uses `merged` in its place, so a method that defines both works on every kind of module.
     """
 
     dropout: float = 0.0
@@ -109,24 +111,24 @@ class Operator(_Base):
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Act around `call`, which takes the site's own inputs and gives its output: a tensor ``[..., out]`` of a
-        linear layer, ``[batch, out, *positions]`` of a convolution, a tuple of some attentions (see `on_first`). What
-        comes back has the same shapes and dtypes.
+        linear layer, ``[batch, out, *positions]`` of a convolution, a tuple of some attentions (see `on_first`). The
+        result has the same shapes and dtypes.
 
         Raises:
-            MissingContext, SequenceError, ConfigError: the operator needs what this call does not bring, or cannot act
-                on what it brings.
+            MissingContext, SequenceError, ConfigError: this call lacks arguments that the operator needs, or has
+                ones on which it cannot act.
         """
         raise NotImplementedError
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        """What acts around a module: the operator itself. One that stands at several modules tells them apart by the
-        form of the site (and reads what it needs of the module, but never keeps it)."""
+        """Returns the callable that acts around a module: by default the operator itself. An operator at several
+        modules tells them apart by the form of the site (and reads what it needs of the module, but never keeps it)."""
         return self
 
 
 def low_rank(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorates the forward of an operator that is a low-rank update and nothing else: ``call(x) + scale * B A
-    dropout(x)`` of what its `factors` gives, with the probability `Operator.dropout` in training.
+    """Decorate the forward of an operator that is a low-rank update and nothing else: ``call(x) + scale * B A
+    dropout(x)`` with the factors of its `factors`, and with the probability `Operator.dropout` in training.
 
     Then the core computes it by a fused kernel on layers that have one (`Layer.fuses_updates`), and the forward itself
     runs on all others. The conformance kit holds one equal to the other, with gradients.
@@ -145,23 +147,23 @@ def low_rank(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 class Combiner(Operator):
-    """Makes one output of those of several injections, in the composition `Fuse`; by itself it acts on nothing."""
+    """Combines the outputs of several injections into one, in the composition `Fuse`; by itself it acts on nothing."""
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What the module returns."""
+        """Returns the module's own output."""
         return call(*args, **kwargs)
 
     def combine(self, outputs: list[Tensor], base: Tensor) -> Tensor:
-        """One output, from that of each part and what the module returns without them, all [..., features].
+        """Returns one output, from that of each part and the module's output without them, all [..., features].
 
         Raises:
-            CompositionError: the outputs have not the features that it was made for.
+            CompositionError: the outputs do not have the features that it was made for.
         """
         raise NotImplementedError
 
 
 class Held(ABC):
-    """What an operator may read of the module at which it acts: weight and bias, in logical layout."""
+    """The weight and bias of the module at which an operator acts, in logical layout, for reading."""
 
     @property
     @abstractmethod
@@ -178,37 +180,37 @@ class WeightOperator(_Base):
     """A reparameterization: maps one tensor, in logical layout, to the effective one. Works on every kind of module."""
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The effective tensor for `weight` ``[*batch, out, in, *kernel]``, of the same shape; returned in any dtype,
-        cast once by the core. Of what has no two dimensions, such as a bias, `weight` is ``[out]``."""
+        """Returns the effective tensor for `weight` ``[*batch, out, in, *kernel]``, of the same shape and in any dtype;
+        the core casts it once. For a tensor without two dimensions, such as a bias, `weight` is ``[out]``."""
         raise NotImplementedError
 
     def prefers_activation_form(self, x: Tensor) -> bool:
-        """Whether `activation_form` is the cheaper way for an input ``[..., in]``."""
+        """Whether `activation_form` is cheaper than an effective weight for an input ``[..., in]``."""
         return False
 
     def prepare(self, held: Held) -> Any:
-        """What `activation_form` needs that no input changes, such as a rotation: small things, made of parameters and
-        of what the module holds, at their own precision. In evaluation they are kept while none of these changes."""
+        """Returns values for `activation_form` that no input changes, such as a rotation: small, made of parameters and
+        of the module's tensors, at their own precision. In evaluation they are cached while none of these changes."""
         return None
 
     def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: Any) -> Tensor:
-        """The same mathematics by what goes into the module and comes out: `call` is ``W x + b``, `x` ``[..., in]``,
-        `prepared` what `prepare` made.
+        """Returns the module's output by the same mathematics on activations: `call` is ``W x + b``, `x` ``[..., in]``,
+        `prepared` the result of `prepare`.
 
-        Used in training and where gradients are wanted, for rows of a batch that have adapters of their own, and beside
-        packed weights, if the module is a linear map that is called (`layer.called`) and nothing else acts on its
+        Used in training and where gradients are wanted, for rows of a batch that have adapters of their own, and on
+        quantized layers, if the module is a linear map that is called (`layer.called`) and nothing else acts on its
         weight: no effective weight is made then, nor a gradient of its size.
         """
         raise NotImplementedError
 
     def merged(self, weight: Tensor) -> Tensor:
-        """Merging applies forward once."""
+        """Returns `forward` of the weight."""
         merged: Tensor = self(weight)
         return merged
 
 
 class Replacement(WeightOperator):
-    """A value that stands for a tensor while active: training in place by construction, with the base untouched.
+    """A value that replaces a tensor while active: training in place by construction, with the base untouched.
 
     Starts from the tensor itself, or from zeros where the host has none (a missing bias).
     """
@@ -224,7 +226,7 @@ class Replacement(WeightOperator):
 
 
 def tables(module: nn.Module) -> tuple[Mapping[str, Tensor | None], Mapping[str, Tensor | None]]:
-    """A module's own parameters and buffers, as it keeps them."""
+    """Returns a module's own dictionaries of parameters and of buffers."""
     return module._parameters, module._buffers
 
 
@@ -244,16 +246,16 @@ def on_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def is_mergeable(operator: _Base) -> bool:
-    """True when the operator says what its effective weight is."""
+    """Whether the operator has an effective weight: it defines `merged`."""
     return isinstance(operator, WeightOperator) or type(operator).merged is not _Base.merged
 
 
 def changes_bias(operator: _Base) -> bool:
-    """True when the operator changes the bias that goes with its weight."""
+    """Whether the operator changes the bias that goes with its weight."""
     return type(operator).merged_bias is not _Base.merged_bias
 
 
 def trainable_numbers(operators: Iterable[nn.Module]) -> int:
-    """The number of distinct trainable values."""
+    """Returns the number of distinct trainable values."""
     seen = {id(p): p.numel() for operator in operators for p in operator.parameters() if p.requires_grad}
     return sum(seen.values())

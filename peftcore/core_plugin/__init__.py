@@ -1,6 +1,6 @@
-"""The core's own answers to the hooks. They come last in line, and call the function of the method at hand.
+"""The core's own implementations of the hooks. They come last in line, and call the function of the method at hand.
 
-The registry loads this plugin by name, as it loads any: so nothing low imports what stands here. It may import all that
+The registry loads this plugin by name, as it loads any: so no lower package imports it. It may import everything
 is below the public API.
 """
 

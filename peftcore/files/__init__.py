@@ -1,11 +1,11 @@
-"""Reading and writing adapters: nothing in a file is believed, nothing half-written is left.
+"""Reading and writing adapters: files are untrusted, and none is left half-written.
 
 It may import `injection`, and what is below. In the order of reading:
 
-- `safe_io`: bytes in and out.
-- `envelope`: what an adapter says of itself besides its tensors.
+- `safe_io`: reads and writes JSON and safetensors files safely.
+- `envelope`: the description of a saved adapter besides its tensors.
 - `formats`: one module a file format, ours and other libraries'.
-- `save_load`: `load`, and what `Injection.save` calls.
+- `save_load`: `load`, and the function behind `Injection.save`.
 - `compositions`: compositions with the adapters in them.
 """
 

@@ -1,5 +1,5 @@
-"""A composition in a folder: the adapters in it, each in a folder of its name, and ``composition.json``, which says how
-they act together."""
+"""A composition in a folder: its adapters, each in a folder of its name, and ``composition.json`` with their
+composition."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from peftcore.injection.switching import activate
 
 FILE = "composition.json"
 MOST = 1000
-"""Names that a composition in a file may have, and branches; nested ones multiply."""
+"""The number of names that a composition in a file may have, and of branches; nested ones multiply."""
 
 
 def save_composition(model: nn.Module, composition: Composition, path: str | os.PathLike[str]) -> None:
-    """Write the adapters of a composition into folders of their names below `path`, and how they act together.
+    """Write the adapters of a composition into folders of their names below `path`, and the composition itself.
 
     Raises:
         UnknownInjection: the host has no injection of such a name.
@@ -42,7 +42,7 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
     """Load the adapters that `save_composition` wrote, under their names, and activate the composition.
 
     Raises:
-        CheckpointError: there is none at `path`, or it is broken. What `load` raises may come too, of any of its
+        CheckpointError: there is none at `path`, or it is broken. The errors of `load` may come too, for any of its
             adapters. Nothing was loaded.
     """
     folder = Path(path)
@@ -62,7 +62,7 @@ def load_composition(model: nn.Module, path: str | os.PathLike[str]) -> Composit
                 raise CheckpointError(f"{folder}: {name!r} is no name of an adapter below it")
             loaded.append(load(model, folder / name, name=name, active=False))
         activate(model, composition)
-    except BaseException:  # whatever it was: nothing stays behind
+    except BaseException:  # on any error nothing stays behind
         for injection in reversed(loaded):
             injection.remove()
         raise

@@ -1,4 +1,4 @@
-"""What a saved adapter says about itself besides its tensors: method, options, where it stands, on which base."""
+"""The envelope of a saved adapter, its description besides its tensors: method, options, sites, base."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMAT = 1
 
 
 class SavedSite(BaseModel):
-    """One site as a selection found it."""
+    """One site of a selection in a file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     module_path: str
@@ -37,19 +37,19 @@ class SavedSite(BaseModel):
 
     @classmethod
     def of(cls, site: Site) -> SavedSite:
-        """A selected site."""
+        """Returns the record of a selected site."""
         return cls(
             module_path=site.module_path, tensor=site.tensor, role=site.role, rows=site.slices, shape=site_shape(site)
         )
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the resolver finds the site by."""
+        """The arguments by which the resolver finds the site."""
         return {**self.model_dump(include={"module_path", "tensor", "role"}), "slices": self.rows}
 
 
 class Envelope(BaseModel):
-    """What ``adapter.json`` holds."""
+    """The content of ``adapter.json``."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: int
@@ -66,14 +66,14 @@ class Envelope(BaseModel):
     host: str = ""
     """Class of the host, for people to read."""
     base: str | None = None
-    """What the host's own config calls its weights, for people to read."""
+    """The name of the weights in the host's own config, for people to read."""
     weights: str | None = None
     """Digest of the host's tensors at the sites, where the user asked for it."""
     selections: dict[str, tuple[SavedSite, ...]]
 
     @property
     def wishes(self) -> Wishes:
-        """The wishes with which the method is applied again; sites are not resolved, but taken from the file.
+        """The wishes with which the method is applied again; sites are taken from the file instead of being resolved.
 
         Raises:
             CheckpointError: operators cannot have the dtype.
@@ -85,23 +85,23 @@ class Envelope(BaseModel):
 
     @property
     def text(self) -> str:
-        """As JSON to read, the same for equal adapters."""
+        """The envelope as JSON to read, the same for equal adapters."""
         return json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
 
     @property
     def short(self) -> str:
-        """As JSON without what is as by default and without spaces, to stand in a file's header."""
+        """The envelope as JSON without defaults and spaces, for a file's header."""
         return self.model_dump_json(exclude_defaults=True)
 
 
 def site_shape(site: Site) -> tuple[int, ...]:
-    """The logical shape of a selected site; empty for a module without a weight of its own."""
+    """Returns the logical shape of a selected site; empty for a module without a weight of its own."""
     return tuple(site.weight_shape) if site.layer.has(site.module, site.tensor) else ()
 
 
 def spelled(target: Any) -> Any:
-    """A target as JSON keeps it: strings as the user wrote them, types and predicates by their name (they are for
-    reading only)."""
+    """Returns a target for JSON: strings as the user wrote them, types and predicates by their name (for reading
+    only)."""
     if target is None or isinstance(target, str):
         return target
     if isinstance(target, type) or callable(target):
@@ -110,7 +110,7 @@ def spelled(target: Any) -> Any:
 
 
 def envelope_of(injection: Injection, weights: bool = False) -> Envelope:
-    """What `injection` says about itself; with `weights`, also which values its base has at the sites."""
+    """Returns the envelope of `injection`; with `weights`, also a digest of its base's values at the sites."""
     name = injection.method.name
     info = next(
         (i for i in methods() if i.name == name and find_method(f"{i.plugin}/{i.name}") is type(injection.method)), None
@@ -135,14 +135,14 @@ def envelope_of(injection: Injection, weights: bool = False) -> Envelope:
 
 
 def base_name(model: nn.Module) -> str | None:
-    """What the host's own config calls its weights (models of transformers and diffusers have one)."""
+    """Returns the name of the weights in the host's own config (models of transformers and diffusers have one)."""
     config = vars(model).get("config") or vars(model).get("_internal_dict")
     name = getattr(config, "_name_or_path", None) or (config.get("_name_or_path") if isinstance(config, dict) else None)
     return str(name) if name else None
 
 
 def weights_digest(sites: Iterable[Site]) -> str:
-    """SHA-256 of the stored tensors at sites, in the order of their paths."""
+    """Returns the SHA-256 of the stored tensors at sites, in the order of their paths."""
     digest = hashlib.sha256()
     for site in sorted(sites, key=lambda each: each.path):
         value = site.layer.read(site.module, site.tensor)
@@ -153,7 +153,7 @@ def weights_digest(sites: Iterable[Site]) -> str:
 
 
 def parse_envelope(data: Mapping[str, Any], where: object) -> Envelope:
-    """The envelope in a JSON object.
+    """Returns the envelope in a JSON object.
 
     Raises:
         NewerFormat: it was written by a newer peftcore.
@@ -174,7 +174,7 @@ def parse_envelope(data: Mapping[str, Any], where: object) -> Envelope:
 
 
 def method_of(envelope: Envelope) -> type[Method]:
-    """The installed method that an envelope names.
+    """Returns the installed method that an envelope names.
 
     Raises:
         UnknownMethod: saying what to install.
@@ -188,7 +188,7 @@ def method_of(envelope: Envelope) -> type[Method]:
 
 
 def options_of(cls: type[Method], envelope: Envelope) -> MethodConfig:
-    """The options, brought to the installed version.
+    """Returns the options, migrated to the installed version.
 
     Raises:
         NewerFormat: they are newer than the installed plugin.
@@ -210,7 +210,7 @@ def options_of(cls: type[Method], envelope: Envelope) -> MethodConfig:
 
 
 def mismatched(envelope: Envelope, selections: Mapping[str, Sequence[Site]]) -> list[str]:
-    """The sites whose shapes on this host are not those that the file tells of."""
+    """Returns the sites whose shapes on this host differ from the file's."""
     wrong = []
     for key, saved in envelope.selections.items():
         for record, site in zip(saved, selections.get(key, ()), strict=False):

@@ -1,4 +1,4 @@
-"""Reading and writing adapter files: nothing in a file is believed, nothing half-written is left behind.
+"""Reading and writing adapter files: files are untrusted, and none is left half-written.
 
 Reading checks sizes, structure and names before it allocates, and knows JSON and safetensors only. Writing puts each
 file in place whole: after a kill or on a full disk the old one is still there.
@@ -30,23 +30,23 @@ from peftcore.contract.config import fits
 from peftcore.errors import CheckpointError
 
 MAX_HEADER = 32 * 2**20
-"""Bytes of the header of a tensors' file that are read at most: a hundred thousand tensors have half of it."""
+"""The largest header of a safetensors file, in bytes: a hundred thousand tensors have half of it."""
 MAX_JSON = 16 * 2**20
-"""Bytes of an adapter's options that are read at most, far above any adapter's."""
+"""The largest JSON file of an adapter's options, in bytes, far above any adapter's."""
 MAX_VALUES = 500_000
-"""Values in them."""
+"""The largest number of values in them."""
 MAX_DEPTH = 64
-"""How deep they may be nested."""
+"""Their deepest nesting."""
 SAFE_CALLS = 5_000
-"""Python's JSON parser calls itself for what is nested, in C. It ends with an error at the limit of that, which some
-libraries raise so far that the stack ends first, and with it the process: then nesting is looked at beforehand."""
+"""Python's JSON parser recurses for nested values, in C. It raises an error at the recursion limit, which some
+libraries set so high that the stack overflows first, and the process dies: then nesting is checked beforehand."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 """The dtypes of tensors that adapters have, by their names in safetensors."""
 
 
 def _regular(path: Path) -> int:
-    """The size of a regular file (links are followed: caches are made of them)."""
+    """Returns the size of a regular file (links are followed: caches are made of them)."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:
@@ -76,7 +76,7 @@ def _whole(digits: str) -> int:
 
 
 def _nesting(text: str | bytes) -> int:
-    """How deep lists and objects lie in each other."""
+    """Returns how deeply lists and objects are nested."""
     text = text if isinstance(text, str) else text.decode(json.detect_encoding(text))
     outside = re.sub(r'"(?:[^"\\]|\\.)*"', "", text, flags=re.DOTALL)
     steps = (1 if mark in "[{" else -1 for mark in re.findall(r"[][{}]", outside))
@@ -96,7 +96,7 @@ def _object(text: str | bytes, where: object) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
-    """A JSON object of reasonable size without repeated keys, NaN, infinities, or numbers that no computer counts with.
+    """Returns a JSON object of reasonable size without repeated keys, NaN, infinities, or numbers that fit no tensor.
 
     Raises:
         CheckpointError: it is something else; `where` is named.
@@ -116,7 +116,7 @@ def parse_json(text: str | bytes, where: object) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Returns the JSON object in a file.
 
     Raises:
         CheckpointError: it is missing, too large, or no JSON object.
@@ -138,7 +138,7 @@ class TensorFile:
 
     @cached_property
     def header(self) -> dict[str, Any]:
-        """The file's own description of itself.
+        """The header of the file.
 
         Raises:
             CheckpointError: it is damaged or no safetensors file.
@@ -159,7 +159,7 @@ class TensorFile:
 
     @cached_property
     def metadata(self) -> dict[str, str]:
-        """The texts that whoever wrote the file left in it."""
+        """The texts in the file's metadata."""
         return dict(self.header.get("__metadata__") or {})
 
     @cached_property
@@ -180,7 +180,7 @@ class TensorFile:
         return {key: DTYPES[name] for key, name in named.items()}
 
     def read(self, keys: Iterable[str] | None = None) -> dict[str, Tensor]:
-        """Values, copied into memory.
+        """Returns values, copied into memory.
 
         Raises:
             CheckpointError: they cannot be read, or some are not finite; all of these are named.
@@ -198,9 +198,9 @@ class TensorFile:
 
 
 def _put(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` fill a new file, then put it in the place of `path` at once. It is filled in a folder of its own, for
-    libraries put files of theirs beside it meanwhile. Where a file is replaced, the new one is on the disk before: no
-    cut of power leaves half of one in the place of a whole one. Where there was none, there is nothing to lose."""
+    """Let `write` fill a new file, then rename it to `path` at once. It is filled in a folder of its own, for libraries
+    put files of theirs next to it meanwhile. Where a file is replaced, the new one is flushed to disk before: a power
+    cut leaves no half-written file in place of a whole one. Where there was none, there is nothing to lose."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         scratch.mkdir()
@@ -209,22 +209,22 @@ def _put(path: Path, write: Callable[[Path], Any]) -> None:
         if path.exists():
             with partial.open("rb+") as file:
                 os.fsync(file.fileno())
-        partial.chmod(scratch.stat().st_mode & 0o666)  # as the user's umask has it; a library may hide what it writes
+        partial.chmod(scratch.stat().st_mode & 0o666)  # as the user's umask has it; libraries may make files private
         os.replace(partial, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Put a text in place whole, or not at all. One that stands there already, as when an adapter is saved again after
-    more training, is left alone."""
+    """Write a text file whole, or not at all. A file of the same text, as when an adapter is saved again after more
+    training, is left alone."""
     if path.is_file() and path.stat().st_size <= MAX_JSON and path.read_bytes() == text.encode():
         return
     _put(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Put a safetensors file in place whole, or not at all; equal tensors give equal bytes.
+    """Write a safetensors file whole, or not at all; equal tensors give equal bytes.
 
     Args:
         metadata: at most one text, for the library writes several in any order.
@@ -241,7 +241,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def clear_partial(folder: Path) -> None:
-    """Remove what writers that were killed left in a folder an hour ago or longer."""
+    """Remove partial files that killed writers left in a folder an hour ago or longer."""
     for path in folder.glob(".*.partial"):
         if path.is_dir() and not path.is_symlink() and time.time() - path.lstat().st_mtime > 3600:
             shutil.rmtree(path, ignore_errors=True)

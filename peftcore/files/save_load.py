@@ -1,4 +1,4 @@
-"""Saving and loading adapters, in whatever format: what all formats share.
+"""Saving and loading adapters, in any format.
 
 Everything is checked against the host before the host changes: on any error nothing is loaded, and one error lists all
 that is wrong. No pickle; nothing named by a file is imported.
@@ -41,16 +41,16 @@ from peftcore.roles import HostMap
 from peftcore.surgery.surgeon import Surgeon
 
 SPARE = 2**28
-"""Bytes that an adapter may need beyond its file, besides as many as the host has: bases drawn from a seed."""
+"""Bytes that an adapter may need beyond its file and the size of the host: bases drawn from a seed."""
 CALLS, CALLS_EACH = 10_000, 300
-"""Calls of torch that a rehearsal may make, and those for each parameter of the host: the method that makes most,
+"""Calls of torch that a dry run may make, and further ones for each parameter of the host: the method that makes most,
 fact_tk, makes a hundred."""
 
 
 def save(injection: Injection, path: Path, formats: Sequence[str], weights: bool) -> None:
     """Write a folder; each file appears whole or not at all, and equal adapters give equal bytes.
 
-    Where the model is cut over processes, all of them come here, and the first one writes.
+    Where the model is sharded over processes, all of them call this, and the first one writes.
     """
     model = injection.model
     with _values_wanted(model), gathered(model, injection.parameters):
@@ -95,12 +95,12 @@ def load(
             other way round; of files for whole pipelines the part for `model` is taken.
         name: name of the injection on this host; the method's by default.
         trainable: False loads it frozen.
-        active: False lets what acts now go on as it is, and the adapter wait until `activate` or `route` names it: for
+        active: False leaves the active injections as they are, until `activate` or `route` names the adapter: for
             hosts that serve meanwhile, and for many adapters at once.
         strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are passed over).
 
     Raises:
-        CheckpointError: the files are damaged, or do not hold what the adapter needs, listing all that is wrong.
+        CheckpointError: the files are damaged, or lack tensors or options of the adapter, listing all errors.
         HostMismatch: the adapter belongs to another base.
         NewerFormat: it was written by a newer version.
         UnknownMethod: no installed plugin has its method.
@@ -147,7 +147,7 @@ def load(
 
 
 def describe(path: str | os.PathLike[str]) -> Description:
-    """What a saved adapter says about itself, in any format that `load` recognizes; no host is needed.
+    """Returns the description in a saved adapter, in any format that `load` recognizes; no host is needed.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -159,7 +159,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
 
 @contextmanager
 def _values_wanted(model: nn.Module) -> Iterator[None]:
-    """What torch cannot do on the meta device is said in our words."""
+    """Context manager that turns torch's errors on the meta device into `NoWeights`."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -172,7 +172,8 @@ def _values_wanted(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _about(where: Path) -> Iterator[None]:
-    """Every error names the file. What a method raises because options of the file make no sense is one of ours too."""
+    """Context manager in which every error names the file. Errors that a method raises because options of the file make
+    no sense become errors of ours too."""
     try:
         yield
     except PeftcoreError as error:
@@ -186,7 +187,7 @@ def _about(where: Path) -> Iterator[None]:
 
 
 class _Bounded(TorchFunctionMode):
-    """Ends a rehearsal that goes on and on because an option of a file says so."""
+    """Ends a dry run that an option of a file makes endless."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -214,7 +215,7 @@ def _check_host(envelope: Envelope, surgeon: Surgeon) -> None:
 
 
 def _check_values(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
-    """Values that only the method understands; all that are wrong are named."""
+    """Check values that only the method understands; all wrong ones are named."""
     modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
     modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]  # type: ignore[misc]
     wrong = []
@@ -229,7 +230,7 @@ def _check_values(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_memory(surgeon: Surgeon, tensors: Mapping[str, Tensor]) -> None:
-    """What is built beyond the file's own tensors is no larger than the host."""
+    """Check that the tensors built beyond the file's own are no larger than the host."""
     modules = [graft.operator for graft in surgeon.grafts] + [shared.module for shared in surgeon.owned.values()]
     held = {id(each): each for module in modules for each in (*module.parameters(), *module.buffers())}
     needed = sum(each.numel() * each.element_size() for each in held.values())
@@ -254,7 +255,7 @@ def fill(injection: Injection, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _put(module: nn.Module, key: str, value: Tensor) -> None:
-    """Give a tensor that has no memory some."""
+    """Give a value to a tensor that has no memory."""
     below, _, name = key.rpartition(".")
     owner = module.get_submodule(below)
     if name in owner._parameters:

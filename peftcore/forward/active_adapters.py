@@ -1,4 +1,4 @@
-"""What was chosen: which injections act, on which rows of a batch, in what context and composition."""
+"""The choice of a thread: which injections are active, on which rows of a batch, in what context and composition."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Route:
     index: Tensor
     """[rows] int64: the row's position in `names`, -1 for the bare base model."""
     copies: int = 1
-    """How many rows of the batch may stand for one of these, one beside the other (beams)."""
+    """The number of adjacent rows of the batch that may belong to one of these (beams)."""
     positions: tuple[int, ...] = ()
     """`index` as numbers, which are known without asking the device."""
     _groups: dict[tuple[int, torch.device], tuple[dict[int, Tensor], Tensor]] = field(default_factory=dict, repr=False)
@@ -36,7 +36,8 @@ class Route:
         return batch in (len(self.index), len(self.index) * self.copies)
 
     def rows(self, count: int, device: torch.device) -> Tensor:
-        """The index for `count` rows: each repeated where a module sees several rows of each (windows, flat tokens).
+        """Returns the index for `count` rows, each entry repeated where a module sees several rows of each (windows,
+        flat tokens).
 
         Raises:
             RouteError: `count` is no multiple of the rows.
@@ -51,8 +52,8 @@ class Route:
         return times
 
     def groups(self, count: int, device: torch.device) -> tuple[dict[int, Tensor], Tensor]:
-        """Of `count` rows, which go to each position that has any (-1: the bare base model), and where each row lies
-        when these are one after the other. Worked out once: no token waits for it.
+        """Returns, for `count` rows, the rows of each position that has any (-1: the bare base model), and where each
+        row lies when these are concatenated. Computed once, so that no token waits for it.
 
         Raises:
             RouteError: `count` is no multiple of the rows.
@@ -69,7 +70,7 @@ class Route:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What one thread asked for."""
+    """The active injections of one thread, with its route, context and composition."""
 
     active: Active = ()
     route: Route | None = None
@@ -77,7 +78,7 @@ class Choice:
     composition: Composition | None = None
     """How the active ones act together; None: in the order in which they were applied."""
     key: Key = field(init=False)
-    """What plans depend on: not on the assignment of rows, so that all of them share one compiled graph."""
+    """The key of plans: it leaves out the assignment of rows, so that all assignments share one compiled graph."""
 
     def __post_init__(self) -> None:
         routed = None if self.route is None else self.route.names
@@ -89,5 +90,5 @@ class Choice:
         return self.active if self.route is None else self.route.names
 
     def same(self, other: Choice) -> bool:
-        """Whether two forwards under these choices do the same."""
+        """Whether two forwards under these choices compute the same."""
         return self.key == other.key and self.route is other.route and self.context is other.context

@@ -1,4 +1,4 @@
-"""The modules in which operators live: one level above the module that they act on,
+"""Adapter modules, in which operators live: one level above the module that they act on,
 ``self_attn.peft.q_proj.<injection>``."""
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from torch import nn
 from peftcore.forward.save_pretrained import BASE_ALONE
 
 ADAPTER_MODULES = "peft"
-"""What they are called in the module above."""
+"""The name of the adapter modules in the module above."""
 
 
 class AdapterModules(nn.Module):
-    """Holds operators beside the site they act on: ``self_attn.peft.q_proj.<injection>``."""
+    """Holds the operators of the modules of one parent: ``self_attn.peft.q_proj.<injection>``."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A state dict of the bare base loads into an adapted host: operators that it does not mention keep their
-        values."""
+        """Load a state dict, which may be that of the bare base: operators that it does not name keep their values."""
         if not any(key.startswith(prefix) for key in state_dict):
             state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Nothing while the base is saved alone."""
+        """Returns torch's state dict; nothing while the base is saved alone."""
         return kwargs.get("destination", {}) if BASE_ALONE.get() else super().state_dict(*args, **kwargs)
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
-        """The same: who saves a model may count its parameters."""
+        """Yields torch's named modules; nothing while the base is saved alone: a saving function may count the
+        parameters."""
         return iter(()) if BASE_ALONE.get() else super().named_modules(*args, **kwargs)

@@ -1,11 +1,10 @@
-"""Edits of what happens inside attention: keys and values in the same softmax, a second softmax, other queries.
+"""Edits inside attention: keys and values in the same softmax, a second softmax, other queries.
 
 An attention module of transformers looks up, by the name of the implementation in its config, the function that
-computes ``softmax(q k^T) v``. Where edits act, the module's forward runs on a view (see
-`peftcore.forward.class_swap`) whose config is a stand-in: it answers as the real one does, but names a function of
-ours, which runs the edits around the real function. Nothing global changes: the model makes its masks for the
-implementation that the user chose, a later `set_attn_implementation` counts at once, and saved configs are as they
-were.
+computes ``softmax(q k^T) v``. Where edits act, the module's forward runs on a view (see `peftcore.forward.view`) with
+another config: it answers as the real one does, but names a function of ours, which runs the edits around the real
+function. Nothing global changes: the model makes its masks for the implementation that the user chose, a later
+`set_attn_implementation` counts at once, and saved configs are as they were.
 """
 
 from __future__ import annotations
@@ -61,8 +60,8 @@ class Projection:
     out_features: int
 
     def apply(self, attention: nn.Module, states: Tensor, base: bool = False) -> Tensor:
-        """The projection of `states` ``[..., in]``, bias included, as the injections that act now leave it, merged or
-        not; that of the bare `base` where rows go to different ones."""
+        """Returns the projection of `states` ``[..., in]``, bias included, with the injections that are active now,
+        merged or not; with `base`, that of the bare base, where rows go to different injections."""
         module = attention.get_submodule(self.module)
         if self.layer.called and not base:
             return take(module(states), self.slices, -1)
@@ -77,9 +76,9 @@ class Projection:
 class AttentionOperator(_Base):
     """Acts inside an attention: between its projections and the softmax.
 
-    ``forward(attend, query, key, value)`` returns what the attention gives: ``[batch, heads, queries, value_dim]``.
-    `query` is ``[batch, heads, queries, head_dim]``, `key` and `value` are ``[batch, kv_heads, keys, width]`` and hold
-    what a cache has of the past. `attend` is the next attention inside, at last the host's own; see `Attend`.
+    ``forward(attend, query, key, value)`` returns the output of the attention: ``[batch, heads, queries, value_dim]``.
+    `query` is ``[batch, heads, queries, head_dim]``, `key` and `value` are ``[batch, kv_heads, keys, width]`` and
+    include cached ones. `attend` is the next attention inside, at last the host's own; see `Attend`.
     """
 
     def __init__(self, site: AttentionSite) -> None:
@@ -94,33 +93,33 @@ class AttentionOperator(_Base):
         register()  # a pickle may be loaded in a fresh process
 
     def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Act around `attend`: what the attention gives, ``[batch, heads, queries, value_dim]``."""
+        """Act around `attend`; returns the output of the attention, ``[batch, heads, queries, value_dim]``."""
         raise NotImplementedError
 
     def cast(self, like: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """`tensors` in the dtype of `like`: also under autocast, which would promote elementwise products."""
+        """Returns `tensors` in the dtype of `like`: also under autocast, which would promote elementwise products."""
         return tuple(tensor.to(like.dtype) for tensor in tensors)
 
 
 class Attend:
-    """What an edit calls: the next attention inside it."""
+    """The next attention inside an edit, which the edit calls."""
 
     def __init__(self, host: HostAttention, inner: Compute, operator: AttentionOperator) -> None:
         self._host, self._inner, self._operator = host, inner, operator
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The attention inside, causality and padding included: ``[batch, heads, queries, value_dim]``. Keys that stand
-        in front of those that came in are seen by every query. Shapes are those of `AttentionOperator`.
-        """
+        """Returns the output of the attention inside, causality and padding included: ``[batch, heads, queries,
+        value_dim]``. Keys in front of those that came in are seen by every query. Shapes are those of
+        `AttentionOperator`."""
         return self._inner(query, key, value)
 
     def apart(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """A softmax of its own over `key` ``[batch, kv_heads, any, width]``, all of which every query sees; with the
-        host's scale. Returns ``[batch, heads, queries, value_dim]``."""
+        """Returns a softmax of its own over `key` ``[batch, kv_heads, any, width]``, all of which every query sees,
+        with the host's scale: ``[batch, heads, queries, value_dim]``."""
         return self._host.apart(query, key, value)
 
     def project(self, part: str, states: Tensor) -> Tensor:
-        """What the attention's own frozen projection `part` ("q", "k", "v") makes of `states` ``[length, in]``, by
+        """Returns `states` ``[length, in]`` through the attention's own frozen projection `part` ("q", "k", "v"), by
         heads: ``[heads of that part, length, width]``. No positions are applied."""
         made = self._operator.projections[part].apply(self._host.module, states, base=self._host.routed)
         heads = self._operator.geometry.heads if part == "q" else self._operator.geometry.kv_heads
@@ -132,7 +131,7 @@ _PER_KEY = ("position_bias",)
 
 
 class HostAttention:
-    """The host's own function in one forward, with what it was called with."""
+    """The host's own attention function in one forward, with the arguments of its call."""
 
     def __init__(
         self,
@@ -166,7 +165,8 @@ class HostAttention:
         return transposed
 
     def _padded(self, front: int, query: Tensor) -> Tensor | None:
-        """The mask with a visible column for each key in front; made where the function would go by causality alone."""
+        """Returns the mask with a visible column for each key in front; made where the function would rely on causality
+        alone."""
         mask, queries = self._mask, query.shape[2]
         if front == 0:
             return mask
@@ -184,7 +184,7 @@ class HostAttention:
 
 
 def _chain(mounts: Iterable[Mount], host: HostAttention) -> Compute:
-    """The host's attention with the edits around it, the first applied innermost."""
+    """Returns the host's attention with the edits around it, the first applied innermost."""
     compute: Compute = host
     for mount in mounts:
         operator = mount.operator
@@ -194,7 +194,7 @@ def _chain(mounts: Iterable[Mount], host: HostAttention) -> Compute:
 
 
 def _run(edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Output and weights; with a route, each row gets the edits of its own injection only."""
+    """Returns output and weights; with a route, each row gets the edits of its own injection only."""
     route = edits.route
     if route is None:
         return _chain(edits.mounts, host)(query, key, value), host.weights
@@ -208,7 +208,7 @@ def _run(edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: T
 
 
 def _edited(interface: Mapping[str, Callable[..., Any]], implementation: str) -> Callable[..., Any]:
-    """Our attention function for one implementation of the host's."""
+    """Returns our attention function for one implementation of the host's."""
 
     def attention(
         module: nn.Module,
@@ -241,7 +241,7 @@ def _check_shapes(geometry: Geometry, query: Tensor, key: Tensor, value: Tensor)
 
 
 def register() -> None:
-    """Make our functions known to transformers, once in a process and never while a compiler traces."""
+    """Register our functions with transformers, once in a process and never while a compiler traces."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     for implementation in SUPPORTED:
@@ -254,7 +254,7 @@ def _named(implementation: str) -> str:
 
 
 class StandIn:
-    """A config in all but the name of its attention implementation, which is read anew each time."""
+    """A config that differs in the name of its attention implementation only, which is read anew each time."""
 
     def __init__(self, config: Any) -> None:
         self._config = config
@@ -270,7 +270,7 @@ class StandIn:
 
 
 def implementation_of(config: Any) -> str:
-    """The implementation that a config names.
+    """Returns the implementation that a config names.
 
     Raises:
         UnsupportedSite: edits cannot run around it.
@@ -285,5 +285,5 @@ def implementation_of(config: Any) -> str:
 
 
 def attributes(module: nn.Module, edits: Edits) -> Mapping[str, Any]:
-    """What the view of an attention module has instead of the module's own attributes."""
+    """Returns the attributes of an attention module's view that replace the module's own."""
     return {"config": StandIn(module.config), "_peftcore_edits": edits}

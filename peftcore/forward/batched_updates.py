@@ -15,14 +15,14 @@ from peftcore.layers.layer import put, take
 
 
 def add_updates(updates: Sequence[tuple[int, Mount]], route: Route, y: Tensor, x: Tensor, new: bool = False) -> Tensor:
-    """Low-rank updates of several injections, each of its own rows: two products for all of them.
+    """Add low-rank updates of several injections, each to its own rows: two products for all of them.
 
     Args:
         updates: mounts whose operators are low-rank updates of vectors, with the positions of their injections.
         route: which rows are whose.
-        y: what the module returns without them ``[rows, ..., out]``.
+        y: the module's output without them ``[rows, ..., out]``.
         x: its input ``[rows, ..., in]``.
-        new: whether `y` is nobody else's, so that they may be added in place.
+        new: whether nobody else holds `y`, so that they may be added in place.
     """
     tokens = x.reshape(len(x), -1, x.shape[-1])
     for slices in dict.fromkeys(mount.slices for _, mount in updates):
@@ -39,14 +39,14 @@ def add_updates(updates: Sequence[tuple[int, Mount]], route: Route, y: Tensor, x
 
 
 def _of_rows(factors: Mapping[int, Factors], route: Route, count: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A ``[count, rank, in]``, B ``[count, out, rank]`` and a scale for each of `count` rows; zeros for those of the
-    bare base, and of what does nothing here. Lower ranks are filled up."""
+    """Returns A ``[count, rank, in]``, B ``[count, out, rank]`` and a scale for each of `count` rows; zeros for rows of
+    the bare base, and of injections that do nothing here. Lower ranks are padded with zeros."""
     first, second, _ = next(iter(factors.values()))
     rank = max(len(A) for A, _, _ in factors.values())
     nothing = first.new_zeros(rank, first.shape[1]), second.new_zeros(len(second), rank), 0.0
     each = [_filled(factors[n], rank) if n in factors else nothing for n in range(len(route.names))] + [nothing]
     index = route.rows(count, like.device)
-    laid = not torch.compiler.is_compiling() and bool(route.positions)  # no graph may depend on who is where
+    laid = not torch.compiler.is_compiling() and bool(route.positions)  # no graph may depend on the assignment of rows
     if laid:  # side by side at once, not one of each first and then by row
         times = count // len(route.positions)
         each = [each[n] for n in route.positions for _ in range(times)]

@@ -1,4 +1,4 @@
-"""What was made of tensors, kept while none of them changes: decoding makes nothing anew."""
+"""The effective-weight cache: values computed from tensors, kept while none of the tensors changes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class EffectiveWeightCache:
-    """Values by what they are, each with the tensors that it was made of.
+    """A cache of values by key, each with the tensors from which it was computed.
 
     In-place changes are known by version counters, other memory by its address. Writes through `.data` do not count;
-    any forward with gradients drops what is kept, so an optimizer that writes so is seen.
+    any forward with gradients clears the cache, so an optimizer that writes so is seen.
     """
 
     def __init__(self) -> None:
@@ -23,13 +23,13 @@ class EffectiveWeightCache:
         return len(self._values)
 
     def get(self, what: Hashable, sources: Sequence[Tensor], under: tuple[object, ...], make: Callable[[], Any]) -> Any:
-        """The value that was kept, or what `make` returns, which is kept.
+        """Returns the cached value, or the result of `make`, which is then cached.
 
         Args:
-            what: told apart from others; of one, the last value is kept.
-            sources: the tensors of which `make` makes it.
-            under: objects on which it depends besides; others are another value.
-            make: what makes it, without gradients.
+            what: the key; the cache keeps the last value of each.
+            sources: the tensors from which `make` computes it.
+            under: objects on which it depends besides, compared by identity.
+            make: computes it, without gradients.
         """
         if any(map(Tensor.is_inference, sources)):  # they count no changes
             return make()
@@ -42,7 +42,7 @@ class EffectiveWeightCache:
         return kept[2]
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Drop all values."""
         self._values.clear()
 
 

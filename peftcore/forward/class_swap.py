@@ -1,9 +1,9 @@
-"""The one mechanism by which a module of the host is changed.
+"""The class swap, the one mechanism by which peftcore changes a module of the host.
 
-A grafted site keeps its identity: its class is swapped for a cached subclass of its own class with the same name, so
-parameter names, `isinstance`, signature and ties stay as they were. What the subclass adds is one forward, which asks
-the module's slot what acts under the present choice and has `run` do it. A forward on the instance, as accelerate sets
-one, is swapped along.
+A grafted module keeps its identity: its class is swapped for a cached subclass of its own class with the same name, so
+parameter names, `isinstance`, signature and ties stay as they were. The subclass adds one forward, which asks the
+module's slot for the plan under the present choice and has `run` carry it out. A forward on the instance, as accelerate
+sets one, is swapped along.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
             choice, ahead = state.choice, slot.planned
             planned = ahead if ahead is not None and ahead.key is choice.key else slot.plan_for(choice)
         if not args and first in kwargs:
-            args = (kwargs.pop(first),)  # operators get what they act on by position, however the module was called
+            args = (kwargs.pop(first),)  # operators get their input by position, however the module was called
         if planned.outermost is not None:
             if state.silent_layers is not None:
                 slot.ran = True
@@ -55,7 +55,7 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
             return planned.outermost(call, *args, **kwargs)
         if (
             state.silent_layers is not None and not planned.acting.attention
-        ):  # edits say it themselves: hosts go round some
+        ):  # edits mark it themselves: hosts bypass some
             slot.ran = True
         return run(plain, slot, self, planned, choice.route, args, kwargs)
 
@@ -69,7 +69,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def grafted_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The subclass that stands for `base`: one for each class, so that torch.compile and FSDP see few types."""
+    """Returns the grafted subclass of `base`: one for each class, so that torch.compile and FSDP see few types."""
     if base not in _CLASSES:
         members = {
             GRAFTED: base,
@@ -90,7 +90,7 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
 
 
 def attach(module: nn.Module, state: HostState) -> Slot:
-    """The module's slot; swaps its class when it has none yet."""
+    """Returns the module's slot; swaps its class when it has none yet."""
     slot = slot_of(module)
     if slot is None:
         slot = module.__dict__[SLOT] = Slot(state)
@@ -102,7 +102,7 @@ def attach(module: nn.Module, state: HostState) -> Slot:
 
 
 def detach(module: nn.Module, name: str) -> None:
-    """Take out what `name` mounted; the module gets its class back with the last mount."""
+    """Take out the mounts of the injection `name`; the module gets its class back with the last mount."""
     slot = slot_of(module)
     if slot is None:
         return
@@ -125,7 +125,7 @@ def ungraft(module: nn.Module) -> None:
 def change_class(module: nn.Module, cls: type[nn.Module]) -> None:
     """Swap the class, and forwards on the instance that are methods of the old one."""
     before = type(module).forward
-    object.__setattr__(module, "__class__", cls)  # torch's own looks whether it is a parameter or a module
+    object.__setattr__(module, "__class__", cls)  # torch's own checks whether it is a parameter or a module
     for key in FORWARDS:
         if _is_method(module.__dict__.get(key), before):
             module.__dict__[key] = MethodType(cls.forward, module)
@@ -136,8 +136,8 @@ def _is_method(forward: Any, function: Callable[..., Any]) -> bool:
 
 
 def is_reached(module: nn.Module) -> bool:
-    """Whether calls arrive at the forward of the module's class: also through accelerate's hooks, which set a forward
-    on the instance and keep the one that they call."""
+    """Whether a call of the module reaches the forward of its class, also through accelerate's hooks, which set a
+    forward on the instance and keep the one that they call."""
     own = module.__dict__
     if own.keys().isdisjoint(FORWARDS):
         return True  # as nearly always

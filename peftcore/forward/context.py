@@ -1,7 +1,7 @@
-"""The record of one forward of the host: its inputs, the choice it ran under, taps, losses.
+"""The forward context, one for each forward of the host: its inputs, the choice it ran under, taps, losses.
 
-Two hooks on the root open and close it; operators reach it through `forward_context`. Modules that run again inside
-backward (gradient checkpointing) find the record of the forward that they repeat: its outputs' autograd nodes announce
+Two hooks on the root open and close it; operators get it from `forward_context`. Modules that run again inside
+backward (gradient checkpointing) find the context of the forward they repeat: its outputs' autograd nodes announce
 it before any of its modules can run again. So leaving `activate` or `route` before `backward()` changes nothing.
 """
 
@@ -33,20 +33,20 @@ _CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
 
 
 class _Threads(threading.local):
-    """What one thread has open."""
+    """The forward contexts that one thread has open."""
 
     def __init__(self) -> None:
         self.calls: list[ForwardContext] = []
         self.outside: weakref.ref[ForwardContext] | None = None
-        """What stands for one where a part of the host runs by itself; the host's state holds it."""
+        """The context for a part of the host that runs by itself; the host's state holds it."""
         self.announced: dict[int, tuple[int, weakref.ref[ForwardContext]]] = {}
         """By host: the backward pass (its number) and the forward that it goes through now, which its graph holds."""
 
 
 _HERE = _Threads()
 _TRACED: list[ForwardContext] = []
-"""The open records of all threads, for code that torch.compile traces: it follows a plain list, not what belongs to a
-thread."""
+"""The open contexts of all threads, for code that torch.compile traces: it follows a plain list, not
+thread-local storage."""
 
 
 graph_task: Callable[[], int] = torch._C._current_graph_task_id
@@ -56,7 +56,7 @@ A private function of torch: nothing public tells a repeated forward from a firs
 
 
 def repeating() -> bool:
-    """Whether this thread is inside a backward pass: what runs forward now repeats what ran before."""
+    """Whether this thread is inside a backward pass, where a forward repeats an earlier one."""
     return graph_task() != -1
 
 
@@ -65,14 +65,14 @@ IGNORED = -100
 
 
 class ForwardContext:
-    """One forward of the host.
+    """The context of one forward of the host.
 
     Attributes:
-        choice: what was chosen when it began.
-        taps: what operators leave for each other, by number of the `Tap`; of these only the kept ones are there when
+        choice: the choice when it began.
+        taps: values that operators leave for each other, by number of the `Tap`; only the kept ones are there when
             the host has returned. A list, since torch.compile does not trace grafts behind a change of a dict that was
             there before.
-        losses: what operators add to the loss of the output; see `add_loss`.
+        losses: scalars that operators add to the loss of the output; see `add_loss`.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class ForwardContext:
 
     @property
     def context(self) -> Mapping[str, Any]:
-        """What `peftcore.call(model, ...)` said."""
+        """The values given to `peftcore.call(model, ...)`."""
         return {} if self.choice is None else self.choice.context
 
     def need(self, name: str) -> Any:
-        """One entry of the context.
+        """Returns one entry of the context.
 
         Raises:
-            MissingContext: nobody said it.
+            MissingContext: `call` was not given it.
         """
         if name not in self.context:
             raise MissingContext(f"this method needs to be told {name!r}: with peftcore.call(model, {name}=...): ...")
@@ -117,12 +117,12 @@ class ForwardContext:
         return bound(self._model, self._args, self._kwargs)
 
     def add_loss(self, loss: Tensor) -> None:
-        """Let the host's output add a scalar to its loss, in training. Repeated forwards add nothing twice."""
+        """Add a scalar to the loss of the host's output, in training. Repeated forwards add nothing twice."""
         if self.open:
             self.losses.append(loss)
 
     def without(self, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """An extra pass: ``run(*args, **kwargs)`` with the injection `name` off, in this thread alone.
+        """Run ``run(*args, **kwargs)`` once more with the injection `name` off, in this thread alone.
 
         Caches are copied for it, so the pass sees what is in them and leaves them as they are.
         """
@@ -145,7 +145,8 @@ class ForwardContext:
         return output
 
     def close(self) -> None:
-        """The host has returned: taps hold activations, so they go, but for those that backward will read."""
+        """Close the context when the host has returned: taps hold activations and are dropped, but for those that
+        backward will read."""
         self.open = False
         self.taps = [tap for tap in self.taps if tap[2]]
 
@@ -155,7 +156,8 @@ _COMPILED_ALONE = ForwardContext()
 
 
 def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a module's forward by name; what a ``**kwargs`` takes stands beside the named ones."""
+    """Returns the arguments of a module's forward by name; those that ``**kwargs`` takes are merged with the named
+    ones."""
     signature = inspect.signature(module.forward)
     arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
@@ -165,10 +167,11 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 def forward_context() -> ForwardContext:
-    """The forward of the host that runs in this thread; inside backward, the forward that is being repeated.
+    """Returns the context of the forward of the host that runs in this thread; inside backward, that of the forward
+    being repeated.
 
     For operators, inside their forward. Where a part of the host was called by itself (an encoder by `generate`), the
-    record has no inputs.
+    context has no inputs.
     """
     if torch.compiler.is_compiling():
         return _TRACED[-1] if _TRACED else _COMPILED_ALONE
@@ -186,7 +189,7 @@ def _outside() -> ForwardContext | None:
 
 
 class Tap:
-    """A place where one operator leaves a value for another during one forward, both holding the tap.
+    """A place where one operator leaves a value for another during one forward; both hold the tap.
 
     Args:
         kept: hold the value until backward is done with this forward. For operators in different blocks: gradient
@@ -203,11 +206,11 @@ class Tap:
         forward_context().taps.append((self.key, value, self.kept))
 
     def get(self) -> Any:
-        """The value that was left in this forward; None when there is none."""
+        """Returns the value that was left in this forward; None when there is none."""
         return next((value for key, value, _ in reversed(forward_context().taps) if key == self.key), None)
 
     def take(self) -> Any:
-        """The same, and it is not kept any longer: what one operator alone reads is freed when it has."""
+        """Returns the value and drops it: a value that one operator alone reads is freed when it was read."""
         value, taps = self.get(), forward_context().taps
         taps[:] = [tap for tap in taps if tap[0] != self.key]
         return value
@@ -217,7 +220,7 @@ class Tap:
 
 
 class Recorder:
-    """Opens a record when the host starts and closes it when it returns or fails."""
+    """Opens a `ForwardContext` when the host starts and closes it when the host returns or fails."""
 
     def __init__(self) -> None:
         self.recent: list[Choice] = []
@@ -225,12 +228,12 @@ class Recorder:
         self.drained = False
 
     def enter(self, state: HostState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the host runs."""
+        """Open a context, before the host runs."""
         choice = state.now()
         call = ForwardContext(state, choice, model, args, kwargs)
         _TRACED.append(call)
         if torch.compiler.is_compiling():
-            state.silent_layers = None  # it does not see into what is compiled, where a checkpoint must not leave marks
+            state.silent_layers = None  # it cannot watch compiled code, where a checkpoint must not leave marks
             return
         _HERE.calls.append(call)
         if _HERE.outside is not None:
@@ -245,7 +248,7 @@ class Recorder:
             state.calm = threading.get_ident() if choice is state.choice else None
 
     def leave(self, state: HostState, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
-        """After it, also when it raised."""
+        """Close the context, after the host ran, also when it raised."""
         calls = _TRACED if torch.compiler.is_compiling() else _HERE.calls
         if not calls:
             return None  # tracing failed half-way: nothing was opened here
@@ -263,7 +266,7 @@ class Recorder:
         return output
 
     def note(self, choice: Choice) -> None:
-        """A forward runs under this choice, and backward may repeat it."""
+        """Record that a forward runs under this choice, which backward may repeat."""
         if self.drained:
             self.recent, self.drained = [], False
         if self.recent and self.recent[-1] is choice:
@@ -272,8 +275,8 @@ class Recorder:
             self.recent = [*self.recent[-1:], choice]
 
     def visit(self, state: HostState, choice: Choice, training: bool) -> None:
-        """A grafted module runs. Where the host itself does not (through `forward_features`, an encoder by itself),
-        there is a record all the same, without inputs, until the next forward of the host."""
+        """Record that a grafted module runs. Where the host itself does not (through `forward_features`, an encoder by
+        itself), this opens a context without inputs, until the next forward of the host."""
         if _HERE.calls:
             return
         outside = _outside()
@@ -313,8 +316,9 @@ def _with_losses(output: Any, losses: list[Tensor], share: Tensor | float) -> An
 
 
 def _share(inputs: Mapping[str, Any]) -> Tensor | float:
-    """How much of an optimizer's step this forward is. Models of transformers are told how many items all of its
-    forwards have, in all processes, and divide their sums by that; then methods' own losses are added in parts too."""
+    """Returns the share of this forward in an optimizer's step. Models of transformers are told how many items all
+    forwards of the step have, in all processes, and divide their sums by that; methods' own losses are scaled likewise.
+    """
     items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
     if items is None or not isinstance(labels, Tensor):
         return 1.0
@@ -337,7 +341,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 def _announce(output: Any, call: ForwardContext) -> None:
-    """Let backward say that it goes through this forward: the nodes of the outputs run before anything inside."""
+    """Hook the outputs' gradients, so that backward announces this forward: their nodes run before anything inside."""
     if call.state is None or transformed():
         return
     state = call.state
@@ -345,7 +349,7 @@ def _announce(output: Any, call: ForwardContext) -> None:
     def announce(gradients: tuple[Any, ...]) -> None:
         _HERE.announced[id(state)] = graph_task(), weakref.ref(call)
         state.recorder.drained = True
-        state.calm = None  # a forward of the host may be under way: what runs again in its middle must ask
+        state.calm = None  # a forward of the host may be under way: a module that runs again in its middle must ask
 
     for tensor in _tensors(output):
         if tensor.grad_fn is not None:
@@ -353,7 +357,7 @@ def _announce(output: Any, call: ForwardContext) -> None:
 
 
 def replayed(state: HostState) -> Choice:
-    """The choice of the forward whose modules run again now.
+    """Returns the choice of the forward whose modules run again now, inside backward.
 
     Raises:
         AmbiguousBackward: forwards under different choices came before this backward, and nothing says which one it is:

@@ -1,9 +1,9 @@
-"""A weight that a module reads and its low-rank updates, without their sum.
+"""Lazy weights: a weight and its low-rank updates, without their sum, for a module that reads the weight.
 
-Experts are stacked parameters, and no layers around which an update could act. What a module does with such a weight is
-products, though, and picking the matrix of an expert. So in training it reads a stand-in: a product with that is one
-with the weight and two with the factors. No effective weight is made, and no gradient of its size. Whatever else is
-done with it is done with the effective tensor, made then.
+Experts are stacked parameters, and no layers around which an update could act. But a module only multiplies by such a
+weight, or picks the matrix of an expert. So in training it reads a lazy weight: a product with it is one with the
+weight and two with the factors. No effective weight is computed, and no gradient of its size. Any other operation gets
+the effective tensor, computed then.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from peftcore.layers.layer import Layer, put
 from peftcore.utils.autocast import full_precision
 
 ALIGNED = 16
-"""Rows of what torch multiplies in groups begin at multiples of so many bytes."""
+"""Rows of the matrices of a grouped product begin at multiples of so many bytes."""
 
 
 class _Whole:
-    """The effective tensor, from when somebody first wants it. From then on all use it: a module may have changed it in
-    place."""
+    """The effective tensor, computed when it is first asked for. From then on all use it: a module may have changed it
+    in place."""
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
         self._make = make
@@ -45,7 +45,7 @@ class _Whole:
 
 @dataclass(frozen=True)
 class _Parts:
-    """``weight + left right``, of what `view` makes of the whole."""
+    """``weight + left right``, for the part of the whole that `view` selects."""
 
     weight: Tensor
     """``[*experts, a, b]``."""
@@ -58,38 +58,38 @@ class _Parts:
 
     @cached_property
     def _one_by_one(self) -> tuple[tuple[Tensor, ...], ...]:
-        """Taken apart at once, so that in backward gradients are put together once, and not for each expert."""
+        """The stacked tensors unbound at once, so that backward stacks the gradients once, and not for each expert."""
         return self.weight.unbind(), self.left.unbind(), self.right.unbind()
 
     def one(self, expert: int) -> LowRankUpdatedWeight:
-        """The matrix of an expert."""
+        """Returns the matrix of an expert."""
         before = self.view
         parts = self._one_by_one if torch.is_grad_enabled() else (self.weight, self.left, self.right)
         weight, left, right = (part[expert] for part in parts)
         return LowRankUpdatedWeight.of(_Parts(weight, left, right, self.whole, lambda whole: before(whole)[expert]))
 
     def several(self, experts: Tensor) -> LowRankUpdatedWeight:
-        """Matrices of experts ``[n]``."""
+        """Returns the matrices of experts ``[n]``."""
         before = self.view
         parts = self.weight[experts], self.left[experts], self.right[experts]
         return LowRankUpdatedWeight.of(_Parts(*parts, self.whole, lambda whole: before(whole)[experts]))
 
     def turned(self) -> LowRankUpdatedWeight:
-        """The transposed matrices."""
+        """Returns the transposed matrices."""
         before = self.view
         parts = self.weight.mT, self.right.mT, self.left.mT
         return LowRankUpdatedWeight.of(_Parts(*parts, self.whole, lambda whole: before(whole).mT))
 
 
 class LowRankUpdatedWeight(Tensor):
-    """A stand-in for the effective tensor, of its shape, dtype and device, and without memory of its own: whoever looks
-    for numbers finds those of the effective tensor, or an error."""
+    """A lazy weight of the shape, dtype and device of the effective tensor, without memory of its own: whoever reads
+    its values gets those of the effective tensor, or an error."""
 
     parts: _Parts
 
     @staticmethod
     def of(parts: _Parts) -> LowRankUpdatedWeight:
-        """A stand-in, through which a gradient of the effective tensor finds its way, too."""
+        """Returns a lazy weight; a gradient of the effective tensor flows through it, too."""
         tensors = parts.weight, parts.left, parts.right
         made: Any = apply(_Gradient, *tensors) if torch.is_grad_enabled() else _stand_in_for(parts.weight)
         made.parts = parts
@@ -97,12 +97,12 @@ class LowRankUpdatedWeight(Tensor):
         return lazy_weight
 
     def effective(self) -> Tensor:
-        """The tensor itself."""
+        """Returns the effective tensor."""
         return self.parts.view(self.parts.whole())
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """What is called from Python."""
+        """Handles functions called from Python: products and picks by the parts, all others by the effective tensor."""
         kwargs = kwargs or {}
         if func in _LOOKS:
             with torch._C.DisableTorchFunctionSubclass():
@@ -117,14 +117,14 @@ class LowRankUpdatedWeight(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """What is called from elsewhere, where gradients are recorded already."""
+        """Handles operations called from elsewhere, where gradients are recorded already."""
         args, kwargs = tree_map_only(LowRankUpdatedWeight, lambda each: each.effective().detach(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
 
 class _Gradient(torch.autograd.Function):
-    """Makes a stand-in. Functions with a gradient of their own may be given it, and return one of the tensor for which
-    it stands."""
+    """Makes a lazy weight. Functions with a backward of their own may take it and return the gradient of the effective
+    tensor."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -149,11 +149,11 @@ Factors = tuple[Tensor, Tensor]
 
 
 def factors_of(stored: Tensor | None, mounts: Sequence[Mount]) -> Factors | None:
-    """The update of a tensor, in its dtype; None where one of the mounts makes none of matrices.
+    """Returns the low-rank update of a tensor, in its dtype; None where one of the mounts has no factors for matrices.
 
     Args:
         stored: the tensor as the module has it, ``[*experts, out, in]`` in logical layout.
-        mounts: what acts on it.
+        mounts: the mounts that act on it.
     """
     if type(stored) not in DENSE:
         return None
@@ -170,7 +170,7 @@ def factors_of(stored: Tensor | None, mounts: Sequence[Mount]) -> Factors | None
 
 
 def _all_rows(mount: Mount, B: Tensor, stored: Tensor) -> Tensor:
-    """B with zeros for the rows that are not the mount's."""
+    """Returns B with zeros for the slices that are not the mount's."""
     if mount.slices is None:
         return B
     shape = mount.layer.logical(stored).shape
@@ -178,14 +178,15 @@ def _all_rows(mount: Mount, B: Tensor, stored: Tensor) -> Tensor:
 
 
 def lazy_weight(stored: Tensor | None, layer: Layer, factors: Factors, make: Callable[[], Tensor]) -> Tensor:
-    """What stands for a stored tensor with its update; `make` makes the effective one, in the same layout."""
+    """Returns a lazy weight for a stored tensor with its update; `make` computes the effective tensor, in the same
+    layout."""
     assert stored is not None
     logical = LowRankUpdatedWeight.of(_Parts(layer.logical(stored), *factors, _Whole(make), layer.logical))
     return layer.stored(logical)
 
 
 def _open(lazy_weight: Any, *others: Any) -> _Parts | None:
-    """The parts of a stand-in that is still one, beside tensors that are none."""
+    """Returns the parts of a lazy weight that was not computed yet, if the other tensors are no lazy weights."""
     if type(lazy_weight) is not LowRankUpdatedWeight or any(type(other) is LowRankUpdatedWeight for other in others):
         return None
     return None if lazy_weight.parts.whole.tensor is not None else lazy_weight.parts
@@ -251,7 +252,7 @@ def _turn(lazy_weight: Any) -> Any:
 
 
 _GROUPED: Any = vars(torch).get("_grouped_mm")
-"""What torch's own `grouped_mm` calls; older versions have neither."""
+"""The function that torch's own `grouped_mm` calls; older versions have neither."""
 _GETS: Any = vars(torch._C.TensorBase)
 _LOOKS: frozenset[Any] = frozenset(
     [
@@ -259,7 +260,7 @@ _LOOKS: frozenset[Any] = frozenset(
         *(getattr(Tensor, name) for name in ("size", "dim", "numel", "element_size", "is_floating_point", "__len__")),
     ]
 )
-"""What tells no value."""
+"""Functions that read no value."""
 _ACTS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, torch.mm, torch.bmm), _matmul),
@@ -270,6 +271,6 @@ _ACTS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.transpose, Tensor.transpose, _GETS["mT"].__get__), _transpose),
     **dict.fromkeys((torch.t, Tensor.t, _GETS["T"].__get__), _turn),
 }
-"""What is done beside."""
+"""Functions that are computed from the parts."""
 if _GROUPED is not None:
     _ACTS[_GROUPED] = _grouped

@@ -1,4 +1,5 @@
-"""What holds while the host runs: which injections act, on which rows, in what context, in which thread.
+"""The state of an adapted model: its injections, which of them are active in which thread, and the open forward
+context.
 
 `HostState` is one plain object on the root of an adapted host. The thread that applied the first injection owns it:
 what it chooses holds for every thread that has not chosen for itself; any other thread chooses for itself alone, so
@@ -33,7 +34,7 @@ _KEY = "_peftcore_state"
 
 @dataclass(eq=False)
 class HostState:
-    """Everything peftcore remembers about one host."""
+    """The state that peftcore keeps on the root module of one adapted model."""
 
     injections: dict[str, Injection] = field(default_factory=dict)
     choice: Choice = field(default_factory=Choice)
@@ -47,7 +48,7 @@ class HostState:
     acts when it changes, so no compiler ever traces the planning."""
 
     silent_layers: SilentLayers | None = None
-    """Sees to it that adapted sites run, until the host is compiled."""
+    """Watches that adapted sites run, until the host is compiled."""
 
     calm: int | None = None
     """The thread in which a forward of the host runs by the owner's choice: its modules need not ask what was chosen,
@@ -55,15 +56,15 @@ class HostState:
 
     recorder: Recorder = field(default_factory=Recorder)
     outside: dict[int, ForwardContext] = field(default_factory=dict)
-    """By thread: the record of what ran of the host without the host itself. Here, so that it ends with the host."""
+    """By thread: the forward context of parts that run without the host. Held here, so that it ends with the host."""
 
     @property
     def active(self) -> Active:
-        """The names that act in every thread that did not choose for itself."""
+        """The names that are active in every thread that did not choose for itself."""
         return self.choice.active
 
     def now(self) -> Choice:
-        """What this thread chose; in a forward repeated inside backward, what its first run saw.
+        """Returns the choice of this thread; in a forward repeated inside backward, the choice that the first run saw.
 
         While no other thread has chosen, this reads one attribute: torch.compile guards on it, one graph for each
         active set.
@@ -73,26 +74,26 @@ class HostState:
         return self.threads.get(threading.get_ident(), self.choice) if self.threads else self.choice
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A hook on the host: its forward begins."""
+        """Forward pre-hook on the host: opens a forward context."""
         self.recorder.enter(self, model, args, kwargs)
 
     def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """A hook on the host: it has returned, or failed."""
+        """Forward hook on the host: closes the context, also when the forward raised."""
         return self.recorder.leave(self, model, kwargs, output)
 
     def entered(self, training: bool) -> Choice:
-        """A grafted module runs, in training or not: what this thread chose."""
+        """Returns this thread's choice for a grafted module that starts to run; `training` is the module's mode."""
         choice = self.now()
         if not torch.compiler.is_compiling():
             self.recorder.visit(self, choice, training)
         return choice
 
     def current(self) -> Active:
-        """The names that act in this thread, in the order in which they were applied."""
+        """Returns the names that act in this thread, in the order in which they were applied."""
         return self.now().acting
 
     def unmerged(self, active: Active) -> Active:
-        """Those of `active` whose effect is not in the weights already."""
+        """Returns the names of `active` that are not merged into the weights."""
         return tuple([name for name in active if not self.injections[name].merged])
 
     def choose(self, active: Iterable[str]) -> None:
@@ -102,7 +103,7 @@ class HostState:
         self.set(Choice(names, None, self.now().context))
 
     def set(self, choice: Choice) -> None:
-        """Set what holds for this thread (for all that did not choose, when this thread is the owner)."""
+        """Set the choice of this thread (of all that did not choose, when this thread is the owner)."""
         ident = threading.get_ident()
         if ident == self.owner and ident not in self.threads:
             self.choice = choice
@@ -111,12 +112,12 @@ class HostState:
             self.threads[ident] = choice
 
     def replan(self) -> None:
-        """Let every slot plan for the choice that holds now."""
+        """Let every slot plan for the current choice."""
         for slot in self.slots:
             slot.plan(self.choice)
 
     def forget(self, name: str) -> None:
-        """Drop an injection, wherever it was chosen."""
+        """Drop an injection from the state and from every choice that names it."""
         del self.injections[name]
 
         def without(choice: Choice) -> Choice:
@@ -129,7 +130,7 @@ class HostState:
         self.replan()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles start with one thread of their own, outside of any route."""
+        """Returns the state for copies and pickles, which start with one thread of their own and without a route."""
         choice = Choice(self.choice.active, composition=self.choice.composition)
         return {**self.__dict__, "threads": {}, "outside": {}, "choice": choice, "calm": None}
 
@@ -138,13 +139,13 @@ class HostState:
 
 
 def state_of(model: nn.Module) -> HostState | None:
-    """The host's state; None when nothing was ever applied."""
+    """Returns the host's state; None when nothing was ever applied."""
     return model.__dict__.get(_KEY)
 
 
 def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
-    """The host's state, made when missing; from then on each forward of the host keeps a record, and what can save
-    itself among its modules does so without adapters."""
+    """Returns the host's state, made when missing; then each forward of the host opens a context, and the modules that
+    have ``save_pretrained`` save themselves without adapters."""
     state = state_of(model)
     if state is None:
         state = model.__dict__[_KEY] = HostState()
@@ -155,7 +156,7 @@ def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
 
 
 def drop_state(model: nn.Module) -> None:
-    """Forget a host that has no injection left."""
+    """Remove the state of a host that has no injection left."""
     state = model.__dict__.pop(_KEY, None)
     if state is not None:
         _unhook(model, state)
@@ -175,7 +176,8 @@ def _unhook(model: nn.Module, state: HostState) -> None:
 
 
 class Chosen(AbstractContextManager["Chosen"]):
-    """What `activate`, `route` and `call` return: already in force; as a context manager it restores what held."""
+    """Returned by `activate`, `route` and `call`: the choice is in force already; as a context manager it restores the
+    earlier one."""
 
     def __init__(self, state: HostState, choice: Choice) -> None:
         self._state = state
@@ -192,7 +194,7 @@ class Chosen(AbstractContextManager["Chosen"]):
             self._state.set(self._alive(self._before))
 
     def _alive(self, choice: Choice) -> Choice:
-        """The choice without what was removed meanwhile."""
+        """Returns the choice without injections that were removed meanwhile."""
         here = self._state.injections
         gone = choice.route is not None and any(name not in here for name in choice.route.names)
         active = tuple(name for name in choice.active if name in here)
@@ -207,13 +209,13 @@ def chosen(state: HostState, active: Iterable[str]) -> Chosen:
 
 
 def injections(model: nn.Module) -> dict[str, Injection]:
-    """The host's injections by name, in the order in which they were applied."""
+    """Returns the host's injections by name, in the order in which they were applied."""
     state = state_of(model)
     return dict(state.injections) if state else {}
 
 
 def known(model: nn.Module, names: Iterable[str]) -> HostState:
-    """The host's state, when it has injections of all these names.
+    """Returns the host's state, when it has injections of all these names.
 
     Raises:
         UnknownInjection: it lacks one.

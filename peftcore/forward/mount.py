@@ -1,4 +1,4 @@
-"""One operator at one site, and what it does to a tensor or around a forward."""
+"""A mount: one operator at one site, with its effect on a tensor or around a forward."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from peftcore.layers.layer import Layer, Slices, bias_name, put, take
 
 @dataclass(eq=False, slots=True)
 class Mount:
-    """One operator at one site, as the slot of the site's module keeps it."""
+    """One operator at one site, as an entry of the slot of the site's module."""
 
     name: str
     operator: _Base
@@ -27,7 +27,8 @@ class Mount:
     slices: Slices | None = None
 
     def effective(self, stored: Tensor | None, like: Tensor) -> Tensor:
-        """The effective tensor, in storage layout and in the dtype of `stored` (of `like` where the host has none)."""
+        """Returns the effective tensor, in storage layout and in the dtype of `stored` (of `like` where the host has
+        none)."""
         operate = self.operator if isinstance(self.operator, WeightOperator) else self.operator.merged
         if stored is None:
             new: Tensor = operate(None)  # type: ignore[arg-type]  # only replacements accept a missing tensor
@@ -37,7 +38,7 @@ class Mount:
         return self.layer.stored(put(logical, part, self.slices, self.layer.batch_dims))
 
     def effective_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
-        """The bias that goes with `effective`, of the stored weight that `weight` reads when it is asked."""
+        """Returns the bias that goes with `effective`; `weight` reads the stored weight when it is called."""
         dim = self.layer.batch_dims
 
         def logical() -> Tensor:
@@ -53,7 +54,7 @@ class Mount:
         return put(bias, part.to(bias.dtype), self.slices, dim)
 
     def around(self, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
-        """The next onion layer around a module's forward."""
+        """Returns the module's forward with this operator as the next onion layer around it."""
         if self.slices is None:
             assert isinstance(self.operator, Operator)
             return functools.partial(self.operator.at(self.form, module), call)
@@ -61,7 +62,7 @@ class Mount:
 
 
 class HeldSlices(Held):
-    """The rows of a mount."""
+    """The slices of a weight and bias at which a mount acts."""
 
     def __init__(self, mount: Mount, module: nn.Module) -> None:
         self._mount, self._module = mount, module
@@ -83,7 +84,7 @@ class HeldSlices(Held):
 def around_slices(
     operate: Callable[..., Any], mount: Mount, call: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Tensor:
-    """An onion layer that sees some rows of the output: those of one part of a fused projection."""
+    """Run an onion layer on some slices of the output: those of one part of a fused projection."""
     slices, dim = mount.slices, mount.layer.channel_dim
     whole: list[Tensor] = []
 
@@ -94,25 +95,25 @@ def around_slices(
         return take(output, slices, dim)
 
     changed = operate(part, *args, **kwargs)
-    if not whole:  # the operator changed its input, which is none of the other rows' affair
+    if not whole:  # the operator changed its input, which does not concern the other slices
         whole.append(call(*args, **kwargs))
     return put(whole[-1], changed, slices, dim)
 
 
 Cast = Callable[[Any], Any]
-"""Raises the precision of a tensor, for what is written once."""
+"""Raises the precision of a tensor, for results that are written once."""
 
 
 @dataclass(frozen=True, eq=False)
 class Effect:
-    """A mount that acts on a tensor: on the one it stands at, or on the bias that goes with it."""
+    """The effect of a mount on a tensor: on the weight at which it stands, or on the bias that goes with it."""
 
     mount: Mount
     before: tuple[Mount, ...] | None = None
-    """For a bias: what acts on the weight beside it earlier."""
+    """For a bias: the mounts that act earlier on its weight."""
 
     def __call__(self, module: nn.Module, tensor: Tensor | None, like: Tensor, cast: Cast) -> Tensor | None:
-        """The stored tensor after this effect."""
+        """Returns the stored tensor after this effect."""
         if self.before is None:
             return self.mount.effective(tensor, like)
 
@@ -126,7 +127,7 @@ class Effect:
 
 
 def effects_of(mounts: Iterable[Mount]) -> dict[str, list[Effect]]:
-    """What acts on each tensor of a module, in order: an operator may act on a weight and on its bias."""
+    """Returns the effects on each tensor of a module, in order: an operator may act on a weight and on its bias."""
     effects: dict[str, list[Effect]] = {}
     for mount in mounts:
         earlier = effects.setdefault(mount.tensor, [])
@@ -144,8 +145,8 @@ def _as_it_is(tensor: Any) -> Any:
 def fold(
     module: nn.Module, effects: Iterable[Effect], tensor: Tensor | None, like: Tensor, cast: Cast = _as_it_is
 ) -> Tensor | None:
-    """The stored tensor after all effects; new ones get the dtype of `like`. What else is read of the module goes
-    through `cast`."""
+    """Returns the stored tensor after all effects; a new tensor gets the dtype of `like`. Other tensors that are read
+    of the module go through `cast`."""
     for effect in effects:
         tensor = effect(module, tensor, like, cast)
     return tensor

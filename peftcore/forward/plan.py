@@ -1,4 +1,5 @@
-"""What acts at one module under one choice, planned once, so that running looks up and never thinks."""
+"""Active plans and module plans: the operators that act at one module under one choice, planned once, so that running
+only looks up."""
 
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ from peftcore.layers.layer import Layer
 from peftcore.utils.autocast import autocasts, full_precision
 
 Mounts = Mapping[str, list[Mount]]
-"""By injection: of the many that may be resident, those that act are looked up."""
+"""The mounts of a module by name of the injection; of the many that may be loaded, the active ones are looked up."""
 
 
 @dataclass(frozen=True, eq=False)
 class ActivationForm:
-    """A weight operator that can act on activations instead: around the module's own forward."""
+    """The activation form of a weight operator: it acts around the module's own forward instead of on the weight."""
 
     mount: Mount
     operator: WeightOperator
@@ -32,7 +33,8 @@ class ActivationForm:
 
     @classmethod
     def of(cls, mount: Mount, attributes: Mapping[str, Any]) -> Self | None:
-        """None where it cannot: the tensor is no weight of a linear map that is called."""
+        """Returns the form; None where there is none: the operator has none, or the tensor is no weight of a linear map
+        that is called."""
         operator = mount.operator
         called = mount.layer.called and mount.form == "weight" and mount.tensor == "weight"
         if not called or not isinstance(operator, WeightOperator):
@@ -48,12 +50,12 @@ class ActivationForm:
         return (self.mount,)
 
     def prepare(self, module: nn.Module) -> Any:
-        """What it needs that no input changes, computed at the operator's own precision."""
+        """Returns the operator's prepared values, which no input changes, computed at the operator's own precision."""
         with full_precision(self.mount.layer.like(module, self.mount.tensor)):
             return self.operator.prepare(HeldSlices(self.mount, module))
 
     def around(self, call: Callable[..., Any], prepared: Any) -> Callable[..., Any]:
-        """The module's forward with what the operator does."""
+        """Returns the module's forward with the operator's activation form around it."""
 
         def act(inner: Callable[..., Tensor], x: Tensor) -> Tensor:
             return self.operator.activation_form(inner, x, prepared)
@@ -64,22 +66,22 @@ class ActivationForm:
 
 
 Made = Callable[[str, Callable[[], Any]], Any]
-"""Gives an effective tensor, by its path and by what makes it."""
+"""Returns an effective tensor, given its path and the function that computes it."""
 
 
 @dataclass(eq=False, slots=True)
 class ActivePlan:
-    """What one active set does at one module."""
+    """The operators of one active set at one module."""
 
     effects: tuple[tuple[str, tuple[Effect, ...]], ...] = ()
-    """What acts on tensors, by path below the module."""
+    """The effects on tensors, by path below the module."""
     onion: tuple[Mount, ...] = ()
     attention: tuple[Mount, ...] = ()
     attributes: Mapping[str, Any] = field(default_factory=dict)
     needs_recompute: bool = False
     """Whether forward makes tensors that must not outlive their use: it is computed again in backward."""
     packed: bool = False
-    """Whether a tensor that it acts on is kept packed: each effective tensor is a dense copy."""
+    """Whether a tensor that it acts on is quantized: each effective tensor is a dense copy."""
     runs_dense: type[nn.Module] | None = None
     """The class whose forward takes the effective tensors, where the module's own cannot."""
     activation_form: ActivationForm | None = None
@@ -91,15 +93,15 @@ class ActivePlan:
     updates: bool = False
     """Whether low-rank updates of stacked matrices are all that acts on tensors."""
     low_memory: bool = False
-    """Whether what acts is to need as little memory as it can."""
+    """Whether to use as little memory as possible."""
 
     @property
     def mounts(self) -> tuple[Mount, ...]:
-        """Those that act on tensors."""
+        """The mounts that act on tensors."""
         return tuple([effect.mount for _, effects in self.effects for effect in effects])
 
     def is_cast(self, module: nn.Module) -> bool:
-        """Whether autocast would make copies of effective tensors, which a module saves instead of them."""
+        """Whether autocast would make copies of effective tensors, which a module would save instead of them."""
         likes = (each[0].mount.layer.like(module, path) for path, each in self.effects)
         return any(
             autocasts(like.device.type) and torch.get_autocast_dtype(like.device.type) is not like.dtype
@@ -107,11 +109,11 @@ class ActivePlan:
         )
 
     def effective(self, module: nn.Module) -> dict[str, Tensor | None]:
-        """The effective tensors by path below the module, computed at the operators' own precision."""
+        """Returns the effective tensors by path below the module, computed at the operators' own precision."""
         return {path: make() for path, make in self.makes(module).items()}
 
     def factors(self, module: nn.Module) -> Mapping[str, Factors] | None:
-        """The update of each tensor, where that is all that acts."""
+        """Returns the low-rank update of each tensor, where nothing else acts on tensors; otherwise None."""
         found = {}
         for path, effects in self.effects if self.updates else ():
             factors = factors_of(effects[0].mount.layer.read(module, path), [effect.mount for effect in effects])
@@ -121,7 +123,7 @@ class ActivePlan:
         return found or None
 
     def lazy_weights(self, module: nn.Module, factors: Mapping[str, Factors], made: Made) -> dict[str, Tensor | None]:
-        """What the module may read in place of effective tensors, each of which `made` gives if it is wanted."""
+        """Returns lazy weights in place of effective tensors, each of which `made` computes if it is asked for."""
         found: dict[str, Tensor | None] = {}
         for path, effects in self.effects:
             layer, make = effects[0].mount.layer, functools.partial(_make, module, path, effects)
@@ -131,7 +133,7 @@ class ActivePlan:
         return found
 
     def makes(self, module: nn.Module) -> dict[str, Callable[[], Tensor | None]]:
-        """What makes each of them."""
+        """Returns a function for each effective tensor that computes it, by path."""
         return {path: functools.partial(_make, module, path, each) for path, each in self.effects}
 
 
@@ -145,8 +147,8 @@ def _make(module: nn.Module, path: str, effects: tuple[Effect, ...]) -> Tensor |
 def plan_acting(
     mounts: Mounts, forced_attributes: list[tuple[str | None, Mapping[str, Any]]], active: Active
 ) -> ActivePlan:
-    """What acts, in order. A mergeable onion layer that came before a weight operator acts on the weight too, so that
-    several active injections compose as merging them one after the other would."""
+    """Returns the plan of an active set, in order. A mergeable onion layer that came before a weight operator acts on
+    the weight too, so that several active injections compose as merging them one after the other would."""
     weight: list[Mount] = []
     onion: list[Mount] = []
     attention: list[Mount] = []
@@ -198,8 +200,8 @@ def _updates_stack(mount: Mount) -> bool:
 
 
 def layers_of(acting: ActivePlan) -> tuple[Operator, ...] | None:
-    """The operators, innermost first, where all that acts is layers around the module's forward; None where more
-    does."""
+    """Returns the operators, innermost first, where nothing but layers around the module's forward acts; otherwise
+    None."""
     if acting.effects or acting.attention or acting.attributes or acting.needs_recompute:
         return None
     operators = []
@@ -212,7 +214,7 @@ def layers_of(acting: ActivePlan) -> tuple[Operator, ...] | None:
 
 
 def updates_of(routed: Sequence[ActivePlan]) -> tuple[tuple[int, Mount], ...]:
-    """Low-rank updates by position, if all that acts is such."""
+    """Returns the low-rank updates of a route's names by position, if nothing else acts."""
     if not all(_is_update(mount) for acting in routed for mount in acting.onion):
         return ()
     if any(acting.effects or acting.attention or acting.attributes for acting in routed):
@@ -221,8 +223,8 @@ def updates_of(routed: Sequence[ActivePlan]) -> tuple[tuple[int, Mount], ...]:
 
 
 def run_apart(routed: Sequence[ActivePlan]) -> bool:
-    """Whether several act on the weight, and can beside it, and none asks whose rows it is given (what it was told for
-    each row of the batch, for one)."""
+    """Whether several names of a route have an activation form for the weight and none depends on which rows it is
+    given (by what it was told for each row of the batch, for one)."""
     several = sum(acting.activation_form is not None for acting in routed) > 1
     return several and all(_is_update(mount) for acting in routed for mount in acting.onion)
 
@@ -237,22 +239,22 @@ def _is_update(mount: Mount) -> bool:
 
 @dataclass(eq=False, slots=True)
 class ModulePlan:
-    """What one choice does at one module."""
+    """The plan of one module under one choice."""
 
     key: Key
     acting: ActivePlan
-    """With a route: what acts on no row in particular; attention edits pick their rows themselves."""
+    """With a route: the plan for no row in particular; attention edits pick their rows themselves."""
     inner: tuple[Operator, ...] = ()
     outermost: Operator | None = None
     """The operators, if nothing acts but them, one around the other: the short way, which decoding takes."""
     routed: tuple[ActivePlan, ...] = ()
-    """With a route: what acts on the rows of each of its names."""
+    """With a route: the plan for the rows of each of its names."""
     updates: tuple[tuple[int, Mount], ...] = ()
     """With a route: the low-rank updates of its names by position, where they do nothing else here."""
     apart: bool = False
     """With a route: each of its names runs on its own rows alone, see `run_apart`."""
     composition: Composition | None = None
     branches: Mapping[Active, ActivePlan] = field(default_factory=dict)
-    """With a composition: what acts in each of its branches; the same object where the same acts."""
+    """With a composition: the plan of each branch; branches with the same operators share one object."""
     combiners: Mapping[str, Combiner] = field(default_factory=dict)
     """With a composition: the combiners that stand here, by injection."""

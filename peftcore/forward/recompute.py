@@ -1,8 +1,8 @@
-"""Effective tensors that do not outlive a forward: backward makes them again, and nothing else.
+"""Recompute: effective tensors that do not outlive a forward, and that backward computes again.
 
-A checkpoint around the module makes them again too, but with them whatever the module does until the last tensor that
-it saves: of a linear layer nothing, of experts or attention nearly all. So what is checkpointed here is what makes the
-tensors; and where the module saves one of them, or a part of one, it saves how to get it instead.
+A checkpoint around the module recomputes them too, but with them whatever the module does until the last tensor that it
+saves: of a linear layer nothing, of experts or attention nearly all. So only the computation of the tensors is
+checkpointed here; and where the module saves one of them, or a part of one, it saves how to recompute it instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peftcore.layers.kernels.autograd import apply
 
 
 class RecomputedTensors:
-    """Makes effective tensors that backward makes again; within `hooks` nobody saves one."""
+    """Computes effective tensors that backward computes again; inside `hooks` autograd does not save them."""
 
     def __init__(self, others: Iterable[Tensor]) -> None:
         """`others` are tensors that live on anyway: the base's own, and the operators'."""
@@ -31,8 +31,8 @@ class RecomputedTensors:
         self._known: WeakValueDictionary[int, _Source] = WeakValueDictionary()
 
     def __call__(self, path: str, make: Callable[[], Tensor | None]) -> Tensor | None:
-        """What `make` makes, which must be the same when it is called again, in backward."""
-        with torch.enable_grad():  # whoever asks first
+        """Returns the result of `make`, which must return the same when backward calls it again."""
+        with torch.enable_grad():  # also where the first caller has no gradients
             tensor: Tensor | None = checkpoint(_made, make, use_reentrant=False)
         if tensor is not None and type(tensor) is Tensor and tensor.requires_grad:
             self._sources.append(source := _Source(tensor))
@@ -40,15 +40,16 @@ class RecomputedTensors:
         return tensor
 
     def all(self, makes: Mapping[str, Callable[[], Tensor | None]]) -> dict[str, Tensor | None] | None:
-        """All of them; None where one cannot be made again alone: it has no gradient, or is of a class of its own."""
+        """Returns all tensors by path; None where one cannot be recomputed alone: it has no gradient, or is of a tensor
+        subclass."""
         tensors = {path: self(path, make) for path, make in makes.items()}
         alone = all(each is None or (type(each) is Tensor and each.requires_grad) for each in tensors.values())
         return tensors if alone else None
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """What is saved within of a tensor that was made, is saved as how to get it."""
-        living, known = self._living, self._known  # whatever is saved holds `pack`, which must not hold the tensors
+        """Saved-tensor hooks: a saved tensor that was computed here is saved as how to recompute it."""
+        living, known = self._living, self._known  # all saved tensors hold `pack`, which must not hold the tensors
 
         def pack(tensor: Tensor) -> Tensor | _Part:
             memory = _memory(tensor)
@@ -67,7 +68,7 @@ def _made(make: Callable[[], Tensor | None]) -> Tensor | None:
 
 
 class _Last(torch.autograd.Function):
-    """Saves the tensor, as the last of what the checkpoint saves."""
+    """Saves the tensor, as the last that the checkpoint saves."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -80,8 +81,8 @@ class _Last(torch.autograd.Function):
 
 
 class _Source:
-    """A tensor as backward has made it. It goes with the last of those who saved a part of it, each of which autograd
-    lets go when it is through."""
+    """A tensor as backward has recomputed it. It is freed with the last saved part of it, which autograd frees when it
+    is through."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.version = tensor._version
@@ -96,7 +97,7 @@ class _Source:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What is saved in place of a tensor, or of a view of it."""
+    """The entry saved in place of a tensor, or of a view of it."""
 
     source: _Source
     size: torch.Size
@@ -111,6 +112,6 @@ def _unpack(saved: Tensor | _Part) -> Tensor:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Tells memory apart, also where there are shapes only."""
+    """Returns a key that tells memory apart, also where there are shapes only."""
     address: int = tensor.untyped_storage()._cdata
     return address

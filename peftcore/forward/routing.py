@@ -1,4 +1,4 @@
-"""Rows of a batch that go to different injections: one base forward for all of them, and one output put together."""
+"""Per-sample adapters: rows of a batch go to different injections, over one base forward where possible."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftcore.forward.active_adapters import Route
 
 
 class OneForward:
-    """A forward that runs once for the same inputs, however many ask for its output.
+    """A forward that runs once for the same inputs, however often its output is asked for.
 
     Args:
         run: the forward.
@@ -51,7 +51,8 @@ class OneForward:
 
 
 class OfSomeRows:
-    """A forward of some rows of a batch: those of one forward of all rows, as long as nobody changes what goes in."""
+    """A forward of some rows of a batch: it picks them from one forward of all rows, as long as nobody changes its
+    input."""
 
     def __init__(self, whole: OneForward, x: Tensor, own: Tensor) -> None:
         self._whole, self._x, self._own = whole, x, own
@@ -66,13 +67,13 @@ class OfSomeRows:
 def each_its_own(
     route: Route, x: Tensor, whole: OneForward, act: Callable[[int, OfSomeRows], Callable[[Tensor], Tensor]]
 ) -> Tensor:
-    """What a forward of their own makes of the rows of each position of a route, ``[rows, ..., out]``.
+    """Run the rows of each position of a route through a forward of their own; returns ``[rows, ..., out]``.
 
     Args:
         route: which rows are whose.
         x: ``[rows, ..., in]``.
         whole: the bare base model. It sees all rows, as without a route: its own come out the same to the bit.
-        act: what acts on the rows of a position, around such a forward.
+        act: returns the forward for the rows of a position, around such a forward.
     """
     places, order = route.groups(len(x), x.device)
     made = []
@@ -83,7 +84,8 @@ def each_its_own(
 
 
 def select_rows(output: Any, other: Any, route: Route, position: int) -> Any:
-    """`output`, with the rows that go to the injection at `position` taken from `other`; whatever holds tensors.
+    """Returns `output` with the rows of the injection at `position` taken from `other`; both may be nested containers
+    of tensors.
 
     Raises:
         RouteError: the rows of a tensor cannot be told apart.

@@ -1,4 +1,4 @@
-"""What a grafted module computes: the base forward with what acts inside it, around it, for rows and in branches.
+"""The forward of an adapted module: the base forward with operators inside it, around it, for rows and in branches.
 
 1. Weight operators compute effective tensors, and the base forward runs on a view with these; or they act on
    activations instead.
@@ -44,14 +44,14 @@ def run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """What a module returns with all that acts there.
+    """Returns the output of a module with all that acts there.
 
     Args:
         plain: the forward of the module's own class.
-        slot: what the module carries.
+        slot: the module's slot.
         module: the grafted module.
-        planned: what the present choice does there.
-        route: which rows of the batch are whose, where they differ.
+        planned: the module's plan under the present choice.
+        route: which rows of the batch go to which injection, where they differ.
         args: the module's inputs by position, those that operators act on among them.
         kwargs: the others.
     """
@@ -82,15 +82,16 @@ def _run_view(
 
 
 def _base_call(slot: Slot, module: nn.Module, acting: ActivePlan, *args: Any, **kwargs: Any) -> Any:
-    """The base forward on the view. In training the effective weight does not outlive its use: it is computed again in
-    backward. Where the module reads what has low-rank updates it is not made at all, unless it is wanted."""
+    """Run the base forward on a view with effective tensors. In training an effective weight does not outlive its use:
+    backward computes it again. Where the module can read a lazy weight, the effective weight is computed only if it is
+    asked for."""
     if not acting.needs_recompute or runs_plain():
         return _on_view(module, acting, args, kwargs)
     if not torch.is_grad_enabled():
         return _run_view(module, acting, _without_gradients(slot, module, acting), args, kwargs)
     slot.cache.clear()
     if not (acting.linear_only or MANAGED in vars(module)):
-        hooked = saves_elsewhere() or acting.is_cast(module)  # ours would keep things from them, or see no copies
+        hooked = saves_elsewhere() or acting.is_cast(module)  # ours would keep tensors from theirs, or see no copies
         factors = acting.factors(module)
         if factors is not None or not (acting.low_memory or hooked):
             remade = RecomputedTensors(slot.sources(module, acting))
@@ -104,11 +105,12 @@ def _base_call(slot: Slot, module: nn.Module, acting: ActivePlan, *args: Any, **
 
 
 def _without_gradients(slot: Slot, module: nn.Module, acting: ActivePlan) -> Mapping[str, Tensor | None]:
-    """What the module reads then: effective tensors, kept in evaluation, or what stands for them."""
+    """Returns the tensors that the module reads without gradients: effective tensors, cached in evaluation, or lazy
+    weights."""
     managed = MANAGED in vars(module)
     keeps = not (
         module.training or acting.packed or acting.low_memory or managed
-    )  # copies would undo packing and sharding
+    )  # dense copies would undo quantization and sharding
     if acting.updates and not managed:
         factors = acting.factors(module) if module.training else slot.factors(module, acting)
         if factors is not None:
@@ -129,8 +131,9 @@ def _activation_form(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """What one weight operator does to activations, where that is cheaper. In evaluation it acts on the weight, which
-    is kept, unless it may not be, or would be made at each call all the same: under torch.compile."""
+    """Run the activation form of one weight operator, where that is cheaper. In evaluation the operator acts on the
+    weight, which is cached, unless it may not be, or would be computed at each call all the same: under torch.compile.
+    """
     spare = acting.low_memory or acting.packed or torch.compiler.is_compiling()
     wanted = not acting.low_memory if _trains(module) else spare
     if not (wanted and activation_form.operator.prefers_activation_form(*args)):
@@ -141,14 +144,16 @@ def _activation_form(
 
 
 def _trains(module: nn.Module) -> bool:
-    """A checkpoint's first forward has no gradients either, and does what its second does."""
+    """Whether the module trains; the first forward of a checkpoint has no gradients either, and has to do what its
+    second does."""
     return torch.is_grad_enabled() or module.training
 
 
 def _act_on_activations(
     inner: Forward, slot: Slot, module: nn.Module, activation_form: ActivationForm
 ) -> Callable[..., Any]:
-    """`inner` with what a weight operator does to activations. What no input changes is kept in evaluation."""
+    """Returns `inner` with the activation form of a weight operator. Values that no input changes are cached in
+    evaluation."""
     if torch.compiler.is_compiling() or transformed() or MANAGED in vars(module):
         return activation_form.around(inner, activation_form.prepare(module))
     if _trains(module):
@@ -160,7 +165,7 @@ def _act_on_activations(
 def _inner(
     plain: Forward, slot: Slot, module: nn.Module, acting: ActivePlan, route: Route | None = None
 ) -> Callable[..., Any]:
-    """The base forward with what acts inside it: on its tensors, its attributes, its attention."""
+    """Returns the base forward with what acts inside it: on its tensors, its attributes, its attention."""
     if acting.activation_form is not None:
         return functools.partial(_activation_form, plain, slot, module, acting, acting.activation_form)
     if acting.attention:
@@ -178,8 +183,8 @@ def _around(acting: ActivePlan, call: Callable[..., Any], module: nn.Module) -> 
 
 
 def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: ActivePlan, bare: OfSomeRows) -> Callable[..., Any]:
-    """What acts on the rows of one name alone: beside the weight where it can, in evaluation too, where one forward of
-    the base does for all rows."""
+    """Returns the forward for the rows of one name alone: in the activation form where there is one, in evaluation too,
+    where one forward of the base does for all rows."""
     activation_form, trains = acting.activation_form, _trains(module)
     if (
         activation_form is not None
@@ -203,8 +208,9 @@ def _by_rows(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """What each injection of a route computes, put together row by row. Those that only wrap share one base forward.
-    Where several act on the weight, which could be kept for one of them, each gets its own rows alone."""
+    """Run each injection of a route and put the outputs together row by row. Injections that only wrap share one base
+    forward. Where several act on the weight, which could be cached for one of them only, each gets its own rows alone.
+    """
     if planned.apart and len(args) == 1 and not kwargs and len(args[0]) > 1 and not torch.compiler.is_compiling():
 
         def act(position: int, bare: OfSomeRows) -> Callable[..., Any]:
@@ -234,7 +240,7 @@ def _composed(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """What the branches of a composition compute, put together. Those that only wrap share one base forward."""
+    """Run the branches of a composition and combine their outputs. Branches that only wrap share one base forward."""
     assert planned.composition is not None
     shared = OneForward(_inner(plain, slot, module, ActivePlan(attributes=planned.acting.attributes)), module)
     outputs: dict[int, Any] = {}

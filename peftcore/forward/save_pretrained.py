@@ -1,5 +1,5 @@
-"""Other libraries' ways of saving a model, on one that is adapted: they write the base as it came, and `Injection.save`
-writes the adapters.
+"""Saving an adapted model with other libraries' ``save_pretrained``: it writes the base as it came, and
+`Injection.save` writes the adapters.
 
 ``state_dict()`` holds all there is, since checkpoints of a training need it. So ``save_pretrained(folder)``, which
 transformers, diffusers and hub mixins have, is told apart from it on the instance, as long as the host is adapted.
@@ -22,13 +22,13 @@ NAME = "save_pretrained"
 
 @contextmanager
 def saving_base() -> Iterator[None]:
-    """Until the end of the block, state dicts that this thread takes of adapted hosts hold the base alone, under its
-    own names: for whatever saves a model by its state dict.
+    """Context manager in which state dicts that this thread takes of adapted hosts hold the base alone, under its own
+    names.
 
         with peftcore.saving_base():
             timm.models.save_for_hf(model, "folder")
 
-    What is merged is in the base's weights, and saved with them.
+    Merged injections are in the base's weights, and saved with them.
     """
     token = BASE_ALONE.set(True)
     try:
@@ -39,22 +39,22 @@ def saving_base() -> Iterator[None]:
 
 @runtime_checkable
 class Saves(Protocol):
-    """A model that writes itself into a folder."""
+    """A model with a ``save_pretrained`` method."""
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """Write it."""
+        """Write the model into a folder."""
 
 
 class SavesBase:
-    """Stands on an instance for the ``save_pretrained`` of its class. Who hands over a state dict (the Trainer, for its
-    checkpoints) has said what to save."""
+    """Replaces the ``save_pretrained`` of the class on an instance. A caller that hands over a state dict (the Trainer,
+    for its checkpoints) has said what to save."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     @property
     def _plain(self) -> Callable[..., Any]:
-        """That of the class, bound to the instance."""
+        """The ``save_pretrained`` of the class, bound to the instance."""
         bound: Callable[..., Any] = getattr(type(self.model), NAME).__get__(self.model)
         return bound
 
@@ -63,7 +63,7 @@ class SavesBase:
         return inspect.signature(self._plain)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the class does."""
+        """Save as the class does, without adapters unless a state dict is given."""
         if "state_dict" in self.__signature__.bind(*args, **kwargs).arguments:
             return self._plain(*args, **kwargs)
         with saving_base():
@@ -71,7 +71,7 @@ class SavesBase:
 
 
 def guard(modules: Collection[nn.Module]) -> None:
-    """From now on models among these modules, which are those of a host, save themselves without adapters."""
+    """Let the models among these modules of a host save themselves without adapters from now on."""
     saving: set[type] = {cls for cls in set(map(type, modules)) if issubclass(cls, Saves)}
     for module in modules if saving else ():
         if type(module) in saving and NAME not in vars(module):

@@ -1,4 +1,4 @@
-"""What one module carries: its operators, the plans for each choice, and what was computed for the present one."""
+"""The slot of an adapted module: its operators, the plans for each choice, and the effective-weight cache."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ Tables = tuple[Mapping[str, Tensor | None], ...]
 
 @dataclass(frozen=True, eq=False)
 class Edits:
-    """What acts inside an attention module in one forward."""
+    """The attention operators inside one attention module in one forward."""
 
     mounts: tuple[Mount, ...]
     slot: Slot
-    """Told that it ran by whoever asks the edits."""
+    """Marked as run by the attention function that applies the edits."""
     route: Route | None = None
     """Where rows go to different injections: each mount acts on the rows of its own."""
 
 
 class Slot:
-    """What a grafted module carries: its mounts, a witness that it ran, and what it computed for the present choice."""
+    """The state of one grafted module: its mounts, whether it ran, its plans, and the cache for the present choice."""
 
     def __init__(self, state: HostState) -> None:
         self.state = state
@@ -58,17 +58,18 @@ class Slot:
         self.cache = EffectiveWeightCache()
 
     def effective(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Tensor | None]:
-        """Effective tensors, kept while nothing that they come from changes: decoding does not rebuild every weight."""
+        """Returns effective tensors, cached while nothing that they depend on changes: decoding does not rebuild every
+        weight."""
         made: Mapping[str, Tensor | None] = self._cached("effective", module, acting, lambda: acting.effective(module))
         return made
 
     def factors(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Factors] | None:
-        """Low-rank updates of tensors that the module reads, kept in the same way."""
+        """Returns low-rank updates of tensors that the module reads, cached likewise."""
         made: Mapping[str, Factors] | None = self._cached("factors", module, acting, lambda: acting.factors(module))
         return made
 
     def keeping(self, module: nn.Module, acting: ActivePlan) -> Made:
-        """Gives one effective tensor, kept in the same way."""
+        """Returns a function that gives one effective tensor, cached likewise."""
         return lambda path, make: self._cached(("effective", path), module, acting, make)
 
     def _cached(self, what: Hashable, module: nn.Module, acting: ActivePlan, make: Callable[[], Any]) -> Any:
@@ -76,15 +77,15 @@ class Slot:
         return self.cache.get(what, self.sources(module, acting), under, make)
 
     def prepared(self, module: nn.Module, activation_form: ActivationForm) -> Any:
-        """What an operator beside the weight needs that no input changes, kept in the same way."""
+        """Returns the output of an operator's `prepare` for its activation form, cached likewise."""
         under = (self.state.now().context,)
         return self.cache.get(
             activation_form.mount, self.sources(module, activation_form), under, lambda: activation_form.prepare(module)
         )
 
     def sources(self, module: nn.Module, acts: ActivePlan | ActivationForm) -> list[Tensor]:
-        """All tensors of the module and of the operators that act. Where theirs stand is looked up once, since decoding
-        asks at every token; modules of the host may be exchanged."""
+        """Returns all tensors of the module and of the operators that act. The operators' tables are looked up once,
+        since decoding asks at every token; modules of the host may be exchanged."""
         mounts = acts.mounts
         asked = self.asked.get(mounts)
         if asked is None:
@@ -93,14 +94,14 @@ class Slot:
         return [each for table in (*below, *asked) for each in table.values() if each is not None]
 
     def plan_for(self, choice: Choice) -> ModulePlan:
-        """What the choice does here, as far as it is not merged."""
+        """Returns the plan of this module under a choice, without merged injections."""
         planned = self.planned  # read once: another thread may plan anew
         if planned is not None and planned.key == choice.key:
             return planned
         return self._plan(choice)  # a thread that chose for itself
 
     def plan(self, choice: Choice) -> None:
-        """Plan ahead for what the host's owner chose."""
+        """Plan ahead for the choice of the host's owner."""
         self.planned = self._plan(choice)
 
     def _plan(self, choice: Choice) -> ModulePlan:
@@ -144,7 +145,7 @@ class Slot:
         return acting
 
     def changed(self) -> None:
-        """Forget what was planned and computed."""
+        """Drop plans and cached values."""
         self.planned, self.plans, self.asked = None, {}, {}
         self.cache.clear()
 
@@ -153,12 +154,12 @@ class Slot:
 
 
 def slot_of(module: nn.Module) -> Slot | None:
-    """The module's slot; None when it is not grafted."""
+    """Returns the module's slot; None when it is not grafted."""
     return module.__dict__.get(SLOT)
 
 
 def effective_weight(module: nn.Module, tensor: str, layer: Layer, rows: Slices | None) -> Tensor:
-    """The logical weight as the injections that act now leave it."""
+    """Returns the logical weight with the injections that are active now."""
     stored = layer.read(module, tensor)
     assert stored is not None
     stored = whole(stored)

@@ -20,11 +20,12 @@ TORCHS = frozenset(vars(nn.Module()))
 
 
 def with_tensors(module: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
-    """A stand-in for a module that computes with other tensors in place of some of its own. The module stays as it is.
+    """Returns a view of a module that computes with other tensors in place of some of its own. The module stays as it
+    is.
 
     Args:
-        module: the module. What injections do at it, the stand-in does not do; what they do inside it, it does.
-        tensors: what stands in place of its parameters, by path below it; gradients go through.
+        module: the module. The view leaves out injections at the module itself; those inside it act.
+        tensors: the tensors to use in place of its parameters, by path below it; gradients go through.
     """
     return view(module, tensors)
 
@@ -35,8 +36,8 @@ def view(
     attributes: Mapping[str, Any] | None = None,
     cls: type[nn.Module] | None = None,
 ) -> nn.Module:
-    """A stand-in of the plain class (or of `cls`) that shares the module's `__dict__` but for the effective tensors
-    (paths may reach into children)."""
+    """Returns an object of the plain class (or of `cls`) that shares the module's `__dict__` but for the effective
+    tensors (paths may reach into children)."""
     own = {path: tensor for path, tensor in effective.items() if "." not in path}
     parametrized = module._modules.get("parametrizations")
     for name in parametrized._modules if parametrized is not None else ():  # the plain class does not compute them
@@ -61,6 +62,6 @@ def view(
 
 
 def _is_cache(value: Any) -> bool:
-    """A dictionary of tensors, or one to fill. What a module keeps there comes of its own tensors (LeViT's gathered
-    biases), so a view neither reads nor leaves anything in it."""
+    """Whether a value is a dictionary of tensors, or an empty one to fill. Modules put tensors there that are derived
+    from their own (LeViT's gathered biases), so a view neither reads nor leaves anything in it."""
     return type(value) is dict and all(isinstance(each, Tensor) for each in value.values())

@@ -1,10 +1,10 @@
-"""What a user holds: `apply` gives an injection, which is switched, merged, quantized, removed.
+"""Injections, the objects that users hold: `apply` returns one, which is activated, merged, quantized, removed.
 
 It may import `training`, and what is below; saving is handed to `files`, which is above. In the order of reading:
 
-- `applied`: what a method put into a model; the parts of a hybrid.
+- `applied`: one method with its operators; the parts of a hybrid.
 - `summary`: one injection at a glance.
-- `quantized_layer`: modules whose weights are packed, and how one is replaced in place.
+- `quantized_layer`: quantized layers, and how a module becomes one in place.
 - `freezing`: the base is frozen while adapters are on it.
 - `merging`: folding into the weights, and the exact way back.
 - `injection`: the injection itself.

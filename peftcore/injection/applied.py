@@ -1,4 +1,5 @@
-"""What a method put into a model, for that method's own functions to read: an injection, or a part of a hybrid."""
+"""One method with its operators in a model, for that method's own functions to read: an injection, or a part of a
+hybrid."""
 
 from __future__ import annotations
 
@@ -20,15 +21,14 @@ if TYPE_CHECKING:
 
 class AppliedMethod(ABC):
     """One method in a model, with its operators. The functions of `Method` get one: an `Injection`, or a `HybridPart`
-    where the method is a part of a hybrid. To read, it is the same in both: a part names things as if it were applied
-    by itself.
+    where the method is a part of a hybrid. Both read the same: a part names things as if it were applied by itself.
 
     Attributes:
         name: of an injection, its name on this model; of a part, its name in the hybrid.
         model: the model.
         method: the method.
         config: its options.
-        grafts: where each operator stands.
+        grafts: the operators, each with its sites.
     """
 
     def __init__(self, name: str, surgeon: Surgeon) -> None:
@@ -42,7 +42,8 @@ class AppliedMethod(ABC):
     @property
     @abstractmethod
     def whole(self) -> Injection:
-        """The injection itself, or of a part the one that it belongs to: what is switched, merged, saved, removed."""
+        """The injection itself, or of a part the injection that it belongs to, which is switched, merged, saved,
+        removed."""
 
     @property
     def operators(self) -> dict[str, _Base]:
@@ -51,7 +52,7 @@ class AppliedMethod(ABC):
 
     @property
     def sites(self) -> list[Site]:
-        """Where the operators stand, in the order in which the method put them there."""
+        """The sites of the operators, in the order in which the method recorded them."""
         return [graft.site for graft in self.grafts]
 
     @property
@@ -61,23 +62,23 @@ class AppliedMethod(ABC):
 
     @property
     def parts(self) -> dict[str, HybridPart]:
-        """Of a hybrid: what each of its methods put in, by name of the part."""
+        """The methods of a hybrid, by name of the part."""
         return {name: HybridPart(name, surgeon, self.whole) for name, surgeon in self._surgeon.parts.items()}
 
     def family(self) -> Iterator[AppliedMethod]:
-        """It itself and, of a hybrid, all its parts."""
+        """Yields it itself and, of a hybrid, all its parts."""
         yield self
         for part in self.parts.values():
             yield from part.family()
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Operators and shared modules under the names that files use."""
+        """Yields operators and shared modules under the names that files use."""
         yield from self.operators.items()
         for name, module in self.shared.items():
             yield f"shared:{name}", module
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter that it has, each once; all of them, trainable or not."""
+        """Yields every parameter of the adapter, each once; all of them, trainable or not."""
         tensors: list[nn.Parameter | None] = []
         for module in (*(g.operator for g in self.grafts), *(shared.module for shared in self._surgeon.owned.values())):
             for inner in module.modules() if module._modules else (module,):
@@ -85,14 +86,14 @@ class AppliedMethod(ABC):
         yield from {id(each): each for each in tensors if each is not None}.values()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors by ``<site path>.<operator tensor>``, without the injection's name: what files have; the
-        operators' own, no copies."""
+        """Returns its tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;
+        the operators' own, no copies."""
         return {f"{path}.{key}": value for path, module in self.modules() for key, value in module.state_dict().items()}
 
 
 class HybridPart(AppliedMethod):
-    """One method of a hybrid. A part is there to be read, and its parameters to be trained or frozen; it is neither
-    switched nor merged, saved or removed by itself: that is done to the `whole`."""
+    """One method of a hybrid, to be read, and its parameters to be trained or frozen. It is neither switched nor
+    merged, saved or removed by itself, but the `whole` is."""
 
     def __init__(self, name: str, surgeon: Surgeon, whole: Injection) -> None:
         super().__init__(name, surgeon)

@@ -1,4 +1,4 @@
-"""`apply` and `plan`: from a host and a method's name to an injection, or to what it would be."""
+"""`apply` and `plan`: resolve a method, record its operators, and install them or return the plan."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ the part has its own, a "target")."""
 def resolve_method(
     method: str | MethodConfig | type[Method] | Sequence[Part], options: Mapping[str, Any]
 ) -> tuple[Method, MethodConfig]:
-    """The method and its checked options, from a name, a config object, a method class, or a list of parts."""
+    """Returns the method and its checked options, from a name, a config object, a method class, or a list of parts."""
     if isinstance(method, Sequence) and not isinstance(method, str):
         return resolve_method("config_union", {"parts": [_spelled(part) for part in method], **options})
     if isinstance(method, MethodConfig):
@@ -54,7 +54,7 @@ def _spelled(part: Part) -> dict[str, Any]:
 
 
 def host_map(model: nn.Module) -> HostMap:
-    """The host's map, from whoever knows the host first."""
+    """Returns the host's map, from the first plugin that knows the host."""
     found: HostMap = registry().hook.peftcore_map(model=model)
     return found
 
@@ -62,7 +62,7 @@ def host_map(model: nn.Module) -> HostMap:
 def prepare(
     model: nn.Module, method: Method, config: MethodConfig, wishes: Wishes, host: HostMap | None, dry: bool
 ) -> Surgeon:
-    """Record what the method would do; nothing is changed.
+    """Record the operators of the method; nothing is changed.
 
     Raises:
         UnsupportedHost: a wrapper that hides its module, TorchScript, or layers without shapes.
@@ -102,7 +102,7 @@ def prepare(
 
 
 def _idle(config: MethodConfig, surgeon: Surgeon) -> list[str]:
-    """The overrides that match no site."""
+    """Returns the overrides that match no site."""
     if not config.overrides:
         return []
     paths = {graft.site.path for graft in surgeon.grafts}
@@ -118,7 +118,7 @@ def _is_distributed(parameters: Iterable[nn.Parameter]) -> bool:
 
 
 def _is_tensor_parallel(model: nn.Module) -> bool:
-    """Weights that are distributed tensors by other means than FSDP2, which gathers them before each use."""
+    """Whether weights are distributed tensors by other means than FSDP2, which gathers them before each use."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
@@ -141,7 +141,7 @@ def wishes_of(
     seed: int | None,
     dtype: torch.dtype | str | None,
 ) -> Wishes:
-    """The user's wishes; the seed is torch's own unless one is given, so that torch.manual_seed decides."""
+    """Returns the user's wishes; the seed is torch's own unless one is given, so that torch.manual_seed decides."""
     train = (train,) if isinstance(train, str) else tuple(train)
     return Wishes(target, exclude, train, torch.initial_seed() if seed is None else seed, dtype_of(dtype))
 
@@ -171,7 +171,7 @@ def apply(
         name: name of the injection on this host; the method's by default. No dots.
         target: where to act, instead of the method's default roles: a role ("attn.q", "all-linear"), a glob, ends of
             paths, "re:…", a type, a predicate of (path, module), or a list of these.
-        exclude: what of it to leave out, in the same forms.
+        exclude: targets to leave out, in the same forms.
         train: modules of the host (heads, norms) that train along, as replacements saved with the adapter.
         data: batches for methods that look at data first (tag `needs_data`): mappings are called as model(**batch),
             tuples as model(*batch), functions as batch(model); the output is, or has, the loss.
@@ -185,13 +185,13 @@ def apply(
         UnknownMethod: no plugin has it; AmbiguousMethod: two have.
         ConfigError: an option is unknown, or its value breaks a rule.
         TargetError: there is nothing to act on.
-        UnsupportedSite: the method cannot act on what the target means.
+        UnsupportedSite: the method cannot act on the target.
         UnsupportedHost: this host cannot be adapted as a whole.
         DuplicateInjection: the name is taken or cannot be used.
         CalibrationError: data is missing, or of no use to the method.
         PluginError: the method breaks its contract.
 
-    Nothing was changed then. A method that is experimental (`Tags.proven`) is told in one line, once in a process, by
+    Nothing was changed then. A method that is experimental (`Tags.proven`) is named in one line, once in a process, by
     the logger "peftcore".
     """
     found, options = resolve_method(method, config)
@@ -202,7 +202,7 @@ def apply(
 
 
 def _check_data(surgeon: Surgeon, data: Data | None) -> None:
-    """Data is there exactly when the method, or a part of a hybrid, looks at it."""
+    """Check that data is given exactly when the method, or a part of a hybrid, needs it."""
     curious = [method.name for method in _methods(surgeon) if method.tags.needs_data]
     if curious and data is None:
         raise CalibrationError(f"{curious[0]} looks at data before training: apply(..., data=batches)")
@@ -217,7 +217,7 @@ def _methods(surgeon: Surgeon) -> Iterator[Method]:
 
 
 def check_name(model: nn.Module, name: str) -> str:
-    """The name, if an injection of this host may have it.
+    """Returns the name, if an injection of this host may have it.
 
     Raises:
         DuplicateInjection: it is taken, empty, or has a dot.
@@ -235,8 +235,8 @@ def check_name(model: nn.Module, name: str) -> str:
 
 
 def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: bool = True) -> Injection:
-    """Install what was recorded, make it the host's, and let the method look at the data, if there is any. It acts from
-    then on, unless it is not to be `active`."""
+    """Install the recorded operators, register the injection with the host, and let the method look at the data, if
+    there is any. The injection is active from then on, unless `active` is False."""
     model = surgeon.model
     fresh = state_of(model) is None
     state = ensure_state(model, surgeon.resolver.modules.values())
@@ -284,7 +284,8 @@ def plan(
     host: HostMap | None = None,
     **config: Any,
 ) -> Plan:
-    """What `apply` with the same arguments would do: sites, shapes, parameters, bytes. Nothing is changed or allocated.
+    """Returns the sites, shapes, parameters and bytes of `apply` with the same arguments. Nothing is changed or
+    allocated.
 
     The host may be on the meta device; data is not looked at.
 

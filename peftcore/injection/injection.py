@@ -1,4 +1,4 @@
-"""The handle on one applied method: what it is, switching it, merging it, taking it out."""
+"""The `Injection`: a handle on one applied method, to switch, train, merge, save and remove it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from peftcore.targets.sites import Site
 
 
 class Injection(AppliedMethod):
-    """One applied method under a name. Made by `apply` and `load`, found again with `injections(model)`. Once it is
-    removed, what would act on the host raises UnknownInjection.
+    """One applied method under a name. `apply` and `load` return one, `injections(model)` finds it again. Once it is
+    removed, functions that would act on the host raise UnknownInjection.
 
     Attributes:
         name: its name on this host.
@@ -56,7 +56,7 @@ class Injection(AppliedMethod):
         return self
 
     def owner(self, graft: Graft) -> AppliedMethod:
-        """The injection itself, or of a hybrid the part that a graft belongs to."""
+        """Returns the injection itself, or of a hybrid the part that a graft belongs to."""
         owner: AppliedMethod = self
         for part in filter(None, graft.part.split("/")):
             owner = owner.parts[part]
@@ -64,11 +64,12 @@ class Injection(AppliedMethod):
 
     @property
     def selections(self) -> dict[str, list[Site]]:
-        """What each selection of the method resolved to; kept in files, so that loading does not resolve again."""
+        """The sites to which each selection of the method resolved; stored in files, so that loading does not resolve
+        again."""
         return self._surgeon.selections
 
     def base_modules(self) -> Iterator[nn.Module]:
-        """The host's own modules, without the operators of any injection."""
+        """Yields the host's own modules, without the operators of any injection."""
         yield from self._surgeon.resolver.modules.values()
 
     @property
@@ -89,9 +90,10 @@ class Injection(AppliedMethod):
 
     @property
     def low_memory(self) -> bool:
-        """Whether it goes the way that needs least memory, not the fastest; False at first. In training, what acts
-        beside a weight (dora, oft, hra) then makes the effective one, and again in backward, and modules of experts or
-        attention that it changes run again there as a whole. In evaluation no effective weight is kept."""
+        """Whether to use the least memory instead of being fast; False at first. In training, weight operators (dora,
+        oft, hra) then compute the effective weight, and again in backward, in place of their activation form, and
+        modules of experts or attention that they change run again there as a whole. In evaluation no effective weight
+        is cached."""
         return self._low_memory
 
     @low_memory.setter
@@ -110,13 +112,13 @@ class Injection(AppliedMethod):
         self.low_memory = mode
 
     def enabled(self) -> Chosen:
-        """Make it act besides those that act now; as a context manager, until the end of the block."""
+        """Activate it besides the active ones; as a context manager, until the end of the block."""
         self._alive()
         return chosen(self.state, (*self.state.current(), self.name))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Without it, to the bit, until the end of the block; a merged injection is taken out of the weights meanwhile.
+        """Context manager without the injection, to the bit; a merged injection is unmerged meanwhile.
 
         Raises:
             MergeError: it is merged and the originals were not kept.
@@ -140,13 +142,14 @@ class Injection(AppliedMethod):
         if mode:
             registry().hook.peftcore_select(model=self.model, method=self.method, config=self.config, injection=self)
             for graft in self.grafts:
-                if not graft.by_method:  # what the user named in `train` trains, whatever the method selects
+                if not graft.by_method:  # modules named in `train` train, whatever the method selects
                     graft.operator.requires_grad_(True)
 
     def optimizer(
         self, cls: Callable[..., Optimizer], *, lr: float, total_steps: int | None = None, **options: Any
     ) -> Optimizer:
-        """A torch optimizer of class `cls` over the method's parameter groups, with the method's rule for gradients.
+        """Returns a torch optimizer of class `cls` over the method's parameter groups, with the method's rule for
+        gradients.
 
         Args:
             cls: any torch optimizer, such as ``torch.optim.AdamW``.
@@ -170,18 +173,18 @@ class Injection(AppliedMethod):
         max_error: float = merging.BOUND,
         weight: float = 1.0,
     ) -> merging.MergeReport:
-        """Fold it into the host's tensors; merging twice changes nothing more.
+        """Merge it into the host's tensors; merging twice changes nothing more.
 
         Args:
             keep: how `unmerge` gets the originals back: their values on the "cpu" or on the "device", a compressed
-                "record" of ulps, or None (then it cannot). Of packed weights the codes are kept where they are.
-            into: what becomes of packed weights: "float" makes their modules dense; "same" packs the merged weights
+                "record" of ulps, or None (then it cannot). Of quantized weights the codes are kept where they are.
+            into: how quantized weights are written: "float" makes their modules dense; "same" packs the merged weights
                 again, which costs accuracy: the report says how much at each site.
             max_error: the error (norm of the difference over norm of the weight) above which packing again is refused.
             weight: how much of the change is written: 0.5 is half of it, -1 takes it away from the weights.
 
         Returns:
-            What was written; it prints as a table.
+            A report of the written tensors; it prints as a table.
 
         Raises:
             NotMergeable: the method has no merged form.
@@ -215,7 +218,7 @@ class Injection(AppliedMethod):
         self._replan()
 
     def bake(self) -> None:
-        """Merge for good: the host keeps the effect and nothing else of the injection.
+        """Merge for good and remove the injection: the host keeps the effect (`merge_and_unload` of peft).
 
         Raises:
             NotMergeable, MergeError: as `merge`; the injection is still there.
@@ -241,11 +244,11 @@ class Injection(AppliedMethod):
         Of a model whose weights are cut over processes (FSDP2) all of them call this, and the first one writes.
 
         Args:
-            path: a folder; it is made where it is missing, and what it holds of the same format is replaced.
+            path: a folder; it is made where it is missing, and files of the same format in it are replaced.
             format: ours (``adapter.safetensors``, and ``adapter.json`` to read), another library's ("peft",
                 "diffusers", "kohya"), or several at once; also for which model of a pipeline:
                 "diffusers/text_encoder_2".
-            weights: note which values the base has at the sites, so that `load` refuses other ones.
+            weights: record a digest of the base's values at the sites, so that `load` refuses other ones.
 
         Raises:
             ExportError: another library's format cannot hold this adapter; nothing was written.
@@ -256,7 +259,7 @@ class Injection(AppliedMethod):
         save(self, Path(path), (format,) if isinstance(format, str) else tuple(format), weights)
 
     def summary(self) -> Summary:
-        """What the injection is and whether all of it is in one state."""
+        """Returns a summary of the injection, and whether all of it is in one state."""
         parameters = list(self.parameters())
         training = [parameter.requires_grad for parameter in parameters]
         return Summary(
@@ -273,7 +276,7 @@ class Injection(AppliedMethod):
         )
 
     def check(self) -> None:
-        """Verify that every operator still stands where it was put and will be called.
+        """Verify that every operator is still installed at its site and will be called.
 
         Raises:
             InactiveSite: naming the sites that were replaced, patched or ungrafted since.
@@ -304,7 +307,7 @@ class Injection(AppliedMethod):
                     yield f"{site.path} was replaced"
 
     def _module(self, path: str) -> nn.Module | None:
-        """What is at a path now; None where a module above it was replaced."""
+        """Returns the module at a path now; None where a module above it was replaced."""
         try:
             return self.model.get_submodule(path)
         except AttributeError:
@@ -319,7 +322,7 @@ class Injection(AppliedMethod):
         self.state.replan()
 
     def stored_anew(self, module: nn.Module) -> None:
-        """A module of the host was packed or made dense: sites there are read in another way from now on."""
+        """Read the layers of a module's sites again, after the module was quantized or made dense."""
         self._surgeon.stored_anew(module)
 
     def check_routable(self) -> None:
@@ -335,7 +338,7 @@ class Injection(AppliedMethod):
                 raise RouteError(f"{self.name!r} acts on {site.path}, where rows of the batch cannot be told apart")
 
     def check_combinable(self) -> None:
-        """Verify that what the injection makes of a module's output can be put together with what others do.
+        """Verify that the injection's outputs of modules can be combined with those of others.
 
         Raises:
             CompositionError: it acts inside attention, or on the whole sequence or batch.

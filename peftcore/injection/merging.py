@@ -1,12 +1,12 @@
-"""Folding an injection into the host's tensors, and the exact way back.
+"""Merging an injection into the host's tensors, and the exact way back.
 
-Deltas are computed in float32 (float64 for float64 hosts) and cast once. All sites are written or none. What is needed
-to undo is kept as asked: the originals on the CPU or on their device, or a record of ulps: how many representable steps
-the original lies from what subtracting the delta again would give; for additive methods nearly all zeros, so it
-compresses to a few percent.
+Deltas are computed in float32 (float64 for float64 hosts) and cast once. All sites are written or none. The originals
+are kept as asked: on the CPU or on their device, or as a record of ulps: how many representable steps the original lies
+from the result of subtracting the delta again; for additive methods nearly all zeros, so it compresses to a few
+percent.
 
-A packed weight is made dense by a merge, or packed again with the measured error in the report; its codes are what is
-kept of it.
+A quantized weight is made dense by a merge, or packed again with the measured error in the report; its codes are kept
+to restore it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class Original:
-    """How to get one tensor back: its values, None for one that did not exist, or a record against a prediction."""
+    """One tensor before the merge: its values, None for one that did not exist, or a record against a prediction."""
 
     values: Tensor | None
     record: bytes | None = None
@@ -58,25 +58,25 @@ class Original:
     aside: bool = False
     """Whether the values are the tensor itself, which was set aside: on the CPU nothing has to be copied."""
     form: Form | None = None
-    """Of a packed weight: what the module was, codes and all."""
+    """Of a quantized weight: the form of its module, codes included."""
 
 
 @dataclass(frozen=True)
 class Repacked:
-    """What packing a merged weight again did to it."""
+    """The error of packing a merged weight again."""
 
     error: float
-    """Norm of the difference to the weight that was meant, over the norm of that weight."""
+    """Norm of the difference to the merged weight, over the norm of the merged weight."""
     lost: float
-    """The same difference over what the merge changed: at 1 it drowns the adapter."""
+    """The same difference over the norm of the merge's change: at 1 it drowns the adapter."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge wrote."""
+    """A report of the tensors that a merge wrote."""
 
     dense: tuple[str, ...] = ()
-    """Modules that were packed and are dense now."""
+    """Modules that were quantized and are dense now."""
     repacked: Mapping[str, Repacked] = field(default_factory=dict)
     """Modules that were packed again, with their errors."""
     tensors: int = 0
@@ -89,7 +89,7 @@ class MergeReport:
 
 
 def _effects(injection: Injection) -> dict[Key, list[Effect]]:
-    """What the injection does to each tensor, in order."""
+    """Returns the effects of the injection on each tensor, in order."""
     mounts: dict[str, list[Mount]] = {}
     for graft in injection.grafts:
         for site in graft.holders:
@@ -103,7 +103,7 @@ def _precise(tensor: Tensor) -> Tensor:
 
 
 def _folded(module: nn.Module, effects: list[Effect], base: Tensor | None) -> Tensor | None:
-    """The new stored tensor, computed in float32 or better and rounded once."""
+    """Returns the new stored tensor, computed in float32 or better and rounded once."""
     like = effects[0].mount.layer.like(module, effects[0].mount.tensor) if base is None else base
     with full_precision(like):
         new = fold(module, effects, None if base is None else _precise(base), _precise(like), _precise)
@@ -112,7 +112,7 @@ def _folded(module: nn.Module, effects: list[Effect], base: Tensor | None) -> Te
 
 @torch.no_grad()
 def merged_tensors(injection: Injection) -> Mapping[Key, Tensor]:
-    """What a merge writes: every site's effective tensors, by (module path, tensor path)."""
+    """Returns the tensors that a merge writes: every site's effective tensors, by (module path, tensor path)."""
     new: dict[Key, Tensor] = {}
     for (path, tensor), effects in _effects(injection).items():
         module = injection.model.get_submodule(path)
@@ -153,7 +153,7 @@ def _owner(model: nn.Module, key: Key) -> tuple[nn.Module, str]:
 
 
 def _check_ties(model: nn.Module, new: Mapping[Key, Tensor]) -> None:
-    """A tied tensor may be merged only where the injection gives all its holders one value."""
+    """Check that a merge changes a tied tensor only where the injection gives all its holders one value."""
     written = {(id(module), name): key for key in new for module, name in [_owner(model, key)]}
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     with saving_base():  # operators are tied to nothing, and there may be many
@@ -177,13 +177,14 @@ def _check_ties(model: nn.Module, new: Mapping[Key, Tensor]) -> None:
 
 
 def _can_be_set_aside(tensor: Tensor) -> bool:
-    """On other devices graphs may have been captured that read from its address; a part of a larger one stays there."""
+    """Whether a tensor can be set aside without a copy. On other devices graphs may have been captured that read from
+    its address; a part of a larger tensor stays there."""
     plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_shared()  # type: ignore[no-untyped-call]
     return plain and tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def _write(model: nn.Module, key: Key, value: Tensor | None, aside: bool = False) -> None:
-    """Set a tensor; None takes away a parameter that a merge had added. What is set aside keeps its values."""
+    """Set a tensor; None removes a parameter that a merge had added. A tensor set aside keeps its values."""
     module, name = _owner(model, key)
     layer = layer_of(model.get_submodule(key[0]), key[1])
     if aside:
@@ -204,14 +205,15 @@ def _read(model: nn.Module, key: Key) -> Tensor | None:
 
 
 def _towards(model: nn.Module, key: Key, goal: Tensor, weight: float) -> Tensor:
-    """A part of the way from the base to an effective tensor; what the host has not is zeros."""
+    """Returns the tensor a part of the way from the base to an effective tensor; a tensor that the host lacks counts as
+    zeros."""
     base = _read(model, key)
     start = torch.zeros_like(goal) if base is None else base
     return torch.lerp(_precise(start), _precise(goal), weight).to(goal.dtype)
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """The sum says so without a tensor of answers, unless it overflows."""
+    """Whether all values are finite. The sum tells without a tensor of booleans, unless it overflows."""
     return bool(torch.isfinite(_precise(tensor).sum())) or bool(torch.isfinite(tensor).all())
 
 
@@ -224,7 +226,7 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 def _prediction(injection: Injection, key: Key, merged: Tensor) -> Tensor:
-    """The original as subtracting the delta would give it; the same numbers at merge and at unmerge."""
+    """Returns the original as subtracting the delta would give it; the same numbers at merge and at unmerge."""
     merged = merged.contiguous()  # sums over other strides round otherwise
     module = injection.model.get_submodule(key[0])
     delta = _folded(module, _effects(injection)[key], torch.zeros_like(_precise(merged)))
@@ -261,8 +263,8 @@ def _original(injection: Injection, key: Key, original: Original, merged: Tensor
 def merge(
     injection: Injection, keep: Keep, into: Into = "float", bound: float = BOUND, weight: float = 1.0
 ) -> tuple[dict[Key, Original], MergeReport]:
-    """Write the effective tensors, or what lies so far (`weight`) on the way to them, all or none; returns what undoes
-    it, and a report.
+    """Write the effective tensors, or (with `weight`) a part of the way to them, all or none; returns the originals and
+    a report.
 
     Raises:
         NotMergeable: the method has no merged form.
@@ -306,7 +308,7 @@ def merge(
 def _write_packed(
     injection: Injection, key: Key, layer: QuantizedLayer, weight: Tensor, into: Into
 ) -> tuple[Original, Repacked | None]:
-    """Write a weight where a packed one is: as a dense linear layer, or packed in the same way."""
+    """Write a weight into a quantized layer: as a dense linear layer, or packed in the same way."""
     module, _ = _owner(injection.model, key)
     if into == "float":
         dense = dense_linear(weight, layer.dtype(module) or floating_dtype(injection.base_modules()))

@@ -1,4 +1,4 @@
-"""Packing a host's linear layers: the contract of a scheme, and `quantize`.
+"""Quantizing a host's linear layers: the contract of a scheme, and `quantize`.
 
 A plugin brings a scheme with three answers: `peftcore_schemes` names it, `peftcore_layer` recognizes its modules, and
 the `QuantizedLayer` that it returns reads and packs their weights. No method knows a scheme, and no scheme a method.
@@ -31,26 +31,26 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Scheme(BaseModel):
-    """One way of packing the weight of a linear layer, with its options as fields."""
+    """A scheme for packing the weight of a linear layer, with its options as fields."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     layer: ClassVar[QuantizedLayer]
-    """How what `module` returns is read."""
+    """The layer that reads the modules of `module`."""
     requires: ClassVar[tuple[str, ...]] = ()
     """The packages that it needs, by import name."""
     extra: ClassVar[str] = ""
-    """What to install for them: a requirement for pip."""
+    """The pip requirement that installs them."""
 
     @classmethod
     def missing(cls) -> list[str]:
-        """The packages that it needs and that are not installed."""
+        """Returns the required packages that are not installed."""
         return [package for package in cls.requires if importlib.util.find_spec(package) is None]
 
     def module(self, weight: Tensor) -> nn.Module:
-        """A linear layer without bias that holds the weight ``[out, in]`` packed.
+        """Returns a linear layer without bias that holds the weight ``[out, in]`` packed.
 
         Raises:
             QuantizationError: the weight does not fit the format.
@@ -59,16 +59,16 @@ class Scheme(BaseModel):
 
 
 def schemes() -> dict[str, str]:
-    """The schemes of all plugins: names and where their classes are.
+    """Returns the schemes of all plugins: their names and where their classes are.
 
     Raises:
-        PluginError: two plugins call a scheme alike.
+        PluginError: two plugins have a scheme of one name.
     """
     return named_places("peftcore_schemes", "scheme")
 
 
 def scheme_class(name: str) -> type[Scheme]:
-    """The class of a scheme by name, whether or not its packages are installed.
+    """Returns the class of a scheme by name, whether or not its packages are installed.
 
     Raises:
         QuantizationError: no plugin has it.
@@ -84,7 +84,7 @@ def scheme_class(name: str) -> type[Scheme]:
 
 
 def scheme(name: str, **options: Any) -> Scheme:
-    """A scheme by name, with its options.
+    """Returns a scheme by name, with its options.
 
     Raises:
         QuantizationError: no plugin has it, an option is wrong, or a package is missing; it says what to do.
@@ -107,7 +107,7 @@ def _scheme(key: str) -> Scheme:
 
 
 def scheme_key(name: str, options: Mapping[str, Any]) -> str:
-    """A scheme and its options as a text, for `round_trip`.
+    """Returns a scheme and its options as a text, for `round_trip`.
 
     Raises:
         QuantizationError: as of `scheme`.
@@ -132,10 +132,10 @@ _round_trip.register_autograd(lambda ctx, grad: (grad, None))
 
 
 def round_trip(weight: Tensor, key: str) -> Tensor:
-    """What is left of a matrix ``[out, in]`` that is packed and read again, by the scheme of a `scheme_key`. Its
-    gradient passes as if nothing had been done.
+    """Returns a matrix ``[out, in]`` packed and unpacked by the scheme of a `scheme_key`. Its gradient passes straight
+    through.
 
-    An operation of torch as a whole, so that compilers do not look at how it is done.
+    One custom operator of torch, so that compilers do not trace into it.
 
     Raises:
         QuantizationError: the weight does not fit the format.
@@ -145,23 +145,23 @@ def round_trip(weight: Tensor, key: str) -> Tensor:
 
 
 def quantize(model: M, name: str, *, target: Target | None = None, exclude: Target | None = None, **options: Any) -> M:
-    """Pack the weights of a host's linear layers in place; all of them, or nothing on an error.
+    """Quantize a host's linear layers in place; all of them, or none on an error.
 
     Modules stay the objects that they are. Injections that are on the host stay active; those that were made for a
-    packed base (LoftQ and the like) say what is packed in place of their weight.
+    quantized base (LoftQ and the like) choose the weight that is packed.
 
     Args:
-        model: the host, its weights dense. What is packed already is passed over.
-        name: a scheme: "nf4", "int8", "bnb-nf4", … (`peftcore.schemes()` lists what the plugins have).
-        target: what to pack, in the forms that `apply` knows; by default every linear layer inside the blocks (the
+        model: the host, its weights dense. Quantized layers are passed over.
+        name: a scheme: "nf4", "int8", "bnb-nf4", … (`peftcore.schemes()` lists those of the plugins).
+        target: layers to quantize, in the forms of `apply`; by default every linear layer inside the blocks (the
             role "all-linear"), or of a host without such roles every one that there is.
-        exclude: what of it to leave dense.
+        exclude: targets to leave dense.
         options: the scheme's options.
 
     Raises:
         QuantizationError: an unknown scheme, a missing package, a weight that the format does not fit.
         TargetError: there is nothing to pack.
-        UnsupportedSite: the target means what is no linear layer.
+        UnsupportedSite: the target includes a module that is no linear layer.
 
     Nothing was changed then.
     """
@@ -183,9 +183,9 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
 
 
 def dequantize(model: M) -> M:
-    """Make every packed linear layer of a host dense, in place: the weights are those that the codes stand for.
+    """Make every quantized linear layer of a host dense, in place: the weights are the unpacked ones.
 
-    Injections stay active, and what they compute stays the same.
+    Injections stay active, and compute the same.
     """
     dtype = floating_dtype(module for module in model.modules() if not is_ours(module))
     for module in list(model.modules()):
@@ -207,7 +207,7 @@ def _sites(model: nn.Module, target: Target | None, exclude: Target | None) -> I
         found, _ = resolver.sites(nn.Linear, exclude=exclude)
     seen: set[int] = set()
     for site in found:
-        linear = isinstance(site.layer, Linear) and not site.layer.one_hot  # a table is looked up, whatever it stores
+        linear = isinstance(site.layer, Linear) and not site.layer.one_hot  # a table is no linear layer, in any storage
         fits = linear and site.layer.called and site.tensor == "weight"
         if not fits and target is not None:
             raise UnsupportedSite(f"{site.path} is no linear layer that is called, so its weight cannot be packed")

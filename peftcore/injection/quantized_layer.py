@@ -1,7 +1,7 @@
-"""Packed weights: what a quantizer tells the core about its format, and how a module gets and loses one.
+"""Quantized layers: how a quantizer describes its format, and how a module is quantized and made dense in place.
 
-A module is packed and made dense *in place*: it takes over class and state of another one and stays the object that it
-was, so containers, ties, hooks and grafts go on to hold it.
+A module is replaced *in place*: it takes over class and state of another one and stays the object that it was, so
+containers, ties, hooks and grafts go on to hold it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from peftcore.registry.plugins import layer_of
 
 
 class Dense(nn.Linear):
-    """Runs in place of a packed linear layer when an effective weight stands for the packed one. Like those, it takes
-    inputs of any floating-point dtype and returns theirs."""
+    """Runs in place of a quantized linear layer when an effective weight replaces the quantized one. Like a quantized
+    layer, it takes inputs of any floating-point dtype and returns theirs."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -35,41 +35,41 @@ class Dense(nn.Linear):
 
 @dataclass(frozen=True)
 class QuantizedLayer(Linear):
-    """A linear layer whose weight is kept packed. A quantizer describes its format by a subclass, which holds no state:
+    """A linear layer whose weight is quantized. A quantizer describes its format by a subclass, which holds no state:
     everything is read from the module.
 
     Needed: `unpack`, `features`, `dtype`, `device`. With `pack` an injection can be merged into the same format.
     """
 
     called: bool = True
-    """A packed layer computes its linear map and adds its bias, so an adapter may act on activations."""
+    """A quantized layer computes its linear map and adds its bias, so an adapter may act on activations."""
 
     def unpack(self, module: nn.Module) -> Tensor:
-        """The weight ``[out, in]`` as the module's forward uses it: a new dense tensor."""
+        """Returns the weight ``[out, in]`` as the module's forward uses it: a new dense tensor."""
         raise NotImplementedError
 
     def features(self, module: nn.Module) -> tuple[int, int]:
-        """``(out, in)``, without unpacking."""
+        """Returns ``(out, in)``, without unpacking."""
         return module.out_features, module.in_features  # type: ignore[return-value]
 
     def dtype(self, module: nn.Module) -> torch.dtype | None:
-        """The dtype that the weight was packed from; None where the format does not remember, and `unpack` gives
-        float32."""
+        """Returns the dtype that the weight was packed from; None where the format does not record it, and `unpack`
+        gives float32."""
         raise NotImplementedError
 
     def device(self, module: nn.Module) -> torch.device:
-        """The device of `unpack`, without unpacking."""
+        """Returns the device of `unpack`, without unpacking."""
         return next(iter((*module.parameters(), *module.buffers()))).device
 
     def pack(self, module: nn.Module, weight: Tensor) -> nn.Module:
-        """A new module, packed as `module` is, with the weight ``[out, in]`` and no bias.
+        """Returns a new module, packed as `module` is, with the weight ``[out, in]`` and no bias.
 
         Raises:
             MergeError: unless the format overrides it.
         """
         raise MergeError(f"{type(module).__name__} cannot be packed again")
 
-    # What the core asks of any layer; of what stands beside the weight too
+    # The interface of any layer; it is asked of the other tensors of the module too
 
     @property
     def packed(self) -> bool:
@@ -106,7 +106,7 @@ class QuantizedLayer(Linear):
 
 @dataclass(frozen=True)
 class QuantizedBias(Layer):
-    """A dense tensor beside a packed weight: its bias, which has the weight's dtype where there is none yet."""
+    """The bias of a quantized layer, dense; where there is none yet, it has the weight's dtype."""
 
     weight: QuantizedLayer = QuantizedLayer()
 
@@ -120,7 +120,7 @@ class QuantizedBias(Layer):
 
 
 def quantized_layer_of(module: nn.Module, tensor: str, layer: QuantizedLayer) -> Layer | None:
-    """What a quantizer answers to `peftcore_layer` for a module of its format."""
+    """Returns a quantizer's answer to `peftcore_layer` for a module of its format."""
     name = tensor.rpartition(".")[2]
     return (
         replace(layer, called="." not in tensor)
@@ -132,28 +132,28 @@ def quantized_layer_of(module: nn.Module, tensor: str, layer: QuantizedLayer) ->
 
 
 def dense_linear(weight: Tensor, dtype: torch.dtype) -> nn.Linear:
-    """A frozen linear layer without bias that holds the weight ``[out, in]``."""
+    """Returns a frozen linear layer without bias that holds the weight ``[out, in]``."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight.detach().to(dtype, copy=True), requires_grad=False)
     return layer
 
 
 def floating_dtype(modules: Iterable[nn.Module]) -> torch.dtype:
-    """That of a host's first matrix which is not packed: an embedding, most likely. Where all are packed, that of any
-    other parameter."""
+    """Returns the dtype of a host's first matrix that is not quantized: an embedding, most likely. Where all are
+    quantized, the dtype of any other parameter."""
     own = [p for module in modules for p in module._parameters.values() if p is not None and p.is_floating_point()]
     return min(own, key=lambda p: p.dim() < 2).dtype if own else torch.float32
 
 
 TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
-"""What a module holds its tensors by."""
+"""The attributes in which a module holds its tensors."""
 FOREIGN = (*FORWARDS, "_hf_hook")
-"""What others (accelerate) set on an instance, and what stays there."""
+"""Attributes that others (accelerate) set on an instance, which stay there."""
 
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """What a module was before it became another: its class, its own state, and the hooks that the other brought."""
+    """The earlier form of a replaced module: its class, its own state, and the hooks that the replacement brought."""
 
     cls: type[nn.Module]
     state: dict[str, Any]
@@ -161,8 +161,8 @@ class Form:
 
 
 def replace_in_place(module: nn.Module, other: nn.Module) -> Form:
-    """Give `module` class, parameters, buffers and attributes of `other`, but keep what stands on it: hooks, grafts,
-    its own bias, training mode. Returns the way back."""
+    """Give `module` the class, parameters, buffers and attributes of `other`, but keep its hooks, grafts, bias and
+    training mode. Returns its earlier form."""
     kept = {key: copy.copy(value) if isinstance(value, dict | set) else value for key, value in _own(module)}
     hooks = {
         key: value for key, value in vars(other).items() if isinstance(value, dict) and key in TORCHS and "hooks" in key
@@ -177,7 +177,7 @@ def replace_in_place(module: nn.Module, other: nn.Module) -> Form:
 
 
 def restore(module: nn.Module, form: Form) -> None:
-    """Make a module what it was before `replace_in_place`."""
+    """Give a module back the form that it had before `replace_in_place`."""
     for key, brought in form.brought.items():
         for each in brought:
             vars(module)[key].pop(each, None)
@@ -188,13 +188,13 @@ def restore(module: nn.Module, form: Form) -> None:
 
 
 def _bias(module: nn.Module) -> nn.Parameter | None:
-    """The bias; of those who keep it as a plain attribute (HQQ), as a parameter."""
+    """Returns the bias; where it is a plain attribute (HQQ), as a parameter."""
     bias: Tensor | None = getattr(module, "bias", None)
     return bias if bias is None or isinstance(bias, nn.Parameter) else nn.Parameter(bias.detach(), requires_grad=False)
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What is a module's own: parameters, buffers, attributes, but for the forward that others set on it."""
+    """Yields a module's own parameters, buffers and attributes, without the forward that others set on it."""
     for key, value in vars(module).items():
         if key in TENSORS or (key not in TORCHS and key not in FOREIGN and not isinstance(value, Slot)):
             yield key, value

@@ -1,4 +1,4 @@
-"""What `Injection.summary` gives."""
+"""The summary of an injection, as `Injection.summary` returns it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Summary:
         method: the method's name.
         sites: how many operators there are.
         parameters: values in its parameters.
-        trainable: those of them that train.
+        trainable: how many of them train.
         active: whether it acts in this thread.
         merged: whether its effect is in the host's weights now.
         dtypes: dtypes of its parameters, without "torch.".

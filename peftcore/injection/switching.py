@@ -1,4 +1,4 @@
-"""Switching: `activate`, `route` and `call` say what acts on a model from now on, or until the end of a block."""
+"""Switching: `activate`, `route` and `call` choose what acts on a model from now on, or until the end of a block."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from peftcore.forward.host_state import Chosen, HostState, chosen, known, state_
 
 def activate(model: nn.Module, *names: str | Composition) -> Chosen:
     """Make exactly these injections act, in the order in which they were applied; no names: the bare base model.
-    Compositions (`Stack`, `Sum`, `Average`, `Split`, `Fuse`) say otherwise; names beside them stack in the order given.
+    Compositions (`Stack`, `Sum`, `Average`, `Split`, `Fuse`) differ; names given with them stack in the order given.
 
-    Applies at once. The result is also a context manager that restores what held before:
+    Applies at once. The result is also a context manager that restores the earlier choice:
 
         with activate(model, "summarize"):
             model.generate(...)
@@ -85,9 +85,9 @@ def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> 
 
 
 def call(model: nn.Module, **context: Any) -> Chosen:
-    """Tell methods what they need and forward has no argument for: a task, a timestep.
+    """Give methods values for which forward has no argument: a task, a timestep.
 
-    Best as a context manager, round forward or generate; what was told before stays unless it is told anew:
+    Best as a context manager, round forward or generate; values given before stay unless they are given anew:
 
         with call(model, task="rte"):
             model(**batch)

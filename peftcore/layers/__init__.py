@@ -1,12 +1,12 @@
-"""How modules store their tensors, and what their linear maps are.
+"""Layers: how modules store their tensors, and the linear maps that they compute.
 
 It may import `registry`, and what is below. In the order of reading:
 
 - `fsdp`: parameters that are cut over processes.
 - `kernels`: fused products, each equal to plain mathematics.
-- `layer`: what the core asks of any layer.
+- `layer`: the interface of any layer.
 - `kinds`: linear, embedding, convolution and their kin.
-- `detect`: which kind a dense tensor of a module is.
+- `detect`: finds the kind of a module's dense tensor.
 """
 
 from peftcore.utils.moved import names_of

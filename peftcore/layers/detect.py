@@ -1,5 +1,5 @@
-"""Which `Layer` a dense tensor of a module is, by the module's class and by the tensor's dimensions: what the core
-answers to `peftcore_layer` after all plugins."""
+"""Finds the `Layer` of a module's dense tensor, by the module's class and by the tensor's dimensions: the core's answer
+to `peftcore_layer`, after all plugins."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftcore.layers.layer import Layer, is_dense, plain_class
 
 
 def _runs(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """True when the module's forward is that of one of `kinds`: subclasses may make something else of the tensors.
+    """Whether the module's forward is that of one of `kinds`: subclasses may use the tensors otherwise.
 
     Scaled embeddings (Gemma) and standardized or self-padding convolutions (timm) do: act on their weight instead.
     """
@@ -44,7 +44,8 @@ _KINDS: dict[type, Callable[[Any], Layer]] = {
 
 
 def _kinds() -> dict[type, Callable[[Any], Layer]]:
-    """The known classes. transformers' Conv1D is looked up, not imported: without transformers no module can be one."""
+    """Returns the known classes. transformers' Conv1D is looked up, not imported: without transformers no module can be
+    one."""
     utils = sys.modules.get("transformers.pytorch_utils")
     if utils is not None and utils.Conv1D not in _KINDS:
         _KINDS[utils.Conv1D] = lambda module: Transposed(called=_runs(module, utils.Conv1D))
@@ -53,8 +54,8 @@ def _kinds() -> dict[type, Callable[[Any], Layer]]:
 
 
 def dense_layer(module: nn.Module, tensor: str) -> Layer:
-    """The layer of a dense tensor: of a `weight` by the class of the module that holds it, of any other tensor by its
-    dimensions. What a module reads of one below it is stored alike, but is never called at the module."""
+    """Returns the layer of a dense tensor: of a `weight` by the class of the module that holds it, of any other tensor
+    by its dimensions. A tensor of a child module is stored as there, but is never called at the module."""
     path, _, name = tensor.rpartition(".")
     owner = module.get_submodule(path)
     held = getattr(owner, name, None)
@@ -72,9 +73,9 @@ def dense_layer(module: nn.Module, tensor: str) -> Layer:
 
 
 def stacked_transposed(module: nn.Module) -> bool:
-    """Whether a module stores its stacks as ``[experts, in, out]``: as it says (transformers: `is_transposed`), or as
-    two of them say that are gates with their inputs, and the way back (Llama 4). Else they are ``[experts, out,
-    in]``."""
+    """Whether a module stores its stacks as ``[experts, in, out]``: by its own attribute (transformers:
+    `is_transposed`), or by the shapes of two that are gates with their inputs, and the way back (Llama 4). Else they
+    are ``[experts, out, in]``."""
     declared = getattr(module, "is_transposed", None)
     if isinstance(declared, bool):
         return declared

@@ -1,7 +1,7 @@
-"""Parameters that are cut over processes (FSDP2): whole in the forward of the module that is cut, pieces outside of it.
+"""Parameters that are sharded over processes (FSDP2): whole in the forward of the sharded module, pieces outside of it.
 
-What reads or writes them elsewhere (files, schedules, losses of the method's own) finds them whole here. All processes
-come together for that. What torch has for it is looked up, not imported: without it no tensor is cut.
+Code that reads or writes them elsewhere (files, schedules, losses of the method's own) gets them whole here. All
+processes take part in that. torch's classes for it are looked up, not imported: without them no tensor is sharded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 MANAGED = "_is_fsdp_managed_module"
-"""The mark that torch leaves on each module whose parameters it cuts."""
+"""The mark that torch leaves on each module whose parameters it shards."""
 
 
 def is_cut(tensor: Tensor) -> bool:
@@ -25,25 +25,26 @@ def is_cut(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor; gradients find their way back into the pieces."""
+    """Returns all of a tensor; gradients flow back into the pieces."""
     return tensor.full_tensor() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def cut_like(value: Tensor, piece: Any) -> Tensor:
-    """A whole value, which every process has, cut as another tensor is."""
+    """Returns a whole value, which every process has, sharded as another tensor is."""
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value, piece.device_mesh, piece.placements, src_data_rank=None)
 
 
 def is_sharded_class(cls: type[nn.Module]) -> bool:
-    """Whether torch put it over the module's own class as it cut the module's parameters."""
+    """Whether torch put the class over the module's own as it sharded the module's parameters."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and cls.__bases__[0] is fsdp.FSDPModule
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some of its parameters are cut, also while they stand whole. Without a group of processes none can be."""
+    """Whether some parameters of a model are sharded, also while they are gathered. Without a group of processes none
+    can be."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     return any(True for _ in _cut_modules(model)) or any(is_cut(parameter) for parameter in model.parameters())
@@ -51,8 +52,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def one_writes(model: nn.Module) -> Iterator[bool]:
-    """Whether this process writes what the processes of a model have in common. They leave the block together, when it
-    is written or cannot be."""
+    """Context manager that tells whether this process writes the files that the processes of a model share. They leave
+    the block together, when these are written or cannot be."""
     if not is_sharded(model):
         yield True
         return
@@ -63,19 +64,19 @@ def one_writes(model: nn.Module) -> Iterator[bool]:
 
 
 StandIns = Mapping[nn.Parameter, nn.Parameter]
-"""For pieces, what stands whole in their place. Between two times it is empty, and the same for whoever goes by it."""
+"""Whole parameters by the pieces that they replace; empty outside of `gathered`, and always the same objects."""
 
 
 @contextmanager
 def gathered(
     model: nn.Module, wanted: Callable[[], Iterable[nn.Parameter]], lazy_weights: StandIns | None = None
 ) -> Iterator[None]:
-    """Until the end of the block, parameters of the model stand whole in their modules, with whole gradients; their
-    values are cut again afterwards.
+    """Context manager in which parameters of the model are whole in their modules, with whole gradients; their values
+    are sharded again afterwards.
 
     Args:
-        wanted: which ones, asked when all that are cut are in pieces.
-        stand_ins: those to use, where somebody has to know them again.
+        wanted: returns the parameters; called when all sharded ones are in pieces.
+        lazy_weights: the whole parameters to use, where the caller has to recognize them.
     """
     if not is_sharded(model):
         yield
@@ -98,7 +99,7 @@ def gathered(
 
 @contextmanager
 def loading_whole(model: nn.Module) -> Iterator[None]:
-    """Until the end of the block ``load_state_dict`` takes whole values of parameters that are cut."""
+    """Context manager in which ``load_state_dict`` takes whole values of sharded parameters."""
 
     def cut(module: nn.Module, state_dict: dict[str, Tensor], *args: Any) -> None:
         for name, piece in module.named_parameters(remove_duplicate=False):
@@ -115,13 +116,13 @@ def loading_whole(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def differentiable(model: nn.Module, wanted: Callable[[], Iterable[nn.Parameter]]) -> Iterator[None]:
-    """The same in the middle of a forward: parameters that are in pieces now stand whole, within the graph."""
+    """Context manager in the middle of a forward: parameters that are in pieces are whole in it, within the graph."""
     with standing(model, {piece: whole(piece) for piece in wanted() if is_cut(piece)}):
         yield
 
 
 def stand_ins_for(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
-    """Stand-ins for those that are cut, empty as yet."""
+    """Returns empty whole parameters for the sharded ones among `parameters`."""
     return {
         piece: nn.Parameter(torch.empty(0, dtype=piece.dtype, device=piece.device), piece.requires_grad)
         for piece in parameters
@@ -131,7 +132,7 @@ def stand_ins_for(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, nn.P
 
 @contextmanager
 def standing(model: nn.Module, others: Mapping[nn.Parameter, Any]) -> Iterator[None]:
-    """Until the end of the block, other tensors are in the place of parameters."""
+    """Context manager in which other tensors replace parameters."""
     places = [
         (module._parameters, name, held)
         for module in (model.modules() if others else ())
@@ -150,7 +151,7 @@ def standing(model: nn.Module, others: Mapping[nn.Parameter, Any]) -> Iterator[N
 def hold_whole(model: nn.Module) -> None:
     """Have the outermost module hold its own parameters whole, as in its forward, for calls of modules inside it.
 
-    Modules that are cut by themselves do that by themselves.
+    Modules that are sharded by themselves do that by themselves.
     """
     outermost: Any = model
     if any(each is model for each in _cut_modules(model)):
@@ -158,12 +159,12 @@ def hold_whole(model: nn.Module) -> None:
 
 
 def _reshard(model: nn.Module) -> None:
-    """The outermost module keeps its parameters whole after a forward, for backward."""
+    """Shard again the parameters of the outermost module, which keeps them whole after a forward, for backward."""
     for module in _cut_modules(model):
         module.reshard()
 
 
 def _cut_modules(model: nn.Module) -> Iterator[Any]:
-    """The modules that gather their parameters before their forward."""
+    """Returns the modules that gather their parameters before their forward."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return (each for each in (model.modules() if fsdp else ()) if fsdp and isinstance(each, fsdp.FSDPModule))

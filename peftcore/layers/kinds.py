@@ -1,4 +1,5 @@
-"""Each kind of layer: linear, transposed, embedding, convolution, transposed convolution, and what nobody can read."""
+"""The kinds of layer: linear, transposed, embedding, convolution, transposed convolution, and weights that cannot be
+read."""
 
 from __future__ import annotations
 
@@ -69,17 +70,18 @@ class Linear(Layer):
 
 
 PRODUCTS: set[Callable[..., Any]] = {nn.Linear.forward}
-"""Forwards that are a product with the weight, plus the bias, and nothing else (`layers` adds one of transformers)."""
+"""Forwards that are a product with the weight, plus the bias, and nothing else (`detect` adds one of transformers)."""
 
 
 def is_linear(call: Callable[..., Any]) -> bool:
-    """Whether `call` is a linear layer's own forward, with its own weight: what it returns is new and nobody else's."""
+    """Whether `call` is a linear layer's own forward, with its own weight: its output is new and held by nobody
+    else."""
     return type(call) is functools.partial and call.func in PRODUCTS
 
 
 @dataclass(frozen=True)
 class Opaque(Linear):
-    """A linear layer whose weight nobody here can read: its module may be called, and that is all."""
+    """A linear layer whose weight cannot be read: its module may be called, and that is all."""
 
     def check_readable(self, module: nn.Module, tensor: str) -> None:
         held = super().read(module, tensor)
@@ -109,7 +111,7 @@ class Opaque(Linear):
 
 @dataclass(frozen=True)
 class Transposed(Linear):
-    """Stored ``[*batch, in, out]``: transformers' Conv1D, experts of some mixtures."""
+    """A weight stored ``[*batch, in, out]``: transformers' Conv1D, experts of some mixtures."""
 
     def logical(self, stored: Tensor) -> Tensor:
         return stored.mT

@@ -1,4 +1,4 @@
-"""How each kind of module stores a tensor, and what its linear map is.
+"""`Layer`, the interface to a module's tensor: how it is stored, and the linear map that the module computes with it.
 
 A method sees every weight in one *logical layout*, ``[*batch, out, in, *kernel]``, whatever the storage: transformers'
 Conv1D is transposed, embeddings are tables ``[num, dim]``, experts are three-dimensional. A `Layer` converts, and
@@ -23,18 +23,18 @@ from peftcore.layers.fsdp import is_sharded_class
 Slices = tuple[tuple[int, int], ...]
 """Half-open ranges of the logical output dimension: the slices of one part of a fused projection."""
 GRAFTED = "_peftcore_base"
-"""The attribute by which a grafted class names the class it stands for."""
+"""The attribute of a grafted class that holds its base class."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One tensor of one kind of module. The base class fits tensors stored as they are meant: ``[out, in, *kernel]`` or
-    vectors."""
+    """One tensor of one kind of module. The base class is for tensors stored in logical layout: ``[out, in, *kernel]``
+    or vectors."""
 
     fuses_updates: ClassVar[bool] = False
     """True when `update` is a kernel of the layer's own, faster than its plain form."""
     of_vectors: ClassVar[bool] = False
-    """True when what the module does to vectors it does to each in the last dimension of its input."""
+    """True when the module maps each vector in the last dimension of its input by itself."""
     batch_dims: int = 0
     """Leading dimensions that are neither output nor input: 1 for stacked experts."""
     called: bool = False
@@ -44,7 +44,7 @@ class Layer:
 
     @property
     def packed(self) -> bool:
-        """True when the tensor is kept in another form, such as codes, and each `read` makes a dense copy."""
+        """Whether the tensor is stored in another form, such as codes, and each `read` makes a dense copy."""
         return False
 
     @property
@@ -54,30 +54,31 @@ class Layer:
 
     @property
     def saves_dense(self) -> bool:
-        """True when the module's own forward keeps a dense copy of a packed weight for backward; the core computes it
-        again instead."""
+        """Whether the module's own forward saves a dense copy of a quantized weight for backward; the core recomputes
+        it instead."""
         return False
 
     @property
     def as_stored(self) -> Layer:
-        """The same tensor as it lies there, without a logical layout, for a value that stands for it."""
+        """A layer for the tensor as it is stored, without a logical layout, for a value that replaces it."""
         return Layer()
 
     @property
     def channel_dim(self) -> int:
-        """The dimension of the module's output along which the logical rows lie."""
+        """The dimension of the module's output along which the slices lie."""
         return -1
 
     def logical(self, stored: Tensor) -> Tensor:
-        """The stored tensor in logical layout; a view where possible."""
+        """Returns the stored tensor in logical layout; a view where possible."""
         return stored
 
     def stored(self, logical: Tensor) -> Tensor:
-        """The way back from `logical`."""
+        """Returns a logical tensor in storage layout: the inverse of `logical`."""
         return logical
 
     def read(self, module: nn.Module, tensor: str) -> Tensor | None:
-        """The dense stored tensor at the path `tensor` below `module`; None where there is none (a missing bias)."""
+        """Returns the dense stored tensor at the path `tensor` below `module`; None where there is none (a missing
+        bias)."""
         value: Tensor | None = module._parameters.get(tensor)  # as nearly always
         if value is None:
             path, _, name = tensor.rpartition(".")
@@ -96,16 +97,17 @@ class Layer:
         return self.read(module, tensor) is not None
 
     def slots(self, module: nn.Module) -> tuple[str, ...]:
-        """What may be replaced in a module whose weight this is: its parameters, empty ones (no bias) too."""
+        """Returns the names of a module's parameters that may be replaced, empty ones (no bias) too."""
         return tuple(module._parameters)
 
     def like(self, module: nn.Module, tensor: str) -> Tensor:
-        """A tensor of the dtype and on the device of `read`, also where the module has none (a missing bias)."""
+        """Returns a tensor of the dtype and on the device of `read`, also where the module has none (a missing
+        bias)."""
         held = self.read(module, tensor)
         return next(module.parameters()) if held is None else held
 
     def shape(self, module: nn.Module, tensor: str) -> torch.Size:
-        """The logical shape, also where the stored form is packed."""
+        """Returns the logical shape, also of a quantized tensor."""
         stored = self.read(module, tensor)
         assert stored is not None, "only existing tensors have a shape"
         return self.logical(stored).shape
@@ -117,7 +119,7 @@ class Layer:
         target.data.copy_(stored)
 
     def apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The module's linear map with `weight` (logical layout, any number of outputs) and no bias.
+        """Returns the module's linear map of `x` with `weight` (logical layout, any number of outputs) and no bias.
 
         Raises:
             UnsupportedSite: this kind of module has no linear map of its own.
@@ -125,11 +127,11 @@ class Layer:
         raise UnsupportedSite("this kind of module has no linear map of its own")
 
     def apply_dropped(self, x: Tensor, weight: Tensor, probability: float) -> Tensor:
-        """`apply` to an input of which parts are dropped; of which, with a probability of 0, none are."""
+        """Returns `apply` of ``dropout(x)``; with a probability of 0 nothing is dropped."""
         return self.apply(F.dropout(x, probability) if probability else x, weight)
 
     def mix(self, low: Tensor, matrix: Tensor) -> Tensor:
-        """The matrix ``[out, rank]`` acting on the channels of `low`.
+        """Returns the matrix ``[out, rank]`` applied to the channels of `low`.
 
         Raises:
             UnsupportedSite: this kind of module has no linear map of its own.
@@ -137,7 +139,7 @@ class Layer:
         raise UnsupportedSite("this kind of module has no linear map of its own")
 
     def add(self, y: Tensor, low: Tensor, matrix: Tensor, scale: float) -> Tensor:
-        """``y + scale * matrix low``, the matrix ``[out, rank]`` acting on the channels of `low`.
+        """Returns ``y + scale * matrix low``, with the matrix ``[out, rank]`` applied to the channels of `low`.
 
         Raises:
             UnsupportedSite: this kind of module has no linear map of its own.
@@ -147,19 +149,19 @@ class Layer:
     def update(
         self, call: Callable[..., Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
     ) -> Tensor:
-        """``call(x) + scale * B A dropout(x)``, A ``[*batch, rank, in, *kernel]`` and B ``[*batch, out, rank]`` of any
-        dtype, `call` the inner layer of an operator."""
+        """Returns ``call(x) + scale * B A dropout(x)``, A ``[*batch, rank, in, *kernel]`` and B ``[*batch, out, rank]``
+        of any dtype, `call` the inner layer of an operator."""
         y = call(x)
         A, B = A.to(y.dtype), B.to(y.dtype)
         return self.add(y, self.apply_dropped(x, A, dropout), B, scale)
 
     def frozen_linear(self, call: Callable[..., Tensor], x: Tensor, width: int) -> tuple[Tensor, Tensor | None] | None:
-        """Weight ``[out, in]``, in logical layout, and bias ``[out]`` of the frozen linear layer whose own forward
-        `call` is, where one function with a gradient of its own may compute the layer and what an operator does to its
-        inputs or outputs: both in one save a pass over memory.
+        """Returns weight ``[out, in]``, in logical layout, and bias ``[out]`` of the frozen linear layer whose own
+        forward `call` is, for a fused kernel that computes the layer and an operator on its inputs or outputs: together
+        they save a pass over memory.
 
-        None wherever such a function must not, or need not: `call` is anything else, such as another operator; weight
-        or bias train, or are more than plain tensors (packed, sharded, traced); the plain mathematics runs
+        None wherever such a kernel must not run, or need not: `call` is anything else, such as another operator; weight
+        or bias train, or are more than plain tensors (quantized, sharded, traced); the plain mathematics runs
         (`peftcore.runs_plain`); or so little goes through memory that it is not worth it. Then call, and add.
 
         Args:
@@ -170,12 +172,13 @@ class Layer:
         return None
 
     def along_channels(self, vector: Tensor, like: Tensor) -> Tensor:
-        """`vector` shaped so that it broadcasts over the channels of the activation `like`."""
+        """Returns `vector` shaped so that it broadcasts over the channels of the activation `like`."""
         return vector
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class below our grafts, torch's parametrizations and FSDP2: the one whose forward reads plain tensors."""
+    """Returns the class below our grafts, torch's parametrizations and FSDP2: the one whose forward reads plain
+    tensors."""
     cls = type(module)
     while GRAFTED in vars(cls) or _is_torchs(cls, module):
         cls = vars(cls).get(GRAFTED) or cls.__bases__[-1]
@@ -188,10 +191,10 @@ def _is_torchs(cls: type[nn.Module], module: nn.Module) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor holds the numbers that it stands for: no codes, no bytes that want a scale, and no subclass that
-    makes numbers as it is used.
+    """Whether a tensor holds plain numbers: no codes, no bytes that need a scale, and no subclass that makes numbers as
+    it is used.
 
-    DTensors (FSDP2) and fake ones (while a graph is traced) do. Looked up, not imported.
+    DTensors (FSDP2) and fake ones (while a graph is traced) are dense. They are looked up, not imported.
     """
     wide = tensor.element_size() > 1 and (tensor.is_floating_point() or tensor.is_complex())
     if not wide or type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__:
@@ -201,13 +204,13 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def bias_name(tensor: str) -> str:
-    """The bias that belongs to a weight: ``weight`` -> ``bias``, ``in_proj_weight`` -> ``in_proj_bias``,
+    """Returns the name of the bias of a weight: ``weight`` -> ``bias``, ``in_proj_weight`` -> ``in_proj_bias``,
     ``gate_up_proj`` -> ``gate_up_proj_bias``."""
     return tensor[: -len("weight")] + "bias" if tensor.endswith("weight") else f"{tensor}_bias"
 
 
 def take(tensor: Tensor, slices: Slices | None, dim: int) -> Tensor:
-    """The slices of one part; the tensor itself when `slices` is None."""
+    """Returns the slices of one part; the tensor itself when `slices` is None."""
     if slices is None:
         return tensor
     parts = [tensor.narrow(dim, start, stop - start) for start, stop in slices]
@@ -215,7 +218,7 @@ def take(tensor: Tensor, slices: Slices | None, dim: int) -> Tensor:
 
 
 def put(tensor: Tensor, part: Tensor, slices: Slices | None, dim: int) -> Tensor:
-    """`tensor` with the slices of one part replaced (a new tensor)."""
+    """Returns `tensor` with the slices of one part replaced (a new tensor)."""
     if slices is None:
         return part
     pieces, end, used = [], 0, 0

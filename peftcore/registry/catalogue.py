@@ -1,4 +1,4 @@
-"""Which methods there are, by name, and the schema of their options.
+"""The catalogue of methods by name, and the schema of their options.
 
 A method's module is imported when the method is first asked for.
 """
@@ -20,7 +20,7 @@ M = TypeVar("M", bound=type[Method])
 _registered: dict[str, type[Method]] = {}
 _loaded: dict[str, type[Method]] = {}
 BUDGETS = "peftcore.authoring.budgets:budgets"
-"""What counts parameters on reference models. It applies methods, which is far above, so it is named, not imported."""
+"""The function that counts parameters on reference models; named, not imported, since it is in a layer above."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class MethodInfo:
 
     @property
     def budgets(self) -> Mapping[str, int]:
-        """Values that train with default options, by name of the reference hosts that the method has a place in.
+        """Trainable values with default options, by name of the reference hosts in which the method finds a target.
 
         Plans on the meta device, for those of transformers and diffusers that are installed; takes a second or two.
         """
@@ -122,8 +122,8 @@ def _ordered(found: Iterable[MethodInfo]) -> list[MethodInfo]:
 
 
 def methods(category: str | None = None) -> list[MethodInfo]:
-    """The methods of all loaded plugins, by name; those of one of the survey's `category`, where it is given. Without
-    it, no method module is imported; with it, all are.
+    """Returns the methods of all loaded plugins, by name; those of one of the survey's `category`, where it is given.
+    Without it, no method module is imported; with it, all are.
 
     Raises:
         PluginError: a method's module cannot be imported, where `category` is given.
@@ -133,7 +133,7 @@ def methods(category: str | None = None) -> list[MethodInfo]:
 
 
 def method(name: str) -> type[Method]:
-    """The method class called `name`; ``"plugin/name"`` where two plugins have one.
+    """Returns the method class called `name`; ``"plugin/name"`` where two plugins have one.
 
     Raises:
         UnknownMethod: with close names, the plugins that failed, and what to install where we know.
@@ -184,7 +184,8 @@ def _unknown(name: str, short: str, known: list[str]) -> str:
 
 
 def schema(name: str | None = None) -> dict[str, Any]:
-    """JSON schema of one method's options, or of all methods' as alternatives told apart by their `method` field."""
+    """Returns the JSON schema of one method's options, or of all methods' as alternatives told apart by their `method`
+    field."""
     if name is not None:
         return method(name).Config.model_json_schema()
     kinds = [method(f"{info.plugin}/{info.name}").Config for info in methods()]

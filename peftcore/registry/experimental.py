@@ -1,4 +1,4 @@
-"""What a user is told once: that a method is experimental, `Tags.proven` says why."""
+"""The notice, given once, that a method is experimental; see `Tags.proven`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("peftcore")
 told: set[str] = set()
-"""Names of the methods that this process has spoken of."""
+"""Names of the methods for which this process has given the notice."""
 
 
 def notice_experimental(methods: Iterable[Method]) -> None:
-    """Log one line, a warning of the logger "peftcore", for each method that nobody else's numbers were compared with;
-    in a process once a method."""
+    """Log one line, a warning of the logger "peftcore", for each method that was not compared with anybody else's
+    numbers; in a process once a method."""
     for method in methods:
         if not method.tags.proven and method.name not in told:
             told.add(method.name)

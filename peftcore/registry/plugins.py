@@ -1,4 +1,4 @@
-"""Finding plugins: one entry point at a time, so that a broken one is reported and never breaks the rest."""
+"""Loads plugins, one entry point at a time, so that a broken one is reported and never breaks the rest."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Plugin:
     """One loaded plugin."""
 
     name: str
-    """That of its entry point."""
+    """The name of its entry point."""
     distribution: str
     """Distribution and version."""
     methods: Mapping[str, str]
@@ -47,7 +47,7 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Failure:
-    """One plugin that could not be loaded, and why."""
+    """A plugin that could not be loaded, and why."""
 
     name: str
     distribution: str
@@ -63,7 +63,7 @@ class PluginWarning(UserWarning):
 
 @dataclass
 class Registry:
-    """The hook manager and what was found."""
+    """The hook manager, the loaded plugins and the failures."""
 
     manager: pluggy.PluginManager
     plugins: dict[str, Plugin] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Registry:
             self.fail(name, distribution, error)
 
     def fail(self, name: str, distribution: str, error: BaseException) -> None:
-        """Record and warn once."""
+        """Record a failure and warn once."""
         failure = Failure(name, distribution, f"{type(error).__name__}: {error}")
         self.failures.append(failure)
         warnings.warn(str(failure), PluginWarning, stacklevel=2)
@@ -124,7 +124,7 @@ def _distribution(point: importlib.metadata.EntryPoint) -> str:
 
 @functools.cache
 def registry() -> Registry:
-    """The loaded plugins; the first call loads them."""
+    """Returns the registry of plugins; the first call loads them."""
     manager = pluggy.PluginManager("peftcore")
     manager.add_hookspecs(hookspecs)
     manager.register(importlib.import_module(CORE), CORE)
@@ -140,7 +140,7 @@ def registry() -> Registry:
             continue
         try:
             module = point.load()
-        except Exception as error:  # whatever an import raises
+        except Exception as error:  # any error of an import
             found.fail(point.name, _distribution(point), error)
             continue
         found.load(point.name, _distribution(point), module)
@@ -148,10 +148,10 @@ def registry() -> Registry:
 
 
 def named_places(hook: str, what: str) -> dict[str, str]:
-    """What all plugins name by one hook: names mapped to ``"module:Class"``, the core's first.
+    """Returns the names that all plugins give for one hook, mapped to ``"module:Class"``, the core's first.
 
     Raises:
-        PluginError: two plugins name something alike.
+        PluginError: two plugins give one name.
     """
     found: dict[str, str] = {}
     for named in reversed(getattr(registry().hook, hook)()):
@@ -162,12 +162,12 @@ def named_places(hook: str, what: str) -> dict[str, str]:
 
 
 def imported(place: str) -> Any:
-    """What stands at ``"module:Class"``."""
+    """Imports and returns the object at ``"module:Class"``."""
     module, _, attribute = place.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def layer_of(module: nn.Module, tensor: str) -> Layer:
-    """How `module` stores `tensor`, by whoever knows first."""
+    """Returns how `module` stores `tensor`, by the first plugin that knows it."""
     layer: Layer = registry().hook.peftcore_layer(module=module, tensor=tensor)
     return layer

@@ -1,25 +1,25 @@
-"""What each part of a model is: `derive` reads a model, `HostMap` answers by role, `probe` refines with one forward.
+"""Roles of the parts of a model: `derive` reads a model, `HostMap` answers by role, `probe` refines with one forward.
 
 It may import `layers`, and what is below. The rules by which a map is derived, R1 to R14, are in `docs/roles.md`. In
 the order of reading:
 
 - `vocabulary`: the roles, and the names by which rules know them.
-- `entries`: what one module or bare parameter is.
+- `entries`: the entry of one module or bare parameter.
 - `tree`: the map as text.
-- `virtual`: roles that no single weight has.
+- `virtual`: roles that no single weight has, such as "all-linear".
 - `hostmap`: the map, which answers by role.
 - `alike`: modules that are built alike.
 - `survey`: one walk over the model.
 - `mixers`: attention and state space.
-- `blocks`: what repeats along the depth.
+- `blocks`: the blocks that repeat along the depth.
 - `mlps`: feed-forward branches, experts, routers.
 - `rest`: embeddings, norms, convolutions, heads.
 - `towers`: sub-models.
-- `layouts`: the order of rows in fused projections.
-- `stacks`: what takes token ids and runs blocks.
-- `find_roles`: from a model to its map, rule by rule.
-- `recording`: one forward, watched.
-- `tracing`: what that says about the map.
+- `layouts`: the order of slices in fused projections.
+- `stacks`: modules that take token ids and run blocks.
+- `find_roles`: derives the map of a model, rule by rule.
+- `recording`: records one forward.
+- `tracing`: refines the map by the recording.
 """
 
 from peftcore.roles.entries import HostEntry, Layout, Slices

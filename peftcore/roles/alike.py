@@ -1,4 +1,4 @@
-"""Modules that are built alike, such as the blocks of a transformer or the experts of a layer: what is told of one by
+"""Modules of equal structure, such as the blocks of a transformer or the experts of a layer: a role found for one by
 its structure holds for the others.
 
 So a list of a hundred blocks is surveyed as if it had three, and the map is unfolded afterwards.
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from peftcore.roles import vocabulary as V
 
 NUMBERS = frozenset({"layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "index", "idx"})
-"""Attributes in which the elements of a list keep their place in it."""
+"""Attributes in which the elements of a list store their index."""
 SLOT, GUEST = "_peftcore_slot", "peft"
 """The attribute and the part that an adapted module has, and was not built with."""
 TORCHS = frozenset(vars(nn.Module()))
-"""Attributes that are torch's own: tensors, parts, and what was hooked on."""
+"""Attributes that are torch's own: tensors, children, and hooks."""
 WORTH = (bool, int, float, str, torch.dtype, torch.device, torch.Size, type(None))
 """Attributes of these types are the same where they are equal."""
 Form = tuple[type[Tensor] | None, torch.Size, torch.dtype]
@@ -29,9 +29,8 @@ Run = list[tuple[str, nn.Module, list[int]]]
 
 
 class Structure:
-    """How a module is built: its class, its attributes, its parts, and shapes and dtypes of its tensors, but neither
-    their values nor its place in a list.
-    """
+    """The structure of a module: its class, its attributes, its children, and shapes and dtypes of its tensors, but
+    neither their values nor its place in a list."""
 
     def __init__(self, module: nn.Module) -> None:
         own = vars(module)
@@ -49,9 +48,9 @@ class Structure:
         the way they are built."""
 
     def fits(self, other: nn.Module, met: list[int] | None = None) -> bool:
-        """Whether another module is built so. Its tensors are then of torch's own classes, and attributes that are more
-        than numbers and names are the same objects. `met` gets the ids of its modules, but for those that both share.
-        """
+        """Whether another module has this structure. Its tensors are then of torch's own classes, and attributes that
+        are more than numbers and names are the same objects. `met` gets the ids of its modules, but for those that both
+        share."""
         own = vars(other)
         if type(other) is not self._class or len(own) - (SLOT in own) != self._count:
             return False
@@ -83,7 +82,7 @@ class Structure:
 
 
 def _forms(tensors: Mapping[str, Tensor | None]) -> list[tuple[str, Form | None]]:
-    """Forms of tensors by name."""
+    """Returns forms of tensors by name."""
     return [(name, None if each is None else _form(each)) for name, each in tensors.items()]
 
 
@@ -103,9 +102,8 @@ def _equal(value: Any, second: Any) -> bool:
 
 
 def runs(elements: Run, taken: Callable[[int], bool]) -> Iterator[Run]:
-    """Elements of a list, with those in one run that are alike and stand one after the other. None of their modules is
-    `taken` or has two places, but for those that the first one has as well; none has a table.
-    """
+    """Yields runs of elements of a list that follow each other and are alike. None of their modules is `taken` or has
+    two places, but for those that the first one has as well; none has a table."""
     run: Run = []
     structure: Structure | None = None
     met: set[int] = set()

@@ -1,4 +1,4 @@
-"""Which modules are the blocks that repeat along the depth of a host: rule R8 of `docs/roles.md`."""
+"""The blocks that repeat along the depth of a host: rule R8 of `docs/roles.md`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Blocks:
         return list(found)
 
     def _innermost(self) -> dict[Node, None]:
-        """Elements that hold a mixer, or a body of their own; the innermost win.
+        """Returns elements that hold a mixer, or a body of their own; the innermost win.
 
         Exception: T5 lists its sub-layers, some with a mixer and some without. There the owner of the list is the
         block, because an element is then a branch of a block and not a whole one.
@@ -51,9 +51,8 @@ class Blocks:
         return any(holds) and not all(holds)
 
     def _has_body(self, element: Node) -> bool:
-        """Without a mixer, convolutions or matrices with norms make a block: two matrices and two norms, convolutions
-        with one norm, or three weights with a convolution among them (networks without norms) unless it is the stem.
-        """
+        """Whether an element is a block without a mixer: it has two matrices and two norms, convolutions with one norm,
+        or three weights with a convolution among them (networks without norms) unless it is the stem."""
         weights, convs = self.survey.weights.count(element), self.survey.convs.count(element)
         if self.mixers.nodes.count(element) or weights < 2:
             return False
@@ -61,7 +60,7 @@ class Blocks:
         return enough_norms or (convs > 0 and weights >= 3 and not element.name.startswith("stem"))
 
     def _count_beside_mixers(self) -> list[int]:
-        """For each node: how many weights lie under it and in no mixer under it."""
+        """Returns, for each node, the number of weights under it that are in no mixer under it."""
         counts = [0] * len(self.survey.nodes)
         mixers, weights = set(self.mixers.nodes), set(self.survey.weights)
         for node in reversed(self.survey.nodes):
@@ -72,7 +71,7 @@ class Blocks:
         return counts
 
     def _add_cousins(self, found: dict[Node, None]) -> None:
-        """In a sequence of stages, one without any block is a stage of plain convolutions (MobileNet's last)."""
+        """Add elements of stages of plain convolutions, next to stages with blocks (MobileNet's last)."""
         families: dict[Node, list[Node]] = {}
         for owner in self.lists:
             if owner.parent is not None and isinstance(owner.parent.module, nn.Sequential):
@@ -86,7 +85,7 @@ class Blocks:
                         found.update(dict.fromkeys(e for e in elements if self.survey.convs.count(e)))
 
     def _add_siblings(self, found: dict[Node, None]) -> None:
-        """What stands in one list with a block and holds weights is a block too (layers of MLP alone in hybrids)."""
+        """Add elements with weights that are in one list with a block (layers of MLP alone in hybrids)."""
         blocks = Ordered(found)
         for elements in self.lists.values():
             if any(element in found for element in elements):
@@ -96,7 +95,7 @@ class Blocks:
                         found[element] = None
 
     def _mark(self) -> None:
-        """Tell every node its innermost block."""
+        """Set the innermost block of every node."""
         for node in self.blocks:
             node.is_block = True
         for node in self.survey.nodes:
@@ -104,9 +103,8 @@ class Blocks:
 
 
 def list_elements(node: Node) -> list[Node]:
-    """Elements of a list of modules: composite children of a ModuleList or Sequential, or of numbered siblings of one
-    class (ResNet's layer1, layer2, RegNet's b1, b2), which are a list in all but type.
-    """
+    """Returns the elements of a list of modules: composite children of a ModuleList or Sequential, or of numbered
+    siblings of one class (ResNet's layer1, layer2, RegNet's b1, b2), which are a list in all but type."""
     children = node.children
     if not children:
         return []

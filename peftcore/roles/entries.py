@@ -1,11 +1,11 @@
-"""The entries of a host map: what one module or bare parameter of a host is, and the slices of a fused projection."""
+"""The entries of a host map: the role of one module or bare parameter, and the slices of a fused projection."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 Slices = tuple[tuple[int, int], ...]
-"""Half-open row ranges of the logical output dimension."""
+"""Half-open ranges of the logical output dimension."""
 
 
 @dataclass(frozen=True)

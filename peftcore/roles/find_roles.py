@@ -1,4 +1,4 @@
-"""From a model to its host map, by the static rules: no forward, no weights touched, one walk.
+"""The static rules that derive the host map of a model: no forward, no weights touched, one walk.
 
 `docs/roles.md` has the rules, R1 to R14, in words.
 """
@@ -25,7 +25,7 @@ from peftcore.roles.vocabulary import FUSED_ROLES, OTHER
 
 
 def derive(model: nn.Module) -> HostMap:
-    """What everything in the host is, told from structure and names.
+    """Returns the roles of everything in the host, by structure and names.
 
     The order of the steps matters: mixers make blocks recognizable, blocks bound the search for feed-forward
     branches, and the rest is judged by its place relative to all of these.
@@ -39,11 +39,11 @@ def derive(model: nn.Module) -> HostMap:
 
 
 Entries = list[list[HostEntry]]
-"""By the number of their node."""
+"""Entries by the number of their node."""
 
 
 def judged(survey: Survey) -> Entries:
-    """What each node is."""
+    """Returns the entries of each node."""
     mixers = Mixers(survey)
     blocks = Blocks(survey, mixers)
     mixers.assign()
@@ -64,8 +64,8 @@ def judged(survey: Survey) -> Entries:
 
 
 def with_stacks(survey: Survey, entries: Entries) -> Entries:
-    """The modules that take token ids get a role, "stack.decoder" where they read another one, else "stack"; their
-    tensor is the token table."""
+    """Returns the entries with roles of modules that take token ids: "stack.decoder" where they read another one, else
+    "stack"; their tensor is the token table."""
     modules = {node.path: node.module for node in survey.nodes if node.tensor is None}
     stacks = {stack.path: stack for stack in find(modules, chain.from_iterable(entries))}
     return [
@@ -81,8 +81,7 @@ def with_stacks(survey: Survey, entries: Entries) -> Entries:
 
 def are_told_apart(survey: Survey, entries: Entries) -> bool:
     """Whether an element that speaks for others is told from the one before it, though both are built alike: then they
-    may be told from each other, too (matrices of one shape, of which each second one is the first's counterpart).
-    """
+    may be told from each other, too (matrices of one shape, of which each second one is the first's counterpart)."""
     for node in survey.nodes:
         if node.twins and node.parent is not None:
             before = node.parent.children[node.parent.children.index(node) - 1]
@@ -93,7 +92,7 @@ def are_told_apart(survey: Survey, entries: Entries) -> bool:
 
 
 def unfolded(node: Node, entries: Entries) -> list[HostEntry]:
-    """The entries of a node and all below it, with those of the elements for which others speak."""
+    """Returns the entries of a node and all below it, with those of the elements for which others speak."""
     found = entries[node.index].copy()
     for below in (*node.tensors, *node.children):
         inside = unfolded(below, entries)
@@ -123,7 +122,7 @@ def entry_of(node: Node, role: str, tower: str, layer: int | None, layout: Layou
 
 
 def owner(node: Node) -> tuple[str, str | None]:
-    """The module through which the weight acts, and the weight's name in it; None for a plain weight."""
+    """Returns the module through which the weight acts, and the weight's name in it; None for a plain weight."""
     parent = node.parent
     if parent is not None and node.tensor is not None:
         return parent.path, node.tensor
@@ -133,7 +132,7 @@ def owner(node: Node) -> tuple[str, str | None]:
 
 
 def reader_of(node: Node) -> str | None:
-    """A list of parameters has no forward: what holds it reads them."""
+    """Returns the module that reads a list of parameters, which has no forward: the nearest one above that has."""
     holder = node if node.tensor is None or node.parent is None else node.parent
     if not holder.module._parameters or _has_forward(holder):
         return None

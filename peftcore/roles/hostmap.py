@@ -1,6 +1,6 @@
-"""The host map: what each module and each bare parameter of a host is, as data.
+"""The host map: the role of each module and each bare parameter of a host, as data.
 
-The map holds paths and names only, no modules: it stays valid for every model of the same shape, and can be kept,
+The map holds paths and names only, no modules: it stays valid for every model of the same shape, and can be stored,
 compared and printed.
 """
 
@@ -21,7 +21,7 @@ from peftcore.roles.vocabulary import OTHER, ROLES
 
 
 def moved(entries: list[HostEntry], element: str, names: list[str]) -> Iterator[HostEntry]:
-    """The entries of an element of a list as they are in those that follow it, of these names."""
+    """Yields the entries of an element of a list as they are in those that follow it, of these names."""
     inside, length, above = f"{element}.", len(element), element[: element.rfind(".") + 1]
     parts: list[tuple[dict[str, Any], list[tuple[str, str]], int | None]] = []
     for entry in entries:
@@ -59,10 +59,10 @@ _PARTS_OF = {role: _PARTS[part] for role in ROLES if (part := role.partition("."
 
 @dataclass(frozen=True)
 class HostMap:
-    """Roles to places. `derive` makes one, `probe` refines it, `override` corrects it."""
+    """A map of roles to modules and parameters. `derive` makes one, `probe` refines it, `override` corrects it."""
 
     entries: tuple[HostEntry, ...]
-    """What is known of each module and each bare parameter, in the order of the host."""
+    """The entries of each module and each bare parameter, in the order of the host."""
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -87,13 +87,12 @@ class HostMap:
         return {(entry.path, entry.role): index for index, entry in enumerate(self.entries)}
 
     def at(self, path: str) -> tuple[HostEntry, ...]:
-        """The entries of one path: usually one, two for a block that is also an attention."""
+        """Returns the entries of one path: usually one, two for a block that is also an attention."""
         return tuple(self._by_path.get(path, ()))
 
     def roles(self) -> frozenset[str]:
-        """Every role that `select` understands on this host: those of its weights and modules, parts of fused ones,
-        virtual ones.
-        """
+        """Returns every role that `select` understands on this host: those of its weights and modules, parts of fused
+        ones, virtual ones."""
         return self._held | {role for role in VIRTUAL if self.select(role)}
 
     def knows(self, role: str) -> bool:
@@ -112,7 +111,8 @@ class HostMap:
         return frozenset(present | families)
 
     def select(self, role: str, tower: str | None = None) -> Selection:
-        """The places of a role, in the order of the host, each with its slices when it is a part of a fused weight.
+        """Returns the places of a role, in the order of the host, each with its slices when it is a part of a fused
+        weight.
 
         * a role: "attn.q" finds the query matrices and the query slices of fused ones;
         * a family: "norm.*" finds the weights of every role that starts so, and of "norm" itself (modules, where it
@@ -122,7 +122,7 @@ class HostMap:
           modules that compute attention.
 
         Raises:
-            TargetError: the role is a part of a fused weight whose rows nobody knows without a forward.
+            TargetError: the role is a part of a fused weight whose slices are not known without a forward.
         """
         if role in VIRTUAL:
             found: Selection = [(entry, None) for entry in VIRTUAL[role](self)]
@@ -138,7 +138,7 @@ class HostMap:
         return [place for place in found if tower is None or place[0].tower == tower]
 
     def _parts(self, role: str) -> Selection:
-        """The slices of a role in fused weights."""
+        """Returns the slices of a role in fused weights."""
         found: Selection = []
         for fused in self.by_role.keys() & _PARTS_OF.keys():
             for entry in self.by_role[fused]:
@@ -155,13 +155,12 @@ class HostMap:
 
     @property
     def has_blocks(self) -> bool:
-        """Whether something repeats along the depth."""
+        """Whether the host has blocks that repeat along the depth."""
         return "block" in self.by_role
 
     def on_grid(self, block: str) -> bool:
-        """Whether a block mixes features by convolutions beside its attentions and feed-forwards: then its stream is a
-        grid with features in front of it (MaxViT), not a sequence.
-        """
+        """Whether a block mixes features by convolutions besides its attentions and feed-forwards: then its stream is a
+        grid with features in front of it (MaxViT), not a sequence."""
         return any(
             entry.block == block
             and entry.role == "conv"
@@ -172,7 +171,7 @@ class HostMap:
         )
 
     def main_tower(self) -> str:
-        """The tower with most parameters in its blocks."""
+        """Returns the tower with most parameters in its blocks."""
         sizes: dict[str, int] = {}
         for entry in self.entries:
             if entry.block is not None and entry.shape:
@@ -181,9 +180,8 @@ class HostMap:
 
     @cached_property
     def named_towers(self) -> dict[str, tuple[str, ...]]:
-        """The towers by what they take in: "vision", "audio" or "text", told from where patches are made and token ids
-        are taken. One that takes in several is none of these.
-        """
+        """The towers by their inputs: "vision", "audio" or "text", by the modules that make patches and take token ids.
+        A tower with several kinds of inputs is none of these."""
         senses: dict[str, set[str]] = {}
         for entry in self.entries:
             if entry.role == "patch" or entry.role.startswith("stack"):
@@ -196,7 +194,7 @@ class HostMap:
         return named
 
     def override(self, roles: Mapping[str, str]) -> HostMap:
-        """The map with corrections, path to role; "other" takes a path out of every role.
+        """Returns the map with corrections, path to role; "other" takes a path out of every role.
 
         Raises:
             TargetError: the host has no such path, or there is no such role.
@@ -228,14 +226,13 @@ class HostMap:
             raise TargetError(f"{role!r} (for {path!r}) is no role; {hint}")
 
     def tree(self) -> str:
-        """The map for people: repeated blocks folded, one line for each thing that has a role."""
+        """Returns the map as text: repeated blocks folded, one line for each thing that has a role."""
         return render(self)
 
 
 def part_roles(entry: HostEntry) -> set[str]:
-    """The roles of the parts of a fused weight: those of its layout, or all its role speaks of when the layout is
-    unknown.
-    """
+    """Returns the roles of the parts of a fused weight: those of its layout, or all that its role may have when the
+    layout is unknown."""
     parts = entry.layout.names if entry.layout is not None else _PARTS_OF[entry.role]
     family = entry.role.partition(".")[0]
     if family != "attn_mlp":
@@ -244,7 +241,7 @@ def part_roles(entry: HostEntry) -> set[str]:
 
 
 def _sense(entry: HostEntry) -> str:
-    """What goes in at a stack or at a place where patches are made: kernels for sound have one dimension."""
+    """Returns the kind of input at a stack or at a patch embedding: kernels for sound have one dimension."""
     if entry.role != "patch":
         return "text"
     return "audio" if len(entry.shape) == 3 else "vision"
@@ -255,7 +252,7 @@ def under(path: str, top: str) -> bool:
 
 
 def reblocked(entries: list[HostEntry]) -> list[HostEntry]:
-    """The entries with `block` and `layer` read anew from the block entries."""
+    """Returns the entries with `block` and `layer` read anew from the block entries."""
     layers: dict[str, int] = {}
     counts: dict[str, int] = {}
     for entry in entries:

@@ -1,10 +1,10 @@
-"""The row order of fused projections, without a forward.
+"""The order of slices in fused projections, found without a forward.
 
 Every fused attention layout has one form: G groups, each a run of parts with their widths. ``[q|k|v]`` is one group,
-GPT-NeoX's is a group for each head, Falcon's a group for each key-value head. What the form is, modules mostly tell
+GPT-NeoX's is a group for each head, Falcon's a group for each key-value head. Most modules tell the form
 themselves: by a flag, by the widths they declare, by a name such as query_key_value. The few that do not are listed
 below by where their class is defined. Where neither the module nor the list can tell, the answer is None: a probe
-finds it, a guess would adapt the wrong rows in silence.
+finds it, a guess would adapt the wrong slices in silence.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEAD_WIDTH = ("head_dim", "head_size", "dim_head", "attention_head_size")
 #: Packages whose plain fused projections were surveyed: contiguous unless the module says otherwise.
 SURVEYED = ("transformers.", "timm.", "diffusers.")
 
-# Classes (module and name, as prefixes) that read their rows in an order which nothing on the module tells.
+# Classes (module and name, as prefixes) that read their slices in an order which no attribute tells.
 QVK_IN_FOUR = ("transformers.models.codegen.",)  # cut for tensor parallelism over four devices
 PER_HEAD = ("transformers.models.minimax.",)  # lightning attention
 UP_FIRST = (
@@ -45,7 +45,7 @@ GATE_FIRST = ("transformers.", "diffusers.models.transformers.transformer_flux2.
 
 
 def static_layout(node: Node, attention: Attention | None) -> Layout | None:
-    """The layout of a matrix that has just been given its role; None if it is not fused or cannot be told."""
+    """Returns the layout of a matrix that has just got its role; None if it is not fused or its order is not known."""
     _, _, part = (node.role or "").partition(".")
     if part == "gate_up":
         return gate_up(node)
@@ -59,7 +59,7 @@ def static_layout(node: Node, attention: Attention | None) -> Layout | None:
 
 @lru_cache(maxsize=4096)
 def grouped(groups: int, parts: tuple[tuple[str, int], ...]) -> Layout:
-    """`groups` times the parts with their widths, one after another."""
+    """Returns the layout of `groups` times the parts with their widths, one after another."""
     size = sum(width for _, width in parts)
     slices: dict[str, list[tuple[int, int]]] = {name: [] for name, _ in parts}
     for group in range(groups):
@@ -75,7 +75,7 @@ def grouped(groups: int, parts: tuple[tuple[str, int], ...]) -> Layout:
 
 
 def query_key_value(node: Node, attention: Attention) -> Layout | None:
-    """Declared forms first, then the contiguous default with grouped-query widths."""
+    """Returns the layout by declared forms first, then the contiguous default with grouped-query widths."""
     total, told = node.fan_out, Told(attention)
     if attention.node.kind is Kind.MHA:
         return thirds(node.shape[0])
@@ -110,16 +110,15 @@ def by_key_value_group(told: Told, total: int, head: int) -> Layout | None:
 
 
 def per_head(told: Told, total: int, parts: tuple[tuple[str, int], ...]) -> Layout | None:
-    """One group for each head; a matrix that serves a single head is one group (cascaded attention)."""
+    """Returns one group for each head; a matrix that serves a single head is one group (cascaded attention)."""
     size = sum(width for _, width in parts)
     groups = total // size
     return grouped(groups, parts) if total % size == 0 and groups in (told.heads, 1) else None
 
 
 def contiguous(told: Told, total: int, query_width: int, head: int) -> Layout | None:
-    """[q|k|v]. Fewer key-value heads than query heads must be declared, because two-part matrices look the same
-    (GCViT's [k|v]).
-    """
+    """Returns [q|k|v]. Fewer key-value heads than query heads must be declared, because two-part matrices look the same
+    (GCViT's [k|v])."""
     if total == 3 * query_width:
         return thirds(total)
     declared = told.key_value_heads
@@ -130,7 +129,7 @@ def contiguous(told: Told, total: int, query_width: int, head: int) -> Layout | 
 
 
 def key_value(node: Node, attention: Attention) -> Layout | None:
-    """[k|v] in halves, or for each head where the module declares two widths (LeViT)."""
+    """Returns [k|v] in halves, or for each head where the module declares two widths (LeViT)."""
     total, told = node.fan_out, Told(attention)
     if told.width("key_dim") and told.width("val_dim"):
         return per_head(told, total, (("k", told.width("key_dim")), ("v", told.width("val_dim"))))
@@ -138,19 +137,19 @@ def key_value(node: Node, attention: Attention) -> Layout | None:
 
 
 def latent_key_value(node: Node, attention: Attention) -> Layout | None:
-    """Multi-head latent attention: for each head the key without position, then the value."""
+    """Returns the layout of multi-head latent attention: for each head the key without position, then the value."""
     told = Told(attention)
     key, value = told.width("qk_nope_head_dim"), told.width("v_head_dim")
     return per_head(told, node.fan_out, (("k", key), ("v", value))) if key and value else None
 
 
 def whole_query(node: Node, attention: Attention) -> Layout | None:
-    """The second factor of a low-rank query makes all of it."""
+    """Returns the layout of a low-rank query's second factor, which makes all of it."""
     return grouped(1, (("q", node.fan_out),))
 
 
 def single_stream(node: Node) -> Layout | None:
-    """Flux.2: [q|k|v|gate|up] with declared widths."""
+    """Returns the layout of Flux.2: [q|k|v|gate|up] with declared widths."""
     module = node.parent.module if node.parent is not None else None
     inner, hidden = getattr(module, "inner_dim", None), getattr(module, "mlp_hidden_dim", None)
     if not isinstance(inner, int) or not isinstance(hidden, int) or node.fan_out != 3 * inner + 2 * hidden:
@@ -159,7 +158,8 @@ def single_stream(node: Node) -> Layout | None:
 
 
 def gate_up(node: Node) -> Layout | None:
-    """Gate and up: what the module or its name says, then what is known of the place where its class is defined."""
+    """Returns the layout of gate and up: by the module or its name, then by the package in which its class is
+    defined."""
     half = (logical_shape(node)[-2] if node.kind is not Kind.LINEAR else node.fan_out) // 2
     holder = nearest_class(node)
     if getattr(holder, "is_concatenated", True) is False:  # gpt_oss: gate and up take turns
@@ -178,18 +178,18 @@ def gate_up(node: Node) -> Layout | None:
 
 
 def nearest_class(node: Node) -> nn.Module:
-    """The module whose forward reads the matrix: the nearest one above that is no mere list."""
+    """Returns the module whose forward reads the matrix: the nearest one above that is no mere list."""
     above = (ancestor.module for ancestor in node.ancestors())
     return next((m for m in above if not isinstance(m, (nn.ModuleList, nn.ModuleDict, nn.Sequential))), node.module)
 
 
 def defined_in(module: nn.Module, prefixes: tuple[str, ...]) -> bool:
-    """Whether its class, or one it is derived from, is defined there: subclasses keep the order of their base."""
+    """Whether a module's class, or one of its bases, is defined there: subclasses keep the order of their base."""
     return any(f"{base.__module__}.{base.__qualname__}".startswith(prefixes) for base in type(module).__mro__)
 
 
 def logical_shape(node: Node) -> tuple[int, ...]:
-    """(out, in) of a matrix and (experts, out, in) of a stack; everything else as stored."""
+    """Returns (out, in) of a matrix and (experts, out, in) of a stack; everything else as stored."""
     if node.kind is Kind.LINEAR and node.fan is not None:
         return node.fan[1], node.fan[0]
     experts, inner, outer = node.shape if len(node.shape) == 3 else (0, 0, 0)
@@ -203,7 +203,7 @@ def is_transposed(node: Node) -> bool:
 
 
 class Told:
-    """What an attention module says about itself, directly or in its config."""
+    """The declarations of an attention module about itself, as attributes or in its config."""
 
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
@@ -222,7 +222,7 @@ class Told:
 
     @property
     def query_width(self) -> int | None:
-        """What the output matrix reads."""
+        """The input width of the output matrix."""
         outputs = [node for node in self._attention.outputs if not node.context] or self._attention.outputs
         return outputs[0].fan_in if outputs else None
 
@@ -237,7 +237,7 @@ class Told:
         return self._count(KEY_VALUE_HEADS)
 
     def _count(self, names: tuple[str, ...]) -> int | None:
-        """The module's own word before its config's: one config may serve two towers."""
+        """Returns the module's own attribute before its config's: one config may serve two towers."""
         sources: list[Any] = [self._module, getattr(self._module, "config", None)]
         for source in sources:
             for name in names:

@@ -1,4 +1,4 @@
-"""Which modules mix tokens, attention or state space, and what each of their matrices is.
+"""Mixers, the modules that mix tokens (attention, state space), and the roles of their matrices.
 
 Rules R3 to R7 of `docs/roles.md`.
 """
@@ -17,7 +17,7 @@ MULTIHEAD_OPERANDS = {"in_proj_weight": "qkv", "q_proj_weight": "q", "k_proj_wei
 
 @dataclass(slots=True, eq=False)
 class Attention:
-    """An attention, what its input matrices make (nn.MultiheadAttention has none of its own), and its outputs."""
+    """An attention, the operands of its input matrices (nn.MultiheadAttention has none of its own), and its outputs."""
 
     node: Node
     operands: dict[Node, str]
@@ -25,7 +25,7 @@ class Attention:
 
     @property
     def width(self) -> int | None:
-        """The width of what comes in: what the query reads, else the first matrix."""
+        """The width of the input: that of the query matrix, else of the first matrix."""
         if self.node.kind is Kind.MHA:
             return int(getattr(self.node.module, "embed_dim", 0)) or None
         queries = self.queries or list(self.operands)
@@ -55,7 +55,7 @@ class Mixers:
         return [self.by_node[node] for node in self.nodes.under(top) if node in self.by_node]
 
     def attention_around(self, node: Node) -> Attention | None:
-        """The nearest attention that `node` is or lies in."""
+        """Returns the nearest attention that `node` is or lies in."""
         around = next((a for a in (node, *node.ancestors()) if a in self.by_node), None)
         return self.by_node[around] if around is not None else None
 

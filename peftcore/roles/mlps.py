@@ -32,13 +32,13 @@ class FeedForwards:
                 self._assign_listed_experts(node)
 
     def _scopes(self) -> list[Node]:
-        """Blocks, and the surroundings of attentions outside any block (pooling heads have an MLP, too)."""
+        """Returns blocks, and the surroundings of attentions outside any block (pooling heads have an MLP, too)."""
         lone = [attention.node for attention in self.mixers.attentions if attention.node.block is None]
         around = {node.parent for node in lone if node.parent is not None and node.parent.block is None}
         return [*self.blocks.blocks, *Ordered({*lone, *around})]
 
     def width(self, scope: Node) -> int | None:
-        """The width of the residual stream: what the mixer reads, else the scope's own first norm."""
+        """Returns the width of the residual stream: that of the mixer's input, else the scope's own first norm."""
         for attention in self.mixers.attentions_under(scope):
             if attention.width and attention.node.kind is not Kind.MHA:
                 return attention.width
@@ -88,7 +88,7 @@ class FeedForwards:
 
 
 def expert_part(tensor: Node) -> str:
-    """gate_up, gate, up or down; w1, v1, w2 are the names of DBRX."""
+    """Returns "gate_up", "gate", "up" or "down"; w1, v1, w2 are the names of DBRX."""
     named, name = V.words(tensor.name), tensor.name
     if named >= {"gate", "up"} or (tensor.tensor is None and "input" in named):
         return "gate_up"
@@ -105,7 +105,7 @@ def expert_count(node: Node) -> int | None:
 
 
 class Pairing:
-    """R9, R10 in one block: an up matrix reads the width h, a down matrix gives it back, and what lies between fits."""
+    """R9, R10 in one block: an up matrix reads the width h, a down matrix returns it, and their inner widths fit."""
 
     def __init__(self, owner: FeedForwards, scope: Node) -> None:
         self.owner = owner
@@ -121,7 +121,8 @@ class Pairing:
         self.by_fan = {fan: Ordered(nodes) for fan, nodes in groups.items()}
 
     def _is_free(self, node: Node) -> bool:
-        """No role yet, no side network, no part of a norm, and outside the mixers unless the name says feed-forward.
+        """Whether a matrix has no role yet, is in no side network and no norm, and outside the mixers unless the name
+        says feed-forward.
 
         In convolutional blocks 1x1 convolutions are steps of the convolution, so there a name has to say it, too.
         """
@@ -146,7 +147,8 @@ class Pairing:
         self._assign_single_stream()
 
     def _plan(self) -> list[tuple[Node, list[Node], Node]]:
-        """Nearest common scope first, then exact widths before fused ones, then the order of registration."""
+        """Returns pairs to assign: nearest common scope first, then exact widths before fused ones, then by
+        registration."""
         plan = []
         for down in self.free:
             groups = [self.by_fan[fan] for fan in self._fans_of_ups(down) if fan in self.by_fan]
@@ -157,7 +159,8 @@ class Pairing:
         return [entry[3:] for entry in sorted(plan, key=lambda entry: entry[:3])]
 
     def _nearest(self, down: Node, groups: list[Ordered]) -> tuple[list[Node], Node]:
-        """The ups in the nearest scope around `down` that holds any; of square ones only those registered before it."""
+        """Returns the ups in the nearest scope around `down` that holds any; of square ones only those registered
+        before it."""
         square = down.fan_in == down.fan_out
         for scope in down.ancestors() if groups else ():
             ups = [up for group in groups for up in group.under(scope) if not square or up.index < down.index]
@@ -166,7 +169,8 @@ class Pairing:
         return [], self.scope
 
     def _fans_of_ups(self, down: Node) -> list[tuple[int, int]]:
-        """R9: up reads what down gives back, and gives what down reads, or twice as much (gate and up in one matrix).
+        """R9: up reads the width that down returns, and returns the width that down reads, or twice that (gate and up
+        in one matrix).
 
         Which of two matching matrices is the up: the one that reads h; where none does, the one that widens.
         """
@@ -177,7 +181,8 @@ class Pairing:
         return fans
 
     def _assign_pair(self, down: Node, ups: list[Node], scope: Node) -> None:
-        """Of two ups the one named gate is the gate, else the first: 42 of 42 pairs register the gate first."""
+        """Assign the roles of a pair: of two ups the one named gate is the gate, else the first: 42 of 42 pairs
+        register the gate first."""
         down.role = "mlp.down"
         gates = [up for up in ups if up.words & V.GATE] or (ups[:1] if len(ups) == 2 else [])
         for up in ups:

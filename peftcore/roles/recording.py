@@ -1,4 +1,4 @@
-"""One forward, watched: which modules ran and when, what matrices gave back, and the operands of every softmax
+"""Records one forward: the order in which modules ran, outputs of matrices, and the operands of every softmax
 attention.
 
 Attention is recognized by its arithmetic, not by its module: a call of scaled_dot_product_attention, or a product, a
@@ -29,7 +29,7 @@ _SHALLOW = 40  # autograd nodes between a softmax and its product: masking, drop
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a matrix gave back, and when."""
+    """The output of a matrix, with its time."""
 
     value: Tensor
     time: int
@@ -45,9 +45,7 @@ class Frame:
 
 @dataclass(slots=True)
 class AttentionEvent:
-    """The operands of one attention, the modules running around it, and the matrices that had given something back by
-    then.
-    """
+    """The operands of one attention, the modules running around it, and the outputs of matrices until then."""
 
     frames: tuple[Frame, ...]
     operands: dict[str, Tensor]
@@ -56,7 +54,7 @@ class AttentionEvent:
 
 @dataclass(slots=True)
 class DownEvent:
-    """What a down matrix was given, and what the matrices before it had given."""
+    """The input of a down matrix, and the outputs of the matrices before it."""
 
     path: str
     value: Tensor
@@ -65,7 +63,7 @@ class DownEvent:
 
 @dataclass(slots=True)
 class Recording:
-    """Everything one forward told."""
+    """All events of one forward."""
 
     result: Any = None
     first_call: dict[str, int] = field(default_factory=dict)
@@ -88,7 +86,7 @@ def record(model: nn.Module, inputs: Inputs, matrices: frozenset[str], downs: fr
 
 @contextmanager
 def differentiable(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, gradients for every floating parameter; all flags are put back."""
+    """Context manager with evaluation mode and gradients for every floating parameter; all flags are restored."""
     training = {module: module.training for module in model.modules()}
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
     try:
@@ -161,7 +159,7 @@ class _Recorder(TorchFunctionMode):
         return output
 
     def _multiply(self, left: Tensor, right: Tensor, output: Tensor) -> None:
-        """A product whose left factor comes from the last softmax is the attention's second one."""
+        """Record a product; one whose left factor comes from the last softmax is the attention's second one."""
         if self._softmax is not None and right.dim() >= 3:
             scores, probabilities, before = self._softmax
             if comes_from(left, probabilities):
@@ -179,7 +177,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def product_factors(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """The two factors of a matrix product, however it was written."""
+    """Returns the two factors of a matrix product, however it was written."""
     if func in _PRODUCTS:
         factors = [*args, *kwargs.values()][:2]
     elif func in (torch.baddbmm, Tensor.baddbmm):
@@ -192,9 +190,8 @@ def product_factors(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def first_product(products: list[tuple[Tensor, Tensor, Tensor]], scores: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The query and key of a softmax: the last product of its shape, else the one it comes from (gpt_oss adds a
-    column).
-    """
+    """Returns the query and key of a softmax: the last product of its shape, else the one it comes from (gpt_oss adds a
+    column)."""
     latest = products[::-1]
     alike = ((query, key) for query, key, output in latest if output.shape[-2:] == scores.shape[-2:])
     source = ((query, key) for query, key, output in latest if comes_from(scores, output))

@@ -1,4 +1,4 @@
-"""What is neither mixer nor feed-forward: embeddings, norms, patches, modulation, convolutions, heads.
+"""Roles of all that is neither mixer nor feed-forward: embeddings, norms, patches, modulation, convolutions, heads.
 
 Rules R12 to R14 of `docs/roles.md`.
 """
@@ -22,7 +22,7 @@ POSITION = V.POSITION - {"r"}
 
 @dataclass(slots=True)
 class Place:
-    """Where a node stands: facts that the rules below ask for."""
+    """The place of a node: facts that the rules below ask for."""
 
     node: Node
     relative: frozenset[str]  # words of the path within the block, or of the whole path
@@ -58,7 +58,7 @@ class Rest:
     # Places: facts inherited from above are carried down in the order of the walk.
 
     def _places(self) -> Iterator[Place]:
-        """The nodes that still need a role, with what they inherit from above."""
+        """Yields the nodes that still need a role, with the facts that they inherit from above."""
         inherited: list[tuple[bool, bool, bool, bool]] = []
         for node in self.survey.nodes:
             in_element = in_stage = in_head = under_norm = False
@@ -77,7 +77,7 @@ class Rest:
                 yield Place(node, relative, before, after, in_element, in_stage, in_head, under_norm)
 
     def _span(self, node: Node) -> tuple[int, int]:
-        """Numbers of the first and last block under the nearest ancestor that holds any."""
+        """Returns the numbers of the first and last block under the nearest ancestor that holds any."""
         parent = node.parent
         if parent is None:
             return len(self.survey.nodes), -1
@@ -117,10 +117,9 @@ class Rest:
         return "norm.embed" if place.before or place.relative & V.EARLY else "norm.final"
 
     def _is_inner(self, node: Node) -> bool:
-        """In a state-space mixer; of another width than the residual stream in an MLP; and in an attention: named for
-        q, k or v, of a width that no operand reads, or paired with an operand's matrix (LeViT's linear and batch
-        norm).
-        """
+        """Whether a norm is in a state-space mixer; of another width than the residual stream in an MLP; and in an
+        attention: named for q, k or v, of a width that no operand reads, or paired with an operand's matrix (LeViT's
+        linear and batch norm)."""
         above = list(node.ancestors())
         width = node.shape[0]
         if any(ancestor in self.mixers.ssm_set for ancestor in above):
@@ -171,7 +170,8 @@ class Rest:
         return bool(place.relative & V.RESAMPLE)
 
     def _is_patch(self, place: Place) -> bool:
-        """A convolution whose kernel is its stride, or the projection of a patch embedding, before the blocks."""
+        """Whether a weight is a convolution whose kernel is its stride, or the projection of a patch embedding, before
+        the blocks."""
         node = place.node
         stride, kernel = getattr(node.module, "stride", (1,)), getattr(node.module, "kernel_size", ())
         tiles = node.kind is Kind.CONV and max(stride) > 1 and tuple(kernel) == tuple(stride)
@@ -188,7 +188,7 @@ class Rest:
         return "router" in place.relative
 
     def _is_modulation(self, place: Place) -> bool:
-        """A matrix that turns time or condition into scales and shifts: named so, or held by a norm (adaLN)."""
+        """Whether a matrix turns time or condition into scales and shifts: named so, or held by a norm (adaLN)."""
         node = place.node
         if node.kind is not Kind.LINEAR:
             return False
@@ -203,7 +203,7 @@ class Rest:
         return node.kind is Kind.CONV and (node.block is not None or (not len(self.blocks.blocks) and not first))
 
     def _is_stem(self, place: Place) -> bool:
-        """Any convolution before the blocks that strides, or that stands in no stage, makes the first features."""
+        """Whether a convolution makes the first features: before the blocks, and strided or in no stage."""
         node = place.node
         if node.kind is not Kind.CONV or not place.before or place.in_head or "neck" in place.relative:
             return False
@@ -219,14 +219,16 @@ class Rest:
         return place.node.kind is Kind.LINEAR and V.words(place.node.name) >= {"embedder", "x"}
 
     def _is_head(self, place: Place) -> bool:
-        """A head-named matrix near the root after the last block, or the very last matrix of the root."""
+        """Whether a matrix is head-named, near the root and after the last block, or the very last matrix of the
+        root."""
         node = place.node
         named = V.words(node.name) & V.HEAD
         last = node.kind is Kind.LINEAR and bool(self.root_matrices) and node is self.root_matrices[-1]
         return place.after and node.depth <= 2 and not V.words(node.path) & V.NO_HEAD and (bool(named) or last)
 
     def _longest_table(self) -> None:
-        """R12: nobody declared or named the word embedding: it is the longest table in something called embeddings."""
+        """R12: where the word embedding is neither declared nor named, it is the longest table in something called
+        embeddings."""
         if any(node.role == "embed" for node in self.survey.nodes):
             return
         tables = [n for n in self.survey.nodes if n.kind is Kind.TABLE and n.role == V.OTHER and "embedding" in n.path]
@@ -234,7 +236,7 @@ class Rest:
             max(tables, key=lambda node: node.shape[0]).role = "embed"
 
     def _mark_context(self) -> None:
-        """In blocks with a second stream, whatever is named for it belongs to it (ff_context, norm_added_q)."""
+        """Mark the second stream: in blocks that have one, every node named for it (ff_context, norm_added_q)."""
         double = {node.block for node in self.survey.matrices if node.context and node.block is not None}
         for block in double:
             for node in self.survey.nodes[block.index : block.end]:

@@ -1,8 +1,8 @@
 """The stacks of a host: the modules that take token ids, embed them, and run the blocks.
 
-A stack, not the root that the user calls, is where a sequence can be changed: `generate` runs an encoder by itself,
-`get_text_features` runs a tower, multimodal models merge images and hand embeddings on. Told from signatures and from
-the roles of what lies below, never from class names.
+A sequence can be changed in a stack, not in the root that the user calls: `generate` runs an encoder by itself,
+`get_text_features` runs a tower, multimodal models merge images and hand embeddings on. Found by signatures and by
+the roles of modules below, never by class names.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IDS = "input_ids"
 EMBEDS = "inputs_embeds"
 MEMORY = "encoder_hidden_states"
 CACHES = frozenset({"cache", "past_key_values", "cache_params"})
-"""What transformers calls the argument that holds what earlier tokens left."""
+"""Names of transformers' argument for the cache of earlier tokens."""
 NEED_IDS = frozenset({"per_layer_inputs"})
 """Arguments of stacks that make more of the ids than their embeddings, so that embeddings alone do not say enough."""
 
@@ -32,15 +32,15 @@ class TokenStack:
     """One stack of blocks that takes token ids, by paths."""
 
     path: str
-    """Its own; "" for the host itself."""
+    """Its own path; "" for the host itself."""
     entry: str
     """The module that takes embeddings in the place of ids: the stack itself, or its embeddings (CLIP's text tower)."""
     body: str
-    """The module below which all blocks lie: what the stack makes of its output (poolers) comes after it."""
+    """The module below which all blocks lie: poolers come after it."""
     table: str
     """Path of the token table below the stack."""
     causal: bool = False
-    """Whether its tokens see only what stands before them."""
+    """Whether its tokens see only earlier ones."""
     position_padding: int | None = None
     """Where positions count the tokens that are no padding (RoBERTa): the id and the position of padding."""
     readers: tuple[str, ...] = ()
@@ -48,16 +48,16 @@ class TokenStack:
     reads: bool = False
     """Whether it attends to the output of another stack."""
     takes_cache: bool = False
-    """Whether it may be given what earlier tokens left, and so goes on where they end."""
+    """Whether it takes a cache of earlier tokens, and so goes on where they end."""
 
     @property
     def role(self) -> str:
-        """Its role in the host map."""
+        """The stack's role in the host map."""
         return "stack.decoder" if self.reads else "stack"
 
 
 def arguments(cls: type[nn.Module]) -> tuple[str, ...]:
-    """The names of the arguments of a class's forward; a grafted class shows those of the class it stands for."""
+    """Returns the names of the arguments of a class's forward; for a grafted class, those of its base."""
     return _arguments(cls.forward)
 
 
@@ -67,12 +67,12 @@ def _arguments(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:
-    """The cache that a module of transformers is given, of its arguments by name; None where it is given none."""
+    """Returns the cache among a transformers module's arguments by name; None where there is none."""
     return next((given[name] for name in sorted(CACHES) if given.get(name) is not None), None)
 
 
 def find(modules: Mapping[str, nn.Module], entries: Iterable[HostEntry]) -> list[TokenStack]:
-    """Every stack of a host, given its modules by path and what is known of them."""
+    """Returns every stack of a host, given its modules by path and their entries."""
     places: dict[str, list[HostEntry]] = {}
     for entry in entries:
         places.setdefault(entry.role, []).append(entry)
@@ -92,7 +92,8 @@ def find(modules: Mapping[str, nn.Module], entries: Iterable[HostEntry]) -> list
 
 
 def _related(stacks: list[TokenStack], cross: list[str]) -> list[TokenStack]:
-    """Who reads whom: where some stacks have cross-attention and others have not, the first read the others."""
+    """Returns the stacks with their readers: where some have cross-attention and others have not, the first read the
+    others."""
     reading = {stack.path for stack in stacks if _below(cross, stack.path)}
     if len(reading) in (0, len(stacks)):
         return stacks
@@ -111,7 +112,7 @@ def _describe(
     blocks: list[str],
     positions: list[HostEntry],
 ) -> TokenStack | None:
-    """The stack at a path; None where embeddings cannot take the place of its ids."""
+    """Returns the stack at a path; None where embeddings cannot replace its ids."""
     module = modules[path]
     embeddings = (
         name for name, below in module.named_modules() if isinstance(below, nn.Embedding) and _weight(below) in tables
@@ -138,7 +139,8 @@ def _takes_cache(module: nn.Module) -> bool:
 
 
 def _causal(modules: Mapping[str, nn.Module], path: str, blocks: list[str]) -> bool:
-    """What the attention of its blocks says of itself; where it says nothing, a stack with a cache is causal."""
+    """Whether the attentions of its blocks declare to be causal; where none declares it, a stack with a cache is
+    causal."""
     tops = {block for block in blocks if _inside(block, path)}
     inside = [module for place, module in modules.items() if not tops.isdisjoint(_from(place))]
     said = {attribute(module, "is_causal") for module in inside} - {None}
@@ -146,7 +148,7 @@ def _causal(modules: Mapping[str, nn.Module], path: str, blocks: list[str]) -> b
 
 
 def _entry(modules: Mapping[str, nn.Module], path: str, table: str) -> str | None:
-    """The outermost module from the stack down to its table that takes embeddings."""
+    """Returns the outermost module from the stack down to its table that takes embeddings."""
     steps = table.split(".")
     below = [".".join(steps[:depth]) for depth in range(len(steps))]
     ways = [f"{path}.{step}".strip(".") for step in below]
@@ -154,7 +156,7 @@ def _entry(modules: Mapping[str, nn.Module], path: str, table: str) -> str | Non
 
 
 def _body(modules: Mapping[str, nn.Module], path: str, blocks: list[str]) -> str:
-    """The stack itself where it lists its blocks, else the child that holds them all."""
+    """Returns the stack itself where it lists its blocks, else the child that holds them all."""
     inside = [block for block in blocks if _inside(block, path)]
     depth = len(path.split(".")) if path else 0
     children = {".".join(block.split(".")[: depth + 1]) for block in inside}
@@ -164,7 +166,7 @@ def _body(modules: Mapping[str, nn.Module], path: str, blocks: list[str]) -> str
 
 
 def _padding(modules: Mapping[str, nn.Module], path: str, positions: list[HostEntry]) -> int | None:
-    """The padding of the position table: a table that has one counts tokens, all others count places."""
+    """Returns the padding index of the position table: a table that has one counts tokens, all others count places."""
     tables = [modules[entry.path] for entry in positions if entry.tensor is None and _inside(entry.path, path)]
     return next((table.padding_idx for table in tables if isinstance(table, nn.Embedding)), None)
 
@@ -179,7 +181,7 @@ def _weight(module: nn.Module) -> int:
 
 
 def _from(path: str) -> Iterable[str]:
-    """A path and all above it, but for the host's."""
+    """Yields a path and all above it, but for the host's."""
     while path:
         yield path
         path = path.rpartition(".")[0]

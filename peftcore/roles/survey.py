@@ -5,8 +5,8 @@ Nodes are numbered in the order of the walk, so a subtree is an interval of numb
 module" is two binary searches. All rules work on this tree; none of them walks the host again.
 
 Of elements of a list that are built alike and follow each other, three have nodes, and the third speaks for the others:
-rules ask whether there are two or three of something, and no more. Should they tell the three apart (by what stands
-before), all of them have to be looked at.
+rules ask whether there are two or three of something, and no more. Should they tell the three apart (by their
+place), all of them have to be surveyed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from peftcore.roles.alike import Run, runs
 GUESTS = frozenset({"parametrizations", "peft"})
 LISTS = (nn.ModuleList, nn.Sequential)
 NODES = 3
-"""So many elements that are alike have nodes."""
+"""The number of elements that are alike and have nodes."""
 
 
 class Kind(Enum):
-    """What a node is, told by the rank of its parameters: rule R1 of `docs/roles.md`."""
+    """The kind of a node, by the rank of its parameters: rule R1 of `docs/roles.md`."""
 
     CONTAINER = "container"  # no parameter of its own
     LINEAR = "linear"  # a matrix: 2-D weight, or a bare q, k, v, o parameter
@@ -80,7 +80,7 @@ class Node:
         return other.index <= self.index < other.end
 
     def below(self, other: Node | None) -> str:
-        """The path relative to `other`."""
+        """Returns the path relative to `other`."""
         return self.path[len(other.path) + 1 :] if other is not None and other.path else self.path
 
     def ancestors(self) -> Iterator[Node]:
@@ -160,7 +160,7 @@ class Survey:
         self.norms = Ordered(node for node in self.nodes if node.kind is Kind.NORM)
 
     def close(self) -> None:
-        """Nodes let go of each other, and with that of the host, which would stay until Python looks for garbage."""
+        """Break the references between nodes and to the host, which would stay until Python collects garbage."""
         for node in self.nodes:
             node.parent = node.holder = node.block = None
 
@@ -180,7 +180,7 @@ class Survey:
         return node
 
     def _children(self, module: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
-        """The children that get nodes, each with the names of those for which it speaks."""
+        """Yields the children that get nodes, each with the names of those for which it speaks."""
         children: Run = [
             (key, child, [])
             for key, child in module._modules.items()
@@ -205,7 +205,7 @@ class Survey:
 
 
 def declared(model: nn.Module, getter: str) -> set[nn.Module]:
-    """What the host answers when asked for its embeddings or its head; many hosts do not know."""
+    """Returns the host's answer for its embeddings or its head; many hosts have none."""
     method = getattr(model, getter, None)
     if not callable(method):
         return set()
@@ -218,13 +218,13 @@ def declared(model: nn.Module, getter: str) -> set[nn.Module]:
 
 
 def conv1d_class() -> type | None:
-    """transformers' Conv1D (weight stored as (in, out)), if anybody has imported it."""
+    """Returns transformers' Conv1D (weight stored as (in, out)), if it is imported."""
     module = sys.modules.get("transformers.pytorch_utils")
     return getattr(module, "Conv1D", None)
 
 
 def weight_of(module: nn.Module) -> torch.Tensor | None:
-    """The weight: a parameter, a buffer of a frozen norm, or computed by a parametrization."""
+    """Returns the weight: a parameter, a buffer of a frozen norm, or computed by a parametrization."""
     weight: torch.Tensor | None = module._parameters.get("weight")
     if weight is None:
         weight = module._buffers.get("weight")
@@ -237,7 +237,7 @@ def weight_of(module: nn.Module) -> torch.Tensor | None:
 
 
 def attribute(module: nn.Module, name: str) -> Any:
-    """What a module or its class has under a name, or None; no tensor or child. Where it has nothing, `getattr` would
+    """Returns an attribute of a module or its class, or None; no tensor or child. Where there is none, `getattr` would
     have torch write an error message first, which takes longer than all else here."""
     if name in vars(module):
         return vars(module)[name]
@@ -245,7 +245,8 @@ def attribute(module: nn.Module, name: str) -> Any:
 
 
 def declared_fan(module: nn.Module) -> tuple[int, int] | None:
-    """(in_features, out_features) of a Linear or of whatever stands for one: packed weights have no telling shape."""
+    """Returns (in_features, out_features) of a Linear or of a module like it: the shape of quantized weights tells
+    nothing."""
     if not GUESTS.issuperset(module._modules):
         return None
     inputs, outputs = attribute(module, "in_features"), attribute(module, "out_features")
@@ -255,7 +256,7 @@ def declared_fan(module: nn.Module) -> tuple[int, int] | None:
 
 
 def bare_parameters(module: nn.Module) -> list[str]:
-    """Names of the parameters of rank 2 or more that are no plain weight or bias."""
+    """Returns names of the parameters of rank 2 or more that are no plain weight or bias."""
     return [
         name
         for name, parameter in module._parameters.items()
@@ -264,7 +265,7 @@ def bare_parameters(module: nn.Module) -> list[str]:
 
 
 def classify(node: Node) -> None:
-    """R1: the rank of the parameters says what a module is; where rank is not enough, its class does."""
+    """Set the kind by R1: the rank of the parameters; where rank is not enough, the class."""
     module, weight = node.module, weight_of(node.module)
     node.shape = tuple(weight.shape) if weight is not None else ()
     fan = declared_fan(module)
@@ -291,7 +292,7 @@ def classify(node: Node) -> None:
 
 
 def classify_bare(node: Node) -> None:
-    """A bare parameter is a matrix when it is called q, k, v or o: nobody wrapped it in a Linear (XLNet)."""
+    """Set the kind of a bare parameter: it is a matrix when it is called q, k, v or o (XLNet)."""
     parameter = node.module._parameters[node.name]
     assert parameter is not None and node.parent is not None
     node.kind, node.shape = Kind.TENSOR, tuple(parameter.shape)
@@ -300,16 +301,16 @@ def classify_bare(node: Node) -> None:
 
 
 def pointwise_fan(conv: _ConvNd) -> tuple[int, int] | None:
-    """A 1x1 convolution that mixes channels is a matrix applied at each position; a depthwise one is not."""
+    """Returns (in, out) of a 1x1 convolution that mixes channels, a matrix applied at each position; None for
+    others."""
     depthwise = conv.groups == conv.in_channels > 1
     pointwise = all(size == 1 for size in conv.kernel_size) and not isinstance(conv, _ConvTransposeNd)
     return (conv.in_channels, conv.out_channels) if pointwise and not depthwise else None
 
 
 def name_effectively(node: Node) -> None:
-    """R2: climb while the name is generic, or `proj` under a q, k, v holder: there the holder's name carries the
-    meaning.
-    """
+    """Set the label by R2: climb while the name is generic, or `proj` under a q, k, v holder, whose name carries the
+    meaning."""
     top, label = node, node.name
     while top.parent is not None and top.parent.path:
         if not (V.is_generic(top.name) or (top.name == "proj" and V.operands(top.parent.name))):

@@ -1,4 +1,4 @@
-"""Which sub-model of a host a node belongs to, and the layer it lies in.
+"""Towers: the sub-model of a host to which a node belongs, and the layer in which it is.
 
 A tower is a sub-model with blocks of its own beside another one: CLIP's text and vision models, LLaVA's vision tower
 and language model. Encoder and decoder are two halves of one model and count as one tower, and so do the stages of a
@@ -21,7 +21,7 @@ class Towers:
         self.roots = self._find(survey.root)
 
     def of(self, survey: Survey) -> list[str]:
-        """The tower of each node: the path of the nearest tower root above it, "" outside all of them."""
+        """Returns the tower of each node: the path of the nearest tower root above it, "" outside all of them."""
         towers: list[str] = []
         for node in survey.nodes:
             inherited = towers[node.parent.index] if node.parent is not None else ""
@@ -29,7 +29,7 @@ class Towers:
         return towers
 
     def _find(self, node: Node) -> set[Node]:
-        """Children with blocks, where a module has several such children that are neither halves nor stages."""
+        """Returns children with blocks, where a module has several such children that are neither halves nor stages."""
         if node.is_block or node in self._blocks.lists:
             return set()
         holding = [child for child in node.children if self._blocks.blocks.count(child)]
@@ -39,13 +39,13 @@ class Towers:
         return found
 
     def _stands_alone(self, child: Node) -> bool:
-        """No block, no list of blocks or stages, and not called one half or one stage."""
+        """Whether a child is no block, no list of blocks or stages, and not called one half or one stage."""
         part = child.is_block or child in self._blocks.lists or STAGES.intersection(tokens(child.name))
         return not part and child.name not in HALVES
 
 
 def layers(blocks: Blocks) -> dict[Node, int]:
-    """The index of each block among the blocks of its list."""
+    """Returns the index of each block among the blocks of its list."""
     counts: dict[Node | None, int] = {}
     numbered = {}
     for block in blocks.blocks:

@@ -1,5 +1,5 @@
-"""What one forward with autograd says about a host map: operands and row orders of attentions, gates, norms, heads,
-unused modules.
+"""Refines a host map by one forward with autograd: operands and slices of attentions, gates, norms, heads, unused
+modules.
 
 No table is asked here. Rows belong to the query if the query's gradient reaches them; rows are the up part of a gated
 MLP if the product is linear in them; a matrix whose parameter receives a gradient although its module never ran is
@@ -32,8 +32,8 @@ _LINEAR_HALF = 3e-3  # float16, bfloat16
 def probe(model: nn.Module, inputs: Inputs, host: HostMap) -> HostMap:
     """Run the model once on example inputs and correct the map by what happened.
 
-    Nothing on the model changes: modes, `requires_grad` and gradients are as before. What the forward cannot decide
-    stays as it was.
+    Nothing on the model changes: modes, `requires_grad` and gradients are as before. Where the forward tells nothing,
+    entries stay as they are.
     """
     matrices = frozenset(entry.path for entry in host.entries if entry.kind in _MATRIX_KINDS and entry.tensor is None)
     downs = frozenset(entry.path for entry in host.entries if entry.role == "mlp.down")
@@ -61,7 +61,7 @@ class Changes:
             self._places.setdefault(entry.path, []).append(place)
 
     def at(self, path: str) -> HostEntry | None:
-        """The entry of a path that is not the block's."""
+        """Returns the entry of a path that is not the block's."""
         places = self._places.get(path)
         return self.entries[places[-1]] if places else None
 
@@ -80,7 +80,7 @@ class Changes:
 
 @dataclass
 class _Attention:
-    """One attention event: find what feeds each operand, and write it down."""
+    """One attention event: finds the matrices of each operand, and writes them into the map."""
 
     model: nn.Module
     changes: Changes
@@ -101,7 +101,8 @@ class _Attention:
             self._write(path, family, rows[path])
 
     def _scope(self) -> tuple[str, str, int]:
-        """The module whose attention this is: the nearest one with that role, else the innermost one that runs."""
+        """Returns the module whose attention this is: the nearest one with that role, else the innermost one that
+        runs."""
         for frame in reversed(self.event.frames):
             entry = self.changes.at(frame.path)
             if entry is not None and entry.role in ("attn", "cross"):
@@ -110,7 +111,7 @@ class _Attention:
         return last.path, "attn", last.time
 
     def _read_matrices(self, scope: str, called: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-        """Attention matrices in the scope that were not called: their parameters."""
+        """Returns the parameters of attention matrices in the scope that were not called."""
         found = {}
         for entry in self.changes.entries:
             operand = entry.role.partition(".")[2] in _PARTS
@@ -123,7 +124,7 @@ class _Attention:
     def _rows(
         self, called: Mapping[str, Tensor], read: Mapping[str, nn.Parameter]
     ) -> dict[str, dict[str, tuple[int, ...]]]:
-        """For each matrix and operand: the rows that feed it."""
+        """Returns, for each matrix and operand, the rows that feed it."""
         rows: dict[str, dict[str, tuple[int, ...]]] = {}
         for name, operand in self.event.operands.items():
             if operand.requires_grad and (called or read):
@@ -137,7 +138,7 @@ class _Attention:
         return rows
 
     def _last_feeders(self, rows: Mapping[str, Mapping[str, Any]], operands: set[str]) -> set[str]:
-        """Nobody knew what makes these operands: of all that feeds one, what ran last makes it."""
+        """Returns the matrices of operands without a known one: of all that feed one, the matrix that ran last."""
         found = set()
         for name in operands:
             feeding = [path for path, reached in rows.items() if name in reached and path in self.event.outputs]
@@ -146,7 +147,7 @@ class _Attention:
         return found
 
     def _write(self, path: str, family: str, rows: Mapping[str, tuple[int, ...]]) -> None:
-        """The role from the operands that a matrix feeds.
+        """Set the role by the operands that a matrix feeds.
 
         Rows that feed two operands (the latents of MLA) say nothing new, and neither do rows that feed none while the
         role says that they should: the example input was degenerate (DETR's first queries are zero).
@@ -164,42 +165,42 @@ class _Attention:
 
 
 def own_parameter(model: nn.Module, entry: HostEntry) -> nn.Parameter | None:
-    """The parameter that an entry stands for."""
+    """Returns the parameter of an entry."""
     owner, _, name = (entry.tensor or "weight").rpartition(".")
     module = model.get_submodule(f"{entry.module}.{owner}".strip("."))
     return module._parameters.get(name)
 
 
 def output_rows(entry: HostEntry, output: Tensor) -> Tensor:
-    """The output of a matrix, rows first: convolutions give channels first, everything else last."""
+    """Returns the output of a matrix, rows first: convolutions give channels first, everything else last."""
     return output.movedim(1 if entry.kind == "conv" else -1, 0)
 
 
 def parameter_rows(entry: HostEntry, stored: Tensor) -> Tensor:
-    """A stored matrix, rows first: bare q, k, v parameters and GPT-2's Conv1D are stored as (in, out...)."""
+    """Returns a stored matrix, rows first: bare q, k, v parameters and GPT-2's Conv1D are stored as (in, out...)."""
     straight = tuple(stored.shape[:2]) == entry.shape[:2]
     return stored.flatten(1) if straight else stored.flatten(1).movedim(1, 0)
 
 
 def contract(value: Tensor, sources: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients of a random projection of `value`. The graph stays for the next question."""
+    """Returns the gradients of a random projection of `value`. The graph stays for the next question."""
     gradients = torch.autograd.grad(value, list(sources), random_like(value), retain_graph=True, allow_unused=True)
     return tuple(gradients)
 
 
 def random_like(value: Tensor) -> Tensor:
-    """Random numbers that leave the global generator alone."""
+    """Returns random numbers that leave the global generator alone."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(value.shape, generator=generator).to(value)
 
 
 def as_layout(rows: Mapping[str, tuple[int, ...]]) -> Layout:
-    """The layout with its parts in the order of their rows."""
+    """Returns the layout with its parts in the order of their rows."""
     return Layout(tuple((name, as_ranges(rows[name])) for name in sorted(rows, key=lambda name: rows[name][0])))
 
 
 def as_ranges(rows: Sequence[int]) -> Slices:
-    """[0, 1, 2, 6, 7] -> ((0, 3), (6, 8))."""
+    """Returns ranges of rows: [0, 1, 2, 6, 7] -> ((0, 3), (6, 8))."""
     present = set(rows)
     starts = [row for row in rows if row - 1 not in present]
     stops = [row + 1 for row in rows if row + 1 not in present]
@@ -207,7 +208,8 @@ def as_ranges(rows: Sequence[int]) -> Slices:
 
 
 def refine_gates(changes: Changes, event: DownEvent) -> None:
-    """Which rows are the up part: the product is linear in them, so its derivative contracted with them gives it back.
+    """Find the rows of the up part: the product is linear in them, so its derivative contracted with them gives it
+    back.
 
     In the gate the product is not linear. Where it is (ReLU), or where more happens in between, not exactly one order
     fits, and nothing is changed.
@@ -238,7 +240,7 @@ def refine_gates(changes: Changes, event: DownEvent) -> None:
 
 
 def same_per_token(contracted: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether the sums over the rows agree for each token, measured against what was summed."""
+    """Whether the sums over the rows agree for each token, relative to the expected one."""
     difference = (contracted.sum(0) - expected.sum(0)).norm()
     return float(expected.norm()) > 0 and float(difference) <= tolerance * float(expected.norm())
 
@@ -252,7 +254,7 @@ class GateOrder:
 
 
 def gate_orders(matrices: int, rows: int) -> list[GateOrder]:
-    """Two halves in either order; in a single matrix also by turns."""
+    """Returns two halves in either order; in a single matrix also by turns."""
     first, second = range(0, rows // 2), range(rows // 2, rows)
     orders = [GateOrder(first, second), GateOrder(second, first)]
     if matrices == 1:
@@ -262,7 +264,7 @@ def gate_orders(matrices: int, rows: int) -> list[GateOrder]:
 
 
 def matching_ups(changes: Changes, event: DownEvent) -> list[str]:
-    """The gated matrices of the same branch: the nearest ones that ran, of fitting width."""
+    """Returns the gated matrices of the same branch: the nearest ones that ran, of fitting width."""
     scope = event.path
     while scope:
         scope = scope.rpartition(".")[0]
@@ -291,7 +293,7 @@ def write_gates(changes: Changes, paths: Sequence[str], order: GateOrder) -> Non
 
 
 def refine_norms(changes: Changes, recording: Recording) -> None:
-    """The order of calls tells a norm before the blocks from one after them; registration order only guesses."""
+    """Tell norms before the blocks from norms after them, by the order of calls; registration order only guesses."""
     time = recording.first_call
     blocks = [entry.path for entry in changes.entries if entry.role == "block" and entry.path in time]
     for entry in list(changes.entries):
@@ -305,7 +307,7 @@ def refine_norms(changes: Changes, recording: Recording) -> None:
 
 
 def nearest_times(path: str, blocks: Sequence[str], time: Mapping[str, int]) -> list[int]:
-    """When the blocks ran that share the nearest ancestor with `path`."""
+    """Returns the times at which the blocks ran that share the nearest ancestor with `path`."""
     while path:
         path = path.rpartition(".")[0]
         times = [time[block] for block in blocks if under(block, path)]
@@ -315,7 +317,7 @@ def nearest_times(path: str, blocks: Sequence[str], time: Mapping[str, int]) -> 
 
 
 def refine_head(changes: Changes, recording: Recording) -> None:
-    """Nobody knew the head: it is the last matrix that ran, if it ran after the last block."""
+    """Give the role of the head, where no entry has it, to the last matrix that ran, if it ran after the last block."""
     if any(entry.role == "head" for entry in changes.entries):
         return
     time = recording.first_call
@@ -336,9 +338,8 @@ def refine_head(changes: Changes, recording: Recording) -> None:
 
 
 def refine_calls(model: nn.Module, changes: Changes, recording: Recording) -> None:
-    """Parameters that the result depends on although their module never ran are read by somebody else: the nearest
-    module above that ran, or one below it.
-    """
+    """Mark parameters on which the result depends although their module never ran: they are read by the nearest module
+    above that ran, or one below it."""
     silent = [
         (path, parameter)
         for path, module in model.named_modules()
@@ -364,7 +365,7 @@ def nearest_running(path: str, recording: Recording) -> str:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All floating tensors in whatever a model returns."""
+    """Yields all floating tensors in a model's output."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value

@@ -1,4 +1,4 @@
-"""The host map as text: what repeats is folded, so that a model of any depth fits on a page."""
+"""The host map as text: repeated modules are folded, so that a model of any depth fits on a page."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _NUMBERED = re.compile(r"(.*?)(\d+)")
 
 @dataclass(slots=True)
 class Branch:
-    """One component of the paths, the entries that end there, and what lies below."""
+    """One component of the paths, the entries that end there, and the components below."""
 
     entries: list[HostEntry] = field(default_factory=list)
     marks: list[str] = field(default_factory=list)
     children: dict[str, Branch] = field(default_factory=dict)
     tower: str = ""
-    """What is said of a tower's root: ``vision tower``."""
+    """The note at a tower's root: ``vision tower``."""
 
     @property
     def bare(self) -> bool:
-        """Whether there is nothing to say of it itself."""
+        """Whether it has neither entries nor notes of its own."""
         return not self.entries and not self.marks and not self.tower
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line: what stands at a place, or at places that are alike."""
+    """One line of the tree, for a module or for several that are alike."""
 
     depth: int
     name: str
@@ -43,7 +43,7 @@ class Line:
     shape: str
     notes: str
     marks: tuple[str, ...] = ()
-    """What others say of the place."""
+    """Further texts of the place."""
 
 
 def render(host: HostMap) -> str:
@@ -58,8 +58,8 @@ def render(host: HostMap) -> str:
 
 
 def tree_lines(host: HostMap, marks: Mapping[str, Sequence[str]] = MappingProxyType({})) -> list[Line]:
-    """The map's lines from top to bottom. `marks` are further texts by path; what differs in them is not alike, and a
-    path that has one stands there even where the map has no role for it."""
+    """Returns the map's lines from top to bottom. `marks` are further texts by path; modules with different ones are
+    not alike, and a path that has one gets a line even where the map has no role for it."""
     root = Branch()
     for entry in host.entries:
         if entry.role != OTHER or entry.path in marks:
@@ -80,7 +80,7 @@ def descend(root: Branch, path: str) -> Branch:
 
 
 def below(branch: Branch, depth: int) -> list[Line]:
-    """The lines of all children. Numbered ones that look alike share their lines: `[0-11]`, `[0,2,4-6]`."""
+    """Returns the lines of all children. Numbered ones that look alike share their lines: `[0-11]`, `[0,2,4-6]`."""
     alike: dict[tuple[str, tuple[Line, ...]], list[str]] = {}
     for name, child in branch.children.items():
         prefix, number = split(name)
@@ -94,9 +94,8 @@ def below(branch: Branch, depth: int) -> list[Line]:
 
 
 def lines_of(branch: Branch, name: str, depth: int) -> list[Line]:
-    """A branch without a role of its own, below which stands a single thing, joins its name with that:
-    `layers.[0-11]`.
-    """
+    """Returns the lines of a branch. One without a role of its own and with a single line below joins its name with
+    that: `layers.[0-11]`."""
     if branch.bare:
         lines = below(branch, depth)
         if sum(line.depth == depth for line in lines) == 1:
@@ -123,7 +122,7 @@ def notes_of(entry: HostEntry) -> Iterator[str]:
 
 
 def describe(layout: Layout) -> str:
-    """`[q 64 | k 16 | v 16]`, or `4 x [q 12 | k 12 | v 12]`."""
+    """Returns a layout as text: `[q 64 | k 16 | v 16]`, or `4 x [q 12 | k 12 | v 12]`."""
     parts = sorted(layout.parts, key=lambda part: part[1][0])
     groups = len(parts[0][1])
     text = " | ".join(f"{name} {ranges[0][1] - ranges[0][0]}" for name, ranges in parts)

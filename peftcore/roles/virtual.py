@@ -1,4 +1,4 @@
-"""Roles that no single weight has: each is found by a rule over the whole map."""
+"""Virtual roles, which no single weight has: each is found by a rule over the whole map."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LINEAR_FAMILIES = frozenset({"attn", "cross", "mlp", "attn_mlp", "ssm"})
 
 
 def _in_body(host: HostMap, entry: HostEntry) -> bool:
-    """In a block; hosts without blocks are all body."""
+    """Whether an entry is in a block; hosts without blocks are all body."""
     return entry.block is not None or not host.has_blocks
 
 
@@ -35,16 +35,15 @@ def _all_linear(host: HostMap) -> list[HostEntry]:
 
 
 def enclosing(host: HostMap, path: str, role: str) -> HostEntry | None:
-    """The nearest entry of a role at or above a path."""
+    """Returns the nearest entry of a role at or above a path."""
     at_or_above = (entry for prefix in prefixes(path) for entry in host.at(prefix))
     return next((entry for entry in at_or_above if entry.role == role), None)
 
 
 def _attention_outputs(host: HostMap) -> list[HostEntry]:
-    """The output matrix is the last one of its branch, before residual, post-norm, scale and gate; the module's own
-    output is not safe (BERT, Bloom and UNet attentions add the residual themselves). Where no output matrix is
-    called, the attention itself is the place.
-    """
+    """Returns the entries of "attn.output": the output matrix is the last one of its branch, before residual,
+    post-norm, scale and gate; the module's own output is not safe (BERT, Bloom and UNet attentions add the residual
+    themselves). Where no output matrix is called, it is the attention itself."""
     found: dict[str, HostEntry] = {}
     for entry in host.entries:
         if entry.role not in ("attn.out", "cross.out", "attn_mlp.out") or not _in_body(host, entry):
@@ -60,9 +59,8 @@ def _attention_outputs(host: HostMap) -> list[HostEntry]:
 
 
 def _cores(family: str) -> Callable[[HostMap], list[HostEntry]]:
-    """The module that computes an attention: the one in which its query, key and value matrices lie. Mostly that is the
-    attention itself; BERT's also holds the output matrix and the norm, and computes in a module of its own.
-    """
+    """Returns the rule for modules that compute an attention: those with its query, key and value matrices. Mostly that
+    is the attention itself; BERT's also holds the output matrix and the norm, and computes in a module of its own."""
 
     def cores(host: HostMap) -> list[HostEntry]:
         owners: dict[str, list[list[str]]] = {}
@@ -86,13 +84,14 @@ _CORE_ROLES = {
 
 
 def _common(paths: list[list[str]]) -> list[str]:
-    """The steps that all paths begin with."""
+    """Returns the steps that all paths begin with."""
     same = takewhile(lambda steps: len(set(steps)) == 1, zip(*paths, strict=False))
     return [steps[0] for steps in same]
 
 
 def _mlp_outputs(host: HostMap) -> list[HostEntry]:
-    """The down matrix; where experts are summed, the module that sums them, together with its shared experts."""
+    """Returns the down matrices; where experts are summed, the module that sums them, together with its shared
+    experts."""
     sums: dict[str, HostEntry] = {}
     for entry in host.entries:
         if entry.role.startswith(("experts.", "router")) and _in_body(host, entry):
@@ -119,4 +118,4 @@ VIRTUAL: dict[str, Callable[[HostMap], list[HostEntry]]] = {
     "cross.core": _cores("cross"),
     "mlp.output": _mlp_outputs,
 }
-"""What finds the entries of each."""
+"""The rules that find the entries of each virtual role."""

@@ -1,6 +1,6 @@
-"""The words that the host rules know, and nothing else that is a matter of spelling.
+"""The vocabulary: all names by which the host rules recognize modules.
 
-Structure decides first (shapes, who holds whom, what repeats); words decide only where structure is silent: which of
+Structure decides first (shapes, containment, repetition); words decide only where structure is silent: which of
 three square matrices is the query, which table holds positions. Names are compared token by token, never as
 substrings, except where a pattern below says so. Where a rule has to look at the name of a *class*, the pattern stands
 below with the others of its kind, and with the reason.
@@ -80,7 +80,7 @@ _SINGLE = "stack block attn cross mlp ssm embed norm patch head router conv se d
 ROLES = frozenset(_SINGLE.split()) | {
     f"{family}.{part}" for family, parts in _WEIGHTS.items() for part in parts.split()
 }
-#: Roles of weights whose rows serve several operands, or all of one after a low-rank factor.
+#: Roles of weights whose slices serve several operands, or all of one after a low-rank factor.
 FUSED_ROLES = frozenset(
     role for role in ROLES if role.partition(".")[2] in ("qkv", "kv", "kv_b", "q_b", "gate_up") or role == "attn_mlp.in"
 )
@@ -89,14 +89,14 @@ OTHER = "other"
 
 @lru_cache(maxsize=65536)
 def tokens(text: str) -> tuple[str, ...]:
-    """`embeddings.LayerNorm_2b` -> ('embeddings', 'layer', 'norm', 'b')."""
+    """Returns the tokens of a name: `embeddings.LayerNorm_2b` -> ('embeddings', 'layer', 'norm', 'b')."""
     spaced = re.sub(r"([a-z])([A-Z])", r"\1_\2", text).lower()
     return tuple(token for token in re.split(r"[^a-z]+", spaced) if token)
 
 
 @lru_cache(maxsize=65536)
 def words(text: str) -> frozenset[str]:
-    """The tokens as a set, for questions of the kind "does the name mention a position"."""
+    """Returns the tokens as a set, for questions of the kind "does the name mention a position"."""
     return frozenset(tokens(text))
 
 
@@ -108,7 +108,7 @@ def is_generic(component: str) -> bool:
 
 @lru_cache(maxsize=65536)
 def operands(component: str) -> str:
-    """Which attention operands a name speaks of: "q", "k", "v", "kv", "qkv", or "" for none."""
+    """Returns the attention operands that a name mentions: "q", "k", "v", "kv", "qkv", or "" for none."""
     named = words(component)
     joined = "".join(tokens(component))
     if named & POSITION:  # pos_key_proj projects positions, not keys

@@ -1,13 +1,13 @@
-"""Putting operators into a model and taking them out, all or nothing.
+"""Surgery: installs operators in a model and removes them, all or nothing.
 
 It may import `targets`, and what is below. In the order of reading:
 
 - `seeding`: random numbers by seed and path.
-- `surgeon`: the verbs of `Method.inject`, which record.
-- `forced_attributes`: how some modules are held while a model is adapted.
-- `installation`: what was recorded goes in; the base is frozen by who applies.
-- `silent_layers`: a target module that never ran is an error.
-- `planning`: what would be done.
+- `surgeon`: the verbs of `Method.inject`, which record operators.
+- `forced_attributes`: attributes that some modules must have while a model is adapted.
+- `installation`: installs and removes recorded operators; `apply` freezes the base.
+- `silent_layers`: an error for target modules that never ran.
+- `planning`: the result of `plan`, a dry run of `apply`.
 """
 
 from peftcore.utils.moved import names_of

@@ -1,7 +1,7 @@
-"""How modules that would go behind the back of grafts, or move a frozen base, are held while a host is adapted.
+"""Forced attributes of modules that would bypass adapters, or change a frozen base, while a host is adapted.
 
-A stance is a set of attributes that the module's view has: no flag is set on the module itself. Those of torch's own
-modules stand here; plugins add theirs with the hook `peftcore_forced_attributes`.
+They are attributes of the module's view: no flag is set on the module itself. Those of torch's own modules are listed
+here; plugins add theirs with the hook `peftcore_forced_attributes`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from peftcore.registry.plugins import registry
 
 @dataclass(frozen=True)
 class ForcedAttributes:
-    """How modules of one class are held."""
+    """The forced attributes of modules of one class."""
 
     attributes: Mapping[str, Any]
-    """What the view has in place of the module's own attributes."""
+    """Attributes of the view that replace the module's own."""
     always: bool = True
-    """Held while any injection is on the host; otherwise only while one acts inside the module."""
+    """Forced while any injection is on the host; otherwise only while one acts inside the module."""
     wanted: Callable[[nn.Module], bool] = lambda module: True
     """Whether this very module needs it."""
     ready: Callable[[nn.Module], None] = lambda module: None
-    """Brings a module back into the state that the stance keeps it in; its weights stay what they are."""
+    """Brings a module into the state that the forced attributes assume; its weights stay what they are."""
 
 
 FORCED_ATTRIBUTES: Mapping[type[nn.Module], ForcedAttributes] = {
@@ -51,7 +51,7 @@ def _of_class(cls: Any) -> ForcedAttributes | None:
 
 
 def forced_attributes_of(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, ForcedAttributes]]:
-    """How modules must be held while the host is adapted: those that must be."""
+    """Yields the modules that have forced attributes while the host is adapted, with these attributes."""
     known: dict[Any, ForcedAttributes | None] = {}
     for module in modules:
         cls: Any = type(module)

@@ -1,7 +1,8 @@
-"""Putting what a surgeon recorded into the host, all of it or nothing, and taking it out again, bit for bit.
+"""Installs the operators that a surgeon recorded, all or none, and removes them again, bit for bit.
 
-Operators live beside the site that they act on, one level up: ``self_attn.peft.q_proj.<injection>``. So the site stays
-a leaf, and what handles it as one (containers that iterate, layerwise casting, parallel plans) goes on to do so.
+Operators live in adapter modules next to the site that they act on, one level up:
+``self_attn.peft.q_proj.<injection>``. So the site stays a leaf, and code that handles it as one (containers that
+iterate, layerwise casting, parallel plans) goes on to do so.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 def _no_container(model: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """The module at a path, or the nearest one above it that is no container, and its path."""
+    """Returns the module at a path, or the nearest one above it that is no container, and its path."""
     found = model, ""
     module, parts = model, path.split(".") if path else []
     for depth, part in enumerate(parts, 1):
@@ -39,7 +40,7 @@ def _no_container(model: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 
 def _key(site: Site, path: str) -> str:
-    """The name that the site's operators get in a module at a path."""
+    """Returns the name of the site's adapter modules in a module at a path."""
     inside = site.path[len(path) :].lstrip(".")
     key = inside.replace(".", "__").replace(":", "__") or "self"
     return f"{key}_" if _has(nn.Module, key) else key
@@ -97,7 +98,7 @@ def _shelves(surgeon: Surgeon) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 
 
 def install(surgeon: Surgeon, state: HostState, name: str) -> None:
-    """Put everything recorded into the host; on any error the host is left as it was."""
+    """Install all recorded operators in the host; on any error the host is left as it was."""
     try:
         for holder, key, operator in _shelves(surgeon):
             _put(holder, key, name, operator)
@@ -139,7 +140,7 @@ def _force_attributes(surgeon: Surgeon, state: HostState, name: str) -> None:
 
 
 def uninstall(surgeon: Surgeon, name: str) -> None:
-    """Take out what `install` put in under `name`."""
+    """Remove the operators that `install` put in under `name`."""
     for holder, key, _ in _shelves(surgeon):
         _remove(holder, key, name)
     for module in surgeon.resolver.modules.values():
@@ -147,7 +148,7 @@ def uninstall(surgeon: Surgeon, name: str) -> None:
 
 
 def release(model: nn.Module) -> None:
-    """After the last injection: give every module its own class back."""
+    """Give every module its own class back, after the last injection was removed."""
     for module in model.modules():
         if slot_of(module) is not None:
             ungraft(module)

@@ -1,4 +1,4 @@
-"""What applying a method would do, before anything is done."""
+"""The plan of an injection: its sites, shapes, parameters and bytes, computed before anything is changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def _size(modules: Iterable[nn.Module]) -> int:
-    """Values in the modules' parameters, each counted once; for a packed weight those that it stands for."""
+    """Returns the number of values in the modules' parameters, each counted once; a quantized weight counts as the
+    dense one."""
     sizes: dict[int, int] = {}
     for module in modules:
         own = {name: each for name, each in module._parameters.items() if each is not None}
@@ -33,7 +34,7 @@ def _size(modules: Iterable[nn.Module]) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """The outcome of `plan`."""
+    """The result of `plan`."""
 
     sites: tuple[Site, ...]
     """Where operators would stand."""
@@ -52,7 +53,7 @@ class Plan:
 
     @classmethod
     def of(cls, surgeon: Surgeon) -> Plan:
-        """Read off what a surgeon recorded."""
+        """Make the plan from the operators that a surgeon recorded."""
         modules = [(graft.key, graft.operator) for graft in surgeon.grafts]
         modules += [(f"shared:{name}", shared.module) for name, shared in surgeon.owned.items()]  # type: ignore[misc]
         tensors = {f"{path}.{key}": tensor for path, module in modules for key, tensor in module.state_dict().items()}
@@ -69,7 +70,8 @@ class Plan:
     def differences(
         self, shapes: Mapping[str, Size], dtypes: Mapping[str, torch.dtype], strict: bool = True
     ) -> list[str]:
-        """What is wrong with a file's tensors, in words; with `strict` also what is missing or unknown."""
+        """Returns the differences of a file's tensors from the plan, in words; with `strict` also missing and unknown
+        ones."""
         wrong = []
         if strict:
             wrong += [f"missing {key}" for key in sorted(self.shapes.keys() - shapes.keys())]
@@ -87,7 +89,7 @@ class Plan:
         return self.trainable / max(self.total, 1)
 
     def tree(self) -> str:
-        """The host's map as a tree, and under it the sites that would change."""
+        """Returns the host's map as a tree, and below it the sites that would change."""
         lines = [
             self.host.tree(),
             "",

@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
-    """What is drawn meanwhile does not move the global generator."""
+    """Context manager that restores the global random generator."""
     before = torch.default_generator.get_state()
     try:
         yield
@@ -21,6 +21,6 @@ def preserved_rng() -> Iterator[None]:
 
 
 def seed_by_path(seed: int, path: str) -> None:
-    """The next random numbers depend on (seed, path) alone."""
+    """Seed the next random numbers by (seed, path) alone."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)

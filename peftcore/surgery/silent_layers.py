@@ -1,4 +1,4 @@
-"""A witness for each graft: after the host has run, a site that never ran is an error, not a silence.
+"""Silent layers: after the host has run, an adapted site that never ran is an error.
 
 Modules whose weights are read by others but whose forward is never called (attention output projections, some vision
 models' qkv, dead layers) would otherwise carry adapters that train nothing.
@@ -29,41 +29,41 @@ class Expected(NamedTuple):
 
     path: str
     slots: tuple[Slot, ...]
-    """Of all the modules at which its operator stands: one that runs is enough."""
+    """The slots of all modules at which its operator acts: one that runs is enough."""
     tower: str
     name: str
 
 
 NUMBER = re.compile(r"\d+")
 Sites = dict[str, list[Expected]]
-"""By injection: one of many is forgotten at once."""
+"""Expected sites by injection, so that one injection of many is forgotten at once."""
 
 
 @dataclass
 class Siblings:
-    """Sites that should run and are children of one module, and what stood beside them."""
+    """Sites that should run and are children of one module, with the children that the module had then."""
 
     children: frozenset[str]
     sites: Sites
 
 
 class SilentLayers:
-    """A forward hook on the host that judges once, and then takes itself away. It comes back when a module was added
-    beside an adapted one: a projection made of several, for one, that read their weights and takes their place.
+    """A forward hook on the host that checks its sites once, and then removes itself. It comes back when a module was
+    added next to an adapted one: a projection fused from several, for one, that reads their weights and replaces them.
 
-    Sites are judged in groups that differ only in numbers (layers, experts): one that ran speaks for all, since layers
+    Sites are checked in groups that differ only in numbers (layers, experts): one that ran speaks for all, since layers
     may be dropped and experts may get no tokens. A tower of a multimodal host from which nothing ran has not been used
-    yet, so it waits; so does an injection that did not act.
+    yet, so it waits; so does an injection that was not active.
     """
 
     def __init__(self) -> None:
         self.new: dict[str, Surgeon] = {}
-        """Injections whose sites nobody has looked at yet: who applies many does not wait for it."""
+        """Injections whose sites are not watched yet: applying many does not wait for it."""
         self.waiting: dict[str, Sites] = {}
-        """By group."""
+        """Sites that have not run yet, by group."""
         self.siblings: dict[nn.Module, list[Siblings]] = {}
         self.places: dict[str, list[nn.Module]] = {}
-        """Those of `activation_form` by the name of their class."""
+        """The modules of `siblings` by the name of their class."""
         self._turn = 0
 
     def _watch(self, holder: nn.Module, site: Expected) -> None:
@@ -84,7 +84,7 @@ class SilentLayers:
         self.places.setdefault(type(holder).__name__, []).append(holder)
 
     def forget(self, name: str) -> None:
-        """Stop expecting anything of an injection."""
+        """Stop expecting the sites of an injection to run."""
         for known in self.siblings.values():
             for each in known:
                 each.sites.pop(name, None)
@@ -101,12 +101,12 @@ class SilentLayers:
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is expected."""
+        """Whether no site is expected to run."""
         return not self.new and not self.waiting
 
     def check(self, model: nn.Module) -> None:
-        """Expect sites anew beside which modules were added since. Without gradients, where each token looks, one place
-        of each class is looked at, in turn: who fuses projections does so in all blocks."""
+        """Watch sites again whose parent module got new children since. Without gradients, where each token checks, one
+        module of each class is checked, in turn: projections are fused in all blocks at once."""
         self._turn += 1
         recorded = torch.is_grad_enabled()
         for alike in self.places.values():
@@ -133,11 +133,11 @@ class SilentLayers:
         if torch.compiler.is_compiling():
             return
         state = state_of(model)
-        if state is None or state.silent_layers is not self:  # a forward was compiled, which nobody saw
+        if state is None or state.silent_layers is not self:  # a forward was compiled, which cannot be watched
             return leave(model)
         acting = state.unmerged(state.current())
         silent: list[str] = []
-        new, self.new = self.new, {}  # forwards of other threads judge, too
+        new, self.new = self.new, {}  # forwards of other threads check, too
         for name, surgeon in new.items():
             for holder, site in _expected(surgeon, name):
                 self._watch(holder, site)
@@ -160,8 +160,8 @@ class SilentLayers:
 
 
 def _expected(surgeon: Surgeon, name: str) -> Iterator[tuple[nn.Module, Expected]]:
-    """The sites of an injection that should run, each tower of a multimodal host for itself, with the modules whose
-    children they are."""
+    """Yields the sites of an injection that should run, with the modules whose children they are and the tower of a
+    multimodal host in which they are."""
     modules = surgeon.resolver.modules
     towers = sorted({entry.tower for entry in surgeon.resolver.host.entries} - {""}, key=len, reverse=True)
     for graft in surgeon.grafts:
@@ -182,14 +182,14 @@ def watch(surgeon: Surgeon, state: HostState, name: str) -> None:
 
 
 def leave(model: nn.Module) -> None:
-    """Take the witness away."""
+    """Remove the forward hook."""
     for key, hook in list(model._forward_hooks.items()):
         if isinstance(hook, SilentLayers):
             del model._forward_hooks[key]
 
 
 def forget(model: nn.Module, state: HostState, name: str) -> None:
-    """Stop expecting anything of an injection: it is gone."""
+    """Stop expecting the sites of a removed injection to run."""
     if (silent_layers := state.silent_layers) is not None:
         silent_layers.forget(name)
         if silent_layers.is_idle:

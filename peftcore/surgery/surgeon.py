@@ -59,7 +59,7 @@ class Graft:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user asked for besides the method's options."""
+    """The user's arguments of `apply` besides the method's options."""
 
     target: Target | None = None
     exclude: Target | None = None
@@ -72,19 +72,19 @@ class Wishes:
 
 @dataclass
 class Surgeon:
-    """What a method may do to a host. Nothing is changed until `inject` has returned.
+    """Records the operators that a method puts into a host. Nothing is changed until `inject` has returned.
 
     Attributes:
         model: the host.
         method: the method that acts.
         config: its options.
         resolver: finds modules and tensors of the host, and has its map.
-        wishes: what the user asked for besides the method's options.
-        dry: only what would be done is recorded, with operators on the meta device.
-        part: of a hybrid's part, what stands in front of its paths: ``"0/"``.
+        wishes: the user's arguments besides the method's options.
+        dry: whether this is a dry run, with operators on the meta device and no installation.
+        part: the prefix of the paths of a hybrid's part: ``"0/"``.
         grafts: the operators so far, in the order in which they came.
-        owned: what `own` has built, by name.
-        selections: what each target meant, by its text; "" for the user's or the default one.
+        owned: the shared modules built by `own`, by name.
+        selections: the sites of each target, by its text; "" for the user's or the default one.
         thawed: the host's parameters that train before anything is changed.
     """
 
@@ -102,19 +102,19 @@ class Surgeon:
     selections: dict[str, list[Site]] = field(default_factory=dict)
     thawed: list[nn.Parameter] = field(default_factory=list)
     progress: Progress = field(default_factory=lambda: Progress("building operators"))
-    """Steps on with each operator: decompositions of many weights take their time."""
+    """Advances with each operator: decompositions of many weights take their time."""
     _by_method: bool = True
     _paths: set[str] = field(default_factory=set)
     _replaced: dict[tuple[str | int, Slices | None], Replacement] = field(default_factory=dict)
 
     def sites(self, target: Target | None = None, *, optional: bool = False) -> list[Site]:
-        """The sites of `target`; without one, those the user asked for, or the method's default targets.
+        """Returns the sites of `target`; without one, those of the user's target, or of the method's default targets.
 
         Default targets stay in one tower of a multimodal host, and pass over roles that the host lacks.
 
         Raises:
             TargetError: nothing matches, and it is not `optional`.
-            CheckpointError: a file says where the method stands, and says it twice or not at all.
+            CheckpointError: a file names a site of the method twice, or no sites at all.
         """
         key = "" if target is None else str(target)
         saved = self.wishes.saved
@@ -127,7 +127,7 @@ class Surgeon:
                 raise CheckpointError(f"the file does not say where {self.method.name} stands")
             elif target is None and self.wishes.target is not None:
                 found = self._matching(self.wishes.target, warn=True)
-            else:  # what a file says of targets is for people to read: its patterns are matched nowhere
+            else:  # the targets in a file are for people to read: their patterns are matched nowhere
                 exclude = self.wishes.exclude if saved is None else None
                 found = self._defaults(self.method.target if target is None else target, exclude)
         except TargetError:
@@ -139,8 +139,8 @@ class Surgeon:
         return [replace(site, meta=True) for site in found] if self.dry else found
 
     def chosen(self, sites: Sequence[Site]) -> list[Site]:
-        """Those of these sites that are at modules that the user's target and exclude leave: all, unless there are
-        some. For methods that find their places by themselves; like `sites`, kept in files."""
+        """Returns the sites whose modules match the user's target and exclude; all, where the user named no target. For
+        methods that find their sites by themselves; like `sites`, recorded for files."""
         wishes, saved = self.wishes, self.wishes.saved
         if saved is not None:
             wanted = {record["module_path"] for record in saved.get("", ())}
@@ -152,7 +152,7 @@ class Surgeon:
         return found
 
     def at(self, role: str) -> list[Site]:
-        """The sites of one role in the main tower; nothing when the host has none."""
+        """Returns the sites of one role in the main tower; none when the host lacks the role."""
         return self.sites(role, optional=True)
 
     def graft(
@@ -167,7 +167,7 @@ class Surgeon:
 
         Raises:
             UnsupportedSite: the operator wraps a forward, but the site is a tensor that is read, not called; or it
-                acts on a weight that nobody here can read; or what the user named in ``train`` is there.
+                acts on a weight that no layer can read; or the site is trained along, as the user asked with ``train``.
             PluginError: the method has grafted this site before.
         """
         if (path := site.path) in self._paths:
@@ -196,11 +196,13 @@ class Surgeon:
         return self.graft(self.attention_site(site), operator, config)
 
     def attention_site(self, site: Site) -> AttentionSite:
-        """The attention at a site, with the sizes of its heads; UnsupportedSite where it cannot be edited."""
+        """Returns the attention at a site, with the sizes of its heads; raises UnsupportedSite where it cannot be
+        edited."""
         return locate_attention(site, self.resolver)
 
     def sequence(self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None) -> O:
-        """Put ``operator(site, config)``, a `SequenceOperator`, at a stack: its rows go in front of the tokens.
+        """Put ``operator(site, config)``, a `SequenceOperator`, at a stack: its virtual tokens go in front of the
+        tokens.
 
         Raises:
             UnsupportedSite: the site is no stack: no module that takes token ids, embeds them and runs blocks.
@@ -209,14 +211,14 @@ class Surgeon:
         return self.graft(found, operator, config, found.places)
 
     def include(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> None:
-        """Let another method act as one part of this one: a hybrid. What it grafts, owns and selects stands under the
-        part's name."""
+        """Let another method act as one part of this one: a hybrid. Its operators, shared modules and selections are
+        recorded under the part's name."""
         self.grafts += self.collect(part, method, config, target)
         self._paths |= self.parts[part]._paths
 
     def collect(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> list[Graft]:
-        """What another method would graft as a part of this one. It does not act: the operators are for this method to
-        put into its own, as children. What the part owns and selects is recorded as by `include`."""
+        """Returns the operators of another method as a part of this one. They are not installed: this method puts them
+        into its own, as children. The part's shared modules and selections are recorded as by `include`."""
         prefix, wishes = f"{part}/", self.wishes
         saved = wishes.saved
         if saved is not None:
@@ -232,7 +234,7 @@ class Surgeon:
         return child.grafts
 
     def own(self, name: str, module: Callable[[], nn.Module]) -> Shared:
-        """State that sites share, registered and saved once: built on the first call with that name."""
+        """Returns state that sites share, registered and saved once: built on the first call with that name."""
         if name not in self.owned:
             anywhere = next(self.model.parameters(), torch.empty(0)).device
             with preserved_rng():  # an operator that is being built may ask for it
@@ -240,11 +242,11 @@ class Surgeon:
         return self.owned[name]
 
     def replace(self, site: Site) -> Replacement:
-        """Let a value stand for the site's tensor: one for each tensor, so all that is tied to it sees the same. It is
-        stored as the host stores the tensor, and has its shape.
+        """Let a trainable value replace the site's tensor: one for each tensor, so all modules tied to it see the same.
+        It is stored as the host stores the tensor, and has its shape.
 
         Raises:
-            UnsupportedSite: an operator stands there.
+            UnsupportedSite: there is an operator already.
         """
         tensor = None if site.layer.packed else site.layer.read(site.module, site.tensor)
         key = (site.path if tensor is None else id(tensor), site.slices)
@@ -275,7 +277,7 @@ class Surgeon:
         return [self.replace(replace(site, meta=self.dry)) for site in sites]
 
     def stored_anew(self, module: nn.Module) -> None:
-        """Look again at how a module stores what the recorded sites are."""
+        """Read again how a module stores the tensors of the recorded sites, after it was quantized or made dense."""
 
         def anew(site: Site) -> Site:
             return replace(site, layer=site.layer_of(module, site.tensor)) if site.module is module else site
@@ -288,11 +290,11 @@ class Surgeon:
             part.stored_anew(module)
 
     def train_wishes(self) -> None:
-        """Record what the user named in ``train``: paths, or ends of paths.
+        """Record the modules and parameters that the user named in ``train``: paths, or ends of paths.
 
         Raises:
-            TargetError: a name means nothing, or nothing that has parameters.
-            HostMismatch: a file names what the host does not have.
+            TargetError: a name matches nothing, or nothing that has parameters.
+            HostMismatch: a file names a module that the host lacks.
         """
         self._by_method = False
         for name in self.wishes.train:
@@ -335,7 +337,8 @@ class Surgeon:
 
     @staticmethod
     def _as_stored(site: Site) -> Site:
-        """A whole tensor is replaced as it is stored, so that holders of different kinds (table, head) share it."""
+        """Returns the site of a whole tensor with the layout in which it is stored, so that holders of different kinds
+        (table, head) share one value."""
         return replace(site, form="weight", layer=site.layer if site.slices else site.layer.as_stored)
 
     def _build(self, path: str, make: Callable[[], Any], site: Site | None, device: torch.device | None = None) -> Any:
@@ -358,13 +361,14 @@ class Surgeon:
 
     @cached_property
     def _where(self) -> tuple[torch.device, AbstractContextManager[Any]]:
-        """The device on which operators are built, and what makes torch build there."""
+        """The device on which operators are built, and the context manager that makes torch build there."""
         where = torch.device("meta" if self.dry else "cpu")
-        # A device that is the default already needs no mode, which would look at each call of torch.
+        # A device that is the default already needs no mode, which would intercept each call of torch.
         return where, contextlib.nullcontext() if torch.get_default_device() == where else where
 
     def _moved(self, built: nn.Module, where: torch.device, goal: torch.device | None) -> nn.Module:
-        """An operator built on a device, in the wished dtype on another. Most are there already, and are not walked."""
+        """Returns an operator built on one device, moved to another in the wished dtype. Most are there already, and
+        are not walked."""
         dtype = self.wishes.dtype
         parameters, buffers = tables(built)
         there = (goal is None or goal == where) and not built._modules and not buffers
@@ -378,6 +382,6 @@ def _exactly(path: str) -> Callable[[str, nn.Module], bool]:
 
 
 def _meant(name: str, site: Site) -> str:
-    """The module of a matched site, or the one tensor that the name ends with: ``classifier.bias``."""
+    """Returns the module of a matched site, or the one tensor that the name ends with: ``classifier.bias``."""
     parameter = f"{site.module_path}.{site.tensor}".lstrip(".")
     return parameter if f".{name}".endswith(f".{site.tensor}") else site.module_path

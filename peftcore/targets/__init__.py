@@ -1,13 +1,13 @@
-"""From what a user names to sites: modules, tensors, attentions, token sequences.
+"""Targets: resolve the names that a user gives to modules, tensors, attentions and token sequences of a model.
 
 It may import `forward`, and what is below. In the order of reading:
 
-- `sites`: a place at which a method acts.
-- `resolver`: names, globs, roles, types and predicates.
-- `attention_sites`: where attention can be edited.
-- `sequence_cache`: caches that hold trained rows.
-- `sequence_masks`: masks over trained rows.
-- `sequence`: trained rows in front of the tokens.
+- `sites`: a target module or tensor at which a method acts.
+- `resolver`: resolves names, globs, roles, types and predicates to sites.
+- `attention_sites`: attention modules that can be edited.
+- `sequence_cache`: transformers' caches that hold virtual tokens.
+- `sequence_masks`: attention masks over virtual tokens.
+- `sequence`: virtual tokens in front of the user's tokens.
 """
 
 from peftcore.utils.moved import names_of

@@ -1,5 +1,5 @@
-"""Where attention can be edited: the module that goes through transformers' attention interface, its sizes, its
-projections. All of it is found from the module's code, attributes and host map, before anything is changed."""
+"""Attention modules that can be edited: those that use transformers' attention interface, with their sizes and
+projections. All is found from the module's code, attributes and host map, before anything is changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftcore.layers.layer import plain_class
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sites import Site
 
-# What attention classes call these sizes; the first name that a module has counts.
+# Names of these sizes in attention classes; the first that a module has counts.
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _HEAD_DIM = ("qk_head_dim", "head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
 _VALUE_DIM = ("v_head_dim",)
@@ -27,7 +27,7 @@ _GROUPS = ("num_key_value_groups",)
 _PER_KEY_INDICES = {"indices", "block_indices"}
 """Arguments by which an attention picks keys by position: keys in front would shift them."""
 _DETOURS = ("reorder_and_upcast_attn",)
-"""Options of configs with which an attention goes around its interface."""
+"""Options of configs with which an attention bypasses its interface."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +43,14 @@ class AttentionSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """What stands for a shape in plans and files: ``[heads, kv_heads, head_dim, value_dim]``."""
+        """The sizes that plans and files have in place of a shape: ``[heads, kv_heads, head_dim, value_dim]``."""
         sizes = self.geometry
         return torch.Size([sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.value_dim])
 
 
 def locate(site: Site, resolver: Resolver) -> AttentionSite:
-    """The attention at a site: its module, or the one inside it that computes attention (BERT's ``attention.self``).
+    """Returns the attention at a site: its module, or the one inside it that computes attention (BERT's
+    ``attention.self``).
 
     Raises:
         UnsupportedSite: there is none, there are several, or it does not go through the attention interface.
@@ -85,13 +86,13 @@ _REASON = (
 
 
 def _paths(site: Site, resolver: Resolver) -> Iterator[str]:
-    """The module of the site and those below it."""
+    """Returns the paths of the site's module and of those below it."""
     top = site.module_path
     return (path for path in resolver.modules if path == top or path.startswith(f"{top}.") or not top)
 
 
 def _forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward of the module's own class, without decorators."""
+    """Returns the forward of the module's own class, without decorators."""
     forward: Callable[..., Any] = inspect.unwrap(plain_class(module).forward)
     return forward
 
@@ -120,7 +121,7 @@ def _check_config(path: str, module: nn.Module) -> None:
 
 
 def _eager(module: nn.Module) -> Callable[..., Any]:
-    """The function by which the module's file computes attention itself: what the forward hands to the interface."""
+    """Returns the eager attention function of the module's file, which the forward hands to the interface."""
     forward = _forward(module)
     code = forward.__code__
     name = next(name for name in code.co_names if name.endswith("eager_attention_forward"))
@@ -129,11 +130,12 @@ def _eager(module: nn.Module) -> Callable[..., Any]:
 
 
 def _projection(resolver: Resolver, path: str, part: str) -> Projection | None:
-    """The attention's own matrix (or the rows of a fused one) for a part, None where the host map knows none."""
+    """Returns the attention's own matrix (or its slices of a fused one) for a part, None where the host map knows
+    none."""
     for family in ("attn", "cross"):
         try:
             places = resolver.host.select(f"{family}.{part}")
-        except TargetError:  # fused, and its rows are not known
+        except TargetError:  # fused, and its slices are not known
             continue
         for entry, slices in places:
             if entry.module == path or entry.module.startswith(f"{path}."):
@@ -145,12 +147,12 @@ def _projection(resolver: Resolver, path: str, part: str) -> Projection | None:
 
 
 def _size(module: nn.Module, names: tuple[str, ...]) -> int | None:
-    """The first of the attributes that the module has as a number."""
+    """Returns the first of the attributes that the module has as a number."""
     return next((size for name in names if isinstance(size := getattr(module, name, None), int)), None)
 
 
 def _geometry(path: str, module: Any, projections: Mapping[str, Projection]) -> Geometry:
-    """The sizes that the module's attributes tell, checked against its projections."""
+    """Returns the sizes by the module's attributes, checked against its projections."""
     heads = _size(module, _HEADS) or int(module.config.num_attention_heads)
     kv_heads = heads // (_size(module, _GROUPS) or 1)
     made = {part: projection.out_features for part, projection in projections.items()}

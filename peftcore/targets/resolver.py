@@ -1,10 +1,10 @@
-"""From what a user calls a target to sites: globs, suffixes, regular expressions, roles, types and predicates.
+"""Resolves targets to sites: globs, suffixes, regular expressions, roles, types and predicates.
 
 A string is read in this order: ``re:...`` is a regular expression for the whole path; one with ``* ? [`` is a glob for
-the whole path (``*`` crosses dots); a role that the host map knows is that role; anything else is the end of a path.
-What matches no module is tried on parameters (``"*.in_proj_bias"``). Roles know the rows of fused projections; the
-other forms take whole modules. ``vision:``, ``text:`` or ``audio:`` in front of any of them means the towers that take
-that in, and no others: ``vision:attn.q``.
+the whole path (``*`` crosses dots); a role that the host map knows is that role; anything else is the end of a path. A
+pattern that matches no module is tried on parameters (``"*.in_proj_bias"``). Roles select slices of fused projections;
+the other forms take whole modules. ``vision:``, ``text:`` or ``audio:`` in front of any of them selects the towers that
+take such inputs, and no others: ``vision:attn.q``.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from peftcore.roles.stacks import TokenStack, find
 from peftcore.targets.sites import LayerOf, Site
 
 UNSEEN = (AdapterModules, ScriptModule)
-"""Modules that are no places, nor is anything in them."""
+"""Modules that are never targets, nor is anything in them."""
 KINDS = 8
-"""So many ways in which modules of a class and a shape are built are kept in mind."""
+"""The number of structures that are remembered for modules of one class and shape."""
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[Any]
 
 
 def _matcher(pattern: Any) -> Callable[[str, nn.Module | None], bool]:
-    """A predicate for one target that is not a role."""
+    """Returns a predicate for one target that is not a role."""
     if isinstance(pattern, type):
         return lambda path, module: isinstance(module, pattern)
     if callable(pattern):
@@ -80,14 +80,14 @@ class Resolver:
         self._readers = {entry.module: entry.reader for entry in host.entries if entry.reader is not None}
         self._holders: dict[int, list[tuple[str, str]]] | None = None
         self._layers: dict[tuple[Any, ...], list[tuple[Structure, Layer]]] = {}
-        """By what tells most modules apart."""
+        """Known layers by class, tensor and shape, with the structure of their modules."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies look again how their modules are built."""
+        """Returns the state for copies, without remembered layers."""
         return {**self.__dict__, "_layers": {}}
 
     def _see(self, module: nn.Module, path: str, seen: set[int]) -> None:
-        """Note a module and all below it, each once."""
+        """Record a module and all below it, each once."""
         if id(module) in seen or isinstance(module, UNSEEN):
             return
         seen.add(id(module))
@@ -99,15 +99,15 @@ class Resolver:
                     self._see(child, prefix + name, seen)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The host's own, each as often as a module holds it."""
+        """Returns the host's own parameters, each as often as a module holds it."""
         modules = self.modules.values()
         return [each for module in modules for each in module._parameters.values() if each is not None]
 
     def sites(
         self, target: Target, *, exclude: Target | None = None, tower: str | None = None
     ) -> tuple[list[Site], list[Any]]:
-        """The sites of a target, in the host's order, without those of `exclude`; and the parts of the target that
-        match nothing.
+        """Returns the sites of a target, in the host's order, without those of `exclude`; and the parts of the target
+        that match nothing.
 
         Raises:
             TargetError: nothing matches, or everything was excluded.
@@ -129,14 +129,15 @@ class Resolver:
         return sorted(found.values(), key=lambda site: self._order[site.module_path]), unmatched
 
     def _excluded(self, pattern: Any) -> set[str]:
-        """Paths of sites, and of whole modules where the pattern means modules: what is below those is left out too."""
+        """Returns paths of sites, and of whole modules where the pattern names modules: all below those is left out
+        too."""
         out = {site.path for site in self._match(pattern, None)}
         if not self._is_role(self._split(pattern)[1]):
             out |= {path for path in self._modules_of(pattern) if path}
         return out
 
     def holders(self, tensor: nn.Parameter) -> list[tuple[str, str]]:
-        """Every (module path, name) that holds this very parameter."""
+        """Returns every (module path, name) that holds this very parameter."""
         if self._holders is None:
             self._holders = {}
             for path, module in self.modules.items():
@@ -145,11 +146,11 @@ class Resolver:
         return self._holders.get(id(tensor), [])
 
     def token_stacks(self) -> list[TokenStack]:
-        """The stacks of the host: what takes token ids, embeds them and runs blocks."""
+        """Returns the stacks of the host: modules that take token ids, embed them and run blocks."""
         return find(self.modules, self.host.entries)
 
     def module_site(self, path: str) -> Site:
-        """The site of a whole module or of one parameter by exact path.
+        """Returns the site of a whole module or of one parameter by exact path.
 
         Raises:
             TargetError: there is neither.
@@ -162,15 +163,15 @@ class Resolver:
         raise TargetError(self._nothing(path))
 
     def site(self, module_path: str, tensor: str, role: str | None = None, slices: Slices | None = None) -> Site:
-        """One site, described exactly; what is read without being called is a tensor of the module above that reads
-        it."""
+        """Returns one site by its exact path; a module that is read without being called gives a tensor of the module
+        that reads it."""
         parent, _, leaf = module_path.rpartition(".")
         attention = leaf == "out_proj" and isinstance(self.modules.get(parent), nn.MultiheadAttention)
         reader = parent if attention else self._readers.get(module_path)
         if reader is not None:
             module_path, tensor = reader, f"{module_path}.{tensor}".removeprefix(f"{reader}.")
         module = self.modules[module_path]
-        output = role is not None and role.endswith(".output")  # the operator acts on what the module returns
+        output = role is not None and role.endswith(".output")  # the operator acts on the module's output
         layer = self._layer(module, tensor)
         whole = tensor == "weight" and not layer.has(module, tensor)  # a module without a weight of its own
         form = "activation" if output or whole or (layer.called and tensor == "weight") else "weight"
@@ -179,7 +180,7 @@ class Resolver:
         return Site(module, module_path, tensor, layer, role, slices, form, self.layer_of)
 
     def _layer(self, module: nn.Module, tensor: str) -> Layer:
-        """How a module stores a tensor: of those that are built alike, one is looked at."""
+        """Returns how a module stores a tensor; of modules that are built alike, one is examined."""
         held = module._parameters.get(tensor)
         known = self._layers.setdefault((type(module), tensor, None if held is None else held.shape), [])
         for structure, layer in known:
@@ -191,10 +192,10 @@ class Resolver:
         return layer
 
     def recorded(self, module_path: str, tensor: str, role: str | None = None, slices: Slices | None = None) -> Site:
-        """A site as a file tells of it.
+        """Returns a site as a file records it.
 
         Raises:
-            HostMismatch: the host has no such module, tensor, or rows.
+            HostMismatch: the host has no such module, tensor, or slices.
         """
         module = self.modules.get(module_path)
         if module is None:
@@ -243,7 +244,7 @@ class Resolver:
                         yield self.site(owner, name)
 
     def _split(self, pattern: Any) -> tuple[tuple[str, ...] | None, Any]:
-        """The towers that a pattern means, None for all, and the rest of it."""
+        """Returns the towers that a pattern selects, None for all, and the rest of it."""
         if isinstance(pattern, str):
             sense, colon, rest = pattern.partition(":")
             if colon and sense in self.host.named_towers:
@@ -255,11 +256,11 @@ class Resolver:
         return {entry.module: entry.tower for entry in self.host.entries}
 
     def _inside(self, towers: tuple[str, ...] | None, paths: Iterable[str]) -> list[str]:
-        """Those of the paths that are in some towers."""
+        """Returns the paths that are in some towers."""
         return [path for path in paths if towers is None or self._tower_of.get(path) in towers]
 
     def _modules_of(self, pattern: Any) -> list[str]:
-        """The modules that a pattern which is no role means."""
+        """Returns the paths of modules that match a pattern which is no role."""
         towers, inner = self._split(pattern)
         matches = _matcher(inner)
         paths = self._by_name.get(inner.rpartition(".")[2], ()) if _is_ending(inner) else self.modules
@@ -274,8 +275,8 @@ class Resolver:
         return found
 
     def _is_role(self, pattern: Any) -> bool:
-        """A role of this host, or a family such as ``norm.*`` (which is never a path: paths have an owner before the
-        dot)."""
+        """Whether a pattern is a role of this host, or a family such as ``norm.*`` (which is never a path: paths have
+        an owner before the dot)."""
         return isinstance(pattern, str) and self.host.knows(pattern)
 
     def _of_entry(self, entry: HostEntry, role: str, slices: Slices | None) -> Site:
@@ -285,7 +286,8 @@ class Resolver:
         return self.site(entry.module, entry.tensor or self._own_tensor(entry.module), named, slices)
 
     def _last_matrix(self, entry: HostEntry) -> str:
-        """The tensor below a module from which its output comes: its own weight, or its experts' second matrices."""
+        """Returns the tensor below a module from which its output comes: its own weight, or its experts' second
+        matrices."""
         if self.modules[entry.module]._parameters.get("weight") is not None:
             return "weight"
         prefix = f"{entry.module}."
@@ -319,7 +321,7 @@ class Resolver:
 
 
 def _above(path: str) -> Iterator[str]:
-    """The whole tensor of a part, and every module above a path."""
+    """Yields the whole tensor of a part, and every module above a path."""
     path = path.partition(":")[0]
     while path:
         yield path

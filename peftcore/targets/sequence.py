@@ -1,12 +1,12 @@
-"""Edits of the token sequence: trained rows in front of what a host embeds (soft prompts).
+"""Edits of the token sequence: trained rows in front of a host's token embeddings (soft prompts).
 
 An author writes `rows`; the core puts them where ids are consumed, in the *stack* (see `peftcore.roles.stacks`), and
-keeps everything in step: masks, positions, token types, caches. Outputs keep the shape that the host would have had:
+keeps everything in step: masks, positions, token types, caches. Outputs keep the shape that they have without the rows:
 the rows are dropped again before anything pools or scores, so heads, labels and `generate` see the user's tokens alone.
 An encoder whose output other stacks attend to keeps them, and the readers' masks get their columns.
 
 Everything equals the host run on embeddings that begin with the rows. Where the rows cannot be kept in step, a
-`SequenceError` says so.
+`SequenceError` is raised.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from peftcore.targets.sites import Site
 MASK, POSITIONS, STEPS = "attention_mask", "position_ids", "cache_position"
 MEMORY_MASK = "encoder_attention_mask"
 MARKS = ("token_type_ids", "mm_token_type_ids", "visual_pos_masks")
-"""What is said of each token; of rows in front it says 0."""
+"""Arguments with an entry for each token; rows in front get 0."""
 PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 """Arguments of batches that pack several sequences into one."""
 KNOWN = frozenset({IDS, EMBEDS, MASK, POSITIONS, STEPS, MEMORY, MEMORY_MASK, *MARKS, *CACHES})
@@ -49,16 +49,16 @@ class SequenceSite(Site):
     """A stack; its tensor is the token table, so `out_features` is the width of a row."""
 
     stack: TokenStack = NOWHERE
-    """What embeds ids and runs blocks, and where it does so."""
+    """The stack that embeds ids and runs blocks."""
     places: tuple[Site, ...] = ()
-    """Where the operator stands besides: where embeddings enter, where blocks end, what reads the output."""
+    """The operator's further sites: where embeddings enter, where blocks end, and modules that read the output."""
 
     @property
     def path(self) -> str:
         return f"{self.module_path}:{FORM}".lstrip(":")
 
     def embedded(self, ids: Tensor) -> Tensor:
-        """What the stack makes of ids, scaled as it scales; shape only while planning."""
+        """Returns the stack's embeddings of ids, scaled as it scales; shape only while planning."""
         if self.meta:
             return torch.empty(*ids.shape, self.out_features, device="meta")
         table = self.module.get_submodule(self.stack.table)
@@ -69,10 +69,10 @@ class SequenceSite(Site):
 
 
 def locate(site: Site, resolver: Resolver) -> SequenceSite:
-    """The stack at a site.
+    """Returns the stack at a site.
 
     Raises:
-        UnsupportedSite: no stack is there.
+        UnsupportedSite: there is no stack.
     """
     stacks = {stack.path: stack for stack in resolver.token_stacks()}
     stack = stacks.get(site.module_path)
@@ -103,7 +103,7 @@ def locate(site: Site, resolver: Resolver) -> SequenceSite:
 
 
 class SequenceOperator(Operator):
-    """Rows in front of the sequence of a stack: subclasses say which, in `rows`."""
+    """Base class of operators with rows in front of the sequence of a stack: subclasses define `rows`."""
 
     def __init__(self, site: SequenceSite, length: int) -> None:
         super().__init__(site)
@@ -112,17 +112,17 @@ class SequenceOperator(Operator):
         self.stamp = uuid.uuid4().hex  # copies of a host keep it, so caches go with copies
 
     def rows(self, embeds: Tensor) -> Tensor:
-        """The rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]``, or one such for each
-        of the batch."""
+        """Returns the rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]``, or one such
+        for each sequence of the batch."""
         raise NotImplementedError
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        """What acts at one of the operator's places."""
+        """Returns the function that acts at one of the operator's places."""
         acts = {FORM: self._around, ENTRY: self._enter, BODY: self._leave, READER: self._read}
         return functools.partial(acts[form], module)
 
     def _around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The stack itself."""
+        """Run the stack itself."""
         if self.stack.entry == self.stack.path:
             return self._enter(module, call, *args, **kwargs)
         given = self._bind(FORM, args, kwargs)  # embeddings enter further in; here are the mask and the outputs
@@ -132,7 +132,7 @@ class SequenceOperator(Operator):
         return _without_rows(call(**given), self.length, tokens + self.length, len(given[IDS]))
 
     def _enter(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Where embeddings take the place of ids."""
+        """Run the module at which embeddings replace ids."""
         given = self._bind(FORM if self.stack.entry == self.stack.path else ENTRY, args, kwargs)
         key = next((name for name in CACHES if given.get(name) is not None), None)
         mark = self.stamp, self.length
@@ -176,7 +176,7 @@ class SequenceOperator(Operator):
         given[EMBEDS] = torch.cat([rows.expand(len(embeds), -1, -1), embeds], dim=1)
 
     def _shifted(self, given: Mapping[str, Any], enter: bool) -> dict[str, Any]:
-        """What counts or describes tokens, with the rows in front counted and described."""
+        """Returns the arguments that count or describe tokens, extended for the rows in front."""
         changed: dict[str, Any] = {}
         count = self.length
         start = 0 if self.stack.position_padding is None else self.stack.position_padding + 1
@@ -195,7 +195,7 @@ class SequenceOperator(Operator):
         return changed
 
     def _leave(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Where the blocks end, in stacks that pool after them."""
+        """Run the module at which the blocks end, in stacks that pool after them."""
         given = self._bind(BODY, args, kwargs)
         hidden = next(value for value in given.values() if isinstance(value, Tensor) and value.dim() == 3)
         held = any(is_filled(given[name]) for name in CACHES if given.get(name) is not None)
@@ -203,7 +203,7 @@ class SequenceOperator(Operator):
         return output if held else _without_rows(output, self.length, _rows_of(output), len(hidden))
 
     def _read(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Where another stack attends to this one's output: its mask gets the rows' columns."""
+        """Run a stack that attends to this one's output: its mask gets the rows' columns."""
         given = self._bind(READER, args, kwargs)
         mask, memory = given.get(MEMORY_MASK), given.get(MEMORY)
         if mask is not None and memory is not None:
@@ -222,13 +222,14 @@ class SequenceOperator(Operator):
         return Front(module, self.length, not cache.held, self.stack.causal, cache)
 
     def _table(self, module: nn.Module) -> nn.Module:
-        """The token table, which may have been replaced since (resized); given the stack or its embeddings."""
+        """Returns the token table, which may have been replaced since (resized); `module` is the stack or its
+        embeddings."""
         below = self.stack.entry[len(self.stack.path) :].lstrip(".")
         return module.get_submodule(self.stack.table.removeprefix(f"{below}."))
 
 
 def _refuse_unknown(given: Mapping[str, Any], tokens: int) -> None:
-    """Rows cannot go in front of what nobody knows to run along the sequence."""
+    """Refuse an unknown argument that runs along the sequence: its entries for the rows in front are not known."""
     for name, value in given.items():
         along = isinstance(value, Tensor) and name not in KNOWN and value.dim() > 1 and value.shape[1] == tokens
         if along or (name in PACKING and value is not None):
@@ -238,21 +239,23 @@ def _refuse_unknown(given: Mapping[str, Any], tokens: int) -> None:
 
 
 def _refuse_packing(places: Tensor, given: Mapping[str, Any]) -> None:
-    """Without a mask, positions that start again say that several sequences are packed into one."""
+    """Refuse packed sequences: without a mask, positions that start again mean that several sequences are packed into
+    one."""
     alone = given.get(MASK) is None and all(given.get(name) is None for name in CACHES)
     if alone and places.dim() == 2 and not torch.compiler.is_compiling() and bool((places.diff() != 1).any()):
         raise SequenceError("packed sequences would each need the soft prompt in front; pass them as rows of a batch")
 
 
 def _check(output: Any, whole: int | None, tokens: int) -> None:
-    """The output has the rows that the sequence had (or had without the rows in front, where blocks end further in)."""
+    """Check that the output has the rows that the sequence had (or had without the rows in front, where blocks end
+    further in)."""
     rows = _rows_of(output)
     if rows > tokens if whole is None else rows != whole:
         raise SequenceError(f"{tokens} tokens gave {rows} rows: the stack pools or regroups them, rows in front too")
 
 
 def _rows_of(output: Any) -> int:
-    """The length of the sequence that a module gives back."""
+    """Returns the length of the sequence that a module returns."""
     if isinstance(output, Mapping | list | tuple):
         values = output.values() if isinstance(output, Mapping) else output
         output = next(value for value in values if isinstance(value, Tensor))
@@ -261,8 +264,8 @@ def _rows_of(output: Any) -> int:
 
 
 def _without_rows(output: Any, count: int, whole: int, batch: int) -> Any:
-    """The output without the first `count` of the (at least) `whole` places: of hidden states, of the queries of
-    attention weights, and of what is said of all tokens of a batch in one list (routers)."""
+    """Returns the output without the first `count` of the (at least) `whole` places: of hidden states, of the queries
+    of attention weights, and of tensors for all tokens of a batch in one list (routers)."""
     if isinstance(output, Tensor):
         if output.dim() == 3 and output.shape[1] >= whole:
             return output[:, count:].contiguous()  # heads may want to view it
@@ -275,12 +278,12 @@ def _without_rows(output: Any, count: int, whole: int, batch: int) -> Any:
 
 
 def _with_caches(output: Any, outward: Callable[[Any], Any]) -> Any:
-    """The output with its caches exchanged."""
+    """Returns the output with its caches exchanged."""
     return _mapped(output, lambda value: outward(value) if is_cache(value) else value)
 
 
 def _mapped(output: Any, change: Callable[[Any], Any]) -> Any:
-    """A structure with `change` applied to its entries."""
+    """Returns a structure with `change` applied to its entries."""
     if isinstance(output, Mapping):
         return type(output)(**{key: change(value) for key, value in output.items()})
     if isinstance(output, list | tuple):

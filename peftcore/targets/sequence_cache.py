@@ -1,10 +1,11 @@
-"""Caches of transformers that hold more than the user's tokens: rows that a sequence edit put in front of them.
+"""Caches of transformers that hold more than the user's tokens: also the rows that a sequence edit put in front of
+them.
 
 Inside the stack the cache counts everything, so masks, positions and windows come out as for one long sequence.
-Outside, `generate` slices ids by what the cache counts and makes masks of that length, so there it must count the
+Outside, `generate` slices ids by the length of the cache and makes masks of that length, so there it must count the
 user's tokens alone. Hence the object that the user holds becomes a *marked* cache: a subclass of its own class that
-leaves the rows out of every count, and the stack gets a plain one that shares its layers. The mark says whose rows the
-cache holds, so a cache filled without them, or by another prompt, is an error and not a wrong number.
+leaves the rows out of every count, and the stack gets a plain one that shares its layers. The mark records whose rows
+the cache holds, so a cache filled without them, or by another prompt, is an error and not a wrong number.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from typing import Any
 from peftcore.errors import SequenceError
 
 Rows = tuple[tuple[str, int], ...]
-"""Whose rows a cache holds in front, the outermost last: (stamp of the operator, number of rows)."""
+"""The rows in front of a cache, the outermost last: (stamp of the operator, number of rows)."""
 
 
 class Marked:
-    """What marked caches have before their own class: all counts leave out the rows in front."""
+    """Mixin of marked caches, before their own class: all counts leave out the rows in front."""
 
     unmarked: type[Any]
     """The class that it is a cache of."""
     layers: list[Any]
     rows: Rows
     grown = 0
-    """By how much the capacity of static layers was raised."""
+    """The capacity added to static layers."""
 
     @property
     def _front(self) -> int:
@@ -53,7 +54,7 @@ class Marked:
         )
 
     def reset(self) -> None:
-        """Emptied, it is the cache that it was."""
+        """Empty the cache and give it back its own class."""
         super().reset()  # type: ignore[misc]
         if self.grown:
             _grow(self, -self.grown)
@@ -86,7 +87,7 @@ def is_cache(value: Any) -> bool:
 
 
 def _view(own: Any, rows: Rows) -> Any:
-    """Another object with the same layers, that counts all but `rows`."""
+    """Returns another cache with the same layers, that counts all but `rows`."""
     base: Any = own.unmarked if isinstance(own, Marked) else type(own)
     view: Any = object.__new__(_marked_class(base) if rows else base)
     view.__dict__.update(own.__dict__)
@@ -95,13 +96,13 @@ def _view(own: Any, rows: Rows) -> Any:
 
 
 def _rows(own: Any) -> Rows:
-    """Whose rows it holds in front."""
+    """Returns the rows that a cache holds in front."""
     return own.rows if isinstance(own, Marked) else ()
 
 
 def self_attention_cache(cache: Any) -> Any:
-    """The part of a cache that grows with a stack's own tokens: of a decoder that also attends to an encoder, that of
-    its self-attention; else the cache itself.
+    """Returns the part of a cache that grows with a stack's own tokens: the self-attention cache of a decoder that also
+    attends to an encoder; else the cache itself.
 
     Raises:
         SequenceError: it is no cache of transformers.
@@ -154,24 +155,24 @@ class Opened:
     given: Any
     """The object of the user, or of the edit outside of this one; None when there is none yet."""
     inner: Any
-    """What goes on to the stack: it counts this edit's rows too."""
+    """The cache for the stack: it counts this edit's rows too."""
     held: bool
     """Whether the rows are in it already; otherwise they go in with this forward."""
 
     @property
     def past(self) -> Any:
-        """How much it holds, these rows included: a number, or a tensor in static caches."""
+        """The number of tokens that it holds, these rows included: a number, or a tensor in static caches."""
         return 0 if self.inner is None else self_attention_cache(self.inner).get_seq_length()
 
     def sizes(self, queries: int, sliding: bool) -> tuple[int, int]:
-        """Number and first position of the keys that queries of the layers of one kind will see."""
+        """Returns the number and first position of the keys that queries of the layers of one kind will see."""
         own = self_attention_cache(self.inner)
         index = next((index for index, each in enumerate(own.is_sliding) if each == sliding), 0)
         length, offset = own.get_mask_sizes(queries, index)
         return length, offset
 
     def mark(self, mark: tuple[str, int]) -> None:
-        """After the forward: the user's cache holds the rows now, and says so."""
+        """Mark the user's cache after the forward: it holds the rows now."""
         if self.given is None or self.held or not is_filled(self.inner):
             return
         own, inner = self_attention_cache(self.given), self_attention_cache(self.inner)
@@ -179,13 +180,13 @@ class Opened:
         own.__class__ = _marked_class(type(own))
 
     def abandon(self, mark: tuple[str, int]) -> None:
-        """After a forward that failed before it filled anything: the room made for the rows is given back."""
+        """Take back the capacity added for the rows, after a forward that failed before it filled anything."""
         grew = self.given is not None and not self.held and "grown" in self_attention_cache(self.inner).__dict__
         if grew and not is_filled(self.given):
             _grow(self_attention_cache(self.given), -mark[1])
 
     def outward(self, found: Any, mark: tuple[str, int]) -> Any:
-        """What the user gets for a cache that the stack gives back: the one handed in, or the new one, marked."""
+        """Returns the user's cache for one that the stack returns: the one handed in, or the new one, marked."""
         if found is self.inner:
             return self.given
         own = self_attention_cache(found)
@@ -195,7 +196,7 @@ class Opened:
 
 
 def opened(cache: Any, mark: tuple[str, int]) -> Opened:
-    """The cache as the stack is to see it.
+    """Returns the cache as the stack is to see it.
 
     Raises:
         SequenceError: it holds other rows than those of the edit that acts now, or none.
@@ -218,5 +219,5 @@ def opened(cache: Any, mark: tuple[str, int]) -> Opened:
     inner = _view(own, ())
     if any(map(_grows, own.layers)):
         _grow(own, mark[1])
-        inner.grown = own.__dict__.get("grown", 0) + mark[1]  # what an edit outside of this one needed, and this one
+        inner.grown = own.__dict__.get("grown", 0) + mark[1]  # an outer edit may have added some, too
     return Opened(cache, _with_own(cache, inner), held=False)

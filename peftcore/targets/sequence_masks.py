@@ -1,9 +1,8 @@
-"""Masks over a sequence that gets rows in front.
+"""Attention masks over a sequence that gets rows in front.
 
-A two-dimensional mask says which keys are padding; the stack makes its own from it, so columns of ones are enough. A
-four-dimensional one is final: `generate` makes them for static caches, multimodal models for their images. It gets the
-rows' columns, and the rows of those that enter with this forward, with the causality and the window of the layers that
-it is for.
+A two-dimensional mask marks padding; the stack makes its own from it, so columns of ones are enough. A four-dimensional
+one is final: `generate` makes them for static caches, multimodal models for their images. It gets the rows' columns,
+and the rows of those that enter with this forward, with the causality and the window of the layers that it is for.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ SLIDING = "sliding_attention"
 KINDS = ("full_attention", SLIDING)
 """The kinds of attention for which transformers keeps masks apart, as far as these do not depend on absolute places."""
 RECURRENT = ("linear_attention", "conv")
-"""The kinds whose masks, [batch, queries], speak of the tokens of this forward alone."""
+"""The kinds whose masks, [batch, queries], are for the tokens of this forward alone."""
 
 
 @dataclass(frozen=True)
 class Front:
-    """The rows in front, as the masks of one forward need to know them."""
+    """The rows in front, with the sizes that the masks of one forward need."""
 
     module: nn.Module
     count: int
@@ -37,7 +36,7 @@ class Front:
     cache: Opened
 
     def extend(self, mask: Any, queries: int) -> Any:
-        """The mask with the rows' columns; `queries` tokens come with this forward.
+        """Returns the mask with the rows' columns; `queries` tokens come with this forward.
 
         Raises:
             SequenceError: a mask of a kind that cannot be extended.
@@ -61,7 +60,8 @@ class Front:
         return self._padding(mask) if mask.dim() == 2 else self._final(mask, kind == SLIDING)
 
     def _built(self, queries: int) -> Tensor | None:
-        """A missing mask says that all before a token is in its window; with the rows in front that may end."""
+        """Returns a mask where none was given: that means that all before a token is in its window, which may end with
+        rows in front."""
         window = self._window()
         if window is None or queries <= window or self._config()._attn_implementation != "sdpa":
             return None
@@ -95,18 +95,19 @@ class Front:
         return window
 
     def _slides_everywhere(self) -> bool:
-        """One mask for all layers is for a window where the model has one and does not tell its layers apart."""
+        """Whether one mask for all layers is for a window: the model has one and does not tell its layers apart."""
         return self._window() is not None and getattr(self._config(), "layer_types", None) is None
 
 
 def _seen(at: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """[queries, keys]: what queries at these places see of the keys, before them and in the window."""
+    """Returns [queries, keys]: whether queries at these places see the keys, before them and in the window."""
     seen = keys <= at[:, None]
     return seen if window is None else seen & (at[:, None] - keys < window)
 
 
 def _like(seen: Tensor, mask: Tensor) -> Tensor:
-    """[queries, keys] as [batch, heads, queries, keys], in the mask's way: True where seen, or 0 and the lowest."""
+    """Returns [queries, keys] as [batch, heads, queries, keys] in the form of the mask: True where seen, or 0 and the
+    lowest."""
     if mask.dtype != torch.bool:
         seen = mask.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(mask.dtype).min)
     return seen.expand(*mask.shape[:2], *seen.shape)

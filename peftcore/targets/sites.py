@@ -1,4 +1,4 @@
-"""A place in a host at which a method acts."""
+"""A site: a target module or tensor of a host at which a method acts."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ MIXES_ROWS = ("experts", "pos")
 
 
 class _Memory:
-    """Room for what a site has worked out, since methods ask many times. Not among its attributes, from which others
-    are made (``**vars(site)``)."""
+    """Slots for values that a site has computed, since methods ask many times. They are not among its attributes, from
+    which other sites are made (``**vars(site)``)."""
 
     __slots__ = ("__dict__", "__weakref__", "_path", "_shape")
     _path: str
@@ -36,7 +36,7 @@ class _Memory:
 
 @dataclass(frozen=True, eq=False)
 class Site(_Memory):
-    """A module of the host, one of its tensors, or some rows of one, that a method acts on.
+    """A module of the host, one of its tensors, or some slices of one, that a method acts on.
 
     Attributes:
         module: the module itself.
@@ -46,9 +46,9 @@ class Site(_Memory):
         role: the role by which it was found, if any.
         slices: the slices of the logical output dimension, for one part of a fused projection.
         form: "activation" where an operator may wrap the module's forward, "weight" where only the tensor can be acted
-            on; "attention" for what acts inside an attention module; "sequence" for a stack of tokens.
+            on; "attention" for the inside of an attention module; "sequence" for a stack of tokens.
         layer_of: finds the `layer` of the module's other tensors.
-        meta: shapes alone count: while planning.
+        meta: whether shapes alone count: while planning.
     """
 
     module: nn.Module
@@ -85,7 +85,7 @@ class Site(_Memory):
 
     @property
     def mixes_rows(self) -> bool:
-        """True where rows of the batch cannot be told apart: among the tokens of experts, and at positions."""
+        """Whether rows of the batch cannot be told apart: among the tokens of experts, and at positions."""
         return (self.role or "").partition(".")[0] in MIXES_ROWS or self.role == "embed.pos"
 
     @property
@@ -95,7 +95,8 @@ class Site(_Memory):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """The logical shape ``[*batch, out, in, *kernel]``, also when the weight is packed; rows only.
+        """The logical shape ``[*batch, out, in, *kernel]``, also of a quantized weight; with `slices`, that of the
+        slices.
 
         Raises:
             UnsupportedSite: the module has no such tensor, and it is no bias that could be added.
@@ -123,12 +124,12 @@ class Site(_Memory):
 
     @property
     def out_features(self) -> int:
-        """Outputs of the linear map, or the length of a vector."""
+        """The number of outputs of the linear map, or the length of a vector."""
         return self.weight_shape[self.layer.batch_dims]
 
     @property
     def in_features(self) -> int:
-        """Inputs of the linear map (of one group, for grouped convolutions).
+        """The number of inputs of the linear map (of one group, for grouped convolutions).
 
         Raises:
             UnsupportedSite: the tensor is a vector.
@@ -147,11 +148,11 @@ class Site(_Memory):
 
     @property
     def numel(self) -> int:
-        """Values in the tensor (or in its rows)."""
+        """The number of values in the tensor (or in its slices)."""
         return math.prod(self.weight_shape)
 
     def _first_input(self) -> int:
-        """The dimension of the inputs."""
+        """Returns the dimension of the inputs."""
         dim = self.layer.batch_dims + 1
         if dim >= len(self.weight_shape):
             raise UnsupportedSite(f"{self.path} is a vector of {self.out_features}; this method needs a matrix")
@@ -159,7 +160,7 @@ class Site(_Memory):
 
     @property
     def device(self) -> torch.device:
-        """Where the module computes."""
+        """The device on which the module computes."""
         held: Tensor | None = self.module._parameters.get(self.tensor)  # as nearly always
         if held is not None:
             return held.device
@@ -170,11 +171,12 @@ class Site(_Memory):
         return torch.device("cpu") if held is None else held.device
 
     def weight(self) -> Tensor:
-        """The dense logical weight ``[*batch, out, in, *kernel]`` as the active injections leave it, in the dtype that
-        the module has (a packed one: computes in); zeros for a missing bias, shape only while planning.
+        """Returns the dense logical weight ``[*batch, out, in, *kernel]`` with the active injections, in the dtype of
+        the module (a quantized one: the dtype in which it computes); zeros for a missing bias, shape only while
+        planning.
 
         Raises:
-            UnsupportedSite: nobody here can read it, or there is none.
+            UnsupportedSite: no plugin can read it, or there is none.
         """
         self.layer.check_readable(self.module, self.tensor)
         if self.meta:
@@ -184,36 +186,37 @@ class Site(_Memory):
         return effective_weight(self.module, self.tensor, self.layer, self.slices)
 
     def base_weight(self) -> Tensor:
-        """The weight as `weight` gives it, but without what injections do to it.
+        """Returns the weight as `weight` does, but without injections.
 
         Raises:
-            UnsupportedSite: nobody here can read it, or there is none.
+            UnsupportedSite: no plugin can read it, or there is none.
         """
         stored = None if self.meta else self.layer.read(self.module, self.tensor)
         return self.weight() if stored is None else self.logical(whole(stored))
 
     def logical(self, stored: Tensor) -> Tensor:
-        """The site's part of a tensor ``[*batch, out, in, *kernel]`` (its rows), given one of the shape in which the
-        module stores the whole, such as its gradient."""
+        """Returns the site's part (its slices) of a tensor ``[*batch, out, in, *kernel]`` that has the shape in which
+        the module stores the whole, such as its gradient."""
         return take(self.layer.logical(stored), self.slices, self.layer.batch_dims)
 
     def _beside(self) -> Site:
-        """The weight beside a bias that the host does not have."""
+        """Returns the site of the weight that belongs to a bias which the host does not have."""
         owner, _, name = self.tensor.rpartition(".")
         if name != "bias":
             raise UnsupportedSite(f"{self.module_path or 'the host'} has no tensor {self.tensor!r} to act on")
         return self.at(f"{owner}.weight".lstrip("."))
 
     def tensors(self) -> tuple[str, ...]:
-        """The parameter slots beside the site's tensor, by path below the module; empty ones (no bias) included."""
+        """Returns the module's parameters next to the site's tensor, by path below the module; empty ones (no bias)
+        included."""
         owner = self.tensor.rpartition(".")[0]
         module = self.module.get_submodule(owner)
         return tuple(f"{owner}.{name}".lstrip(".") for name in self.layer_of(module, "weight").slots(module))
 
     def missing(self, tensor: str) -> bool:
-        """True for a parameter slot that the host left empty."""
+        """Whether the host left a parameter empty."""
         return not self.layer_of(self.module, tensor).has(self.module, tensor)
 
     def at(self, tensor: str) -> Site:
-        """The same rows of another tensor of the module."""
+        """Returns the site of another tensor of the module, with the same slices."""
         return replace(self, tensor=tensor, layer=self.layer_of(self.module, tensor), form="weight")

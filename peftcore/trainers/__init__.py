@@ -1,4 +1,4 @@
-"""Other libraries' trainers.
+"""Integrations with other libraries' trainers.
 
 It may import `authoring`, and what is below. In the order of reading:
 

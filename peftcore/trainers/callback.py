@@ -27,9 +27,9 @@ from peftcore.training.optimizer import MethodOptimizer, gradient_rules, schedul
 
 
 class PeftcoreCallback(transformers.TrainerCallback):
-    """Give it to the Trainer of a model that was adapted in place.
+    """A callback for the Trainer of a model that was adapted in place.
 
-    * Checkpoints hold what trains and what the adapters need, not the frozen base; they resume exactly.
+    * Checkpoints hold trained tensors and those of adapters, not the frozen base; they resume exactly.
     * Methods with a schedule take their steps.
     * After training, ``trainer.save_model()`` writes the base without adapters; `Injection.save` writes those.
 
@@ -48,17 +48,17 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._stepped: list[AppliedMethod] = []
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The Trainer loads the checkpoint to resume from before it says that training begins."""
+        """Expect a checkpoint to resume from: the Trainer loads it before the event that training begins."""
         vars(kwargs["model"]).pop(ADMITTED, None)
         self._await_checkpoint(kwargs["model"])
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """The Trainer logs the run's time last, then loads the best checkpoint."""
+        """Expect the best checkpoint: the Trainer logs the run's time last, then loads it."""
         if "train_runtime" in (logs or {}):
             self._await_checkpoint(kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find out what trains, and whether the optimizer at hand does what the methods say.
+        """Find the frozen parameters, and check that the optimizer follows the methods' rules.
 
         Raises:
             TrainingError: it does not.
@@ -78,7 +78,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
             optimizer.total_steps = state.max_steps
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The methods' steps, where the optimizer is not their own."""
+        """Take the methods' steps, where the optimizer is not their own."""
         optimizer = kwargs["optimizer"]
         if isinstance(optimizer, AcceleratedOptimizer) and optimizer.step_was_skipped:  # a gradient scaler's overflow
             return
@@ -88,47 +88,47 @@ class PeftcoreCallback(transformers.TrainerCallback):
     # checkpoint, so the model is changed no longer than that: a failure anywhere else finds it as it was.
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A checkpoint may come next, or an evaluation and then a checkpoint."""
+        """Expect a checkpoint, or an evaluation and then a checkpoint."""
         self._evaluating = control.should_evaluate
         if control.should_save and not control.should_evaluate:
             self._arm(kwargs["model"])
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The same."""
+        """Expect a checkpoint, as after a step."""
         self.on_step_end(args, state, control, **kwargs)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **kwargs: Any
     ) -> None:
-        """A checkpoint may come next, unless the Trainer is about to fail for want of the metric that it chooses by."""
+        """Expect a checkpoint, unless the Trainer is about to fail for want of the metric that it chooses by."""
         wanted = args.metric_for_best_model
         found = wanted is None or any(key in (metrics or {}) for key in (wanted, f"eval_{wanted}"))
         if self._evaluating and found and (control.should_save or args.save_strategy == "best"):
             self._arm(kwargs["model"])
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Another evaluation came first."""
+        """Expect no checkpoint yet: another evaluation came first."""
         self._disarm(self._evaluating)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The checkpoint is written."""
+        """Restore the model: the checkpoint is written."""
         self._disarm()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """No checkpoint came."""
+        """Restore the model: no checkpoint came."""
         self._disarm()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """No checkpoint came."""
+        """Restore the model: no checkpoint came."""
         self._disarm()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What is saved from now on is the base without adapters."""
+        """Let the model save the base without adapters from now on."""
         self._disarm()
         _save_adapters(kwargs["model"], False)
 
     def _arm(self, model: nn.Module) -> None:
-        """Let the next state_dict(), and no other, leave out what is frozen."""
+        """Let the next state_dict(), and no other, leave out frozen tensors."""
         self._disarm(self._evaluating)
 
         def state_dict(*args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
@@ -161,11 +161,11 @@ class PeftcoreCallback(transformers.TrainerCallback):
 
 
 ADMITTED = "_hf_peft_config_loaded"
-"""By this transformers knows of adapters on a quantized model. Left true, it would save those of peft."""
+"""The attribute that marks a quantized model with adapters for transformers. Left true, it would save those of peft."""
 
 
 class _Once:
-    """True to the first who asks, the Trainer as it begins, and gone from the model then."""
+    """True when it is first asked for, by the Trainer as it begins, and gone from the model then."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -176,26 +176,26 @@ class _Once:
 
 
 def _within(model: nn.Module) -> list[Injection]:
-    """The injections of the model, or of its parts, where it is a frame round an adapted one."""
+    """Returns the injections of the model, or of its parts, where it wraps an adapted one."""
     return [injection for module in model.modules() for injection in injections(module).values()]
 
 
 def _inside(optimizer: Any) -> Any:
-    """The optimizer that accelerate wrapped."""
+    """Returns the optimizer that accelerate wrapped."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
 
 
 def _save_adapters(model: nn.Module, wanted: bool) -> None:
-    """Whether ``save_pretrained`` writes the tensors of injections."""
+    """Choose whether ``save_pretrained`` writes the tensors of injections."""
     if isinstance(model, transformers.PreTrainedModel):
         ignored, ours = set(model._keys_to_ignore_on_save or ()), adapter_keys(model)
         model._keys_to_ignore_on_save = ignored - ours if wanted else ignored | ours
 
 
 def _check_plain(injection: Injection, resuming: bool) -> None:
-    """An injection that trains with an optimizer that is not its own."""
+    """Check that an injection can train with an optimizer that is not its own."""
     remedy = "Trainer(..., optimizers=(injection.optimizer(torch.optim.AdamW, lr=...), None))"
     if gradient_rules(injection):
         raise TrainingError(f"{injection.name!r} has a rule for gradients that this optimizer does not know: {remedy}")
@@ -207,15 +207,15 @@ def _check_plain(injection: Injection, resuming: bool) -> None:
 
 
 def adapter_keys(model: nn.Module) -> set[str]:
-    """The keys of the host's state dict that belong to injections."""
+    """Returns the keys of the host's state dict that belong to injections."""
     ours = {id(module) for injection in _within(model) for _, module in injection.modules()}
     prefixes = tuple(f"{path}." for path, module in model.named_modules(remove_duplicate=False) if id(module) in ours)
     return {key for key in model.state_dict() if key.startswith(prefixes)}
 
 
 def frozen_keys(model: nn.Module) -> set[str]:
-    """The keys of the host's state dict that cannot change in training: frozen parameters of the base, and all that a
-    packed weight is made of.
+    """Returns the keys of the host's state dict that cannot change in training: frozen parameters of the base, and all
+    tensors of a quantized weight.
 
     Buffers of the base stay: the host may write into them.
     """

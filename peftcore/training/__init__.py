@@ -19,7 +19,7 @@ __all__ = ["Batch", "Batches", "GradientRule", "MethodOptimizer", "PeftcoreCallb
 
 
 def __getattr__(name: str) -> Any:
-    """The callback is a class of transformers', which is imported when the callback is first asked for."""
+    """Import the callback when it is first asked for: it is a subclass of one of transformers."""
     if name == "PeftcoreCallback":
         from peftcore.trainers.callback import PeftcoreCallback
 

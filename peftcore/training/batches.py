@@ -27,10 +27,10 @@ class Batch:
         self._model, self._content = model, content
 
     def output(self) -> Any:
-        """What the model makes of it.
+        """Returns the model's output for the batch.
 
         Raises:
-            CalibrationError: the batch is nothing that a model can be called with.
+            CalibrationError: a model cannot be called with the batch.
         """
         if isinstance(self._content, Mapping):
             return self._model(**_to(_device(self._model), dict(self._content)))
@@ -44,7 +44,7 @@ class Batch:
         )
 
     def loss(self) -> Tensor:
-        """The output's loss, or the output itself where it is a scalar: of shape ``[]``, with its graph.
+        """Returns the output's loss, or the output itself where it is a scalar: of shape ``[]``, with its graph.
 
         Raises:
             CalibrationError: there is none.
@@ -60,8 +60,8 @@ class Batch:
 
 
 class Batches:
-    """The batches in their order; can be read again as often as the user's data can. Going through them shows a
-    progress bar, and raises CalibrationError where there are none."""
+    """The batches in their order, iterable as often as the user's data. Iterating shows a progress bar, and raises
+    CalibrationError where there are none."""
 
     def __init__(self, model: nn.Module, data: Data, title: str) -> None:
         self._model, self._data, self._title = model, data, title
@@ -76,8 +76,8 @@ class Batches:
 
 
 def calibrate(injection: Injection, data: Data) -> None:
-    """Let the method (of a hybrid: those that want to) look at the data; afterwards gradients, modes, flags and the
-    random generator are as before."""
+    """Let the method (of a hybrid: its methods with the tag `needs_data`) look at the data; afterwards gradients,
+    modes, flags and the random generator are as before."""
     model = injection.model
     modules = [*injection.base_modules(), *(inner for _, module in injection.modules() for inner in module.modules())]
     modes = {module: module.training for module in modules}
@@ -110,7 +110,7 @@ def _gradients_aside(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 
 def _generators(parameters: Iterable[nn.Parameter]) -> list[int]:
-    """The CUDA devices whose generators dropout may move (the CPU's is always kept)."""
+    """Returns the CUDA devices whose generators dropout may advance (the CPU's is always restored)."""
     return sorted({p.device.index or 0 for p in parameters if p.device.type == "cuda"})
 
 

@@ -1,6 +1,6 @@
 """Optimizers for an injection: the method's parameter groups, its rule for gradients, and its steps.
 
-A plain torch optimizer wherever that is all there is to do; otherwise `MethodOptimizer` round it, which schedulers,
+It is the plain torch optimizer where that is enough; otherwise a `MethodOptimizer` around it, which schedulers,
 `transformers.Trainer`, accelerate and gradient scalers take for a torch optimizer, because it is one.
 """
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from peftcore.injection.injection import Injection
 
 KEY = "peftcore"
-"""Under this key of an optimizer's state dict stands what a `MethodOptimizer` adds."""
+"""The key in an optimizer's state dict under which a `MethodOptimizer` saves its own state."""
 
 
 class GradientRule(ABC):
-    """What a method does with each gradient before the optimizer sees it, and with the optimizer's update.
+    """A method's rule that changes each gradient before the optimizer sees it, and the optimizer's update.
 
     Attributes:
-        state: what the rule remembers of each parameter: tensors and numbers, saved with the optimizer's own state.
+        state: the rule's state of each parameter: tensors and numbers, saved with the optimizer's own state.
     """
 
     def __init__(self) -> None:
@@ -40,10 +40,10 @@ class GradientRule(ABC):
 
     @abstractmethod
     def project(self, grad: Tensor, param: nn.Parameter) -> Tensor:
-        """The gradient that the optimizer gets; `grad` itself leaves the parameter to the optimizer as it is."""
+        """Returns the gradient for the optimizer; `grad` itself leaves the parameter to the optimizer as it is."""
 
     def restore(self, update: Tensor, param: nn.Parameter) -> Tensor:
-        """What is added to the parameter, for an `update` in the shape that `project` gave.
+        """Returns the change to add to the parameter, for an `update` in the shape that `project` gave.
 
         Where a rule defines this, the optimizer works on zeros in the projected shape, so its state has that shape too.
         Weight decay is then applied to the parameter afterwards, decoupled from the gradient; optimizers that scale
@@ -53,13 +53,13 @@ class GradientRule(ABC):
 
 
 class MethodOptimizer(Optimizer):
-    """A torch optimizer within a method's rules. State, groups and options are those of the optimizer inside.
+    """A torch optimizer with a method's rules. State, groups and options are those of the optimizer inside.
 
     Attributes:
-        injection: what it trains.
+        injection: the injection that it trains.
         inner: the torch optimizer.
         rules: the rules for gradients: the method's or, of a hybrid, those of its parts.
-        total_steps: how many steps there will be; None until somebody knows (the Trainer's callback sets it).
+        total_steps: how many steps there will be; None until it is known (the Trainer's callback sets it).
         steps: how many there were.
     """
 
@@ -76,10 +76,10 @@ class MethodOptimizer(Optimizer):
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the optimizer inside, then of the method.
+        """Run one step of the optimizer inside, then of the method.
 
         Raises:
-            TrainingError: the method's schedule needs the number of steps, and nobody said it.
+            TrainingError: the method's schedule needs the number of steps, and it was not given.
         """
         if self.total_steps is None and any(True for _ in scheduled(self.injection)):
             raise TrainingError(
@@ -117,8 +117,8 @@ class MethodOptimizer(Optimizer):
 
     @contextmanager
     def _whole(self) -> Iterator[None]:
-        """Until the end of the block, stand-ins are in the groups for parameters that are cut over processes: a rule
-        needs whole gradients. It and the optimizer inside know those from step to step, and remember whole tensors."""
+        """Context manager in which whole parameters replace sharded ones in the groups: a rule needs whole gradients.
+        It and the optimizer inside see the same whole parameters at each step, and their state is whole."""
         if self.rules and not self._stand_ins:
             self._stand_ins = stand_ins_for(param for _, param in self._parameters())
             with standing(self.injection.model, self._stand_ins):
@@ -134,7 +134,7 @@ class MethodOptimizer(Optimizer):
             group["params"] = [others.get(param, param) for param in group["params"]]
 
     def _set_aside(self, group: dict[str, Any], aside: list[_Aside]) -> None:
-        """Put projected gradients in place, and zeros of their shape where updates are restored."""
+        """Replace gradients by projected ones, and parameters by zeros of their shape where updates are restored."""
         in_place = 0
         for param in group["params"]:
             grad = param.grad
@@ -156,7 +156,7 @@ class MethodOptimizer(Optimizer):
             group["weight_decay"] = 0.0  # an optimizer that decays last would shrink the update
 
     def _projected(self, param: nn.Parameter, grad: Tensor) -> tuple[GradientRule | None, Tensor]:
-        """The rule that changes the gradient, and what it makes of it."""
+        """Returns the rule that changes the gradient, and the projected gradient."""
         for rule in self.rules:
             projected = rule.project(grad, param)
             if projected is not grad:
@@ -173,15 +173,15 @@ class MethodOptimizer(Optimizer):
         return enumerate(param for group in self.param_groups for param in group["params"])
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the optimizer inside and, under one more key, steps, the state of rules and what methods keep
-        for their next step."""
+        """Returns the state of the optimizer inside and, under one more key, steps, the state of rules and the
+        non-persistent buffers of methods."""
         with self._whole():
             rules = [{i: dict(rule.state[p]) for i, p in self._parameters() if p in rule.state} for rule in self.rules]
             ours = {"steps": self.steps, "rules": rules, "buffers": dict(transient(self.injection))}
             return {**self.inner.state_dict(), KEY: ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on exactly where the saved optimizer was.
+        """Load a saved state, to go on exactly where the saved optimizer was.
 
         Raises:
             TrainingError: the state is not one of this kind of optimizer and this injection.
@@ -211,17 +211,17 @@ class MethodOptimizer(Optimizer):
 
 @dataclass(frozen=True)
 class _Aside:
-    """A parameter in whose place the optimizer sees another gradient, or a whole other tensor."""
+    """A parameter for which the optimizer sees another gradient, or a whole other tensor."""
 
     param: nn.Parameter
     rule: GradientRule
     data: Tensor | None
-    """Its own tensor, where another one is in its place."""
+    """Its own tensor, where another one replaces it."""
     grad: Tensor
     group: dict[str, Any]
 
     def put_back(self) -> Tensor:
-        """What stood in its place."""
+        """Put the parameter and its gradient back; returns the tensor that replaced it."""
         stood, self.param.grad = self.param.data, None
         if self.data is not None:
             self.param.data = self.data
@@ -231,7 +231,7 @@ class _Aside:
 
 @contextmanager
 def _decay_kept(groups: list[dict[str, Any]]) -> Iterator[None]:
-    """The weight decay of each group is afterwards what it was."""
+    """Context manager that restores the weight decay of each group."""
     kept = [(group, group["weight_decay"]) for group in groups if "weight_decay" in group]
     try:
         yield
@@ -245,7 +245,7 @@ def _copied(value: Any, device: torch.device) -> Any:
 
 
 def transient(injection: Injection) -> Iterator[tuple[str, Tensor]]:
-    """The non-persistent buffers of the operators: what a method keeps between steps, and no file needs."""
+    """Yields the non-persistent buffers of the operators: a method's state between steps, which no file needs."""
     for path, module in injection.modules():
         for prefix, inner in module.named_modules():
             for name in sorted(inner._non_persistent_buffers_set):
@@ -255,7 +255,7 @@ def transient(injection: Injection) -> Iterator[tuple[str, Tensor]]:
 def method_optimizer(
     injection: Injection, cls: Callable[..., Optimizer], lr: float, total_steps: int | None, options: dict[str, Any]
 ) -> Optimizer:
-    """See `Injection.optimizer`."""
+    """Returns the optimizer of `Injection.optimizer`."""
     method = injection.method
     groups = [group for group in method.parameter_groups(injection, lr=lr, **options) if group["params"]]
     held = {parameter for group in groups for parameter in group["params"]}
@@ -271,19 +271,19 @@ def method_optimizer(
 
 
 def gradient_rules(injection: Injection) -> list[GradientRule]:
-    """The rule of the method or, of a hybrid, those of its parts."""
+    """Returns the rule of the method or, of a hybrid, those of its parts."""
     rules = [each.method.gradient_rule(each) for each in injection.family()]
     return [rule for rule in rules if rule is not None]
 
 
 @torch.no_grad()
 def take_steps(family: Iterable[AppliedMethod], step: int, total: int) -> None:
-    """The methods' own, after one of the optimizer."""
+    """Call the methods' `on_step`, after one step of the optimizer."""
     for each in family:
         with gathered(each.model, each.parameters):
             each.method.on_step(each, step, total)
 
 
 def scheduled(injection: Injection) -> Iterator[AppliedMethod]:
-    """Who wants to be told of steps: the injection or, of a hybrid, parts of it."""
+    """Returns the methods with a schedule: the injection or, of a hybrid, parts of it."""
     return (each for each in injection.family() if each.method.tags.scheduled)

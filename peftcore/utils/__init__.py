@@ -1,4 +1,4 @@
-"""Small helpers that everybody uses.
+"""Small helpers for all packages.
 
 It may import nothing of peftcore. In the order of reading:
 

@@ -9,19 +9,19 @@ from torch import Tensor
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device; where there are shapes only, torch has none."""
+    """Whether autocast is on for a device type; never on "meta", for which torch has none."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[None]:
-    """Products inside are not rounded by autocast: for what is small, and made of parameters alone."""
+    """Context manager in which autocast does not round products: for small tensors made of parameters alone."""
     device = like.device.type
     return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What a linear layer multiplies and adds: x ``[..., in]``, weight ``[out, in]`` and bias ``[out]``, in the dtype
-    of autocast where that is on, else as they are."""
+    """Returns the operands of a linear layer: x ``[..., in]``, weight ``[out, in]`` and bias ``[out]``, in the dtype of
+    autocast where that is on, else as they are."""
     device = x.device.type
     if not autocasts(device):
         return x, weight, bias

@@ -162,7 +162,7 @@ RENAMED: Mapping[str, str] = {
     "narrow": "matmul_transposed",
     "packed_layer": "quantized_layer_of",
 }
-"""Old names of what is called otherwise in the new place."""
+"""Old names of objects that have another name in the new place."""
 
 
 def names_of(old: str) -> Callable[[str], Any]:
@@ -192,7 +192,7 @@ def names_of(old: str) -> Callable[[str], Any]:
 
 
 class _Forwarding(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds old modules, asked last of all, so that what is there comes first."""
+    """Finds old modules; asked last, so that existing modules come first."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

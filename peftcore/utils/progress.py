@@ -1,4 +1,4 @@
-"""Progress bars for long work: where tqdm is installed and somebody watches a terminal, and nothing otherwise."""
+"""Progress bars for long work: where tqdm is installed and the output is a terminal, and nothing otherwise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DELAY = 2.0
 
 
 def through(data: Iterable[Any], title: str) -> Iterable[Any]:
-    """The data, behind a bar."""
+    """Returns the data, behind a progress bar."""
     tqdm = _tqdm()
     if tqdm is None:
         return data
@@ -20,14 +20,14 @@ def through(data: Iterable[Any], title: str) -> Iterable[Any]:
 
 
 class Progress:
-    """A bar over a number of steps that somebody else takes; it appears when they take long."""
+    """A progress bar over steps that the holder counts; it appears when they take long."""
 
     def __init__(self, title: str) -> None:
         self._title = title
         self._bar: Any = None
 
     def expect(self, more: int) -> None:
-        """So many further steps are to come."""
+        """Add further steps to the total."""
         tqdm = _tqdm()
         if tqdm is not None and more > 1:
             if self._bar is None:
@@ -35,12 +35,12 @@ class Progress:
             self._bar.total += more
 
     def step(self) -> None:
-        """One is done."""
+        """Count one step."""
         if self._bar is not None:
             self._bar.update()
 
     def close(self) -> None:
-        """Take the bar away; copies and pickles of who holds this take none along."""
+        """Remove the bar; copies and pickles of the holder have none."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

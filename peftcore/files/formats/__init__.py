@@ -1,5 +1,5 @@
-"""Adapter files: our own format, and those of other libraries, each in a module of its own.
+"""Formats of adapter files: our own, and those of other libraries, each in a module of its own.
 
-`formats` says what a format is; `peft_method`, `kohya` and `adapterhub` what a plugin says of one method in the files
-of these libraries.
+`format` has the base class of formats; `peft_method`, `kohya` and `adapterhub` have the base classes by which a plugin
+translates one method for the files of these libraries.
 """

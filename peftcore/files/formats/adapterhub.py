@@ -1,6 +1,6 @@
 """Folders of AdapterHub's `adapters`: ``adapter_config.json`` and ``adapter.safetensors``, for reading.
 
-A name such as ``bert.encoder.layer.0.output.adapters.sst.adapter_up.weight`` holds the place where that library wraps a
+A name such as ``bert.encoder.layer.0.output.adapters.sst.adapter_up.weight`` has the path where that library wraps a
 model, a holder, the adapter's name, and a tensor. How one of its architectures is one of our methods is said by a
 `HubArchitecture`, which the plugin of the method brings under ``"adapterhub/ARCHITECTURE"`` in the hook
 `peftcore_translations`.
@@ -36,30 +36,30 @@ PLAIN = "bottleneck"
 
 
 class HubArchitecture(ABC):
-    """How AdapterHub's files keep one architecture."""
+    """The translation of one architecture of AdapterHub's files into one of our methods."""
 
     holder: ClassVar[str]
-    """What stands in front of the adapter's name: ``"adapters"``."""
+    """The step of the path in front of the adapter's name: ``"adapters"``."""
 
     @abstractmethod
     def options(self, keys: Keys, shapes: Mapping[str, Any], resolver: Resolver) -> dict[str, Any]:
-        """Our options with "method", from theirs, the shapes of the tensors at one place, and the host.
+        """Returns our options with "method", from theirs, the shapes of the tensors at one place, and the host.
 
         Raises:
-            CheckpointError: ours cannot compute what they say.
+            CheckpointError: our method cannot compute theirs.
         """
 
     def role(self, place: str) -> str | None:
-        """By which role our site is found in the block that a place is in; None where the place is the module."""
+        """Returns the role by which our site is found in the block of a place; None where the place is the module."""
         return None
 
     @abstractmethod
     def read(self, site: Site, operator: Any, found: Found) -> dict[str, Tensor]:
-        """One operator's tensors by our names."""
+        """Returns one operator's tensors by our names."""
 
 
 class AdapterHub(Format):
-    """Folders of `adapters`."""
+    """The format of AdapterHub's folders."""
 
     name = "adapterhub"
 
@@ -109,7 +109,7 @@ class AdapterHub(Format):
 
 
 def _read(path: Path) -> tuple[Keys, Keys, str]:
-    """What is said of the whole, of the adapter, and its kind."""
+    """Returns the options of the whole file, those of the adapter, and its architecture."""
     whole = Keys(read_json(path / CONFIG), path / CONFIG)
     whole.pass_over("model_class", "model_name", "model_type", "hidden_size", "version", "config_id")
     keys = Keys(whole.take("config", dict), whole.where)
@@ -118,7 +118,7 @@ def _read(path: Path) -> tuple[Keys, Keys, str]:
 
 
 def _architecture(kind: str, where: Path) -> HubArchitecture:
-    """How one architecture is read.
+    """Returns the translation of one architecture.
 
     Raises:
         CheckpointError: no installed plugin does.
@@ -170,10 +170,10 @@ class HubContent(Content):
         super().__init__(envelope, file.path)
 
     def _sites(self, places: list[str], resolver: Resolver) -> dict[str, Site]:
-        """Our sites by their place.
+        """Returns our sites by their place.
 
         Raises:
-            HostMismatch: the host has not the modules.
+            HostMismatch: the host lacks the modules.
         """
         roles = {place: self.architecture.role(place) for place in places}
         modules = {place: place if roles[place] is None else _block(place) for place in places}
@@ -217,7 +217,7 @@ class HubContent(Content):
 
 
 def _block(place: str) -> str:
-    """The path up to its first number: the block that a place is in."""
+    """Returns the path up to its first number: the block that a place is in."""
     steps = place.split(".")
     last = next((index for index, step in enumerate(steps) if step.isdecimal()), len(steps) - 1)
     return ".".join(steps[: last + 1])

@@ -1,4 +1,4 @@
-"""The model card beside a saved adapter: base, method, budget, how to load it."""
+"""The model card of a saved adapter: base, method, budget, how to load it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MARK = "<!-- written by peftcore; remove this line to keep your own text -->"
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a card may be written: there is none, or it is one that nobody took over."""
+    """Whether a card may be written: there is none, or it is one that the user has not taken over."""
     return not path.exists() or (path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace"))
 
 
 def card(injection: Injection, formats: Sequence[str]) -> str:
-    """The card as Markdown with the front matter that model hubs read."""
+    """Returns the card as Markdown with the front matter that model hubs read."""
     method, base = injection.method, base_name(injection.model)
     paper = method.tags.paper
     options = injection.config.model_dump(mode="json", exclude={"method"}, exclude_defaults=True)

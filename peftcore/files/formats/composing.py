@@ -1,4 +1,5 @@
-"""An envelope from what a foreign file holds: options that differ from place to place, and several methods at once."""
+"""Composes an envelope from another library's file: options that differ from place to place, and several methods at
+once."""
 
 from __future__ import annotations
 
@@ -14,12 +15,13 @@ from peftcore.registry.catalogue import method as find_method
 
 
 def literally(path: str) -> str:
-    """A glob that matches exactly this path."""
+    """Returns a glob that matches exactly this path."""
     return "".join(f"[{sign}]" if sign in "*?[" else sign for sign in path)
 
 
 def with_overrides(options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """A method's options from those of each place, by path: what most have, and overrides for the others."""
+    """Returns a method's options from those of each place, by path: the most frequent values, and overrides for the
+    others."""
     values: dict[str, Counter[str]] = {}
     for each in options.values():
         for name, value in each.items():
@@ -41,15 +43,15 @@ def composed(
     train: Sequence[str] = (),
     host: str = "",
 ) -> Envelope:
-    """The envelope of one method, or of a union of several.
+    """Returns the envelope of one method, or of a union of several.
 
     Args:
         configs: options of each, with its name under "method".
-        selections: where each stands, as its own selections.
-        dtypes: those of the tensors.
+        selections: the selections of each.
+        dtypes: the dtypes of the tensors.
         target: paths of modules, for people to read.
         train: the host's parameters that are replaced.
-        host: what the file says of its base, for people to read.
+        host: the file's name for its base, for people to read.
     """
     several = len(configs) > 1
     name = "config_union" if several else configs[0]["method"]

@@ -1,4 +1,4 @@
-"""What an adapter file says about itself, for people who have the file and no host."""
+"""The description in an adapter file, for people who have the file and no host."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from peftcore.files.safe_io import TensorFile
 
 @dataclass(frozen=True)
 class Description:
-    """One adapter. Values of tensors were not read."""
+    """The description of one adapter. Values of tensors were not read."""
 
     format: str
     files: tuple[TensorFile, ...]
-    """Where its tensors are."""
+    """The files of its tensors."""
     methods: tuple[str, ...] = ()
-    """Our methods that compute what it holds; nothing where none does, or where a host has to say which."""
+    """Our methods that compute the adapter; empty where there is none, or where that depends on the host."""
     kind: str = ""
-    """What another library calls the method."""
+    """The other library's name for the method."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """As the file has them."""
     base: str = ""
-    """What the file calls the weights that it belongs to; empty where it does not say."""
+    """The file's name for the weights that it belongs to; empty where it has none."""
     host: str = ""
-    """The class that it was made on; empty where the file does not say."""
+    """The class of the model that it was made on; empty where the file does not name it."""
     task: str = ""
     """Peft's name for the kind of model that it was made on."""
     parts: tuple[str, ...] = ()
     """Of a file for a pipeline: the models that it is for."""
     sites: tuple[str, ...] = ()
-    """Where its operators stand, as the file spells it; nothing where the method finds its place itself."""
+    """The places of its operators, as the file spells them; empty where the method finds its place itself."""
     trained: Mapping[str, Size] = field(default_factory=dict)
     """Parameters of the host that it replaces, with their shapes."""
     problem: str = ""
@@ -44,24 +44,24 @@ class Description:
 
     @property
     def values(self) -> int:
-        """How many numbers its tensors hold."""
+        """The number of values in its tensors."""
         return sum(math.prod(shape) for file in self.files for shape in file.shapes.values())
 
     @property
     def bytes(self) -> int:
-        """The size of its tensors."""
+        """The size of its tensors, in bytes."""
         every = [(file.shapes[name], dtype) for file in self.files for name, dtype in file.dtypes.items()]
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in every)
 
 
 def tensor_files(path: Path) -> tuple[TensorFile, ...]:
-    """The safetensors files in a folder, or the one file."""
+    """Returns the safetensors files in a folder, or the one file."""
     found = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     return tuple(map(TensorFile, found))
 
 
 def trouble(attempt: Callable[[], object]) -> str:
-    """Why something is refused; empty where it is not."""
+    """Returns the message of the error with which `attempt` is refused; empty where it is not."""
     try:
         attempt()
     except PeftcoreError as error:
@@ -70,5 +70,5 @@ def trouble(attempt: Callable[[], object]) -> str:
 
 
 def unique(names: Iterable[str]) -> tuple[str, ...]:
-    """Each once, in order."""
+    """Returns each name once, in order."""
     return tuple(dict.fromkeys(names))

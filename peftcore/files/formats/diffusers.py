@@ -2,7 +2,7 @@
 
 Its tensors are those of peft, behind the name of a model (``unet.``, ``text_encoder.``) or behind nothing. Since 2025
 the header has peft's options too, and they are read as in a folder of peft. Files without them say alpha by tensors of
-that name, or mean alpha = rank. What older versions wrote is read too: ``to_q.lora.down``, ``processor.to_q_lora.down``
+that name, or mean alpha = rank. Older names are read too: ``to_q.lora.down``, ``processor.to_q_lora.down``
 and, in text encoders, ``q_proj.lora_linear_layer.down``.
 """
 
@@ -30,7 +30,7 @@ from peftcore.injection.injection import Injection
 
 TENSORS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
-"""Where in the header peft's options stand: each behind the name of its model, as the tensors are."""
+"""The key of peft's options in the header: each has the name of its model in front, as the tensors do."""
 A, B, BIAS, ALPHA, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_B.bias", "alpha", "lora_magnitude_vector"
 LEAVES = {
     A: A,
@@ -51,12 +51,12 @@ LAYERS: tuple[dict[str, str], ...] = (
     {"to_out": "to_out.0"},
     {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"},
 )
-"""What ``to_q_lora`` and the others stand for: in diffusers' attention, and in that of text encoders."""
+"""The layers of ``to_q_lora`` and the others: in diffusers' attention, and in that of text encoders."""
 
 
 @dataclass(frozen=True)
 class Name:
-    """What the name of a tensor says."""
+    """The parsed name of a tensor."""
 
     path: str
     layer: str
@@ -64,13 +64,13 @@ class Name:
     leaf: str
 
     def at(self, layers: Mapping[str, str]) -> tuple[str, str]:
-        """The module's path and the name below it, with other names for layers."""
+        """Returns the module's path and the name below it, with other names for layers."""
         last = layers.get(self.layer, self.layer)
         return f"{self.path}.{last}".strip("."), self.leaf
 
 
 def understood(name: str) -> Name | None:
-    """What a name says; None where it is none of a LoRA's."""
+    """Returns the parsed name; None where it is none of a LoRA's."""
     name = name.replace(".processor.", ".")
     for leaf, ours in LEAVES.items():
         if name.endswith(f".{leaf}") and not name.removesuffix(f".{leaf}").endswith("_lora"):
@@ -88,7 +88,7 @@ def _is_pefts(name: str) -> bool:
 
 
 class Diffusers(Format):
-    """LoRA files of diffusers."""
+    """The format of diffusers' LoRA files."""
 
     name = "diffusers"
     parts: ClassVar[tuple[str, ...]] = (
@@ -155,13 +155,13 @@ class Diffusers(Format):
 
 
 def _model_of(name: str) -> str | None:
-    """The model in front of a tensor's name."""
+    """Returns the model in front of a tensor's name."""
     first, dot, _ = name.partition(".")
     return first if dot and first in Diffusers.parts else None
 
 
 def _said(file: TensorFile, part: Part) -> tuple[dict[str, Any], dict[str, str], dict[str, dict[str, Any]]]:
-    """Peft's options for a part, its tensors by peft's names, and other options at some modules."""
+    """Returns peft's options for a part, its tensors by peft's names, and other options at some modules."""
     said = parse_json(file.metadata[METADATA], file.path) if METADATA in file.metadata else {}
     prefix = f"{part.name}." if part.name else ""
     options = {key.removeprefix(prefix): value for key, value in said.items() if key.startswith(prefix)}
@@ -172,7 +172,8 @@ def _said(file: TensorFile, part: Part) -> tuple[dict[str, Any], dict[str, str],
 
 
 def parts_of(file: TensorFile, modules: Mapping[str, nn.Module]) -> tuple[list[Part], list[str]]:
-    """The models that a file has adapters of, in all ways of reading old names; and the names that are of none."""
+    """Returns the models that a file has adapters of, in all ways of reading old names; and the names that are of
+    none."""
 
     full = list(file.shapes)
     whole = _part("", full, file, LAYERS[0])
@@ -204,7 +205,8 @@ def _part(name: str, held: Sequence[str], file: TensorFile, layers: Mapping[str,
 
 
 def _inferred(file: TensorFile, names: dict[str, str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Peft's options from shapes and tensors called alpha, which are taken out of `names`; and those of each module."""
+    """Returns peft's options from shapes and tensors called alpha, which are taken out of `names`; and those of each
+    module."""
     alphas = {name.removesuffix(f".{ALPHA}"): names.pop(name) for name in list(names) if name.endswith(f".{ALPHA}")}
     values = file.read(alphas.values())
     exact: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""What a file format is to `load` and `save`: it recognizes its files, reads an adapter from them, and writes one.
+"""`Format`, the base class of file formats: it recognizes its files, reads an adapter from them, and writes one.
 
 A plugin brings more by the hook `peftcore_formats`.
 """
@@ -23,7 +23,7 @@ from peftcore.surgery.surgeon import Surgeon
 
 @dataclass(frozen=True)
 class Tensors:
-    """What a safetensors file holds."""
+    """The content of a safetensors file."""
 
     values: Mapping[str, Tensor]
     metadata: Mapping[str, str]
@@ -33,7 +33,7 @@ Files = Mapping[str, str | Tensors]
 
 
 class Content(ABC):
-    """An adapter as a file holds it, in our words: what was applied, and the tensors once the operators are known."""
+    """The content of an adapter file in our terms: the envelope, and the tensors once the operators are known."""
 
     def __init__(self, envelope: Envelope, where: Path) -> None:
         self.envelope = envelope
@@ -42,10 +42,10 @@ class Content(ABC):
 
     @abstractmethod
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
-        """The adapter's tensors by our own names.
+        """Returns the adapter's tensors by our own names.
 
         Args:
-            surgeon: what was recorded for the host, with operators on the meta device.
+            surgeon: the recorded operators for the host, on the meta device.
             strict: False accepts missing and unknown tensors.
 
         Raises:
@@ -54,7 +54,7 @@ class Content(ABC):
 
 
 class Format(ABC):
-    """One file format."""
+    """Base class of file formats."""
 
     name: ClassVar[str]
     parts: ClassVar[tuple[str, ...]] = ()
@@ -62,27 +62,28 @@ class Format(ABC):
 
     def __init__(self, part: str = "") -> None:
         self.part = part
-        """Which of `parts` an adapter that is saved is for; empty: what the host looks like."""
+        """The one of `parts` that a saved adapter is for; empty: guessed from the host."""
 
     @classmethod
     @abstractmethod
     def recognizes(cls, path: Path) -> bool:
-        """Whether a folder or file is of this format. Looks at names and headers, and raises nothing for files that
-        are none of its own."""
+        """Whether a folder or file is of this format. Reads names and headers, and raises nothing for files that are
+        none of its own."""
 
     @abstractmethod
     def open(self, path: Path, model: nn.Module) -> Content:
-        """Read what a folder or file says of an adapter for `model`, and no values yet.
+        """Read the content of a folder or file for `model`, and no values yet.
 
         Raises:
-            CheckpointError: it is damaged, or says what nobody here understands.
+            CheckpointError: it is damaged, or has options that are not known.
             HostMismatch: it belongs to another base.
             NewerFormat: it was written by a newer version.
             UnknownMethod: no installed plugin has its method.
         """
 
     def describe(self, path: Path) -> Description:
-        """What a folder or file says about itself without a host. Formats that know more than the tensors override it.
+        """Returns the description in a folder or file without a host. Formats that know more than the tensors override
+        it.
 
         Raises:
             CheckpointError: it is damaged.
@@ -91,10 +92,10 @@ class Format(ABC):
         return Description(self.name, tensor_files(path))
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
-        """What to write for an injection: the contents of files by name, in the order in which they are written.
+        """Returns the contents of the files to write for an injection, by name, in the order in which they are written.
 
         Args:
-            weights: note which values the base has at the sites, where the format has a place for it.
+            weights: record a digest of the base's values at the sites, where the format has a place for it.
 
         Raises:
             ExportError: the format cannot hold it.
@@ -104,12 +105,12 @@ class Format(ABC):
 
 
 def formats() -> dict[str, type[Format]]:
-    """The formats of the core and of all plugins, by name, in the order in which they are asked."""
+    """Returns the formats of the core and of all plugins, by name, in the order in which they are asked."""
     return {name: imported(place) for name, place in named_places("peftcore_formats", "format").items()}
 
 
 def format_named(name: str) -> Format:
-    """The format of that name; after a slash, the model of the pipeline: ``"diffusers/text_encoder_2"``.
+    """Returns the format of that name; after a slash, the model of the pipeline: ``"diffusers/text_encoder_2"``.
 
     Raises:
         ExportError: there is no such format, or it has no name for such a model.
@@ -125,7 +126,7 @@ def format_named(name: str) -> Format:
 
 
 def recognize(path: Path) -> Format:
-    """The format of a folder or file.
+    """Returns the format of a folder or file.
 
     Raises:
         CheckpointError: it is of none, or there is nothing.
@@ -139,7 +140,7 @@ def recognize(path: Path) -> Format:
 
 
 def held_by(path: Path) -> str:
-    """What a folder or file holds, for a message about what it lacks.
+    """Returns the names of files in a folder, for a message about a missing one.
 
     Raises:
         CheckpointError: tensors in a pickle, saying how to convert it.

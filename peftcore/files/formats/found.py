@@ -1,5 +1,5 @@
-"""Tensors in another library's file: taken one by one with the shape that they must have, so that what is missing,
-misshaped or left over is known at the end, all of it."""
+"""Tensors in another library's file: taken one by one with the shape that they must have, so that all that are missing,
+misshaped or left over are known at the end."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Size, Tensor
 
 @dataclass
 class Found:
-    """The tensors of one place: of a module, or those that belong to the whole adapter."""
+    """The tensors of one place: of a module, or of the whole adapter."""
 
     names: Mapping[str, str]
-    """Their full names in the file, by what stands below the place: ``"lora_A.weight"``."""
+    """Their full names in the file, by their names below the place: ``"lora_A.weight"``."""
     shapes: Mapping[str, Size]
     """Shapes of all tensors in the file, by full name."""
     read: Callable[[str], Tensor]
     """The values of one tensor, by full name."""
     wrong: list[str]
-    """What is wrong with the file, collected by all places."""
+    """The errors in the file, collected by all places."""
     used: set[str] = field(default_factory=set)
     """Full names that were taken, collected by all places."""
 
@@ -30,14 +30,15 @@ class Found:
         return name in self.names
 
     def shape(self, name: str) -> Size:
-        """The shape of a tensor that is there."""
+        """Returns the shape of a tensor that is there."""
         return self.shapes[self.names[name]]
 
     def take(self, name: str, *shapes: Sequence[int]) -> Tensor:
-        """The values of a tensor, in the first of `shapes`; others that the file may have must hold as many values.
+        """Returns the values of a tensor, in the first of `shapes`; others that the file may have must hold as many
+        values.
 
-        Where it is missing or has none of these shapes that is noted, and zeros are returned, which take no memory: the
-        file is refused later, when all of it was looked at, or the place left as it is.
+        A missing tensor, or one of another shape, is recorded, and zeros are returned, which take no memory: the
+        file is refused later, when all of it was read, or the place left as it is.
         """
         expected = tuple(shapes[0])
         full = self.names.get(name)

@@ -9,13 +9,14 @@ from pathlib import Path
 from peftcore.errors import CheckpointError
 
 FILES = ["*.safetensors", "adapter_config.json", "head_config.json"]
-"""What is fetched of a repository: nothing that could be a program, and no pickle."""
+"""The files that are fetched of a repository: nothing that could be a program, and no pickle."""
 IDENTIFIER = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def located(path: str | os.PathLike[str]) -> Path:
-    """Where an adapter lies: at the path, or, of an identifier such as ``"owner/name"`` or ``"owner/name@revision"``
-    that is no path here, in the cache of the hub, fetched first unless it is there or ``HF_HUB_OFFLINE`` is set.
+    """Returns the path of an adapter: the path itself, or, of an identifier such as ``"owner/name"`` or
+    ``"owner/name@revision"`` that is no path here, that in the cache of the hub, fetched first unless it is there or
+    ``HF_HUB_OFFLINE`` is set.
 
     Raises:
         CheckpointError: there is no such path, and the package is missing or the hub has nothing of the name.

@@ -1,4 +1,4 @@
-"""Options in another library's file: every one is taken, passed over as harmless, or refused by name."""
+"""Options in another library's file: each is taken, ignored as harmless, or refused by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftcore.errors import CheckpointError, shown
 
 T = TypeVar("T")
 OFF: tuple[Any, ...] = (None, False, "", [], {})
-"""Values with which an option that nobody here knows does nothing."""
+"""Values with which an unknown option does nothing."""
 REQUIRED: Any = object()
 
 
@@ -25,10 +25,10 @@ class Keys:
         self.told: set[str] = set()
 
     def take(self, key: str, kind: type[T] | tuple[type, ...], default: Any = REQUIRED) -> Any:
-        """The value of an option.
+        """Returns the value of an option.
 
         Args:
-            kind: what it may be an instance of; whole numbers count as float, truth values not as whole numbers.
+            kind: the types that it may have; whole numbers count as float, truth values not as whole numbers.
             default: its value where it is missing or null; without one it has to be there.
 
         Raises:
@@ -48,7 +48,7 @@ class Keys:
         return value
 
     def names(self, key: str) -> list[str]:
-        """An option that holds a list of names, or one of them; nothing where it is missing.
+        """Returns an option that holds a list of names, or one of them; an empty list where it is missing.
 
         Raises:
             CheckpointError: it holds something else.
@@ -60,7 +60,7 @@ class Keys:
         return found
 
     def table(self, key: str) -> dict[str, Any]:
-        """An option that holds values by name; nothing where it is missing.
+        """Returns an option that holds values by name; an empty dictionary where it is missing.
 
         Raises:
             CheckpointError: it holds something else.
@@ -69,12 +69,12 @@ class Keys:
         return found
 
     def pass_over(self, *keys: str) -> None:
-        """Options that say where the file comes from, or how training began: they change nothing that is computed."""
+        """Ignore options about the file's origin, or how training began: they change nothing that is computed."""
         self.known.update(keys)
 
     def in_training(self, *keys: str) -> None:
-        """Options that act while peft trains, and that our method does not have: outputs are the same without them.
-        Where one is on, a warning says so."""
+        """Ignore options that act while peft trains, and that our method lacks: outputs are the same without them.
+        Where one is on, a warning is given."""
         self.known.update(keys)
         for key in keys:
             if self.data.get(key) not in OFF:
@@ -84,13 +84,13 @@ class Keys:
                 )
 
     def warn(self, message: str) -> None:
-        """Tell the user of something in the file, once."""
+        """Warn the user of something in the file, once."""
         if message not in self.told:
             self.told.add(message)
             warnings.warn(f"{self.where}: {message}", UserWarning, stacklevel=2)
 
     def only(self, key: str, *values: Any) -> None:
-        """An option of which only these values are understood here.
+        """Take an option of which only these values are understood here.
 
         Raises:
             CheckpointError: it has another value.
@@ -104,13 +104,13 @@ class Keys:
             )
 
     def patched(self, changes: Mapping[str, Any]) -> Keys:
-        """The same file with other values of some options."""
+        """Returns the same options with other values of some."""
         found = Keys({**self.data, **changes}, self.where)
         found.known, found.told = self.known, self.told
         return found
 
     def check_known(self) -> None:
-        """Refuse what nobody took and what is not off.
+        """Refuse options that were not taken and are not off.
 
         Raises:
             CheckpointError: naming every such option.

@@ -1,9 +1,9 @@
 """Files of kohya's sd-scripts and of LyCORIS: one safetensors file for a model or for a pipeline.
 
 A tensor is called ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``: the model, the module's path with
-underscores for dots, the tensor. Which dots the underscores stand for is said by the host's own modules. There are no
-options: rank and form follow from shapes, and the scale is alpha / rank with an ``alpha`` for each module. How a method
-keeps its tensors is said by a `KohyaMethod`, which the plugin of our method brings under ``"kohya/NAME"``.
+underscores for dots, the tensor. The host's own modules tell which underscores are dots. There are no
+options: rank and form follow from shapes, and the scale is alpha / rank with an ``alpha`` for each module. A method's
+tensors are translated by a `KohyaMethod`, which the plugin of our method brings under ``"kohya/NAME"``.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.surgery.surgeon import Surgeon
 
 TENSORS = "kohya.safetensors"
-"""The file in a folder that we write; read is any that is the only one."""
+"""The file that we write into a folder; any file that is the only one is read."""
 ALPHA = "alpha"
 
 
 @dataclass(frozen=True)
 class Held:
-    """What a file has for one module."""
+    """The tensors that a file has for one module."""
 
     shapes: Mapping[str, Size]
-    """Shapes of its tensors by what stands below the module, without alpha."""
+    """Shapes of its tensors by their names below the module, without alpha."""
     given: float | None
     """The value of alpha, where there is one."""
     weight: Size
@@ -60,12 +60,12 @@ class Held:
     """The file and the module's name in it, for messages."""
 
     def size(self, name: str, dim: int) -> int:
-        """The size of a tensor in one dimension; 1 where it lacks: the file is refused later."""
+        """Returns the size of a tensor in one dimension; 1 where it is missing: the file is refused later."""
         shape = self.shapes.get(name, ())
         return shape[dim] if dim < len(shape) and shape[dim] else 1
 
     def alpha(self, rank: int) -> float:
-        """Alpha, which is the rank where the file has none.
+        """Returns alpha, which is the rank where the file has none.
 
         Raises:
             CheckpointError: it is not above zero.
@@ -76,18 +76,18 @@ class Held:
 
 
 class KohyaMethod(ABC):
-    """How these files keep one method."""
+    """The translation of one method between these files and ours."""
 
     methods: ClassVar[tuple[str, ...]]
     """Our methods that it can hold; the first is the one that is read."""
     below: ClassVar[tuple[str, ...]]
     """Names of its tensors below a module, without alpha."""
     telling: ClassVar[tuple[str, ...]]
-    """Those of which one at least says that it is this method."""
+    """The names of which a file of this method has at least one."""
 
     @abstractmethod
     def options(self, held: Held) -> dict[str, Any]:
-        """Our options for one module.
+        """Returns our options for one module.
 
         Raises:
             CheckpointError: ours cannot compute it.
@@ -95,15 +95,15 @@ class KohyaMethod(ABC):
 
     @abstractmethod
     def outputs(self, shapes: Mapping[str, Size]) -> int:
-        """How many outputs a module has, from the shapes of its tensors; -1 where they do not tell."""
+        """Returns the number of outputs of a module, from the shapes of its tensors; -1 where they do not tell."""
 
     @abstractmethod
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        """One operator's tensors by our names."""
+        """Returns one operator's tensors by our names."""
 
     @abstractmethod
     def write(self, place: Place) -> tuple[float, dict[str, Tensor]]:
-        """Alpha, and one operator's tensors by the file's names.
+        """Returns alpha, and one operator's tensors by the file's names.
 
         Raises:
             ExportError: the file cannot hold it.
@@ -116,7 +116,8 @@ class KohyaMethod(ABC):
 
 
 def spelled(shape: Sequence[int]) -> list[tuple[int, ...]]:
-    """The shapes that a matrix [a, b] may have in a file: pointwise convolutions are written as they are, or flat."""
+    """Returns the shapes that a matrix [a, b] may have in a file: pointwise convolutions are written as they are, or
+    flat."""
     if math.prod(shape[2:]) != 1:
         return [tuple(shape)]
     flat = tuple(shape[:2])
@@ -124,14 +125,14 @@ def spelled(shape: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def kohya_methods() -> list[KohyaMethod]:
-    """What the installed plugins can read, the simplest first."""
+    """Returns the translations of the installed plugins, the simplest first."""
     places = named_places("peftcore_translations", "translation")
     found: list[KohyaMethod] = [imported(place)() for name, place in places.items() if name.startswith("kohya/")]
     return sorted(found, key=lambda method: (len(method.below), method.methods))
 
 
 class Kohya(Format):
-    """Files of kohya's sd-scripts and of LyCORIS."""
+    """The format of kohya's sd-scripts and of LyCORIS."""
 
     name = "kohya"
     parts: ClassVar[tuple[str, ...]] = (
@@ -191,13 +192,13 @@ class Kohya(Format):
 
 
 def _known(name: str) -> str | None:
-    """The model in front of a tensor's name."""
+    """Returns the model in front of a tensor's name."""
     stem = name.partition(".")[0]
     return next((part for part in Kohya.parts if stem.startswith(f"{part}_")), None)
 
 
 class Spelling:
-    """A host's modules by what is left of their paths when dots and underscores are one."""
+    """A host's modules by their paths with dots and underscores taken as one."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self.modules = modules
@@ -213,10 +214,10 @@ class Spelling:
         return {spelling: paths[0] for spelling, paths in self.paths.items()}
 
     def only(self, path: str) -> str:
-        """The module with a weight that is meant by the spelling of `path`.
+        """Returns the module with a weight for the spelling of `path`.
 
         Raises:
-            HostMismatch: several are.
+            HostMismatch: there are several.
         """
         meant = self.paths[path.replace("_", ".")]
         if len(meant) > 1:
@@ -235,7 +236,7 @@ class Group:
 
     path: str
     names: Mapping[str, str]
-    """Full names by what stands below the module."""
+    """Full names by their names below the module."""
     held: Held
 
 
@@ -310,10 +311,10 @@ class KohyaContent(Content):
         return {stem: float(values[name]) for stem, name in full.items()}
 
     def _shares(self, groups: Sequence[Group]) -> list[Share]:
-        """As few methods as can read all modules, that of most modules first.
+        """Returns as few methods as can read all modules, the one that reads most first.
 
         Raises:
-            CheckpointError: no installed plugin reads what a module has.
+            CheckpointError: no installed plugin reads the tensors of a module.
         """
         left, found = list(groups), list[Share]()
         while left:

@@ -1,4 +1,4 @@
-"""What the modules of a UNet are called in the original code of Stable Diffusion, which files for SDXL use.
+"""Names of a UNet's modules in the original code of Stable Diffusion, which files for SDXL use.
 
 There the blocks on the way down are one list, ``input_blocks``, in which every resnet (with the attention behind it)
 and every downsampler is an entry; those on the way up, ``output_blocks``, have their upsampler in the last entry of a
@@ -32,7 +32,7 @@ AROUND = {
 
 
 def ldm_names(paths: Collection[str]) -> dict[str, str]:
-    """Paths of a UNet's modules by their original names; nothing for hosts that are no UNets."""
+    """Returns paths of a UNet's modules by their original names; nothing for hosts that are no UNets."""
     if "up_blocks.0.resnets.0" not in paths:
         return {}
     blocks = dict(AROUND)
@@ -68,7 +68,7 @@ def ldm_names(paths: Collection[str]) -> dict[str, str]:
 
 
 def _list(path: str, paths: Collection[str]) -> list[str]:
-    """The entries of a module list."""
+    """Returns the entries of a module list."""
     found: list[str] = []
     while f"{path}.{len(found)}" in paths:
         found.append(f"{path}.{len(found)}")

@@ -1,5 +1,5 @@
-"""Our own files: ``adapter.safetensors``, whose header holds the envelope too, so that the one file is whole or is not
-there, also after a save that was killed; and ``adapter.json``, the envelope for people and tools to read."""
+"""Our own file format: ``adapter.safetensors``, whose header holds the envelope too, so that the one file is whole or
+is not there, also after a save that was killed; and ``adapter.json``, the envelope for people and tools to read."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from peftcore.surgery.surgeon import Surgeon
 
 ENVELOPE, TENSORS = "adapter.json", "adapter.safetensors"
 METADATA = "peftcore"
-"""Where in the header of the tensors' file the envelope stands."""
+"""The key of the envelope in the header of the safetensors file."""
 
 
 class Native(Format):
-    """Our own files."""
+    """Our own file format."""
 
     name = "peftcore"
 
@@ -79,14 +79,14 @@ def _read(path: Path) -> tuple[TensorFile, Envelope]:
 
 
 def _place(site: SavedSite) -> str:
-    """A site as messages spell it."""
+    """Returns a site as messages spell it."""
     tensor = "" if site.tensor == "weight" else site.tensor
     path = f"{site.module_path}.{tensor}".strip(".")
     return path if site.rows is None else f"{path}:{site.role or site.rows[0][0]}"
 
 
 class NativeContent(Content):
-    """Tensors that have our own names."""
+    """The content of a file of our own, whose tensors have our own names."""
 
     def __init__(self, envelope: Envelope, file: TensorFile, move: Move) -> None:
         super().__init__(envelope, file.path)
@@ -106,7 +106,7 @@ class NativeContent(Content):
 
 
 def moved(envelope: Envelope, move: Move) -> Envelope:
-    """The envelope with the host's own paths."""
+    """Returns the envelope with the host's own paths."""
     if move == Move():
         return envelope
     selections = {
@@ -122,6 +122,6 @@ def moved(envelope: Envelope, move: Move) -> Envelope:
 
 
 def _moved_key(key: str, move: Move) -> str:
-    """A tensor's name: ``part/part/path.tensor``; shared state has no path."""
+    """Returns a tensor's name on the host: ``part/part/path.tensor``; shared state has no path."""
     part, slash, name = key.rpartition("/")
     return key if name.startswith("shared:") else f"{part}{slash}{move(name)}"

@@ -1,5 +1,5 @@
-"""Names and regular expressions for modules, as peft's files have them. An expression comes from a file, so it gets a
-second and no more, and all of a file together get not much more."""
+"""Names and regular expressions for modules, as in peft's files. An expression from a file is untrusted, so it gets one
+second, and all of a file together get not much more."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from peftcore.errors import CheckpointError, shown
 SECONDS = 1.0
 """For one expression on all paths of a host, and for all expressions of one file."""
 LONGEST = 100_000
-"""Characters of an expression."""
+"""The largest number of characters in an expression."""
 GROUPS = 500
-"""Parentheses in an expression: the time that reading groups in groups takes grows with the square of how deep they
-are, and no limit ends it."""
+"""The largest number of parentheses in an expression: the time to parse nested groups grows with the square of how deep
+they are, and no limit ends it."""
 _left: ContextVar[list[float]] = ContextVar("left")
 
 
 @contextmanager
 def one_file() -> Iterator[None]:
-    """Until the end of the block, all expressions share their time: a file may have many."""
+    """Context manager in which all expressions share their time: a file may have many."""
     token = _left.set([SECONDS])
     try:
         yield
@@ -33,7 +33,8 @@ def one_file() -> Iterator[None]:
 
 
 def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool = False) -> set[str]:
-    """The paths that match an expression as a whole; with `endings`, also those of which an end after a dot does.
+    """Returns the paths that match an expression as a whole; with `endings`, also those of which an end after a dot
+    does.
 
     Raises:
         CheckpointError: it is no regular expression, takes too long, or the package ``regex``, which can stop in time,
@@ -57,7 +58,7 @@ def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool =
     try:
         if left[0] <= 0:  # each by itself may be quick; reading so many is not
             raise TimeoutError("the expressions before it in the file took all of their time")
-        re.compile(pattern)  # what more `regex` understands (recursion) means nothing to peft
+        re.compile(pattern)  # the extensions of `regex` (recursion) mean nothing to peft
         compiled = regex.compile(rf"(?:.*\.)?(?:{pattern})" if endings else pattern)
         for path in paths:
             if compiled.fullmatch(path, timeout=max(left[0] + start - time.monotonic(), 1e-3)):
@@ -69,6 +70,6 @@ def matching(pattern: str, paths: Iterable[str], where: Path, *, endings: bool =
 
 
 def ending(paths: Iterable[str], names: Iterable[str]) -> set[str]:
-    """The paths that are one of the names, or end with one after a dot."""
+    """Returns the paths that are one of the names, or end with one after a dot."""
     names = tuple(names)
     return {path for path in paths if any(path == name or path.endswith(f".{name}") for name in names)}

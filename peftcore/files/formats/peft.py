@@ -1,7 +1,7 @@
 """Folders of Hugging Face peft: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-What is the same for all of peft's types stands here and in `peft_writing`: names of tensors, targets, patterns, modules
-that train along. How one of them keeps its options and tensors is said by a `PeftMethod`.
+This module and `peft_writing` hold what all of peft's types have in common: names of tensors, targets, patterns,
+modules that train along. A `PeftMethod` translates the options and tensors of one type.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ NEUTRAL = (
     "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
     "fan_in_fan_out", "runtime_config", "init_weights", "megatron_core",
 )  # fmt: skip
-"""Options that change nothing of what is computed: origin, start, and what the host's layers say themselves."""
+"""Options that change nothing that is computed: origin, start, and properties of the host's layers."""
 
 
 class Peft(Format):
-    """Folders of peft."""
+    """The format of peft's folders."""
 
     name = "peft"
 
@@ -81,7 +81,7 @@ class Peft(Format):
 
 
 def described(name: str, keys: Keys, file: TensorFile, names: Mapping[str, str] | None = None) -> Description:
-    """What options and names of tensors say without a host.
+    """Returns the description in options and names of tensors, without a host.
 
     Args:
         name: of the format.
@@ -115,7 +115,7 @@ def described(name: str, keys: Keys, file: TensorFile, names: Mapping[str, str] 
 
 @dataclass
 class Part:
-    """What one of our methods gets of a file; nearly always all of it."""
+    """The part of a file that one of our methods reads; nearly always all of it."""
 
     method: PeftMethod
     keys: Keys
@@ -125,7 +125,7 @@ class Part:
 
 
 class PeftContent(Content):
-    """An adapter of peft for one host.
+    """The content of a peft adapter for one host.
 
     Args:
         names: the adapter's tensors: their names in the file, by peft's names for them.
@@ -180,7 +180,7 @@ class PeftContent(Content):
         super().__init__(envelope, file.path)
 
     def _options(self, part: Part) -> dict[str, Any]:
-        """Options for most places, and other ones where a pattern says so."""
+        """Returns options for most places, and overrides where a pattern has other ones."""
         method, keys, groups = part.method, part.keys, part.groups
         names = self.sorted.root or (groups[0].names if groups else {})
         plain = method.options(keys, {name: self.file.shapes[full] for name, full in names.items()})
@@ -197,8 +197,8 @@ class PeftContent(Content):
         return {**plain, "overrides": overrides} if overrides else plain
 
     def _trained(self, keys: Keys) -> list[str]:
-        """The host's parameters that the file brings and its options announce. Copies of others, as peft writes them of
-        tables that it adapts, must be what the host has."""
+        """Returns the host's parameters that the file brings and its options announce. Copies of others, as peft writes
+        them of tables that it adapts, must equal the host's."""
         announced, biases = keys.names("modules_to_save"), keys.take("bias", str, "none")
         found, owned = [], {group.path for part in self.parts for group in part.groups}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))

@@ -1,4 +1,4 @@
-"""Layers as peft tells them apart, and where its arithmetic is not what the layer computes."""
+"""Layers as peft distinguishes them, and the cases in which its arithmetic differs from the layer's."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def is_one_of(site: Any, kinds: Iterable[type]) -> bool:
 
 
 def not_added(site: Any) -> str:
-    """What keeps a layer's output plus that of an update from being what the layer computes with the updated weight.
+    """Returns the reason why a layer's output plus that of an update is not the output with the updated weight.
 
-    Nothing where it is: peft's additive types compute the sum, ours the second where the two differ.
+    It is empty where the two are equal: peft's additive types compute the sum, ours the second where the two differ.
     """
     module, forward = site.module, plain_class(site.module).forward
     if isinstance(module, _ConvNd) and module.padding_mode != "zeros":
@@ -36,8 +36,8 @@ def not_added(site: Any) -> str:
 
 
 def uneven(module: nn.Module) -> str:
-    """What keeps a convolution in two dimensions from being one that peft's rotations are written for: they take one
-    number for the kernel, the stride and the padding, and pass over dilation. Nothing for other layers."""
+    """Returns the reason why peft's rotations do not fit a convolution in two dimensions: they take one number for the
+    kernel, the stride and the padding, and ignore dilation. Empty for other layers."""
     if not isinstance(module, nn.Conv2d):
         return ""
     pairs = {"kernel": module.kernel_size, "stride": module.stride, "padding": module.padding}

@@ -1,4 +1,4 @@
-"""How a method of ours and a type of peft say the same: a `PeftMethod` for each type.
+"""`PeftMethod`, the translation between one of our methods and one type of peft.
 
 The plugin of our method brings it under ``"peft/TYPE"`` in the hook `peftcore_translations`.
 """
@@ -25,7 +25,7 @@ from peftcore.registry.plugins import imported, named_places
 
 
 class PeftMethod(ABC):
-    """How peft's files keep one method."""
+    """Base class of translations between one of our methods and one type of peft."""
 
     methods: ClassVar[tuple[str, ...]]
     """Our methods that it can hold; the first is the one that is read."""
@@ -34,26 +34,27 @@ class PeftMethod(ABC):
     root: ClassVar[tuple[str, ...]] = ()
     """Names of its tensors that belong to the adapter as a whole; a name that ends with a dot is a beginning."""
     beside: ClassVar[Mapping[str, str]] = {}
-    """What its tensors are called in a file of another type, by their names in one of its own."""
+    """Names of its tensors in a file of another type, by their names in one of its own."""
     stem: ClassVar[str] = PREFIXES[0]
-    """What stands in front of the host's paths."""
+    """The prefix of the host's paths."""
     kinds: ClassVar[tuple[type, ...]] = ()
-    """What peft adapts with it: classes of modules, or of our layers; where there is none, it is not checked."""
+    """Layers that peft adapts with it: classes of modules, or of our layers; where there is none, it is not checked."""
     bias: ClassVar[str] = ""
-    """What the option `bias` says where the biases of adapted modules train, in types that have the option."""
+    """The value of the option `bias` with which biases of adapted modules train, in types that have the option."""
     patterns: ClassVar[Mapping[str, str]] = {}
     """Options that hold values by pattern of path, and the option that each of them changes."""
 
     @abstractmethod
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
-        """Our options with "method", from peft's and from shapes of the tensors at one place, by `below` or `root`.
+        """Returns our options with "method", from peft's and from shapes of the tensors at one place, by `below` or
+        `root`.
 
         Raises:
-            CheckpointError: the options say what our method cannot compute, or do not fit the shapes.
+            CheckpointError: our method cannot compute the options, or they do not fit the shapes.
         """
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
-        """Other values of peft's options for some places, by path in the file: `options` gets them there.
+        """Returns other values of peft's options for some places, by path in the file: `options` gets them there.
 
         Raises:
             CheckpointError: a pattern is no regular expression, or takes too long; or a value is none for this type.
@@ -69,44 +70,45 @@ class PeftMethod(ABC):
         return found
 
     def meant(self, keys: Keys, paths: Collection[str]) -> set[str] | None:
-        """Which modules the options mean, of those at `paths`; None where they do not say."""
+        """Returns the modules that the options target, of those at `paths`; None where they do not say."""
         return modules_meant(keys, paths)
 
     def own(self, groups: Sequence[Group], model: nn.Module, read: Callable[[str], Tensor]) -> list[Group]:
-        """The places that ours has as well, of those in the file. One that repeats another is left out, once it is seen
-        to be the same."""
+        """Returns the places of the file that our method has as well. A place that repeats another is left out, once it
+        is verified to be equal."""
         return list(groups)
 
     def selections(self, keys: Keys, sites: Sequence[SavedSite], model: nn.Module) -> dict[str, tuple[SavedSite, ...]]:
-        """Our method's selections, from the places that have tensors; none for a method that finds its place itself."""
+        """Returns our method's selections, from the places that have tensors; none for a method that finds its place
+        itself."""
         return {"": tuple(sites)} if self.below else {}
 
     def companions(self, keys: Keys, model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
-        """Other types of peft that the same file holds beside this one, with their options.
+        """Returns other types of peft that the same file holds besides this one, with their options.
 
         Raises:
-            CheckpointError: they are not to be understood.
+            CheckpointError: they cannot be understood.
         """
         return []
 
     def joined(self, others: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
-        """The options by which a file of this type holds others, from theirs: the way back from `companions`.
+        """Returns the options by which a file of this type holds others, from theirs: the inverse of `companions`.
 
         None where it does not hold them.
         """
         return None
 
     def trains(self, keys: Keys, path: str) -> tuple[str, ...]:
-        """Parameters below a module that are replaced besides, such as a bias."""
+        """Returns the parameters below a module that are replaced besides, such as a bias."""
         return ()
 
     def differs(self, place: Place) -> str:
-        """What peft computes otherwise at a place of a kind that it takes, or nothing: where it does, an adapter is
-        neither read nor written."""
+        """Returns the reason why peft computes something else at a place of a kind that it takes; empty where it does
+        not. An adapter with such a place is neither read nor written."""
         return ""
 
     def check(self, place: Place, error: type[CheckpointError] | type[ExportError], where: str = "") -> None:
-        """Refuse a place where peft has not the same.
+        """Refuse a place where peft computes something else.
 
         Raises:
             CheckpointError, ExportError: whichever is wanted.
@@ -119,22 +121,23 @@ class PeftMethod(ABC):
 
     @abstractmethod
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        """One operator's tensors by our names, from those at its module (or of the whole, for a method without).
+        """Returns one operator's tensors by our names, from those at its module (or of the whole, for a method
+        without).
 
         Raises:
             CheckpointError: their values cannot be ours.
         """
 
     def read_shared(self, name: str, module: nn.Module, found: Found) -> dict[str, Tensor]:
-        """The tensors of shared state by our names, from those of the whole adapter."""
+        """Returns the tensors of shared state by our names, from those of the whole adapter."""
         return {}
 
     def replaced(self, place: Place, config: Mapping[str, Any], found: Found) -> Tensor:
-        """The value of a parameter that `trains` named; `config` are our options."""
+        """Returns the value of a parameter that `trains` named; `config` are our options."""
         raise NotImplementedError
 
     def pattern(self, path: str, paths: Collection[str]) -> str:
-        """How a pattern means one of all adapted modules, and no other one of them.
+        """Returns a pattern that matches one of all adapted modules, and no other one of them.
 
         Raises:
             ExportError: none does.
@@ -142,23 +145,23 @@ class PeftMethod(ABC):
         return f"^{re.escape(path)}"
 
     def write_options(self, config: Any) -> dict[str, Any]:
-        """Peft's options from ours, for one place.
+        """Returns peft's options from ours, for one place.
 
         Raises:
-            ExportError: peft cannot do what they say.
+            ExportError: peft cannot compute them.
         """
         return {}
 
     def write_options_at(self, place: Place) -> dict[str, Any]:
-        """Peft's options for one place, where these depend on the place; what is left out does not matter there.
+        """Returns peft's options for one place, where these depend on the place; options left out do not matter there.
 
         Raises:
-            ExportError: peft cannot do it there.
+            ExportError: peft cannot compute it there.
         """
         return self.write_options(place.config)
 
     def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
-        """Options that are said once, from all operators and the host.
+        """Returns options that the file has once, from all operators and the host.
 
         Raises:
             ExportError: they differ where peft has one for all.
@@ -166,15 +169,15 @@ class PeftMethod(ABC):
         return {}
 
     def write(self, place: Place) -> dict[str, Tensor]:
-        """One operator's tensors by peft's names.
+        """Returns one operator's tensors by peft's names.
 
         Raises:
-            ExportError: peft has none for what it holds.
+            ExportError: peft has no names for its tensors.
         """
         return {}
 
     def write_all(self, places: Sequence[Place]) -> dict[str, Tensor]:
-        """Tensors that several operators share in the file, by peft's names.
+        """Returns tensors that several operators share in the file, by peft's names.
 
         Raises:
             ExportError: the operators differ where the file has one tensor.
@@ -182,18 +185,18 @@ class PeftMethod(ABC):
         return {}
 
     def write_shared(self, name: str, module: nn.Module) -> dict[str, Tensor]:
-        """Shared state by peft's names."""
+        """Returns shared state by peft's names."""
         return {}
 
 
 def peft_methods() -> dict[str, str]:
-    """Peft's types that plugins can read, and where that is written."""
+    """Returns peft's types that plugins can read, with the classes of their translations."""
     places = named_places("peftcore_translations", "translation")
     return {name.removeprefix("peft/"): place for name, place in places.items() if name.startswith("peft/")}
 
 
 def peft_method(kind: str, where: Path) -> PeftMethod:
-    """How peft's files keep one type.
+    """Returns the translation of one type of peft.
 
     Raises:
         CheckpointError: no installed plugin reads it.

@@ -1,4 +1,4 @@
-"""Names in peft's files: which tensor belongs to which module of the host, and which modules the options mean."""
+"""Names in peft's files: the modules of the host that tensors belong to, and the modules that options target."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from peftcore.files.formats.rebasing import Move, find_move
 from peftcore.files.safe_io import TensorFile
 
 PREFIXES = ("base_model.model.", "base_model.")
-"""What peft puts in front: of modules of the host, and of its own shared state."""
+"""The prefixes that peft writes: of modules of the host, and of its own shared state."""
 WRAPPER = "base_layer"
-"""What peft calls the module that it wrapped; an operator for a parameter wraps the one for the parameter before."""
+"""Peft's name for the module that it wrapped; an operator for a parameter wraps the one for the parameter before."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Group:
     written: str
     """The module's path in the file."""
     names: Mapping[str, str]
-    """Full names by what stands below the module."""
+    """Full names by their names below the module."""
     parameter: bool = False
-    """Whether `target_parameters` means it."""
+    """Whether `target_parameters` matches it."""
 
     @property
     def path(self) -> str:
@@ -40,46 +40,46 @@ class Group:
 
     @property
     def key(self) -> str:
-        """What patterns of peft match."""
+        """The path that patterns of peft match."""
         return f"{self.written}.{self.site.tensor}" if self.parameter else self.written
 
     @property
     def site_path(self) -> str:
-        """What our own patterns match."""
+        """The path that our own patterns match."""
         plain = self.site.tensor == "weight"
         return self.path if plain else f"{self.path}.{self.site.tensor}".lstrip(".")
 
 
 @dataclass
 class Sorted:
-    """All tensors of a file, sorted by what they belong to."""
+    """All tensors of a file, sorted by their modules."""
 
     groups: list[Group]
     root: dict[str, str]
-    """Full names of what belongs to the adapter as a whole, by name."""
+    """Full names of tensors of the adapter as a whole, by name."""
     replaced: dict[str, str]
-    """Full names of what stands for a parameter of the host, by its path there."""
+    """Full names of tensors that replace a parameter of the host, by its path there."""
     wrong: list[str]
     move: Move
 
 
 def bare_names(file: TensorFile, stem: str = PREFIXES[0]) -> dict[str, str]:
-    """Names in a file of peft by what they are without what peft puts in front.
+    """Returns names in a file of peft by the names without peft's prefix.
 
     Args:
-        stem: what stands in front of the host's paths.
+        stem: the prefix of the host's paths.
 
     Raises:
-        CheckpointError: two mean the same.
+        CheckpointError: two tensors have one name.
     """
     return once(((_bare(full, stem), full) for full in file.shapes), file.path)
 
 
 def once(pairs: Iterable[tuple[str, str]], where: Path) -> dict[str, str]:
-    """Names in a file by what they mean.
+    """Returns names in a file by the names that they mean.
 
     Raises:
-        CheckpointError: two mean the same.
+        CheckpointError: two tensors have one name.
     """
     found: dict[str, str] = {}
     for name, full in pairs:
@@ -100,7 +100,7 @@ Grouped = tuple[dict[tuple[str, int], dict[str, str]], dict[str, str], dict[str,
 
 
 def grouped_names(names: Mapping[str, str], below: Iterable[str], root: Iterable[str]) -> Grouped:
-    """Full names by path and depth of the wrapper, and by what stands below; those of the whole; and the others.
+    """Returns full names by path and depth of the wrapper, and by the name below; those of the whole; and the others.
 
     Args: as of `sort_names`.
     """
@@ -130,15 +130,15 @@ def sort_names(
     root: Iterable[str],
     model: nn.Module,
 ) -> Sorted:
-    """Sort a file's tensors by what they belong to on the host.
+    """Sort a file's tensors by the modules of the host.
 
     Args:
         names: the tensors to sort: their names in the file, by peft's names for them.
-        below: what tensors are called below a module.
-        root: what those of the whole are called.
+        below: names of tensors below a module.
+        root: names of tensors of the whole.
 
     Raises:
-        HostMismatch: the host has not the modules that they stand at.
+        HostMismatch: the host lacks their modules.
     """
     modules = dict(model.named_modules())
     grouped, whole, rest = grouped_names(names, below, root)
@@ -172,24 +172,24 @@ def sort_names(
 
 
 def written_path(path: str, move: Move) -> str:
-    """The path that something on the host has in the file."""
+    """Returns the path in the file of a module or parameter of the host."""
     return f"{move.old}.{path}".strip(".") if move.old else path.removeprefix(move.new).removeprefix(".")
 
 
 def written_paths(found: Sorted, model: nn.Module) -> list[str]:
-    """The paths of the host's modules as the file would have them."""
+    """Returns the paths of the host's modules as the file would have them."""
     return [written_path(path, found.move) for path in dict(model.named_modules()) if path]
 
 
 def check_targets(meant: set[str] | None, parameters: Iterable[str], found: Sorted, groups: Iterable[Group]) -> None:
-    """Note where the options and the tensors do not mean the same places.
+    """Record where the options and the tensors do not name the same places.
 
-    Peft puts an operator at every place that the options mean; one without tensors in the file would stay as it was
+    Peft puts an operator at every place that the options name; one without tensors in the file would stay as it was
     drawn there, so such a file is damaged.
 
     Args:
-        meant: the modules that the options mean; None where they do not say.
-        parameters: the parameters that they mean.
+        meant: the modules that the options target; None where they do not say.
+        parameters: the parameters that they target.
     """
     for option, wanted, held in (
         ("target_parameters", set(parameters), {group.key for group in groups if group.parameter}),
@@ -201,7 +201,7 @@ def check_targets(meant: set[str] | None, parameters: Iterable[str], found: Sort
 
 
 def parameters_meant(keys: Keys, found: Sorted, model: nn.Module) -> set[str]:
-    """Which parameters of the host `target_parameters` means, as the file would have their paths."""
+    """Returns the parameters of the host that `target_parameters` matches, as the file would have their paths."""
     paths = [
         f"{written_path(path, found.move)}.{name}"
         for path, module in model.named_modules()
@@ -211,7 +211,7 @@ def parameters_meant(keys: Keys, found: Sorted, model: nn.Module) -> set[str]:
 
 
 def modules_meant(keys: Keys, paths: Iterable[str]) -> set[str] | None:
-    """Which of these modules the options mean; None where they do not say."""
+    """Returns the modules that the options target; None where they do not say."""
     target = keys.take("target_modules", (list, str), None)
     only, lists = keys.take("layers_to_transform", (list, int), None), keys.names("layers_pattern")
     exclude = keys.take("exclude_modules", (list, str), None)
@@ -233,7 +233,8 @@ def modules_meant(keys: Keys, paths: Iterable[str]) -> set[str] | None:
 
 
 def _layer(path: str, lists: list[str], keys: Keys) -> int | None:
-    """The number of the layer that a module is in: the first number behind a name, or behind one of these names."""
+    """Returns the number of the layer that a module is in: the first number behind a name, or behind one of these
+    names."""
     steps = path.split(".")
     for index in range(1, len(steps)):
         inside = index + 1 < len(steps) and steps[index].isdecimal()

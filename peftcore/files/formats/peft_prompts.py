@@ -1,4 +1,4 @@
-"""Soft prompts in folders of peft: one tensor for the whole adapter, and what peft wants to know of the host."""
+"""Soft prompts in folders of peft: one tensor for the whole adapter, and the sizes of the host that peft saves."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ TASKS = {
 
 
 class SoftPrompt(PeftMethod):
-    """What types of peft share whose tensors belong to the sequence, and not to modules.
+    """Base class for types of peft whose tensors belong to the sequence, and not to modules.
 
-    Peft takes the first of the rows that a classifier gets for the first token; there it is a row of the prompt, and
-    what ours gets is the token. So prompts of encoders that classify are refused.
+    Peft classifies by the first row of the prompt, where ours uses the first token. So prompts of encoders that
+    classify are refused.
     """
 
     stem = PREFIXES[-1]
@@ -50,7 +50,7 @@ class SoftPrompt(PeftMethod):
     """2 where peft may have rows in front of a decoder too, besides its encoder."""
 
     def shared_options(self, keys: Keys) -> int:
-        """Take the options that all soft prompts have; the number of rows."""
+        """Take the options that all soft prompts have; returns the number of rows."""
         keys.pass_over("token_dim", "num_layers", "num_attention_heads")
         halves(keys)
         length: int = keys.take("num_virtual_tokens", int)
@@ -67,7 +67,7 @@ class SoftPrompt(PeftMethod):
             raise CheckpointError(f"{keys.where} has {shapes[ROWS][0]} rows, but its options say {rows}")
 
     def stacks(self, keys: Keys, model: nn.Module, roles: Sequence[str] = ("stack",)) -> tuple[SavedSite, ...]:
-        """The stacks in front of which the prompt stands, one for each of `roles`.
+        """Returns the stacks in front of which the prompt goes, one for each of `roles`.
 
         Raises:
             HostMismatch: the host has other ones, or peft computes something else with it.
@@ -110,7 +110,7 @@ class SoftPrompt(PeftMethod):
 
 
 def halves(keys: Keys) -> int:
-    """How many of encoder and decoder peft has a prompt for: 1 or 2.
+    """Returns the number of stacks (encoder, decoder) for which peft has a prompt: 1 or 2.
 
     Raises:
         CheckpointError: the options say another number.
@@ -122,7 +122,7 @@ def halves(keys: Keys) -> int:
 
 
 def task_of(model: nn.Module) -> str | None:
-    """What a model of transformers is made for, in peft's words, which decide how peft runs it; None for others."""
+    """Returns peft's task of a model of transformers, which decides how peft runs it; None for others."""
     auto = importlib.import_module("transformers.models.auto.modeling_auto") if "transformers" in sys.modules else None
     config = vars(model).get("config")
     for task, listed in TASKS.items() if auto is not None else ():
@@ -133,7 +133,7 @@ def task_of(model: nn.Module) -> str | None:
 
 
 def resolver_of(model: nn.Module) -> Resolver:
-    """Finds places on a host."""
+    """Returns a resolver of sites on a host."""
     return Resolver(model, host_map(model), layer_of)
 
 
@@ -145,7 +145,7 @@ def _at(resolver: Resolver, role: str) -> list[Site]:
 
 
 def _sizes(model: nn.Module, below: str) -> tuple[int | None, int | None]:
-    """The heads of a stack's attentions and how many there are; None where they are not known."""
+    """Returns the heads of a stack's attentions and how many there are; None where they are not known."""
     resolver = resolver_of(model)
     try:
         found = [site for site in resolver.sites("attn.core")[0] if f"{site.module_path}.".startswith(f"{below}.")]

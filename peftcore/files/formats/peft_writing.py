@@ -1,4 +1,4 @@
-"""Folders of peft from our injections: options, patterns, targets and names of tensors."""
+"""Writes injections as folders of peft: options, patterns, targets and names of tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from peftcore.targets.sites import Site
 
 
 def module_key(site: Site) -> str:
-    """The path of the module that peft wraps for a site.
+    """Returns the path of the module that peft wraps for a site.
 
     Raises:
         ExportError: peft adapts whole tensors only.
@@ -55,7 +55,7 @@ def is_parameter(site: Site) -> bool:
 
 
 def stem_of(site: Site, all_sites: Iterable[Site]) -> str:
-    """What stands in front of a site's tensors: peft wraps the parameters of one module one round the other."""
+    """Returns the prefix of a site's tensors: peft wraps the parameters of one module one around the other."""
     if not is_parameter(site):
         inside = [WRAPPER, "out_proj"] if site.tensor == "out_proj.weight" else []
         return ".".join([module_key(site), *inside])
@@ -69,10 +69,10 @@ def common(
     patterns: Mapping[str, str],
     name_of: Callable[[str, Collection[str]], str],
 ) -> dict[str, Any]:
-    """Peft's options for all places, from those of each, by path: what differs goes into patterns.
+    """Returns peft's options for all places, from those of each, by path: values that differ go into patterns.
 
     Args:
-        name_of: how a pattern means one path of all of them.
+        name_of: returns a pattern that matches one path of all of them.
 
     Raises:
         ExportError: something differs that peft has no pattern for.
@@ -95,7 +95,7 @@ def common(
 
 
 def targets(applied: AppliedMethod, grafts: Iterable[Graft]) -> dict[str, Any]:
-    """`target_modules` by the last names, where these mean no other module, and by whole paths elsewhere."""
+    """Returns `target_modules` by the last names, where these match no other module, and by whole paths elsewhere."""
     sites = [graft.site for graft in grafts]
     parameters = sorted({f"{s.module_path}.{s.tensor}".lstrip(".") for s in sites if is_parameter(s)})
     paths = {module_key(site) for site in sites if not is_parameter(site)}
@@ -107,11 +107,12 @@ def targets(applied: AppliedMethod, grafts: Iterable[Graft]) -> dict[str, Any]:
 
 
 def along(injection: Injection, only: str, stem: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What was trained along, as peft's `modules_to_save` and `bias`, and the tensors by peft's names.
+    """Returns the modules and biases trained along, as peft's `modules_to_save` and `bias`, and the tensors by peft's
+    names.
 
     Args:
         only: peft's word for biases of adapted modules alone, where the type has one.
-        stem: what stands in front of paths.
+        stem: the prefix of paths.
 
     Raises:
         ExportError: it was a part of a module, or some biases.
@@ -137,7 +138,7 @@ def along(injection: Injection, only: str, stem: str) -> tuple[dict[str, Any], d
 
 
 def whole(injection: Injection, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """All options, with what every type of peft has."""
+    """Returns all options, with those that every type of peft has."""
     return {
         "peft_type": kind,
         "base_model_name_or_path": base_name(injection.model),
@@ -148,13 +149,13 @@ def whole(injection: Injection, kind: str, options: Mapping[str, Any]) -> dict[s
 
 
 def text_of(options: Mapping[str, Any]) -> str:
-    """The text of ``adapter_config.json``."""
+    """Returns the text of ``adapter_config.json``."""
     return json.dumps(options, indent=2, sort_keys=True) + "\n"
 
 
 @dataclass
 class Written:
-    """What one type of peft says of an injection, or of a part of one."""
+    """One type of peft as written for an injection, or for a part of one."""
 
     kind: str
     method: PeftMethod
@@ -168,7 +169,8 @@ class Written:
         return {place.site.module_path for place in self.places}
 
     def tensors(self, *, beside: bool = False) -> dict[str, Tensor]:
-        """Its tensors by peft's names: as those of a file of its own, or `activation_form` another type."""
+        """Returns its tensors by peft's names: as in a file of its own, or, with `beside`, as in a file of another
+        type."""
         method, sites, found = self.method, [place.site for place in self.places], {}
         for place in self.places:
             stem = f"{method.stem}{stem_of(place.site, sites)}." if method.below else ""
@@ -180,7 +182,7 @@ class Written:
 
 
 def _written(applied: AppliedMethod) -> Written:
-    """How peft would keep one method.
+    """Returns one method as peft would have it.
 
     Raises:
         ExportError: it cannot, or not all of it.
@@ -209,7 +211,7 @@ def _writer_of(applied: AppliedMethod) -> tuple[str, PeftMethod]:
 
 
 def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What stands in the two files of a peft folder: the options, and the tensors.
+    """Returns the contents of the two files of a peft folder: the options, and the tensors.
 
     Raises:
         ExportError: peft cannot hold this injection.
@@ -229,7 +231,7 @@ def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _joined(each: list[Written]) -> tuple[Written, dict[str, Any]]:
-    """The type whose file holds all the others, and its options."""
+    """Returns the type whose file holds all the others, and its options."""
     if len(each) == 1:
         return each[0], each[0].options
     for main in each:

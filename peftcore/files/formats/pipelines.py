@@ -1,5 +1,5 @@
-"""Files that hold adapters of several models of one pipeline, told apart by what stands in front of the names: which of
-them is meant for a host, and what to put in front when an adapter is saved."""
+"""Files with adapters of several models of one pipeline, told apart by the prefixes of names: finding the part for a
+host, and the prefix when an adapter is saved."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Part:
     name: str
     """The model's name in the pipeline; empty where names stand for themselves."""
     names: Mapping[str, str]
-    """Names in the file, by the names that they stand for."""
+    """Names in the file, by the names that they mean."""
     outputs: Mapping[str, int]
-    """How many outputs the module at a path should have; -1 where the tensors do not tell."""
+    """The number of outputs of the module at a path; -1 where the tensors do not tell."""
     places: Mapping[str, str] = field(default_factory=dict)
     """Paths on the host, by the way in which the file spells them, where it is not the host's own."""
 
 
 def fitting(parts: Sequence[Part], model: nn.Module, file: Path) -> tuple[Part, Move]:
-    """The part of a file that is for `model`, and where its modules are found.
+    """Returns the part of a file that is for `model`, and the move of its paths to the host's.
 
     By the names of the modules; where these fit several parts, as those of two text encoders do, by their sizes.
 
@@ -68,7 +68,7 @@ def _sized(part: Part, move: Move, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def split(names: Sequence[str], known: Callable[[str], str | None]) -> dict[str, list[str]]:
-    """Names by the part that they belong to; ``""`` for those in front of which no known part stands."""
+    """Returns names by the part that they belong to; ``""`` for names without the prefix of a known part."""
     found: dict[str, list[str]] = {}
     for name in names:
         found.setdefault(known(name) or "", []).append(name)
@@ -76,23 +76,23 @@ def split(names: Sequence[str], known: Callable[[str], str | None]) -> dict[str,
 
 
 def is_unet(model: nn.Module) -> bool:
-    """Whether a host goes down and up again."""
+    """Whether a host is a UNet, by its blocks down and up."""
     return {"down_blocks", "up_blocks"} <= {name for name, _ in model.named_children()}
 
 
 def is_text_encoder(model: nn.Module) -> bool:
-    """Whether a host is given tokens."""
+    """Whether a host is a text encoder, that is takes token ids."""
     return "stack" in registry().hook.peftcore_map(model=model).roles()
 
 
 def clip_prefix(model: nn.Module) -> str:
-    """What files have in front of the modules of a CLIP text encoder and newer versions of transformers leave out."""
+    """Returns the prefix of a CLIP text encoder's modules in files, which newer versions of transformers leave out."""
     modules = dict(model.named_modules())
     return "text_model." if {"encoder.layers.0.self_attn.q_proj", "final_layer_norm"} <= modules.keys() else ""
 
 
 def only_file(path: Path, preferred: str) -> Path | None:
-    """The file that is meant: `path` itself, or in a folder the one of that name, or the only one."""
+    """Returns the file to read: `path` itself, or in a folder the one of that name, or the only one."""
     if path.is_file():
         return path if path.suffix == ".safetensors" else None
     held = sorted(path.glob("*.safetensors")) if path.is_dir() else []
@@ -101,7 +101,7 @@ def only_file(path: Path, preferred: str) -> Path | None:
 
 
 def names_in(path: Path | None) -> list[str]:
-    """The names of a file's tensors; nothing where it cannot be read."""
+    """Returns the names of a file's tensors; nothing where it cannot be read."""
     try:
         return [] if path is None else list(TensorFile(path).shapes)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Operators of ours as translations see them."""
+"""Our operators as translations read and write them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Place:
 
     @property
     def site(self) -> Any:
-        """Where it stands."""
+        """The site of the operator."""
         return self.graft.site
 
     @property
@@ -34,7 +34,7 @@ class Place:
 
 
 def places_of(owner: AppliedMethod | Surgeon) -> list[Place]:
-    """The operators that a method put in."""
+    """Returns the operators that a method recorded."""
     own = [graft for graft in owner.grafts if graft.by_method]
     counts, seen = Counter(type(graft.operator) for graft in own), Counter[type]()
     places = []

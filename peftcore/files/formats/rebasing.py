@@ -1,4 +1,4 @@
-"""An adapter of a bare encoder on a host that has the encoder below a name, and the other way round."""
+"""Moves an adapter of a bare encoder to a host that has the encoder below a name, and the other way round."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from peftcore.errors import HostMismatch
 
 @dataclass(frozen=True)
 class Move:
-    """What stands in front of the paths in a file (`old`) and of the same modules on the host (`new`); one is empty."""
+    """The prefix of the paths in a file (`old`) and of the same modules on the host (`new`); one is empty."""
 
     old: str = ""
     new: str = ""
 
     def __call__(self, path: str) -> str:
-        """The path of a module, or of something below one, on the host."""
+        """Returns the path of a module, or of something below one, on the host."""
         if self.old:
             return path.removeprefix(self.old).removeprefix(".")
         return f"{self.new}.{path}".strip(".")
 
     def covers(self, path: str) -> bool:
-        """Whether the path stands where this move begins."""
+        """Whether the path has the prefix in the file."""
         return not self.old or f"{path}.".startswith(f"{self.old}.")
 
 
 def find_move(paths: Iterable[str], here: Collection[str], what: str) -> Move:
-    """How the modules at `paths` in a file are found among the host's.
+    """Returns the move from the paths of modules in a file to the host's.
 
-    Only a whole prefix is left out or put in front, never exchanged: what belongs to one tower never ends in another.
+    Only a whole prefix is left out or put in front, never exchanged: an adapter of one tower never ends in another.
 
     Raises:
         HostMismatch: they are not here, or at several places.
@@ -41,7 +41,7 @@ def find_move(paths: Iterable[str], here: Collection[str], what: str) -> Move:
     first = missing[0]
     steps = first.split(".")
     deepest = max((path.count(".") + 1 for path in here), default=0)
-    whole = len(steps) + (len(paths) > 1)  # what stands in front may be a site too, with others below it
+    whole = len(steps) + (len(paths) > 1)  # the prefix may be a site too, with others below it
     moves = [Move(old=".".join(steps[:count])) for count in range(max(1, len(steps) - deepest), whole)]
     ending = f".{first}"
     moves += [Move(new=path.removesuffix(ending)) for path in here if path.endswith(ending)]

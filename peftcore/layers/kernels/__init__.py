@@ -1,6 +1,5 @@
-"""What methods of several families compute at every step, arranged for speed. Each stands for plain mathematics
-(`plain_*`), which the tests hold it against, and which runs under torch.compile, torch.func and wherever autograd is
-not plain."""
+"""Fused kernels that methods of several families use at every step. Each equals its plain mathematics (`plain_*`),
+which the tests hold it against, and which runs under torch.compile, torch.func and wherever autograd is not plain."""
 
 from peftcore.layers.kernels.autograd import runs_plain, saves_elsewhere, transformed
 from peftcore.layers.kernels.dropout import dropout_mask, dropped_linear, plain_dropped_linear

@@ -1,4 +1,4 @@
-"""When a kernel's own gradient may stand for that of its plain form."""
+"""Conditions under which a kernel's own gradient may replace that of its plain form."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 
 
 def transformed() -> bool:
-    """True inside torch.func's grad, vmap and the like, which know neither saved-tensor hooks nor addresses."""
+    """Whether torch.func's grad, vmap and the like are active, which know neither saved-tensor hooks nor addresses."""
     return bool(torch._C._are_functorch_transforms_active())
 
 
 def saves_elsewhere() -> bool:
-    """Whether hooks of others take what autograd saves (a checkpoint, an offload to the CPU), which hooks of one's own
-    would keep from them. Versions of torch that cannot say so may have some."""
+    """Whether other saved-tensor hooks are active (a checkpoint, an offload to the CPU), from which hooks of one's own
+    would keep tensors. Versions of torch that cannot tell may have some."""
     top = vars(torch._C._autograd).get("_top_saved_tensors_default_hooks")
     return top is None or top(False) is not None
 
 
 def runs_plain(product: Tensor | None = None) -> bool:
-    """True where plain mathematics is to run in place of a function with a gradient of its own: in what is compiled,
+    """Whether plain mathematics is to run in place of a function with a gradient of its own: in code that is compiled,
     transformed by torch.func, or traced.
 
     Args:
         product: an operand of a kernel that arranges products, which compilers leave as they are written, so that it is
-            worth as much in what is compiled for a CPU. Exports are plain, for whatever will run them.
+            worth as much in code compiled for a CPU. Exports are plain, for any runtime.
     """
     if torch.compiler.is_compiling():
         return product is None or product.device.type != "cpu" or _exports() or transformed()
@@ -35,10 +35,10 @@ def runs_plain(product: Tensor | None = None) -> bool:
 
 
 _exports: Callable[[], bool] = vars(torch.compiler).get("is_exporting", lambda: True)
-"""Whether what is compiled is exported; versions of torch that cannot say so may export it."""
+"""Whether the compiled code is exported; versions of torch that cannot tell may export it."""
 
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    """The output of a function with a gradient of its own."""
+    """Returns the output of a function with a gradient of its own."""
     output: Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
     return output

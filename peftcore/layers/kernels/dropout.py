@@ -1,4 +1,4 @@
-"""A projection of an input of which parts are dropped."""
+"""Dropout fused with the linear map that follows it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ LEVELS = 2**16
 
 
 def plain_dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tensor:
-    """``weight dropout(x)``."""
+    """Returns ``weight dropout(x)``."""
     return F.linear(F.dropout(x, probability), weight)
 
 
 def dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tensor:
-    """``weight dropout(x)`` for x ``[..., in]`` and a narrow weight ``[out, in]``: of what is dropped one byte a value
-    is kept, no copy of the input, and its randomness costs a tenth. Returns the dtype of autocast where that is on."""
+    """Returns ``weight dropout(x)`` for x ``[..., in]`` and a narrow weight ``[out, in]``: a mask of one byte a value
+    is saved, no copy of the input, and the random numbers cost a tenth. The dtype is that of autocast where that is on.
+    """
     if runs_plain(x) or probability == 1:
         return plain_dropped_linear(x, weight, probability)
     mask, scale = dropout_mask(x, probability)
@@ -31,15 +32,16 @@ def dropped_linear(x: Tensor, weight: Tensor, probability: float) -> Tensor:
 
 
 def dropout_mask(like: Tensor, probability: float) -> tuple[Tensor, float]:
-    """What dropout keeps [bool, the shape of `like`], and by how much it makes that larger."""
+    """Returns the mask of values that dropout keeps [bool, the shape of `like`], and the factor by which it scales
+    them."""
     count, level = like.numel(), round(probability * LEVELS)
     draws = _bits(-(-count // 4), like.device).view(torch.int16)[:count].view(like.shape)
     return draws >= level - LEVELS // 2, LEVELS / (LEVELS - level)
 
 
 def _bits(words: int, device: torch.device) -> Tensor:
-    """64 random ones in each word."""
-    if torch.compiler.is_compiling():  # which knows no `random_`, and what stands for it never draws the largest word
+    """Returns 64 random bits in each word."""
+    if torch.compiler.is_compiling():  # no `random_` there, and its replacement never draws the largest word
         return torch.randint(-(2**63), 2**63 - 1, (words,), dtype=torch.int64, device=device)
     return torch.empty(words, dtype=torch.int64, device=device).random_(-(2**63), None)
 
@@ -60,5 +62,5 @@ class _MaskedLinear(torch.autograd.Function):
 
 
 def masked(x: Tensor, mask: Tensor) -> Tensor:
-    """`x`, with zeros for what was not kept; `torch.where` takes half as long again."""
+    """Returns `x` with zeros for dropped values; `torch.where` takes half as long again."""
     return mask.to(x.dtype).mul_(x)

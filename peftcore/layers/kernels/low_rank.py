@@ -1,6 +1,5 @@
-"""A linear layer and a low-rank update of it, in one function: the update is added where the output stands, and in
-backward its part of the input's gradient where that of the layer stands, instead of going through memory once more each
-time."""
+"""A linear layer fused with its low-rank update: the update is added to the output in place, and in backward its part
+of the input's gradient to that of the layer, instead of going through memory once more each time."""
 
 from __future__ import annotations
 
@@ -15,13 +14,13 @@ from peftcore.layers.kernels.dropout import dropout_mask, masked
 from peftcore.utils.autocast import cast_operands
 
 FEW = 64
-"""Up to so many columns of a product are made as rows."""
+"""The number of columns up to which a product is computed as its transpose."""
 
 
 def plain_low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """``weight x + bias + scale B A dropout(x)``."""
+    """Returns ``weight x + bias + scale B A dropout(x)``."""
     low = F.linear(F.dropout(x, dropout) if dropout else x, A)
     return F.linear(x, weight, bias) + F.linear(low * scale, B)
 
@@ -29,7 +28,7 @@ def plain_low_rank_linear(
 def low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """`plain_low_rank_linear` of a frozen weight."""
+    """Returns `plain_low_rank_linear` of a frozen weight by a fused kernel."""
     x, weight, bias, (A, B) = _in_one_dtype(x, weight, bias, A, B)
     if runs_plain(x) or (dropout and dropout == 1):  # a default is a symbol where shapes are, and not to be compared
         return plain_low_rank_linear(x, weight, bias, A, B, scale, dropout)
@@ -42,13 +41,13 @@ def low_rank_linear(
 def _in_one_dtype(
     x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None, list[Tensor]]:
-    """All in the dtype in which the layer computes."""
+    """Returns all operands in the dtype in which the layer computes."""
     x, weight, bias = cast_operands(x, weight, bias)
     return x, weight, bias, [each.to(weight.dtype) for each in others]
 
 
 def _dropping(x: Tensor, A: Tensor, dropout: float) -> tuple[Tensor, Tensor | None]:
-    """A as large as makes up for what is dropped, and what is kept of the rows of x."""
+    """Returns A scaled up for the dropped values, and the dropout mask of the rows of x."""
     if not dropout:
         return A, None
     mask, more = dropout_mask(x, dropout)
@@ -56,8 +55,8 @@ def _dropping(x: Tensor, A: Tensor, dropout: float) -> tuple[Tensor, Tensor | No
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """Returns what it keeps for backward as well, so that backward can be differentiated without keeping more: the
-    input is kept for A alone."""
+    """Returns `low`, which it saves for backward, as well, so that backward can be differentiated without saving more:
+    the input is saved for A alone."""
 
     @staticmethod
     def forward(
@@ -93,15 +92,15 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 def _rows_of(gradient: Tensor | None, shape: torch.Size, weight: Tensor) -> Tensor:
-    """The gradient of the output by rows, for an input of a shape; none is of zeros."""
-    if gradient is None:  # backward is being differentiated, and nothing comes by this way
+    """Returns the gradient of the output by rows, for an input of a shape; zeros for None."""
+    if gradient is None:  # backward is being differentiated, and no gradient comes from the output
         gradient = weight.new_zeros(*shape[:-1], weight.shape[0])
     return gradient.reshape(-1, weight.shape[0])
 
 
 def matmul_transposed(wide: Tensor, few: Tensor) -> Tensor:
-    """``wide few^T``, made as its transpose if it has few columns: on a CPU a narrow product takes two to ten times as
-    long as a flat one.
+    """Returns ``wide few^T``, computed as its transpose if it has few columns: on a CPU a narrow product takes two to
+    ten times as long as a flat one.
 
     Args:
         wide: ``[n, k]``.
@@ -111,6 +110,6 @@ def matmul_transposed(wide: Tensor, few: Tensor) -> Tensor:
 
 
 def _through(gradient: Tensor, weight: Tensor, of_low: Tensor, A: Tensor, mask: Tensor | None) -> Tensor:
-    """The gradient of the rows that went in, through the layer and through the update."""
+    """Returns the gradient of the input rows, through the layer and through the update."""
     of_rows = gradient @ weight
     return of_rows.addmm_(of_low, A) if mask is None else of_rows.addcmul_(of_low @ A, mask.to(of_rows.dtype))
