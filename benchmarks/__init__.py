@@ -1,1 +1,1 @@
-"""How fast peftcore is, side by side with peft: ``python -m benchmarks`` (or ``make bench``)."""
+"""Benchmarks of peftcore side by side with peft: ``python -m benchmarks`` (or ``make bench``)."""

@@ -40,7 +40,7 @@ FIGURES: Mapping[str, Callable[[int], Iterator[list[Row]]]] = {
 
 
 def table(rows: list[Row]) -> Table:
-    """One row a figure; what is not reached is marked."""
+    """Return a table of one row a figure; what is not reached is marked."""
     found = Table("figure", "peftcore", "peft", "ratio (95 %)", "wanted", "", box=None, pad_edge=False)
     for row in rows:
         mark = "" if row.reached else "not reached"
@@ -51,8 +51,8 @@ def table(rows: list[Row]) -> Table:
 def among_others(
     rows: list[Row], growth: list[scaling.Growth], last: Mapping[str, Any]
 ) -> tuple[list[Row], list[scaling.Growth]]:
-    """What was measured now, in the places that it has among the figures of the last run; what is new, behind what was
-    measured before it."""
+    """Put the new measurements in the places that they have among the figures of the last run; what is new, behind what
+    was measured before it."""
     found = {row["figure"]: Row(**{**row, "ratio": Estimate(**row["ratio"])}) for row in last["rows"]}
     names = list(found)
     for row, before in zip(rows, [None, *rows], strict=False):

@@ -16,7 +16,7 @@ from benchmarks.hosts import PROJECTIONS
 
 @dataclass(frozen=True)
 class Pair:
-    """One method, with what both libraries call its settings."""
+    """One method, with its settings in both libraries."""
 
     method: str
     config: Callable[..., peft.PeftConfig]
@@ -26,25 +26,25 @@ class Pair:
     """Ours takes the way that needs least memory."""
 
     def ours_on(self, model: nn.Module, target: list[str] = PROJECTIONS, **wishes: Any) -> nn.Module:
-        """The host with our operators, no longer at their start."""
+        """Return the host with our operators, no longer at their start."""
         injection = peftcore.apply(model, self.method, target=target, **{**self.ours, **wishes})
         injection.low_memory = self.low_memory
         moved(injection.parameters())
         return model
 
     def theirs_on(self, model: nn.Module, target: list[str] = PROJECTIONS, name: str = "default") -> Any:
-        """The host with theirs."""
+        """Return the host with peft's adapter, no longer at its start."""
         adapted = peft.get_peft_model(model, self.settings(target), adapter_name=name)
         moved(parameter for parameter in adapted.parameters() if parameter.requires_grad)
         return adapted
 
     def settings(self, target: list[str] = PROJECTIONS) -> peft.PeftConfig:
-        """What peft is told."""
+        """Return peft's configuration."""
         return self.config(target_modules=target, **self.theirs)
 
 
 def moved(parameters: Any) -> None:
-    """Away from their start, at which many products are zero."""
+    """Move parameters away from their start, at which many products are zero."""
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(torch.randn_like(parameter), alpha=0.01)
@@ -91,7 +91,7 @@ Step = Callable[[], object]
 
 
 def training_step(model: nn.Module, ids: torch.Tensor, autocast: bool = False) -> Step:
-    """Forward, and backward to all that is trained."""
+    """Make a training step: forward, and backward to all that is trained."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.train()
 
@@ -106,7 +106,8 @@ def training_step(model: nn.Module, ids: torch.Tensor, autocast: bool = False) -
 
 
 def limit_step(model: Any, ids: torch.Tensor, autocast: bool = False) -> Step:
-    """What no adapter can be faster than: the frozen host, forward, and backward through activations only."""
+    """Make the step that no adapter can be faster than: the frozen host, forward, and backward through activations
+    only."""
     model.requires_grad_(False).train()
     rows = model.get_input_embeddings()(ids).detach().requires_grad_()
 

@@ -37,7 +37,7 @@ COMMAND = "python -m benchmarks.device --page"
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured where."""
+    """The size, device and dtype of a benchmark."""
 
     size: str
     device: str
@@ -47,7 +47,7 @@ class Bench:
     rounds: int
 
     def hosts(self, method: str, way: str) -> dict[str, nn.Module]:
-        """The limit, ours and theirs on copies of one host."""
+        """Return the limit, ours and theirs on copies of one host."""
         width, layers = SIZES[self.size]
         with torch.device(self.device):
             base = llama(width, layers, self.dtype)
@@ -59,7 +59,7 @@ class Bench:
         return hosts
 
     def step(self, method: str, way: str) -> Iterator[Row]:
-        """A training step: time beyond the limit, and memory."""
+        """Measure a training step: time beyond the limit, and memory."""
         ids, hosts = tokens(self.rows, self.length).to(self.device), self.hosts(method, way)
         steps = {who: (limit_step if who == "limit" else training_step)(host, ids) for who, host in hosts.items()}
         figure = f"step, {method}, {way}"
@@ -67,7 +67,7 @@ class Bench:
         yield heavier(figure, {who: self._peak(step) for who, step in steps.items()})
 
     def token(self, method: str, way: str) -> Iterator[Row]:
-        """One token without gradients."""
+        """Measure one token without gradients."""
         ids, hosts = tokens(1, 1).to(self.device), self.hosts(method, way)
         calls = {who: forward(host, ids) for who, host in hosts.items()}
         if way == "graph":
@@ -79,7 +79,7 @@ class Bench:
         return beyond(f"{figure}: time beyond the limit", times, wanted)
 
     def _awaited(self, call: Step) -> Step:
-        """The call, and the end of what it has set going."""
+        """Return the call with a wait for the end of what it has set going."""
         if self.device == "cpu":
             return call
 
@@ -101,8 +101,8 @@ class Bench:
 
 
 def _compile(host: nn.Module, who: str) -> None:
-    """As `host.compile()`, with a code object of its own: torch.compile keeps graphs by code, and the limit and ours
-    would try each other's guards first."""
+    """Compile as `host.compile()` does, with a code object of its own: torch.compile keeps graphs by code, and the
+    limit and ours would try each other's guards first."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return host._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
@@ -112,7 +112,7 @@ def _compile(host: nn.Module, who: str) -> None:
 
 
 def _captured(call: Step) -> Step:
-    """A call as one CUDA graph."""
+    """Return a call as one CUDA graph."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -168,7 +168,7 @@ def main() -> None:
 
 
 def kept(circumstances: Mapping[str, str], rows: list[Row], file: Path = RUNS) -> list[dict[str, Any]]:
-    """All runs with this one, which takes the place of an earlier one of the same host on the same device."""
+    """Return all runs with this one, which takes the place of an earlier one of the same host on the same device."""
     earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     same = ("device", "size", "dtype")
     others = [run for run in earlier if any(run["circumstances"][key] != circumstances[key] for key in same)]

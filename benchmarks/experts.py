@@ -26,14 +26,14 @@ SIZES = ((16, 256), (64, 512))
 
 
 def hosts(experts: int, width: int) -> Mapping[str, Any]:
-    """The host as it is, with ours, and with theirs."""
+    """Return the host as it is, with ours, and with theirs."""
     base = mixture(width, experts=experts)
     ours, theirs = PAIR.ours_on(copy.deepcopy(base), OURS), PAIR.theirs_on(copy.deepcopy(base), ATTENTION)
     return {"limit": base, "ours": ours, "theirs": theirs}
 
 
 def steps(experts: int, width: int) -> Mapping[str, Step]:
-    """The limit, ours and theirs."""
+    """Return steps of the limit, ours and theirs."""
     ids, made = tokens(4, LENGTH), hosts(experts, width)
     return {
         "limit": limit_step(made["limit"], ids),
@@ -42,7 +42,7 @@ def steps(experts: int, width: int) -> Mapping[str, Step]:
 
 
 def expert_rows(rounds: int) -> Iterator[list[Row]]:
-    """Time and memory of a step, and the time of a token."""
+    """Measure time and memory of a step, and the time of a token."""
     for size in SIZES:
         where = "lora on attention and {} experts of width {}".format(*size)
         times = in_layouts(lambda size=size: steps(*size), rounds, (ratio_of, 1.0))  # type: ignore[misc]

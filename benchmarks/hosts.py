@@ -12,7 +12,8 @@ VOCABULARY = 1000
 
 
 def llama(width: int = 512, layers: int = 4, dtype: torch.dtype = torch.float32) -> Any:
-    """A decoder with four heads of keys and values for eight of queries, and a hidden layer of 2.75 times its width."""
+    """Build a decoder with four heads of keys and values for eight of queries, and a hidden layer of 2.75 times its
+    width."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=width,
@@ -27,7 +28,7 @@ def llama(width: int = 512, layers: int = 4, dtype: torch.dtype = torch.float32)
 
 
 def mixture(width: int = 256, layers: int = 2, experts: int = 16) -> Any:
-    """A decoder of the shape of Qwen3-MoE, of whose experts two see each token."""
+    """Build a decoder of the shape of Qwen3-MoE, of whose experts two see each token."""
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
         hidden_size=width,
@@ -44,5 +45,5 @@ def mixture(width: int = 256, layers: int = 2, experts: int = 16) -> Any:
 
 
 def tokens(rows: int, length: int) -> torch.Tensor:
-    """Random tokens [rows, length]."""
+    """Draw random tokens [rows, length]."""
     return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""What happens around training: applying, merging, files, switching, importing."""
+"""Benchmarks around training: applying, merging, files, switching, importing."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def shown(times: Times, name: str) -> str:
 
 
 def compared(figure: str, times: Times, wanted: float, ours: str = "ours", theirs: str = "theirs") -> Row:
-    """Two times, and their ratio."""
+    """Return a row of two times, and their ratio."""
     return Row(figure, shown(times, ours), shown(times, theirs), ratio(times, ours, theirs), wanted)
 
 
 def thrice(calls: dict[str, Callable[[], Callable[[], object]]], rounds: int) -> Times:
-    """Times of calls that need something new each time: each is prepared first, which does not count."""
+    """Time calls that need something new each time: each is prepared first, which does not count."""
     found: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(1 + rounds):
         for name, prepare in calls.items():
@@ -56,7 +56,7 @@ def thrice(calls: dict[str, Callable[[], Callable[[], object]]], rounds: int) ->
 
 
 def injecting(rounds: int) -> Iterator[list[Row]]:
-    """Applying LoRA to 48 blocks; and the twenty-first beside the second."""
+    """Measure applying LoRA to 48 blocks; and the twenty-first beside the second."""
     base = llama(width=64, layers=48)
 
     def first_of_ours() -> Callable[[], object]:
@@ -104,7 +104,7 @@ def injecting(rounds: int) -> Iterator[list[Row]]:
 
 
 def around(rounds: int) -> Iterator[list[Row]]:
-    """Merge and unmerge, save, load, switch: LoRA on a host of width 512."""
+    """Measure merge and unmerge, save, load, switch: LoRA on a host of width 512."""
     base = llama(layers=8)
     ours, theirs = copy.deepcopy(base), LORA.theirs_on(copy.deepcopy(base), name="a")
     LORA.ours_on(ours, name="a"), LORA.ours_on(ours, name="b")
@@ -151,7 +151,7 @@ def around(rounds: int) -> Iterator[list[Row]]:
 
 
 def importing(rounds: int) -> Iterator[list[Row]]:
-    """Processor seconds that an import adds to ``import torch``."""
+    """Measure the processor seconds that an import adds to ``import torch``."""
 
     def spent(module: str) -> float:
         script = IMPORT.format(module=module)

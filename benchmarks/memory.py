@@ -1,4 +1,4 @@
-"""Peak memory of a call, from the allocator's own record: exact, and the same on every machine. And an allocator that
+"""Peak memory of a call, from the allocator's own count: exact, and the same on every machine. And an allocator that
 gives no memory back, so that no contender waits for pages that another one has let go, and has it in large pages."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def peak(call: Callable[[], object]) -> int:
-    """Bytes that were held at once beyond what was held before, on the CPU."""
+    """Return the bytes that were held at once beyond what was held before, on the CPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         call()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]

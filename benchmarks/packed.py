@@ -1,4 +1,4 @@
-"""On a base packed in 4 bits by bitsandbytes: training steps, and one token at a time."""
+"""Benchmarks on a model quantized in 4 bits by bitsandbytes: training steps, and one token at a time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from benchmarks.steps import LENGTH, beyond, contenders, in_layouts, ratio_of, w
 from benchmarks.timing import take_turns
 
 METHODS = ("lora", "dora", "oft")
-"""Those that peft has on such a base, too."""
+"""Methods that peft has on such a model, too."""
 WHERE = " on nf4"
 
 
 def host(layers: int = 4) -> Any:
-    """The decoder with its linear layers packed; peft is told so by an attribute."""
+    """Build the decoder with its linear layers quantized; peft is told so by an attribute."""
     model = llama(layers=layers)
     peftcore.quantize(model, "bnb-nf4")
     model.is_loaded_in_4bit = True
@@ -29,7 +29,7 @@ def host(layers: int = 4) -> Any:
 
 
 def packed_rows(rounds: int) -> Iterator[list[Row]]:
-    """Time and memory of a step, and the time of a token, beyond those of the packed host."""
+    """Measure time and memory of a step, and the time of a token, beyond those of the quantized host."""
     for name in METHODS:
         times = in_layouts(functools.partial(contenders, name, False, LENGTH, host), rounds, (ratio_of, 1.0))
         step = beyond(f"step{WHERE}, {name}: time beyond the limit", times, 1.0)

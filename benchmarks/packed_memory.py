@@ -1,4 +1,5 @@
-"""Peak memory of a training step on a packed base: ``python benchmarks/packed_memory.py`` (half a minute on two cores).
+"""Peak memory of a training step on a quantized model: ``python benchmarks/packed_memory.py`` (half a minute on two
+cores).
 
 Counts the bytes of all tensors that are alive after each operation, on a stack of linear layers: activations are small
 beside weights. If every layer kept its dequantized weight until backward, the peak would rise by the dense size.
@@ -55,13 +56,13 @@ class Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def stack() -> nn.Sequential:
-    """The host."""
+    """Build the host, a stack of linear layers."""
     torch.manual_seed(0)
     return nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH)))
 
 
 def peak(model: nn.Module) -> int:
-    """The most that lived in one step beside what lived before."""
+    """Return the most bytes that lived in one step beside what lived before."""
     x = torch.randn(ROWS, WIDTH)
     model(x).square().mean().backward()  # gradients exist from here on
     grads = [p.grad for p in model.parameters() if p.grad is not None]

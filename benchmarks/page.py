@@ -1,4 +1,4 @@
-"""``docs/performance.md``: its tables are what runs found, each between two marks."""
+"""Writes the tables of ``docs/performance.md``, each between two marks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ END = "<!-- end -->"
 
 
 def figures(rows: Iterable[Row], circumstances: Mapping[str, str]) -> str:
-    """What was found, and under which circumstances, as Markdown."""
+    """Return the figures, and their circumstances, as Markdown."""
     lines = ["; ".join(f"{name} {value}" for name, value in circumstances.items()) + ".", ""]
     lines += ["| figure | peftcore | peft | ratio (95 %) | wanted | |", "|---|---|---|---|---|---|"]
     for row in rows:
@@ -23,7 +23,7 @@ def figures(rows: Iterable[Row], circumstances: Mapping[str, str]) -> str:
 
 
 def growths(found: Iterable[Growth]) -> str:
-    """How costs grow, as Markdown."""
+    """Return how costs grow, as Markdown."""
     lines = ["| growth | over | steepest between neighbours (1 is linear) |", "|---|---|---|"]
     for each in found:
         steepest = ", ".join(f"{name} {exponent:.2f}" for name, exponent in each.exponents().items())

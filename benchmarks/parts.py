@@ -1,4 +1,4 @@
-"""``python -m benchmarks.parts``: what the parts of OFT's rotation add to a step, each by leaving out the others; a
+"""``python -m benchmarks.parts``: how much each part of OFT's rotation adds to a step, by leaving out the others; a
 table of milliseconds."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SIZE, TERMS = 32, 5
 
 @dataclass(frozen=True)
 class Parts:
-    """What is done of a rotation; its input is kept for backward anyway."""
+    """The parts of a rotation that are carried out; its input is kept for backward anyway."""
 
     makes: bool = False
     """The rotation comes of what trains, and its gradient goes back there."""
@@ -40,7 +40,7 @@ class Parts:
     """The gradient of the rotation is computed; else it is the rotation."""
 
     def on(self, host: Any) -> Any:
-        """The frozen host with such rotations before its projections."""
+        """Return the frozen host with such rotations before its projections."""
         host.requires_grad_(False)
         for name, layer in list(host.named_modules()):
             if name.rpartition(".")[2] in PROJECTIONS:
@@ -85,11 +85,11 @@ PARTS: Mapping[str, tuple[Parts, Parts | None]] = {
     "rotations, and back through them": (Parts(makes=True), KEPT),
     "gradients of rotations": (Parts(makes=True, learns=True), Parts(makes=True)),
 }
-"""What has a part, and what has all of that but the part; None is the limit."""
+"""The parts with that of the figure, and those with all but it; None is the limit."""
 
 
 def steps() -> Mapping[str | Parts, Step]:
-    """The limit, all parts, ours and theirs, on copies of one host."""
+    """Return steps of the limit, all parts, ours and theirs, on copies of one host."""
     base, ids = llama(), tokens(4, LENGTH)
     pair = PAIRS["oft"]
     made: dict[str | Parts, Step] = {

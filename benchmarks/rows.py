@@ -1,4 +1,4 @@
-"""What a benchmark finds: one row a figure."""
+"""The rows that benchmarks produce: one row a figure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Row:
 
     @property
     def goal(self) -> str:
-        """What is wanted, to be read."""
+        """Return the wanted figure as text."""
         return "" if math.isinf(self.wanted) else f"≤ {self.wanted:g}"
 
     @property

@@ -1,4 +1,4 @@
-"""How costs grow: with sites, with adapters on one host, with width. Straight lines in the plots are linear growth."""
+"""Growth of costs: with sites, with adapters on one host, with width. Straight lines in the plots are linear growth."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Growth:
     costs: Mapping[str, tuple[float, ...]]
 
     def exponents(self) -> dict[str, float]:
-        """The steepest growth between neighbours: 1 is linear. Costs below the first are as good as constant."""
+        """Return the steepest growth between neighbours: 1 is linear. Costs below the first are as good as constant."""
         steps = np.diff(np.log(self.sizes))
         return {name: float(max(np.diff(np.log(each)) / steps)) for name, each in self.costs.items()}
 
 
 def milliseconds(call: Callable[[], object], times: int = 3) -> float:
-    """The least of a few: what others do to the machine only adds."""
+    """Return the least of a few times: what others do to the machine only adds."""
     found = []
     for _ in range(times):
         begin = time.perf_counter()
@@ -66,13 +66,13 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(count))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """One expert."""
+        """Run one expert."""
         output: torch.Tensor = self.experts[0](x)
         return output
 
 
 def sites() -> Growth:
-    """Applying, merging and unmerging, removing."""
+    """Measure applying, merging and unmerging, removing."""
     found = defaultdict(list)
     for count in SITES:
         model = Experts(count)
@@ -82,7 +82,7 @@ def sites() -> Growth:
 
 
 def handled(model: nn.Module, target: Target) -> Costs:
-    """One more adapter comes and goes."""
+    """Measure one more adapter that comes and goes."""
     applying, injection = once(partial(peftcore.apply, model, "lora", target=target, name="new"))
     peftcore.activate(model, "new")  # alone: those that act before it would have to be merged first
     merging = once(injection.merge)[0] + once(injection.unmerge)[0]
@@ -91,8 +91,8 @@ def handled(model: nn.Module, target: Target) -> Costs:
 
 
 def once(call: Callable[[], T]) -> tuple[float, T]:
-    """Milliseconds of one call, and what it returns. Python looks for garbage as it does, but what was made before has
-    been looked through."""
+    """Return milliseconds of one call, and its result. Python looks for garbage as it does, but what was made before
+    has been looked through."""
     gc.collect()
     begin = time.perf_counter()
     result = call()
@@ -100,13 +100,13 @@ def once(call: Callable[[], T]) -> tuple[float, T]:
 
 
 def least_of(measure: Callable[[], Costs], times: int = 3) -> Costs:
-    """The least of a few, of each cost."""
+    """Return the least of a few, of each cost."""
     rounds = [measure() for _ in range(times)]
     return {name: min(each[name] for each in rounds) for name in rounds[0]}
 
 
 def adapters() -> Growth:
-    """What is done with one adapter beside many, of which one acts: it comes, is switched to, runs, goes."""
+    """Measure one adapter beside many, of which one acts: it comes, is switched to, runs, goes."""
     model, ids = llama(width=64, layers=2), tokens(1, 8)
     call, found = forward(model, ids), defaultdict(list)
     with TemporaryDirectory() as folder:
@@ -132,7 +132,7 @@ def adapters() -> Growth:
 
 
 def widths() -> Growth:
-    """A training step with LoRA, and the limit."""
+    """Measure a training step with LoRA, and the limit."""
     found = defaultdict(list)
     for width in WIDTHS:
         base, ids = llama(width=width, layers=1), tokens(1, 64)
@@ -147,12 +147,12 @@ def growth(title: str, over: str, sizes: tuple[int, ...], found: Mapping[str, li
 
 
 def all_growth() -> Iterator[Growth]:
-    """One after the other."""
+    """Yield all measurements, one after the other."""
     yield from (measure() for measure in (sites, adapters, widths))
 
 
 def draw(found: list[Growth], path: Path) -> None:
-    """A chart each, both axes logarithmic."""
+    """Draw a chart each, both axes logarithmic."""
     figure = Figure(figsize=(4.2 * len(found), 3.6), dpi=120, layout="constrained")
     for axes, each in zip(np.atleast_1d(figure.subplots(1, len(found))), found, strict=True):
         for name, costs in each.costs.items():

@@ -1,4 +1,4 @@
-"""Without gradients: one token at a time, and a different adapter for each row."""
+"""Benchmarks without gradients: one token at a time, and a different adapter for each row."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ LAYERS = 8
 WEIGHT_FORM = ("dora", "oft", "boft", "hra", "loha", "lokr", "fourierft")
 """Methods that change the weight: after the first token they are to cost what LoRA costs."""
 BESIDE = ("dora", "oft", "boft", "hra")
-"""Of these, those that are timed beside the weight, too, where no effective one is kept."""
+"""Some of these methods, timed in the activation form, too, where no effective weight is kept."""
 MIXED = ("dora", "oft", "hra")
-"""Of these, those that are timed on rows of several adapters."""
+"""Some of these methods, timed on rows of several adapters."""
 
 
 def forward(model: nn.Module, ids: torch.Tensor, **more: Any) -> Step:
-    """One forward without gradients."""
+    """Make one forward without gradients."""
     model.eval()
 
     def call() -> None:
@@ -39,7 +39,7 @@ def forward(model: nn.Module, ids: torch.Tensor, **more: Any) -> Step:
 
 
 def one_token(rounds: int) -> Iterator[list[Row]]:
-    """What an adapter adds to a forward of one token."""
+    """Measure the time that an adapter adds to a forward of one token."""
     base, ids = llama(layers=LAYERS), tokens(1, 1)
     others = {name: PAIRS[name] for name in WEIGHT_FORM}
     others |= {f"{name}, frugal": replace(PAIRS[name], low_memory=True) for name in BESIDE}
@@ -61,7 +61,7 @@ def one_token(rounds: int) -> Iterator[list[Row]]:
 
 
 def many(adapters: int) -> Mapping[str, Step]:
-    """The base, ours and theirs with that many LoRAs, each on a row of its own."""
+    """Return the base, ours and theirs with that many LoRAs, each on a row of its own."""
     base, ids, names = llama(layers=LAYERS), tokens(adapters, 32), [f"a{number}" for number in range(adapters)]
     theirs: Any = LORA.theirs_on(copy.deepcopy(base), name=names[0])
     for name in names[1:]:
@@ -74,7 +74,7 @@ def many(adapters: int) -> Mapping[str, Step]:
 
 
 def on_rows(method: str, adapters: int, rows: int = 8) -> Step:
-    """Ours with that many adapters of one method, of which as many as there are rows act, each on one."""
+    """Return ours with that many adapters of one method, of which as many as there are rows act, each on one."""
     model = llama(layers=LAYERS)
     for number in range(adapters):
         PAIRS[method].ours_on(model, name=f"a{number}")
@@ -83,8 +83,8 @@ def on_rows(method: str, adapters: int, rows: int = 8) -> Step:
 
 
 def mixed_rows(rounds: int) -> Iterator[list[Row]]:
-    """Eight rows on eight adapters, of 8 and of 64 that are there; and of methods that act on weights, which peft does
-    not mix in a batch."""
+    """Measure eight rows on eight adapters, of 8 and of 64 that are there; and of methods that act on weights, which
+    peft does not mix in a batch."""
     figure = "8 rows on 8 adapters{}: time beyond the base"
 
     def of_64(times: Times) -> Estimate:

@@ -1,4 +1,4 @@
-"""Training steps: time beyond the limit, and peak memory."""
+"""Benchmarks of training steps: time beyond the limit, and peak memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WANTED = {
     "boft, frugal": 0.6,
     "hra": 0.6,
 }
-"""Time beyond the limit, ours over peft's; of others 1. What is frugal gives time for memory."""
+"""Time beyond the limit, ours over peft's; of others 1. A frugal method gives time for memory."""
 
 LAYOUTS = 3
 """How often all contenders are built anew: where their tensors come to lie in memory is worth up to a tenth of a step,
@@ -47,7 +47,7 @@ def contenders(
     host: Callable[[], Any] = llama,
     target: list[str] = PROJECTIONS,
 ) -> Mapping[str, Step]:
-    """The limit, ours and theirs on copies of one host."""
+    """Return the limit, ours and theirs on copies of one host."""
     base, ids = host(), tokens(4, length)
     pair = PAIRS[name]
     return {
@@ -58,13 +58,13 @@ def contenders(
 
 
 def step_rows(rounds: int, methods: Iterable[str] = PAIRS) -> Iterator[list[Row]]:
-    """Time and memory of a step with each method."""
+    """Measure time and memory of a step with each method."""
     for name in methods:
         yield [timed(name, rounds), weighed(name)]
 
 
 def variant_rows(rounds: int) -> Iterator[list[Row]]:
-    """Time of steps otherwise: under autocast, and of longer rows."""
+    """Measure the time of steps otherwise: under autocast, and of longer rows."""
     yield [timed("lora", rounds, autocast=True)]
     yield [timed("oft, exact", rounds, length=4 * LENGTH)]
 
@@ -77,8 +77,8 @@ def timed(name: str, rounds: int, autocast: bool = False, length: int = LENGTH) 
 
 
 def in_layouts(build: Callable[[], Mapping[str, Step]], rounds: int, *goals: Goal) -> Times:
-    """Times of contenders that are built anew a few times, and more often while a ratio is not narrow enough, or
-    nearly what is wanted."""
+    """Time contenders that are built anew a few times, and more often while a ratio is not narrow enough, or nearly
+    what is wanted."""
     built: list[Mapping[str, Step]] = []  # all stay, so that none is built where the last one was
     times: Times = {}
     while not times or len(built) < LAYOUTS * max(_effort(ratio(times), wanted) for ratio, wanted in goals):
@@ -95,27 +95,27 @@ def _effort(ratio: Estimate, wanted: float) -> int:
 
 
 def beyond(figure: str, times: Times, wanted: float) -> Row:
-    """What ours adds to the limit, over what theirs adds."""
+    """Return a row of the time that ours adds to the limit, over that of theirs."""
     return Row(figure, over(times, "ours"), over(times, "theirs"), ratio_of(times), wanted)
 
 
 def ratio_of(times: Times) -> Estimate:
-    """What ours adds to the limit, over what theirs adds."""
+    """Return the time that ours adds to the limit, over that of theirs."""
     return overhead(times, "ours", "theirs", "limit")
 
 
 def over(times: Times, name: str) -> str:
-    """A step as a multiple of the limit."""
+    """Return a step as a multiple of the limit."""
     return f"{np.median(times[name]) / np.median(times['limit']):.2f} × limit"
 
 
 def weighed(name: str, host: Callable[[], Any] = llama, where: str = "", target: list[str] = PROJECTIONS) -> Row:
-    """Peak memory of a step."""
+    """Measure peak memory of a step."""
     return heavier(f"step{where}, {name}", peaks(contenders(name, host=host, target=target)))
 
 
 def peaks(contenders: Mapping[str, Step]) -> Mapping[str, int]:
-    """Peak memory of each, in bytes."""
+    """Return peak memory of each, in bytes."""
     found = {}
     for who, step in contenders.items():
         step()  # what is made once is there
@@ -124,7 +124,7 @@ def peaks(contenders: Mapping[str, Step]) -> Mapping[str, int]:
 
 
 def heavier(figure: str, peaks: Mapping[str, int]) -> Row:
-    """Peak memory of ours over that of theirs, in bytes."""
+    """Return a row of peak memory of ours over that of theirs, in bytes."""
     ratio = peaks["ours"] / peaks["theirs"]
     sizes = {who: f"{size / 1e6:.1f} MB" for who, size in peaks.items()}
     figure = f"{figure}: peak memory (limit {sizes['limit']})"

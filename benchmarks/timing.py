@@ -1,4 +1,4 @@
-"""Times of contenders that take turns, and ratios of what they add to a limit, each with an interval."""
+"""Times contenders that take turns, and ratios of what they add to a limit, each with an interval."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Estimate:
 
     @property
     def width(self) -> float:
-        """From one end of the interval to the other."""
+        """Return the length of the interval."""
         return self.high - self.low
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ class Estimate:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Garbage is collected before, not within."""
+    """Collect garbage before the block, not within."""
     gc.collect()
     gc.disable()
     try:
@@ -67,7 +67,8 @@ def take_turns(contenders: Mapping[str, Callable[[], object]], rounds: int, warm
 
 
 def estimate(times: Times, of: Callable[[Mapping[str, float]], float]) -> Estimate:
-    """A number made of the medians of all contenders, with its interval: rounds are drawn again, the same for all."""
+    """Return a number made of the medians of all contenders, with its interval: rounds are drawn again, the same for
+    all."""
     count = len(next(iter(times.values())))
     draws = np.random.default_rng(0).integers(0, count, (DRAWS, count))
     medians = {name: np.median(seconds[draws], axis=1) for name, seconds in times.items()}
@@ -77,10 +78,11 @@ def estimate(times: Times, of: Callable[[Mapping[str, float]], float]) -> Estima
 
 
 def ratio(times: Times, one: str, other: str) -> Estimate:
-    """Time of one over time of another."""
+    """Return the time of one over the time of another."""
     return estimate(times, lambda median: median[one] / median[other])
 
 
 def overhead(times: Times, one: str, other: str, limit: str) -> Estimate:
-    """What one adds to the limit of its round, over what another adds: what is slower for a while is so for all."""
+    """Return what one adds to the limit of its round, over what another adds: what is slower for a while is so for
+    all."""
     return ratio({name: times[name] - times[limit] for name in (one, other)}, one, other)

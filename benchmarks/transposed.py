@@ -1,4 +1,4 @@
-"""On GPT-2, whose layers store their weights by inputs: training steps."""
+"""Benchmarks on GPT-2, whose layers store their weights by inputs: training steps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from benchmarks.rows import Row
 from benchmarks.steps import WANTED, beyond, contenders, in_layouts, ratio_of, weighed
 
 METHODS = ("lora", "dora", "vera")
-"""Of those that peft has on such layers, too."""
+"""Methods that peft has on such layers, too."""
 WHERE = " on GPT-2"
 TARGET = ["c_attn", "c_proj", "c_fc"]
 
 
 def host(width: int = 512, layers: int = 4) -> Any:
-    """A decoder of GPT-2's shape with random weights."""
+    """Build a decoder of GPT-2's shape with random weights."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=8, vocab_size=VOCABULARY)
     made: Any = transformers.GPT2LMHeadModel(config)
@@ -28,7 +28,7 @@ def host(width: int = 512, layers: int = 4) -> Any:
 
 
 def transposed_rows(rounds: int) -> Iterator[list[Row]]:
-    """Time and memory of a step."""
+    """Measure time and memory of a step."""
     for name in METHODS:
         build, wanted = functools.partial(contenders, name, host=host, target=TARGET), WANTED.get(name, 1.0)
         step = beyond(

@@ -1,4 +1,4 @@
-"""The command line ``peftcore``, the face of `peftcore.comparing`: it reads what is typed, and prints what came of it.
+"""The command line ``peftcore``, the face of `peftcore.comparing`: it reads options, and prints results.
 
 Its dependencies belong to the extra ``peftcore[cli]`` and are imported when a command runs: ``import peftcore`` stays
 light, and an installation without the extra says what to install instead of failing at import.

@@ -1,4 +1,4 @@
-"""The typer application, and what its commands have in common."""
+"""The typer application, and helpers of its commands."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def root() -> None:
 
 
 def settings(given: list[str] | None, flag: str = "--set", example: str = "training.patience=3") -> dict[str, Any]:
-    """What ``--set name=value`` says, its values read as YAML: ``16``, ``true``, ``[1, 2]``, or a text as it stands.
+    """Parse ``--set name=value``, its values read as YAML: ``16``, ``true``, ``[1, 2]``, or a text as it stands.
 
     Raises:
         BadInput: one of them has no name, or a name is given twice.
@@ -44,13 +44,14 @@ def settings(given: list[str] | None, flag: str = "--set", example: str = "train
 
 
 def printable(text: object) -> str:
-    """A text in which a file's names may be: what a terminal would obey, such as escapes, is spelled out."""
+    """Return a text in which a file's names may be, with what a terminal would obey, such as escapes, spelled out."""
     return "".join(each if each.isprintable() or each == "\n" else repr(each)[1:-1] for each in str(text))
 
 
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
-    """What peftcore refuses becomes one message and exit code 2; anything else is our fault and keeps its traceback."""
+    """Turn what peftcore refuses into one message and exit code 2; anything else is our fault and keeps its
+    traceback."""
     try:
         yield
     except PeftcoreError as error:

@@ -1,4 +1,4 @@
-"""Where the command line starts: it looks for what the extra brings before it imports any command."""
+"""The entry point of the command line: it looks for what the extra brings before it imports any command."""
 
 from __future__ import annotations
 

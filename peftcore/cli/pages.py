@@ -1,4 +1,4 @@
-"""What the commands that look have in common on a screen: a console that never cuts a path, plain tables, JSON."""
+"""Helpers of the commands that look: a console that never cuts a path, plain tables, JSON."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ MANY = 8
 
 
 def console() -> Console:
-    """Standard output, as wide as the terminal is. Brackets are brackets: paths and requirements have some."""
+    """Return standard output as a console, as wide as the terminal is. Brackets are brackets: paths and requirements
+    have some."""
     terminal = Console().is_terminal
     return Console(width=None if terminal else WIDTH, markup=False, emoji=False, highlight=False)
 
 
 def columns(*headings: str, right: frozenset[str] = frozenset(), header: bool = True) -> Table:
-    """A table without lines; what does not fit is folded, never cut."""
+    """Return a table without lines; what does not fit is folded, never cut."""
     table = Table(box=None, show_header=header, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for heading in headings:
         table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
@@ -30,26 +31,27 @@ def columns(*headings: str, right: frozenset[str] = frozenset(), header: bool = 
 
 
 def as_json(document: Any) -> str:
-    """For scripts."""
+    """Return a document as JSON, for scripts."""
     return json.dumps(document, indent=2)
 
 
 def times(shape: Sequence[int]) -> str:
-    """``768×3072``."""
+    """Format a shape: ``768×3072``."""
     return "×".join(map(str, shape))
 
 
 def tensors(shapes: Mapping[str, Sequence[int]]) -> str:
-    """``A 8×768, B 768×8``; a single number has no shape, and of very many tensors only the first are named."""
+    """Format tensors: ``A 8×768, B 768×8``; a single number has no shape, and of very many tensors only the first are
+    named."""
     named = [f"{name} {times(shape) or '1'}" for name, shape in shapes.items()]
     return ", ".join(named if len(named) <= MANY else [*named[:2], f"... ({len(named)} tensors)"])
 
 
 def share(part: float) -> str:
-    """A part of the whole: in percent, or, where that would be mostly zeros, as a power of ten."""
+    """Format a part of the whole: in percent, or, where that would be mostly zeros, as a power of ten."""
     return f"{part:.3%}" if part >= 1e-4 or not part else f"{part:.1e}"
 
 
 def spelled(value: Any) -> str:
-    """A value as it may stand on a command line."""
+    """Format a value as it may stand on a command line."""
     return value if isinstance(value, str) else to_json(value, fallback=repr).decode()

@@ -11,11 +11,11 @@ order of reading:
 - `quiet`: other libraries say nothing.
 - `data`: examples from files, folders and datasets.
 - `models`: models from where the user keeps them, with weights or without.
-- `plans`: what a method would do to a model, and what that costs.
-- `runs`: what a training run is told, and the folder that it fills.
-- `tasks`: what can be learned.
+- `plans`: the changes of a method to a model, and their costs.
+- `runs`: the schema of a training run, and the folder that it fills.
+- `tasks`: tasks to learn.
 - `training`: one run.
-- `reports`: what a comparison found, for people and programs.
+- `reports`: results of a comparison, for people and programs.
 - `comparisons`: several methods, configurations and seeds on one task.
 - `searching`: the best within a budget.
 """

@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formats numbers as people read them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ SPACE = "\N{NO-BREAK SPACE}"
 
 
 def digits(value: float) -> str:
-    """Three of them: 0.210, 1.50, 100."""
+    """Format a number in three digits: 0.210, 1.50, 100."""
     return f"{value:#.3g}".rstrip(".")
 
 
 def size(count: float) -> str:
-    """Bytes: three digits and a decimal unit."""
+    """Format bytes: three digits and a decimal unit."""
     value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
@@ -22,7 +22,7 @@ def size(count: float) -> str:
 
 
 def short(count: float) -> str:
-    """A count of parameters: 1k, 2.5M, 7B."""
+    """Format a count of parameters: 1k, 2.5M, 7B."""
     value, units = float(count), ["", "k", "M", "B", "T"]
     while value >= 999.5 and len(units) > 1:
         value, units = value / 1000, units[1:]
@@ -30,37 +30,38 @@ def short(count: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Three digits, however small."""
+    """Format a share in percent with three digits, however small."""
     return f"{digits(100 * share)}%"
 
 
 def decimals(values: Iterable[float]) -> int:
-    """Places after the point for the numbers of a column: three for 0.912, two beside 12.3, none for 54,321."""
+    """Return the places after the point for the numbers of a column: three for 0.912, two beside 12.3, none for
+    54,321."""
     sizes = [abs(value) for value in values if math.isfinite(value)] or [0.0]
     places = max(0, 3 - math.floor(math.log10(max(1.0, min(sizes)))))
     return places if max(sizes) < 10 else min(places, 2)
 
 
 def fixed(value: float, places: int) -> str:
-    """With so many places after the point; what is no number is called so."""
+    """Format a number with so many places after the point; what is no number is called so."""
     return (
         f"{value:,.{places}f}" if math.isfinite(value) else {math.inf: "∞", -math.inf: "−∞"}.get(value, "not a number")
     )
 
 
 def counted(count: int, one: str, many: str | None = None) -> str:
-    """1 seed, 3 seeds."""
+    """Format a count with its word: 1 seed, 3 seeds."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def listed(words: Iterable[object]) -> str:
-    """0, 1 and 2."""
+    """Join words: 0, 1 and 2."""
     *first, last = [str(word) for word in words]
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def duration(seconds: float) -> str:
-    """1 h 10 min, 12 min, 45 s."""
+    """Format seconds: 1 h 10 min, 12 min, 45 s."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.3g}{SPACE}s"

@@ -1,4 +1,4 @@
-"""Which Python packages are installed, and where; none of them is imported for that."""
+"""Finds installed Python packages and their folders; none of them is imported for that."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from peftcore.comparing.errors import MissingPackage
 
 
 def package_folder(name: str) -> Path | None:
-    """Where an installed package lies; it is not imported. A name with a dot is none: to look for that, Python would
-    import what is before the dot.
-    """
+    """Return the folder of an installed package, which is not imported. A name with a dot is none: to look for that,
+    Python would import what is before the dot."""
     try:
         spec = importlib.util.find_spec(name) if name.isidentifier() else None
     except ValueError:  # imported already, by no file: __main__

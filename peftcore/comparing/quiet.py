@@ -1,4 +1,5 @@
-"""Libraries log and warn about each other and about configurations, which is no news to someone who only looks."""
+"""Silences libraries, which log and warn about each other and about configurations: no news to someone who only
+looks."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 
 @contextmanager
 def unlogged() -> Iterator[None]:
-    """No log but errors, until the end of the block."""
+    """Log nothing but errors, until the end of the block."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -22,14 +23,15 @@ def unlogged() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """The same, and no warnings."""
+    """Log nothing but errors and show no warnings, until the end of the block."""
     with unlogged(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def no_bars() -> None:
-    """From now on no progress bars of transformers and datasets, and no advice of theirs, between our own lines."""
+    """Switch off progress bars of transformers and datasets, and their advice, which would stand between our own
+    lines."""
     import datasets
     import transformers
 

@@ -4,22 +4,22 @@
     def test_conformance(check):
         check()
 
-or, without pytest, ``for result in check_method("mymethod"): print(result)``. Of schemes that pack weights:
+or, without pytest, ``for result in check_method("mymethod"): print(result)``. Of schemes that quantize weights:
 `quantizer_conformance` and `check_quantizer`. `plugged` tries hooks out without packaging them.
 
 It may import all of peftcore but `comparing` and `cli`. In the order of reading:
 
-- `failures`: what a failed check says.
+- `failures`: the message of a failed check.
 - `kit`: cases, checks, and how a check is filed.
 - `hosts`: tiny models on which checks run.
-- `tools`: what several checks use.
+- `tools`: helpers of several checks.
 - `probes`: tiny methods and models for one question.
-- `trained_once`: what is trained beforehand, kept on disk.
-- `tasks`: what a method has to learn.
+- `trained_once`: tensors that are trained beforehand, cached on disk.
+- `tasks`: small tasks that a method has to learn.
 - `plugging`: hooks tried out without packaging them.
-- `compiling`: what a compiler would change.
+- `compiling`: a compiler for checks.
 - `doors`: `conformance` and `check_method`.
-- `quantizers`: the same frame for schemes that pack weights.
+- `quantizers`: the same frame for schemes that quantize weights.
 - `checks_injection`, `checks_declared`, `checks_training`, `checks_forward`, `checks_around_training`,
   `checks_switching`, `checks_lifecycle`, `checks_calls`, `checks_merge`, `checks_files`, `checks_refused_files`,
   `checks_packed`, `checks_learning`, `checks_quantizers`, `checks_adapted_quantizers`: one subject of checks a module.

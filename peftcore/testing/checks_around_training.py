@@ -64,7 +64,7 @@ def data_that_breaks_off_leaves_no_trace(case: Case) -> None:
 
 
 def _everything(injection: Injection) -> dict[str, Tensor]:
-    """Parameters and buffers, those included that no file has."""
+    """Return the parameters and buffers of an injection, those included that no file has."""
     named = ((path, [*module.named_parameters(), *module.named_buffers()]) for path, module in injection.modules())
     return {f"{path}.{name}": tensor.detach().clone() for path, tensors in named for name, tensor in tensors}
 

@@ -1,4 +1,4 @@
-"""Checks of one forward's record: rows that go to different injections, choices that backward repeats, generation."""
+"""Checks of one forward context: rows that go to different injections, choices that backward repeats, generation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GENERATORS = ("llama", "gpt2", "t5", "moe", "mistral")
 
 
 def _two(case: Case, shallow: bool = False) -> tuple[nn.Module, Mapping[str, Any], list[Injection]]:
-    """Two filled injections of the method, neither of which acts yet."""
+    """Make two filled injections of the method, neither of which acts yet."""
     model, inputs = case.shallow() if shallow else case.fresh()
     injections = [case.filled(model, seed=seed, name=name) for seed, name in ((1, "one"), (5, "two"))]
     peftcore.activate(model)
@@ -44,7 +44,7 @@ def _separately(case: Case, model: nn.Module, inputs: Mapping[str, Any], names: 
 
 
 def _routable(model: nn.Module, names: Sequence[str | None]) -> Any:
-    """The route.
+    """Return a route over these injections.
 
     Raises:
         NotApplicable: the method's default sites in this host see no rows.

@@ -1,4 +1,4 @@
-"""Checks of what a method says of itself: tags, sizes, options."""
+"""Checks of what a method declares: tags, sizes, options."""
 
 from __future__ import annotations
 

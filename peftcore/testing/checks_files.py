@@ -28,7 +28,7 @@ ONE = ("mlp", "encoder", "llama")
 
 @contextmanager
 def saved(case: Case, **changes: Any) -> Iterator[tuple[Path, Injection, nn.Module, dict[str, Any]]]:
-    """A filled injection of the case and the folder where it is saved."""
+    """Save a filled injection of the case; yield the folder, the injection, its model and inputs."""
     model, inputs = case.fresh()
     injection = case.apply(model, seed=7, **changes)
     fill(injection)

@@ -92,7 +92,7 @@ def _noting(seen: dict[str, Any], path: str) -> Callable[..., None]:
     "values decide",
 )
 def it_works_where_its_host_is(case: Case) -> None:
-    """On a device with shapes only: whatever asks for values, or brings a tensor of another device, raises."""
+    """Run on a device with shapes only: whatever asks for values, or brings a tensor of another device, raises."""
     model, inputs = case.fresh()
     there = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in inputs.items()}
     try:
@@ -274,7 +274,7 @@ def no_hook_runs_in_forward(case: Case) -> None:
 def compiled_equals_eager(case: Case) -> None:
     model, inputs = case.shallow()
     injection = case.filled(model)
-    case.quiet(model, inputs)  # the witness judges the first forward
+    case.quiet(model, inputs)  # silent layers are checked in the first forward
     output, expected = backward(case, model, inputs, injection)
     torch.compiler.reset()
     model.compile(backend=(backend := AsItStands()), fullgraph=True)

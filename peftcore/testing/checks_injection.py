@@ -20,7 +20,7 @@ from peftcore.testing.tools import differences, raises, trace
 
 
 def planned(case: Case, model: nn.Module, **changes: Any) -> peftcore.Plan:
-    """The plan for what `case.apply` does."""
+    """Return the plan for what `case.apply` does."""
     arguments: dict[str, Any] = {**case.options, **changes}
     try:
         return peftcore.plan(model, case.method, **arguments)
@@ -52,7 +52,7 @@ def a_fresh_adapter_changes_nothing(case: Case) -> None:
 
 
 def adapted_zoo(case: Case, **changes: Any) -> Iterator[tuple[str, Holder, Tensor, Injection]]:
-    """Each layer that the method accepts: its name, the holder, the base output and the fresh injection."""
+    """Yield each layer that the method accepts: its name, the holder, the base output and the fresh injection."""
     accepted = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -181,13 +181,14 @@ def unmatched_targets_change_nothing(case: Case) -> None:
 
 
 def _main_modules(case: Case, injection: Injection) -> list[str]:
-    """The modules that the user's `target` (or the default) selected, and that carry operators."""
+    """Return the modules that the user's `target` (or the default) selected, and that carry operators."""
     grafted = {site.module_path for site in injection.sites}
     return list(dict.fromkeys(s.module_path for s in injection.main_selection if s.module_path in grafted))
 
 
 def _addressable(case: Case, model: nn.Module) -> str:
-    """The last module of the default target that a plain path can name (an attention's output has a role, no path)."""
+    """Return the last module of the default target that a plain path can name (an attention's output has a role, no
+    path)."""
     injection = case.apply(model)
     modules = _main_modules(case, injection)
     injection.remove()

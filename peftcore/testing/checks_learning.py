@@ -1,4 +1,4 @@
-"""The check that a method learns: on a small real task, as the kit defines it and not the method's author."""
+"""The check that a method learns: on a small real task, which the kit defines and not the method's author."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from peftcore.testing.kit import Case, NotApplicable, check
 from peftcore.testing.tasks import PICTURE, STEPS, TASKS, Batch, Task, full_fine_tuning
 
 SHARE = 1 / 3
-"""Of what full fine-tuning gains in the same steps."""
+"""The share of the gain of full fine-tuning in the same steps."""
 RATES = (1e-2, 3e-2, 1e-1, 3e-3)
 """Learning rates to try; methods differ by far in what suits them."""
 
 
 def _told(case: Case, task: Task) -> Task:
-    """The task with calls that say what the method needs."""
+    """Return the task with calls that give the method the context that it needs."""
     context = case.context
     if context is None:
         return task
@@ -38,13 +38,13 @@ def _told(case: Case, task: Task) -> Task:
 
 
 def _adapted(case: Case, task: Task) -> Injection:
-    """The method with its default target in a fresh host of the task."""
+    """Apply the method with its default target to a fresh host of the task."""
     data = [lambda model: task.loss(model, task.batch(STEPS))] if case.tags.needs_data else None
     return peftcore.apply(task.pretrained(), case.method, data=data, **case.options)
 
 
 def _gains(case: Case, task: Task) -> Iterator[tuple[float, float]]:
-    """Shares of the gain of full fine-tuning, before training and after it, by learning rate."""
+    """Yield shares of the gain of full fine-tuning, before training and after it, by learning rate."""
     base = task.scored(task.pretrained())
     whole = full_fine_tuning(task) - base
     task = _told(case, task)

@@ -1,4 +1,4 @@
-"""The check of packed bases: what a method does on a dense host, it does on every base that a quantizer packs."""
+"""The check of quantized models: a method does on every base that a quantizer packs what it does on a dense one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HOSTS = ("llama", "vit", "gpt2", "unet")
 
 @dataclass(frozen=True)
 class Life:
-    """What became of a method on one packed base."""
+    """The outcome of a method on one quantized model."""
 
     trains: str
     merges: str
@@ -46,7 +46,7 @@ class Life:
 
 
 def installed_schemes() -> list[str]:
-    """The schemes of the plugins whose packages are there."""
+    """Return the schemes of the plugins whose packages are installed."""
     return [name for name in schemes() if not scheme_class(name).missing()]
 
 
@@ -65,7 +65,7 @@ def packed_bases_are_like_dense_ones(case: Case) -> None:
 
 
 def life(case: Case, scheme: str) -> Life:
-    """Evaluate, train, merge, save and load on a base that is packed by `scheme`.
+    """Evaluate, train, merge, save and load on a model that is quantized by `scheme`.
 
     Raises:
         CheckFailed: something is not as on a dense base.
@@ -100,7 +100,7 @@ def _does_not_fit(path: str, module: nn.Module) -> bool:
 
 
 def _dense(model: nn.Module, inputs: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
-    """The same adapted host with dense weights of the same numbers."""
+    """Return a copy of the adapted host with dense weights of the same numbers."""
     return dequantize(copy.deepcopy(model)), inputs
 
 

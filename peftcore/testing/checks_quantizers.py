@@ -85,7 +85,7 @@ def gradients_pass_to_the_input(case: Packing) -> None:
 
 @contextmanager
 def never_unpacking(case: Packing) -> Iterator[None]:
-    """Fail the check if a weight is unpacked meanwhile."""
+    """Fail the check if a weight is made dense within the block."""
     kind = type(case.scheme.layer)
     with mock.patch.object(kind, "unpack", autospec=True, side_effect=kind.unpack) as unpack:
         yield

@@ -22,7 +22,7 @@ from peftcore.testing.tools import differences, raises, trace
 
 
 def _refused(case: Case, path: Path, kind: Any, what: str, *names: str, host: nn.Module | None = None) -> None:
-    """Loading must raise `kind`, naming everything, and leave the host as it was."""
+    """Fail unless loading raises `kind`, naming everything, and leaves the host as it was."""
     model = case.fresh()[0] if host is None else host
     before = trace(model)
     with raises(case, kind, what, names):
@@ -31,14 +31,14 @@ def _refused(case: Case, path: Path, kind: Any, what: str, *names: str, host: nn
 
 
 def _edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the envelope, where it is read."""
+    """Change the envelope of a saved adapter, where it is read."""
     envelope = json.loads(TensorFile(path / TENSORS).metadata[METADATA])
     change(envelope)
     write_tensors(path / TENSORS, load_file(path / TENSORS), {METADATA: json.dumps(envelope)})
 
 
 def _damages(tensors: dict[str, Tensor]) -> dict[str, str]:
-    """Damage up to four tensors, each in another way; what must be named, by key."""
+    """Damage up to four tensors, each in another way; return the words that the error must name, by key."""
     keys = sorted(tensors)
     tensors["unheard.of"] = torch.zeros(2)
     damaged = {"unheard.of": "unknown"}
@@ -109,7 +109,7 @@ def unknown_options_in_files_are_refused(case: Case) -> None:
 
 
 def _inside(site: Site) -> list[str]:
-    """The host's parameters below a site that is a whole module, such as an attention."""
+    """Return the host's parameters below a site that is a whole module, such as an attention."""
     return [name for name, _ in site.module.named_parameters() if ".peft." not in f".{name}."]
 
 

@@ -1,4 +1,4 @@
-"""Checks of training: gradients reach what should train, and nothing else moves or is kept."""
+"""Checks of training: gradients reach what should train, nothing else moves, and backward keeps nothing needless."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from peftcore.testing.kit import TOLERANCES, Case, NotApplicable, check
 
 
 def loss(output: Tensor) -> Tensor:
-    """Uneven in every entry, so that gradients do not cancel in norms and softmaxes."""
+    """Return a loss that is uneven in every entry, so that gradients do not cancel in norms and softmaxes."""
     weights = torch.linspace(-1.0, 1.5, output.numel(), device=output.device).view_as(output)
     return (output.float() * weights).sum() + output.float().square().mean()
 
 
 def gradients_of(injection: Injection) -> dict[str, Tensor]:
-    """Gradients by tensor name; zeros where there is none."""
+    """Return the gradients by tensor name; zeros where there is none."""
     named = ((f"{path}.{name}", p) for path, module in injection.modules() for name, p in module.named_parameters())
     return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
 
@@ -30,7 +30,7 @@ def gradients_of(injection: Injection) -> dict[str, Tensor]:
 def backward(
     case: Case, model: nn.Module, inputs: Mapping[str, Any], injection: Injection
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output and gradients of one pass in the model's present mode."""
+    """Return output and gradients of one pass in the model's present mode."""
     model.zero_grad()
     output = case.run(model, inputs)
     loss(output).backward()  # type: ignore[no-untyped-call]
@@ -50,7 +50,7 @@ def expect_same_gradients(case: Case, actual: Mapping[str, Tensor], expected: Ma
 
 @torch.no_grad()
 def _without_dropout(model: nn.Module) -> None:
-    """In training mode only what trains should differ from evaluation."""
+    """Switch dropout off: in training mode only what trains should differ from evaluation."""
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, float) and ("dropout" in name or name == "p"):
@@ -77,7 +77,8 @@ def zero_rows_stay_finite(case: Case) -> None:
 
 
 def _trained(case: Case, steps: int = 3) -> tuple[nn.Module, Injection, dict[str, Tensor], dict[str, Tensor], set[str]]:
-    """Train a little: model, injection, the base before, the operators before, and the names that got a gradient."""
+    """Train a little; return model, injection, the base before, the operators before, and the names that got a
+    gradient."""
     model, inputs = case.fresh()
     base = {key: value.clone() for key, value in model.state_dict().items()}
     injection = case.apply(model)
@@ -240,8 +241,8 @@ def effective_weights_do_not_outlive_their_use(case: Case) -> None:
 
 
 def _kept_shapes(case: Case, model: nn.Module, inputs: dict[str, Any]) -> Counter[tuple[int, ...]]:
-    """Shapes of what a forward keeps for backward, without the model's own tensors; their sides sorted, since weights
-    are kept transposed."""
+    """Count the shapes of tensors that a forward saves for backward, without the model's own; their sides sorted, since
+    weights are saved transposed."""
     held = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
     kept: Counter[tuple[int, ...]] = Counter()
 

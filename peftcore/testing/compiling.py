@@ -39,8 +39,9 @@ class AsItStands:
 
     @property
     def lost(self) -> list[str]:
-        """Operations whose `alpha` or `beta` inductor drops, where it makes one of a sum and a product or two of one
-        (https://github.com/pytorch/pytorch/issues/167313): its results are wrong then, and nothing says so."""
+        """Return the operations whose `alpha` or `beta` inductor drops, where it makes one of a sum and a product or
+        two of one (https://github.com/pytorch/pytorch/issues/167313): its results are wrong then, and nothing says
+        so."""
         return [node.format_node() or "" for graph in self.graphs for node in graph.nodes if _loses(node)]
 
 

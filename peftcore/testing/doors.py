@@ -17,7 +17,7 @@ from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import ALL, ANYWHERE, Case, Check, Context, NotApplicable, cases
 
 TELLING = ("llama", "encoder")
-"""The hosts of a quick run: separate projections called as modules, and a packed one read by its owner."""
+"""The hosts of a quick run: separate projections called as modules, and a fused one read by its owner."""
 CHANGED = "PEFTCORE_TEST_CHANGED"
 """Environment variable: names of methods, separated by blanks, that run on every host in a quick run too."""
 
@@ -36,7 +36,7 @@ class Result:
     status: Status
     """"expected": it fails, and was declared to."""
     message: str = ""
-    """What failed, or why it was left out."""
+    """The failure, or the reason why the check was left out."""
 
     def __str__(self) -> str:
         return f"{self.status:8} {self.check}-{self.host}" + (f": {self.message}" if self.message else "")
@@ -61,7 +61,7 @@ def _named(
     expected: Mapping[str, str],
     context: Context | None,
 ) -> dict[str, tuple[Check, Case]]:
-    """The checks that the method's tags call for, by id.
+    """Return the checks that the method's tags call for, by id.
 
     Raises:
         ConfigError: a failure is expected of a check that does not run.
@@ -77,8 +77,8 @@ def _named(
 
 
 def _telling(check: Check, telling: Iterable[str]) -> tuple[str, ...]:
-    """The hosts of a check in a quick run: the telling ones, or one of those that the check wants, where it wants some
-    hosts only."""
+    """Return the hosts of a check in a quick run: the telling ones, or one of those that the check wants, where it
+    wants some hosts only."""
     if check.chooses:
         return (ANYWHERE.name,)
     if check.hosts is None:
@@ -126,7 +126,7 @@ def check_method(
 
 
 def judged(check: Check, where: str, run: Callable[[], str | None], reason: str | None) -> Result:
-    """Run a check and say what came of it; `reason` why it is expected to fail."""
+    """Run a check and return its result; `reason` why it is expected to fail."""
 
     def result(status: Status, message: str = "") -> Result:
         return Result(check.name, where, status, message)
@@ -147,7 +147,7 @@ def judged(check: Check, where: str, run: Callable[[], str | None], reason: str 
 def parametrized(
     runs: Mapping[str, Callable[[], object]], expected: Mapping[str, str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A test for each run by its id, with an argument `check`; those that are expected to fail must."""
+    """Make a test for each run by its id, with an argument `check`; those that are expected to fail must."""
     import pytest
 
     def thunk(run: Callable[[], object]) -> Callable[[], None]:
@@ -172,17 +172,18 @@ def parametrized(
 
 @dataclass(frozen=True)
 class Declared:
-    """What a test told `conformance` of a method; the decorated function keeps it as its attribute `declared`."""
+    """The arguments of `conformance` in a test of a method; the decorated function has it as its attribute
+    `declared`."""
 
     method: type[Method]
     telling: tuple[str, ...]
     options: Options
     context: Context | None
     checks: Mapping[str, Check]
-    """Those that run here, by the id of the test."""
+    """The checks that run here, by the id of the test."""
 
     def case(self, host: str) -> Case:
-        """The method on one host, as the test has it."""
+        """Return the case of the method on one host, with the options that the test declares."""
         options = {**self.options.get("*", {}), **self.options.get(host, {})}
         return Case(self.method, HOSTS[host], options, self.context)
 

@@ -1,4 +1,5 @@
-"""What a failing check raises and says: one text for all, from which the author of a method learns what to do."""
+"""The error of a failing check and its message: one text for all, from which the author of a method learns what to
+do."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ if TYPE_CHECKING:
 
 
 class CheckFailed(AssertionError):
-    """A promise is not kept."""
+    """Raised where a promise does not hold."""
 
 
 def explained(check: Check, case: Expecting, error: Exception) -> str:
-    """The message of a failure: what failed where, what was found, the usual cause, what to do, and how to look closer.
+    """Return the message of a failure: what failed where, what was found, the usual cause, what to do, and how to look
+    closer.
 
     Args:
         check: the check that failed.
@@ -43,7 +45,7 @@ def explained(check: Check, case: Expecting, error: Exception) -> str:
 
 
 def _raised_in(subject: type, error: Exception) -> str:
-    """The last line of the author's own that an error came through; empty where it came through none.
+    """Return the last line of the author's own that an error came through; empty where it came through none.
 
     The author's own are the files beside the one that the class is in.
     """

@@ -100,7 +100,7 @@ def _convnet() -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _transformers(config: str, model: str, **sizes: Any) -> Callable[[], tuple[nn.Module, dict[str, Any]]]:
-    """Builds a model of transformers, imported on the first use only."""
+    """Return a builder of a model of transformers, which is imported on the first use only."""
 
     def build() -> tuple[nn.Module, dict[str, Any]]:
         try:
@@ -121,7 +121,7 @@ def _transformers(config: str, model: str, **sizes: Any) -> Callable[[], tuple[n
 
 
 def gpt2(width: int, layers: int = 2) -> Build:
-    """Builds a GPT-2: transposed and fused weights."""
+    """Return a builder of a GPT-2: transposed and fused weights."""
     sizes = {"n_embd": width, "n_layer": layers, "n_head": 2, "n_positions": 32, "initializer_range": 0.3}
     return _transformers("GPT2Config", "GPT2LMHeadModel", **sizes)
 
@@ -152,7 +152,7 @@ def _vit(layers: int = 2) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _diffusers(model: str, **sizes: Any) -> nn.Module:
-    """A model of diffusers, imported on the first use only."""
+    """Build a model of diffusers, which is imported on the first use only."""
     try:
         library = importlib.import_module("diffusers")
     except ImportError as error:

@@ -33,8 +33,8 @@ FILL = 0.1
 
 
 class NotApplicable(Exception):
-    """The method's idea has nothing to act on in this host, or the host's package is missing; the reason is the
-    message."""
+    """Raised where the method has nothing to act on in this host, or the host's package is missing; the message is the
+    reason."""
 
 
 Build = Callable[[], tuple[nn.Module, dict[str, Any]]]
@@ -73,16 +73,16 @@ Context = Callable[[nn.Module, Tensor], Mapping[str, Any]]
 
 
 class Expecting:
-    """What checks say of what they found."""
+    """Assertions that checks share."""
 
     @property
     def label(self) -> str:
-        """What is checked, and on what."""
+        """Return what is checked, and on what."""
         raise NotImplementedError
 
     @property
     def subject(self) -> type:
-        """The class that is checked."""
+        """Return the class that is checked."""
         raise NotImplementedError
 
     def expect(self, holds: bool, what: str) -> None:
@@ -121,13 +121,13 @@ class Case(Expecting):
     """One method on one host."""
 
     method: type[Method]
-    """What is checked."""
+    """The method that is checked."""
     host: Host
     """On what."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of the method that this host needs (``add_missing_bias`` on hosts without biases)."""
     context: Context | None = None
-    """What every call is told, for methods that need it."""
+    """The context of every call, for methods that need it."""
 
     @property
     def label(self) -> str:
@@ -139,16 +139,16 @@ class Case(Expecting):
 
     @property
     def tags(self) -> Tags:
-        """What the method claims."""
+        """The tags of the method."""
         return self.method.tags
 
     def fresh(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
-        """A new host, always the same, and inputs for it (floating-point ones in `dtype`)."""
+        """Build a new host, always the same, and inputs for it (floating-point ones in `dtype`)."""
         return self._built(self.host.build, dtype)
 
     @cached_property
     def inapplicable(self) -> str | None:
-        """None when the method can act in the host, else the reason why not."""
+        """Return None when the method can act in the host, else the reason why not."""
         try:
             model, _ = self.fresh()
             self.apply(model)
@@ -157,7 +157,7 @@ class Case(Expecting):
         return None
 
     def shallow(self) -> tuple[nn.Module, dict[str, Any]]:
-        """The same with one layer, if that is enough for the method."""
+        """Build the host with one layer and its inputs, if that is enough for the method."""
         if self.host.shallow is not None:
             with contextlib.suppress(TargetError):
                 self.apply(self._built(self.host.shallow)[0])
@@ -189,14 +189,15 @@ class Case(Expecting):
             return peftcore.apply(model, self.method, target=self.host.fallback, **arguments)
 
     def tell(self, model: nn.Module) -> None:
-        """Tell the model's calls from now on what the method needs: of one picture for all rows."""
+        """Set the context that the method needs for the model's calls from now on: one picture for all rows."""
         if self.context is not None:
             picture = torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(3))
             there = next(model.parameters()).device
             peftcore.call(model, **self.context(model, picture.to(there)))
 
     def batches(self, run: Callable[[nn.Module], Tensor]) -> dict[str, Any]:
-        """``data=`` for a method that looks at data: two batches, in each of which half of what `run` gives counts."""
+        """Return ``data=`` for a method that looks at data: two batches, in each of which half of what `run` gives
+        counts."""
 
         def batch(half: int) -> Callable[[nn.Module], Tensor]:
             return lambda model: run(model).flatten()[half::2].square().mean()
@@ -210,12 +211,12 @@ class Case(Expecting):
         return injection
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """The host's output tensor, with gradients."""
+        """Return the host's output tensor, with gradients."""
         self.tell(model)
         return self.host.output(model(**inputs))
 
     def quiet(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-        """The host's output tensor under no_grad, in eval mode; training mode is restored."""
+        """Return the host's output tensor under no_grad, in eval mode; training mode is restored."""
         training = {name: module.training for name, module in model.named_modules()}
         model.eval()
         self.tell(model)
@@ -227,8 +228,8 @@ class Case(Expecting):
 
 
 Cost = Literal["quick", "slow"]
-"""What a check costs a case: "quick" is a fraction of a second of processor time, "slow" seconds (it trains a model on
-a task, or compiles one). A suite of many methods may leave slow checks to some of them in its quick runs."""
+"""The cost of a check for a case: "quick" is a fraction of a second of processor time, "slow" seconds (it trains a
+model on a task, or compiles one). A suite of many methods may leave slow checks to some of them in its quick runs."""
 
 
 @dataclass(frozen=True)
@@ -238,11 +239,11 @@ class Check:
     function: Callable[[Any], str | None]
     """May return what it measured."""
     promise: str
-    """What is proven, as a sentence."""
+    """The promise that it proves, as a sentence."""
     cause: str
     """The usual cause of a failure, for the message."""
     remedy: str
-    """What the author of a method does about it, for the message."""
+    """The remedy that the author of a method has, for the message."""
     when: Callable[[Tags], bool] = lambda tags: True
     """Whether a method with these tags is to keep it."""
     hosts: tuple[str, ...] | None = None
@@ -250,7 +251,7 @@ class Check:
     chooses: bool = False
     """It finds hosts by itself, and runs once a method."""
     cost: Cost = "quick"
-    """What a case of it costs."""
+    """The cost of a case."""
 
     @property
     def name(self) -> str:
@@ -321,7 +322,7 @@ def cases(
     options: Mapping[str, Mapping[str, Any]],
     context: Context | None = None,
 ) -> Iterator[tuple[Check, Case]]:
-    """Every check on every host that the check wants, by the method's tags."""
+    """Yield every check on every host that the check wants, by the method's tags."""
     everywhere = options.get("*", {})
     anywhere, *on = [
         Case(method, host, {**everywhere, **options.get(host.name, {})}, context)

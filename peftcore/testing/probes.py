@@ -35,7 +35,7 @@ class Holder(nn.Module):
 
 
 class ByKeyword(Holder):
-    """Calls its layer with the input by name."""
+    """A host that calls its layer with the input by name."""
 
     def forward(self) -> Tensor:
         output: Tensor = self.layer(input=self.example)
@@ -43,7 +43,8 @@ class ByKeyword(Holder):
 
 
 def zoo() -> Iterator[tuple[str, Holder]]:
-    """Every kind of layer with realistic shapes: overlapping patches, stride, padding, dilation, groups, no bias."""
+    """Yield every kind of layer with realistic shapes: overlapping patches, stride, padding, dilation, groups, no
+    bias."""
     for bias in (True, False):
         for features in (7, 8):
             for shape in ((3, 8), (2, 3, 8), (2, 2, 3, 8), (1, 2, 2, 3, 8)):
@@ -96,11 +97,12 @@ class Unused(nn.Module):
 
 
 class Interrupted(Exception):
-    """What the checks raise in the middle of things."""
+    """Raised by the checks in the middle of things."""
 
 
 def interrupted(method: type[Method], stop: int | None) -> type[Method]:
-    """The method, but its `stop`-th operator cannot be built; with None, it fails after the surgery."""
+    """Return the method with an operator, the `stop`-th, that cannot be built; with None, it fails after the
+    surgery."""
 
     def inject(self: Method, model: nn.Module, config: MethodConfig, surgeon: Any) -> None:
         left = [stop]
@@ -157,7 +159,7 @@ class Lockstep(TorchFunctionMode):
 
 
 def together(*tasks: Callable[[], Tensor]) -> list[Any]:
-    """Results (or errors) of tasks that run in threads of their own, in lockstep."""
+    """Return results (or errors) of tasks that run in threads of their own, in lockstep."""
     barrier = threading.Barrier(len(tasks))
     results: list[Any] = [None] * len(tasks)
 
@@ -183,7 +185,7 @@ def together(*tasks: Callable[[], Tensor]) -> list[Any]:
 
 @contextlib.contextmanager
 def counted_calls() -> Iterator[list[int]]:
-    """Counts the Python functions called in the block: work without a clock.
+    """Count the Python functions called in the block: work without a clock.
 
     The garbage collector waits: what it frees runs finalizers, and they belong to whoever ran before.
     """

@@ -1,4 +1,4 @@
-"""The kit for quantizers: what a scheme and its `QuantizedLayer` layer promise to methods and to users.
+"""The kit for quantizers: checks of what a scheme and its `QuantizedLayer` promise to methods and to users.
 
     @quantizer_conformance("nf4", double_quant=True, declared={"pickles_compute_the_same": "why"})
     def test_conformance(check):
@@ -37,7 +37,7 @@ class Block(nn.Module):
         self.first, self.norm, self.second = nn.Linear(64, 128), nn.LayerNorm(128), nn.Linear(128, 64, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., 64] -> [..., 64]"""
+        """Map [..., 64] to [..., 64]."""
         y: Tensor = self.second(torch.tanh(self.norm(self.first(x))))
         return y
 
@@ -60,25 +60,25 @@ class Packing(Expecting):
 
     @property
     def scheme(self) -> Scheme:
-        """The scheme itself."""
+        """The scheme with its options."""
         return scheme(self.name, **self.options)
 
     def values(self, *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-        """N(0, 1)."""
+        """Draw values from N(0, 1), the same for the same seed."""
         return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Any:
-        """A host before it is packed."""
+        """Build a dense host."""
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(0)
             return Block().to(dtype).eval()
 
     def packed(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The same, packed."""
+        """Build the same host, quantized."""
         return quantize(self.dense(dtype), self.name, **self.options)
 
     def twin(self, packed: nn.Module) -> Any:
-        """A dense host with the weights that are read of a packed one."""
+        """Build a dense host with the weights that are read of a quantized one."""
         twin = self.dense()
         for path in LINEAR:
             module: Any = twin.get_submodule(path)
@@ -88,25 +88,25 @@ class Packing(Expecting):
         return twin
 
     def read(self, module: nn.Module) -> Tensor:
-        """The weight of a module, packed or not."""
+        """Return the weight of a module, quantized or not."""
         weight = layer_of(module, "weight").read(module, "weight")
         assert weight is not None
         return weight.detach()
 
     def adapt(self, model: nn.Module, kind: str) -> Injection:
-        """Operators of one kind at both layers, their tensors filled with noise."""
+        """Apply operators of one kind to both layers, their tensors filled with noise."""
         injection = peftcore.apply(model, Kinds, kind=kind, target=list(LINEAR), seed=0)
         fill(injection)
         return injection
 
     def run(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The output in evaluation."""
+        """Return the output in evaluation."""
         with torch.no_grad():
             output: Tensor = model.eval()(self.values(3, 5, 64, seed=1, dtype=dtype))
         return output
 
     def train(self, model: nn.Module, injection: Injection) -> dict[str, Tensor]:
-        """Gradients of the operators, by name."""
+        """Return the gradients of the operators, by name."""
         injection.model.zero_grad()
         model.train()(self.values(3, 5, 64, seed=1)).square().mean().backward()
         model.eval()
@@ -115,7 +115,7 @@ class Packing(Expecting):
         return {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
 
     def state(self, model: nn.Module) -> Trace:
-        """All that could be noticed on a host, and the weights that are read."""
+        """Return all that could be noticed on a host, and the weights that are read."""
         return {**trace(model), **{f"weight of {path}": self.read(model.get_submodule(path)) for path in LINEAR}}
 
     def expect_unchanged(self, before: Trace, model: nn.Module, what: str, passing: str | tuple[str, ...] = ()) -> None:
@@ -129,7 +129,7 @@ class Packing(Expecting):
         self.expect_close(actual, expected, what, factor)
 
     def error(self, weight: Tensor) -> float:
-        """What a round trip costs: norm of the difference over norm of the weight."""
+        """Return the relative error of a round trip: norm of the difference over norm of the weight."""
         chosen = self.scheme
         off = chosen.layer.unpack(chosen.module(weight)).float() - weight.float()
         return float(off.norm() / weight.float().norm())

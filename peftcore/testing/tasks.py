@@ -35,13 +35,13 @@ HELD_OUT = -1
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """One task to learn.
 
     Attributes:
         pretrained: a fresh copy of the host, in eval mode.
         batch: batch number i of the new data.
         loss: of a host on a batch.
-        score: the same for a whole held-out batch; higher is better.
+        score: the same for a whole validation batch; higher is better.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Task:
     score: Callable[[nn.Module, Batch], float]
 
     def scored(self, model: nn.Module) -> float:
-        """The score on data that was not learned from."""
+        """Return the score on data that was not learned from."""
         with torch.no_grad():
             return self.score(model.eval(), self.batch(HELD_OUT))
 
@@ -78,14 +78,14 @@ def _drawn(number: int) -> torch.Generator:
 
 @functools.cache
 def _recipe() -> str:
-    """What a host learns follows from the text of this module."""
+    """Return the text of this module, which decides what a host learns."""
     return inspect.getsource(sys.modules[__name__])
 
 
 def _learned(
     name: str, make: Callable[[], nn.Module], loss: Callable[[nn.Module, int], Tensor], lr: float
 ) -> nn.Module:
-    """A host that knows the first kind of data; the global generator does not move."""
+    """Return a host that knows the first kind of data; the global generator does not move."""
 
     def train() -> dict[str, Tensor]:
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
@@ -108,7 +108,7 @@ def _learned(
 
 @functools.cache
 def _digits() -> tuple[Tensor, Tensor]:
-    """Images [1797, 1, 8, 8] in -1 .. 1 and their labels, in random order; the last 597 are held out."""
+    """Return images [1797, 1, 8, 8] in -1 .. 1 and their labels, in random order; the last 597 are held out."""
     found = _needs("sklearn.datasets").load_digits()
     order = torch.randperm(len(found.target), generator=_drawn(0))
     return torch.tensor(found.images, dtype=torch.float32)[order, None] / 8 - 1, torch.tensor(found.target)[order]
@@ -164,7 +164,7 @@ def _classifier() -> nn.Module:
 
 @functools.cache
 def _manual() -> Tensor:
-    """Bytes of the reference of the Python language, which is part of every Python."""
+    """Return bytes of the reference of the Python language, which is part of every Python."""
     topics = importlib.import_module("pydoc_data.topics").topics
     return torch.tensor(list("\n".join(topics.values()).encode("ascii", "ignore")[:300_000]))
 
@@ -177,7 +177,7 @@ def _passages(number: int, length: int = 48) -> Tensor:
 
 
 def _exchanged(number: int) -> Batch:
-    """Passages with small and capital letters exchanged."""
+    """Return passages with small and capital letters exchanged."""
     text = _passages(number)
     letter = ((text | 32) >= ord("a")) & ((text | 32) <= ord("z"))
     return {"input_ids": torch.where(letter, text ^ 32, text)}
@@ -211,7 +211,7 @@ def _writer() -> nn.Module:
 
 
 def _noised(number: int, sign: float = -1.0) -> Batch:
-    """Digits (negatives of them) with noise, the noise, how much of it, and words for the label."""
+    """Return digits (negatives of them) with noise, the noise, how much of it, and words for the label."""
     images, labels = (each[: 128 if number == HELD_OUT else 24] for each in _scans(number))
     drawn = _drawn(number)
     noise = torch.randn(images.shape, generator=drawn)
@@ -260,7 +260,7 @@ PLACES = 4
 
 
 def _named(number: int, turned: bool = True) -> Batch:
-    """Digits and the texts of all ten names: start, places, the name, end."""
+    """Return digits and the texts of all ten names: start, places, the name, end."""
     images, labels = _scans(number)
     names = torch.arange(4, 14).view(10, 1)
     texts = torch.cat([torch.full((10, 1), 1), torch.full((10, PLACES), 3), names, torch.full((10, 1), 2)], 1)
@@ -313,7 +313,7 @@ TASKS: Iterable[Task] = (
 
 @functools.cache
 def full_fine_tuning(task: Task) -> float:
-    """The score of the whole host trained in the same steps, at the best of three learning rates."""
+    """Return the score of the whole host trained in the same steps, at the best of three learning rates."""
 
     def train() -> dict[str, Tensor]:
         scores = []

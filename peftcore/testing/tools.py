@@ -1,4 +1,4 @@
-"""What checks share: traces of a host, expected errors, methods by name, and partners for an injection."""
+"""Helpers of checks: traces of a host, expected errors, methods by name, and partners for an injection."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ Maker = Callable[[nn.Module, int, str], Injection]
 
 
 def trace(model: nn.Module) -> Trace:
-    """Everything about a host that others could notice, by what and where: class, attributes, hooks, flags, values."""
+    """Return everything about a host that others could notice, by what and where: class, attributes, hooks, flags,
+    values."""
     found: Trace = {}
     for path, module in model.named_modules(remove_duplicate=False):
         found[f"class of {path}"] = type(module)
@@ -53,8 +54,8 @@ def trace(model: nn.Module) -> Trace:
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """Tensors have a shape, a dtype and a device in here, and no values. Hosts that look at values of a mask to choose
-    a way do not, as when they are traced; and torch's own encoder goes the plain way."""
+    """Give tensors a shape, a dtype and a device in the block, and no values. Hosts that look at values of a mask to
+    choose a way do not, as when they are traced; and torch's own encoder goes the plain way."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -65,7 +66,8 @@ def shapes_only() -> Iterator[None]:
 
 
 def _held(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that one is made of: of a packed one its codes and scales, in bytes where they are that small."""
+    """Yield the tensors that one is made of: of a quantized one its codes and scales, in bytes where they are that
+    small."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             if getattr(tensor, name) is not None:
@@ -75,7 +77,8 @@ def _held(tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def differences(before: Trace, after: Trace, passing: str | tuple[str, ...] = ()) -> str:
-    """Where two traces differ, to the bit; empty when nowhere. Entries that start with `passing` are not compared."""
+    """Return where two traces differ, to the bit; empty when nowhere. Entries that start with `passing` are not
+    compared."""
     keys = [key for key in dict.fromkeys([*before, *after]) if not key.startswith(passing)]
     wrong = [key for key in keys if not _same(before.get(key), after.get(key))]
     return ", ".join(wrong[:4]) + (f" and {len(wrong) - 4} more" if len(wrong) > 4 else "")
@@ -89,8 +92,8 @@ def _same(one: Any, other: Any) -> bool:
 
 @contextmanager
 def without_fast_paths() -> Iterator[None]:
-    """Without the fused path that torch's encoder takes where nothing needs gradients and nothing is hooked: it rounds
-    in another way."""
+    """Switch off the fused path that torch's encoder takes where nothing needs gradients and nothing is hooked: it
+    rounds in another way."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -119,7 +122,7 @@ def raises(
 
 @contextmanager
 def findable(method: type[Method]) -> Iterator[None]:
-    """Files know methods by name: register a class that is not installed, for the time of the block."""
+    """Register a class that is not installed for the time of the block: files know methods by name."""
     try:
         missing = peftcore.method(method.name) is not method
     except AmbiguousMethod:
@@ -143,7 +146,7 @@ class _LowRankConfig(MethodConfig):
 
 
 class _LowRankOperator(Operator):
-    """Adds to what the module computes."""
+    """Adds a low-rank update to what the module computes."""
 
     def __init__(self, site: Site, config: MethodConfig) -> None:
         super().__init__(site)
@@ -238,7 +241,7 @@ class _KindsConfig(MethodConfig):
 
 
 class Kinds(Method):
-    """Operators of one kind."""
+    """A method with operators of one kind."""
 
     name = "partner_kinds"
     Config = _KindsConfig
@@ -259,7 +262,8 @@ class Kinds(Method):
 
 
 def partners(case: Case) -> Iterator[tuple[Maker, Maker]]:
-    """Pairs of ways to adapt a model: the method twice, before and after operators on activations and on weights."""
+    """Yield pairs of ways to adapt a model: the method twice, before and after operators on activations and on
+    weights."""
 
     def own(model: nn.Module, seed: int, name: str) -> Injection:
         return case.filled(model, seed, name=name)
@@ -279,7 +283,7 @@ def partners(case: Case) -> Iterator[tuple[Maker, Maker]]:
 
 
 def _callable_alone(model: nn.Module) -> Callable[[str, nn.Module], bool]:
-    """Linear maps that are called and whose weight no other module holds."""
+    """Return a target of linear maps that are called and whose weight no other module holds."""
     held: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():

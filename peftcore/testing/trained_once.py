@@ -1,4 +1,4 @@
-"""Tensors that take seconds to train are trained once a machine: safetensors files in a folder of caches.
+"""A cache of tensors that take seconds to train: trained once a machine, safetensors files in a folder of caches.
 
 A file's name holds a hash of all that its tensors follow from: the text of the recipe, and the versions of Python and
 of the libraries. So nothing is ever out of date, and the folder may be deleted at any time.
@@ -22,11 +22,11 @@ from peftcore.files.safe_io import TensorFile, write_tensors
 CACHE = "PEFTCORE_CACHE"
 """Environment variable: the folder, ``peftcore`` in XDG_CACHE_HOME or in ``~/.cache`` when it is not set."""
 LIBRARIES = ("torch", "numpy", "transformers", "diffusers", "scikit-learn")
-"""What hosts and data of the tasks come from."""
+"""Libraries that hosts and data of the tasks come from."""
 
 
 def folder() -> Path:
-    """Where files of the cache are.
+    """Return the folder of the cache.
 
     Raises:
         RuntimeError: the variable is not set, and the user has no home.
@@ -38,8 +38,8 @@ def folder() -> Path:
 def trained_once(
     name: str, recipe: str, train: Callable[[], Mapping[str, Tensor]], like: Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
-    """What `train` returns, or returned in an earlier process. A file that is damaged, or holds something else than
-    tensors `like` these, is made anew; where no file can be written, nothing is kept.
+    """Return the tensors that `train` makes, or made in an earlier process. A file that is damaged, or holds something
+    else than tensors `like` these, is made anew; where no file can be written, nothing is cached.
 
     Args:
         name: begins the name of the file.

@@ -18,7 +18,7 @@ from peftcore.injection.injection import Injection
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the user says of the model."""
+    """The user's options about the model."""
 
     folder: Path
     component: str | None = None
@@ -27,7 +27,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies, and what is known of it."""
+    """The place of a model, and what is known of it."""
 
     folder: Path
     made_on: MadeOn
@@ -37,7 +37,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A file, and what it says about itself."""
+    """An adapter file, and what it says about itself."""
 
     path: str
     about: Description
@@ -48,7 +48,7 @@ class Adapter:
 
 
 def find_source(wanted: Wanted, adapter: Adapter) -> Source:
-    """The folder of the model that an adapter is for: of a pipeline, the one part on which it fits.
+    """Return the folder of the model that an adapter is for: of a pipeline, the one part on which it fits.
 
     Raises:
         BadInput: it fits on none, or on several.
@@ -72,7 +72,7 @@ def find_source(wanted: Wanted, adapter: Adapter) -> Source:
 
 
 def misfit(folder: Path, made_on: MadeOn, adapter: Adapter) -> str:
-    """Why an adapter is not for a model; nothing where it is."""
+    """Return why an adapter is not for a model; nothing where it is."""
     try:
         peftcore.load(open_model(folder, False, made_on).model, adapter.path, name="adapter")
     except NoWeights:
@@ -83,7 +83,7 @@ def misfit(folder: Path, made_on: MadeOn, adapter: Adapter) -> str:
 
 
 def base_folder(adapter: Adapter) -> Path:
-    """The model that an adapter's own file names."""
+    """Return the model that an adapter's own file names."""
     base = adapter.about.base
     if base and Path(base).is_dir():
         return Path(base)
@@ -92,7 +92,7 @@ def base_folder(adapter: Adapter) -> Path:
 
 
 def check_complete(opened: Opened, folder: Path, injections: Sequence[Injection], weights: Sequence[float]) -> None:
-    """What the folder does not have is brought by the adapters, and by one alone."""
+    """Raise unless the adapters bring what the folder does not have, each parameter by one of them alone."""
     brought: dict[str, float] = {}
     for injection, weight in zip(injections, weights, strict=True):
         for path in injection.trained_along:
@@ -107,7 +107,7 @@ def check_complete(opened: Opened, folder: Path, injections: Sequence[Injection]
 
 
 def write(opened: Opened, source: Source, folder: Path) -> None:
-    """A model, or the pipeline that it is a part of with all others as they are."""
+    """Write a model, or the pipeline that it is a part of with all others as they are."""
     if source.pipeline is None:
         opened.write(folder)
         return

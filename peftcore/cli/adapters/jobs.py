@@ -20,14 +20,14 @@ from peftcore.injection.merging import Into
 
 
 class Display(Protocol):
-    """Where a job says what it is doing."""
+    """A display of a job's progress."""
 
     def phase(self, name: str, total: int | None) -> None:
-        """A stretch of work begins."""
+        """Begin a stretch of work."""
 
 
 def read(path: str) -> Adapter:
-    """An adapter file; one that cannot be loaded is refused before a model is."""
+    """Read an adapter file; one that cannot be loaded is refused before a model is."""
     about = describe(path)
     if about.problem:
         raise CheckpointError(about.problem).about(about.files[0].path)
@@ -106,7 +106,7 @@ def converted(source: Source, adapter: Adapter, to: str, output: Output, weights
 
 
 def load_whole(wanted: Wanted, adapter: Adapter, display: Display) -> Injection:
-    """An adapter on its model, with all weights, for what depends on them."""
+    """Load an adapter on its model, with all weights, for what depends on them."""
     check_mergeable([adapter])
     source = find_source(wanted, adapter)
     display.phase("loading", None)
@@ -155,12 +155,12 @@ def save(injection: Injection, to: str, folder: Path, output: Output) -> None:
 
 
 def numbers(injection: Injection) -> int:
-    """How many numbers an adapter's tensors hold."""
+    """Count the numbers that an adapter's tensors hold."""
     return sum(each.numel() for each in injection.state_dict().values())
 
 
 def files_of(output: Output) -> tuple[str, ...]:
-    """What was written."""
+    """Return the files that were written."""
     if output.path.is_file():
         return (str(output.shown),)
     return tuple(str(output.shown / each.name) for each in sorted(output.path.iterdir()))

@@ -1,4 +1,4 @@
-"""What a command on adapter files writes: put in place whole, at the end, and never over what the command reads."""
+"""The output of a command on adapter files: put in place whole, at the end, and never over what the command reads."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Output:
 
     @property
     def single(self) -> bool:
-        """Whether it is one file."""
+        """Whether the output is one file."""
         return self.path.suffix == SUFFIX and not self.path.is_dir()
 
     @contextmanager
     def filled(self) -> Iterator[Path]:
-        """A new folder to write into. When the block ends its contents are put in place; on an error nothing is.
+        """Yield a new folder to write into. When the block ends its contents are put in place; on an error nothing is.
 
         Of a result that is one file, the folder's only tensors' file is it.
         """
@@ -78,7 +78,8 @@ class Output:
         return found
 
     def _check_earlier(self, ready: Path) -> None:
-        """What is overwritten is the result of an earlier run: it has one of the files that are written now."""
+        """Check that what is overwritten is the result of an earlier run: it has one of the files that are written
+        now."""
         if not self.path.is_dir() or not self._filled():
             return
         names = {each.name for each in ready.iterdir()} - set(SHARED)

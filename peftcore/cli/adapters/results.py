@@ -1,4 +1,4 @@
-"""What the jobs on adapter files came to; light, for what prints it."""
+"""Results of the jobs on adapter files; light, for what prints it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from peftcore.injection.merging import MergeReport
 
 NATIVE = "native"
 OURS = "peftcore"
-"""What the files that we call native are called in `formats()`."""
+"""The name in `formats()` of the files that we call native."""
 
 
 def shown_format(name: str) -> str:
-    """A format as the command line calls it."""
+    """Return a format as the command line calls it."""
     return NATIVE if name == OURS else name
 
 
 @dataclass(frozen=True)
 class Merged:
-    """One adapter that is in the weights now."""
+    """One adapter that is merged into the weights now."""
 
     adapter: str
     method: str
@@ -30,7 +30,7 @@ class Merged:
 
 @dataclass(frozen=True)
 class Converted:
-    """An adapter in another format."""
+    """One adapter that was written in another format."""
 
     adapter: str
     was: str
@@ -46,13 +46,13 @@ class Converted:
 
 @dataclass(frozen=True)
 class Exported:
-    """An adapter as a LoRA."""
+    """One adapter that was written as a LoRA."""
 
     adapter: str
     method: str
     rank: int
     format: str
     errors: dict[str, float]
-    """Of each site: norm of what is lost over norm of the change."""
+    """Relative errors by site: norm of what is lost over norm of the change."""
     values: int
     files: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What the commands on adapter files print: tables for people, JSON for programs."""
+"""The output of the commands on adapter files: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST = 20
 
 
 def plain(value: object, most: int = 200) -> Text:
-    """A text from a file, not read as markup, and cut where it is endless."""
+    """Return a text from a file, not read as markup, and cut where it is endless."""
     text = str(value)
     return Text(printable(text if len(text) <= most else f"{text[:most]}..."))
 
@@ -35,7 +35,7 @@ def as_json(data: Any) -> str:
 
 
 def description_data(about: Description) -> dict[str, Any]:
-    """All that is known of a file."""
+    """Return all that is known of a file."""
     return {
         "format": shown_format(about.format),
         "methods": about.methods,
@@ -79,7 +79,7 @@ def show_description(about: Description, console: Console) -> None:
 
 
 def merged_data(model: Path, out: Path, merged: Sequence[Merged]) -> dict[str, Any]:
-    """What a merge did."""
+    """Return what a merge did."""
     adapters = [
         {
             "adapter": each.adapter,
@@ -113,7 +113,7 @@ def show_merged(out: Path, merged: Sequence[Merged], console: Console) -> None:
 
 
 def converted_data(done: Converted) -> dict[str, Any]:
-    """What a conversion did."""
+    """Return what a conversion did."""
     return {
         "adapter": done.adapter,
         "from": done.was,
@@ -139,7 +139,7 @@ def show_converted(done: Converted, console: Console) -> None:
 
 
 def exported_data(done: Exported) -> dict[str, Any]:
-    """What became a LoRA, and how near it is."""
+    """Return what became a LoRA, and how near it is."""
     return {
         "adapter": done.adapter,
         "method": done.method,

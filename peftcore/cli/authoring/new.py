@@ -39,7 +39,7 @@ LONGEST = 28
 
 @dataclass(frozen=True)
 class Plugin:
-    """What is to be written.
+    """A plugin to write.
 
     Attributes:
         given: the name as the user wrote it.
@@ -55,22 +55,22 @@ class Plugin:
 
     @property
     def name(self) -> str:
-        """In Python: of the method, of its module and of the entry point."""
+        """The name in Python: of the method, of its module and of the entry point."""
         return self.given.replace("-", "_")
 
     @property
     def distribution(self) -> str:
-        """For pip."""
+        """The name for pip."""
         return f"peftcore-{self.scheme}"
 
     @property
     def scheme(self) -> str:
-        """For `peftcore.quantize`."""
+        """The name for `peftcore.quantize`."""
         return self.name.replace("_", "-")
 
     @property
     def package(self) -> str:
-        """To import."""
+        """The name to import."""
         return f"peftcore_{self.name}"
 
     def check(self) -> None:
@@ -97,7 +97,7 @@ class Plugin:
             raise BadInput(f"a package called {self.package} is installed already; choose another name")
 
     def files(self) -> Mapping[str, str]:
-        """The texts by path in the folder."""
+        """Return the texts by path in the folder."""
         trees = [TREES / "common", TREES / self.template]
         environment = Environment(loader=FileSystemLoader(trees), undefined=StrictUndefined, keep_trailing_newline=True)
         environment.trim_blocks = environment.lstrip_blocks = True
@@ -129,7 +129,7 @@ def _clashes(text: str) -> bool:
 
 
 def _installed() -> Iterator[tuple[str, str, set[str]]]:
-    """Who has names already: a distribution, of what, and which."""
+    """Yield who has names already: a distribution, of what, and which."""
     for plugin in registry().plugins.values():
         yield plugin.distribution, "plugin", {plugin.name}
     for info in peftcore.methods():
@@ -139,7 +139,7 @@ def _installed() -> Iterator[tuple[str, str, set[str]]]:
 
 
 def _author() -> str:
-    """The name that git signs with; empty without one."""
+    """Return the name that git signs with; empty without one."""
     git = shutil.which("git")
     if git is None:
         return ""

@@ -20,12 +20,12 @@ BatchSize = Annotated[int | None, typer.Option(help="Examples at once.")]
 
 
 def given(flags: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The flags that were given, by the names that their values have in a file."""
+    """Return the flags that were given, by the names that their values have in a file."""
     return [(name, value) for name, value in flags.items() if value is not None]
 
 
 def check_source(demo: bool, config: object, model: str | None, task: str | None, data: str | None) -> None:
-    """Examples and a model come from the demonstration, from a file or from flags.
+    """Check that examples and a model come from the demonstration, from a file or from flags.
 
     Raises:
         BadInput: from none of them, or from the demonstration and another.

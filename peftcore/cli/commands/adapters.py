@@ -1,4 +1,4 @@
-"""What is done with adapter files: ``peftcore inspect``, ``merge``, ``convert``, ``export-lora``."""
+"""The commands on adapter files: ``peftcore inspect``, ``merge``, ``convert``, ``export-lora``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftcore.comparing.errors import BadInput
 
 
 class Into(StrEnum):
-    """What becomes of packed weights."""
+    """The form of quantized weights after a merge."""
 
     float = "float"
     same = "same"
@@ -158,7 +158,7 @@ def export_lora(
 
 @contextmanager
 def _at_work() -> Iterator[Any]:
-    """Errors are one message, warnings one line each; what is given back makes the progress display."""
+    """Print errors as one message and warnings as one line each; yield what makes the progress display."""
 
     def told(message: Warning | str, *place: Any, **more: Any) -> None:
         print(f"Warning: {printable(message)}", file=sys.stderr)
@@ -186,7 +186,7 @@ def _output(out: Path, overwrite: bool, sources: Sequence[Path]) -> Any:
 
 
 def _format(name: str) -> str:
-    """What `save` calls a format."""
+    """Return the name by which `save` knows a format."""
     from peftcore.cli.adapters.results import NATIVE, OURS, shown_format
     from peftcore.files.formats.format import format_named, formats
 
@@ -198,7 +198,7 @@ def _format(name: str) -> str:
 
 
 def _weights(text: str | None, count: int) -> list[float]:
-    """One weight for each adapter."""
+    """Return one weight for each adapter."""
     if text is None:
         return [1.0] * count
     try:

@@ -1,4 +1,4 @@
-"""A plugin to start from: ``peftcore new``."""
+"""The command ``peftcore new``: a plugin to start from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftcore.comparing.errors import BadInput
 
 
 class Template(StrEnum):
-    """What a plugin brings."""
+    """The kind of a plugin."""
 
     method = "method"
     quantizer = "quantizer"

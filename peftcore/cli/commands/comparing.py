@@ -1,4 +1,4 @@
-"""``peftcore compare``."""
+"""The command ``peftcore compare``."""
 
 from __future__ import annotations
 

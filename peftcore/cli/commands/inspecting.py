@@ -1,4 +1,4 @@
-"""What a method would do to a model: ``peftcore plan`` and ``peftcore tree``. No weights are loaded."""
+"""The commands ``peftcore plan`` and ``peftcore tree``: a method's changes to a model. No weights are loaded."""
 
 from __future__ import annotations
 

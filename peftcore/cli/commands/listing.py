@@ -1,4 +1,4 @@
-"""What is installed: ``peftcore methods``."""
+"""The commands ``peftcore methods``, ``show``, ``schema`` and ``doctor``: methods and plugins that are installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``peftcore search``."""
+"""The command ``peftcore search``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``peftcore train``."""
+"""The command ``peftcore train``."""
 
 from __future__ import annotations
 

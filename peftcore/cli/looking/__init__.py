@@ -1,4 +1,4 @@
-"""What the commands print that look and change nothing: methods, show, plan, tree, doctor.
+"""The output of the commands that look and change nothing: methods, show, plan, tree, doctor.
 
 It may import the core, `peftcore.comparing` and `peftcore.cli.pages`. In the order of reading:
 

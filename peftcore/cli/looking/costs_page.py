@@ -1,4 +1,4 @@
-"""``peftcore plan`` for people: where the method would act, and what that costs beside full fine-tuning."""
+"""The page of ``peftcore plan`` for people: where the method would act, and what that costs beside full fine-tuning."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MEMORY = {
 
 
 def page(costs: Costs) -> RenderableType:
-    """The whole of it."""
+    """Return the whole page."""
     parts: list[RenderableType] = [heading(costs), "", sites(costs.recorded), "", totals(costs), "", step(costs)]
     parts.append(memory(costs))
     if costs.activations.unknown:
@@ -41,7 +41,7 @@ def heading(costs: Costs) -> Text:
 
 
 def sites(recorded: Recorded) -> Table:
-    """One row for what is alike."""
+    """Return a table of the places, one row for what is alike."""
     table = columns("target module", "", "weight", "adapter", "trainable", right=frozenset({"", "trainable"}))
     for name, alike in rows((*recorded.places, *recorded.shared)):
         number = f"×{len(alike)}" if len(alike) > 1 else ""
@@ -51,7 +51,7 @@ def sites(recorded: Recorded) -> Table:
 
 
 def rows(places: Sequence[Place]) -> Iterator[tuple[str, list[Place]]]:
-    """Places that differ in the numbers of their paths only, in the order of the first of each."""
+    """Yield places that differ in the numbers of their paths only, in the order of the first of each."""
     alike: dict[tuple[object, ...], dict[str, Place]] = {}
     for place in places:
         kind = (place.shape, tuple(place.tensors.items()), place.trainable)

@@ -51,12 +51,12 @@ class Ambiguous:
 
     name: str
     write: tuple[str, ...]
-    """What to write instead."""
+    """The names to write instead."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a distribution, or an extra of one, asks for and is not there."""
+    """The missing requirements of a distribution, or of an extra of one."""
 
     distribution: str
     extra: str
@@ -78,7 +78,7 @@ class Packing:
 
 @dataclass(frozen=True)
 class Findings:
-    """All that ``peftcore doctor`` says."""
+    """The report of ``peftcore doctor``."""
 
     plugins: tuple[Found, ...]
     broken: tuple[Broken, ...]
@@ -91,7 +91,7 @@ class Findings:
 
     @property
     def healthy(self) -> bool:
-        """No plugin, method or scheme is broken, and every name means one method."""
+        """Whether no plugin, method or scheme is broken, and every name means one method."""
         return not self.broken and not self.ambiguous
 
     def as_dict(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def examine() -> Findings:
 
 
 def unimportable() -> Iterator[Broken]:
-    """Methods that are listed and are not what their plugin says."""
+    """Yield methods that are listed and are not what their plugin says."""
     for info in peftcore.methods():
         try:
             peftcore.method(f"{info.plugin}/{info.name}")
@@ -129,7 +129,7 @@ def unimportable() -> Iterator[Broken]:
 
 
 def ambiguous() -> Iterator[Ambiguous]:
-    """Names, and further names, that more than one method has."""
+    """Yield names, and further names, that more than one method has."""
     owners: dict[str, list[str]] = {}
     for info in peftcore.methods():
         for name in (info.name, *info.aliases):
@@ -138,7 +138,7 @@ def ambiguous() -> Iterator[Ambiguous]:
 
 
 def packings() -> tuple[tuple[Packing, ...], list[Broken]]:
-    """The quantization schemes; and those that cannot be imported, or are called alike."""
+    """Return the quantization schemes; and those that cannot be imported, or are called alike."""
     found, broken = [], []
     try:
         names = sorted(peftcore.schemes())
@@ -156,7 +156,7 @@ def packings() -> tuple[tuple[Packing, ...], list[Broken]]:
 
 
 def distributions() -> list[str]:
-    """peftcore and the installed distributions that bring plugins."""
+    """Return peftcore and the installed distributions that bring plugins."""
     found = registry()
     written = [each.distribution for each in found.plugins.values()] + [each.distribution for each in found.failures]
     named = {each.partition(" ")[0] for each in written}
@@ -171,13 +171,14 @@ def version_of(name: str) -> str | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, of the libraries that models come from, and of all of ours; None for what is not installed."""
+    """Return the versions of Python, of the libraries that models come from, and of all of ours; None for what is not
+    installed."""
     installed = {name: version_of(name) for name in (*LIBRARIES, *distributions())}
     return {"python": platform.python_version(), **installed}
 
 
 def needs() -> Iterator[Needs]:
-    """Every distribution of ours and each of its extras, with what is missing of what it asks for."""
+    """Yield every distribution of ours and each of its extras, with what is missing of what it asks for."""
     for name in distributions():
         if version_of(name) is None:
             continue
@@ -190,7 +191,7 @@ def needs() -> Iterator[Needs]:
 
 
 def asked(wanted: list[Requirement], extra: str) -> Iterator[Requirement]:
-    """What stands under an extra; under none, what is always needed."""
+    """Yield the requirements under an extra; under none, what is always needed."""
     for each in wanted:
         always = each.marker is None or each.marker.evaluate({"extra": ""})
         if always != bool(extra) and (each.marker is None or each.marker.evaluate({"extra": extra})):
@@ -198,7 +199,7 @@ def asked(wanted: list[Requirement], extra: str) -> Iterator[Requirement]:
 
 
 def bare(wanted: Requirement) -> Requirement:
-    """The requirement without its condition."""
+    """Return the requirement without its condition."""
     found = Requirement(str(wanted))
     found.marker = None
     return found
@@ -210,7 +211,7 @@ def satisfied(wanted: Requirement) -> bool:
 
 
 def devices() -> Iterator[str]:
-    """What can compute here."""
+    """Yield the devices that can compute here."""
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         yield f"cuda:{index} {card.name}, {size(card.total_memory)}"
@@ -220,7 +221,7 @@ def devices() -> Iterator[str]:
 
 
 def page(found: Findings) -> RenderableType:
-    """For people: what is wrong comes last, where it is read."""
+    """Return the report for people: what is wrong comes last, where it is read."""
     parts: list[RenderableType] = [
         *titled("Versions", versions_table(found)),
         *titled("Plugins", plugins_table(found)),

@@ -1,4 +1,4 @@
-"""Paths that differ in numbers only, as one: ``layers.{0..23}.self_attn.q_proj``."""
+"""Folds paths that differ in numbers only into one: ``layers.{0..23}.self_attn.q_proj``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ Numbers = tuple[frozenset[int], ...]
 
 
 def fold(paths: Iterable[str]) -> dict[str, list[str]]:
-    """The paths by what they fold to. Only whole components that are numbers fold, and nothing is in a fold that is not
-    among the paths."""
+    """Return the paths by what they fold to. Only whole components that are numbers fold, and nothing is in a fold that
+    is not among the paths."""
     alike: dict[tuple[str, ...], dict[tuple[int, ...], str]] = {}
     for path in paths:
         steps = path.split(".")
@@ -23,7 +23,8 @@ def fold(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _boxes(points: list[tuple[int, ...]]) -> list[Numbers]:
-    """Products of sets that cover the points, each once: joined along one place after the other, from the last."""
+    """Return products of sets that cover the points, each once: joined along one place after the other, from the
+    last."""
     boxes: list[Numbers] = [tuple(frozenset({number}) for number in point) for point in points]
     for place in reversed(range(len(points[0]))):
         joined: dict[Numbers, frozenset[int]] = {}
@@ -44,7 +45,7 @@ def _written(frame: tuple[str, ...], box: Numbers) -> str:
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """``3``, ``{0..23}``, ``{0,2,4..6}``."""
+    """Format numbers: ``3``, ``{0..23}``, ``{0,2,4..6}``."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:

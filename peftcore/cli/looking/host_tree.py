@@ -1,4 +1,4 @@
-"""The job of ``peftcore tree``: a host as a folded tree with roles, and in it what methods would change."""
+"""The job of ``peftcore tree``: a model as a folded tree with roles, and in it what methods would change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLOURS = ("green", "magenta", "yellow", "cyan", "blue", "red")
 
 @dataclass(frozen=True)
 class Shown:
-    """A host, and what was recorded of each method."""
+    """A model, and what was recorded of each method."""
 
     skeleton: Skeleton
     host: HostMap
@@ -38,7 +38,7 @@ class Shown:
         }
 
     def page(self) -> RenderableType:
-        """For people: changed lines carry the method's colour."""
+        """Return the tree for people: changed lines carry the method's colour."""
         colours = dict(zip((recorded.name for recorded in self.methods), cycle(COLOURS), strict=False))
         table = columns("module", "role", "weight", "")
         for line in tree_lines(self.host, self._marks()):
@@ -76,13 +76,13 @@ def entry_as_dict(entry: HostEntry) -> dict[str, Any]:
 
 
 def mark(method: str, place: Place) -> str:
-    """What a method puts at a place: ``lora A 8×64, B 64×8``, of rows of a fused weight with their role."""
+    """Return what a method puts at a place: ``lora A 8×64, B 64×8``, of slices of a fused weight with their role."""
     part = f" [{place.role}]" if place.rows else ""
     return f"{method}{part} {tensors(place.tensors)}"
 
 
 def cells(line: Line, colours: dict[str, str]) -> tuple[Text, ...]:
-    """One row of the table."""
+    """Return one row of the table."""
     first = colours[line.marks[0].partition(" ")[0]] if line.marks else ""
     changes = [Text(text, colours[text.partition(" ")[0]]) for text in line.marks]
     notes = [Text(line.notes, "dim")] if line.notes else []

@@ -1,4 +1,4 @@
-"""What `peftcore methods` prints: the survey's table, made from tags and plans."""
+"""The output of `peftcore methods`: the survey's table, made from tags and plans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from peftcore.registry.catalogue import MethodInfo
 
 
 def records(infos: Iterable[MethodInfo], sizes: bool) -> list[dict[str, Any]]:
-    """One record a method; a method that cannot be imported says why. `sizes` plans it in the reference hosts."""
+    """Return one record a method; a method that cannot be imported says why. `sizes` plans it in the reference
+    hosts."""
     listed = list(infos)
     shown = track(listed, "planning", transient=True, disable=not sizes)
     return [_record(info, sizes) for info in shown]
@@ -40,12 +41,12 @@ def _record(info: MethodInfo, sizes: bool) -> dict[str, Any]:
 
 
 def as_json(found: list[dict[str, Any]]) -> str:
-    """For scripts."""
+    """Return the records as JSON, for scripts."""
     return json.dumps(found, indent=2)
 
 
 def as_table(found: list[dict[str, Any]], sizes: bool) -> Table:
-    """For people. Parameters are those in the first reference host that the method has a place in."""
+    """Return a table for people. Parameters are those in the first reference host that the method has a place in."""
     checked = Column("checked against", min_width=len("experimental"))
     table = Table("method", "category", "paper", "merges", "per sample", "data", checked)
     if sizes:

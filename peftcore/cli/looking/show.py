@@ -32,7 +32,7 @@ TAGS = {
     "needs_data": "looks at data before it trains",
     "scheduled": "changes while it trains, by the number of steps",
 }
-"""What the tags mean, in the order in which they are shown."""
+"""Meanings of the tags, in the order in which they are shown."""
 RULES = {
     "exclusiveMinimum": "> {}",
     "minimum": "≥ {}",
@@ -72,14 +72,14 @@ class Option:
 
 @dataclass(frozen=True)
 class Shown:
-    """A method, from its class."""
+    """A method, described from its class."""
 
     info: MethodInfo
     cls: type[Method]
 
     @classmethod
     def of(cls, name: str) -> Shown:
-        """The method of that name.
+        """Return the method of a name.
 
         Raises:
             UnknownMethod, AmbiguousMethod, PluginError: there is none, or not one.
@@ -91,13 +91,13 @@ class Shown:
 
     @property
     def text(self) -> str:
-        """Equation, differences to the paper, formula, advice: what the method's module begins with."""
+        """Return equation, differences to the paper, formula, advice: the docstring of the method's module."""
         module = inspect.getmodule(self.cls)
         return inspect.cleandoc((module and module.__doc__) or self.cls.__doc__ or "")
 
     @property
     def link(self) -> str:
-        """Where the paper is; or its reference, where it has no number at arXiv."""
+        """Return the address of the paper; or its reference, where it has no number at arXiv."""
         paper = self.cls.tags.paper
         return f"https://arxiv.org/abs/{paper}" if ARXIV.fullmatch(paper) else paper
 
@@ -110,7 +110,7 @@ class Shown:
 
     @cached_property
     def budgets(self) -> Mapping[str, int]:
-        """What trains by default in the reference models."""
+        """Return how many parameters train by default in the reference models."""
         with quiet():
             return self.info.budgets
 
@@ -140,7 +140,7 @@ class Shown:
         }
 
     def page(self) -> RenderableType:
-        """For people."""
+        """Return the page for people."""
         tags = self.cls.tags
         return Group(
             Text.assemble((self.info.name, "bold"), f"  {tags.category}, {self.info.distribution}"),
@@ -155,7 +155,7 @@ class Shown:
         )
 
     def facts(self) -> Table:
-        """Tags and other things that take a line each."""
+        """Return a table of tags and other things that take a line each."""
         tags = self.cls.tags
         table = columns("", "", header=False)
         table.add_row("acts at", ", ".join(self.targets) or "what its options say")
@@ -168,7 +168,7 @@ class Shown:
         return table
 
     def remarks(self) -> Iterator[tuple[str, str]]:
-        """What tags say that is no yes or no."""
+        """Yield the tags that are no yes or no."""
         tags = self.cls.tags
         if tags.identity_options:
             options = " ".join(f"{name}={spelled(value)}" for name, value in tags.identity_options.items())
@@ -177,7 +177,7 @@ class Shown:
 
 
 def paragraphs(text: str) -> Iterator[RenderableType]:
-    """Prose in the width that there is; lines that are set in (equations, mostly) stay lines."""
+    """Yield prose in the width that there is; lines that are set in (equations, mostly) stay lines."""
     for paragraph in text.split("\n\n"):
         for indented, lines in groupby(paragraph.splitlines(), lambda line: line.startswith(" ")):
             if indented:
@@ -200,7 +200,7 @@ def options_table(options: list[Option]) -> Table:
 
 
 def budgets_table(budgets: Mapping[str, int]) -> RenderableType:
-    """What trains by default in the reference models."""
+    """Return a table of how many parameters train by default in the reference models."""
     if not budgets:
         return "What it trains depends on its options, or it has no target module in the models that are planned here."
     table = columns("trained by default in", "parameters", right=frozenset({"parameters"}))
@@ -210,7 +210,7 @@ def budgets_table(budgets: Mapping[str, int]) -> RenderableType:
 
 
 def type_of(schema: Mapping[str, Any]) -> str:
-    """A type of JSON schema, as Python would have it."""
+    """Return a type of JSON schema, as Python would have it."""
     if "anyOf" in schema:
         return " | ".join(dict.fromkeys(type_of(each) for each in schema["anyOf"]))
     if "enum" in schema:
@@ -237,7 +237,7 @@ NAMED = {
 
 
 def rule_of(schema: Mapping[str, Any]) -> str:
-    """What a value must fulfil, in short; of alternatives, that of each."""
+    """Return the rules that a value must fulfil, in short; of alternatives, that of each."""
     own = [text.format(schema[rule]) for rule, text in RULES.items() if rule in schema]
     inner = [rule_of(each) for each in (*schema.get("anyOf", ()), schema.get("items")) if isinstance(each, Mapping)]
     return ", ".join(dict.fromkeys(filter(None, (*own, *inner))))

@@ -1,4 +1,4 @@
-"""What the commands print that train: progress while they work, tables in the end.
+"""The output of the commands that train: progress while they work, tables in the end.
 
 It may import `peftcore.comparing` and rich. In the order of reading:
 

@@ -10,7 +10,7 @@ from peftcore.comparing.reports.trials import Entry, Report
 
 
 def table(report: Report) -> Table:
-    """One row a configuration; the best score is set in bold."""
+    """Return a table of one row a configuration; the best score is set in bold."""
     entries = report.entries()
     best = max(entries, key=lambda each: each.score if report.greater else -each.score)
     found = Table(box=box.SIMPLE_HEAD, title=title(report), caption=caption(report, entries), title_justify="left")
@@ -35,7 +35,7 @@ def table(report: Report) -> Table:
 
 
 def title(report: Report) -> str:
-    """What was measured."""
+    """Return the title: what was measured."""
     chosen = report.training
     length = f"{chosen['steps']} steps" if chosen["steps"] else f"{chosen['epochs'] or 3:g} epochs"
     return (
@@ -45,7 +45,7 @@ def title(report: Report) -> str:
 
 
 def caption(report: Report, entries: list[Entry]) -> str:
-    """What to hold the scores against."""
+    """Return the caption: what to hold the scores against."""
     errors = [entry.error for entry in entries if entry.error is not None]
     floor = [] if report.floor is None else [f"Majority baseline: {report.floor:.3f}."]
     error = [f"Standard error: {max(errors):.3f}."] if errors else []
@@ -55,5 +55,5 @@ def caption(report: Report, entries: list[Entry]) -> str:
 
 
 def number(value: float) -> str:
-    """Three decimals, or four digits."""
+    """Format a number in three decimals, or four digits."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Line:
-    """One bar; what is said stays above it."""
+    """A display with one bar; what is said stays above it."""
 
     def __init__(self, console: Console) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -32,7 +32,7 @@ class Line:
 
 
 class Bars:
-    """Two bars while the work lasts; a line stays behind for each finished run."""
+    """A display with two bars while the work lasts; a line stays behind for each finished run."""
 
     def __init__(self, console: Console, runs: int) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -59,7 +59,7 @@ class Bars:
         self._progress.advance(self._steps)
 
     def say(self, line: str) -> None:
-        """Scores on the way stand in the report."""
+        """Print nothing: scores on the way stand in the report."""
 
     def finish(self, line: str) -> None:
         self._progress.advance(self._methods)

@@ -12,7 +12,7 @@ from peftcore.comparing.searching.found import Found, told
 
 
 def table(search: Found) -> Table:
-    """The Pareto front of the study, the pick in bold."""
+    """Return a table of the Pareto front of the study, the pick in bold."""
     means = {entry.label: entry for entry in search.confirmed.entries()}
     found = Table(box=box.SIMPLE_HEAD, title=title(search), caption=caption(search), title_justify="left")
     found.caption_justify, found.padding, found.pad_edge = "left", (0, 0, 0, 1), False
@@ -51,7 +51,7 @@ def caption(search: Found) -> str:
 
 
 def spelled(value: Any) -> str:
-    """Many layers that are left out are a number."""
+    """Format a value; many layers that are left out are a number."""
     if isinstance(value, list):
         return "+".join(map(str, value)) if len(value) < 3 else f"{value[0]}+{len(value) - 1} more"
     return str(value)

@@ -2,7 +2,7 @@
 
 It may import all that `peftcore.comparing` lists before it. In the order of reading:
 
-- `comparison`: what is compared.
+- `comparison`: the schema of a comparison.
 - `compare`: carrying it out.
 - `demo`: the comparison that brings its own model and data.
 """

@@ -1,4 +1,4 @@
-"""Carrying a comparison out: each configuration is trained with each seed, and one report says what that came to."""
+"""Carries a comparison out: trains each configuration with each seed, and reports on all of them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ class Board(Display, Protocol):
     """A display that also hears of whole runs."""
 
     def begin(self, label: str) -> None:
-        """The run of this configuration begins."""
+        """Note that the run of this configuration begins."""
 
     def finish(self, line: str) -> None:
-        """It is done."""
+        """Note that the run is done."""
 
 
 def compare(comparison: Comparison, board: Board) -> Report:
-    """Run it; ``results.json``, ``results.png``, ``report.html`` and the runs are in ``comparison.out`` afterwards.
+    """Run a comparison; ``results.json``, ``results.png``, ``report.html`` and the runs are in ``comparison.out``
+    afterwards.
 
     Raises:
         BadInput: something that is named cannot be used; nothing was trained.

@@ -1,4 +1,4 @@
-"""What is compared: a training run, but with several configurations of methods, and with several seeds."""
+"""The schema of a comparison: a training run, but with several configurations of methods, and with several seeds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Candidate(MethodChoice):
 
 
 class Comparison(Options):
-    """What is compared: a run of `train`, but with several methods and seeds."""
+    """A comparison: a run of `train`, but with several methods and seeds."""
 
     model: str
     task: str = "text-classification"
@@ -50,7 +50,7 @@ class Comparison(Options):
         return [{"name": each.strip()} if isinstance(each, str) else each for each in listed if each]
 
     def run(self, candidate: Candidate, seed: int) -> Run:
-        """The run of one trial. Its score is that after the last step: to choose the best would be to peek."""
+        """Return the run of one trial. Its score is that after the last step: to choose the best would be to peek."""
         training = self.training.model_dump() | {"seed": seed, "checkpoints": False}
         if candidate.learning_rate is not None:
             training["learning_rate"] = candidate.learning_rate

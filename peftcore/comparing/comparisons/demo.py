@@ -1,7 +1,7 @@
-"""The demonstration: real tweets, a real encoder, and what each method is trained with.
+"""The demonstration: real tweets, a real encoder, and the settings that each method is trained with.
 
 Both come as Python packages, so that nothing is downloaded while it runs. The learning rates were chosen on a
-tuning split (``peftcore compare --demo --tuning``), never on the held-out tweets that the table reports.
+tuning split (``peftcore compare --demo --tuning``), never on the validation tweets that the table reports.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WORDS = re.compile(r"[a-z0-9#$']+")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one method is trained: its learning rate, and the options that differ from the method's defaults."""
+    """Settings of one method: its learning rate, and the options that differ from the method's defaults."""
 
     learning_rate: float = 1e-3
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
@@ -58,7 +58,8 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 
 
 def candidates(names: str, learning_rate: float | None) -> list[dict[str, Any]]:
-    """Methods by their names, separated by commas, with what suits them; one learning rate for all where it is given.
+    """Return methods by their names, separated by commas, with the settings that suit them; one learning rate for all
+    where it is given.
 
     Raises:
         BadInput: there are none.
@@ -77,7 +78,7 @@ def candidates(names: str, learning_rate: float | None) -> list[dict[str, Any]]:
 
 
 def comparison(out: Path, tuning: bool) -> dict[str, Any]:
-    """What is compared in the demonstration; its data is written to a folder beside the report."""
+    """Return the comparison of the demonstration; its data is written to a folder beside the report."""
     task = tweets(tuning)
     data = {"max_length": MAX_LENGTH, **_written(out, {"train": task.train, "held_out": task.held_out})}
     training = {"steps": 100, "batch_size": 32, "evaluate_every": 0.25, "group_by_length": True}
@@ -85,8 +86,8 @@ def comparison(out: Path, tuning: bool) -> dict[str, Any]:
 
 
 def searching(out: Path, methods: str | None) -> dict[str, Any]:
-    """The same for a search: beside the held-out tweets those to choose by, and as the points to start from what the
-    methods are trained with in the demonstration."""
+    """Return the search of the demonstration: beside the validation tweets those to choose by, and as the points to
+    start from the settings of the demonstration."""
     wanted = [name for name in RECIPES if name != FULL]
     names = wanted if methods is None else [name for name in wanted if name in methods.split(",")]
     return {
@@ -98,7 +99,7 @@ def searching(out: Path, methods: str | None) -> dict[str, Any]:
 
 
 def _written(out: Path, files: Mapping[str, Iterable[Example]]) -> dict[str, str]:
-    """Where the examples are now."""
+    """Write the examples, and return where they are."""
     (out / "data").mkdir(parents=True, exist_ok=True)
     found = {}
     for name, examples in files.items():
@@ -109,12 +110,14 @@ def _written(out: Path, files: Mapping[str, Iterable[Example]]) -> dict[str, str
 
 
 def model_folder() -> Path:
-    """The MiniLM encoder inside its package, which is found but not imported: it would want other libraries."""
+    """Return the folder of the MiniLM encoder inside its package, which is found but not imported: it would want other
+    libraries."""
     return _installed(MODEL_PACKAGE) / "model"
 
 
 def tweets(tuning: bool = False) -> Task:
-    """The tweets as a task of three classes; ``tuning`` puts the tuning split in the place of the held-out one."""
+    """Return the tweets as a task of three classes; ``tuning`` puts the tuning split in the place of the validation
+    set."""
     [table] = _installed(TWEETS_PACKAGE).glob("corpora/*.csv")
     rows = csv.DictReader(io.StringIO(table.read_text(encoding="latin-1")))
     held_out, tune, train = split(clean(Example(row["text"], row["sentiment"]) for row in rows), [HELD_OUT, TUNING])

@@ -1,4 +1,4 @@
-"""Which column of a table holds what, and the order of the classes in one."""
+"""Columns of a table: which one holds what, and the order of the classes in one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LABEL_NAMES = ("label", "labels", "class", "target", "sentiment", "category")
 
 
 def choose_column(columns: Sequence[str], wanted: str | None, names: Sequence[str], kind: str, path: object) -> str:
-    """The column the user named, or the first whose name is one of ``names`` (in any case)."""
+    """Return the column the user named, or the first whose name is one of ``names`` (in any case)."""
     if wanted is not None:
         if wanted in columns:
             return wanted

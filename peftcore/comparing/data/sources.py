@@ -1,4 +1,4 @@
-"""Where examples come from: tables, folders of pictures, saved datasets, all of them as a ``datasets.Dataset``."""
+"""Sources of examples: tables, folders of pictures, saved datasets, all of them as a ``datasets.Dataset``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class Splits:
-    """Examples to train on, and others to score."""
+    """Examples to train on, and a validation set."""
 
     train: Dataset
     held_out: Dataset
@@ -48,7 +48,7 @@ def splits(train: str, held_out: str | None, size: int | None) -> Splits:
 
 
 def divide(examples: Dataset, size: int | None, source: str) -> Splits:
-    """Hold some out, by chance but always the same.
+    """Hold some examples out for validation, by chance but always the same.
 
     Raises:
         BadInput: nothing would be left to train on.
@@ -61,7 +61,7 @@ def divide(examples: Dataset, size: int | None, source: str) -> Splits:
 
 
 def read(source: str) -> Dataset | DatasetDict:
-    """A table, a folder, or a dataset of the Hub. Numbers that stand for classes become their names.
+    """Read a table, a folder, or a dataset of the Hub. Numbers that stand for classes become their names.
 
     Raises:
         BadInput: naming what can be read.
@@ -112,8 +112,8 @@ READERS: Mapping[str, Callable[[Path], Dataset]] = {
 
 
 def _folder(path: Path) -> Dataset | DatasetDict:
-    """What `Dataset.save_to_disk` wrote, or pictures: in folders called as their classes, or beside a ``metadata.csv``
-    or ``metadata.jsonl`` that names them in the column ``file_name``."""
+    """Read what `Dataset.save_to_disk` wrote, or pictures: in folders called as their classes, or beside a
+    ``metadata.csv`` or ``metadata.jsonl`` that names them in the column ``file_name``."""
     if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
         return _loaded(path, lambda: datasets.load_from_disk(str(path)))
     if not any(file.suffix.lower() in PICTURES for file in path.rglob("*")):
@@ -130,7 +130,7 @@ def _pictures(path: Path) -> Dataset | DatasetDict:
 
 
 def named(found: Dataset | DatasetDict) -> Dataset | DatasetDict:
-    """Classes by their names."""
+    """Replace the numbers of classes by their names."""
     if isinstance(found, DatasetDict):
         return DatasetDict({name: named(piece) for name, piece in found.items()})
     if not len(found):

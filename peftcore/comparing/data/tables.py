@@ -1,4 +1,4 @@
-"""The rows of a CSV or JSONL file."""
+"""Readers of the rows of a CSV or JSONL file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftcore.comparing.errors import BadInput
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV file (comma, a header line) or a JSONL file (one object a line), chosen by the suffix."""
+    """Read the rows of a CSV file (comma, a header line) or a JSONL file (one object a line), chosen by the suffix."""
     readers = {".csv": read_csv, ".jsonl": read_jsonl, ".ndjson": read_jsonl}
     reader = readers.get(path.suffix.lower())
     if reader is None:

@@ -25,7 +25,8 @@ Encoded = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task: texts to train on, texts held out, the classes in the order of their numbers."""
+    """A classification task: texts to train on, texts held out for validation, the classes in the order of their
+    numbers."""
 
     source: str
     train: list[Example]
@@ -34,7 +35,8 @@ class Task:
 
     @property
     def majority(self) -> float:
-        """Accuracy on the held-out texts of always answering the commonest class of the training texts."""
+        """The majority baseline: accuracy on the validation texts of always answering the commonest class of the
+        training texts."""
         counts = {label: sum(example.label == label for example in self.train) for label in self.labels}
         commonest = max(self.labels, key=counts.__getitem__)
         return sum(example.label == commonest for example in self.held_out) / len(self.held_out)

@@ -19,7 +19,7 @@ TUNING, HELD_OUT = "tuning", "held_out"
 def parted(
     data: Mapping[str, Any], tuning: str | None, size: int | None, folder: Path
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The data to choose by, and the data to report: the same examples to train on, others to score.
+    """Return the data to choose by, and the data to report: the same examples to train on, others to score.
 
     Where examples have to be held out of those to train on, all parts are written to the folder, once, so that every
     run and every worker has the same.
@@ -55,7 +55,7 @@ def _parts(data: Mapping[str, Any], tuning: str | None, size: int | None) -> dic
 
 
 def _write(parts: Mapping[str, Dataset], folder: Path) -> None:
-    """All of them or nothing; what another worker has put there meanwhile is the same, and stays."""
+    """Write all of the parts or nothing; what another worker has put there meanwhile is the same, and stays."""
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         for name, part in parts.items():

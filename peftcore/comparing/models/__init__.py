@@ -6,7 +6,7 @@ order of reading:
 - `files`: configurations, and the classes that they name.
 - `loading`: models and tokenizers to train, by folder, file, package or name.
 - `opening`: models of any library in folders, opened and written again.
-- `example_inputs`: what a forward is given, from a configuration.
+- `example_inputs`: inputs of a forward, from a configuration.
 - `skeletons`: models without their weights, from a configuration.
-- `activations`: what a forward keeps in memory for its backward.
+- `activations`: the memory that a forward keeps for its backward.
 """

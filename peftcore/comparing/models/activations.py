@@ -1,4 +1,4 @@
-"""What a forward keeps in memory for its backward, counted without memory.
+"""Counts the memory that a forward keeps for its backward, without taking it.
 
 The model's tensors are replaced by ones that only claim to lie on the CPU (torch's fake tensors), and it runs. So each
 operation takes the kernel that it takes on a CPU, and keeps what that keeps; tensors on the meta device would take
@@ -30,14 +30,14 @@ Run = Callable[[Inputs], Any]
 
 @dataclass(frozen=True)
 class Batch:
-    """What forward is given, with labels where the model then computes a loss."""
+    """The inputs of a forward, with labels where the model then computes a loss."""
 
     inputs: Inputs
     loss: bool
 
     @classmethod
     def of(cls, skeleton: Skeleton, size: Size, run: Run) -> Batch:
-        """The batch of a size; `run` gives the model's outputs."""
+        """Make the batch of a size; `run` gives the model's outputs."""
         inputs = skeleton.inputs(size)
         with torch.no_grad():
             labelled = skeleton.with_labels(inputs, run(inputs))
@@ -49,12 +49,13 @@ class Batch:
 
     @property
     def shapes(self) -> dict[str, list[int]]:
-        """Of the tensors among the inputs."""
+        """Return the shapes of the tensors among the inputs."""
         return {name: list(each.shape) for name, each in self.inputs.items() if isinstance(each, Tensor)}
 
 
 def kept(tensors: Mapping[str, Tensor], run: Run, inputs: Inputs) -> int:
-    """Bytes of the distinct storages that a forward saves for backward and that hold none of the model's tensors."""
+    """Count the bytes of the distinct storages that a forward saves for backward and that hold none of the model's
+    tensors."""
     own = {_storage(each) for each in tensors.values()}
     saved: dict[int, Tensor] = {}  # alive until the end: a storage that is freed gives its address to the next
 
@@ -73,7 +74,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, tied ones by all their names."""
+    """Return parameters and buffers, tied ones by all their names."""
     return {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -82,12 +83,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass
 class Pretended:
-    """Runs of models on the meta device; their batches fit each other."""
+    """Runs models on the meta device; their batches fit each other."""
 
     mode: FakeTensorMode = field(default_factory=lambda: FakeTensorMode(allow_non_fake_inputs=True))
 
     def batch(self, skeleton: Skeleton, size: Size) -> Batch:
-        """A batch for the model.
+        """Make a batch for the model.
 
         Raises:
             Unknown: its forward cannot run without values.
@@ -97,7 +98,7 @@ class Pretended:
             return Batch.of(skeleton, size, lambda inputs: functional_call(skeleton.model, tensors, kwargs=inputs))
 
     def kept(self, model: nn.Module, batch: Batch) -> int:
-        """What a forward keeps.
+        """Count the bytes that a forward saves for backward.
 
         Raises:
             Unknown: it cannot run without values.
@@ -115,14 +116,14 @@ class Pretended:
 
 
 def stand_in(tensor: Tensor) -> Tensor:
-    """A tensor like it, of the kind that it is."""
+    """Make a tensor like this one, a parameter where it is one."""
     like = torch.empty(tensor.shape, dtype=tensor.dtype)
     return nn.Parameter(like, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else like
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Whatever a forward raises is a reason why nothing is known; torch's own report of it is left out."""
+    """Turn whatever a forward raises into a reason why nothing is known; torch's own report of it is left out."""
     log = logging.getLogger(FakeTensorMode.__module__)
     level = log.level
     log.setLevel(logging.CRITICAL)

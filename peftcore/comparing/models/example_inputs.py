@@ -1,4 +1,4 @@
-"""What a model's forward is given, from its configuration: zeros of the right shapes and kinds.
+"""Example inputs of a model's forward, from its configuration: zeros of the right shapes and kinds.
 
 One table a library: the name of an argument, and how its tensor follows from the configuration (None: not there).
 """
@@ -27,7 +27,7 @@ LATENTS = 4096
 
 @dataclass(frozen=True)
 class Size:
-    """How large a batch is."""
+    """The size of a batch."""
 
     batch: int
     length: int | None = None
@@ -35,12 +35,12 @@ class Size:
 
 
 class Unknown(Exception):
-    """Nothing is known here about what this model's forward is given; the message says what is missing."""
+    """Raised where nothing is known here about the inputs of this model's forward; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What the shapes follow from."""
+    """The configuration and sizes that shapes follow from."""
 
     config: Config
     size: Size
@@ -53,7 +53,7 @@ class Given:
         return torch.zeros(self.size.batch, *shape, dtype=self.dtype)
 
     def first(self, *names: str) -> Any:
-        """The first of these values that the configuration has."""
+        """Return the first of these values that the configuration has."""
         return next((self.config[name] for name in names if self.config.get(name) is not None), None)
 
 
@@ -61,7 +61,7 @@ Build = Callable[[Given], Tensor | None]
 
 
 def pair(size: Any) -> tuple[int, ...]:
-    """Height and width, where one number may stand for both."""
+    """Return height and width, where one number may stand for both."""
     if isinstance(size, Mapping):
         return int(size["height"]), int(size["width"])
     return tuple(size) if isinstance(size, list | tuple) else (size, size)
@@ -112,7 +112,7 @@ TRANSFORMERS: Mapping[str, Build] = {
 def for_transformers(
     config: Any, main: Collection[str], accepted: Collection[str], size: Size, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The main inputs, and with them those of a decoder."""
+    """Return the main inputs, and with them those of a decoder."""
     given = Given(flattened(config), size, dtype)
     wanted = {*main, "decoder_input_ids"} & {*accepted}
     found = {name: build(given) for name, build in TRANSFORMERS.items() if name in wanted}
@@ -125,8 +125,8 @@ def for_transformers(
 
 
 def flattened(config: Any) -> dict[str, Any]:
-    """Values of a configuration of transformers and of those inside it (the outer's and the text's count first), by the
-    names that they have in most."""
+    """Return values of a configuration of transformers and of those inside it (the outer's and the text's count first),
+    by the names that they have in most."""
     values: dict[str, Any] = {}
     inner = [part for name in config.sub_configs if (part := vars(config).get(name)) is not None]
     for each in (config, config.get_text_config(), *inner):
@@ -160,7 +160,7 @@ def _latents(given: Given) -> Tensor | None:
 
 
 def _places(count: Callable[[Given], int]) -> Build:
-    """The places of what stands in a row, the same for the whole batch: an axis each."""
+    """Return a builder of the places of what stands in a row, the same for the whole batch: an axis each."""
     return lambda given: torch.zeros(count(given), len(given.config["axes_dims_rope"]), dtype=given.dtype)
 
 
@@ -186,7 +186,7 @@ DIFFUSERS: Mapping[str, Build] = {
 
 
 def for_diffusers(config: Config, accepted: Mapping[str, Any], size: Size, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All arguments of forward that the configuration speaks of."""
+    """Return all arguments of forward that the configuration speaks of."""
     given = Given(config, size, dtype)
     found = {name: build(given) for name, build in DIFFUSERS.items() if name in accepted}
     inputs: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
@@ -199,7 +199,7 @@ def for_diffusers(config: Config, accepted: Mapping[str, Any], size: Size, dtype
 
 
 def _size_and_text(given: Given) -> dict[str, Tensor]:
-    """Of SDXL: six sizes, and the text as one vector."""
+    """Return SDXL's conditions: six sizes, and the text as one vector."""
     ids = 6
     width = given.config["projection_class_embeddings_input_dim"] - ids * given.config["addition_time_embed_dim"]
     return {"text_embeds": given.numbers(width), "time_ids": given.numbers(ids)}

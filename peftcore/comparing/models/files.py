@@ -21,7 +21,7 @@ CONFIG, PIPELINE = "config.json", "model_index.json"
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Infinities are allowed: configurations of Mamba have some."""
+    """Read the object in a JSON file. Infinities are allowed: configurations of Mamba have some."""
     if not path.is_file():
         raise BadInput(f"{path.parent}: no such folder of a model; it has no {path.name}")
     try:
@@ -34,7 +34,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def reader_of(readers: Mapping[str, Reader], config: Mapping[str, Any], folder: Path | str) -> Reader:
-    """Who reads a configuration, by a key that it has; the first that is there counts."""
+    """Return the reader of a configuration, by a key that it has; the first that is there counts."""
     found = next((reader for key, reader in readers.items() if key in config), None)
     if found is None:
         kinds = "transformers, timm or diffusers"
@@ -43,6 +43,6 @@ def reader_of(readers: Mapping[str, Reader], config: Mapping[str, Any], folder: 
 
 
 def exported(library: ModuleType, name: object, base: type[T]) -> type[T] | None:
-    """The subclass of `base` that a library exports under a name, if it does."""
+    """Return the subclass of `base` that a library exports under a name, if it does."""
     found = getattr(library, name) if isinstance(name, str) and name in dir(library) else None
     return found if isinstance(found, type) and issubclass(found, base) else None

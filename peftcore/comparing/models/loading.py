@@ -1,4 +1,4 @@
-"""Models and tokenizers from where the user keeps them; classifiers have a head that every method trains alike."""
+"""Loads models and tokenizers from where the user keeps them; classifiers get a head that every method trains alike."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 NO_KERNELS = {"attn_implementation": None, "experts_implementation": None}
 """A configuration may ask for kernels from the Hub, which are code; transformers chooses among its own instead."""
 UNREADABLE: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, RuntimeError, SafetensorError)
-"""What transformers raises for a folder that holds no model, half a model or a model of another kind."""
+"""Errors that transformers raises for a folder that holds no model, half a model or a model of another kind."""
 
 
 def load_tokenizer(model: Path | str) -> Any:
-    """The model's tokenizer; one without a padding token (most decoders) pads with its end-of-text token."""
+    """Load the model's tokenizer; one without a padding token (most decoders) pads with its end-of-text token."""
     where, options = origin(model)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
@@ -39,7 +39,8 @@ def load_tokenizer(model: Path | str) -> Any:
 
 
 def origin(model: Path | str) -> tuple[str, dict[str, Any]]:
-    """What transformers' loaders call a model: a folder, a GGUF file or a folder of one, a name on the Hub.
+    """Return the name by which transformers' loaders know a model: a folder, a GGUF file or a folder of one, a name on
+    the Hub; and their arguments.
 
     ``package:NAME`` is the folder of an installed Python package, ``package:NAME/FOLDER`` one inside.
 
@@ -62,7 +63,7 @@ def origin(model: Path | str) -> tuple[str, dict[str, Any]]:
 
 
 def _in_package(model: str) -> Path:
-    """A folder inside a package, which is found but not imported."""
+    """Return a folder inside a package, which is found but not imported."""
     name, _, inside = model.removeprefix(PACKAGE).partition("/")
     if (folder := package_folder(name)) is None:
         raise BadInput(f"{model}: no package {name!r} is installed")
@@ -70,7 +71,7 @@ def _in_package(model: str) -> Path:
 
 
 def from_pretrained(auto: Any, model: Path | str, dtype: str = "float32", **options: Any) -> Any:
-    """A model with its weights, by one of transformers' Auto classes.
+    """Load a model with its weights, by one of transformers' Auto classes.
 
     Raises:
         BadInput: there is no such model.
@@ -87,8 +88,8 @@ def from_pretrained(auto: Any, model: Path | str, dtype: str = "float32", **opti
 
 
 def _made_dense(model: Any) -> None:
-    """Weights that were unpacked as they were read: transformers still calls the model quantized, and would neither
-    train nor save it."""
+    """Drop the mark of quantization from a model whose weights were made dense as they were read: transformers still
+    calls it quantized, and would neither train nor save it."""
     if all(map(is_dense, model.parameters())):
         model.hf_quantizer.remove_quantization_config(model)
 
@@ -96,7 +97,8 @@ def _made_dense(model: Any) -> None:
 def classifier(
     auto: Any, model: Path | str, labels: tuple[str, ...], dtype: str = "float32", **options: Any
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """A model with a head for these classes, by one of the Auto classes, and the names of its head modules."""
+    """Load a model with a head for these classes, by one of the Auto classes; return it and the names of its head
+    modules."""
     loaded, info = from_pretrained(
         auto,
         model,
@@ -113,7 +115,8 @@ def classifier(
 
 
 def head_modules(model: Any, fresh: Set[str], folder: Path | str) -> tuple[str, ...]:
-    """The parts outside the base model, and parts of the base of which nothing was in the folder (a pooler, say).
+    """Return the parts outside the base model, and parts of the base of which nothing was in the folder (a pooler,
+    say).
 
     They start from nothing or from another task, so every method has to train them. What else is missing must not be.
     """
@@ -135,7 +138,7 @@ def head_modules(model: Any, fresh: Set[str], folder: Path | str) -> tuple[str, 
 
 
 def parts(module: nn.Module) -> dict[str, nn.Module]:
-    """The children that have parameters."""
+    """Return the children that have parameters."""
     return {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
 
 

@@ -35,18 +35,19 @@ BROKEN: tuple[type[Exception], ...] = (
     StrictDataclassError,
     TypeError,
 )
-"""What libraries raise for a configuration that makes no sense, or that asks for what is not installed."""
+"""Errors that libraries raise for a configuration that makes no sense, or that asks for what is not installed."""
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 COMPANIONS: Mapping[str, tuple[str, ...]] = {
     "AutoTokenizer": ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json"),
     "AutoProcessor": ("processor_config.json", "preprocessor_config.json"),
 }
-"""What prepares a model's inputs: transformers' loaders, and the files by which one knows that there is something."""
+"""Parts that prepare a model's inputs: transformers' loaders, and the files by which one knows that there is
+something."""
 
 
 @dataclass(frozen=True)
 class MadeOn:
-    """What an adapter file says of the model that it was made on."""
+    """The model that an adapter was made on, as its file describes it."""
 
     host: str = ""
     """Its class."""
@@ -55,28 +56,28 @@ class MadeOn:
     trained: Mapping[str, Size] = field(default_factory=dict)
     """Parameters of the host that the adapter brings, such as those of a head."""
     base: str = ""
-    """What it calls the model's weights."""
+    """Its name for the model's weights."""
     meant: str | None = None
     """The class of transformers that the user says it is."""
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model, and how it is written into a folder together with all that belongs to it."""
+    """A model, and a way to write it into a folder together with all that belongs to it."""
 
     model: Any
     write: Callable[[Path], None]
     fresh: Collection[str] = ()
     """Parameters that the folder does not have; the adapter must."""
     unpack: Callable[[], None] = lambda: None
-    """Make it a model of which no weight is packed, to be written as one that never was."""
+    """Make it a model of which no weight is quantized, to be written as one that never was."""
 
 
 Reader = Callable[[Path, Mapping[str, Any], bool, MadeOn], Opened]
 
 
 def open_model(folder: Path, weights: bool = True, made_on: MadeOn | None = None) -> Opened:
-    """The model in a folder.
+    """Open the model in a folder.
 
     Args:
         weights: False builds it from its configuration on the meta device.
@@ -94,7 +95,7 @@ def open_model(folder: Path, weights: bool = True, made_on: MadeOn | None = None
 
 
 def components(pipeline: Path) -> dict[str, Path]:
-    """The models of a pipeline of diffusers, by name."""
+    """Return the models of a pipeline of diffusers, by name."""
     found = {}
     for name, value in read_config(pipeline / PIPELINE).items():
         library = value[0] if isinstance(value, list) and value else None
@@ -105,7 +106,7 @@ def components(pipeline: Path) -> dict[str, Path]:
 
 @contextmanager
 def _loading(folder: Path) -> Iterator[None]:
-    """What a library says of a folder that it cannot read becomes one sentence."""
+    """Turn what a library raises about a folder that it cannot read into one sentence."""
     try:
         yield
     except BROKEN as error:
@@ -113,7 +114,7 @@ def _loading(folder: Path) -> Iterator[None]:
 
 
 def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
-    """A model without values.
+    """Build a model without values.
 
     Raises:
         NoWeights: it cannot be built without.
@@ -172,7 +173,8 @@ def _settings(cls: Any, folder: Path, base: str = "") -> Any:
 
 
 def _class(folder: Path, config: Mapping[str, Any], made_on: MadeOn) -> Any:
-    """The class that the folder names; where that has no place for a head that the adapter brings, the adapter's."""
+    """Return the class that the folder names; where that has no place for a head that the adapter brings, the
+    adapter's."""
     names = config.get("architectures")
     own = _known(folder, names[0] if isinstance(names, list) and names else names, "its architecture is")
     if made_on.meant is not None:
@@ -201,21 +203,21 @@ def _known(folder: Path, name: object, where: str) -> Any:
 
 
 def _for_task(config: type, task: str) -> type | None:
-    """The class that transformers lists for one of peft's tasks."""
+    """Return the class that transformers lists for one of peft's tasks."""
     listed: Mapping[type, Any] = getattr(transformers, TASKS[task]) if task in TASKS else {}
     found = listed.get(config, None)
     return found if isinstance(found, type) else None  # a few configurations have several
 
 
 def _labels(skeleton: nn.Module, made_on: MadeOn) -> int | None:
-    """How many outputs the head has that an adapter brings, where the configuration says something else."""
+    """Return how many outputs the head has that an adapter brings, where the configuration says something else."""
     own = dict(skeleton.named_parameters())
     other = {shape[0] for path, shape in made_on.trained.items() if path in own and shape and own[path].shape != shape}
     return other.pop() if len(other) == 1 else None
 
 
 def _companions(folder: Path) -> list[Any]:
-    """Tokenizer and processor, where there are any."""
+    """Load tokenizer and processor, where there are any."""
     found = []
     for loader, files in COMPANIONS.items():
         if any((folder / name).exists() for name in files):
@@ -255,14 +257,15 @@ def _diffusers(folder: Path, config: Mapping[str, Any], weights: bool, made_on: 
 
 
 def _stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the weights in a folder; diffusers would load all in float32."""
+    """Return the dtype of the weights in a folder; diffusers would load all in float32."""
     files = sorted(folder.glob("*.safetensors"))
     dtypes = [dtype for file in files[:1] for dtype in TensorFile(file).dtypes.values() if dtype in FLOATS]
     return max(dtypes, key=dtypes.count, default=torch.float32)
 
 
 def _variant(folder: Path, stem: str) -> str | None:
-    """What stands in the names of weights that are there in one variant only: ``model.fp16.safetensors``."""
+    """Return the variant in the names of weights that are there in one variant only: ``fp16`` of
+    ``model.fp16.safetensors``."""
     if any((folder / f"{stem}.safetensors{end}").exists() for end in ("", ".index.json")):
         return None
     names = [path.name.removeprefix(f"{stem}.") for path in folder.glob(f"{stem}.*.safetensors")]

@@ -1,4 +1,5 @@
-"""Models without their weights: built from a configuration, on the meta device, for what looks and does not train.
+"""Skeletons of models: built from a configuration, without weights, on the meta device, for what looks and does not
+train.
 
 Each library says how it builds one (`LIBRARIES`, chosen by a key of ``config.json``), and what its forward is given.
 No code of a repository runs, and files of weights are not opened.
@@ -36,7 +37,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class Skeleton(ABC):
-    """A model on the meta device, in training mode, and what there is to say about it."""
+    """A model on the meta device, in training mode, with its source and the inputs of its forward."""
 
     source: str
     model: nn.Module
@@ -52,11 +53,11 @@ class Skeleton(ABC):
 
     @property
     def title(self) -> str:
-        """What it is and where it is from, in two lines."""
+        """Return the class, the library and the source, in two lines."""
         return f"{type(self.model).__name__} ({self.library}, {str(self.dtype).removeprefix('torch.')})\n{self.source}"
 
     def as_dict(self) -> dict[str, str]:
-        """The same for scripts."""
+        """Return the same for scripts."""
         return {
             "model": self.source,
             "class": type(self.model).__name__,
@@ -66,24 +67,25 @@ class Skeleton(ABC):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype in which the model takes pictures and other numbers."""
+        """Return the dtype in which the model takes pictures and other numbers."""
         return next((each.dtype for each in self.model.parameters() if each.is_floating_point()), torch.float32)
 
     @abstractmethod
     def inputs(self, size: Size) -> dict[str, Any]:
-        """What forward is given for a batch: zeros, on the CPU.
+        """Return the inputs of a forward for a batch: zeros, on the CPU.
 
         Raises:
             Unknown: the configuration does not say.
         """
 
     def with_labels(self, inputs: dict[str, Any], outputs: Any) -> dict[str, Any]:
-        """The inputs, and labels of the outputs where forward computes a loss when it is given some."""
+        """Return the inputs, with labels of the outputs where forward computes a loss when it is given some."""
         return inputs
 
 
 class Transformers(Skeleton):
-    """transformers: the class that ``architectures`` names, else what ``AutoModel`` makes of the configuration."""
+    """Skeletons of transformers: the class that ``architectures`` names, else what ``AutoModel`` makes of the
+    configuration."""
 
     library = "transformers"
 
@@ -123,7 +125,7 @@ class Transformers(Skeleton):
 
 
 class Timm(Skeleton):
-    """timm: the architecture by name, with the arguments that were saved with it."""
+    """Skeletons of timm: the architecture by name, with the arguments that were saved with it."""
 
     library = "timm"
 
@@ -150,7 +152,7 @@ class Timm(Skeleton):
 
 
 class Diffusers(Skeleton):
-    """diffusers: one component of a pipeline, by the class that its configuration names."""
+    """Skeletons of diffusers: one component of a pipeline, by the class that its configuration names."""
 
     library = "diffusers"
 
@@ -181,7 +183,7 @@ LIBRARIES: Mapping[str, type[Skeleton]] = {
 
 
 def skeleton(source: str, dtype: str | None = None) -> Skeleton:
-    """The model that the user means: a folder, ``timm:NAME``, or a name on the Hub.
+    """Build the model that the user means: a folder, ``timm:NAME``, or a name on the Hub.
 
     Raises:
         BadInput: there is no such model, its library is not installed, or the configuration makes no sense.
@@ -203,7 +205,7 @@ def skeleton(source: str, dtype: str | None = None) -> Skeleton:
 
 
 def configured(folder: Path) -> tuple[str, dict[str, Any]]:
-    """The configuration in a folder, or of the denoiser of a pipeline, and the folder that it is in."""
+    """Return the configuration in a folder, or of the denoiser of a pipeline, and the folder that it is in."""
     if (folder / CONFIG).is_file():
         return str(folder), read_config(folder / CONFIG)
     inside = [folder / name for name in DENOISERS if (folder / name / CONFIG).is_file()]
@@ -213,19 +215,19 @@ def configured(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def chosen_dtype(name: str) -> torch.dtype:
-    """A dtype by name."""
+    """Return a dtype by its name."""
     if name not in DTYPES:
         raise BadInput(f"--dtype {name}: there are {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def parameters(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """The arguments of forward."""
+    """Return the arguments of forward."""
     return inspect.signature(model.forward).parameters
 
 
 def emptied(model: nn.Module) -> nn.Module:
-    """The model in training mode, on the meta device also where it made tensors without asking for a device."""
+    """Return the model in training mode, on the meta device also where it made tensors without asking for a device."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
         slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -240,7 +242,7 @@ def emptied(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def meta(dtype: torch.dtype | None) -> Iterator[None]:
-    """Modules that are built inside have no memory, and parameters of this dtype where they do not say another."""
+    """Build modules in the block without memory, with parameters of this dtype where they do not say another."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or torch.float32)
     try:
@@ -252,7 +254,7 @@ def meta(dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def refusing(source: str, what: str) -> Iterator[None]:
-    """Whatever a library raises about a configuration, for there is no list of it, is bad input here."""
+    """Turn whatever a library raises about a configuration into bad input, for there is no list of it."""
     try:
         yield
     except Exception as error:

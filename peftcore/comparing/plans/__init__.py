@@ -1,4 +1,4 @@
-"""What a method would do to a model and what that costs, known before anything is trained.
+"""Plans: the changes of a method to a model and their costs, known before anything is trained.
 
 It may import the core, `quiet` and `models`. In the order of reading:
 

@@ -1,4 +1,4 @@
-"""What a method would add to a model, and what a step of training would take."""
+"""Costs of a method: what it would add to a model, and what a step of training would take."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STATES = 2
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a forward keeps for its backward, or why that is not known."""
+    """Bytes that a forward keeps for its backward, or the reason why they are not known."""
 
     batch: Batch | None = None
     adapted: int | None = None
@@ -38,8 +38,8 @@ class Activations:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that one step of training takes. What comes and goes within it (gradients of activations, buffers of
-    kernels) is not in it."""
+    """Bytes that one step of training takes. Tensors that come and go within it (gradients of activations, buffers of
+    kernels) are not in it."""
 
     weights: int
     adapter: int
@@ -54,7 +54,7 @@ class Memory:
 
     @property
     def total(self) -> int | None:
-        """All of it, where all of it is known."""
+        """Return the sum, where all of it is known."""
         known = self.weights + self.adapter + self.gradients + self.optimizer
         return None if self.activations is None else known + self.activations
 
@@ -119,7 +119,7 @@ def costs(source: str, wanted: Wanted, size: Size, dtype: str | None = None) -> 
 
 
 def activations(built: Skeleton, recorded: Recorded, size: Size) -> Activations:
-    """Of the model as it is, then of the adapted one, which it is afterwards."""
+    """Count activations of the model as it is, then of the adapted one, which it is afterwards."""
     pretended = Pretended()
     batch = full = None
     try:
@@ -133,13 +133,13 @@ def activations(built: Skeleton, recorded: Recorded, size: Size) -> Activations:
 
 
 def held(tensors: Iterable[Tensor]) -> int:
-    """Bytes of distinct tensors."""
+    """Count the bytes of distinct tensors."""
     return sum(each.numel() * each.element_size() for each in {id(each): each for each in tensors}.values())
 
 
 def size_of_file(recorded: Recorded) -> int:
-    """Bytes of ``adapter.safetensors``: eight for the header's length, the header, which is filled up to a multiple of
-    eight, and the tensors, the widest numbers first."""
+    """Return the bytes of ``adapter.safetensors``: eight for the header's length, the header, which is filled up to a
+    multiple of eight, and the tensors, the widest numbers first."""
     planned = recorded.plan
     envelope = envelope_of(Injection("planned", recorded.surgeon, HostState()))
     header: dict[str, Any] = {"__metadata__": {METADATA: envelope.short}}

@@ -1,4 +1,4 @@
-"""A method as the user asks for it, and what it would do to a model."""
+"""A method as the user asks for it, and its changes to a model, recorded and not carried out."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Wanted:
     train: Sequence[str] = ()
 
     def resolved(self) -> tuple[type[Method], MethodConfig]:
-        """The method and its options, checked; lists stand for tuples, as in files."""
+        """Return the method and its options, checked; lists stand for tuples, as in files."""
         cls = peftcore.method(self.method)
         return cls, validate_json(cls.Config, json.dumps(dict(self.options)))
 
     def on(self, model: nn.Module) -> Surgeon:
-        """What the method does to the model; recorded, not done."""
+        """Record what the method would do to the model, without doing it."""
         cls, config = self.resolved()
         wishes = wishes_of(self.target, self.exclude, tuple(self.train), 0, None)
         return prepare(model, cls(), config, wishes, None, dry=True)
@@ -49,18 +49,18 @@ class Place:
     name: str
     """Its path, in a hybrid with the part's number in front; or the name of what several places share."""
     path: str
-    """Of the module or bare parameter."""
+    """The path of the module or bare parameter."""
     shape: tuple[int, ...]
     role: str | None
     tensors: Mapping[str, tuple[int, ...]]
-    """What is saved of it."""
+    """The shapes of its tensors that are saved."""
     trainable: int
     rows: bool = False
-    """Whether these are some rows of a fused weight only: those of the role."""
+    """Whether this is one slice of a fused weight only: that of the role."""
 
     @classmethod
     def of(cls, name: str, operator: nn.Module) -> Place:
-        """What a module holds that several places share."""
+        """Return the place of a module that several places share."""
         tensors = {key: tuple(each.shape) for key, each in operator.state_dict().items()}
         return cls(name, "", (), None, tensors, sum(parameter.numel() for parameter in operator.parameters()))
 
@@ -84,18 +84,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Recorded:
-    """What a method would do to a model."""
+    """The recorded changes of a method to a model."""
 
     surgeon: Surgeon
     plan: Plan
     places: tuple[Place, ...]
     shared: tuple[Place, ...]
     notes: tuple[str, ...]
-    """What peftcore warns of."""
+    """Warnings of peftcore."""
 
     @classmethod
     def of(cls, wanted: Wanted, model: nn.Module) -> Recorded:
-        """Plan it.
+        """Plan a method on a model.
 
         Raises: UnknownMethod, ConfigError, TargetError, UnsupportedSite: it cannot be.
         """
@@ -117,11 +117,11 @@ class Recorded:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those that are not as by default."""
+        """Return the options that are not as by default."""
         return self.surgeon.config.model_dump(mode="json", exclude={"method"}, exclude_defaults=True)
 
     def operators(self) -> list[nn.Module]:
-        """All that has tensors of the method."""
+        """Return all modules that have tensors of the method."""
         return [graft.operator for graft in self.surgeon.grafts] + [each.module for each in self.surgeon.owned.values()]
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""What a comparison found, for people and for programs.
+"""Reports of comparisons, for people and for programs.
 
 It may import `numbers` and `runs`; nothing is trained here. In the order of reading:
 
-- `trials`: what was found, as data.
+- `trials`: the results as data.
 - `summary`: in words and in the cells of tables.
 - `plots`: as charts over what it costs; `curves`: over the steps of training.
 - `labels`: names beside the points of a chart.
 - `svg`: a chart as part of a page.
 - `html`: the page; its `templates` lie beside it.
-- `files`: what is written in the end.
+- `files`: the files that are written in the end.
 """

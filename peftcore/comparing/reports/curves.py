@@ -1,4 +1,4 @@
-"""What happened on the way: scores and losses over steps. Few configurations share a chart, many have one each."""
+"""Charts of scores and losses over steps. Few configurations share a chart, many have one each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peftcore.comparing.reports.plots import LIGHT, Shape, group, is_reference, 
 from peftcore.comparing.reports.trials import Entry, Report, Trial
 
 COLOURS = (LIGHT.blue, LIGHT.amber, LIGHT.green, LIGHT.purple, LIGHT.sky, LIGHT.ink)
-"""Of as many lines as eyes follow in one chart; full fine-tuning is red as in all charts."""
+"""Colours of as many lines as eyes follow in one chart; full fine-tuning is red as in all charts."""
 LINE = 15
 """From one name to the next."""
 PANEL = 118
@@ -39,7 +39,7 @@ class Curve:
     low: tuple[float, ...]
     high: tuple[float, ...]
     result: float
-    """What is written beside it."""
+    """The text beside it."""
 
     @property
     def group(self) -> str:
@@ -47,7 +47,7 @@ class Curve:
 
 
 def scores(report: Report) -> list[Curve]:
-    """The metric over steps, from before the first."""
+    """Return the metric over steps, from before the first."""
 
     def points(trial: Trial) -> Points:
         return [(0, trial.before[report.metric]), *(point for point in trial.curve if point[0] > 0)]
@@ -56,12 +56,13 @@ def scores(report: Report) -> list[Curve]:
 
 
 def losses(report: Report) -> list[Curve]:
-    """The training loss over steps."""
+    """Return the training loss over steps."""
     return _curves(report, lambda trial: trial.losses)
 
 
 def _curves(report: Report, points: Callable[[Trial], Points]) -> list[Curve]:
-    """Where a seed stopped before the others, the mean stops too: it would be one of other seeds from there on."""
+    """Return the curves of all entries. Where a seed stopped before the others, the mean stops too: it would be one of
+    other seeds from there on."""
     found = []
     for number, entry in enumerate(report.entries(), 1):
         seeds = [dict(points(trial)) for trial in entry.trials]
@@ -76,12 +77,12 @@ def _curves(report: Report, points: Callable[[Trial], Points]) -> list[Curve]:
 
 
 def draw(curves: list[Curve], name: str, ratios: bool, shape: Shape) -> Figure:
-    """All curves in one chart, or each in its own; ``ratios`` where a value is compared by these."""
+    """Draw all curves in one chart, or each in its own; ``ratios`` where a value is compared by these."""
     return together(curves, name, ratios, shape) if fit(curves) else apart(curves, ratios, shape)
 
 
 def caption(curves: list[Curve]) -> str:
-    """How to read the chart."""
+    """Return how to read the chart, in words."""
     seeds = any(len(curve.entry.trials) > 1 for curve in curves)
     told = ["Mean over seeds; the band goes from the lowest to the highest."] if seeds else []
     if not fit(curves):
@@ -90,12 +91,12 @@ def caption(curves: list[Curve]) -> str:
 
 
 def fit(curves: list[Curve]) -> bool:
-    """Whether they do in one chart."""
+    """Whether the curves fit in one chart."""
     return sum(not is_reference(curve.entry) for curve in curves) <= len(COLOURS)
 
 
 def together(curves: list[Curve], name: str, ratios: bool, shape: Shape) -> Figure:
-    """Each line has its name at its end."""
+    """Draw all curves in one chart; each line has its name at its end."""
     figure = new_figure(shape)
     axes = figure.add_subplot()
     title(axes, name, colour=LIGHT.quiet)
@@ -126,7 +127,7 @@ def draw_line(axes: Axes, curve: Curve, colour: str) -> None:
 
 
 def name_ends(axes: Axes, curves: list[Curve], names: list[str], colours: list[str]) -> None:
-    """Right of the axes, in the order of the ends, and a line from each end to its name."""
+    """Write the names right of the axes, in the order of the ends, with a line from each end to its name."""
     box = axes.get_window_extent()
     ends = [axes.transData.transform((curve.steps[-1], curve.mean[-1])) for curve in curves]
     heights = spread([end[1] for end in ends], LINE, box.y0 + LINE / 2, box.y1)
@@ -140,7 +141,7 @@ def name_ends(axes: Axes, curves: list[Curve], names: list[str], colours: list[s
 
 
 def apart(curves: list[Curve], ratios: bool, shape: Shape) -> Figure:
-    """A chart each, on the same scales, before the range of all."""
+    """Draw a chart for each curve, on the same scales, before the range of all."""
     across = columns(len(curves), shape)
     rows = math.ceil(len(curves) / across)
     figure = new_figure(Shape(shape.width, rows * PANEL + 24, shape.name))
@@ -164,12 +165,13 @@ def apart(curves: list[Curve], ratios: bool, shape: Shape) -> Figure:
 
 
 def columns(count: int, shape: Shape) -> int:
-    """As many as leave the fewest gaps in the last row, in panels that are neither thin nor wide."""
+    """Return how many charts stand in a row: as many as leave the fewest gaps in the last row, in panels that are
+    neither thin nor wide."""
     return min(range(shape.width // 165, shape.width // 230, -1), key=lambda across: -count % across)
 
 
 def whole_range(curves: list[Curve]) -> tuple[list[int], list[float], list[float]]:
-    """Steps, and from where to where the means of all curves reach there."""
+    """Return the steps, and from where to where the means of all curves reach there."""
     steps = sorted({step for curve in curves for step in curve.steps})
     heights = [np.interp(steps, curve.steps, curve.mean, left=math.nan, right=math.nan) for curve in curves]
     return steps, list(np.nanmin(heights, axis=0)), list(np.nanmax(heights, axis=0))

@@ -1,4 +1,4 @@
-"""What a comparison leaves in its folder: JSON for programs, a picture, and a page for people."""
+"""Writes the files that a comparison leaves in its folder: JSON for programs, a picture, and a page for people."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftcore.files.safe_io import write_text
 
 
 def write(report: Report, folder: Path) -> None:
-    """``results.json``, ``results.png`` and ``report.html``."""
+    """Write ``results.json``, ``results.png`` and ``report.html``."""
     write_text(folder / "results.json", report.as_json())
     write_text(folder / "report.html", page(report))
     draw_picture(report, folder / "results.png")

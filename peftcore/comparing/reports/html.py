@@ -1,4 +1,4 @@
-"""What a comparison found, as one HTML file: it asks nothing of any network, and only its own script runs in it."""
+"""The report of a comparison as one HTML file: it asks nothing of any network, and only its own script runs in it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Drawing = Callable[[Shape], Figure]
 
 
 def page(report: Report) -> str:
-    """The whole document."""
+    """Return the whole document."""
     environment = Environment(
         loader=PackageLoader("peftcore.comparing.reports"), autoescape=True, undefined=StrictUndefined
     )
@@ -58,7 +58,7 @@ def page(report: Report) -> str:
 
 
 def own(environment: Environment, name: str) -> Markup:
-    """A file of ours that is in the page as it stands."""
+    """Return a template file that is in the page as it stands."""
     assert environment.loader is not None
     return Markup(environment.loader.get_source(environment, name)[0])
 
@@ -81,7 +81,7 @@ class Chart:
 
 
 def charts(report: Report) -> list[Chart]:
-    """All that there is to draw."""
+    """Return all charts of a report."""
     tips = {number: summary.tip(report, entry) for number, entry in enumerate(report.entries(), 1)}
     if not plots.points(report, plots.PARAMETERS):
         return []
@@ -96,7 +96,7 @@ def charts(report: Report) -> list[Chart]:
 
 
 def trade_off(report: Report, cost: Cost, shape: Shape, tips: dict[int, str]) -> Chart:
-    """The metric over a cost."""
+    """Draw the metric over a cost."""
     drawn = plots.points(report, cost)
     best = listed(plain(point.entry.label) for point in drawn if point.best)
     crowd = " Instead of a name that has no room there is the number of its row." if len(drawn) > CROWD else ""
@@ -111,7 +111,7 @@ def trade_off(report: Report, cost: Cost, shape: Shape, tips: dict[int, str]) ->
 
 
 def over_steps(report: Report, name: str, lines: list[curves.Curve], ratios: bool, tips: dict[int, str]) -> list[Chart]:
-    """What there was on the way, if something was."""
+    """Draw curves over the steps, if there are some."""
     if not lines:
         return []
     caption = curves.caption(lines)

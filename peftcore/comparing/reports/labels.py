@@ -1,4 +1,4 @@
-"""Names beside the points of a chart, such that none covers a point, a line or another name."""
+"""Places names beside the points of a chart, such that none covers a point, a line or another name."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class Wish:
     names: tuple[str, ...]
     """The one to write, and shorter ones for want of room."""
     group: str
-    """What the name belongs to, among what is drawn."""
+    """The group of drawings that the name belongs to."""
     colour: str
 
 
 @dataclass(frozen=True)
 class Place:
-    """An offset, and how a text is aligned there."""
+    """An offset, and the alignment of a text there."""
 
     x: float
     y: float
@@ -63,7 +63,7 @@ class Place:
 
 
 class Taken:
-    """Where something is already."""
+    """The boxes that are taken already."""
 
     def __init__(self, boxes: Iterable[Box]) -> None:
         self._boxes = np.array(list(boxes), dtype=float).reshape(-1, 4)
@@ -117,7 +117,7 @@ def _places() -> Iterator[Place]:
 
 
 def _leader(x: float, y: float, spot: Place) -> list[Box]:
-    """The line from the point to its name, without what lies under the point itself."""
+    """Return the line from the point to its name, without what lies under the point itself."""
     length = math.hypot(spot.x, spot.y)
     return [
         around(x + spot.x * along / length, y + spot.y * along / length, 1)
@@ -126,7 +126,8 @@ def _leader(x: float, y: float, spot: Place) -> list[Box]:
 
 
 def _inside(axes: Axes, box: Box) -> bool:
-    """Names may reach into the margins of the figure right of the axes, not over what is written along them."""
+    """Whether a name may stand in a box: also in the margins of the figure right of the axes, not over what is written
+    along them."""
     within = axes.get_window_extent()
     right = axes.figure.bbox.width - 2
     return box[0] >= within.x0 and box[1] >= within.y0 and box[2] <= right and box[3] <= within.y1 + 2
@@ -155,7 +156,7 @@ def _write(axes: Axes, wish: Wish, text: str, spot: Place) -> None:
 
 
 def extent(axes: Axes, text: str) -> tuple[float, float]:
-    """Width and height of a text in pixels."""
+    """Return width and height of a text in pixels."""
     probe = Text(0, 0, text, figure=axes.figure, parse_math=False)
     box = probe.get_window_extent()
     return box.width, box.height
@@ -166,7 +167,7 @@ def around(x: float, y: float, radius: float) -> Box:
 
 
 def along(axes: Axes, points: Sequence[tuple[float, float]]) -> list[Box]:
-    """Small boxes over a line through points of the data."""
+    """Return small boxes over a line through points of the data."""
     if len(points) < 2:
         return []
     ends = axes.transData.transform(points)
@@ -178,12 +179,12 @@ def along(axes: Axes, points: Sequence[tuple[float, float]]) -> list[Box]:
 
 
 def plain(name: str) -> str:
-    """On one line, of what can be printed."""
+    """Return a name on one line, of what can be printed."""
     return " ".join("".join(letter if letter.isprintable() else " " for letter in name).split())
 
 
 def shorten(name: str, length: int) -> str:
-    """With its middle left out if it is too long: names of variants differ at their ends."""
+    """Leave out the middle of a name that is too long: names of variants differ at their ends."""
     name = plain(name)
     if len(name) <= length:
         return name
@@ -192,14 +193,14 @@ def shorten(name: str, length: int) -> str:
 
 
 def fitted(axes: Axes, name: str, room: float) -> str:
-    """As much of a name as there is room for, in pixels."""
+    """Return as much of a name as there is room for, in pixels."""
     lengths = range(2, len(name) + 1)
     fitting = bisect_right(lengths, room, key=lambda length: extent(axes, shorten(name, length))[0])
     return shorten(name, fitting + 1)
 
 
 def spread(heights: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The same heights, moved apart as little as it takes to be ``gap`` from each other, between two bounds."""
+    """Move heights apart as little as it takes to be ``gap`` from each other, between two bounds."""
     order = sorted(range(len(heights)), key=lambda index: heights[index])
     moved = list(heights)
     floor = low

@@ -1,4 +1,4 @@
-"""What a comparison found, as charts: the metric over what it costs, one named point a configuration."""
+"""Charts of the metric over a cost, one named point a configuration."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ DARK = Palette(
 
 @dataclass(frozen=True)
 class Shape:
-    """How large a chart is, in pixels of CSS, and how long names are in it."""
+    """The size of a chart, in pixels of CSS, and the length of names in it."""
 
     width: int
     height: int
@@ -79,7 +79,7 @@ PICTURE = Shape(850, 520, 32)
 
 @dataclass(frozen=True)
 class Cost:
-    """Something of which less is better."""
+    """A cost of a configuration, of which less is better."""
 
     name: str
     less: str
@@ -96,7 +96,7 @@ SECONDS = Cost("seconds per step", "less time", attrgetter("seconds_per_step"), 
 
 @contextmanager
 def style() -> Iterator[None]:
-    """How charts are drawn, whatever the user's own settings are."""
+    """Draw charts in our style, whatever the user's own settings are."""
     settings: dict[Any, Any] = {
         "font.family": "sans-serif",
         "font.size": 12.0,
@@ -125,7 +125,7 @@ def style() -> Iterator[None]:
 
 
 def new_figure(shape: Shape) -> Figure:
-    """Without pyplot: neither a display nor a list of open figures is touched."""
+    """Make a figure without pyplot: neither a display nor a list of open figures is touched."""
     figure = Figure(figsize=(shape.width / PIXELS, shape.height / PIXELS), dpi=PIXELS)
     FigureCanvasAgg(figure)  # measures text
     return figure
@@ -171,7 +171,7 @@ class Point:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """From the lowest to the highest of what is drawn at this point."""
+        """Return the range from the lowest to the highest of what is drawn at this point."""
         error = self.entry.error or 0.0
         heights = (self.y - error, self.y + error, *self.seeds)
         return (self.y, self.y) if self.away else (min(heights), max(heights))
@@ -182,12 +182,12 @@ def is_reference(entry: Entry) -> bool:
 
 
 def group(number: int) -> str:
-    """What the ids of all marks of an entry begin with."""
+    """Return the begin of the ids of all marks of an entry."""
     return f"entry-{number}"
 
 
 def points(report: Report, cost: Cost) -> list[Point]:
-    """What can be drawn: a score that is no number has no place."""
+    """Return the points that can be drawn: a score that is no number has no place."""
     entries = report.entries()
     best = front(entries, report.better, cost.of)
     found = []
@@ -199,7 +199,7 @@ def points(report: Report, cost: Cost) -> list[Point]:
 
 
 def trade_off(report: Report, cost: Cost, shape: Shape, heading: str = "") -> Figure:
-    """The metric over a cost, with the Pareto front, full fine-tuning and the floor marked.
+    """Draw the metric over a cost, with the Pareto front, full fine-tuning and the majority baseline marked.
 
     Args:
         report: what is drawn.
@@ -235,7 +235,7 @@ def trade_off(report: Report, cost: Cost, shape: Shape, heading: str = "") -> Fi
 
 
 def split(report: Report, drawn: list[Point]) -> tuple[list[Point], list[Point]]:
-    """Most points, and a few at the end that are so much worse that they would squeeze all others into a line."""
+    """Split off a few points at the end that are so much worse that they would squeeze all others into a line."""
     ranked = sorted(drawn, key=lambda point: point.y, reverse=report.greater)
     for kept in range(len(ranked) - 1, max(2, math.ceil(0.7 * len(ranked)) - 1), -1):
         most, rest = ranked[:kept], ranked[kept:]
@@ -245,7 +245,7 @@ def split(report: Report, drawn: list[Point]) -> tuple[list[Point], list[Point]]
 
 
 def name_all(axes: Axes, report: Report, shape: Shape, drawn: list[Point], lines: list[Line]) -> None:
-    """Those on the front first: they are what one looks for."""
+    """Name the points, those on the front first: they are what one looks for."""
     marks = [box for point in drawn for box in covered(axes, point)]
     marks += name_floor(axes, report, [point for point in drawn if not point.away], marks)
     ordered = sorted(drawn, key=lambda point: (not point.best, not point.reference))
@@ -278,7 +278,7 @@ def title(axes: Axes, text: str, where: Literal["left", "right"] = "left", colou
 
 
 def scale(axes: Axes, values: Iterable[float]) -> None:
-    """A logarithmic scale for values that are far apart, such as perplexities before and after training."""
+    """Set a logarithmic scale for values that are far apart, such as perplexities before and after training."""
     finite = [value for value in values if math.isfinite(value)]
     if finite and 0 < RANGE * min(finite) < max(finite):
         axes.set_yscale("log")
@@ -292,7 +292,8 @@ def formatter(shown: Callable[[float], str]) -> FuncFormatter:
 
 
 def references(report: Report, drawn: list[Point]) -> list[tuple[float, dict[str, Any]]]:
-    """What all scores are seen against, and how its line looks: full fine-tuning and the floor."""
+    """Return the scores that all others are seen against, full fine-tuning and the majority baseline, with the looks of
+    their lines."""
     found = []
     full = [point.y for point in drawn if point.reference]
     if full:
@@ -304,7 +305,7 @@ def references(report: Report, drawn: list[Point]) -> list[tuple[float, dict[str
 
 
 def has_room(floor: float, drawn: list[Point]) -> bool:
-    """Whether the floor can be drawn without squeezing the scores into a corner."""
+    """Whether the majority baseline can be drawn without squeezing the scores into a corner."""
     scores = [point.y for point in drawn] or [floor]
     reach = 0.5 * (max(scores) - min(scores))
     return not reach or min(scores) - reach <= floor <= max(scores) + reach
@@ -322,7 +323,7 @@ def draw_point(axes: Axes, point: Point) -> None:
 
 
 def draw_mark(axes: Axes, point: Point, marker: str) -> None:
-    """And around it, unseen, what a pointer can hit."""
+    """Draw a point, and around it, unseen, what a pointer can hit."""
     name = group(point.number)
     fill = point.colour if point.best else LIGHT.surface
     look: dict[str, Any] = {"markerfacecolor": fill, "markeredgecolor": point.colour, "markeredgewidth": 1.6}
@@ -331,13 +332,14 @@ def draw_mark(axes: Axes, point: Point, marker: str) -> None:
 
 
 def covered(axes: Axes, point: Point) -> list[Box]:
-    """What a point, and its error bar with the seeds cover, in pixels."""
+    """Return the boxes that a point, and its error bar with the seeds cover, in pixels."""
     (x, low), (_, high), (_, y) = axes.transData.transform([(point.x, each) for each in (*point.ends, point.y)])
     return [around(x, y, 6), (x - 4, low, x + 4, high)]
 
 
 def name_floor(axes: Axes, report: Report, drawn: list[Point], marks: list[Box]) -> list[Box]:
-    """Write what the floor is at its line, or at the edge beyond which it lies; where that was written."""
+    """Write what the majority baseline is at its line, or at the edge beyond which it lies; return where that was
+    written."""
     if report.floor is None:
         return []
     text = f"majority baseline {fixed(report.floor, decimals([report.floor]))}"

@@ -1,4 +1,4 @@
-"""What a comparison found, in words and in the cells of tables."""
+"""The report of a comparison in words and in the cells of tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peftcore.comparing.reports.trials import Entry, Report, Trial, front, versi
 
 
 def facts(report: Report) -> list[tuple[str, str]]:
-    """The circumstances, in words."""
+    """Return the circumstances, in words."""
     seeds = sorted({trial.seed for trial in report.trials})
     found = [
         ("Model", report.model),
@@ -34,7 +34,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
 
 
 def length(training: dict[str, Any]) -> str:
-    """How long: 300 steps of 2 × 16 examples."""
+    """Return how long training was: 300 steps of 2 × 16 examples."""
     steps, epochs, accumulate = training.get("steps"), training.get("epochs"), training.get("accumulate", 1)
     batch = f"{accumulate} × {training['batch_size']}" if accumulate > 1 else f"{training['batch_size']}"
     if steps is not None:
@@ -44,7 +44,7 @@ def length(training: dict[str, Any]) -> str:
 
 
 def error(report: Report) -> str:
-    """What stands behind ±, if anything does."""
+    """Return what stands behind ±, if anything does."""
     entries = report.entries()
     if any(len(entry.trials) > 1 for entry in entries):
         return "one standard error of the mean over seeds"
@@ -54,14 +54,14 @@ def error(report: Report) -> str:
 
 
 def settings(report: Report) -> list[tuple[str, str]]:
-    """The rest of the training options that are set."""
+    """Return the rest of the training options that are set."""
     told = ("steps", "epochs", "batch_size", "accumulate", "seed")
     return [(name, str(value)) for name, value in report.training.items() if name not in told and value is not None]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one would say first."""
+    """A sentence that one would say first about a comparison."""
 
     name: str
     score: str
@@ -70,7 +70,7 @@ class Finding:
 
 
 def findings(report: Report) -> list[Finding]:
-    """The best, the smallest that is about as good, full fine-tuning, and the floor."""
+    """Return the best, the smallest that is about as good, full fine-tuning, and the majority baseline."""
     entries = [entry for entry in report.entries() if math.isfinite(entry.score)]
     if not entries:
         return []
@@ -100,7 +100,7 @@ def finding(report: Report, name: str, entry: Entry) -> Finding:
 
 
 def score_text(report: Report, entry: Entry) -> str:
-    """The score and its error, with the digits of its column."""
+    """Return the score and its error, with the digits of its column."""
     places = decimals(each.score for each in report.entries())
     text = fixed(entry.score, places)
     return text if entry.error is None else f"{text}{SPACE}±{SPACE}{fixed(entry.error, places)}"
@@ -108,7 +108,7 @@ def score_text(report: Report, entry: Entry) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """Something that every configuration has, and of which the best is set in bold."""
+    """A value that every configuration has, and of which the best is set in bold."""
 
     name: str
     of: Callable[[Entry], float]
@@ -117,13 +117,13 @@ class Column:
 
     @property
     def first(self) -> str:
-        """How a click sorts: the best above."""
+        """Return the order by which a click sorts: the best above."""
         return "descending" if self.best is max else "ascending"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One value of it."""
+    """One value of a column."""
 
     value: float | None
     text: str
@@ -143,7 +143,7 @@ class Row:
 
 
 def columns(report: Report) -> list[Column]:
-    """In the order in which people ask."""
+    """Return the columns in the order in which people ask."""
     entries = report.entries()
     first = decimals(before(report, entry) for entry in entries)
     greatest = max if report.greater else min
@@ -171,7 +171,7 @@ def file_size(entry: Entry) -> float:
 
 
 def rows(report: Report) -> list[Row]:
-    """As given; the page sorts."""
+    """Return the rows in the order given; the page sorts."""
     entries = report.entries()
     best = report.front()
     if not entries:
@@ -184,7 +184,7 @@ def rows(report: Report) -> list[Row]:
 
 
 def column_cells(column: Column, entries: list[Entry]) -> list[Cell]:
-    """What reads like the best is as good."""
+    """Return the cells of a column; what reads like the best is as good."""
     values = [column.of(entry) for entry in entries]
     texts = [column.shown(entry) for entry in entries]
     finite = [value for value in values if math.isfinite(value)]
@@ -199,14 +199,14 @@ def column_cells(column: Column, entries: list[Entry]) -> list[Cell]:
 
 
 def options(entry: Entry) -> str:
-    """What is special about a configuration."""
+    """Return what is special about a configuration."""
     trial = entry.trials[0]
     return ", ".join(f"{name}={value}" for name, value in {**trial.options, "lr": trial.learning_rate}.items())
 
 
 @dataclass(frozen=True)
 class Runs:
-    """Every trial, with all scores that it has."""
+    """All trials, with all scores that they have."""
 
     scores: list[str]
     rows: list[tuple[Trial, list[str]]]
@@ -223,7 +223,7 @@ def runs(report: Report) -> Runs:
 
 
 def tip(report: Report, entry: Entry) -> str:
-    """What a mark in a chart says of its configuration."""
+    """Return what a mark in a chart says of its configuration."""
     return "\n".join(
         (
             plain(entry.label),

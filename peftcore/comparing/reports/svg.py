@@ -20,7 +20,7 @@ REFERENCE = re.compile(r"#([^)\s]+)\)?$")
 
 
 def inline(figure: Figure, name: str, title: str, description: str, tips: Mapping[int, str]) -> str:
-    """An ``<svg>`` element that fits its container.
+    """Return an ``<svg>`` element that fits its container.
 
     Args:
         name: unlike that of any other figure of the page; ids are made from it.
@@ -44,7 +44,7 @@ def inline(figure: Figure, name: str, title: str, description: str, tips: Mappin
 
 
 def _plain_names(element: ElementTree.Element) -> None:
-    """HTML needs no namespaces."""
+    """Drop namespaces, of which HTML needs none."""
     element.tag = element.tag.rpartition("}")[2]
     element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()}
     if element.tag not in ("text", "tspan"):
@@ -61,7 +61,7 @@ def _drop(element: ElementTree.Element, tags: set[str]) -> None:
 
 
 def _mark(element: ElementTree.Element, wanted: set[str], tips: Mapping[int, str]) -> None:
-    """Ids stay where something refers to them; those of an entry's marks become data."""
+    """Drop ids unless something refers to them; those of an entry's marks become data."""
     identity = element.get("id")
     if identity is None or identity in wanted:
         return
@@ -74,7 +74,7 @@ def _mark(element: ElementTree.Element, wanted: set[str], tips: Mapping[int, str
 
 
 def _shorter(value: str) -> str:
-    """Hundredths of a pixel, the page's fonts, the theme's colours."""
+    """Shorten a value: hundredths of a pixel, the page's fonts, the theme's colours."""
     value = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), value)
     value = re.sub(r"font: (\S+px) [^;]*", r"font-size: \1", value)
     return re.sub(r"#[0-9a-f]{6}\b", lambda colour: THEMED.get(colour[0], colour[0]), value)

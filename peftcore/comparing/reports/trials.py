@@ -1,4 +1,4 @@
-"""What a comparison found: one trial a method, configuration and seed, and what they have in common."""
+"""Trials of a comparison as data: one for each method, configuration and seed, and what they have in common."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Trial:
     """One run. Sizes are in bytes."""
 
     label: str
-    """What the configuration is called: the method, or the method and what is special about it."""
+    """The name of the configuration: the method, or the method and what is special about it."""
     method: str
     options: dict[str, Any]
     seed: int
@@ -42,7 +42,7 @@ class Trial:
 
     @property
     def share(self) -> float:
-        """Trainable over all values."""
+        """Return trainable over all parameters."""
         return self.trainable / self.total
 
 
@@ -87,12 +87,12 @@ class Report:
     trials: tuple[Trial, ...]
     seconds: float
     floor: float | None = None
-    """What the metric is for an answer that looks at nothing, where that is known: the commonest class."""
+    """The majority baseline, where it is known: the metric of an answer that looks at nothing, the commonest class."""
     failed: dict[str, str] = field(default_factory=dict)
     """Labels of configurations that could not be run, and why."""
 
     def entries(self) -> list[Entry]:
-        """The configurations in the order in which they were given."""
+        """Return the configurations in the order in which they were given."""
         labels = dict.fromkeys(trial.label for trial in self.trials)
         return [self._entry(label, [t for t in self.trials if t.label == label]) for label in labels]
 
@@ -113,11 +113,12 @@ class Report:
         return one > other if self.greater else one < other
 
     def front(self) -> list[Entry]:
-        """The Pareto front: configurations than which no other is as small and better, by trainable values."""
+        """Return the Pareto front: configurations than which no other is as small and better, by trainable
+        parameters."""
         return front(self.entries(), self.better)
 
     def as_json(self) -> str:
-        """For programs."""
+        """Return the report as JSON, for programs."""
         document = {"versions": versions(), **asdict(self)}
         for entry, trial in zip(document["trials"], self.trials, strict=True):
             entry["share"] = trial.share
@@ -125,7 +126,7 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
+    """Return the versions of the libraries that the numbers depend on."""
     return {"peftcore": __version__, **{name: version(name) for name in LIBRARIES}}
 
 
@@ -134,7 +135,8 @@ def front(
     better: Callable[[float, float], bool],
     cost: Callable[[Entry], float] = attrgetter("trainable"),
 ) -> list[Entry]:
-    """From the cheapest up, each that is better than all cheaper ones. A score that is no number is not among them."""
+    """Return, from the cheapest up, each entry that is better than all cheaper ones. A score that is no number is not
+    among them."""
     found: list[Entry] = []
     sign = -1 if better(1, 0) else 1
     scored = (entry for entry in entries if math.isfinite(entry.score))

@@ -1,4 +1,4 @@
-"""Training runs: what one is told, and the folder that it fills.
+"""Training runs: the schema of one, and the folder that it fills.
 
 It may import the core and `errors`. In the order of reading:
 

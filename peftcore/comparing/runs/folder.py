@@ -22,7 +22,7 @@ COMPLETE = "complete"
 
 
 def made(folder: Path) -> Path:
-    """A folder for what comes, with those above it; it may be there already.
+    """Make a folder, with those above it; it may be there already.
 
     Raises:
         BadInput: it cannot be.
@@ -54,11 +54,11 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """Where the adapter is in the end."""
+        """Return the folder of the finished adapter."""
         return self.path / "adapter"
 
     def checkpoint(self, resume: bool) -> Path | None:
-        """Where to go on from; where a run begins, its folder is made.
+        """Return the checkpoint to go on from; where a run begins, make its folder.
 
         Raises:
             BadInput: there is a run here where one begins, or no such run where one goes on.
@@ -71,7 +71,7 @@ class RunFolder:
         return None
 
     def _newest(self) -> Path | None:
-        """The newest whole checkpoint of the run that is here, if there is one; what is half written goes."""
+        """Return the newest whole checkpoint of the run that is here, if there is one; what is half written goes."""
         if not (self.path / "run.json").exists():
             raise BadInput(f"{self.path} holds no run to go on with")
         held = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ class Keeper(transformers.TrainerCallback):
 
 
 def plain(metrics: dict[str, float]) -> dict[str, float]:
-    """The Trainer's scores, without what it says of the clock."""
+    """Return the Trainer's scores, without what it says of the clock."""
     clock = ("runtime", "per_second", "model_preparation_time")
     scores = {name: value for name, value in metrics.items() if name.startswith("eval_") and not name.endswith(clock)}
     return {name.removeprefix("eval_"): value for name, value in scores.items()}

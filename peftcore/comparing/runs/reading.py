@@ -1,4 +1,5 @@
-"""Options as users write them: a YAML file, values over it by dotted names, one sentence for each that is wrong."""
+"""Reads options as users write them: a YAML file, values over it by dotted names, one sentence for each that is
+wrong."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ B = TypeVar("B", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """YAML 1.1 takes ``1e-3`` for text; people mean the number."""
+    """A YAML loader that reads ``1e-3`` as a number: YAML 1.1 takes it for text."""
 
 
 POWERS = re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
@@ -27,7 +28,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", POWERS, list("-+0123456
 
 
 def parse(text: str, where: object) -> Any:
-    """YAML, of plain values only.
+    """Parse YAML, of plain values only.
 
     Raises:
         BadInput: it is no YAML.
@@ -39,7 +40,7 @@ def parse(text: str, where: object) -> Any:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The names and values of a YAML file.
+    """Return the names and values of a YAML file.
 
     Raises:
         BadInput: it cannot be read.
@@ -54,7 +55,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def read(kind: type[B], values: dict[str, Any], changes: Iterable[tuple[str, Any]], where: str = "the options") -> B:
-    """What a file says, with some values set by their dotted name.
+    """Read a file's values, with some of them set by their dotted name.
 
     Raises:
         BadInput: a value is wrong: all of them are named.
@@ -80,7 +81,7 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def validated(kind: type[B], values: Any, where: str) -> B:
-    """The values as options of a kind.
+    """Return the values as options of a kind.
 
     Raises:
         BadInput: naming every value that is wrong, and names that are close to unknown ones.

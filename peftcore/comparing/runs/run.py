@@ -1,4 +1,4 @@
-"""What a training run is told: its schema, which a file of ``peftcore train`` and its flags share."""
+"""The schema of a training run, which a file of ``peftcore train`` and its flags share."""
 
 from __future__ import annotations
 

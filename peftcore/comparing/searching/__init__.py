@@ -3,8 +3,8 @@
 It may import all that `peftcore.comparing` lists before it, and optuna. In the order of reading:
 
 - `search`: the whole of a search.
-- `space`: what it chooses from.
-- `budget`: what a candidate may cost, known before it is trained.
-- `studies`: the record that several workers may share.
-- `found`: what came out.
+- `space`: the space that it chooses from.
+- `budget`: the costs that a candidate may have, known before it is trained.
+- `studies`: the study that several workers may share.
+- `found`: the outcome.
 """

@@ -1,4 +1,4 @@
-"""What an adapter may cost: trainable values, a share of the model's, or memory in training; known before training."""
+"""Budgets of an adapter: trainable parameters, a share of the model's, or memory in training; known before training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ LOOKED_AT = 16
 
 
 def values(text: str | int, total: int) -> int:
-    """A number of trainable values: ``50k``, ``1.5M``, ``20000``, or a share of all that the model has: ``0.5%``.
+    """Parse a number of trainable parameters: ``50k``, ``1.5M``, ``20000``, or a share of all that the model has:
+    ``0.5%``.
 
     Raises:
         BadInput: it is none.
@@ -45,7 +46,7 @@ def values(text: str | int, total: int) -> int:
 
 
 def memory(text: str | int) -> int:
-    """Bytes: ``2GB``, ``500 MB``, ``1.5GiB``.
+    """Parse a number of bytes: ``2GB``, ``500 MB``, ``1.5GiB``.
 
     Raises:
         BadInput: it is no size.
@@ -58,7 +59,7 @@ def memory(text: str | int) -> int:
 
 @dataclass(frozen=True)
 class Needs:
-    """What training a candidate takes."""
+    """The parameters and memory that training a candidate takes."""
 
     trainable: int
     """Values that train, those of a new head included: as ``peftcore compare`` counts them."""
@@ -68,13 +69,13 @@ class Needs:
 
 @dataclass(frozen=True)
 class Budget:
-    """The limits; None where there is none."""
+    """The limits of a search; None where there is none."""
 
     trainable: int | None
     memory: int | None
 
     def over(self, needs: Needs) -> str | None:
-        """Why it is too much; None where it fits."""
+        """Return why a candidate is too much; None where it fits."""
         if self.trainable is not None and needs.trainable > self.trainable:
             return f"{needs.trainable:,} trainable parameters, the budget is {self.trainable:,}"
         if self.memory is not None and needs.memory is not None and needs.memory > self.memory:
@@ -82,7 +83,7 @@ class Budget:
         return None
 
     def excess(self, needs: Needs) -> float:
-        """How far it is over: above 0 it does not fit; of two that do not, the smaller is nearer."""
+        """Return how far a candidate is over: above 0 it does not fit; of two that do not, the smaller is nearer."""
         limits = ((needs.trainable, self.trainable), (needs.memory, self.memory))
         return max((need / limit - 1 for need, limit in limits if need is not None and limit is not None), default=-1.0)
 
@@ -109,7 +110,7 @@ class Planner:
 
     @property
     def total(self) -> int:
-        """Values in the model."""
+        """Count the parameters of the model."""
         return sum(each.numel() for each in self._whole.parameters())
 
     def layered(self, method: str) -> bool:
@@ -124,7 +125,7 @@ class Planner:
         return sum(any(path.startswith(f"{block}.") for path in paths) for block in blocks) > 1
 
     def needs(self, candidate: Candidate) -> Needs:
-        """Of one candidate.
+        """Return the needs of one candidate.
 
         Raises:
             PeftcoreError: the method cannot be used like that on this model.
@@ -161,6 +162,6 @@ class Planner:
 
 
 def largest(batches: list[dict[str, Any]]) -> Batch:
-    """The batch with most values."""
+    """Return the batch with most values."""
     sizes = [sum(each.numel() for each in batch.values()) for batch in batches]
     return Batch(dict(batches[sizes.index(max(sizes))]), True)

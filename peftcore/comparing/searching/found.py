@@ -1,4 +1,4 @@
-"""What a search found: JSON, and the configuration that ``peftcore train`` takes."""
+"""The outcome of a search: JSON, and the configuration that ``peftcore train`` takes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peftcore.files.safe_io import write_text
 
 @dataclass(frozen=True)
 class Found:
-    """The study, and what became of it."""
+    """The study of a search, and its outcome."""
 
     trials: list[FrozenTrial]
     tried: Report
@@ -52,7 +52,7 @@ class Found:
         }
 
     def as_json(self) -> str:
-        """For programs."""
+        """Return the outcome as JSON, for programs."""
         return json.dumps(self.as_dict(), indent=2) + "\n"
 
 
@@ -62,7 +62,7 @@ def _scored(entry: Entry) -> dict[str, Any]:
 
 
 def told(trial: FrozenTrial) -> dict[str, Any]:
-    """One trial of the study."""
+    """Return one trial of the study."""
     values = dict(zip(("score", "trainable"), trial.values or (), strict=False))
     lost = trial.state is TrialState.FAIL and LOST in trial.user_attrs
     return {
@@ -86,7 +86,7 @@ NAMES = {
 
 
 def _value(value: Any) -> Any:
-    """Texts are the JSON that optuna was told, but for the method's name."""
+    """Return a value of the study. Texts are the JSON that optuna was told, but for the method's name."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except ValueError:
@@ -94,7 +94,7 @@ def _value(value: Any) -> Any:
 
 
 def write_best(run: Run, out: Path) -> None:
-    """``best.yaml``: the pick, as a run of its own."""
+    """Write ``best.yaml``: the pick, as a run of its own."""
     whole = run.model_dump(mode="json", exclude_none=True)
     whole["model"], *places = absolute([whole["model"], whole["data"]["train"], whole["data"]["held_out"]])
     whole["data"].update(zip(("train", "held_out"), places, strict=True))
@@ -104,5 +104,5 @@ def write_best(run: Run, out: Path) -> None:
 
 
 def absolute(names: Iterable[str]) -> list[str]:
-    """Paths that hold from everywhere; names of the Hub as they are."""
+    """Return paths that hold from everywhere; names of the Hub as they are."""
     return [str(Path(name).resolve()) if Path(name).exists() else name for name in names]

@@ -1,8 +1,8 @@
 """The search for the method, its options and its sites that suit a task best within a budget.
 
 A trial of the study is one run of a comparison, scored on a tuning split. What is over the budget is planned only,
-never trained. The best are trained with more seeds; the best of these is the pick, and only then the held-out examples
-are scored, by a comparison.
+never trained. The best are trained with more seeds; the best of these is the pick, and only then the validation set is
+scored, by a comparison.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TRAINED = {"training", "dtype", "quantize", "seed"}
 
 
 class Search(Options):
-    """What is searched, and among what."""
+    """The schema of a search: its task, and the space that it chooses from."""
 
     model: str
     task: str = "text-classification"
@@ -94,20 +94,20 @@ class Search(Options):
 
     @property
     def runs(self) -> int:
-        """How many there are to be, if nothing fails."""
+        """Return how many runs there are to be, if nothing fails."""
         others = len({*self.seeds} - {self.seed})
         return self.trials + others * min(self.confirm, self.trials) + self.finals * len(self.seeds)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What must be the same for all that share a study."""
+        """Return the settings that must be the same for all that share a study."""
         found: dict[str, Any] = json.loads(self.model_dump_json(include=TOLD | TRAINED))
         return found
 
     def comparison(
         self, data: Mapping[str, Any], candidates: list[Candidate], seeds: list[int], out: Path
     ) -> Comparison:
-        """Runs of these candidates."""
+        """Return a comparison of these candidates."""
         shared = self.model_dump(include={"model", "task", "dtype", "quantize"})
         training = self.training.model_dump()
         listed = [each.model_dump() for each in candidates]
@@ -141,7 +141,7 @@ class Job:
             self.study.start_with(point)
 
     def _check(self) -> None:
-        """What can be said without the model is said before anything is read or written."""
+        """Refuse what can be refused without the model, before anything is read or written."""
         Space({name: given or {} for name, given in self.search.methods.items()}, self.search.learning_rate)
         if self.search.budget is not None:
             values(self.search.budget, 1)
@@ -149,7 +149,7 @@ class Job:
             raise BadInput("memory is not counted for quantized models; leave out memory, or quantize")
 
     def _planner(self) -> Planner:
-        """The model is loaded once, for its shapes and those of the examples."""
+        """Load the model once, for its shapes and those of the examples."""
         nobody = Candidate(name=next(iter(self.search.methods)))
         run = self._on_tuning([nobody]).run(nobody, self.search.seed)
         prepared = self.task.prepare(run, validated(self.task.Data, run.data, "data"))
@@ -174,7 +174,7 @@ class Job:
         return reasons
 
     def _refused(self, choice: Choice) -> str | None:
-        """Why it cannot be trained."""
+        """Return why a choice cannot be trained."""
         try:
             return self.budget.over(self._needs(choice))
         except PeftcoreError as error:
@@ -199,7 +199,7 @@ class Job:
                 idle = 0 if self._tried(trial) else idle + 1
 
     def _tried(self, trial: optuna.trial.Trial) -> bool:
-        """Train it, if there is reason to."""
+        """Train a trial, if there is reason to."""
         choice = self.space.suggest(trial)
         candidate = choice.candidate(self.planner.host, f"{choice.method}-{trial.number}")
         key = json.dumps([candidate.name, candidate.arguments, candidate.learning_rate], sort_keys=True)
@@ -232,7 +232,7 @@ class Job:
         self.study.done(trial, found.after[self.task.metric], found.trainable, asdict(found))
 
     def _scored(self, candidate: Candidate, seeds: list[int], seed: int) -> Trial:
-        """One run on the tuning split.
+        """Run one candidate and score it on the tuning split.
 
         Raises:
             TrainingError: it came to no score.
@@ -254,7 +254,7 @@ class Job:
         return self.search.comparison(self.tuning, candidates, seeds or [self.search.seed], out)
 
     def finish(self) -> Found:
-        """Wait for other workers, pick, and score the pick on the held-out examples."""
+        """Wait for other workers, pick, and score the pick on the validation set."""
         began = time.perf_counter()
         self.work()
         while self.study.running():
@@ -278,13 +278,13 @@ class Job:
         return found
 
     def _final(self, tried: Report, pick: Entry) -> Comparison:
-        """The pick, and what is smaller on the front."""
+        """Return the comparison of the pick and of what is smaller on the front."""
         smaller = [entry for entry in reversed(tried.front()) if entry.trainable < pick.trainable]
         chosen = [candidate_of(entry) for entry in (pick, *smaller[: self.search.finals - 1])]
         return self.search.comparison(self.held_out, chosen, self.search.seeds, self.search.out)
 
     def _confirmed(self, tried: Report) -> Report:
-        """The best, each with all seeds: one run alone may have been lucky.
+        """Run the best, each with all seeds: one run alone may have been lucky.
 
         Raises:
             TrainingError: with other seeds none of them can be trained.
@@ -307,7 +307,7 @@ class Job:
         return self._report(tuple(trials), began, failed)
 
     def _report(self, trials: tuple[Trial, ...], began: float, failed: dict[str, str] | None = None) -> Report:
-        """Of runs on the tuning split."""
+        """Return a report of runs on the tuning split."""
         return Report(
             model=self.search.model,
             task=self.search.task,
@@ -325,7 +325,7 @@ class Job:
 
 
 def search(what: Search, board: Board) -> Found:
-    """Run it; ``search.json``, ``best.yaml``, the report of the pick and the runs are in ``what.out`` afterwards.
+    """Run a search; ``search.json``, ``best.yaml``, the report of the pick and the runs are in ``what.out`` afterwards.
 
     Raises:
         BadInput: something that is named cannot be used, or nothing fits into the budget; nothing was trained.
@@ -334,19 +334,19 @@ def search(what: Search, board: Board) -> Found:
 
 
 def work(what: Search, board: Board) -> int:
-    """Only run trials of a study that others finish; how many there are now."""
+    """Run trials of a study that others finish; return how many there are now."""
     job = Job(what, board)
     job.work()
     return len(job.study.counted())
 
 
 def ranked(report: Report) -> list[Entry]:
-    """The best first; of two that are as good, the smaller."""
+    """Return the entries with the best first; of two that are as good, the smaller."""
     sign = -1 if report.greater else 1
     return sorted(report.entries(), key=lambda each: (sign * each.score, each.trainable))
 
 
 def candidate_of(entry: Entry) -> Candidate:
-    """What an entry was trained as."""
+    """Return the candidate that an entry was trained as."""
     first = entry.trials[0]
     return Candidate(name=first.method, label=entry.label, learning_rate=first.learning_rate, **first.options)

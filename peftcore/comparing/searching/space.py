@@ -1,5 +1,5 @@
-"""What ``peftcore search`` chooses from: methods, the values of their options, the sites by role and depth, learning
-rates.
+"""The space that ``peftcore search`` chooses from: methods, the values of their options, the sites by role and depth,
+learning rates.
 
 An option of a method is given as a value, a list of values to choose from, or ``{low: ..., high: ..., log: true}``.
 Beside the method's own options there are ``target`` and ``exclude`` (as of `peftcore.apply`), ``depth``, the share of
@@ -44,7 +44,7 @@ PLACES: tuple[Any, ...] = (None, "attn.*", "mlp.*", "all-linear")
 """Targets that are tried of methods that change matrices; None is the method's own."""
 DEPTHS = (1.0, 0.5, 0.25)
 METHODS = ("bitfit", "ln_tuning", "ia3", "lora", "dora", "houlsby_adapter")
-"""Those that are tried where none is named: small, and at home in most models."""
+"""Methods that are tried where none is named: small, and at home in most models."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Choice:
         return " ".join([self.method, *(f"{name}={spelled(value)}" for name, value in self.values.items())])
 
     def candidate(self, host: HostMap, label: str | None = None) -> Candidate:
-        """What is trained: the depth has become layers that are left out."""
+        """Return the candidate to train: the depth has become layers that are left out."""
         values = dict(self.values)
         above = first_layers(host, values.pop(DEPTH, 1.0))
         if above:
@@ -70,7 +70,7 @@ class Choice:
 
 
 def spelled(value: Any) -> str:
-    """A value on the command line or in a table."""
+    """Return a value as on the command line or in a table."""
     return "+".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if _number(value) else str(value)
 
 
@@ -79,7 +79,7 @@ def _number(value: Any) -> bool:
 
 
 def first_layers(host: HostMap, depth: float) -> list[str]:
-    """Globs for the layers that are not among the last of each stack; of so many that a share of it is left."""
+    """Return globs for the layers that are not among the last of each stack; of so many that a share of it is left."""
     stacks: dict[str, dict[int, str]] = {}
     for entry in host.entries:
         if entry.block is not None and entry.layer is not None:
@@ -96,15 +96,15 @@ class Domain(ABC):
 
     @abstractmethod
     def suggest(self, trial: optuna.trial.Trial, name: str) -> Any:
-        """What the sampler says."""
+        """Return the sampler's suggestion."""
 
     @abstractmethod
     def encoded(self, value: Any) -> Any:
-        """The value as the study knows it; None where it is not among those that it may take."""
+        """Return the value as the study knows it; None where it is not among those that it may take."""
 
     @abstractmethod
     def ends(self) -> list[Any]:
-        """Values among which the one is that makes the smallest adapter."""
+        """Return values among which the one is that makes the smallest adapter."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Range(Options):
 
 @dataclass(frozen=True)
 class Between(Domain):
-    """The numbers of a range."""
+    """A range of numbers, as a file writes it."""
 
     range: Range
 
@@ -160,7 +160,7 @@ class Between(Domain):
 
 
 def domain(value: Any, where: str) -> Domain:
-    """What a file says of an option: a range, a list to choose from, or one value.
+    """Return the domain that a file describes: a range, a list to choose from, or one value.
 
     Raises:
         BadInput: nothing can be chosen.
@@ -194,14 +194,14 @@ class Space:
         self.methods = {name: options for name, options in self.methods.items() if name not in names}
 
     def suggest(self, trial: optuna.trial.Trial) -> Choice:
-        """A point, by the study's sampler."""
+        """Return a point, by the study's sampler."""
         method = trial.suggest_categorical("method", list(self.methods))
         options = self.methods[method]
         values = {name: each.suggest(trial, f"{method}.{name}") for name, each in options.items()}
         return _choice(method, values)
 
     def parameters(self, start: Candidate) -> dict[str, Any]:
-        """A configuration as the study knows it; what it does not say is as by default.
+        """Return a configuration as the study knows it; what it does not say is as by default.
 
         Raises:
             BadInput: it is not in the space.
@@ -218,7 +218,7 @@ class Space:
         return {"method": start.name, **{f"{start.name}.{name}": value for name, value in found.items()}}
 
     def smallest(self, method: str, cost: Callable[[Choice], float]) -> Choice:
-        """The point of a method that costs least, one option after the other."""
+        """Return the point of a method that costs least, one option after the other."""
         options = self.methods[method]
         values = {name: each.ends()[0] for name, each in options.items()}
         for name, each in options.items():
@@ -234,14 +234,14 @@ def _choice(method: str, values: Mapping[str, Any]) -> Choice:
 
 
 def defaults(cls: type[Method]) -> dict[str, Any]:
-    """What options are where nobody says; of those that have to be said, nothing."""
+    """Return the default values of options; of those that have to be said, nothing."""
     fields = cls.Config.model_fields
     own = {name: each.get_default(call_default_factory=True) for name, each in fields.items() if not each.is_required()}
     return {DEPTH: 1.0, **own}
 
 
 def checked(method: str, given: Mapping[str, Any]) -> dict[str, Domain]:
-    """The options of a method; each value is one that it takes.
+    """Return the options of a method; each value is one that it takes.
 
     Raises:
         BadInput, UnknownMethod: naming what is wrong.
@@ -264,7 +264,7 @@ def checked(method: str, given: Mapping[str, Any]) -> dict[str, Domain]:
 
 
 def refused(cls: type[Method], name: str, value: Any) -> str | None:
-    """Why an option cannot have a value, the others being left alone."""
+    """Return why an option cannot have a value, the others being left alone."""
     if name == DEPTH and not (_number(value) and 0 < value <= 1):
         return "a share of the layers: above 0, at most 1"
     if name == RATE and not (_number(value) and value > 0):
@@ -279,8 +279,8 @@ def refused(cls: type[Method], name: str, value: Any) -> str | None:
 
 
 def by_default(name: str, layered: bool) -> dict[str, Any]:
-    """What is tried of a method of which nothing is said: its size, its sites where it may stand at any matrix, its
-    depth where it stands in layers.
+    """Return what is tried of a method of which nothing is said: its size, its sites where it may stand at any matrix,
+    its depth where it stands in layers.
 
     Raises:
         UnknownMethod: there is none of that name.

@@ -30,17 +30,17 @@ BEAT, GRACE = 10.0, 90.0
 STARTUP = 8
 """Points that are drawn at random before the sampler has something to go by."""
 ALIVE, LOST, REASON, RECORD = "alive", "lost", "reason", "record"
-"""What a trial says of itself."""
+"""Names of the attributes of a trial."""
 BUDGET = "budget"
 """The constraint from which the sampler learns what is too large."""
 
 
 UNUSABLE = (OSError, ValueError, KeyError, ImportError, SQLAlchemyError, OptunaError)
-"""What optuna raises for a storage that is not there, not to be written, or something else."""
+"""Errors that optuna raises for a storage that is not there, not to be written, or something else."""
 
 
 def storage_of(where: str) -> BaseStorage:
-    """A database by its URL, or a journal in a file."""
+    """Open a database by its URL, or a journal in a file."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     return RDBStorage(where) if "://" in where else JournalStorage(JournalFileBackend(where))
@@ -48,7 +48,7 @@ def storage_of(where: str) -> BaseStorage:
 
 @contextlib.contextmanager
 def _opening(where: str) -> Iterator[None]:
-    """Whatever is wrong with a storage becomes one message."""
+    """Turn whatever is wrong with a storage into one message."""
     try:
         yield
     except UNUSABLE as error:
@@ -92,15 +92,15 @@ class Study:
             )
 
     def trials(self) -> list[FrozenTrial]:
-        """All of them, those of other workers too."""
+        """Return all trials, those of other workers too."""
         return self._study.get_trials(deepcopy=False)
 
     def counted(self) -> list[FrozenTrial]:
-        """Those that took time or take it now: trained, failed in training, running."""
+        """Return the trials that took time or take it now: trained, failed in training, running."""
         return [each for each in self.trials() if _counts(each)]
 
     def running(self) -> list[FrozenTrial]:
-        """Those on which a worker is now."""
+        """Return the trials on which a worker is now."""
         return [each for each in self.trials() if each.state is TrialState.RUNNING]
 
     def start_with(self, parameters: Mapping[str, Any]) -> None:
@@ -109,7 +109,8 @@ class Study:
 
     @contextlib.contextmanager
     def trial(self) -> Iterator[optuna.trial.Trial]:
-        """The next one. What is begun ends: with `done`, `skip` or `fail`, or it is given up and tried again."""
+        """Begin the next trial. What is begun ends: with `done`, `skip` or `fail`, or it is given up and tried
+        again."""
         with _hushed():
             trial = self._study.ask()
             # By the number of the trial: one worker, and one that goes on, get the same points.
@@ -125,19 +126,19 @@ class Study:
                 raise
 
     def done(self, trial: optuna.trial.Trial, score: float, trainable: int, record: Mapping[str, Any]) -> None:
-        """It is trained; unless others gave it up, since this worker slept."""
+        """Record a trained trial; unless others gave it up, since this worker slept."""
         with contextlib.suppress(UpdateFinishedTrialError):
             trial.set_user_attr(RECORD, dict(record))
             self._tell(trial.number, TrialState.COMPLETE, [score, trainable])
 
     def skip(self, trial: optuna.trial.Trial, reason: str, excess: float = -1.0) -> None:
-        """It is not trained, and does not count."""
+        """Record a trial that is not trained; it does not count."""
         trial.set_user_attr(REASON, reason)
         trial.set_constraint(BUDGET, excess)
         self._tell(trial.number, TrialState.PRUNED)
 
     def fail(self, trial: optuna.trial.Trial, reason: str) -> None:
-        """Training failed."""
+        """Record a trial whose training failed."""
         trial.set_user_attr(REASON, reason)
         self._tell(trial.number, TrialState.FAIL)
 
@@ -162,7 +163,7 @@ class Study:
 
 
 def last_sign(trial: FrozenTrial) -> float:
-    """When its worker was last heard of."""
+    """Return when the worker of a trial was last heard of."""
     began = trial.datetime_start or datetime.now()
     return max(began.timestamp(), float(trial.user_attrs.get(ALIVE, 0.0)))
 
@@ -175,7 +176,7 @@ def _counts(trial: FrozenTrial) -> bool:
 
 @contextlib.contextmanager
 def _alive(trial: optuna.trial.Trial) -> Iterator[None]:
-    """Say so, until the block ends."""
+    """Say every few seconds that the worker is alive, until the block ends."""
     ended = threading.Event()
 
     def beat() -> None:
@@ -194,7 +195,7 @@ def _alive(trial: optuna.trial.Trial) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _hushed() -> Iterator[None]:
-    """Without optuna's notes on what is new in it."""
+    """Switch off optuna's notes on what is new in it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         yield

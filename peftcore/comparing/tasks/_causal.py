@@ -1,4 +1,4 @@
-"""What tasks of decoders share: the model, batches, and what the model says."""
+"""Base of tasks of decoders: the model, batches, and the answers of the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftcore.comparing.tasks.task import IGNORED, Data, Prepared
 
 
 class CausalData(Data):
-    """What both have in common."""
+    """Options of the data of decoders."""
 
     max_length: PositiveInt = 512
     """Tokens of an example."""
@@ -30,7 +30,7 @@ class CausalData(Data):
 def prepared(
     run: Run, data: CausalData, tokenizer: Any, train: list[Any], held_out: list[Any], prompts: Sequence[str]
 ) -> Prepared:
-    """A decoder with tokenized examples; `prompts` are as the model reads them."""
+    """Load a decoder with tokenized examples; `prompts` are as the model reads them."""
     model = from_pretrained(transformers.AutoModelForCausalLM, run.model, run.dtype)
     return Prepared(
         model=model,
@@ -44,13 +44,13 @@ def prepared(
 
 
 def surprise(logits: Any, labels: Tensor) -> Tensor:
-    """What each row's tokens cost, each predicted from those before it."""
+    """Return the cost of each row's tokens, each predicted from those before it."""
     scores = logits[0] if isinstance(logits, tuple) else logits
     return costs(scores[:, :-1], labels[:, 1:])
 
 
 def answers(model: Any, tokenizer: Any, prompts: Sequence[str], length: int) -> Callable[[], list[str]]:
-    """Says greedily what comes after each prompt."""
+    """Return a function that generates greedily what comes after each prompt."""
 
     def answer(prompt: str) -> str:
         read = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(model.device)

@@ -1,4 +1,4 @@
-"""What tasks of language share: the cost of tokens, and perplexity."""
+"""Metrics of tasks of language: the cost of tokens, and perplexity."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from peftcore.comparing.tasks.task import IGNORED
 
 
 def costs(scores: Tensor, labels: Tensor) -> Tensor:
-    """What the tokens of each row cost together, and how many count [rows, 2]: means of batches would weigh them
+    """Return what the tokens of each row cost together, and how many count [rows, 2]: means of batches would weigh them
     wrong."""
     each = nn.functional.cross_entropy(scores.transpose(1, 2).float(), labels, ignore_index=IGNORED, reduction="none")
     return torch.stack([each.double().sum(1), (labels != IGNORED).double().sum(1)], dim=1)
 
 
 def perplexity(found: Any) -> dict[str, float]:
-    """Over all tokens that count."""
+    """Return the perplexity over all tokens that count."""
     total, count = found.predictions.sum(0)
     return {"perplexity": math.exp(min(total / max(count, 1), 700))}

@@ -28,7 +28,7 @@ TASKS = MappingProxyType(
 
 
 def find(name: str) -> Task[Any]:
-    """The task of that name.
+    """Return the task of a name.
 
     Raises:
         BadInput: there is none, or a package that it needs is missing.

@@ -1,4 +1,4 @@
-"""Plain text: what comes next."""
+"""The task of plain text: the next token is learned."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftcore.comparing.tasks.task import Prepared, Task
 
 
 class CausalTextData(CausalData):
-    """A column of texts."""
+    """Options of the data: a column of texts."""
 
     text: str | None = None
     """Column of the texts; guessed when left out."""
@@ -23,7 +23,7 @@ class CausalTextData(CausalData):
 
 
 class CausalLM(Task[CausalTextData]):
-    """Perplexity counts."""
+    """The task, scored by perplexity."""
 
     Data = CausalTextData
     metric = "perplexity"
@@ -39,7 +39,7 @@ class CausalLM(Task[CausalTextData]):
 
 
 def _encoded(texts: Any, tokenizer: Any, data: CausalTextData) -> list[dict[str, Any]]:
-    """Each text with an end, cut at the length; or all of them as one, cut into pieces."""
+    """Tokenize each text with an end, cut at the length; or all of them as one, cut into pieces."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = [[*tokenizer(text)["input_ids"], *end] for text in texts if text]
     if data.pack:

@@ -1,4 +1,4 @@
-"""Conversations: what the assistant says, given what came before."""
+"""The task of conversations: the assistant's answers, given what came before."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ NAMES = ("messages", "conversation", "conversations", "chat")
 
 
 class ChatData(CausalData):
-    """A column of conversations: lists of ``{"role": "user" | "assistant" | "system", "content": "..."}``."""
+    """Options of the data: a column of conversations, lists of ``{"role": "user" | "assistant" | "system", "content":
+    "..."}``."""
 
     messages: str | None = None
     """Column of the conversations; guessed when left out."""
 
 
 class Chat(Task[ChatData]):
-    """Only what the assistant says is learned and scored."""
+    """The task, in which only the assistant's answers are learned and scored."""
 
     Data = ChatData
     metric = "perplexity"
@@ -51,7 +52,7 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]], answering: bool) -
 
 
 def _encoded(messages: list[dict[str, str]], tokenizer: Any, data: ChatData) -> dict[str, Any]:
-    """Tokens of the whole conversation; those of answers, with the mark that ends each, are the labels."""
+    """Return the tokens of the whole conversation; those of answers, with the mark that ends each, are the labels."""
     text = _rendered(tokenizer, messages, False)
     answers = []
     for index, message in enumerate(messages):

@@ -1,4 +1,4 @@
-"""Pictures and their classes: a head on any image model of transformers or timm."""
+"""The task of pictures and their classes: a head on any image model of transformers or timm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGES = ("image", "img", "picture", "pixel_values")
 
 
 class ImageData(Data):
-    """A column of pictures, and one of classes."""
+    """Options of the data: a column of pictures, and one of classes."""
 
     image: str | None = None
     """Column of the pictures; guessed when left out."""
@@ -29,7 +29,7 @@ class ImageData(Data):
 
 
 class ImageClassification(Task[ImageData]):
-    """Accuracy counts."""
+    """The task, scored by accuracy."""
 
     Data = ImageData
     packages: ClassVar[Mapping[str, str]] = {"PIL": "pillow", "torchvision": "torchvision"}
@@ -67,7 +67,7 @@ class ImageClassification(Task[ImageData]):
 
 
 def _batch(rows: list[dict[str, Any]], processor: Any, labels: tuple[str, ...]) -> dict[str, Any]:
-    """Pictures are read and scaled as batches are made: all of them would not fit in memory."""
+    """Read and scale pictures as batches are made: all of them would not fit in memory."""
     pictures = [row["image"].convert("RGB") for row in rows]
     numbers = torch.tensor([labels.index(str(row["label"])) for row in rows])
     return {**processor(pictures, return_tensors="pt"), "labels": numbers}

@@ -1,4 +1,4 @@
-"""Texts and what becomes of them: translation, summaries, answers."""
+"""The task of texts and what becomes of them: translation, summaries, answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TARGETS = ("target", "output", "summary", "highlights", "answer", "translation")
 
 
 class PairData(Data):
-    """A column of texts, and one of what becomes of them."""
+    """Options of the data: a column of texts, and one of what becomes of them."""
 
     source: str | None = None
     """Column of what is read; guessed when left out."""
@@ -36,7 +36,7 @@ class PairData(Data):
 
 
 class Seq2Seq(Task[PairData]):
-    """Perplexity of what is to be written counts."""
+    """The task, scored by the perplexity of what is to be written."""
 
     Data = PairData
     metric = "perplexity"

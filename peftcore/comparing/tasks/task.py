@@ -1,4 +1,4 @@
-"""What a task is: options for its data, and a model with examples, ready for transformers' ``Trainer``."""
+"""The interface of a task: options for its data, and a model with examples, ready for transformers' ``Trainer``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ IGNORED = -100
 
 
 class Data(Options):
-    """Where the examples are."""
+    """Options of the data: where the examples are."""
 
     train: str
     """A CSV, JSONL, Parquet or text file, a folder of pictures or of a saved dataset, or a name on the Hub."""
@@ -35,7 +35,7 @@ class Prepared:
     """A model and its examples."""
 
     model: nn.Module
-    """What the Trainer trains: called with a batch, it returns a loss."""
+    """The model for the Trainer: called with a batch, it returns a loss."""
     train: Any
     held_out: Any
     """Indexable examples."""
@@ -52,7 +52,7 @@ class Prepared:
     floor: float | None = None
     """The task's metric for an answer that looks at nothing, where that is known."""
     samples: Callable[[], list[str]] | None = None
-    """What the model says, to be looked at before training and after it."""
+    """Returns answers of the model, to be looked at before training and after it."""
 
 
 class Task(ABC, Generic[D]):
@@ -61,7 +61,7 @@ class Task(ABC, Generic[D]):
     Data: ClassVar[type[Data]]
     """The options of its data."""
     packages: ClassVar[Mapping[str, str]] = {}
-    """What has to be installed beyond the command line: modules, and how pip calls them."""
+    """Packages that have to be installed beyond the command line: modules, and how pip calls them."""
     metric: ClassVar[str] = "loss"
     """The number that says which checkpoint is best."""
     greater: ClassVar[bool] = False

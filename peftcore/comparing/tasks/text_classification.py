@@ -1,4 +1,4 @@
-"""Texts and their classes: a head on top of any encoder or decoder."""
+"""The task of texts and their classes: a head on top of any encoder or decoder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peftcore.comparing.tasks.task import Data, Prepared, Task
 
 
 class TextData(Data):
-    """A column of texts, and one of classes."""
+    """Options of the data: a column of texts, and one of classes."""
 
     text: str | None = None
     """Column of the texts; guessed when left out."""
@@ -28,7 +28,7 @@ class TextData(Data):
 
 
 class TextClassification(Task[TextData]):
-    """Accuracy counts."""
+    """The task, scored by accuracy."""
 
     Data = TextData
     metric, greater = "accuracy", True
@@ -62,6 +62,6 @@ class TextClassification(Task[TextData]):
 
 
 def _examples(rows: Any, text: str, label: str) -> list[Example]:
-    """Rows that have both."""
+    """Return the rows that have both, as examples."""
     pairs = zip(rows[text], rows[label], strict=True)
     return [Example(str(a), str(b)) for a, b in pairs if a not in (None, "") and b not in (None, "")]

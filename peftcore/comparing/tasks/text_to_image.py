@@ -1,4 +1,5 @@
-"""Pictures and what they are called, for pipelines of the kind of Stable Diffusion: the denoiser is adapted."""
+"""The task of pictures and what they are called, for pipelines of the kind of Stable Diffusion: the denoiser is
+adapted."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from peftcore.comparing.tasks.task import Data, Prepared, Task
 
 
 class CaptionedData(Data):
-    """A column of pictures, and one of what they are called."""
+    """Options of the data: a column of pictures, and one of what they are called."""
 
     image: str | None = None
     """Column of the pictures; guessed when left out."""
@@ -47,13 +48,14 @@ class Denoising(nn.Module):
         self.text_encoder.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> Denoising:
-        """The denoiser alone: the rest does not learn."""
+        """Switch the mode of the denoiser alone: the rest does not learn."""
         self.training = mode
         self.unet.train(mode)
         return self
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor, return_loss: bool = True) -> dict[str, Tensor]:
-        """`return_loss` is a word of the Trainer's: by it, it knows of a loss where there are no labels."""
+        """Compute the loss. `return_loss` is a word of the Trainer's: by it, it knows of a loss where there are no
+        labels."""
         # Scores draw the same noise each time, so that they can be compared.
         drawn = None if self.training else torch.Generator(pixel_values.device).manual_seed(0)
         with torch.no_grad():
@@ -75,7 +77,7 @@ class Denoising(nn.Module):
 
 
 class TextToImage(Task[CaptionedData]):
-    """The loss counts."""
+    """The task, scored by the loss."""
 
     Data = CaptionedData
     packages: ClassVar[Mapping[str, str]] = {"diffusers": "diffusers", "PIL": "pillow", "torchvision": "torchvision"}
@@ -123,7 +125,7 @@ def _pipeline(run: Run) -> Any:
 
 
 def _batch(rows: list[dict[str, Any]], tokenizer: Any, side: int) -> dict[str, Tensor]:
-    """Pictures in -1 .. 1 [rows, 3, side, side], the middle of each, and words."""
+    """Return pictures in -1 .. 1 [rows, 3, side, side], the middle of each, and words."""
     from torchvision.transforms import v2
 
     fit = v2.Compose([v2.Resize(side), v2.CenterCrop(side), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
@@ -139,7 +141,7 @@ def _batch(rows: list[dict[str, Any]], tokenizer: Any, side: int) -> dict[str, T
 
 
 def _drawn(pipeline: Any, data: CaptionedData, side: int, folder: Path) -> Callable[[], list[str]]:
-    """Draws each prompt from the same noise as before, and says where the pictures are."""
+    """Return a function that draws each prompt from the same noise as before, and says where the pictures are."""
 
     def draw() -> list[str]:
         folder.mkdir(parents=True, exist_ok=True)

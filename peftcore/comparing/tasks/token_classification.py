@@ -1,4 +1,4 @@
-"""Words and their tags: a head on every token."""
+"""The task of words and their tags: a head on every token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OUTSIDE = "O"
 
 
 class TaggedData(Data):
-    """A column of lists of words, and one of lists of tags."""
+    """Options of the data: a column of lists of words, and one of lists of tags."""
 
     words: str | None = None
     """Column of the words; guessed when left out."""
@@ -34,7 +34,7 @@ class TaggedData(Data):
 
 
 class TokenClassification(Task[TaggedData]):
-    """The F1 score of tagged words counts; the first token of a word speaks for it."""
+    """The task, scored by F1 of tagged words; the first token of a word speaks for it."""
 
     Data = TaggedData
     metric, greater = "f1", True
@@ -84,7 +84,7 @@ def _encoded(tokenizer: Any, words: list[str], tags: list[Any], labels: tuple[st
 
 
 def scores(predicted: Any, truth: Any, labels: tuple[str, ...]) -> dict[str, float]:
-    """Accuracy of all words, and F1 of those that are tagged with more than "O"."""
+    """Return accuracy of all words, and F1 of those that are tagged with more than "O"."""
     counted = truth != IGNORED
     predicted, truth = predicted[counted], truth[counted]
     outside = labels.index(OUTSIDE) if OUTSIDE in labels else -1

@@ -1,4 +1,4 @@
-"""How much memory a run takes at its peak, for this process alone.
+"""Measures how much memory a run takes at its peak, for this process alone.
 
 On a CPU: the resident set of the process, sampled every few milliseconds, above what it held when the run began.
 Garbage is collected and free pages go back to the system first, so that every run is measured from the same ground.

@@ -1,4 +1,4 @@
-"""One run in several processes: how accelerate and the Trainer are told to cut the weights over them (FSDP2)."""
+"""Runs in several processes: the arguments by which accelerate and the Trainer cut the weights over them (FSDP2)."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from peftcore.injection.applying import host_map
 from peftcore.layers.fsdp import cut_like, is_cut, whole
 
 ASKED = "ACCELERATE_USE_FSDP"
-"""What ``accelerate launch --use_fsdp`` sets."""
+"""The variable that ``accelerate launch --use_fsdp`` sets."""
 
 
 def sharding_arguments(wanted: bool) -> dict[str, Any]:
-    """Arguments of the Trainer; one process has nothing to cut."""
+    """Return arguments of the Trainer; one process has nothing to cut."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return {"fsdp": True, "fsdp_config": {"version": 2}} if wanted and several else {}
 
@@ -77,7 +77,7 @@ def _check_embeddings(model: nn.Module) -> None:
 
 @contextmanager
 def whole_state(optimizer: Optimizer) -> Iterator[None]:
-    """Until the end of the block, what an optimizer remembers is not cut over processes."""
+    """Gather what an optimizer remembers from all processes, until the end of the block."""
     pieces = [(held, key, each) for held, key, each in _tensors(optimizer) if is_cut(each)]
     for held, key, each in pieces:
         held[key] = whole(each)
@@ -89,7 +89,7 @@ def whole_state(optimizer: Optimizer) -> Iterator[None]:
 
 
 def cut_state(optimizer: Optimizer) -> None:
-    """What an optimizer remembers of parameters that are cut, in the same pieces."""
+    """Cut what an optimizer remembers of parameters that are cut, into the same pieces."""
     for parameter, held in optimizer.state.items():
         for key, each in held.items():
             if is_cut(parameter) and isinstance(each, Tensor) and each.shape == parameter.shape:

@@ -1,4 +1,4 @@
-"""Carrying a run out: one method on one task with transformers' ``Trainer``, from a model and a file to an adapter.
+"""Carries a run out: one method on one task with transformers' ``Trainer``, from a model and a file to an adapter.
 
 Everything lands in one folder: ``adapter/`` (``model/``, where the whole model is trained), ``checkpoints/``, ``logs/``
 for TensorBoard, ``metrics.json``, and ``run.json``, by which ``--resume`` knows that it goes on with the same run.
@@ -31,21 +31,21 @@ LOOKED_AT = 16
 
 
 class Display(Protocol):
-    """Where a run says what it is doing."""
+    """A display of a run's progress."""
 
     def phase(self, name: str, total: int | None) -> None:
-        """A stretch of so many steps begins."""
+        """Begin a stretch of so many steps."""
 
     def advance(self) -> None:
-        """One of them is done."""
+        """Note that one step is done."""
 
     def say(self, line: str) -> None:
-        """Something to keep on the screen."""
+        """Print a line that stays on the screen."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to."""
+    """The result of a run."""
 
     method: str
     trainable: int
@@ -65,13 +65,13 @@ class Outcome:
     train_size: int
     held_out_size: int
     floor: float | None
-    """What the metric is for an answer that looks at nothing, where that is known."""
+    """The majority baseline, where it is known: the metric of an answer that looks at nothing."""
     samples: list[tuple[str, str]]
-    """What the model said before, and says now."""
+    """Answers of the model before training and after it."""
 
 
 class Watch(transformers.TrainerCallback):
-    """Tells the display."""
+    """A callback that tells the display."""
 
     def __init__(self, display: Display) -> None:
         self._display = display
@@ -89,7 +89,7 @@ class Watch(transformers.TrainerCallback):
 
 
 def train(run: Run, display: Display, resume: bool = False) -> Outcome:
-    """Run it. The adapter is in ``run.out / "adapter"`` afterwards.
+    """Train a run. The adapter is in ``run.out / "adapter"`` afterwards.
 
     Raises:
         BadInput: what the run names cannot be used.
@@ -167,7 +167,7 @@ def _said(prepared: Prepared) -> list[str]:
 
 
 def _save(trainer: AdapterTrainer, prepared: Prepared, folder: Path) -> None:
-    """The adapter; of full fine-tuning there is none, but a model."""
+    """Save the adapter; of full fine-tuning there is none, but a model."""
     model: Any = prepared.adapted or prepared.model
     with trainer.whole():
         if trainer.injection is None and first_process():
@@ -177,10 +177,10 @@ def _save(trainer: AdapterTrainer, prepared: Prepared, folder: Path) -> None:
 
 
 def as_json(outcome: Outcome) -> str:
-    """For programs."""
+    """Return the outcome as JSON, for programs."""
     return json.dumps(asdict(outcome), indent=2) + "\n"
 
 
 def in_words(metrics: dict[str, float]) -> str:
-    """Numbers on one line."""
+    """Return numbers on one line."""
     return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

@@ -73,7 +73,7 @@ class AdapterTrainer(transformers.Trainer):
         return self.model
 
     def whole(self) -> AbstractContextManager[None]:
-        """Until the end of the block, what may have been trained is not cut over processes."""
+        """Gather what may have been trained from all processes, until the end of the block."""
         return gathered(self._host, self._trained)
 
     def _trained(self) -> Iterator[nn.Parameter]:
@@ -114,14 +114,14 @@ class Clock(transformers.TrainerCallback):
 
     @property
     def seconds_per_step(self) -> float:
-        """The mean."""
+        """Return the mean time of a step."""
         return self._seconds / max(self._steps, 1)
 
 
 def trainer_for(
     run: Run, task: Task[Any], prepared: Prepared, injection: peftcore.Injection | None, callbacks: list[Any]
 ) -> AdapterTrainer:
-    """A Trainer of the model, or of what was put into it."""
+    """Make a Trainer of the model, or of what was put into it."""
     logs = TensorBoardCallback()  # type: ignore[no-untyped-call]
     logs.logging_dir = str(run.out / "logs")
     patience = run.training.patience

@@ -9,7 +9,7 @@ PEFTCORE_API = 2
 
 @hookimpl
 def peftcore_methods() -> Mapping[str, str]:
-    """Names and places of this plugin's methods."""
+    """Map the names of this plugin's methods to their import paths."""
     return {
         "adapterdrop": "peftcore_additive.adapterdrop:AdapterDrop",
         "compacter": "peftcore_additive.compacter:Compacter",
@@ -30,7 +30,7 @@ def peftcore_methods() -> Mapping[str, str]:
 
 @hookimpl
 def peftcore_translations() -> Mapping[str, str]:
-    """How other libraries' files keep this plugin's methods."""
+    """Map other libraries' adapter formats to the import paths of their translations for this plugin's methods."""
     here = "peftcore_additive.interop"
     return {
         "adapterhub/bottleneck": f"{here}.adapterhub:HubBottleneck",

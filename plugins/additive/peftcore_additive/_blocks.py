@@ -1,4 +1,4 @@
-"""What methods share that act on whole blocks: where those are, how they are numbered, how wide their stream is."""
+"""The blocks of a model as sites: where they are, their number in their stack, the width of their stream."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ MIXERS = ("attn", "attn_mlp", "cross", "ssm")
 
 @dataclass(frozen=True, eq=False)
 class BlockSite(Site):
-    """A whole block."""
+    """A whole block as a site."""
 
     width: int = 0
     """Features of the stream that goes through it."""
     depth: int = 0
     """Its number in its stack, from 0 on."""
     stack: str = ""
-    """What its path has in common with those of the other blocks of its stack."""
+    """Its path without numbers, which all blocks of its stack have in common."""
     blocks: int = 0
     """How many blocks that stack has."""
 
     @property
     def weight_shape(self) -> torch.Size:
-        """What stands for a shape in plans and files: the width."""
+        """The width, which stands for a shape in plans and files."""
         return torch.Size([self.width])
 
 
 def stack_of(path: str) -> str:
-    """The path of a module with its numbers left out, which is the same for all blocks of a stack."""
+    """Return the path of a module with `*` for its numbers: the same for all blocks of a stack."""
     return re.sub(r"\d+", "*", path)
 
 
 def depths(surgeon: Surgeon) -> dict[str | None, int]:
-    """The blocks by path, each with its number in its stack; the stages of a pyramid count as one stack."""
+    """Map the paths of blocks to their numbers in their stacks; the stages of a pyramid count as one stack."""
     counts: Counter[str] = Counter()
     numbers: dict[str | None, int] = {}
     for entry in surgeon.resolver.host.entries:
@@ -55,7 +55,7 @@ def depths(surgeon: Surgeon) -> dict[str | None, int]:
 
 
 def block_sites(surgeon: Surgeon) -> list[BlockSite]:
-    """The blocks among the user's targets, or all that the method's target means.
+    """Return the blocks among the user's targets, or all that the method's target means.
 
     Raises:
         UnsupportedSite: a target is no block, or one through which no sequence of features goes.

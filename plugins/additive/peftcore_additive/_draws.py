@@ -1,4 +1,4 @@
-"""Numbers that a method draws once for each forward of the host, the same in all of its layers."""
+"""Random numbers that a method draws once for each forward of the model, the same in all of its layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftcore.errors import AmbiguousBackward, TrainingError
 
 
 class Draws(nn.Module):
-    """A number from 0 to `most`, evenly drawn for each forward of the host in training.
+    """A whole number from 0 to `most`, drawn evenly for each forward of the model in training.
 
     It depends on the seed and on the number of forwards alone: the global generator does not move, the processes of one
     training draw the same, and a resumed training goes on where it was. What backward computes again gets the number
@@ -22,18 +22,18 @@ class Draws(nn.Module):
     """
 
     def __init__(self, most: int) -> None:
-        """Drawn from torch's generator: the surgeon sets it by the seed."""
+        """Draw the seed of the numbers from torch's generator, which the surgeon seeds."""
         super().__init__()
         self.most = most
         self.register_buffer("seed", torch.randint(2**62, ()), persistent=False)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64), persistent=False)
         self.drawn: WeakKeyDictionary[ForwardContext, int] = WeakKeyDictionary()
         self.blind: set[int] = set()  # what forwards without gradients drew: a reentrant checkpoint round the host
-        self.repeated = False  # runs them again inside backward, under another record
+        self.repeated = False  # runs them again inside backward, in another forward context
 
     @torch.compiler.disable
     def forward(self, call: ForwardContext) -> int:
-        """The number of one forward.
+        """Return the number of one forward.
 
         Raises:
             TrainingError: a part of the host runs by itself, where nothing tells one forward from the next.

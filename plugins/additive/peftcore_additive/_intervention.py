@@ -12,7 +12,7 @@ from peftcore import Checked, full_precision
 
 
 class Intervention(Checked):
-    """h' of h."""
+    """LoReFT's intervention: ``h'`` of ``h``."""
 
     def __init__(self, width: int, config: Any) -> None:
         super().__init__()
@@ -34,7 +34,8 @@ class Intervention(Checked):
                 yield "R holds rows that span no subspace of their number"
 
     def rotation(self) -> Tensor:
-        """R, with orthonormal rows where they have to be (in float32 at least: no half precision has these factors)."""
+        """Return R, with orthonormal rows where they have to be (in float32 at least: torch factors no half
+        precision)."""
         if not self.orthonormal:
             return self.R
         with full_precision(self.R):

@@ -1,4 +1,5 @@
-"""What methods with trained keys and values share: the prefix of one attention, and the network that may make it."""
+"""Base operator and options of methods with trained keys and values: the prefix of one attention, and the network that
+may make it."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ from peftcore.errors import UnsupportedSite
 
 
 class PrefixConfig(Protocol):
-    """The options that a prefix needs."""
+    """Options of methods with a prefix."""
 
     @property
     def length(self) -> int: ...
@@ -36,7 +37,7 @@ class PrefixConfig(Protocol):
 
 
 class Encoder(nn.Module):
-    """The half of the reparametrisation that all layers of a stack share: tanh(W z + b), z one vector a position."""
+    """The half of the prefix network that all layers of a stack share: tanh(W z + b), z one vector a position."""
 
     def __init__(self, length: int, width: int, hidden: int) -> None:
         super().__init__()
@@ -49,7 +50,7 @@ class Encoder(nn.Module):
 
 
 class PrefixOperator(AttentionOperator):
-    """Keys and values in front of the attention's own, in the same softmax."""
+    """Puts trained keys and values in front of the attention's own, in the same softmax."""
 
     def __init__(self, site: AttentionSite, config: PrefixConfig, encoder: Shared | None, gate: bool = False) -> None:
         super().__init__(site)
@@ -72,12 +73,12 @@ class PrefixOperator(AttentionOperator):
         return plain + gate * (edited - plain)
 
     def flat(self) -> Tensor:
-        """The prefix as one row a position, keys before values, ``[length, 2 * kv_heads * width]``."""
+        """Return the prefix as one row a position, keys before values, ``[length, 2 * kv_heads * width]``."""
         rows: Tensor = self.prefix if self.encoder is None else self.out(self.encoder.module())
         return rows
 
     def made(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Keys and values, ``[batch, kv_heads, length, width]``."""
+        """Return the keys and values of the prefix, ``[batch, kv_heads, length, width]``."""
         sizes = self.geometry
         parts = self.flat().split([sizes.kv_heads * sizes.head_dim, sizes.kv_heads * sizes.value_dim], dim=-1)
         key, value = (part.view(len(part), sizes.kv_heads, -1).transpose(0, 1) for part in parts)
@@ -85,18 +86,19 @@ class PrefixOperator(AttentionOperator):
 
 
 def prefix_width(site: AttentionSite) -> int:
-    """Numbers a position: its key and its value in every head."""
+    """Return how many numbers a position has: its key and its value in every head."""
     return site.geometry.kv_heads * (site.geometry.head_dim + site.geometry.value_dim)
 
 
 def prefix_count(site: AttentionSite, config: PrefixConfig) -> int:
-    """Values of the operator itself."""
+    """Count the parameters of the operator itself, without the shared network."""
     rows = config.length if config.projection is None else config.projection + 1
     return rows * prefix_width(site)
 
 
 def shared_encoder(surgeon: Surgeon, site: AttentionSite, config: PrefixConfig) -> Shared | None:
-    """The shared half for the stack of a site: encoder, decoder and cross-attention have one each."""
+    """Return the half of the network that the stack of a site shares: encoder, decoder and cross-attention have one
+    each."""
     hidden = config.projection
     if hidden is None:
         return None
@@ -106,7 +108,7 @@ def shared_encoder(surgeon: Surgeon, site: AttentionSite, config: PrefixConfig) 
 
 
 class Behind(Operator):
-    """Counts the positions of a stack's tokens from behind a prefix of so many keys."""
+    """Starts the positions of a stack's tokens behind a prefix of so many keys."""
 
     def __init__(self, site: SequenceSite, length: int) -> None:
         super().__init__(site)
@@ -116,7 +118,7 @@ class Behind(Operator):
             raise UnsupportedSite(f"{site.module_path} takes no position_ids, so its tokens stay where they are")
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        """It acts around the stack itself."""
+        """Return the function for a form: it acts around the stack itself."""
         return self if form == "sequence" else _pass
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -140,7 +142,7 @@ def _pass(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def behind(surgeon: Surgeon, sites: Iterable[Site], config: MethodConfig) -> None:
-    """Let the tokens of all stacks that hold `sites` be counted from behind the prefix."""
+    """Start the positions of the tokens behind the prefix, in all stacks that hold `sites`."""
     paths = [f"{site.module_path}." for site in sites]
     for stack in surgeon.sites("stack", optional=True):
         if any(path.startswith(f"{stack.module_path}.".lstrip(".")) for path in paths):

@@ -1,5 +1,5 @@
-"""What the tokens are that go through a block: where the prompt begins and ends, and which of them see which; with and
-without caches, padding, labels."""
+"""The tokens that go through a block: where the prompt begins and ends, and which token sees which; with and without
+caches, padding, labels."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ REMEDY = "say where the prompt ends: with peftcore.call(model, prompt_length=...
 
 
 class Stacks:
-    """The stacks of a host: what takes tokens, and runs blocks."""
+    """The stacks of a model: modules that take tokens and run blocks."""
 
     def __init__(self, surgeon: Surgeon) -> None:
         self.stacks = surgeon.resolver.token_stacks()
 
     def of(self, site: Site) -> TokenStack | None:
-        """The stack that a block belongs to; None where it takes no tokens (images)."""
+        """Return the stack that a block belongs to; None where it takes no tokens (images)."""
         above = [stack for stack in self.stacks if f"{site.module_path}.".startswith(f"{stack.path}.".lstrip("."))]
         return max(above, key=lambda stack: len(stack.path), default=None)
 
     def generates(self, site: Site) -> bool:
-        """Whether a block's tokens may go on: a causal stack that nothing else reads."""
+        """Whether generation may go on from a block's tokens: its stack is causal, and nothing else reads it."""
         stack = self.of(site)
         return stack is not None and stack.causal and not stack.readers
 
     def prompted(self, sites: list[S], strict: bool) -> list[S]:
-        """The blocks through which the prompt goes: not those that read what an encoder made of it.
+        """Return the blocks through which the prompt goes: not those that read the output of an encoder.
 
         Raises:
             UnsupportedSite: `strict`, and there are such.
@@ -49,7 +49,8 @@ class Stacks:
         return [site for site in sites if site not in reading]
 
     def answering(self, sites: list[BlockSite], strict: bool) -> list[BlockSite]:
-        """The blocks that the host answers from, from the first to the last: not those of an encoder that others read.
+        """Return the blocks that the model answers from, from the first to the last: not those of an encoder that
+        others read.
 
         Raises:
             UnsupportedSite: they do not have one stream in common; or `strict`, and there are some of an encoder too.
@@ -107,7 +108,8 @@ class Prompt:
         return front, back
 
     def _check_uncached(self, length: Tensor) -> None:
-        """Generation without a cache gives the whole sequence at each step: its end is not the prompt's."""
+        """Raise where generation without a cache would move the positions: each step gets the whole sequence, whose end
+        is not the prompt's."""
         if self.last:
             raise MissingContext(f"with use_cache=False, generated tokens are part of the input: {REMEDY}")
         if not torch.compiler.is_compiling() and bool((length < self.first).any()):
@@ -115,16 +117,16 @@ class Prompt:
 
 
 class Visible:
-    """Which tokens each token sees, for a network beside the host: what is no padding, in causal stacks from the first
-    token on up to itself, and itself always."""
+    """The attention mask for a network beside the model: in causal stacks a token sees those from the first on up to
+    itself, elsewhere all; none sees padding, but each sees itself."""
 
     def __init__(self, stack: TokenStack | None) -> None:
         self.causal = stack is not None and stack.causal
         self.reads = stack is not None and stack.reads  # then the host's masks may be those of what is read
 
     def mask(self, held: int, new: int, given: Mapping[str, Any], device: torch.device) -> Tensor:
-        """For `new` tokens behind the `held` ones in a cache, and the arguments of a block by name: True where a token
-        is seen, ``[batch or 1, 1, new, held + new]``."""
+        """Return the mask for `new` tokens behind the `held` ones in a cache (`given`: the block's arguments by name):
+        True where a token is seen, ``[batch or 1, 1, new, held + new]``."""
         count = held + new
         real = _real([given] if self.reads else [forward_context().inputs, given], count, device)
         seen = real[:, None, None, :count].expand(-1, 1, new, count)
@@ -134,8 +136,8 @@ class Visible:
 
 
 def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
-    """How many tokens of earlier forwards the cache holds that a block of this depth is given (its arguments by name),
-    when `new` tokens go through it.
+    """Return how many tokens of earlier forwards the cache holds that a block of this depth is given (its arguments by
+    name), when `new` tokens go through it.
 
     Raises:
         SequenceError: the cache does not count tokens.
@@ -152,7 +154,7 @@ def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
 
 
 def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) -> Tensor:
-    """Which of so many tokens, from the first in the cache on, are no padding ``[batch or 1, tokens]``.
+    """Mark which of so many tokens, from the first in the cache on, are no padding ``[batch or 1, tokens]``.
 
     The host's own mask says it; where it has none (a part that runs by itself), or not for these tokens, the block's. A
     block that looks through a window does not show all tokens: then there is none, if the host was told of none.
@@ -178,13 +180,13 @@ def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) ->
 
 
 def _per_row(told: Any, rows: int, device: torch.device) -> Tensor:
-    """Lengths ``[batch or 1, 1]``; rows that generate repeats (beams) have one together."""
+    """Return the lengths as ``[batch or 1, 1]``; rows that generate repeats (beams) have one together."""
     lengths = torch.as_tensor(told, device=device).view(-1, 1)
     return lengths if len(lengths) in (1, rows) else lengths.repeat_interleave(rows // len(lengths), 0)
 
 
 def _before_labels(labels: Tensor, real: Tensor, length: Tensor) -> Tensor:
-    """How many tokens come before the first label; all of them where the first token has one, or none has."""
+    """Count the tokens before the first label; all of them where the first token has one, or none has."""
     started = (real & (labels != IGNORED)).cumsum(-1) > 0
     before = (real & ~started).sum(-1, keepdim=True)
     return torch.where(before > 0, before, length)

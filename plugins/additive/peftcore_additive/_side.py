@@ -1,4 +1,4 @@
-"""A network beside the host: its blocks, and room in the host's cache for their keys and values.
+"""A side network beside the model: its blocks, and room in the model's cache for their keys and values.
 
 That room is more layers behind the host's own: whatever reorders, repeats, crops or empties the cache does the same to
 them.
@@ -18,7 +18,8 @@ from peftcore.errors import SequenceError
 
 
 class SideBlock(nn.Module):
-    """A rung: what block l returned joins the side stream, and one narrow transformer block follows."""
+    """A block of the side network: what block l returned joins the side stream, and one narrow transformer block
+    follows."""
 
     def __init__(self, width: int, narrow: int, heads: int, temperature: float, dropout: float) -> None:
         super().__init__()
@@ -41,8 +42,8 @@ class SideBlock(nn.Module):
 
 
 class Ends(torch.autograd.Function):
-    """h, as something that depends on x, whose gradient ends here: reentrant checkpoints want outputs that require a
-    gradient where their inputs do."""
+    """Returns h as a function of x whose gradient ends here: reentrant checkpoints want outputs that require a gradient
+    where their inputs do."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, x: Tensor) -> Tensor:
@@ -54,8 +55,8 @@ class Ends(torch.autograd.Function):
 
 
 def side_layers(given: Mapping[str, Any], stamp: str, count: int, blocks: int) -> list[Any]:
-    """The `count` layers of the network with a stamp, made where the cache has none yet; none where a block of a stack
-    of so many `blocks` is given no cache (its arguments by name)."""
+    """Return the `count` cache layers of the network with a stamp, made where the cache has none yet; none where a
+    block of a stack of so many `blocks` is given no cache (its arguments by name)."""
     cache = cache_in(given)
     if cache is None:
         return []
@@ -76,7 +77,7 @@ def side_layers(given: Mapping[str, Any], stamp: str, count: int, blocks: int) -
 
 
 def held_by(layers: list[Any], held: int) -> int:
-    """How many tokens the layers hold, which have to be the `held` ones that the host's hold.
+    """Return how many tokens the cache layers hold, which have to be as many as the model's own hold (`held`).
 
     Raises:
         SequenceError: they are not.

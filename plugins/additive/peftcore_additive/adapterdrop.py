@@ -10,7 +10,7 @@ one adapter serves every m:
     with peftcore.call(model, drop_first_layers=5): ...
 
 m is drawn once for a forward, so that layers, and what backward computes again, agree; it depends on the seed and on
-the number of forwards alone, so the processes of one training draw the same. The top layer always keeps its adapter.
+the number of forwards alone, so the processes of one training draw the same. The top layer always has its adapter.
 Layers are counted in each stack: those of an encoder and those of a decoder from 0 on.
 
 Parameters: 2 d r + r + d an adapter, L - m of them; L when robust. ``target=("attn.output", "mlp.output")`` has two a
@@ -53,7 +53,7 @@ class Config(MethodConfig):
 
 
 class DroppableOperator(BottleneckOperator):
-    """A bottleneck adapter that knows its layer."""
+    """A bottleneck adapter that knows the number of its layer."""
 
     def __init__(self, site: Site, config: Config, depth: int, draws: Shared | None) -> None:
         super().__init__(site, config)

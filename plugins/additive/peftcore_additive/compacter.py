@@ -65,7 +65,7 @@ class Config(MethodConfig):
 
 
 class Rule(nn.Module):
-    """The first factors, [n, n, n]."""
+    """The rules: the first factors of all products, [n, n, n]."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class KroneckerLinear(nn.Module):
                 nn.init.xavier_uniform_(factor, gain=math.sqrt(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., inputs] -> [..., outputs]."""
+        """Map [..., inputs] to [..., outputs]."""
         rule = (self.rule if self.shared is None else self.shared.module).value
         blocks = self.left if self.right is None else self.left @ self.right
         H = torch.einsum("iab,icd->acbd", rule, blocks).reshape(-1, self.bias.shape[0])  # [in, out]
@@ -97,7 +97,7 @@ class KroneckerLinear(nn.Module):
 
 
 class CompacterOperator(Operator):
-    """Rewrites what the site returns (the first entry, where attention returns a tuple)."""
+    """Adds the adapter to what the module returns (the first entry, where attention returns a tuple)."""
 
     def __init__(self, site: Site, config: Config, rule: Shared | None) -> None:
         super().__init__(site)

@@ -47,7 +47,7 @@ def _narrow_normal(weight: Tensor, std: float) -> None:
 
 
 class BottleneckOperator(Operator):
-    """Rewrites what the site returns (the first entry, where attention returns a tuple)."""
+    """Adds a bottleneck to what the module returns (the first entry, where attention returns a tuple)."""
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)

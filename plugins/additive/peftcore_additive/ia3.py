@@ -37,12 +37,12 @@ class Config(MethodConfig):
 
 
 def scales_input(site: Site, config: Config) -> bool:
-    """Whether the vector stands before the site's linear map."""
+    """Whether the vector scales the inputs of the site's linear map, and not its outputs."""
     return any(site.role == each or fnmatch.fnmatchcase(site.path, each) for each in config.scale_inputs)
 
 
 class IA3Operator(Operator):
-    """One vector of gains."""
+    """Scales inputs or outputs of one module by a vector of gains."""
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)

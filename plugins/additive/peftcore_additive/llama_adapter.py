@@ -59,7 +59,7 @@ class LlamaAdapterOperator(AttentionOperator):
 
 
 def top(sites: list[Site], layers: int) -> list[Site]:
-    """The last `layers` sites of each stack."""
+    """Return the last `layers` sites of each stack."""
     stacks: dict[str, list[Site]] = {}
     for site in sites:
         stacks.setdefault(stack_of(site.module_path), []).append(site)

@@ -62,7 +62,7 @@ class Config(MethodConfig):
 
 
 class ReftOperator(Operator):
-    """Intervenes on what a block returns, at both ends of the prompt."""
+    """Changes what a block returns at both ends of the prompt, by low-rank interventions."""
 
     def __init__(self, site: BlockSite, config: Config, generates: bool) -> None:
         super().__init__(site)
@@ -109,7 +109,7 @@ class LoReFT(Method):
 
 
 def _chosen(surgeon: Surgeon, stacks: Stacks, config: Config) -> list[BlockSite]:
-    """The blocks of the chosen layers through which the prompt goes."""
+    """Return the blocks of the chosen layers through which the prompt goes."""
     sites = stacks.prompted(block_sites(surgeon), surgeon.wishes.target is not None)
     there = {site.depth for site in sites}
     if not there.issuperset(config.layers or ()):

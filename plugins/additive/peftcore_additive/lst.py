@@ -48,17 +48,17 @@ class Config(MethodConfig):
     """Probability with which what a side block adds is dropped in training."""
 
     def width(self, width: int) -> int:
-        """The width w of the side network beside a stream of a width."""
+        """Return the width w of the side network beside a stream of this width."""
         return max(1, width // self.reduction)
 
     def block(self, width: int) -> SideBlock:
-        """One block of it."""
+        """Make one block of the side network."""
         return SideBlock(width, self.width(width), self.heads, self.temperature, self.dropout)
 
 
 @dataclass(frozen=True)
 class Ladder:
-    """The side network; its parts belong to the injection."""
+    """The side network of one stack; its parts belong to the injection."""
 
     down: Shared
     blocks: list[Shared]
@@ -68,7 +68,7 @@ class Ladder:
     stamp: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def climb(self, states: Sequence[Tensor], visible: Tensor, caches: Sequence[Any]) -> Tensor:
-        """From the states ``[batch, tokens, d]`` before the first and behind each block to what replaces the last."""
+        """Map the states ``[batch, tokens, d]`` before the first and behind each block to what replaces the last."""
         z = self.down.module(states[0])
         for block, state, cache in zip(self.blocks, states[1:], caches or [None] * len(self.blocks), strict=True):
             z = block.module(z, state, visible, cache)
@@ -77,7 +77,7 @@ class Ladder:
 
 
 class LadderOperator(Operator):
-    """Keeps what a block returns, out of reach of gradients; at the last block, the side network answers."""
+    """Collects what a block returns, detached; at the last block, returns the output of the side network."""
 
     def __init__(self, site: BlockSite, taps: Sequence[Tap], visible: Visible, ladder: Ladder | None) -> None:
         super().__init__(site)
@@ -105,7 +105,7 @@ class LadderOperator(Operator):
 
 
 class LST(Method):
-    """A small transformer beside the host, which reads what its blocks return and answers in their place."""
+    """A small transformer beside the model, which reads what its blocks return and answers in their place."""
 
     name = "lst"
     Config = Config

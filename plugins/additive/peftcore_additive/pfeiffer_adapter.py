@@ -53,7 +53,7 @@ class Config(MethodConfig):
 
 
 class PfeifferOperator(BottleneckOperator):
-    """Named for a feed-forward, it acts in the stream: around the norm that ends the block, or around the block."""
+    """The bottleneck of one layer: around the norm that ends the block, or around the block."""
 
     def __init__(self, site: Site, config: Config, placement: Placement) -> None:
         super().__init__(site, config)
@@ -113,7 +113,7 @@ class PfeifferAdapter(Method):
 
 
 def _block_of(site: Site, host: HostMap) -> str:
-    """The path of the block whose feed-forward a site ends."""
+    """Return the path of the block whose feed-forward a site ends."""
     block = next((each.block for each in host.at(site.module_path) if each.role in ("mlp.down", "mlp")), None)
     if block is None:
         raise UnsupportedSite(f'{site.path} is no feed-forward of a layer; placement="branch" adapts what it returns')
@@ -126,7 +126,8 @@ def _block_of(site: Site, host: HostMap) -> str:
 
 
 def _place(surgeon: Surgeon, block: str, wish: str) -> tuple[Placement, Site]:
-    """Where in the stream the adapter of a block stands: at its last norm outside of its attentions, or at itself."""
+    """Return the placement of a block's adapter and its site: the block's last norm outside of its attentions, or the
+    block."""
     inside = [entry for entry in surgeon.resolver.host.entries if entry.block == block]
     attentions = [f"{entry.path}." for entry in inside if entry.role in ("attn", "cross") and entry.path != block]
     norms = [e.path for e in inside if e.role == "norm" and not any(e.path.startswith(each) for each in attentions)]

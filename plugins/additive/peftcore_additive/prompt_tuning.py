@@ -3,7 +3,7 @@
     X' = [P ; E(ids)],   P [length, d]
 
 P stands in front of the embedded tokens, behind any scaling of the embeddings, and sees what tokens there would see.
-Outputs keep the shape they have without it: its rows are dropped before anything scores or pools, so labels need no
+Outputs have the shape they have without it: its rows are dropped before anything scores or pools, so labels need no
 change, and the loss counts what the tokens predict. (Other implementations also count how the last row of P predicts
 the first token.) In encoder-decoder hosts P stands in the encoder, and the decoder attends to it.
 
@@ -55,7 +55,7 @@ class PromptOperator(SequenceOperator):
 
 
 def _ids(vocabulary: int, config: Config) -> Tensor:
-    """The tokens that the prompt starts from."""
+    """Return the tokens whose embeddings the prompt starts from."""
     if not config.init_ids:
         return torch.randint(vocabulary, (config.length,))
     unknown = [each for each in config.init_ids if each >= vocabulary]

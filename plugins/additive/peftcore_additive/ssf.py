@@ -36,7 +36,7 @@ class Config(MethodConfig):
 
 
 def shifts(site: Site) -> bool:
-    """Whether there is a place for beta: a bias, though it may be empty, or the rows of a table."""
+    """Whether the site has a place for beta: a bias, though it may be empty, or the rows of a table."""
     return site.layer.one_hot or bias_name(site.tensor) in site.tensors()
 
 
@@ -74,7 +74,7 @@ class SSFOperator(Operator):
 
 
 def _added(site: Site) -> float:
-    """What an RMSNorm adds to its weight before it multiplies: 1 in Gemma's, 0 in most.
+    """Return what an RMSNorm adds to its weight before it multiplies: 1 in Gemma's, 0 in most.
 
     Only running it tells: where nothing is added, nothing is left of the output when the weight is zero.
     """
@@ -116,7 +116,7 @@ class SSF(Method):
 
 
 def _operation(site: Site) -> bool:
-    """What the method adapts of itself."""
+    """Whether the site is among the method's default targets."""
     if site.role in ("head", "router") or site.layer.one_hot:
         return False
     return len(site.weight_shape) > 1 or (site.role is not None and site.role.startswith("norm"))

@@ -9,7 +9,7 @@ PEFTCORE_API = 2
 
 @hookimpl
 def peftcore_methods() -> Mapping[str, str]:
-    """Names and places of this plugin's methods."""
+    """Map the names of this plugin's methods to their import paths."""
     return {
         "controlnet": "peftcore_diffusion.controlnet:ControlNet",
         "custom_diffusion": "peftcore_diffusion.custom_diffusion:CustomDiffusion",
@@ -23,5 +23,5 @@ def peftcore_methods() -> Mapping[str, str]:
 
 @hookimpl
 def peftcore_translations() -> Mapping[str, str]:
-    """How other libraries' files keep them."""
+    """Map other libraries' adapter formats to the import paths of their translations for this plugin's methods."""
     return {"kohya/locon": "peftcore_diffusion.interop.kohya_locon:KohyaLoCon"}

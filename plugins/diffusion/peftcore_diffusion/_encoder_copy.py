@@ -1,4 +1,4 @@
-"""The trainable copy of a UNet's encoder, and how it comes to what the UNet gets."""
+"""The trainable copy of a UNet's encoder, and the operator that hands the UNet's inputs to it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from torch import nn
 from peftcore import Operator, Shared, Site, Surgeon, Tap
 
 GIVEN = ("sample", "timestep", "encoder_hidden_states", "class_labels", "timestep_cond", "added_cond_kwargs")
-"""What the copy gets of the UNet's inputs."""
+"""The inputs of the UNet that the copy gets."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """The copy of one UNet, and where its operators meet."""
+    """The copy of one UNet's encoder, and the inputs and outputs that its operators share."""
 
     network: Shared
     inputs: Tap | None
-    """What the UNet gets; None where it is the host, whose inputs are known."""
+    """The inputs of the UNet; None where it is the host, whose inputs are known."""
     controls: Tap = dataclasses.field(default_factory=lambda: Tap(kept=True))
 
 
 class InputsOperator(Operator):
-    """Leaves what a UNet inside a host gets."""
+    """Stores the inputs of a UNet inside a model, for the copy."""
 
     def __init__(self, site: Site, inputs: Tap) -> None:
         super().__init__(site)
@@ -39,7 +39,7 @@ class InputsOperator(Operator):
 
 
 def encoder_copy(surgeon: Surgeon, model: Any, widths: tuple[int, ...], channels: int) -> nn.Module:
-    """A ControlNet for a UNet, with that one's weights."""
+    """Make a ControlNet with the weights of a UNet."""
     import diffusers
 
     copy: nn.Module = diffusers.ControlNetModel.from_unet(
@@ -52,7 +52,7 @@ def encoder_copy(surgeon: Surgeon, model: Any, widths: tuple[int, ...], channels
     with torch.no_grad():
         for name, parameter in copy.named_parameters():
             path, _, tensor = name.rpartition(".")
-            held = layer_of(own[path], tensor).read(own[path], tensor) if path in own else None  # packed or not
+            held = layer_of(own[path], tensor).read(own[path], tensor) if path in own else None  # quantized or not
             if held is not None:
                 parameter.copy_(held)
     return copy

@@ -1,4 +1,4 @@
-"""Where an image comes into cross-attention: the matrices there, and the tokens that are made of an embedding."""
+"""Sites of cross-attention to an image: its matrices, and the tokens that are made of an embedding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftcore.errors import UnsupportedSite
 
 
 class Projection(nn.Module):
-    """Tokens of an image embedding."""
+    """Maps an image embedding to tokens."""
 
     def __init__(self, inputs: int, tokens: int, width: int) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Projection(nn.Module):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSite(Site):
-    """The output matrix of a cross-attention, and what belongs to it."""
+    """The output matrix of a cross-attention as a site, with the matrices that belong to it."""
 
     heads: int = dataclasses.field(kw_only=True)
     key: Site = dataclasses.field(kw_only=True)
@@ -34,7 +34,7 @@ class ImageSite(Site):
 
 
 def matrices(surgeon: Surgeon, out: Site) -> tuple[nn.Module, Site, Site, Site]:
-    """The attention that an output matrix belongs to, and its matrices for queries, keys and values."""
+    """Return the attention that an output matrix belongs to, and its matrices for queries, keys and values."""
     resolver, path = surgeon.resolver, out.module_path
     parts: list[Site] = []
     while not parts and (path := path.rpartition(".")[0]):

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A block of the encoder."""
+    """A block of the encoder to which a feature is added."""
 
     path: str
-    """Of the module to whose output the feature is added."""
+    """The path of the module to whose output the feature is added."""
     width: int
     level: int
     """How often that output was halved."""
@@ -32,7 +32,7 @@ class Residual(nn.Module):
 
 
 class Pyramid(nn.Module):
-    """One feature for each place, of an image that is `downscale` times as large as what has level 0."""
+    """Maps an image, `downscale` times as large as what has level 0, to one feature for each place."""
 
     def __init__(self, places: list[Place], channels: int, downscale: int, blocks: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What methods share that act on a tensor with several holders: an embedding that is also the head."""
+"""Sites of one tensor that several modules hold: an embedding that is also the head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftcore import Layer, Site, Surgeon
 
 
 def alike(sites: Iterable[Site]) -> list[list[Site]]:
-    """The sites in groups: those that hold the very same tensor stand together."""
+    """Group the sites that hold the very same tensor."""
     groups: dict[object, list[Site]] = {}
     for site in sites:
         tensor = site.layer.read(site.module, site.tensor)
@@ -21,17 +21,17 @@ def alike(sites: Iterable[Site]) -> list[list[Site]]:
 
 
 def holders(surgeon: Surgeon, site: Site) -> list[Site]:
-    """All that hold the site's tensor, whether they are targets or not."""
+    """Return all sites that hold the site's tensor, whether they are targets or not."""
     tensor = site.layer.read(site.module, site.tensor)
     found = surgeon.resolver.holders(tensor) if isinstance(tensor, nn.Parameter) else []
     return [dataclasses.replace(surgeon.resolver.site(*each), meta=site.meta) for each in found] or [site]
 
 
 def foremost(sites: list[Site]) -> Site:
-    """The one of a group that is called for sure: the first may be a mere store (T5's `shared`)."""
+    """Return a site of the group that is called for sure: the first may be a mere store (T5's `shared`)."""
     return [site for site in sites if site.layer.called or site is sites[0]][-1]
 
 
 def stored_as(site: Site, layer: Layer) -> Site:
-    """The site, whose tensor is read and acted on as that of another kind of layer."""
+    """Return the site with its tensor read and acted on as that of another kind of layer."""
     return dataclasses.replace(site, form="weight", layer=layer)

@@ -1,4 +1,4 @@
-"""What methods share that are told an image in each call."""
+"""Tensors that a call gives to a method, such as the image of a condition."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from peftcore.errors import RouteError
 
 
 def told(name: str, rows: int) -> Tensor:
-    """The tensor of that name in ``peftcore.call(model, ...)``, one entry for each of so many rows: repeated where a
-    module sees several rows of one (frames), or where one image is for all.
+    """Return the tensor of that name in ``peftcore.call(model, ...)``, one entry for each of so many rows: repeated
+    where a module sees several rows of one (frames), or where one image is for all.
 
     Raises:
         MissingContext: nobody said it.
@@ -29,7 +29,7 @@ def told(name: str, rows: int) -> Tensor:
 
 
 def cast(value: Any, like: Tensor) -> Any:
-    """Floating-point tensors in the dtype of `like`, also those in a mapping; all else as it is."""
+    """Cast floating-point tensors to the dtype of `like`, also those in a mapping; return all else as it is."""
     if isinstance(value, Mapping):
         return {name: cast(each, like) for name, each in value.items()}
     return value.to(like.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

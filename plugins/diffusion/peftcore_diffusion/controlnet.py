@@ -71,7 +71,7 @@ class ControlNetOperator(Operator):
         return call(hidden, *args, res_hidden_states_tuple=skips, **kwargs)
 
     def _compute(self, rows: int) -> Any:
-        """What the copy makes of the host's own inputs and the image."""
+        """Run the copy on the model's own inputs and the image."""
         here, network = forward_context(), self.copy.network.module
         inputs = here.inputs if self.copy.inputs is None else self.copy.inputs.get()
         like: Tensor = network.conv_in.weight
@@ -121,7 +121,7 @@ class ControlNet(Method):
 
 
 def _unet(surgeon: Surgeon, site: Site) -> str:
-    """The path of the UNet around a block."""
+    """Return the path of the UNet around a block."""
     found = re.fullmatch(r"(?:(.*)\.)?(?:mid_block|up_blocks\.\d+)", site.module_path)
     path, diffusers = (found[1] or "") if found else None, sys.modules.get("diffusers")
     if diffusers and path is not None and isinstance(surgeon.resolver.modules[path], diffusers.UNet2DConditionModel):
@@ -132,7 +132,7 @@ def _unet(surgeon: Surgeon, site: Site) -> str:
 
 
 def _skips(surgeon: Surgeon, site: Site) -> slice | None:
-    """Which of the skips, from the first to the last, go into a block of the decoder; None for the middle block."""
+    """Return the slice of the skips, first to last, that go into a block of the decoder; None for the middle block."""
     stack, _, number = site.module_path.rpartition(".")
     if not number.isdecimal():
         return None

@@ -47,7 +47,7 @@ class Config(MethodConfig):
 
 
 class QueryOperator(Operator):
-    """Leaves the queries for the attention to the image."""
+    """Stores the queries for the attention to the image."""
 
     def __init__(self, site: Site, query: Tap) -> None:
         super().__init__(site)

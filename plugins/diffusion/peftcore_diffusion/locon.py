@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
 
 AROUND = ("*.proj_in", "*.proj_out", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
-"""What the preset "full" adapts and no role means."""
+"""Modules that the preset "full" adapts and no role means."""
 
 
 class Config(MethodConfig):
@@ -54,7 +54,7 @@ class Config(MethodConfig):
 
 
 def _sizes(site: Site, config: Config) -> tuple[int, float, bool]:
-    """Rank, alpha, and whether there is a core, at one site."""
+    """Return rank, alpha, and whether there is a core, at one site."""
     if math.prod(site.kernel) == 1:
         return config.rank, config.alpha, False
     return config.conv_rank, config.conv_alpha, config.use_tucker
@@ -81,7 +81,7 @@ class LoConOperator(Operator):
             nn.init.normal_(self.up)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """The core and the map below it are one map."""
+        """Return the factors of the update: the core and the map below it are one factor."""
         down = self.down if self.core is None else torch.einsum("pq...,qi->pi...", self.core, self.down)
         return down, self.up, self.scale
 

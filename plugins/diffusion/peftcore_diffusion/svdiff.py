@@ -108,7 +108,7 @@ class SVDiff(Method):
 
 
 def _weights(site: Site) -> Iterator[Site]:
-    """The site; where it is a module without a weight of its own, its bare parameters but for biases."""
+    """Yield the site; where it is a module without a weight of its own, its bare parameters but for biases."""
     if site.layer.has(site.module, site.tensor):
         yield site
         return

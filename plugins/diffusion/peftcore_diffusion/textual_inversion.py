@@ -42,7 +42,7 @@ class Config(MethodConfig):
 
 
 def _rows(site: Site, config: Config) -> list[int]:
-    """The ids, checked against the table."""
+    """Return the ids, checked against the size of the table."""
     size = site.in_features
     rows = [token + size if token < 0 else token for token in config.tokens]
     wrong = [token for token in (*rows, config.initializer or 0) if not 0 <= token < size]

@@ -9,7 +9,7 @@ PEFTCORE_API = 2
 
 @hookimpl
 def peftcore_methods() -> Mapping[str, str]:
-    """Names and places of this plugin's methods."""
+    """Map the names of this plugin's methods to their import paths."""
     return {
         "config_union": "peftcore_hybrid.config_union:ConfigUnion",
         "glora": "peftcore_hybrid.glora:GLoRA",
@@ -20,5 +20,5 @@ def peftcore_methods() -> Mapping[str, str]:
 
 @hookimpl
 def peftcore_translations() -> Mapping[str, str]:
-    """How other libraries' files keep this plugin's methods."""
+    """Map other libraries' adapter formats to the import paths of their translations for this plugin's methods."""
     return {"peft/GLORA": "peftcore_hybrid.interop.peft_glora:PeftGLoRA"}

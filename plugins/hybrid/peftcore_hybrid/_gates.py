@@ -1,4 +1,4 @@
-"""Gates that depend on the input, one for each token or one for a row of tokens, and an adapter behind one."""
+"""Gates that depend on the input, for each token or for a row of tokens, and a bottleneck adapter behind one."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from peftcore import Operator, Site, forward_context, on_first
 from peftcore.errors import MissingContext, UnsupportedSite
 
 Each = Literal["token", "sequence"]
-"""What has a gate of its own."""
+"""The unit that has a gate of its own."""
 
 
 class Gate(nn.Module):
-    """sigmoid(u . x + c): ``[rows, tokens, 1]``, or its mean over the tokens, ``[rows, 1, 1]``, where it is one for the
-    sequence."""
+    """A gate sigmoid(u . x + c): ``[rows, tokens, 1]``, or its mean over the tokens, ``[rows, 1, 1]``, where it is one
+    for the sequence."""
 
     def __init__(self, width: int, each: Each) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Gate(nn.Module):
 
 
 def linear(width: int, outputs: int) -> nn.Linear:
-    """A matrix that starts as BERT's own do, and a bias of zeros."""
+    """Make a linear layer that starts as BERT's own do, with a bias of zeros."""
     made = nn.Linear(width, outputs)
     nn.init.normal_(made.weight, std=0.02)
     nn.init.zeros_(made.bias)
@@ -39,7 +39,7 @@ def linear(width: int, outputs: int) -> nn.Linear:
 
 
 def mean_of_tokens(values: Tensor) -> Tensor:
-    """The mean of ``[rows, tokens, 1]`` over the tokens that are no padding, by the host's `attention_mask`.
+    """Return the mean of ``[rows, tokens, 1]`` over the tokens that are no padding, by the model's `attention_mask`.
 
     Raises:
         MissingContext: a part of the host was called by itself, so nobody knows what is padding.
@@ -58,7 +58,7 @@ def mean_of_tokens(values: Tensor) -> Tensor:
 
 
 class GatedAdapter(Operator):
-    """h + g (W_up relu(W_down h + b_down) + b_up), where h is what the site returns."""
+    """A bottleneck behind a gate: h + g (W_up relu(W_down h + b_down) + b_up), where h is what the site returns."""
 
     def __init__(self, site: Site, bottleneck: int, gate: Each) -> None:
         super().__init__(site)

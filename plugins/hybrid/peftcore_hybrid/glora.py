@@ -53,7 +53,7 @@ class Config(MethodConfig):
 
 
 def terms(site: Site, config: Config) -> dict[str, tuple[tuple[int, ...], ...]]:
-    """The shapes behind each term that acts at a site, without the experts': two factors, or the term itself."""
+    """Return the shapes behind each term that acts at a site, without the experts': two factors, or the term itself."""
     inputs, outputs, rank = site.in_features * math.prod(site.kernel), site.out_features, config.rank
     of_rows = {"lora": ((outputs, rank), (rank, inputs)), "vector": ((outputs, 1),), "constant": ((1, 1),)}
     of_inputs = {"lora": ((inputs, rank), (rank, 1)), "vector": ((inputs, 1),)}
@@ -83,7 +83,7 @@ class GLoRAOperator(WeightOperator):
                 self.register_parameter(f"{name}_up", nn.Parameter(drawn))
 
     def has_factors(self, name: str) -> bool:
-        """Whether a term is of low rank."""
+        """Whether a term is of low rank, so that it has two factors."""
         return f"{name}_up" in self._parameters
 
     def _term(self, name: str) -> Tensor | None:

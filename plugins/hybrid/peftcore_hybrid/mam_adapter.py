@@ -55,19 +55,20 @@ def _translated(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[st
 
 
 def prefix_options(config: Config) -> prefix_tuning.Config:
-    """The options of the prefix."""
+    """Return the options of the prefix."""
     overrides = {pattern: _translated(changes, PREFIX) for pattern, changes in config.overrides.items()}
     return prefix_tuning.Config(**_translated(config.model_dump(), PREFIX), overrides=overrides)
 
 
 def ffn_options(config: Config) -> parallel_adapter.Config:
-    """The options of the adapter at the feed-forward."""
+    """Return the options of the adapter at the feed-forward."""
     overrides = {pattern: _translated(changes, FFN) for pattern, changes in config.overrides.items()}
     return parallel_adapter.Config(**_translated(config.model_dump(), FFN), overrides=overrides)
 
 
 def _chosen(paths: list[str], surgeon: Surgeon) -> Callable[[str, nn.Module], bool] | None:
-    """Of the user's target, what a part acts on; without one, each part has its own."""
+    """Return a part's target: the paths that it has of the user's target, or None without one, where each part has its
+    own."""
     return None if surgeon.wishes.target is None else lambda path, module: path in paths
 
 

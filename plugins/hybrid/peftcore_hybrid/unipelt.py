@@ -56,16 +56,16 @@ class Config(MethodConfig):
     """How many times narrower than the stream the adapter's bottleneck is."""
 
     def prefix(self) -> prefix_tuning.Config:
-        """The options of the prefix."""
+        """Return the options of the prefix."""
         return prefix_tuning.Config(length=self.prefix_length, projection=self.prefix_mid_dim)
 
     def bottleneck(self, site: Site) -> int:
-        """The width of an adapter's bottleneck."""
+        """Return the width of an adapter's bottleneck."""
         return max(site.out_features // self.adapter_reduction, 1)
 
 
 class GatedLoRA(Operator):
-    """The update of queries or values; at queries also the gate of the prefix, which reads the same."""
+    """The gated update of queries or values; at queries also the gate of the prefix, which reads the same input."""
 
     def __init__(self, site: Site, config: Config, prefix: Tap | None) -> None:
         super().__init__(site)
@@ -85,7 +85,7 @@ class GatedLoRA(Operator):
 
 
 class GatedPrefix(PrefixOperator):
-    """Keys and values in front of the attention's own, as far as the gate is open."""
+    """Puts keys and values in front of the attention's own, as far as the gate is open."""
 
     def __init__(self, site: AttentionSite, config: Config, surgeon: Surgeon, opening: Tap) -> None:
         super().__init__(site, config.prefix(), shared_encoder(surgeon, site, config.prefix()))
@@ -135,7 +135,7 @@ class UniPELT(Method):
 
 
 def _adapt_attention(site: Site, inside: list[Site], config: Config, surgeon: Surgeon) -> None:
-    """The prefix of an attention and the updates of its queries and values, which are `inside` it."""
+    """Adapt an attention: its prefix, and the updates of its queries and values, which are `inside` it."""
     opening = Tap()
     queries = [each for each in inside if each.role in QUERIES]
     if queries or surgeon.wishes.exclude is None:  # where queries are excluded, the prefix goes with its gate

@@ -10,7 +10,7 @@ __all__ = ["PEFTCORE_API", "gather", "peftcore_methods", "peftcore_translations"
 
 @hookimpl
 def peftcore_methods() -> Mapping[str, str]:
-    """Names and places of this plugin's methods."""
+    """Map the names of this plugin's methods to their import paths."""
     return {
         "adapter_fusion": "peftcore_multitask.adapter_fusion:AdapterFusion",
         "adapter_soup": "peftcore_multitask.adapter_soup:AdapterSoup",
@@ -26,7 +26,7 @@ def peftcore_methods() -> Mapping[str, str]:
 
 @hookimpl
 def peftcore_translations() -> Mapping[str, str]:
-    """How other libraries' files keep this plugin's methods."""
+    """Map other libraries' adapter formats to the import paths of their translations for this plugin's methods."""
     return {
         "peft/MULTITASK_PROMPT_TUNING": "peftcore_multitask.interop.peft_multitask_prompt:PeftMultitaskPrompt",
         "peft/POLY": "peftcore_multitask.interop.peft_poly:PeftPoly",

@@ -1,4 +1,4 @@
-"""Where several adapters meet at a module: those of the host, or the parts that a method brings along."""
+"""Modules at which several adapters meet: those of the model, or the parts that a method brings along."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Members = list[list[nn.Module]]
 
 
 def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
-    """The modules at which injections of the host act, as far as the user's target and exclude go: each with others at
-    which the same operators act too. Values that stand for tensors of the host are passed over.
+    """Return the modules at which injections of the model act, as far as the user's target and exclude go: each with
+    others at which the same operators act too. Values that stand for tensors of the model are passed over.
 
     Raises:
         UnknownInjection: the host lacks one.
@@ -47,14 +47,15 @@ def of_host(surgeon: Surgeon, names: Sequence[str]) -> list[list[Site]]:
 
 
 def _as_called(surgeon: Surgeon, site: Site) -> Site:
-    """The whole module of a site, as something that is called; where it cannot be, the surgeon will say so."""
+    """Return the whole module of a site, as one that is called; where it cannot be called, the surgeon raises."""
     if site.form == "weight":
         site = surgeon.resolver.site(site.module_path, site.tensor)
     return replace(site, slices=None, meta=surgeon.dry)
 
 
 def of_parts(surgeon: Surgeon, parts: Sequence[dict[str, Any]]) -> list[tuple[Site, tuple[Site, ...], Members]]:
-    """The sites at which any of these parts acts, what its operators hold besides, and the operators of each part.
+    """Return the sites at which any of these parts acts, the other sites that its operators hold, and the operators of
+    each part.
 
     Raises:
         ConfigError: a part does not act on outputs of modules alone, looks at data, or changes with the steps.
@@ -96,7 +97,8 @@ def outputs_of(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[Any, list[Tensor]]:
-    """What the module returns by itself and with each part; no parts where all pass on. They share one forward."""
+    """Return the module's output by itself and its outputs with each part; no parts where all pass on. They share one
+    forward."""
     once = OneForward(call, module)
     base = once(*args, **kwargs)
     outputs = []

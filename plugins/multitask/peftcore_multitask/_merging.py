@@ -1,4 +1,4 @@
-"""What methods share that make one change of a weight out of those of several adapters, their *parts*.
+"""Base classes of methods that merge the deltas of several adapters, their *parts*, into one change of a weight.
 
 The parts do not act one after the other: at each site their deltas tau_t = W_t - W are combined, and W' = W + combined.
 Everything stays differentiable, so parts may train together. A part is any method that can be merged; what it does to
@@ -33,9 +33,9 @@ from peftcore import (
 from peftcore.errors import ConfigError, UnsupportedSite
 
 Key = tuple[str, str, Slices | None]
-"""Module, tensor and rows."""
+"""Module, tensor and slices."""
 Members = dict[int, Graft]
-"""What stands at one tensor, by number of the part; parts without a site there are left out."""
+"""Grafts at one tensor, by number of the part; parts without a site there are left out."""
 
 
 SOME: dict[str, Any] = {"min_length": 1, "max_length": 100}
@@ -69,7 +69,7 @@ class PartsConfig(MethodConfig):
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """In float32 or better, so that small changes are not lost in the weight."""
+    """Cast a tensor to float32 or better, so that small changes are not lost in the weight."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -84,7 +84,7 @@ class MergingOperator(WeightOperator):
         self.weights = {str(index): weights[index] for index in members}
 
     def combined(self, deltas: dict[str, Tensor]) -> Tensor:
-        """One delta of those of the parts, by number; some may be missing for a bias."""
+        """Merge the deltas of the parts, by number, into one; for a bias some may be missing."""
         raise NotImplementedError
 
     def forward(self, weight: Tensor | None) -> Tensor:
@@ -118,17 +118,17 @@ class MergingOperator(WeightOperator):
 
 
 class OfMergedParts(OfParts):
-    """What a method of parts hands on to them, and how many values they have."""
+    """A method that is made of parts: it hands options on to them and counts their parameters."""
 
     @staticmethod
     def parameter_count(site: Site, config: Any) -> int:
-        """Of a site that all parts have."""
+        """Count the parameters of a site that all parts have."""
         every = [(peftcore.method(part["method"]), options_of(part)) for part in config.parts]
         return sum(method.parameter_count(site, options.at(site.path)) for method, options in every)
 
 
 def collected(surgeon: Surgeon, config: PartsConfig) -> dict[Key, Members]:
-    """What the parts would graft, by tensor.
+    """Return the operators of the parts at each tensor, without grafting them.
 
     Raises:
         UnsupportedSite: parts meet in one tensor in different ways, so that there is no one delta of each.
@@ -161,7 +161,7 @@ def merge_parts(surgeon: Surgeon, config: PartsConfig, operator: Callable[..., M
 
 
 def _check_apart(groups: Mapping[Key, Members]) -> None:
-    """Each tensor belongs to one group: also biases that change with a weight."""
+    """Raise unless each tensor belongs to one group: also biases that change with a weight."""
     held: dict[str, list[tuple[Key, Slices | None]]] = {}
     for key, members in groups.items():
         places = [{_name(each.module_path, each.tensor) for each in graft.holders} for graft in members.values()]

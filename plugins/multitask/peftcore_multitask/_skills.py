@@ -1,4 +1,4 @@
-"""What mixtures of low-rank updates share: how their factors start."""
+"""The factors of mixtures of low-rank updates, and their start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftcore import Site
 
 
 def factors(site: Site, A: tuple[int, ...], B: tuple[int, ...], inputs: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Two factors of these shapes (A without the kernel), of which exactly one is zero.
+    """Make two factors of these shapes (A without the kernel), of which exactly one is zero.
 
     A is uniform in +-1/sqrt(inputs * kernel) and B zero; for embeddings A is zero and B ~ N(0, 1), since an input picks
     a single column of A.

@@ -1,4 +1,4 @@
-"""Which task each row of a batch belongs to: two options of a method, and ``peftcore.call(model, task=...)``."""
+"""The task of each row of a batch: two options of a method, and ``peftcore.call(model, task=...)``."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class TaskConfig(MethodConfig):
 
 
 def task_count(config: TaskConfig) -> int:
-    """How many tasks there are."""
+    """Return how many tasks there are."""
     return config.tasks if isinstance(config.tasks, int) else len(config.tasks)
 
 
 def position(task: Any, tasks: int | list[str]) -> int:
-    """The number of one task.
+    """Return the number of one task.
 
     Raises:
         ConfigError: there is no such task.
@@ -66,8 +66,8 @@ class Tasks:
             self.default = 0
 
     def of_rows(self, table: Tensor, rows: int) -> Tensor:
-        """The entries of `table` ``[tasks, ...]`` for so many rows: ``[1, ...]`` where all have one task, else ``[rows,
-        ...]``, each repeated where a module sees several rows of one (beams, windows, flat tokens).
+        """Return the entries of `table` ``[tasks, ...]`` for so many rows: ``[1, ...]`` where all have one task, else
+        ``[rows, ...]``, each repeated where a module sees several rows of one (beams, windows, flat tokens).
 
         Raises:
             MissingContext: nobody said the task.

@@ -54,7 +54,7 @@ class Config(PartsConfig):
 
 
 class _Soup(nn.Module):
-    """Equal operators, and one that has the mean of their numbers."""
+    """The equal operators of the parts, and one with the mean of their parameters."""
 
     def __init__(self, members: Members, config: Config) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class _Soup(nn.Module):
         self.weights = [1 / len(self.parts)] * len(self.parts) if config.weights is None else config.weights
 
     def mean(self) -> Any:
-        """Made for each use and shared with nobody: threads do not meet in it."""
+        """Return an operator with the mean parameters, made for each use: threads share none."""
         every = [dict(part.named_parameters()) | dict(part.named_buffers()) for part in self.parts.values()]
         mixed = {name: merge_math.linear([each[name] for each in every], self.weights) for name in every[0]}
         return with_tensors(self.parts["0"], mixed)

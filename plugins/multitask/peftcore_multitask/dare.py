@@ -46,7 +46,7 @@ class Config(PartsConfig):
 
 
 class DAREOperator(MergingOperator):
-    """The merged rest of deltas, under masks that stay."""
+    """Merges the deltas that are left under masks, which stay the same."""
 
     def __init__(self, site: Site, config: Config, members: Members) -> None:
         super().__init__(site, config, members)

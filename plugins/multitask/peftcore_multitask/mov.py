@@ -74,7 +74,7 @@ class MoVOperator(Operator):
         return call(self.scaled(x)) if self.inputs else self.scaled(call(x))
 
     def scaled(self, a: Tensor) -> Tensor:
-        """The activation, its channels where the layer has them, times its mixture of vectors."""
+        """Scale the activation, its channels where the layer has them, by its mixture of vectors."""
         dim = self.layer.channel_dim
         with full_precision(a):
             precise = torch.promote_types(self.gain.dtype, torch.float32)
@@ -85,7 +85,7 @@ class MoVOperator(Operator):
 
 
 def _routed(surgeon: Surgeon, site: Site, config: Config) -> RoutedSite:
-    """The site, and what its router reads at once.
+    """Return the site with the width that its router reads at once.
 
     Raises:
         UnsupportedSite: nothing tells how wide the heads of keys and values are.

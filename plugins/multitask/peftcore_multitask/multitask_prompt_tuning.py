@@ -47,7 +47,7 @@ class Config(TaskConfig):
 
 
 class MultitaskPromptOperator(SequenceOperator):
-    """The shared prompt of one stack, and what the tasks make of it."""
+    """The shared prompt of one stack, and the factors by which tasks scale it."""
 
     def __init__(self, site: SequenceSite, config: Config) -> None:
         super().__init__(site, config.length)
@@ -71,7 +71,7 @@ class MultitaskPromptOperator(SequenceOperator):
 
 
 def _ids(vocabulary: int, config: Config) -> Tensor:
-    """The tokens that the shared prompt starts from."""
+    """Return the tokens whose embeddings the shared prompt starts from."""
     if not config.init_ids:
         return torch.randint(vocabulary, (config.length,))
     if max(config.init_ids) >= vocabulary:

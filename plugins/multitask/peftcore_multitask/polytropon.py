@@ -52,7 +52,7 @@ class Config(TaskConfig):
 
 
 def _blocks(parts: Tensor) -> Tensor:
-    """``[n * a, n * b, ...]`` with the parts ``[n, a, b, ...]`` on its diagonal, and zeros beside them."""
+    """Return ``[n * a, n * b, ...]`` with the parts ``[n, a, b, ...]`` on its diagonal, and zeros beside them."""
     n = len(parts)
     eye = torch.eye(n, dtype=parts.dtype, device=parts.device).view(n, 1, n, 1, *[1] * (parts.dim() - 3))
     return (eye * parts.unsqueeze(2)).flatten(2, 3).flatten(0, 1)
@@ -76,7 +76,7 @@ class PolytroponOperator(Operator):
         self.logits = nn.Parameter(torch.empty(task_count(config), *lead).uniform_(-1e-3, 1e-3))
 
     def weights(self, rows: int) -> Tensor:
-        """How much of each skill a row gets, ``[rows or 1, splits, skills]``."""
+        """Return how much of each skill a row gets, ``[rows or 1, splits, skills]``."""
         logits = self.tasks.of_rows(self.logits, rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.training and self.sampled:

@@ -11,8 +11,8 @@ Where all parts are low-rank, so is the sum: `factors` gives it, with the ranks 
 
 Parameters: those of the parts.
 
-Use it with `peftcore_multitask.gather` to put trained adapters together; choose s on held-out data, the more tasks the
-smaller.
+Use it with `peftcore_multitask.gather` to put trained adapters together; choose s on validation data, the more tasks
+the smaller.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@
     gamma  = sign(sum_t tau^_t),                      value by value
     W'     = W + s mean {tau^_t : sign tau^_t = gamma},   0 where there is none
 
-Tasks that disagree would wash each other out in a mean; here the minority keeps still. The authors' code
+Tasks that disagree would wash each other out in a mean; here the minority does not count. The authors' code
 (prateeky2806/ties-merging) trims the flattened model as a whole; here, as in peft, each weight for itself. Where the
 sum is exactly 0 the sign is that of most values, as the authors have it, not +1 as in peft, which also elects before it
 weighs. Of LoRAs the products B A are merged (peft's "ties_svd" without the svd), not A and B apart (its "ties").
 
-Gradients reach what was kept and agrees; where no part has anything they reach all parts, so that fresh ones learn.
+Gradients reach what is left and agrees; where no part has anything they reach all parts, so that fresh ones learn.
 
 Parameters: those of the parts.
 
@@ -40,7 +40,7 @@ class Config(PartsConfig):
 
 
 class TIESOperator(MergingOperator):
-    """The mean of what is large and agrees."""
+    """Merges deltas by the mean of values that are large and agree in sign."""
 
     def __init__(self, site: Site, config: Config, members: Members) -> None:
         super().__init__(site, config, members)

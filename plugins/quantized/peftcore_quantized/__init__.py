@@ -1,4 +1,4 @@
-"""Quantized methods of peftcore, and the schemes that pack weights (in `backends`, each a plugin of its own)."""
+"""Quantized methods of peftcore, and the schemes that quantize weights (in `backends`, each a plugin of its own)."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ PEFTCORE_API = 2
 
 @hookimpl
 def peftcore_methods() -> Mapping[str, str]:
-    """Names and places of this plugin's methods."""
+    """Map the names of this plugin's methods to their import paths."""
     return {
         "bi_adaptformer": "peftcore_quantized.bi_adaptformer:BiAdaptFormer",
         "ir_qlora": "peftcore_quantized.ir_qlora:IRQLoRA",

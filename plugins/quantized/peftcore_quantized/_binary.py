@@ -20,7 +20,7 @@ ROUNDS = 500
 
 @functools.cache
 def normal_codes(bits: int) -> Tensor:
-    """The ``2^bits`` codes, ascending, in float64."""
+    """Return the ``2^bits`` codes, ascending, in float64."""
     codes = torch.zeros(2**bits, dtype=torch.float64, device="cpu")
     ends = codes.new_zeros(1), codes.new_ones(1)
     for _ in range(ROUNDS):
@@ -30,8 +30,8 @@ def normal_codes(bits: int) -> Tensor:
 
 
 def in_bits(weight: Tensor, levels: Sequence[float]) -> Tensor:
-    """A matrix as its codes (of `normal_codes`), its mean and its deviation say; in float32 or better. Matrices of a
-    stack have their own."""
+    """Round a matrix to its codes (of `normal_codes`), scaled by its mean and deviation; in float32 or better. Matrices
+    of a stack have their own."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     deviation, mean = torch.std_mean(weight, (-2, -1), keepdim=True)
     unit = (weight - mean) / (deviation + 1e-5)

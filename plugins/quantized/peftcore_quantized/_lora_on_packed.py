@@ -1,4 +1,4 @@
-"""What LoRA's kin on a packed base share: alpha, and a dropout where the inputs are seen."""
+"""Base operator and options of LoRA's kin on a quantized model: alpha, and a dropout where the inputs are seen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftcore_quantized._packed_base import Factors, PackedBaseOperator, PackedC
 
 
 class LoRAConfig(PackedConfig):
-    """The options that they share."""
+    """Options of LoRA's kin on a quantized model."""
 
     alpha: PositiveFloat = 16.0
     """Numerator of the scale ``alpha / rank``."""
@@ -43,5 +43,5 @@ class LoRAOnPacked(PackedBaseOperator):
         return self.layer.add(y, self.layer.apply(self.dropout(self.seen(x)), A), B, self.scale)
 
     def seen(self, x: Tensor) -> Tensor:
-        """What A acts on, of what the layer gets."""
+        """Return the input of A for an input of the layer."""
         return x

@@ -1,4 +1,5 @@
-"""What QPiSSA and LQ-LoRA share: the low-rank part is taken out of a weight before the rest is rounded."""
+"""Base operator and options of QPiSSA and LQ-LoRA, which take the low-rank part out of a weight before they round the
+rest."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from peftcore_quantized._packed_base import (
 
 
 def low_rank_first(weight: Tensor, rank: int, rounding: str) -> Iterator[tuple[Factors, float]]:
-    """``B A`` as the best of the rank for W - Q, then Q = round(W - B A), in turns without end; Q is zero at first.
+    """Yield iterates without end: ``B A`` as the best of the rank for W - Q, then Q = round(W - B A); Q is zero at
+    first.
 
     Gives B A and the distance of Q + B A from the weight ``[*batch, out, in]``, which is zero while planning."""
     gap = weight
@@ -44,8 +46,8 @@ class LowRankFirstConfig(PackedConfig):
 
 
 class LowRankFirstOperator(PackedBaseOperator):
-    """The low-rank part of one weight, which trains, and what it was; of a weight that is packed already, its principal
-    part, and nothing changes at first."""
+    """The low-rank part of one weight, which trains, and its frozen start; of a weight that is quantized already, its
+    principal part, and nothing changes at first."""
 
     def __init__(self, site: Site, config: LowRankFirstConfig) -> None:
         scale = config.alpha / config.rank
@@ -60,5 +62,5 @@ class LowRankFirstOperator(PackedBaseOperator):
 
     @staticmethod
     def chosen(turns: Iterator[tuple[Factors, float]]) -> Factors:
-        """The iterate to start from; see `low_rank_first`."""
+        """Return the iterate to start from; see `low_rank_first`."""
         raise NotImplementedError

@@ -1,13 +1,13 @@
-"""What methods that are made for a packed base share: what the base holds, and a low-rank update beside it.
+"""Base operators of methods for a quantized model: the weight that the model holds, and a low-rank update of it.
 
-    y = Q x + b + s B A x,   Q = round(W - s B0 A0),   W the original weight,   round: pack and unpack by the scheme
+    y = Q x + b + s B A x,   Q = round(W - s B0 A0),   W the original weight,   round: quantize by the scheme, and back
 
-`B0 A0` is what the method has taken out of the weight before it is packed, nothing for QLoRA. The same operator serves
-a host in three states, and a saved adapter fits all of them:
+`B0 A0` is what the method has taken out of the weight before it is quantized, nothing for QLoRA. The same operator
+serves a host in three states, and a saved adapter fits all of them:
 
 * dense: W is there, and Q is computed from it in every forward. The same numbers as below, and no memory saved.
-* dense, then packed by `quantize`: the host holds Q, codes for codes.
-* packed by others: the host holds round(W), and W - s B0 A0 is approximated by round(W) - s B0 A0.
+* dense, then quantized by `quantize`: the host holds Q, codes for codes.
+* quantized by others: the host holds round(W), and W - s B0 A0 is approximated by round(W) - s B0 A0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peftcore.errors import QuantizationError, UnsupportedSite
 
 
 class SchemeConfig(MethodConfig):
-    """The options that all of them share."""
+    """Options of all methods that quantize the model by a scheme."""
 
     scheme: str = "nf4"
     """How the base is packed, or will be by ``peftcore.quantize(model, scheme)``. One that is packed already stays."""
@@ -34,7 +34,7 @@ class SchemeConfig(MethodConfig):
     """Options of the scheme, such as ``{"double_quant": True}``."""
 
     def rounding(self) -> str:
-        """The scheme, as `round_trip` takes it.
+        """Return the scheme as `round_trip` takes it.
 
         Raises:
             QuantizationError: it is unknown, or lacks a package.
@@ -43,31 +43,31 @@ class SchemeConfig(MethodConfig):
 
 
 class PackedConfig(SchemeConfig):
-    """And those with a low-rank update."""
+    """Options of methods with a low-rank update."""
 
     rank: PositiveInt = 8
     """Rank of the update."""
 
 
 class Factors(NamedTuple):
-    """A ``[*batch, rank, in, *kernel]`` and B ``[*batch, out, rank]``."""
+    """Low-rank factors: A ``[*batch, rank, in, *kernel]`` and B ``[*batch, out, rank]``."""
 
     A: Tensor
     B: Tensor
 
 
 def update_count(site: Site, rank: int) -> int:
-    """Values in both factors."""
+    """Count the values in both factors."""
     return math.prod(site.batch) * rank * (site.in_features * math.prod(site.kernel) + site.out_features)
 
 
 def matrices(weight: Tensor, batch_dims: int) -> Tensor:
-    """A weight ``[*batch, out, in, *kernel]`` as matrices ``[*batch, out, in * kernel]``."""
+    """Return a weight ``[*batch, out, in, *kernel]`` as matrices ``[*batch, out, in * kernel]``."""
     return weight.flatten(batch_dims + 1)
 
 
 def round_weight(rounding: str, weight: Tensor, batch_dims: int) -> Tensor:
-    """A weight of any kind, packed and unpacked as a matrix; experts one under the other.
+    """Quantize a weight of any kind and make it dense again, as a matrix; experts one under the other.
 
     Raises:
         UnsupportedSite: it does not fit the format.
@@ -80,14 +80,14 @@ def round_weight(rounding: str, weight: Tensor, batch_dims: int) -> Tensor:
 
 
 def lora_start(site: Site, rank: int) -> Factors:
-    """A uniform in +-1/sqrt(in * kernel), B zero: LoRA's."""
+    """Make LoRA's start: A uniform in +-1/sqrt(in * kernel), B zero."""
     A = torch.zeros(*site.batch, rank, site.in_features, *site.kernel)
     bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))
     return Factors(nn.init.uniform_(A, -bound, bound), torch.zeros(*site.batch, site.out_features, rank))
 
 
 class HeldOperator(Operator):
-    """An operator of one site that knows what its base holds; see `place`."""
+    """An operator of one site that computes the weight which the quantized model holds; see `place`."""
 
     def __init__(self, site: Site, config: SchemeConfig) -> None:
         super().__init__(site)
@@ -101,14 +101,14 @@ class HeldOperator(Operator):
         self.simulates, self.packed_for_us = False, True
 
     def rest(self, weight: Tensor) -> Tensor:
-        """What is to be rounded: the weight, unless a method takes something out of it."""
+        """Return what is to be rounded: the weight, unless a method takes something out of it."""
         return weight
 
     def base_to_pack(self, weight: Tensor) -> Tensor:
         return self.rest(weight).to(weight.dtype)
 
     def held(self, weight: Tensor) -> Tensor:
-        """What the packed base computes with, of what the host holds."""
+        """Return the weight that the quantized model computes with, from the one that the model holds."""
         if self.packed_for_us:
             return weight
         rest = self.rest(weight)
@@ -116,13 +116,13 @@ class HeldOperator(Operator):
 
 
 class PackedBaseOperator(HeldOperator):
-    """The update of one site, and what its base holds.
+    """The low-rank update of one site, beside its quantized weight.
 
     Args:
         site: the site; see `place`.
         config: rank and scheme.
         start: where A and B start.
-        taken: what has been taken out of the weight before it is packed, if anything.
+        taken: what has been taken out of the weight before it is quantized, if anything.
         scale: s.
     """
 
@@ -139,11 +139,12 @@ class PackedBaseOperator(HeldOperator):
         self.register_buffer("B0", None if taken is None else taken.B.clone())
 
     def product(self, A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
-        """``s B A`` in the shape of `weight`."""
+        """Return ``s B A`` in the shape of `weight`."""
         return self.scale * (B @ matrices(A, self.layer.batch_dims)).view(weight.shape)
 
     def rest(self, weight: Tensor) -> Tensor:
-        """The weight without what has been taken out; in float32 or better, as a merge has it: codes depend on it."""
+        """Return the weight without what has been taken out; in float32 or better, as a merge has it: codes depend on
+        it."""
         if self.A0 is None or self.B0 is None:
             return weight
         precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -153,7 +154,7 @@ class PackedBaseOperator(HeldOperator):
         return self.held(weight) + self.product(self.A, self.B, weight)
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """Around a packed linear layer alone: others are acted on by `merged`."""
+        """Act around a quantized linear layer alone: others are acted on by `merged`."""
         y = call(x)
         A, B = self.cast(y, self.A, self.B)
         y = self.layer.add(y, self.layer.apply(x, A), B, self.scale)
@@ -164,17 +165,17 @@ class PackedBaseOperator(HeldOperator):
 
 
 def place(site: Site) -> Site:
-    """The site as these operators act on it: on the weight, unless that is packed."""
+    """Return the site as these operators act on it: on the weight, unless that is quantized."""
     return site if site.layer.packed else on_weight(site)
 
 
 def on_weight(site: Site) -> Site:
-    """The site as an operator acts on it that changes the weight alone, packed or not."""
+    """Return the site as an operator acts on it that changes the weight alone, quantized or not."""
     return replace(site, form="weight")
 
 
 def group_count(site: Site, group_size: int | None) -> int:
-    """Groups of inputs: in a convolution, of all positions of the kernel.
+    """Count the groups of inputs: in a convolution, of all positions of the kernel.
 
     Raises:
         UnsupportedSite: they do not come out even.
@@ -186,20 +187,20 @@ def group_count(site: Site, group_size: int | None) -> int:
 
 
 def original(site: Site) -> Tensor:
-    """The weight that is going to be packed, as matrices in float32."""
+    """Return the weight that is going to be quantized, as matrices in float32."""
     assert site.in_features, "a vector raises here"
     return matrices(site.weight(), site.layer.batch_dims).float()
 
 
 def as_factors(site: Site, A: Tensor, B: Tensor, scale: float = 1.0) -> Factors:
-    """Factors of matrices as factors of the site's weight, `scale` taken out of them."""
+    """Return factors of matrices as factors of the site's weight, `scale` taken out of them."""
     root = math.sqrt(scale)
     return Factors(A.reshape(*A.shape[:-1], site.in_features, *site.kernel) / root, B / root)
 
 
 def principal(matrix: Tensor, rank: int) -> Factors:
-    """The best ``B A`` of a rank for ``[*batch, out, in]``, the singular values shared by both; zeros where the rank of
-    the matrix is less. Signs do not depend on the machine."""
+    """Return the best ``B A`` of a rank for ``[*batch, out, in]``, the singular values shared by both; zeros where the
+    rank of the matrix is less. Signs do not depend on the machine."""
     if matrix.is_meta:
         return Factors(
             matrix.new_empty(*matrix.shape[:-2], rank, matrix.shape[-1]), matrix.new_empty(*matrix.shape[:-1], rank)

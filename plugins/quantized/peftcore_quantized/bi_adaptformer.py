@@ -7,8 +7,8 @@ deviation, plus its mean (one bit: c = +-0.6745); the gradient goes through the 
 through mean and deviation. x is the residual stream in front of the feed-forward's norm, and no bias is there. What is
 saved are D and U; a trained adapter needs of them the codes and two numbers a matrix.
 
-The host may be dense or packed. D starts as nn.Linear does and U from a normal distribution of 0.001, cut at 0.002: a
-rounded U is never zero, so a fresh adapter changes the output a little.
+The model may be dense or quantized. D starts as nn.Linear does and U from a normal distribution of 0.001, cut at 0.002:
+a rounded U is never zero, so a fresh adapter changes the output a little.
 
 Parameters: 2 d r a block.
 

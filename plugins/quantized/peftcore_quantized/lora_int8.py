@@ -2,13 +2,13 @@
 
     y = Q x + b + s B A dropout(x),   s = alpha / rank,   Q = absmax / 127 * codes, one absmax a row, A and B as in LoRA
 
-Meant for a base that is packed: by ``peftcore.quantize(model, "int8")`` (or "bnb-int8", "torchao-int8", …) before it or
-after it, or by transformers' `BitsAndBytesConfig`. The scheme "bnb-int8" is LLM.int8 itself: it packs the inputs too,
-but for columns with a value above its `threshold`, which it multiplies in floating point; the others pack weights
-alone. The update always sees the inputs as they are. On a host that is dense still, the weights are rounded in every
-forward (and the inputs are not).
+Meant for a quantized model: by ``peftcore.quantize(model, "int8")`` (or "bnb-int8", "torchao-int8", …) before it or
+after it, or by transformers' `BitsAndBytesConfig`. The scheme "bnb-int8" is LLM.int8 itself: it quantizes the inputs
+too, but for columns with a value above its `threshold`, which it multiplies in floating point; the others quantize
+weights alone. The update always sees the inputs as they are. On a model that is dense still, the weights are rounded in
+every forward (and the inputs are not).
 
-A merge writes Q + s B A; into="same" rounds that again: at 8 bits it mostly keeps what was learned, and the report says
+A merge writes Q + s B A; into="same" rounds that again: at 8 bits most of what was learned stays, and the report says
 how much. peft merges into the same format without saying so.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.

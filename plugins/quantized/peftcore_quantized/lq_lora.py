@@ -8,11 +8,11 @@ but returns the one that is worse, as a remark in it says. QPiSSA starts from th
 last iterate, LoftQ starts from the rounding. s = alpha / rank is taken out of both factors. The authors find singular
 vectors by a randomized algorithm, here they are exact, and the same everywhere.
 
-Q is what ``peftcore.quantize(model, scheme)`` packs afterwards; until then it is computed from the dense weight in
-every forward. A0 and B0, what A and B started at, stand frozen beside them and are in the file. On a base that is
-packed before the method comes there is no W to come close to: it starts as QPiSSA does there, with the principal part
-of Q, and nothing changes at first. There is no dropout, as in the authors' runs: it would drop what the base itself
-computes.
+Q is what ``peftcore.quantize(model, scheme)`` stores afterwards; until then it is computed from the dense weight in
+every forward. A0 and B0, what A and B started at, stand frozen beside them and are in the file. On a model that is
+quantized before the method comes there is no W to come close to: it starts as QPiSSA does there, with the principal
+part of Q, and nothing changes at first. There is no dropout, as in the authors' runs: it would drop what the base
+itself computes.
 
 Left out: the distance weighted by Fisher information, which needs data where the plain method needs none, and the
 integer programme that gives each matrix its own format under a budget of bits; ``overrides`` can say that by hand,
@@ -48,7 +48,7 @@ class Config(LowRankFirstConfig):
 
 
 class LQLoRAOperator(LowRankFirstOperator):
-    """The low-rank part of one weight, and what it was."""
+    """The low-rank part of one weight, which trains, and its frozen start."""
 
     @staticmethod
     def chosen(turns: Iterator[tuple[Factors, float]]) -> Factors:

@@ -5,20 +5,21 @@
 
 This is L2QER, the paper's own: errors count by the size of the inputs that they meet, which ``data=`` shows, without
 labels and without a gradient; with all x alike it would be LQER, and that is where LoftQ with one iteration starts.
-Nothing trains in the paper, nor here by default: the adapter corrects a packed model, and can lie below one that
+Nothing trains in the paper, nor here by default: the adapter corrects a quantized model, and can lie below one that
 trains. A and B are rounded to 8 bits, each direction in blocks of 16 values with a scale in floating point (the
 authors': a power of two, and blocks of B across directions), and stored in floating point.
 
 Inputs are those of the dense base, as the authors have it, and seen at modules that are called; tensors which another
-module reads (experts, an attention's packed projection) and grouped convolutions get LQER. The input of an embedding is
+module reads (experts, an attention's fused projection) and grouped convolutions get LQER. The input of an embedding is
 the share of each token, and the positions of a kernel share that of a channel.
 
-round(W) is what ``peftcore.quantize(model, scheme)`` packs afterwards, and what others pack in that way; the file fits
-all of these. On a base that is packed already the original is gone, and there is nothing to put back: A and B are zero.
+round(W) is what ``peftcore.quantize(model, scheme)`` stores afterwards, and what others quantize in that way; the file
+fits all of these. On a model that is quantized already the original is gone, and there is nothing to put back: A and B
+are zero.
 
 Parameters: none; with ``train_factors=True`` rank * (in * kernel + out) a site, times the number of experts.
 
-Use it for a packed model that has to be good without training.
+Use it for a quantized model that has to be good without training.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from peftcore_quantized._packed_base import (
 )
 
 LEAST = 1e-4
-"""What an input counts at least; the factors of silent ones are divided by it."""
+"""The least size that an input counts with; the factors of silent ones are divided by it."""
 
 
 class Config(PackedConfig):
@@ -62,14 +63,14 @@ class Config(PackedConfig):
 
 
 def in_blocks(factor: Tensor, bits: int, size: int = 16) -> Tensor:
-    """The factor, its last dimension rounded in blocks of `size` to so many bits and back."""
+    """Round the factor's last dimension in blocks of `size` to so many bits and back."""
     blocks = F.pad(factor, (0, -factor.shape[-1] % size)).unflatten(-1, (-1, size))
     unit = blocks.abs().amax(-1, keepdim=True).clamp_min(1e-30) / (2 ** (bits - 1) - 1)
     return ((blocks / unit).round() * unit).flatten(-2)[..., : factor.shape[-1]]
 
 
 def sizes(site: Site, x: Tensor) -> Tensor:
-    """The mean of |x| for each input of a module, [in]; how often each token comes, at a table."""
+    """Return the mean of |x| for each input of a module, [in]; at a table, how often each token comes."""
     if site.layer.one_hot:
         return torch.bincount(x.flatten(), minlength=site.in_features) / max(1, x.numel())
     if x.is_nested:  # an encoder's padded sequences
@@ -78,7 +79,7 @@ def sizes(site: Site, x: Tensor) -> Tensor:
 
 
 class LQEROperator(PackedBaseOperator):
-    """The correction of one weight: none, until `correct` has seen it."""
+    """The correction of one weight: zero until `correct` has set it."""
 
     def __init__(self, site: Site, config: Config) -> None:
         A = torch.zeros(*site.batch, config.rank, site.in_features, *site.kernel)
@@ -103,7 +104,7 @@ class LQEROperator(PackedBaseOperator):
 
 
 class LQER(Method):
-    """A low-rank correction of what rounding lost."""
+    """A low-rank correction of the error of rounding."""
 
     name = "lqer"
     Config = Config

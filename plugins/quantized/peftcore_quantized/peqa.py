@@ -3,16 +3,16 @@
     y = W x + b,   W = (s0 + ds) (q - z) = Q (1 + ds / s0),   Q = round(W0) = s0 (q - z)
 
 ds [out, groups] trains from zero: one number for each row, or for each `group_size` inputs of a row. Codes and zeros
-stay. A base may be packed by any scheme, and schemes have scales of different kinds; so s0 is counted alike everywhere,
-as the largest |Q| of the group over 2^(bits - 1) - 1, and the base is multiplied. With another s0 the same weights are
-reached by another ds: it sets nothing but the unit in which learning rates count.
+stay. A model may be quantized by any scheme, and schemes have scales of different kinds; so s0 is counted alike
+everywhere, as the largest |Q| of the group over 2^(bits - 1) - 1, and the base is multiplied. With another s0 the same
+weights are reached by another ds: it sets nothing but the unit in which learning rates count.
 
 A merge into="same" of formats that scale by the largest values of a block (nf4, int8, int4) keeps the codes, where each
 block lies inside a group: the scales change, and nothing is lost.
 
 Parameters: out * groups a site, times the number of experts.
 
-Use it where a task should cost as little as a vector a layer, on one packed model that all tasks share; the paper's
+Use it where a task should cost as little as a vector a layer, on one quantized model that all tasks share; the paper's
 learning rates are 1e-5 to 6e-5. Weight decay is off.
 """
 
@@ -41,7 +41,7 @@ class Config(SchemeConfig):
 
 
 class PEQAOperator(HeldOperator):
-    """The scales of one site: their change, and where they come from (a buffer)."""
+    """The change of one site's scales, and the scales that it starts from (a buffer)."""
 
     s0: Tensor
 
@@ -61,7 +61,7 @@ class PEQAOperator(HeldOperator):
             yield "s0 holds scales that are not positive, or none at all beside ds"
 
     def grouped(self, weight: Tensor) -> Tensor:
-        """``[*batch, out, in, *kernel] -> [*batch, out, groups, group_size]``."""
+        """Group inputs: ``[*batch, out, in, *kernel] -> [*batch, out, groups, group_size]``."""
         return weight.flatten(self.layer.batch_dims + 1).unflatten(-1, (self.groups, -1))
 
     def merged(self, weight: Tensor) -> Tensor:

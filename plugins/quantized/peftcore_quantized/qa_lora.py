@@ -3,7 +3,7 @@
     y = Q x + b + s B A dropout(mean(x)),   mean(x)[g] the mean over group g of inputs,   s = alpha / rank
     dW[o, i] = s / `group_size` (B A)[o, group of i]
 
-The update is one number for each output and group of inputs. Where a group is packed as ``scale * (code - zero)``, it
+The update is one number for each output and group of inputs. Where a group is stored as ``scale * (code - zero)``, it
 moves nothing but the zero, so a merge into="same" is exact up to rounding: codes and scales stay (the scheme "int4", or
 any with floating-point zeros whose groups divide `group_size`). On formats without zeros (nf4, int8) it is not.
 

@@ -1,15 +1,15 @@
-"""QPiSSA: the principal part trains, the rest is packed.   Meng et al. 2024, arXiv 2404.02948 (GraphPKU/PiSSA).
+"""QPiSSA: the principal part trains, the rest is quantized.   Meng et al. 2024, arXiv 2404.02948 (GraphPKU/PiSSA).
 
     s B1 A1 = the best of the rank for W,   s B_t A_t = the best of the rank for W - Q_{t-1},   t = 2 .. iterations
     y = Q x + b + s B A x,   Q_t = round(W - s B_t A_t),   A and B start at the last A_t and B_t,   s = alpha / rank
 
-What is left without the principal part is smaller and closer to normal, so packing it loses less than packing W. Both
-factors have half of the singular values, and s is taken out of them, so that all of the principal part trains whatever
-alpha is (the authors have alpha = rank).
+What is left without the principal part is smaller and closer to normal, so quantizing it loses less than quantizing W.
+Both factors have half of the singular values, and s is taken out of them, so that all of the principal part trains
+whatever alpha is (the authors have alpha = rank).
 
-Q is what ``peftcore.quantize(model, scheme)`` packs afterwards; until then it is computed from the dense weight in
+Q is what ``peftcore.quantize(model, scheme)`` stores afterwards; until then it is computed from the dense weight in
 every forward, where the authors and peft write the rest into the base. A0 and B0, what A and B started at, stand frozen
-beside them and are in the file, so the adapter fits the dense base as it came. On a base that is packed before the
+beside them and are in the file, so the adapter fits the dense base as it came. On a model that is quantized before the
 method comes, which peft refuses, it starts as PiSSA does: y = Q x + b + s (B A - B0 A0) x, B0 A0 the principal part of
 Q, and nothing changes at first. A rank beyond that of the weight is filled with zeros. There is no dropout: it would
 drop what belongs to the base.
@@ -43,7 +43,7 @@ class Config(LowRankFirstConfig):
 
 
 class QPiSSAOperator(LowRankFirstOperator):
-    """The principal part of one weight, and what it was."""
+    """The principal part of one weight, which trains, and its frozen start."""
 
     @staticmethod
     def chosen(turns: Iterator[tuple[Factors, float]]) -> Factors:

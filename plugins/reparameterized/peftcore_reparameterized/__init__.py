@@ -9,7 +9,7 @@ PEFTCORE_API = 2
 
 @hookimpl
 def peftcore_methods() -> Mapping[str, str]:
-    """Names and places of this plugin's methods."""
+    """Map the names of this plugin's methods to their import paths."""
     return {
         "adalora": "peftcore_reparameterized.adalora:AdaLoRA",
         "boft": "peftcore_reparameterized.boft:BOFT",
@@ -34,7 +34,7 @@ def peftcore_methods() -> Mapping[str, str]:
 
 @hookimpl
 def peftcore_translations() -> Mapping[str, str]:
-    """How other libraries' files keep them."""
+    """Map other libraries' adapter formats to the import paths of their translations for this plugin's methods."""
     here = "peftcore_reparameterized.interop"
     return {
         "adapterhub/lora": f"{here}.adapterhub_lora:HubLoRA",

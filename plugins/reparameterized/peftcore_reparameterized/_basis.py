@@ -1,4 +1,4 @@
-"""What methods with frozen random matrices share: a pair of them that all sites read, drawn from a seed of its own."""
+"""A pair of frozen random matrices that all sites read, drawn from a seed of its own."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from peftcore import Site
 
 
 class Basis(nn.Module):
-    """A and B, each site's from the corner of the same large ones.
+    """A pair of frozen matrices A and B, of which each site reads the corner that it needs.
 
     No file holds them unless they are to be `stored`: whoever loads an adapter draws them again, on the CPU, where a
     seed gives the same numbers on every machine. So the seed is an option of the method and not that of `apply`, which
-    files do not keep.
+    files do not hold.
     """
 
     A: Tensor
@@ -37,16 +37,16 @@ class Basis(nn.Module):
 
 
 def own_name(name: str, stored: bool) -> str:
-    """The name of shared matrices: those that files hold are others than those that they do not."""
+    """Return the name of shared matrices: those that files hold have another name than those that they do not."""
     return f"{name}_stored" if stored else name
 
 
 def columns(site: Site) -> int:
-    """Columns of the weight as a matrix ``[out, in * kernel]``."""
+    """Count the columns of the weight as a matrix ``[out, in * kernel]``."""
     return site.in_features * math.prod(site.kernel)
 
 
 def largest(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """The shape in whose corner all of `shapes` find place."""
+    """Return the smallest shape in whose corner all of `shapes` find place."""
     first, second = zip(*shapes, strict=True)
     return max(first), max(second)

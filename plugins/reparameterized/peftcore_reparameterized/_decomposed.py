@@ -1,5 +1,5 @@
-"""What methods that start from a decomposition of the weight share: the weight as a matrix, its principal part, and an
-update that trains a pair of factors against a frozen copy of them."""
+"""Decompositions of weights: the weight as a matrix, its principal part, and an update that trains a pair of factors
+against a frozen copy of them."""
 
 from __future__ import annotations
 
@@ -13,24 +13,26 @@ from peftcore_reparameterized._low_rank import LowRankOperator
 
 
 def rank_within(site: Site, rank: int) -> int:
-    """`rank`, or that of the weight where it is smaller: a decomposition has no more directions."""
+    """Return `rank`, or that of the weight where it is smaller: a decomposition has no more directions."""
     return min(rank, site.out_features, site.in_features * math.prod(site.kernel))
 
 
 def as_matrix(site: Site) -> Tensor:
-    """The weight as ``[*batch, out, in * kernel]``, in float32 at least: no decomposition knows half precision."""
+    """Return the weight as ``[*batch, out, in * kernel]``, in float32 at least: no decomposition knows half
+    precision."""
     columns = site.in_features * math.prod(site.kernel)
     weight = site.weight().detach().reshape(*site.batch, site.out_features, columns)
     return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def as_rows(site: Site, rows: Tensor) -> Tensor:
-    """Rows ``[*batch, rank, in * kernel]`` in the layout of a first factor, ``[*batch, rank, in, *kernel]``."""
+    """Return rows ``[*batch, rank, in * kernel]`` in the layout of a first factor, ``[*batch, rank, in, *kernel]``."""
     return rows.unflatten(-1, (site.in_features, *site.kernel))
 
 
 def principal(matrix: Tensor, rank: int, iterations: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """U ``[*batch, out, rank]``, S ``[*batch, rank]`` and V' ``[*batch, rank, in]`` of the largest singular values.
+    """Return U ``[*batch, out, rank]``, S ``[*batch, rank]`` and V' ``[*batch, rank, in]`` of the largest singular
+    values.
 
     With `iterations` an approximation: random directions, turned that many times towards the principal ones. They are
     drawn on the CPU, so that they depend on the seed alone. A pair of singular vectors may change its sign, and which
@@ -55,12 +57,12 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 def positive(values: Tensor) -> Tensor:
-    """What makes each value positive when multiplied with it: 1 or -1."""
+    """Return the sign that makes each value positive: 1 or -1, and 1 for zero."""
     return 1 - 2 * (values < 0).to(values.dtype)
 
 
 class PairOperator(LowRankOperator):
-    """``s (B A - B0 A0)``: A and B train, A0 and B0 are what they started as.
+    """An update ``s (B A - B0 A0)``: A and B train, A0 and B0 are their frozen start.
 
     A method that takes BA out of the base and trains it back in computes the same, but here the base stays as it is:
     so the adapter can be left, routed, stacked, and loaded into the base as it came. A0 and B0 are in its file: found
@@ -79,7 +81,7 @@ class PairOperator(LowRankOperator):
         self.register_buffer("B0", B)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """``B (A - A0) + (B - B0) A0``: nothing at first, to the bit, and what training changes is not lost in the
-        rounding of two large products."""
+        """Return the factors of ``B (A - A0) + (B - B0) A0``: nothing at first, to the bit, and what training changes
+        is not lost in the rounding of two large products."""
         A = torch.cat([self.A - self.A0, self.A0], self.layer.batch_dims)  # [*batch, 2 rank, in, *kernel]
         return A, torch.cat([self.B, self.B - self.B0], -1), self.scale  # B: [*batch, out, 2 rank]

@@ -1,4 +1,4 @@
-"""What methods that scale the outputs of a weight share."""
+"""Gains of the outputs of a weight."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from peftcore_reparameterized._kernels import add_scaled
 
 
 def gained(layer: Layer, y: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
-    """``gain (y - bias) + bias``: what a layer that returns y returns when the rows of its weight are scaled by gains
-    [out]; its bias is not scaled."""
+    """Return ``gain (y - bias) + bias``: the output of a layer that returns y once the rows of its weight are scaled by
+    gains [out]; its bias is not scaled."""
     gain = layer.along_channels(gain.to(y.dtype), y)
     if bias is None:
         return y * gain

@@ -1,5 +1,4 @@
-"""What low-rank methods share: the two factors of an update, their start, what they compute, and their product in the
-weight's shape."""
+"""Base operator of low-rank methods: two factors, their start, their forward, their product in the weight's shape."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from peftcore.errors import UnsupportedSite
 
 
 def low_rank_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """A [*batch, rank, in, *kernel] and B [*batch, out, rank], of which exactly one is zero.
+    """Make A [*batch, rank, in, *kernel] and B [*batch, out, rank], of which exactly one is zero.
 
     A is uniform in +-1/sqrt(in * kernel) and B zero; for embeddings A is zero and B ~ N(0, 1), since an input picks a
     single column of A.
@@ -28,17 +27,17 @@ def low_rank_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]
 
 
 def low_rank_update(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
-    """The product B A in the shape of `weight` [*batch, out, in, *kernel]."""
+    """Return the product B A in the shape of `weight` [*batch, out, in, *kernel]."""
     return (B @ A.flatten(B.dim() - 1)).view(weight.shape)
 
 
 def low_rank_count(site: Site, rank: int) -> int:
-    """Values in both factors."""
+    """Count the values in both factors."""
     return math.prod(site.batch) * rank * (site.in_features * math.prod(site.kernel) + site.out_features)
 
 
 def input_dropout(site: Site, probability: float) -> float:
-    """The probability with which inputs of the update are dropped.
+    """Return the probability with which inputs of the update are dropped.
 
     Raises:
         UnsupportedSite: the site is a tensor that is read, so the update has no input; or an embedding, whose inputs
@@ -54,14 +53,14 @@ def input_dropout(site: Site, probability: float) -> float:
 
 
 class LowRankOperator(Operator):
-    """An update that is a product: ``y = W x + b + s B A dropout(x)``, of what `factors` gives."""
+    """Adds the product of two factors: ``y = W x + b + s B A dropout(x)``, with those that `factors` returns."""
 
     def __init__(self, site: Site, dropout: float = 0.0) -> None:
         super().__init__(site)
         self.dropout = input_dropout(site, dropout)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """A ``[*batch, rank, in, *kernel]``, B ``[*batch, out, rank]`` and the scale s."""
+        """Return A ``[*batch, rank, in, *kernel]``, B ``[*batch, out, rank]`` and the scale s."""
         raise NotImplementedError
 
     @low_rank

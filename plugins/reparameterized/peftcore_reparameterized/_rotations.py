@@ -1,5 +1,4 @@
-"""What orthogonal methods share: the side of a weight that turns, skew-symmetric matrices, and rotation in
-blocks."""
+"""Helpers of orthogonal methods: the side of a weight that turns, skew-symmetric matrices, and rotation in blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +12,8 @@ from peftcore.errors import UnsupportedSite
 
 
 def width(site: Site) -> int:
-    """Coordinates of the turned side: the inputs of one output (with the kernel), or what an embedding returns.
+    """Count the coordinates of the turned side: the inputs of one output (with the kernel), or what an embedding
+    returns.
 
     The inputs of an embedding are tokens, which no rotation should mix.
     """
@@ -21,19 +21,19 @@ def width(site: Site) -> int:
 
 
 def rows(weight: Tensor, layer: Layer) -> Tensor:
-    """The weight [*batch, out, in, *kernel] as rows [*batch, n, width] of the turned side, at full precision."""
+    """Return the weight [*batch, out, in, *kernel] as rows [*batch, n, width] of the turned side, at full precision."""
     weight = precise(weight)
     return weight.mT if layer.one_hot else weight.flatten(layer.batch_dims + 1)
 
 
 def weight_of(rows: Tensor, layer: Layer, shape: torch.Size) -> Tensor:
-    """The way back from `rows`."""
+    """Return the weight of its `rows`."""
     return rows.mT if layer.one_hot else rows.view(shape)
 
 
 def block_size(site: Site, wanted: int, factors: int = 1) -> int:
-    """The width of a block that is nearest to the wanted one (the smaller of two) and cuts the turned side evenly, for
-    a butterfly of that many factors.
+    """Return the width of a block that is nearest to the wanted one (the smaller of two) and cuts the turned side
+    evenly, for a butterfly of that many factors.
 
     Raises:
         UnsupportedSite: there is none up to twice the wanted one.
@@ -51,13 +51,13 @@ def block_size(site: Site, wanted: int, factors: int = 1) -> int:
 
 
 def precise(values: Tensor) -> Tensor:
-    """Values of which rotations are made, in float32 at least."""
+    """Cast values of which rotations are made to float32 at least."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def rotate(rows: Tensor, R: Tensor) -> Tensor:
-    """Rows [*batch, n, width] times the transpose of a block-diagonal matrix R [*batch, blocks, size, size]; one block
-    stands for all."""
+    """Multiply rows [*batch, n, width] by the transpose of a block-diagonal matrix R [*batch, blocks, size, size]; one
+    block stands for all."""
     dtype = torch.promote_types(rows.dtype, R.dtype)
     parts = rows.to(dtype).unflatten(-1, (-1, R.shape[-1]))  # [*batch, n, blocks, size]
     turned = parts.transpose(-3, -2) @ R.to(dtype).mT  # [*batch, blocks, n, size]

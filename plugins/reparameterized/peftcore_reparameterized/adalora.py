@@ -53,7 +53,7 @@ class Config(MethodConfig):
 
 
 class AdaLoRAOperator(LowRankOperator):
-    """The update of one site in triples, and what is known of their importance."""
+    """The update of one site in triples, and the moving averages of their importance."""
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site, config.dropout)
@@ -70,7 +70,7 @@ class AdaLoRAOperator(LowRankOperator):
         return self.A * self.E.view(*self.E.shape, *[1] * (self.A.dim() - self.E.dim())), self.B, self.scale
 
     def distances(self) -> Tensor:
-        """How far A and B are from orthogonal, A of each expert first, then B: [2 * experts]."""
+        """Return how far A and B are from orthogonal, A of each expert first, then B: [2 * experts]."""
         grams = torch.stack([each @ each.mT for each in (self.A.flatten(self.E.dim()), self.B.mT)])
         return torch.linalg.matrix_norm(grams - torch.eye(grams.shape[-1]).to(grams)).flatten()
 
@@ -84,7 +84,7 @@ class AdaLoRAOperator(LowRankOperator):
             spread.mul_(config.beta2).add_((change - mean).abs(), alpha=1 - config.beta2)
 
     def scores(self) -> Tensor:
-        """The importance of each triple, [*batch, rank]."""
+        """Return the importance of each triple, [*batch, rank]."""
         A, B, E = (self.get_buffer(f"importance_{name}") * self.get_buffer(f"fluctuation_{name}") for name in "ABE")
         return E + A.flatten(self.E.dim()).mean(-1) + B.mean(-2)
 
@@ -132,7 +132,7 @@ def _operators(injection: AppliedMethod) -> list[AdaLoRAOperator]:
 
 
 def _choose(operators: list[AdaLoRAOperator], target: int, share: float) -> None:
-    """Keep the most important triples of all sites: the target, and a share of what is above it."""
+    """Zero all but the most important triples of all sites: the target, and a share of what is above it."""
     scores = [operator.scores() for operator in operators]
     every, target = torch.cat([s.flatten() for s in scores]), target * sum(math.prod(s.shape[:-1]) for s in scores)
     dropped = len(every) - int((len(every) - target) * share + target)

@@ -44,7 +44,7 @@ class Config(MethodConfig):
 
 
 WIDEST = 64
-"""Inputs that may meet for their rotation to be made as one block: it acts beside the weight then."""
+"""Inputs that may meet for their rotation to be made as one block: it acts in the activation form then."""
 
 
 class BOFTOperator(WeightOperator):
@@ -59,7 +59,7 @@ class BOFTOperator(WeightOperator):
         self.gain = nn.Parameter(torch.ones(*site.batch, site.out_features))
 
     def turned(self, rows: Tensor) -> Tensor:
-        """Rows [*batch, n, width] times R^T, one factor after the other."""
+        """Multiply rows [*batch, n, width] by R^T, one factor after the other."""
         for factor, R in enumerate(cayley(precise(self.K), self.size).unbind(-4)):
             rows = _swap(rotate(_swap(rows, 2, 2**factor, self.size), R), 2**factor, 2, self.size)
         return rows
@@ -68,7 +68,7 @@ class BOFTOperator(WeightOperator):
         return self.layer.of_vectors and self.span <= WIDEST
 
     def prepare(self, held: Held) -> tuple[Tensor, Tensor | None]:
-        """The factors as one rotation in wider blocks [blocks, span, span], and the bias."""
+        """Return the factors as one rotation in wider blocks [blocks, span, span], and the bias."""
         blocks = held.weight.shape[-1] // self.span
         ones = torch.eye(self.span, device=self.K.device, dtype=self.K.dtype).repeat(1, blocks)
         return self.turned(ones).unflatten(-1, (-1, self.span)).permute(1, 2, 0), held.bias
@@ -83,7 +83,7 @@ class BOFTOperator(WeightOperator):
 
 
 def _swap(rows: Tensor, one: int, other: int, size: int) -> Tensor:
-    """Exchange two levels of the order of halves: to where those at the distance 2^factor stand side by side, and
+    """Exchange two levels of the order of halves: those at the distance 2^factor come to stand side by side, or go
     back."""
     if one == 1 or other == 1:  # neighbours already
         return rows

@@ -48,8 +48,8 @@ class DoRAOperator(WeightOperator):
         self.magnitude = nn.Parameter(self._norm(weight.to(precise)))  # [*batch, out]
 
     def _norm(self, weight: Tensor) -> Tensor:
-        """The lengths of rows [*batch, out]. Along what lies as columns, as in GPT-2, torch's own takes ten times as
-        long as squares and their sum."""
+        """Return the lengths of rows [*batch, out]. Along what lies as columns, as in GPT-2, torch's own takes ten
+        times as long as squares and their sum."""
         rows = weight.detach().flatten(self.layer.batch_dims + 1)
         return torch.linalg.vector_norm(rows, dim=-1) if rows.is_contiguous() else rows.square().sum(-1).sqrt()
 
@@ -57,7 +57,7 @@ class DoRAOperator(WeightOperator):
         return True
 
     def prepare(self, held: Held) -> tuple[Tensor, Tensor | None]:
-        """The gain [out] and the bias."""
+        """Return the gain [out] and the bias."""
         return self._gain(self._norm_beside(held.weight)), held.bias
 
     def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor | None]) -> Tensor:
@@ -66,7 +66,7 @@ class DoRAOperator(WeightOperator):
 
     @torch.no_grad()
     def _norm_beside(self, weight: Tensor) -> Tensor:
-        """||V|| from the products of rows, without V: |W|^2 + 2 s W.BA + s^2 |BA|^2."""
+        """Return ||V|| from the products of rows, without V: |W|^2 + 2 s W.BA + s^2 |BA|^2."""
         precise = torch.promote_types(weight.dtype, torch.float32)
         W, A, B = (each.to(precise).flatten(1) for each in (weight, self.A, self.B))
         mixed = (matmul_transposed(W, A) * B).sum(-1)

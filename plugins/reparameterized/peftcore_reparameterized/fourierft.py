@@ -4,7 +4,7 @@
 
     delta[p, q] = alpha / (out in) sum_j c_j cos(2 pi (u_j p / out + v_j q / in))
 
-The positions (u_j, v_j) are drawn from `entry_seed` alone, so all sites of one shape have the same ones, and files keep
+The positions (u_j, v_j) are drawn from `entry_seed` alone, so all sites of one shape have the same ones, and files hold
 only c; they are those that peft draws from its `random_loc_seed`. In convolutions q counts all inputs of an output,
 kernel and all; stacked experts have an F of their own each. c starts as N(0, `init_std`): a fresh adapter changes
 outputs, as the authors and peft have it, unless `init_std` is 0. The authors' code takes square weights only and
@@ -45,7 +45,7 @@ class Config(MethodConfig):
 
 @functools.lru_cache(maxsize=16)
 def drawn_entries(size: int, number: int, seed: int) -> Tensor:
-    """The first of all entries in random order: drawn once for all sites of a shape, also while planning."""
+    """Return the first of all entries in random order: drawn once for all sites of a shape, also while planning."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randperm(size, generator=generator, device="cpu")[:number].clone()  # all the others are let go
 

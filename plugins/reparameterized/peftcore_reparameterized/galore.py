@@ -43,7 +43,7 @@ class Config(MethodConfig):
 
 
 def factors(gradient: Tensor, rank: int, side: Side) -> dict[str, Tensor]:
-    """The leading singular vectors on the projected sides: "left" [out, rank], "right" [rank, in]."""
+    """Return the leading singular vectors on the projected sides: "left" [out, rank], "right" [rank, in]."""
     tall = gradient.shape[0] >= gradient.shape[1]
     sides = {
         "std": ("right",) if tall else ("left",),
@@ -58,7 +58,7 @@ def factors(gradient: Tensor, rank: int, side: Side) -> dict[str, Tensor]:
 
 
 class Projection(GradientRule):
-    """Into the leading directions of the gradient, and back."""
+    """Projects gradients into their leading directions, and steps back out of them."""
 
     def __init__(self, configs: dict[nn.Parameter, Config]) -> None:
         super().__init__()
@@ -109,6 +109,6 @@ class GaLore(Method):
 
 
 def _configs(injection: AppliedMethod) -> dict[nn.Parameter, Config]:
-    """The projected weights and their options."""
+    """Map the projected weights to their options."""
     grafts = [graft for graft in injection.grafts if graft.by_method]
     return {graft.operator.get_parameter("value"): injection.config.at(graft.site.path) for graft in grafts}

@@ -34,7 +34,7 @@ class Config(MethodConfig):
 
 
 class HiRAOperator(WeightOperator):
-    """The weight, and by how much of itself each entry changes."""
+    """Multiplies each entry of the weight by one plus an entry of a low-rank product."""
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)

@@ -61,13 +61,13 @@ class HRAOperator(WeightOperator):
         self.U = nn.Parameter(u.repeat_interleave(config.rank // drawn, dim=-2))
 
     def directions(self) -> Tensor:
-        """The u_i at length one: [*batch, rank, in]."""
+        """Return the u_i at length one: [*batch, rank, in]."""
         U = self.U.to(torch.promote_types(self.U.dtype, torch.float32))
         norm = torch.linalg.vector_norm(U, dim=-1, keepdim=True)
         return U / torch.where(norm == 0, 1.0, norm)
 
     def factors_of(self, base: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the rows of a weight [*batch, n, in]: M = base N^T T [*batch, n, rank], and N. The update is -M N."""
+        """Return, for rows of a weight [*batch, n, in], M = base N^T T [*batch, n, rank] and N. The update is -M N."""
         N = self.directions()
         if self.gram_schmidt:
             N = torch.linalg.qr(N.mT).Q.mT
@@ -93,7 +93,7 @@ class HRAOperator(WeightOperator):
         return weight_of(base - M @ N, self.layer, weight.shape)
 
     def distance(self) -> Tensor:
-        """How far the directions are from orthogonal, for each expert: [*batch]."""
+        """Return how far the directions are from orthogonal, for each expert: [*batch]."""
         N = self.directions()
         return torch.linalg.matrix_norm(torch.eye(N.shape[-2]).to(N) - N @ N.mT)
 

@@ -51,18 +51,18 @@ class LoHaOperator(WeightOperator):
             self.register_parameter(name, nn.Parameter(torch.randn(*site.batch, *shape) * std))
 
     def matrix(self, number: int) -> Tensor:
-        """One of the two matrices: [*batch, out, in * kernel], or with the kernel's own dimensions."""
+        """Return one of the two matrices: [*batch, out, in * kernel], or with the kernel's own dimensions."""
         A, B = self.get_parameter(f"A{number}"), self.get_parameter(f"B{number}")
         core = self._parameters.get(f"T{number}")
         return B @ A if core is None else torch.einsum("pq...,op,qi->oi...", core, B, A)
 
     def prefers_activation_form(self, x: Tensor) -> bool:
-        """Where factors of all its ranks are far smaller than the weight."""
+        """Whether the update runs on activations: where factors of all its ranks are far smaller than the weight."""
         (outputs, rank), (_, inputs) = self.get_parameter("B1").shape[-2:], self.get_parameter("A1").shape[-2:]
         return self.layer.of_vectors and 3 * rank**2 * (outputs + inputs) < 2 * outputs * inputs
 
     def prepare(self, held: Held) -> tuple[Tensor, Tensor]:
-        """Factors of all its ranks: A [rank^2, in], each row of one with each of the other, and B [out, rank^2]."""
+        """Return factors of all its ranks: A [rank^2, in], rows of one times rows of the other, and B [out, rank^2]."""
         (A1, B1), (A2, B2) = ((self.get_parameter(f"A{n}"), self.get_parameter(f"B{n}")) for n in (1, 2))
         return (A1[:, None] * A2).flatten(0, 1), (B1[:, :, None] * B2[:, None]).flatten(1)
 
@@ -91,7 +91,7 @@ class LoHa(Method):
 
 
 def _shapes(site: Site, config: Config) -> dict[str, tuple[int, ...]]:
-    """What is trained, for one expert."""
+    """Return the shapes of the trained tensors, for one expert."""
     tucker = config.tucker and math.prod(site.kernel) > 1
     shapes: dict[str, tuple[int, ...]] = {}
     for number in (1, 2):

@@ -8,7 +8,7 @@ or with `decompose_both` and r < max(l, m) / 2 a product w1a w1b too. With both 
 of a convolution's w2 leave the kernel to a third one, t2 [r, r, kernel]. Stacked experts have factors of their own. At
 first w2, or else w2b, is zero; all else is uniform in +-1/sqrt(inputs).
 
-All this is as in LyCORIS, which defines the method, but for its merging: it has s in it twice. peft keeps s = alpha / r
+All this is as in LyCORIS, which defines the method, but for its merging: it has s in it twice. peft has s = alpha / r
 with both factors full, starts w1 at zero, puts `factor` first where it divides even if it is the larger part (here with
 `factor_first`), and lays out the product wrongly with a full w2 in one-dimensional convolutions. Kronecker adapters as
 such are KronA's (Edalati et al. 2022, arXiv 2212.10650), without the low rank and the rule for the cuts.
@@ -67,7 +67,7 @@ class LoKrOperator(WeightOperator):
             self.register_parameter(name, nn.Parameter(values))
 
     def factor(self, name: str) -> Tensor:
-        """w1 [*batch, l, m] or w2 [*batch, k, n * kernel]."""
+        """Return w1 [*batch, l, m] or w2 [*batch, k, n * kernel]."""
         held = self._parameters
         if name in held:
             return self.get_parameter(name)
@@ -112,7 +112,7 @@ class LoKr(Method):
 
 
 def _cut(size: int, factor: int | None, first: bool = False) -> tuple[int, int]:
-    """Two factors of a dimension, the smaller one first, or `factor` if it is to be."""
+    """Return two factors of a dimension, the smaller one first, or `factor` if it is to be."""
     if factor is not None and size % factor == 0 and first:
         return factor, size // factor
     if factor is not None and size % factor == 0:
@@ -122,7 +122,7 @@ def _cut(size: int, factor: int | None, first: bool = False) -> tuple[int, int]:
 
 
 def _shapes(site: Site, config: Config) -> dict[str, tuple[int, ...]]:
-    """What is trained, for one expert."""
+    """Return the shapes of the trained tensors, for one expert."""
     sizes = (site.out_features, site.in_features)
     (low_out, out), (low_in, inputs) = (_cut(size, config.factor, config.factor_first) for size in sizes)
     rank, kernel = config.rank, math.prod(site.kernel)

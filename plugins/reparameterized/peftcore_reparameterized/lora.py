@@ -7,7 +7,7 @@ grouped one, i counts inside the group of o. Embeddings: A [rank, num] zero and 
 input picks a single column of A. Stacked experts have factors of their own each.
 
 scaling="sqrt_rank" is rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(rank), with which outputs and
-gradients keep their size at any rank. Use it at ranks of 64 and more; alpha / rank makes those learn too slowly.
+gradients have the same size at any rank. Use it at ranks of 64 and more; alpha / rank makes those learn too slowly.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
@@ -43,7 +43,7 @@ class Config(MethodConfig):
 
 
 def scale_of(config: Config) -> float:
-    """The factor of the update."""
+    """Return the factor of the update."""
     return config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))
 
 

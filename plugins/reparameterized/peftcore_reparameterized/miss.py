@@ -55,12 +55,12 @@ class Config(MethodConfig):
 
 
 def shard(site: Site, config: Config) -> int:
-    """Columns of one shard."""
+    """Count the columns of one shard."""
     return min(config.rank, site.in_features * math.prod(site.kernel))
 
 
 def own_outputs(site: Site, config: Config) -> int:
-    """Outputs with updates of their own.
+    """Count the outputs with updates of their own.
 
     Raises:
         UnsupportedSite: others cannot repeat them evenly.
@@ -85,14 +85,15 @@ class MiSSOperator(LowRankOperator):
         self.D = nn.Parameter(torch.zeros(*site.batch, shard(site, config), own_outputs(site, config)))
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
-        """The first one sums: 1 where the column belongs to the row, made anew since it would be as large as LoRA's."""
+        """Return the factors. The first one sums: 1 where the column belongs to the row, made anew since it would be as
+        large as LoRA's."""
         rank, device = self.D.shape[-2], self.D.device
         rows = torch.arange(math.prod(self.inputs), device=device) % rank == torch.arange(rank, device=device)[:, None]
         A = rows.to(self.D.dtype).view(rank, *self.inputs)
         return A.expand(*self.D.shape[:-2], *A.shape), self.repeated(), 1.0
 
     def repeated(self) -> Tensor:
-        """[*batch, out, rank]."""
+        """Return D repeated over the outputs, [*batch, out, rank]."""
         own = self.D.mT
         return own if self.times == 1 else own.repeat(*[1] * (own.dim() - 2), self.times, 1)
 
@@ -106,7 +107,7 @@ class MiSSOperator(LowRankOperator):
 
 
 class BatOperator(WeightOperator):
-    """Blocks of one weight, changed by what they share and by themselves."""
+    """Changes blocks of one weight by a shared matrix and by themselves."""
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)

@@ -62,7 +62,7 @@ class OFTOperator(WeightOperator):
         self.K = nn.Parameter(torch.zeros(*site.batch, blocks, self.size * (self.size - 1) // 2))
 
     def entries(self) -> Tensor:
-        """What stands above the diagonals of K, [*batch, blocks, entries], scaled down if it is constrained."""
+        """Return the entries above the diagonals of K, [*batch, blocks, entries], scaled down if it is constrained."""
         entries = precise(self.K)
         if self.radius is None:
             return entries
@@ -73,7 +73,7 @@ class OFTOperator(WeightOperator):
         return self.layer.of_vectors
 
     def rotation(self) -> Tensor:
-        """R, block by block, [*batch, blocks, size, size]."""
+        """Return R, block by block, [*batch, blocks, size, size]."""
         if self.series is None:
             return cayley(self.entries(), self.size)
         return neumann(self.entries(), self.size, self.series)
@@ -107,6 +107,6 @@ class OFT(Method):
 
 
 def _blocks(site: Site, config: Config) -> tuple[int, int]:
-    """How many blocks have a rotation of their own, and their width."""
+    """Return how many blocks have a rotation of their own, and their width."""
     size = block_size(site, config.block_size)
     return (1 if config.block_share else width(site) // size), size

@@ -41,7 +41,7 @@ class Config(MethodConfig):
 
 
 class OLoRAOperator(PairOperator):
-    """The first columns and rows of one weight's decomposition, and what they were."""
+    """The first columns and rows of one weight's decomposition, which train, and their frozen start."""
 
     def __init__(self, site: Site, config: Config) -> None:
         rank = rank_within(site, config.rank)

@@ -41,7 +41,7 @@ class Config(MethodConfig):
 
 
 class PiSSAOperator(PairOperator):
-    """The principal part of one weight, and what it was."""
+    """The principal part of one weight, which trains, and its frozen start."""
 
     def __init__(self, site: Site, config: Config) -> None:
         scale = config.alpha / config.rank

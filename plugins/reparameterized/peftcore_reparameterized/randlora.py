@@ -54,12 +54,13 @@ class Config(MethodConfig):
 
 
 def bases(site: Site, rank: int) -> int:
-    """How many bases make a full rank."""
+    """Return how many bases make a full rank."""
     return -(-min(site.out_features, columns(site)) // rank)
 
 
 def draw(sparsity: float, generator: torch.Generator, shape: Sequence[int]) -> Tensor:
-    """Of variance 1: uniform, or zeros and a sign in about one of `sparsity` entries; while planning, a shape."""
+    """Draw values of variance 1: uniform, or zeros and a sign in about one of `sparsity` entries; while planning, a
+    shape."""
     drawn = torch.empty(*shape).uniform_(-1, 1, generator=generator)
     if sparsity:
         drawn = drawn.sign() * (drawn.abs() > 1 - 1 / sparsity)
@@ -68,7 +69,7 @@ def draw(sparsity: float, generator: torch.Generator, shape: Sequence[int]) -> T
 
 
 class Bases(Basis):
-    """The matrices of all sites, and what they were drawn for."""
+    """The random matrices of all sites, and the shapes that they were drawn for."""
 
     def __init__(self, config: Config, short: int, long: int, span: tuple[int, int]) -> None:
         sparsity = {"uniform": 0.0, "sparse": 3.0, "very_sparse": math.sqrt(short)}[config.basis]
@@ -80,7 +81,7 @@ class Bases(Basis):
 
 
 class RandLoRAOperator(WeightOperator):
-    """What one site makes of the bases."""
+    """The scales of one site and its corner of the bases."""
 
     def __init__(self, site: Site, config: Config, basis: Shared) -> None:
         super().__init__(site)
@@ -92,14 +93,15 @@ class RandLoRAOperator(WeightOperator):
         self.G = nn.Parameter(torch.full((*site.batch, count, short), 1 / max(count, short)))
 
     def factors_of(self) -> tuple[Tensor, Tensor]:
-        """B [long, rank * bases], and A scaled [*batch, rank * bases, short]: their product is the update."""
+        """Return B [long, rank * bases], and A scaled [*batch, rank * bases, short]: their product is the update."""
         count, short = self.G.shape[-2:]
         A, B = self.basis.module.A[:, :short].to(self.G), self.basis.module.B[: self.long, :count].to(self.G)
         scaled = scaled_bases(A, self.L, self.G)  # [*batch, rank, bases, short]
         return B.flatten(1), scaled.flatten(-3, -2)
 
     def prefers_activation_form(self, x: Tensor) -> bool:
-        """Where the products with the inputs are smaller than those that make an update of the weight's size."""
+        """Whether the update runs on activations: where the products with the inputs are smaller than those that make
+        an update of the weight's size."""
         inputs, full = x.numel() // x.shape[-1], self.G.shape[-2] * self.L.shape[-2]
         return self.layer.of_vectors and inputs * (3 * full + self.long) < 3 * full * self.long
 

@@ -49,13 +49,13 @@ class Config(MethodConfig):
 
 
 def draw(generator: torch.Generator, shape: Sequence[int]) -> Tensor:
-    """The initialization of He et al. for a layer before a ReLU; while planning, a shape."""
+    """Draw the initialization of He et al. for a layer before a ReLU; while planning, a shape."""
     bound = math.sqrt(6 / shape[-1])
     return torch.empty(*shape).uniform_(-bound, bound, generator=generator)
 
 
 class VeRAOperator(LowRankOperator):
-    """The vectors of one site, and the matrices of all."""
+    """The vectors of one site, between the matrices of all sites."""
 
     def __init__(self, site: Site, config: Config, basis: Shared) -> None:
         super().__init__(site, config.dropout)
@@ -71,7 +71,7 @@ class VeRAOperator(LowRankOperator):
         return A, self.b.unsqueeze(-1) * B.to(self.b), 1.0
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """The vectors act on activations: no gradient of the size of A or B is made for theirs."""
+        """Run the layer; the vectors act on activations: no gradient of the size of A or B is made for theirs."""
         rank, out = self.d.shape[-1], self.b.shape[-1]
         A = self.basis.module.A[:rank, : self.columns].unflatten(-1, self.inputs)
         B = self.basis.module.B[:out, :rank]

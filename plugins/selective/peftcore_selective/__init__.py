@@ -9,7 +9,7 @@ PEFTCORE_API = 2
 
 @hookimpl
 def peftcore_methods() -> Mapping[str, str]:
-    """Names and places of this plugin's methods."""
+    """Map the names of this plugin's methods to their import paths."""
     return {
         "attention_only": "peftcore_selective.attention_only:AttentionOnly",
         "bitfit": "peftcore_selective.bitfit:BitFit",
@@ -25,7 +25,7 @@ def peftcore_methods() -> Mapping[str, str]:
 
 @hookimpl
 def peftcore_translations() -> Mapping[str, str]:
-    """How other libraries' files keep them."""
+    """Map other libraries' adapter formats to the import paths of their translations for this plugin's methods."""
     return {
         "peft/LN_TUNING": "peftcore_selective.interop.peft_norms:PeftNorms",
         "peft/SHIRA": "peftcore_selective.interop.peft_shira:PeftSHiRA",

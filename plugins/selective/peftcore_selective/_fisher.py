@@ -1,4 +1,4 @@
-"""What methods share that choose weights by the Fisher information: squares of gradients, before training."""
+"""Fisher information of weights: squares of gradients, before training."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from peftcore import Batch
 def squared_gradients(
     parameters: Iterable[nn.Parameter], data: Iterable[Batch], max_norm: float | None = None
 ) -> dict[nn.Parameter, Tensor]:
-    """For each parameter the sum over the batches of (dL/dp)^2; the gradient of each is first clipped to `max_norm`.
+    """Return for each parameter the sum over the batches of (dL/dp)^2; the gradient of each is first clipped to
+    `max_norm`.
 
     The mean over the batches, times a number that orders nothing. No gradient is left anywhere, also not in other
     injections that act.

@@ -1,4 +1,4 @@
-"""What methods share that adapt a tensor wherever it is held: tables of tokens that are heads too."""
+"""Tied tensors: tables of tokens that are heads too."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from peftcore import Site, Slices, Surgeon
 
 
 def one_each(sites: Iterable[Site]) -> list[Site]:
-    """One site for each tensor. Of those that are tied the deepest: a table that stands above its users is handed down
-    to them, and may never be called itself."""
+    """Return one site for each tensor: of those that are tied, the deepest. A table that stands above its users is
+    handed down to them, and may never be called itself."""
     found: dict[tuple[int | str, Slices | None], Site] = {}
     for site in sites:
         tensor = site.layer.read(site.module, site.tensor)
@@ -22,7 +22,7 @@ def one_each(sites: Iterable[Site]) -> list[Site]:
 
 
 def tied_to(site: Site, surgeon: Surgeon) -> list[Site]:
-    """The other places that hold the site's tensor, where the site is all of it."""
+    """Return the other places that hold the site's tensor, where the site is all of it."""
     resolver, tensor = surgeon.resolver, site.layer.read(site.module, site.tensor)
     places = resolver.holders(tensor) if isinstance(tensor, nn.Parameter) and site.slices is None else []
     here = site.module_path, site.tensor

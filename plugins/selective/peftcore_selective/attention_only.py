@@ -4,8 +4,8 @@
 
 Feed-forwards, norms and embeddings stay. Cross-attention stays too, which the paper's image models do not have: target
 ("attn.*", "cross.*") to train it along. A matrix that makes queries, keys and values together trains whole; a target
-such as attn.q trains its rows of it. Where one matrix serves attention and feed-forward together, target the parts of
-the first (attn.q, attn.k, attn.v); what both leave through has no rows of its own for attention.
+such as attn.q trains its slice of it. Where one matrix serves attention and feed-forward together, target the parts of
+the first (attn.q, attn.k, attn.v); what both leave through has no slice of its own for attention.
 
 Parameters: 4 d^2 + 4 d a block, about a third of a transformer's.
 

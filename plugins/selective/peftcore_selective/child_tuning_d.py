@@ -36,7 +36,7 @@ class Config(MethodConfig):
 
 
 class Mask(GradientRule):
-    """Gradients outside of the child network are zero."""
+    """Zeroes the gradients outside of the child network."""
 
     def __init__(self, masks: dict[Tensor, Tensor]) -> None:
         super().__init__()
@@ -81,11 +81,12 @@ class ChildTuningD(Method):
 
 
 def _masked(injection: AppliedMethod) -> list[tuple[nn.Parameter, Tensor]]:
-    """The trained values and their masks."""
+    """Return the trained values and their masks."""
     operators = [graft.operator for graft in injection.grafts if graft.by_method]
     return [(operator.get_parameter("value"), operator.get_buffer("mask")) for operator in operators]
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
-    """The smallest value above that share of the values: what ``>=`` an interpolated quantile picks, of any size."""
+    """Return the smallest value above that share of the values: what ``>=`` an interpolated quantile picks, of any
+    size."""
     return values.kthvalue(math.ceil((len(values) - 1) * share) + 1).values

@@ -11,11 +11,12 @@ The authors train the classifier whole and take its size off k. Here the head is
 ``train=["classifier"]`` trains it whole, and does not count. Their code also takes absolute values for squares, or the
 expectation over labels, which is another forward for each class.
 
-On a packed base what is packed is left out: its gradient would be as large as the dense weights of the whole host.
+In a quantized model the quantized weights are left out: its gradient would be as large as the dense weights of the
+whole host.
 
 Parameters: share * (those of all sites), in one vector; the file has their places besides, 8 bytes each.
 
-Use it where a change has to be small to send or to keep: half a percent of the weights is usual.
+Use it where a change has to be small to send or to store: half a percent of the weights is usual.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Config(MethodConfig):
 
 
 class Mask(Checked):
-    """What is added, and where: places in all sites one after the other, ascending."""
+    """The trained differences, and their places in all sites one after the other, ascending."""
 
     index: Tensor
 
@@ -128,11 +129,11 @@ class FishMask(Method):
 
 
 def _there(site: Site) -> bool:
-    """Weights that are packed have no gradient to count."""
+    """Whether the site's weight is in floating point and not quantized: others have no gradient to count."""
     dense = not site.layer.packed and not site.missing(site.tensor)
     return dense and site.module.get_parameter(site.tensor).is_floating_point()
 
 
 def _stored(site: Site) -> Site:
-    """A whole tensor as it is stored, so that holders of different kinds (table, head) share it."""
+    """Return the site with a whole tensor as it is stored, so that holders of other kinds (table, head) share it."""
     return replace(site, form="weight", layer=site.layer if site.slices else site.layer.as_stored)

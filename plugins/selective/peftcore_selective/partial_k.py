@@ -61,7 +61,7 @@ class PartialK(Method):
 
 
 def _last_blocks(surgeon: Surgeon, k: int) -> tuple[str, ...]:
-    """How the paths in the last k blocks begin; default targets stay in the main tower.
+    """Return how the paths in the last k blocks begin; default targets stay in the main tower.
 
     Raises:
         TargetError: there are not so many.

@@ -6,7 +6,7 @@ As many numbers as LoRA of that rank has, but the update is sparse and of high r
 entries are drawn evenly (SHiRA-Rand), or are the largest of |W| (SHiRA-WM); experts choose one by one. The paper's
 other masks follow rows and diagonals, or gradients: fish_mask chooses by gradients.
 
-I is kept in the file, since it is the adapter as much as v is; peft draws it anew from a seed that its file lacks when
+I is in the file, since it is the adapter as much as v is; peft draws it anew from a seed that its file lacks when
 there was none. peft's forward builds the whole update and adds it to the weight; here only the entries of I are read
 and written, each rounded once to the weight's dtype.
 
@@ -40,12 +40,12 @@ class Config(MethodConfig):
 
 
 def entries(site: Site, config: Config) -> int:
-    """How many entries train in each matrix of the site."""
+    """Return how many entries train in each matrix of the site."""
     return config.rank * (site.in_features * math.prod(site.kernel) + site.out_features)
 
 
 class SHiRAOperator(WeightOperator):
-    """What is added to some entries of a weight, and which these are."""
+    """Adds values to some entries of a weight, and holds which these are."""
 
     index: Tensor
 

@@ -2,9 +2,9 @@
 
     E'[i] = t_i for the given token indices i,   E'[i] = E[i] for all others,   t_i trained, starting from E[i]
 
-A head that is tied to the table sees the rows too, and keeps its bias (peft computes such a head without it). What is
-saved are the rows themselves, in ascending order of their indices, not differences from a base: new tokens come out the
-same whatever random numbers a resized table started from. The table looks its rows up without being copied; a tied
+A head that is tied to the table sees the rows too, and has its bias still (peft computes such a head without it). What
+is saved are the rows themselves, in ascending order of their indices, not differences from a base: new tokens come out
+the same whatever random numbers a resized table started from. The table looks its rows up without being copied; a tied
 head, and tables that scale what they look up, are run on a copy in which the rows are put.
 
 Parameters: as many as the indices, times the width of the table.
@@ -43,7 +43,7 @@ class Config(MethodConfig):
 
 
 class TokensOperator(Operator):
-    """Rows that stand for some of a table's, and which these are."""
+    """Rows that stand for some of a table's, and their indices."""
 
     index: Tensor
 
@@ -96,7 +96,7 @@ class TrainableTokens(Method):
 
 
 def _by_rows(site: Site) -> Site:
-    """The tensor as rows of tokens, whoever holds it: a table, or the head that is tied to one."""
+    """Return the site with its tensor as rows of tokens, whoever holds it: a table, or the head that is tied to one."""
     if site.layer.one_hot:
         return replace(site, layer=Layer())
     return replace(site, form="weight")

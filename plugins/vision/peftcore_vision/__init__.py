@@ -9,7 +9,7 @@ PEFTCORE_API = 2
 
 @hookimpl
 def peftcore_methods() -> Mapping[str, str]:
-    """Names and places of this plugin's methods."""
+    """Map the names of this plugin's methods to their import paths."""
     return {
         "adaptformer": "peftcore_vision.adaptformer:AdaptFormer",
         "clip_adapter": "peftcore_vision.clip_adapter:CLIPAdapter",

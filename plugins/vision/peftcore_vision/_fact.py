@@ -1,5 +1,5 @@
-"""What the two kinds of factor tuning share: the weights of a host as one stack of square slices, two factors that all
-slices have in common, and their product with the middle factor of a site."""
+"""Base operator of the two kinds of factor tuning: the weights of a model as one stack of square slices, two factors
+that all slices have in common, and their product with the middle factor of a site."""
 
 from __future__ import annotations
 
@@ -38,22 +38,23 @@ class FactSite(Site):
 
     @property
     def cut(self) -> tuple[int, int, int]:
-        """Slices along outputs and along inputs, and places of the kernel."""
+        """Return the slices along outputs and along inputs, and the places of the kernel."""
         return self.out_features // self.side, self.in_features // self.side, math.prod(self.kernel)
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Count the slices of the site."""
         return math.prod(self.batch) * math.prod(self.cut)
 
 
 def _common(sites: Iterable[Site]) -> int:
-    """The largest number that divides all widths."""
+    """Return the largest number that divides all widths."""
     return math.gcd(*(width for site in sites for width in (site.out_features, site.in_features)))
 
 
 def fact_sites(surgeon: Surgeon, config: FactConfig) -> list[FactSite]:
-    """The targets; d is the largest number that divides all their widths: the stream's width in image transformers.
+    """Return the targets as sites; d is the largest number that divides all their widths: the stream's width in image
+    transformers.
 
     Raises:
         UnsupportedSite: what the widths have in common is smaller than the rank.
@@ -74,7 +75,7 @@ def fact_sites(surgeon: Surgeon, config: FactConfig) -> list[FactSite]:
 
 
 def shared_factors(surgeon: Surgeon, side: int, rank: int) -> tuple[Shared, Shared]:
-    """U [r, d] as a linear layer starts, and V [d, r] zero."""
+    """Make U [r, d] as a linear layer starts, and V [d, r] zero."""
 
     def zero() -> nn.Module:
         linear = nn.Linear(rank, side, bias=False)
@@ -98,7 +99,7 @@ class FactOperator(Operator):
         self.dropout = nn.Dropout(config.dropout)
 
     def middle(self) -> Tensor:
-        """Sigma ``[*batch, kernel, outputs * r, inputs * r]``, in the places of the slices."""
+        """Return Sigma ``[*batch, kernel, outputs * r, inputs * r]``, in the places of the slices."""
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor, float]:

@@ -1,4 +1,4 @@
-"""Where a tower makes patches of pictures."""
+"""The convolutions of a model that embed patches of pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from peftcore import Site, Surgeon
 
 
 def patch_sites(surgeon: Surgeon, site: Site) -> list[Site]:
-    """The convolutions that embed the patches of the tower in which a site is, with the form "patch"."""
+    """Return the convolutions that embed the patches of the tower in which a site is, with the form "patch"."""
     host = surgeon.resolver.host
     tower = next((entry.tower for entry in host.at(site.module_path)), "")
     patches = (e for e in host.entries if e.role == "patch" and e.tower == tower and e.called and len(e.shape) == 4)

@@ -1,4 +1,4 @@
-"""What visual prompts share: the blocks that image patches go through, and rows beside the patches.
+"""Base operator of visual prompts: the blocks that image patches go through, and rows beside the patches.
 
 Attention without positions treats its tokens as a set, so where the rows of a prompt stand among them changes nothing
 but the order of the rows that come out. Those that stay between blocks stand behind the host's own tokens, where class
@@ -51,12 +51,12 @@ class PromptSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """What stands for a shape in plans and files: the width."""
+        """The width, which stands for a shape in plans and files."""
         return torch.Size([self.width])
 
 
 def prompt_sites(surgeon: Surgeon) -> list[PromptSite]:
-    """The blocks among the user's targets; without these, all blocks of the tower that has an image in patches.
+    """Return the blocks among the user's targets; without these, all blocks of the tower that has an image in patches.
 
     Raises:
         UnsupportedSite: a target is no such block, or one to which tokens cannot be added.
@@ -83,7 +83,7 @@ def prompt_sites(surgeon: Surgeon) -> list[PromptSite]:
 
 
 def _owner(site: Site) -> str:
-    """The path of the list that a block stands in."""
+    """Return the path of the list that a block stands in."""
     return site.module_path.rpartition(".")[0]
 
 
@@ -100,7 +100,7 @@ def _prompt_site(surgeon: Surgeon, site: Site, patches: list[HostEntry]) -> Prom
 
 
 def _obstacles(surgeon: Surgeon, site: Site, inside: list[HostEntry], tower: str) -> Iterator[str]:
-    """Why a block's tokens are no mere set that may grow."""
+    """Yield the reasons why a block's tokens are no mere set that may grow."""
     modules = surgeon.resolver.modules
     roles = {entry.role for entry in inside}
     if not any(entry.role == "block" and entry.path == site.module_path for entry in inside):
@@ -120,8 +120,8 @@ def _obstacles(surgeon: Surgeon, site: Site, inside: list[HostEntry], tower: str
 
 
 def stack_ends(surgeon: Surgeon, sites: list[PromptSite]) -> tuple[PromptSite, PromptSite]:
-    """The first and the last of the sites, when they are a block and all that follow it in its stack: then all prompts
-    leave together, whatever else is active.
+    """Return the first and the last of the sites, when they are a block and all that follow it in its stack: then all
+    prompts leave together, whatever else is active.
 
     Raises:
         UnsupportedSite: they are not.
@@ -149,7 +149,8 @@ class PromptOperator(Operator):
         self.dropout = nn.Dropout(config.dropout)
 
     def rows(self, x: Tensor, others: tuple[Any, ...]) -> Tensor:
-        """[batch, length, width] for tokens [batch, tokens, width]; `others` are the block's other arguments.
+        """Return the prompt, [batch, length, width], for tokens [batch, tokens, width]; `others` are the block's other
+        arguments.
 
         Raises:
             SequenceError: these say something of each token, or the tokens lie on a grid.
@@ -184,12 +185,12 @@ def train_heads(surgeon: Surgeon, sites: list[PromptSite]) -> None:
 
 
 def prompt_count(site: Site, config: PromptConfig) -> int:
-    """Values of a prompt, or of a part of the head."""
+    """Count the values of a prompt, or of a part of the head."""
     return site.numel if site.form == "weight" else config.length * (config.projection or site.out_features)
 
 
 def shared_projection(surgeon: Surgeon, site: PromptSite, config: PromptConfig) -> Shared | None:
-    """The one map of all prompts, where the options want it."""
+    """Return the one map of all prompts, where the options want it."""
     if config.projection is None:
         return None
     return surgeon.own(f"projection_{config.projection}_{site.width}", lambda: _projection(config, site.width))

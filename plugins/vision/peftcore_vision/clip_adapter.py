@@ -57,12 +57,12 @@ class FeatureSite(Site):
 
     @property
     def weight_shape(self) -> torch.Size:
-        """What stands for a shape in plans and files: the width."""
+        """The width, which stands for a shape in plans and files."""
         return torch.Size([self.width])
 
 
 class FeatureOperator(Operator):
-    """Mixes features with what a bottleneck makes of them."""
+    """Mixes features with the output of a bottleneck on them."""
 
     def __init__(self, site: FeatureSite, config: Config) -> None:
         super().__init__(site)
@@ -117,12 +117,12 @@ class CLIPAdapter(Method):
 
 
 def _words(path: str) -> set[str]:
-    """The words in a path: ``visual`` and ``projection`` of ``visual_projection``."""
+    """Return the words in a path: ``visual`` and ``projection`` of ``visual_projection``."""
     return {word.lower() for word in re.findall("[A-Z]?[a-z]+", path)}
 
 
 def _feature_site(surgeon: Surgeon, site: Site, config: Config) -> FeatureSite:
-    """The site with its width: that of its matrix, or of the last one below it (a pooling head)."""
+    """Return the site with its width: that of its matrix, or of the last one below it (a pooling head)."""
     if site.layer.channel_dim != -1 or site.layer.one_hot:
         raise UnsupportedSite(f"{site.path} does not map features in the last dimension to others")
     if site.layer.has(site.module, site.tensor):

@@ -102,7 +102,7 @@ class ConvpassOperator(Bypass):
         return torch.cat([alone, patches.movedim(1, -1).flatten(1, 2).to(alone.dtype)], 1)
 
     def _layout(self, batch: int, tokens: int) -> tuple[int, int]:
-        """Rows and columns of the patches."""
+        """Return rows and columns of the patches."""
         images, high, wide = self.lie.get() or (batch, 1, 1)
         if self.grid is not None:
             high, wide = self.grid

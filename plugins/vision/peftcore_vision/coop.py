@@ -50,7 +50,7 @@ class Config(MethodConfig):
 
     @property
     def count(self) -> int:
-        """Vectors of a context."""
+        """Count the vectors of a context."""
         return len(self.init_ids) or self.length
 
 
@@ -77,7 +77,7 @@ class ContextOperator(Operator):
         return torch.where(held[..., None], chosen, embedded)
 
     def _held(self, ids: Tensor) -> Tensor:
-        """The places of the context [batch, tokens].
+        """Mark the places of the context [batch, tokens].
 
         Raises:
             SequenceError: there are not as many as vectors.
@@ -97,7 +97,7 @@ class ContextOperator(Operator):
         return held
 
     def _rows(self, ids: Tensor) -> Tensor:
-        """Whose context each row of the batch gets."""
+        """Return the number of the context that each row of the batch gets."""
         if self.classes is None:
             return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         told = forward_context().context.get("classes")

@@ -32,7 +32,7 @@ class Config(FactConfig):
 
 
 class Core(nn.Module):
-    """C, [rank, rank, rank]."""
+    """The core C, [rank, rank, rank]."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Core(nn.Module):
 
 
 class FactTKOperator(FactOperator):
-    """The slices of one site, each a mixture of what the core holds."""
+    """The slices of one site, each a mixture of matrices of the core."""
 
     def __init__(self, site: FactSite, config: Config, U: Shared, V: Shared, core: Shared) -> None:
         super().__init__(site, config, U, V)

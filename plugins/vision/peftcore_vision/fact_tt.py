@@ -11,7 +11,7 @@ experts have them for each expert.
 
 Parameters: r^2 a slice, and 2 d r once: 2 d r + 12 L r^2 for a ViT of L blocks.
 
-Use it where the adapter itself must be tiny, as when many tasks are kept; it merges.
+Use it where the adapter itself must be tiny, as when there is one for each of many tasks; it merges.
 """
 
 from __future__ import annotations

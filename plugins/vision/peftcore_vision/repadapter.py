@@ -65,7 +65,7 @@ class RepAdapterOperator(Operator):
         nn.init.uniform_(self.A, -math.sqrt(6 / (width + inner)), math.sqrt(6 / (width + inner)))
 
     def _up(self, low: Tensor, B: Tensor) -> Tensor:
-        """G of the numbers [..., h]."""
+        """Compute G of the numbers [..., h]."""
         blocks = B.unflatten(-2, (self.groups, -1))  # [*batch, g, d/g, h/g]
         return torch.einsum("...gi,...goi->...go", low.unflatten(-1, (self.groups, -1)), blocks).flatten(-2)
 
@@ -76,7 +76,7 @@ class RepAdapterOperator(Operator):
         return call(x + self.scale * (self._up(low, B) + b).movedim(-1, dim).to(x.dtype))
 
     def _through(self, weight: Tensor, columns: Tensor) -> Tensor:
-        """``s W columns``, of columns ``[*batch, n, d]``: [*batch, out, n, kernel]."""
+        """Compute ``s W columns``, of columns ``[*batch, n, d]``: [*batch, out, n, kernel]."""
         dtype = torch.promote_types(weight.dtype, columns.dtype)
         matrices = weight.to(dtype).reshape(*weight.shape[: self.A.dim()], -1)  # [*batch, out, d, kernel]
         return self.scale * torch.einsum("...odk,...nd->...onk", matrices, columns.to(dtype))
@@ -107,7 +107,7 @@ def _refuse(site: Site, config: Config) -> None:
 
 
 def _read_alike(surgeon: Surgeon) -> Iterable[list[Site]]:
-    """The targets, those together that read the same."""
+    """Group the targets that read the same input."""
     together: dict[Any, dict[Any, list[Site]]] = {}
     for site in surgeon.sites():
         owner = site.module_path.rpartition(".")[0] if site.tensor == "weight" else site.module_path
@@ -120,7 +120,8 @@ def _read_alike(surgeon: Surgeon) -> Iterable[list[Site]]:
 
 
 def _joined(surgeon: Surgeon, parts: list[Site]) -> list[Site]:
-    """Parts that are all of a fused matrix, as that; else as weights, for other rows would read what goes through."""
+    """Return parts that are all of a fused matrix as that matrix; else as weights, for other slices would read what
+    goes through."""
     first = parts[0]
     if first.slices is None:
         return parts

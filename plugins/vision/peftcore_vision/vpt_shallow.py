@@ -53,7 +53,7 @@ class Config(PromptConfig):
 
 
 class ShallowOperator(PromptOperator):
-    """Enters at the first block, leaves behind the last one."""
+    """Adds the prompt at the first block, and drops it behind the last one."""
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
         return self._leave if form == LEAVE else self

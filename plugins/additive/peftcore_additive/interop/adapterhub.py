@@ -37,7 +37,7 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_orig": "gelu", "relu": "relu", "swish": "si
 
 
 class HubBottleneck(HubArchitecture):
-    """Two linear maps with a non-linearity between."""
+    """Translates two linear maps with a non-linearity between."""
 
     holder = "adapters"
 
@@ -82,7 +82,7 @@ class HubBottleneck(HubArchitecture):
 
 
 class HubIA3(HubArchitecture):
-    """A vector that scales what a module returns."""
+    """Translates a vector that scales what a module returns."""
 
     holder = "loras"
 

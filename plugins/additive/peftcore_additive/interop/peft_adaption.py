@@ -21,11 +21,11 @@ from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 
 OUT = "o_proj"
-"""What peft takes for the output matrix."""
+"""The module that peft takes for the output matrix."""
 
 
 class PeftAdaptionPrompt(PeftMethod):
-    """A prompt and a gate in the top layers."""
+    """Translates a prompt and a gate in the top layers."""
 
     methods = ("llama_adapter",)
     below = ("adaption_prompt", "adaption_gate")

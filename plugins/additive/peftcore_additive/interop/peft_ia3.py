@@ -23,14 +23,14 @@ from peftcore.layers.kinds import Transposed
 
 
 class PeftIA3(PeftMethod):
-    """Gains of outputs, or of inputs."""
+    """Translates gains of outputs, or of inputs."""
 
     methods = ("ia3",)
     below = ("ia3_l",)
     kinds = (nn.Linear, Transposed, nn.Conv2d, nn.Conv3d)
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
-        """Which modules have their inputs scaled: there the option becomes true, elsewhere false."""
+        """Return the option by module that says whether its inputs are scaled."""
         meant = keys.take("feedforward_modules", (list, str), None)
         if meant is None:
             raise CheckpointError(f"{keys.where}: 'feedforward_modules' does not say whose inputs are scaled")

@@ -1,6 +1,6 @@
 """Prompts and prefixes in peft's files (checked against peft 0.21).
 
-``prompt_embeddings`` are the rows themselves, [length, width], also of P-tuning: peft keeps what the network made and
+``prompt_embeddings`` are the rows themselves, [length, width], also of P-tuning: peft saves what the network made and
 not the network. So a file of P-tuning is read as a plain prompt. In a prefix each row has all layers side by side, [key
 | value] of each. Where peft has a prompt for both halves of an encoder-decoder, its forward uses the encoder's rows
 alone, which come first.
@@ -26,7 +26,7 @@ from peftcore_additive._prefix import PrefixOperator
 
 
 class PeftPrompt(SoftPrompt):
-    """Rows in front of the tokens."""
+    """Translates rows in front of the tokens."""
 
     methods = ("prompt_tuning",)
 
@@ -52,7 +52,7 @@ class PeftPrompt(SoftPrompt):
 
 
 class PeftPTuning(PeftPrompt):
-    """Rows that a network made."""
+    """Translates rows that a network made."""
 
     methods = ("p_tuning",)
 
@@ -80,7 +80,7 @@ class PeftPTuning(PeftPrompt):
 
 
 class PeftPrefix(SoftPrompt):
-    """Keys and values in front of those of every attention."""
+    """Translates keys and values in front of those of every attention."""
 
     methods = ("prefix_tuning",)
 
@@ -138,7 +138,8 @@ def _prefixes(places: Sequence[Place]) -> list[Place]:
 
 
 def _warn_of_window(model: nn.Module) -> None:
-    """In peft a prefix is in the cache, so attention with a window forgets it as it forgets words."""
+    """Warn where attention has a window: peft has the prefix in the cache, so there it falls out of the window as words
+    do."""
     window = getattr(vars(model).get("config"), "sliding_window", None)
     if window:
         warnings.warn(

@@ -20,7 +20,7 @@ DOWN, CORE, UP = "lora_down.weight", "lora_mid.weight", "lora_up.weight"
 
 
 class KohyaLoCon(KohyaMethod):
-    """Low-rank adaptation with cores for larger kernels."""
+    """Translates low-rank factors, with cores for larger kernels."""
 
     methods = ("locon",)
     below = (DOWN, CORE, UP)

@@ -1,1 +1,1 @@
-"""How files of other libraries keep the methods of this plugin: one module for each library and family of methods."""
+"""Other libraries' adapter files for this plugin's methods: one module for each library and family of methods."""

@@ -24,7 +24,7 @@ OPTION = {"A": "config_A_B", "B": "config_A_B", "C": "config_C", "D": "config_D_
 
 
 class PeftGLoRA(PeftMethod):
-    """Terms of the weight and of the bias."""
+    """Translates terms of the weight and of the bias."""
 
     methods = ("glora",)
     below = tuple(f"glora_{term}.{name}" for term in OPTION for name in ("Xd", "Xu", "X", "zeros"))

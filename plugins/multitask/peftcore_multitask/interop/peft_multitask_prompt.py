@@ -25,7 +25,7 @@ COLS, TASK_ROWS = "prefix_task_cols", "prefix_task_rows"
 
 
 class PeftMultitaskPrompt(SoftPrompt):
-    """A prompt that tasks share, and what each makes of it."""
+    """Translates a prompt that tasks share, and the factors of each task."""
 
     methods = ("multitask_prompt_tuning",)
     root = (ROWS, COLS, TASK_ROWS)

@@ -23,7 +23,7 @@ A, B, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 
 
 class PeftPoly(PeftMethod):
-    """Skills and the logits of tasks."""
+    """Translates skills and the logits of tasks."""
 
     methods = ("polytropon",)
     below = (A, B, LOGITS)

@@ -3,7 +3,7 @@
     W = nf4(W - t) + t,   one t for each block: median + f absmax(block - median)
 
 f is that number of a grid around zero with which the 16 codes are used most evenly (their entropy in the block is
-largest; the first of equal ones). t is kept in 8 bits, 256 of them with one scale. As in the authors' code what is
+largest; the first of equal ones). t is stored in 8 bits, 256 of them with one scale. As in the authors' code what is
 subtracted is t itself, and what is added t in 8 bits. That code takes only weights with a multiple of 256 blocks.
 """
 
@@ -31,14 +31,14 @@ SIGMA = 1 / float(torch.special.ndtri(torch.tensor(0.9677083, dtype=torch.float6
 
 
 def unevenness(codes: Tensor, counted: Tensor) -> Tensor:
-    """What grows as the entropy of the codes in each block falls: the sum of n log n over how often each is used."""
+    """Sum n log n over how often each code is used in a block: it grows as the entropy of the codes falls."""
     counts = torch.zeros(len(codes), len(NORMAL), dtype=torch.float64, device=codes.device)
     counts.scatter_add_(1, codes.long(), counted.to(counts.dtype))
     return (counts * counts.clamp_min(1).log2()).sum(1).mul(1e6).round()  # so that equal ones are equal
 
 
 def calibration(blocks: Tensor, spread: float, steps: int) -> Tensor:
-    """t ``[blocks, 1]`` of each block; NaN are no values."""
+    """Return t ``[blocks, 1]`` of each block; NaN are no values."""
     counted = ~blocks.isnan()
     middle = blocks.nanmedian(1, keepdim=True).values
     absmax = (blocks - middle).abs().nan_to_num(0).amax(1, keepdim=True)
@@ -53,7 +53,7 @@ def calibration(blocks: Tensor, spread: float, steps: int) -> Tensor:
 
 
 class ICQLinear(NF4Linear):
-    """4-bit NormalFloat in blocks that are calibrated."""
+    """A linear layer in 4-bit NormalFloat with blocks that are calibrated."""
 
     def encode(  # type: ignore[override]
         self, weight: Tensor, block_size: int, double_quant: bool, tau_range: float, tau_steps: int
@@ -76,7 +76,7 @@ class ICQLinear(NF4Linear):
 
 
 class ICQ(Reference):
-    """4-bit NormalFloat, calibrated."""
+    """The scheme of 4-bit NormalFloat, calibrated."""
 
     kind = ICQLinear
     block_size: PositiveInt = 64

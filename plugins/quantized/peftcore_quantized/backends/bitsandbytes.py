@@ -2,7 +2,7 @@
 
 On CPUs with AVX512-BF16 a pass in evaluation packs the codes of a `Linear4bit` once more, for a kernel without
 gradient: training after it would have gradients of zero and say nothing. It also rounds the scales, and fails where
-rows are no multiple of 32. What is packed here never does; a host that others have packed is held so while it is
+rows are no multiple of 32. What is quantized here never does; a host that others have quantized is held so while it is
 adapted, and brought back if it already has (with the rounded scales; the others are gone).
 """
 
@@ -25,12 +25,13 @@ PEFTCORE_API = 2
 
 
 def _nn() -> Any:
-    """bitsandbytes' modules. Looked up, not imported: without it no module can be one of them."""
+    """Return bitsandbytes' modules, looked up and not imported: without them no module can be one of them."""
     return sys.modules.get("bitsandbytes.nn.modules")
 
 
 def _plain_codes(weight: Any) -> tuple[Tensor, Any]:
-    """The codes and their state in the common layout, whatever a pass in evaluation made of them. Nothing changes."""
+    """Return the codes and their state in the common layout, whatever a pass in evaluation made of them. Nothing
+    changes."""
     state = weight.quant_state
     if not getattr(state, "packing_format_for_cpu", False):
         return weight.data, state
@@ -44,7 +45,7 @@ def _plain_codes(weight: Any) -> tuple[Tensor, Any]:
 
 @dataclass(frozen=True)
 class FourBit(QuantizedLayer):
-    """How the core reads and packs `Linear4bit`."""
+    """Reads and quantizes `Linear4bit` for the core."""
 
     def unpack(self, module: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -83,7 +84,7 @@ def _four_bit(weight: Tensor, kind: str, block_size: int, double: bool, storage:
 
 @dataclass(frozen=True)
 class EightBit(QuantizedLayer):
-    """How the core reads and packs `Linear8bitLt`. It does not remember the dtype that it was packed from."""
+    """Reads and quantizes `Linear8bitLt` for the core. It does not remember the dtype that it was quantized from."""
 
     def unpack(self, module: nn.Module) -> Tensor:
         codes, scale = _eight_bit_state(module)
@@ -97,7 +98,7 @@ class EightBit(QuantizedLayer):
 
 
 def _eight_bit_state(module: Any) -> tuple[Tensor, Tensor]:
-    """Codes and row scales: at the weight until the first forward, at the module's state from then on."""
+    """Return codes and row scales: at the weight until the first forward, at the module's state from then on."""
     moved = module.weight.SCB is None
     return (module.weight.data, module.state.SCB) if moved else (module.weight.CB, module.weight.SCB)
 
@@ -115,14 +116,14 @@ def _eight_bit(weight: Tensor, threshold: float) -> Any:
 
 
 class BnbScheme(Scheme):
-    """What the three share."""
+    """Base class of the three schemes."""
 
     requires: ClassVar[tuple[str, ...]] = ("bitsandbytes",)
     extra: ClassVar[str] = "peftcore-quantized[bitsandbytes]"
 
 
 class NF4(BnbScheme):
-    """4-bit NormalFloat of bitsandbytes."""
+    """The scheme of bitsandbytes' 4-bit NormalFloat."""
 
     layer: ClassVar[QuantizedLayer] = FourBit()
     kind: ClassVar[str] = "nf4"
@@ -136,13 +137,13 @@ class NF4(BnbScheme):
 
 
 class FP4(NF4):
-    """4-bit floating point of bitsandbytes."""
+    """The scheme of bitsandbytes' 4-bit floating point."""
 
     kind: ClassVar[str] = "fp4"
 
 
 class Int8(BnbScheme):
-    """LLM.int8: 8-bit integers, one scale a row; inputs are packed too, but for columns with outliers."""
+    """The scheme LLM.int8: 8-bit integers, one scale a row; inputs are quantized too, but for columns with outliers."""
 
     layer: ClassVar[QuantizedLayer] = EightBit()
     threshold: NonNegativeFloat = 6.0
@@ -154,13 +155,13 @@ class Int8(BnbScheme):
 
 @hookimpl
 def peftcore_schemes() -> dict[str, str]:
-    """Names and places."""
+    """Map the names of the schemes to their import paths."""
     return {name: f"{__name__}:{c.__name__}" for name, c in (("bnb-nf4", NF4), ("bnb-fp4", FP4), ("bnb-int8", Int8))}
 
 
 @hookimpl
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """What bitsandbytes has packed."""
+    """Return the layer of a module that bitsandbytes has quantized, else None."""
     classes, owner = _nn(), module.get_submodule(tensor.rpartition(".")[0])
     if classes is None:
         return None
@@ -171,7 +172,8 @@ def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
 
 
 def _is_packed(module: Any) -> bool:
-    """Before it is moved to its device for the first time it holds its weight as it was given."""
+    """Whether the weight is quantized: before a module is first moved to its device it holds the weight as it was
+    given."""
     return isinstance(module.weight, _nn().Params4bit) and module.weight.quant_state is not None
 
 
@@ -182,7 +184,8 @@ def _unpack_for_gradients(module: Any) -> None:
 
 
 def _may_pack_again(module: Any) -> bool:
-    """Only codes on a CPU that can, and each call pays for being held; those that a later move brings there are not."""
+    """Whether a CPU may pack the codes again. Asked for each module, since each call pays for being held; codes that a
+    later move brings there are not held."""
     return module.support_avx512bf16_for_cpu and module.weight.device.type in ("cpu", "meta")
 
 
@@ -193,6 +196,6 @@ def _held() -> ForcedAttributes:
 
 @hookimpl
 def peftcore_forced_attributes(cls: type[nn.Module]) -> ForcedAttributes | None:
-    """Codes stay in the layout that gradients go through."""
+    """Return the attribute that leaves codes in the layout that gradients go through."""
     classes = _nn()
     return _held() if classes is not None and issubclass(cls, classes.Linear4bit) else None

@@ -19,7 +19,7 @@ PEFTCORE_API = 2
 
 @functools.cache
 def _linear() -> Any:
-    """HQQ's class, with the bias as a parameter, as all others have it: HQQ's own loads it as a plain tensor."""
+    """Return HQQ's class, with the bias as a parameter, as all others have it: HQQ's own loads a plain tensor."""
     from hqq.core.quantize import HQQLinear
 
     def load(self: Any, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -33,7 +33,7 @@ def _linear() -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """Files of pickled modules find the class here."""
+    """Return the class for files of pickled modules, which look for it here."""
     if name == "HQQLinear":
         return _linear()
     raise AttributeError(name)
@@ -51,7 +51,7 @@ def _packed(weight: Tensor, config: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class HQQLayer(QuantizedLayer):
-    """How the core reads and packs `HQQLinear`."""
+    """Reads and quantizes `HQQLinear` for the core."""
 
     def unpack(self, module: Any) -> Tensor:
         return module.dequantize()  # type: ignore[no-any-return]
@@ -64,7 +64,7 @@ class HQQLayer(QuantizedLayer):
 
 
 class HQQ8(Scheme):
-    """8 bits of HQQ."""
+    """The scheme of HQQ in 8 bits."""
 
     layer: ClassVar[QuantizedLayer] = HQQLayer()
     requires: ClassVar[tuple[str, ...]] = ("hqq",)
@@ -85,20 +85,21 @@ class HQQ8(Scheme):
 
 
 class HQQ4(HQQ8):
-    """4 bits of HQQ."""
+    """The scheme of HQQ in 4 bits."""
 
     bits: ClassVar[int] = 4
 
 
 @hookimpl
 def peftcore_schemes() -> dict[str, str]:
-    """Names and places."""
+    """Map the names of the schemes to their import paths."""
     return {"hqq-8": f"{__name__}:HQQ8", "hqq-4": f"{__name__}:HQQ4"}
 
 
 @hookimpl
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """What HQQ has packed. Looked up, not imported: without it no module can be one of its own."""
+    """Return the layer of a module that HQQ has quantized, else None. HQQ is looked up, not imported: without it no
+    module can be one of its own."""
     hqq = sys.modules.get("hqq.core.quantize")
     owner = module.get_submodule(tensor.rpartition(".")[0])
     return (

@@ -1,8 +1,8 @@
-"""Packing in plain torch, on any device: the schemes nf4, int8 and int4, against which faster ones are checked.
+"""Quantization in plain torch, on any device: the schemes nf4, int8 and int4, against which faster ones are checked.
 
     nf4    QLoRA's 4-bit NormalFloat (arXiv 2305.14314): the nearest of 16 quantiles of a normal distribution to
-           w / absmax, in blocks of the flattened weight; with `double_quant` the absmax are kept in 8 bits themselves.
-           Codes and numbers are those of bitsandbytes, to the bit; but for a few absmax in a thousand with
+           w / absmax, in blocks of the flattened weight; with `double_quant` the absmax are stored in 8 bits
+           themselves. Codes and numbers are those of bitsandbytes, to the bit; but for a few absmax in a thousand with
            `double_quant`, where the nearest level is taken and bitsandbytes on a CPU takes the one beside it.
     int8   round(127 w / absmax), one absmax for each row
     int4   round(w / scale + zero), one scale and one zero for each group of a row, both in floating point
@@ -59,34 +59,34 @@ below it."""
 
 
 def nearest(values: Tensor, levels: list[float]) -> Tensor:
-    """The index of the level nearest to each value, the lower one of two, as bytes."""
+    """Return the index of the level nearest to each value, the lower one of two, as bytes."""
     known = torch.tensor(levels, dtype=torch.float32, device=values.device)
     return torch.bucketize(values, (known[1:] + known[:-1]) / 2).to(torch.uint8)
 
 
 def look_up(codes: Tensor, levels: list[float]) -> Tensor:
-    """The levels of codes."""
+    """Return the levels of codes."""
     return torch.tensor(levels, dtype=torch.float32, device=codes.device)[codes.int()]
 
 
 def blocks_of(values: Tensor, size: int, fill: int = 0) -> Tensor:
-    """The flattened values in rows of `size`, the last one filled up."""
+    """Return the flattened values in rows of `size`, the last one filled up."""
     return F.pad(values.reshape(-1), (0, -values.numel() % size), value=fill).view(-1, size)
 
 
 def nibbles(codes: Tensor, fill: int = 0) -> Tensor:
-    """Two 4-bit codes a byte, the first in the upper half."""
+    """Pack two 4-bit codes into a byte, the first in the upper half."""
     pairs = blocks_of(codes, 2, fill)
     return pairs[:, 0] << 4 | pairs[:, 1]
 
 
 def from_nibbles(packed: Tensor) -> Tensor:
-    """The codes again, two for each byte, as int32."""
+    """Unpack the codes, two from each byte, as int32."""
     return torch.stack([packed >> 4, packed & 15], -1).reshape(-1).int()
 
 
 class Frozen(torch.autograd.Function):
-    """``x W^T`` with W made by `decode` from packed tensors, in forward and again in backward."""
+    """Computes ``x W^T`` with W made by `decode` from packed tensors, in forward and again in backward."""
 
     @staticmethod
     def forward(x: Tensor, decode: Callable[..., Tensor], *packed: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Frozen(torch.autograd.Function):
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with a packed weight. Subclasses say how to encode and how to decode."""
+    """A linear layer with a quantized weight. Subclasses say how to encode and how to decode."""
 
     def __init__(self, weight: Tensor, options: dict[str, Any]) -> None:
         super().__init__()
@@ -115,16 +115,16 @@ class PackedLinear(nn.Module):
         self.register_parameter("bias", None)
 
     def encode(self, weight: Tensor, **options: Any) -> dict[str, Tensor]:
-        """The packed tensors of a weight ``[out, in]``."""
+        """Return the packed tensors of a weight ``[out, in]``."""
         raise NotImplementedError
 
     def decode(self, *packed: Tensor) -> Tensor:
-        """The weight from the packed tensors, in float32."""
+        """Return the weight from the packed tensors, in float32."""
         raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Casts say what dtype the weight has when it is made dense, and what the bias has; what is packed moves to
-        other devices and stays as precise as it is."""
+        """Move and cast the module: a cast sets the dtype of the dense weight and casts the bias; packed tensors move
+        to other devices and stay as precise as they are."""
         packed = {id(tensor) for tensor in self._buffers.values()}
 
         def moved(tensor: Tensor) -> Tensor:
@@ -137,11 +137,11 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A dense copy of the weight."""
+        """Return a dense copy of the weight."""
         return self.decode(*self._buffers.values()).to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in] -> [..., out]``, in the dtype of x."""
+        """Map ``[..., in]`` to ``[..., out]``, in the dtype of x."""
         y: Tensor = Frozen.apply(x, self.decode, *self._buffers.values())
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
@@ -151,7 +151,7 @@ class PackedLinear(nn.Module):
 
 
 class NF4Linear(PackedLinear):
-    """4-bit NormalFloat in blocks."""
+    """A linear layer in 4-bit NormalFloat with blocks."""
 
     def encode(self, weight: Tensor, block_size: int, double_quant: bool) -> dict[str, Tensor]:  # type: ignore[override]
         blocks = blocks_of(weight, block_size)
@@ -166,7 +166,8 @@ class NF4Linear(PackedLinear):
 
     @staticmethod
     def _in_eight_bits(absmax: Tensor) -> dict[str, Tensor]:
-        """Their difference from the mean, dynamic; bitsandbytes rounds it to a grid before it looks for the level."""
+        """Return the absmax in 8 bits: their difference from the mean, dynamic; bitsandbytes rounds it to a grid before
+        it looks for the level."""
         mean = absmax.mean()
         rest = blocks_of(absmax - mean, DOUBLE)
         scale = rest.abs().amax(1)
@@ -188,7 +189,7 @@ class NF4Linear(PackedLinear):
 
 
 class Int8Linear(PackedLinear):
-    """8-bit integers, one scale a row."""
+    """A linear layer in 8-bit integers, one scale a row."""
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         absmax = weight.abs().amax(1, keepdim=True)
@@ -199,7 +200,7 @@ class Int8Linear(PackedLinear):
 
 
 class Int4Linear(PackedLinear):
-    """4-bit integers, a scale and a floating-point zero for each group of a row."""
+    """A linear layer in 4-bit integers, a scale and a floating-point zero for each group of a row."""
 
     def encode(self, weight: Tensor, group_size: int) -> dict[str, Tensor]:  # type: ignore[override]
         if weight.shape[1] % group_size:
@@ -218,7 +219,7 @@ class Int4Linear(PackedLinear):
 
 @dataclass(frozen=True)
 class ReferenceLayer(QuantizedLayer):
-    """How the core reads and packs these modules."""
+    """Reads and quantizes these modules for the core."""
 
     def unpack(self, module: nn.Module) -> Tensor:
         return module.weight  # type: ignore[return-value]
@@ -231,7 +232,7 @@ class ReferenceLayer(QuantizedLayer):
 
 
 class Reference(Scheme):
-    """The common part of the three."""
+    """Base class of the three schemes."""
 
     layer: ClassVar[QuantizedLayer] = ReferenceLayer()
     kind: ClassVar[type[PackedLinear]]
@@ -241,7 +242,7 @@ class Reference(Scheme):
 
 
 class NF4(Reference):
-    """4-bit NormalFloat."""
+    """The scheme of 4-bit NormalFloat."""
 
     kind = NF4Linear
     block_size: PositiveInt = 64
@@ -251,13 +252,13 @@ class NF4(Reference):
 
 
 class Int8(Reference):
-    """8-bit integers."""
+    """The scheme of 8-bit integers."""
 
     kind = Int8Linear
 
 
 class Int4(Reference):
-    """4-bit integers with zeros."""
+    """The scheme of 4-bit integers with zeros."""
 
     kind = Int4Linear
     group_size: PositiveInt = 32
@@ -266,13 +267,13 @@ class Int4(Reference):
 
 @hookimpl
 def peftcore_schemes() -> dict[str, str]:
-    """Names and places."""
+    """Map the names of the schemes to their import paths."""
     here = {name: f"{__name__}:{cls.__name__}" for name, cls in (("nf4", NF4), ("int8", Int8), ("int4", Int4))}
     return {**here, "nf4-icq": f"{__package__}._icq:ICQ"}
 
 
 @hookimpl
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """What is packed by one of these."""
+    """Return the layer of a module that one of these schemes has quantized, else None."""
     owner = module.get_submodule(tensor.rpartition(".")[0])
     return quantized_layer_of(module, tensor, NF4.layer) if isinstance(owner, PackedLinear) else None

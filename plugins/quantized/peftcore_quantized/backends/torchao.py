@@ -65,7 +65,7 @@ PACKERS: dict[str, Callable[[Any], Any]] = {
 
 @dataclass(frozen=True)
 class TorchAOLayer(QuantizedLayer):
-    """How the core reads and packs linear layers whose weight is one of torchao's tensors."""
+    """Reads and quantizes linear layers whose weight is one of torchao's tensors, for the core."""
 
     @property
     def saves_dense(self) -> bool:
@@ -87,7 +87,7 @@ class TorchAOLayer(QuantizedLayer):
 
 
 class Int8(Scheme):
-    """8-bit integers of torchao, one scale a row."""
+    """The scheme of torchao's 8-bit integers, one scale a row."""
 
     layer: ClassVar[QuantizedLayer] = TorchAOLayer()
     requires: ClassVar[tuple[str, ...]] = ("torchao",)
@@ -98,14 +98,14 @@ class Int8(Scheme):
 
 
 class Float8(Int8):
-    """8-bit floating point of torchao, one scale a row."""
+    """The scheme of torchao's 8-bit floating point, one scale a row."""
 
     def module(self, weight: Tensor) -> nn.Module:
         return _packed(weight, _float8(weight))
 
 
 class Int4(Int8):
-    """4-bit integers of torchao, a scale for each group. On a CPU they are stored in a byte each."""
+    """The scheme of torchao's 4-bit integers, a scale for each group. On a CPU they are stored in a byte each."""
 
     group_size: PositiveInt = 32
     """How many weights of a row share a scale; divides the number of inputs."""
@@ -120,14 +120,15 @@ class Int4(Int8):
 
 @hookimpl
 def peftcore_schemes() -> dict[str, str]:
-    """Names and places."""
+    """Map the names of the schemes to their import paths."""
     known = (("torchao-int8", Int8), ("torchao-int4", Int4), ("torchao-float8", Float8))
     return {name: f"{__name__}:{cls.__name__}" for name, cls in known}
 
 
 @hookimpl
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
-    """What torchao has packed. Looked up, not imported: without it no tensor can be one of its own."""
+    """Return the layer of a tensor that torchao has quantized, else None. torchao is looked up, not imported: without
+    it no tensor can be one of its own."""
     utils, path, name = sys.modules.get("torchao.utils"), *tensor.rpartition(".")[::2]
     if utils is None:
         return None

@@ -15,13 +15,13 @@ from peftcore import runs_plain
 
 
 def plain_projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
-    """``A x`` in a dtype."""
+    """Return ``A x`` in a dtype."""
     return F.linear(x.to(dtype), A.to(dtype))
 
 
 def projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
-    """`plain_projected` of a fixed matrix; the same tensor as before for an input that was projected by that matrix
-    last, while backward keeps the product. Neither x nor A nor the product is kept here.
+    """Return `plain_projected` of a fixed matrix: the same tensor as before for an input that was projected by that
+    matrix last, while backward keeps the product. Neither x nor A nor the product is kept here.
 
     An input that nothing computed may be written to by its owner in ways that nobody sees (`x.data`); one product more
     is made for that.
@@ -39,7 +39,7 @@ def projected(x: Tensor, A: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Asked:
-    """What was projected, and by what, without keeping either alive."""
+    """Weak references to the tensors of a product, and what else decides it."""
 
     def __init__(self, x: Tensor, A: Tensor, dtype: torch.dtype) -> None:
         whole = A if A._base is None else A._base
@@ -48,7 +48,7 @@ class _Asked:
         self.rest = x._version, A._version, place, dtype
 
     def same(self, other: _Asked) -> bool:
-        """Whether both would make the same: of the same tensors, which nobody has changed meanwhile."""
+        """Whether both would make the same product: of the same tensors, which nobody has changed meanwhile."""
         alike = self.rest == other.rest
         return alike and all(a() is b() for a, b in zip(self.tensors, other.tensors, strict=True))
 
@@ -60,7 +60,7 @@ class _Last(threading.local):
     found: TensorWeakRef | None = None
 
     def find(self, asked: _Asked) -> Tensor | None:
-        """That product, if it is what is asked for and still there."""
+        """Return the last product, if it is what is asked for and still alive."""
         if self.asked is None or self.found is None or not self.asked.same(asked):
             return None
         found: Tensor | None = self.found()
@@ -71,8 +71,8 @@ _LAST = _Last()
 
 
 class _Project(torch.autograd.Function):
-    """Saves no tensor: so a repeated forward may find the product where the first one made it, or the other way round,
-    and several of its uses can be differentiated one after the other."""
+    """The projection as an autograd function without saved tensors: so a repeated forward may find the product where
+    the first one made it, or the other way round, and several of its uses can be differentiated one after the other."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, A: Tensor) -> Tensor:

@@ -13,14 +13,14 @@ from peftcore import Layer, cast_operands, runs_plain
 
 
 def plain_rotate(x: Tensor, R: Tensor) -> Tensor:
-    """Rows ``[..., blocks * size]`` times a block-diagonal matrix of blocks ``[blocks, size, size]``, of which one may
-    stand for all."""
+    """Multiply rows ``[..., blocks * size]`` by a block-diagonal matrix of blocks ``[blocks, size, size]``, of which
+    one may stand for all."""
     parts = x.reshape(-1, x.shape[-1] // R.shape[-1], R.shape[-1])  # [n, blocks, size]
     return (parts.transpose(0, 1) @ R).transpose(0, 1).reshape(x.shape)
 
 
 def rotate(x: Tensor, R: Tensor) -> Tensor:
-    """`plain_rotate`, with as few passes over memory as the device likes best."""
+    """Compute `plain_rotate` with as few passes over memory as the device likes best."""
     if runs_plain() or R.shape[0] == 1:
         return plain_rotate(x, R)
     return _Rotate.apply(x, R)
@@ -42,7 +42,7 @@ class _Rotate(torch.autograd.Function):
 def _back(
     x: Tensor, R: Tensor, gradient: Tensor, wants_x: bool, wants_R: bool, own: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of rows that turn, in the shape of theirs, and of what turns them.
+    """Return the gradients of the rows, in the shape of theirs, and of the rotation.
 
     Args:
         own: whether nobody else has the gradient of the turned rows, so that its memory may be used.
@@ -57,19 +57,19 @@ def _back(
 
 
 def _blocks(x: Tensor, R: Tensor) -> Tensor:
-    """The rows of x, ``[blocks, n, size]``."""
+    """Return the rows of x by blocks, ``[blocks, n, size]``."""
     return x.reshape(-1, *R.shape[:2]).transpose(0, 1)
 
 
 def _laid(x: Tensor, R: Tensor) -> Tensor:
-    """`_blocks`; on a CPU each in one piece, as a product that reads or writes a few columns of each row waits for
-    memory for longer than it takes to copy them together and back."""
+    """Return `_blocks`, on a CPU each in one piece, as a product that reads or writes a few columns of each row waits
+    for memory for longer than it takes to copy them together and back."""
     blocks = _blocks(x, R)
     return blocks.clone(memory_format=torch.contiguous_format) if x.device.type == "cpu" else blocks
 
 
 def _turned_blocks(blocks: Tensor, R: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """The rows ``[n, blocks, size]`` of such blocks when they have turned. They take the place of the blocks."""
+    """Rotate such blocks in their own memory, and return them as rows ``[n, blocks, size]``."""
     turned = torch.bmm(blocks, R, out=scratch)
     return blocks.view(-1, *R.shape[:2]).copy_(turned.transpose(0, 1))
 
@@ -80,7 +80,7 @@ def _turned_rows(x: Tensor, R: Tensor) -> Tensor:
 
 
 def _where_they_lie(x: Tensor, R: Tensor) -> Tensor:
-    """Turned rows ``[n, blocks, size]``, each product written where it belongs."""
+    """Return rotated rows ``[n, blocks, size]``, each product written where it belongs."""
     turned = x.new_empty(x.numel() // x.shape[-1], *R.shape[:2])
     torch.bmm(_blocks(x, R), R, out=turned.transpose(0, 1))
     return turned
@@ -90,7 +90,7 @@ def _where_they_lie(x: Tensor, R: Tensor) -> Tensor:
 
 
 def rotated(layer: Layer, call: Callable[..., Tensor], x: Tensor, R: Tensor, exact: bool = True) -> Tensor:
-    """``call`` of inputs that turn, `call` the inner layer of an operator.
+    """Return ``call`` of rotated inputs, `call` the inner layer of an operator.
 
     Args:
         layer: that of the site, which does to each vector of x the same (`Layer.of_vectors`).
@@ -103,12 +103,13 @@ def rotated(layer: Layer, call: Callable[..., Tensor], x: Tensor, R: Tensor, exa
 
 
 def plain_rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
-    """``weight R^T x + bias``: the layer of rows that `plain_rotate` turns."""
+    """Compute ``weight R^T x + bias``: a linear layer of rows that `plain_rotate` rotates."""
     return F.linear(plain_rotate(x, R), weight, bias)
 
 
 def rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor, exact: bool = True) -> Tensor:
-    """`plain_rotated_linear` of a frozen weight, in one function. Rows turn, or the weight does where that is less.
+    """Compute `plain_rotated_linear` of a frozen weight, in one function. Rows turn, or the weight does where that is
+    less.
 
     Args:
         exact: whether R are rotations indeed, so that their transposes are their inverses.
@@ -125,7 +126,7 @@ def rotated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor, ex
 
 
 class _TurnedRows(torch.autograd.Function):
-    """Any R."""
+    """A linear layer of rotated rows, for any R."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
@@ -147,8 +148,9 @@ class _TurnedRows(torch.autograd.Function):
 
 
 class _TurnedWeight(torch.autograd.Function):
-    """With u the gradient of turned rows, ``of_x = u R^T`` comes of the turned weight at once, and ``of_R = x^T u``, by
-    blocks, is ``x^T of_x R``: so nothing turns but the weight. It is turned again in backward, not kept."""
+    """A linear layer with a rotated weight. With u the gradient of turned rows, ``of_x = u R^T`` comes of the turned
+    weight at once, and ``of_R = x^T u``, by blocks, is ``x^T of_x R``: so nothing turns but the weight. It is turned
+    again in backward, not kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, R: Tensor) -> Tensor:
@@ -166,5 +168,5 @@ class _TurnedWeight(torch.autograd.Function):
 
 
 def _turned(weight: Tensor, R: Tensor) -> Tensor:
-    """The weight of a layer whose inputs turn ``[out, in]``, laid out by inputs: whole blocks are written."""
+    """Return the weight of a layer whose inputs turn ``[out, in]``, laid out by inputs: whole blocks are written."""
     return torch.bmm(R, _blocks(weight, R).mT).view(weight.shape[::-1]).mT

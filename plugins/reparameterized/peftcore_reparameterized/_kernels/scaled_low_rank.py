@@ -15,7 +15,7 @@ from peftcore_reparameterized._kernels.scaling import add_scaled
 
 
 class ScaledFactors(NamedTuple):
-    """Of the update ``diag(outer) B diag(inner) A``: the vectors train, the matrices do not."""
+    """Factors of the update ``diag(outer) B diag(inner) A``: the vectors train, the matrices do not."""
 
     A: Tensor
     """``[rank, in, *kernel]``."""
@@ -30,7 +30,7 @@ class ScaledFactors(NamedTuple):
 def scaled_update(
     layer: Layer, call: Callable[..., Tensor], x: Tensor, factors: ScaledFactors, dropout: float = 0.0
 ) -> Tensor:
-    """``call(x) + diag(outer) B diag(inner) A dropout(x)``, `call` the inner layer of an operator.
+    """Return ``call(x) + diag(outer) B diag(inner) A dropout(x)``, `call` the inner layer of an operator.
 
     Args:
         layer: that of the site.
@@ -50,7 +50,7 @@ def scaled_update(
 def plain_scaled_low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, factors: ScaledFactors, dropout: float = 0.0
 ) -> Tensor:
-    """``weight x + bias + diag(outer) B diag(inner) A dropout(x)``."""
+    """Compute ``weight x + bias + diag(outer) B diag(inner) A dropout(x)``."""
     A, inner, B, outer = factors
     low = F.linear(F.dropout(x, dropout) if dropout else x, A)
     return F.linear(x, weight, bias) + outer * F.linear(inner * low, B)
@@ -59,8 +59,8 @@ def plain_scaled_low_rank_linear(
 def scaled_low_rank_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, factors: ScaledFactors, dropout: float = 0.0
 ) -> Tensor:
-    """`plain_scaled_low_rank_linear`, in one function unless the matrices train. Sites that share x and A share their
-    product, unless parts of x are dropped."""
+    """Compute `plain_scaled_low_rank_linear` in one function, unless the matrices train. Sites that share x and A share
+    their product, unless parts of x are dropped."""
     given, (A, inner, B, outer) = x, factors
     x, weight, bias = cast_operands(x, weight, bias)
     cast = [each.to(weight.dtype) for each in (inner, B, outer)]
@@ -71,7 +71,8 @@ def scaled_low_rank_linear(
 
 
 class _ScaledLowRankLinear(torch.autograd.Function):
-    """Returns what it keeps for backward as well, so that backward can be differentiated."""
+    """The autograd function of `scaled_low_rank_linear`; it returns what it saves for backward as well, so that
+    backward can be differentiated."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""What is scaled entry by entry: a term of a sum, and bases that many updates share."""
+"""Products by entries: a scaled term of a sum, and bases that many updates share, scaled from both sides."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from peftcore import runs_plain
 
 
 def plain_add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
-    """``y + gain z``, the gain of fewer entries than z."""
+    """Compute ``y + gain z``, the gain of fewer entries than z."""
     return y + gain * z
 
 
 def add_scaled(y: Tensor, gain: Tensor, z: Tensor) -> Tensor:
-    """`plain_add_scaled` in one pass, and one pass less in backward than `torch.addcmul` takes."""
+    """Compute `plain_add_scaled` in one pass, with one pass less in backward than `torch.addcmul` takes."""
     return plain_add_scaled(y, gain, z) if runs_plain() else _AddScaled.apply(y, gain, z)
 
 
@@ -39,12 +39,13 @@ class _AddScaled(torch.autograd.Function):
 
 
 def plain_scaled_bases(A: Tensor, L: Tensor, G: Tensor) -> Tensor:
-    """``L[..., r, b] A[r, i] G[..., b, i]``: a matrix ``[rank, in]`` in as many scaled copies as there are bases."""
+    """Compute ``L[..., r, b] A[r, i] G[..., b, i]``: a matrix ``[rank, in]`` in as many scaled copies as there are
+    bases."""
     return L.unsqueeze(-1) * A.unsqueeze(-2) * G.unsqueeze(-3)
 
 
 def scaled_bases(A: Tensor, L: Tensor, G: Tensor) -> Tensor:
-    """`plain_scaled_bases` of a fixed A, of which backward keeps the scales alone and makes one tensor of that size."""
+    """Compute `plain_scaled_bases` of a fixed A; backward keeps the scales alone and makes one tensor of that size."""
     if runs_plain() or A.requires_grad:
         return plain_scaled_bases(A, L, G)
     return _ScaledBases.apply(A, L, G)

@@ -1,4 +1,4 @@
-"""Rotations of skew-symmetric matrices: the Cayley transform, and its series."""
+"""Rotations from skew-symmetric matrices: the Cayley transform, and its series."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from peftcore import runs_plain
 
 
 def plain_skew(entries: Tensor, size: int) -> Tensor:
-    """Skew-symmetric matrices ``[*batch, size, size]`` from what stands above the diagonal, row by row."""
+    """Make skew-symmetric matrices ``[*batch, size, size]`` from the entries above the diagonal, row by row."""
     row, column = torch.triu_indices(size, size, 1, device=entries.device)
     matrix = entries.new_zeros(*entries.shape[:-1], size * size)
     matrix = matrix.index_copy(-1, row * size + column, entries).view(*entries.shape[:-1], size, size)
@@ -21,13 +21,13 @@ def plain_skew(entries: Tensor, size: int) -> Tensor:
 
 
 def _skew(entries: Tensor, size: int) -> Tensor:
-    """`plain_skew`, gathered in one pass; where each entry goes is worked out once."""
+    """Compute `plain_skew`, gathered in one pass; where each entry goes is worked out once."""
     source, sign, _ = _kept(_places, size, entries.device)
     return entries.index_select(-1, source).mul_(sign).view(*entries.shape[:-1], size, size)
 
 
 def _of_entries(of_K: Tensor) -> Tensor:
-    """The gradient of the entries, of that of their matrices, which need not be skew-symmetric."""
+    """Return the gradient of the entries from that of their matrices, which need not be skew-symmetric."""
     _, _, above = _kept(_places, of_K.shape[-1], of_K.device)
     return (of_K - of_K.mT).flatten(-2).index_select(-1, above)
 
@@ -36,7 +36,8 @@ _KEPT: dict[tuple[Any, ...], tuple[Tensor, ...]] = {}
 
 
 def _kept(make: Callable[..., tuple[Tensor, ...]], *key: Any) -> tuple[Tensor, ...]:
-    """What `make` returns for these arguments, made once; not kept is what a mode makes that makes other tensors."""
+    """Return what `make` returns for these arguments, made once; the result of a mode that makes other tensors is not
+    kept."""
     known = _KEPT.get((make, *key))
     if known is None:
         known = make(*key)
@@ -46,7 +47,8 @@ def _kept(make: Callable[..., tuple[Tensor, ...]], *key: Any) -> tuple[Tensor, .
 
 
 def _places(size: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Which entry each value of a skew-symmetric matrix is, with which sign; and where those above the diagonal are."""
+    """Return which entry each value of a skew-symmetric matrix is, with which sign; and where those above the diagonal
+    are."""
     row, column = torch.triu_indices(size, size, 1, device=device)
     above, below = row * size + column, column * size + row
     numbers = torch.arange(len(above), device=device)
@@ -64,7 +66,7 @@ def _identity_of(K: Tensor) -> Tensor:
 
 
 def _of_stack(function: type[torch.autograd.Function], entries: Tensor, size: int, *options: Any) -> Tensor:
-    """A function of a stack of entries ``[n, entries]``, of those in any number of dimensions."""
+    """Apply a function of a stack of entries ``[n, entries]`` to entries of any number of dimensions."""
     if entries.dim() == 2:
         return function.apply(entries, size, *options)
     batch = entries.shape[:-1]
@@ -72,25 +74,27 @@ def _of_stack(function: type[torch.autograd.Function], entries: Tensor, size: in
 
 
 def plain_cayley(entries: Tensor, size: int) -> Tensor:
-    """``(I - K) (I + K)^-1`` of each skew-symmetric matrix K with these entries (`plain_skew`): every rotation without
-    the eigenvalue -1 is one."""
+    """Compute ``(I - K) (I + K)^-1`` of each skew-symmetric matrix K with these entries (`plain_skew`): every rotation
+    without the eigenvalue -1 is one."""
     K = plain_skew(entries, size)
     return _quotient(torch.eye(size, dtype=K.dtype, device=K.device), K)
 
 
 def _quotient(identity: Tensor, K: Tensor) -> Tensor:
-    """The two factors commute. I + K has an inverse for every skew-symmetric K, so nobody waits to hear whether."""
+    """Return ``(I + K)^-1 (I - K)``; the two factors commute. I + K has an inverse for every skew-symmetric K, so
+    nobody waits to hear whether."""
     rotation: Tensor = torch.linalg.solve_ex(identity + K, identity - K)[0]
     return rotation
 
 
 def cayley(entries: Tensor, size: int) -> Tensor:
-    """`plain_cayley`, of which backward keeps the rotation alone and solves nothing."""
+    """Compute `plain_cayley`; backward keeps the rotation alone and solves nothing."""
     return plain_cayley(entries, size) if runs_plain() else _of_stack(_Cayley, entries, size)
 
 
 class _Cayley(torch.autograd.Function):
-    """With (I + K)^-1 = (I + R) / 2, a step dK turns R by -(I + R) dK (I + R) / 2."""
+    """The Cayley transform as an autograd function. With (I + K)^-1 = (I + R) / 2, a step dK turns R by -(I + R) dK (I
+    + R) / 2."""
 
     @staticmethod
     def forward(ctx: Any, entries: Tensor, size: int) -> Tensor:
@@ -121,7 +125,7 @@ def _is_small(K: Tensor) -> bool:
 
 
 def _product(K: Tensor) -> Tensor:
-    """``(I - K)^2 (I + K^2) (I + K^4) (I + K^8)``: the Cayley transform but for K^16."""
+    """Compute ``(I - K)^2 (I + K^2) (I + K^4) (I + K^8)``: the Cayley transform but for K^16."""
     identity = _identity_of(K)
     first = _first_sum(K)
     square = first - identity
@@ -132,8 +136,8 @@ def _product(K: Tensor) -> Tensor:
 
 
 def plain_neumann(entries: Tensor, size: int, terms: int) -> Tensor:
-    """The Cayley transform of each skew-symmetric matrix K with these entries (`plain_skew`) as a sum of powers of K:
-    1, -2, 2, -2, ... of them, and half of that of the last one; four terms or more."""
+    """Compute the Cayley transform of each skew-symmetric matrix K with these entries (`plain_skew`) as a sum of powers
+    of K: 1, -2, 2, -2, ... of them, and half of that of the last one; four terms or more."""
     K = plain_skew(entries, size)
     identity = torch.eye(size, dtype=K.dtype, device=K.device)
     total = 2 * identity - K
@@ -143,7 +147,7 @@ def plain_neumann(entries: Tensor, size: int, terms: int) -> Tensor:
 
 
 def neumann(entries: Tensor, size: int, terms: int) -> Tensor:
-    """`plain_neumann`, of which backward keeps two matrices alone."""
+    """Compute `plain_neumann`; backward keeps two matrices alone."""
     if runs_plain():
         K = plain_skew(entries, size)
         stack = K.reshape(-1, size, size)
@@ -152,8 +156,9 @@ def neumann(entries: Tensor, size: int, terms: int) -> Tensor:
 
 
 class _Neumann(torch.autograd.Function):
-    """Sums of even powers are symmetric, and K^T = -K. The gradient of K^2 by way of K is -(Q K + K Q), Q that of the
-    square; along what is skew-symmetric, as every change of K, -(Q + Q^T) K is the same."""
+    """The series as an autograd function. Sums of even powers are symmetric, and K^T = -K. The gradient of K^2 by way
+    of K is -(Q K + K Q), Q that of the square; along what is skew-symmetric, as every change of K, -(Q + Q^T) K is the
+    same."""
 
     @staticmethod
     def forward(ctx: Any, entries: Tensor, size: int, terms: int) -> Tensor:
@@ -189,13 +194,13 @@ class _Neumann(torch.autograd.Function):
 
 
 def _first_sum(K: Tensor) -> Tensor:
-    """I + K^2."""
+    """Compute I + K^2."""
     return torch.baddbmm(_identity_of(K), K, K)
 
 
 def _series(K: Tensor, first: Tensor, terms: int) -> Tensor:
-    """`plain_neumann` as a product: for terms 2 m + 1 it is (I - K)^2 (I + K^2 + ... + K^(2 m - 2)); for one term more,
-    I - K (I + that of one less)."""
+    """Compute `plain_neumann` as a product: for terms 2 m + 1 it is (I - K)^2 (I + K^2 + ... + K^(2 m - 2)); for one
+    term more, I - K (I + that of one less)."""
     odd = _odd_series(*_factors(K, first, terms))
     return odd if terms % 2 else torch.baddbmm(_identity_of(K) - K, K, odd, alpha=-1)
 
@@ -205,7 +210,7 @@ def _odd_series(pair: Tensor, sums: list[Tensor]) -> Tensor:
 
 
 def _factors(K: Tensor, first: Tensor, terms: int) -> tuple[Tensor, list[Tensor]]:
-    """(I - K)^2, and the sums I + K^2, I + K^2 + K^4, ..."""
+    """Return (I - K)^2, and the sums I + K^2, I + K^2 + K^4, ..."""
     sums = [first][: (terms - 3) // 2]
     for _ in range((terms - 5) // 2):
         sums.append(torch.baddbmm(_identity_of(K), first - _identity_of(K), sums[-1]))

@@ -15,7 +15,7 @@ from peftcore.targets.resolver import Resolver
 
 
 class HubLoRA(HubArchitecture):
-    """``lora_A`` and ``lora_B`` are ours; the scale is alpha / r."""
+    """Translates ``lora_A`` and ``lora_B``, which are ours; the scale is alpha / r."""
 
     holder = "loras"
 

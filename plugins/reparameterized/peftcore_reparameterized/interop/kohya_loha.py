@@ -18,7 +18,7 @@ from peftcore.files.formats.places import Place
 
 
 class KohyaLoHa(KohyaMethod):
-    """Low-rank Hadamard product."""
+    """Translates the low-rank Hadamard product."""
 
     methods = ("loha",)
     below = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")

@@ -22,7 +22,7 @@ from peftcore_reparameterized.lokr import _cut
 
 
 class KohyaLoKr(KohyaMethod):
-    """Low-rank Kronecker product."""
+    """Translates the low-rank Kronecker product."""
 
     methods = ("lokr",)
     below = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -67,7 +67,7 @@ def _theirs(name: str) -> str:
 
 
 def _left(shapes: Mapping[str, Size]) -> tuple[int, int]:
-    """The sizes of the first factor; 1 where there is none: the file is refused later."""
+    """Return the sizes of the first factor; 1 where there is none: the file is refused later."""
     first = shapes.get("lokr_w1")
     rows = shapes.get("lokr_w1_a", ())[:1] if first is None else first[:1]
     columns = shapes.get("lokr_w1_b", ())[1:2] if first is None else first[1:2]
@@ -75,7 +75,7 @@ def _left(shapes: Mapping[str, Size]) -> tuple[int, int]:
 
 
 def _factor(held: Held, rows: int, columns: int) -> int | None:
-    """The option with which ours cuts a weight's dimensions as the file has them.
+    """Return the option with which ours cuts a weight's dimensions as the file has them.
 
     Raises:
         CheckpointError: with none, as after `unbalanced_factorization`.

@@ -21,7 +21,7 @@ DOWN, UP, MAGNITUDE = "lora_down.weight", "lora_up.weight", "dora_scale"
 
 
 class KohyaLoRA(KohyaMethod):
-    """Low-rank adaptation of linear maps and convolutions."""
+    """Translates low-rank factors of linear maps and convolutions."""
 
     methods = ("lora", "lora_plus")
     below = (DOWN, UP)
@@ -45,7 +45,7 @@ class KohyaLoRA(KohyaMethod):
 
 
 class KohyaDoRA(KohyaLoRA):
-    """The same with a magnitude for each output."""
+    """Translates low-rank factors with a magnitude for each output."""
 
     methods = ("dora",)
     below = (DOWN, UP, MAGNITUDE)

@@ -20,7 +20,7 @@ from peftcore.layers.kinds import Transposed
 
 
 class PeftAdaLoRA(PeftMethod):
-    """Low-rank adaptation with ranks by importance."""
+    """Translates low-rank factors with ranks by importance."""
 
     methods = ("adalora",)
     below = ("lora_A", "lora_B", "lora_E")

@@ -23,7 +23,7 @@ from peftcore_reparameterized._kernels import plain_skew
 
 
 class PeftBOFT(PeftMethod):
-    """Butterfly orthogonal fine-tuning."""
+    """Translates butterfly factors."""
 
     methods = ("boft",)
     below = ("boft_R", "boft_s")

@@ -18,7 +18,7 @@ from peftcore.layers.kinds import Transposed
 
 
 class PeftFourierFT(PeftMethod):
-    """Updates in the Fourier domain."""
+    """Translates entries of spectra."""
 
     methods = ("fourierft",)
     below = ("fourierft_spectrum",)
@@ -49,7 +49,7 @@ class PeftFourierFT(PeftMethod):
         }
 
     def pattern(self, path: str, paths: Collection[str]) -> str:
-        """A path itself: peft takes it as such, or as an expression for what stands behind a dot."""
+        """Return a path as a pattern: peft takes it as a path, or as an expression for what stands behind a dot."""
         if also := [other for other in paths if other.endswith(f".{path}")]:
             raise ExportError(f"peft has no pattern for the n_frequency of {path} that leaves out {also[0]}")
         return path

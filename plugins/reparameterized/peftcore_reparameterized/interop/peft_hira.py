@@ -20,7 +20,7 @@ from peftcore.layers.kinds import Transposed
 
 
 class PeftHiRA(PeftMethod):
-    """Hadamard high-rank adaptation."""
+    """Translates the factors of HiRA."""
 
     methods = ("hira",)
     below = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")

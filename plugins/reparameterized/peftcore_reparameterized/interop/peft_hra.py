@@ -16,7 +16,7 @@ from peftcore.files.formats.places import Place
 
 
 class PeftHRA(PeftMethod):
-    """Householder reflections."""
+    """Translates Householder reflections."""
 
     methods = ("hra",)
     below = ("hra_u",)

@@ -27,7 +27,7 @@ NAMES = {
 
 
 class PeftLoKr(PeftMethod):
-    """Low-rank Kronecker product."""
+    """Translates the low-rank Kronecker product."""
 
     methods = ("lokr",)
     below = tuple(NAMES.values())

@@ -45,7 +45,7 @@ PACKED, BEHIND = "in_proj_weight", "out_proj.weight"
 
 
 class PeftLoRA(PeftMethod):
-    """Low-rank adaptation, weight-decomposed or not."""
+    """Translates low-rank factors, weight-decomposed or not."""
 
     methods = ("lora", "dora", "lora_plus", *AS_LORA)
     below = (
@@ -204,8 +204,8 @@ def _turned(site: Site) -> bool:
 
 
 def _factors(place: Place, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors of what an operator adds, [*batch, rank, in, *kernel] and [*batch, out, rank]: with zeros where the
-    weight has not so many directions."""
+    """Return the factors of what an operator adds, [*batch, rank, in, *kernel] and [*batch, out, rank]: with zeros
+    where the weight has not so many directions."""
     A, B, _ = place.operator.factors()
     lacking, dim = rank - B.shape[-1], len(place.site.batch)
     more = A.new_zeros(*A.shape[:dim], lacking, *A.shape[dim + 1 :])

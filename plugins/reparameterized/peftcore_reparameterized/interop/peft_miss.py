@@ -17,7 +17,7 @@ from peftcore.files.formats.places import Place
 
 
 class PeftMiSS(PeftMethod):
-    """Matrix shard sharing."""
+    """Translates shards that columns share."""
 
     methods = ("miss",)
     below = ("miss_block",)

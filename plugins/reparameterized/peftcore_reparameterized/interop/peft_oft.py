@@ -25,7 +25,7 @@ SERIES_SINCE = (0, 18)
 
 
 class PeftOFT(PeftMethod):
-    """Orthogonal fine-tuning."""
+    """Translates rotations in blocks."""
 
     methods = ("oft",)
     below = ("oft_R.weight", "oft_embedding_R.weight")
@@ -80,13 +80,13 @@ class PeftOFT(PeftMethod):
 
 
 def _name(place: Place) -> tuple[str, int]:
-    """The name of the tensor at a place, and the sign of ours in it."""
+    """Return the name of the tensor at a place, and the sign of ours in it."""
     table, series = place.site.layer.one_hot, place.config.series is not None
     return ("oft_embedding_R.weight" if table else "oft_R.weight"), 1 if table == series else -1
 
 
 def _series(keys: Keys) -> int | None:
-    """The number of terms of the series, None without.
+    """Return the number of terms of the series, None without.
 
     Raises:
         CheckpointError: it is too short to be one.
@@ -106,7 +106,7 @@ def _series(keys: Keys) -> int | None:
 
 
 def _adjusted(size: int, wanted: int) -> int:
-    """The width of blocks that peft takes where the wanted one does not divide the turned side."""
+    """Return the width of blocks that peft takes where the wanted one does not divide the turned side."""
     if wanted >= size:
         return size
     lower = next(n for n in range(wanted, 0, -1) if size % n == 0)

@@ -3,7 +3,7 @@
 ``randlora_lambda`` and ``randlora_gamma`` are our L and G. The bases belong to the whole adapter, ``randlora_A`` [rank,
 1, short] and ``randlora_B`` [long, bases, rank], with copies at each module; they are as large as a site with the most
 outputs and the most inputs would need. A file without them (`save_projection` false) means what peft draws of its seed:
-those numbers are drawn in the same way here, and kept.
+those numbers are drawn in the same way here, and saved.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peftcore_reparameterized.randlora import Bases
 
 
 class PeftRandLoRA(PeftMethod):
-    """Full-rank adaptation by random bases."""
+    """Translates scales of random bases."""
 
     methods = ("randlora",)
     below = ("randlora_lambda", "randlora_gamma", "randlora_A", "randlora_B")
@@ -92,7 +92,7 @@ class PeftRandLoRA(PeftMethod):
 
 
 def _as_peft_draws(bases: Bases) -> tuple[Tensor, Tensor]:
-    """The matrices that peft makes of a seed: dense ones in bfloat16, as it does where the machine knows that."""
+    """Draw the matrices that peft makes of a seed: dense ones in bfloat16, as it does where the machine knows that."""
     config, short, long = bases.config, min(bases.span), max(bases.span)
     generator = torch.Generator().manual_seed(config.projection_seed)
     rank, count = config.rank, -(-short // config.rank)

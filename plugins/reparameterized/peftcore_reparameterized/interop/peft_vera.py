@@ -21,7 +21,7 @@ from peftcore_reparameterized.interop._corners import corner
 
 
 class PeftVeRA(PeftMethod):
-    """Vector-based random matrix adaptation."""
+    """Translates vectors between fixed random matrices."""
 
     methods = ("vera",)
     below = ("vera_lambda_d", "vera_lambda_b")

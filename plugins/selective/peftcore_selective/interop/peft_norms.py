@@ -1,6 +1,6 @@
 """Norm tuning in peft's files, there LN_TUNING (checked against peft 0.21).
 
-Peft keeps a copy of each norm, under ``ln_tuning_layers``; its gain and bias are the values that stand for the norm's
+Peft saves a copy of each norm, under ``ln_tuning_layers``; its gain and bias are the values that stand for the norm's
 own. Running statistics come with the copy: here they are the host's, so those of a file have to be the same.
 """
 
@@ -22,7 +22,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class PeftNorms(PeftMethod):
-    """Gains and biases of norms."""
+    """Translates gains and biases of norms."""
 
     methods = ("ln_tuning",)
     below = tuple(f"{COPY}.{name}" for name in ("weight", "bias", *STATISTICS))

@@ -20,7 +20,7 @@ from peftcore.files.formats.places import Place
 
 
 class PeftSHiRA(PeftMethod):
-    """Some entries of a weight."""
+    """Translates some entries of a weight."""
 
     methods = ("shira",)
     below = ("shira_weight", "shira_indices")

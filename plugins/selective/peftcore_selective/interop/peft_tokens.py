@@ -21,7 +21,7 @@ from peftcore.files.formats.places import Place
 
 
 class PeftTokens(PeftMethod):
-    """Some rows of one table."""
+    """Translates some rows of one table."""
 
     methods = ("trainable_tokens",)
     below = ("trainable_tokens_delta",)
@@ -35,7 +35,8 @@ class PeftTokens(PeftMethod):
         return {"method": "trainable_tokens", "token_indices": tokens}
 
     def own(self, groups: Sequence[Group], model: nn.Module, read: Callable[[str], Tensor]) -> list[Group]:
-        """Of tables that are tied peft writes each, with the same rows."""
+        """Return the groups of a file with tied tables as one where they hold the same rows: peft writes each of
+        them."""
         modules, kept = dict(model.named_modules()), dict[int, tuple[Tensor, Group]]()
         apart = []
         for group in sorted(groups, key=lambda group: not isinstance(modules[group.path], nn.Embedding)):
