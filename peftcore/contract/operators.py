@@ -106,7 +106,7 @@ class Operator(_Base):
     core uses `merged` in its place, so a method that defines both works on every kind of module.
     """
 
-    dropout: float = 0.0
+    input_dropout: float = 0.0
     """Probability with which inputs of a low-rank update are dropped in training."""
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -128,7 +128,7 @@ class Operator(_Base):
 
 def low_rank(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Decorate the forward of an operator that is a low-rank update and nothing else: ``call(x) + scale * B A
-    dropout(x)`` with the factors of its `factors`, and with the probability `Operator.dropout` in training.
+    dropout(x)`` with the factors of its `factors`, and with the probability `Operator.input_dropout` in training.
 
     Then the core computes it by a fused kernel on layers that have one (`Layer.fuses_updates`), and the forward itself
     runs on all others. The conformance kit holds one equal to the other, with gradients.
@@ -140,7 +140,7 @@ def low_rank(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return forward(self, call, x)
         factors = self.factors()
         assert factors is not None, "low_rank is for operators that have factors"
-        return self.layer.update(call, x, *factors, self.dropout if self.training else 0.0)
+        return self.layer.update(call, x, *factors, self.input_dropout if self.training else 0.0)
 
     vars(update)["plain"] = forward
     return update

@@ -57,7 +57,7 @@ class LowRankOperator(Operator):
 
     def __init__(self, site: Site, dropout: float = 0.0) -> None:
         super().__init__(site)
-        self.dropout = input_dropout(site, dropout)
+        self.input_dropout = input_dropout(site, dropout)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """Return A ``[*batch, rank, in, *kernel]``, B ``[*batch, out, rank]`` and the scale s."""
@@ -68,7 +68,7 @@ class LowRankOperator(Operator):
         y = call(x)
         *factors, scale = self.factors()
         A, B = self.cast(y, *factors)
-        low = self.layer.apply_dropped(x, A, self.dropout if self.training else 0.0)
+        low = self.layer.apply_dropped(x, A, self.input_dropout if self.training else 0.0)
         return y + self.layer.mix(scale * low, B)
 
     def merged(self, weight: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ class LoRAOperator(Operator):
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
-        self.dropout = input_dropout(site, config.dropout)
+        self.input_dropout = input_dropout(site, config.dropout)
         self.scale = scale_of(config)
         self.A, self.B = low_rank_factors(site, config.rank)  # [rank, in], [out, rank]
 
@@ -60,7 +60,7 @@ class LoRAOperator(Operator):
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]
         y = call(x)  # [..., out]: W x + b
         A, B = self.cast(y, self.A, self.B)
-        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        dropped = F.dropout(x, self.input_dropout) if self.training and self.input_dropout else x
         low = self.layer.apply(dropped, A)  # [..., rank]: A x
         return y + self.layer.mix(self.scale * low, B)  # [..., out]: B (s A x)
 

@@ -101,7 +101,7 @@ class MiSSOperator(LowRankOperator):
         if not self.layer.of_vectors:
             return super().forward(call, x)
         rank, y = self.D.shape[-2], call(x)
-        kept = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        kept = F.dropout(x, self.input_dropout, self.training) if self.input_dropout else x
         z = F.pad(kept, (0, -x.shape[-1] % rank)).unflatten(-1, (-1, rank)).sum(-2)
         return self.layer.add(y, *self.cast(y, z, self.repeated()), 1.0)
 

@@ -76,7 +76,7 @@ class VeRAOperator(LowRankOperator):
         A = self.basis.module.A[:rank, : self.columns].unflatten(-1, self.inputs)
         B = self.basis.module.B[:out, :rank]
         factors = ScaledFactors(A, self.d, B, self.b)
-        return scaled_update(self.layer, call, x, factors, self.dropout if self.training else 0.0)
+        return scaled_update(self.layer, call, x, factors, self.input_dropout if self.training else 0.0)
 
 
 class VeRA(Method):
