@@ -23,7 +23,7 @@ Names = tuple[str, ...]
 Run = Callable[[Names], Any]
 """Returns a module's output with these injections acting, in this order."""
 Combiners = Mapping[str, Combiner]
-"""The combiners that stand at a module, by name of their injection."""
+"""The combiners at a module, by name of their injection."""
 
 
 class Composition(ABC):

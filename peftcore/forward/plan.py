@@ -224,7 +224,7 @@ def updates_of(routed: Sequence[ActivePlan]) -> tuple[tuple[int, Mount], ...]:
 
 def run_apart(routed: Sequence[ActivePlan]) -> bool:
     """Whether several names of a route have an activation form for the weight and none depends on which rows it is
-    given (by what it was told for each row of the batch, for one)."""
+    given (by a context value for each row of the batch, for one)."""
     several = sum(acting.activation_form is not None for acting in routed) > 1
     return several and all(_is_update(mount) for acting in routed for mount in acting.onion)
 

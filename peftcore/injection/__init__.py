@@ -1,6 +1,6 @@
 """Injections, the objects that users hold: `apply` returns one, which is activated, merged, quantized, removed.
 
-It may import `training`, and what is below; saving is handed to `files`, which is above. In the order of reading:
+It may import `training`, and what is below; saving is left to `files`, which is above. In the order of reading:
 
 - `applied`: one method with its operators; the parts of a hybrid.
 - `summary`: one injection at a glance.

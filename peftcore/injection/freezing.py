@@ -1,4 +1,4 @@
-"""The base is frozen while adapters are on it; what trained before trains again when the last one leaves."""
+"""Freezes the base while adapters are on it, and lets it train again when the last one is removed."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import nn
 
 
 def thawed(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Parameters of the base that train, each once: tied ones have several places."""
+    """Returns parameters of the base that train, each once: tied ones are held by several modules."""
     return list({id(each): each for each in parameters if each.requires_grad}.values())
 
 
 def freeze(parameters: Iterable[nn.Parameter]) -> None:
-    """Let no gradient be made for parameters of the base."""
+    """Turn off requires_grad for parameters of the base."""
     for parameter in parameters:
         parameter.requires_grad_(False)
 
 
 def thaw(parameters: Iterable[nn.Parameter]) -> None:
-    """Let parameters of the base train again."""
+    """Turn on requires_grad for parameters of the base."""
     for parameter in parameters:
         parameter.requires_grad_(True)

@@ -241,7 +241,7 @@ class Injection(AppliedMethod):
     ) -> None:
         """Write the adapter alone into the folder `path`.
 
-        Of a model whose weights are cut over processes (FSDP2) all of them call this, and the first one writes.
+        Of a model whose weights are sharded over processes (FSDP2) all of them call this, and the first one writes.
 
         Args:
             path: a folder; it is made where it is missing, and files of the same format in it are replaced.

@@ -1,4 +1,5 @@
-"""Switching: `activate`, `route` and `call` choose what acts on a model from now on, or until the end of a block."""
+"""Switching: `activate`, `route` and `call` choose the active injections of a model, until the next choice or the end
+of a block."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def activate(model: nn.Module, *names: str | Composition) -> Chosen:
 
     Raises:
         UnknownInjection: the host has no injection of such a name.
-        CompositionError: an injection cannot be put together with others.
+        CompositionError: an injection's outputs cannot be combined with those of others.
         MergeError: an injection in a composition is merged.
     """
     plain = [name for name in names if isinstance(name, str)]

@@ -2,7 +2,7 @@
 
 It may import `registry`, and what is below. In the order of reading:
 
-- `fsdp`: parameters that are cut over processes.
+- `fsdp`: parameters that are sharded over processes.
 - `kernels`: fused products, each equal to plain mathematics.
 - `layer`: the interface of any layer.
 - `kinds`: linear, embedding, convolution and their kin.

@@ -19,7 +19,7 @@ MANAGED = "_is_fsdp_managed_module"
 
 
 def is_cut(tensor: Tensor) -> bool:
-    """Whether this process holds a piece of a tensor, and others the rest."""
+    """Whether a tensor is sharded: this process holds a piece of it, and others the rest."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and isinstance(tensor, tensors.DTensor)
 
@@ -43,8 +43,8 @@ def is_sharded_class(cls: type[nn.Module]) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some parameters of a model are sharded, also while they are gathered. Without a group of processes none
-    can be."""
+    """Whether some parameters of a model are sharded, also while they are gathered. Without a process group none can
+    be."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     return any(True for _ in _cut_modules(model)) or any(is_cut(parameter) for parameter in model.parameters())

@@ -1,5 +1,5 @@
 """Seeds of operators: their random numbers depend on the seed and the path of the target module alone, and the global
-generator stays where it is."""
+generator is restored."""
 
 from __future__ import annotations
 

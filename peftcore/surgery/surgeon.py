@@ -262,7 +262,7 @@ class Surgeon:
 
         Raises:
             TargetError: there is neither a module nor a parameter at `path`.
-            UnsupportedSite: an operator stands at one of them.
+            UnsupportedSite: an operator is at one of them.
         """
         resolver = self.resolver
         if path not in resolver.modules:

@@ -1,4 +1,4 @@
-"""The dtype under autocast: whether it is on, products that it rounds, and those that it leaves alone."""
+"""Autocast: whether it is on, and casts of the operands of products to its dtype or in spite of it."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class Part:
     """The tensors of one model in a file, in one way of reading their names."""
 
     name: str
-    """The model's name in the pipeline; empty where names stand for themselves."""
+    """The model's name in the pipeline; empty where names have no prefix."""
     names: Mapping[str, str]
     """Names in the file, by the names that they mean."""
     outputs: Mapping[str, int]
