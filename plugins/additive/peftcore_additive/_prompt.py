@@ -76,8 +76,8 @@ class Prompt:
         self.depth, self.generates, self.first, self.last = depth, generates, first, last
 
     def positions(self, hidden: Tensor, given: Mapping[str, Any], training: bool) -> tuple[Tensor, Tensor] | None:
-        """Masks ``[batch or 1, tokens]`` of the first and of the last positions (none is in both), for the input of a
-        block and its other arguments by name; None where no token is of the prompt.
+        """Return masks ``[batch or 1, tokens]`` of the first and of the last positions (none is in both), for the input
+        of a block and its other arguments by name; None where no token is of the prompt.
 
         Raises:
             MissingContext: the input may be more than the prompt, and nobody said where that ends.

@@ -5,7 +5,7 @@
 R_i [n, n] are the rules, one set for all adapters and both of their matrices; S_i [in / n, q] and T_i [q, out / n] are
 each matrix' own, of rank q = 1. h is what a sub-block is about to add to the stream, as in `houlsby_adapter`, but of
 self-attention and feed-forward alone: the authors leave cross-attention out (name its matrix as a target to have it
-adapted). Compacter++ leaves self-attention out too. All norms of the host train along, as in the authors' code
+adapted). Compacter++ leaves self-attention out too. All norms of the model train along, as in the authors' code
 (rabeehk/compacter).
 
 The rules start as N(0, 1e-4), S and T from Glorot's uniform draw with gain sqrt(2), as in that code: nearly the

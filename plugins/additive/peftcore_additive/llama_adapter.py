@@ -10,7 +10,7 @@ comes in: a fresh injection changes nothing. The tanh is that of the authors' tr
 Parameters: length * d + heads in each of the top layers.
 
 Use it to teach instructions to a language model on top of what it knows, undisturbed at the start. Nothing merges, and
-the prompt's keys stay out of the cache. Where a host normalizes its keys (Qwen 3), those of the prompt are not.
+the prompt's keys stay out of the cache. Where a model normalizes its keys (Qwen 3), those of the prompt are not.
 """
 
 from __future__ import annotations

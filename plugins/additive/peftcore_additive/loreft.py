@@ -9,8 +9,8 @@ have an R, W, b each unless tied. R starts with random orthonormal rows, W and b
 where it is free); ``identity=True`` starts at h' = h. R's Cholesky factor keeps its rows orthonormal. Dropout acts on
 h' as a whole, as in the authors' code. Generated tokens are left alone; what the prompt is, `_prompt.Prompt` says: what
 comes before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` says it. In
-encoder-decoder hosts it goes through the encoder; in hosts of images it is the block's tokens. Where positions overlap,
-the first ones come first.
+encoder-decoder models it goes through the encoder; in models of images it is the block's tokens. Where positions
+overlap, the first ones come first.
 
 Parameters: 2 d r + r for each end (one end when tied), each layer.
 

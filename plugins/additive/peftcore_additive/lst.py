@@ -7,9 +7,9 @@ b_0 is what the first block reads, b_l what block l returns. No gradient goes in
 activations are kept for backward. S_l are transformer blocks (pre-norm, attention, then a feed-forward
 four times as wide) of width d / R, causal where the backbone is; W_l [d/R, d] with bias. alpha_l starts at 0, all else
 as torch's layers do: the authors start S_l from rows of the backbone that pruning finds important, and put y behind its
-last norm, which here acts on y. The host predicts from the side network alone, so no start is an identity.
+last norm, which here acts on y. The model predicts from the side network alone, so no start is an identity.
 
-In encoder-decoder hosts the decoder has the ladder, whose side blocks read the encoder through b_l only. The host's
+In encoder-decoder models the decoder has the ladder, whose side blocks read the encoder through b_l only. The model's
 cache holds the keys and values of the side blocks too. What else is adapted inside the blocks gets no gradient.
 
 Parameters, with w = d / R and L blocks: (L + 1)(d w + w) + L (12 w^2 + 13 w + 1) + 2 w + w d + d.

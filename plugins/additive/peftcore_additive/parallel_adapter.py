@@ -7,7 +7,7 @@ feed-forward by default; with ``target="attn.output"`` the attention, and any ot
 of its own. W_down starts as in LoRA, from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity. The
 scale s is the paper's 4, or learned from 1. Dropout acts on f's output, as in the authors' code.
 
-What the block reads is taken where its first matrix reads it, and added where its last matrix returns: so hosts whose
+What the block reads is taken where its first matrix reads it, and added where its last matrix returns: so models whose
 feed-forward is no module of its own (BERT, torch's encoder) are adapted like those where it is one.
 
 Parameters: 2 d r + r + d a block, one more when s is learned.

@@ -4,11 +4,11 @@
     u = x + o,       y = x + o + W_up f(W_down u + b_down) + b_up       pre-norm hosts
 
 x is the stream, o what the feed-forward adds to it. The adapter reads the stream behind the feed-forward and is added
-to it again; in post-norm hosts the frozen norm runs twice, with the same weights. Nothing stands at the attention, and
+to it again; in post-norm models the frozen norm runs twice, with the same weights. Nothing stands at the attention, and
 no norm trains: that, and what is read, is the difference to `houlsby_adapter`. Both matrices start from N(0, 0.02),
 biases at zero: near the identity. All of this as the adapters package has it (its `seq_bn`).
 
-A host is post-norm when no norm stands behind its blocks; torch's own layers say what they are. An operator's
+A model is post-norm when no norm stands behind its blocks; torch's own layers say what they are. An operator's
 `placement` tells the verdict; where it is wrong (wav2vec2 looks the same with `do_stable_layer_norm` and without),
 choose it. Many later papers call a bottleneck on o itself "Pfeiffer": that is "branch", and stands at any target.
 

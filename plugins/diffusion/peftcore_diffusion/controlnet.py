@@ -9,9 +9,9 @@ alone. The base stays frozen, decoder included (sd_locked of lllyasviel/ControlN
 latents with four `widths`; the option `input` gives it another name, where several act, and ``condition_scale=`` in a
 call takes the place of `scale`. `guess_mode` lets the controls count less the shallower they are, from 0.1 on.
 
-The copy is diffusers' ControlNetModel with the weights of this host, so a published one of the same sizes can be loaded
-into it; the host is a UNet2DConditionModel. Rows of a batch cannot go to different injections: the controls enter whole
-blocks of the decoder.
+The copy is diffusers' ControlNetModel with the weights of this UNet, so a published one of the same sizes can be
+loaded into it; the UNet is a UNet2DConditionModel. Rows of a batch cannot go to different injections: the controls
+enter whole blocks of the decoder.
 
 Parameters: those of the encoder and the middle block, H, and c_i^2 + c_i for each skip of c_i channels.
 

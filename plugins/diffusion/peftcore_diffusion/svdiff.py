@@ -7,12 +7,12 @@ gain of a norm) is a matrix of one row. The right-hand form is that of this code
 bit, where the authors' product of U, S and V' is it up to rounding. U, S and V' are those of the base, whatever else
 acts on it; they are computed again when an adapter is loaded, so that its file holds the shifts alone.
 
-As in the code that the numbers come from (mkshing/svdiff-pytorch), all weights of the host are adapted but for biases,
+As in the code that the numbers come from (mkshing/svdiff-pytorch), all weights of the model are adapted but for biases,
 and gains learn at a rate of their own, `vector_lr`, in ``injection.optimizer(...)``.
 
 Parameters: min(out, in * kernel) a matrix, times the number of experts; 1 a vector.
 
-Use it for subjects and styles from few images: a file is hundreds of times smaller than the host. Shifts of several
+Use it for subjects and styles from few images: a file is hundreds of times smaller than the model. Shifts of several
 subjects may be added: apply one after the other.
 """
 

@@ -9,8 +9,8 @@ times as large as the latents; the option `input` gives it another name, where s
 
 In blocks with attention F is added behind the last of it, before the resolution is halved; to what comes out of the
 others, as in diffusers. So the four stages of Stable Diffusion 1.5 are those of the authors (TencentARC/T2I-Adapter),
-and the three of SDXL the first three of its adapter, whose fourth goes to the middle block. Sizes follow from the host.
-All starts as torch's layers do: no start is an identity, but for a scale of 0. The light variant is not here.
+and the three of SDXL the first three of its adapter, whose fourth goes to the middle block. Sizes follow from the
+model. All starts as torch's layers do: no start is an identity, but for a scale of 0. The light variant is not here.
 
 Parameters, with widths c_i: 9 channels f^2 c_0 + c_0, f = downscale (twice that for SDXL); a stage, c_{i-1} c_i + c_i
 where those differ, and blocks * (10 c_i^2 + 2 c_i).

@@ -8,11 +8,11 @@ prompt has to name them all. v is a parameter of its own, so weight decay, momen
 n rows; the script of diffusers trains the whole table and writes the other rows back after each step. Train in float32
 (the default here, whatever the encoder's dtype): the rows of a half-precision encoder hardly move.
 
-Where the table is also the head of the host, both see v.
+Where the table is also the head of the model, both see v.
 
 Parameters: n * dim.
 
-Use it to teach a subject or a style as a word: the file is a few kilobytes, the host stays as it is. It merges.
+Use it to teach a subject or a style as a word: the file is a few kilobytes, the model stays as it is. It merges.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     attention         softmax over [g P_k; K], with values [g P_v; V]
     feed-forward      y = h + g (W_up relu(W_down h + b_down) + b_up),    h: what its last matrix returns
 
-``gate="sequence"`` is the paper's: g is the mean over a row's tokens, here without padding (by the host's
+``gate="sequence"`` is the paper's: g is the mean over a row's tokens, here without padding (by the model's
 `attention_mask`), which the authors count in. A mean sees what comes later, and beside a cache the last token only, so
 it is refused where attention is causal. By default every token has a gate of its own. As tokens share the keys of a
 prefix, it scales the change that the prefix makes for the token, at the price of a second softmax:

@@ -4,7 +4,7 @@
 
 h is what a module returns by itself and y_t what it returns with adapter t alone: each token weighs what adapters add.
 Q and K start from N(0, 0.02), q at zero, V as the identity with 1e-6 beside its diagonal: at first about the adapters'
-mean, as long as they add little. The loss gets regularizer * |V - I|^2 from each module. Over adapters of the host:
+mean, as long as they add little. The loss gets regularizer * |V - I|^2 from each module. Over adapters of the model:
 
     peftcore.apply(model, "adapter_fusion", name="fusion", adapters=["a", "b"])
     peftcore.activate(model, Fuse("a", "b", by="fusion"))
@@ -14,7 +14,7 @@ alone. It freezes nobody; the paper's adapters are frozen: ``injections(model)["
 `adapters` it brings `parts` of its own and is one adapter with all of them; without `train_parts` they are frozen.
 
 The package's K has a bias, which adds the same to all scores of a token and cancels: left out. So is its temperature,
-which changes in evaluation. It drops scores as often as the host drops attention; here that is `dropout`, 0. In hosts
+which changes in evaluation. It drops scores as often as the model drops attention; here that is `dropout`, 0. In models
 that normalize behind their blocks, its adapters read behind the last norm and are added in front of it; here z_t is a
 difference of outputs, behind that norm or, with placement="branch", in front of it.
 

@@ -10,7 +10,7 @@ P starts as in prompt_tuning. u_t v_t starts as all ones, so that each task begi
 first row of v are ones, further rows of v zeros, further columns of u N(0, 0.02). ``task_init="normal"`` is what peft
 does, N(0, 0.02) for both: then P_t starts some thousand times smaller than P, and learns slowly.
 
-The paper trains many source tasks with losses that distil a teacher's prompt for each; here, as in peft, the host's
+The paper trains many source tasks with losses that distil a teacher's prompt for each; here, as in peft, the model's
 loss trains it. For a target task it starts from P and the mean (or one) of the source tasks' u and v: copy the tensors.
 Never identity at the start: anything in front moves the outputs. Parameters: length * d + tasks * rank * (length + d).
 

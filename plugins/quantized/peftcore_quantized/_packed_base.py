@@ -1,6 +1,6 @@
 """Base operators of methods for a quantized model: the weight that the model holds, and a low-rank update of it.
 
-    y = Q x + b + s B A x,   Q = round(W - s B0 A0),   W the original weight,   round: quantize by the scheme, and back
+    y = Q x + b + s B A x,   Q = round(W - s B0 A0),   W the original weight,   round: pack and unpack by the scheme
 
 `B0 A0` is what the method has taken out of the weight before it is quantized, nothing for QLoRA. The same operator
 serves a host in three states, and a saved adapter fits all of them:

@@ -2,8 +2,9 @@
 
     y = W x + b',   b' trained, starting from b
 
-All biases of the host, those of norms included. Hosts without any (Llama, T5) have nothing to train: `add_missing_bias`
-gives the linear layers of the blocks new biases, which start at zero so that nothing changes at first.
+All biases of the model, those of norms included. Models without any (Llama, T5) have nothing to train:
+`add_missing_bias` gives the linear layers of the blocks new biases, which start at zero so that nothing changes at
+first.
 
 Parameters: the length of each bias.
 

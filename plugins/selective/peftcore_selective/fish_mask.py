@@ -12,7 +12,7 @@ The authors train the classifier whole and take its size off k. Here the head is
 expectation over labels, which is another forward for each class.
 
 In a quantized model the quantized weights are left out: its gradient would be as large as the dense weights of the
-whole host.
+whole model.
 
 Parameters: share * (those of all sites), in one vector; the file has their places besides, 8 bytes each.
 

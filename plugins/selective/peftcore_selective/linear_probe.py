@@ -4,7 +4,7 @@ baseline.
     y = H' f(x) + c',   H' and c' trained, starting from the host's head
 
 The head is the module with the role `head` (or what `target` says), and whatever `train` names besides. It is trained
-as a replacement, so the host's own head stays and comes back when the probe is removed.
+as a replacement, so the model's own head stays and comes back when the probe is removed.
 
 Parameters: classes * (d + 1) for a linear head.
 

@@ -8,7 +8,7 @@ of it instead. W_down starts from a Kaiming-uniform draw, W_up and the biases at
 
 The norm in front is the one whose output the feed-forward reads; where there is none (Swin V2), x is what the
 feed-forward reads. That it is in post-norm blocks (BERT, torch's encoder) too, and there reads="branch" says so. What
-the host does to the feed-forward's output on its way to the stream (layer scale, stochastic depth) it does to the
+the model does to the feed-forward's output on its way to the stream (layer scale, stochastic depth) it does to the
 adapter's too, since that joins it at the last matrix.
 
 Parameters: 2 d r + r + d a block, 2 d more with a norm, one more when s is learned.

@@ -12,10 +12,10 @@ images returns, the default, as in the authors' code. For other models name what
 Where a classifier takes the place of the texts (the paper's W are text features as weights of one),
 ``features="input"`` adapts what the head is given.
 
-Both matrices start as torch's linear layers do, so a fresh adapter already mixes in noise; ``ratio=0`` is the host
+Both matrices start as torch's linear layers do, so a fresh adapter already mixes in noise; ``ratio=0`` is the model
 itself. Parameters: 2 d (d // reduction). The authors train with 1 to 16 images a class and search the ratio by task.
 
-Use it with few images a class: only features are touched, so the host's own forward needs no gradient.
+Use it with few images a class: only features are touched, so the model's own forward needs no gradient.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ front of the patches (class, distillation, registers) are pictures of one pixel 
 acts on them. W_down starts from a Xavier-uniform draw, the convolution from the identity (or Xavier), W_up at zero.
 
 Activations of four dimensions (Swin, ConvNeXt) are grids already. A sequence is the largest grid in the proportions of
-the patches that the host embeds, behind as many other tokens as are left. Each window of a host that has windows is a
+the patches that the model embeds, behind as many other tokens as are left. Each window of a model that has windows is a
 picture: the authors' variant for Swin looks over borders. Stochastic depth and layer scale act on the bypass too.
 
 Parameters: 2 d h + h + d + 9 h^2 + h a bypass, two a block. It cannot be merged. Use it with few labels.

@@ -5,8 +5,9 @@
 Context vectors stand in the place of the words "a photo of a" in front of the names of classes, before positions are
 added. As in the authors' code the texts hold the places: tokenize ``"X X X X " + name + "."`` with M words of one token
 each; whatever they are, the M places behind the first token get v. Lengths, masks, positions and the place of EOS are
-then the host's own affair. The authors' other orders (the name in the middle, or in front) put the words elsewhere; for
-these say which token holds a place: ``placeholder=343`` is "x" in CLIP's vocabulary. The batch of texts is the classes:
+then the model's own affair. The authors' other orders (the name in the middle, or in front) put the words elsewhere;
+for these say which token holds a place: ``placeholder=343`` is "x" in CLIP's vocabulary. The batch of texts is the
+classes:
 
     peftcore.apply(clip, "coop", length=4)
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image

@@ -2,7 +2,7 @@
 
     dW_t = s V Sigma_t U,   U [r, d] and V [d, r] shared by all sites,   Sigma_t [r, r] for each slice t
 
-The weights of a host are one stack of slices [d, d], where d is the width of its stream: queries, keys, values and the
+The weights of a model are one stack of slices [d, d], where d is the width of its stream: queries, keys, values and the
 attention's output are one each, either matrix of a feed-forward is four, so that a block of a ViT has 12. Matrices are
 cut into slices in both directions: d is the largest number that divides all widths, so that other feed-forwards and
 stacks of several widths (Swin) fit too. The authors' code has d = 768 and the four written into it. U and Sigma start

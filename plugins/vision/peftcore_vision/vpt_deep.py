@@ -3,15 +3,15 @@
     [x_l; ...] = L_l([x_{l-1}; P_l])   at each block l,   y = head(x_L),   P_l [length, d]
 
 Each block has a prompt of its own. What it makes of its prompt is dropped, as the authors overwrite it before the next
-block, so between blocks the host's hidden states have the shape that they always had, and behind the last one norms,
-poolers and heads see the host's own tokens alone: for hosts that read the class token this is the authors' model. Where
-they average over tokens (their MAE models), the authors count the last prompt's rows in unless VIT_POOL_TYPE is
+block, so between blocks the model's hidden states have the shape that they always had, and behind the last one norms,
+poolers and heads see the model's own tokens alone: for models that read the class token this is the authors' model.
+Where they average over tokens (their MAE models), the authors count the last prompt's rows in unless VIT_POOL_TYPE is
 "img_pool", which is what happens here. Blocks that `target` leaves out run without a prompt (FORWARD_DEEP_NOEXPAND in
 the authors' ablations).
 
 Prompts start uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. With `projection` they have that width, and one
-linear map brings all of them to d. The head trains along, as in the paper, from where the host's is; not where images
-meet texts, nor in diffusion. The authors keep dropout of the frozen blocks off while prompts train: put the host in
+linear map brings all of them to d. The head trains along, as in the paper, from where the model's is; not where images
+meet texts, nor in diffusion. The authors keep dropout of the frozen blocks off while prompts train: put the model in
 eval mode for that. They search learning rates from 0.05 to 50 with SGD.
 
 Never identity at the start. Parameters: length * d a block; with projection length * projection a block, and

@@ -4,15 +4,15 @@
 
 P joins the tokens of an image (class token x and patches alike) once they are embedded and have their positions; it has
 none. It goes through all blocks (from the first one that `target` has), and its rows are dropped behind the last one,
-so that norms, poolers and heads see the host's own tokens alone: for hosts that read the class token this is the
+so that norms, poolers and heads see the model's own tokens alone: for models that read the class token this is the
 authors' model. Where they average over tokens (their MAE models), the authors count the prompt's rows in unless
 VIT_POOL_TYPE is "img_pool", which is what happens here. Between the blocks, hidden states carry the prompt behind the
-host's tokens.
+model's tokens.
 
 P starts uniform in +-sqrt(6 / (3 p^2 + d)), p the side of a patch. With `projection` it has that width, and one linear
-map brings it to d. The head trains along, as in the paper, from where the host's is; not where images meet texts, nor
-in diffusion. The authors keep dropout of the frozen blocks off while prompts train: put the host in eval mode for that.
-They search learning rates from 0.05 to 50 with SGD.
+map brings it to d. The head trains along, as in the paper, from where the model's is; not where images meet texts, nor
+in diffusion. The authors keep dropout of the frozen blocks off while prompts train: put the model in eval mode for
+that. They search learning rates from 0.05 to 50 with SGD.
 
 Never identity at the start: anything beside the tokens moves the outputs. Parameters: length * d; with projection
 length * projection and (projection + 1) * d for the map; and the head.
