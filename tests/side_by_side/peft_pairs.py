@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.contract.operators import _Base
 from peftcore.injection.injection import Injection
-from peftcore.layers import layer as weights
+from peftcore.layers import kinds
 from peftcore.targets.sites import Site
 
 ADAPTER = "default"
@@ -192,7 +192,7 @@ class Both:
 
     def assert_same(self, run: Callable[[nn.Module], Tensor]) -> None:
         """Outputs, gradients, merged weights; the first two also on the way that activations of real size go."""
-        for small in (weights.SMALL, 0):
+        for small in (kinds.SMALL, 0):
             for pair in self.pairs:
                 pair.ours.grad = pair.theirs.grad = None
             with mock.patch("peftcore.layers.kinds.SMALL", small):
