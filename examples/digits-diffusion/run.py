@@ -64,6 +64,8 @@ CONTROL, READER = 150, 200
 """Steps in which a method learns to follow edges, and a classifier to read."""
 QUICK = 8
 """By how much --quick divides the number of steps."""
+DRAWN, FEW = 100, 20
+"""Digits that are drawn to be scored; few of them with --quick."""
 
 
 def train(
@@ -192,13 +194,13 @@ class Outcome:
     pictures: dict[str, Rows] = field(default_factory=dict)
 
 
-def run(share: int, display: Display) -> Outcome:
-    """Everything, with so many times fewer steps."""
+def run(share: int, number: int, display: Display) -> Outcome:
+    """Everything, with so many times fewer steps, and so many digits drawn to be scored."""
     plain, labels = digits()
     new = faded_italics(plain)
     outcome = Outcome()
     judge = Judge(plain, labels, READER // share, display.begins("classifiers that score what is drawn"))
-    wanted = torch.arange(100) % 10
+    wanted = torch.arange(number) % 10
     outcome.styles.append({"host": "real digits", "method": "", **judge.held_out, "trainable": 0, "seconds": 0.0})
     for name, host in HOSTS.items():
         base = pretrained(host, (plain, labels), host.pretraining // share, display.begins(f"{name} learns to draw"))
@@ -216,7 +218,7 @@ def run(share: int, display: Display) -> Outcome:
                 rows[method] = drawn[:10]
                 injection.save(Path(folder, method))
             if name == "UNet":
-                steer(base, host, (plain, labels), CONTROL // share, Path(folder), outcome, display)
+                steer(base, host, (plain, labels), number, CONTROL // share, Path(folder), outcome, display)
     return outcome
 
 
@@ -229,15 +231,16 @@ def steer(
     base: nn.Module,
     host: Denoiser,
     data: tuple[Tensor, Tensor],
+    number: int,
     steps: int,
     saved: Path,
     outcome: Outcome,
     display: Display,
 ) -> None:
-    """Let methods follow the edges of held-out digits, whose label is told as ever."""
+    """Let methods follow the edges of a number of held-out digits, whose label is told as ever."""
     images, labels = data[0][:HELD_OUT], data[1][:HELD_OUT]
-    images = torch.cat([examples(images, labels), images])[:100]
-    labels = torch.cat([torch.arange(10), labels])[:100]
+    images = torch.cat([examples(images, labels), images])[:number]
+    labels = torch.cat([torch.arange(10), labels])[:number]
     rows = outcome.pictures["edges"] = {"edges": 2 * edges(images[:10]) - 1}
 
     def keep(method: str, drawn: Tensor, wanted: Tensor, trainable: int, seconds: float) -> None:
@@ -289,21 +292,21 @@ def picture(rows: Rows, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=HERE, help="where the pictures and results.json go")
-    parser.add_argument("--quick", action="store_true", help="few steps: shows that it runs, not how well")
+    parser.add_argument("--quick", action="store_true", help="few steps and drawings: shows that it runs, not how well")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # hosts this small gain little from more, and sums keep their order
-    share = QUICK if arguments.quick else 1
+    share, number = (QUICK, FEW) if arguments.quick else (1, DRAWN)
     total = sum(
         host.pretraining // share + len(STYLES[name]) * (host.adaptation // share) for name, host in HOSTS.items()
     )
     total += len(CONTROLS) * (CONTROL // share) + 2 * (READER // share)
     display = Display(total)
     with display.progress:
-        outcome = run(share, display)
+        outcome = run(share, number, display)
     seconds = time.process_time()  # of the one core that it uses: other programs do not count
     console = Console()
-    console.print(table("100 digits drawn after adaptation to faded italics", outcome.styles))
-    console.print(table("100 digits drawn along the edges of digits of the validation set", outcome.steering))
+    console.print(table(f"{number} digits drawn after adaptation to faded italics", outcome.styles))
+    console.print(table(f"{number} digits drawn along the edges of digits of the validation set", outcome.steering))
     console.print(f"{seconds:.0f} seconds of one core", highlight=False)
     arguments.out.mkdir(parents=True, exist_ok=True)
     document = {"seconds": seconds, "styles": outcome.styles, "steering": outcome.steering}

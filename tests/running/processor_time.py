@@ -23,10 +23,24 @@ def _spent() -> float:
 
 
 class Costs:
-    """What the tests of a run cost, gathered where the report is written."""
+    """What the tests of a run cost: taken where they run, gathered where the report is written."""
 
     def __init__(self) -> None:
         self.by: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.before = 0.0
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self) -> Iterator[None]:
+        self.before = _spent()
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+        if call.when == "teardown":
+            pair = declared(item)
+            method, check = ("", "") if pair is None else (pair[0].method.name, pair[1].name)
+            item.user_properties.append((KEY, [_spent() - self.before, method, check]))
+        return (yield)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         told = dict(report.user_properties).get(KEY)
@@ -53,21 +67,3 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--cost"):
         config.pluginmanager.register(Costs())
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    item.stash[_BEGAN] = _spent()
-    return (yield)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    if call.when == "teardown" and item.config.getoption("--cost"):
-        pair = declared(item)
-        method, check = ("", "") if pair is None else (pair[0].method.name, pair[1].name)
-        item.user_properties.append((KEY, [_spent() - item.stash[_BEGAN], method, check]))
-    return (yield)
-
-
-_BEGAN = pytest.StashKey[float]()
