@@ -4,7 +4,9 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import command_lines
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,7 @@ from typer.testing import CliRunner
 from peftcore.cli.commands import app
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-LAUNCHERS = {
-    "torchrun": TORCHRUN,
-    "sharded": TORCHRUN,
-    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
-}
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 
 
 @pytest.fixture
@@ -40,29 +38,42 @@ def config(encoder: Path, csv_file: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_learn_what_one_does(launcher: str, config: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def one(config: Path) -> dict[str, Any]:
+    """What one process says."""
     result = CliRunner().invoke(app, ["train", str(config), "--out", "one", "--batch-size", "16", "--json"])
     assert result.exit_code == 0, result.output
-    one = json.loads(result.stdout)
-    line = [
-        sys.executable,
-        "-m",
-        *LAUNCHERS[launcher],
-        "-m",
-        "peftcore",
-        "train",
-        str(config),
-        "--out",
-        "two",
-        "--json",
-        *(["--set", "training.shard=true"] if launcher == "sharded" else []),
-    ]
-    said = subprocess.run(line, check=True, capture_output=True, text=True).stdout
+    said: dict[str, Any] = json.loads(result.stdout)
+    return said
+
+
+def launched(*line: str) -> str:
+    """What two processes print."""
+    return subprocess.run([sys.executable, "-m", *line], check=True, capture_output=True, text=True).stdout
+
+
+def learned_the_same(said: str, one: dict[str, Any], out: str = "two") -> None:
     two = json.loads(said)  # one of them speaks
     assert np.allclose(two["losses"], one["losses"], rtol=1e-5)
     assert two["after"]["accuracy"] == one["after"]["accuracy"]  # mean losses of scores count what fills up batches
-    alone, together = (load_file(f"{folder}/adapter/adapter.safetensors") for folder in ("one", "two"))
+    alone, together = (load_file(f"{folder}/adapter/adapter.safetensors") for folder in ("one", out))
     assert alone.keys() == together.keys()
     for key, value in alone.items():
         torch.testing.assert_close(together[key], value, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_of_accelerate_learn_what_one_does(config: Path, one: dict[str, Any]) -> None:
+    learned_the_same(
+        launched(*ACCELERATE, "-m", "peftcore", "train", str(config), "--out", "two", "--json"), one, "two"
+    )
+
+
+def test_two_processes_of_torchrun_learn_what_one_does(config: Path, one: dict[str, Any]) -> None:
+    """With a whole model each, and with one in pieces."""
+    runs = {"two": [], "pieces": ["--set", "training.shard=true"]}
+    lines = [["train", str(config), "--out", out, "--json", *more] for out, more in runs.items()]
+    Path("lines.json").write_text(json.dumps(lines), encoding="utf-8")
+    said = launched(*TORCHRUN, command_lines.__file__, "lines.json")
+    whole, end = json.JSONDecoder().raw_decode(said)
+    learned_the_same(json.dumps(whole), one)
+    learned_the_same(said[end:], one, "pieces")
