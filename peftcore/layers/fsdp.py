@@ -69,20 +69,20 @@ StandIns = Mapping[nn.Parameter, nn.Parameter]
 
 @contextmanager
 def gathered(
-    model: nn.Module, wanted: Callable[[], Iterable[nn.Parameter]], lazy_weights: StandIns | None = None
+    model: nn.Module, wanted: Callable[[], Iterable[nn.Parameter]], whole_parameters: StandIns | None = None
 ) -> Iterator[None]:
     """Context manager in which parameters of the model are whole in their modules, with whole gradients; their values
     are sharded again afterwards.
 
     Args:
         wanted: returns the parameters; called when all sharded ones are in pieces.
-        lazy_weights: the whole parameters to use, where the caller has to recognize them.
+        whole_parameters: the whole parameters to use, where the caller has to recognize them.
     """
     if not is_sharded(model):
         yield
         return
     _reshard(model)
-    filled = stand_ins_for(wanted()) if lazy_weights is None else lazy_weights
+    filled = stand_ins_for(wanted()) if whole_parameters is None else whole_parameters
     for piece, stand_in in filled.items():
         stand_in.data = whole(piece.detach())
         stand_in.grad = None if piece.grad is None else whole(piece.grad)
