@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-BUDGET = 0.3
-"""Seconds of processor time that ``import peftcore`` may add to ``import torch``; other processes do not count."""
+MODULES = 120
+"""Modules of ours that ``import peftcore`` may load. Seconds depend on the machine, and are for the benchmarks."""
+LIBRARIES = {"annotated_types", "pluggy", "pydantic", "pydantic_core", "safetensors", "typing_inspection"}
+"""What it may load besides torch and the standard library."""
 OPTIONAL = ("transformers", "timm", "diffusers", "accelerate", "peft", "typer", "rich", "matplotlib", "numpy.testing")
 OPTIONAL += ("bitsandbytes", "torchao", "hqq")
 
 SCRIPT = """
-import json, sys, time
+import json, sys
 import torch
 before = set(sys.modules)
-start = time.process_time()
 import peftcore
-seconds = time.process_time() - start
 added = sorted(set(sys.modules) - before)
 listed = [info.name for info in peftcore.methods()]
-print(json.dumps({"seconds": seconds, "added": added, "listed": listed, "after": sorted(set(sys.modules) - before)}))
+print(json.dumps({"added": added, "listed": listed, "after": sorted(set(sys.modules) - before)}))
 """
 
 
@@ -32,12 +32,11 @@ def measure() -> dict[str, Any]:
 
 
 def test_import_is_light_and_lists_methods_without_importing_them() -> None:
-    runs = [measure()]
-    while len(runs) < 3 and min(run["seconds"] for run in runs) >= BUDGET:
-        runs.append(measure())  # another process may have had the processor
-    assert min(run["seconds"] for run in runs) < BUDGET
-
-    run = runs[0]
+    run = measure()
+    ours = [name for name in run["added"] if name.partition(".")[0] == "peftcore"]
+    assert len(ours) <= MODULES
+    tops = {name.partition(".")[0] for name in run["added"]} - {"peftcore"}
+    assert {top for top in tops if top not in sys.stdlib_module_names and top[0] != "_"} <= LIBRARIES
     assert not [name for name in run["added"] if name.partition(".")[0] in OPTIONAL]
     unwanted = ("peftcore_", "peftcore.testing", "peftcore.comparing", "peftcore.cli")
     assert not [name for name in run["added"] if name.startswith(unwanted)]
