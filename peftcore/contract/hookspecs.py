@@ -56,7 +56,8 @@ def peftcore_map(model: nn.Module) -> HostMap | None:
 def peftcore_layer(module: nn.Module, tensor: str) -> Layer | None:
     """Say how a module stores one of its tensors: its logical layout, how to read and write it, its linear map.
 
-    Runs when sites are chosen, once for each. The answer is plain data that later reads and writes without hooks.
+    Runs when sites are chosen, for one of those modules that are built alike: of one class, with equal attributes, and
+    with plain tensors of equal shapes and dtypes. The answer is plain data that later reads and writes without hooks.
     Gets the module and the path of the tensor below it ("weight" for most). Returns a `Layer`, or None; the core
     answers for dense tensors, a quantizing plugin for quantized ones. Stops at the first result that is not None.
     """

@@ -8,6 +8,7 @@ the order of reading:
 - `tree`: the map as text.
 - `virtual`: roles that no single weight has, such as "all-linear".
 - `hostmap`: the map, which answers by role.
+- `alike`: modules that are built alike.
 - `survey`: one walk over the model.
 - `mixers`: attention and state space.
 - `blocks`: the blocks that repeat along the depth.

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 
 from torch import nn
 
 from peftcore.roles.blocks import Blocks
 from peftcore.roles.entries import HostEntry, Layout
-from peftcore.roles.hostmap import HostMap
+from peftcore.roles.hostmap import HostMap, moved
 from peftcore.roles.layouts import logical_shape, static_layout
 from peftcore.roles.mixers import Mixers
 from peftcore.roles.mlps import FeedForwards
@@ -30,11 +31,19 @@ def derive(model: nn.Module) -> HostMap:
     branches, and the rest is judged by its place relative to all of these.
     """
     with closing(Survey(model)) as survey:
-        return HostMap(tuple(judged(survey)))
+        entries = judged(survey)
+        if not are_told_apart(survey, entries):
+            return HostMap(tuple(unfolded(survey.root, entries)))
+    with closing(Survey(model, each=True)) as survey:
+        return HostMap(tuple(unfolded(survey.root, judged(survey))))
 
 
-def judged(survey: Survey) -> list[HostEntry]:
-    """Returns the entries of all nodes."""
+Entries = list[list[HostEntry]]
+"""Entries by the number of their node."""
+
+
+def judged(survey: Survey) -> Entries:
+    """Returns the entries of each node."""
     mixers = Mixers(survey)
     blocks = Blocks(survey, mixers)
     mixers.assign()
@@ -43,27 +52,54 @@ def judged(survey: Survey) -> list[HostEntry]:
     Rest(survey, mixers, blocks, mlps).assign()
     towers = Towers(survey, blocks).of(survey)
     layer_of = layers(blocks)
-    entries: list[HostEntry] = []
+    entries: Entries = []
     for node in survey.nodes:
+        entries.append([])
         roles = (["block"] if node.is_block else []) + ([node.role] if node.role else [])
         for role in roles or [OTHER]:
             layout = static_layout(node, mixers.attention_around(node)) if role in FUSED_ROLES else None
             layer = layer_of[node.block] if node.block is not None else None
-            entries.append(entry_of(node, role, towers[node.index], layer, layout))
+            entries[-1].append(entry_of(node, role, towers[node.index], layer, layout))
     return with_stacks(survey, entries)
 
 
-def with_stacks(survey: Survey, entries: list[HostEntry]) -> list[HostEntry]:
+def with_stacks(survey: Survey, entries: Entries) -> Entries:
     """Returns the entries with roles of modules that take token ids: "stack.decoder" where they read another one, else
     "stack"; their tensor is the token table."""
     modules = {node.path: node.module for node in survey.nodes if node.tensor is None}
-    stacks = {stack.path: stack for stack in find(modules, entries)}
+    stacks = {stack.path: stack for stack in find(modules, chain.from_iterable(entries))}
     return [
-        replace(entry, role=stacks[entry.path].role, tensor=f"{stacks[entry.path].table}.weight")
-        if entry.role == OTHER and entry.path in stacks
-        else entry
-        for entry in entries
+        [
+            replace(entry, role=stacks[entry.path].role, tensor=f"{stacks[entry.path].table}.weight")
+            if entry.role == OTHER and entry.path in stacks
+            else entry
+            for entry in each
+        ]
+        for each in entries
     ]
+
+
+def are_told_apart(survey: Survey, entries: Entries) -> bool:
+    """Whether an element that speaks for others is told from the one before it, though both are built alike: then they
+    may be told from each other, too (matrices of one shape, of which each second one is the first's counterpart)."""
+    for node in survey.nodes:
+        if node.twins and node.parent is not None:
+            before = node.parent.children[node.parent.children.index(node) - 1]
+            here, there = (list(chain.from_iterable(entries[n.index : n.end])) for n in (node, before))
+            if here != list(moved(there, before.path, [node.name])):
+                return True
+    return False
+
+
+def unfolded(node: Node, entries: Entries) -> list[HostEntry]:
+    """Returns the entries of a node and all below it, with those of the elements for which others speak."""
+    found = entries[node.index].copy()
+    for below in (*node.tensors, *node.children):
+        inside = unfolded(below, entries)
+        found += inside
+        if below.twins:
+            found += moved(inside, below.path, below.twins)
+    return found
 
 
 def entry_of(node: Node, role: str, tower: str, layer: int | None, layout: Layout | None) -> HostEntry:

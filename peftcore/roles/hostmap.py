@@ -6,17 +6,41 @@ compared and printed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property
 from math import prod
+from typing import Any
 
 from peftcore.errors import TargetError
 from peftcore.roles.entries import HostEntry, Slices
 from peftcore.roles.tree import render
 from peftcore.roles.virtual import VIRTUAL, enclosing, prefixes
 from peftcore.roles.vocabulary import OTHER, ROLES
+
+
+def moved(entries: list[HostEntry], element: str, names: list[str]) -> Iterator[HostEntry]:
+    """Yields the entries of an element of a list as they are in those that follow it, of these names."""
+    inside, length, above = f"{element}.", len(element), element[: element.rfind(".") + 1]
+    parts: list[tuple[dict[str, Any], list[tuple[str, str]], int | None]] = []
+    for entry in entries:
+        own = vars(entry)
+        paths = [(key, own[key]) for key in ("path", "module", "tower", "block", "reader")]
+        ends = [(key, path[length:]) for key, path in paths if path and f"{path}.".startswith(inside)]
+        parts.append((own, ends, entry.layer if entry.block == element else None))
+    for further, name in enumerate(names, 1):
+        goal = above + name
+        for own, ends, layer in parts:
+            there = own.copy()
+            for key, end in ends:
+                there[key] = goal + end
+            if layer is not None:
+                there["layer"] = layer + further
+            other = object.__new__(HostEntry)  # `replace` takes five times as long, and a host has many
+            object.__setattr__(other, "__dict__", there)
+            yield other
+
 
 Selection = list[tuple[HostEntry, Slices | None]]
 

@@ -62,7 +62,7 @@ class FeedForwards:
 
     def _assign_listed_experts(self, node: Node) -> None:
         """R11: a list of MLPs beside a matrix with one output for each of them is a mixture of experts (Switch)."""
-        branch, count = node.parent, len(node.children)
+        branch, count = node.parent, sum(1 + len(child.twins) for child in node.children)
         if branch is None or branch.is_block or count < 2 or any(child.role != "mlp" for child in node.children):
             return
         for matrix in self.survey.matrices.under(branch):

@@ -3,6 +3,10 @@ fast.
 
 Nodes are numbered in the order of the walk, so a subtree is an interval of numbers and "which matrices lie under this
 module" is two binary searches. All rules work on this tree; none of them walks the host again.
+
+Of elements of a list that are built alike and follow each other, three have nodes, and the third speaks for the others:
+rules ask whether there are two or three of something, and no more. Should they tell the three apart (by their
+place), all of them have to be surveyed.
 """
 
 from __future__ import annotations
@@ -21,9 +25,13 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from peftcore.roles import vocabulary as V
+from peftcore.roles.alike import Run, runs
 
 #: Children that are guests of the host and not a part of its architecture: reparametrizations and operators.
 GUESTS = frozenset({"parametrizations", "peft"})
+LISTS = (nn.ModuleList, nn.Sequential)
+NODES = 3
+"""The number of elements that are alike and have nodes."""
 
 
 class Kind(Enum):
@@ -56,6 +64,7 @@ class Node:
     shape: tuple[int, ...] = ()  # as stored
     fan: tuple[int, int] | None = None  # (in, out) of a matrix; 1x1 convolutions are matrices too
     end: int = 0
+    twins: list[str] = field(default_factory=list)  # names of those that follow it, for which it speaks
     children: list[Node] = field(default_factory=list)
     tensors: list[Node] = field(default_factory=list)  # bare parameters
     label: str = ""  # the name that counts (rule R2)
@@ -135,13 +144,15 @@ class Ordered:
 
 
 class Survey:
-    """The tree of one host and its nodes by kind."""
+    """The tree of one host and its nodes by kind; with `each`, all elements of lists have nodes."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, each: bool = False) -> None:
+        self._lists = () if each else LISTS
         self.nodes: list[Node] = []
         self.inputs = declared(model, "get_input_embeddings")
         self.heads = declared(model, "get_output_embeddings") | declared(model, "get_classifier")
         self._seen: set[int] = set()
+        self._named = set(map(id, self.inputs | self.heads))
         self.root = self._walk(model, "", "", None)
         self.matrices = Ordered(node for node in self.nodes if node.fan is not None)
         self.weights = Ordered(node for node in self.nodes if node.kind in (Kind.LINEAR, Kind.CONV, Kind.EXPERTS))
@@ -161,12 +172,30 @@ class Survey:
         for key in bare_parameters(module):
             node.tensors.append(self._add(Node(prefix + key, key, module, node, len(self.nodes), tensor=key)))
             classify_bare(node.tensors[-1])
-        for key, child in module._modules.items():
-            if child is None or key in GUESTS or isinstance(child, torch.jit.ScriptModule) or id(child) in self._seen:
-                continue
-            node.children.append(self._walk(child, prefix + key, key, node))
+        for key, child, twins in self._children(module):
+            if id(child) not in self._seen:
+                node.children.append(self._walk(child, prefix + key, key, node))
+                node.children[-1].twins = twins
         node.end = len(self.nodes)
         return node
+
+    def _children(self, module: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
+        """Yields the children that get nodes, each with the names of those for which it speaks."""
+        children: Run = [
+            (key, child, [])
+            for key, child in module._modules.items()
+            if child is not None and key not in GUESTS and not isinstance(child, torch.jit.ScriptModule)
+        ]
+        for run in runs(children, self._taken) if isinstance(module, self._lists) else ([child] for child in children):
+            for key, child, _ in run[: NODES - 1]:
+                yield key, child, []
+            for key, child, _ in run[NODES - 1 : NODES]:
+                yield key, child, [name for name, _, _ in run[NODES:]]
+            for _, _, modules in run[NODES:]:
+                self._seen.update(modules)
+
+    def _taken(self, module: int) -> bool:
+        return module in self._seen or module in self._named
 
     def _add(self, node: Node) -> Node:
         self.nodes.append(node)

@@ -50,5 +50,5 @@ def layers(blocks: Blocks) -> dict[Node, int]:
     numbered = {}
     for block in blocks.blocks:
         numbered[block] = counts.setdefault(block.parent, 0)
-        counts[block.parent] += 1
+        counts[block.parent] += 1 + len(block.twins)
     return numbered

@@ -22,13 +22,16 @@ from torch.jit import ScriptModule
 
 from peftcore.errors import HostMismatch, TargetError, shown
 from peftcore.forward.adapter_modules import AdapterModules
-from peftcore.layers.layer import Slices
+from peftcore.layers.layer import Layer, Slices
 from peftcore.roles import HostEntry, HostMap
+from peftcore.roles.alike import Structure
 from peftcore.roles.stacks import TokenStack, find
 from peftcore.targets.sites import LayerOf, Site
 
 UNSEEN = (AdapterModules, ScriptModule)
 """Modules that are never targets, nor is anything in them."""
+KINDS = 8
+"""The number of structures that are remembered for modules of one class and shape."""
 Target = str | type[nn.Module] | Callable[[str, nn.Module], bool] | Sequence[Any]
 
 
@@ -76,6 +79,12 @@ class Resolver:
         self._role_of = {entry.path: entry.role for entry in host.entries}
         self._readers = {entry.module: entry.reader for entry in host.entries if entry.reader is not None}
         self._holders: dict[int, list[tuple[str, str]]] | None = None
+        self._layers: dict[tuple[Any, ...], list[tuple[Structure, Layer]]] = {}
+        """Known layers by class, tensor and shape, with the structure of their modules."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state for copies, without remembered layers."""
+        return {**self.__dict__, "_layers": {}}
 
     def _see(self, module: nn.Module, path: str, seen: set[int]) -> None:
         """Record a module and all below it, each once."""
@@ -162,13 +171,25 @@ class Resolver:
         if reader is not None:
             module_path, tensor = reader, f"{module_path}.{tensor}".removeprefix(f"{reader}.")
         module = self.modules[module_path]
-        output = role is not None and role.endswith(".output")  # the operator acts on what the module returns
-        layer = self.layer_of(module, tensor)
+        output = role is not None and role.endswith(".output")  # the operator acts on the module's output
+        layer = self._layer(module, tensor)
         whole = tensor == "weight" and not layer.has(module, tensor)  # a module without a weight of its own
         form = "activation" if output or whole or (layer.called and tensor == "weight") else "weight"
         if role is None:
             role = self._role_of.get(module_path if tensor == "weight" else f"{module_path}.{tensor}")
         return Site(module, module_path, tensor, layer, role, slices, form, self.layer_of)
+
+    def _layer(self, module: nn.Module, tensor: str) -> Layer:
+        """Returns how a module stores a tensor; of modules that are built alike, one is examined."""
+        held = module._parameters.get(tensor)
+        known = self._layers.setdefault((type(module), tensor, None if held is None else held.shape), [])
+        for structure, layer in known:
+            if structure.fits(module):
+                return layer
+        layer = self.layer_of(module, tensor)
+        if len(known) < KINDS:
+            known.append((Structure(module), layer))
+        return layer
 
     def recorded(self, module_path: str, tensor: str, role: str | None = None, slices: Slices | None = None) -> Site:
         """Returns a site as a file records it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from statistics import median
@@ -165,91 +165,3 @@ def test_a_probe_settles_what_names_cannot(name: str) -> None:
 def test_a_probe_makes_nothing_worse() -> None:
     wrong = [verdict for name in SURVEY for verdict in judge(name, probed=True) if not verdict.right]
     assert not wrong
-
-
-class Plain(nn.Module):
-    """A part without attributes."""
-
-    def __init__(self, **parts: nn.Module) -> None:
-        super().__init__()
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-
-def listed(count: int, make: Callable[[], nn.Module]) -> nn.ModuleList:
-    return nn.ModuleList(make() for _ in range(count))
-
-
-def attending(**parts: nn.Module) -> nn.Module:
-    """A block with an attention and a norm."""
-    attention = Plain(**{name: nn.Linear(8, 8) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
-    return Plain(attention=attention, norm=nn.LayerNorm(8), **parts)
-
-
-def experts() -> nn.Module:
-    """Blocks with seven experts in a list: what has one output for each is their router."""
-
-    def block() -> nn.Module:
-        expert = listed(7, lambda: Plain(up=nn.Linear(8, 16), down=nn.Linear(16, 8)))
-        return attending(branch=Plain(choose=nn.Linear(8, 7), experts=expert))
-
-    return Plain(blocks=listed(6, block))
-
-
-def without_norms() -> nn.Module:
-    """Blocks without norms are told by three weights with convolutions among them."""
-
-    def block() -> nn.Module:
-        return Plain(steps=listed(5, lambda: Plain(conv=nn.Conv2d(4, 4, 3))))
-
-    return Plain(stages=nn.Sequential(*(block() for _ in range(6))))
-
-
-def unequal() -> nn.Module:
-    """Twelve blocks of one class, the sixth wider than the others."""
-    widths = (16,) * 5 + (24,) + (16,) * 6
-    return Plain(blocks=nn.ModuleList(attending(up=nn.Linear(8, w), down=nn.Linear(w, 8)) for w in widths))
-
-
-def counterparts() -> nn.Module:
-    """Blocks with seven square matrices in a list, of which rules take each second one for the first's counterpart."""
-
-    def block() -> nn.Module:
-        steps = listed(7, lambda: Plain(conv=nn.Conv2d(4, 4, 1, bias=False), bn=nn.BatchNorm2d(4)))
-        return Plain(steps=steps, norm=nn.BatchNorm2d(4))
-
-    return Plain(stages=nn.Sequential(*(block() for _ in range(6))))
-
-
-COUNTED = ((experts, "router", 6), (without_norms, "block", 6), (unequal, "block", 12), (counterparts, "mlp.up", 18))
-
-
-@pytest.mark.parametrize(("make", "role", "count"), COUNTED)
-def test_rules_that_count(make: Callable[[], nn.Module], role: str, count: int) -> None:
-    assert len(derive(make()).by_role[role]) == count
-
-
-def test_a_block_that_differs_is_seen_among_equal_ones() -> None:
-    ups = derive(unequal()).by_role["mlp.up"]
-    assert [entry.layer for entry in ups] == list(range(12))
-    assert [entry.shape for entry in ups] == [(24, 8) if layer == 5 else (16, 8) for layer in range(12)]
-
-
-def test_a_shared_module_is_found_where_it_stands_first() -> None:
-    blocks = listed(8, attending)
-    model = Plain(blocks=blocks, again=blocks[4].get_submodule("attention.q_proj"))
-    paths = [entry.path for entry in derive(model).entries]
-    assert "blocks.4.attention.q_proj" in paths
-    assert "again" not in paths
-
-
-def test_the_head_that_a_host_declares_is_one_wherever_it_stands() -> None:
-    class Host(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.parts = listed(8, lambda: Plain(first=nn.Linear(8, 8), second=nn.Linear(8, 8)))
-
-        def get_classifier(self) -> nn.Module:
-            return self.parts[4].get_submodule("second")
-
-    assert [entry.path for entry in derive(Host()).by_role["head"]] == ["parts.4.second"]

@@ -9,11 +9,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import TargetError
-from peftcore.layers.detect import dense_layer
-from peftcore.layers.kinds import Transposed
-from peftcore.layers.layer import Layer
 from peftcore.roles import derive
-from peftcore.targets.resolver import Resolver
 
 QUERIES = [f"layers.{i}.self_attn.q_proj" for i in (0, 1)]
 VALUES = [f"layers.{i}.self_attn.v_proj" for i in (0, 1)]
@@ -429,14 +425,3 @@ def test_targets_do_not_disturb_the_host() -> None:
     peftcore.plan(model, "lora", target="all-linear", exclude="attn.q")
     assert snapshot(model) == before
     assert torch.equal(model(token_ids()), output)
-
-
-def test_each_module_is_asked_how_it_stores_its_weight() -> None:
-    """Also where nothing in the way it is built tells it from its neighbours."""
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
-
-    def layer_of(module: nn.Module, tensor: str) -> Layer:
-        return Transposed(called=True) if module is model[3] else dense_layer(module, tensor)
-
-    sites, _ = Resolver(model, derive(model), layer_of).sites(nn.Linear)
-    assert [site.module_path for site in sites if isinstance(site.layer, Transposed)] == ["3"]
