@@ -73,10 +73,10 @@ def _names(code: CodeType) -> set[str]:
 
 
 def representatives(methods: Iterable[type[Method]]) -> set[str]:
-    """Names of methods such that each kind has one: the method that is made of the fewest."""
-    made_of = {method.name: kinds(method) for method in methods}
-    ordered = sorted(made_of, key=lambda name: (len(made_of[name]), name))
-    return {next(name for name in ordered if kind in made_of[name]) for kind in set().union(*made_of.values())}
+    """Names of methods such that each kind has one: the simplest, which is made of least and has the fewest options."""
+    simplest = sorted(methods, key=lambda method: (len(kinds(method)), len(method.Config.model_fields), method.name))
+    made_of = {method.name: kinds(method) for method in simplest}
+    return {next(name for name in made_of if kind in made_of[name]) for kind in set().union(*made_of.values())}
 
 
 def declared(item: pytest.Item) -> tuple[Declared, Check] | None:
