@@ -144,11 +144,11 @@ def _stand_in_for(weight: Tensor) -> Tensor:
     return made
 
 
-Factors = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
 """``[*experts, out, rank]`` and ``[*experts, rank, in]``; their product is the update."""
 
 
-def factors_of(stored: Tensor | None, mounts: Sequence[Mount]) -> Factors | None:
+def factors_of(stored: Tensor | None, mounts: Sequence[Mount]) -> Pair | None:
     """Returns the low-rank update of a tensor, in its dtype; None where one of the mounts has no factors for matrices.
 
     Args:
@@ -177,7 +177,7 @@ def _all_rows(mount: Mount, B: Tensor, stored: Tensor) -> Tensor:
     return put(B.new_zeros(*shape[:-1], B.shape[-1]), B, mount.slices, mount.layer.batch_dims)
 
 
-def lazy_weight(stored: Tensor | None, layer: Layer, factors: Factors, make: Callable[[], Tensor]) -> Tensor:
+def lazy_weight(stored: Tensor | None, layer: Layer, factors: Pair, make: Callable[[], Tensor]) -> Tensor:
     """Returns a lazy weight for a stored tensor with its update; `make` computes the effective tensor, in the same
     layout."""
     assert stored is not None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftcore.contract.compositions import Composition
 from peftcore.contract.operators import Combiner, Operator, WeightOperator, _Base, is_mergeable
 from peftcore.forward.active_adapters import Active, Key
-from peftcore.forward.expert_updates import Factors, factors_of, lazy_weight
+from peftcore.forward.expert_updates import Pair, factors_of, lazy_weight
 from peftcore.forward.mount import Effect, HeldSlices, Mount, around_slices, effects_of, fold
 from peftcore.layers.layer import Layer
 from peftcore.utils.autocast import autocasts, full_precision
@@ -112,7 +112,7 @@ class ActivePlan:
         """Returns the effective tensors by path below the module, computed at the operators' own precision."""
         return {path: make() for path, make in self.makes(module).items()}
 
-    def factors(self, module: nn.Module) -> Mapping[str, Factors] | None:
+    def factors(self, module: nn.Module) -> Mapping[str, Pair] | None:
         """Returns the low-rank update of each tensor, where nothing else acts on tensors; otherwise None."""
         found = {}
         for path, effects in self.effects if self.updates else ():
@@ -122,7 +122,7 @@ class ActivePlan:
             found[path] = factors
         return found or None
 
-    def lazy_weights(self, module: nn.Module, factors: Mapping[str, Factors], made: Made) -> dict[str, Tensor | None]:
+    def lazy_weights(self, module: nn.Module, factors: Mapping[str, Pair], made: Made) -> dict[str, Tensor | None]:
         """Returns lazy weights in place of effective tensors, each of which `made` computes if it is asked for."""
         found: dict[str, Tensor | None] = {}
         for path, effects in self.effects:

@@ -13,7 +13,7 @@ from peftcore.contract.compositions import Composition, branches
 from peftcore.contract.operators import Combiner, is_mergeable, tables
 from peftcore.forward.active_adapters import Active, Choice, Key, Route
 from peftcore.forward.cache import EffectiveWeightCache
-from peftcore.forward.expert_updates import Factors
+from peftcore.forward.expert_updates import Pair
 from peftcore.forward.host_state import HostState
 from peftcore.forward.mount import Mount
 from peftcore.forward.plan import (
@@ -63,9 +63,9 @@ class Slot:
         made: Mapping[str, Tensor | None] = self._cached("effective", module, acting, lambda: acting.effective(module))
         return made
 
-    def factors(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Factors] | None:
+    def factors(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Pair] | None:
         """Returns low-rank updates of tensors that the module reads, cached likewise."""
-        made: Mapping[str, Factors] | None = self._cached("factors", module, acting, lambda: acting.factors(module))
+        made: Mapping[str, Pair] | None = self._cached("factors", module, acting, lambda: acting.factors(module))
         return made
 
     def keeping(self, module: nn.Module, acting: ActivePlan) -> Made:
