@@ -31,6 +31,16 @@ def low_rank_update(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
     return (B @ A.flatten(B.dim() - 1)).view(weight.shape)
 
 
+def add_low_rank(weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Return ``weight + B A`` for a weight [*batch, out, in, *kernel], where possible without the product in memory.
+
+    A scale is in B already: inductor loses the `alpha` of these functions.
+    """
+    if weight.dim() == A.dim() == B.dim() and weight.dtype == A.dtype == B.dtype:
+        return (torch.addmm if weight.dim() == 2 else torch.baddbmm)(weight, B, A)
+    return weight + low_rank_update(A, B, weight)
+
+
 def low_rank_count(site: Site, rank: int) -> int:
     """Count the values in both factors."""
     return math.prod(site.batch) * rank * (site.in_features * math.prod(site.kernel) + site.out_features)
@@ -73,7 +83,4 @@ class LowRankOperator(Operator):
 
     def merged(self, weight: Tensor) -> Tensor:
         A, B, scale = self.factors()
-        B = B * scale  # and not `alpha`, which inductor loses
-        if weight.dim() == A.dim() == B.dim() and weight.dtype == A.dtype == B.dtype:
-            return (torch.addmm if weight.dim() == 2 else torch.baddbmm)(weight, B, A)  # no update in between
-        return weight + low_rank_update(A, B, weight)
+        return add_low_rank(weight, A, scale * B)

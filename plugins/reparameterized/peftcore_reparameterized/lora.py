@@ -25,7 +25,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, low_rank
-from peftcore_reparameterized._low_rank import input_dropout, low_rank_count, low_rank_factors, low_rank_update
+from peftcore_reparameterized._low_rank import add_low_rank, input_dropout, low_rank_count, low_rank_factors
 
 
 class Config(MethodConfig):
@@ -65,7 +65,7 @@ class LoRAOperator(Operator):
         return y + self.layer.mix(self.scale * low, B)  # [..., out]: B (s A x)
 
     def merged(self, weight: Tensor) -> Tensor:  # [*batch, out, in, *kernel]
-        return weight + self.scale * low_rank_update(self.A, self.B, weight)
+        return add_low_rank(weight, self.A, self.scale * self.B)  # W + s B A
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.A, self.B, self.scale
