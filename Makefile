@@ -1,5 +1,6 @@
 # make demo    adapt a real encoder to real tweets with every method, and compare them
 # make test    linters, types, tests
+# make test-slow    what takes more than ten seconds each, which `make test` leaves out
 # make test-all PART=1/4    the first quarter of the whole matrix of methods and hosts; without PART all of it
 # make quantization-matrix    try every method on every packed base, and write docs/quantization.md
 # make bench   how fast it is, side by side with peft; writes docs/performance.md
@@ -19,7 +20,7 @@ REQUIREMENTS := requirements-dev.txt requirements-demo.txt pyproject.toml $(wild
 # Models and data come from packages; nothing is fetched while the project runs.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-all lint docs docs-check quantization-matrix bench fuzz version release-check clean
+.PHONY: demo test test-slow test-all style lint docs docs-check quantization-matrix bench fuzz version release-check clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -30,16 +31,22 @@ demo: $(INSTALLED)
 CHANGED = $(shell git diff --name-only `git rev-parse -q --verify origin/main || echo HEAD` -- plugins 2>/dev/null \
 	| sed -n 's,^plugins/.*/peftcore_[a-z]*/\([a-z0-9][a-z0-9_]*\)\.py$$,\1,p')
 
-# Two workers with one thread each are faster on two cores than one worker with two.
+# Two workers with one thread each are faster on two cores than one worker with two. Types are checked meanwhile.
+WHICH := -m "not slow"
 test: export PEFTCORE_TEST_CHANGED = $(if $(word 7,$(CHANGED)),,$(CHANGED))
-test: export OMP_NUM_THREADS := 1
-test: export MKL_NUM_THREADS := 1
-test: lint
-	$(BIN)/python -m pytest -n 2
+test test-slow: export OMP_NUM_THREADS := 1
+test test-slow: export MKL_NUM_THREADS := 1
+test: style
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 2 $(WHICH); tests=$$?; wait $$types && exit $$tests
 
-# The whole matrix of methods and hosts, of which `make test` runs a covering part; a quarter of it with PART=1/4, each test in exactly one.
+# What takes more than ten seconds each: the examples, a package that is installed, several processes, the site.
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 -m slow
+
+# The whole matrix of methods and hosts, of which `make test` runs a covering part, and what is slow; a quarter of it with PART=1/4, each test in exactly one.
 test-all: export PEFTCORE_TEST_ALL := 1
 test-all: export PEFTCORE_TEST_PART = $(PART)
+test-all: WHICH :=
 test-all: test
 
 quantization-matrix: $(INSTALLED)
@@ -72,9 +79,11 @@ docs: $(INSTALLED)
 docs-check: docs
 	$(BIN)/python docs/check/site.py
 
-lint: $(INSTALLED)
+style: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint: style
 	$(BIN)/mypy
 
 $(INSTALLED): $(REQUIREMENTS)

@@ -21,7 +21,7 @@ from benchmarks.hosts import PROJECTIONS, llama
 from benchmarks.rows import Row
 from benchmarks.timing import Times, ratio, take_turns, uncollected
 
-SITES = "336 sites"
+TARGETS = "336 target modules"
 IMPORT = """
 import time, torch
 start = time.process_time()
@@ -97,7 +97,7 @@ def injecting(rounds: int) -> Iterator[list[Row]]:
     more |= {f"theirs {count}": another_of_theirs(count) for count in (1, 20)}
     later = thrice(more, 8)
     yield [
-        compared(f"injection of LoRA into {SITES}", times, 0.2),
+        compared(f"injection of LoRA into {TARGETS}", times, 0.2),
         compared("the 21st adapter", later, 0.1, "ours 20", "theirs 20"),
         compared("the 21st adapter over the 2nd", later, 1.1, "ours 20", "ours 1"),
     ]

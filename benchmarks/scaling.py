@@ -1,4 +1,4 @@
-"""Growth of costs: with sites, with adapters on one host, with width. Straight lines in the plots are linear growth."""
+"""Growth of costs: with target modules, with adapters on one host, with width. Straight lines in the plots are linear growth."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from peftcore.targets.resolver import Target
 T = TypeVar("T")
 Costs = dict[str, float]
 """Milliseconds of each thing that is done."""
-SITES = (100, 300, 1_000, 3_000, 10_000)
+TARGETS = (100, 300, 1_000, 3_000, 10_000)
 ADAPTERS = (1, 3, 10, 30, 100, 300, 1_000)
 WIDTHS = (256, 512, 1024, 2048, 4096)
 
@@ -71,14 +71,14 @@ class Experts(nn.Module):
         return output
 
 
-def sites() -> Growth:
+def target_modules() -> Growth:
     """Measure applying, merging and unmerging, removing."""
     found = defaultdict(list)
-    for count in SITES:
+    for count in TARGETS:
         model = Experts(count)
         for name, spent in least_of(partial(handled, model, "experts.*")).items():
             found[name].append(spent)
-    return growth("LoRA on experts", "sites", SITES, found)
+    return growth("LoRA on experts", "target modules", TARGETS, found)
 
 
 def handled(model: nn.Module, target: Target) -> Costs:
@@ -148,7 +148,7 @@ def growth(title: str, over: str, sizes: tuple[int, ...], found: Mapping[str, li
 
 def all_growth() -> Iterator[Growth]:
     """Yield all measurements, one after the other."""
-    yield from (measure() for measure in (sites, adapters, widths))
+    yield from (measure() for measure in (target_modules, adapters, widths))
 
 
 def draw(found: list[Growth], path: Path) -> None:

@@ -42,7 +42,7 @@ def one_token(rounds: int) -> Iterator[list[Row]]:
     """Measure the time that an adapter adds to a forward of one token."""
     base, ids = llama(layers=LAYERS), tokens(1, 1)
     others = {name: PAIRS[name] for name in WEIGHT_FORM}
-    others |= {f"{name}, frugal": replace(PAIRS[name], low_memory=True) for name in BESIDE}
+    others |= {f"{name}, low memory": replace(PAIRS[name], low_memory=True) for name in BESIDE}
 
     def build() -> Mapping[str, Step]:
         pairs = {"ours": LORA, **others}

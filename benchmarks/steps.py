@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,12 +20,12 @@ WANTED = {
     "lora": 0.8,
     "lora, dropout 0.1": 0.8,
     "dora": 0.6,
-    "dora, frugal": math.inf,
+    "dora, low memory": math.inf,
     "boft": 0.6,
-    "boft, frugal": 0.6,
+    "boft, low memory": 0.6,
     "hra": 0.6,
 }
-"""Time beyond the limit, ours over peft's; of others 1. A frugal method gives time for memory."""
+"""Time beyond the limit, ours over peft's; of others 1. A method that runs with `low_memory` gives time for memory."""
 
 LAYOUTS = 3
 """How often all contenders are built anew: where their tensors come to lie in memory is worth up to a tenth of a step,
@@ -79,10 +80,12 @@ def timed(name: str, rounds: int, autocast: bool = False, length: int = LENGTH) 
 def in_layouts(build: Callable[[], Mapping[str, Step]], rounds: int, *goals: Goal) -> Times:
     """Time contenders that are built anew a few times, and more often while a ratio is not narrow enough, or nearly
     what is wanted."""
-    built: list[Mapping[str, Step]] = []  # all stay, so that none is built where the last one was
+    built: deque[Mapping[str, Step]] = deque(maxlen=LAYOUTS)  # the last ones stay, so that none is built in their place
     times: Times = {}
-    while not times or len(built) < LAYOUTS * max(_effort(ratio(times), wanted) for ratio, wanted in goals):
+    layouts = 0
+    while not times or layouts < LAYOUTS * max(_effort(ratio(times), wanted) for ratio, wanted in goals):
         built.append(build())
+        layouts += 1
         more = take_turns(built[-1], math.ceil(rounds / LAYOUTS))
         times = {who: np.concatenate([times[who], more[who]]) for who in more} if times else more
     return times

@@ -62,6 +62,7 @@ def learned_the_same(said: str, one: dict[str, Any], out: str = "two") -> None:
         torch.testing.assert_close(together[key], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_of_accelerate_learn_what_one_does(config: Path, one: dict[str, Any]) -> None:
     learned_the_same(
         launched(*ACCELERATE, "-m", "peftcore", "train", str(config), "--out", "two", "--json"), one, "two"

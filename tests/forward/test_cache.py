@@ -103,7 +103,7 @@ def test_nothing_is_kept_in_training_mode(counted: Any) -> None:
     assert not slot_of(model.first).cache
 
 
-def test_a_frugal_one_keeps_nothing(counted: Any) -> None:
+def test_with_low_memory_nothing_is_kept(counted: Any) -> None:
     model, injection, _ = counted
     injection.low_memory = True
     assert [built(counted), built(counted)] == [1, 1]
@@ -274,7 +274,7 @@ def test_training_keeps_nothing(adapted: Any) -> None:
     assert operator.made == ["prepared", "prepared"]
 
 
-def test_a_frugal_one_makes_the_weight_in_training_and_keeps_none_in_evaluation(adapted: Any) -> None:
+def test_with_low_memory_the_weight_is_computed_in_training_and_kept_in_no_evaluation(adapted: Any) -> None:
     model, injection, operator = adapted
     operator.made.clear()
     model(INPUT).sum().backward()

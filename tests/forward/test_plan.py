@@ -19,7 +19,7 @@ BESIDE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("method", BESIDE)
-def test_frugal_training_makes_the_weight_and_gives_the_same_numbers(
+def test_with_low_memory_training_computes_the_weight_and_gives_the_same_numbers(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = perceptron().double()
