@@ -1,4 +1,5 @@
-"""Growth of costs: with target modules, with adapters on one host, with width. Straight lines in the plots are linear growth."""
+"""Growth of costs: with target modules, with adapters on one host, with width. Straight lines in the plots are linear
+growth."""
 
 from __future__ import annotations
 
