@@ -24,7 +24,7 @@ from benchmarks.__main__ import HERE, table
 from benchmarks.contenders import PAIRS, Step, limit_step, training_step
 from benchmarks.hosts import llama, tokens
 from benchmarks.rows import Row
-from benchmarks.serving import forward
+from benchmarks.serving import decoding
 from benchmarks.steps import WANTED, beyond, heavier
 from benchmarks.timing import Estimate, take_turns
 
@@ -69,7 +69,7 @@ class Bench:
     def token(self, method: str, way: str) -> Iterator[Row]:
         """Measure one token without gradients."""
         ids, hosts = tokens(1, 1).to(self.device), self.hosts(method, way)
-        calls = {who: forward(host, ids) for who, host in hosts.items()}
+        calls = {who: decoding(host, ids) for who, host in hosts.items()}
         if way == "graph":
             calls = {who: _captured(call) for who, call in calls.items()}
         yield self._timed(f"one token, {method}, {way}", calls, 0.6)

@@ -13,7 +13,7 @@ import torch
 from benchmarks.contenders import LORA, Step, limit_step, training_step
 from benchmarks.hosts import PROJECTIONS, mixture, tokens
 from benchmarks.rows import Row
-from benchmarks.serving import forward
+from benchmarks.serving import decoding
 from benchmarks.steps import LENGTH, beyond, heavier, in_layouts, peaks, ratio_of
 from benchmarks.timing import take_turns
 
@@ -48,6 +48,6 @@ def expert_rows(rounds: int) -> Iterator[list[Row]]:
         times = in_layouts(lambda size=size: steps(*size), rounds, (ratio_of, 1.0))  # type: ignore[misc]
         step = beyond(f"step, {where}: time beyond the limit", times, 1.0)
         ids = torch.zeros(1, 1, dtype=torch.long)
-        calls = {who: forward(model, ids) for who, model in hosts(*size).items()}
+        calls = {who: decoding(model, ids) for who, model in hosts(*size).items()}
         token = beyond(f"one token, {where}: time beyond the base", take_turns(calls, 5 * rounds, warmup=10), 1.0)
         yield [step, heavier(f"step, {where}", peaks(steps(*size))), token]

@@ -11,7 +11,7 @@ import peftcore
 from benchmarks.contenders import PAIRS
 from benchmarks.hosts import llama, tokens
 from benchmarks.rows import Row
-from benchmarks.serving import forward
+from benchmarks.serving import decoding
 from benchmarks.steps import LENGTH, beyond, contenders, in_layouts, ratio_of, weighed
 from benchmarks.timing import take_turns
 
@@ -35,9 +35,9 @@ def packed_rows(rounds: int) -> Iterator[list[Row]]:
         step = beyond(f"step{WHERE}, {name}: time beyond the limit", times, 1.0)
         base, ids = host(), tokens(1, 1)
         calls = {
-            "limit": forward(copy.deepcopy(base), ids),
-            "ours": forward(PAIRS[name].ours_on(copy.deepcopy(base)), ids),
-            "theirs": forward(PAIRS[name].theirs_on(copy.deepcopy(base)), ids),
+            "limit": decoding(copy.deepcopy(base), ids),
+            "ours": decoding(PAIRS[name].ours_on(copy.deepcopy(base)), ids),
+            "theirs": decoding(PAIRS[name].theirs_on(copy.deepcopy(base)), ids),
         }
         token = beyond(f"one token{WHERE}, {name}: time beyond the base", take_turns(calls, 5 * rounds, warmup=10), 1.0)
         yield [step, weighed(name, host, WHERE), token]

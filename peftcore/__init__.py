@@ -26,6 +26,7 @@ from peftcore.contract.operators import (
 from peftcore.files.compositions import load_composition, save_composition
 from peftcore.files.save_load import load
 from peftcore.forward.attention import Attend, AttentionOperator
+from peftcore.forward.cached_weights import cache_weights
 from peftcore.forward.context import Call, ForwardContext, Tap, current_call, forward_context
 from peftcore.forward.host_state import injections
 from peftcore.forward.routing import OneForward
@@ -116,6 +117,7 @@ __all__ = [
     "bias_name",
     "branch",
     "cache_in",
+    "cache_weights",
     "call",
     "cast_operands",
     "changes_bias",

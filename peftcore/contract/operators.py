@@ -190,7 +190,7 @@ class WeightOperator(_Base):
 
     def prepare(self, held: Held) -> Any:
         """Returns values for `activation_form` that no input changes, such as a rotation: small, made of parameters and
-        of the module's tensors, at their own precision. In evaluation they are cached while none of these changes."""
+        of the module's tensors, at their own precision. In `generate` and `cache_weights` it is called once."""
         return None
 
     def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: Any) -> Tensor:

@@ -1,18 +1,21 @@
-"""The forward of an adapted model: which injections are active, the class swap, the effective-weight cache, recompute.
+"""The forward of an adapted model: which injections are active, the class swap, effective weights, recompute.
 
 It may import `roles`, and what is below. In the order of reading:
 
 - `active_adapters`: which adapters are active, on which rows of a batch.
 - `context`: the context of one forward of the model, which backward may repeat.
+- `cache`: what is computed from weights, kept while nobody writes to them.
+- `instance_methods`: methods of a model that do something else while it is adapted.
 - `save_pretrained`: other libraries' saving writes the bare base.
+- `generate`: one call of `generate` computes effective weights once.
 - `host_state`: the state that peftcore keeps on an adapted model.
 - `mount`: one operator at one tensor or around one module.
-- `cache`: the cache of effective weights in evaluation.
 - `recompute`: effective weights in training, computed again in backward.
 - `expert_updates`: lazy weights for low-rank updates of stacked experts.
 - `view`: a module with other tensors, for one forward.
 - `plan`: the plan of one module under one choice.
-- `slot`: the operators, plans and cache of one module.
+- `slot`: the operators and plans of one module.
+- `cached_weights`: the promise of a user that nothing is written for a while.
 - `routing`: rows of a batch that go to different adapters.
 - `batched_updates`: low-rank updates of many adapters in one product.
 - `attention`: edits inside attention.

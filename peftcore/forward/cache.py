@@ -1,22 +1,30 @@
-"""The effective-weight cache: values computed from tensors, kept while none of the tensors changes."""
+"""Values computed from weights, such as effective weights, kept for as long as somebody says that nothing writes to the
+weights: within one call of `generate`, and within `cache_weights`.
+
+Everywhere else each forward computes them anew. Whoever writes to a weight may do it so that nobody sees it: through
+`.data`, a numpy view, a fused optimizer, a collective. A value that is kept longer than somebody promises would then be
+wrong without a word.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class EffectiveWeightCache:
-    """A cache of values by key, each with the tensors from which it was computed.
+class WeightCache:
+    """Values by key, each with the tensors from which it was computed. It ends with the block that opened it.
 
-    In-place changes are known by version counters, other memory by its address. Writes through `.data` do not count;
-    any forward with gradients clears the cache, so an optimizer that writes so is seen.
+    A change that torch counts, or another tensor in the place of one, is seen all the same.
     """
 
     def __init__(self) -> None:
+        self.open = True
         self._values: dict[Hashable, tuple[Any, tuple[object, ...], Any]] = {}
 
     def __len__(self) -> int:
@@ -58,3 +66,31 @@ def _same(
         if source is not known or source._version != version or source.data_ptr() != place:
             return False
     return all(one is other for one, other in zip(before, under, strict=True))
+
+
+_OPEN: ContextVar[tuple[tuple[object, WeightCache], ...]] = ContextVar("open_caches", default=())
+"""The caches of this thread or task, each with the host state that it belongs to."""
+
+
+def open_cache(state: object) -> WeightCache | None:
+    """Returns the cache of a host in this thread or task; None outside of all blocks."""
+    for owner, cache in _OPEN.get():
+        if owner is state and cache.open:
+            return cache
+    return None
+
+
+@contextmanager
+def caching(states: Iterable[object]) -> Iterator[None]:
+    """Keep what is computed from the weights of these hosts until the end of the block. A block inside another one goes
+    on with the cache of the outer one."""
+    new = [(state, WeightCache()) for state in states if open_cache(state) is None]
+    token = _OPEN.set((*_OPEN.get(), *new))
+    try:
+        yield
+    finally:
+        for _, cache in new:
+            cache.clear()
+            cache.open = False  # a task that was started in the block has the block's context, and may outlive it
+        with suppress(ValueError):  # left in another context than entered, where nothing is to be restored
+            _OPEN.reset(token)

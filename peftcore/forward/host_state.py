@@ -22,7 +22,9 @@ from torch import nn
 from peftcore.errors import UnknownInjection
 from peftcore.forward.active_adapters import Active, Choice
 from peftcore.forward.context import ForwardContext, Recorder, graph_task, replayed
-from peftcore.forward.save_pretrained import guard, unguard
+from peftcore.forward.generate import GeneratesFromCache
+from peftcore.forward.instance_methods import give_methods_back, replace_methods
+from peftcore.forward.save_pretrained import SavesBase
 
 if TYPE_CHECKING:
     from peftcore.forward.slot import Slot
@@ -144,14 +146,15 @@ def state_of(model: nn.Module) -> HostState | None:
 
 
 def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
-    """Returns the host's state, made when missing; then each forward of the host opens a context, and the modules that
-    have ``save_pretrained`` save themselves without adapters."""
+    """Returns the host's state, made when missing. Then each forward of the host opens a context, the modules that have
+    ``save_pretrained`` save themselves without adapters, and ``generate`` computes effective weights once in a call."""
     state = state_of(model)
     if state is None:
         state = model.__dict__[_KEY] = HostState()
         model.register_forward_pre_hook(state.begin, with_kwargs=True)
         model.register_forward_hook(state.end, with_kwargs=True, always_call=True)
-        guard(modules)
+        for kind in (SavesBase, GeneratesFromCache):
+            replace_methods(modules, kind, state)
     return state
 
 
@@ -161,7 +164,7 @@ def drop_state(model: nn.Module) -> None:
     if state is not None:
         _unhook(model, state)
         state.outside.clear()
-        unguard(model)
+        give_methods_back(model, state)
 
 
 def _unhook(model: nn.Module, state: HostState) -> None:

@@ -89,7 +89,7 @@ def _base_call(slot: Slot, module: nn.Module, acting: ActivePlan, *args: Any, **
         return _on_view(module, acting, args, kwargs)
     if not torch.is_grad_enabled():
         return _run_view(module, acting, _without_gradients(slot, module, acting), args, kwargs)
-    slot.cache.clear()
+    _forget(slot)
     if not (acting.linear_only or MANAGED in vars(module)):
         hooked = saves_elsewhere() or acting.is_cast(module)  # ours would keep tensors from theirs, or see no copies
         factors = acting.factors(module)
@@ -105,10 +105,10 @@ def _base_call(slot: Slot, module: nn.Module, acting: ActivePlan, *args: Any, **
 
 
 def _without_gradients(slot: Slot, module: nn.Module, acting: ActivePlan) -> Mapping[str, Tensor | None]:
-    """Returns the tensors that the module reads without gradients: effective tensors, cached in evaluation, or lazy
-    weights."""
+    """Returns the tensors that the module reads without gradients: effective tensors, in evaluation from the cache that
+    is open, or lazy weights."""
     managed = MANAGED in vars(module)
-    keeps = not (
+    keeps = slot.cache is not None and not (
         module.training or acting.packed or acting.low_memory or managed
     )  # dense copies would undo quantization and sharding
     if acting.updates and not managed:
@@ -116,6 +116,12 @@ def _without_gradients(slot: Slot, module: nn.Module, acting: ActivePlan) -> Map
         if factors is not None:
             return acting.lazy_weights(module, factors, slot.keeping(module, acting) if keeps else _make_now)
     return slot.effective(module, acting) if keeps else acting.effective(module)
+
+
+def _forget(slot: Slot) -> None:
+    """Drop what an open cache holds: a forward with gradients comes before a step."""
+    if (cache := slot.cache) is not None:
+        cache.clear()
 
 
 def _make_now(path: str, make: Callable[[], Tensor | None]) -> Tensor | None:
@@ -131,10 +137,10 @@ def _activation_form(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Run the activation form of one weight operator, where that is cheaper. In evaluation the operator acts on the
-    weight, which is cached, unless it may not be, or would be computed at each call all the same: under torch.compile.
+    """Run the activation form of one weight operator, where that is cheaper. In evaluation, while a cache is open, the
+    operator acts on the weight instead, which is computed once, unless it may not be kept.
     """
-    spare = acting.low_memory or acting.packed or torch.compiler.is_compiling()
+    spare = acting.low_memory or acting.packed or torch.compiler.is_compiling() or slot.cache is None
     wanted = not acting.low_memory if _trains(module) else spare
     if not (wanted and activation_form.operator.prefers_activation_form(*args)):
         return _base_call(slot, module, acting, *args, **kwargs)
@@ -152,12 +158,12 @@ def _trains(module: nn.Module) -> bool:
 def _act_on_activations(
     inner: Forward, slot: Slot, module: nn.Module, activation_form: ActivationForm
 ) -> Callable[..., Any]:
-    """Returns `inner` with the activation form of a weight operator. Values that no input changes are cached in
-    evaluation."""
+    """Returns `inner` with the activation form of a weight operator. In evaluation, values that no input changes come
+    from the cache that is open."""
     if torch.compiler.is_compiling() or transformed() or MANAGED in vars(module):
         return activation_form.around(inner, activation_form.prepare(module))
     if _trains(module):
-        slot.cache.clear()
+        _forget(slot)
         return activation_form.around(inner, activation_form.prepare(module))
     return activation_form.around(inner, slot.prepared(module, activation_form))
 

@@ -1,4 +1,4 @@
-"""The slot of an adapted module: its operators, the plans for each choice, and the effective-weight cache."""
+"""The slot of an adapted module: its operators, and the plans for each choice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftcore.contract.compositions import Composition, branches
 from peftcore.contract.operators import Combiner, is_mergeable, tables
 from peftcore.forward.active_adapters import Active, Choice, Key, Route
-from peftcore.forward.cache import EffectiveWeightCache
+from peftcore.forward.cache import WeightCache, open_cache
 from peftcore.forward.expert_updates import Pair
 from peftcore.forward.host_state import HostState
 from peftcore.forward.mount import Mount
@@ -45,7 +45,7 @@ class Edits:
 
 
 class Slot:
-    """The state of one grafted module: its mounts, whether it ran, its plans, and the cache for the present choice."""
+    """The state of one grafted module: its mounts, whether it ran, and its plans."""
 
     def __init__(self, state: HostState) -> None:
         self.state = state
@@ -55,33 +55,43 @@ class Slot:
         self.planned: ModulePlan | None = None
         self.plans: dict[Key, ModulePlan] = {}
         self.asked: dict[tuple[Mount, ...], Tables] = {}
-        self.cache = EffectiveWeightCache()
+        self.edition = object()
+        """Another one since the operators, or what is merged, changed last."""
+
+    @property
+    def cache(self) -> WeightCache | None:
+        """The open cache for what is computed from weights; None where each forward computes it anew."""
+        return open_cache(self.state)
 
     def effective(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Tensor | None]:
-        """Returns effective tensors, cached while nothing that they depend on changes: decoding does not rebuild every
-        weight."""
+        """Returns effective tensors, from the cache while one is open: decoding does not rebuild every weight."""
         made: Mapping[str, Tensor | None] = self._cached("effective", module, acting, lambda: acting.effective(module))
         return made
 
     def factors(self, module: nn.Module, acting: ActivePlan) -> Mapping[str, Pair] | None:
-        """Returns low-rank updates of tensors that the module reads, cached likewise."""
+        """Returns low-rank updates of tensors that the module reads, likewise."""
         made: Mapping[str, Pair] | None = self._cached("factors", module, acting, lambda: acting.factors(module))
         return made
 
     def keeping(self, module: nn.Module, acting: ActivePlan) -> Made:
-        """Returns a function that gives one effective tensor, cached likewise."""
+        """Returns a function that gives one effective tensor, likewise."""
         return lambda path, make: self._cached(("effective", path), module, acting, make)
 
     def _cached(self, what: Hashable, module: nn.Module, acting: ActivePlan, make: Callable[[], Any]) -> Any:
-        under = acting.effects, self.state.now().context
-        return self.cache.get(what, self.sources(module, acting), under, make)
+        cache = self.cache
+        if cache is None:
+            return make()
+        under = self.edition, acting.effects, self.state.now().context
+        return cache.get((self, what), self.sources(module, acting), under, make)
 
     def prepared(self, module: nn.Module, activation_form: ActivationForm) -> Any:
-        """Returns the output of an operator's `prepare` for its activation form, cached likewise."""
-        under = (self.state.now().context,)
-        return self.cache.get(
-            activation_form.mount, self.sources(module, activation_form), under, lambda: activation_form.prepare(module)
-        )
+        """Returns the output of an operator's `prepare` for its activation form, likewise."""
+        cache = self.cache
+        if cache is None:
+            return activation_form.prepare(module)
+        under = self.edition, self.state.now().context
+        sources = self.sources(module, activation_form)
+        return cache.get((self, activation_form.mount), sources, under, lambda: activation_form.prepare(module))
 
     def sources(self, module: nn.Module, acts: ActivePlan | ActivationForm) -> list[Tensor]:
         """Returns all tensors of the module and of the operators that act. The operators' tables are looked up once,
@@ -145,12 +155,11 @@ class Slot:
         return acting
 
     def changed(self) -> None:
-        """Drop plans and cached values."""
-        self.planned, self.plans, self.asked = None, {}, {}
-        self.cache.clear()
+        """Drop plans, and what caches hold."""
+        self.planned, self.plans, self.asked, self.edition = None, {}, {}, object()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "plans": {}, "cache": EffectiveWeightCache(), "asked": {}}
+        return {**self.__dict__, "plans": {}, "asked": {}}
 
 
 def slot_of(module: nn.Module) -> Slot | None:

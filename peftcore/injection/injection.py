@@ -92,8 +92,8 @@ class Injection(AppliedMethod):
     def low_memory(self) -> bool:
         """Whether to use the least memory instead of being fast; False at first. In training, weight operators (dora,
         oft, hra) then compute the effective weight, and again in backward, in place of their activation form, and
-        modules of experts or attention that they change run again there as a whole. In evaluation no effective weight
-        is cached."""
+        modules of experts or attention that they change run again there as a whole. In `generate` and
+        `cache_weights` no effective weight is kept."""
         return self._low_memory
 
     @low_memory.setter

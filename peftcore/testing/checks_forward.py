@@ -9,6 +9,7 @@ from types import MethodType
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -110,26 +111,36 @@ def it_works_where_its_host_is(case: Case) -> None:
     case.expect(not wrong, f"still on the device where it was: {', '.join(wrong[:3])}")
 
 
+WAYS: Mapping[str, Callable[[Tensor], object]] = {
+    "in place": lambda tensor: tensor.detach().add_(FILL),
+    "in place through .data": lambda tensor: tensor.data.add_(FILL),
+    "through a numpy view": lambda tensor: np.add(array := tensor.detach().numpy(), array.dtype.type(FILL), out=array),
+    "by another tensor in .data": lambda tensor: setattr(tensor, "data", tensor.data * 1.5),
+}
+"""Ways to write to a weight, of which torch counts the first."""
+
+
 @check(
-    "changed parameters show at once in evaluation",
-    cause="a cache looks at versions of tensors alone, which assigning `.data` does not change",
-    remedy="keep no cache: the core keeps effective weights, for as long as they hold",
+    "changed parameters and weights show at once in evaluation, whoever writes to them and how",
+    cause="a value computed from them is kept, as long as their versions or addresses are the same",
+    remedy="keep nothing: `prepare` is called once where a user says that nothing is written",
 )
 def changes_show_at_once(case: Case) -> None:
     model, inputs = case.fresh()
     injection = case.filled(model)
     case.quiet(model, inputs)
-    for index, way in enumerate(("in place", "through .data")):
-        for parameter in injection.parameters():
-            if index:
-                parameter.data = parameter.data * 1.5
-            else:
-                parameter.detach().add_(FILL)
-        fresh, _ = case.fresh()
-        again = case.apply(fresh)
-        for mine, other in zip(again.parameters(), injection.parameters(), strict=True):
-            mine.data.copy_(other.data)
-        case.expect_equal(case.quiet(model, inputs), case.quiet(fresh, inputs), f"output after a change {way}")
+    held = [site.module._parameters.get(site.tensor) for site in injection.sites]
+    base = {id(tensor): tensor for tensor in held if tensor is not None}
+    for what, tensors in {"parameters": list(injection.parameters()), "weights of the model": [*base.values()]}.items():
+        for way, write in WAYS.items():
+            for tensor in tensors:
+                write(tensor)
+            fresh, _ = case.fresh()
+            case.apply(fresh)
+            fresh.load_state_dict(model.state_dict())
+            case.expect_equal(
+                case.quiet(model, inputs), case.quiet(fresh, inputs), f"output after {what} changed {way}"
+            )
 
 
 @check(

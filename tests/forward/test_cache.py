@@ -1,8 +1,7 @@
-"""What is built in evaluation is kept while nothing that it comes from changes: effective weights, and what an operator
-beside the weight prepares."""
+"""What is computed from weights is kept in a block of `cache_weights` and in a call of `generate`, and nowhere else:
+effective weights, and what an operator beside the weight prepares."""
 
 import copy
-import pickle
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -13,9 +12,9 @@ from core_toys import Shift, ShiftOperator, perceptron, run_without_gradients
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import Method, MethodConfig, Tags, route
+from peftcore import Method, MethodConfig, Tags, cache_weights, route
 from peftcore.contract.operators import Held, WeightOperator
-from peftcore.forward.cache import EffectiveWeightCache
+from peftcore.forward.cache import WeightCache
 from peftcore.forward.slot import slot_of
 
 
@@ -45,44 +44,40 @@ def built(counted: tuple[nn.Module, peftcore.Injection, Counting]) -> int:
     return operator.count - before
 
 
-def test_evaluation_builds_the_weight_once(counted: Any) -> None:
-    assert [built(counted) for _ in range(4)] == [1, 0, 0, 0]
+def held(module: nn.Module) -> bool:
+    """Whether the open cache holds anything; False where none is open."""
+    slot = slot_of(module)
+    assert slot is not None
+    return bool(slot.cache)
 
 
-def test_kept_weight_follows_the_operator(counted: Any) -> None:
-    model, _, operator = counted
-    built(counted)
-    first = run_without_gradients(model, torch.ones(1, 4))
-    with torch.no_grad():
-        operator.shift.add_(1)
-    assert [built(counted), built(counted)] == [1, 0]
-    assert not torch.equal(run_without_gradients(model, torch.ones(1, 4)), first)
+def test_outside_of_a_block_each_evaluation_builds_the_weight(counted: Any) -> None:
+    assert [built(counted) for _ in range(3)] == [1, 1, 1]
 
 
-def test_kept_weight_follows_the_base(counted: Any) -> None:
-    model, _, _ = counted
-    built(counted)
-    with torch.no_grad():
-        model.first.weight.mul_(2)
-    assert [built(counted), built(counted)] == [1, 0]
+def test_in_a_block_evaluation_builds_the_weight_once(counted: Any) -> None:
+    with cache_weights(counted[0]):
+        assert [built(counted) for _ in range(4)] == [1, 0, 0, 0]
+    assert [built(counted), built(counted)] == [1, 1]
 
 
-def test_kept_weight_follows_a_state_dict_and_a_new_parameter(counted: Any) -> None:
-    model, _, _ = counted
-    built(counted)
-    state = {key: value + 1 for key, value in model.state_dict().items()}
-    model.load_state_dict(state)
-    assert built(counted) == 1
-    model.first.weight = nn.Parameter(torch.zeros(6, 4), requires_grad=False)
-    assert built(counted) == 1
-
-
-def test_kept_weight_follows_optimizer_steps(counted: Any) -> None:
-    model, injection, _ = counted
-    for fused in (False, True):
-        optimizer = torch.optim.SGD(injection.parameters(), lr=0.1, fused=fused)
+@pytest.mark.parametrize("many", [False, True], ids=["fused", "foreach"])
+def test_in_a_block_changes_that_torch_counts_are_seen(counted: Any, many: bool) -> None:
+    model, injection, operator = counted
+    with cache_weights(model):
+        built(counted)
+        with torch.no_grad():
+            operator.shift.add_(1)
+        assert [built(counted), built(counted)] == [1, 0]
+        with torch.no_grad():
+            model.first.weight.mul_(2)
+        assert [built(counted), built(counted)] == [1, 0]
+        model.load_state_dict({key: value + 1 for key, value in model.state_dict().items()})
+        assert built(counted) == 1
+        model.first.weight = nn.Parameter(torch.zeros(6, 4), requires_grad=False)
+        assert built(counted) == 1
+        optimizer = torch.optim.SGD(injection.parameters(), lr=0.1, fused=not many, foreach=many)
         before = run_without_gradients(model, torch.ones(1, 4))
-        model.zero_grad()
         model(torch.ones(1, 4)).sum().backward()
         optimizer.step()
         assert not torch.equal(run_without_gradients(model, torch.ones(1, 4)), before)
@@ -90,61 +85,47 @@ def test_kept_weight_follows_optimizer_steps(counted: Any) -> None:
 
 def test_forward_with_gradients_drops_what_is_kept(counted: Any) -> None:
     model, _, _ = counted
-    built(counted)
-    assert slot_of(model.first).cache
-    model(torch.ones(1, 4))
-    assert not slot_of(model.first).cache
+    with cache_weights(model):
+        built(counted)
+        assert held(model.first)
+        model(torch.ones(1, 4))
+        assert not held(model.first)
 
 
-def test_nothing_is_kept_in_training_mode(counted: Any) -> None:
-    model, _, _ = counted
-    model.train()
-    assert [built(counted), built(counted)] == [1, 1]
-    assert not slot_of(model.first).cache
-
-
-def test_with_low_memory_nothing_is_kept(counted: Any) -> None:
+def test_nothing_is_kept_in_training_mode_and_with_low_memory(counted: Any) -> None:
     model, injection, _ = counted
-    injection.low_memory = True
-    assert [built(counted), built(counted)] == [1, 1]
-    assert not slot_of(model.first).cache
+    with cache_weights(model):
+        model.train()
+        assert [built(counted), built(counted)] == [1, 1]
+        model.eval()
+        injection.low_memory = True
+        assert [built(counted), built(counted)] == [1, 1]
+        assert not held(model.first)
 
 
-def test_leaving_for_training_mode_frees_what_is_kept(counted: Any) -> None:
-    """A long training phase must not hold a second copy of every weight from the evaluation before."""
-    model, _, _ = counted
-    built(counted)
-    model.train()
-    model(torch.ones(1, 4)).sum().backward()
-    assert not slot_of(model.first).cache
-
-
-def test_switching_injections_rebuilds(counted: Any) -> None:
+def test_switching_and_merging_in_a_block(counted: Any) -> None:
     model, injection, _ = counted
-    adapted = run_without_gradients(model, torch.ones(1, 4))
-    with injection.disabled():
-        bare = run_without_gradients(model, torch.ones(1, 4))
-    assert not torch.equal(adapted, bare)
-    assert torch.equal(run_without_gradients(model, torch.ones(1, 4)), adapted)
-
-
-def test_kept_weights_are_not_pickled(counted: Any) -> None:
-    model, injection, _ = counted
-    injection.operators["first"].__class__ = ShiftOperator
-    model(torch.ones(1, 4))  # the witness has seen enough and goes
-    small = len(pickle.dumps(model))
-    run_without_gradients(model, torch.ones(1, 4))
-    assert slot_of(model.first).cache
-    assert len(pickle.dumps(model)) == small
-    assert not slot_of(pickle.loads(pickle.dumps(model)).first).cache
+    with cache_weights(model):
+        adapted = run_without_gradients(model, torch.ones(1, 4))
+        with injection.disabled():
+            bare = run_without_gradients(model, torch.ones(1, 4))
+        assert not torch.equal(adapted, bare)
+        assert torch.equal(run_without_gradients(model, torch.ones(1, 4)), adapted)
+        injection.merge()
+        torch.testing.assert_close(run_without_gradients(model, torch.ones(1, 4)), adapted)
+        injection.unmerge()
+        assert torch.equal(run_without_gradients(model, torch.ones(1, 4)), adapted)
+        injection.remove()
+        assert torch.equal(run_without_gradients(model, torch.ones(1, 4)), bare)
 
 
 def test_inference_mode_and_no_grad_agree(counted: Any) -> None:
     model, _, _ = counted
-    with torch.inference_mode():
-        inference = model(torch.ones(1, 4)).clone()
-    assert torch.equal(run_without_gradients(model, torch.ones(1, 4)), inference)
-    model(torch.ones(1, 4)).sum().backward()  # nothing of inference mode is left in the graph
+    with cache_weights(model):
+        with torch.inference_mode():
+            inference = model(torch.ones(1, 4)).clone()
+        assert torch.equal(run_without_gradients(model, torch.ones(1, 4)), inference)
+        model(torch.ones(1, 4)).sum().backward()  # nothing of inference mode is left in the graph
 
 
 def test_effective_weight_is_not_saved_for_backward() -> None:
@@ -232,12 +213,14 @@ def made(model: nn.Module, operator: BesideOperator) -> list[str]:
     return made
 
 
-def test_in_evaluation_it_is_prepared_once(adapted: Any) -> None:
+def test_in_a_block_it_is_prepared_once(adapted: Any) -> None:
     model, _, operator = adapted
-    assert [made(model, operator) for _ in range(3)] == [["prepared"], [], []]
-    with torch.inference_mode():
-        operator.made.clear()
-        assert torch.isfinite(model(INPUT)).all() and operator.made == ["prepared"]
+    assert [made(model, operator) for _ in range(2)] == [["prepared"], ["prepared"]]
+    with cache_weights(model):
+        assert [made(model, operator) for _ in range(3)] == [["prepared"], [], []]
+        with torch.inference_mode():
+            operator.made.clear()
+            assert torch.isfinite(model(INPUT)).all() and operator.made == ["prepared"]
 
 
 @pytest.mark.parametrize(
@@ -253,25 +236,27 @@ def test_in_evaluation_it_is_prepared_once(adapted: Any) -> None:
 )
 def test_it_is_prepared_anew_when_what_it_comes_of_changes(adapted: Any, change: Callable[..., Any]) -> None:
     model, _, operator = adapted
-    made(model, operator)
-    with torch.no_grad():
-        change(model, operator)
-    assert [made(model, operator), made(model, operator)] == [["prepared"], []]
+    with cache_weights(model):
+        made(model, operator)
+        with torch.no_grad():
+            change(model, operator)
+        assert [made(model, operator), made(model, operator)] == [["prepared"], []]
 
 
 def test_training_keeps_nothing(adapted: Any) -> None:
     model, injection, operator = adapted
-    made(model, operator)
-    assert slot_of(model.first).cache
-    injection.low_memory = False
-    model(INPUT).sum().backward()
-    assert operator.shift.grad is not None and operator.shift.grad.any()
-    assert not slot_of(model.first).cache
-    model.train()
-    operator.made.clear()
-    with torch.no_grad():
-        model(INPUT), model(INPUT)
-    assert operator.made == ["prepared", "prepared"]
+    with cache_weights(model):
+        made(model, operator)
+        assert held(model.first)
+        injection.low_memory = False
+        model(INPUT).sum().backward()
+        assert operator.shift.grad is not None and operator.shift.grad.any()
+        assert not held(model.first)
+        model.train()
+        operator.made.clear()
+        with torch.no_grad():
+            model(INPUT), model(INPUT)
+        assert operator.made == ["prepared", "prepared"]
 
 
 def test_with_low_memory_the_weight_is_computed_in_training_and_kept_in_no_evaluation(adapted: Any) -> None:
@@ -280,7 +265,9 @@ def test_with_low_memory_the_weight_is_computed_in_training_and_kept_in_no_evalu
     model(INPUT).sum().backward()
     assert operator.made == ["weight", "weight"]  # and again in backward
     injection.low_memory = False
-    assert [made(model, operator), made(model, operator)] == [["weight"], []]
+    assert [made(model, operator), made(model, operator)] == [["prepared"], ["prepared"]]
+    with cache_weights(model):
+        assert [made(model, operator), made(model, operator)] == [["weight"], []]
 
 
 def test_rows_of_several_are_prepared_once_until_they_train(adapted: Any) -> None:
@@ -290,26 +277,27 @@ def test_rows_of_several_are_prepared_once_until_they_train(adapted: Any) -> Non
     fill(other, 1)
     with torch.no_grad(), peftcore.activate(model, injection.name):
         expected = model(INPUT)[:2]
-    with route(model, [injection.name] * 2 + ["other"] * 3):
+    with route(model, [injection.name] * 2 + ["other"] * 3), cache_weights(model):
         with torch.no_grad():
             operator.made.clear()
             model(INPUT)
             torch.testing.assert_close(model(INPUT)[:2], expected)
         assert operator.made == ["prepared"]
-        assert slot_of(model.first).cache
+        assert held(model.first)
         model(INPUT).sum().backward()
-        assert not slot_of(model.first).cache
+        assert not held(model.first)
 
 
 def test_copies_keep_nothing(adapted: Any) -> None:
     model, _, operator = adapted
-    made(model, operator)
-    assert slot_of(model.first).cache and not slot_of(copy.deepcopy(model).first).cache
+    with cache_weights(model):
+        made(model, operator)
+        assert held(model.first) and not held(copy.deepcopy(model).first)
 
 
 def test_another_tensor_in_the_place_of_one_that_is_gone_is_another() -> None:
     """Its identity, its address and its counter may all be those of the one before."""
-    kept = EffectiveWeightCache()
+    kept = WeightCache()
     memory = torch.zeros(3).numpy()
 
     def read() -> float:

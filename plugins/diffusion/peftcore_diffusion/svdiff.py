@@ -5,7 +5,8 @@
 Kernels of convolutions are decomposed as [out, in * kernel], tables as they are, experts each on its own; a vector (the
 gain of a norm) is a matrix of one row. The right-hand form is that of this code: a fresh injection is the base to the
 bit, where the authors' product of U, S and V' is it up to rounding. U, S and V' are those of the base, whatever else
-acts on it; they are computed again when an adapter is loaded, so that its file holds the shifts alone.
+acts on it, as its weights were when the method was applied: write to them before. They are computed again when an
+adapter is loaded, so that its file holds the shifts alone.
 
 As in the code that the numbers come from (mkshing/svdiff-pytorch), all weights of the model are adapted but for biases,
 and gains learn at a rate of their own, `vector_lr`, in ``injection.optimizer(...)``.

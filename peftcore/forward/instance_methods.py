@@ -1,0 +1,61 @@
+"""Methods of a model that do something else as long as it is adapted: each is replaced on the instance, so the class
+and other models of it stay as they are."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class InstanceMethod(ABC):
+    """Takes the place of the method `name` on an instance of a class that has it."""
+
+    name: ClassVar[str]
+    having: ClassVar[type]
+    """The protocol of classes that have the method."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.owners: list[object] = []
+        """The states of the hosts to which the model belongs: itself, and those around it."""
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """The method of the class, bound to the instance."""
+        bound: Callable[..., Any] = getattr(type(self.model), self.name).__get__(self.model)
+        return bound
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.plain)
+
+    @abstractmethod
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the method of the class, with what is to happen around it."""
+
+
+def replace_methods(modules: Iterable[nn.Module], kind: type[InstanceMethod], owner: object) -> None:
+    """Replace the method on those of the modules whose class has it, unless the instance has one of its own."""
+    having: dict[type, bool] = {}
+    for module in modules:
+        cls = type(module)
+        if cls not in having:
+            having[cls] = issubclass(cls, kind.having)
+        if having[cls]:
+            there = vars(module).setdefault(kind.name, kind(module))
+            if isinstance(there, kind):
+                there.owners.append(owner)
+
+
+def give_methods_back(model: nn.Module, owner: object) -> None:
+    """Undo `replace_methods` of this owner, for the model and what is below it."""
+    for module in model.modules():
+        for name, each in list(vars(module).items()):
+            if isinstance(each, InstanceMethod) and any(one is owner for one in each.owners):
+                each.owners = [one for one in each.owners if one is not owner]
+                if not each.owners:
+                    del vars(module)[name]
