@@ -101,10 +101,10 @@ def attach(module: nn.Module, state: HostState) -> Slot:
     return slot
 
 
-def detach(module: nn.Module, name: str) -> None:
-    """Take out the mounts of the injection `name`; the module gets its class back with the last mount."""
+def detach(module: nn.Module, state: HostState, name: str) -> None:
+    """Take out the mounts of this host's injection `name`; the module gets its class back with the last mount."""
     slot = slot_of(module)
-    if slot is None:
+    if slot is None or slot.state is not state:
         return
     slot.mounts.pop(name, None)
     slot.forced_attributes = [forced for forced in slot.forced_attributes if forced[0] != name]

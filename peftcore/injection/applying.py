@@ -23,6 +23,7 @@ from peftcore.registry.experimental import notice_experimental
 from peftcore.registry.plugins import layer_of, registry
 from peftcore.roles import HostMap
 from peftcore.surgery import silent_layers
+from peftcore.surgery.adapted_models import check_apart
 from peftcore.surgery.installation import install, release, uninstall
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.seeding import preserved_rng
@@ -91,6 +92,7 @@ def prepare(
             surgeon.train_wishes()
     finally:
         surgeon.progress.close()
+    check_apart(surgeon)
     if not surgeon.grafts:
         raise TargetError(
             f"{method.name} found nothing to act on in this {type(model).__name__}; "
@@ -259,11 +261,11 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: 
         silent_layers.forget(model, state, name)
         del state.injections[name]
         state.choice, state.threads = choice, threads
-        uninstall(surgeon, name)
+        uninstall(surgeon, state, name)
         state.replan()
         freezing.thaw(thawed)
         if fresh:
-            release(model)
+            release(model, state)
             drop_state(model)
         raise
     state.frozen += thawed

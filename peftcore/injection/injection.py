@@ -314,11 +314,8 @@ class Injection(AppliedMethod):
             return None
 
     def _replan(self) -> None:
-        for graft in self.grafts:
-            for site in graft.holders:
-                slot = slot_of(site.module)
-                if slot is not None:
-                    slot.changed()
+        for slot in self.state.slots:  # those too that hold attributes alone: plans depend on what is merged
+            slot.changed()
         self.state.replan()
 
     def stored_anew(self, module: nn.Module) -> None:
@@ -355,10 +352,10 @@ class Injection(AppliedMethod):
 
     def _leave(self) -> None:
         silent_layers.forget(self.model, self.state, self.name)
-        uninstall(self._surgeon, self.name)
         state = self.state
+        uninstall(self._surgeon, state, self.name)
         state.forget(self.name)
         if not state.injections:
             thaw(state.frozen)
-            release(self.model)
+            release(self.model, state)
             drop_state(self.model)

@@ -4,6 +4,7 @@ It may import `targets`, and what is below. In the order of reading:
 
 - `seeding`: random numbers by seed and path.
 - `surgeon`: the verbs of `Method.inject`, which record operators.
+- `adapted_models`: models that share modules, and which of them may act there.
 - `forced_attributes`: attributes that some modules must have while a model is adapted.
 - `installation`: installs and removes recorded operators; `apply` freezes the base.
 - `silent_layers`: an error for target modules that never ran.

@@ -109,7 +109,7 @@ def install(surgeon: Surgeon, state: HostState, name: str) -> None:
                 attach(site.module, state).mounts.setdefault(name, []).append(mount)
         _force_attributes(surgeon, state, name)
     except BaseException:
-        uninstall(surgeon, name)
+        uninstall(surgeon, state, name)
         raise
 
 
@@ -139,16 +139,17 @@ def _force_attributes(surgeon: Surgeon, state: HostState, name: str) -> None:
             slot.forced_attributes.append((owner, forced.attributes))
 
 
-def uninstall(surgeon: Surgeon, name: str) -> None:
+def uninstall(surgeon: Surgeon, state: HostState, name: str) -> None:
     """Remove the operators that `install` put in under `name`."""
     for holder, key, _ in _shelves(surgeon):
         _remove(holder, key, name)
     for module in surgeon.resolver.modules.values():
-        detach(module, name)
+        detach(module, state, name)
 
 
-def release(model: nn.Module) -> None:
-    """Give every module its own class back, after the last injection was removed."""
+def release(model: nn.Module, state: HostState) -> None:
+    """Give every module of this host its own class back, after the last injection was removed; an adapted model inside
+    it keeps its own."""
     for module in model.modules():
-        if slot_of(module) is not None:
+        if (slot := slot_of(module)) is not None and slot.state is state:
             ungraft(module)

@@ -1,0 +1,42 @@
+"""Adapted models that share modules: one may lie inside another as long as no operator of the outer one does.
+
+A module runs by the choice of one adapted model, and in the context of the forward of one. So a module that two of them
+would act in (an actor and a critic on one backbone, a model and a part of it) is adapted through one of them alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peftcore.errors import UnsupportedHost
+from peftcore.forward.host_state import state_of
+from peftcore.forward.slot import slot_of
+
+if TYPE_CHECKING:
+    from peftcore.surgery.surgeon import Surgeon
+
+ADVICE = "adapt one model that holds all of it, with a name for each adapter, or remove() the other adapters first"
+
+
+def check_apart(surgeon: Surgeon) -> None:
+    """Check that the recorded operators, and those of other adapted models, do not come to lie in one module.
+
+    Raises:
+        UnsupportedHost: they would.
+    """
+    own = state_of(surgeon.model)
+    modules = surgeon.resolver.modules
+    inside = {path: state for path, module in modules.items() if path and (state := state_of(module)) is not None}
+    for path, module in modules.items():
+        slot = slot_of(module)
+        if slot is not None and slot.state is not own and all(slot.state is not state for state in inside.values()):
+            adapters = ", ".join(map(repr, slot.mounts)) or "another model"
+            raise UnsupportedHost(
+                f"{path or 'this module'} belongs to another adapted model as well ({adapters} acts in it), and runs "
+                f"by the choice of one; {ADVICE}"
+            )
+    for graft in surgeon.grafts:
+        for site in graft.holders:
+            for root in inside:
+                if f"{site.module_path}.".startswith(f"{root}."):
+                    raise UnsupportedHost(f"{site.path} lies in {root}, which is an adapted model of its own; {ADVICE}")
