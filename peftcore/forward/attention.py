@@ -220,7 +220,7 @@ def _edited(interface: Mapping[str, Callable[..., Any]], implementation: str) ->
     ) -> tuple[Tensor, Tensor | None]:
         edits: Edits = module.__dict__["_peftcore_edits"]
         if edits.slot.state.silent_layers is not None:
-            edits.slot.ran = True
+            edits.slot.ran[module.training] = True
         first = edits.mounts[0].operator
         assert isinstance(first, AttentionOperator)
         _check_shapes(first.geometry, query, key, value)

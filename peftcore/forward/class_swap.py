@@ -48,7 +48,7 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
             args = (kwargs.pop(first),)  # operators get their input by position, however the module was called
         if planned.outermost is not None:
             if state.silent_layers is not None:
-                slot.ran = True
+                slot.ran[self.training] = True
             call: Forward = functools.partial(plain, self)
             for operator in planned.inner:
                 call = functools.partial(operator, call)
@@ -56,7 +56,7 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if (
             state.silent_layers is not None and not planned.acting.attention
         ):  # edits mark it themselves: hosts bypass some
-            slot.ran = True
+            slot.ran[self.training] = True
         return run(plain, slot, self, planned, choice.route, args, kwargs)
 
     forward.__qualname__, forward.__doc__ = f"{base.__qualname__}.forward", base.forward.__doc__

@@ -239,6 +239,8 @@ class Recorder:
         if _HERE.outside is not None:
             _HERE.outside = None
             state.outside.pop(threading.get_ident(), None)
+        if state.placement is not None:
+            state.placement.check(model, state, choice.acting)
         if (silent_layers := state.silent_layers) is not None:
             silent_layers.check(model)
         if choice.route is not None:
@@ -257,6 +259,8 @@ class Recorder:
             _TRACED.remove(call)
             state.calm = None
         call.close()
+        if calls is not _TRACED and output is not None and (silent_layers := state.silent_layers) is not None:
+            silent_layers.judge(state, model.training)
         if output is None or not torch.is_grad_enabled():
             return None
         if model.training:
@@ -281,6 +285,8 @@ class Recorder:
             return
         outside = _outside()
         if outside is None or outside.state is not state or outside.choice is not choice:
+            if state.placement is not None and choice.acting:
+                state.placement.check(state.injections[choice.acting[0]].model, state, choice.acting)
             outside = state.outside[threading.get_ident()] = ForwardContext(state, choice)
             _HERE.outside = weakref.ref(outside)
         if training and not repeating():

@@ -29,6 +29,7 @@ from peftcore.forward.save_pretrained import SavesBase
 if TYPE_CHECKING:
     from peftcore.forward.slot import Slot
     from peftcore.injection.injection import Injection
+    from peftcore.surgery.placement import Placement
     from peftcore.surgery.silent_layers import SilentLayers
 
 _KEY = "_peftcore_state"
@@ -48,6 +49,9 @@ class HostState:
     slots: dict[Slot, None] = field(default_factory=dict)
     """Slots of the grafted modules, in the order in which they came, which is how they lie in memory: they plan what
     acts when it changes, so no compiler ever traces the planning."""
+
+    placement: Placement | None = None
+    """Watches that adapted modules stay in the model."""
 
     silent_layers: SilentLayers | None = None
     """Watches that adapted sites run, until the host is compiled."""

@@ -51,7 +51,8 @@ class Slot:
         self.state = state
         self.mounts: dict[str, list[Mount]] = {}
         self.forced_attributes: list[tuple[str | None, Mapping[str, Any]]] = []
-        self.ran = False
+        self.ran = [False, False]
+        """Whether the module ran in evaluation and in training, as far as `silent_layers` watches."""
         self.planned: ModulePlan | None = None
         self.plans: dict[Key, ModulePlan] = {}
         self.asked: dict[tuple[Mount, ...], Tables] = {}

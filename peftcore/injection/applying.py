@@ -25,6 +25,7 @@ from peftcore.roles import HostMap
 from peftcore.surgery import silent_layers
 from peftcore.surgery.adapted_models import check_apart
 from peftcore.surgery.installation import install, release, uninstall
+from peftcore.surgery.placement import Placement
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.seeding import preserved_rng
 from peftcore.surgery.surgeon import Surgeon, Wishes
@@ -244,6 +245,7 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: 
     state = ensure_state(model, surgeon.resolver.modules.values())
     injection = Injection(name, surgeon, state)
     state.injections[name] = injection
+    state.placement = state.placement or Placement()
     thawed = surgeon.thawed
     choice, threads = state.choice, dict(state.threads)
     try:
@@ -258,7 +260,7 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: 
         if data is not None:
             calibrate(injection, data)
     except BaseException:
-        silent_layers.forget(model, state, name)
+        silent_layers.forget(state, name)
         del state.injections[name]
         state.choice, state.threads = choice, threads
         uninstall(surgeon, state, name)

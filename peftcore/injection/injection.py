@@ -351,9 +351,11 @@ class Injection(AppliedMethod):
             raise UnknownInjection(f"injection {self.name!r} is not on its host any more")
 
     def _leave(self) -> None:
-        silent_layers.forget(self.model, self.state, self.name)
+        silent_layers.forget(self.state, self.name)
         state = self.state
         uninstall(self._surgeon, state, self.name)
+        if state.placement is not None:
+            state.placement.forget(self.name)
         state.forget(self.name)
         if not state.injections:
             thaw(state.frozen)

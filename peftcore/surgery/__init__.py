@@ -7,6 +7,7 @@ It may import `targets`, and what is below. In the order of reading:
 - `adapted_models`: models that share modules, and which of them may act there.
 - `forced_attributes`: attributes that some modules must have while a model is adapted.
 - `installation`: installs and removes recorded operators; `apply` freezes the base.
+- `placement`: an error for target modules that are in the model no longer.
 - `silent_layers`: an error for target modules that never ran.
 - `planning`: the result of `plan`, a dry run of `apply`.
 """

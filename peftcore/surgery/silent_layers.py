@@ -1,23 +1,25 @@
 """Silent layers: after the host has run, an adapted site that never ran is an error.
 
 Modules whose weights are read by others but whose forward is never called (attention output projections, some vision
-models' qkv, dead layers) would otherwise carry adapters that train nothing.
+models' qkv, dead layers) would otherwise carry adapters that train nothing. Training and evaluation are looked at each
+for itself: a head may be called in one and read in the other, by a fused loss.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
 
 from peftcore.errors import InactiveSite
 from peftcore.forward.adapter_modules import ADAPTER_MODULES
-from peftcore.forward.host_state import HostState, state_of
+from peftcore.forward.host_state import HostState
 from peftcore.forward.slot import Slot, slot_of
 
 if TYPE_CHECKING:
@@ -28,12 +30,21 @@ class Expected(NamedTuple):
     """One site that should run."""
 
     path: str
-    slots: tuple[Slot, ...]
-    """The slots of all modules at which its operator acts: one that runs is enough."""
+    modules: tuple[tuple[Slot, nn.Module], ...]
+    """The modules at which its operator acts, with their slots: one that runs is enough."""
     tower: str
     name: str
 
+    def runs(self) -> bool:
+        """Whether it ran in the mode in which the model is now; a module that is kept in the other one runs in that."""
+        return any(slot.ran[module.training] for slot, module in self.modules)
 
+    def ran(self, training: bool) -> bool:
+        """Whether it ran in a mode."""
+        return any(slot.ran[training] for slot, _ in self.modules)
+
+
+logger = logging.getLogger("peftcore")
 NUMBER = re.compile(r"\d+")
 Sites = dict[str, list[Expected]]
 """Expected sites by injection, so that one injection of many is forgotten at once."""
@@ -48,8 +59,9 @@ class Siblings:
 
 
 class SilentLayers:
-    """A forward hook on the host that checks its sites once, and then removes itself. It comes back when a module was
-    added next to an adapted one: a projection fused from several, for one, that reads their weights and replaces them.
+    """Checks the sites of a host after its forwards, until all have run, in training and in evaluation. It begins again
+    when a module was added next to an adapted one: a projection fused from several, for one, that reads their weights
+    and replaces them.
 
     Sites are checked in groups that differ only in numbers (layers, experts): one that ran speaks for all, since layers
     may be dropped and experts may get no tokens. A tower of a multimodal host from which nothing ran has not been used
@@ -59,8 +71,8 @@ class SilentLayers:
     def __init__(self) -> None:
         self.new: dict[str, Surgeon] = {}
         """Injections whose sites are not watched yet: applying many does not wait for it."""
-        self.waiting: dict[str, Sites] = {}
-        """Sites that have not run yet, by group."""
+        self.waiting: dict[bool, dict[str, Sites]] = {False: {}, True: {}}
+        """Sites that have not run yet in evaluation, and in training, by group."""
         self.siblings: dict[nn.Module, list[Siblings]] = {}
         self.places: dict[str, list[nn.Module]] = {}
         """The modules of `siblings` by the name of their class."""
@@ -78,7 +90,9 @@ class SilentLayers:
         known[-1].sites.setdefault(site.name, []).append(site)
 
     def _wait(self, site: Expected) -> None:
-        self.waiting.setdefault(NUMBER.sub("*", site.path), {}).setdefault(site.name, []).append(site)
+        group = NUMBER.sub("*", site.path)
+        for waiting in self.waiting.values():
+            waiting.setdefault(group, {}).setdefault(site.name, []).append(site)
 
     def _place(self, holder: nn.Module) -> None:
         self.places.setdefault(type(holder).__name__, []).append(holder)
@@ -95,14 +109,15 @@ class SilentLayers:
         for holder in self.siblings:
             self._place(holder)
         self.new.pop(name, None)
-        for members in self.waiting.values():
-            members.pop(name, None)
-        self.waiting = {group: members for group, members in self.waiting.items() if members}
+        for mode, waiting in self.waiting.items():
+            for members in waiting.values():
+                members.pop(name, None)
+            self.waiting[mode] = {group: members for group, members in waiting.items() if members}
 
     @property
     def is_idle(self) -> bool:
         """Whether no site is expected to run."""
-        return not self.new and not self.waiting
+        return not self.new and not any(self.waiting.values())
 
     def check(self, model: nn.Module) -> None:
         """Watch sites again whose parent module got new children since. Without gradients, where each token checks, one
@@ -113,9 +128,9 @@ class SilentLayers:
             for place in alike if recorded else (alike[self._turn % len(alike)],):
                 for each in self.siblings[place]:
                     if len(place._modules) != len(each.children):
-                        return self._check_everywhere(model)
+                        return self._check_everywhere()
 
-    def _check_everywhere(self, model: nn.Module) -> None:
+    def _check_everywhere(self) -> None:
         for holder, known in self.siblings.items():
             for each in known:
                 if len(holder._modules) == len(each.children):
@@ -123,40 +138,49 @@ class SilentLayers:
                 before, each.children = each.children, frozenset(holder._modules)
                 if not each.children <= before | {ADAPTER_MODULES}:
                     for site in chain.from_iterable(each.sites.values()):
-                        for slot in site.slots:
-                            slot.ran = False
+                        for slot, _ in site.modules:
+                            slot.ran = [False, False]
                         self._wait(site)
-        if not self.is_idle and self not in model._forward_hooks.values():
-            model.register_forward_hook(self)
 
-    def __call__(self, model: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling():
+    def judge(self, state: HostState, training: bool) -> None:
+        """Check, after a forward of the host in this mode, what has not run in it.
+
+        Raises:
+            InactiveSite: sites that act did not run; in evaluation, only if they did not in training either: auxiliary
+                heads run there alone.
+        """
+        if not self.new and not self.waiting[training]:
             return
-        state = state_of(model)
-        if state is None or state.silent_layers is not self:  # a forward was compiled, which cannot be watched
-            return leave(model)
         acting = state.unmerged(state.current())
-        silent: list[str] = []
+        silent: list[Expected] = []
         new, self.new = self.new, {}  # forwards of other threads check, too
         for name, surgeon in new.items():
             for holder, site in _expected(surgeon, name):
                 self._watch(holder, site)
-        for group, sites in list(self.waiting.items()):
+        waiting = self.waiting[training]
+        for group, sites in list(waiting.items()):
             members = list(chain.from_iterable(sites.values()))
-            if any(slot.ran for member in members for slot in member.slots):
-                del self.waiting[group]
+            if any(member.runs() for member in members):
+                waiting.pop(group, None)
             elif not members[0].tower:  # not in a tower of its own, so it has had its chance
-                silent += [member.path for member in members if member.name in acting]
-        if not self.waiting:
-            leave(model)
-        if silent:
-            shown = ", ".join(silent[:4]) + (" …" if len(silent) > 4 else "")
-            raise InactiveSite(
-                f"the host ran, but {len(silent)} adapted sites did not: {shown}. Usually their weights are read by "
-                "the module around them instead of being called: hand apply the map that peftcore.roles.probe makes "
-                "from example inputs, or target the module around them. If they ran before, their weights were fused "
-                "into new modules (fuse_qkv_projections): undo that, or merge before it"
-            )
+                silent += [member for member in members if member.name in acting]
+        if not silent:
+            return
+        paths = [member.path for member in silent]
+        shown = ", ".join(paths[:4]) + (" …" if len(paths) > 4 else "")
+        if not training and all(member.ran(True) for member in silent):
+            for group in {NUMBER.sub("*", path) for path in paths}:
+                waiting.pop(group, None)
+            logger.warning(f"{len(paths)} adapted sites ran in training and do not in evaluation: {shown}")
+            return
+        once = "; they did in evaluation: a loss that reads their weights?" if silent[0].ran(False) else ""
+        ran = "the host ran in training" if once else "the host ran"
+        raise InactiveSite(
+            f"{ran}, but {len(paths)} adapted sites did not: {shown}{once}. Usually their weights are read by the "
+            "module around them instead of being called: hand apply the map that peftcore.roles.probe makes from "
+            "example inputs, or target the module around them. If they ran before, their weights were fused into new "
+            "modules (fuse_qkv_projections): undo that, or merge before it"
+        )
 
 
 def _expected(surgeon: Surgeon, name: str) -> Iterator[tuple[nn.Module, Expected]]:
@@ -166,7 +190,7 @@ def _expected(surgeon: Surgeon, name: str) -> Iterator[tuple[nn.Module, Expected
     towers = sorted({entry.tower for entry in surgeon.resolver.host.entries} - {""}, key=len, reverse=True)
     for graft in surgeon.grafts:
         path = graft.site.module_path
-        slots = tuple([slot for each in graft.holders if (slot := slot_of(each.module)) is not None])
+        slots = tuple([(slot, each.module) for each in graft.holders if (slot := slot_of(each.module)) is not None])
         tower = next((each for each in towers if f"{path}.".startswith(f"{each}.")), "")
         if slots and graft.by_method:
             yield modules.get(path[: max(path.rfind("."), 0)], graft.site.module), Expected(path, slots, tower, name)
@@ -174,23 +198,11 @@ def _expected(surgeon: Surgeon, name: str) -> Iterator[tuple[nn.Module, Expected
 
 def watch(surgeon: Surgeon, state: HostState, name: str) -> None:
     """Expect the sites of an injection to run, from the host's next forward on."""
-    model = surgeon.model
     silent_layers = state.silent_layers = state.silent_layers or SilentLayers()
     silent_layers.new[name] = surgeon
-    if silent_layers not in model._forward_hooks.values():
-        model.register_forward_hook(silent_layers)
 
 
-def leave(model: nn.Module) -> None:
-    """Remove the forward hook."""
-    for key, hook in list(model._forward_hooks.items()):
-        if isinstance(hook, SilentLayers):
-            del model._forward_hooks[key]
-
-
-def forget(model: nn.Module, state: HostState, name: str) -> None:
+def forget(state: HostState, name: str) -> None:
     """Stop expecting the sites of a removed injection to run."""
-    if (silent_layers := state.silent_layers) is not None:
-        silent_layers.forget(name)
-        if silent_layers.is_idle:
-            leave(model)
+    if state.silent_layers is not None:
+        state.silent_layers.forget(name)

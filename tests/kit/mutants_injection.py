@@ -183,7 +183,7 @@ def _says_it_ran(self: Method, model: nn.Module, config: Any, injection: Any) ->
     for graft in injection.grafts:
         slot = slot_of(graft.site.module)
         if slot is not None:
-            slot.ran = True
+            slot.ran = [True, True]
     for parameter in injection.parameters():
         parameter.requires_grad_(True)
 

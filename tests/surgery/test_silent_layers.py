@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.errors import InactiveSite
 from peftcore.forward.host_state import state_of
-from peftcore.surgery.silent_layers import SilentLayers
 
 
 class ReadsWeight(nn.Module):
@@ -58,6 +57,58 @@ class Stack(nn.Module):
         return x
 
 
+def waits(model: nn.Module) -> bool:
+    """Whether a site is expected to run, in the mode of the model."""
+    state = state_of(model)
+    return state is not None and state.silent_layers is not None and bool(state.silent_layers.waiting[model.training])
+
+
+class FusedLoss(nn.Module):
+    """Calls its head in evaluation; in training reads its weight, as losses do that make no logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.auxiliary = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body(x)
+        if not self.training:
+            return self.head(hidden)
+        return nn.functional.linear(hidden, self.head.weight, self.head.bias) + self.auxiliary(hidden)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["training", "evaluation"])
+def test_a_head_that_is_called_in_evaluation_and_read_in_training(first: bool) -> None:
+    model = FusedLoss().train(first)
+    peftcore.apply(model, "lora", target="re:body|head", rank=2)
+    if not first:
+        model(torch.randn(2, 4))
+    with pytest.raises(InactiveSite, match=r"1 adapted sites did not: head"):
+        model.train()(torch.randn(2, 4))
+
+
+def test_a_head_that_runs_in_training_alone_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = FusedLoss()
+    peftcore.apply(model, "lora", target=["body", "auxiliary"], rank=2)
+    model(torch.randn(2, 4))
+    for _ in range(2):
+        model.eval()(torch.randn(2, 4))
+    assert [each.getMessage() for each in caplog.records] == [
+        "1 adapted sites ran in training and do not in evaluation: auxiliary"
+    ]
+
+
+def test_a_module_that_stays_in_evaluation_runs_in_training() -> None:
+    model = perceptron().train()
+    model.first.eval()
+    peftcore.apply(model, "lora", target=["first", "second"], rank=2)
+    model.first.eval()
+    model(torch.randn(2, 4))
+    model.eval()(torch.randn(2, 4))
+    assert not waits(model)
+
+
 def test_weight_that_is_read_raises_after_the_first_forward() -> None:
     model = Stack(ReadsWeight)
     peftcore.apply(model, "lora", target="qkv")
@@ -69,7 +120,7 @@ def test_witness_judges_every_injection_and_then_goes() -> None:
     model = Stack(ReadsWeight)
     peftcore.apply(model, "lora", target="proj")
     model(torch.randn(2, 5, 4))
-    assert not any(isinstance(hook, SilentLayers) for hook in model._forward_hooks.values())
+    assert not waits(model)
     peftcore.apply(model, "lora", name="second", target="qkv")
     with pytest.raises(InactiveSite, match="qkv"):
         model(torch.randn(2, 5, 4))
@@ -87,7 +138,7 @@ def test_removed_injection_leaves_nobody_waiting() -> None:
     peftcore.apply(model, "lora", target="proj")
     model(torch.randn(2, 5, 4))
     peftcore.apply(model, "lora", name="gone", target="qkv").remove()
-    assert not any(isinstance(hook, SilentLayers) for hook in model._forward_hooks.values())
+    assert not waits(model)
 
 
 def test_sites_are_judged_for_modules_and_for_train_alike_but_only_by_the_method() -> None:
@@ -124,7 +175,7 @@ def test_experts_without_tokens_are_exempt() -> None:
     model = Stack(Mixture, depth=1)
     peftcore.apply(model, "lora", target=nn.Linear)
     model(torch.randn(2, 4))
-    assert not any(isinstance(hook, SilentLayers) for hook in model._forward_hooks.values())
+    assert not waits(model)
 
 
 def test_witness_waits_while_the_injection_does_not_act() -> None:
@@ -154,7 +205,10 @@ def test_sites_are_looked_at_in_the_first_forward() -> None:
     assert list(silent_layers.new) == ["lora"] and not silent_layers.siblings
     again = copy.deepcopy(model)
     model(torch.randn(2, 5, 4))
-    assert silent_layers.is_idle and len(silent_layers.siblings) == 3
+    assert not waits(model) and len(silent_layers.siblings) == 3
+    assert waits(model.eval())
+    model(torch.randn(2, 5, 4))
+    assert silent_layers.is_idle
     again.use = []
     with pytest.raises(InactiveSite, match="3 adapted sites did not"):
         again(torch.randn(2, 5, 4))
@@ -175,7 +229,7 @@ def test_of_a_host_that_is_compiled_nothing_is_said(whole: bool) -> None:
     state = state_of(model)
     assert state is not None and (state.silent_layers is None) == whole
     model(x)
-    assert not any(isinstance(hook, SilentLayers) for hook in model._forward_hooks.values())
+    assert not waits(model)
     torch.compiler.reset()
 
 

@@ -1,0 +1,76 @@
+"""Whether adapted modules still are in the model: one that was replaced, or taken out, is an error in the next forward.
+
+`resize_token_embeddings`, a new head, a layer that is exchanged: the new module runs without the adapter. Modules that
+were wrapped (compiled, checkpointed) or moved to another place are there still, and act.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from peftcore.errors import InactiveSite
+
+if TYPE_CHECKING:
+    from peftcore.forward.host_state import HostState
+    from peftcore.injection.injection import Injection
+
+Step = tuple[dict[str, nn.Module | None], str, nn.Module]
+"""The children of a module, the name of one, and that child: a step of the way from the model to an adapted module."""
+
+
+class Placement:
+    """The ways from the model to the modules of each injection that has acted, as they were last."""
+
+    def __init__(self) -> None:
+        self.ways: dict[str, list[Step]] = {}
+
+    def check(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
+        """Check that the modules of these injections are where they were, or elsewhere in the model.
+
+        Raises:
+            InactiveSite: some are not in the model any more.
+        """
+        for name in acting:
+            ways = self.ways.get(name)
+            if ways is None or _changed(ways):
+                self.ways[name] = list(_steps(model, state.injections[name]))
+
+    def forget(self, name: str) -> None:
+        """Forget the modules of a removed injection."""
+        self.ways.pop(name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"ways": {}}
+
+
+def _changed(ways: list[Step]) -> bool:
+    return any(children.get(key) is not child for children, key, child in ways)
+
+
+def _steps(model: nn.Module, injection: Injection) -> Iterator[Step]:
+    """Yields the steps to the injection's modules, each once.
+
+    Raises:
+        InactiveSite: some are not in the model.
+    """
+    modules = {site.module: site.path for graft in injection.grafts for site in graft.holders}
+    paths = {module: path for path, module in model.named_modules() if module in modules}
+    if gone := [path for module, path in modules.items() if module not in paths]:
+        shown = ", ".join(gone[:4]) + (" …" if len(gone) > 4 else "")
+        raise InactiveSite(
+            f"{shown}: replaced or taken out of the model since {injection.name!r} was applied, so the adapter does "
+            "not act there. Save or merge it, and remove() it, before the model is changed; then apply or load it again"
+        )
+    seen: set[tuple[int, str]] = set()
+    for path in paths.values():
+        at = model
+        for key in path.split(".") if path else ():
+            child = at._modules[key]
+            assert child is not None
+            if (id(at), key) not in seen:
+                seen.add((id(at), key))
+                yield at._modules, key, child
+            at = child

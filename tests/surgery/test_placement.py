@@ -1,0 +1,124 @@
+"""Modules that are replaced or taken out after an adapter was applied are missed in the next forward; modules that are
+wrapped or moved go on to act."""
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import peftcore
+from peftcore.errors import InactiveSite
+from peftcore.testing.kit import fill
+
+X = torch.linspace(-1, 1, 12).view(3, 4)
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.inner(x)
+        return output
+
+
+def block() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(block(), block(), nn.Linear(4, 4)).eval()
+
+
+def adapted(model: nn.Module, method: str = "lora") -> peftcore.Injection:
+    injection = peftcore.apply(model, method, target=nn.Linear)
+    fill(injection, 0)
+    return injection
+
+
+def other_layer(model: nn.Module) -> None:
+    model[0][0] = nn.Linear(4, 4)
+
+
+def other_block(model: nn.Module) -> None:
+    model[0] = block()
+
+
+def one_less(model: nn.Module) -> None:
+    del model[1]
+
+
+@pytest.mark.parametrize("ran", [True, False], ids=["after a forward", "before any"])
+@pytest.mark.parametrize("method", ["lora", "dora", "bitfit"])
+@pytest.mark.parametrize("change", [other_layer, other_block, one_less])
+def test_what_is_there_no_longer_is_missed(
+    model: nn.Module, change: Callable[[nn.Module], None], method: str, ran: bool
+) -> None:
+    injection = adapted(model, method)
+    if ran:
+        model(X)
+    change(model)
+    for _ in range(2):
+        with pytest.raises(InactiveSite, match=r"(0\.0|1\.0).*: replaced or taken out of the model since"):
+            model(X)
+    peftcore.activate(model)
+    model(X)  # the bare model is what it is now
+    injection.remove()
+    again = peftcore.apply(model, method, target=nn.Linear)
+    model(X)
+    again.check()
+
+
+def test_a_part_that_runs_alone_misses_them_too(model: nn.Module) -> None:
+    adapted(model)
+    other_layer(model)
+    with pytest.raises(InactiveSite, match="replaced"):
+        model[1](X)
+
+
+def test_another_adapter_whose_modules_are_there_acts(model: nn.Module) -> None:
+    adapted(model)
+    last = peftcore.apply(model, "lora", target="2", name="last")
+    fill(last, 1)
+    peftcore.activate(model, "last")
+    other_layer(model)
+    model(X)
+    with pytest.raises(InactiveSite), peftcore.activate(model, "lora"):
+        model(X)
+
+
+def test_what_is_wrapped_or_moved_acts(model: nn.Module) -> None:
+    injection = adapted(model)
+    before = model(X)
+    model[0] = Wrapper(model[0])
+    model[1][0] = Wrapper(model[1][0])
+    assert torch.equal(model(X), before)
+    model[1] = torch.compile(model[1], backend="eager")
+    torch.testing.assert_close(model(X), before)
+    with injection.disabled():
+        assert not torch.allclose(model(X), before)
+
+
+def test_layers_in_another_order(model: nn.Module) -> None:
+    adapted(model)
+    by_hand = model[2](model[0](model[1](X)))
+    first, second = model[0], model[1]
+    model[0], model[1] = second, first
+    torch.testing.assert_close(model(X), by_hand)
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_are_watched_by_themselves(model: nn.Module, through: Callable[[nn.Module], nn.Module]) -> None:
+    adapted(model)
+    before = model(X)
+    copied = through(model)
+    other_layer(copied)
+    with pytest.raises(InactiveSite):
+        copied(X)
+    assert torch.equal(model(X), before)
