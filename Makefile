@@ -53,7 +53,9 @@ quantization-matrix: $(INSTALLED)
 	$(BIN)/python docs/generate/quantization_matrix.py
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks --page
+	$(BIN)/python -m benchmarks.everyday
+	$(BIN)/python -m benchmarks --threads 1 --page
+	$(BIN)/python -m benchmarks --threads 2 --page
 
 # Another seed tries other files: make fuzz PEFTCORE_FUZZ_SEED=1
 fuzz: export PEFTCORE_FUZZ ?= 200000

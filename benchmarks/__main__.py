@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: a table, ``benchmarks/results.json`` and ``benchmarks/scaling.png``."""
+"""``python -m benchmarks --threads 1``: a table, ``benchmarks/results-1.json`` and ``benchmarks/scaling.png``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("figures", nargs="*", help=f"of {', '.join((*FIGURES, 'scaling'))}; all when left out")
     parser.add_argument("--rounds", type=int, default=20, help="how often each contender runs")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, choices=(1, 2), help="each has its tables in the page")
     parser.add_argument("--out", type=Path, help="a folder; left out, this one, and only if all figures are measured")
     parser.add_argument(
         "--page", action="store_true", help="put the tables into docs/performance.md; some figures replace those there"
@@ -107,8 +107,9 @@ def main() -> None:
     out = given.out or (HERE if given.page or not given.figures else None)
     if out is None:
         return
+    results = f"results-{given.threads}.json"
     if given.figures and given.page:
-        last = json.loads((HERE / "results.json").read_text(encoding="utf-8"))
+        last = json.loads((HERE / results).read_text(encoding="utf-8"))
         rows, growth = among_others(rows, growth, last)
         circumstances["rounds"] = last["rounds"]  # of nearly all
     document = {
@@ -116,11 +117,12 @@ def main() -> None:
         "rows": [asdict(row) for row in rows],
         "growth": [asdict(each) for each in growth],
     }
-    if "scaling" in chosen:
+    if "scaling" in chosen and given.threads == 1:
         scaling.draw(growth, out / "scaling.png")
     if given.page:
-        page.write("python -m benchmarks --page", page.figures(rows, circumstances), page.growths(growth))
-    (out / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        place = f"python -m benchmarks --threads {given.threads} --page"
+        page.write(place, page.figures(rows, circumstances), page.growths(growth))
+    (out / results).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

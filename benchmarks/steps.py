@@ -130,5 +130,5 @@ def heavier(figure: str, peaks: Mapping[str, int]) -> Row:
     """Return a row of peak memory of ours over that of theirs, in bytes."""
     ratio = peaks["ours"] / peaks["theirs"]
     sizes = {who: f"{size / 1e6:.1f} MB" for who, size in peaks.items()}
-    figure = f"{figure}: peak memory (limit {sizes['limit']})"
+    figure += ": peak memory" + (f" (limit {sizes['limit']})" if "limit" in sizes else "")
     return Row(figure, sizes["ours"], sizes["theirs"], Estimate(ratio, ratio, ratio), 1.0)

@@ -86,6 +86,10 @@ class AmbiguousBackward(PeftcoreError, RuntimeError):
     """A layer is recomputed inside backward, and several forwards under different choices could be meant."""
 
 
+class StaleBackward(PeftcoreError, RuntimeError):
+    """Backward computes a layer again, and what it computes it from was written to since the forward."""
+
+
 class CalibrationError(PeftcoreError, ValueError):
     """Calibration is impossible: no ``data=``, data for a method that uses none, or batches without a loss."""
 

@@ -238,7 +238,7 @@ def memory() -> str:
 
 def steps() -> str:
     """From the benchmarks' own record."""
-    rows = json.loads((ROOT / "benchmarks/results.json").read_text(encoding="utf-8"))["rows"]
+    rows = json.loads((ROOT / "benchmarks/results-1.json").read_text(encoding="utf-8"))["rows"]
     found: dict[str, dict[str, str]] = {}
     for row in rows:
         if match := re.fullmatch(r"step, (\w+): (time|peak memory).*", row["figure"]):

@@ -18,22 +18,48 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from peftcore.errors import StaleBackward
 from peftcore.layers.kernels.autograd import apply
+
+
+class Unwritten:
+    """Tensors as they are in a forward, for the recomputation to find them so: autograd watches what it saves, and what
+    is computed again is not saved."""
+
+    def __init__(self, tensors: Iterable[Tensor], edition: Callable[[], object]) -> None:
+        """`edition` returns another object once what the tensors stand for was rewritten, by a merge."""
+        self._seen = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+        self._edition, self._before = edition, edition()
+
+    def check(self) -> None:
+        """Check that nothing was written to them since, as far as torch counts it.
+
+        Raises:
+            StaleBackward: something was.
+        """
+        written = [tensor for tensor, version in self._seen if tensor._version != version]
+        if written or self._edition() is not self._before:
+            what = f"a tensor {list(written[0].shape)}" if written else "a weight, by a merge,"
+            raise StaleBackward(
+                f"{what} was written to between its forward and backward, which computes the layer again from it: run "
+                "backward first, or write to a copy (`x = torch.relu(x)` in place of `x.relu_()`)"
+            )
 
 
 class RecomputedTensors:
     """Computes effective tensors that backward computes again; inside `hooks` autograd does not save them."""
 
-    def __init__(self, others: Iterable[Tensor]) -> None:
+    def __init__(self, others: Iterable[Tensor], before: Unwritten) -> None:
         """`others` are tensors that live on anyway: the base's own, and the operators'."""
         self._living = {_memory(each) for each in others}
+        self._before = before
         self._sources: list[_Source] = []
         self._known: WeakValueDictionary[int, _Source] = WeakValueDictionary()
 
     def __call__(self, path: str, make: Callable[[], Tensor | None]) -> Tensor | None:
         """Returns the result of `make`, which must return the same when backward calls it again."""
         with torch.enable_grad():  # also where the first caller has no gradients
-            tensor: Tensor | None = checkpoint(_made, make, use_reentrant=False)
+            tensor: Tensor | None = checkpoint(_made, self._before, make, use_reentrant=False)
         if tensor is not None and type(tensor) is Tensor and tensor.requires_grad:
             self._sources.append(source := _Source(tensor))
             self._known[_memory(tensor)] = source
@@ -62,7 +88,8 @@ class RecomputedTensors:
             yield
 
 
-def _made(make: Callable[[], Tensor | None]) -> Tensor | None:
+def _made(before: Unwritten, make: Callable[[], Tensor | None]) -> Tensor | None:
+    before.check()
     made = make()
     return None if made is None else apply(_Last, made)
 

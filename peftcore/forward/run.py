@@ -24,7 +24,7 @@ from peftcore.forward.active_adapters import Route
 from peftcore.forward.attention import attributes
 from peftcore.forward.batched_updates import add_updates
 from peftcore.forward.plan import ActivationForm, ActivePlan, ModulePlan
-from peftcore.forward.recompute import RecomputedTensors
+from peftcore.forward.recompute import RecomputedTensors, Unwritten
 from peftcore.forward.routing import OfSomeRows, OneForward, each_its_own, select_rows
 from peftcore.forward.slot import Edits, Slot
 from peftcore.forward.view import view
@@ -63,6 +63,13 @@ def run(
     return _around(planned.acting, inner, module)(*args, **kwargs)
 
 
+def _again(
+    before: Unwritten, module: nn.Module, acting: ActivePlan, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    before.check()
+    return _on_view(module, acting, args, kwargs)
+
+
 def _on_view(module: nn.Module, acting: ActivePlan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _run_view(module, acting, acting.effective(module), args, kwargs)
 
@@ -94,14 +101,16 @@ def _base_call(slot: Slot, module: nn.Module, acting: ActivePlan, *args: Any, **
         hooked = saves_elsewhere() or acting.is_cast(module)  # ours would keep tensors from theirs, or see no copies
         factors = acting.factors(module)
         if factors is not None or not (acting.low_memory or hooked):
-            remade = RecomputedTensors(slot.sources(module, acting))
+            remade = RecomputedTensors(slot.sources(module, acting), slot.unwritten(module, acting))
             tensors = (
                 remade.all(acting.makes(module)) if factors is None else acting.lazy_weights(module, factors, remade)
             )
             if tensors is not None:
                 with nullcontext() if hooked else remade.hooks():
                     return _run_view(module, acting, tensors, args, kwargs)
-    return checkpoint(_on_view, module, acting, args, kwargs, use_reentrant=False)
+    inputs = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    before = slot.unwritten(module, acting, inputs)
+    return checkpoint(_again, before, module, acting, args, kwargs, use_reentrant=False)
 
 
 def _without_gradients(slot: Slot, module: nn.Module, acting: ActivePlan) -> Mapping[str, Tensor | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,8 +26,9 @@ from peftcore.forward.plan import (
     run_apart,
     updates_of,
 )
+from peftcore.forward.recompute import Unwritten
 from peftcore.forward.view import SLOT
-from peftcore.layers.fsdp import whole
+from peftcore.layers.fsdp import MANAGED, whole
 from peftcore.layers.layer import Layer, Slices, take
 
 Tables = tuple[Mapping[str, Tensor | None], ...]
@@ -58,6 +59,8 @@ class Slot:
         self.asked: dict[tuple[Mount, ...], Tables] = {}
         self.edition = object()
         """Another one since the operators, or what is merged, changed last."""
+        self.rewritten = object()
+        """Another one since a merge wrote to the module's tensors last."""
 
     @property
     def cache(self) -> WeightCache | None:
@@ -103,6 +106,15 @@ class Slot:
             asked = self.asked[mounts] = tuple(table for mount in mounts for table in mount.operator.tables())
         below = (table for each in module.modules() for table in tables(each)) if module._modules else tables(module)
         return [each for table in (*below, *asked) for each in table.values() if each is not None]
+
+    def unwritten(self, module: nn.Module, acting: ActivePlan, inputs: Sequence[Tensor] = ()) -> Unwritten:
+        """Returns the inputs, and the parameters from which effective tensors are computed, as they are now. Buffers of
+        the module may change in its forward (running statistics), and parameters that FSDP manages change by being
+        gathered."""
+        if MANAGED in vars(module):
+            return Unwritten(inputs, lambda: self.rewritten)
+        operators = (parameter for mount in acting.mounts for parameter in mount.operator.parameters())
+        return Unwritten((*inputs, *module.parameters(), *operators), lambda: self.rewritten)
 
     def plan_for(self, choice: Choice) -> ModulePlan:
         """Returns the plan of this module under a choice, without merged injections."""

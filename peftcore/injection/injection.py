@@ -197,6 +197,7 @@ class Injection(AppliedMethod):
         originals, report = merging.merge(self, keep, into, max_error, weight)
         self.originals, self.merged, self._keep = None if keep is None else originals, True, keep
         self._merge_report, self._again = report, {"into": into, "max_error": max_error, "weight": weight}
+        self._rewritten()
         self._replan()
         return report
 
@@ -215,6 +216,7 @@ class Injection(AppliedMethod):
             )
         merging.unmerge(self, self.originals)
         self.originals, self.merged = None, False
+        self._rewritten()
         self._replan()
 
     def bake(self) -> None:
@@ -312,6 +314,12 @@ class Injection(AppliedMethod):
             return self.model.get_submodule(path)
         except AttributeError:
             return None
+
+    def _rewritten(self) -> None:
+        for graft in self.grafts:
+            for site in graft.holders:
+                if (slot := slot_of(site.module)) is not None:
+                    slot.rewritten = object()
 
     def _replan(self) -> None:
         for slot in self.state.slots:  # those too that hold attributes alone: plans depend on what is merged
