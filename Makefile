@@ -8,6 +8,7 @@
 # make release-check    build the nine packages into dist/ and check them; nothing is uploaded
 # make docs    the documentation, into site/; a broken link or reference fails
 # make docs-check    look at it in headless Chromium, which the machine must have
+# make histories SEED= MINUTES=    random histories of adapted models, many more than `make test` draws
 # make fuzz    load many more damaged files than `make test` does
 # Both create .venv when it is missing and install into it again when the requirements have changed.
 
@@ -20,7 +21,7 @@ REQUIREMENTS := requirements-dev.txt requirements-demo.txt pyproject.toml $(wild
 # Models and data come from packages; nothing is fetched while the project runs.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-all style lint docs docs-check quantization-matrix bench fuzz version release-check clean
+.PHONY: demo test test-slow test-all style lint docs docs-check quantization-matrix bench histories fuzz version release-check clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -56,6 +57,13 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.everyday
 	$(BIN)/python -m benchmarks --threads 1 --page
 	$(BIN)/python -m benchmarks --threads 2 --page
+
+# Random histories of adapted models, each step compared with a fresh model: make histories SEED=3 MINUTES=10
+histories: export PEFTCORE_HISTORIES_SEED = $(SEED)
+histories: export PEFTCORE_HISTORIES_MINUTES = $(or $(MINUTES),10)
+histories: export OMP_NUM_THREADS := 1
+histories: $(INSTALLED)
+	$(BIN)/python -m pytest --capture=sys tests/histories -k more
 
 # Another seed tries other files: make fuzz PEFTCORE_FUZZ_SEED=1
 fuzz: export PEFTCORE_FUZZ ?= 200000

@@ -10,7 +10,6 @@ every kind keep their weights in a way of their own.
 """
 
 import functools
-import importlib.util
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -28,10 +27,11 @@ from peftcore.testing.doors import TELLING, Declared
 from peftcore.testing.kit import fill
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "toys"))
+from declared_cases import declared
 from saved_adapters import HERE, Saved, difference
 
 ROOT = HERE.parents[1]
-HELPERS = [str(ROOT / "tests" / name) for name in ("cli", "docs", "hosts", "kit", "side_by_side")]
 PREFERRED = ("llama", "bert", "vit", "unet", "dit", "mlp", "convnet", "encoder", "t5", "gpt2")
 SCHEMES = {"lora_int8": "int8", "qa_lora": "int4"}
 """Schemes of the methods for packed bases, where it is not nf4."""
@@ -39,18 +39,6 @@ TOLD = {"polytropon": [3, 0], "multitask_prompt_tuning": [2, 0]}
 """The task of each row, which calls are told."""
 MOVES = 1e-3
 """How much an adapter moves the output at least, relative to its largest entry."""
-
-
-def declared(info: peftcore.MethodInfo) -> Declared:
-    """What the test of a method tells the conformance kit."""
-    path = ROOT / f"plugins/{info.plugin}/tests/test_{info.name}.py"
-    sys.path[:0] = [each for each in (*HELPERS, str(path.parent)) if each not in sys.path]
-    spec = importlib.util.spec_from_file_location(f"declared_{info.name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = [getattr(each, "declared", None) for each in vars(module).values()]
-    return next(each for each in found if isinstance(each, Declared) and each.method.name == info.name)
 
 
 def inputs_of(host: str) -> dict[str, Tensor]:

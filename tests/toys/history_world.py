@@ -1,0 +1,194 @@
+"""An adapted model with a history, and beside it what it ought to be: the tensors of the base, the values of each
+adapter, and the choice. From these a fresh model says what comes out, whatever happened to the other one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from declared_cases import declared
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import Average, Stack, Sum
+from peftcore.errors import PeftcoreError
+from peftcore.testing import HOSTS, Case, NotApplicable
+from peftcore.testing.kit import fill
+
+HOSTS_HERE = ("mlp", "encoder", "llama", "gpt2", "moe", "vit", "unet", "convnet")
+CLOSE = 1e-7
+"""How far outputs may be apart, relative to the largest entry: all is float64, and merges round once."""
+AT_FIRST = frozenset({"svdiff"})
+"""Methods that are made of the weights as they were when they were applied (see their docstrings)."""
+Choice = tuple[str, ...] | list[str | None] | Sum | Average | Stack
+"""Names that stack, one name for each row, or a composition."""
+
+
+@functools.cache
+def case_of(method: str, host: str) -> Case:
+    """The method on a host, with the options that its test declares."""
+    info = next(each for each in peftcore.methods() if each.name == method)
+    return declared(info).case(host)
+
+
+@dataclass
+class Adapter:
+    """What an adapter ought to be."""
+
+    case: Case
+    values: dict[str, Tensor]
+    merged: bool = False
+
+
+def snapshot(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in tensors.items()}
+
+
+def base_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the base, without adapters."""
+    with peftcore.saving_base():
+        return snapshot(model.state_dict())
+
+
+class Wrong(AssertionError):
+    """An output that is not what it ought to be."""
+
+
+class World:
+    """The model, and what it ought to be."""
+
+    def __init__(self, host: str) -> None:
+        self.host = HOSTS[host]
+        self.model, self.inputs = case_of("lora", host).fresh(torch.float64)
+        if host == "moe":
+            self.model.set_experts_implementation("eager")  # type: ignore[operator]  # the others know no float64
+        self.pristine = copy.deepcopy(self.model)
+        self.base = base_of(self.model)
+        self.adapters: dict[str, Adapter] = {}
+        self.choice: Choice = ()
+        self.refused = 0
+
+    @property
+    def rows(self) -> int:
+        """The rows of a batch."""
+        return len(next(value for value in self.inputs.values() if isinstance(value, Tensor) and value.dim()))
+
+    def injection(self, name: str) -> peftcore.Injection:
+        """The injection of this name on the model."""
+        return peftcore.injections(self.model)[name]
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """A step that may be refused: then nothing has changed, which the next comparison shows."""
+        try:
+            yield
+        except (PeftcoreError, NotApplicable):
+            self.refused += 1
+
+    def apply(self, model: nn.Module, name: str, case: Case) -> peftcore.Injection:
+        """Apply a method; the same whenever it is applied."""
+        return case.apply(model, name=name, dtype="float64", seed=7)
+
+    def fresh(self, names: Iterable[str]) -> nn.Module:
+        """A fresh model with some of the adapters, in the order in which they came."""
+        model = copy.deepcopy(self.pristine)
+        model.load_state_dict(self.base)
+        wanted = set(names)
+        for name, adapter in self.adapters.items():
+            if name in wanted:
+                injection = self.apply(model, name, adapter.case)
+                for key, value in injection.state_dict().items():
+                    value.copy_(adapter.values[key])
+        return model
+
+    def baked(self, names: Sequence[str]) -> nn.Module:
+        """A fresh model with these adapters, of which those that can be are in the weights."""
+        model = self.fresh(names)
+        peftcore.activate(model, *names)
+        for injection in peftcore.injections(model).values():
+            if injection.method.tags.mergeable:
+                injection.merge(keep=None)
+            else:
+                break  # what comes after one that stays has to stay, too
+        return model
+
+    def output(self, model: nn.Module, rows: slice = slice(None)) -> Tensor:
+        """What a model gives in evaluation."""
+        inputs = {k: v[rows] if isinstance(v, Tensor) and v.dim() else v for k, v in self.inputs.items()}
+        model.eval()
+        with torch.no_grad():
+            return self.host.output(model(**inputs))
+
+    def expected(self, choice: Choice) -> Tensor:
+        """What the model ought to give under a choice."""
+        if isinstance(choice, tuple):
+            return self.output(self.baked(choice))
+        if isinstance(choice, list):
+            each = [
+                self.output(self.baked(() if name is None else (name,)), slice(row, row + 1))
+                for row, name in enumerate(choice)
+            ]
+            return torch.cat(each)
+        model = self.fresh(choice.names())
+        peftcore.activate(model, choice)
+        return self.output(model)
+
+    def compare(self, actual: Tensor, expected: Tensor, what: str) -> None:
+        """Compare what is there with what ought to be.
+
+        Raises:
+            Wrong: they differ.
+        """
+        scale = max(float(expected.abs().max()), 1e-3)
+        if actual.shape != expected.shape or not float((actual - expected).abs().max()) <= CLOSE * scale:
+            raise Wrong(f"{what}: off by {float((actual - expected).abs().max()) / scale:.2e}; {self}")
+
+    def check(self) -> None:
+        """Compare the outputs under the choice in force."""
+        self.compare(self.output(self.model), self.expected(self.choice), "output")
+
+    def without(self, name: str) -> None:
+        """Forget an adapter that is gone, in the choice too."""
+        del self.adapters[name]
+        if isinstance(self.choice, tuple):
+            self.choice = tuple(each for each in self.choice if each != name)
+
+    def gradients(
+        self, model: nn.Module, names: Iterable[str], run: Callable[[nn.Module], Tensor]
+    ) -> dict[str, Tensor]:
+        """The gradients of adapters' parameters, by adapter and name."""
+        found = {}
+        injections = peftcore.injections(model)
+        parameters = {
+            f"{name}.{path}.{key}": parameter
+            for name in names
+            for path, module in injections[name].modules()
+            for key, parameter in module.named_parameters()
+        }
+        for parameter in parameters.values():
+            parameter.grad = None
+        run(model).square().mean().backward()
+        for key, parameter in parameters.items():
+            if parameter.grad is not None:
+                found[key] = parameter.grad.clone()
+        return found
+
+    def filled(self, name: str, case: Case, seed: int) -> None:
+        """Apply a method to the model, and move its values."""
+        injection = self.apply(self.model, name, case)
+        fill(injection, seed)
+        self.adapters[name] = Adapter(case, snapshot(injection.state_dict()))
+        if isinstance(self.choice, tuple):
+            self.choice = (*self.choice, name)
+
+    def learn(self, name: str) -> None:
+        """Take over the values that an adapter has now."""
+        self.adapters[name].values = snapshot(self.injection(name).state_dict())
+
+    def __repr__(self) -> str:
+        adapters = {name: f"{a.case.method.name}{' merged' * a.merged}" for name, a in self.adapters.items()}
+        return f"World({self.host.name}, {adapters}, choice {self.choice!r})"
