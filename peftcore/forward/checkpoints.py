@@ -1,16 +1,18 @@
 """Which forward a checkpoint repeats: the object that torch keeps of a checkpoint from its forward to its backward also
 keeps the forward context that its modules ran in.
 
-Nothing public tells a checkpoint from another one, so torch's own objects are looked for: of a non-reentrant checkpoint
-the frame that its saved-tensor hooks hold, of a reentrant one the context of its autograd function. A checkpoint of
-another library has neither; what it repeats is told by the outputs of the forward (`peftcore.forward.context`).
+Nothing public tells a checkpoint from another one, so torch's own objects are looked for among the running calls: of a
+non-reentrant checkpoint the frame that its saved-tensor hooks hold, of a reentrant one the context of its autograd
+function. A checkpoint of another library has neither; what it repeats is told by the outputs of the forward
+(`peftcore.forward.context`).
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
-from types import CodeType, FrameType
+from types import CodeType, FrameType, GeneratorType
 from typing import Any
 
 import torch
@@ -19,71 +21,69 @@ from torch.utils import checkpoint
 from peftcore.errors import AmbiguousBackward
 
 RECORD = "_peftcore_contexts"
-FRAME = vars(checkpoint).get("_CheckpointFrame", type(None))
-"""What torch keeps of a non-reentrant checkpoint."""
 HOOK = "unpack_hook"
-"""The function that repeats it, with the frame as a variable."""
+"""The function that repeats a non-reentrant checkpoint, with its frame as a variable."""
+_CHECKPOINT: CodeType = inspect.unwrap(checkpoint.checkpoint).__code__
+"""The function that runs one, with the generator that made its frame as a variable."""
 _FORWARD: CodeType = checkpoint.CheckpointFunction.forward.__code__
 _BACKWARD: CodeType = checkpoint.CheckpointFunction.backward.__code__
 _top = vars(torch._C._autograd).get("_top_saved_tensors_default_hooks", lambda ignored: None)
 
 
-def remember(state: object, context: Any) -> None:
-    """Keep the context in which modules of a host run for the checkpoint that this code is in, if it is in one."""
-    kept = _running()
-    if kept is None:
-        return
-    record = vars(kept).setdefault(RECORD, {})
-    before = record.setdefault(id(state), context)
-    if before is not context:
-        record[id(state)] = None  # the choice changed inside of the checkpoint
+def remember(kept: Any, state: object, choice: object, context: Any) -> None:
+    """Keep what modules of a host run under in a checkpoint: the choice, and the context of the forward."""
+    record: dict[int, Any] = vars(kept).setdefault(RECORD, {})
+    before = record.setdefault(id(state), (choice, context))
+    if before is not None and before[0] is not choice:
+        record[id(state)] = None
 
 
-def remembered(state: object) -> Any:
-    """Returns the context of the forward that is repeated now, inside backward; None where no checkpoint tells.
+def remembered(state: object | None) -> tuple[Any, Any] | None:
+    """Returns the choice and the context of the forward that is repeated now, inside backward: of a host, or of the one
+    whose modules came last. None where no checkpoint tells.
 
     Raises:
         AmbiguousBackward: the choice changed inside of the checkpoint.
     """
     for kept in _repeated():
-        record = vars(kept).get(RECORD)
-        if record is not None and id(state) in record:
-            if record[id(state)] is None:
+        record = vars(kept).get(RECORD, {})
+        key = id(state) if state is not None else next(reversed(record), None)
+        if key in record:
+            if record[key] is None:
                 raise AmbiguousBackward(
-                    "the choice of adapters changed inside of a checkpoint, which runs again in backward: choose before "
-                    "the checkpoint, and outside of it"
+                    "the choice of adapters changed inside of a checkpoint, which runs again in backward: choose "
+                    "before the checkpoint, and outside of it"
                 )
-            return record[id(state)]
+            found: tuple[Any, Any] = record[key]
+            return found
     return None
 
 
-def _running() -> Any:
-    """Returns what torch keeps of the innermost checkpoint whose forward this is."""
-    if not torch.is_grad_enabled():  # as in a reentrant one
-        return next(_locals("ctx", _FORWARD), None)
-    top = _top(False)
-    if top is None:
-        return None
-    held = dict(zip(top[0].__code__.co_freevars, top[0].__closure__ or (), strict=False)).get("frame")
-    return held.cell_contents if held is not None and isinstance(held.cell_contents, FRAME) else None
+def running() -> list[Any]:
+    """Returns what torch keeps of each checkpoint that this code is in the forward of."""
+    if torch.is_grad_enabled() and _top(False) is None:  # no hooks on saved tensors, as nearly always
+        return []
+    found = []
+    for frame in _stack():
+        if frame.f_code is _FORWARD:
+            found.append(frame.f_locals["ctx"])
+        elif frame.f_code is _CHECKPOINT and isinstance(begun := frame.f_locals.get("gen"), GeneratorType):
+            found.append(begun.gi_frame.f_locals["new_frame"])
+    return found
 
 
 def _repeated() -> Iterator[Any]:
     """Yields what torch keeps of the checkpoints that run again now, the innermost first."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code is _BACKWARD:
+    for frame in _stack():
+        if frame.f_code is _BACKWARD:
             yield frame.f_locals["ctx"]
-        elif code.co_name == HOOK and code.co_filename == checkpoint.__file__:
+        elif frame.f_code.co_name == HOOK and frame.f_code.co_filename == checkpoint.__file__:
             yield frame.f_locals["frame"]
-        frame = frame.f_back
 
 
-def _locals(name: str, code: CodeType) -> Iterator[Any]:
-    """Yields a variable of the running calls of a function, the innermost first."""
+def _stack() -> Iterator[FrameType]:
+    """Yields the running calls, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is code:
-            yield frame.f_locals[name]
+        yield frame
         frame = frame.f_back

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from peftcore.forward.context import remember_in_checkpoint
 from peftcore.forward.host_state import HostState
 from peftcore.forward.run import Forward, run
 from peftcore.forward.slot import Slot, slot_of
@@ -41,9 +42,13 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if is_dynamo_compiling() or state.calm != get_ident() or state.threads:
             choice = state.entered(self.training)
             planned = slot.plan_for(choice)
+            recorded = not is_dynamo_compiling()
         else:  # at a token each step counts
             choice, ahead = state.choice, slot.planned
             planned = ahead if ahead is not None and ahead.key is choice.key else slot.plan_for(choice)
+            recorded = state.recorded
+        if recorded:
+            remember_in_checkpoint(state, choice)
         if not args and first in kwargs:
             args = (kwargs.pop(first),)  # operators get their input by position, however the module was called
         if planned.outermost is not None:

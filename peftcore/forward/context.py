@@ -11,9 +11,11 @@ import copy
 import dataclasses
 import inspect
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from peftcore.contract.method import Method
 from peftcore.errors import AmbiguousBackward, MissingContext, RouteError
+from peftcore.forward.checkpoints import remember, remembered, running
 from peftcore.layers.fsdp import differentiable
 from peftcore.layers.kernels import transformed
 
@@ -87,6 +90,10 @@ class ForwardContext:
         self.taps: list[tuple[int, Any, bool]] = []
         self.losses: list[Tensor] = []
         self.open = True
+        self.frame: FrameType | None = None
+        """The call of the host whose forward it is."""
+        self.recorded = torch.is_grad_enabled() or (model is not None and model.training)
+        """Whether backward may repeat it; in a reentrant checkpoint its modules run without gradients."""
         self._model, self._args, self._kwargs = model, args, kwargs or {}
 
     @property
@@ -147,7 +154,7 @@ class ForwardContext:
     def close(self) -> None:
         """Close the context when the host has returned: taps hold activations and are dropped, but for those that
         backward will read."""
-        self.open = False
+        self.open, self.frame = False, None
         self.taps = [tap for tap in self.taps if tap[2]]
 
 
@@ -176,12 +183,44 @@ def forward_context() -> ForwardContext:
     if torch.compiler.is_compiling():
         return _TRACED[-1] if _TRACED else _COMPILED_ALONE
     if repeating():
+        told = remembered(None)
+        if told is not None:
+            context: ForwardContext = told[1]
+            return context
         here = graph_task()
         for task, reference in reversed(_HERE.announced.values()):
             call = reference()
             if task == here and call is not None:
                 return call
+    _drop_interrupted()
     return _HERE.calls[-1] if _HERE.calls else _outside() or ForwardContext()
+
+
+def remember_in_checkpoint(state: HostState, choice: Choice) -> None:
+    """Keep the choice, and the context of this forward, for the checkpoints in which a module of the host runs."""
+    here = next((call for call in reversed(_HERE.calls) if call.state is state), None)
+    if here is None or here.recorded:
+        for kept in running():
+            remember(kept, state, choice, here or _outside() or ForwardContext(state, choice))
+
+
+def _drop_interrupted() -> None:
+    """Close the contexts of forwards that do not run any more: torch calls no hook when a KeyboardInterrupt or a
+    SystemExit ends a forward."""
+    while _HERE.calls and not _runs(_HERE.calls[-1].frame):
+        interrupted = _HERE.calls.pop()
+        _TRACED.remove(interrupted)
+        interrupted.close()
+        if interrupted.state is not None:
+            interrupted.state.calm = None
+
+
+def _runs(wanted: FrameType | None) -> bool:
+    """Whether a call still runs in this thread."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not wanted:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _outside() -> ForwardContext | None:
@@ -229,12 +268,15 @@ class Recorder:
 
     def enter(self, state: HostState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open a context, before the host runs."""
+        if not torch.compiler.is_compiling():
+            _drop_interrupted()
         choice = state.now()
         call = ForwardContext(state, choice, model, args, kwargs)
         _TRACED.append(call)
         if torch.compiler.is_compiling():
             state.silent_layers = None  # it cannot watch compiled code, where a checkpoint must not leave marks
             return
+        call.frame = sys._getframe(2)  # torch's, which called the hook
         _HERE.calls.append(call)
         if _HERE.outside is not None:
             _HERE.outside = None
@@ -248,6 +290,7 @@ class Recorder:
         if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
             self.note(choice)
             state.calm = threading.get_ident() if choice is state.choice else None
+            state.recorded = call.recorded
 
     def leave(self, state: HostState, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         """Close the context, after the host ran, also when it raised."""
@@ -369,6 +412,10 @@ def replayed(state: HostState) -> Choice:
         AmbiguousBackward: forwards under different choices came before this backward, and nothing says which one it is:
             a nested reentrant checkpoint, or a loss that was not made from the host's outputs.
     """
+    told = remembered(state)
+    if told is not None:
+        choice: Choice = told[0]
+        return choice
     task, reference = _HERE.announced.get(id(state), (-1, None))
     call = None if reference is None else reference()
     if task == graph_task() and call is not None and call.choice is not None:

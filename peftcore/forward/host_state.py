@@ -60,6 +60,9 @@ class HostState:
     """The thread in which a forward of the host runs by the owner's choice: its modules need not ask what was chosen,
     unless somebody chooses for a thread alone."""
 
+    recorded: bool = True
+    """Whether backward may repeat that forward."""
+
     recorder: Recorder = field(default_factory=Recorder)
     outside: dict[int, ForwardContext] = field(default_factory=dict)
     """By thread: the forward context of parts that run without the host. Held here, so that it ends with the host."""

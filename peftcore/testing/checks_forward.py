@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import MethodType
 from typing import Any
 from unittest import mock
@@ -243,7 +244,7 @@ def threads_do_not_meet(case: Case) -> None:
 
 
 @check(
-    "when forward raises, wherever it does, nothing stays behind",
+    "when forward raises or is interrupted (Ctrl-C), wherever it does, nothing stays behind",
     cause="forward marks something on the operator, and clears it only when all goes well",
     remedy="use local variables; where a mark must be, clear it in `finally`",
     hosts=ON_TORCH,
@@ -258,6 +259,10 @@ def an_exception_in_forward_leaves_nothing(case: Case) -> None:
         with raises(case, Interrupted, "forward"), torch.no_grad(), FailingAt(at):
             case.run(model, inputs)
         case.expect_equal(case.quiet(model, inputs), output, f"output after an exception in call {at}")
+    for at in range(0, counting.count, max(1, counting.count // 6)):
+        with suppress(KeyboardInterrupt), torch.no_grad(), FailingAt(at, KeyboardInterrupt):
+            case.run(model, inputs)
+        case.expect_equal(case.quiet(model, inputs), output, f"output after a Ctrl-C in call {at}")
     case.expect(not (wrong := differences(before, trace(model))), f"other than before: {wrong}")
 
 

@@ -134,13 +134,13 @@ def interrupted(method: type[Method], stop: int | None) -> type[Method]:
 class FailingAt(TorchFunctionMode):
     """Raises in the `at`-th function of torch; counts them when `at` is negative."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, at: int, error: type[BaseException] = Interrupted) -> None:
         super().__init__()
-        self.at, self.count = at, 0
+        self.at, self.count, self.error = at, 0, error
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.count == self.at:
-            raise Interrupted
+            raise self.error
         self.count += 1
         return func(*args, **(kwargs or {}))
 
