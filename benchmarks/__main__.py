@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("figures", nargs="*", help=f"of {', '.join((*FIGURES, 'scaling'))}; all when left out")
     parser.add_argument("--rounds", type=int, default=20, help="how often each contender runs")
-    parser.add_argument("--threads", type=int, default=1, choices=(1, 2), help="each has its tables in the page")
+    parser.add_argument("--threads", type=int, default=1, help="the page has figures with one")
     parser.add_argument("--out", type=Path, help="a folder; left out, this one, and only if all figures are measured")
     parser.add_argument(
         "--page", action="store_true", help="put the tables into docs/performance.md; some figures replace those there"
@@ -80,6 +80,8 @@ def main() -> None:
     chosen = given.figures or [*FIGURES, "scaling"]
     if unknown := set(chosen).difference(FIGURES, ["scaling"]):
         parser.error(f"no figures are called {', '.join(sorted(unknown))}")
+    if given.page and given.threads != 1:
+        parser.error("the page has figures with one thread; --out takes a folder for others")
     torch.set_num_threads(given.threads)
     keep_memory()
     warnings.simplefilter("ignore")
@@ -120,8 +122,7 @@ def main() -> None:
     if "scaling" in chosen and given.threads == 1:
         scaling.draw(growth, out / "scaling.png")
     if given.page:
-        place = f"python -m benchmarks --threads {given.threads} --page"
-        page.write(place, page.figures(rows, circumstances), page.growths(growth))
+        page.write("python -m benchmarks --threads 1 --page", page.figures(rows, circumstances), page.growths(growth))
     (out / results).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 

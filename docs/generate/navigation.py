@@ -12,7 +12,7 @@ from links import ROOT, copies
 SECTIONS = {
     "Use": (
         *("start", "concepts", "roles", "choose", "training", "quantization", "serving"),
-        *("files", "moving-from-peft", "performance"),
+        *("files", "moving-from-peft", "promises", "performance"),
     ),
     "Extend": ("write-a-method", "hooks", "upgrade"),
     "Project": ("overview", "architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"),

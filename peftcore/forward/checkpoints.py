@@ -68,7 +68,7 @@ def running() -> list[Any]:
         if frame.f_code is _FORWARD:
             found.append(frame.f_locals["ctx"])
         elif frame.f_code is _CHECKPOINT and isinstance(begun := frame.f_locals.get("gen"), GeneratorType):
-            found.append(begun.gi_frame.f_locals["new_frame"])
+            found.append(begun.gi_frame.f_locals["new_frame"])  # type: ignore[union-attr]  # it waits for the function
     return found
 
 

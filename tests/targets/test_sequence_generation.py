@@ -128,6 +128,7 @@ def test_embeddings_into_generate(name: str, path: str) -> None:
     same(output, expected[:, ids.shape[1] :], scores)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["llama", "short_mistral", "hybrid"])
 def test_a_conversation_goes_on_with_its_cache(name: str) -> None:
     """`generate` slices the ids by what the cache counts: the user's tokens, not the rows."""
