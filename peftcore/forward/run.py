@@ -151,11 +151,17 @@ def _activation_form(
     """
     spare = acting.low_memory or acting.packed or torch.compiler.is_compiling() or slot.cache is None
     wanted = not acting.low_memory if _trains(module) else spare
-    if not (wanted and activation_form.operator.prefers_activation_form(*args)):
+    operator = activation_form.operator
+    if not wanted or _is_offloaded(operator, *args) or not operator.prefers_activation_form(*args):
         return _base_call(slot, module, acting, *args, **kwargs)
     return _act_on_activations(_inner(plain, slot, module, activation_form.bare), slot, module, activation_form)(
         *args, **kwargs
     )
+
+
+def _is_offloaded(operator: nn.Module, x: Tensor) -> bool:
+    """Whether the operator's values are elsewhere until it is called itself (accelerate's offload)."""
+    return not x.is_meta and any(each is not None and each.is_meta for each in operator._parameters.values())
 
 
 def _trains(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from peftcore.errors import InactiveSite
+from peftcore.forward.save_pretrained import saving_base
 
 if TYPE_CHECKING:
     from peftcore.forward.host_state import HostState
@@ -57,7 +58,8 @@ def _steps(model: nn.Module, injection: Injection) -> Iterator[Step]:
         InactiveSite: some are not in the model.
     """
     modules = {site.module: site.path for graft in injection.grafts for site in graft.holders}
-    paths = {module: path for path, module in model.named_modules() if module in modules}
+    with saving_base():  # operators are no target modules, and there may be many
+        paths = {module: path for path, module in model.named_modules() if module in modules}
     if gone := [path for module, path in modules.items() if module not in paths]:
         shown = ", ".join(gone[:4]) + (" …" if len(gone) > 4 else "")
         raise InactiveSite(

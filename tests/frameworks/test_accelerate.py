@@ -136,7 +136,10 @@ def test_hooks_that_come_after_the_adapter(method: str, hook: Callable[[nn.Modul
     model, injection = adapted(method)
     hook(model)
     with torch.no_grad():
-        assert torch.equal(run(model), reference)
+        output = run(model)
+        if hook is place:
+            assert torch.equal(output, reference)
+        torch.testing.assert_close(output, reference)  # what is offloaded acts on weights, in another order of sums
         with injection.disabled():
             assert torch.equal(run(model), base)
     assert not torch.equal(reference, base)

@@ -51,7 +51,7 @@ def test_what_a_site_knows(
     target = "inner" if tensor == "weight" else f"inner.{tensor}"
     injection = peftcore.apply(model, Swap if form == "weight" else "lora", target=target)
     (site,) = injection.sites
-    (planned,) = peftcore.plan(nn.ModuleDict({"inner": layer}), Shift, target=target).sites
+    (planned,) = peftcore.plan(model, Shift, target=target).sites
     for each in (site, planned):
         if each is planned or not isinstance(injection.method, Swap):  # replacements take tensors as they are stored
             assert tuple(each.weight_shape) == shape
@@ -59,6 +59,7 @@ def test_what_a_site_knows(
             assert each.weight().shape == shape
         assert each.numel == torch.Size(shape).numel()
         assert each.module is layer and each.module_path == "inner" and each.tensor == tensor
+    injection.remove()
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_effective_weights_are_computed_at_full_precision_under_autocast() -> No
         assert torch.equal(fresh(x), nn.functional.linear(x, fresh.weight))
     seen: list[Tensor] = []
     injection.operators["inner"].register_forward_hook(lambda module, args, output: seen.append(output))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), peftcore.cache_weights(model):
         output = model.eval()["inner"](x)
     assert output.dtype == torch.bfloat16
     assert seen and all(torch.equal(weight, exact) for weight in seen)
