@@ -41,7 +41,7 @@ def magnitude_prune(t: Tensor, density: float) -> Tensor:
 
 def random_mask(shape: Sequence[int], density: float, generator: torch.Generator) -> Tensor:
     """Returns a mask that is True with probability `density`, each value by itself; drawn on the generator's device."""
-    return torch.rand(*shape, generator=generator, device=generator.device) < density
+    return torch.rand(*shape, generator=generator, device=generator.device, dtype=torch.float32) < density
 
 
 def random_prune(t: Tensor, density: float, generator: torch.Generator, rescale: bool = True) -> Tensor:

@@ -3,11 +3,24 @@ generator is restored."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
+
+DTYPE = torch.float32
+"""The dtype in which operators are built; they are cast afterwards."""
+OF_DEFAULT_DTYPE = frozenset(
+    {torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.eye, torch.linspace,
+     torch.logspace}
+)  # fmt: skip
+"""Functions whose result has torch's default dtype unless one is named."""
+OF_NUMBERS = frozenset({torch.full, torch.tensor, torch.as_tensor, torch.scalar_tensor, torch.arange})
+"""Functions whose result has it where they are given floating-point numbers."""
 
 
 @contextmanager
@@ -24,3 +37,29 @@ def seed_by_path(seed: int, path: str) -> None:
     """Seed the next random numbers by (seed, path) alone."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     torch.default_generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def one_dtype() -> AbstractContextManager[Any]:
+    """Context manager in which tensors are made in float32 where no dtype is named, whatever torch's default dtype is:
+    with another one a seed gives other numbers. It holds for this thread; the default itself stays, which is that of
+    all threads."""
+    return contextlib.nullcontext() if torch.get_default_dtype() is DTYPE else _InOneDtype()
+
+
+class _InOneDtype(TorchFunctionMode):
+    """Names the dtype in calls that make tensors and name none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is None and (
+            func in OF_DEFAULT_DTYPE or (func in OF_NUMBERS and any(map(_holds_floats, (*args, *kwargs.values()))))
+        ):
+            kwargs = {**kwargs, "dtype": DTYPE}
+        return func(*args, **kwargs)
+
+
+def _holds_floats(value: Any) -> bool:
+    """Whether a number is a floating-point one, or a list holds one."""
+    if isinstance(value, list | tuple):
+        return any(map(_holds_floats, value))
+    return isinstance(value, float)

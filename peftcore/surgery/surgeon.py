@@ -21,7 +21,7 @@ from peftcore.contract.operators import Operator, Replacement, Shared, WeightOpe
 from peftcore.errors import CheckpointError, HostMismatch, PluginError, TargetError, UnsupportedSite
 from peftcore.layers.layer import Slices
 from peftcore.registry.plugins import registry
-from peftcore.surgery.seeding import preserved_rng, seed_by_path
+from peftcore.surgery.seeding import one_dtype, preserved_rng, seed_by_path
 from peftcore.targets.attention_sites import AttentionSite
 from peftcore.targets.attention_sites import locate as locate_attention
 from peftcore.targets.resolver import Resolver, Target
@@ -346,7 +346,7 @@ class Surgeon:
             device = site.device
         where, on_it = self._where
         seed_by_path(self.wishes.seed, self.part + path)
-        with on_it:
+        with on_it, one_dtype():
             built = make()
         goal = where if self.dry else device
         if not self.dry and device is not None and device.type == "meta":

@@ -19,7 +19,7 @@ from peftcore.files.formats.native import ENVELOPE, METADATA, TENSORS
 from peftcore.files.safe_io import TensorFile
 from peftcore.injection.injection import Injection
 from peftcore.testing.kit import Case, NotApplicable, check, fill
-from peftcore.testing.tools import findable
+from peftcore.testing.tools import default_dtype, findable
 
 FILES = sorted([CARD, ENVELOPE, TENSORS])
 ONE = ("mlp", "encoder", "llama")
@@ -57,6 +57,41 @@ def loading_gives_the_same_outputs(case: Case) -> None:
         case.expect(list(loaded.operators) == list(injection.operators), "it stands elsewhere")
         for key, value in injection.state_dict().items():
             case.expect_equal(loaded.state_dict()[key], value, key)
+
+
+def _expect_same_tensors(case: Case, injection: Injection, expected: Injection, what: str) -> None:
+    """Fail unless two adapters hold the same tensors, those that no file has among them."""
+    mine, theirs = (
+        {f"{path}.{name}": tensor for path, module in each.modules()
+         for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+        for each in (injection, expected)
+    )  # fmt: skip
+    for name, tensor in theirs.items():
+        case.expect(mine[name].dtype == tensor.dtype, f"{what}: {name} became {mine[name].dtype}")
+        case.expect_equal(mine[name], tensor, f"{what}: {name}")
+
+
+@check(
+    "whatever torch's default dtype is, the same adapter is made, and the same one is loaded",
+    cause="numbers come out in the default dtype though nothing is made in it: whole numbers that are divided, or "
+    "multiplied by a fraction; or `torch.get_default_dtype()` is asked",
+    remedy="name the dtype, `torch.float32`",
+    hosts=ONE,
+)
+def the_default_dtype_changes_nothing(case: Case) -> None:
+    fresh = None if case.tags.needs_data else case.apply(case.fresh()[0], seed=7)  # what looks at data runs the host
+    with saved(case) as (path, _, _, inputs):
+        there, _ = case.fresh()
+        loaded = peftcore.load(there, path)
+        for dtype in (torch.bfloat16, torch.float64):
+            model, other = case.fresh()[0], case.fresh()[0]
+            with default_dtype(dtype):
+                applied = case.apply(model, seed=7) if fresh else None
+                again = peftcore.load(other, path)
+            if applied and fresh:
+                _expect_same_tensors(case, applied, fresh, f"applied under {dtype}")
+            _expect_same_tensors(case, again, loaded, f"loaded under {dtype}")
+            case.expect_equal(case.quiet(other, inputs), case.quiet(there, inputs), f"output, loaded under {dtype}")
 
 
 @check(

@@ -301,3 +301,14 @@ def _callable_alone(model: nn.Module) -> Callable[[str, nn.Module], bool]:
 
 def _read_by_owner(model: nn.Module, path: str) -> bool:
     return isinstance(model.get_submodule(path.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Context manager with another default dtype of torch."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -6,8 +6,10 @@ import peft.utils.merge_utils as theirs
 import pytest
 import torch
 from algebra_toys import F64, close, drawn, rows
+from torch import Tensor
 
 from peftcore.algebra import merge_math as algebra
+from peftcore.testing.tools import default_dtype
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.5, 2.0, 0.3]])
@@ -37,6 +39,16 @@ def test_dare_as_in_peft_with_its_masks() -> None:
     kept = ours != 0
     assert abs(kept.double().mean() - 0.3) < 0.06 and close(ours[kept], taus[0][kept] / 0.3)
     assert torch.equal(ours, algebra.dare_linear(taus[:1], [1.0], 0.3, torch.Generator().manual_seed(3)))
+
+
+def test_masks_do_not_depend_on_the_default_dtype() -> None:
+    def mask() -> Tensor:
+        return algebra.random_mask((9, 50), 0.3, torch.Generator().manual_seed(4))
+
+    expected = mask()
+    for dtype in (torch.bfloat16, torch.float64):
+        with default_dtype(dtype):
+            assert torch.equal(mask(), expected)
 
 
 def test_dropping_and_rescaling_keeps_the_mean() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from mutant_base import Entry, Small, SmallConfig, graft_all, mutant
+from mutant_base import RANK, Entry, Small, SmallConfig, graft_all, mutant
 from mutants_lifecycle import sabotaged
 from torch import Tensor, nn
 
@@ -55,6 +55,22 @@ def trains_by_value(self: Method, model: nn.Module, config: Any, injection: Inje
     for operator in injection.operators.values():
         if isinstance(operator, Small):
             operator.A.requires_grad_(not operator.B.any())
+
+
+class Ramped(Small):
+    """Weighs the ranks by whole numbers that are divided, which gives torch's default dtype."""
+
+    def __init__(self, site: Site, config: MethodConfig) -> None:
+        super().__init__(site, config)
+        self.register_buffer("ramp", (torch.arange(RANK) + 1) / 7, persistent=False)
+
+    def forward(self, call: Any, x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B * self.get_buffer("ramp"))
+        return self.layer.add(y, self.layer.apply(x, A), B, 1.0)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + (self.B * self.get_buffer("ramp") @ self.A.flatten(1)).view(weight.shape)
 
 
 class Signed(Small):
@@ -161,6 +177,7 @@ class StartsAgain(Small):
 
 MUTANTS: dict[str, Entry] = {
     "loading_gives_the_same_outputs": (mutant("drawn_scale", DrawnScale), "mlp"),
+    "the_default_dtype_changes_nothing": (mutant("ramped", Ramped), "mlp"),
     "a_file_loads_under_any_name": (mutant("named_scale", NamedScale, trainable=scaled_by_name), "mlp"),
     "a_loaded_adapter_is_frozen": (mutant("trains_by_value", trainable=trains_by_value), "mlp"),
     "equal_adapters_are_equal_bytes": (mutant("signed_by_name", Signed, trainable=signed_by_name), "mlp"),

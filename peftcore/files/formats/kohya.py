@@ -186,7 +186,7 @@ class Kohya(Format):
                 raise ExportError(f"files of kohya have one operator for a module; {site.path} has two")
             place = Place(graft, index, len(injection.grafts), owner.config.at(site.path))
             alpha, values = method.write(place)
-            tensors[f"{stem}.{ALPHA}"] = torch.tensor(float(alpha))
+            tensors[f"{stem}.{ALPHA}"] = torch.tensor(float(alpha), dtype=torch.float32)
             tensors |= {f"{stem}.{name}": value.detach().contiguous() for name, value in values.items()}
         return {TENSORS: Tensors(tensors, {"format": "pt"})}
 

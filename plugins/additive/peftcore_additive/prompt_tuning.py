@@ -48,7 +48,7 @@ class PromptOperator(SequenceOperator):
             start = site.embedded(_ids(site.in_features, config))
         else:
             start = torch.rand(config.length, self.width) - 0.5
-        self.prompt = nn.Parameter(start.to(torch.get_default_dtype(), copy=True))
+        self.prompt = nn.Parameter(start.to(torch.float32, copy=True))
 
     def rows(self, embeds: Tensor) -> Tensor:
         return self.prompt

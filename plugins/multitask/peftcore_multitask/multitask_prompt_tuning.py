@@ -56,7 +56,7 @@ class MultitaskPromptOperator(SequenceOperator):
             start = site.embedded(_ids(site.in_features, config))
         else:
             start = torch.rand(config.length, self.width) - 0.5
-        self.prompt = nn.Parameter(start.to(torch.get_default_dtype(), copy=True))
+        self.prompt = nn.Parameter(start.to(torch.float32, copy=True))
         self.u = nn.Parameter(torch.randn(count, config.length, config.rank) * 0.02)
         self.v = nn.Parameter(torch.randn(count, config.rank, self.width) * 0.02)
         if config.task_init == "ones":

@@ -104,7 +104,7 @@ def _as_peft_draws(bases: Bases) -> tuple[Tensor, Tensor]:
         B = torch.cat(each, 1)
     else:
         rare = 1 / (2 * (3 if config.basis == "sparse" else math.sqrt(short)))
-        A = torch.rand(rank, 1, short, generator=generator)
-        B = torch.rand(long, count, rank, generator=generator)
+        A = torch.rand(rank, 1, short, generator=generator, dtype=torch.float32)
+        B = torch.rand(long, count, rank, generator=generator, dtype=torch.float32)
         A, B = ((each > 1 - rare).float() - (each < rare).float() for each in (A, B))
     return A / A.std(), B / B.std()

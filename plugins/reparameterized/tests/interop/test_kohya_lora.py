@@ -20,6 +20,7 @@ import peftcore
 from peftcore.errors import CheckpointError, ExportError, HostMismatch
 from peftcore.files.formats.kohya import TENSORS
 from peftcore.testing.hosts import HOSTS
+from peftcore.testing.tools import default_dtype
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -339,3 +340,12 @@ def test_some_modules_with_a_magnitude_and_some_without(tmp_path: Path) -> None:
     for key, value in written.items():
         torch.testing.assert_close(value, tensors[key])
     assert not torch.allclose(out(model, inputs), out(base, inputs))
+
+
+def test_alpha_does_not_depend_on_the_default_dtype(tmp_path: Path) -> None:
+    injection = peftcore.apply(nn.Sequential(nn.Linear(4, 4)), "lora", target="0", rank=3, alpha=1 / 3)
+    with default_dtype(torch.bfloat16):
+        injection.save(tmp_path, format="kohya")
+    alpha = load_file(tmp_path / TENSORS)["lycoris_0.alpha"]
+    assert alpha.dtype == torch.float32
+    assert alpha == torch.tensor(1 / 3)

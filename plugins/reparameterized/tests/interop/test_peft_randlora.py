@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import ExportError
+from peftcore.testing.tools import default_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 TARGET = ["0", "2"]
@@ -47,6 +48,19 @@ def test_the_bases_in_the_file_count(tmp_path: Path) -> None:
 
     config = peft.RandLoraConfig(target_modules=TARGET, r=3, bias="randlora_only")
     assert_reads(base, config, lambda model: model(x), tmp_path, turn)
+
+
+@pytest.mark.parametrize("basis", ["uniform", "sparse"])
+def test_bases_that_are_drawn_do_not_depend_on_the_default_dtype(basis: str, tmp_path: Path) -> None:
+    base = host()
+    config = peft.RandLoraConfig(target_modules=TARGET, r=3, save_projection=False, sparse=basis == "sparse")
+    saved_by_peft(base, config, tmp_path / "drawn")
+    expected = peftcore.load(host(), tmp_path / "drawn").state_dict()
+    for dtype in (torch.bfloat16, torch.float64):
+        model = host()
+        with default_dtype(dtype):
+            found = peftcore.load(model, tmp_path / "drawn").state_dict()
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 def test_refusals(tmp_path: Path) -> None:
