@@ -8,6 +8,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `cache`: what is computed from weights, kept while nobody writes to them.
 - `instance_methods`: methods of a model that do something else while it is adapted.
 - `save_pretrained`: other libraries' saving writes the bare base.
+- `adapter_modules`: the modules in which operators live, and what loading into them lacks.
 - `generate`: one call of `generate` computes effective weights once.
 - `host_state`: the state that peftcore keeps on an adapted model.
 - `mount`: one operator at one tensor or around one module.
@@ -22,5 +23,4 @@ It may import `roles`, and what is below. In the order of reading:
 - `attention`: edits inside attention.
 - `run`: the forward of an adapted module.
 - `class_swap`: how a module gets another forward.
-- `adapter_modules`: the modules in which operators live.
 """

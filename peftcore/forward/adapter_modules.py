@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -31,3 +31,21 @@ class AdapterModules(nn.Module):
         """Yields torch's named modules; nothing while the base is saved alone: a saving function may count the
         parameters."""
         return iter(()) if BASE_ALONE.get() else super().named_modules(*args, **kwargs)
+
+
+def note_lacking(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,
+                 missing: list[str], unexpected: Any, errors: Any) -> None:  # fmt: skip
+    """Hook of an adapted model for loading a state dict: where it holds adapters, those of which it holds nothing are
+    missing. One of the bare base holds none, and operators keep their values.
+
+    It is a hook of the model, since torch hands to a module only what is below it.
+    """
+    inside = {f"{prefix}{path}.": each for path, each in model.named_modules() if isinstance(each, AdapterModules)}
+    ours = [key for key in state_dict if f".{ADAPTER_MODULES}." in f".{key}"]
+    begun = {key[: end + 1] for key in ours for end, sign in enumerate(key) if sign == "."}
+    if begun.isdisjoint(inside):
+        return
+    known = set(missing)  # a model around this one may have noted them
+    for path, module in inside.items():
+        if path not in begun and not any(isinstance(child, AdapterModules) for child in module.children()):
+            missing += [path + key for key in module.state_dict() if path + key not in known]

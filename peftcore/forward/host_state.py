@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from peftcore.errors import UnknownInjection
 from peftcore.forward.active_adapters import Active, Choice
+from peftcore.forward.adapter_modules import note_lacking
 from peftcore.forward.context import ForwardContext, Recorder, graph_task, replayed
 from peftcore.forward.generate import GeneratesFromCache
 from peftcore.forward.instance_methods import give_methods_back, replace_methods
@@ -62,6 +64,9 @@ class HostState:
 
     recorded: bool = True
     """Whether backward may repeat that forward."""
+
+    loading: RemovableHandle | None = None
+    """Of the hook by which a state dict that lacks adapters is not loaded as a whole one."""
 
     recorder: Recorder = field(default_factory=Recorder)
     outside: dict[int, ForwardContext] = field(default_factory=dict)
@@ -160,6 +165,7 @@ def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
         state = model.__dict__[_KEY] = HostState()
         model.register_forward_pre_hook(state.begin, with_kwargs=True)
         model.register_forward_hook(state.end, with_kwargs=True, always_call=True)
+        state.loading = model.register_load_state_dict_pre_hook(note_lacking)  # type: ignore[no-untyped-call]
         for kind in (SavesBase, GeneratesFromCache):
             replace_methods(modules, kind, state)
     return state
@@ -170,6 +176,8 @@ def drop_state(model: nn.Module) -> None:
     state = model.__dict__.pop(_KEY, None)
     if state is not None:
         _unhook(model, state)
+        if state.loading is not None:
+            state.loading.remove()
         state.outside.clear()
         give_methods_back(model, state)
 

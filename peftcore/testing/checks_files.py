@@ -292,6 +292,28 @@ def the_state_dict_round_trips(case: Case) -> None:
 
 
 @check(
+    "a state dict that lacks the adapter of one site is refused, and one of the bare base is not",
+    cause="the operator loads in a way of its own, and takes back what was noted as missing",
+    remedy="leave `_load_from_state_dict` alone",
+    hosts=ONE,
+)
+def a_state_dict_that_lacks_a_site_is_refused(case: Case) -> None:
+    model, _ = case.fresh()
+    injection = case.filled(model)
+    paths = {id(module): path for path, module in model.named_modules(remove_duplicate=False)}
+    prefixes = [f"{paths[id(module)]}." for _, module in injection.modules() if module.state_dict()]
+    if len(prefixes) < 2:
+        raise NotApplicable("its tensors are at one place, without which a state dict is that of the bare base")
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    for prefix in (prefixes[0], prefixes[-1]):
+        lacking = {key: value for key, value in state.items() if not key.startswith(prefix)}
+        told = model.load_state_dict(lacking, strict=False).missing_keys
+        case.expect(set(told) == state.keys() - lacking.keys(), f"without {prefix} it is said to lack {told[:4]}")
+        case.expect(len(set(told)) == len(told), f"{told[:4]} are named twice")
+    case.expect(not model.load_state_dict(state).missing_keys, "the whole state dict is said to lack something")
+
+
+@check(
     "the base keeps its names in an adapted host, whose operators a base's state dict leaves alone",
     cause="`inject` renames, moves or re-registers modules of the host, or an operator reacts to loading",
     remedy="leave the host's modules where they are: grafts keep all names",

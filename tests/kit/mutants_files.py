@@ -165,6 +165,14 @@ class LoadsHalf(Small):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class Forgives(Small):
+    """Takes back what was noted as missing."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        args[2].clear()
+
+
 class StartsAgain(Small):
     """Starts from zero when a state dict brings nothing new."""
 
@@ -192,5 +200,6 @@ MUTANTS: dict[str, Entry] = {
     "another_base_is_refused": (mutant("knows_some_sizes", KnowsSomeSizes), "mlp"),
     "an_absent_method_is_named": (mutant("answers_to_all", aliases=("unheard_of",)), "mlp"),
     "the_state_dict_round_trips": (mutant("loads_half", LoadsHalf), "bert"),
+    "a_state_dict_that_lacks_a_site_is_refused": (mutant("forgives", Forgives), "mlp"),
     "base_weights_load_into_an_adapted_host": (mutant("starts_again", StartsAgain), "mlp"),
 }
