@@ -14,6 +14,7 @@ import stat
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -227,9 +228,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file whole, or not at all; equal tensors give equal bytes.
 
     Args:
+        tensors: the tensors by name. Those that share memory, as after ``vector_to_parameters`` and in the flat buffers
+            of some optimizers, are copied: the library refuses them.
         metadata: at most one text, for the library writes several in any order.
     """
     ready = {key: tensors[key].detach().cpu().contiguous() for key in sorted(tensors)}
+    shared = Counter(value.untyped_storage().data_ptr() for value in ready.values())
+    ready = {
+        key: value.clone() if shared[value.untyped_storage().data_ptr()] > 1 else value for key, value in ready.items()
+    }
 
     def write(partial: Path) -> None:
         try:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import peftcore
 from peftcore.files.formats.card import CARD
@@ -194,6 +195,25 @@ def the_file_holds_each_tensor_once(case: Case) -> None:
         size, allowed = (path / TENSORS).stat().st_size, unique + sum(len(key) + 120 for key in keys) + 200 + 2 * header
         case.expect(size <= allowed, f"{size} bytes for {unique} bytes of tensors and {len(keys)} names")
         case.expect(len(keys) <= len(held), f"{len(keys)} entries for {len(held)} tensors")
+
+
+@check(
+    "parameters that share one storage are saved as any others",
+    cause="the operator writes its tensors by itself, from their memory and not from their values",
+    remedy="leave `_save_to_state_dict` alone",
+    hosts=ONE,
+)
+def parameters_of_one_storage_are_saved(case: Case) -> None:
+    with saved(case) as (path, injection, _, _):
+        parameters: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in injection.parameters():
+            parameters.setdefault(parameter.dtype, []).append(parameter)
+        for each in parameters.values():
+            vector_to_parameters(parameters_to_vector(each).detach().clone(), each)
+        again = path.parent / "again"
+        injection.save(again)
+        same = (again / TENSORS).read_bytes() == (path / TENSORS).read_bytes()
+        case.expect(same, "the file is another one than that of the same values with a memory each")
 
 
 @check(

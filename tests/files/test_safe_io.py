@@ -202,3 +202,13 @@ def test_equal_tensors_are_equal_bytes_in_whatever_order_they_come(tmp_path: Pat
     write_tensors(other, dict(sorted(tensors.items())), {METADATA: "text"})
     assert one.read_bytes() == other.read_bytes()
     assert list(TensorFile(one).shapes) == ["a", "b", "c", "d"]
+
+
+def test_tensors_that_share_memory_are_written_each(tmp_path: Path) -> None:
+    flat = torch.arange(12.0)
+    parts = {"a": flat[:4], "b": flat[4:10].view(2, 3), "c": flat.view(3, 4)[1:, ::2], "again": flat[:4]}
+    write_tensors(tmp_path / "shared", parts, {})
+    write_tensors(tmp_path / "apart", {name: each.clone() for name, each in parts.items()}, {})
+    assert (tmp_path / "shared").read_bytes() == (tmp_path / "apart").read_bytes()
+    values = TensorFile(tmp_path / "shared").read(parts)
+    assert all(torch.equal(values[name], each) for name, each in parts.items())

@@ -105,6 +105,17 @@ class SavesTwice(Small):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class SavesMemory(Small):
+    """Writes the beginning of the memory in which its tensors are."""
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not keep_vars:
+            for name, value in self.named_parameters():
+                memory = torch.empty(0, dtype=value.dtype, device=value.device).set_(value.untyped_storage())
+                destination[prefix + name] = memory[: value.numel()].view(value.shape)
+
+
 def sorts_targets(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
     if isinstance(surgeon.wishes.target, list):
         surgeon.wishes = replace(surgeon.wishes, target=sorted(surgeon.wishes.target))
@@ -191,6 +202,7 @@ MUTANTS: dict[str, Entry] = {
     "equal_adapters_are_equal_bytes": (mutant("signed_by_name", Signed, trainable=signed_by_name), "mlp"),
     "save_writes_its_files": (sabotaged("saves_notes", save=saves_notes), "mlp"),
     "the_file_holds_each_tensor_once": (mutant("saves_twice", SavesTwice), "mlp"),
+    "parameters_of_one_storage_are_saved": (mutant("saves_memory", SavesMemory), "mlp"),
     "options_come_back_as_written": (mutant("sorts_targets", inject=sorts_targets), "mlp"),
     "trained_modules_travel_along": (mutant("forgets_trained_modules", inject=forgets_trained_modules), "mlp"),
     "dtypes_come_back": (mutant("saves_single_precision", SavesSinglePrecision), "mlp"),

@@ -99,7 +99,7 @@ class Format(ABC):
 
         Raises:
             ExportError: the format cannot hold it.
-            PluginError: the adapter's tensors cannot be saved by name, since two share their memory.
+            PluginError: the adapter's tensors cannot be saved by name, since one has two.
         """
         raise ExportError(f"adapters are read from files of {self.name}, not written to them")
 

@@ -60,15 +60,14 @@ class Native(Format):
         )
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
-        tensors = injection.state_dict()
-        storages = [value.untyped_storage().data_ptr() for value in tensors.values() if value.numel()]
-        if len(set(storages)) != len(storages):
+        held = [tensor for _, module in injection.modules() for tensor in module.state_dict(keep_vars=True).values()]
+        if len(set(map(id, held))) != len(held):
             raise PluginError(
                 f"{injection.method.name} registers a tensor twice: keep what surgeon.own returns, do not make it a "
                 "child"
             )
         envelope = envelope_of(injection, weights)
-        return {TENSORS: Tensors(tensors, {METADATA: envelope.short}), ENVELOPE: envelope.text}
+        return {TENSORS: Tensors(injection.state_dict(), {METADATA: envelope.short}), ENVELOPE: envelope.text}
 
 
 def _read(path: Path) -> tuple[TensorFile, Envelope]:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from file_toys import adapted, bytes_of, host
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import peftcore
-from peftcore.errors import ExportError
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.errors import ExportError, PluginError
 from peftcore.files.formats.card import CARD
 
 
@@ -41,3 +45,60 @@ def test_what_one_format_cannot_hold_is_written_in_none(tmp_path: Path) -> None:
         with pytest.raises(ExportError):
             injection.save(tmp_path / "adapter", format=formats)
         assert not (tmp_path / "adapter").exists()
+
+
+def one_storage(injection: peftcore.Injection) -> None:
+    """Lay all parameters into one vector, as zeroth-order optimizers and flat buffers do."""
+    parameters = list(injection.parameters())
+    vector_to_parameters(parameters_to_vector(parameters).detach().clone(), parameters)
+
+
+@pytest.mark.parametrize("format", ["peftcore", "peft", "kohya", "diffusers"])
+def test_parameters_of_one_storage_are_written_in_any_format(format: str, tmp_path: Path) -> None:
+    injection = adapted()
+    injection.save(tmp_path / "apart", format=format)
+    one_storage(injection)
+    injection.save(tmp_path / "shared", format=format)
+    assert bytes_of(tmp_path / "shared") == bytes_of(tmp_path / "apart")
+
+
+class TwiceOperator(Operator):
+    """Holds one parameter under two names."""
+
+    def __init__(self, site: Site, config: MethodConfig) -> None:
+        super().__init__(site)
+        self.one = nn.Parameter(torch.zeros(site.out_features))
+        self.other = self.one
+
+    def forward(self, call: Any, x: Tensor) -> Tensor:
+        return call(x) + self.one
+
+
+class TwiceConfig(MethodConfig):
+    method: Literal["twice"] = "twice"
+
+
+class Twice(Method):
+    """A method that registers a tensor twice."""
+
+    name = "twice"
+    Config = TwiceConfig
+    tags = Tags(category="additive", paper="2106.09685")
+    target = "first"
+
+    def inject(self, model: nn.Module, config: MethodConfig, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, TwiceOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Any) -> int:
+        return site.out_features
+
+
+def test_a_tensor_that_is_registered_twice_is_refused(tmp_path: Path) -> None:
+    injection = peftcore.apply(host()[0], Twice)
+    for _ in range(2):
+        with pytest.raises(PluginError, match="registers a tensor twice"):
+            injection.save(tmp_path / "adapter")
+        one_storage(injection)
+    assert not (tmp_path / "adapter").exists()
