@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from peftcore.surgery.surgeon import Surgeon
 
 
-def _size(modules: Iterable[nn.Module]) -> int:
+def size_of(modules: Iterable[nn.Module]) -> int:
     """Returns the number of values in the modules' parameters, each counted once; a quantized weight counts as the
     dense one."""
     sizes: dict[int, int] = {}
@@ -62,7 +62,7 @@ class Plan:
             shapes={key: tensor.shape for key, tensor in tensors.items()},
             dtypes={key: tensor.dtype for key, tensor in tensors.items()},
             trainable=sum(p.numel() for _, module in modules for p in module.parameters()),
-            total=_size(surgeon.resolver.modules.values()),
+            total=size_of(surgeon.resolver.modules.values()),
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
             host=surgeon.resolver.host,
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from peftcore.files.envelope import base_name
 from peftcore.injection.injection import Injection
 from peftcore.layers.layer import plain_class
+from peftcore.surgery.planning import size_of
 
 CARD = "README.md"
 MARK = "<!-- written by peftcore; remove this line to keep your own text -->"
@@ -25,8 +26,7 @@ def card(injection: Injection, formats: Sequence[str]) -> str:
     options = injection.config.model_dump(mode="json", exclude={"method"}, exclude_defaults=True)
     shown = ", ".join(f"`{key}={value!r}`" for key, value in options.items()) or "all as by default"
     values = sum(parameter.numel() for parameter in injection.parameters())
-    host = sum(each.numel() for module in injection.base_modules() for each in module._parameters.values()
-               if each is not None)  # fmt: skip
+    host = size_of(injection.base_modules())
     lines = ["---", f"library_name: {'peft' if 'peft' in formats else 'peftcore'}"]
     lines += [f"base_model: {base}"] if base else []
     lines += ["tags:", "- peft", f"- {method.name}", "---", "", MARK, "", f"# {method.name}", ""]

@@ -31,7 +31,7 @@ from peftcore.files.formats.peft_names import (
     written_path,
     written_paths,
 )
-from peftcore.files.formats.peft_writing import text_of, written
+from peftcore.files.formats.peft_writing import text_of, with_class, written
 from peftcore.files.formats.places import Place, places_of
 from peftcore.files.safe_io import TensorFile, read_json
 from peftcore.injection.injection import Injection
@@ -77,7 +77,7 @@ class Peft(Format):
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
         options, tensors = written(injection)
-        return {TENSORS: Tensors(tensors, {"format": "pt"}), CONFIG: text_of(options)}
+        return {TENSORS: Tensors(tensors, {"format": "pt"}), CONFIG: text_of(with_class(options, injection.model))}
 
 
 def described(name: str, keys: Keys, file: TensorFile, names: Mapping[str, str] | None = None) -> Description:

@@ -19,6 +19,7 @@ from peftcore.files.formats.peft_names import WRAPPER
 from peftcore.files.formats.places import Place, places_of
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
+from peftcore.layers.layer import plain_class
 from peftcore.registry.plugins import imported
 from peftcore.surgery.surgeon import Graft
 from peftcore.targets.sites import Site
@@ -143,9 +144,18 @@ def whole(injection: Injection, kind: str, options: Mapping[str, Any]) -> dict[s
         "peft_type": kind,
         "base_model_name_or_path": base_name(injection.model),
         "task_type": None,
+        "auto_mapping": None,
         "inference_mode": True,
         **options,
     }
+
+
+def with_class(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Returns the options with the class of the base, by which peft's ``AutoPeftModel`` opens it where they name no
+    task."""
+    cls = plain_class(model)
+    named = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+    return {**options, "auto_mapping": None if options["task_type"] else named}
 
 
 def text_of(options: Mapping[str, Any]) -> str:

@@ -34,6 +34,20 @@ def test_the_card_says_what_it_is(tmp_path: Path) -> None:
     exec(there, {"model": transformers.LlamaForCausalLM(config)})
 
 
+def test_tied_embeddings_are_counted_once_and_quantized_weights_as_dense_ones(tmp_path: Path) -> None:
+    model = nn.Module()
+    model.table, model.head = nn.Embedding(50, 8), nn.Linear(8, 50, bias=False)
+    model.inner = nn.Linear(8, 8)
+    model.head.weight = model.table.weight
+    injection = peftcore.apply(model, "lora", target="inner", rank=2)
+    injection.save(tmp_path)
+    assert f"{32 / (400 + 72):.3%} of the base's 472" in (tmp_path / CARD).read_text()
+    injection.remove()
+    peftcore.quantize(model, "int8", target="inner")
+    peftcore.apply(model, "lora", target="inner", rank=2).save(tmp_path)
+    assert "of the base's 472" in (tmp_path / CARD).read_text()
+
+
 def host_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The base's own."""
     return [each for name, each in model.named_parameters() if ".peft." not in f".{name}"]

@@ -1,6 +1,9 @@
 """Folders of peft from our injections: names of modules, options for all, targets."""
 
+from pathlib import Path
+
 import pytest
+import torch
 from core_toys import transformer
 from torch import nn
 
@@ -66,3 +69,42 @@ def test_what_differs_goes_into_patterns() -> None:
 def test_last_names_where_they_mean_no_other_module(target: str | list[str], modules: list[str]) -> None:
     injection = peftcore.apply(transformer(), "lora", target=target)
     assert targets(injection, injection.grafts) == {"target_modules": modules}
+
+
+CLASSES = {
+    "CausalLM": ("lora", {"rank": 2}),
+    "SequenceClassification": ("lora", {"rank": 2, "train": ["score"]}),
+    "FeatureExtraction": ("oft", {"block_size": 4}),
+    "CausalLM-prompt": ("prompt_tuning", {"length": 3}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:::peft")
+@pytest.mark.parametrize("name", CLASSES)
+def test_autopeftmodel_opens_what_is_written(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    method, options = CLASSES[name]
+    kind = name.partition("-")[0]
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_labels=3,
+        pad_token_id=0,
+    )  # fmt: skip
+    auto = transformers.AutoModel if kind == "FeatureExtraction" else getattr(transformers, f"AutoModelFor{kind}")
+    auto.from_config(config).save_pretrained(tmp_path / "base")
+    model = auto.from_pretrained(tmp_path / "base")
+    injection = peftcore.apply(model, method, **options)
+    with torch.no_grad():
+        for parameter in injection.parameters():
+            parameter.add_(torch.randn_like(parameter) / 10)
+    injection.save(tmp_path / "adapter", format="peft")
+    theirs = getattr(peft, f"AutoPeftModelFor{kind}").from_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[3, 1, 2]])
+    with torch.no_grad():
+        ours, there = model(ids)[0], theirs(input_ids=ids)[0]
+        base = auto.from_pretrained(tmp_path / "base")(ids)[0]
+    torch.testing.assert_close(ours, there[:, -ours.shape[1] :] if ours.dim() == 3 else there)
+    assert not torch.allclose(ours, base, atol=1e-3)
+    if method == "lora" and kind == "CausalLM":
+        opened = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter")
+        torch.testing.assert_close(opened(input_ids=ids)[0], ours)
