@@ -6,6 +6,7 @@ file in place whole: after a kill or on a full disk the old one is still there.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -247,8 +248,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     _put(path, write)
 
 
-def clear_partial(folder: Path) -> None:
-    """Remove partial files that killed writers left in a folder an hour ago or longer."""
-    for path in folder.glob(".*.partial"):
+def clear_partial(folder: Path, name: str = "") -> None:
+    """Remove partial files that killed writers left in a folder an hour ago or longer: all, or those of one file."""
+    for path in folder.glob(f".{glob.escape(name)}*.partial"):
         if path.is_dir() and not path.is_symlink() and time.time() - path.lstat().st_mtime > 3600:
             shutil.rmtree(path, ignore_errors=True)

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from peftcore.contract.operators import Checked
 from peftcore.errors import (
     CheckpointError,
+    ExportError,
     HostMismatch,
     NoWeights,
     PeftcoreError,
@@ -29,7 +30,7 @@ from peftcore.errors import (
 from peftcore.files.envelope import Envelope, method_of, mismatched, options_of, weights_digest
 from peftcore.files.formats.card import CARD, card, is_ours
 from peftcore.files.formats.description import Description
-from peftcore.files.formats.format import Tensors, format_named, recognize
+from peftcore.files.formats.format import PICKLES, Tensors, format_named, recognize
 from peftcore.files.formats.hub import located
 from peftcore.files.formats.patterns import one_file
 from peftcore.files.safe_io import clear_partial, write_tensors, write_text
@@ -40,6 +41,8 @@ from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.roles import HostMap
 from peftcore.surgery.surgeon import Surgeon
 
+SUFFIX = ".safetensors"
+"""The ending of a path that is the name of a file to write, and not of a folder."""
 SPARE = 2**28
 """Bytes that an adapter may need beyond its file and the size of the host: bases drawn from a seed."""
 CALLS, CALLS_EACH = 10_000, 300
@@ -48,10 +51,11 @@ fact_tk, makes a hundred."""
 
 
 def save(injection: Injection, path: Path, formats: Sequence[str], weights: bool) -> None:
-    """Write a folder; each file appears whole or not at all, and equal adapters give equal bytes.
+    """Write a folder, or one file; each file appears whole or not at all, and equal adapters give equal bytes.
 
     Where the model is sharded over processes, all of them call this, and the first one writes.
     """
+    only = _only_file(path, formats)
     model = injection.model
     with _values_wanted(model), gathered(model, injection.parameters):
         contents = {
@@ -61,8 +65,32 @@ def save(injection: Injection, path: Path, formats: Sequence[str], weights: bool
         if isinstance(content, Tensors) and (lacking := [key for key, each in content.values.items() if each.is_meta]):
             raise NoWeights(f"these depend on weights of the host, which is on the meta device: {lacking[0]}")
     with one_writes(model) as mine:
-        if mine:
+        if mine and only:
+            _write_file(path, contents[only])
+        elif mine:
             _write(injection, path, formats, contents)
+
+
+def _only_file(path: Path, formats: Sequence[str]) -> str:
+    """Returns the name that the only file to write has in a folder, where `path` names a file; empty for a folder.
+
+    Raises:
+        ExportError: an adapter of these formats is not one file of this kind.
+    """
+    if path.is_dir() or path.suffix not in (SUFFIX, *PICKLES):
+        return ""
+    kinds = [format_named(each) for each in formats]
+    if path.suffix == SUFFIX and len(kinds) == 1 and kinds[0].file:
+        return kinds[0].file
+    why = "no pickles are written" if path.suffix != SUFFIX else f"an adapter of {' and '.join(formats)} is several"
+    raise ExportError(f"{path} is the name of a file, and {why}; name a folder, such as {str(path.with_suffix(''))!r}")
+
+
+def _write_file(path: Path, content: Tensors | str) -> None:
+    assert isinstance(content, Tensors), "tensors are what a format's only file holds"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clear_partial(path.parent, path.name)
+    write_tensors(path, content.values, content.metadata)
 
 
 def _write(injection: Injection, path: Path, formats: Sequence[str], contents: dict[str, Tensors | str]) -> None:
@@ -90,7 +118,7 @@ def load(
 
     Args:
         model: the host. It may be on the meta device: the adapter's tensors have values all the same.
-        path: a folder that `Injection.save` wrote, a folder or file of another library, or "owner/name" on a model hub;
+        path: a folder or file that `Injection.save` wrote, or one of another library, or "owner/name" on a model hub;
             the format is recognized. An adapter of a bare encoder fits a host that has the encoder inside, and the
             other way round; of files for whole pipelines the part for `model` is taken.
         name: name of the injection on this host; the method's by default.

@@ -241,19 +241,20 @@ class Injection(AppliedMethod):
     def save(
         self, path: str | os.PathLike[str], *, format: str | Sequence[str] = "peftcore", weights: bool = False
     ) -> None:
-        """Write the adapter alone into the folder `path`.
+        """Write the adapter alone into the folder `path`, or into one file.
 
         Of a model whose weights are sharded over processes (FSDP2) all of them call this, and the first one writes.
 
         Args:
-            path: a folder; it is made where it is missing, and files of the same format in it are replaced.
+            path: a folder; it is made where it is missing, and files of the same format in it are replaced. A path that
+                ends with ".safetensors" is one file, in formats whose adapters are one (ours, "diffusers", "kohya").
             format: ours (``adapter.safetensors``, and ``adapter.json`` to read), another library's ("peft",
                 "diffusers", "kohya"), or several at once; also for which model of a pipeline:
                 "diffusers/text_encoder_2".
             weights: record a digest of the base's values at the sites, so that `load` refuses other ones.
 
         Raises:
-            ExportError: another library's format cannot hold this adapter; nothing was written.
+            ExportError: another library's format cannot hold this adapter, or not in one file; nothing was written.
         """
         self._alive()
         from peftcore.files.save_load import save

@@ -1,5 +1,7 @@
-"""Adapters on a host that is on the meta device: it has shapes and no values, and the adapter has all of its own."""
+"""Adapters in one file; and on a host that is on the meta device: it has shapes and no values, and the adapter has all
+of its own."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peftcore
-from peftcore.errors import NoWeights
+from peftcore.errors import ExportError, NoWeights
 from peftcore.files.formats.native import TENSORS
 
 
@@ -81,3 +83,52 @@ def test_saving_what_depends_on_values_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(NoWeights):
         injection.save(tmp_path / "again", weights=True)
     assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("format", ["peftcore", "kohya", "diffusers"])
+def test_a_path_with_the_ending_of_a_file_is_one_file(format: str, tmp_path: Path) -> None:
+    injection = peftcore.apply(host(), "lora", target=["0", "2"], rank=2)
+    injection.operators["0"].B.data.normal_()
+    path = tmp_path / "loras" / "style.v1.safetensors"
+    injection.save(path, format=format)
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    injection.save(tmp_path / "folder", format=format)
+    (written,) = (tmp_path / "folder").glob("*.safetensors")
+    assert path.read_bytes() == written.read_bytes()
+    model, x = host(), torch.randn(3, 12)
+    peftcore.load(model, path)
+    torch.testing.assert_close(model(x), injection.model(x))
+    injection.save(path, format=format)  # over the earlier one
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+
+
+def test_what_is_no_file_of_its_own_is_refused(tmp_path: Path) -> None:
+    injection = peftcore.apply(host(), "lora", target=["0", "2"], rank=2)
+    for name, formats, why in (
+        ("style.safetensors", "peft", "an adapter of peft is several"),
+        ("style.safetensors", ["kohya", "peftcore"], "an adapter of kohya and peftcore is several"),
+        ("style.pt", "kohya", "no pickles are written"),
+        ("style.bin", "peft", "no pickles are written"),
+    ):
+        with pytest.raises(ExportError, match=rf"style\..* is the name of a file, and {why}; name a folder"):
+            injection.save(tmp_path / name, format=formats)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ExportError, match="no format 'zip'"):
+        injection.save(tmp_path / "style.safetensors", format="zip")
+
+
+def test_a_folder_of_such_a_name_stays_one(tmp_path: Path) -> None:
+    injection = peftcore.apply(host(), "lora", target=["0", "2"], rank=2)
+    (tmp_path / "old.safetensors").mkdir()
+    injection.save(tmp_path / "old.safetensors")
+    injection.save(tmp_path / "v1.5")
+    assert (tmp_path / "old.safetensors" / TENSORS).is_file()
+    assert (tmp_path / "v1.5" / TENSORS).is_file()
+
+
+def test_only_partial_files_of_its_own_are_cleared_beside_a_file(tmp_path: Path) -> None:
+    for name in (".a.safetensors.00.partial", ".b.safetensors.00.partial"):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (0, 0))
+    peftcore.apply(host(), "lora", target=["0", "2"], rank=2).save(tmp_path / "a.safetensors")
+    assert sorted(each.name for each in tmp_path.iterdir()) == [".b.safetensors.00.partial", "a.safetensors"]

@@ -91,6 +91,7 @@ class Diffusers(Format):
     """The format of diffusers' LoRA files."""
 
     name = "diffusers"
+    file = TENSORS
     parts: ClassVar[tuple[str, ...]] = (
         "unet", "transformer", "transformer_2", "transformer_ref", "text_encoder", "text_encoder_2", "text_encoder_3",
         "prior", "connectors", "text_conditioner",

@@ -5,8 +5,9 @@ A plugin brings more by the hook `peftcore_formats`.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,6 +20,13 @@ from peftcore.files.formats.description import Description, tensor_files
 from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import imported, named_places
 from peftcore.surgery.surgeon import Surgeon
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+"""Endings of pickles that hold tensors."""
+TRAINER = "trainer_state.json"
+"""The file by which a checkpoint of transformers' Trainer is known."""
+STATE = re.compile(r"(optimizer|scheduler|scaler|sampler|training_args|rng_state|random_states)[\w-]*\.\w+")
+"""Files of a training's state beside the tensors: no adapter is in them."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,8 @@ class Format(ABC):
     """Base class of file formats."""
 
     name: ClassVar[str]
+    file: ClassVar[str] = ""
+    """The name of the file that holds an adapter by itself; empty where that takes several files."""
     parts: ClassVar[tuple[str, ...]] = ()
     """Models of a pipeline that a file of this format can hold adapters of, by the names that it has for them."""
 
@@ -140,13 +150,22 @@ def recognize(path: Path) -> Format:
 
 
 def held_by(path: Path) -> str:
-    """Returns the names of files in a folder, for a message about a missing one.
+    """Returns what a folder holds in place of an adapter's file, for a message: adapters further down, a checkpoint of
+    a training, or other files.
 
     Raises:
         CheckpointError: tensors in a pickle, saying how to convert it.
     """
-    held = sorted(each.name for each in path.iterdir()) if path.is_dir() else [path.name]
-    pickled = [name for name in held if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    inside = sorted(path.iterdir()) if path.is_dir() else [path]
+    if below := [each.name for each in inside if each.is_dir() and any(map(_of(each), formats().values()))]:
+        return f"there are adapters in it: {', '.join(below[:8])}"
+    held = [each.name for each in inside]
+    if TRAINER in held:
+        return (
+            "it is a checkpoint of transformers' Trainer, for train(resume_from_checkpoint=...), and there is no "
+            "adapter's file in it: injection.save(folder) writes one"
+        )
+    pickled = [name for name in held if name.endswith(PICKLES) and not STATE.fullmatch(name)]
     if pickled:
         raise CheckpointError(
             f"{path} keeps its tensors in {pickled[0]}, a pickle, which can run any code when it is read: if you trust "
@@ -154,3 +173,7 @@ def held_by(path: Path) -> str:
             f'"{pickled[0].rpartition(".")[0]}.safetensors")'
         )
     return f"it holds {', '.join(held[:8]) or 'nothing'}"
+
+
+def _of(path: Path) -> Callable[[type[Format]], bool]:
+    return lambda kind: kind.recognizes(path)

@@ -135,6 +135,7 @@ class Kohya(Format):
     """The format of kohya's sd-scripts and of LyCORIS."""
 
     name = "kohya"
+    file = TENSORS
     parts: ClassVar[tuple[str, ...]] = (
         "lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lycoris",
     )  # fmt: skip

@@ -26,6 +26,7 @@ class Native(Format):
     """Our own file format."""
 
     name = "peftcore"
+    file = TENSORS
 
     @classmethod
     def recognizes(cls, path: Path) -> bool:

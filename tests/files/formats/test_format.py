@@ -40,6 +40,46 @@ def test_what_is_none_says_what_it_holds(tmp_path: Path) -> None:
         held_by(tmp_path)
 
 
+STATE = ("optimizer.pt", "scheduler.pt", "rng_state_0.pth", "rng_state.pth", "training_args.bin", "scaler.pt")
+
+
+def checkpoint(folder: Path) -> Path:
+    """What transformers' Trainer writes beside the model."""
+    folder.mkdir(parents=True)
+    for name in (*STATE, "trainer_state.json", "model.safetensors", "config.json"):
+        (folder / name).write_bytes(b"")
+    return folder
+
+
+def test_a_checkpoint_of_a_training_is_called_one(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "out" / "checkpoint-4")
+    with pytest.raises(
+        CheckpointError, match=r"a checkpoint of transformers' Trainer.*no adapter's file in it"
+    ) as told:
+        recognize(folder)
+    assert "optimizer.pt" not in str(told.value)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="a checkpoint of transformers' Trainer"):
+        recognize(folder)
+    (folder / "trainer_state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"keeps its tensors in pytorch_model\.bin"):
+        recognize(folder)
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"it holds config\.json, model\.safetensors, optimizer\.pt"):
+        recognize(folder)
+
+
+def test_adapters_further_down_are_named(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path / "checkpoint-4")
+    adapted().save(folder / "lora")
+    adapted().save(folder / "other", format="peft")
+    (folder / "runs").mkdir()
+    with pytest.raises(CheckpointError, match=r"there are adapters in it: lora, other$"):
+        recognize(folder)
+    adapted().save(folder)
+    assert recognize(folder).name == "peftcore"
+
+
 def test_what_is_only_read_is_not_written() -> None:
     with pytest.raises(ExportError, match="read from files of adapterhub, not written"):
         AdapterHub().files(adapted())
