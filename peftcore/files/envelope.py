@@ -62,6 +62,9 @@ class Envelope(BaseModel):
     exclude: Any = None
     train: tuple[str, ...] = ()
     """Paths of modules and parameters that were trained along."""
+    rows: dict[str, tuple[NonNegativeInt, NonNegativeInt]] = {}
+    """The first and the end of the rows of token tables that its base lacks, by path of the table: the file has them,
+    though they did not train."""
     dtype: str = "float32"
     host: str = ""
     """Class of the host, for people to read."""
@@ -81,7 +84,7 @@ class Envelope(BaseModel):
         if self.dtype not in DTYPES:
             raise CheckpointError(f"dtype {self.dtype!r}: operators may be {', '.join(DTYPES)}")
         saved = {key: [site.record for site in sites] for key, sites in self.selections.items()}
-        return Wishes(self.target, self.exclude, self.train, 0, DTYPES[self.dtype], saved)
+        return Wishes(self.target, self.exclude, self.train, 0, DTYPES[self.dtype], saved, self.rows)
 
     @property
     def text(self) -> str:
@@ -109,8 +112,9 @@ def spelled(target: Any) -> Any:
     return [spelled(each) for each in target]
 
 
-def envelope_of(injection: Injection, weights: bool = False) -> Envelope:
-    """Returns the envelope of `injection`; with `weights`, also a digest of its base's values at the sites."""
+def envelope_of(injection: Injection, weights: bool = False, rows: Mapping[str, tuple[int, int]] = {}) -> Envelope:
+    """Returns the envelope of `injection`; with `weights`, also a digest of its base's values at the sites. `rows` are
+    those that its base lacks."""
     name = injection.method.name
     info = next(
         (i for i in methods() if i.name == name and find_method(f"{i.plugin}/{i.name}") is type(injection.method)), None
@@ -126,6 +130,7 @@ def envelope_of(injection: Injection, weights: bool = False) -> Envelope:
         target=spelled(wishes.target),
         exclude=spelled(wishes.exclude),
         train=injection.trained_along,
+        rows=dict(rows),
         dtype=str(wishes.dtype).removeprefix("torch."),
         host=f"{cls.__module__}.{cls.__qualname__}",
         base=base_name(model),

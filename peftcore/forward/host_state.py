@@ -27,6 +27,7 @@ from peftcore.forward.context import ForwardContext, Recorder, graph_task, repla
 from peftcore.forward.generate import GeneratesFromCache
 from peftcore.forward.instance_methods import give_methods_back, replace_methods
 from peftcore.forward.save_pretrained import SavesBase
+from peftcore.roles.token_tables import token_count
 
 if TYPE_CHECKING:
     from peftcore.forward.slot import Slot
@@ -64,6 +65,9 @@ class HostState:
 
     recorded: bool = True
     """Whether backward may repeat that forward."""
+
+    tokens: int = 0
+    """The rows that the host's token tables had when the first adapter came; 0 of a host that names none."""
 
     loading: RemovableHandle | None = None
     """Of the hook by which a state dict that lacks adapters is not loaded as a whole one."""
@@ -162,7 +166,7 @@ def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
     ``save_pretrained`` save themselves without adapters, and ``generate`` computes effective weights once in a call."""
     state = state_of(model)
     if state is None:
-        state = model.__dict__[_KEY] = HostState()
+        state = model.__dict__[_KEY] = HostState(tokens=token_count(model))
         model.register_forward_pre_hook(state.begin, with_kwargs=True)
         model.register_forward_hook(state.end, with_kwargs=True, always_call=True)
         state.loading = model.register_load_state_dict_pre_hook(note_lacking)  # type: ignore[no-untyped-call]

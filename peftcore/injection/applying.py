@@ -89,6 +89,7 @@ def prepare(
     surgeon = Surgeon(model, method, config, resolver, wishes, dry=dry, thawed=freezing.thawed(parameters))
     try:
         with preserved_rng():
+            surgeon.table_rows()
             registry().hook.peftcore_inject(model=model, method=method, config=config, surgeon=surgeon)
             surgeon.train_wishes()
     finally:

@@ -80,7 +80,7 @@ class Injection(AppliedMethod):
     @property
     def trained_along(self) -> tuple[str, ...]:
         """Paths of the host's parameters that train because the user named them, or modules that hold them."""
-        own = [graft.site for graft in self.grafts if not graft.by_method]
+        own = [graft.site for graft in self.grafts if graft.trained_along]
         return tuple(f"{site.module_path}.{site.tensor}".lstrip(".") for site in own)
 
     @property

@@ -16,6 +16,7 @@ the order of reading:
 - `rest`: embeddings, norms, convolutions, heads.
 - `towers`: sub-models.
 - `layouts`: the order of slices in fused projections.
+- `token_tables`: tables that have a row for each token.
 - `stacks`: modules that take token ids and run blocks.
 - `find_roles`: derives the map of a model, rule by rule.
 - `recording`: records one forward.

@@ -3,6 +3,7 @@
 It may import `targets`, and what is below. In the order of reading:
 
 - `seeding`: random numbers by seed and path.
+- `table_rows`: rows of token tables that an adapter brings along.
 - `surgeon`: the verbs of `Method.inject`, which record operators.
 - `adapted_models`: models that share modules, and which of them may act there.
 - `forced_attributes`: attributes that some modules must have while a model is adapted.

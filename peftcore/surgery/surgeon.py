@@ -22,6 +22,7 @@ from peftcore.errors import CheckpointError, HostMismatch, PluginError, TargetEr
 from peftcore.layers.layer import Slices
 from peftcore.registry.plugins import registry
 from peftcore.surgery.seeding import one_dtype, preserved_rng, seed_by_path
+from peftcore.surgery.table_rows import RowsSite, TableRows
 from peftcore.targets.attention_sites import AttentionSite
 from peftcore.targets.attention_sites import locate as locate_attention
 from peftcore.targets.resolver import Resolver, Target
@@ -47,9 +48,14 @@ class Graft:
     holders: tuple[Site, ...]
     """Every (module, tensor) that it acts on: several when a tensor is tied."""
     by_method: bool
-    """False for modules that the user named in ``train``."""
+    """False for modules that the user named in ``train``, and for rows that were added to the base."""
     part: str = ""
     """Of a hybrid: the part that the operator belongs to, ``"0/"``."""
+
+    @property
+    def trained_along(self) -> bool:
+        """Whether the user named it in ``train``."""
+        return not self.by_method and not isinstance(self.operator, TableRows)
 
     @property
     def key(self) -> str:
@@ -68,6 +74,8 @@ class Wishes:
     dtype: torch.dtype = torch.float32
     saved: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
     """Selections of a saved adapter: they are taken as they were instead of being resolved again."""
+    rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Of a saved adapter: the first and the end of the rows that it brings of token tables, by path of the table."""
 
 
 @dataclass
@@ -223,7 +231,7 @@ class Surgeon:
         saved = wishes.saved
         if saved is not None:
             saved = {key.removeprefix(prefix): sites for key, sites in saved.items() if key.startswith(prefix)}
-        wishes = replace(wishes, target=wishes.target if target is None else target, train=(), saved=saved)
+        wishes = replace(wishes, target=wishes.target if target is None else target, train=(), rows={}, saved=saved)
         child = Surgeon(
             self.model, method, config, self.resolver, wishes, self.dry, self.part + prefix, progress=self.progress
         )
@@ -288,6 +296,27 @@ class Surgeon:
         self.selections |= {key: [anew(site) for site in sites] for key, sites in self.selections.items()}
         for part in self.parts.values():
             part.stored_anew(module)
+
+    def table_rows(self) -> None:
+        """Record the rows of token tables that a file brings; all else acts on them.
+
+        Raises:
+            HostMismatch: the host has no such table, or one of another length.
+        """
+        for path, (start, stop) in self.wishes.rows.items():
+            module = self.resolver.modules.get(path)
+            weight = None if module is None else module._parameters.get("weight")
+            if weight is None or weight.dim() != 2:
+                raise HostMismatch(f"the adapter brings rows of {path!r}, which is no table here")
+            if len(weight) != stop or start >= stop:
+                raise HostMismatch(
+                    f"{path} has {len(weight)} rows here and had {stop} where the adapter was made, of which it brings "
+                    f"{stop - start}: model.resize_token_embeddings({stop}) first"
+                )
+            site = replace(self.resolver.site(path, "weight"), meta=self.dry)
+            rows = RowsSite.of(site)
+            built = self._build(rows.path, lambda: TableRows(rows, site.layer, start), rows)  # noqa: B023
+            self._record(Graft(rows, built, (rows,), False, self.part))
 
     def train_wishes(self) -> None:
         """Record the modules and parameters that the user named in ``train``: paths, or ends of paths.

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from peftcore.errors import CheckpointError, ExportError
+from peftcore.files.added_rows import check_no_rows
 from peftcore.files.formats.description import Description, unique
 from peftcore.files.formats.format import Content, Files, Format, Tensors
 from peftcore.files.formats.keys import Keys
@@ -147,6 +148,7 @@ class Diffusers(Format):
             raise ExportError(f"diffusers loads LoRA and DoRA, and no {injection.method.name}")
         if injection.trained_along:
             raise ExportError(f"diffusers' files hold no {injection.trained_along[0]}, which was trained along")
+        check_no_rows(injection, "diffusers")
         model = injection.model
         guess = "unet" if is_unet(model) else "text_encoder" if is_text_encoder(model) else "transformer"
         prefix = f"{self.part or guess}."

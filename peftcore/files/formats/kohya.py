@@ -19,6 +19,7 @@ import torch
 from torch import Size, Tensor, nn
 
 from peftcore.errors import CheckpointError, ExportError, HostMismatch
+from peftcore.files.added_rows import check_no_rows
 from peftcore.files.envelope import SavedSite
 from peftcore.files.formats.composing import composed, with_overrides
 from peftcore.files.formats.description import Description, unique
@@ -169,6 +170,7 @@ class Kohya(Format):
         if injection.trained_along or injection.shared:
             what = next(iter((*injection.trained_along, *injection.shared)))
             raise ExportError(f"files of kohya have no place for {what}: only for operators at modules")
+        check_no_rows(injection, "kohya")
         model = injection.model
         part = self.part or ("lora_unet" if is_unet(model) else "lora_te" if is_text_encoder(model) else "lycoris")
         front = clip_prefix(model) if part.startswith("lora_te") else ""

@@ -3,11 +3,14 @@ is not there, also after a save that was killed; and ``adapter.json``, the envel
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from peftcore.errors import CheckpointError, PluginError
+from peftcore.files.added_rows import AddedRows, added_rows, spans
 from peftcore.files.envelope import Envelope, SavedSite, envelope_of, method_of, options_of, parse_envelope
 from peftcore.files.formats.description import Description, trouble, unique
 from peftcore.files.formats.format import Content, Files, Format, Tensors
@@ -41,8 +44,12 @@ class Native(Format):
     def open(self, path: Path, model: nn.Module) -> Content:
         file, envelope = _read(path)
         paths = [site.module_path for sites in envelope.selections.values() for site in sites]
-        move = find_move(paths, dict(model.named_modules()), f"the adapter in {file.path} (made on {envelope.host})")
-        return NativeContent(moved(envelope, move), file, move)
+        modules = dict(model.named_modules())
+        move = find_move(paths, modules, f"the adapter in {file.path} (made on {envelope.host})")
+        here = {path for path in envelope.rows if move.covers(path) and move(path) in modules}
+        left = envelope.rows.keys() - here  # of a head, where this host has another one or none
+        envelope = envelope.model_copy(update={"rows": {path: envelope.rows[path] for path in sorted(here)}})
+        return NativeContent(moved(envelope, move), file, move, tuple(f"{path}:rows." for path in left))
 
     def describe(self, path: Path) -> Description:
         file, envelope = _read(path)
@@ -67,8 +74,17 @@ class Native(Format):
                 f"{injection.method.name} registers a tensor twice: keep what surgeon.own returns, do not make it a "
                 "child"
             )
-        envelope = envelope_of(injection, weights)
-        return {TENSORS: Tensors(injection.state_dict(), {METADATA: envelope.short}), ENVELOPE: envelope.text}
+        rows = added_rows(injection)
+        envelope = envelope_of(injection, weights, spans(rows))
+        tensors = injection.state_dict() | _tensors_of_rows(rows, injection.wishes.dtype)
+        return {TENSORS: Tensors(tensors, {METADATA: envelope.short}), ENVELOPE: envelope.text}
+
+
+def _tensors_of_rows(rows: Mapping[str, AddedRows], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns rows that were added to tables by the names that `TableRows` has for them."""
+    held = {f"{path}:rows.value": each.weight[each.start :] for path, each in rows.items()}
+    held |= {f"{path}:rows.bias": each.bias[each.start :] for path, each in rows.items() if each.bias is not None}
+    return {name: value.to(dtype) for name, value in held.items()}
 
 
 def _read(path: Path) -> tuple[TensorFile, Envelope]:
@@ -88,13 +104,15 @@ def _place(site: SavedSite) -> str:
 class NativeContent(Content):
     """The content of a file of our own, whose tensors have our own names."""
 
-    def __init__(self, envelope: Envelope, file: TensorFile, move: Move) -> None:
+    def __init__(self, envelope: Envelope, file: TensorFile, move: Move, left: tuple[str, ...] = ()) -> None:
         super().__init__(envelope, file.path)
         self.file = file
         self.move = move
+        self.left = left
+        """Beginnings of the names of tensors that belong to no module here."""
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
-        names = {_moved_key(key, self.move): key for key in self.file.shapes}
+        names = {_moved_key(key, self.move): key for key in self.file.shapes if not key.startswith(self.left)}
         plan = Plan.of(surgeon)
         shapes = {name: self.file.shapes[key] for name, key in names.items()}
         dtypes = {name: self.file.dtypes[key] for name, key in names.items()}
@@ -117,7 +135,8 @@ def moved(envelope: Envelope, move: Move) -> Envelope:
     config = dict(envelope.config)
     if isinstance(overrides, dict):
         config["overrides"] = {move(key) if move.covers(key) else key: each for key, each in overrides.items()}
-    update = {"selections": selections, "train": tuple(map(move, envelope.train)), "config": config}
+    rows = {move(path): span for path, span in envelope.rows.items()}
+    update = {"selections": selections, "train": tuple(map(move, envelope.train)), "rows": rows, "config": config}
     return envelope.model_copy(update=update)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import CheckpointError
+from peftcore.files.added_rows import AddedRows
 from peftcore.files.formats.composing import composed, literally
 from peftcore.files.formats.description import Description, trouble, unique
 from peftcore.files.formats.format import Content, Files, Format, Tensors, held_by
@@ -35,7 +36,10 @@ from peftcore.files.formats.peft_writing import text_of, with_class, written
 from peftcore.files.formats.places import Place, places_of
 from peftcore.files.safe_io import TensorFile, read_json
 from peftcore.injection.injection import Injection
+from peftcore.registry.plugins import layer_of
+from peftcore.roles.token_tables import tables_by_path
 from peftcore.surgery.surgeon import Surgeon
+from peftcore.surgery.table_rows import TableRows
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 NEUTRAL = (
@@ -43,6 +47,9 @@ NEUTRAL = (
     "fan_in_fan_out", "runtime_config", "init_weights", "megatron_core",
 )  # fmt: skip
 """Options that change nothing that is computed: origin, start, and properties of the host's layers."""
+
+TABLES = ("embed_tokens", "lm_head")
+"""The names of token tables that peft saves beside an adapter whatever the model is."""
 
 
 class Peft(Format):
@@ -166,7 +173,9 @@ class PeftContent(Content):
             part.config = self._options(part)
         self._beside = {path: (part, g) for part in self.parts for g in part.groups
                         for path in part.method.trains(part.keys, g.path)}  # fmt: skip
+        self._tables: dict[str, dict[str, str]] = {}
         trained = self._trained(keys)
+        self._rows = self._rows_of_tables()
         keys.check_known()
         groups = self.parts[0].groups
         envelope = composed(
@@ -175,6 +184,7 @@ class PeftContent(Content):
             dtypes=file.dtypes.values(),
             target=[group.path for group in groups] or None,
             train=(*trained, *self._beside),
+            rows={path: (rows.start, rows.stop) for path, rows in self._rows.items()},
             host=keys.take("base_model_name_or_path", str, ""),
         )
         super().__init__(envelope, file.path)
@@ -197,8 +207,8 @@ class PeftContent(Content):
         return {**plain, "overrides": overrides} if overrides else plain
 
     def _trained(self, keys: Keys) -> list[str]:
-        """Returns the host's parameters that the file brings and its options announce. Copies of others, as peft writes
-        them of tables that it adapts, must equal the host's."""
+        """Returns the host's parameters that the file brings and its options announce. Copies of others must equal the
+        host's, unless they are of token tables, which peft saves where rows were added."""
         announced, biases = keys.names("modules_to_save"), keys.take("bias", str, "none")
         found, owned = [], {group.path for part in self.parts for group in part.groups}
         parameters = dict(self.model.named_parameters(remove_duplicate=False))
@@ -207,11 +217,40 @@ class PeftContent(Content):
             bias = leaf == "bias" and (biases == "all" or (biases.endswith("_only") and owner in owned))
             if bias or any(f".{name}." in f".{written_path(path, self.sorted.move)}." for name in announced):
                 found.append(path)
+            elif self._is_table(owner):
+                self._tables.setdefault(owner, {})[leaf] = full
             elif self.file.shapes[full] != parameters[path].shape or not torch.equal(
                 self.file.read([full])[full].to(parameters[path]), parameters[path]
             ):
                 self.sorted.wrong.append(f"{full} is none of the adapter's modules and differs from the host's {path}")
         return found
+
+    def _is_table(self, path: str) -> bool:
+        module = self.model.get_submodule(path)
+        weight = module._parameters.get("weight")
+        named = path in tables_by_path(self.model) or path.rpartition(".")[2] in TABLES
+        return weight is not None and weight.dim() == 2 and (named or layer_of(module, "weight").one_hot)
+
+    def _rows_of_tables(self) -> dict[str, AddedRows]:
+        """Returns the rows in which tables of the file differ from the host's, by path of the table; of those that are
+        tied, all."""
+        found: dict[str, AddedRows] = {}
+        for path, names in self._tables.items():
+            held = {leaf: self.file.read([full])[full] for leaf, full in names.items()}
+            own = {leaf: each for leaf, each in self.model.get_submodule(path)._parameters.items() if each is not None}
+            others = [leaf for leaf in held if held[leaf].shape[1:] != own[leaf].shape[1:]]
+            if "weight" not in held or others:
+                self.sorted.wrong.append(f"{names[others[0] if others else 'bias']} is none of the host's {path}")
+            elif (rows := len(held["weight"])) != len(own["weight"]):
+                self.sorted.wrong.append(
+                    f"{names['weight']} has {rows} rows and the host's {path} {len(own['weight'])}: "
+                    f"model.resize_token_embeddings({rows}) first"
+                )
+            elif (start := min(_first_difference(held[leaf], own[leaf]) for leaf in held)) < rows:
+                found[path] = AddedRows(start, rows, held["weight"], held.get("bias", own.get("bias")))
+        weights = {id(self.model.get_submodule(path)._parameters["weight"]): each for path, each in found.items()}
+        tied = {path: weights.get(id(module._parameters.get("weight"))) for path, module in self.model.named_modules()}
+        return found | {path: each for path, each in tied.items() if each is not None and path not in found}
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
         wrong, used = list(self.sorted.wrong), {*self.sorted.replaced.values(), *self.repeated}
@@ -244,7 +283,12 @@ class PeftContent(Content):
                 tensors |= {f"shared:{part.prefix}{name}.{key}": value for key, value in values.items()}
         for graft in surgeon.grafts:
             path = f"{graft.site.module_path}.{graft.site.tensor}".lstrip(".")
-            if graft.by_method:
+            if isinstance(graft.operator, TableRows):
+                rows = self._rows[graft.site.module_path]
+                tensors[f"{graft.key}.value"] = rows.weight[rows.start :]
+                if graft.operator.bias is not None and rows.bias is not None:
+                    tensors[f"{graft.key}.bias"] = rows.bias[rows.start :]
+            if not graft.trained_along:
                 continue
             if path in self._beside:
                 part, group = self._beside[path]
@@ -257,3 +301,12 @@ class PeftContent(Content):
         if strict and wrong:
             raise CheckpointError(f"{self.where}: {'; '.join(dict.fromkeys(wrong))}")
         return tensors
+
+
+def _first_difference(held: Tensor, own: Tensor) -> int:
+    """Returns the first row in which two tensors differ, the number of rows where they are equal; 0 where the second
+    has no values."""
+    if own.is_meta:
+        return 0
+    other = (held.to(own) != own).flatten(1).any(1) if own.dim() > 1 else held.to(own) != own
+    return int(other.int().argmax()) if other.any() else len(own)

@@ -20,6 +20,9 @@ PREFIXES = ("base_model.model.", "base_model.")
 WRAPPER = "base_layer"
 """Peft's name for the module that it wrapped; an operator for a parameter wraps the one for the parameter before."""
 
+TOKENS = "token_adapter"
+"""Its name for the module by which LoRA trains single tokens, which wraps a table too."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -162,7 +165,8 @@ def sort_names(
     groups.sort(key=lambda group: order[group.path])
     replaced, wrong = {}, []
     for name, full in rest.items():
-        path = move(".".join(step for step in name.split(".") if step != WRAPPER))
+        plain = name.replace(f".{TOKENS}.{WRAPPER}.", ".")
+        path = move(".".join(step for step in plain.split(".") if step != WRAPPER))
         owner, _, leaf = path.rpartition(".")
         if owner in modules and leaf in modules[owner]._parameters:
             replaced[path] = full

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from peftcore.errors import ExportError
+from peftcore.files.added_rows import added_rows
 from peftcore.files.envelope import base_name
 from peftcore.files.formats.peft_method import PeftMethod, peft_methods
 from peftcore.files.formats.peft_names import WRAPPER
@@ -118,7 +119,7 @@ def along(injection: Injection, only: str, stem: str) -> tuple[dict[str, Any], d
     Raises:
         ExportError: it was a part of a module, or some biases.
     """
-    replaced = {(g.site.module_path, g.site.tensor): g for g in injection.grafts if not g.by_method}
+    replaced = {(g.site.module_path, g.site.tensor): g for g in injection.grafts if g.trained_along}
     adapted = {graft.site.module_path for graft in injection.grafts if graft.by_method}
     own = {path: [name for name, value in graft.site.module._parameters.items() if value is not None]
            for (path, _), graft in replaced.items()}  # fmt: skip
@@ -136,6 +137,18 @@ def along(injection: Injection, only: str, stem: str) -> tuple[dict[str, Any], d
         inside = f".{WRAPPER}" if path in adapted else ""
         tensors[f"{stem}{path}{inside}.{name}"] = graft.operator.state_dict()["value"]
     return {"modules_to_save": sorted(whole) or None, **({"bias": mode} if only else {})}, tensors
+
+
+def tables(injection: Injection, stem: str) -> dict[str, Tensor]:
+    """Returns token tables to which rows were added, whole and by peft's names: it saves them beside any adapter."""
+    adapted = {graft.site.module_path for graft in injection.grafts if graft.by_method}
+    found = {}
+    for path, rows in added_rows(injection).items():
+        inside = f".{WRAPPER}" if path in adapted else ""
+        found[f"{stem}{path}{inside}.weight"] = rows.weight
+        if rows.bias is not None:
+            found[f"{stem}{path}{inside}.bias"] = rows.bias
+    return found
 
 
 def whole(injection: Injection, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,7 +250,7 @@ def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if both := sorted(main.modules & other.modules):
                 raise ExportError(f"peft cannot have {main.kind} and {other.kind} at one module: {both[0]}")
     trained, values = along(injection, main.method.bias, main.method.stem)
-    return whole(injection, main.kind, options | trained), tensors | values
+    return whole(injection, main.kind, options | trained), tensors | values | tables(injection, main.method.stem)
 
 
 def _joined(each: list[Written]) -> tuple[Written, dict[str, Any]]:

@@ -1,0 +1,117 @@
+"""Rows that were added to token tables of the base, as ``resize_token_embeddings`` does: no copy of the base has them,
+so they are in the adapter's file, though they did not train."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import ExportError
+from peftcore.files.envelope import base_name
+from peftcore.injection.injection import Injection
+from peftcore.layers.fsdp import whole
+from peftcore.roles.token_tables import tables_by_path, token_count
+from peftcore.surgery.table_rows import TableRows
+
+
+@dataclass(frozen=True)
+class AddedRows:
+    """The rows of one table."""
+
+    start: int
+    stop: int
+    weight: Tensor
+    """The whole table with these rows, ``[tokens, width]``."""
+    bias: Tensor | None
+    """The same of a head's bias, ``[tokens]``."""
+
+
+@torch.no_grad()
+def added_rows(injection: Injection) -> dict[str, AddedRows]:
+    """Returns the rows that the base of an injection lacks, by path of the table: those that the injection brought from
+    a file, and those that were added since. Tables that train as a whole are left out, since all of them is saved."""
+    found: dict[str, AddedRows] = {}
+    for graft in injection.grafts:
+        if isinstance(graft.operator, TableRows):
+            module, operator = graft.site.module, graft.operator
+            weight = operator.merged(whole(module._parameters["weight"]))  # type: ignore[arg-type]
+            bias = operator.merged_bias(_bias(module), lambda: weight)  # noqa: B023
+            found[graft.site.module_path] = AddedRows(operator.start, len(weight), weight, bias)
+    model, stop = injection.model, token_count(injection.model)
+    if (start := _rows_of_base(injection)) >= stop:
+        return found
+    trained = {site.module_path for graft in injection.grafts if graft.trained_along for site in graft.holders}
+    for path, module in tables_by_path(model).items():
+        if path not in trained and path not in found:
+            weight = whole(module._parameters["weight"])  # type: ignore[arg-type]
+            found[path] = AddedRows(start, stop, weight.detach(), _bias(module))
+    return found
+
+
+def _bias(module: nn.Module) -> Tensor | None:
+    bias = module._parameters.get("bias")
+    return None if bias is None else whole(bias).detach()
+
+
+def _rows_of_base(injection: Injection) -> int:
+    """Returns the number of rows that the base has: by the file from which its config came, or as it was when the first
+    adapter came."""
+    config: Any = vars(injection.model).get("config")
+    transformers = sys.modules.get("transformers")
+    if transformers is not None and isinstance(config, transformers.PretrainedConfig):
+        folder = _origin(base_name(injection.model), vars(config).get("_commit_hash"))
+        if folder is not None:
+            now, then = (
+                getattr(each.get_text_config(), "vocab_size", None) for each in (config, _read(config, folder))
+            )
+            if now is not None and then is not None:
+                return token_count(injection.model) - int(now - then)
+    return injection.state.tokens
+
+
+def _read(config: Any, folder: Path) -> Any:
+    try:
+        return type(config).from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError):
+        return config
+
+
+def _origin(name: str | None, commit: str | None) -> Path | None:
+    """Returns the folder of a model's own config: a folder of that name, or one in the cache of the hub. Nothing is
+    fetched."""
+    if not name:
+        return None
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    hub = sys.modules.get("huggingface_hub")
+    if hub is None:
+        return None
+    try:
+        cached = hub.try_to_load_from_cache(name, "config.json", revision=commit)
+    except ValueError:  # no name of a repository
+        return None
+    return Path(cached).parent if isinstance(cached, str) else None
+
+
+def spans(rows: Mapping[str, AddedRows]) -> dict[str, tuple[int, int]]:
+    """Returns the first and the end of the rows of each table, in an order of their own."""
+    return {path: (rows[path].start, rows[path].stop) for path in sorted(rows)}
+
+
+def check_no_rows(injection: Injection, format: str) -> None:
+    """Refuse to write a file that would lack rows.
+
+    Raises:
+        ExportError: rows were added to tables of the base, and the format has no place for them.
+    """
+    for path, rows in added_rows(injection).items():
+        raise ExportError(
+            f"{rows.stop - rows.start} rows were added to {path}, for which files of {format} have no place: save the "
+            "base with them, model.save_pretrained(folder), and let model.config._name_or_path be that folder"
+        )

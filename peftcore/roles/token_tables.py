@@ -1,0 +1,49 @@
+"""The tables of a model that have a row for each token: its embeddings, and its head where that has as many rows."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any, Protocol, runtime_checkable
+
+from torch import nn
+
+
+@runtime_checkable
+class HasTables(Protocol):
+    """A model that names its tables, as those of transformers do."""
+
+    def get_input_embeddings(self) -> Any:
+        """Return the module that embeds tokens."""
+
+    def get_output_embeddings(self) -> Any:
+        """Return the head; None where there is none."""
+
+
+def token_tables(model: nn.Module) -> list[nn.Module]:
+    """Returns the modules whose weight has a row for each token, the embeddings first; none of a model that names
+    none."""
+    found: list[Any] = []
+    if isinstance(model, HasTables):
+        for get in (model.get_input_embeddings, model.get_output_embeddings):
+            with suppress(NotImplementedError, AttributeError):  # as models of pictures have it
+                found.append(get())
+    tables = [each for each in found if isinstance(each, nn.Module) and _rows(each)]
+    return [each for each in tables if _rows(each) == _rows(tables[0])]
+
+
+def token_count(model: nn.Module) -> int:
+    """Returns the number of rows that the tables have; 0 of a model that names none."""
+    return next((_rows(each) for each in token_tables(model)), 0)
+
+
+def tables_by_path(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the same modules by path, and all others that hold the weight of one: stacks with a table of their own,
+    tied heads."""
+    weights = {id(each._parameters["weight"]) for each in token_tables(model)}
+    modules = model.named_modules() if weights else ()
+    return {path: each for path, each in modules if id(each._parameters.get("weight")) in weights}
+
+
+def _rows(module: nn.Module) -> int:
+    weight = module._parameters.get("weight")
+    return weight.shape[0] if weight is not None and weight.dim() == 2 else 0
