@@ -204,7 +204,8 @@ class WeightOperator(_Base):
         raise NotImplementedError
 
     def merged(self, weight: Tensor) -> Tensor:
-        """Returns `forward` of the weight."""
+        """Returns `forward` of the weight. An operator whose forward drops parts of its change in training defines it
+        without."""
         merged: Tensor = self(weight)
         return merged
 

@@ -26,10 +26,10 @@ class Mount:
     layer: Layer
     slices: Slices | None = None
 
-    def effective(self, stored: Tensor | None, like: Tensor) -> Tensor:
+    def effective(self, stored: Tensor | None, like: Tensor, runs: bool = False) -> Tensor:
         """Returns the effective tensor, in storage layout and in the dtype of `stored` (of `like` where the host has
-        none)."""
-        operate = self.operator if isinstance(self.operator, WeightOperator) else self.operator.merged
+        none): as a merge writes it, or with `runs` as a forward uses it, which may drop parts in training."""
+        operate = self.operator if runs and isinstance(self.operator, WeightOperator) else self.operator.merged
         if stored is None:
             new: Tensor = operate(None)  # type: ignore[arg-type]  # only replacements accept a missing tensor
             return new.to(like.dtype)
@@ -111,30 +111,32 @@ class Effect:
     mount: Mount
     before: tuple[Mount, ...] | None = None
     """For a bias: the mounts that act earlier on its weight."""
+    runs: bool = True
+    """False for what a merge writes."""
 
     def __call__(self, module: nn.Module, tensor: Tensor | None, like: Tensor, cast: Cast) -> Tensor | None:
         """Returns the stored tensor after this effect."""
         if self.before is None:
-            return self.mount.effective(tensor, like)
+            return self.mount.effective(tensor, like, self.runs)
 
         def weight() -> Tensor:
             stored: Tensor = cast(self.mount.layer.read(module, self.mount.tensor))
             for mount in self.before or ():
-                stored = mount.effective(stored, like)
+                stored = mount.effective(stored, like, self.runs)
             return stored
 
         return self.mount.effective_bias(tensor, weight)
 
 
-def effects_of(mounts: Iterable[Mount]) -> dict[str, list[Effect]]:
+def effects_of(mounts: Iterable[Mount], runs: bool = True) -> dict[str, list[Effect]]:
     """Returns the effects on each tensor of a module, in order: an operator may act on a weight and on its bias."""
     effects: dict[str, list[Effect]] = {}
     for mount in mounts:
         earlier = effects.setdefault(mount.tensor, [])
         if changes_bias(mount.operator):
             before = tuple(each.mount for each in earlier)
-            effects.setdefault(bias_name(mount.tensor), []).append(Effect(mount, before))
-        earlier.append(Effect(mount))
+            effects.setdefault(bias_name(mount.tensor), []).append(Effect(mount, before, runs))
+        earlier.append(Effect(mount, None, runs))
     return effects
 
 

@@ -95,7 +95,9 @@ def _effects(injection: Injection) -> dict[Key, list[Effect]]:
         for site in graft.holders:
             mount = Mount(injection.name, graft.operator, "weight", site.tensor, site.layer, site.slices)
             mounts.setdefault(site.module_path, []).append(mount)
-    return {(path, tensor): each for path, own in mounts.items() for tensor, each in effects_of(own).items()}
+    return {
+        (path, tensor): each for path, own in mounts.items() for tensor, each in effects_of(own, runs=False).items()
+    }
 
 
 def _precise(tensor: Tensor) -> Tensor:

@@ -72,17 +72,6 @@ class Keys:
         """Ignore options about the file's origin, or how training began: they change nothing that is computed."""
         self.known.update(keys)
 
-    def in_training(self, *keys: str) -> None:
-        """Ignore options that act while peft trains, and that our method lacks: outputs are the same without them.
-        Where one is on, a warning is given."""
-        self.known.update(keys)
-        for key in keys:
-            if self.data.get(key) not in OFF:
-                self.warn(
-                    f"{key} = {shown(self.data[key])} acts in training only, and peftcore's method has none: outputs "
-                    "are the same, further training is not"
-                )
-
     def warn(self, message: str) -> None:
         """Warn the user of something in the file, once."""
         if message not in self.told:

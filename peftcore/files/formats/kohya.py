@@ -2,15 +2,19 @@
 
 A tensor is called ``lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight``: the model, the module's path with
 underscores for dots, the tensor. The host's own modules tell which underscores are dots. There are no
-options: rank and form follow from shapes, and the scale is alpha / rank with an ``alpha`` for each module. A method's
-tensors are translated by a `KohyaMethod`, which the plugin of our method brings under ``"kohya/NAME"``.
+options: rank and form follow from shapes, and the scale is alpha / rank with an ``alpha`` for each module. Only the
+dropouts of its training are in the header, where the training program notes them. A method's tensors are translated by
+a `KohyaMethod`, which the plugin of our method brings under ``"kohya/NAME"``.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,7 +41,7 @@ from peftcore.files.formats.pipelines import (
     split,
 )
 from peftcore.files.formats.places import Place
-from peftcore.files.safe_io import TensorFile
+from peftcore.files.safe_io import TensorFile, parse_json
 from peftcore.injection.injection import Injection
 from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.surgery.surgeon import Surgeon
@@ -45,6 +49,10 @@ from peftcore.surgery.surgeon import Surgeon
 TENSORS = "kohya.safetensors"
 """The file that we write into a folder; any file that is the only one is read."""
 ALPHA = "alpha"
+DROPOUTS = ("dropout", "rank_dropout", "module_dropout")
+"""The dropouts that training programs have."""
+ARGUMENTS = "ss_network_args"
+"""The key of the header under which sd-scripts notes the arguments of a network, as JSON of texts."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,8 @@ class KohyaMethod(ABC):
     """Names of its tensors below a module, without alpha."""
     telling: ClassVar[tuple[str, ...]]
     """The names of which a file of this method has at least one."""
+    dropouts: ClassVar[tuple[str, ...]] = ()
+    """The dropouts of its training that our method has as well, by our names, which are those of the header."""
 
     @abstractmethod
     def options(self, held: Held) -> dict[str, Any]:
@@ -175,7 +185,7 @@ class Kohya(Format):
         part = self.part or ("lora_unet" if is_unet(model) else "lora_te" if is_text_encoder(model) else "lycoris")
         front = clip_prefix(model) if part.startswith("lora_te") else ""
         spelling = Spelling(dict(injection.model.named_modules()))
-        methods, tensors = kohya_methods(), dict[str, Tensor]()
+        methods, tensors, noted = kohya_methods(), dict[str, Tensor](), set[str]()
         for index, graft in enumerate(injection.grafts):
             site, owner = graft.site, injection.owner(graft)
             method = next((each for each in methods if owner.method.name in each.methods), None)
@@ -188,10 +198,14 @@ class Kohya(Format):
             if f"{stem}.{ALPHA}" in tensors:
                 raise ExportError(f"files of kohya have one operator for a module; {site.path} has two")
             place = Place(graft, index, len(injection.grafts), owner.config.at(site.path))
+            noted.add(json.dumps({n: str(v) for n in method.dropouts if (v := getattr(place.config, n))}))
             alpha, values = method.write(place)
             tensors[f"{stem}.{ALPHA}"] = torch.tensor(float(alpha), dtype=torch.float32)
             tensors |= {f"{stem}.{name}": value.detach().contiguous() for name, value in values.items()}
-        return {TENSORS: Tensors(tensors, {"format": "pt"})}
+        if len(noted) > 1:
+            raise ExportError("files of kohya have the same dropouts for all modules, and here they differ")
+        (said,) = noted
+        return {TENSORS: Tensors(tensors, {"format": "pt"} if said == "{}" else {ARGUMENTS: said})}
 
 
 def _known(name: str) -> str | None:
@@ -286,6 +300,7 @@ class KohyaContent(Content):
             [
                 {"method": share.method.methods[0]}
                 | with_overrides({g.path: share.method.options(g.held) for g in share.groups})
+                | self._dropouts(share.method)
                 for share in self.shares
             ],
             [{"": [SavedSite(module_path=group.path) for group in share.groups]} for share in self.shares],
@@ -304,6 +319,20 @@ class KohyaContent(Content):
             method = next((each for each in self.methods if each.reads(shapes)), None)
             outputs[path] = -1 if method is None else method.outputs(shapes)
         return Part(name, {full: full for full in held}, outputs, spelling.places)
+
+    def _dropouts(self, method: KohyaMethod) -> dict[str, Any]:
+        """Returns the dropouts with which the file says that it was trained, as our options. Where ours has none of the
+        kind, a warning is given."""
+        told = _trained_with(self.file)
+        lacking = [f"{name} = {told[name]}" for name in told if name in DROPOUTS and name not in method.dropouts]
+        if lacking:
+            warnings.warn(
+                f"{self.file.path} was trained with {', '.join(lacking)}, which {method.methods[0]} has not in this "
+                "form: outputs are the same without, further training is not",
+                UserWarning,
+                stacklevel=2,
+            )
+        return {name: value for name, value in told.items() if name in method.dropouts}
 
     def _alphas(self, names: Mapping[str, Mapping[str, str]]) -> dict[str, float]:
         full = {stem: below[ALPHA] for stem, below in names.items() if ALPHA in below}
@@ -352,6 +381,20 @@ class KohyaContent(Content):
         if strict and wrong:
             raise CheckpointError(f"{self.where}: {'; '.join(dict.fromkeys(wrong))}")
         return tensors
+
+
+def _trained_with(file: TensorFile) -> dict[str, float | bool]:
+    """Returns the dropouts that the training program noted in the header, those that are on."""
+    noted = {"dropout": file.metadata.get("ss_network_dropout")}
+    with suppress(CheckpointError):  # it is nothing that an adapter is made of
+        noted |= parse_json(file.metadata.get(ARGUMENTS, "{}"), file.path)
+    found: dict[str, float | bool] = {}
+    for name in DROPOUTS:
+        with suppress(ValueError):
+            value = float(str(noted.get(name)))
+            found |= {name: value} if 0 < value < 1 else {}
+    scaled = str(noted.get("rank_dropout_scale")).lower() == "true"
+    return found | ({"rank_dropout_scale": True} if scaled and "rank_dropout" in found else {})
 
 
 def _dotted(stem: str, part: str) -> str:

@@ -4,12 +4,13 @@ against a frozen copy of them."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from peftcore import Site
-from peftcore_reparameterized._low_rank import LowRankOperator
+from peftcore_reparameterized._low_rank import LowRankOperator, input_dropout
 
 
 def rank_within(site: Site, rank: int) -> int:
@@ -72,13 +73,23 @@ class PairOperator(LowRankOperator):
     A0: Tensor
     B0: Tensor
 
-    def __init__(self, site: Site, A: Tensor, B: Tensor, scale: float) -> None:
+    def __init__(self, site: Site, A: Tensor, B: Tensor, scale: float, dropout: float = 0.0) -> None:
         super().__init__(site)
         self.scale = scale
+        self.dropout = input_dropout(site, dropout)
         A, B = A.contiguous(), B.contiguous()
         self.A, self.B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
         self.register_buffer("A0", A)
         self.register_buffer("B0", B)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """Run the layer. In training, inputs are dropped for B A alone: what stands in its place is the base's own."""
+        if not (self.training and self.dropout):
+            return super().forward(call, x)
+        y = call(x)
+        A, B, A0, B0 = self.cast(y, self.A, self.B, self.A0, self.B0)
+        y = y + self.layer.mix(self.scale * self.layer.apply_dropped(x, A, self.dropout), B)
+        return y - self.layer.mix(self.scale * self.layer.apply(x, A0), B0)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         """Return the factors of ``B (A - A0) + (B - B0) A0``: nothing at first, to the bit, and what training changes

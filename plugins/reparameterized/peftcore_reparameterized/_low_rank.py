@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import Operator, Site, low_rank
-from peftcore.errors import UnsupportedSite
+from peftcore.errors import TrainingError, UnsupportedSite
 
 
 def low_rank_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -60,6 +60,20 @@ def input_dropout(site: Site, probability: float) -> float:
             f"{site.path} is read, not called, so dropout cannot reach its input; use dropout=0 or exclude it"
         )
     return probability
+
+
+def check_in_weight_form(operator: nn.Module, probability: float) -> None:
+    """Check that an operator that drops inputs acts on them.
+
+    Raises:
+        TrainingError: in training, it acts on the weight instead.
+    """
+    if probability and operator.training:
+        raise TrainingError(
+            "dropout acts on inputs of a module, but here the effective weight is computed, in which there are none: "
+            "for low_memory, or because several adapters act on one weight. Train them one after the other, without "
+            "low_memory, or with dropout=0"
+        )
 
 
 class LowRankOperator(Operator):

@@ -10,7 +10,8 @@ the gains s. Convolutions and embeddings turn as in OFT.
 As in OFT, what is above the diagonal of K is trained, where the authors (whose code is peft's) train a full Q with K =
 (Q - Q^T) / 2. Without its CUDA kernel peft falls back to one factor, and its convolutions pass over dilation; here the
 permutations are views. LyCORIS turns the outputs instead, with the inverse transform and the coordinates of a block in
-turns from its two halves. The defaults are those of the paper's language models, m = 2 and b = 8.
+turns from its two halves. The defaults are those of the paper's language models, m = 2 and b = 8. With `block_dropout`
+so many blocks of one factor, others in each forward, do not turn in training (peft: boft_dropout).
 
 Parameters: m k b (b - 1) / 2 + out a site, k = in * kernel / b, times the number of experts.
 
@@ -28,6 +29,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore_reparameterized._dropped import replaced_blocks
 from peftcore_reparameterized._gains import gained
 from peftcore_reparameterized._kernels import cayley, rotated
 from peftcore_reparameterized._rotations import block_size, precise, rotate, rows, weight_of, width
@@ -41,6 +43,8 @@ class Config(MethodConfig):
     """Width b of a block; at a site whose inputs it does not fit, the nearest width that does."""
     factors: PositiveInt = 2
     """Number m of butterfly factors; b * 2^(m - 1) divides the inputs of a site."""
+    block_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the blocks of one factor that do not turn in a forward in training, rounded down."""
 
 
 WIDEST = 64
@@ -52,15 +56,30 @@ class BOFTOperator(WeightOperator):
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
+        self.block_dropout = config.block_dropout
         self.size = block_size(site, config.block_size, config.factors)
         self.span = self.size * 2 ** (config.factors - 1)
         entries = self.size * (self.size - 1) // 2
         self.K = nn.Parameter(torch.zeros(*site.batch, config.factors, width(site) // self.size, entries))
         self.gain = nn.Parameter(torch.ones(*site.batch, site.out_features))
 
-    def turned(self, rows: Tensor) -> Tensor:
+    def rotations(self) -> Tensor:
+        """Return the blocks of all factors, [*batch, factors, blocks, size, size]."""
+        return cayley(precise(self.K), self.size)
+
+    def dropped(self) -> Tensor:
+        """Return them; in training, some blocks of one factor are the identity."""
+        R = self.rotations()
+        if not (self.training and self.block_dropout):
+            return R
+        factors, blocks = R.shape[-4:-2]
+        chosen = (torch.arange(factors) == torch.randint(factors, (1,), device="cpu")).to(R.device)
+        replaced = chosen[:, None] & replaced_blocks(self.block_dropout, blocks, R.device)
+        return torch.where(replaced[..., None, None], torch.eye(self.size, device=R.device, dtype=R.dtype), R)
+
+    def turned(self, rows: Tensor, rotations: Tensor) -> Tensor:
         """Multiply rows [*batch, n, width] by R^T, one factor after the other."""
-        for factor, R in enumerate(cayley(precise(self.K), self.size).unbind(-4)):
+        for factor, R in enumerate(rotations.unbind(-4)):
             rows = _swap(rotate(_swap(rows, 2, 2**factor, self.size), R), 2**factor, 2, self.size)
         return rows
 
@@ -71,14 +90,20 @@ class BOFTOperator(WeightOperator):
         """Return the factors as one rotation in wider blocks [blocks, span, span], and the bias."""
         blocks = held.weight.shape[-1] // self.span
         ones = torch.eye(self.span, device=self.K.device, dtype=self.K.dtype).repeat(1, blocks)
-        return self.turned(ones).unflatten(-1, (-1, self.span)).permute(1, 2, 0), held.bias
+        return self.turned(ones, self.dropped()).unflatten(-1, (-1, self.span)).permute(1, 2, 0), held.bias
 
     def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor | None]) -> Tensor:
         R, bias = prepared
         return gained(self.layer, rotated(self.layer, call, x, R), self.gain, bias)
 
     def forward(self, weight: Tensor) -> Tensor:
-        turned = weight_of(self.turned(rows(weight, self.layer)), self.layer, weight.shape)
+        return self._turned(weight, self.dropped())
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return self._turned(weight, self.rotations())
+
+    def _turned(self, weight: Tensor, rotations: Tensor) -> Tensor:
+        turned = weight_of(self.turned(rows(weight, self.layer), rotations), self.layer, weight.shape)
         return turned * self.gain.view(*self.gain.shape, *[1] * (weight.dim() - self.gain.dim()))
 
 

@@ -4,7 +4,8 @@
 
 The norm is taken over the inputs, one for each output row (as in the authors' code and in peft; LyCORIS offers the
 other axis too), and counts as a constant in backward (section 4.3 of the paper). m [out] starts as ||W||, so that W' =
-W at first. A and B start as LoRA's. A row of zeros has no direction; it stays zero.
+W at first. A and B start as LoRA's. A row of zeros has no direction; it stays zero. With `dropout` what is added to the
+layer's output, (W' - W) x, is computed from inputs of which some are dropped, as in peft.
 
 Parameters: rank * (in * kernel + out) + out a site, times the number of experts.
 
@@ -15,15 +16,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, matmul_transposed
 from peftcore_reparameterized._gains import gained
-from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors, low_rank_update
+from peftcore_reparameterized._low_rank import (
+    check_in_weight_form,
+    input_dropout,
+    low_rank_count,
+    low_rank_factors,
+    low_rank_update,
+)
 
 
 class Config(MethodConfig):
@@ -34,6 +42,8 @@ class Config(MethodConfig):
     """Rank of the update of the direction."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
 
 
 class DoRAOperator(WeightOperator):
@@ -42,6 +52,7 @@ class DoRAOperator(WeightOperator):
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         self.scale = config.alpha / config.rank
+        self.dropout = input_dropout(site, config.dropout)
         self.A, self.B = low_rank_factors(site, config.rank)
         weight = site.weight()
         precise = torch.promote_types(weight.dtype, torch.float32)
@@ -61,8 +72,18 @@ class DoRAOperator(WeightOperator):
         return self._gain(self._norm_beside(held.weight)), held.bias
 
     def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor | None]) -> Tensor:
+        if self.training and self.dropout:
+            return self._beside_dropped(call, x, *prepared)
         turned = self.layer.update(call, x, self.A, self.B, self.scale)  # V x + b
         return gained(self.layer, turned, *prepared)
+
+    def _beside_dropped(self, call: Callable[..., Tensor], x: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+        """Return W x + b + (W' - W) dropout(x)."""
+        dropped = F.dropout(x, self.dropout)
+        base = call(dropped)
+        A, B = self.cast(base, self.A, self.B)
+        turned = self.layer.add(base, self.layer.apply(dropped, A), B, self.scale)  # V dropout(x) + b
+        return call(x) + (gained(self.layer, turned, gain, bias) - base)
 
     @torch.no_grad()
     def _norm_beside(self, weight: Tensor) -> Tensor:
@@ -78,6 +99,10 @@ class DoRAOperator(WeightOperator):
         return self.magnitude / torch.where(norm == 0, 1.0, norm)
 
     def forward(self, weight: Tensor) -> Tensor:
+        check_in_weight_form(self, self.dropout)
+        return self.merged(weight)
+
+    def merged(self, weight: Tensor) -> Tensor:
         direction = weight + self.scale * low_rank_update(self.A, self.B, weight)
         gain = self._gain(self._norm(direction))
         return direction * gain.view(*gain.shape, *[1] * (weight.dim() - gain.dim()))

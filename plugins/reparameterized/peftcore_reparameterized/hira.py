@@ -4,7 +4,8 @@
 
 The product of entries has up to rank * rank(W) directions, far more than LoRA's `rank`, for as many parameters. There
 is no scale. An entry that is zero stays zero, so pruned weights stay pruned. The authors' code and peft have no factor
-before the product either; peft can drop inputs of the update, which the authors' forward does not.
+before the product either. With `dropout` inputs of what is added are dropped, W x + (W (o) (B A)) dropout(x), as in
+peft; the authors' forward does not.
 
 Convolutions: A [rank, in, *kernel], in grouped ones too (peft refuses those). Embeddings: A [rank, num] zero and B ~
 N(0, 1), as in peft, since every input picks a single column of A. Stacked experts have factors of their own each.
@@ -16,13 +17,22 @@ Use it where LoRA's rank is the limit, as in reasoning and long answers, and a s
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Annotated, Literal
 
-from pydantic import PositiveInt
+import torch.nn.functional as F
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
-from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors, low_rank_update
+from peftcore import Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore_reparameterized._low_rank import (
+    check_in_weight_form,
+    input_dropout,
+    low_rank_count,
+    low_rank_factors,
+    low_rank_update,
+)
 
 
 class Config(MethodConfig):
@@ -31,6 +41,8 @@ class Config(MethodConfig):
     method: Literal["hira"] = "hira"
     rank: PositiveInt = 32
     """Rank of what the weight is multiplied with."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
 
 
 class HiRAOperator(WeightOperator):
@@ -38,9 +50,31 @@ class HiRAOperator(WeightOperator):
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
+        self.dropout = input_dropout(site, config.dropout)
         self.A, self.B = low_rank_factors(site, config.rank)
 
+    def prefers_activation_form(self, x: Tensor) -> bool:
+        return self.training and self.dropout > 0
+
+    def prepare(self, held: Held) -> Held:
+        """Return what reads the weight."""
+        return held
+
+    def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: Held) -> Tensor:
+        dropped = F.dropout(x, self.dropout)
+
+        def added(A: Tensor, B: Tensor) -> Tensor:
+            weight = prepared.weight
+            return self.layer.apply(dropped, weight * low_rank_update(A, B, weight).to(weight.dtype))
+
+        # computed again in backward, which keeps no matrix of the weight's size
+        return call(x) + checkpoint(added, self.A, self.B, use_reentrant=False)
+
     def forward(self, weight: Tensor) -> Tensor:
+        check_in_weight_form(self, self.dropout)
+        return self.merged(weight)
+
+    def merged(self, weight: Tensor) -> Tensor:
         return weight + weight * low_rank_update(self.A, self.B, weight)  # 1 + BA would lose what is small beside 1
 
 

@@ -7,7 +7,8 @@ The entrywise product of two matrices of rank r has rank up to r^2, for the para
 T[p, q, k] B[o, p] A[q, i] with T [rank, rank, kernel] ~ N(0, 0.1) for each of the two. Stacked experts have factors of
 their own. The start is that of LyCORIS, whose code defines LoHa (FedPara itself trains from scratch); peft starts A2 at
 zero instead of B2, and with factored kernels gives B the gradient of the wrong matrix. LyCORIS applies s once in
-training and a second time when it merges; here it is once.
+training and a second time when it merges; here it is once. The dropouts are those of both libraries: rows of the
+change, one for each output, and the change as a whole, for all of a batch; what is dropped has a gradient of zero.
 
 Parameters: 2 rank (in * kernel + out) a site, with `tucker` 2 rank (in + out + rank * kernel), times the number of
 experts.
@@ -19,13 +20,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore_reparameterized._dropped import ChangeDropout, with_shares
 
 
 class Config(MethodConfig):
@@ -38,6 +40,12 @@ class Config(MethodConfig):
     """Numerator of the scale ``alpha / rank``."""
     tucker: bool = False
     """Factor the kernels of convolutions too (peft: use_effective_conv2d); of no effect on other layers."""
+    rank_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which an output gets nothing of the change, in training."""
+    rank_dropout_scale: bool = False
+    """Divide what is left by the share of the outputs that are (peft: always)."""
+    module_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which a module gets nothing of the change, in training."""
 
 
 class LoHaOperator(WeightOperator):
@@ -46,6 +54,7 @@ class LoHaOperator(WeightOperator):
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         self.scale = config.alpha / config.rank
+        self.drops = ChangeDropout(config.rank_dropout, config.module_dropout, config.rank_dropout_scale)
         for name, shape in _shapes(site, config).items():
             std = {"A": 1.0, "B": 0.1, "T": 0.1}[name[0]] * (name != "B2")
             self.register_parameter(name, nn.Parameter(torch.randn(*site.batch, *shape) * std))
@@ -67,10 +76,20 @@ class LoHaOperator(WeightOperator):
         return (A1[:, None] * A2).flatten(0, 1), (B1[:, :, None] * B2[:, None]).flatten(1)
 
     def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:
-        return self.layer.update(call, x, *prepared, self.scale)
+        A, B = prepared
+        if self.training and self.drops:
+            B = B * self.drops.shares(B.shape[:1], B).unsqueeze(-1)
+        return self.layer.update(call, x, A, B, self.scale)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self.scale * (self.matrix(1) * self.matrix(2)).view(weight.shape)
+        return weight + self._change(weight, self.training and bool(self.drops))
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self._change(weight, False)
+
+    def _change(self, weight: Tensor, dropped: bool) -> Tensor:
+        change = self.scale * (self.matrix(1) * self.matrix(2)).view(weight.shape)
+        return with_shares(change, self.drops, self.layer.batch_dims) if dropped else change
 
 
 class LoHa(Method):

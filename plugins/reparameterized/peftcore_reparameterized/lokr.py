@@ -10,7 +10,8 @@ first w2, or else w2b, is zero; all else is uniform in +-1/sqrt(inputs).
 
 All this is as in LyCORIS, which defines the method, but for its merging: it has s in it twice. peft has s = alpha / r
 with both factors full, starts w1 at zero, puts `factor` first where it divides even if it is the larger part (here with
-`factor_first`), and lays out the product wrongly with a full w2 in one-dimensional convolutions. Kronecker adapters as
+`factor_first`), and lays out the product wrongly with a full w2 in one-dimensional convolutions. The dropouts are those
+of both: rows of the change, one for each output, and the change as a whole, for all of a batch. Kronecker adapters as
 such are KronA's (Edalati et al. 2022, arXiv 2212.10650), without the low rank and the rule for the cuts.
 
 Parameters: l m + r (k + n * kernel) a site with w1 full and w2 not, l m + k n * kernel with both full, times the number
@@ -23,14 +24,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore_reparameterized._dropped import ChangeDropout, with_shares
 
 
 class Config(MethodConfig):
@@ -52,6 +54,12 @@ class Config(MethodConfig):
     """Make no factor a product."""
     tucker: bool = False
     """Factor the kernels of convolutions too (peft: use_effective_conv2d); of no effect on other layers."""
+    rank_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which an output gets nothing of the change, in training."""
+    rank_dropout_scale: bool = False
+    """Divide what is left by the share of the outputs that are."""
+    module_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which a module gets nothing of the change, in training."""
 
 
 class LoKrOperator(WeightOperator):
@@ -60,6 +68,7 @@ class LoKrOperator(WeightOperator):
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         shapes = _shapes(site, config)
+        self.drops = ChangeDropout(config.rank_dropout, config.module_dropout, config.rank_dropout_scale)
         self.scale = 1.0 if shapes.keys() == {"w1", "w2"} else config.alpha / config.rank
         for name, shape in shapes.items():
             bound = 0.0 if name in ("w2", "w2b") else 1 / math.sqrt(math.prod(shape[1:]))
@@ -86,12 +95,22 @@ class LoKrOperator(WeightOperator):
             parts, last = F.linear(parts, *self.cast(y, self.get_parameter("w2b"))), self.get_parameter("w2a")
         w1, last = self.cast(y, w1, last)
         mixed = F.linear(parts.mT, w1).mT  # [..., l, n or r]
+        if self.training and self.drops:
+            change = F.linear(mixed, last).flatten(-2)  # [..., out]
+            return y + self.scale * self.drops.shares(change.shape[-1:], change) * change
         return self.layer.add(y.unflatten(-1, (len(w1), -1)), mixed, last, self.scale).flatten(-2)
 
     def forward(self, weight: Tensor) -> Tensor:
+        return weight + self._change(weight, self.training and bool(self.drops))
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self._change(weight, False)
+
+    def _change(self, weight: Tensor, dropped: bool) -> Tensor:
         w1, w2 = self.factor("w1"), self.factor("w2")
         delta = w1[..., :, None, :, None] * w2[..., None, :, None, :]  # [*batch, l, k, m, n * kernel]
-        return weight + self.scale * delta.reshape(weight.shape)
+        change = self.scale * delta.reshape(weight.shape)
+        return with_shares(change, self.drops, self.layer.batch_dims) if dropped else change
 
 
 class LoKr(Method):

@@ -16,6 +16,9 @@ Constrained (COFT, `eps`): each K_j counts as scaled down to the norm eps b^2 / 
 leaves b^2 out). Its gradient is the one at the scaled K_j, as for both, who overwrite the parameter in each forward;
 here it stays as it is.
 
+With `block_dropout` so many of the blocks, others in each forward, do not turn in training (peft: module_dropout, which
+peft 0.21 describes so and does not do).
+
 Parameters: k b (b - 1) / 2 a site, k = in * kernel / b, times the number of experts; those of one block with
 `block_share`.
 
@@ -33,6 +36,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
 from peftcore import Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore_reparameterized._dropped import replaced_blocks
 from peftcore_reparameterized._kernels import cayley, neumann, rotated
 from peftcore_reparameterized._rotations import block_size, precise, rotate, rows, weight_of, width
 
@@ -49,6 +53,8 @@ class Config(MethodConfig):
     """How far R may leave the identity (COFT), such as 6e-5; None leaves it free."""
     series: Annotated[int, Field(ge=4, le=100)] | None = None
     """Terms of a Neumann series in place of the exact transform; None is exact."""
+    block_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Share of the blocks that do not turn in a forward in training, rounded down; with `block_share` none."""
 
 
 class OFTOperator(WeightOperator):
@@ -57,7 +63,7 @@ class OFTOperator(WeightOperator):
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         blocks, self.size = _blocks(site, config)
-        self.series = config.series
+        self.series, self.block_dropout = config.series, config.block_dropout
         self.radius = None if config.eps is None else config.eps * self.size**2 / math.sqrt(blocks)
         self.K = nn.Parameter(torch.zeros(*site.batch, blocks, self.size * (self.size - 1) // 2))
 
@@ -78,14 +84,28 @@ class OFTOperator(WeightOperator):
             return cayley(self.entries(), self.size)
         return neumann(self.entries(), self.size, self.series)
 
+    def dropped(self) -> Tensor:
+        """Return R; in training, some blocks of it are the identity."""
+        R = self.rotation()
+        if not (self.training and self.block_dropout) or R.shape[-3] == 1:
+            return R
+        replaced = replaced_blocks(self.block_dropout, R.shape[-3], R.device)
+        return torch.where(replaced[:, None, None], torch.eye(self.size, device=R.device, dtype=R.dtype), R)
+
     def prepare(self, held: Held) -> Tensor:
-        return self.rotation()
+        return self.dropped()
 
     def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: Tensor) -> Tensor:
         return rotated(self.layer, call, x, prepared, exact=self.series is None)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight_of(rotate(rows(weight, self.layer), self.rotation()), self.layer, weight.shape)
+        return self._turned(weight, self.dropped())
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return self._turned(weight, self.rotation())
+
+    def _turned(self, weight: Tensor, R: Tensor) -> Tensor:
+        return weight_of(rotate(rows(weight, self.layer), R), self.layer, weight.shape)
 
 
 class OFT(Method):

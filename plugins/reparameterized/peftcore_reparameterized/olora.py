@@ -9,8 +9,9 @@ stays, and A0 and B0 stand frozen beside A and B. Outputs and gradients are the 
 it came. The change is that of a LoRA of twice the rank. peft decomposes transformers' Conv1D as it is stored,
 transposed, so that its factors do not fit the layer; ours are those of the [out, in] matrix.
 
-There is no dropout: it would drop what the base itself computes. Kernels of convolutions are decomposed as
-[out, in * kernel], experts each on its own, embeddings as [dim, num].
+With `dropout` the output is W x + s (B A dropout(x) - B0 A0 x), as in peft: training then drops parts of what the base
+itself computes, from the first step on. Kernels of convolutions are decomposed as [out, in * kernel], experts each on
+its own, embeddings as [dim, num].
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
 
@@ -19,10 +20,10 @@ Use it in place of LoRA where training is short, and `pissa` is too slow to star
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags
@@ -38,6 +39,8 @@ class Config(MethodConfig):
     """How many columns of Q are adapted; at most those that there are."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the trained factors are dropped in training."""
 
 
 class OLoRAOperator(PairOperator):
@@ -48,7 +51,8 @@ class OLoRAOperator(PairOperator):
         Q, R = torch.linalg.qr(as_matrix(site))
         sign = positive(R.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)  # [*batch, 1, min(out, in * kernel)]
         Q, R = Q * sign, R * sign.mT
-        super().__init__(site, as_rows(site, R[..., :rank, :]), Q[..., :rank], config.alpha / config.rank)
+        scale = config.alpha / config.rank
+        super().__init__(site, as_rows(site, R[..., :rank, :]), Q[..., :rank], scale, config.dropout)
 
 
 class OLoRA(Method):

@@ -7,9 +7,9 @@ LoRA that starts at the directions that matter most, with gradients in both fact
 code and peft write W - s B0 A0 into the base; here the base stays, and A0 and B0 stand frozen beside A and B. Outputs
 and gradients are the same, and the adapter fits the base as it came. The change is that of a LoRA of twice the rank.
 
-There is no dropout: it would drop what the base itself computes (the authors use none). Kernels of convolutions are
-decomposed as [out, in * kernel], experts each on its own, embeddings as [dim, num]; peft has linear layers alone, and
-no float64.
+With `dropout` the output is W x + s (B A dropout(x) - B0 A0 x), as in peft: training then drops parts of what the base
+itself computes, from the first step on (the authors use none). Kernels of convolutions are decomposed as
+[out, in * kernel], experts each on its own, embeddings as [dim, num]; peft has linear layers alone, and no float64.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
 
@@ -36,6 +36,8 @@ class Config(MethodConfig):
     """How many singular values are adapted; at most those that there are."""
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the trained factors are dropped in training."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
     """Find the singular vectors by so many steps of a fast approximation, 4 to 16; None is exact."""
 
@@ -47,7 +49,7 @@ class PiSSAOperator(PairOperator):
         scale = config.alpha / config.rank
         U, S, V = principal(as_matrix(site), rank_within(site, config.rank), config.iterations)
         root = (S / scale).sqrt()
-        super().__init__(site, as_rows(site, root.unsqueeze(-1) * V), U * root.unsqueeze(-2), scale)
+        super().__init__(site, as_rows(site, root.unsqueeze(-1) * V), U * root.unsqueeze(-2), scale, config.dropout)
 
 
 class PiSSA(Method):

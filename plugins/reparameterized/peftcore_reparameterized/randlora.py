@@ -24,15 +24,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Shared, Site, Surgeon, Tags, WeightOperator, full_precision
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 from peftcore_reparameterized._kernels import scaled_bases
+from peftcore_reparameterized._low_rank import check_in_weight_form, input_dropout
 
 
 class Config(MethodConfig):
@@ -47,6 +48,8 @@ class Config(MethodConfig):
     """Denominator of the scale: the rank, or the rank times the square root of the number of bases."""
     basis: Literal["uniform", "sparse", "very_sparse"] = "uniform"
     """What the random matrices are drawn from."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
     projection_seed: NonNegativeInt = 0
     """Seed of the random matrices."""
     store_basis: bool = False
@@ -85,7 +88,8 @@ class RandLoRAOperator(WeightOperator):
 
     def __init__(self, site: Site, config: Config, basis: Shared) -> None:
         super().__init__(site)
-        self.basis = basis
+        self.basis, self.dropout = basis, input_dropout(site, config.dropout)
+        self.inputs = (site.in_features, *site.kernel)
         short, count = min(site.out_features, columns(site)), bases(site, config.rank)
         self.long, self.wide = max(site.out_features, columns(site)), site.out_features < columns(site)
         self.scale = config.alpha / config.rank / (1 if config.scaling == "rank" else math.sqrt(count))
@@ -101,7 +105,9 @@ class RandLoRAOperator(WeightOperator):
 
     def prefers_activation_form(self, x: Tensor) -> bool:
         """Whether the update runs on activations: where the products with the inputs are smaller than those that make
-        an update of the weight's size."""
+        an update of the weight's size, and where inputs are dropped."""
+        if self.training and self.dropout:
+            return True
         inputs, full = x.numel() // x.shape[-1], self.G.shape[-2] * self.L.shape[-2]
         return self.layer.of_vectors and inputs * (3 * full + self.long) < 3 * full * self.long
 
@@ -109,9 +115,14 @@ class RandLoRAOperator(WeightOperator):
         with full_precision(x):
             first, second = self.factors_of()
         A, B = (first.mT, second.mT) if self.wide else (second, first)
-        return self.layer.update(call, x, A, B, self.scale)
+        dropout = self.dropout if self.training else 0.0
+        return self.layer.update(call, x, A.unflatten(-1, self.inputs), B, self.scale, dropout)
 
     def forward(self, weight: Tensor) -> Tensor:
+        check_in_weight_form(self, self.dropout)
+        return self.merged(weight)
+
+    def merged(self, weight: Tensor) -> Tensor:
         B, scaled = self.factors_of()
         update = B @ scaled  # [*batch, long, short]
         return weight + self.scale * (update.mT if self.wide else update).reshape(weight.shape)

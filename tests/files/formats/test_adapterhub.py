@@ -25,6 +25,7 @@ METHODS = {
     "ia3": "ia3",
 }
 CHANGES = [
+    ("config", "dropout", 0.1),
     ("config", "phm_layer", True),
     ("config", "scaling", 2.0),
     ("config", "ln_after", True),

@@ -59,15 +59,14 @@ def test_what_nobody_took_is_refused_unless_it_is_off() -> None:
         strange.check_known()
 
 
-def test_what_acts_in_training_alone_is_told_once() -> None:
-    found = keys(rank_dropout=0.5, module_dropout=0.0)
-    with pytest.warns(UserWarning, match=r"rank_dropout = 0\.5 acts in training only") as told:
-        found.in_training("rank_dropout", "module_dropout")
+def test_what_is_told_is_told_once() -> None:
+    found = keys(r=8)
+    with pytest.warns(UserWarning, match="it is old") as told:
+        found.warn("it is old")
     assert len(told) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found.patched({"r": 4}).in_training("rank_dropout")
-    found.check_known()
+        found.patched({"r": 4}).warn("it is old")
 
 
 def test_a_patched_file_shares_what_is_known() -> None:

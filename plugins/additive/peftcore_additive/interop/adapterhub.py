@@ -27,7 +27,7 @@ KINDS = {
     (False, True, True, False, True): "parallel_adapter",
 }
 """Our method by at the attention, at the feed-forward, parallel, behind the norm, norm behind it."""
-STARTS = ("init_weights", "init_weights_seed", "reduction_factor", "leave_out", "dropout", "dtype")
+STARTS = ("init_weights", "init_weights_seed", "reduction_factor", "leave_out", "dtype")
 OF_OTHERS = (
     "factorized_phm_W", "factorized_phm_rule", "hypercomplex_nonlinearity", "learn_phm", "phm_bias", "phm_c_init",
     "phm_dim", "phm_init_range", "phm_rank", "shared_W_phm", "shared_phm_rule", "inv_adapter_reduction_factor",
@@ -47,6 +47,7 @@ class HubBottleneck(HubArchitecture):
             keys.only(key, False)
         keys.only("inv_adapter", None)
         keys.only("stochastic_depth", 0.0)
+        keys.only("dropout", 0.0)
         keys.only("residual_before_ln", True)
         where = tuple(keys.take(key, bool) for key in WHERE)
         if where not in KINDS:
@@ -87,12 +88,13 @@ class HubIA3(HubArchitecture):
     holder = "loras"
 
     def options(self, keys: Keys, shapes: Mapping[str, Any], resolver: Resolver) -> dict[str, Any]:
-        keys.pass_over("attn_matrices", "selfattn_lora", "intermediate_lora", "output_lora", "leave_out", "dropout")
+        keys.pass_over("attn_matrices", "selfattn_lora", "intermediate_lora", "output_lora", "leave_out")
         keys.pass_over("init_weights", "init_weights_seed", "dtype")
         for key in ("use_gating", "use_dora"):
             keys.only(key, False)
         keys.only("r", 1)
         keys.only("alpha", 1)
+        keys.only("dropout", 0.0)
         return {"method": "ia3", "scale_inputs": []}
 
     def read(self, site: Site, operator: Any, found: Found) -> dict[str, Tensor]:

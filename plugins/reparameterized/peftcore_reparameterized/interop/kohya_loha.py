@@ -23,6 +23,7 @@ class KohyaLoHa(KohyaMethod):
     methods = ("loha",)
     below = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     telling = below
+    dropouts = ("rank_dropout", "rank_dropout_scale", "module_dropout")
 
     def options(self, held: Held) -> dict[str, Any]:
         rank = held.size("hada_w1_b", 0)

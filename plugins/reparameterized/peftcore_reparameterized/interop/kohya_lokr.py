@@ -27,6 +27,7 @@ class KohyaLoKr(KohyaMethod):
     methods = ("lokr",)
     below = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
     telling = below
+    dropouts = ("rank_dropout", "rank_dropout_scale", "module_dropout")
 
     def options(self, held: Held) -> dict[str, Any]:
         shapes = held.shapes

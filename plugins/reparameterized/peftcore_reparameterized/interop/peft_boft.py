@@ -31,14 +31,14 @@ class PeftBOFT(PeftMethod):
     kinds = (nn.Linear, nn.Conv2d)
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
-        keys.in_training("boft_dropout")
+        dropout = float(keys.take("boft_dropout", float, 0.0))
         keys.pass_over("boft_block_num")  # the other way of saying how wide a block is
         factors, size = keys.take("boft_n_butterfly_factor", int, 1), keys.take("boft_block_size", int, 4)
         held = shapes.get("boft_R", Size([factors, 0, size, size]))
         if len(held) != 4 or held[-1] < 2:
             raise CheckpointError(f"{keys.where}: boft_R has shape {tuple(held)}; it is to be factors, blocks, and two "
                                   "times the width of a block, 2 or more")  # fmt: skip
-        return {"method": "boft", "factors": held[0], "block_size": held[-1]}
+        return {"method": "boft", "factors": held[0], "block_size": held[-1], "block_dropout": dropout}
 
     def differs(self, place: Place) -> str:
         size, wanted = place.operator.size, place.config.block_size
@@ -61,6 +61,7 @@ class PeftBOFT(PeftMethod):
             "boft_block_size": config.block_size,
             "boft_block_num": 0,
             "boft_n_butterfly_factor": config.factors,
+            "boft_dropout": config.block_dropout,
         }
 
     def write(self, place: Place) -> dict[str, Tensor]:

@@ -27,11 +27,11 @@ class PeftHiRA(PeftMethod):
     kinds = (nn.Linear, Transposed, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
-        keys.in_training("hira_dropout")
         keys.pass_over("rank_pattern")
-        rank = keys.take("r", int, 32)
-        held = shapes.get("hira_A") or shapes.get("hira_embedding_A")
-        return {"method": "hira", "rank": held[0] if held else rank}
+        rank, dropout = keys.take("r", int, 32), float(keys.take("hira_dropout", float, 0.0))
+        table = shapes.get("hira_embedding_A")  # tokens cannot be dropped in parts, and peft drops none
+        held = shapes.get("hira_A") or table
+        return {"method": "hira", "rank": held[0] if held else rank, "dropout": 0.0 if table else dropout}
 
     def differs(self, place: Place) -> str:
         module = place.site.module
@@ -45,8 +45,9 @@ class PeftHiRA(PeftMethod):
         ones = (1,) * len(place.site.kernel)
         return {"A": found.take(f"hira_{inside}A", A), "B": found.take(f"hira_{inside}B", (*B,), (*B, *ones))}
 
-    def write_options(self, config: Any) -> dict[str, Any]:
-        return {"r": config.rank}
+    def write_options_at(self, place: Place) -> dict[str, Any]:
+        dropout = {} if place.site.layer.one_hot else {"hira_dropout": place.config.dropout}
+        return {"r": place.config.rank, **dropout}
 
     def write(self, place: Place) -> dict[str, Tensor]:
         A, B = place.operator.A.detach(), place.operator.B.detach()

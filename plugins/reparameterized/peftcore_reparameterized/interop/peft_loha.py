@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
+from peftcore.errors import ExportError
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.peft_layers import not_added
@@ -27,12 +28,14 @@ class PeftLoHa(PeftMethod):
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
-        keys.in_training("rank_dropout", "module_dropout")
         return {
             "method": "loha",
             "rank": keys.take("r", int, 8),
             "alpha": float(keys.take("alpha", float, 8)),
             "tucker": keys.take("use_effective_conv2d", bool, False),
+            "rank_dropout": float(keys.take("rank_dropout", float, 0.0)),
+            "rank_dropout_scale": True,
+            "module_dropout": float(keys.take("module_dropout", float, 0.0)),
         }
 
     def differs(self, place: Place) -> str:
@@ -51,7 +54,15 @@ class PeftLoHa(PeftMethod):
         return tensors
 
     def write_options(self, config: Any) -> dict[str, Any]:
-        return {"r": config.rank, "alpha": config.alpha, "use_effective_conv2d": config.tucker}
+        if config.rank_dropout and not config.rank_dropout_scale:
+            raise ExportError("peft's LoHa scales what rank_dropout leaves: rank_dropout_scale=True")
+        return {
+            "r": config.rank,
+            "alpha": config.alpha,
+            "use_effective_conv2d": config.tucker,
+            "rank_dropout": config.rank_dropout,
+            "module_dropout": config.module_dropout,
+        }
 
     def write(self, place: Place) -> dict[str, Tensor]:
         held, tensors = place.operator.state_dict(), {}

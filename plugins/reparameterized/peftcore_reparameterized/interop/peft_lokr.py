@@ -35,8 +35,6 @@ class PeftLoKr(PeftMethod):
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
-        keys.in_training("rank_dropout", "module_dropout")
-        keys.pass_over("rank_dropout_scale")
         factor = keys.take("decompose_factor", int, -1)
         return {
             "method": "lokr",
@@ -46,6 +44,9 @@ class PeftLoKr(PeftMethod):
             "factor_first": factor > 0,
             "decompose_both": keys.take("decompose_both", bool, False),
             "tucker": keys.take("use_effective_conv2d", bool, False),
+            "rank_dropout": float(keys.take("rank_dropout", float, 0.0)),
+            "rank_dropout_scale": keys.take("rank_dropout_scale", bool, False),
+            "module_dropout": float(keys.take("module_dropout", float, 0.0)),
         }
 
     def differs(self, place: Place) -> str:
@@ -77,6 +78,9 @@ class PeftLoKr(PeftMethod):
             "decompose_factor": -1 if config.factor is None else config.factor,
             "decompose_both": config.decompose_both,
             "use_effective_conv2d": config.tucker,
+            "rank_dropout": config.rank_dropout,
+            "rank_dropout_scale": config.rank_dropout_scale,
+            "module_dropout": config.module_dropout,
         }
 
     def write(self, place: Place) -> dict[str, Tensor]:

@@ -65,7 +65,9 @@ class PeftLoRA(PeftMethod):
                 "peft, save with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
             )
         rank, alpha = keys.take("r", int, 8), keys.take("lora_alpha", float, 8)
-        dropout = keys.take("lora_dropout", float, 0.0)
+        dropout = float(keys.take("lora_dropout", float, 0.0))
+        if shapes.keys() & {"lora_embedding_A"}:
+            dropout = 0.0  # tokens cannot be dropped in parts, and peft drops none
         keys.take("lora_bias", bool, False)
         rs = keys.take("use_rslora", bool, False)
         if rank < 1:
@@ -73,13 +75,14 @@ class PeftLoRA(PeftMethod):
         if keys.take("use_dora", bool, False):
             keys.only("lora_bias", False)
             keys.only("init_lora_weights", True, False, *PLAIN_STARTS)
-            return {"method": "dora", "rank": rank, "alpha": float(alpha * (math.sqrt(rank) if rs else 1))}
+            scaled = float(alpha * (math.sqrt(rank) if rs else 1))
+            return {"method": "dora", "rank": rank, "alpha": scaled, "dropout": dropout}
         if start in DECOMPOSED:
             keys.only("lora_bias", False)
-            keys.in_training("lora_dropout")
-            return {"method": start, "rank": rank, "alpha": float(alpha * (math.sqrt(rank) if rs else 1))}
+            scaled = float(alpha * (math.sqrt(rank) if rs else 1))
+            return {"method": start, "rank": rank, "alpha": scaled, "dropout": dropout}
         scaling = "sqrt_rank" if rs else "rank"
-        return {"method": "lora", "rank": rank, "alpha": float(alpha), "scaling": scaling, "dropout": float(dropout)}
+        return {"method": "lora", "rank": rank, "alpha": float(alpha), "scaling": scaling, "dropout": dropout}
 
     def differs(self, place: Place) -> str:
         site = place.site
@@ -167,6 +170,8 @@ class PeftLoRA(PeftMethod):
         options, site = self.write_options(place.config), place.site
         if (is_parameter(site) or site.tensor != "weight") and (options["use_dora"] or options["lora_dropout"]):
             raise ExportError(f"{site.path}: peft has neither DoRA nor dropout at parameters and in torch's attention")
+        if site.layer.one_hot:
+            del options["lora_dropout"]  # which does nothing there
         return options
 
     def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:

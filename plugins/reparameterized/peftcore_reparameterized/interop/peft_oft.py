@@ -33,7 +33,11 @@ class PeftOFT(PeftMethod):
     kinds = (nn.Linear, nn.Conv2d, nn.Embedding)
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
-        keys.in_training("module_dropout")
+        dropout = float(keys.take("module_dropout", float, 0.0))
+        if dropout:
+            keys.warn(
+                f"module_dropout = {dropout} did nothing in peft 0.21; here so many blocks do not turn in training"
+            )
         number, size = keys.take("r", int, 0), keys.take("oft_block_size", int)  # files before peft 0.14 have none
         held = next((shapes[name] for name in self.below if name in shapes), Size([number, size * (size - 1) // 2]))
         size = (1 + math.isqrt(1 + 8 * held[-1])) // 2
@@ -46,6 +50,7 @@ class PeftOFT(PeftMethod):
             "block_share": keys.take("block_share", bool, False),
             "eps": eps / size**2 if constrained else None,
             "series": _series(keys),
+            "block_dropout": dropout,
         }
 
     def differs(self, place: Place) -> str:
@@ -71,6 +76,7 @@ class PeftOFT(PeftMethod):
             "eps": float(f"{config.eps * config.block_size**2:.12g}") if constrained else 6e-5,
             "use_cayley_neumann": config.series is not None,
             "num_cayley_neumann_terms": config.series or 5,
+            "module_dropout": config.block_dropout,
             "peft_version": ".".join(map(str, (*SERIES_SINCE, 0))),
         }
 

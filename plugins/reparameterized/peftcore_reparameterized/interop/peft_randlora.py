@@ -37,7 +37,6 @@ class PeftRandLoRA(PeftMethod):
     """Whether the file that is read has the bases."""
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
-        keys.in_training("randlora_dropout")
         self.saved = keys.take("save_projection", bool, True)
         sparse, very_sparse = keys.take("sparse", bool, False), keys.take("very_sparse", bool, False)
         return {
@@ -45,6 +44,7 @@ class PeftRandLoRA(PeftMethod):
             "rank": keys.take("r", int, 32),
             "alpha": float(keys.take("randlora_alpha", float, 640)),
             "basis": "very_sparse" if very_sparse else "sparse" if sparse else "uniform",
+            "dropout": float(keys.take("randlora_dropout", float, 0.0)),
             "projection_seed": keys.take("projection_prng_key", int, 0),
             "store_basis": True,
         }
@@ -70,6 +70,7 @@ class PeftRandLoRA(PeftMethod):
         return {
             "r": config.rank,
             "randlora_alpha": config.alpha,
+            "randlora_dropout": config.dropout,
             "sparse": config.basis == "sparse",
             "very_sparse": config.basis == "very_sparse",
             "projection_prng_key": config.projection_seed,

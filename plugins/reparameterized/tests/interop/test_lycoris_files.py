@@ -8,11 +8,12 @@ import pytest
 import torch
 from lycoris_files import read_by_them, read_into_their_network, theirs
 from pipeline_models import assert_same, out
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftcore
-from peftcore.errors import CheckpointError
+from peftcore.errors import CheckpointError, ExportError
 from peftcore.files.formats.kohya import TENSORS
 from peftcore.testing.hosts import HOSTS
 
@@ -143,3 +144,57 @@ def test_refused(method: str, options: dict[str, Any], change: dict[str, Any], m
     with pytest.raises(CheckpointError, match=message):
         peftcore.load(model, file)
     assert torch.equal(out(model, inputs), before)
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr"])
+def test_dropouts_are_noted_in_the_header(method: str, tmp_path: Path) -> None:
+    """As sd-scripts notes them, and nothing where there are none."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    options = {"rank_dropout": 0.25, "rank_dropout_scale": True, "module_dropout": 0.125}
+    injection = peftcore.apply(deepcopy(model), method, target=["0", "1"], rank=2, **options)
+    injection.save(tmp_path / "noted.safetensors", format="kohya")
+    again = peftcore.load(deepcopy(model), tmp_path / "noted.safetensors")
+    assert {name: getattr(again.config, name) for name in options} == options
+    plain = peftcore.apply(deepcopy(model), method, target=["0", "1"], rank=2)
+    plain.save(tmp_path / "plain.safetensors", format="kohya")
+    with safe_open(tmp_path / "plain.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    other = peftcore.apply(deepcopy(model), method, target=["0", "1"], rank=2, overrides={"1": {"module_dropout": 0.5}})
+    with pytest.raises(ExportError, match="the same dropouts for all modules"):
+        other.save(tmp_path / "differs", format="kohya")
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ({"ss_network_dropout": "0.1"}, "dropout = 0.1"),
+        (
+            {"ss_network_args": '{"rank_dropout": "0.2", "module_dropout": "0.3"}'},
+            "rank_dropout = 0.2, module_.* = 0.3",
+        ),
+    ],
+)
+def test_dropouts_that_ours_has_not_are_told(header: dict[str, str], said: str, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    peftcore.apply(deepcopy(model), "lora", target="0", rank=2).save(tmp_path / "a.safetensors", format="kohya")
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "noted.safetensors", metadata=header)
+    with pytest.warns(UserWarning, match=f"was trained with {said}, which lora has not in this form"):
+        peftcore.load(model, tmp_path / "noted.safetensors")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"ss_network_dropout": "None", "ss_network_args": "{}"},
+        {"ss_network_dropout": "0", "ss_network_args": '{"conv_dim": "4", "rank_dropout": "0.0"}'},
+        {"ss_network_args": "no JSON"},
+        {"ss_network_args": "[1]", "ss_network_dropout": "often"},
+        {"ss_network_args": '{"module_dropout": "nan", "rank_dropout": "7"}'},
+    ],
+)
+def test_headers_without_any_are_passed_over(header: dict[str, str], tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    peftcore.apply(deepcopy(model), "loha", target="0", rank=2).save(tmp_path / "a.safetensors", format="kohya")
+    save_file(load_file(tmp_path / "a.safetensors"), tmp_path / "noted.safetensors", metadata=header)
+    config: Any = peftcore.load(model, tmp_path / "noted.safetensors").config
+    assert (config.rank_dropout, config.module_dropout) == (0.0, 0.0)

@@ -54,14 +54,6 @@ def test_ranks_and_alphas_by_pattern(tmp_path: Path) -> None:
     assert (len(written["rank_pattern"]), len(written["alpha_pattern"])) == (1, 1)
 
 
-def test_what_acts_in_training_only_is_told(tmp_path: Path) -> None:
-    base = One(nn.Linear(12, 7))
-    saved_by_peft(base, peft.LoHaConfig(target_modules=["layer"], r=3, module_dropout=0.5), tmp_path)
-    with pytest.warns(UserWarning, match=r"module_dropout = 0\.5 acts in training only") as told:
-        peftcore.load(base, tmp_path)
-    assert len(told) == 1
-
-
 def test_refusals(tmp_path: Path) -> None:
     injection = peftcore.apply(One(nn.Embedding(9, 4)), "loha", target="layer", rank=2)
     with pytest.raises(ExportError, match="none of what peft adapts"):

@@ -70,7 +70,3 @@ def test_refusals(tmp_path: Path) -> None:
     options = {"target": TARGET, "rank": 4, "overrides": {"2": {"basis": "sparse"}}}
     with pytest.raises(ExportError, match="peft has one sparse for all modules"):
         peftcore.apply(host(), "randlora", **options).save(tmp_path / "bases", format="peft")
-    base = host()
-    saved_by_peft(base, peft.RandLoraConfig(target_modules=TARGET, r=3, randlora_dropout=0.5), tmp_path / "dropout")
-    with pytest.warns(UserWarning, match=r"randlora_dropout = 0\.5 acts in training only"):
-        peftcore.load(base, tmp_path / "dropout")

@@ -1,0 +1,56 @@
+"""Dropout of changes of weights, as LyCORIS and peft have it: of single outputs, of blocks, and of a change as a whole.
+
+What is drawn does not depend on inputs, so it is no dropout of activations: one draw holds for all of a batch. It is
+drawn on the CPU, whose generator every checkpoint restores, also where it cannot tell which devices compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ChangeDropout:
+    """The dropout of what a method adds to a weight, in training."""
+
+    outputs: float = 0.0
+    """Probability with which an output gets nothing of the change."""
+    whole: float = 0.0
+    """Probability with which no output gets any of it."""
+    rescales: bool = False
+    """Whether what is left of the outputs is divided by their share, so that the mean over them stays."""
+
+    def __bool__(self) -> bool:
+        return self.outputs > 0 or self.whole > 0
+
+    def shares(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Draw how much of the change each output ``[*batch, out]`` gets."""
+        shares = torch.ones(shape, device=like.device, dtype=like.dtype)
+        if self.whole:
+            shares = shares * _kept((1,), self.whole, like)
+        if self.outputs:
+            kept = _kept(shape, self.outputs, like)
+            if self.rescales:
+                kept = kept / kept.mean(-1, keepdim=True).clamp(min=1 / kept.shape[-1])
+            shares = shares * kept
+        return shares
+
+
+def with_shares(change: Tensor, drops: ChangeDropout, batch_dims: int) -> Tensor:
+    """Return a change of a weight ``[*batch, out, ...]`` of which each output has its share."""
+    shares = drops.shares(change.shape[: batch_dims + 1], change)
+    return change * shares.view(*shares.shape, *[1] * (change.dim() - shares.dim()))
+
+
+def _kept(shape: Sequence[int], probability: float, like: Tensor) -> Tensor:
+    kept = torch.rand(*shape, device="cpu", dtype=torch.float32) > probability
+    return kept.to(like.device, like.dtype)
+
+
+def replaced_blocks(share: float, blocks: int, device: torch.device) -> Tensor:
+    """Draw which blocks are replaced, [blocks]: the same number each time, rounded down."""
+    return (torch.randperm(blocks, device="cpu") < int(share * blocks)).to(device)
