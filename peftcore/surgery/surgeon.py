@@ -302,6 +302,7 @@ class Surgeon:
 
         Raises:
             HostMismatch: the host has no such table, or one of another length.
+            UnsupportedSite: a table cannot be read.
         """
         for path, (start, stop) in self.wishes.rows.items():
             module = self.resolver.modules.get(path)

@@ -1,11 +1,14 @@
 """One operator at one site: what it does to a tensor, to a missing one, to some rows, and in which order."""
 
+from typing import Any, Literal
+
 import pytest
 import torch
 from core_toys import perceptron, snapshot, stir
-from torch import nn
+from torch import Tensor, nn
 
 import peftcore
+from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 
 
 def test_effective_bias_of_a_missing_slot() -> None:
@@ -26,6 +29,56 @@ def test_effective_bias_of_a_missing_slot() -> None:
     assert model.first.bias is None and list(model.first.state_dict()) == ["weight"]
     injection.remove()
     assert snapshot(model) == before
+
+
+class HalfOperator(WeightOperator):
+    """Adds to half of the outputs in training, and a merge adds to all."""
+
+    def __init__(self, site: Site, config: MethodConfig) -> None:
+        super().__init__(site)
+        self.change = nn.Parameter(torch.ones(site.out_features, 1))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        kept = torch.arange(len(weight)) % 2 if self.training else torch.ones(len(weight))
+        return weight + kept[:, None] * self.change
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self.change
+
+
+class HalfConfig(MethodConfig):
+    method: Literal["alternating"] = "alternating"
+
+
+class Half(Method):
+    """A method that drops parts of its change in training."""
+
+    name = "alternating"
+    Config = HalfConfig
+    tags = Tags(category="reparameterized", paper="2106.09685", mergeable=True)
+    target = "first"
+
+    def inject(self, model: nn.Module, config: MethodConfig, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, HalfOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Any) -> int:
+        return site.out_features
+
+
+def test_what_training_drops_is_in_what_is_read_and_merged() -> None:
+    model = perceptron().train()
+    injection = peftcore.apply(model, Half)
+    weight, bias, x = model.first.weight.detach().clone(), model.first.bias, torch.randn(3, 4)
+    kept = torch.arange(6)[:, None] % 2
+    torch.testing.assert_close(model.first(x), nn.functional.linear(x, weight + kept, bias))
+    (site,) = injection.sites
+    torch.testing.assert_close(site.weight(), weight + 1)
+    injection.merge()
+    torch.testing.assert_close(model.first.weight, weight + 1)
+    injection.unmerge()
+    torch.testing.assert_close(model.eval().first(x), nn.functional.linear(x, weight + 1, bias))
 
 
 def test_an_input_changed_for_some_rows_of_a_fused_projection_leaves_the_others() -> None:
