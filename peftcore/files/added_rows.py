@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,28 @@ class AddedRows:
     bias: Tensor | None
     """The same of a head's bias, ``[tokens]``."""
 
+    def copy(self) -> AddedRows:
+        """Returns them with a memory of their own."""
+        return replace(self, weight=self.weight.clone(), bias=None if self.bias is None else self.bias.clone())
+
 
 @torch.no_grad()
 def added_rows(injection: Injection) -> dict[str, AddedRows]:
     """Returns the rows that the base of an injection lacks, by path of the table: those that the injection brought from
-    a file, and those that were added since. Tables that train as a whole are left out, since all of them is saved."""
+    a file, and those that were added since. Tables that train as a whole are left out, since all of them is saved.
+
+    Raises:
+        MergeError: the injection is merged into a table, and the originals were not kept.
+    """
+    found = _found(injection)
+    changed = {site.module_path for graft in injection.grafts for site in graft.holders} if injection.merged else set()
+    if changed.isdisjoint(found):
+        return found
+    with injection.disabled():
+        return {path: rows.copy() for path, rows in _found(injection).items()}
+
+
+def _found(injection: Injection) -> dict[str, AddedRows]:
     found: dict[str, AddedRows] = {}
     for graft in injection.grafts:
         if isinstance(graft.operator, TableRows):
@@ -44,7 +61,7 @@ def added_rows(injection: Injection) -> dict[str, AddedRows]:
             bias = operator.merged_bias(_bias(module), lambda: weight)  # noqa: B023
             found[graft.site.module_path] = AddedRows(operator.start, len(weight), weight, bias)
     model, stop = injection.model, token_count(injection.model)
-    if (start := _rows_of_base(injection)) >= stop:
+    if not 0 < (start := _rows_of_base(injection)) < stop:
         return found
     trained = {site.module_path for graft in injection.grafts if graft.trained_along for site in graft.holders}
     for path, module in tables_by_path(model).items():

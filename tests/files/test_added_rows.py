@@ -131,6 +131,28 @@ def test_new_tokens_that_train_beside_others_that_do_not(base_at: Any, tmp_path:
     torch.testing.assert_close(run(other), run(model))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_merged_adapter_is_saved_as_if_it_were_not(method: str, base_at: Any, tmp_path: Path) -> None:
+    name, options = METHODS[method]
+    model = opened(base_at("untied"), "untied")
+    injection = moved(peftcore.apply(model, name, **options))
+    for format in ("peftcore", "peft"):
+        injection.save(tmp_path / format, format=format)
+    injection.merge()
+    merged = run(model)
+    for format in ("peftcore", "peft"):
+        injection.save(tmp_path / f"{format}-merged", format=format)
+        (one,), (two,) = ((tmp_path / each).glob("*.safetensors") for each in (format, f"{format}-merged"))
+        assert one.read_bytes() == two.read_bytes()
+    assert injection.merged
+    assert torch.equal(run(model), merged)
+    other = opened(base_at("untied"), "untied", seed=5)
+    loaded = peftcore.load(other, tmp_path / "peftcore")
+    loaded.merge()
+    loaded.save(tmp_path / "again", format=["peftcore", "peft"])
+    assert (tmp_path / "again" / TENSORS).read_bytes() == (tmp_path / "peftcore" / TENSORS).read_bytes()
+
+
 def test_what_trains_as_a_whole_is_not_saved_twice(base_at: Any, tmp_path: Path) -> None:
     for kind, train in (("untied", "lm_head"), ("tied", "embed_tokens")):
         model = opened(base_at(kind), kind)

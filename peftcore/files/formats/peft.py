@@ -238,10 +238,11 @@ class PeftContent(Content):
         for path, names in self._tables.items():
             held = {leaf: self.file.read([full])[full] for leaf, full in names.items()}
             own = {leaf: each for leaf, each in self.model.get_submodule(path)._parameters.items() if each is not None}
-            others = [leaf for leaf in held if held[leaf].shape[1:] != own[leaf].shape[1:]]
-            if "weight" not in held or others:
-                self.sorted.wrong.append(f"{names[others[0] if others else 'bias']} is none of the host's {path}")
-            elif (rows := len(held["weight"])) != len(own["weight"]):
+            rows = len(held.get("weight", ()))
+            strange = [leaf for leaf in held if leaf not in own or held[leaf].shape != (rows, *own[leaf].shape[1:])]
+            if strange or not rows:
+                self.sorted.wrong.append(f"{names[(strange or list(names))[0]]} is none of the host's {path}")
+            elif rows != len(own["weight"]):
                 self.sorted.wrong.append(
                     f"{names['weight']} has {rows} rows and the host's {path} {len(own['weight'])}: "
                     f"model.resize_token_embeddings({rows}) first"
