@@ -5,6 +5,7 @@ It may import `forward`, and what is below. In the order of reading:
 - `sites`: a target module or tensor at which a method acts.
 - `resolver`: resolves names, globs, roles, types and predicates to sites.
 - `attention_sites`: attention modules that can be edited.
+- `sequence_order`: where virtual tokens stand in the sequences of a batch.
 - `sequence_cache`: transformers' caches that hold virtual tokens.
 - `sequence_masks`: attention masks over virtual tokens.
 - `sequence`: virtual tokens in front of the user's tokens.

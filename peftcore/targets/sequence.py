@@ -5,8 +5,9 @@ keeps everything in step: masks, positions, token types, caches. Outputs keep th
 the rows are dropped again before anything pools or scores, so heads, labels and `generate` see the user's tokens alone.
 An encoder whose output other stacks attend to keeps them, and the readers' masks get their columns.
 
-Everything equals the host run on embeddings that begin with the rows. Where the rows cannot be kept in step, a
-`SequenceError` is raised.
+Everything equals the host run on embeddings that begin with the rows; where a mask says that a sequence begins with
+padding, with the padding and then the rows, so that it is what it would be alone (in attention weights the columns of
+its keys have this order too). Where the rows cannot be kept in step, a `SequenceError` is raised.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from torch.func import functional_call
 
 from peftcore.contract.operators import Operator
 from peftcore.errors import PluginError, SequenceError, UnsupportedSite
+from peftcore.forward.context import Tap
 from peftcore.layers.fsdp import whole
 from peftcore.layers.layer import Layer
 from peftcore.roles.stacks import CACHES, EMBEDS, IDS, MEMORY, TokenStack, arguments
 from peftcore.targets.resolver import Resolver
-from peftcore.targets.sequence_cache import Opened, is_cache, is_filled, opened
-from peftcore.targets.sequence_masks import Front
+from peftcore.targets.sequence_cache import Opened, is_cache, opened
+from peftcore.targets.sequence_masks import Front, padding_before
+from peftcore.targets.sequence_order import Order
 from peftcore.targets.sites import Site
 
 MASK, POSITIONS, STEPS = "attention_mask", "position_ids", "cache_position"
@@ -42,6 +45,7 @@ FORM = "sequence"
 ENTRY, BODY, READER = f"{FORM}.entry", f"{FORM}.body", f"{FORM}.reader"
 
 NOWHERE = TokenStack("", "", "", "")
+EMPTY = Opened(None, None, held=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +114,7 @@ class SequenceOperator(Operator):
         self.length, self.width, self.stack = length, site.out_features, site.stack
         self.names = {place.form: arguments(type(place.module)) for place in (site, *site.places)}
         self.stamp = uuid.uuid4().hex  # copies of a host keep it, so caches go with copies
+        self.entering = Tap()  # where the rows stand that enter with this forward; None where a cache has them
 
     def rows(self, embeds: Tensor) -> Tensor:
         """Returns the rows for a batch of embedded tokens ``[batch, tokens, width]``: ``[length, width]``, or one such
@@ -118,47 +123,71 @@ class SequenceOperator(Operator):
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
         """Returns the function that acts at one of the operator's places."""
-        acts = {FORM: self._around, ENTRY: self._enter, BODY: self._leave, READER: self._read}
+        acts = {FORM: self._around, ENTRY: self._embed, BODY: self._leave, READER: self._read}
         return functools.partial(acts[form], module)
 
     def _around(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the stack itself."""
-        if self.stack.entry == self.stack.path:
-            return self._enter(module, call, *args, **kwargs)
-        given = self._bind(FORM, args, kwargs)  # embeddings enter further in; here are the mask and the outputs
-        tokens = given[IDS].shape[1]
-        front = self._front(module, Opened(None, None, held=False))
-        given[MASK] = front.extend(given.get(MASK), tokens)
-        return _without_rows(call(**given), self.length, tokens + self.length, len(given[IDS]))
+        given = self._bind(FORM, args, kwargs)
+        run = self._run if self.stack.entry == self.stack.path else self._wrap
+        try:
+            return run(module, call, given)
+        finally:
+            self.entering.take()
 
-    def _enter(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the module at which embeddings replace ids."""
-        given = self._bind(FORM if self.stack.entry == self.stack.path else ENTRY, args, kwargs)
+    def _run(self, module: nn.Module, call: Callable[..., Any], given: dict[str, Any]) -> Any:
+        """Run a stack that takes embeddings in the place of ids."""
         key = next((name for name in CACHES if given.get(name) is not None), None)
-        mark = self.stamp, self.length
-        cache = opened(given.get(key) if key else None, mark)
+        cache = opened(given.get(key) if key else None, self.stamp, self.length)
         batch, tokens = (given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]).shape[:2]
-        if not cache.held:
-            self._put_rows_in(module, given, tokens)
-        given.update(self._shifted(given, enter=not cache.held))
-        if given.get(MASK) is not None:
-            given[MASK] = self._front(module, cache).extend(given[MASK], tokens)
+        order = cache.order if cache.held else self._order(given, tokens)
+        self.entering.put(None if cache.held else order)
+        self._enter(module, given, order, cache)
         if key is not None:
             given[key] = cache.inner
         try:
             output = call(**given)
         except BaseException:
-            cache.abandon(mark)
+            cache.abandon(self.length)
             raise
+        mark = self.stamp, order
         cache.mark(mark)
         output = _with_caches(output, lambda found: cache.outward(found, mark))
-        if cache.held or self.stack.readers or self.stack.entry != self.stack.path:
+        if cache.held:
             return output
         whole = self.length + tokens
+        if self.stack.readers:
+            return _along(output, order.joined, whole, batch)
         _check(output, whole if self.stack.body == self.stack.path else None, tokens)
-        return _without_rows(output, self.length, whole, batch)
+        return _along(output, order.dropped, whole, batch)
 
-    def _put_rows_in(self, module: nn.Module, given: dict[str, Any], tokens: int) -> None:
+    def _wrap(self, module: nn.Module, call: Callable[..., Any], given: dict[str, Any]) -> Any:
+        """Run a stack whose embeddings come in further in; here are the mask and the outputs."""
+        batch, tokens = given[IDS].shape
+        order = self._order(given, tokens)
+        self.entering.put(order)
+        given[MASK] = Front(module, order, True, self.stack.causal, EMPTY).extend(given.get(MASK), tokens)
+        return _along(call(**given), order.dropped, tokens + self.length, batch)
+
+    def _embed(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the embeddings of such a stack."""
+        given = self._bind(ENTRY, args, kwargs)
+        self._enter(module, given, self.entering.get() or Order(self.length), EMPTY)
+        return call(**given)
+
+    def _enter(self, module: nn.Module, given: dict[str, Any], order: Order, cache: Opened) -> None:
+        """Change the arguments of the module at which embeddings replace ids."""
+        tokens = (given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]).shape[1]
+        if not cache.held:
+            self._put_rows_in(module, given, order, tokens)
+        given.update(self._shifted(given, order, enter=not cache.held))
+        if given.get(MASK) is not None:
+            front = Front(module, order, not cache.held, self.stack.causal, cache)
+            if cache.held and cache.counts_places(given.get(POSITIONS)) and not torch.compiler.is_compiling():
+                front.refuse_late_padding(given[MASK])
+            given[MASK] = front.extend(given[MASK], tokens)
+
+    def _put_rows_in(self, module: nn.Module, given: dict[str, Any], order: Order, tokens: int) -> None:
         """Embed the ids and put the rows in front."""
         _refuse_unknown(given, tokens)
         ids, embeds = given.get(IDS), given.get(EMBEDS)
@@ -173,34 +202,34 @@ class SequenceOperator(Operator):
             count = (ids != padding).cumsum(1) * (ids != padding)  # as the host counts where it has ids
             given[POSITIONS] = count + padding
         given[IDS] = None
-        given[EMBEDS] = torch.cat([rows.expand(len(embeds), -1, -1), embeds], dim=1)
+        given[EMBEDS] = order.put(torch.cat([rows.expand(len(embeds), -1, -1), embeds], dim=1))
 
-    def _shifted(self, given: Mapping[str, Any], enter: bool) -> dict[str, Any]:
-        """Returns the arguments that count or describe tokens, extended for the rows in front."""
-        changed: dict[str, Any] = {}
+    def _shifted(self, given: Mapping[str, Any], order: Order, enter: bool) -> dict[str, Any]:
+        """Returns the arguments that count or describe tokens, extended for the rows in front: their positions go on
+        from that of the first token, and the tokens' from there."""
         count = self.length
-        start = 0 if self.stack.position_padding is None else self.stack.position_padding + 1
-        for name in (POSITIONS, STEPS):
-            places = given.get(name)
-            if places is None:
-                continue
-            if enter and name == POSITIONS:
-                _refuse_packing(places, given)
-            first = torch.arange(count if enter else 0, device=places.device) + (start if name == POSITIONS else 0)
-            first = first.to(places.dtype).expand(*places.shape[:-1], -1)
-            changed[name] = torch.cat([first, places + count], dim=-1)
-        for name in MARKS if enter else ():
+        changed = {name: given[name] + count for name in (POSITIONS, STEPS) if given.get(name) is not None}
+        if not enter:
+            return changed
+        if STEPS in changed:
+            changed[STEPS] = torch.cat([changed[STEPS].new_tensor(range(count)), changed[STEPS]], dim=-1)
+        if POSITIONS in changed:
+            places = given[POSITIONS] if given[POSITIONS].dim() > 1 else given[POSITIONS][None]
+            _refuse_packing(places, given)
+            rows = order.first(places) + torch.arange(count, device=places.device, dtype=places.dtype)
+            places = (places + count).expand(*rows.shape[:-1], -1)
+            changed[POSITIONS] = order.put(torch.cat([rows, places], dim=-1), dim=-1, batch=-2)
+        for name in MARKS:
             if given.get(name) is not None:
-                changed[name] = nn.functional.pad(given[name], (count, 0))
+                changed[name] = order.put(nn.functional.pad(given[name], (count, 0)))
         return changed
 
     def _leave(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the module at which the blocks end, in stacks that pool after them."""
         given = self._bind(BODY, args, kwargs)
         hidden = next(value for value in given.values() if isinstance(value, Tensor) and value.dim() == 3)
-        held = any(is_filled(given[name]) for name in CACHES if given.get(name) is not None)
-        output = call(*args, **kwargs)
-        return output if held else _without_rows(output, self.length, _rows_of(output), len(hidden))
+        order, output = self.entering.get(), call(*args, **kwargs)
+        return output if order is None else _along(output, order.dropped, _rows_of(output), len(hidden))
 
     def _read(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a stack that attends to this one's output: its mask gets the rows' columns."""
@@ -218,8 +247,9 @@ class SequenceOperator(Operator):
     def _bind(self, form: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self.names[form], args, strict=False)), **kwargs}
 
-    def _front(self, module: nn.Module, cache: Opened) -> Front:
-        return Front(module, self.length, not cache.held, self.stack.causal, cache)
+    def _order(self, given: Mapping[str, Any], tokens: int) -> Order:
+        """Returns where the rows stand that enter with these arguments."""
+        return Order(self.length, padding_before(given.get(MASK), tokens), tokens)
 
     def _table(self, module: nn.Module) -> nn.Module:
         """Returns the token table, which may have been replaced since (resized); `module` is the stack or its
@@ -263,18 +293,18 @@ def _rows_of(output: Any) -> int:
     return rows
 
 
-def _without_rows(output: Any, count: int, whole: int, batch: int) -> Any:
-    """Returns the output without the first `count` of the (at least) `whole` places: of hidden states, of the queries
-    of attention weights, and of tensors for all tokens of a batch in one list (routers)."""
+def _along(output: Any, change: Callable[[Tensor, int], Tensor], whole: int, batch: int) -> Any:
+    """Returns the output with `change` applied along the (at least) `whole` places: of hidden states, of the queries of
+    attention weights, and of tensors for all tokens of a batch in one list (routers)."""
     if isinstance(output, Tensor):
         if output.dim() == 3 and output.shape[1] >= whole:
-            return output[:, count:].contiguous()  # heads may want to view it
+            return change(output, 1)
         if output.dim() == 4 and output.shape[2] >= whole:
-            return output[:, :, count:].contiguous()
+            return change(output, 2)
         if output.dim() == 2 and output.shape[0] == batch * whole:
-            return output.view(batch, whole, -1)[:, count:].flatten(0, 1)
+            return change(output.view(batch, whole, -1), 1).flatten(0, 1)
         return output
-    return _mapped(output, lambda value: _without_rows(value, count, whole, batch))
+    return _mapped(output, lambda value: _along(value, change, whole, batch))
 
 
 def _with_caches(output: Any, outward: Callable[[Any], Any]) -> Any:

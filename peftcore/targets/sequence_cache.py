@@ -11,13 +11,17 @@ the cache holds, so a cache filled without them, or by another prompt, is an err
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from peftcore.errors import SequenceError
+from torch import Tensor
 
-Rows = tuple[tuple[str, int], ...]
-"""The rows in front of a cache, the outermost last: (stamp of the operator, number of rows)."""
+from peftcore.errors import SequenceError
+from peftcore.targets.sequence_order import Order
+
+Rows = tuple[tuple[str, Order], ...]
+"""The rows in front of a cache, the outermost last: (stamp of the operator, where they stand)."""
 
 
 class Marked:
@@ -32,7 +36,7 @@ class Marked:
 
     @property
     def _front(self) -> int:
-        return sum(count for _, count in self.rows)
+        return sum(order.count for _, order in self.rows)
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         return super().get_seq_length(layer_idx) - self._front  # type: ignore[misc]
@@ -46,6 +50,22 @@ class Marked:
             return max(map(self.get_max_length, range(len(self.layers))), default=-1)
         length: int = super().get_max_length(layer_idx)  # type: ignore[misc]
         return length - self.grown if _grows(self.layers[layer_idx]) else length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._follow(lambda before: before[beam_idx.to(before.device)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._follow(lambda before: before[indices.to(before.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._follow(lambda before: before.repeat_interleave(repeats))
+
+    def _follow(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Let the rows' places go with the sequences that the cache holds now."""
+        self.rows = tuple((stamp, order.changed(change)) for stamp, order in self.rows)
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise SequenceError(
@@ -160,6 +180,17 @@ class Opened:
     """Whether the rows are in it already; otherwise they go in with this forward."""
 
     @property
+    def order(self) -> Order:
+        """Where the rows stand that it holds."""
+        return _rows(self_attention_cache(self.given))[-1][1]
+
+    def counts_places(self, positions: Tensor | None) -> bool:
+        """Whether places between two tokens count even where nobody sees them: with windows and recurrences, and where
+        the stack is not told positions."""
+        own = self_attention_cache(self.inner)
+        return positions is None or any(own.is_sliding) or any(own.is_linear)
+
+    @property
     def past(self) -> Any:
         """The number of tokens that it holds, these rows included: a number, or a tensor in static caches."""
         return 0 if self.inner is None else self_attention_cache(self.inner).get_seq_length()
@@ -171,7 +202,7 @@ class Opened:
         length, offset = own.get_mask_sizes(queries, index)
         return length, offset
 
-    def mark(self, mark: tuple[str, int]) -> None:
+    def mark(self, mark: tuple[str, Order]) -> None:
         """Mark the user's cache after the forward: it holds the rows now."""
         if self.given is None or self.held or not is_filled(self.inner):
             return
@@ -179,13 +210,13 @@ class Opened:
         own.__dict__.update(rows=(*_rows(inner), mark), grown=inner.__dict__.get("grown", 0))
         own.__class__ = _marked_class(type(own))
 
-    def abandon(self, mark: tuple[str, int]) -> None:
+    def abandon(self, count: int) -> None:
         """Take back the capacity added for the rows, after a forward that failed before it filled anything."""
         grew = self.given is not None and not self.held and "grown" in self_attention_cache(self.inner).__dict__
         if grew and not is_filled(self.given):
-            _grow(self_attention_cache(self.given), -mark[1])
+            _grow(self_attention_cache(self.given), -count)
 
-    def outward(self, found: Any, mark: tuple[str, int]) -> Any:
+    def outward(self, found: Any, mark: tuple[str, Order]) -> Any:
         """Returns the user's cache for one that the stack returns: the one handed in, or the new one, marked."""
         if found is self.inner:
             return self.given
@@ -195,8 +226,8 @@ class Opened:
         return _with_own(found, self_attention_cache(self.given)) if own is self_attention_cache(self.inner) else found
 
 
-def opened(cache: Any, mark: tuple[str, int]) -> Opened:
-    """Returns the cache as the stack is to see it.
+def opened(cache: Any, stamp: str, count: int) -> Opened:
+    """Returns the cache as the stack is to see it, with the rows of the edit of this stamp.
 
     Raises:
         SequenceError: it holds other rows than those of the edit that acts now, or none.
@@ -205,9 +236,10 @@ def opened(cache: Any, mark: tuple[str, int]) -> Opened:
         return Opened(None, None, held=False)
     own = self_attention_cache(cache)
     if isinstance(own, Marked):
-        if own.rows[-1] != mark:
+        filler, order = own.rows[-1]
+        if (filler, order.count) != (stamp, count):
             raise SequenceError(
-                f"this cache was filled behind {own.rows[-1][1]} rows of another soft prompt than the one that acts "
+                f"this cache was filled behind {order.count} rows of another soft prompt than the one that acts "
                 "now; activate the one it was filled with, or start with an empty cache"
             )
         return Opened(cache, _with_own(cache, _view(own, own.rows[:-1])), held=True)
@@ -218,6 +250,6 @@ def opened(cache: Any, mark: tuple[str, int]) -> Opened:
         )
     inner = _view(own, ())
     if any(map(_grows, own.layers)):
-        _grow(own, mark[1])
-        inner.grown = own.__dict__.get("grown", 0) + mark[1]  # an outer edit may have added some, too
+        _grow(own, count)
+        inner.grown = own.__dict__.get("grown", 0) + count  # an outer edit may have added some, too
     return Opened(cache, _with_own(cache, inner), held=False)

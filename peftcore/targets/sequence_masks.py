@@ -1,8 +1,9 @@
 """Attention masks over a sequence that gets rows in front.
 
-A two-dimensional mask marks padding; the stack makes its own from it, so columns of ones are enough. A four-dimensional
-one is final: `generate` makes them for static caches, multimodal models for their images. It gets the rows' columns,
-and the rows of those that enter with this forward, with the causality and the window of the layers that it is for.
+A mask tells where a sequence's padding on the left ends, and so where the rows stand. A two-dimensional one marks
+padding; the stack makes its own from it, so columns of ones are enough. A four-dimensional one is final: `generate`
+makes them for static caches, multimodal models for their images. It gets the rows' columns, and the rows of those that
+enter with this forward, with the causality and the window of the layers that it is for.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import SequenceError
 from peftcore.targets.sequence_cache import Opened
+from peftcore.targets.sequence_order import Order
 
 SLIDING = "sliding_attention"
 KINDS = ("full_attention", SLIDING)
@@ -24,12 +26,35 @@ RECURRENT = ("linear_attention", "conv")
 """The kinds whose masks, [batch, queries], are for the tokens of this forward alone."""
 
 
+def padding_before(mask: Any, tokens: int) -> Tensor | None:
+    """Returns how many of the first places of each sequence nobody sees, [batch], given the mask of the forward that
+    the rows enter with, and its number of tokens; None where it says nothing.
+
+    A sequence of nothing but padding has its last place behind the rows.
+    """
+    if isinstance(mask, Mapping):
+        told = (padding_before(each, tokens) for each in mask.values())
+        return next((before for before in told if before is not None), None)
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        return None
+    return hidden_before(mask).clamp(max=tokens - 1)
+
+
+def hidden_before(mask: Tensor) -> Tensor:
+    """Returns how many of a mask's first columns nobody sees, [batch]."""
+    seen = mask != 0
+    if mask.dim() == 4:
+        seen = (mask if mask.dtype == torch.bool else mask.float().exp() > 0).any(dim=2).any(dim=1)
+    return (seen.cumsum(-1) == 0).sum(-1)
+
+
 @dataclass(frozen=True)
 class Front:
     """The rows in front, with the sizes that the masks of one forward need."""
 
     module: nn.Module
-    count: int
+    order: Order
+    """Where they stand."""
     enter: bool
     """Whether they enter with this forward; otherwise they are in the cache."""
     causal: bool
@@ -47,8 +72,33 @@ class Front:
             return None if mask is None else self._padding(mask)
         return self._final(mask, self._slides_everywhere())
 
+    @property
+    def count(self) -> int:
+        return self.order.count
+
+    def refuse_late_padding(self, mask: Any) -> None:
+        """Refuse padding that came after the rows, where its places count.
+
+        A sequence of which nothing but padding came with the rows (a short one in a prefill by chunks) has them there.
+
+        Raises:
+            SequenceError: there is such a sequence.
+        """
+        for kind, each in mask.items() if isinstance(mask, Mapping) else [("", mask)]:
+            if not isinstance(each, Tensor) or kind in RECURRENT:
+                continue
+            first = 0
+            if each.dim() == 4:
+                sliding = kind == SLIDING or (not kind and self._slides_everywhere())
+                first = max(self.cache.sizes(each.shape[-2], sliding)[1] - self.count, 0)
+            if first < self.order.tokens and bool((hidden_before(each) + first > self.order.tokens).any()):
+                raise SequenceError(
+                    f"a sequence begins with more padding than the {self.order.tokens} tokens that came with the soft "
+                    "prompt, and would have padding behind it: prefill in chunks that are longer than the padding"
+                )
+
     def _padding(self, mask: Tensor) -> Tensor:
-        return torch.cat([mask.new_ones(len(mask), self.count), mask], dim=1)
+        return self.order.put(torch.cat([mask.new_ones(len(mask), self.count), mask], dim=1))
 
     def _of_kind(self, kind: str, mask: Any, queries: int) -> Any:
         if kind in RECURRENT:
@@ -74,17 +124,22 @@ class Front:
             raise SequenceError(
                 f"a mask {shape} does not say here what rows in front are to see; pass one of [batch, length]"
             )
-        entering = self.count if self.enter else 0
-        queries, keys = mask.shape[-2] + entering, mask.shape[-1]
+        queries, keys = mask.shape[-2] + (self.count if self.enter else 0), mask.shape[-1]
         length, offset = keys + self.count, 0
         if self.cache.inner is not None:
             length, offset = self.cache.sizes(queries, sliding)
-        at = torch.arange(queries, device=mask.device) + self.cache.past
-        rows = torch.arange(min(offset, self.count), self.count, device=mask.device)
-        seen = _seen(at, rows, self._window() if sliding else None)
-        none = torch.zeros(entering, keys, dtype=torch.bool, device=mask.device)
-        below = torch.cat([_like(none, mask), mask], dim=-2)
-        return torch.cat([_like(seen, mask), below], dim=-1)[..., :length]
+        if keys < length - max(self.count - offset, 0):
+            raise SequenceError(f"the mask is for {keys} keys, and with {self.count} rows in front there are {length}")
+        at, to = (torch.arange(size, device=mask.device) for size in (queries, length))
+        at, to = at + self.cache.past, to + offset
+        asking, asked = self.order.origin(at), self.order.origin(to)
+        columns = asked - self.count - max(offset - self.count, 0)  # of the mask, which leaves the rows out
+        whole = torch.take_along_dim(mask, columns.clamp(0, keys - 1)[:, None, None], -1)
+        if self.enter:
+            whole = torch.take_along_dim(whole, (asking - self.count).clamp(min=0)[:, None, :, None], -2)
+        of_rows = (asked < self.count)[:, None, None]
+        seen = _seen(at, to, self._window() if sliding else None) & of_rows
+        return torch.where(of_rows | (asking < self.count)[:, None, :, None], _like(seen, mask), whole)
 
     def _config(self) -> Any:
         config: Any = self.module.config
@@ -106,8 +161,7 @@ def _seen(at: Tensor, keys: Tensor, window: int | None) -> Tensor:
 
 
 def _like(seen: Tensor, mask: Tensor) -> Tensor:
-    """Returns [queries, keys] as [batch, heads, queries, keys] in the form of the mask: True where seen, or 0 and the
-    lowest."""
-    if mask.dtype != torch.bool:
-        seen = mask.new_zeros(seen.shape).masked_fill(~seen, torch.finfo(mask.dtype).min)
-    return seen.expand(*mask.shape[:2], *seen.shape)
+    """Returns what is seen in the form of the mask: True, or 0 and the lowest."""
+    if mask.dtype == torch.bool:
+        return seen
+    return torch.where(seen, mask.new_zeros(()), mask.new_full((), torch.finfo(mask.dtype).min))

@@ -70,8 +70,14 @@ def stirred(model: nn.Module) -> nn.Module:
 WINDOWED: dict[str, tuple[str, dict[str, Any]]] = {
     "short_mistral": ("mistral", {"sliding_window": 5}),
     "hybrid": ("gemma3_text", {"layer_types": ["sliding_attention", "full_attention"]}),
+    "qwen2_window": ("qwen2", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 5}),
+    "chunked": ("llama4", {"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 5}),
 }
-"""Hosts of the zoo with other options: a window that the rows nearly fill; one layer with a window, one without."""
+"""Hosts of the zoo with other options: a window that the rows nearly fill; one layer with a window, or with attention
+in chunks, and one without."""
+SINGLE = ("bloom", "mpt", "gemma2")
+"""Hosts whose attention takes the softmax of its mask in float32, in which the lowest float64 is infinite: places that
+see nothing give nan, in the bare host too."""
 
 
 def host(name: str) -> tuple[nn.Module, dict[str, Any]]:
@@ -79,11 +85,17 @@ def host(name: str) -> tuple[nn.Module, dict[str, Any]]:
     kind, options = WINDOWED.get(name, (name, {}))
     model, inputs = build(kind)
     if options:
-        config = type(model.config)(**{**model.config.to_dict(), **options})
+        config = type(model.config)(**{**model.config.to_dict(), "use_sliding_window": True, **options})
         with torch.random.fork_rng():
             model = type(model)(config)
     floating = {key: value.double() for key, value in inputs.items() if value.is_floating_point()}
     return stirred(model), {**inputs, **floating}
+
+
+def for_padding(name: str) -> nn.Module:
+    """A host for sequences that begin with padding, in the precision in which it can run them."""
+    model = host(name)[0]
+    return model.float() if name in SINGLE else model
 
 
 def adapt(model: nn.Module, **options: Any) -> tuple[nn.Module, peftcore.Injection, Tensor]:
@@ -109,7 +121,7 @@ def padded(mask: Tensor, left: int = 0, right: int = 0) -> Tensor:
 
 
 def in_front(rows: Tensor, embeds: Tensor) -> Tensor:
-    return torch.cat([rows.expand(len(embeds), -1, -1), embeds], dim=1)
+    return torch.cat([rows.to(embeds.dtype).expand(len(embeds), -1, -1), embeds], dim=1)
 
 
 def ones_in_front(mask: Tensor, count: int = LENGTH) -> Tensor:

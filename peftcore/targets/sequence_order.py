@@ -1,0 +1,76 @@
+"""Where rows in front of a sequence stand in a batch: behind the padding on the left, next to each sequence's tokens.
+
+Padding between rows and tokens would count as tokens do: in windows and chunks of attention, in positions, in the
+states of recurrent layers. What a sequence gives would then depend on the longest one of its batch. So whatever runs
+along a sequence is joined to what the rows have, which comes first, and then brought into the order of each sequence.
+All of this is arithmetic with indices: no value is looked at, so any padding runs in one compiled graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Order:
+    """The places of `count` rows in the sequences of a batch.
+
+    In *joined* tensors the rows are the first, in *ordered* ones they stand behind the padding.
+    """
+
+    count: int
+    before: Tensor | None = None
+    """The number of places of padding before them, [batch]; None where nothing is known of padding: they come first."""
+    tokens: int = 0
+    """The number of tokens of the forward that they entered with, padding included."""
+
+    def origin(self, at: Tensor) -> Tensor:
+        """Returns the places in joined sequences of what stands at these places of ordered ones: [batch, places], or
+        [1, places] where all have the same order."""
+        if self.before is None:
+            return at[None]
+        before, at = self.before.to(at.device)[:, None], at[None]
+        shifted = torch.where(at < before, at + self.count, at)
+        return torch.where((at >= before) & (at < before + self.count), at - before, shifted)
+
+    def put(self, joined: Tensor, dim: int = 1, batch: int = 0) -> Tensor:
+        """Returns a joined tensor in order, along `dim`; its sequences are along `batch`."""
+        if self.before is None:
+            return joined
+        return _taken(joined, self.origin(torch.arange(joined.shape[dim], device=joined.device)), dim, batch)
+
+    def joined(self, ordered: Tensor, dim: int = 1) -> Tensor:
+        """Returns an ordered tensor with the rows first."""
+        if self.before is None:
+            return ordered
+        rows = torch.arange(self.count, device=ordered.device) + self.before.to(ordered.device)[:, None]
+        return torch.cat([_taken(ordered, rows, dim), self.dropped(ordered, dim)], dim)
+
+    def dropped(self, ordered: Tensor, dim: int = 1) -> Tensor:
+        """Returns an ordered tensor without the rows."""
+        rest = ordered.shape[dim] - self.count
+        if self.before is None:
+            return ordered.narrow(dim, self.count, rest).contiguous()  # heads may want to view it
+        at = torch.arange(rest, device=ordered.device)
+        return _taken(ordered, torch.where(at < self.before.to(at.device)[:, None], at, at + self.count), dim)
+
+    def first(self, places: Tensor) -> Tensor:
+        """Returns what the first token behind the padding has in a tensor of [..., batch, places]: [..., batch, 1]."""
+        if self.before is None:
+            return places[..., :1]
+        return _taken(places, self.before[:, None], -1, -2)
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Order:
+        """Returns the order of another batch: `change` makes its [batch] of what each sequence has of this one's."""
+        return self if self.before is None else replace(self, before=change(self.before))
+
+
+def _taken(values: Tensor, index: Tensor, dim: int, batch: int = 0) -> Tensor:
+    """Returns the values at an index of [batch, places] along `dim`."""
+    shape = [1] * values.dim()
+    shape[batch], shape[dim] = index.shape
+    return torch.take_along_dim(values, index.to(values.device).view(shape), dim)
