@@ -169,6 +169,28 @@ def rows_stay_apart(case: Case) -> None:
 
 
 @check(
+    "a sequence with padding on the left gives what it gives alone",
+    cause="an operator counts places, padding too, or what it puts in front of the tokens stands before the padding",
+    remedy="count by the mask or the positions of the call; a `SequenceOperator` puts rows behind the padding",
+    hosts=("llama", "gpt2", "t5", "moe", "mistral"),
+)
+def padding_on_the_left_does_not_matter(case: Case) -> None:
+    model, inputs = case.fresh()
+    case.filled(model)
+    padded = {name: value.flip(1) if name != "decoder_input_ids" else value for name, value in inputs.items()}
+    answers, mask = "decoder_input_ids" in inputs, padded["attention_mask"]
+    if not answers:
+        padded["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    together = case.quiet(model, padded)
+    for row, tokens in enumerate(mask.sum(1).tolist()):
+        own = {name: value[row : row + 1, -tokens:] for name, value in padded.items() if value.shape == mask.shape}
+        if answers:
+            own["decoder_input_ids"] = inputs["decoder_input_ids"][row : row + 1]
+        alone = case.quiet(model, own)
+        case.expect_close(together[row : row + 1, -alone.shape[1] :], alone, f"row {row} without padding", factor=10)
+
+
+@check(
     "inputs of two to five dimensions give what the flattened ones give",
     cause="forward names the dimensions of its input (`bsi`), or reads a length from one of them",
     remedy="write formulas over the last dimension: `...i`, `x @ A.T`, `self.layer.apply`",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,22 @@ import torch.nn.functional as F
 from mutant_base import NOT_MERGEABLE, TAGS, Entry, Small, SmallConfig, Unmergeable, mutant
 from torch import Tensor, nn
 
-from peftcore import Injection, MethodConfig, Site, WeightOperator, forward_context, low_rank
+from peftcore import (
+    Injection,
+    Method,
+    MethodConfig,
+    SequenceOperator,
+    SequenceSite,
+    Site,
+    Surgeon,
+    Tags,
+    WeightOperator,
+    forward_context,
+    low_rank,
+)
 from peftcore.forward.context import repeating
 from peftcore.registry.plugins import registry
+from peftcore.targets.sequence_order import Order
 from peftcore.testing import Case
 from peftcore.testing.probes import ByKeyword
 
@@ -275,6 +288,25 @@ class LeavesExportOut(Small):
         return call(x) if torch.compiler.is_exporting() else super().forward(call, x)
 
 
+class BeforeThePadding(SequenceOperator):
+    """Puts two rows in front of all that there is."""
+
+    def __init__(self, site: SequenceSite, config: MethodConfig) -> None:
+        super().__init__(site, 2)
+        self.prompt = nn.Parameter(torch.randn(2, self.width))
+
+    def rows(self, embeds: Tensor) -> Tensor:
+        return self.prompt
+
+    def _order(self, given: Mapping[str, Any], tokens: int) -> Order:
+        return Order(2)
+
+
+def _in_front(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
+    for site in surgeon.sites():
+        surgeon.sequence(site, BeforeThePadding, config)
+
+
 def _on_mlp(name: str, *args: Any, **kwargs: Any) -> Entry:
     return mutant(name, *args, **kwargs), "mlp"
 
@@ -299,6 +331,16 @@ MUTANTS: dict[str, Entry] = {
     "changes_show_at_once": _on_mlp("caches_by_version", CachesByVersion),
     "inference_mode_leaves_nothing_behind": _on_mlp("caches_in_inference", CachesInInference),
     "rows_stay_apart": _on_mlp("centers_batch", CentersBatch, tags=replace(NOT_MERGEABLE, per_row=False)),
+    "padding_on_the_left_does_not_matter": (
+        mutant(
+            "before_the_padding",
+            tags=Tags(category="additive", paper="2104.08691", identity_at_init=False, per_row=False),
+            target="stack",
+            inject=_in_front,
+            parameter_count=lambda site, config: 2 * site.out_features,
+        ),
+        "mistral",
+    ),
     "leading_dimensions_do_not_matter": _on_mlp("divides_by_length", DividesByLength, tags=NOT_MERGEABLE),
     "inputs_by_keyword_are_seen": (mutant("not_on_keywords"), "mlp", NotOnKeywords),
     "copies_behave_the_same": _on_mlp("loses_state", LosesState),

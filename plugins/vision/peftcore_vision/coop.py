@@ -4,10 +4,10 @@
 
 Context vectors stand in the place of the words "a photo of a" in front of the names of classes, before positions are
 added. As in the authors' code the texts hold the places: tokenize ``"X X X X " + name + "."`` with M words of one token
-each; whatever they are, the M places behind the first token get v. Lengths, masks, positions and the place of EOS are
-then the model's own affair. The authors' other orders (the name in the middle, or in front) put the words elsewhere;
-for these say which token holds a place: ``placeholder=343`` is "x" in CLIP's vocabulary. The batch of texts is the
-classes:
+each; whatever they are, the M places behind the first token get v (padding on the left, by the mask that the tower is
+given, has none). Lengths, masks, positions and the place of EOS are then the model's own affair. The authors' other
+orders (the name in the middle, or in front) put the words elsewhere; for these say which token holds a place:
+``placeholder=343`` is "x" in CLIP's vocabulary. The batch of texts is the classes:
 
     peftcore.apply(clip, "coop", length=4)
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
@@ -24,6 +24,7 @@ own classes. Models that generate are refused: prompt_tuning is for them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -32,8 +33,11 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
+from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
 from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
+
+TOWER = "tower"
+"""The form of the tower's own place."""
 
 
 class Config(MethodConfig):
@@ -58,9 +62,11 @@ class Config(MethodConfig):
 class ContextOperator(Operator):
     """Puts context vectors in their places among the embedded tokens."""
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: Config, names: tuple[str, ...] = ()) -> None:
         super().__init__(site)
+        self.names = names  # of the tower's arguments
         self.placeholder, self.classes = config.placeholder, config.classes
+        self.mask = Tap()  # from the tower to its embeddings
         start = torch.randn(config.classes or 1, config.count, site.out_features) * 0.02
         if config.init_ids:
             if max(config.init_ids) >= site.in_features:
@@ -68,6 +74,17 @@ class ContextOperator(Operator):
             words = site.weight().detach()[:, config.init_ids].T
             start = words.to(start).expand_as(start).clone()
         self.context = nn.Parameter(start)  # [classes or 1, M, d]
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        """Return the function for a form: around the tower it notes the mask."""
+        return self._note if form == TOWER else super().at(form, module)
+
+    def _note(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self.mask.put({**dict(zip(self.names, args, strict=False)), **kwargs}.get("attention_mask"))
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.mask.take()
 
     def forward(self, call: Callable[..., Any], ids: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         embedded: Tensor = call(ids, *args, **kwargs)
@@ -85,7 +102,9 @@ class ContextOperator(Operator):
         """
         count = self.context.shape[1]
         if self.placeholder is None:
-            at = torch.arange(ids.shape[-1], device=ids.device)
+            at, mask = torch.arange(ids.shape[-1], device=ids.device), self.mask.get()
+            if isinstance(mask, Tensor) and mask.shape == ids.shape:
+                at = at - (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # places behind the padding on the left
             held, enough = ((at >= 1) & (at <= count)).expand_as(ids), ids.shape[-1] > count
         else:
             held = ids == self.placeholder
@@ -132,7 +151,10 @@ class CoOp(Method):
         if refused and (surgeon.wishes.target is not None or not sites):
             raise UnsupportedSite(refused[0])
         for site in sites:
-            surgeon.graft(replace(site, form="activation"), ContextOperator, config)
+            path = stacks[site.module_path].path
+            tower = replace(site, module=surgeon.resolver.modules[path], module_path=path, form=TOWER)
+            operator = functools.partial(ContextOperator, names=tower.arguments)
+            surgeon.graft(replace(site, form="activation"), operator, config, (tower,))
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

@@ -104,6 +104,22 @@ def test_the_equation(name: str, classes: int | None) -> None:
     torch.testing.assert_close(operator.context.grad, copy.grad, rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_padding_on_the_left_is_no_place(alone: bool) -> None:
+    """In the whole model, and where `generate` runs the encoder by itself."""
+    model, inputs = KIT["t5"].build()
+    fill(peftcore.apply(model.double().eval(), "coop", length=3, dtype="float64"))
+    ids, answers = inputs["input_ids"][:1], inputs["decoder_input_ids"][:1]
+    padded = torch.nn.functional.pad(ids, (4, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (4, 0))
+    if alone:
+        ours, expected = model.encoder(padded, mask)[0][:, 4:], model.encoder(ids)[0]
+    else:
+        ours = model(input_ids=padded, attention_mask=mask, decoder_input_ids=answers).logits
+        expected = model(input_ids=ids, decoder_input_ids=answers).logits
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+
+
 def test_images_are_compared_with_all_classes() -> None:
     model, base = tower("clip"), tower("clip")
     fill(peftcore.apply(model, "coop", length=3, dtype="float64"))
