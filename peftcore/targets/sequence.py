@@ -140,12 +140,12 @@ class SequenceOperator(Operator):
         key = next((name for name in CACHES if given.get(name) is not None), None)
         cache = opened(given.get(key) if key else None, self.stamp, self.length)
         batch, tokens = (given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]).shape[:2]
-        order = cache.order if cache.held else self._order(given, tokens)
+        order = cache.order if cache.held else self._order(given.get(MASK), batch, tokens)
         self.entering.put(None if cache.held else order)
-        self._enter(module, given, order, cache)
-        if key is not None:
-            given[key] = cache.inner
         try:
+            self._enter(module, given, order, cache)
+            if key is not None:
+                given[key] = cache.inner
             output = call(**given)
         except BaseException:
             cache.abandon(self.length)
@@ -164,7 +164,7 @@ class SequenceOperator(Operator):
     def _wrap(self, module: nn.Module, call: Callable[..., Any], given: dict[str, Any]) -> Any:
         """Run a stack whose embeddings come in further in; here are the mask and the outputs."""
         batch, tokens = given[IDS].shape
-        order = self._order(given, tokens)
+        order = self._order(given.get(MASK), batch, tokens)
         self.entering.put(order)
         given[MASK] = Front(module, order, True, self.stack.causal, EMPTY).extend(given.get(MASK), tokens)
         return _along(call(**given), order.dropped, tokens + self.length, batch)
@@ -183,8 +183,8 @@ class SequenceOperator(Operator):
         given.update(self._shifted(given, order, enter=not cache.held))
         if given.get(MASK) is not None:
             front = Front(module, order, not cache.held, self.stack.causal, cache)
-            if cache.held and cache.counts_places(given.get(POSITIONS)) and not torch.compiler.is_compiling():
-                front.refuse_late_padding(given[MASK])
+            if cache.held and not torch.compiler.is_compiling() and cache.counts_places(given.get(POSITIONS)):
+                front.refuse_late_padding(given[MASK], tokens)
             given[MASK] = front.extend(given[MASK], tokens)
 
     def _put_rows_in(self, module: nn.Module, given: dict[str, Any], order: Order, tokens: int) -> None:
@@ -211,10 +211,11 @@ class SequenceOperator(Operator):
         changed = {name: given[name] + count for name in (POSITIONS, STEPS) if given.get(name) is not None}
         if not enter:
             return changed
-        if STEPS in changed:
-            changed[STEPS] = torch.cat([changed[STEPS].new_tensor(range(count)), changed[STEPS]], dim=-1)
-        if POSITIONS in changed:
-            places = given[POSITIONS] if given[POSITIONS].dim() > 1 else given[POSITIONS][None]
+        if (steps := changed.get(STEPS)) is not None:
+            first = torch.arange(count, device=steps.device, dtype=steps.dtype)
+            changed[STEPS] = torch.cat([first, steps], dim=-1)
+        if (places := given.get(POSITIONS)) is not None:
+            places = places if places.dim() > 1 else places[None]
             _refuse_packing(places, given)
             rows = order.first(places) + torch.arange(count, device=places.device, dtype=places.dtype)
             places = (places + count).expand(*rows.shape[:-1], -1)
@@ -247,9 +248,9 @@ class SequenceOperator(Operator):
     def _bind(self, form: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return {**dict(zip(self.names[form], args, strict=False)), **kwargs}
 
-    def _order(self, given: Mapping[str, Any], tokens: int) -> Order:
-        """Returns where the rows stand that enter with these arguments."""
-        return Order(self.length, padding_before(given.get(MASK), tokens), tokens)
+    def _order(self, mask: Any, batch: int, tokens: int) -> Order:
+        """Returns where the rows stand that enter now."""
+        return Order(self.length, padding_before(mask, batch, tokens), tokens)
 
     def _table(self, module: nn.Module) -> nn.Module:
         """Returns the token table, which may have been replaced since (resized); `module` is the stack or its

@@ -26,18 +26,18 @@ RECURRENT = ("linear_attention", "conv")
 """The kinds whose masks, [batch, queries], are for the tokens of this forward alone."""
 
 
-def padding_before(mask: Any, tokens: int) -> Tensor | None:
+def padding_before(mask: Any, batch: int, tokens: int) -> Tensor | None:
     """Returns how many of the first places of each sequence nobody sees, [batch], given the mask of the forward that
-    the rows enter with, and its number of tokens; None where it says nothing.
+    the rows enter with, and its size; None where it says nothing.
 
     A sequence of nothing but padding has its last place behind the rows.
     """
     if isinstance(mask, Mapping):
-        told = (padding_before(each, tokens) for each in mask.values())
+        told = (padding_before(each, batch, tokens) for each in mask.values())
         return next((before for before in told if before is not None), None)
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
-    return hidden_before(mask).clamp(max=tokens - 1)
+    return hidden_before(mask).clamp(max=tokens - 1).expand(batch)
 
 
 def hidden_before(mask: Tensor) -> Tensor:
@@ -76,10 +76,9 @@ class Front:
     def count(self) -> int:
         return self.order.count
 
-    def refuse_late_padding(self, mask: Any) -> None:
-        """Refuse padding that came after the rows, where its places count.
-
-        A sequence of which nothing but padding came with the rows (a short one in a prefill by chunks) has them there.
+    def refuse_late_padding(self, mask: Any, queries: int) -> None:
+        """Refuse padding that comes after the rows, where its places count: a sequence of which nothing but padding
+        came with the rows (a short one in a prefill by chunks) goes on with some. The next forward shows it.
 
         Raises:
             SequenceError: there is such a sequence.
@@ -90,7 +89,9 @@ class Front:
             first = 0
             if each.dim() == 4:
                 sliding = kind == SLIDING or (not kind and self._slides_everywhere())
-                first = max(self.cache.sizes(each.shape[-2], sliding)[1] - self.count, 0)
+                first = max(self.cache.sizes(queries, sliding)[1] - self.count, 0)
+            elif each.shape[1] != self.order.tokens + queries:
+                continue
             if first < self.order.tokens and bool((hidden_before(each) + first > self.order.tokens).any()):
                 raise SequenceError(
                     f"a sequence begins with more padding than the {self.order.tokens} tokens that came with the soft "
@@ -98,7 +99,11 @@ class Front:
                 )
 
     def _padding(self, mask: Tensor) -> Tensor:
-        return self.order.put(torch.cat([mask.new_ones(len(mask), self.count), mask], dim=1))
+        whole, before = torch.cat([mask.new_ones(len(mask), self.count), mask], dim=1), self.order.before
+        if before is None:
+            return whole
+        at, before = torch.arange(whole.shape[1], device=mask.device), before.to(mask.device)[:, None]
+        return torch.where(at < before + self.count, (at >= before).to(mask.dtype), whole)
 
     def _of_kind(self, kind: str, mask: Any, queries: int) -> Any:
         if kind in RECURRENT:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -298,7 +298,7 @@ class BeforeThePadding(SequenceOperator):
     def rows(self, embeds: Tensor) -> Tensor:
         return self.prompt
 
-    def _order(self, given: Mapping[str, Any], tokens: int) -> Order:
+    def _order(self, mask: Any, batch: int, tokens: int) -> Order:
         return Order(2)
 
 

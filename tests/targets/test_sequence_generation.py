@@ -172,13 +172,15 @@ def test_encoder_decoders(name: str, target: str, path: str, beams: int) -> None
     same(output, answer, scores)
 
 
+@pytest.mark.parametrize("left", [0, 2])
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "jamba", "zamba"])
-def test_states_take_the_rows_in(name: str) -> None:
+def test_states_take_the_rows_in(name: str, left: int) -> None:
     model = host(name)[0]
     base, _, rows = adapt(model)
     ids = tokens()
-    expected, scores = by_hand(base, rows, ids, torch.ones_like(ids))
-    same(model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY), expected, scores)
+    mask = padded(torch.ones_like(ids), left=left)
+    expected, scores = by_hand(base, rows, ids, mask)
+    same(model.generate(ids, attention_mask=mask, **GREEDY), expected, scores)
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])

@@ -125,6 +125,14 @@ def test_encoders(name: str) -> None:
         torch.testing.assert_close(ours[1, LEFT:], other[0], rtol=1e-5, atol=1e-5)
 
 
+def test_token_types() -> None:
+    model, _ = host("gpt2")
+    adapt(model)
+    (ids, mask), kinds = batch(), tokens(length=COUNT, seed=8)
+    together = model(input_ids=ids, attention_mask=mask, token_type_ids=kinds, **counted(model, mask)).logits
+    close(together[1, LEFT:], model(input_ids=ids[1:, LEFT:], token_type_ids=kinds[1:, LEFT:]).logits[0])
+
+
 @pytest.mark.parametrize("name", ["t5", "mt5"])
 def test_what_readers_of_an_encoder_see(name: str) -> None:
     """The rows come first in the encoder's output, whatever was padded."""
@@ -168,6 +176,20 @@ def test_final_masks_tell_of_padding_too(name: str, kind: torch.dtype) -> None:
     close(together[0], model(input_ids=ids[:1]).logits[0])
 
 
+def test_a_final_mask_for_all_sequences() -> None:
+    model, _ = host("llama")
+    adapt(model)
+    ids, mask = batch(count=6)
+    ids, mask = torch.cat([ids, ids]), mask[1:]
+    output = model(input_ids=ids, attention_mask=final(mask, torch.bool))
+    torch.testing.assert_close(output.logits[:, LEFT:], model(input_ids=ids[:, LEFT:]).logits, rtol=1e-5, atol=1e-5)
+    output.past_key_values.reorder_cache(torch.tensor([3, 2, 1, 0]))
+    longer = nn.functional.pad(mask, (0, 1), value=1).expand(4, -1)
+    further = model(input_ids=ids[:, :1], attention_mask=longer, past_key_values=output.past_key_values).logits
+    whole = torch.cat([ids.flip(0), ids[:, :1]], dim=1)[:, LEFT:]
+    torch.testing.assert_close(further, model(input_ids=whole).logits[:, -1:], rtol=1e-5, atol=1e-5)
+
+
 def test_a_final_mask_of_another_size_is_refused() -> None:
     model, _ = host("llama")
     adapt(model)
@@ -202,6 +224,35 @@ def test_a_cache_knows_where_the_rows_of_its_sequences_stand(name: str, way: str
     output = model(input_ids=ids[order, 9:], past_key_values=cache, **given).logits[:, -1]
     alone = torch.cat([model(input_ids=each).logits[:, -1] for each in (ids[:1], ids[1:, LEFT:])])
     close(output, alone[order])
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl", "gemma3"])
+def test_images_behind_padding(name: str) -> None:
+    """Gemma 3 makes final masks by kind of layer, in which images see all of themselves."""
+    model, inputs = host(name)
+    adapt(model)
+    alone = model(**inputs, use_cache=False).logits
+    along = {key: value for key, value in inputs.items() if value.shape == inputs["input_ids"].shape}
+    along["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    longer = {**inputs, **{key: nn.functional.pad(value, (LEFT, 0)) for key, value in along.items()}}
+    torch.testing.assert_close(model(**longer, use_cache=False).logits[:, LEFT:], alone, rtol=1e-5, atol=1e-5)
+    given: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**{**inputs, "attention_mask": along["attention_mask"]}, **given)
+    for path in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
+        assert torch.equal(model.generate(**longer, **given, **path)[:, -6:], expected[:, -6:])
+
+
+@pytest.mark.parametrize("name", ["short_mistral", "hybrid"])
+@pytest.mark.parametrize("path", [{}, {"cache_implementation": "static"}])
+def test_beams(name: str, path: dict[str, Any]) -> None:
+    model, _ = host(name)
+    adapt(model)
+    ids, mask = batch()
+    given = {"num_beams": 3, "max_new_tokens": 7, "min_new_tokens": 7, "do_sample": False, "pad_token_id": 0, **path}
+    together = model.generate(ids, attention_mask=mask, **given)
+    for row, left in ((0, 0), (1, LEFT)):
+        alone = model.generate(ids[row : row + 1, left:], attention_mask=mask[row : row + 1, left:], **given)
+        assert torch.equal(together[row, left:], alone[0])
 
 
 CHUNKS = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "prefill_chunk_size": LEFT}

@@ -5,7 +5,9 @@
 P stands in front of the embedded tokens, behind any scaling of the embeddings, and sees what tokens there would see.
 Outputs have the shape they have without it: its rows are dropped before anything scores or pools, so labels need no
 change, and the loss counts what the tokens predict. (Other implementations also count how the last row of P predicts
-the first token.) In encoder-decoder models P stands in the encoder, and the decoder attends to it.
+the first token.) Where a sequence of a batch is padded on the left, P stands behind the padding, and the sequence gives
+what it gives alone. (Others put P before it, further from the tokens.) In encoder-decoder models P stands in the
+encoder, and the decoder attends to it.
 
 Never identity at the start: anything in front moves the outputs. P starts as embeddings of tokens drawn from the
 vocabulary, of given tokens, or uniform in +-0.5. Parameters: length * d.
