@@ -37,7 +37,7 @@ from peftcore.injection.applying import apply, plan
 from peftcore.injection.injection import Injection
 from peftcore.injection.quantization import Scheme, dequantize, quantize, round_trip, scheme, scheme_key, schemes
 from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of
-from peftcore.injection.switching import activate, call, route
+from peftcore.injection.switching import activate, call, route, using
 from peftcore.layers.kernels import dropped_linear, matmul_transposed, runs_plain
 from peftcore.layers.kinds import Transposed
 from peftcore.layers.layer import Layer, Slices, bias_name
@@ -156,6 +156,7 @@ __all__ = [
     "schemes",
     "self_attention_cache",
     "to_lora",
+    "using",
     "with_tensors",
 ]
 

@@ -82,6 +82,16 @@ class MissingContext(PeftcoreError, LookupError):
     """A method needs a value for which forward has no argument: ``with peftcore.call(model, task=...)``."""
 
 
+class AmbiguousChoice(PeftcoreError, RuntimeError):
+    """A thread has no choice of its own, and may work for blocks that are open elsewhere; say in it what acts:
+    ``peftcore.using(model, name)(function, ...)``."""
+
+
+class BlockOrderError(PeftcoreError, RuntimeError):
+    """Blocks of `activate`, `route` or `call` overlap, or what was started in one outlives it; take the choice for one
+    call: ``peftcore.using(model, name)(function, ...)``."""
+
+
 class AmbiguousBackward(PeftcoreError, RuntimeError):
     """A layer is recomputed inside backward, and several forwards under different choices could be meant."""
 

@@ -20,7 +20,7 @@ from peftcore.contract.method import Method
 from peftcore.contract.operators import Factors, _Base, changes_bias, is_mergeable
 from peftcore.errors import ConfigError, MergeError, NotMergeable, UnknownInjection, UnknownMethod, UnsupportedSite
 from peftcore.files.save_load import fill, load
-from peftcore.forward.host_state import injections
+from peftcore.forward.host_state import injections, state_of
 from peftcore.injection.applying import check_name, establish, prepare
 from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import whole
@@ -161,15 +161,20 @@ def established(
     instead: Sequence[str] = (),
 ) -> Injection:
     """Returns a new injection of a method whose selections are known already. It is frozen, as if loaded, and active;
-    the injections named in `instead` are deactivated."""
+    the injections named in `instead` are deactivated.
+
+    Raises:
+        RouteError, CompositionError: a route or composition that is in force stands on one of these.
+    """
+    if (state := state_of(model)) is not None:
+        state.choices.check_free(instead)
     saved = {
         key: [{"module_path": s.module_path, "tensor": s.tensor, "role": s.role, "slices": s.slices} for s in sites]
         for key, sites in selections.items()
     }
     surgeon = prepare(model, method(), config, Wishes(train=train, dtype=dtype, saved=saved), None, dry=False)
-    injection = establish(surgeon, check_name(model, name))
+    injection = establish(surgeon, check_name(model, name), instead=instead)
     injection.trainable(False)
-    injection.state.choose([each for each in injection.state.current() if each not in instead])
     return injection
 
 
@@ -211,6 +216,7 @@ def to_lora(injection: Injection, rank: int, name: str | None = None) -> tuple[I
         NotMergeable: the method makes no change of weights.
         UnsupportedSite: it changes vectors (biases, norms), of which no product of factors is one.
         UnknownMethod: LoRA is not installed.
+        RouteError, CompositionError: a route or composition that is in force stands on the old one.
     """
     warn_of_heads([injection])
     found = through(_matrices(changes(injection)).items(), "factors of changes")
@@ -294,6 +300,7 @@ def combine(
     Raises:
         ConfigError: `rank` or `density` is missing or of no use here, or the adapters do not fit together.
         NotMergeable, UnsupportedSite, UnknownInjection, UnknownMethod, CheckpointError: nothing was changed.
+        RouteError, CompositionError: a route or composition that is in force stands on one of them.
     """
     check_name(model, name)
     if not sources:

@@ -5,6 +5,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `active_adapters`: which adapters are active, on which rows of a batch.
 - `checkpoints`: which forward a checkpoint repeats inside backward.
 - `context`: the context of one forward of the model, which backward may repeat.
+- `scopes`: for whom a choice holds, and until when.
 - `cache`: what is computed from weights, kept while nobody writes to them.
 - `instance_methods`: methods of a model that do something else while it is adapted.
 - `save_pretrained`: other libraries' saving writes the bare base.

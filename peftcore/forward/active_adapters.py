@@ -1,9 +1,10 @@
-"""The choice of a thread: which injections are active, on which rows of a batch, in what context and composition."""
+"""A choice: which injections are active, on which rows of a batch, in what context and composition. It is a value: what
+is changed in it leaves the rest as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -45,6 +46,17 @@ class Route:
         times, index = self._times(count), self.index.to(device)
         return index if times == 1 else index.repeat_interleave(times)
 
+    def without(self, name: str) -> Route:
+        """Returns the route in which the rows of an injection run the bare base model; all others stay as they are."""
+        if name not in self.names:
+            return self
+        gone = self.names.index(name)
+        left = tuple(each for each in self.names if each != name)
+        with torch.inference_mode(False):  # a later forward may train
+            index = torch.where(self.index == gone, -1, self.index - (self.index > gone).to(self.index.dtype))
+        positions = tuple(-1 if each == gone else each - (each > gone) for each in self.positions)
+        return Route(left, index, self.copies, positions)
+
     def _times(self, count: int) -> int:
         times, rest = divmod(count, len(self.index))
         if rest:
@@ -70,7 +82,11 @@ class Route:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The active injections of one thread, with its route, context and composition."""
+    """The active injections, with a route, context and composition.
+
+    A route or composition says all that acts. With a route, `active` is what acts outside of it; with a composition,
+    the parts of a name that is not in `active` run the bare base model.
+    """
 
     active: Active = ()
     route: Route | None = None
@@ -88,6 +104,19 @@ class Choice:
     def acting(self) -> Active:
         """The names that act on any row."""
         return self.active if self.route is None else self.route.names
+
+    @property
+    def bound(self) -> Active:
+        """The names that a route or a composition stands on: none can be taken from the model without breaking it."""
+        if self.route is not None:
+            return self.route.names
+        return () if self.composition is None else tuple(self.composition.names())
+
+    def without(self, name: str) -> Choice:
+        """Returns the choice in which an injection acts nowhere: its rows of a route and its parts of a composition run
+        the bare base model, and all others stay as they are."""
+        active = tuple([each for each in self.active if each != name])
+        return replace(self, active=active, route=None if self.route is None else self.route.without(name))
 
     def same(self, other: Choice) -> bool:
         """Whether two forwards under these choices compute the same."""

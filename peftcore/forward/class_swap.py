@@ -11,14 +11,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from threading import get_ident
 from types import MethodType
 from typing import Any
 
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.forward.context import remember_in_checkpoint
+from peftcore.forward.context import HERE, remember_in_checkpoint
 from peftcore.forward.host_state import HostState
 from peftcore.forward.run import Forward, run
 from peftcore.forward.slot import Slot, slot_of
@@ -39,14 +38,14 @@ def _grafted_forward(base: type[nn.Module]) -> Callable[..., Any]:
         if slot is None:
             return plain(self, *args, **kwargs)
         state = slot.state
-        if is_dynamo_compiling() or state.calm != get_ident() or state.threads:
+        if is_dynamo_compiling() or (calm := HERE.calm) is None or calm.state is not state:
             choice = state.entered(self.training)
             planned = slot.plan_for(choice)
             recorded = not is_dynamo_compiling()
         else:  # at a token each step counts
-            choice, ahead = state.choice, slot.planned
+            choice, ahead = calm.choice, slot.planned  # type: ignore[assignment]  # what is calm has a choice
             planned = ahead if ahead is not None and ahead.key is choice.key else slot.plan_for(choice)
-            recorded = state.recorded
+            recorded = calm.recorded
         if recorded:
             remember_in_checkpoint(state, choice)
         if not args and first in kwargs:

@@ -35,21 +35,37 @@ _CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
 """The names under which transformers hands its caches on."""
 
 
+class Token:
+    """Stands for a thread. The system gives the numbers of threads that ended to new ones."""
+
+
 class _Threads(threading.local):
     """The forward contexts that one thread has open."""
 
     def __init__(self) -> None:
+        self.token = Token()
         self.calls: list[ForwardContext] = []
+        self.calm: ForwardContext | None = None
+        """The forward of a host that runs now, where its modules need not ask what was chosen: they take its choice."""
+        self.traced: tuple[object, Choice] | None = None
+        """The choice for one call that runs now, with the `Choices` of its host, for code that torch.compile traces."""
         self.outside: weakref.ref[ForwardContext] | None = None
         """The context for a part of the host that runs by itself; the host's state holds it."""
         self.announced: dict[int, tuple[int, weakref.ref[ForwardContext]]] = {}
         """By host: the backward pass (its number) and the forward that it goes through now, which its graph holds."""
 
+    def disturb(self) -> None:
+        """Let the modules of all forwards that this thread runs ask again what was chosen: something else may be."""
+        for call in self.calls:
+            call.calm = False
+        self.calm = None
 
-_HERE = _Threads()
-_TRACED: list[ForwardContext] = []
-"""The open contexts of all threads, for code that torch.compile traces: it follows a plain list, not
-thread-local storage."""
+    def settle(self) -> None:
+        """Let modules follow the innermost forward that runs."""
+        self.calm = self.calls[-1] if self.calls and self.calls[-1].calm else None
+
+
+HERE = _Threads()
 
 
 graph_task: Callable[[], int] = torch._C._current_graph_task_id
@@ -89,7 +105,7 @@ class ForwardContext:
         self.state, self.choice = state, choice
         self.taps: list[tuple[int, Any, bool]] = []
         self.losses: list[Tensor] = []
-        self.open = True
+        self.open, self.calm = True, False
         self.frame: FrameType | None = None
         """The call of the host whose forward it is."""
         self.recorded = torch.is_grad_enabled() or (model is not None and model.training)
@@ -128,26 +144,30 @@ class ForwardContext:
         if self.open:
             self.losses.append(loss)
 
-    def without(self, name: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run ``run(*args, **kwargs)`` once more with the injection `name` off, in this thread alone.
+    def without(self, adapter: str | nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run ``run(*args, **kwargs)`` once more with one injection off, in this thread alone.
 
-        Caches are copied for it, so the pass sees what is in them and leaves them as they are.
+        In a route its rows run the bare base model, in a composition its parts; what else acts stays as it is. Caches
+        are copied for the pass, so it sees what is in them and leaves them as they are.
+
+        Args:
+            adapter: an operator of the injection, which an operator has in itself: ``without(self, call, x)``; or the
+                injection's name.
+            run: what to run, such as the operator's ``call``.
+            args: its arguments, with `kwargs`.
+
+        Raises:
+            UnknownInjection: the operator belongs to no injection of the host.
         """
-        state, ident = self.state, threading.get_ident()
+        state = self.state
         if state is None or self.choice is None:
             return run(*args, **kwargs)
-        before = state.threads.get(ident)
-        active = tuple(each for each in self.choice.active if each != name)
-        state.threads[ident] = dataclasses.replace(self.choice, active=active, route=None)
+        name = adapter if isinstance(adapter, str) else state.name_of(adapter)
+        choice = self.choice.without(name)
         kwargs = {key: copy.deepcopy(value) if key in _CACHES else value for key, value in kwargs.items()}
-        inner = ForwardContext(state, state.threads[ident], self._model, self._args, self._kwargs)
-        try:
+        inner = ForwardContext(state, choice, self._model, self._args, self._kwargs)
+        with state.choices.held(choice):
             output = run(*args, **kwargs)
-        finally:
-            if before is None:
-                del state.threads[ident]
-            else:
-                state.threads[ident] = before
         _announce(output, inner)
         return output
 
@@ -181,24 +201,24 @@ def forward_context() -> ForwardContext:
     context has no inputs.
     """
     if torch.compiler.is_compiling():
-        return _TRACED[-1] if _TRACED else _COMPILED_ALONE
+        return HERE.calls[-1] if HERE.calls else _COMPILED_ALONE
     if repeating():
         told = remembered(None)
         if told is not None:
             context: ForwardContext = told[1]
             return context
         here = graph_task()
-        for task, reference in reversed(_HERE.announced.values()):
+        for task, reference in reversed(HERE.announced.values()):
             call = reference()
             if task == here and call is not None:
                 return call
     _drop_interrupted()
-    return _HERE.calls[-1] if _HERE.calls else _outside() or ForwardContext()
+    return HERE.calls[-1] if HERE.calls else _outside() or ForwardContext()
 
 
 def remember_in_checkpoint(state: HostState, choice: Choice) -> None:
     """Keep the choice, and the context of this forward, for the checkpoints in which a module of the host runs."""
-    here = next((call for call in reversed(_HERE.calls) if call.state is state), None)
+    here = next((call for call in reversed(HERE.calls) if call.state is state), None)
     if here is None or here.recorded:
         for kept in running():
             remember(kept, state, choice, here or _outside() or ForwardContext(state, choice))
@@ -207,15 +227,12 @@ def remember_in_checkpoint(state: HostState, choice: Choice) -> None:
 def _drop_interrupted() -> None:
     """Close the contexts of forwards that do not run any more: torch calls no hook when a KeyboardInterrupt or a
     SystemExit ends a forward."""
-    while _HERE.calls and not _runs(_HERE.calls[-1].frame):
-        interrupted = _HERE.calls.pop()
-        _TRACED.remove(interrupted)
-        interrupted.close()
-        if interrupted.state is not None:
-            interrupted.state.calm = None
+    while HERE.calls and (frame := HERE.calls[-1].frame) is not None and not _runs(frame):
+        HERE.calls.pop().close()
+        HERE.settle()
 
 
-def _runs(wanted: FrameType | None) -> bool:
+def _runs(wanted: FrameType) -> bool:
     """Whether a call still runs in this thread."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not wanted:
@@ -224,7 +241,7 @@ def _runs(wanted: FrameType | None) -> bool:
 
 
 def _outside() -> ForwardContext | None:
-    return None if _HERE.outside is None else _HERE.outside()
+    return None if HERE.outside is None else HERE.outside()
 
 
 class Tap:
@@ -270,17 +287,19 @@ class Recorder:
         """Open a context, before the host runs."""
         if not torch.compiler.is_compiling():
             _drop_interrupted()
-        choice = state.now()
-        call = ForwardContext(state, choice, model, args, kwargs)
-        _TRACED.append(call)
+        call = ForwardContext(state, None, model, args, kwargs)
+        HERE.calls.append(call)  # before anything can raise: `leave` comes in any case
         if torch.compiler.is_compiling():
+            call.choice = state.now()
             state.silent_layers = None  # it cannot watch compiled code, where a checkpoint must not leave marks
             return
         call.frame = sys._getframe(2)  # torch's, which called the hook
-        _HERE.calls.append(call)
-        if _HERE.outside is not None:
-            _HERE.outside = None
-            state.outside.pop(threading.get_ident(), None)
+        HERE.calm = None
+        call.choice = choice = state.now()
+        state.check(choice)
+        if HERE.outside is not None:
+            HERE.outside = None
+            state.outside.pop(HERE.token, None)
         if state.placement is not None:
             state.placement.check(model, state, choice.acting)
         if (silent_layers := state.silent_layers) is not None:
@@ -289,20 +308,18 @@ class Recorder:
             _check_rows(call, choice.route)
         if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
             self.note(choice)
-            state.calm = threading.get_ident() if choice is state.choice else None
-            state.recorded = call.recorded
+            HERE.calm, call.calm = call, True
 
     def leave(self, state: HostState, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         """Close the context, after the host ran, also when it raised."""
-        calls = _TRACED if torch.compiler.is_compiling() else _HERE.calls
-        if not calls:
+        if not HERE.calls:
             return None  # tracing failed half-way: nothing was opened here
-        call = calls.pop()
-        if calls is not _TRACED:
-            _TRACED.remove(call)
-            state.calm = None
+        call = HERE.calls.pop()
+        if not torch.compiler.is_compiling():
+            HERE.settle()
         call.close()
-        if calls is not _TRACED and output is not None and (silent_layers := state.silent_layers) is not None:
+        watched = output is not None and not torch.compiler.is_compiling()
+        if watched and (silent_layers := state.silent_layers) is not None:
             silent_layers.judge(state, model.training)
         if output is None or not torch.is_grad_enabled():
             return None
@@ -324,14 +341,15 @@ class Recorder:
     def visit(self, state: HostState, choice: Choice, training: bool) -> None:
         """Record that a grafted module runs. Where the host itself does not (through `forward_features`, an encoder by
         itself), this opens a context without inputs, until the next forward of the host."""
-        if _HERE.calls:
+        if HERE.calls:
             return
         outside = _outside()
         if outside is None or outside.state is not state or outside.choice is not choice:
+            state.check(choice)
             if state.placement is not None and choice.acting:
                 state.placement.check(state.injections[choice.acting[0]].model, state, choice.acting)
-            outside = state.outside[threading.get_ident()] = ForwardContext(state, choice)
-            _HERE.outside = weakref.ref(outside)
+            outside = state.outside[HERE.token] = ForwardContext(state, choice)
+            HERE.outside = weakref.ref(outside)
         if training and not repeating():
             self.note(choice)
 
@@ -396,9 +414,9 @@ def _announce(output: Any, call: ForwardContext) -> None:
     state = call.state
 
     def announce(gradients: tuple[Any, ...]) -> None:
-        _HERE.announced[id(state)] = graph_task(), weakref.ref(call)
+        HERE.announced[id(state)] = graph_task(), weakref.ref(call)
         state.recorder.drained = True
-        state.calm = None  # a forward of the host may be under way: a module that runs again in its middle must ask
+        HERE.disturb()  # a forward of the host may be under way: a module that runs again in its middle must ask
 
     for tensor in _tensors(output):
         if tensor.grad_fn is not None:
@@ -416,7 +434,7 @@ def replayed(state: HostState) -> Choice:
     if told is not None:
         choice: Choice = told[0]
         return choice
-    task, reference = _HERE.announced.get(id(state), (-1, None))
+    task, reference = HERE.announced.get(id(state), (-1, None))
     call = None if reference is None else reference()
     if task == graph_task() and call is not None and call.choice is not None:
         return call.choice
@@ -427,7 +445,7 @@ def replayed(state: HostState) -> Choice:
             "recomputed layer cannot tell which one it belongs to; run backward after each forward, or use "
             "non-reentrant checkpointing on the host's own outputs"
         )
-    return recent[0] if recent else state.threads.get(threading.get_ident(), state.choice)
+    return recent[0] if recent else state.choices.here()
 
 
 Call, current_call = ForwardContext, forward_context

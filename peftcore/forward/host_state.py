@@ -1,19 +1,15 @@
-"""The state of an adapted model: its injections, which of them are active in which thread, and the open forward
-context.
+"""The state of an adapted model: its injections, which of them are active for whom, and the open forward context.
 
-`HostState` is one plain object on the root of an adapted host. The thread that applied the first injection owns it:
-what it chooses holds for every thread that has not chosen for itself; any other thread chooses for itself alone, so
-two threads never meet. A forward that runs inside backward (gradient checkpointing) follows the choice of the forward
-that it repeats; see `peftcore.forward.context`.
+`HostState` is one plain object on the root of an adapted host. For whom a choice holds says `peftcore.forward.scopes`.
+A forward that runs inside backward (gradient checkpointing) follows the choice of the forward that it repeats; see
+`peftcore.forward.context`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Collection, Iterable
-from contextlib import AbstractContextManager
+import weakref
+from collections.abc import Collection, Iterable, MutableMapping
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,10 +19,11 @@ from torch.utils.hooks import RemovableHandle
 from peftcore.errors import UnknownInjection
 from peftcore.forward.active_adapters import Active, Choice
 from peftcore.forward.adapter_modules import note_lacking
-from peftcore.forward.context import ForwardContext, Recorder, graph_task, replayed
+from peftcore.forward.context import ForwardContext, Recorder, Token, graph_task, replayed
 from peftcore.forward.generate import GeneratesFromCache
 from peftcore.forward.instance_methods import give_methods_back, replace_methods
 from peftcore.forward.save_pretrained import SavesBase
+from peftcore.forward.scopes import Choices
 from peftcore.roles.token_tables import token_count
 
 if TYPE_CHECKING:
@@ -43,9 +40,7 @@ class HostState:
     """The state that peftcore keeps on the root module of one adapted model."""
 
     injections: dict[str, Injection] = field(default_factory=dict)
-    choice: Choice = field(default_factory=Choice)
-    owner: int = field(default_factory=threading.get_ident)
-    threads: dict[int, Choice] = field(default_factory=dict)
+    choices: Choices = field(init=False)
     frozen: list[nn.Parameter] = field(default_factory=list)
     """Parameters whose requires_grad was turned off, to be turned on again when the last injection goes."""
 
@@ -56,15 +51,11 @@ class HostState:
     placement: Placement | None = None
     """Watches that adapted modules stay in the model."""
 
+    removals: int = 0
+    """The number of injections that were removed: without one, names mean what they meant, in the same order."""
+
     silent_layers: SilentLayers | None = None
     """Watches that adapted sites run, until the host is compiled."""
-
-    calm: int | None = None
-    """The thread in which a forward of the host runs by the owner's choice: its modules need not ask what was chosen,
-    unless somebody chooses for a thread alone."""
-
-    recorded: bool = True
-    """Whether backward may repeat that forward."""
 
     tokens: int = 0
     """The rows that the host's token tables had when the first adapter came; 0 of a host that names none."""
@@ -73,26 +64,32 @@ class HostState:
     """Of the hook by which a state dict that lacks adapters is not loaded as a whole one."""
 
     recorder: Recorder = field(default_factory=Recorder)
-    outside: dict[int, ForwardContext] = field(default_factory=dict)
+    outside: MutableMapping[Token, ForwardContext] = field(default_factory=weakref.WeakKeyDictionary)
     """By thread: the forward context of parts that run without the host. Held here, so that it ends with the host."""
 
+    def __post_init__(self) -> None:
+        self.choices = Choices(self)
+
     @property
-    def active(self) -> Active:
-        """The names that are active in every thread that did not choose for itself."""
-        return self.choice.active
+    def choice(self) -> Choice:
+        """What holds for everybody who did not choose for themselves."""
+        return self.choices.choice
 
     def now(self) -> Choice:
-        """Returns the choice of this thread; in a forward repeated inside backward, the choice that the first run saw.
-
-        While no other thread has chosen, this reads one attribute: torch.compile guards on it, one graph for each
-        active set.
-        """
-        if not torch.compiler.is_compiling() and graph_task() != -1:  # repeating(), at every site and token
+        """Returns the choice of this thread or task; in a forward repeated inside backward, the choice that the first
+        run saw."""
+        if torch.compiler.is_compiling():
+            return self.choices.traced()
+        if graph_task() != -1:  # repeating(), at every site and token
             return replayed(self)
-        return self.threads.get(threading.get_ident(), self.choice) if self.threads else self.choice
+        return self.choices.here()
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook on the host: opens a forward context."""
+        """Forward pre-hook on the host: opens a forward context. A host without injections has it as long as somebody
+        may have chosen one that is gone, and is to be told."""
+        if not self.injections and not self.current() and not self.choices.elsewhere():
+            drop_state(model)
+            return
         self.recorder.enter(self, model, args, kwargs)
 
     def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -111,49 +108,66 @@ class HostState:
         return self.now().acting
 
     def unmerged(self, active: Active) -> Active:
-        """Returns the names of `active` that are not merged into the weights."""
-        return tuple([name for name in active if not self.injections[name].merged])
+        """Returns the names of `active` that are not merged into the weights.
 
-    def choose(self, active: Iterable[str]) -> None:
-        """Set the active names for this thread (for all that did not choose, when this thread is the owner)."""
-        wanted = set(active)
-        names = tuple(name for name in self.injections if name in wanted)
-        self.set(Choice(names, None, self.now().context))
+        Raises:
+            UnknownInjection: one of them is gone.
+        """
+        here = self.injections
+        try:
+            return tuple([name for name in active if not here[name].merged])
+        except KeyError:
+            raise self._unknown(next(name for name in active if name not in here)) from None
 
-    def set(self, choice: Choice) -> None:
-        """Set the choice of this thread (of all that did not choose, when this thread is the owner)."""
-        ident = threading.get_ident()
-        if ident == self.owner and ident not in self.threads:
-            self.choice = choice
-            self.replan()
-        else:
-            self.threads[ident] = choice
+    def check(self, choice: Choice) -> None:
+        """Check that all injections are there that a choice lets act.
+
+        Raises:
+            UnknownInjection: one was removed.
+        """
+        here = self.injections
+        for name in choice.acting:
+            if name not in here:
+                raise self._unknown(name)
+
+    def _unknown(self, name: str) -> UnknownInjection:
+        return UnknownInjection(f"no injection named {name!r}; this host has: {', '.join(self.injections) or 'none'}")
+
+    def name_of(self, operator: nn.Module) -> str:
+        """Returns the name of the injection to which an operator belongs.
+
+        Raises:
+            UnknownInjection: it belongs to none.
+        """
+        for name, injection in self.injections.items():
+            if any(graft.operator is operator for graft in injection.grafts):
+                return name
+        raise UnknownInjection(f"this {type(operator).__name__} belongs to no injection of the host")
+
+    def ordered(self, names: Iterable[str]) -> Active:
+        """Returns names of injections in the order in which they were applied."""
+        wanted = set(names)
+        return tuple(name for name in self.injections if name in wanted)
 
     def replan(self) -> None:
-        """Let every slot plan for the current choice."""
-        for slot in self.slots:
-            slot.plan(self.choice)
+        """Let every slot plan for the choice that holds for everybody."""
+        choice = self.choice
+        if all(name in self.injections for name in (*choice.active, *choice.bound)):  # else its forward is refused
+            for slot in self.slots:
+                slot.plan(choice)
 
     def forget(self, name: str) -> None:
-        """Drop an injection from the state and from every choice that names it."""
+        """Drop an injection from the state, and from the stacks that this thread or task and everybody has."""
         del self.injections[name]
-
-        def without(choice: Choice) -> Choice:
-            route = choice.route if choice.route is None or name not in choice.route.names else None
-            composition = None if name in choice.active else choice.composition
-            return Choice(tuple(each for each in choice.active if each != name), route, choice.context, composition)
-
-        self.choice = without(self.choice)
-        self.threads = {ident: without(choice) for ident, choice in self.threads.items()}
-        self.replan()
+        self.removals += 1
+        self.choices.forget(name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state for copies and pickles, which start with one thread of their own and without a route."""
-        choice = Choice(self.choice.active, composition=self.choice.composition)
-        return {**self.__dict__, "threads": {}, "outside": {}, "choice": choice, "calm": None}
+        """Returns the state for copies and pickles, in which no forward runs."""
+        return {key: value for key, value in self.__dict__.items() if key != "outside"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, owner=threading.get_ident())
+        self.__dict__.update(state, outside=weakref.WeakKeyDictionary())
 
 
 def state_of(model: nn.Module) -> HostState | None:
@@ -197,39 +211,6 @@ def _unhook(model: nn.Module, state: HostState) -> None:
                 note.pop(key, None)
 
 
-class Chosen(AbstractContextManager["Chosen"]):
-    """Returned by `activate`, `route` and `call`: the choice is in force already; as a context manager it restores the
-    earlier one."""
-
-    def __init__(self, state: HostState, choice: Choice) -> None:
-        self._state = state
-        self._mine = state.threads.get(threading.get_ident())
-        self._before = state.now()
-        state.set(choice)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._mine is None and threading.get_ident() != self._state.owner:
-            self._state.threads.pop(threading.get_ident(), None)  # this thread had not chosen before
-        else:
-            self._state.set(self._alive(self._before))
-
-    def _alive(self, choice: Choice) -> Choice:
-        """Returns the choice without injections that were removed meanwhile."""
-        here = self._state.injections
-        gone = choice.route is not None and any(name not in here for name in choice.route.names)
-        active = tuple(name for name in choice.active if name in here)
-        return choice if active == choice.active and not gone else Choice(active, None, choice.context)
-
-
-def chosen(state: HostState, active: Iterable[str]) -> Chosen:
-    """Choose these names, in the order in which they were applied."""
-    wanted = set(active)
-    names = tuple(name for name in state.injections if name in wanted)
-    return Chosen(state, Choice(names, None, state.now().context))
-
-
 def injections(model: nn.Module) -> dict[str, Injection]:
     """Returns the host's injections by name, in the order in which they were applied."""
     state = state_of(model)
@@ -245,7 +226,5 @@ def known(model: nn.Module, names: Iterable[str]) -> HostState:
     state = state_of(model) or HostState()
     for name in names:
         if name not in state.injections:
-            raise UnknownInjection(
-                f"no injection named {name!r}; this host has: {', '.join(state.injections) or 'none'}"
-            )
+            raise state._unknown(name)
     return state

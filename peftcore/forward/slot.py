@@ -152,7 +152,7 @@ class Slot:
         distinct: dict[Active, ActivePlan] = {}
         ways = {}
         for names in branches([composition]):
-            here = tuple(name for name in names if name in self.mounts)
+            here = tuple(name for name in names if name in self.mounts and name in choice.active)
             if here not in distinct:
                 distinct[here] = self._acting(here)
             ways[names] = distinct[here]

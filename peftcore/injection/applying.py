@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.parameter import is_lazy
 from peftcore.contract.config import MethodConfig, dtype_of, matches, validate
 from peftcore.contract.method import Method
 from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
+from peftcore.forward.active_adapters import Choice
 from peftcore.forward.adapter_modules import AdapterModules
 from peftcore.forward.host_state import drop_state, ensure_state, state_of
 from peftcore.injection import freezing
@@ -167,6 +168,7 @@ def apply(
     """Adapt any module in place with a method; all of it, or nothing on an error.
 
     The base is frozen, the operators train, the injection is active. Other injections on the host stay as they are.
+    Inside of a route or composition their rows and parts stay, too: the new one joins the stack in force outside of it.
 
     Args:
         model: the host; changed in place, its class and parameter names stay.
@@ -238,9 +240,12 @@ def check_name(model: nn.Module, name: str) -> str:
     return name
 
 
-def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: bool = True) -> Injection:
+def establish(
+    surgeon: Surgeon, name: str, data: Data | None = None, *, active: bool = True, instead: Collection[str] = ()
+) -> Injection:
     """Install the recorded operators, register the injection with the host, and let the method look at the data, if
-    there is any. The injection is active from then on, unless `active` is False."""
+    there is any. The injection is active from then on, unless `active` is False, in place of those named in `instead`.
+    """
     model = surgeon.model
     fresh = state_of(model) is None
     state = ensure_state(model, surgeon.resolver.modules.values())
@@ -248,22 +253,24 @@ def establish(surgeon: Surgeon, name: str, data: Data | None = None, *, active: 
     state.injections[name] = injection
     state.placement = state.placement or Placement()
     thawed = surgeon.thawed
-    choice, threads = state.choice, dict(state.threads)
+    choices, before = state.choices, state.choices.saved()
     try:
         install(surgeon, state, name)
         freezing.freeze(thawed)
         if active:
-            state.choose((*state.current(), name))
+            stack = choices.add(name, instead)
         else:
+            stack = (name,)
             state.replan()
         injection.trainable(True)
         silent_layers.watch(surgeon, state, name)
-        if data is not None:
-            calibrate(injection, data)
+        if data is not None:  # the model that it looks at has it, in a route and a composition too
+            with choices.held(Choice(stack, context=choices.around().context)):
+                calibrate(injection, data)
     except BaseException:
         silent_layers.forget(state, name)
         del state.injections[name]
-        state.choice, state.threads = choice, threads
+        choices.restore(before)
         uninstall(surgeon, state, name)
         state.replan()
         freezing.thaw(thawed)

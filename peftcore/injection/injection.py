@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from peftcore.contract.operators import trainable_numbers
+from peftcore.contract.compositions import Stack
+from peftcore.contract.operators import Combiner, trainable_numbers
 from peftcore.errors import CompositionError, InactiveSite, MergeError, RouteError, UnknownInjection
 from peftcore.forward.class_swap import is_reached
-from peftcore.forward.host_state import Chosen, HostState, chosen, drop_state
+from peftcore.forward.host_state import HostState, drop_state
+from peftcore.forward.scopes import Chosen
 from peftcore.forward.slot import slot_of
 from peftcore.injection import merging
 from peftcore.injection.applied import AppliedMethod
@@ -112,23 +115,40 @@ class Injection(AppliedMethod):
         self.low_memory = mode
 
     def enabled(self) -> Chosen:
-        """Activate it besides the active ones; as a context manager, until the end of the block."""
+        """Activate it besides the active ones; as a context manager, until the end of the block. Upon a composition it
+        acts in all branches.
+
+        Raises:
+            RouteError: inside of a route, which says what acts on each row, and has no row for it.
+        """
         self._alive()
-        return chosen(self.state, (*self.state.current(), self.name))
+        choice, name = self.state.now(), self.name
+        if choice.route is not None and name not in choice.route.names:
+            raise RouteError(f"a route says what acts on each row, and {name!r} has none: name it in the route")
+        composition = choice.composition
+        if composition is not None and name not in choice.bound:
+            composition = Stack(composition, name)
+        active = choice.active if choice.route is not None else self.state.ordered((*choice.active, name))
+        return Chosen(self.state, replace(choice, active=active, composition=composition))
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Context manager without the injection, to the bit; a merged injection is unmerged meanwhile.
+        """Context manager without the injection, to the bit; a merged injection is unmerged meanwhile. In a route its
+        rows run the bare base model, in a composition its parts; all others stay as they are.
 
         Raises:
             MergeError: it is merged and the originals were not kept.
+            CompositionError: the composition in force needs it to combine outputs (`Fuse`).
         """
         self._alive()
+        choice = self.state.now()
+        if self.name in choice.bound and any(isinstance(graft.operator, Combiner) for graft in self.grafts):
+            raise CompositionError(f"{self.name!r} combines the outputs of others, and nothing can in its place")
         merged, keep, again = self.merged, self._keep, self._again
         if merged:
             self.unmerge()
         try:
-            with chosen(self.state, [name for name in self.state.current() if name != self.name]):
+            with Chosen(self.state, self.state.now().without(self.name)):
                 yield
         finally:
             if merged:
@@ -224,17 +244,23 @@ class Injection(AppliedMethod):
 
         Raises:
             NotMergeable, MergeError: as `merge`; the injection is still there.
+            RouteError, CompositionError: as `remove`.
         """
+        self._alive()
+        self.state.choices.check_free([self.name])
         self.merge(keep=None if not self.merged else self._keep)
         self._leave()
 
     def remove(self) -> None:
-        """Take it out: modules, classes, hooks, requires_grad and weights are as they were before it came.
+        """Take it out: modules, classes, hooks, requires_grad and weights are as they were before it came. What else
+        is chosen stays; where another thread or task chose it, that one's next forward raises UnknownInjection.
 
         Raises:
             MergeError: it is merged, and `unmerge` is impossible.
+            RouteError, CompositionError: a route or composition that is in force here stands on it.
         """
         self._alive()
+        self.state.choices.check_free([self.name])
         self.unmerge()
         self._leave()
 
@@ -369,4 +395,5 @@ class Injection(AppliedMethod):
         if not state.injections:
             thaw(state.frozen)
             release(self.model, state)
-            drop_state(self.model)
+            if not state.choices.elsewhere():  # else others are told first that their choice is gone
+                drop_state(self.model)

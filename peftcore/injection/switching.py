@@ -1,19 +1,28 @@
-"""Switching: `activate`, `route` and `call` choose the active injections of a model, until the next choice or the end
-of a block."""
+"""Switching: which injections of a model are active. `activate`, `route` and `call` choose until the next choice or the
+end of a block, `using` for one call."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+import concurrent.futures
+import inspect
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
 from peftcore.contract.compositions import Composition, Stack
-from peftcore.errors import MergeError, RouteError
+from peftcore.errors import BlockOrderError, ConfigError, MergeError, RouteError
 from peftcore.forward.active_adapters import Choice, Route
-from peftcore.forward.host_state import Chosen, HostState, chosen, known, state_of
+from peftcore.forward.host_state import HostState, known, state_of
+from peftcore.forward.scopes import Chosen
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Change = Callable[[Choice], Choice]
+"""Returns a choice that is made upon another one: what is not asked for stays as it was."""
 
 
 def activate(model: nn.Module, *names: str | Composition) -> Chosen:
@@ -25,28 +34,19 @@ def activate(model: nn.Module, *names: str | Composition) -> Chosen:
         with activate(model, "summarize"):
             model.generate(...)
 
-    Called in the thread that adapted the host, it holds for all threads that did not choose for themselves; in any
-    other thread it holds for that thread alone (use the context manager there). Frozen and trainable parameters stay as
-    they are.
+    As a statement in the thread that adapted the host, it holds for all threads and tasks that did not choose for
+    themselves; in any other thread for that thread alone. As a block it does so, too, but in an asyncio task, where it
+    holds for the task and what the task starts. Blocks are left in the order in which they were entered: in generators
+    that take turns, and wherever this cannot be seen, take the choice for one call (`using`). Frozen and trainable
+    parameters stay as they are.
 
     Raises:
         UnknownInjection: the host has no injection of such a name.
         CompositionError: an injection's outputs cannot be combined with those of others.
         MergeError: an injection in a composition is merged.
+        BlockOrderError: at the end of a block, one that was entered later is still open.
     """
-    plain = [name for name in names if isinstance(name, str)]
-    if len(plain) == len(names):
-        return chosen(known(model, plain), plain)
-    composition = names[0] if len(names) == 1 and isinstance(names[0], Composition) else Stack(*names)
-    state = known(model, composition.names())
-    wanted = set(composition.names())
-    active = tuple(name for name in state.injections if name in wanted)
-    for name in active:
-        if state.injections[name].merged:
-            raise MergeError(f"{name!r} is merged and acts in all branches; unmerge() it before composing")
-    for name in composition.combined():
-        state.injections[name].check_combinable()
-    return Chosen(state, Choice(active, None, state.now().context, composition))
+    return _now(*_activating(model, names))
 
 
 def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> Chosen:
@@ -58,7 +58,7 @@ def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> 
             model(**batch_of_three)
 
     Row by row the outputs equal separate passes. Any assignment of the same names shares one compiled graph. Holds for
-    threads as `activate` does.
+    threads and tasks as `activate` does.
 
     Args:
         model: the host.
@@ -69,20 +69,9 @@ def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> 
         UnknownInjection: the host has no injection of such a name.
         RouteError: a named injection cannot tell rows apart in this host, or (in forward) the batch has another length.
         MergeError: a named injection is merged, so it would act on every row.
+        BlockOrderError: at the end of a block, one that was entered later is still open.
     """
-    wanted = [name for name in names if name is not None]
-    state = known(model, wanted)
-    if not names:
-        raise RouteError("a route names one injection (or None) for each row; it got no rows")
-    used = tuple(name for name in state.injections if name in set(wanted))
-    for name in used:
-        if state.injections[name].merged:
-            raise MergeError(f"{name!r} is merged and acts on every row; unmerge() it before routing")
-        state.injections[name].check_routable()
-    positions = [-1 if name is None else used.index(name) for name in names]
-    device = next((parameter.device for parameter in model.parameters()), None)
-    routed = Route(used, torch.tensor(positions, device=device), copies, tuple(positions))
-    return Chosen(state, replace(state.now(), route=routed, composition=None))
+    return _now(*_routing(model, names, copies))
 
 
 def call(model: nn.Module, **context: Any) -> Chosen:
@@ -92,7 +81,155 @@ def call(model: nn.Module, **context: Any) -> Chosen:
 
         with call(model, task="rte"):
             model(**batch)
+
+    Holds for threads and tasks as `activate` does.
     """
     state = state_of(model) or HostState()
-    now = state.now()
-    return Chosen(state, replace(now, context={**now.context, **context}))
+    return Chosen(state, _telling(context)(state.now()))
+
+
+def using(
+    model: nn.Module, *adapters: str | Composition | Sequence[str | None] | None, copies: int = 1, **context: Any
+) -> Using:
+    """Choose for one call, and for nothing but what that call runs: the form that is safe in every thread, task and
+    generator.
+
+        answer = using(model, "summarize")(model.generate, ids)
+        answer = await asyncio.to_thread(using(model, "summarize"), model.generate, ids)
+        Thread(target=using(model, "summarize"), args=(model.generate, ids)).start()
+
+    Args:
+        model: the host.
+        adapters: names and compositions, as `activate` takes them; one list, as `route` takes it; None for the bare
+            base model. Without any, what is active stays, and `context` is given to it.
+        copies: see `route`.
+        context: values for methods, as `call` gives them.
+
+    Returns:
+        A function ``(function, *args, **kwargs)`` that runs ``function(*args, **kwargs)`` and returns its result, as
+        often as it is called. Of a generator it runs one step: ``using(model, "summarize")(next, generator)``.
+
+    Raises:
+        ConfigError: nothing says what acts, or a list is given with something else.
+        UnknownInjection, CompositionError, MergeError, RouteError: as `activate` and `route`, here and in the call.
+        BlockOrderError: when it is called, with a function that returns before it has run: a coroutine or generator.
+    """
+    names = [each for each in adapters if isinstance(each, str | Composition)]
+    rows = [tuple(each) for each in adapters if isinstance(each, Sequence) and not isinstance(each, str)]
+    told = _telling(context) if context else None
+    if not adapters and told is not None:
+        return Using(model, lambda: (state_of(model) or HostState(), None), told)
+    if adapters == (None,) or (adapters and len(names) == len(adapters)):
+        return Using(model, lambda: _activating(model, names), told)
+    if len(adapters) == len(rows) == 1:
+        return Using(model, lambda: _routing(model, rows[0], copies), told)
+    raise ConfigError(
+        f"{adapters} says not what acts: name adapters and compositions, or give one list with a name for each row, or "
+        "None for the bare base model"
+    )
+
+
+class Using:
+    """Returned by `using`: runs functions under a choice."""
+
+    def __init__(
+        self, model: nn.Module, find: Callable[[], tuple[HostState, Change | None]], told: Change | None
+    ) -> None:
+        self._model, self._find, self._told = model, find, told
+        self._made = self._make()
+
+    def __call__(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        made = self._made
+        state = made.state
+        if (state_of(self._model) or state) is not state or state.removals != made.removals:
+            made = self._made = self._make()  # other injections are there
+            state = made.state
+        before = state.now() if made.change is None else state.choices.around()
+        if before is not made.before:  # mostly it is: what is kept for a choice stays valid from call to call
+            made = self._made = replace(made, before=before, choice=self._upon(before, made.change))
+        _check(state, made.choice)
+        with state.choices.held(made.choice, frozenset(threading.enumerate())):
+            result = function(*args, **kwargs)
+        if _is_yet_to_run(result):
+            raise BlockOrderError(
+                f"the function returned a {type(result).__name__}, which runs when the call is over: call each step of "
+                "a generator, using(model, name)(next, generator); in a coroutine, call what it calls, or use a block, "
+                "with peftcore.activate(model, name); give executors using(model, name) as the function"
+            )
+        return result
+
+    def _make(self) -> _Made:
+        state, change = self._find()
+        before = state.choices.around()
+        return _Made(state, state.removals, change, before, self._upon(before, change))
+
+    def _upon(self, before: Choice, change: Change | None) -> Choice:
+        choice = before if change is None else change(before)
+        return choice if self._told is None else self._told(choice)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Made:
+    """A choice that was made upon another one, and what it depends on."""
+
+    state: HostState
+    removals: int
+    change: Change | None
+    before: Choice
+    choice: Choice
+
+
+def _is_yet_to_run(result: object) -> bool:
+    if isinstance(result, concurrent.futures.Future):
+        return not result.done()
+    return inspect.isgenerator(result) or inspect.isasyncgen(result) or inspect.isawaitable(result)
+
+
+def _now(state: HostState, change: Change) -> Chosen:
+    return Chosen(state, change(state.choices.around()))
+
+
+def _activating(model: nn.Module, names: Sequence[str | Composition]) -> tuple[HostState, Change]:
+    plain = [name for name in names if isinstance(name, str)]
+    if len(plain) == len(names):
+        composition, state = None, known(model, plain)
+        active = state.ordered(plain)
+    else:
+        composition = names[0] if len(names) == 1 and isinstance(names[0], Composition) else Stack(*names)
+        state = known(model, composition.names())
+        active = state.ordered(composition.names())
+        for name in composition.combined():
+            state.injections[name].check_combinable()
+    choice = Choice(active, None, {}, composition)
+    _check(state, choice)
+    return state, lambda before: replace(choice, context=before.context)
+
+
+def _routing(model: nn.Module, names: Sequence[str | None], copies: int) -> tuple[HostState, Change]:
+    wanted = [name for name in names if name is not None]
+    state = known(model, wanted)
+    if not names:
+        raise RouteError("a route names one injection (or None) for each row; it got no rows")
+    used = state.ordered(wanted)
+    positions = [-1 if name is None else used.index(name) for name in names]
+    device = next((parameter.device for parameter in model.parameters()), None)
+    routed = Route(used, torch.tensor(positions, device=device), copies, tuple(positions))
+    _check(state, Choice((), routed))
+    for name in used:
+        state.injections[name].check_routable()
+    return state, lambda before: replace(before, route=routed, composition=None)
+
+
+def _telling(context: Mapping[str, Any]) -> Change:
+    return lambda before: replace(before, context={**before.context, **context})
+
+
+def _check(state: HostState, choice: Choice) -> None:
+    """Check that the injections of a choice are there, and that none that a route or a composition stands on is
+    merged."""
+    state.check(choice)
+    for name in choice.bound:
+        if state.injections[name].merged:
+            if choice.route is not None:
+                raise MergeError(f"{name!r} is merged and acts on every row; unmerge() it before routing")
+            raise MergeError(f"{name!r} is merged and acts in all branches; unmerge() it before composing")

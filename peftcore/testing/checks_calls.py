@@ -96,7 +96,7 @@ def routing_is_refused_where_rows_mix(case: Case) -> None:
     assert state is not None
     index = torch.tensor([-1 if name is None else ("one", "two").index(name) for name in names])
     try:
-        state.set(replace(state.choice, route=Route(("one", "two"), index)))
+        state.choices.set(replace(state.choice, route=Route(("one", "two"), index)))
         forced = case.run(model, inputs)
     except (RuntimeError, TypeError, NotImplementedError):
         return

@@ -111,7 +111,7 @@ def test_an_extra_pass_leaves_out_the_injection_and_nothing_else() -> None:
     with call(model, strength=0.0):
         torch.testing.assert_close(model.layers[0](x), 2 * plain)
     assert not torch.allclose(full, plain, atol=1e-3)
-    assert state_of(model).threads == {}
+    assert not state_of(model).choices.own
 
 
 def test_an_extra_pass_leaves_the_cache_alone() -> None:

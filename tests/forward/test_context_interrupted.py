@@ -8,7 +8,7 @@ from call_toys import fill
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.forward.context import _HERE, _TRACED, forward_context
+from peftcore.forward.context import HERE, forward_context
 
 
 class Host(nn.Module):
@@ -52,7 +52,7 @@ def test_the_next_forward_has_a_context_of_its_own(error: type[BaseException]) -
     stop(model, error)
     stop(model, error)
     assert torch.equal(model(X), expected)
-    assert not _HERE.calls and not _TRACED
+    assert not HERE.calls and HERE.calm is None
     assert forward_context().inputs == {}
 
 
@@ -98,4 +98,4 @@ def test_a_context_of_a_forward_around_stays() -> None:
     peftcore.apply(around, "lora", target="last", rank=2)
     around(X)
     assert [list(inputs) for inputs in seen] == [["x"]]
-    assert not _HERE.calls
+    assert not HERE.calls

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import Injection, Method, MethodConfig, Site
 from peftcore.forward.active_adapters import Choice
-from peftcore.forward.host_state import Chosen, HostState, chosen
+from peftcore.forward.host_state import HostState
+from peftcore.forward.scopes import Chosen
 from peftcore.forward.slot import slot_of
 from peftcore.injection.injection import Summary
 from peftcore.layers.kinds import Linear
@@ -34,13 +35,17 @@ def sabotaged(name: str, **calls: Callable[..., Any]) -> type[Method]:
     return mutant(name, trainable=trainable)
 
 
+def chosen(state: HostState, names: Iterable[str]) -> Chosen:
+    return Chosen(state, Choice(state.ordered(names)))
+
+
 @contextmanager
 def off_afterwards(injection: Injection) -> Iterator[None]:
     merged = injection.merged
     with Injection.disabled(injection):
         yield
     if not merged:
-        injection.state.choose(())
+        chosen(injection.state, ())
 
 
 @contextmanager
@@ -51,7 +56,7 @@ def off_after_errors(injection: Injection) -> Iterator[None]:
             yield
     except KeyError:
         if not merged:
-            injection.state.choose(())
+            chosen(injection.state, ())
         raise
 
 
@@ -177,7 +182,7 @@ def switches_others_off(injection: Injection) -> None:
     first = next(iter(injection.state.injections)) == injection.name
     Injection.remove(injection)
     if first and len(injection.state.injections) == 2:
-        injection.state.choose(())
+        chosen(injection.state, ())
 
 
 def enabled_when_gone(injection: Injection) -> Chosen:

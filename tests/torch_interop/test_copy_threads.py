@@ -176,7 +176,7 @@ def test_threads_that_end_leave_nothing_behind() -> None:
     assert not torch.equal(model(x), base)
     from peftcore.forward.host_state import state_of
 
-    assert state_of(model).threads == {}
+    assert not state_of(model).choices.own
 
 
 def test_backward_in_another_thread_uses_the_set_of_the_forward() -> None:

@@ -117,13 +117,12 @@ def _taps(self: Method, model: nn.Module, config: Config, surgeon: Any) -> None:
 class Twice(Operator):
     """The block, plus what it would have given without any of this injection."""
 
-    def __init__(self, site: Any, config: Config, label: str) -> None:
+    def __init__(self, site: Any, config: Config) -> None:
         super().__init__(site)
-        self.label = label
         self.gain = nn.Parameter(torch.tensor(1.0))
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        plain = forward_context().without(self.label, call, *args, **kwargs)
+        plain = forward_context().without(self, call, *args, **kwargs)
         output = call(*args, **kwargs)
         if isinstance(output, tuple):
             return output[0] + self.gain * plain[0], *output[1:]
@@ -134,7 +133,7 @@ def _twice(self: Method, model: nn.Module, config: Config, surgeon: Any) -> None
     for site in surgeon.sites("mlp.down"):
         surgeon.graft(site, TaskOperator, config)
     for site in surgeon.sites("block"):
-        surgeon.graft(site, functools.partial(Twice, label="toy_twice"), config)
+        surgeon.graft(site, Twice, config)
 
 
 TaskMethod = _method("toy_tasks", _tasks)
