@@ -8,7 +8,7 @@ from peftcore.authoring.hybrid_parts import OfParts, options_of
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.hookspecs import API, hookimpl
-from peftcore.contract.method import Method, Tags
+from peftcore.contract.method import MATRICES, OUTPUTS, Method, Tags
 from peftcore.contract.operators import (
     Checked,
     Combiner,
@@ -63,6 +63,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "API",
+    "MATRICES",
+    "OUTPUTS",
     "AppliedMethod",
     "Attend",
     "AttentionOperator",

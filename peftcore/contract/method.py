@@ -37,6 +37,19 @@ SOURCES = re.compile(r"(?:(?:[A-Za-z][\w.-]* \d+(?:\.\d+)*|the authors' code)(?:
 """The format of `Tags.checked_against`: a library has a version, and an equation has none."""
 
 
+MATRICES: tuple[str | tuple[str, ...], ...] = (
+    "attn.*",
+    ("ssm.in", "ssm.out"),
+    ("mlp.gate", "mlp.up", "mlp.down"),
+    "all-layers",
+)
+"""Alternatives (`Method.alternatives`) of methods that act on the matrices of attention: whole matrices of an attention
+whose queries nobody can tell, the projections of a state-space model, those of a mixer, all matrices and
+convolutions."""
+OUTPUTS: tuple[str | tuple[str, ...], ...] = ("ssm.output", "conv.output", "all-layers")
+"""Alternatives of methods that act on what branches of a block put out."""
+
+
 @dataclass(frozen=True)
 class Tags:
     """The abilities of a method, declared here and proven by the conformance kit: claiming too much and claiming too
@@ -88,6 +101,10 @@ class Method(ABC):
     """Its abilities."""
     target: ClassVar[str | tuple[str, ...]]
     """Default targets, by role, so that one line serves every architecture; roles that a host lacks are passed over."""
+    alternatives: ClassVar[tuple[str | tuple[str, ...], ...]] = ()
+    """Default targets for hosts that have none of `target`: the first of which a host has any part is taken, and
+    `apply` says which in one line; see `MATRICES` and `OUTPUTS`. Without them such a host is a TargetError. A method
+    that has them also says which blocks its default targets leave out."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

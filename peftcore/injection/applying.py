@@ -32,6 +32,7 @@ from peftcore.surgery.seeding import preserved_rng
 from peftcore.surgery.surgeon import Surgeon, Wishes
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.training.batches import Data, calibrate
+from peftcore.utils.notices import notice
 
 Part = str | MethodConfig | Mapping[str, Any]
 """One method of a hybrid: a name, a config object, or the options as a mapping with the name under "method" (and, where
@@ -197,14 +198,17 @@ def apply(
         CalibrationError: data is missing, or of no use to the method.
         PluginError: the method breaks its contract.
 
-    Nothing was changed then. A method that is experimental (`Tags.proven`) is named in one line, once in a process, by
-    the logger "peftcore".
+    Nothing was changed then. The logger "peftcore" says in one line, once in a process, that a method is experimental
+    (`Tags.proven`), which other default targets were taken where the host has none of the method's own
+    (`Method.alternatives`), and which parts of the host they leave out.
     """
     found, options = resolve_method(method, config)
     name = check_name(model, found.name if name is None else name)
     surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=False)
     _check_data(surgeon, data)
-    return establish(surgeon, name, data)
+    injection = establish(surgeon, name, data)
+    notice(surgeon.notices)
+    return injection
 
 
 def _check_data(surgeon: Surgeon, data: Data | None) -> None:

@@ -200,11 +200,11 @@ def dequantize(model: M) -> M:
 def _sites(model: nn.Module, target: Target | None, exclude: Target | None) -> Iterator[Site]:
     resolver = Resolver(model, host_map(model), layer_of)
     try:
-        found, _ = resolver.sites("all-linear" if target is None else target, exclude=exclude)
+        found = resolver.sites("all-linear" if target is None else target, exclude=exclude)
     except TargetError:
         if target is not None:
             raise
-        found, _ = resolver.sites(nn.Linear, exclude=exclude)
+        found = resolver.sites(nn.Linear, exclude=exclude)
     seen: set[int] = set()
     for site in found:
         linear = isinstance(site.layer, Linear) and not site.layer.one_hot  # a table is no linear layer, in any storage

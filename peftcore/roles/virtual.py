@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from peftcore.roles.entries import HostEntry
     from peftcore.roles.hostmap import HostMap
 
-_LINEAR_FAMILIES = frozenset({"attn", "cross", "mlp", "attn_mlp", "ssm"})
+ALL_LAYERS = "all-layers"
+_LINEAR_FAMILIES = frozenset({"attn", "cross", "mlp", "attn_mlp", "ssm", "experts"})
 
 
 def _in_body(host: HostMap, entry: HostEntry) -> bool:
@@ -20,18 +21,28 @@ def _in_body(host: HostMap, entry: HostEntry) -> bool:
 
 
 def _all_linear(host: HostMap) -> list[HostEntry]:
-    matrices = [entry for entry in host.entries if len(entry.shape) == 2 or entry.kind == "conv"]
     if not host.has_blocks:
-        return [entry for entry in matrices if entry.kind == "linear"]
+        return [entry for entry in host.entries if len(entry.shape) == 2 and entry.kind == "linear"]
     return [
         entry
-        for entry in matrices
+        for entry in host.entries
         if entry.block is not None
-        and entry.kind != "experts"
+        and (len(entry.shape) == 2 or entry.kind in ("conv", "experts") or entry.role.startswith("experts."))
         and entry.role.partition(".")[0] in _LINEAR_FAMILIES
         and "." in entry.role
         and entry.role != "ssm.conv"
     ]
+
+
+def _all_layers(host: HostMap) -> list[HostEntry]:
+    """Returns the entries of "all-linear", and the convolutions that mix channels: those of the blocks, or of a host
+    without blocks all but the head."""
+    convolutions = [entry for entry in host.entries if entry.kind == "conv"]
+    if not host.has_blocks:
+        every = [*_all_linear(host), *convolutions]
+        return [entry for entry in every if entry.role != "head"] or every
+    mixing = [entry for entry in convolutions if entry.role in ("conv", "down") and entry.shape[1] > 1]
+    return [*_all_linear(host), *(entry for entry in mixing if entry.block is not None)]
 
 
 def enclosing(host: HostMap, path: str, role: str) -> HostEntry | None:
@@ -106,6 +117,17 @@ def _mlp_outputs(host: HostMap) -> list[HostEntry]:
     return [*sums.values(), *downs]
 
 
+def _conv_outputs(host: HostMap) -> list[HostEntry]:
+    """Returns the last convolution of each block that has no other branch."""
+    branches = ("attn.output", "mlp.output", "ssm.output")
+    others = {entry.block for role in branches for entry in VIRTUAL[role](host)}
+    last: dict[str | None, HostEntry] = {}
+    for entry in host.by_role.get("conv", []):
+        if entry.block is not None and entry.block not in others and entry.kind == "conv":
+            last[entry.block] = entry
+    return list(last.values())
+
+
 def prefixes(path: str) -> list[str]:
     steps = path.split(".")
     return [".".join(steps[:length]) for length in range(len(steps), 0, -1)]
@@ -113,9 +135,12 @@ def prefixes(path: str) -> list[str]:
 
 VIRTUAL: dict[str, Callable[[HostMap], list[HostEntry]]] = {
     "all-linear": _all_linear,
+    ALL_LAYERS: _all_layers,
     "attn.output": _attention_outputs,
     "attn.core": _cores("attn"),
     "cross.core": _cores("cross"),
     "mlp.output": _mlp_outputs,
+    "ssm.output": lambda host: [entry for entry in host.by_role.get("ssm.out", []) if _in_body(host, entry)],
+    "conv.output": _conv_outputs,
 }
 """The rules that find the entries of each virtual role."""

@@ -50,6 +50,8 @@ class Plan:
     """Size of the adapter's tensors in its file, in bytes."""
     host: HostMap
     """The host map that was used."""
+    notes: tuple[str, ...] = ()
+    """Lines about the method's default targets: which alternative was taken, and what is left out."""
 
     @classmethod
     def of(cls, surgeon: Surgeon) -> Plan:
@@ -65,6 +67,7 @@ class Plan:
             total=size_of(surgeon.resolver.modules.values()),
             bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
             host=surgeon.resolver.host,
+            notes=tuple(surgeon.notices),
         )
 
     def differences(
@@ -95,6 +98,7 @@ class Plan:
             "",
             f"{len(self.sites)} sites, {self.trainable:,} trainable ({self.share:.3%}), {self.bytes:,} bytes",
         ]
+        lines += [f"note: {note}" for note in self.notes]
         lines += [f"  {site.path}  {tuple(site.weight_shape)}  {site.form}" for site in self.sites]
         return "\n".join(lines)
 

@@ -7,7 +7,6 @@ operators on the meta device and no installation.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from peftcore.surgery.seeding import one_dtype, preserved_rng, seed_by_path
 from peftcore.surgery.table_rows import RowsSite, TableRows
 from peftcore.targets.attention_sites import AttentionSite
 from peftcore.targets.attention_sites import locate as locate_attention
+from peftcore.targets.defaults import default_sites, notices
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.targets.sequence import locate as locate_stack
 from peftcore.targets.sites import Site
@@ -94,6 +94,7 @@ class Surgeon:
         owned: the shared modules built by `own`, by name.
         selections: the sites of each target, by its text; "" for the user's or the default one.
         thawed: the host's parameters that train before anything is changed.
+        notices: lines to tell the user about targets: which alternative was taken, what is left out.
     """
 
     model: nn.Module
@@ -114,6 +115,7 @@ class Surgeon:
     _by_method: bool = True
     _paths: set[str] = field(default_factory=set)
     _replaced: dict[tuple[str | int, Slices | None], Replacement] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
 
     def sites(self, target: Target | None = None, *, optional: bool = False) -> list[Site]:
         """Returns the sites of `target`; without one, those of the user's target, or of the method's default targets.
@@ -134,14 +136,15 @@ class Surgeon:
             elif saved is not None and target is None and self.wishes.target is not None:
                 raise CheckpointError(f"the file does not say where {self.method.name} stands")
             elif target is None and self.wishes.target is not None:
-                found = self._matching(self.wishes.target, warn=True)
-            else:  # the targets in a file are for people to read: their patterns are matched nowhere
-                exclude = self.wishes.exclude if saved is None else None
-                found = self._defaults(self.method.target if target is None else target, exclude)
+                found = self.resolver.sites(self.wishes.target, exclude=self.wishes.exclude)
+            else:
+                found = self._defaults(target)
         except TargetError:
             if not optional:
                 raise
             found = []
+        if not key and saved is None and self.wishes.exclude is not None:
+            self.notices += [self.resolver.nothing("exclude", each) for each in self.resolver.idle(self.wishes.exclude)]
         self.selections[key] = found
         self.progress.expect(0 if self.dry else len(found))
         return [replace(site, meta=True) for site in found] if self.dry else found
@@ -154,7 +157,7 @@ class Surgeon:
             wanted = {record["module_path"] for record in saved.get("", ())}
         else:
             target: Target = [_exactly(site.module_path) for site in sites] if wishes.target is None else wishes.target
-            wanted = {site.module_path for site in self.resolver.sites(target, exclude=wishes.exclude)[0]}
+            wanted = {site.module_path for site in self.resolver.sites(target, exclude=wishes.exclude)}
         found = [site for site in sites if site.module_path in wanted]
         self.selections[""] = found
         return found
@@ -237,6 +240,7 @@ class Surgeon:
         )
         registry().hook.peftcore_inject(model=self.model, method=method, config=config, surgeon=child)
         self.parts[part] = child
+        self.notices += child.notices
         self.owned |= {prefix + name: shared for name, shared in child.owned.items()}
         self.selections |= {prefix + key: sites for key, sites in child.selections.items()}
         return child.grafts
@@ -331,7 +335,7 @@ class Surgeon:
             exact = name in self.resolver.modules or self.resolver.has_parameter(name)
             if not exact and self.wishes.saved is not None:
                 raise HostMismatch(f"{name!r} was trained along, and is not here")
-            paths = [name] if exact else [_meant(name, site) for site in self.resolver.sites(name)[0]]
+            paths = [name] if exact else [_meant(name, site) for site in self.resolver.sites(name)]
             if not [each for path in paths for each in self.train(path)]:
                 raise TargetError(f"train: {name!r} has no parameters")
         self._by_method = True
@@ -345,17 +349,15 @@ class Surgeon:
         self.grafts.append(graft)
         self._paths.add(path)
 
-    def _matching(self, target: Target, warn: bool) -> list[Site]:
-        found, unmatched = self.resolver.sites(target, exclude=self.wishes.exclude)
-        if unmatched and warn:
-            warnings.warn(f"these targets match nothing and are passed over: {unmatched}", UserWarning, stacklevel=2)
+    def _defaults(self, target: Target | None) -> list[Site]:
+        """Returns the sites of a role that the method asks for, or without one, of its default targets."""
+        # The targets in a file are for people to read: their patterns are matched nowhere.
+        exclude = self.wishes.exclude if self.wishes.saved is None else None
+        targets = (self.method.target, *self.method.alternatives) if target is None else (target,)
+        found, taken = default_sites(self.resolver, targets, exclude)
+        if target is None and self.method.alternatives:
+            self.notices += notices(self.method, taken, found, self.resolver)
         return found
-
-    def _defaults(self, target: Target, exclude: Target | None) -> list[Site]:
-        try:
-            return self.resolver.sites(target, exclude=exclude, tower=self.resolver.host.main_tower())[0]
-        except TargetError:
-            return self.resolver.sites(target, exclude=exclude)[0]  # heads and projectors stand outside of all towers
 
     def _tied(self, site: Site, tensor: Tensor | None) -> Iterator[Site]:
         yield site

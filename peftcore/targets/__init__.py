@@ -4,6 +4,7 @@ It may import `forward`, and what is below. In the order of reading:
 
 - `sites`: a target module or tensor at which a method acts.
 - `resolver`: resolves names, globs, roles, types and predicates to sites.
+- `defaults`: default targets of a method, and what to tell the user about them.
 - `attention_sites`: attention modules that can be edited.
 - `sequence_order`: where virtual tokens stand in the sequences of a batch.
 - `sequence_cache`: transformers' caches that hold virtual tokens.

@@ -4,7 +4,7 @@ A string is read in this order: ``re:...`` is a regular expression for the whole
 the whole path (``*`` crosses dots); a role that the host map knows is that role; anything else is the end of a path. A
 pattern that matches no module is tried on parameters (``"*.in_proj_bias"``). Roles select slices of fused projections;
 the other forms take whole modules. ``vision:``, ``text:`` or ``audio:`` in front of any of them selects the towers that
-take such inputs, and no others: ``vision:attn.q``.
+take such inputs, and no others: ``vision:attn.q``. What is inside of a parametrization makes a weight and is no target.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import nn
 from torch.jit import ScriptModule
+from torch.nn.utils.parametrize import is_parametrized
 
 from peftcore.errors import HostMismatch, TargetError, shown
 from peftcore.forward.adapter_modules import AdapterModules
@@ -26,6 +27,8 @@ from peftcore.layers.layer import Layer, Slices
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.alike import Structure
 from peftcore.roles.stacks import TokenStack, find
+from peftcore.roles.virtual import ALL_LAYERS, VIRTUAL
+from peftcore.roles.vocabulary import ROLES
 from peftcore.targets.sites import LayerOf, Site
 
 UNSEEN = (AdapterModules, ScriptModule)
@@ -74,6 +77,9 @@ class Resolver:
     def __init__(self, model: nn.Module, host: HostMap, layer_of: LayerOf) -> None:
         self.model, self.host, self.layer_of = model, host, layer_of
         self.modules: dict[str, nn.Module] = {}
+        """All modules by path: those that may be targets, and those inside of parametrizations."""
+        self._hidden: set[str] = set()
+        """The paths of the latter."""
         self._see(model, "", set())
         self._order = {path: index for index, path in enumerate(self.modules)}
         self._role_of = {entry.path: entry.role for entry in host.entries}
@@ -86,32 +92,39 @@ class Resolver:
         """Returns the state for copies, without remembered layers."""
         return {**self.__dict__, "_layers": {}}
 
-    def _see(self, module: nn.Module, path: str, seen: set[int]) -> None:
+    def _see(self, module: nn.Module, path: str, seen: set[int], hidden: bool = False) -> None:
         """Record a module and all below it, each once."""
         if id(module) in seen or isinstance(module, UNSEEN):
             return
         seen.add(id(module))
         self.modules[path] = module
+        if hidden:
+            self._hidden.add(path)
         if module._modules:
             prefix = f"{path}." if path else ""
             for name, child in module._modules.items():
                 if child is not None:
-                    self._see(child, prefix + name, seen)
+                    inside = hidden or (name == "parametrizations" and is_parametrized(module))
+                    self._see(child, prefix + name, seen, inside)
 
     def parameters(self) -> list[nn.Parameter]:
         """Returns the host's own parameters, each as often as a module holds it."""
         modules = self.modules.values()
         return [each for module in modules for each in module._parameters.values() if each is not None]
 
-    def sites(
-        self, target: Target, *, exclude: Target | None = None, tower: str | None = None
-    ) -> tuple[list[Site], list[Any]]:
-        """Returns the sites of a target, in the host's order, without those of `exclude`; and the parts of the target
-        that match nothing.
+    def sites(self, target: Target, *, exclude: Target | None = None) -> list[Site]:
+        """Returns the sites of a target, in the host's order, without those of `exclude`.
 
         Raises:
-            TargetError: nothing matches, or everything was excluded.
+            TargetError: a part of the target matches nothing, or everything was excluded.
         """
+        found, unmatched = self.matching(target, None)
+        if unmatched or not found:
+            raise TargetError(self.nothing("target", *unmatched))
+        return self.without(found, target, exclude)
+
+    def matching(self, target: Target, tower: str | None) -> tuple[dict[str, Site], list[Any]]:
+        """Returns the sites of a target by path, and the parts of it that match nothing."""
         found: dict[str, Site] = {}
         unmatched: list[Any] = []
         for pattern in _each(target):
@@ -119,14 +132,24 @@ class Resolver:
             found.update((site.path, site) for site in matched)
             if not matched:
                 unmatched.append(pattern)
-        if not found:
-            raise TargetError(self._nothing(*unmatched))
+        return found, unmatched
+
+    def without(self, found: dict[str, Site], target: Target, exclude: Target | None) -> list[Site]:
+        """Returns the sites of a target, in the host's order, without those of `exclude`.
+
+        Raises:
+            TargetError: everything was excluded.
+        """
         if exclude is not None:
             out = {path for pattern in _each(exclude) for path in self._excluded(pattern)}
             found = {path: site for path, site in found.items() if path not in out and out.isdisjoint(_above(path))}
             if not found:
                 raise TargetError(f"exclude={exclude!r} leaves nothing of target={target!r}")
-        return sorted(found.values(), key=lambda site: self._order[site.module_path]), unmatched
+        return sorted(found.values(), key=lambda site: self._order[site.module_path])
+
+    def idle(self, exclude: Target) -> list[Any]:
+        """Returns the parts of `exclude` that match nothing in the host."""
+        return [pattern for pattern in _each(exclude) if not self._excluded(pattern)]
 
     def _excluded(self, pattern: Any) -> set[str]:
         """Returns paths of sites, and of whole modules where the pattern names modules: all below those is left out
@@ -160,7 +183,7 @@ class Resolver:
         owner, _, tensor = path.rpartition(".")
         if owner in self.modules and tensor in self.modules[owner]._parameters:
             return self.site(owner, tensor)
-        raise TargetError(self._nothing(path))
+        raise TargetError(self.nothing("target", path))
 
     def site(self, module_path: str, tensor: str, role: str | None = None, slices: Slices | None = None) -> Site:
         """Returns one site by its exact path; a module that is read without being called gives a tensor of the module
@@ -239,6 +262,8 @@ class Resolver:
         if not paths:
             matches = _matcher(inner)
             for owner in self._inside(towers, self.modules):
+                if owner in self._hidden:
+                    continue
                 for name in self.modules[owner]._parameters:
                     if matches(f"{owner}.{name}".lstrip("."), None):
                         yield self.site(owner, name)
@@ -264,7 +289,11 @@ class Resolver:
         towers, inner = self._split(pattern)
         matches = _matcher(inner)
         paths = self._by_name.get(inner.rpartition(".")[2], ()) if _is_ending(inner) else self.modules
-        return [path for path in self._inside(towers, paths) if matches(path, self.modules[path])]
+        return [
+            path
+            for path in self._inside(towers, paths)
+            if path not in self._hidden and matches(path, self.modules[path])
+        ]
 
     @cached_property
     def _by_name(self) -> dict[str, list[str]]:
@@ -282,7 +311,7 @@ class Resolver:
     def _of_entry(self, entry: HostEntry, role: str, slices: Slices | None) -> Site:
         if role.endswith(".output"):
             return self.site(entry.module, entry.tensor or self._last_matrix(entry), role, slices)
-        named = entry.role if role.endswith("*") or role == "all-linear" else role
+        named = entry.role if role.endswith("*") or role.startswith("all-") else role
         return self.site(entry.module, entry.tensor or self._own_tensor(entry.module), named, slices)
 
     def _last_matrix(self, entry: HostEntry) -> str:
@@ -307,17 +336,30 @@ class Resolver:
         owner = f"{module}.{path.rpartition('.')[0]}".rstrip(".")
         return self.modules[owner]._parameters
 
-    def _nothing(self, *patterns: Any) -> str:
-        leaves = sorted({path.rpartition(".")[2] for path in self.modules if path})
-        known = self.host.roles()
-        names = [*sorted(known), *leaves]
-        close = [c for p in patterns for c in difflib.get_close_matches(str(p), names, n=3, cutoff=0.5)]
-        shown = ", ".join(map(repr, patterns))
-        hint = f"; close: {', '.join(close)}" if close else ""
-        roles = ", ".join(sorted(r for r in known if not r.endswith("*"))) or "none"
+    def nothing(self, argument: str, *patterns: Any) -> str:
+        """Returns the message about parts of `argument` that match nothing."""
+        known, name = self.host.roles(), type(self.model).__name__
+        names = list(known | {path.rpartition(".")[2] for path in self.modules if path not in self._hidden} - {""})
+        misspelt = [inner for inner in (self._split(each)[1] for each in patterns) if not _is_known_role(inner)]
+        near = [
+            close for inner in misspelt for close in difflib.get_close_matches(str(inner), sorted(names), cutoff=0.5)
+        ]
+        hint = f"; close: {', '.join(dict.fromkeys(near))}" if near else ""
+        if patterns and not misspelt and ALL_LAYERS in known:
+            hint = f": it has no such roles. {argument}={ALL_LAYERS!r} is every matrix and convolution of its blocks"
+        shown = ", ".join(each.__name__ if isinstance(each, type) else repr(each) for each in patterns)
+        roles = ", ".join(sorted(role for role in known if not role.endswith("*"))) or "none"
         towers = ", ".join(f"{sense}:" for sense in sorted(self.host.named_towers))
         its = f"Its roles: {roles}" + (f". Its towers: {towers}" if towers else "")
-        return f"target {shown} matches nothing in this {type(self.model).__name__}{hint}. {its}"
+        return f"{argument} {shown} matches nothing in this {name}{hint}. {its}"
+
+
+def _is_known_role(pattern: Any) -> bool:
+    """Whether a target is a role, of this host or of others."""
+    if not isinstance(pattern, str):
+        return False
+    family = pattern.endswith(".*") and any(role.startswith(pattern[:-1]) for role in ROLES)
+    return family or pattern in ROLES or pattern in VIRTUAL
 
 
 def _above(path: str) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -226,19 +225,15 @@ def the_target_decides(case: Case) -> None:
 
 
 @check(
-    "a target that matches in part warns, naming what matched nothing",
-    cause="`inject` silences warnings, or finds modules without the surgeon",
-    remedy="let `surgeon.sites()` warn: no filter around it, no search of your own",
+    "a target that matches in part is a TargetError that names what matches nothing",
+    cause="`inject` catches the error, or finds modules without the surgeon",
+    remedy="let `surgeon.sites()` raise: no handler around it, no search of your own",
 )
-def partly_unmatched_targets_warn(case: Case) -> None:
+def partly_unmatched_targets_are_refused(case: Case) -> None:
     model, _ = case.fresh()
-    wanted = _addressable(case, model)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        case.apply(model, target=[wanted, "nowhere"])
-    case.expect(
-        any("nowhere" in str(each.message) for each in caught), "no warning names the target that matched nothing"
-    )
+    target = [_addressable(case, model), "nowhere"]
+    with raises(case, TargetError, f"apply(model, ..., target={target})", names="nowhere"):
+        case.apply(model, target=target)
 
 
 @check(

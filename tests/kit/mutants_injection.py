@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -143,10 +142,12 @@ def _favourite(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) ->
             surgeon.graft(site, Small, config)
 
 
-def _quietly(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        graft_all(self, model, config, surgeon)
+def _what_matches(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
+    target = surgeon.wishes.target
+    if isinstance(target, list) and surgeon.wishes.saved is None:
+        known = [each for each in target if surgeon.resolver.matching(each, None)[0]]
+        surgeon.wishes = replace(surgeon.wishes, target=known or target)
+    graft_all(self, model, config, surgeon)
 
 
 def _own_name_left_out(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
@@ -208,7 +209,7 @@ MUTANTS: dict[str, Entry] = {
     "a_failed_injection_leaves_no_trace": _on_mlp("busy_until_the_end", inject=_busy_until_the_end),
     "unmatched_targets_change_nothing": _on_mlp("busy_from_the_start", inject=_busy_from_the_start),
     "the_target_decides": _on_mlp("has_a_favourite", inject=_favourite),
-    "partly_unmatched_targets_warn": _on_mlp("quiet", inject=_quietly),
+    "partly_unmatched_targets_are_refused": _on_mlp("takes_what_matches", inject=_what_matches),
     "modules_named_like_the_method_are_ordinary": _on_mlp("own_name", inject=_own_name_left_out),
     "the_config_is_not_changed": _on_mlp("marks_the_config", config=Marked, inject=_marking),
     "configs_are_written_in_one_order": _on_mlp("unordered", config=Unordered),

@@ -90,7 +90,7 @@ def with_memory(self: Method, model: nn.Module, config: Any, injection: Injectio
 def ignores_exclude_of_the_second(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
     sites = surgeon.sites()
     if surgeon.wishes.exclude and peftcore.injections(model):
-        sites = surgeon.resolver.sites(surgeon.wishes.target or self.target)[0]
+        sites = surgeon.resolver.sites(surgeon.wishes.target or self.target)
     for site in sites:
         surgeon.graft(site, Small, config)
 

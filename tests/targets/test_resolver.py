@@ -182,10 +182,42 @@ def test_what_is_no_target_at_all_is_a_target_error() -> None:
         paths(transformer(), target=["q_proj", None])
 
 
-def test_partly_unmatched_is_a_warning() -> None:
-    with pytest.warns(UserWarning, match="nosuch"):
-        found = paths(transformer(), target=["q_proj", "nosuch"])
-    assert found == QUERIES
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (["q_proj", "v_porj"], r"target 'v_porj' matches nothing in this Transformer; close: v_proj, "),
+        (["q_proj", "v_porj", nn.Conv2d], r"target 'v_porj', Conv2d matches nothing"),
+        (["attn.q", "cross.q"], r"target 'cross.q' matches nothing .*: it has no such roles\..*'all-layers'"),
+    ],
+)
+def test_one_part_that_matches_nothing_is_an_error(target: Any, message: str) -> None:
+    model = transformer()
+    before = snapshot(model)
+    with pytest.raises(TargetError, match=message):
+        peftcore.apply(model, Shift, target=target)
+    assert snapshot(model) == before
+    with pytest.raises(TargetError, match=message):
+        peftcore.quantize(model, "nf4", target=target)
+    assert snapshot(model) == before
+
+
+def test_near_names_are_said_once() -> None:
+    with pytest.raises(TargetError, match=r"close: q_proj, \w+, \w+\. Its roles"):
+        paths(transformer(), target=["q_porj", "q_proj_"])
+
+
+def test_an_exclusion_that_matches_nothing_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """It is no error: one list of what to leave out serves several models."""
+    peftcore.apply(transformer(), Shift, target="attn.*", exclude=["k_proj", "v_porj"])
+    assert [each for each in caplog.messages if "v_porj" in each and "close: v_proj" in each] == caplog.messages
+
+
+@pytest.mark.parametrize("target", ["0", "*0", "re:0.*", lambda path, module: "0" in path], ids=str)
+def test_the_inside_of_a_parametrization_is_no_target(target: Any) -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    found = [path for path in paths(model, target=target) if path]
+    assert found and not [path for path in found if "parametrizations" in path]
+    assert "0" in found
 
 
 def test_default_roles_that_a_host_lacks_are_passed_over_in_silence(recwarn: pytest.WarningsRecorder) -> None:

@@ -91,7 +91,7 @@ class Recorded:
     places: tuple[Place, ...]
     shared: tuple[Place, ...]
     notes: tuple[str, ...]
-    """Warnings of peftcore."""
+    """Notices and warnings of peftcore."""
 
     @classmethod
     def of(cls, wanted: Wanted, model: nn.Module) -> Recorded:
@@ -108,7 +108,7 @@ class Recorded:
             plan=Plan.of(surgeon),
             places=tuple(map(Place.of_graft, surgeon.grafts)),
             shared=tuple(Place.of(name, module) for name, module in shared),
-            notes=tuple(str(each.message) for each in heard if each.category is UserWarning),
+            notes=(*surgeon.notices, *(str(each.message) for each in heard if each.category is UserWarning)),
         )
 
     @property

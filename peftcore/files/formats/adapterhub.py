@@ -186,7 +186,7 @@ class HubContent(Content):
             if role is None:
                 found[place] = resolver.module_site(path)
                 continue
-            inside = [site for site in resolver.sites(role)[0] if f"{site.module_path}.".startswith(f"{path}.")]
+            inside = [site for site in resolver.sites(role) if f"{site.module_path}.".startswith(f"{path}.")]
             if not inside:
                 raise HostMismatch(f"the adapter in {self.file.path} stands at {place}, but {path} has no {role} here")
             found[place] = inside[0]

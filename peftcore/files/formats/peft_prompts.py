@@ -19,6 +19,7 @@ from peftcore.injection.applying import host_map
 from peftcore.layers.layer import plain_class
 from peftcore.registry.plugins import layer_of
 from peftcore.targets.attention_sites import locate as locate_attention
+from peftcore.targets.defaults import default_sites
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sequence import SequenceSite
 from peftcore.targets.sequence import locate as locate_stack
@@ -138,17 +139,14 @@ def resolver_of(model: nn.Module) -> Resolver:
 
 
 def _at(resolver: Resolver, role: str) -> list[Site]:
-    try:
-        return resolver.sites(role, tower=resolver.host.main_tower())[0]
-    except TargetError:
-        return resolver.sites(role)[0]
+    return default_sites(resolver, (role,))[0]
 
 
 def _sizes(model: nn.Module, below: str) -> tuple[int | None, int | None]:
     """Returns the heads of a stack's attentions and how many there are; None where they are not known."""
     resolver = resolver_of(model)
     try:
-        found = [site for site in resolver.sites("attn.core")[0] if f"{site.module_path}.".startswith(f"{below}.")]
+        found = [site for site in resolver.sites("attn.core") if f"{site.module_path}.".startswith(f"{below}.")]
         return locate_attention(found[0], resolver).geometry.heads, len(found)
     except (TargetError, UnsupportedSite, IndexError):
         return None, None

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import nn
 
-from peftcore import Method, MethodConfig, Shared, Site, Surgeon, Tags, forward_context
+from peftcore import OUTPUTS, Method, MethodConfig, Shared, Site, Surgeon, Tags, forward_context
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore_additive._blocks import depths
 from peftcore_additive._draws import Draws
@@ -86,6 +86,7 @@ class AdapterDrop(Method):
         identity_options={"up_init_std": 0.0},
     )
     target = ("mlp.output",)
+    alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         numbers = depths(surgeon)

@@ -27,7 +27,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, on_first
+from peftcore import OUTPUTS, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, on_first
 from peftcore.errors import UnsupportedSite
 from peftcore_additive.houlsby_adapter import ACTIVATIONS
 
@@ -101,8 +101,6 @@ class CompacterOperator(Operator):
 
     def __init__(self, site: Site, config: Config, rule: Shared | None) -> None:
         super().__init__(site)
-        if self.layer.channel_dim != -1:
-            raise UnsupportedSite(f"{site.path}: a bottleneck adapter needs features in the last dimension")
         if site.out_features % (n := config.phm_dim):
             raise UnsupportedSite(f"{site.path}: {site.out_features} features are no multiple of phm_dim={n}")
         self.down = KroneckerLinear(site.out_features, config.bottleneck, config, rule)
@@ -110,7 +108,11 @@ class CompacterOperator(Operator):
         self.up = KroneckerLinear(config.bottleneck, site.out_features, config, rule)
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return on_first(call(*args, **kwargs), lambda h: h + self.up(self.activation(self.down(h))))
+        return on_first(call(*args, **kwargs), self._adapt)
+
+    def _adapt(self, h: Tensor) -> Tensor:
+        channels = self.layer.channel_dim
+        return h + self.up(self.activation(self.down(h.movedim(channels, -1)))).movedim(-1, channels)
 
 
 class Compacter(Method):
@@ -126,6 +128,7 @@ class Compacter(Method):
         checked_against="the authors' code",
     )
     target = ("attn.output", "mlp.output")
+    alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

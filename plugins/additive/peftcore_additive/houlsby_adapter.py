@@ -3,9 +3,10 @@
     y = h + W_up f(W_down h + b_down) + b_up,   W_down [r, d],  W_up [d, r]
 
 h is what a sub-block (attention, then feed-forward) is about to add to the residual stream: the output of its last
-matrix, before dropout, residual and norm. For mixtures of experts it is the output of the whole mixture. The block's
-norms train too, as in the authors' code. Both matrices start from a normal with standard deviation 1e-3, cut at two
-deviations, biases zero: near identity, not exactly.
+matrix, before dropout, residual and norm. For mixtures of experts it is the output of the whole mixture, in blocks of
+convolutions that of the last one, where the adapter acts on the channels of each position. The block's norms train too,
+as in the authors' code. Both matrices start from a normal with standard deviation 1e-3, cut at two deviations, biases
+zero: near identity, not exactly.
 
 Parameters: 2 d r + r + d an adapter, two adapters a block; with `train_layer_norm`, the norms besides.
 
@@ -20,8 +21,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, on_first
-from peftcore.errors import UnsupportedSite
+from peftcore import OUTPUTS, Method, MethodConfig, Operator, Site, Surgeon, Tags, on_first
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
@@ -51,8 +51,6 @@ class BottleneckOperator(Operator):
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
-        if self.layer.channel_dim != -1:
-            raise UnsupportedSite(f"{site.path}: a bottleneck adapter needs features in the last dimension")
         self.down = nn.Linear(site.out_features, config.bottleneck)
         self.activation = ACTIVATIONS[config.activation]()
         self.up = nn.Linear(config.bottleneck, site.out_features)
@@ -65,8 +63,9 @@ class BottleneckOperator(Operator):
 
     def _adapt(self, h: Tensor) -> Tensor:
         down, down_bias, up, up_bias = self.cast(h, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
-        inner = self.activation(nn.functional.linear(h, down, down_bias))  # [..., r]
-        return h + nn.functional.linear(inner, up, up_bias)
+        channels = self.layer.channel_dim
+        inner = self.activation(nn.functional.linear(h.movedim(channels, -1), down, down_bias))  # [..., r]
+        return h + nn.functional.linear(inner, up, up_bias).movedim(-1, channels)
 
 
 class HoulsbyAdapter(Method):
@@ -82,6 +81,7 @@ class HoulsbyAdapter(Method):
         checked_against="adapters 1.3",
     )
     target = ("attn.output", "mlp.output")
+    alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

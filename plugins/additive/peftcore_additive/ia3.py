@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import MATRICES, Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 
 
@@ -79,6 +79,7 @@ class IA3(Method):
     Config = Config
     tags = Tags(category="additive", paper="2205.05638", mergeable=True, checked_against="peft 0.21")
     target = ("attn.k", "attn.v", "cross.k", "cross.v", "mlp.down", "experts.down")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

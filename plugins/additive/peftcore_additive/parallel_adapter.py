@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, branch
+from peftcore import OUTPUTS, BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, branch
 from peftcore_additive.houlsby_adapter import ACTIVATIONS
 
 
@@ -73,6 +73,7 @@ class ParallelAdapter(Method):
     Config = Config
     tags = Tags(category="additive", paper="2110.04366", checked_against="adapters 1.3")
     target = ("mlp.output",)
+    alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

@@ -100,6 +100,7 @@ class LoCon(Method):
     Config = Config
     tags = Tags(category="diffusion", paper="2309.14859", mergeable=True, low_rank=True, checked_against="LyCORIS 4.1")
     target = ("all-linear", "conv", "down", "mod", *AROUND)
+    alternatives = ("all-layers",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

@@ -27,7 +27,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, bias_name
+from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, bias_name
 from peftcore.errors import UnsupportedSite
 
 Matrix = Literal["lora", "vector", "constant", "none"]
@@ -120,6 +120,7 @@ class GLoRA(Method):
     Config = Config
     tags = Tags(category="hybrid", paper="2306.07967", mergeable=True, checked_against="peft 0.21")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

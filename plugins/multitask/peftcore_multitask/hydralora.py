@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import MATRICES, Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_multitask._skills import factors
 
@@ -78,6 +78,7 @@ class HydraLoRA(Method):
     Config = Config
     tags = Tags(category="multitask", paper="2404.19245", checked_against="the authors' code")
     target = ("mlp.gate", "mlp.up", "mlp.down")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, full_precision
+from peftcore import MATRICES, Method, MethodConfig, Operator, Site, Surgeon, Tags, full_precision
 from peftcore.errors import UnsupportedSite
 
 HEADED = ("attn.k", "attn.v", "cross.k", "cross.v")
@@ -115,6 +115,7 @@ class MoV(Method):
     Config = Config
     tags = Tags(category="multitask", paper="2309.05444", checked_against="the authors' code")
     target = ("attn.k", "attn.v", "cross.k", "cross.v", "mlp.down")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

@@ -29,7 +29,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Method, Operator, Site, Surgeon, Tags
+from peftcore import MATRICES, AppliedMethod, Method, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_multitask._skills import factors
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
@@ -109,6 +109,7 @@ class Polytropon(Method):
     Config = Config
     tags = Tags(category="multitask", paper="2202.13914", checked_against="peft 0.21")
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

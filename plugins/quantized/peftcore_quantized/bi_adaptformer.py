@@ -26,7 +26,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, branch
+from peftcore import OUTPUTS, BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, branch
 from peftcore_quantized._binary import in_bits, normal_codes
 
 
@@ -70,6 +70,7 @@ class BiAdaptFormer(Method):
     Config = Config
     tags = Tags(category="quantized", paper="2307.16867", identity_at_init=False, checked_against="the authors' code")
     target = ("mlp.output",)
+    alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

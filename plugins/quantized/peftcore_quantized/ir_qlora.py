@@ -94,6 +94,7 @@ class IRQLoRA(Method):
         checked_against="the authors' code",
     )
     target = ("all-linear",)
+    alternatives = ("all-layers",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

@@ -97,6 +97,7 @@ class LoftQ(Method):
         checked_against="peft 0.21",
     )
     target = ("all-linear",)
+    alternatives = ("all-layers",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

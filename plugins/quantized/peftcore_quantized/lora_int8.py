@@ -22,7 +22,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore import Method, Site, Surgeon, Tags
+from peftcore import MATRICES, Method, Site, Surgeon, Tags
 from peftcore_quantized._lora_on_packed import LoRAConfig, LoRAOnPacked
 from peftcore_quantized._packed_base import place, update_count
 
@@ -48,6 +48,7 @@ class LoRAInt8(Method):
         checked_against="peft 0.21, bitsandbytes 0.50",
     )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

@@ -74,6 +74,7 @@ class LQLoRA(Method):
         checked_against="the authors' code",
     )
     target = ("all-linear",)
+    alternatives = ("all-layers",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

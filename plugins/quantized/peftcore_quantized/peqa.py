@@ -81,6 +81,7 @@ class PEQA(Method):
         identity_at_init=False,
     )
     target = ("all-linear",)
+    alternatives = ("all-layers",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

@@ -54,6 +54,7 @@ class QLoRA(Method):
         checked_against="peft 0.21, bitsandbytes 0.50",
     )
     target = ("all-linear",)
+    alternatives = ("all-layers",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

@@ -64,6 +64,7 @@ class QPiSSA(Method):
         checked_against="peft 0.21, bitsandbytes 0.50, the authors' code",
     )
     target = ("all-linear",)
+    alternatives = ("all-layers",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import MATRICES, AppliedMethod, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import TrainingError
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count
 
@@ -98,6 +98,7 @@ class AdaLoRA(Method):
         "reparameterized", "2303.10512", mergeable=True, low_rank=True, scheduled=True, checked_against="peft 0.21"
     )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

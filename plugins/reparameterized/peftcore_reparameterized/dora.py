@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, matmul_transposed
+from peftcore import MATRICES, Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, matmul_transposed
 from peftcore_reparameterized._gains import gained
 from peftcore_reparameterized._low_rank import (
     check_in_weight_form,
@@ -115,6 +115,7 @@ class DoRA(Method):
     Config = Config
     tags = Tags(category="reparameterized", paper="2402.09353", mergeable=True, checked_against="peft 0.21")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

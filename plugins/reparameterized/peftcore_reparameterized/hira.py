@@ -25,7 +25,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peftcore import Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import MATRICES, Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_reparameterized._low_rank import (
     check_in_weight_form,
     input_dropout,
@@ -90,6 +90,7 @@ class HiRA(Method):
         checked_against="peft 0.21",
     )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

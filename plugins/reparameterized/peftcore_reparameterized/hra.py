@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import MATRICES, AppliedMethod, Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._rotations import rows, weight_of, width
 
@@ -105,6 +105,7 @@ class HRA(Method):
     Config = Config
     tags = Tags(category="reparameterized", paper="2405.17484", mergeable=True, checked_against="peft 0.21")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

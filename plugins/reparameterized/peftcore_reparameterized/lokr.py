@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_reparameterized._dropped import ChangeDropout, with_shares
 
 
@@ -120,6 +120,7 @@ class LoKr(Method):
     Config = Config
     tags = Tags(category="reparameterized", paper="2309.14859", mergeable=True, checked_against="LyCORIS 4.1")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

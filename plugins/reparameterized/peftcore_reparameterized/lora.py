@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, low_rank
+from peftcore import MATRICES, Method, MethodConfig, Operator, Site, Surgeon, Tags, low_rank
 from peftcore_reparameterized._low_rank import add_low_rank, input_dropout, low_rank_count, low_rank_factors
 
 
@@ -80,6 +80,7 @@ class LoRA(Method):
         category="reparameterized", paper="2106.09685", mergeable=True, low_rank=True, checked_against="peft 0.21"
     )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

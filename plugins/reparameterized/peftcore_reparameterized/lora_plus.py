@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore import AppliedMethod, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import MATRICES, AppliedMethod, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_reparameterized._low_rank import low_rank_count
 from peftcore_reparameterized.lora import LoRAOperator
 
@@ -55,6 +55,7 @@ class LoRAPlus(Method):
         category="reparameterized", paper="2402.12354", mergeable=True, low_rank=True, checked_against="peft 0.21"
     )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

@@ -35,7 +35,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from peftcore import Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import MATRICES, Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_reparameterized._dropped import replaced_blocks
 from peftcore_reparameterized._kernels import cayley, neumann, rotated
 from peftcore_reparameterized._rotations import block_size, precise, rotate, rows, weight_of, width
@@ -115,6 +115,7 @@ class OFT(Method):
     Config = Config
     tags = Tags(category="reparameterized", paper="2306.07280", mergeable=True, checked_against="peft 0.21")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

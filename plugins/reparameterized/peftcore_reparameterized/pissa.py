@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_rows, principal, rank_within
 from peftcore_reparameterized._low_rank import low_rank_count
 
@@ -61,6 +61,7 @@ class PiSSA(Method):
         category="reparameterized", paper="2404.02948", mergeable=True, low_rank=True, checked_against="peft 0.21"
     )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

@@ -30,7 +30,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Shared, Site, Surgeon, Tags, WeightOperator, full_precision
+from peftcore import MATRICES, Method, MethodConfig, Shared, Site, Surgeon, Tags, WeightOperator, full_precision
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 from peftcore_reparameterized._kernels import scaled_bases
 from peftcore_reparameterized._low_rank import check_in_weight_form, input_dropout
@@ -135,6 +135,7 @@ class RandLoRA(Method):
     Config = Config
     tags = Tags(category="reparameterized", paper="2502.00987", mergeable=True, checked_against="peft 0.21")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         sites = surgeon.sites()

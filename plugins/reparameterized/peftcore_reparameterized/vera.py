@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore import MATRICES, Method, MethodConfig, Shared, Site, Surgeon, Tags
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 from peftcore_reparameterized._kernels import ScaledFactors, scaled_update
 from peftcore_reparameterized._low_rank import LowRankOperator
@@ -88,6 +88,7 @@ class VeRA(Method):
         category="reparameterized", paper="2310.11454", mergeable=True, low_rank=True, checked_against="peft 0.21"
     )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         sites = surgeon.sites()

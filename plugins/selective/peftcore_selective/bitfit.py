@@ -18,6 +18,7 @@ from typing import Literal
 from torch import nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.errors import TargetError
 
 
 class Config(MethodConfig):
@@ -46,6 +47,10 @@ class BitFit(Method):
             for tensor in site.tensors():
                 if tensor.rpartition(".")[2] == "bias" and site.missing(tensor):
                     surgeon.replace(site.at(tensor))
+        if not surgeon.grafts:
+            where = "" if surgeon.wishes.target is None else f" at target={surgeon.wishes.target!r}"
+            hint = "" if config.add_missing_bias else "; add_missing_bias=True gives linear layers new ones"
+            raise TargetError(f"bitfit: this {type(model).__name__} has no biases{where}, so nothing would train{hint}")
 
     def _without_bias(self, surgeon: Surgeon) -> list[Site]:
         return surgeon.at("all-linear") if surgeon.wishes.target is None else surgeon.sites()

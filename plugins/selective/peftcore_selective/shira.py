@@ -25,7 +25,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.errors import UnsupportedSite
 
 
@@ -91,6 +91,7 @@ class SHiRA(Method):
     Config = Config
     tags = Tags(category="selective", paper="2406.13175", mergeable=True, checked_against="peft 0.21")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

@@ -26,7 +26,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, branch
+from peftcore import OUTPUTS, BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, branch
 
 
 class Config(MethodConfig):
@@ -81,6 +81,7 @@ class AdaptFormer(Method):
     Config = Config
     tags = Tags(category="vision", paper="2205.13535", checked_against="the authors' code")
     target = ("mlp.output",)
+    alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

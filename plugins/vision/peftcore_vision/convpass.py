@@ -26,7 +26,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, Tap, branch
+from peftcore import OUTPUTS, BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, Tap, branch
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import patch_sites
 
@@ -128,6 +128,7 @@ class Convpass(Method):
     Config = Config
     tags = Tags(category="vision", paper="2207.07039", checked_against="the authors' code")
     target = ("attn.output", "mlp.output")
+    alternatives = OUTPUTS
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         lies: dict[str, Tap] = {}

@@ -1,0 +1,73 @@
+"""Default targets of a method: the first of its alternatives that a host has, and what to tell the user about it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from peftcore.contract.method import Method
+from peftcore.errors import TargetError
+from peftcore.roles import HostMap
+from peftcore.roles.hostmap import under
+from peftcore.roles.virtual import ALL_LAYERS
+from peftcore.targets.resolver import Resolver, Target
+from peftcore.targets.sites import Site
+
+
+def default_sites(
+    resolver: Resolver, targets: Sequence[Target], exclude: Target | None = None
+) -> tuple[list[Site], Target]:
+    """Returns the sites of the first of some targets of which the host has any part, without those of `exclude`, and
+    that target. They stay in the host's main tower, unless it has none of all the targets.
+
+    Raises:
+        TargetError: the host has none of them; those that it has are slices of fused weights that are not known without
+            a forward; or everything was excluded.
+    """
+    unknown: TargetError | None = None
+    for tower in (resolver.host.main_tower(), None):  # heads and projectors stand outside of all towers
+        for target in targets:
+            try:
+                found, _ = resolver.matching(target, tower)
+            except TargetError as error:
+                unknown = unknown or error
+                continue
+            if found:
+                return resolver.without(found, target, exclude), target
+    raise unknown or TargetError(resolver.nothing("target", *_parts(targets[0])))
+
+
+def notices(method: Method, taken: Target, sites: Iterable[Site], resolver: Resolver) -> Iterator[str]:
+    """Yields the lines about the default targets of a method that has alternatives: which of them was taken, and which
+    parts of the host have no site."""
+    host, name = resolver.host, type(resolver.model).__name__
+    paths = [site.module_path for site in sites]
+    if taken != method.target:
+        yield (
+            f"{method.name}: this {name} has none of {_listed(method.target)}, so it acts at {_listed(taken)} "
+            f"({len(paths)} layers); target= chooses others"
+        )
+    if left := list(_left_out(host, paths)):
+        hint = "" if taken == ALL_LAYERS else f"; target={ALL_LAYERS!r} takes all matrices and convolutions"
+        yield f"{method.name}: its default target {_listed(taken)} leaves out {', '.join(left)} of this {name}{hint}"
+
+
+def _left_out(host: HostMap, paths: Sequence[str]) -> Iterator[str]:
+    """Yields the towers and blocks that have weights and no site, in words; nothing where no site is in a block."""
+    block_of = {entry.module: entry.block for entry in host.entries}
+    acted = {block for path in paths if (block := block_of.get(path)) is not None}
+    if not acted:
+        return
+    weighty = {entry.block: entry.tower for entry in host.entries if entry.block is not None and entry.shape}
+    towers = {tower for block, tower in weighty.items() if block in acted}
+    yield from (tower or "the rest" for tower in sorted(set(weighty.values()) - towers))
+    blocks = [block for block, tower in weighty.items() if tower in towers]
+    if idle := [block for block in blocks if not any(under(each, block) or under(block, each) for each in acted)]:
+        yield f"{len(idle)} of {len(blocks)} blocks ({idle[0]}{', ...' if len(idle) > 1 else ''})"
+
+
+def _parts(target: Target) -> Sequence[Target]:
+    return [target] if isinstance(target, str | type) or callable(target) else target
+
+
+def _listed(target: Target) -> str:
+    return ", ".join(map(str, _parts(target)))
