@@ -22,6 +22,10 @@ DEFERRED = {
         "peftcore.training",
         "peftcore.trainers.callback",
     ): "`peftcore.training.PeftcoreCallback` is where users import it",
+    (
+        "peftcore.training",
+        "peftcore.trainers.trainer",
+    ): "`peftcore.training.PeftcoreTrainer` is where users import it",
 }
 """Imports that go up on purpose, inside a function, each with its reason. No more than three."""
 

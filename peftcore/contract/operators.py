@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from peftcore.errors import NotMergeable
+from peftcore.errors import NotMergeable, TrainingError
 
 if TYPE_CHECKING:
     from peftcore.targets.sites import Site
@@ -53,6 +54,19 @@ class _Base(Checked):
     def __init__(self, site: Site) -> None:
         super().__init__()
         self.layer = site.layer
+
+    def register_forward_hook(self, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
+        """Add a hook, as any module does it.
+
+        Raises:
+            TrainingError: it is one of Opacus, which takes all inputs of a module for tensors.
+        """
+        if (getattr(hook, "__module__", None) or "").partition(".")[0] == "opacus":
+            raise TrainingError(
+                "Opacus takes gradients of single examples where modules get tensors alone; operators get the forward "
+                "that they wrap: take them by torch.func.vmap(torch.func.grad(loss)), as of any function"
+            )
+        return super().register_forward_hook(hook, **options)
 
     def merged(self, weight: Tensor) -> Tensor:
         """Returns the effective weight for the base weight `weight` (logical layout): the same mathematics as forward.

@@ -14,18 +14,18 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from peftcore.contract.method import Method
 from peftcore.errors import AmbiguousBackward, MissingContext, RouteError
 from peftcore.forward.checkpoints import remember, remembered, running
-from peftcore.layers.fsdp import differentiable
+from peftcore.forward.own_losses import Fate, OwnLosses
 from peftcore.layers.kernels import transformed
+from peftcore.utils.threads import this_thread
 
 if TYPE_CHECKING:
     from peftcore.forward.active_adapters import Choice, Route
@@ -35,15 +35,11 @@ _CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
 """The names under which transformers hands its caches on."""
 
 
-class Token:
-    """Stands for a thread. The system gives the numbers of threads that ended to new ones."""
-
-
 class _Threads(threading.local):
     """The forward contexts that one thread has open."""
 
     def __init__(self) -> None:
-        self.token = Token()
+        self.token = this_thread()
         self.calls: list[ForwardContext] = []
         self.calm: ForwardContext | None = None
         """The forward of a host that runs now, where its modules need not ask what was chosen: they take its choice."""
@@ -79,10 +75,6 @@ def repeating() -> bool:
     return graph_task() != -1
 
 
-IGNORED = -100
-"""Labels that transformers leaves out."""
-
-
 class ForwardContext:
     """The context of one forward of the host.
 
@@ -92,6 +84,8 @@ class ForwardContext:
             the host has returned. A list, since torch.compile does not trace grafts behind a change of a dict that was
             there before.
         losses: scalars that operators add to the loss of the output; see `add_loss`.
+        visits: of a part of the host that runs by itself, how many target modules ran in training since the losses
+            were taken.
     """
 
     def __init__(
@@ -105,6 +99,7 @@ class ForwardContext:
         self.state, self.choice = state, choice
         self.taps: list[tuple[int, Any, bool]] = []
         self.losses: list[Tensor] = []
+        self.visits = 0
         self.open, self.calm = True, False
         self.frame: FrameType | None = None
         """The call of the host whose forward it is."""
@@ -140,8 +135,11 @@ class ForwardContext:
         return bound(self._model, self._args, self._kwargs)
 
     def add_loss(self, loss: Tensor) -> None:
-        """Add a scalar to the loss of the host's output, in training. Repeated forwards add nothing twice."""
-        if self.open:
+        """Add a scalar to the loss of the host's output, in training. Repeated forwards add nothing twice.
+
+        Where the output has no loss, it waits for `Injection.losses`.
+        """
+        if self.open and (self._model is not None or (self.visits and not repeating())):
             self.losses.append(loss)
 
     def without(self, adapter: str | nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -166,8 +164,12 @@ class ForwardContext:
         choice = self.choice.without(name)
         kwargs = {key: copy.deepcopy(value) if key in _CACHES else value for key, value in kwargs.items()}
         inner = ForwardContext(state, choice, self._model, self._args, self._kwargs)
-        with state.choices.held(choice):
-            output = run(*args, **kwargs)
+        opened, self.open = self.open, False  # losses of what runs twice count once
+        try:
+            with state.choices.held(choice):
+                output = run(*args, **kwargs)
+        finally:
+            self.open = opened
         _announce(output, inner)
         return output
 
@@ -282,6 +284,7 @@ class Recorder:
         self.recent: list[Choice] = []
         """The last two different choices of the forwards since the last backward."""
         self.drained = False
+        self.losses = OwnLosses()
 
     def enter(self, state: HostState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Open a context, before the host runs."""
@@ -309,6 +312,8 @@ class Recorder:
         if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
             self.note(choice)
             HERE.calm, call.calm = call, True
+            if model.training and torch.is_grad_enabled():
+                self.losses.begin(state, choice.acting)
 
     def leave(self, state: HostState, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         """Close the context, after the host ran, also when it raised."""
@@ -324,7 +329,7 @@ class Recorder:
         if output is None or not torch.is_grad_enabled():
             return None
         if model.training:
-            output = _with_losses(output, [*call.losses, *_aux_losses(state, call)], _share(kwargs))
+            output = self.losses.end(state, call, output, kwargs, _fate(state))
         if not torch.compiler.is_compiling():
             _announce(output, call)
         return output
@@ -352,19 +357,20 @@ class Recorder:
             HERE.outside = weakref.ref(outside)
         if training and not repeating():
             self.note(choice)
+            if torch.is_grad_enabled():
+                self.losses.visit(state, outside)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"recent": [], "drained": False}
+        return {"recent": [], "drained": False, "losses": self.losses}
 
 
-def _aux_losses(state: HostState, call: ForwardContext) -> Iterator[Tensor]:
-    for name in call.choice.acting if call.choice is not None else ():
-        injection = state.injections[name]
-        if type(injection.method).aux_loss is not Method.aux_loss:
-            with differentiable(injection.model, injection.parameters):  # here it is outside of the blocks
-                loss = injection.method.aux_loss(injection)
-            if loss is not None:
-                yield loss
+def _fate(state: HostState) -> Fate:
+    """Returns what becomes of own losses that the output cannot take. Inside backward they waited when the forward ran
+    first, unless it ran without gradients: in a reentrant checkpoint round the host."""
+    if torch.compiler.is_compiling() or not repeating():
+        return "wait"
+    task, _ = HERE.announced.get(id(state), (-1, None))
+    return "waited" if task == graph_task() else "lost"
 
 
 def _check_rows(call: ForwardContext, route: Route) -> None:
@@ -374,24 +380,6 @@ def _check_rows(call: ForwardContext, route: Route) -> None:
             f"the route has {len(route.index)} rows (times {route.copies} copies), the batch {len(tensors[0])}; "
             "name one injection (or None) for each row, and say copies=num_beams where generate repeats rows"
         )
-
-
-def _with_losses(output: Any, losses: list[Tensor], share: Tensor | float) -> Any:
-    if losses and isinstance(output, MutableMapping) and isinstance(output.get("loss"), Tensor):
-        output["loss"] = output["loss"] + share * sum(losses[1:], losses[0])
-    return output
-
-
-def _share(inputs: Mapping[str, Any]) -> Tensor | float:
-    """Returns the share of this forward in an optimizer's step. Models of transformers are told how many items all
-    forwards of the step have, in all processes, and divide their sums by that; methods' own losses are scaled likewise.
-    """
-    items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
-    if items is None or not isinstance(labels, Tensor):
-        return 1.0
-    counted = labels[..., 1:] if labels.dim() > 1 else labels  # the first token is predicted from nothing
-    share: Tensor = counted.ne(IGNORED).sum() / items
-    return share
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -19,12 +19,13 @@ from torch.utils.hooks import RemovableHandle
 from peftcore.errors import UnknownInjection
 from peftcore.forward.active_adapters import Active, Choice
 from peftcore.forward.adapter_modules import note_lacking
-from peftcore.forward.context import ForwardContext, Recorder, Token, graph_task, replayed
+from peftcore.forward.context import ForwardContext, Recorder, graph_task, replayed
 from peftcore.forward.generate import GeneratesFromCache
 from peftcore.forward.instance_methods import give_methods_back, replace_methods
 from peftcore.forward.save_pretrained import SavesBase
 from peftcore.forward.scopes import Choices
 from peftcore.roles.token_tables import token_count
+from peftcore.utils.threads import Token
 
 if TYPE_CHECKING:
     from peftcore.forward.slot import Slot

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftcore.contract.compositions import Stack
@@ -164,6 +165,21 @@ class Injection(AppliedMethod):
             for graft in self.grafts:
                 if not graft.by_method:  # modules named in `train` train, whatever the method selects
                     graft.operator.requires_grad_(True)
+
+    def losses(self) -> Tensor:
+        """Returns the sum of the method's own losses in the last training forward of the model in this thread, where
+        its output has no loss to which they were added: of shape ``[]``, with its graph, to add to a loss of your own.
+
+            loss = criterion(model(x), y) + injection.losses()
+
+        They are taken: it is zero until the next forward, and where there are none. Losses of operators that another
+        active injection made too are given to the first that is asked.
+        """
+        self._alive()
+        losses = self.state.recorder.losses.take(self.state, self.name)
+        if losses:
+            return sum(losses[1:], losses[0])
+        return torch.zeros((), device=next((each.device for each in self.parameters()), None))
 
     def optimizer(
         self, cls: Callable[..., Optimizer], *, lr: float, total_steps: int | None = None, **options: Any

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftcore.contract.method import Method
 from peftcore.injection.injection import Injection
 from peftcore.testing.checks_training import backward
-from peftcore.testing.kit import Case, check
+from peftcore.testing.kit import Case, check, fill
 from peftcore.testing.tools import differences, raises, trace
 
 SEVERAL = ("mlp", "encoder", "llama")
@@ -105,6 +105,30 @@ def the_own_loss_is_a_number(case: Case) -> None:
         return
     case.expect(own.dim() == 0 and bool(torch.isfinite(own)), f"aux_loss gives {own.detach()}")
     case.expect(own.requires_grad, "aux_loss depends on no parameter that trains")
+
+
+@check(
+    "own losses of each forward wait where the model's output has no loss, and train what they depend on",
+    cause="`aux_loss` returns a tensor that it made in an earlier step, or an operator adds one that it kept",
+    remedy="compute losses in each forward from parameters and activations as they are, and keep none",
+)
+def own_losses_wait_for_a_loop(case: Case) -> None:
+    model, inputs = case.fresh()
+    injection = case.filled(model)
+    model.train()
+    trained = [parameter for parameter in injection.parameters() if parameter.requires_grad]
+    for step in range(2):
+        case.run(model, inputs)
+        own = injection.losses()
+        if own.dim() or not own.requires_grad:
+            return
+        gradients = torch.autograd.grad(own, trained, allow_unused=True)
+        finite = all(bool(torch.isfinite(gradient).all()) for gradient in gradients if gradient is not None)
+        case.expect(finite, f"gradients of the own loss are not finite in step {step}")
+        case.expect(not injection.losses(), "losses that were taken are there again")
+        fill(injection, seed=2)
+        case.run(model, inputs)
+        case.expect(not torch.equal(injection.losses(), own), f"the own loss is the same after step {step}")
 
 
 @check(

@@ -2,5 +2,7 @@
 
 It may import `authoring`, and what is below. In the order of reading:
 
-- `callback`: transformers' Trainer.
+- `checkpoints`: what the Trainer of transformers writes of an adapted model.
+- `callback`: the Trainer's callback.
+- `trainer`: the Trainer itself, wherever its loss is computed.
 """

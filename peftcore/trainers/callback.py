@@ -19,38 +19,61 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from peftcore.errors import TrainingError
-from peftcore.forward.host_state import injections
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
-from peftcore.registry.plugins import layer_of
-from peftcore.training.optimizer import MethodOptimizer, gradient_rules, scheduled, take_steps, transient
+from peftcore.trainers.checkpoints import (
+    Held,
+    digest,
+    frozen_keys,
+    keys_of,
+    save_adapters,
+    save_for_trainer,
+    saves_checkpoint,
+    state_between_steps,
+    training,
+    within,
+)
+from peftcore.training.optimizer import MethodOptimizer, gradient_rules, scheduled, take_steps
 
 
 class PeftcoreCallback(transformers.TrainerCallback):
     """A callback for the Trainer of a model that was adapted in place.
 
     * Checkpoints hold trained tensors and those of adapters, not the frozen base; they resume exactly.
+    * ``trainer.save_model(folder)`` writes the base without adapters, and the adapter beside it: `peftcore.load` reads
+      it from the folder. Checkpoints and folders that are pushed have it too. That is so for models of transformers; of
+      others the file that the Trainer writes holds all there is, and `Injection.save` writes the adapter.
     * Methods with a schedule take their steps.
-    * After training, ``trainer.save_model()`` writes the base without adapters; `Injection.save` writes those.
+    * What would train otherwise than the method says, is refused before the first step.
 
-    Nothing of it stays on the model when training ends or fails.
+    Nothing of it stays on the model when training fails, and when it ends the way of saving alone.
 
     Args:
         model: the adapted model, where transformers has quantized it.
     """
 
     def __init__(self, model: nn.Module | None = None) -> None:
-        if model is not None and _within(model):
+        if model is not None and within(model):
             vars(model)[ADMITTED] = _Once(model)
         self._frozen: set[str] = set()
         self._undo: Callable[[], Any] | None = None
         self._evaluating = False
+        self._training: list[Injection] = []
         self._stepped: list[AppliedMethod] = []
+        self._before: dict[str, bytes] = {}
+        """Digests of state between steps, as it was before training."""
+        self._own: Injection | None = None
+        """The injection whose optimizer saves its state between steps."""
+        self._read: set[str] | None = None
+        """Keys of the checkpoint that was read since one was expected."""
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Expect a checkpoint to resume from: the Trainer loads it before the event that training begins."""
-        vars(kwargs["model"]).pop(ADMITTED, None)
-        self._await_checkpoint(kwargs["model"])
+        model = kwargs["model"]
+        vars(model).pop(ADMITTED, None)
+        save_for_trainer(model)
+        self._note_state(model)
+        self._await_checkpoint(model)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Expect the best checkpoint: the Trainer logs the run's time last, then loads it."""
@@ -58,24 +81,47 @@ class PeftcoreCallback(transformers.TrainerCallback):
             self._await_checkpoint(kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Find the frozen parameters, and check that the optimizer follows the methods' rules.
+        """Find the frozen parameters, and check that all that trains follows the methods' rules.
 
         Raises:
-            TrainingError: it does not.
+            TrainingError: it does not, nothing trains, or the checkpoint is not one of these adapters.
         """
         model, optimizer = kwargs["model"], _inside(kwargs["optimizer"])
         self._disarm()
-        _save_adapters(model, True)
+        if within(model) and not any(parameter.requires_grad for parameter in model.parameters()):
+            names = ", ".join(repr(injection.name) for injection in within(model))
+            raise TrainingError(f"nothing trains: {names} is frozen, as `load` leaves it; call injection.trainable()")
+        save_for_trainer(model)
+        self._note_state(model)
         self._frozen, self._stepped = frozen_keys(model), []
-        own = optimizer.injection if isinstance(optimizer, MethodOptimizer) else None
-        for injection in _within(model):
-            if not any(parameter.requires_grad for parameter in injection.parameters()):
-                continue
-            if injection is not own:
-                _check_plain(injection, resuming=state.global_step > 0)
+        self._own = optimizer.injection if isinstance(optimizer, MethodOptimizer) else None
+        if state.global_step:
+            self._check_read(model)
+        self._training = training(model)
+        for injection in self._training:
+            if injection is not self._own:
+                _check_plain(injection)
                 self._stepped += scheduled(injection)
         if isinstance(optimizer, MethodOptimizer) and optimizer.total_steps is None:
             optimizer.total_steps = state.max_steps
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check that the loss has those of the methods in it.
+
+        Raises:
+            TrainingError: it has not: the Trainer does not take it from the model.
+        """
+        for injection in self._training:
+            if injection.state.recorder.losses.waits(injection.state, injection.name):
+                raise TrainingError(
+                    f"the own loss of {injection.name!r} ({injection.method.name}) is not in the Trainer's, which is "
+                    "not the model's (label smoothing, compute_loss_func, return_dict=False ...): use "
+                    "peftcore.training.PeftcoreTrainer, or add injection.losses() in a loss function of your own"
+                )
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Check it as after each other batch."""
+        self.on_substep_end(args, state, control, **kwargs)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the methods' steps, where the optimizer is not their own."""
@@ -123,12 +169,21 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._disarm()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the model save the base without adapters from now on."""
+        """Check that the best checkpoint was read whole, where it was.
+
+        Raises:
+            TrainingError: it lacks tensors of adapters.
+        """
         self._disarm()
-        _save_adapters(kwargs["model"], False)
+        self._check_read(kwargs["model"])
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the adapters into the folder that is pushed: of a checkpoint, the Trainer copies only its own files."""
+        if state.is_world_process_zero:
+            save_adapters(kwargs["model"], args.output_dir)
 
     def _arm(self, model: nn.Module) -> None:
-        """Let the next state_dict(), and no other, leave out frozen tensors."""
+        """Let the next state_dict(), and no other, leave out frozen tensors, and have state between steps."""
         self._disarm(self._evaluating)
 
         def state_dict(*args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
@@ -136,22 +191,65 @@ class PeftcoreCallback(transformers.TrainerCallback):
             whole: dict[str, Any] = model.state_dict(*args, prefix=prefix, **kwargs)
             for key in self._frozen:
                 whole.pop(prefix + key, None)
+            whole |= {prefix + held.key: held.buffer for held in state_between_steps(model) if self._wanted(held)}
             return whole
 
+        def undo() -> None:
+            model.__dict__.pop("state_dict", None)
+            saves_checkpoint(model, False)
+
         model.__dict__["state_dict"] = state_dict
-        self._undo = lambda: model.__dict__.pop("state_dict", None)
+        saves_checkpoint(model, True)
+        self._undo = undo
+
+    def _note_state(self, model: nn.Module) -> None:
+        """Note what state between steps is like that was not there before."""
+        for held in state_between_steps(model):
+            self._before.setdefault(held.key, digest(held.buffer))
+
+    def _wanted(self, held: Held) -> bool:
+        """Whether a checkpoint has to have state between steps: no optimizer saves it, and it is not what comes out the
+        same each time."""
+        if held.injection is self._own:
+            return False
+        changed = held.key in (self._read or ()) or self._before.get(held.key) != digest(held.buffer)
+        return changed or any(True for _ in scheduled(held.injection))
 
     def _await_checkpoint(self, model: nn.Module) -> None:
-        """Let a checkpoint of the adapters load without a warning of all the keys that it leaves out."""
+        """Let a checkpoint of the adapters load, with state between steps, and without a warning of all the keys that
+        it leaves out."""
         self._disarm()
+        self._read = None
         frozen = frozen_keys(model)
 
+        def take_state(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+            self._read = (self._read or set()).union(state_dict)
+            for held in state_between_steps(model):
+                if held.key in state_dict:
+                    held.buffer.copy_(state_dict.pop(held.key))
+
         def without_frozen(module: nn.Module, keys: Any) -> None:
-            if frozen.issubset(keys.missing_keys):
+            if frozen.isdisjoint(self._read or ()):
                 keys.missing_keys[:] = [key for key in keys.missing_keys if key not in frozen]
 
-        handle = model.register_load_state_dict_post_hook(without_frozen)  # type: ignore[no-untyped-call]
-        self._undo = handle.remove
+        handles = (
+            model.register_load_state_dict_pre_hook(take_state),  # type: ignore[no-untyped-call]
+            model.register_load_state_dict_post_hook(without_frozen),  # type: ignore[no-untyped-call]
+        )
+        self._undo = lambda: [handle.remove() for handle in handles]
+
+    def _check_read(self, model: nn.Module) -> None:
+        """Check that the checkpoint, if one was read, had all tensors of the adapters that train, and what their
+        schedules know."""
+        if self._read is None:
+            return
+        state = [held for held in state_between_steps(model) if any(True for _ in scheduled(held.injection))]
+        wanted = {held.key for held in state if self._wanted(held)}.union(keys_of(model, training(model)))
+        if lacking := sorted(wanted - self._read):
+            raise TrainingError(
+                f"the checkpoint lacks {len(lacking)} tensors of adapters, such as {lacking[0]}: it is one of other "
+                "adapters, or was written by a Trainer without PeftcoreCallback"
+            )
 
     def _disarm(self, evaluating: bool = False) -> None:
         self._evaluating = evaluating
@@ -175,11 +273,6 @@ class _Once:
         return True
 
 
-def _within(model: nn.Module) -> list[Injection]:
-    """Returns the injections of the model, or of its parts, where it wraps an adapted one."""
-    return [injection for module in model.modules() for injection in injections(module).values()]
-
-
 def _inside(optimizer: Any) -> Any:
     """Returns the optimizer that accelerate wrapped."""
     while isinstance(optimizer, AcceleratedOptimizer):
@@ -187,40 +280,10 @@ def _inside(optimizer: Any) -> Any:
     return optimizer
 
 
-def _save_adapters(model: nn.Module, wanted: bool) -> None:
-    """Choose whether ``save_pretrained`` writes the tensors of injections."""
-    if isinstance(model, transformers.PreTrainedModel):
-        ignored, ours = set(model._keys_to_ignore_on_save or ()), adapter_keys(model)
-        model._keys_to_ignore_on_save = ignored - ours if wanted else ignored | ours
-
-
-def _check_plain(injection: Injection, resuming: bool) -> None:
+def _check_plain(injection: Injection) -> None:
     """Check that an injection can train with an optimizer that is not its own."""
-    remedy = "Trainer(..., optimizers=(injection.optimizer(torch.optim.AdamW, lr=...), None))"
     if gradient_rules(injection):
-        raise TrainingError(f"{injection.name!r} has a rule for gradients that this optimizer does not know: {remedy}")
-    if resuming and any(True for _ in transient(injection)):
         raise TrainingError(
-            f"{injection.name!r} keeps statistics between steps, and this optimizer did not save them: {remedy} in "
-            "both runs resumes exactly"
+            f"{injection.name!r} has a rule for gradients that this optimizer does not know: "
+            "Trainer(..., optimizers=(injection.optimizer(torch.optim.AdamW, lr=...), None))"
         )
-
-
-def adapter_keys(model: nn.Module) -> set[str]:
-    """Returns the keys of the host's state dict that belong to injections."""
-    ours = {id(module) for injection in _within(model) for _, module in injection.modules()}
-    prefixes = tuple(f"{path}." for path, module in model.named_modules(remove_duplicate=False) if id(module) in ours)
-    return {key for key in model.state_dict() if key.startswith(prefixes)}
-
-
-def frozen_keys(model: nn.Module) -> set[str]:
-    """Returns the keys of the host's state dict that cannot change in training: frozen parameters of the base, and all
-    tensors of a quantized weight.
-
-    Buffers of the base stay: the host may write into them.
-    """
-    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    packed = [path for path, module in model.named_modules() if layer_of(module, "weight").packed]
-    below = tuple(f"{path}." for path in packed if path)
-    frozen |= {key for key in model.state_dict() if below and key.startswith(below)}
-    return frozen - adapter_keys(model)

@@ -4,6 +4,7 @@ It may import nothing of peftcore. In the order of reading:
 
 - `progress`: bars for long work.
 - `notices`: single lines for the user, each once.
+- `threads`: threads by objects of their own.
 - `autocast`: the dtype under autocast.
 - `moved`: old paths of modules, for one minor version.
 """

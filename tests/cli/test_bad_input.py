@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 
 from peftcore.cli.commands import app
 from peftcore.cli.entry import main
-from peftcore.comparing.comparisons.demo import Recipe
 
 
 def refused(*arguments: object) -> str:
@@ -143,11 +142,8 @@ def test_weights_that_do_not_fit_the_config(encoder, csv_file, tmp_path):
 
 def test_a_method_that_cannot_act_on_the_model_is_refused_before_any_training(decoder, csv_file, tmp_path, monkeypatch):
     monkeypatch.setattr("peftcore.comparing.comparisons.compare.train", lambda *_: pytest.fail("a run began"))
-    monkeypatch.setattr(
-        "peftcore.comparing.comparisons.demo.RECIPES",
-        {"lora": Recipe(options={"target": "*.query"})},
-    )
-    refused("--model", decoder, "--data", csv_file, "--methods", "lora", "--out", tmp_path / "out")
+    path = written(tmp_path / "comparison.yaml", "methods: [{name: lora, target: '*.query'}]")
+    refused(path, "--model", decoder, "--data", csv_file, "--out", tmp_path / "out")
 
 
 def test_out_that_is_a_file(encoder, csv_file):

@@ -105,6 +105,22 @@ def timeless(report: dict) -> dict:
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_flags_give_methods_the_chances_that_a_file_gives_them(encoder, csv_file, tmp_path):
+    """And all of them the same: what suits each on the demonstration's tweets stays there."""
+    named = compare(encoder, csv_file, tmp_path / "flags", methods="lora,pissa,bitfit,full")
+    assert {(trial["learning_rate"], *trial["options"]) for trial in named["trials"]} == {(1e-3,)}
+    path = tmp_path / "comparison.yaml"
+    path.write_text(
+        f"model: {encoder}\ndata: {{train: {csv_file}}}\nmethods: lora,pissa,bitfit,full\n"
+        "training: {steps: 6, batch_size: 8}\n",
+        encoding="utf-8",
+    )
+    result = CliRunner().invoke(app, ["compare", str(path), "--json", "--out", str(tmp_path / "file")])
+    assert result.exit_code == 0, result.output
+    assert timeless(json.loads(result.stdout)) == timeless(named)
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_seed_decides_everything(encoder, csv_file, tmp_path):
     first, second, other = (
         compare(encoder, csv_file, tmp_path / name, "--seeds", seed, methods="lora,full")
@@ -196,4 +212,6 @@ def test_the_table_fits_a_terminal_of_80_columns(encoder, csv_file, tmp_path):
     )
     assert result.exit_code == 0, result.output
     assert "lora" in result.stdout and "100.00%" in result.stdout and "Majority baseline" in result.stdout
+    assert "lora: attn.q attn.v cross.q cross.v, learning rate 0.001" in result.stdout
+    assert "full: all parameters, learning rate 0.001" in result.stdout
     assert "…" not in result.stdout, "a cell was cut"

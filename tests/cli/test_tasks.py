@@ -98,6 +98,31 @@ def test_pictures_in_folders(vit: Path, pictures: Path) -> None:
     assert outcome["after"]["accuracy"] > outcome["before"]["accuracy"] + 0.15
 
 
+@pytest.fixture(params=["by transformers", "by timm"])
+def timm_vit(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A model of timm with classes of its own, as either library saves it."""
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 7}
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, **sizes)
+    timm.models.save_for_hf(model, tmp_path / "timm", model_args=sizes, safe_serialization=True)
+    if request.param == "by transformers":
+        config = json.loads((tmp_path / "timm" / "config.json").read_text(encoding="utf-8"))
+        del config["model_args"]["num_classes"]
+        (tmp_path / "timm" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return tmp_path / "timm"
+
+
+def test_pictures_for_a_model_of_timm(timm_vit: Path, pictures: Path) -> None:
+    """Its head, which is inside of what transformers wraps, is new."""
+    outcome = trained(
+        "--model", timm_vit, "--task", "image-classification", "--data", pictures, "--steps", 40, "--lr", "3e-2"
+    )
+    assert outcome["after"]["accuracy"] > outcome["before"]["accuracy"] + 0.15
+    saved = json.loads(Path(outcome["saved"], "adapter.json").read_text(encoding="utf-8"))
+    assert "timm_model.head" in json.dumps(saved)
+
+
 @pytest.fixture
 def painter(tmp_path: Path) -> Path:
     """Stable Diffusion with tiny random parts, and a tokenizer that knows the words of digits."""
@@ -155,12 +180,17 @@ def painter(tmp_path: Path) -> Path:
     return tmp_path / "painter"
 
 
-def test_pictures_of_words(painter: Path, pictures: Path) -> None:
-    """The denoiser alone gets the adapter, and the adapter fits the denoiser alone."""
+@pytest.fixture
+def named_pictures(pictures: Path) -> Path:
     named = [f"{file.relative_to(pictures)},{file.parent.name}" for file in sorted(pictures.rglob("*.png"))]
     (pictures / "metadata.csv").write_text("\n".join(["file_name,text", *named]), encoding="utf-8")
+    return pictures
+
+
+def test_pictures_of_words(painter: Path, named_pictures: Path) -> None:
+    """The denoiser alone gets the adapter, and the adapter fits the denoiser alone."""
     outcome = trained(
-        *("--model", painter, "--task", "text-to-image", "--data", pictures, "--steps", 20, "--lr", "1e-2"),
+        *("--model", painter, "--task", "text-to-image", "--data", named_pictures, "--steps", 20, "--lr", "1e-2"),
         *("--set", 'data.prompts=["zero"]', "--set", "data.prompt_steps=2", "--out", "run"),
     )
     assert outcome["after"]["loss"] < outcome["before"]["loss"]
@@ -171,3 +201,34 @@ def test_pictures_of_words(painter: Path, pictures: Path) -> None:
     assert peftcore.load(unet, "run/adapter").summary().sites > 4
     saved = [path.stat().st_size for path in Path("run/checkpoints").glob("*/model.safetensors")]
     assert saved and max(saved) < 100_000
+
+
+def test_a_pipeline_in_bfloat16_whose_tokenizer_knows_no_length(painter: Path, named_pictures: Path) -> None:
+    """Pictures get the pipeline's dtype, and texts the length that the text encoder has."""
+    path = painter / "tokenizer" / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    assert settings.pop("model_max_length") == 6
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    outcome = trained(
+        *("--model", painter, "--task", "text-to-image", "--data", named_pictures, "--steps", 2, "--lr", "1e-2"),
+        *("--set", "dtype=bfloat16", "--set", 'data.prompts=["zero"]', "--set", "data.prompt_steps=2"),
+    )
+    assert np.isfinite(outcome["after"]["loss"]) and outcome["samples"]
+
+
+def test_a_denoiser_gets_the_methods_own_loss(painter: Path, named_pictures: Path) -> None:
+    """It is a part of what is trained, and its output has no loss: the Trainer takes it."""
+    losses = []
+    for weight in (0.0, 1000.0):
+        options = ("--method", "adalora", "--set", f"method.orthogonality={weight}", "--set", "method.final=2")
+        result = CliRunner().invoke(
+            app,
+            [
+                *("train", "--model", str(painter), "--task", "text-to-image", "--data", str(named_pictures)),
+                *("--steps", "8", "--lr", "1e-4", "--batch-size", "4", "--out", f"run{weight}", "--json"),
+                *("--set", "training.evaluate_every=1", "--set", "method.warmup=1", *options),
+            ],
+        )
+        assert result.exit_code == 0, (result.output, result.exception)
+        losses.append(json.loads(result.stdout)["losses"][0][1])
+    assert losses[1] > losses[0] + 1.0

@@ -162,6 +162,27 @@ def test_a_full_disk_ends_the_run_with_a_whole_checkpoint(tweets: Any, monkeypat
     trained(*tweets, "--out", "run", "--set", "training.evaluate_every=5", "--resume")
 
 
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: not enough memory: you tried to allocate"),
+    MemoryError("Unable to allocate 20 GiB"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("where", ["AdapterTrainer.training_step", "AdapterTrainer.__init__", "_said"])
+def test_out_of_memory_says_what_takes_less(tweets: Any, error: Exception, where: str, monkeypatch: Any) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(f"peftcore.comparing.training.train.{where}", full)
+    message = refused(*tweets, "--out", "run", "--set", "training.checkpoint_gradients=true")
+    assert "out of memory" in message and str(error)[:20] in message
+    for advice in ("batch_size=8 --set training.accumulate=2", "--set dtype=bfloat16", "--set quantize=nf4"):
+        assert advice in message
+    assert "checkpoint_gradients" not in message
+
+
 def test_plain_text(decoder: Path, tmp_path: Path) -> None:
     path = tmp_path / "lines.txt"
     path.write_text("my phone is fine\n\nthe plane was late today\n" * 20, encoding="utf-8")
@@ -219,6 +240,31 @@ def test_a_model_inside_a_package_that_is_not_imported(
             "--model", f"package:{name}", "--out", tmp_path / "other", *options
         )
     assert "holds_a_model" not in sys.modules
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_a_folder_that_is_quantized_already(scheme: str, talker: Path, chats: Path, tmp_path: Path) -> None:
+    """Its checkpoints are of the adapter, and a run goes on from them."""
+    pytest.importorskip("bitsandbytes")
+    options = {"load_in_4bit": True} if scheme == "nf4" else {"load_in_8bit": True}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(talker)
+    torch.manual_seed(0)
+    dense = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(tokenizer), **sizes))
+    dense.save_pretrained(tmp_path / "dense")
+    packed = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=transformers.BitsAndBytesConfig(**options), device_map="cpu"
+    )
+    folder = tmp_path / "packed"
+    packed.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    command = ("--model", folder, "--task", "chat", "--data", chats, "--method", "lora", "--steps", 4, "--out", "run")
+    trained(*command, "--set", "training.evaluate_every=2")
+    for each in ("adapter", "checkpoints/checkpoint-4"):
+        shutil.rmtree(Path("run", each))
+    trained(*command, "--set", "training.evaluate_every=2", "--resume")
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, device_map="cpu")
+    assert peftcore.load(model, "run/adapter").summary().sites == 4
 
 
 def test_a_tokenizer_without_a_template_is_refused(decoder: Path, chats: Path) -> None:

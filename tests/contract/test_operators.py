@@ -3,10 +3,12 @@
 import copy
 from typing import Any
 
+import pytest
 import torch
 from core_toys import SharedBases, Shift, ShiftOperator, snapshot, stir, token_ids, transformer
 
 import peftcore
+from peftcore.errors import TrainingError
 
 
 def test_owned_state_is_registered_and_saved_once() -> None:
@@ -80,3 +82,23 @@ def test_which_operators_change_the_bias_beside_their_weight() -> None:
     (site,) = peftcore.plan(transformer(), Shift, target="layers.0.mlp.up_proj").sites
     config = Shift.Config()
     assert peftcore.changes_bias(Moves(site, config)) and not peftcore.changes_bias(ShiftOperator(site, config))
+
+
+def test_hooks_of_opacus_are_refused_and_others_see_the_operator_run() -> None:
+    """Opacus would fail in forward: it takes the forward that an operator wraps for a tensor."""
+
+    class Samples:
+        def capture(self, *_: Any) -> None:
+            raise AssertionError
+
+    Samples.capture.__module__ = "opacus.grad_sample.grad_sample_module"
+    model, ids = transformer(), token_ids()
+    injection = peftcore.apply(model, Shift)
+    [operator, *_] = [each for each in injection.operators.values() if isinstance(each, ShiftOperator)]
+    with pytest.raises(TrainingError, match=r"torch\.func\.vmap"):
+        operator.register_forward_hook(Samples().capture)
+    seen: list[Any] = []
+    handle = operator.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(ids)
+    handle.remove()
+    assert len(seen) == 1

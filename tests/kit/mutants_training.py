@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from mutant_base import NOT_MERGEABLE, TAGS, Entry, Small, Unmergeable, mutant
@@ -52,6 +53,16 @@ def does_nothing(self: Method, injection: Injection, step: int, total: int) -> N
 
 def adds_a_vector(self: Method, injection: Injection) -> Tensor:
     return torch.cat([operator.get_parameter("A").flatten() for operator in injection.operators.values()])
+
+
+KEPT: WeakKeyDictionary[Injection, Tensor] = WeakKeyDictionary()
+
+
+def keeps_its_loss(self: Method, injection: Injection) -> Tensor:
+    """Computes it in the first step alone."""
+    if injection not in KEPT:
+        KEPT[injection] = adds_a_vector(self, injection).square().mean()
+    return KEPT[injection]
 
 
 def all_of_them(self: Method, injection: Injection, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
@@ -113,6 +124,7 @@ MUTANTS: dict[str, Entry] = {
     ),
     "steps_count_where_they_are_asked_for": (mutant("does_nothing", tags=SCHEDULED, on_step=does_nothing), "mlp"),
     "the_own_loss_is_a_number": (mutant("adds_a_vector", aux_loss=adds_a_vector), "mlp"),
+    "own_losses_wait_for_a_loop": (mutant("keeps_its_loss", aux_loss=keeps_its_loss), "mlp"),
     "the_optimizer_holds_what_trains": (mutant("all_of_them", parameter_groups=all_of_them), "mlp"),
     "it_learns": (mutant("hardly_moves", parameter_groups=hardly_moves), "task"),
     "training_resumes_exactly": (mutant("counts_steps", Counts, tags=SCHEDULED, on_step=grows), "mlp"),

@@ -223,6 +223,33 @@ def check_llama(way: str, name: str) -> None:
             torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
+# ---------------------------------------------------------------- losses of methods, which the output does not have
+
+
+def check_own_losses(way: str) -> None:
+    """Taken in each process, they count once in the mean over processes."""
+    model, injection, ids = llama("adalora")
+    model.train()
+    own = injection.method.aux_loss(injection)
+    assert own is not None
+    (model(input_ids=ids).logits.square().mean() + own).backward()
+    expected = [p.grad.clone() for p in injection.parameters() if p.grad is not None]
+    model, injection, ids = llama("adalora")
+    model.train()
+    if way == "fsdp":
+        for layer in model.model.layers:
+            fully_shard(layer)
+        runner: nn.Module = fully_shard(model)
+    else:
+        runner = DistributedDataParallel(model, find_unused_parameters=way == "ddp that looks for unused ones")
+    for _ in range(2):
+        runner.zero_grad()
+        (runner(input_ids=mine(ids)).logits.square().mean() + injection.losses()).backward()
+        found = [whole(p.grad) for p in injection.parameters() if p.grad is not None]
+        for got, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 # ---------------------------------------------------------------- two ranks
 
 
@@ -233,6 +260,8 @@ CASES: dict[Case, Callable[[], None]] = {
     **{("bfloat16", method): functools.partial(check_bfloat16, method) for method in (*METHODS, "vera")},
     **{(f"llama, {way}", name): functools.partial(check_llama, way, name)
        for way in ("ddp", "fsdp") for name in LLAMA_METHODS},
+    **{("own losses", way): functools.partial(check_own_losses, way)
+       for way in ("ddp", "ddp that looks for unused ones", "fsdp")},
 }  # fmt: skip
 
 
@@ -305,3 +334,7 @@ def test_gradients_in_bfloat16_are_near_those_of_the_single_process(outcomes: di
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_gradients_of_methods_beyond_weights_equal_the_single_process(outcomes: dict[Case, str], way: str) -> None:
     assert_right(outcomes, f"llama, {way}")
+
+
+def test_losses_that_are_taken_count_once_in_all_processes(outcomes: dict[Case, str]) -> None:
+    assert_right(outcomes, "own losses")

@@ -57,20 +57,24 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
 )
 
 
-def candidates(names: str, learning_rate: float | None) -> list[dict[str, Any]]:
-    """Return methods by their names, separated by commas, with the settings that suit them; one learning rate for all
-    where it is given.
+def listed(names: str) -> list[str]:
+    """Return names of methods, which commas separate.
 
     Raises:
-        BadInput: there are none.
+        BadInput: there are none, or one is there twice.
     """
-    listed = [name.strip() for name in names.split(",") if name.strip()]
-    if not listed:
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if not found:
         raise BadInput("--methods names no method")
-    recipes = {name: RECIPES.get(name, Recipe()) for name in listed}
-    repeated = [name for name in recipes if listed.count(name) > 1]
+    repeated = [name for name in found if found.count(name) > 1]
     if repeated:
         raise BadInput(f"--methods names {repeated[0]} twice")
+    return found
+
+
+def candidates(names: Iterable[str], learning_rate: float | None) -> list[dict[str, Any]]:
+    """Return methods with the settings that suit them on the tweets; one learning rate for all where it is given."""
+    recipes = {name: RECIPES.get(name, Recipe()) for name in names}
     return [
         {"name": name, "learning_rate": learning_rate or recipe.learning_rate, **recipe.options}
         for name, recipe in recipes.items()
@@ -94,7 +98,7 @@ def searching(out: Path, methods: str | None) -> dict[str, Any]:
         **comparison(out, tuning=False),
         "tuning": _written(out, {"tuning": tweets(tuning=True).held_out})["tuning"],
         "methods": methods or ",".join(names),
-        "start": candidates(",".join(names), None) if names else [],
+        "start": candidates(names, None),
     }
 
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.packages import package_folder
+from peftcore.injection.applying import host_map
 from peftcore.layers.layer import is_dense
 
 GGUF, PACKAGE = ".gguf", "package:"
@@ -103,6 +104,7 @@ def classifier(
         auto,
         model,
         dtype,
+        **_without_classes(model),
         num_labels=len(labels),
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
@@ -114,15 +116,32 @@ def classifier(
     return loaded, head_modules(loaded, {*info["missing_keys"], *mismatched}, model)
 
 
+def _without_classes(model: Path | str) -> dict[str, Any]:
+    """Return the arguments that a model of timm was saved with, without the number of its classes: transformers would
+    give it twice."""
+    where, own = origin(model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(where, **own)
+    except UNREADABLE:
+        return {}  # loading the model says why
+    if not isinstance(config, transformers.TimmWrapperConfig):
+        return {}
+    return {"model_args": {name: each for name, each in (config.model_args or {}).items() if name != "num_classes"}}
+
+
 def head_modules(model: Any, fresh: Set[str], folder: Path | str) -> tuple[str, ...]:
-    """Return the parts outside the base model, and parts of the base of which nothing was in the folder (a pooler,
-    say).
+    """Return the parts outside the base model (in it, where it is all there is), and parts of the base of which nothing
+    was in the folder (a pooler, say).
 
     They start from nothing or from another task, so every method has to train them. What else is missing must not be.
     """
     prefix = model.base_model_prefix
     outside = parts(model)
     base = outside.pop(prefix, None)
+    if base is not None and not outside:
+        outside = {
+            entry.path: model.get_submodule(entry.path) for entry in host_map(model).entries if entry.role == "head"
+        }
     if base is None or not outside:
         raise BadInput(f"{folder}: {type(model).__qualname__} has no classification head beside its base model")
     names = {

@@ -59,7 +59,7 @@ class Denoising(nn.Module):
         # Scores draw the same noise each time, so that they can be compared.
         drawn = None if self.training else torch.Generator(pixel_values.device).manual_seed(0)
         with torch.no_grad():
-            found = self.vae.encode(pixel_values).latent_dist
+            found = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist
             latents = found.sample(drawn) * self.vae.config.scaling_factor
             words = self.text_encoder(input_ids)[0]
         noise = torch.randn(latents.shape, generator=drawn, device=latents.device, dtype=latents.dtype)
@@ -119,6 +119,8 @@ def _pipeline(run: Run) -> Any:
             f"{run.model}: is a {type(pipeline).__name__}; pipelines with one text encoder and a UNet can be trained "
             "here (StableDiffusionPipeline), others from Python: peftcore.apply works on any of their parts"
         )
+    longest = pipeline.text_encoder.config.max_position_embeddings  # some tokenizers do not know it
+    pipeline.tokenizer.model_max_length = min(pipeline.tokenizer.model_max_length, longest)
     pipeline.safety_checker = None
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

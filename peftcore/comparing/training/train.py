@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import transformers
 from torch.utils.data import DataLoader, Subset
 
@@ -93,8 +96,13 @@ def train(run: Run, display: Display, resume: bool = False) -> Outcome:
 
     Raises:
         BadInput: what the run names cannot be used.
-        TrainingError: the loss is no number, or a disk is full; the last checkpoint is whole.
+        TrainingError: the loss is no number, or a disk or memory is full; the last checkpoint is whole.
     """
+    with _advice(run):
+        return _train(run, display, resume)
+
+
+def _train(run: Run, display: Display, resume: bool) -> Outcome:
     began = time.perf_counter()
     task = catalogue.find(run.task)
     data = validated(task.Data, run.data, "data")
@@ -157,6 +165,33 @@ def _trained(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except OSError as error:
         raise TrainingError(f"training stopped: {error}; --resume goes on from the last whole checkpoint") from error
+
+
+@contextmanager
+def _advice(run: Run) -> Iterator[None]:
+    """Context manager that says what takes less memory where there is not enough."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise TrainingError(_out_of_memory(run, error)) from error
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):  # torch has no class for it on a CPU
+            raise
+        raise TrainingError(_out_of_memory(run, error)) from error
+
+
+def _out_of_memory(run: Run, error: Exception) -> str:
+    chosen = run.training
+    half = f"training.batch_size={chosen.batch_size // 2} training.accumulate={chosen.accumulate * 2}"
+    advice = {
+        half: chosen.batch_size > 1,
+        "training.checkpoint_gradients=true": not chosen.checkpoint_gradients,
+        "dtype=bfloat16": run.dtype == "float32",
+        "quantize=nf4": run.quantize is None,
+    }
+    tries = ", ".join(f"--set {' --set '.join(each.split())}" for each, wanted in advice.items() if wanted)
+    reason = " ".join(str(error).split())[:200]
+    return f"out of memory ({reason}). Less is needed with: {tries or 'a smaller model'}"
 
 
 def _said(prepared: Prepared) -> list[str]:

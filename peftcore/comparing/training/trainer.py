@@ -24,14 +24,14 @@ from peftcore.comparing.training.processes import (
 )
 from peftcore.errors import TrainingError
 from peftcore.layers.fsdp import gathered, loading_whole
-from peftcore.training import PeftcoreCallback
+from peftcore.training import PeftcoreTrainer
 
 KEPT = 3
 """Checkpoints: the best, the last, and the one before while the next is being written."""
 
 
-class AdapterTrainer(transformers.Trainer):
-    """The Trainer, with the method's optimizer, and an end to runs whose loss is no number."""
+class AdapterTrainer(PeftcoreTrainer):
+    """The Trainer for adapters, with the method's optimizer, and an end to runs whose loss is no number."""
 
     def __init__(self, injection: peftcore.Injection | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -135,7 +135,7 @@ def trainer_for(
         data_collator=prepared.collate,
         compute_metrics=prepared.metrics,
         preprocess_logits_for_metrics=prepared.reduce,
-        callbacks=[LastStep(), PeftcoreCallback(prepared.model), *callbacks, logs, *early],
+        callbacks=[LastStep(), *callbacks, logs, *early],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.model_accepts_loss_kwargs &= _divides_by_items(prepared)

@@ -105,8 +105,8 @@ class AdaLoRA(Method):
             surgeon.graft(site, AdaLoRAOperator, config)
 
     def aux_loss(self, injection: AppliedMethod) -> Tensor | None:
-        distances = torch.cat([operator.distances() for operator in _operators(injection)])
-        return injection.config.orthogonality * distances.mean()
+        weight = injection.config.orthogonality
+        return weight * torch.cat([each.distances() for each in _operators(injection)]).mean() if weight else None
 
     @torch.no_grad()
     def on_step(self, injection: AppliedMethod, step: int, total: int) -> None:

@@ -1,0 +1,183 @@
+"""The losses that methods add: to the loss of the model's output or, where it has none, they wait until they are taken.
+
+A method makes them in `aux_loss`, an operator by `ForwardContext.add_loss`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from peftcore.contract.method import Method
+from peftcore.layers.fsdp import differentiable
+from peftcore.utils.threads import Token, this_thread
+
+if TYPE_CHECKING:
+    from peftcore.forward.active_adapters import Active
+    from peftcore.forward.context import ForwardContext
+    from peftcore.forward.host_state import HostState
+
+IGNORED = -100
+"""Labels that transformers leaves out."""
+PASSES = 16
+"""How often each target module may run, in parts of the model that run by themselves, until their losses count as left
+out: nothing tells where a forward of such parts ends."""
+
+logger = logging.getLogger("peftcore")
+told: set[str] = set()
+"""Names of the methods for which this process has given notice of losses that were left out."""
+
+Fate = Literal["wait", "waited", "lost"]
+Entry = tuple["Active", Tensor]
+"""A loss, and the injections that it may be of: the one whose method made it, or all those that acted."""
+
+
+class OwnLosses:
+    """The own losses of the last training forward of each thread that no output has, until somebody takes them.
+
+    The next training forward under the same injections drops what was not taken: the activations of one forward wait at
+    most.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: WeakKeyDictionary[Token, list[Entry]] = WeakKeyDictionary()
+        # Compiled code neither knows its thread nor changes a dict that was there before: it sets attributes.
+        self._compiled: list[Entry] = []
+        self._compiled_waits = False
+
+    def begin(self, state: HostState, acting: Active) -> None:
+        """Drop what waits of these injections: another training forward of theirs begins."""
+        if self._compiled_waits or this_thread() in self._waiting:
+            entries = self._gathered()
+            self._keep(entry for entry in entries if set(acting).isdisjoint(entry[0]))
+            notice(state, [entry for entry in entries if not set(acting).isdisjoint(entry[0])])
+
+    def end(self, state: HostState, call: ForwardContext, output: Any, inputs: Mapping[str, Any], fate: Fate) -> Any:
+        """Returns the output of a training forward with its own losses in the loss; where there is none, they wait.
+
+        Args:
+            state: the host's state.
+            call: the forward's context.
+            output: what the host returned.
+            inputs: the host's arguments by keyword.
+            fate: what becomes of losses that the output cannot take: they wait, or did so when the forward that is
+                repeated inside backward ran first, or are lost.
+        """
+        acting = () if call.choice is None else call.choice.acting
+        entries = [*((acting, loss) for loss in call.losses), *aux_losses(state, acting)]
+        if not entries:
+            return output
+        share = share_of_step(inputs)
+        if isinstance(output, MutableMapping) and isinstance(output.get("loss"), Tensor):
+            losses = [loss for _, loss in entries]
+            output["loss"] = output["loss"] + share * sum(losses[1:], losses[0])
+        elif torch.compiler.is_compiling():
+            if self._compiled_waits:  # nobody took those of the forward before, for which this one is compiled again
+                _notice_compiled(*names_of(state, entries))
+            self._compiled, self._compiled_waits = [(names, share * loss) for names, loss in entries], True
+        elif fate == "wait":
+            self._keep([*self._waiting.get(this_thread(), ()), *((names, share * loss) for names, loss in entries)])
+        elif fate == "lost":
+            notice(state, entries)
+        return output
+
+    def visit(self, state: HostState, call: ForwardContext) -> None:
+        """Record that a target module runs in training, in a part of the host that runs by itself."""
+        call.visits += 1
+        if call.visits > PASSES * len(state.slots):
+            notice(state, self._of_parts(state))
+
+    def waits(self, state: HostState, name: str) -> bool:
+        """Whether losses of an injection wait in this thread."""
+        self._keep([*self._gathered(), *self._of_parts(state)])
+        return any(name in names for names, _ in self._waiting.get(this_thread(), ()))
+
+    def take(self, state: HostState, name: str) -> list[Tensor]:
+        """Returns the losses of an injection that wait in this thread, with their graph; they wait no longer."""
+        entries = [*self._gathered(), *self._of_parts(state)]
+        self._keep(entry for entry in entries if name not in entry[0])
+        return [loss for names, loss in entries if name in names]
+
+    def _gathered(self) -> list[Entry]:
+        """Returns all that waits in this thread, and forgets it."""
+        entries = [*self._waiting.pop(this_thread(), ()), *self._compiled]
+        self._compiled, self._compiled_waits = [], False
+        return entries
+
+    def _keep(self, entries: Iterable[Entry]) -> None:
+        if kept := list(entries):
+            self._waiting[this_thread()] = kept
+
+    def _of_parts(self, state: HostState) -> list[Entry]:
+        """Returns the losses of parts that ran by themselves in training, since they were last asked for."""
+        call = state.outside.get(this_thread())
+        if call is None or call.choice is None or not call.visits:
+            return []
+        losses, call.losses, call.visits = call.losses, [], 0
+        return [*((call.choice.acting, loss) for loss in losses), *aux_losses(state, call.choice.acting)]
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles begin with nothing."""
+        return OwnLosses, ()
+
+
+def aux_losses(state: HostState, acting: Active) -> Iterator[Entry]:
+    """Yields the losses that the methods of these injections make."""
+    for name in acting:
+        injection = state.injections[name]
+        if type(injection.method).aux_loss is not Method.aux_loss:
+            with differentiable(injection.model, injection.parameters):  # here it is outside of the blocks
+                loss = injection.method.aux_loss(injection)
+            if loss is not None:
+                yield (name,), loss
+
+
+def share_of_step(inputs: Mapping[str, Any], shifted: bool = True) -> Tensor | float:
+    """Returns the share of this forward in an optimizer's step. Models of transformers are told how many items all
+    forwards of the step have, in all processes, and divide their sums by that; methods' own losses are scaled likewise.
+
+    Args:
+        inputs: of the forward.
+        shifted: whether a token is predicted from those before it, so that the first one does not count.
+    """
+    items, labels = inputs.get("num_items_in_batch"), inputs.get("labels")
+    if items is None or not isinstance(labels, Tensor):
+        return 1.0
+    counted = labels[..., 1:] if shifted and labels.dim() > 1 else labels
+    share: Tensor = counted.ne(IGNORED).sum() / items
+    return share
+
+
+def names_of(state: HostState, entries: Iterable[Entry]) -> list[str]:
+    """Returns the names of the methods of the losses, each once."""
+    injections = [state.injections.get(name) for names, _ in entries for name in names]
+    return list(dict.fromkeys(each.method.name for each in injections if each is not None))
+
+
+def notice(state: HostState, entries: list[Entry]) -> None:
+    """Log one line, a warning of the logger "peftcore", for each method whose losses were left out of training; in a
+    process once a method."""
+    for method in names_of(state, entries):
+        _tell(method)
+
+
+def _tell(method: str) -> None:
+    if method not in told:
+        told.add(method)
+        logger.warning(
+            "a loss of %r's own was left out of training: what the model returns has no loss to add it to. Add "
+            "injection.losses() to yours after each forward: loss = criterion(model(x), y) + injection.losses()",
+            method,
+        )
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _notice_compiled(*methods: str) -> None:
+    """Give notice while torch compiles, which runs this once and leaves it out of the compiled code."""
+    for method in methods:
+        _tell(method)

@@ -1,0 +1,146 @@
+"""What transformers' Trainer writes of an adapted model: the base without adapters, adapters in files of their own, and
+in checkpoints all that training changes, under the names that the model has for it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from peftcore.forward.host_state import injections
+from peftcore.forward.save_pretrained import SavesBase, saving_base
+from peftcore.injection.injection import Injection
+from peftcore.layers.fsdp import is_sharded
+from peftcore.registry.plugins import layer_of
+from peftcore.training.optimizer import transient
+
+STATE = "peftcore"
+"""The prefix of keys for state between steps, which the model's own state dict does not have."""
+
+
+def within(model: nn.Module) -> list[Injection]:
+    """Returns the injections of the model, or of its parts, where it wraps an adapted one."""
+    return [injection for module in model.modules() for injection in injections(module).values()]
+
+
+def training(model: nn.Module) -> list[Injection]:
+    """Returns the injections of which something trains."""
+    return [each for each in within(model) if any(parameter.requires_grad for parameter in each.parameters())]
+
+
+def keys_of(model: nn.Module, found: Iterable[Injection]) -> set[str]:
+    """Returns the keys of the model's state dict that belong to these injections."""
+    ours = {id(module) for injection in found for _, module in injection.modules()}
+    prefixes = tuple(f"{path}." for path, module in model.named_modules(remove_duplicate=False) if id(module) in ours)
+    return {key for key in model.state_dict() if key.startswith(prefixes)}
+
+
+def frozen_keys(model: nn.Module) -> set[str]:
+    """Returns the keys of the model's state dict that cannot change in training: frozen parameters of the base, and all
+    tensors of a quantized weight.
+
+    Buffers of the base stay: the host may write into them.
+    """
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    packed = [path for path, module in model.named_modules() if layer_of(module, "weight").packed]
+    below = tuple(f"{path}." for path in packed if path)
+    frozen |= {key for key in model.state_dict() if below and key.startswith(below)}
+    return frozen - keys_of(model, within(model))
+
+
+class Held(NamedTuple):
+    """A non-persistent buffer of an injection: statistics or a counter that a resumed training needs, or a draw that
+    comes out the same each time."""
+
+    key: str
+    """The key in a checkpoint."""
+    injection: Injection
+    buffer: Tensor
+
+
+def state_between_steps(model: nn.Module) -> list[Held]:
+    """Returns the non-persistent buffers of all injections."""
+    found = ((path, injection) for path, module in model.named_modules() for injection in injections(module).values())
+    return [
+        Held(".".join(filter(None, (STATE, path, injection.name, name))), injection, buffer)
+        for path, injection in found
+        for name, buffer in transient(injection)
+    ]
+
+
+def digest(tensor: Tensor) -> bytes:
+    """Returns a digest of a tensor's values."""
+    return hashlib.blake2b(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).digest()
+
+
+def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the adapters that train into a folder, from which `peftcore.load` reads them: one into the folder itself,
+    several into folders of their names.
+
+    Those of a sharded model are left out: to gather them takes all processes, and the Trainer asks one.
+    """
+    found = [injection for injection in training(model) if not injection.merged]
+    if not found or is_sharded(model):
+        return
+    for injection in found:
+        injection.save(Path(folder) if len(found) == 1 else Path(folder, injection.name))
+
+
+class SavesAdapters(SavesBase):
+    """A ``save_pretrained`` that tells the Trainer apart, which hands over a state dict, or None in its place: it gets
+    the base, and the adapters beside it.
+
+    Attributes:
+        checkpoint: whether the next call is for a checkpoint, to be read by the Trainer: it holds the state dict as it
+            is, under the model's own names, which transformers changes otherwise for models whose files had others.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.checkpoint = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = self.__signature__.bind(*args, **kwargs)
+        given = call.arguments
+        if "state_dict" not in given:
+            return super().__call__(*args, **kwargs)
+        if self.checkpoint:
+            found = self.plain(*args, **kwargs, save_original_format=False)
+        else:
+            if given["state_dict"] is not None:
+                ours = keys_of(self.model, within(self.model))
+                given["state_dict"] = {key: value for key, value in given["state_dict"].items() if key not in ours}
+            with saving_base():
+                found = self._base(*call.args, **call.kwargs)
+        if given.get("is_main_process", True):
+            save_adapters(self.model, given["save_directory"])
+        return found
+
+    def _base(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the base. Weights that came quantized still are in the format of their folder, into which transformers
+        cannot turn them again."""
+        try:
+            return self.plain(*args, **kwargs)
+        except NotImplementedError:
+            return self.plain(*args, **kwargs, save_original_format=False)
+
+
+def save_for_trainer(model: nn.Module) -> None:
+    """Replace ``save_pretrained`` of a model of transformers, until its last injection is removed."""
+    own = vars(model).get("save_pretrained")
+    if isinstance(model, transformers.PreTrainedModel) and not isinstance(own, SavesAdapters):
+        vars(model)["save_pretrained"] = new = SavesAdapters(model)
+        new.owners = own.owners if isinstance(own, SavesBase) else []
+
+
+def saves_checkpoint(model: nn.Module, wanted: bool) -> None:
+    """Tell ``save_pretrained`` whether its next call is for a checkpoint."""
+    own = vars(model).get("save_pretrained")
+    if isinstance(own, SavesAdapters):
+        own.checkpoint = wanted

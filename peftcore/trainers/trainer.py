@@ -1,0 +1,93 @@
+"""transformers' ``Trainer`` for adapted models, wherever its loss is computed.
+
+trainer = PeftcoreTrainer(model, args, ..., label_smoothing_factor=0.1)
+
+class Mine(PeftcoreTrainer, trl.SFTTrainer): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from peftcore.forward.own_losses import share_of_step
+from peftcore.forward.save_pretrained import saving_base
+from peftcore.trainers.callback import PeftcoreCallback
+from peftcore.trainers.checkpoints import save_adapters, within
+
+
+class PeftcoreTrainer(transformers.Trainer):
+    """The Trainer with `PeftcoreCallback`, and with two things that a callback cannot do:
+
+    * Losses of methods (adalora, hra, adapter_fusion) are in the Trainer's, also where the model returns none: with
+      label smoothing, a ``compute_loss_func``, ``return_dict=False``, an adapted model inside of another one.
+    * Models that are not of transformers are saved as those are: the base, and the adapter beside it.
+
+    For subclasses of the Trainer it is the first base class. Arguments are the Trainer's.
+    """
+
+    def __init__(self, model: Any = None, *args: Any, callbacks: Iterable[Any] | None = None, **kwargs: Any) -> None:
+        given = list(callbacks or ())
+        if not any(each is PeftcoreCallback or isinstance(each, PeftcoreCallback) for each in given):
+            given.append(
+                PeftcoreCallback(model if isinstance(model, nn.Module) else None)
+            )  # what others ask for, it sees
+        super().__init__(model, *args, **kwargs, **{"callbacks": given})
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Returns the Trainer's loss, with the methods' own that the model could not add to it."""
+        before = inputs.get("labels")
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        losses = [each.losses() for each in within(self._adapted)] if torch.is_grad_enabled() else []
+        own = sum(losses, torch.zeros(()))
+        if not own.requires_grad:
+            return found
+        own = own * self._scale(before, "labels" in inputs, num_items_in_batch)
+        return (found[0] + own, *found[1:]) if isinstance(found, tuple) else found + own
+
+    @property
+    def _adapted(self) -> nn.Module:
+        assert isinstance(self.model, nn.Module)
+        return self.model
+
+    def _scale(self, labels: Any, told: bool, items: Tensor | int | None) -> Tensor | float:
+        """Returns the factor of own losses in one of the batches of a step, so that they count once in the step.
+
+        Args:
+            labels: of the batch.
+            told: whether the model got them, and has scaled its losses by their number.
+            items: how many labels the step has, in all processes.
+        """
+        divided = self.loss_is_scaled_for_ga
+        if divided is None:
+            divided = (self.model_accepts_loss_kwargs and items is not None) or self.compute_loss_func is not None
+        if not divided:  # the Trainer divides all of it by the number of batches
+            return 1.0
+        if items is None or not isinstance(labels, Tensor):
+            return 1.0 / self.current_gradient_accumulation_steps
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        if told and self.model_accepts_loss_kwargs:
+            return float(processes)
+        return processes * share_of_step({"labels": labels, "num_items_in_batch": items}, self._loss_shifts_labels)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        model = self._adapted
+        if isinstance(model, transformers.PreTrainedModel):  # its own save_pretrained does it
+            super()._save(output_dir, state_dict)
+            return
+        checkpoint = "state_dict" in vars(model)  # the callback expects one
+        with nullcontext() if checkpoint else saving_base():
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            save_adapters(model, str(output_dir or self.args.output_dir))
