@@ -61,7 +61,7 @@ def trained(
         wrap(model),
         arguments(folder, **{**options, **changes}),
         train_dataset=rows(name),
-        callbacks=[watch] if kind is PeftcoreTrainer else [PeftcoreCallback(), watch],
+        callbacks=[watch] if issubclass(kind, PeftcoreTrainer) else [PeftcoreCallback(), watch],
         optimizers=(optimizer, None),
         **loss,
     ).train()
@@ -180,6 +180,49 @@ def test_they_count_once_where_batches_have_unlike_numbers_of_labels(
     own.backward()
     difference = {key: value - without[key] for key, value in with_own.items()}
     torch.testing.assert_close(difference, noted(injection), rtol=1e-3, atol=1e-4)
+
+
+def test_in_a_compiled_model_they_count_once(tmp_path: Path) -> None:
+    torch.compiler.reset()
+    name, wrap, changes, loss = CASES["smoothing"]
+    options = {"gradient_accumulation_steps": 2, "torch_compile": True, "torch_compile_backend": "aot_eager"}
+    found = trained(PeftcoreTrainer, name, tmp_path, wrap, **options, **changes)
+    torch.testing.assert_close(found, by_hand(name, loss, 2), rtol=1e-3, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_losses_that_the_user_has_added_are_not_added_again(tmp_path: Path) -> None:
+    """In a loss function of their own, with the callback alone and with our Trainer."""
+    name, wrap, _, loss = CASES["function"]
+    wanted = by_hand(name, loss, 1)
+
+    def with_own(output: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        [injection] = peftcore.injections(models[0]).values()
+        return cross_entropy(output, labels, num_items_in_batch) + injection.losses()
+
+    for kind in (transformers.Trainer, PeftcoreTrainer):
+        models: list[nn.Module] = []
+
+        def seen(model: nn.Module, models: list[nn.Module] = models) -> nn.Module:
+            models.append(model)
+            return wrap(model)
+
+        found = trained(kind, name, tmp_path, seen, compute_loss_func=with_own)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
+def test_it_is_the_first_base_class_of_another_trainer(tmp_path: Path) -> None:
+    class Doubled(transformers.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *more: Any, **named: Any) -> Any:
+            loss, outputs = super().compute_loss(model, inputs, True, *more, **named)
+            return (2 * loss, outputs) if return_outputs else 2 * loss
+
+    class Mine(PeftcoreTrainer, Doubled):
+        pass
+
+    name, wrap, changes, loss = CASES["smoothing"]
+    found = trained(Mine, name, tmp_path, wrap, **changes)
+    torch.testing.assert_close(found, by_hand(name, lambda out, y: 2 * loss(out, y), 1), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
