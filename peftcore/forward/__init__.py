@@ -12,6 +12,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `save_pretrained`: other libraries' saving writes the bare base.
 - `adapter_modules`: the modules in which operators live, and what loading into them lacks.
 - `generate`: one call of `generate` computes effective weights once.
+- `merged_choice`: which choices are right while adapters are merged.
 - `host_state`: the state that peftcore keeps on an adapted model.
 - `mount`: one operator at one tensor or around one module.
 - `recompute`: effective weights in training, computed again in backward.

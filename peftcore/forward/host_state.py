@@ -22,6 +22,7 @@ from peftcore.forward.adapter_modules import note_lacking
 from peftcore.forward.context import ForwardContext, Recorder, graph_task, replayed
 from peftcore.forward.generate import GeneratesFromCache
 from peftcore.forward.instance_methods import give_methods_back, replace_methods
+from peftcore.forward.merged_choice import check_choice
 from peftcore.forward.save_pretrained import SavesBase
 from peftcore.forward.scopes import Choices
 from peftcore.roles.token_tables import token_count
@@ -42,6 +43,9 @@ class HostState:
 
     injections: dict[str, Injection] = field(default_factory=dict)
     choices: Choices = field(init=False)
+    merged: Active = ()
+    """The names of the injections that are merged into the weights, in the order of merging."""
+
     frozen: list[nn.Parameter] = field(default_factory=list)
     """Parameters whose requires_grad was turned off, to be turned on again when the last injection goes."""
 
@@ -108,17 +112,29 @@ class HostState:
         """Returns the names that act in this thread, in the order in which they were applied."""
         return self.now().acting
 
+    @property
+    def made_dense(self) -> list[str]:
+        """The paths of modules that are quantized but for merged injections."""
+        return [path for name in self.merged for path in self.injections[name].made_dense]
+
     def unmerged(self, active: Active) -> Active:
         """Returns the names of `active` that are not merged into the weights.
 
         Raises:
             UnknownInjection: one of them is gone.
         """
-        here = self.injections
-        try:
-            return tuple([name for name in active if not here[name].merged])
-        except KeyError:
-            raise self._unknown(next(name for name in active if name not in here)) from None
+        for name in active:
+            if name not in self.injections:
+                raise self._unknown(name)
+        return tuple([name for name in active if name not in self.merged]) if self.merged else active
+
+    def check_merged(self, choice: Choice) -> None:
+        """Check that forwards under a choice compute what it says while injections are merged.
+
+        Raises:
+            MergeError: a merged injection would act in spite of it.
+        """
+        check_choice(self.injections, self.merged, choice)
 
     def check(self, choice: Choice) -> None:
         """Check that all injections are there that a choice lets act.
@@ -198,6 +214,7 @@ def drop_state(model: nn.Module) -> None:
         if state.loading is not None:
             state.loading.remove()
         state.outside.clear()
+        state.frozen.clear()  # the state and its choices know each other: it goes when Python looks for garbage
         give_methods_back(model, state)
 
 

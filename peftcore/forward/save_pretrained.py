@@ -1,5 +1,6 @@
 """Saving an adapted model with other libraries' ``save_pretrained``: it writes the base as it came, and
-`Injection.save` writes the adapters.
+`Injection.save` writes the adapters. What could not be loaded again is refused: weights in another form than the
+model's config says.
 
 ``state_dict()`` holds all there is, since checkpoints of a training need it. So ``save_pretrained(folder)``, which
 transformers, diffusers and hub mixins have, is told apart from it on the instance, as long as the host is adapted.
@@ -7,12 +8,17 @@ transformers, diffusers and hub mixins have, is told apart from it on the instan
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from peftcore.forward.instance_methods import InstanceMethod
+from torch import nn
+
+from peftcore.errors import ExportError
+from peftcore.forward.instance_methods import InstanceMethod, give_methods_back, replace_methods
+from peftcore.registry.plugins import layer_of
 
 BASE_ALONE: ContextVar[bool] = ContextVar("base_alone", default=False)
 """Whether state dicts leave operators out."""
@@ -43,15 +49,102 @@ class Saves(Protocol):
         """Write the model into a folder."""
 
 
+class Owner(Protocol):
+    """One because of which a model saves itself in our way: the state of a host, or a `Reformed`."""
+
+    @property
+    def made_dense(self) -> Sequence[str]:
+        """Returns the paths of modules that were quantized when the model was loaded, and are dense now."""
+
+
 class SavesBase(InstanceMethod):
     """A ``save_pretrained`` that leaves adapters out. A caller that hands over a state dict (the Trainer, for its
     checkpoints) has said what to save."""
 
     name = "save_pretrained"
     having = Saves
+    owners: list[Owner]  # type: ignore[assignment]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Save the model.
+
+        Raises:
+            ExportError: its weights have another form than its config says; nothing was written.
+        """
         if "state_dict" in self.__signature__.bind(*args, **kwargs).arguments:
             return self.plain(*args, **kwargs)
+        _check_form(self.model, [path for owner in self.owners for path in owner.made_dense])
         with saving_base():
             return self.plain(*args, **kwargs)
+
+
+@dataclass(frozen=True, eq=False)
+class Reformed:
+    """Notes for good that modules of a model were quantized or made dense after it was loaded."""
+
+    made_dense: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Configured(Protocol):
+    """A model with a config, as those of transformers and diffusers."""
+
+    config: Any
+
+
+@runtime_checkable
+class Quantizer(Protocol):
+    """A quantizer of transformers. (Those of diffusers cannot take themselves out of a config.)"""
+
+    def remove_quantization_config(self, model: Any) -> None:
+        """Let the model no longer say that it is quantized."""
+
+
+def _says_quantized(model: nn.Module) -> bool:
+    return isinstance(model, Configured) and getattr(model.config, "quantization_config", None) is not None
+
+
+def _is_packed(model: nn.Module) -> bool:
+    with saving_base():
+        return any(layer_of(module, "weight").packed for module in model.modules())
+
+
+def _check_form(model: nn.Module, made_dense: Sequence[str]) -> None:
+    if not _says_quantized(model):
+        if isinstance(model, Configured) and _is_packed(model):
+            raise ExportError(
+                "the weights were quantized after the model was loaded, and its config does not say so: what "
+                "save_pretrained wrote could not be loaded. Save the adapter alone (injection.save) and quantize the "
+                "base again, or peftcore.dequantize(model) first"
+            )
+    elif made_dense:
+        advice = (
+            "bake() what is merged and peftcore.dequantize(model) first, or merge(into='same')"
+            if isinstance(getattr(model, "hf_quantizer", None), Quantizer)
+            else "Load the base without quantization and the adapter onto it, and bake() there; or merge(into='same')"
+        )
+        raise ExportError(
+            f"{len(made_dense)} modules (first {made_dense[0]}) are dense, and the model's config says quantized: what "
+            f"save_pretrained wrote could not be loaded. {advice}"
+        )
+
+
+def note_form(model: nn.Module, made_dense: Sequence[str] = ()) -> None:
+    """Note that modules of a model were quantized, or made dense, for good. Configs that can say so do; models whose
+    configs cannot refuse ``save_pretrained``."""
+    modules = list(model.modules())
+    if not _is_packed(model):
+        for module in modules:
+            quantizer = getattr(module, "hf_quantizer", None)
+            if isinstance(quantizer, Quantizer) and _says_quantized(module):
+                quantizer.remove_quantization_config(module)
+            _forget_form(module)
+    if any(map(_says_quantized, modules)) if made_dense else _is_packed(model):
+        replace_methods(modules, SavesBase, Reformed(tuple(made_dense)))
+
+
+def _forget_form(module: nn.Module) -> None:
+    method = vars(module).get(SavesBase.name)
+    if isinstance(method, SavesBase):
+        for owner in [each for each in method.owners if isinstance(each, Reformed)]:
+            give_methods_back(module, owner)

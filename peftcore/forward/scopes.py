@@ -183,6 +183,16 @@ class Choices:
             "along, and Thread(target=peftcore.using(model, name), args=(function, ...)) has its own"
         )
 
+    def in_force(self) -> Iterator[tuple[str, Choice]]:
+        """Yields every choice that a forward may run under now, and whose it is, for messages."""
+        mine = {id(each.block) for each in self.own_scopes()}
+        yield "", self.around()
+        yield "", self.choice
+        for key, each in list(self.own.items()):
+            block = each()
+            if block is not None and block.open and key not in mine:
+                yield "in another thread or task ", block.choice
+
     def traced(self) -> Choice:
         """Returns the choice of this thread or task for code that torch.compile traces: one graph for each active set.
         It guards on attributes, those of the thread too, and breaks the graph where a context variable is to be read.
@@ -202,6 +212,7 @@ class Choices:
     def set(self, choice: Choice) -> Statement:
         """Choose until the end of the block or call round this: in the owner's thread for everybody, unless this thread
         or task has a choice of its own; in any other thread for that thread."""
+        self.host.check_merged(choice)
         _disturb()
         scopes = self._open_scopes()
         over = self.own_scopes()[len(scopes) :]
@@ -244,6 +255,7 @@ class Choices:
     def open(self, choice: Choice) -> Block:
         """Choose until the block is left: in the owner's thread for everybody, unless this thread or task has a choice
         of its own or this is a task; everywhere else for this thread or task alone."""
+        self.host.check_merged(choice)
         _disturb()
         scopes, place = self._live_scopes(), _place()
         owned = HERE.token is self.owner
@@ -270,6 +282,7 @@ class Choices:
     @contextmanager
     def held(self, choice: Choice, before: frozenset[threading.Thread] | None = None) -> Iterator[None]:
         """Context manager in which a choice holds for what this thread calls, and for nothing else."""
+        self.host.check_merged(choice)
         block = self._enlisted(Block(choice, _place(), before))
         self._write((*self._live_scopes(), Scope(choice, block)))
         traced, HERE.traced, HERE.calm = HERE.traced, (self, choice), None

@@ -15,6 +15,7 @@ from peftcore.forward.active_adapters import Active, Choice, Key, Route
 from peftcore.forward.cache import WeightCache, open_cache
 from peftcore.forward.expert_updates import Pair
 from peftcore.forward.host_state import HostState
+from peftcore.forward.merged_choice import check_choice
 from peftcore.forward.mount import Mount
 from peftcore.forward.plan import (
     ActivationForm,
@@ -134,6 +135,7 @@ class Slot:
         return plan
 
     def _make_plan(self, choice: Choice) -> ModulePlan:
+        check_choice(self.state.injections, self.state.merged, choice)  # one may be in force that nobody could ask
         if choice.composition is not None:
             return self._composed(choice, choice.composition)
         if choice.route is None:

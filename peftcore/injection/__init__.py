@@ -6,6 +6,9 @@ It may import `training`, and what is below; saving is left to `files`, which is
 - `summary`: one injection at a glance.
 - `quantized_layer`: quantized layers, and how a module becomes one in place.
 - `freezing`: the base is frozen while adapters are on it.
+- `folding`: what computes a weight is folded away, and comes back.
+- `originals`: the tensors from before a merge, kept as asked.
+- `written`: what a merge wrote, and how it comes back.
 - `merging`: folding into the weights, and the exact way back.
 - `injection`: the injection itself.
 - `switching`: `activate`, `route`, `call`.

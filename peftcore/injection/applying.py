@@ -283,6 +283,7 @@ def establish(
             drop_state(model)
         raise
     state.frozen += thawed
+    surgeon.thawed = []  # held by the state alone: a merge may take them out of the host
     notice_experimental(_methods(surgeon))
     return injection
 

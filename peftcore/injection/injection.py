@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from peftcore.contract.operators import Combiner, trainable_numbers
 from peftcore.errors import CompositionError, InactiveSite, MergeError, RouteError, UnknownInjection
 from peftcore.forward.class_swap import is_reached
 from peftcore.forward.host_state import HostState, drop_state
+from peftcore.forward.save_pretrained import note_form
 from peftcore.forward.scopes import Chosen
 from peftcore.forward.slot import slot_of
 from peftcore.injection import merging
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.freezing import thaw
+from peftcore.injection.originals import Keep
 from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.registry.plugins import registry
@@ -41,18 +44,13 @@ class Injection(AppliedMethod):
         model: the host.
         method: the method.
         config: its options.
-        merged: whether its effect is in the host's weights now.
     """
 
     def __init__(self, name: str, surgeon: Surgeon, state: HostState) -> None:
         super().__init__(name, surgeon)
         self.wishes: Wishes = surgeon.wishes
         self.state = state
-        self.merged = False
-        self.originals: dict[merging.Key, merging.Original] | None = None
-        self._keep: merging.Keep = "cpu"
-        self._merge_report = merging.MergeReport()
-        self._again: dict[str, Any] = {}
+        self._merge: merging.Merged | None = None
         self._low_memory = False
 
     @property
@@ -91,6 +89,11 @@ class Injection(AppliedMethod):
     def active(self) -> bool:
         """Whether it acts in this thread."""
         return self.name in self.state.current()
+
+    @property
+    def merged(self) -> bool:
+        """Whether its effect is in the host's weights now."""
+        return self._merge is not None
 
     @property
     def low_memory(self) -> bool:
@@ -138,22 +141,21 @@ class Injection(AppliedMethod):
         rows run the bare base model, in a composition its parts; all others stay as they are.
 
         Raises:
-            MergeError: it is merged and the originals were not kept.
+            MergeError: it is merged and cannot be unmerged.
             CompositionError: the composition in force needs it to combine outputs (`Fuse`).
         """
         self._alive()
         choice = self.state.now()
         if self.name in choice.bound and any(isinstance(graft.operator, Combiner) for graft in self.grafts):
             raise CompositionError(f"{self.name!r} combines the outputs of others, and nothing can in its place")
-        merged, keep, again = self.merged, self._keep, self._again
-        if merged:
-            self.unmerge()
+        merged = self._merge
+        self.unmerge()
         try:
             with Chosen(self.state, self.state.now().without(self.name)):
                 yield
         finally:
-            if merged:
-                self.merge(keep, **again)
+            if merged is not None:
+                self._merge_as(merged.wanted)
 
     def trainable(self, mode: bool = True) -> None:
         """Let its parameters train, or freeze them. Nothing else on the host changes."""
@@ -203,17 +205,29 @@ class Injection(AppliedMethod):
 
     def merge(
         self,
-        keep: merging.Keep = "cpu",
+        keep: Keep = "cpu",
         *,
         into: merging.Into = "float",
         max_error: float = merging.BOUND,
         weight: float = 1.0,
     ) -> merging.MergeReport:
-        """Merge it into the host's tensors; merging twice changes nothing more.
+        """Merge it into the host's weights. Merging again in the same way changes nothing.
+
+        It has to be active, without a route or a composition, in every thread: as long as it is merged it acts in
+        every forward, and a choice that says otherwise is refused. Tensors of the host are not written to, since other
+        models may share them: new ones take their places, at all modules of the host that hold them, and `unmerge`
+        puts the old ones back. So what was made from the old tensors goes on with these: a graph captured by hand
+        (``torch.cuda.CUDAGraph``) is captured anew after a merge and after its undoing; compiled functions follow by
+        themselves. (Tensors that FSDP2 shards stay, and their values are written.)
+
+        A weight that its module computes from others (weight norm, pruning, any parametrization of torch) keeps that
+        way if it can give the merged value, as a weight norm can; otherwise it is a plain parameter while merged, and
+        for good after `bake`.
 
         Args:
-            keep: how `unmerge` gets the originals back: their values on the "cpu" or on the "device", a compressed
-                "record" of ulps, or None (then it cannot). Of quantized weights the codes are kept where they are.
+            keep: how `unmerge` gets the originals back: the tensors themselves on the "device"; on the "cpu" (a copy,
+                of tensors that are elsewhere); a compressed "record" of ulps; or None (then it cannot). Codes of
+                quantized weights, and what computed weights come from, are kept where they are.
             into: how quantized weights are written: "float" makes their modules dense; "same" packs the merged weights
                 again, which costs accuracy: the report says how much at each site.
             max_error: the error (norm of the difference over norm of the weight) above which packing again is refused.
@@ -223,35 +237,43 @@ class Injection(AppliedMethod):
             A report of the written tensors; it prints as a table.
 
         Raises:
+            ConfigError: an argument has no such value.
             NotMergeable: the method has no merged form.
-            MergeError: not possible now, the result would not be finite, or a weight cannot be packed again or not
-                well enough; no weight was changed.
+            MergeError: it is merged in another way, or not possible now: another choice is in force, a tensor of the
+                base trains, the result would not be finite, or a weight cannot be packed again or not well enough; no
+                weight was changed.
         """
         self._alive()
-        if self.merged:
-            return self._merge_report
-        originals, report = merging.merge(self, keep, into, max_error, weight)
-        self.originals, self.merged, self._keep = None if keep is None else originals, True, keep
-        self._merge_report, self._again = report, {"into": into, "max_error": max_error, "weight": weight}
-        self._rewritten()
-        self._replan()
-        return report
+        return self._merge_as(merging.Wanted(keep, into, max_error, weight)).report
+
+    def _merge_as(self, wanted: merging.Wanted) -> merging.Merged:
+        merged = self._merge
+        if merged is None:
+            merged = self._merge = merging.merge(self, wanted)
+            self.state.merged = (*self.state.merged, self.name)
+            self._rewritten()
+            self._replan()
+        elif merged.wanted != wanted:
+            raise MergeError(f"{self.name!r} is merged already, by {merged.wanted}; unmerge() it first")
+        return merged
+
+    @property
+    def made_dense(self) -> tuple[str, ...]:
+        """The paths of quantized modules that are dense while it is merged."""
+        return () if self._merge is None else self._merge.report.dense
 
     def unmerge(self) -> None:
-        """Restore the host's tensors bit for bit; the injection acts through its operators again.
+        """Put the host's tensors back, bit for bit; the injection acts through its operators again.
 
         Raises:
-            MergeError: it was merged with ``keep=None``, or another injection was merged on top.
+            MergeError: it was merged with ``keep=None``, another injection was merged on top, or the merged tensors
+                were loaded, trained, cast or replaced since; nothing was changed.
         """
         self._alive()
-        if not self.merged:
+        if self._merge is None:
             return
-        if self.originals is None:
-            raise MergeError(
-                f"{self.name!r} was merged with keep=None, so the originals are gone; load the base model again"
-            )
-        merging.unmerge(self, self.originals)
-        self.originals, self.merged = None, False
+        merging.unmerge(self, self._merge)
+        self._not_merged()
         self._rewritten()
         self._replan()
 
@@ -264,8 +286,16 @@ class Injection(AppliedMethod):
         """
         self._alive()
         self.state.choices.check_free([self.name])
-        self.merge(keep=None if not self.merged else self._keep)
+        merging.let_go(self._merge or self._merge_as(merging.Wanted(keep=None)))
+        dense = self.made_dense
+        self._not_merged()
         self._leave()
+        if dense:
+            note_form(self.model, dense)
+
+    def _not_merged(self) -> None:
+        self._merge = None
+        self.state.merged = tuple(name for name in self.state.merged if name != self.name)
 
     def remove(self) -> None:
         """Take it out: modules, classes, hooks, requires_grad and weights are as they were before it came. What else
@@ -341,15 +371,28 @@ class Injection(AppliedMethod):
     def _broken(self) -> Iterator[str]:
         for graft in self.grafts:
             for site in graft.holders:
-                slot = slot_of(site.module)
-                swapped = any(GRAFTED in vars(cls) for cls in type(site.module).__mro__)
-                mounts = () if slot is None else slot.mounts.get(self.name, ())
-                if not swapped or all(mount.operator is not graft.operator for mount in mounts):
-                    yield f"{site.path} lost its operator"
-                elif not is_reached(site.module):
-                    yield f"{site.path} has a forward set on the instance"
+                if fault := self.fault(site, graft):
+                    yield fault
                 elif self._module(site.module_path) is not site.module:
                     yield f"{site.path} was replaced"
+
+    def fault(self, site: Site, graft: Graft) -> str:
+        """Returns why a call of a site's module does not reach an operator; nothing where it does."""
+        slot = slot_of(site.module)
+        swapped = any(GRAFTED in vars(cls) for cls in type(site.module).__mro__)
+        mounts = () if slot is None else slot.mounts.get(self.name, ())
+        if not swapped or all(mount.operator is not graft.operator for mount in mounts):
+            return f"{site.path} lost its operator"
+        return "" if is_reached(site.module) else f"{site.path} has a forward set on the instance"
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return {site.module_path: site.module for graft in self.grafts for site in graft.holders}
+
+    def module_at(self, path: str) -> nn.Module:
+        """Returns the module that was at a path when the injection came, wherever it is now; at another path than those
+        of its sites, the module that is there."""
+        return self._modules.get(path) or self.model.get_submodule(path)
 
     def _module(self, path: str) -> nn.Module | None:
         """Returns the module at a path now; None where a module above it was replaced."""

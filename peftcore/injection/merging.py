@@ -1,64 +1,82 @@
 """Merging an injection into the host's tensors, and the exact way back.
 
-Deltas are computed in float32 (float64 for float64 hosts) and cast once. All sites are written or none. The originals
-are kept as asked: on the CPU or on their device, or as a record of ulps: how many representable steps the original lies
-from the result of subtracting the delta again; for additive methods nearly all zeros, so it compresses to a few
-percent.
+Deltas are computed in float32 (float64 for float64 hosts) and cast once. All tensors are written or none, and none that
+existed before is written to: new ones take their places (`written`), and the originals are kept as asked (`originals`).
 
 A quantized weight is made dense by a merge, or packed again with the measured error in the report; its codes are kept
-to restore it.
+to restore it. A weight that its module computes from others keeps that way where it can give the merged value, as a
+weight norm can; otherwise it is folded into a plain parameter.
 """
 
 from __future__ import annotations
 
-import hashlib
-import zlib
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import takewhile
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from peftcore.contract.operators import is_mergeable
-from peftcore.errors import MergeError, NotMergeable, UnsupportedSite
+from peftcore.errors import ConfigError, InactiveSite, MergeError, NotMergeable, UnsupportedSite
+from peftcore.forward.merged_choice import check_merge, places
 from peftcore.forward.mount import Effect, Mount, effects_of, fold
-from peftcore.forward.save_pretrained import saving_base
-from peftcore.injection.quantized_layer import (
-    Form,
-    QuantizedLayer,
-    dense_linear,
-    floating_dtype,
-    replace_in_place,
-    restore,
+from peftcore.injection.folding import fold as fold_away
+from peftcore.injection.folding import inverted
+from peftcore.injection.freezing import thaw
+from peftcore.injection.originals import Keep, Original, Remembered, kept, stand_in
+from peftcore.injection.quantized_layer import QuantizedLayer, dense_linear, floating_dtype, replace_in_place
+from peftcore.injection.written import (
+    Folded,
+    Holders,
+    Key,
+    Overwritten,
+    Reformed,
+    Replaced,
+    Undo,
+    Written,
+    held,
+    holders_of,
+    modules_of,
+    owner_path,
 )
+from peftcore.layers.computed import Computation, computation, has_place, parametrized, resting
+from peftcore.layers.fsdp import MANAGED, in_pieces, is_cut
+from peftcore.layers.layer import Layer
 from peftcore.registry.plugins import layer_of, registry
+from peftcore.surgery.placement import Placement
+from peftcore.targets.sites import Site
 from peftcore.utils.autocast import full_precision
 
 if TYPE_CHECKING:
     from peftcore.injection.injection import Injection
 
-Keep = Literal["cpu", "record", "device"] | None
 Into = Literal["float", "same"]
-Key = tuple[str, str]
-"""(module path, tensor path below it)"""
 BOUND = 0.25
 """The error of packing again above which a merge is refused: about twice that of the coarsest 4-bit format."""
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
-class Original:
-    """One tensor before the merge: its values, None for one that did not exist, or a record against a prediction."""
+class Wanted:
+    """The arguments of a merge."""
 
-    values: Tensor | None
-    record: bytes | None = None
-    digest: bytes = b""
-    aside: bool = False
-    """Whether the values are the tensor itself, which was set aside: on the CPU nothing has to be copied."""
-    form: Form | None = None
-    """Of a quantized weight: the form of its module, codes included."""
+    keep: Keep = "cpu"
+    into: Into = "float"
+    max_error: float = BOUND
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("keep", self.keep, ("cpu", "device", "record", None)),
+            ("into", self.into, get_args(Into)),
+        ):
+            if value not in choices:
+                raise ConfigError(f"{name}={value!r}: it is one of {', '.join(map(repr, choices))}")
+        if not math.isfinite(self.weight):
+            raise ConfigError(f"weight={self.weight!r}: it is a finite number")
 
 
 @dataclass(frozen=True)
@@ -117,53 +135,94 @@ def merged_tensors(injection: Injection) -> Mapping[Key, Tensor]:
     """Returns the tensors that a merge writes: every site's effective tensors, by (module path, tensor path)."""
     new: dict[Key, Tensor] = {}
     for (path, tensor), effects in _effects(injection).items():
-        module = injection.model.get_submodule(path)
+        module = injection.module_at(path)
         folded = _folded(module, effects, effects[0].mount.layer.read(module, tensor))
         if folded is not None:
             new[path, tensor] = folded
     return new
 
 
+@dataclass(frozen=True, eq=False)
+class Merged:
+    """A merge that is in force: how to undo it."""
+
+    wanted: Wanted
+    report: MergeReport
+    written: list[Written]
+    """In the order of writing; nothing with ``keep=None``."""
+    frozen: list[Remembered]
+    """Parameters that left the host and were frozen for it."""
+
+
 def _check(injection: Injection) -> None:
-    name = injection.name
+    """Verify what can be told without computing the merged tensors."""
+    name, state = injection.name, injection.state
     stuck = [graft.site.path for graft in injection.grafts if not is_mergeable(graft.operator)]
     if stuck:
         raise NotMergeable(
             f"{injection.method.name} cannot be folded into weights: what it computes is no function of the weight "
             f"alone (first at {stuck[0]}). Keep it active, or remove() it"
         )
-    for site in (site for graft in injection.grafts for site in graft.holders):
-        try:
-            site.layer.check_readable(site.module, site.tensor)
-        except UnsupportedSite as error:
-            raise MergeError(f"{site.path} cannot be merged, keep {name!r} active: {error}") from None
-    state = injection.state
-    waiting = set(state.unmerged(state.current()))
-    mine = _places(injection)
-    for other in takewhile(lambda each: each != name, state.injections):
-        if other in waiting and mine & _places(state.injections[other]):
-            raise MergeError(f"merge {other!r} first: it came before {name!r} and acts on the same weights")
+    for where, choice in state.choices.in_force():
+        check_merge(state.injections, state.merged, name, choice, where)
+    try:
+        Placement().check(injection.model, state, [name])
+    except InactiveSite as error:
+        raise MergeError(str(error)) from None
+    for graft in injection.grafts:
+        for site in graft.holders:
+            if fault := injection.fault(site, graft):
+                raise MergeError(f"{name!r} does not act everywhere, so merging it would change outputs: {fault}")
+            try:
+                _check_values(site, graft.operator)
+            except UnsupportedSite as error:
+                raise MergeError(f"{site.path} cannot be merged, keep {name!r} active: {error}") from None
 
 
-def _places(injection: Injection) -> set[Key]:
-    return {(site.module_path, site.tensor) for graft in injection.grafts for site in graft.holders}
+def _check_values(site: Site, operator: nn.Module) -> None:
+    """Verify that the values of a site can be read, and an operator be folded into them."""
+    site.layer.check_readable(site.module, site.tensor)
+    like = site.layer.like(site.module, site.tensor)
+    if like.is_meta:
+        raise UnsupportedSite("its values are offloaded, or on the meta device")
+    if is_cut(like) and not all(map(is_cut, operator.parameters())):
+        raise UnsupportedSite(
+            "it is sharded and the adapter, which came later, is not; save that, and merge it into the model before "
+            "sharding"
+        )
 
 
-def _owner(model: nn.Module, key: Key) -> tuple[nn.Module, str]:
+def _check_places(injection: Injection, layers: Mapping[Key, Layer]) -> None:
+    """Verify that a new tensor can take the place of each old one."""
+    for key, layer in layers.items():
+        if layer.packed:
+            continue  # the whole module is exchanged
+        owner, name = _owner(injection, key)
+        path, way = ".".join(key).strip("."), computation(owner, name)
+        old = held(owner, name) if way is None else None
+        if not has_place(owner, name):
+            raise MergeError(
+                f"{path} is computed by {type(owner).__name__} in a way that is not torch's own, so the merged values "
+                f"have no place. Keep {injection.name!r} active, or replace the module by one that holds its weight"
+            )
+        sources = way.sources if way is not None else () if old is None else (old,)
+        if any(each.requires_grad for each in sources):
+            raise MergeError(
+                f"{path} of the base trains, or what it is computed from does: an optimizer would go on with the old "
+                "tensors. requires_grad_(False) first, and make an optimizer for the new ones after the merge"
+            )
+        if way is not None and MANAGED in vars(owner):
+            raise MergeError(f"{path} is computed and sharded (FSDP2); fold what computes it before sharding")
+
+
+def _owner(injection: Injection, key: Key) -> tuple[nn.Module, str]:
     below, _, name = key[1].rpartition(".")
-    return model.get_submodule(key[0]).get_submodule(below), name
+    return injection.module_at(key[0]).get_submodule(below), name
 
 
-def _check_ties(model: nn.Module, new: Mapping[Key, Tensor]) -> None:
-    """Check that a merge changes a tied tensor only where the injection gives all its holders one value."""
-    written = {(id(module), name): key for key in new for module, name in [_owner(model, key)]}
-    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    with saving_base():  # operators are tied to nothing, and there may be many
-        modules = list(model.named_modules())
-    for path, module in modules:
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append((path, module, name))
+def _check_ties(injection: Injection, new: Mapping[Key, Tensor], holders: Holders) -> None:
+    """Verify that a merge changes a tied tensor only where the injection gives all its holders one value."""
+    written = {(id(module), name): key for key in new for module, name in [_owner(injection, key)]}
     for tied in holders.values():
         keys = [written.get((id(module), name)) for _, module, name in tied]
         first = next((key for key in keys if key is not None), None)
@@ -178,38 +237,11 @@ def _check_ties(model: nn.Module, new: Mapping[Key, Tensor]) -> None:
         )
 
 
-def _can_be_set_aside(tensor: Tensor) -> bool:
-    """Whether a tensor can be set aside without a copy. On other devices graphs may have been captured that read from
-    its address; a part of a larger tensor stays there."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_shared()  # type: ignore[no-untyped-call]
-    return plain and tensor.device.type == "cpu" and tensor.untyped_storage().nbytes() == tensor.nbytes
-
-
-def _write(model: nn.Module, key: Key, value: Tensor | None, aside: bool = False) -> None:
-    """Set a tensor; None removes a parameter that a merge had added. A tensor set aside keeps its values."""
-    module, name = _owner(model, key)
-    layer = layer_of(model.get_submodule(key[0]), key[1])
-    if aside:
-        held = layer.read(module, name)
-        assert held is not None and value is not None
-        held.data = value.detach().contiguous() if held.is_contiguous() else value.detach()
-    elif value is None:
-        module._parameters[name] = None
-    elif layer.read(module, name) is None:
-        module._parameters[name] = nn.Parameter(value.clone(), requires_grad=False)
-    else:
-        layer.write(model.get_submodule(key[0]), key[1], value)
-
-
-def _read(model: nn.Module, key: Key) -> Tensor | None:
-    module = model.get_submodule(key[0])
-    return layer_of(module, key[1]).read(module, key[1])
-
-
-def _towards(model: nn.Module, key: Key, goal: Tensor, weight: float) -> Tensor:
+def _towards(injection: Injection, key: Key, goal: Tensor, weight: float) -> Tensor:
     """Returns the tensor a part of the way from the base to an effective tensor; a tensor that the host lacks counts as
     zeros."""
-    base = _read(model, key)
+    module = injection.module_at(key[0])
+    base = layer_of(module, key[1]).read(module, key[1])
     start = torch.zeros_like(goal) if base is None else base
     return torch.lerp(_precise(start), _precise(goal), weight).to(goal.dtype)
 
@@ -219,143 +251,227 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(_precise(tensor).sum())) or bool(torch.isfinite(tensor).all())
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().view(_INTEGERS[tensor.element_size()])
-
-
-def _digest(tensor: Tensor) -> bytes:
-    return hashlib.sha256(_bits(tensor).numpy().tobytes()).digest()
-
-
 def _prediction(injection: Injection, key: Key, merged: Tensor) -> Tensor:
     """Returns the original as subtracting the delta would give it; the same numbers at merge and at unmerge."""
-    merged = merged.contiguous()  # sums over other strides round otherwise
-    module = injection.model.get_submodule(key[0])
+    merged = merged.detach().contiguous()  # sums over other strides round otherwise
+    module = injection.module_at(key[0])
     delta = _folded(module, _effects(injection)[key], torch.zeros_like(_precise(merged)))
     assert delta is not None
     return (_precise(merged) - _precise(delta)).to(merged.dtype)
 
 
-def _keep(injection: Injection, key: Key, keep: Keep, old: Tensor | None, new: Tensor) -> Original:
-    if old is not None and keep in ("cpu", "device") and _can_be_set_aside(old):
-        return Original(old.detach(), aside=True)
-    if old is None or keep is None or keep == "device":
-        return Original(None if old is None else old.detach().clone())
-    if keep == "cpu":
-        return Original(old.detach().to("cpu", copy=True))
-    steps = _bits(old) - _bits(_prediction(injection, key, new))
-    return Original(None, zlib.compress(steps.numpy().tobytes(), 6), _digest(old))
-
-
-def _original(injection: Injection, key: Key, original: Original, merged: Tensor) -> Tensor | None:
-    if original.record is None:
-        return original.values
-    steps = torch.frombuffer(bytearray(zlib.decompress(original.record)), dtype=_INTEGERS[merged.element_size()])
-    bits = _bits(_prediction(injection, key, merged))
-    old = (bits + steps.view(bits.shape)).view(merged.dtype)
-    if _digest(old) != original.digest:
-        raise MergeError(
-            f"{'.'.join(key)}: the record does not fit any more, since an operator or the merged weight changed after "
-            "the merge; reload the base model"
-        )
-    return old
+def _at_rest(injection: Injection) -> AbstractContextManager[None]:
+    """Context manager in which reading a weight that is computed changes nothing."""
+    sites = (site for graft in injection.grafts for site in graft.holders)
+    owners = (site.module.get_submodule(site.tensor.rpartition(".")[0]) for site in sites if site.tensor)
+    return resting(each for owner in owners for each in parametrized(owner).values())
 
 
 @torch.no_grad()
-def merge(
-    injection: Injection, keep: Keep, into: Into = "float", bound: float = BOUND, weight: float = 1.0
-) -> tuple[dict[Key, Original], MergeReport]:
-    """Write the effective tensors, or (with `weight`) a part of the way to them, all or none; returns the originals and
-    a report.
+def merge(injection: Injection, wanted: Wanted) -> Merged:
+    """Write the effective tensors, or (with `weight`) a part of the way to them, all or none.
 
     Raises:
         NotMergeable: the method has no merged form.
-        MergeError: an effective tensor is not finite, a tied tensor would change elsewhere, an earlier injection
-            must go first, or a weight cannot be packed again or not well enough.
+        MergeError: another choice is in force somewhere, an effective tensor is not finite, a tied tensor would change
+            elsewhere, an earlier injection must go first, a tensor cannot be replaced, or a weight cannot be packed
+            again or not well enough.
     """
+    with _at_rest(injection):
+        return _merge(injection, wanted)
+
+
+def _merge(injection: Injection, wanted: Wanted) -> Merged:
     _check(injection)
+    model = injection.model
+    in_pieces(model)
     new = registry().hook.peftcore_merge(
-        model=injection.model, method=injection.method, config=injection.config, injection=injection
+        model=model, method=injection.method, config=injection.config, injection=injection
     )
-    if weight != 1.0:
-        new = {key: _towards(injection.model, key, tensor, weight) for key, tensor in new.items()}
+    if wanted.weight != 1.0:
+        new = {key: _towards(injection, key, tensor, wanted.weight) for key, tensor in new.items()}
     bad = [".".join(key) for key, tensor in new.items() if not _is_finite(tensor)]
     if bad:
         raise MergeError(f"the merged weights would not be finite: {', '.join(bad[:4])}; nothing was changed")
-    _check_ties(injection.model, new)
-    originals: dict[Key, Original] = {}
-    repacked: dict[str, Repacked] = {}
-    done: set[int] = set()
+    layers = {key: layer_of(injection.module_at(key[0]), key[1]) for key in new}
+    _check_places(injection, layers)
+    holders = holders_of(model)
+    _check_ties(injection, new, holders)
+    writer = _Writer(injection, wanted, holders)
     try:
         for key, tensor in new.items():
-            layer = layer_of(injection.model.get_submodule(key[0]), key[1])
-            if isinstance(layer, QuantizedLayer):
-                originals[key], error = _write_packed(injection, key, layer, tensor, into)
-                if error is not None:
-                    repacked[key[0]] = _within(error, bound, key[0])
-                continue
-            old = _read(injection.model, key)
-            if id(old) in done:
-                continue  # tied to one that is written
-            originals[key] = _keep(injection, key, keep, old, tensor)
-            _write(injection.model, key, tensor, originals[key].aside)
-            done.add(id(_read(injection.model, key)))
+            writer.write(key, layers[key], tensor)
     except BaseException:
-        _restore(injection, originals)
+        _bring_back(injection, writer.written)
         raise
-    dense = [key[0] for key, original in originals.items() if original.form is not None and key[0] not in repacked]
-    return originals, MergeReport(tuple(dense), repacked, len(new))
+    dense = [each.key[0] for each in writer.written if isinstance(each, Reformed)]
+    report = MergeReport(tuple(path for path in dense if path not in writer.repacked), writer.repacked, len(new))
+    frozen = _exchange(injection, [(each.outgoing(), each.incoming()) for each in writer.written])
+    return Merged(wanted, report, [] if wanted.keep is None else writer.written, [Remembered(each) for each in frozen])
 
 
-def _write_packed(
-    injection: Injection, key: Key, layer: QuantizedLayer, weight: Tensor, into: Into
-) -> tuple[Original, Repacked | None]:
-    """Write a weight into a quantized layer: as a dense linear layer, or packed in the same way."""
-    module, _ = _owner(injection.model, key)
-    if into == "float":
-        dense = dense_linear(weight, layer.dtype(module) or floating_dtype(injection.base_modules()))
-        return Original(None, form=replace_in_place(module, dense.train(module.training))), None
-    before = layer.unpack(module)
-    again = layer.pack(module, weight).train(module.training)
-    off = _precise(layer.unpack(again)) - _precise(weight)
-    size, change = _precise(weight).norm(), (_precise(weight) - _precise(before)).norm()
-    error = Repacked(float(off.norm() / size.clamp_min(1e-30)), float(off.norm() / change.clamp_min(1e-30)))
-    return Original(None, form=replace_in_place(module, again)), error
-
-
-def _within(error: Repacked, bound: float, path: str) -> Repacked:
-    if error.error > bound:
-        raise MergeError(
-            f"{path}: packing the merged weight again would change it by {error.error:.3g} of its norm, more than "
-            f"{bound:.3g}; nothing was changed. Merge into='float', or raise max_error"
-        )
-    return error
-
-
-def _restore(injection: Injection, originals: Mapping[Key, Original]) -> None:
-    values = {}
-    for key, original in originals.items():
-        if original.form is None:
-            merged = _read(injection.model, key)
-            assert merged is not None
-            values[key] = _original(injection, key, original, merged)
-    for key, value in values.items():
-        _write(injection.model, key, value, originals[key].aside)
-    for key, original in originals.items():
-        if original.form is not None:
-            restore(_owner(injection.model, key)[0], original.form)
+def let_go(merged: Merged) -> None:
+    """Let parameters train again that the merge took out of the host, where others hold them: nothing of the host is
+    left in them to be frozen for."""
+    thaw(each for remembered in merged.frozen if isinstance(each := remembered(), nn.Parameter))
 
 
 @torch.no_grad()
-def unmerge(injection: Injection, originals: Mapping[Key, Original]) -> None:
-    """Write the originals back, bit for bit.
+def unmerge(injection: Injection, merged: Merged) -> None:
+    """Bring the originals back, bit for bit.
 
     Raises:
-        MergeError: an injection merged later lies on the same weights, or a record no longer fits.
+        MergeError: nothing was kept, an injection merged later lies on the same weights, somebody else has written to
+            the merged tensors, or a record no longer fits. Nothing was changed.
     """
-    later = list(injection.state.injections)
-    for other in later[later.index(injection.name) + 1 :]:
-        above = injection.state.injections[other]
-        if above.merged and set(above.originals or ()) & set(originals):
-            raise MergeError(f"unmerge {other!r} first: it was merged on top of {injection.name!r}")
-    _restore(injection, originals)
+    name, state = injection.name, injection.state
+    if merged.wanted.keep is None:
+        raise MergeError(f"{name!r} was merged with keep=None, so the originals are gone; load the base model again")
+    for other in state.merged[state.merged.index(name) + 1 :]:
+        if places(state.injections[other]) & places(injection):
+            raise MergeError(f"unmerge {other!r} first: it was merged on top of {name!r}")
+    with _at_rest(injection):
+        _unmerge(injection, merged)
+
+
+def _unmerge(injection: Injection, merged: Merged) -> None:
+    in_pieces(injection.model)
+    there = modules_of(injection.model)
+    changed = [path for each in merged.written for path in each.changed(there)]
+    if changed:
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise MergeError(
+            f"{', '.join(changed[:4])}{more}: no longer what was written there when {injection.name!r} was merged. "
+            "They were loaded, trained, cast or replaced since, which an undoing would lose; nothing was changed. "
+            "bake() keeps what is there now"
+        )
+    _bring_back(injection, merged.written)
+
+
+def _bring_back(injection: Injection, written: list[Written]) -> None:
+    holders = holders_of(injection.model)
+    undos: list[tuple[Written, Undo]] = []
+    for each in written:
+        undo = each.undo(holders, functools.partial(_prediction, injection))
+        if undo is None:
+            raise MergeError(
+                f"{'.'.join(each.key)}: the record does not fit any more, since an operator changed after the merge; "
+                "reload the base model"
+            )
+        undos.append((each, undo))
+    _exchange(injection, [(each.incoming(), undo()) for each, undo in reversed(undos)])
+
+
+def _exchange(injection: Injection, pairs: Iterable[tuple[Iterable[Tensor], Iterable[Tensor]]]) -> list[Tensor]:
+    """Exchange tensors among those that train again when the last injection is removed: those that come in for one that
+    goes out. Returns those that went out."""
+    state = injection.state
+    frozen = {id(each) for each in state.frozen}
+    out: list[Tensor] = []
+    into: list[Any] = []
+    for old, new in pairs:
+        if any(id(each) in frozen for each in old):
+            out += old
+            into += new
+    gone = {id(each) for each in out}
+    state.frozen = [*(each for each in state.frozen if id(each) not in gone), *into]
+    return out
+
+
+class _Writer:
+    """Writes new tensors into a host, and notes how each comes back."""
+
+    def __init__(self, injection: Injection, wanted: Wanted, holders: Holders) -> None:
+        self.injection, self.wanted, self.holders = injection, wanted, holders
+        self.written: list[Written] = []
+        self.repacked: dict[str, Repacked] = {}
+        self.places: set[tuple[int, str]] = set()
+        self.folded: dict[int, Folded] = {}
+        tensors = (each for _, part in injection.modules() for each in (*part.parameters(), *part.buffers()))
+        self.memory = {_memory(each) for each in tensors if not is_cut(each)}
+
+    def write(self, key: Key, layer: Layer, tensor: Tensor) -> None:
+        """Write one tensor."""
+        owner, name = _owner(self.injection, key)
+        if isinstance(layer, QuantizedLayer):
+            return self._pack(key, owner, layer, tensor)
+        if (id(owner), name) in self.places:
+            return None  # tied to one that is written
+        way = computation(owner, name)
+        if way is not None:
+            return self._write_computed(key, owner, name, way, tensor)
+        old = held(owner, name)
+        if old is not None and (is_cut(old) or type(old).__torch_dispatch__ is not Tensor.__torch_dispatch__):
+            keep = self.wanted.keep
+            values = old.detach().clone() if keep in (None, "device") else old.detach().to("cpu", copy=True)
+            overwritten = Overwritten(key, old, values)
+            self.written.append(overwritten)
+            overwritten.put(tensor)
+            return None
+        holders = self.holders.get(id(old)) or [(owner_path(key), owner, name)]
+        if (folded := self.folded.get(id(owner))) is not None:
+            folded.fingerprints.pop(name, None)
+        self.places |= {(id(module), name) for _, module, name in holders}
+        tensor = self._owned(tensor, old)
+        if old is None:
+            self._replace(Replaced(key, holders, nn.Parameter(tensor, requires_grad=False), None))
+        else:
+            original = kept(old, self.wanted.keep, lambda: _prediction(self.injection, key, tensor))
+            self._replace(Replaced(key, holders, stand_in(old, tensor), original))
+        return None
+
+    def _replace(self, tensor: Replaced) -> None:
+        self.written.append(tensor)  # first, so that it is undone if putting it there fails half-way
+        tensor.put()
+
+    def _write_computed(self, key: Key, owner: nn.Module, name: str, way: Computation, tensor: Tensor) -> None:
+        self.places.add((id(owner), name))
+        found = None if way.hook is not None else inverted(parametrized(owner)[name], tensor)
+        if found is None:
+            parameter = nn.Parameter(self._owned(tensor, None), requires_grad=False)
+            self.folded[id(owner)] = Folded(key, fold_away(owner, name, parameter), way.sources)
+            self.written.append(self.folded[id(owner)])
+            return
+        path = f"{owner_path(key)}.parametrizations.{name}".lstrip(".")
+        for source, value in found.items():
+            holder = path, parametrized(owner)[name], source
+            old = held(*holder[1:])
+            assert old is not None
+            self._replace(Replaced(key, [holder], stand_in(old, self._owned(value, old)), Original(old)))
+
+    def _pack(self, key: Key, module: nn.Module, layer: QuantizedLayer, weight: Tensor) -> None:
+        """Write a weight into a quantized layer: as a dense linear layer, or packed in the same way."""
+        if self.wanted.into == "float":
+            dtype = layer.dtype(module) or floating_dtype(self.injection.base_modules())
+            self._reform(key, module, dense_linear(weight, dtype))
+            return
+        before, again = layer.unpack(module), layer.pack(module, weight)
+        off = _precise(layer.unpack(again)) - _precise(weight)
+        size, change = _precise(weight).norm(), (_precise(weight) - _precise(before)).norm()
+        error = Repacked(float(off.norm() / size.clamp_min(1e-30)), float(off.norm() / change.clamp_min(1e-30)))
+        if error.error > self.wanted.max_error:
+            raise MergeError(
+                f"{key[0]}: packing the merged weight again would change it by {error.error:.3g} of its norm, more "
+                f"than {self.wanted.max_error:.3g}; nothing was changed. Merge into='float', or raise max_error"
+            )
+        self.repacked[key[0]] = error
+        self._reform(key, module, again)
+
+    def _reform(self, key: Key, module: nn.Module, other: nn.Module) -> None:
+        form = replace_in_place(module, other.train(module.training))
+        self.written.append(Reformed(key, module, form))
+
+    def _owned(self, tensor: Tensor, old: Tensor | None) -> Tensor:
+        """Returns the tensor in memory that nobody else has: some effective tensors are a parameter of the adapter, the
+        old tensor, or a piece of a larger one."""
+        if old is not None:
+            self.memory.add(_memory(old))
+        if _memory(tensor) in self.memory or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()
+        self.memory.add(_memory(tensor))
+        return tensor
+
+
+def _memory(tensor: Tensor) -> int:
+    """Returns the address of the memory in which a tensor lies."""
+    return tensor.untyped_storage().data_ptr()

@@ -18,9 +18,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
+from peftcore.forward.save_pretrained import note_form
 from peftcore.forward.slot import slot_of
 from peftcore.injection.applying import host_map, is_ours
+from peftcore.injection.folding import fold
 from peftcore.injection.quantized_layer import QuantizedLayer, dense_linear, floating_dtype, replace_in_place
+from peftcore.layers.computed import computation, has_place, parametrized, resting
 from peftcore.layers.kinds import Linear
 from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.targets.resolver import Resolver, Target
@@ -176,25 +179,41 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
     finally:
         progress.close()
     for site, new in zip(sites, packed, strict=True):
+        if computation(site.module, "weight") is not None:  # packed with the value that it has now
+            fold(site.module, "weight", nn.Parameter(torch.empty(0), requires_grad=False))
         replace_in_place(site.module, new)
         for operator in _operators(site.module):
             operator.base_was_packed()
+    note_form(model)
     return model
 
 
 def dequantize(model: M) -> M:
     """Make every quantized linear layer of a host dense, in place: the weights are the unpacked ones.
 
-    Injections stay active, and compute the same.
+    Injections stay active, and compute the same. The config of a model of transformers no longer says that it is
+    quantized.
+
+    Raises:
+        QuantizationError: an injection is merged into quantized weights; nothing was changed.
     """
     dtype = floating_dtype(module for module in model.modules() if not is_ours(module))
-    for module in list(model.modules()):
-        layer = layer_of(module, "weight")
-        if isinstance(layer, QuantizedLayer):
-            replace_in_place(
-                module, dense_linear(layer.unpack(module), layer.dtype(module) or dtype).train(module.training)
-            )
+    layers = {path: layer_of(module, "weight") for path, module in model.named_modules()}
+    packed = {path: layer for path, layer in layers.items() if isinstance(layer, QuantizedLayer)}
+    for path in packed:
+        _check_unmerged(model.get_submodule(path))
+    for path, layer in packed.items():
+        module = model.get_submodule(path)
+        dense = dense_linear(layer.unpack(module), layer.dtype(module) or dtype)
+        replace_in_place(module, dense.train(module.training))
+    note_form(model, list(packed))
     return model
+
+
+def _check_unmerged(module: nn.Module) -> None:
+    slot = slot_of(module)
+    if slot is not None and any(name in slot.mounts for name in slot.state.merged):
+        raise QuantizationError("an injection is merged into these weights; bake() it, or unmerge() it first")
 
 
 def _sites(model: nn.Module, target: Target | None, exclude: Target | None) -> Iterator[Site]:
@@ -213,9 +232,11 @@ def _sites(model: nn.Module, target: Target | None, exclude: Target | None) -> I
             raise UnsupportedSite(f"{site.path} is no linear layer that is called, so its weight cannot be packed")
         if not fits or site.layer.packed or id(site.module) in seen:
             continue
-        slot = slot_of(site.module)
-        if slot is not None and any(injection.merged for injection in slot.state.injections.values()):
-            raise QuantizationError("an injection is merged into these weights; bake() it, or unmerge() it first")
+        if not has_place(site.module, "weight"):
+            raise QuantizationError(
+                f"{site.path} computes its weight in a way that is not torch's own, so packed it would have two"
+            )
+        _check_unmerged(site.module)
         seen.add(id(site.module))
         yield site
     if not seen:
@@ -230,7 +251,8 @@ def _operators(module: nn.Module) -> Iterator[Any]:
 
 @torch.no_grad()
 def _to_pack(site: Site) -> Tensor:
-    stored = site.layer.read(site.module, site.tensor)
+    with resting(parametrized(site.module).values()):
+        stored = site.layer.read(site.module, site.tensor)
     assert stored is not None, "a linear layer has a weight"
     weight = site.layer.logical(stored)
     for operator in _operators(site.module):

@@ -4,6 +4,7 @@ It may import `registry`, and what is below. In the order of reading:
 
 - `fsdp`: parameters that are sharded over processes.
 - `kernels`: fused products, each equal to plain mathematics.
+- `computed`: tensors that a module computes from others (weight norm, pruning).
 - `layer`: the interface of any layer.
 - `kinds`: linear, embedding, convolution and their kin.
 - `detect`: finds the kind of a module's dense tensor.

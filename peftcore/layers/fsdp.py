@@ -158,6 +158,12 @@ def hold_whole(model: nn.Module) -> None:
         outermost.unshard()
 
 
+def in_pieces(model: nn.Module) -> None:
+    """Have no module of a sharded model hold parameters whole."""
+    if is_sharded(model):
+        _reshard(model)
+
+
 def _reshard(model: nn.Module) -> None:
     """Shard again the parameters of the outermost module, which keeps them whole after a forward, for backward."""
     for module in _cut_modules(model):

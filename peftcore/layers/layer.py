@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftcore.errors import UnsupportedSite
+from peftcore.layers.computed import by_hook
 from peftcore.layers.fsdp import is_sharded_class
 
 Slices = tuple[tuple[int, int], ...]
@@ -77,12 +78,14 @@ class Layer:
         return logical
 
     def read(self, module: nn.Module, tensor: str) -> Tensor | None:
-        """Returns the dense stored tensor at the path `tensor` below `module`; None where there is none (a missing
-        bias)."""
+        """Returns the dense stored tensor at the path `tensor` below `module`, computed anew where a hook of torch
+        computes it; None where there is none (a missing bias)."""
         value: Tensor | None = module._parameters.get(tensor)  # as nearly always
         if value is None:
             path, _, name = tensor.rpartition(".")
-            value = getattr(module.get_submodule(path), name, None)
+            owner = module.get_submodule(path)
+            way = None if name in owner._parameters else by_hook(owner, name)
+            value = getattr(owner, name, None) if way is None else way.value()
         return value if isinstance(value, Tensor) else None
 
     def check_readable(self, module: nn.Module, tensor: str) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import peftcore
 from peftcore.contract.method import Tags
@@ -39,10 +41,9 @@ def merging_keeps_the_outputs(case: Case) -> None:
     adapted = case.quiet(model, inputs)
     case.expect_moved(adapted, base, "the filled adapter's output")
     injection.merge()
-    case.expect(injection.merged, "not called merged")
-    case.expect_close(case.quiet(model, inputs), adapted, "output when merged")
-    with peftcore.activate(model):
-        case.expect_close(case.quiet(model, inputs), adapted, "output when merged and not active")
+    for time in ("first", "second", "third"):
+        case.expect_close(case.quiet(model, inputs), adapted, f"{time} output when merged")
+        case.expect(injection.merged, "not called merged")
 
 
 @check(
@@ -103,7 +104,7 @@ def nothing_kept_is_nothing_promised(case: Case) -> None:
 
 
 @check(
-    "merging twice changes nothing more",
+    "merging twice changes nothing more, and in another way it is refused",
     cause="`merged` is called where it should not be, or answers differently each time",
     remedy="let it compute only, and leave `injection.merged` alone",
     when=_mergeable,
@@ -115,8 +116,12 @@ def merging_twice_is_merging_once(case: Case) -> None:
     start = trace(model)
     injection.merge()
     once = trace(model)
-    injection.merge(keep="record")
+    injection.merge()
     _unchanged(case, once, model, "merged again")
+    for other in ({"keep": "record"}, {"weight": 0.5}, {"into": "same"}, {"max_error": 0.125}):
+        with raises(case, MergeError, f"merging again with {other}", names=injection.name):
+            injection.merge(**other)
+        _unchanged(case, once, model, f"merging again with {other}, which was refused,")
     for _ in range(2):
         injection.unmerge()
         _unchanged(case, start, model, "unmerged")
@@ -152,7 +157,7 @@ def several_merge_in_order(case: Case) -> None:
 
 
 @check(
-    "merging changes values and nothing else",
+    "merging puts new tensors in the place of those that it changes, writes to none, and changes nothing else",
     cause="`merged` has effects of its own on modes, attributes or the operator",
     remedy="let it compute only: a weight comes in, and one of the same shape goes out",
     when=_mergeable,
@@ -170,8 +175,13 @@ def merging_changes_values_alone(case: Case) -> None:
     added = [key for key in after if key not in before]
     fresh = [key.partition(" of ")[2] for key in added if key.startswith("values of ")]
     case.expect(all(name.endswith("bias") for name in fresh), f"a merge added {fresh}")
-    passing = ("values of ", "order of ", *added)
+    passing = ("values of ", "identity of ", "order of ", *added)
     case.expect(not (wrong := differences(before, after, passing)), f"other than values changed: {wrong}")
+    for key in (key for key in before if key.startswith("identity of ")):
+        values = before[key.replace("identity", "values", 1)]
+        case.expect_equal(
+            before[key].tensor.detach(), values, f"{key.removeprefix('identity of ')}, which others may hold"
+        )
     dtypes = {key for key in before if key.startswith("values of ") and before[key].dtype != after[key].dtype}
     case.expect(not dtypes, f"dtypes changed: {sorted(dtypes)[:4]}")
     for name, value in injection.state_dict().items():
@@ -192,13 +202,10 @@ def baking_leaves_a_plain_model(case: Case) -> None:
     injection.bake()
     case.expect(not peftcore.injections(model), "an injection is left")
     case.expect_close(case.quiet(model, inputs), adapted, "output when baked")
-    added = [key.partition(" of ")[2] for key in trace(model) if key not in plain and key.startswith("values of ")]
-    passing = (
-        "values of ",
-        "order of ",
-        *(f"{what} of {name}" for what in ("identity", "requires_grad") for name in added),
-    )
-    case.expect(not (wrong := differences(plain, trace(model), passing)), f"left behind: {wrong}")
+    baked = trace(model)
+    added = [key.partition(" of ")[2] for key in baked if key not in plain and key.startswith("values of ")]
+    passing = ("values of ", "identity of ", "order of ", *(f"requires_grad of {name}" for name in added))
+    case.expect(not (wrong := differences(plain, baked, passing)), f"left behind: {wrong}")
     base, _ = case.fresh()
     for name in added:  # new biases: a plain base needs slots for them
         owner, _, leaf = name.rpartition(".")
@@ -291,6 +298,108 @@ def methods_that_cannot_merge_say_so(case: Case) -> None:
         _unchanged(case, before, model, "a merge that was refused")
     case.expect(not injection.merged, "called merged")
     case.expect_equal(case.quiet(model, inputs), adapted, "output after the refusal")
+
+
+@check(
+    "a merged injection acts in every forward: no merge under another choice, and no other choice while it is merged",
+    cause="the method chooses or merges by itself, or replaces calls of its injection",
+    remedy="leave choosing and merging to the core: `merged` says the new weight, and nothing else",
+    when=_mergeable,
+    hosts=("mlp", "llama"),
+)
+def merging_goes_with_the_choice(case: Case) -> None:
+    model, inputs = case.fresh()
+    other, injection = case.filled(model, 1, name="other"), case.filled(model, 2)
+    peftcore.activate(model, injection.name)
+    rows = len(next(iter(inputs.values())))
+    choices: dict[str, Callable[[], Any]] = {
+        "no injection": lambda: peftcore.activate(model),
+        "another injection": lambda: peftcore.activate(model, other.name),
+    }
+    if case.tags.per_row and not any(site.mixes_rows for site in injection.sites):
+        choices["a route"] = lambda: peftcore.route(model, [injection.name, *[None] * (rows - 1)])
+    if case.tags.per_row and not any(graft.site.form == "attention" for graft in injection.grafts):
+        choices["a composition"] = lambda: peftcore.activate(model, peftcore.Sum(injection.name, other.name))
+    for what, choose in choices.items():
+        with choose():
+            before = trace(model)
+            for act in (injection.merge, injection.bake):
+                with raises(case, MergeError, f"merging under {what}", names=injection.name):
+                    act()
+                _unchanged(case, before, model, f"a merge under {what}")
+    injection.merge()
+    merged = case.quiet(model, inputs)
+    before = trace(model)
+    for what, choose in choices.items():
+        with raises(case, MergeError, f"choosing {what} while merged", names=injection.name):
+            choose()
+        case.expect(injection.active and not other.active, f"choosing {what} while merged, refused, changed the choice")
+        _unchanged(case, before, model, f"choosing {what} while merged")
+    case.expect_equal(case.quiet(model, inputs), merged, "output after choices that were refused")
+
+
+class _Bent(nn.Module):
+    """A parametrization that cannot give any value."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.tanh()
+
+
+def _bend(module: nn.Module, name: str) -> None:
+    parametrize.register_parametrization(module, name, _Bent())
+
+
+def _prune(module: nn.Module, name: str) -> None:
+    prune.l1_unstructured(module, name, 0.3)  # type: ignore[no-untyped-call]
+
+
+COMPUTED: dict[str, Callable[[nn.Module, str], Any]] = {
+    "weight norm": parametrizations.weight_norm,
+    "a parametrization": _bend,
+    "pruning": _prune,
+}
+
+
+def _compute(model: nn.Module, injection: Injection, how: Callable[[nn.Module, str], Any]) -> None:
+    """Let modules compute the weights on which an injection acts, where no other module holds these.
+
+    Raises:
+        NotApplicable: there are none.
+    """
+    done: set[tuple[int, str]] = set()
+    held = [id(each) for module in model.modules() for each in module._parameters.values()]
+    for site in (site for graft in injection.grafts for site in graft.holders):
+        path, _, name = site.tensor.rpartition(".")
+        owner = site.module.get_submodule(path)
+        weight = owner._parameters.get(name)
+        if weight is not None and weight.dim() > 1 and held.count(id(weight)) == 1:
+            how(owner, name)
+            done.add((id(owner), name))
+    if not done:
+        raise NotApplicable("it acts on no weight that one module alone holds")
+
+
+@check(
+    "a weight that its module computes (weight norm, pruning, any parametrization) is merged, baked and comes back",
+    cause="`merged` starts from a tensor that it read in `__init__`, or from a parameter of the module",
+    remedy="start from the weight that comes in",
+    when=_mergeable,
+    hosts=("mlp", "llama", "convnet"),
+)
+def computed_weights_merge_as_any(case: Case) -> None:
+    for what, how in COMPUTED.items():
+        model, inputs = case.fresh()
+        injection = case.filled(model)
+        _compute(model, injection, how)
+        adapted, before = case.quiet(model.requires_grad_(False).eval(), inputs), trace(model)
+        injection.merge()
+        case.expect(bool(differences(before, trace(model))), f"{what}: merging changes nothing")
+        case.expect_close(case.quiet(model, inputs), adapted, f"{what}: output when merged")
+        injection.unmerge()
+        _unchanged(case, before, model, f"{what}: merged and unmerged")
+        case.expect_equal(case.quiet(model, inputs), adapted, f"{what}: output when unmerged")
+        injection.bake()
+        case.expect_close(case.quiet(model, inputs), adapted, f"{what}: output when baked")
 
 
 def _tie(model: nn.Module, injection: Injection) -> tuple[nn.Module, Tensor]:

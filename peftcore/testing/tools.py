@@ -28,6 +28,18 @@ Trace = dict[str, Any]
 Maker = Callable[[nn.Module, int, str], Injection]
 
 
+class Itself:
+    """A tensor that equals itself alone. It is held, since the id of one that is gone may be that of another."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Itself) and self.tensor is other.tensor
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 def trace(model: nn.Module) -> Trace:
     """Return everything about a host that others could notice, by what and where: class, attributes, hooks, flags,
     values."""
@@ -44,7 +56,7 @@ def trace(model: nn.Module) -> Trace:
         tensors = {**module._parameters, **module._buffers}
         for name, tensor in tensors.items():
             if tensor is not None:
-                found[f"identity of {path}.{name}"] = id(tensor)
+                found[f"identity of {path}.{name}"] = Itself(tensor)
                 found[f"requires_grad of {path}.{name}"] = tensor.requires_grad
                 for part, values in _held(tensor.detach()):
                     found[f"values of {path}.{name}{part}"] = values.clone()

@@ -209,6 +209,7 @@ def test_what_cannot_be_is_refused_with_its_reason(tmp_path: Path) -> None:
     bitfit.remove()
     for each in (bottleneck, ia3):
         each.remove()
+    peftcore.activate(model, "lora")
     lora.merge()
     with pytest.raises(MergeError, match="unmerge"):
         peftcore.deltas(lora)

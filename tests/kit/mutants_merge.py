@@ -14,22 +14,31 @@ from torch import Tensor, nn
 from peftcore import Injection, Method, MethodConfig, Site
 from peftcore.errors import MergeError
 from peftcore.forward.active_adapters import Choice
+from peftcore.forward.context import Recorder
 from peftcore.forward.host_state import HostState
+from peftcore.forward.merged_choice import check_merge
 from peftcore.injection import merging
+from peftcore.injection.originals import Keep
+from peftcore.injection.written import Replaced
 
 
-class UnmergesWhenIdle(HostState):
-    """When no injection acts, merged ones are taken out of the weights."""
+class ActsAgain(Recorder):
+    """Counts forwards while something is merged; from the third on, merged operators act besides."""
 
-    def set(self, choice: Choice) -> None:
-        super().set(choice)
-        for injection in [] if choice.active else self.injections.values():
-            injection.unmerge()
+    count = 0
+
+    def enter(self, state: HostState, *call: Any) -> None:
+        self.count += bool(state.merged)
+        if self.count == 3:
+            state.merged = ()
+            for slot in state.slots:
+                slot.changed()
+        super().enter(state, *call)
 
 
-def unmerging_when_idle(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
+def acting_again(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
     Method.trainable(self, model, config, injection)
-    injection.state.__class__ = UnmergesWhenIdle
+    injection.state.recorder.__class__ = ActsAgain
 
 
 class DoublesInBFloat16(Small):
@@ -42,7 +51,7 @@ class DoublesInBFloat16(Small):
 
 
 def off_by_a_bit(injection: Injection) -> None:
-    careless = injection.merged and injection._keep == "record"
+    careless = injection._merge is not None and injection._merge.wanted.keep == "record"
     Injection.unmerge(injection)
     if careless:
         weight = next(injection.model.parameters())
@@ -54,27 +63,24 @@ def exactly_removed(injection: Injection) -> None:
     Injection.remove(injection)
 
 
-def keeps_anyway(injection: Injection, keep: merging.Keep = "cpu", **how: Any) -> None:
+def keeps_anyway(injection: Injection, keep: Keep = "cpu", **how: Any) -> None:
     Injection.merge(injection, keep or "cpu", **how)
 
 
-def merges_again(injection: Injection, keep: merging.Keep = "cpu", **how: Any) -> None:
-    injection.merged = False
+def merges_again(injection: Injection, keep: Keep = "cpu", **how: Any) -> None:
+    injection._not_merged()
     Injection.merge(injection, keep, **how)
 
 
 def unmerges_below_others(injection: Injection) -> None:
-    others = [other for other in injection.state.injections.values() if other is not injection and other.merged]
-    for other in others:
-        other.merged = False
-    try:
+    state = injection.state
+    merged, state.merged = state.merged, (injection.name,)
+    with mock.patch.object(Replaced, "changed", lambda self, there: iter(())):
         Injection.unmerge(injection)
-    finally:
-        for other in others:
-            other.merged = True
+    state.merged = tuple(name for name in merged if name in state.merged or name != injection.name)
 
 
-def evaluates_the_host(injection: Injection, keep: merging.Keep = "cpu", **how: Any) -> None:
+def evaluates_the_host(injection: Injection, keep: Keep = "cpu", **how: Any) -> None:
     Injection.merge(injection, keep, **how)
     for path, module in injection.model.named_modules():
         if not path.startswith("peft"):
@@ -116,7 +122,7 @@ class RoundsInside(Small):
         return weight + (self.B @ self.A.flatten(1)).view(weight.shape).to(self.inner).to(weight.dtype)
 
 
-def merges_tied(injection: Injection, keep: merging.Keep = "cpu", **how: Any) -> None:
+def merges_tied(injection: Injection, keep: Keep = "cpu", **how: Any) -> None:
     try:
         Injection.merge(injection, keep, **how)
     except MergeError as error:
@@ -127,13 +133,27 @@ def merges_tied(injection: Injection, keep: merging.Keep = "cpu", **how: Any) ->
 
 
 def forgets_to_unmerge(injection: Injection) -> None:
-    if injection.originals is not None:
-        injection.merged = False
+    if injection._merge is not None and injection._merge.wanted.keep is not None:
+        injection._not_merged()
     Injection.remove(injection)
 
 
+def merges_under_any_choice(injection: Injection, keep: Keep = "cpu", **how: Any) -> None:
+    def check(injections: Any, merged: Any, name: str, choice: Choice, where: str = "") -> None:
+        if choice.route is None and choice.composition is None and name in choice.active:
+            check_merge(injections, merged, name, choice, where)
+
+    with mock.patch.object(merging, "check_merge", check):
+        Injection.merge(injection, keep, **how)
+
+
+def loses_computed_weights(injection: Injection, keep: Keep = "cpu", **how: Any) -> None:
+    with mock.patch.object(merging._Writer, "_write_computed", lambda *_: None):
+        Injection.merge(injection, keep, **how)
+
+
 MUTANTS: dict[str, Entry] = {
-    "merging_keeps_the_outputs": (mutant("unmerges_when_idle", trainable=unmerging_when_idle), "mlp"),
+    "merging_keeps_the_outputs": (mutant("acts_again", trainable=acting_again), "mlp"),
     "merging_keeps_the_outputs_in_bfloat16": (mutant("doubles_in_bfloat16", DoublesInBFloat16), "mlp"),
     "unmerging_restores_every_bit": (sabotaged("off_by_a_bit", unmerge=off_by_a_bit, remove=exactly_removed), "mlp"),
     "nothing_kept_is_nothing_promised": (sabotaged("keeps_anyway", merge=keeps_anyway), "mlp"),
@@ -145,6 +165,8 @@ MUTANTS: dict[str, Entry] = {
     "fifty_merges_drift_by_nothing": (mutant("wears_out", WearsOut), "mlp"),
     "merging_rounds_once": (mutant("rounds_inside", RoundsInside), "mlp"),
     "methods_that_cannot_merge_say_so": (mutant("merges_untold", tags=NOT_MERGEABLE), "mlp"),
+    "merging_goes_with_the_choice": (sabotaged("merges_under_any_choice", merge=merges_under_any_choice), "mlp"),
+    "computed_weights_merge_as_any": (sabotaged("loses_computed_weights", merge=loses_computed_weights), "mlp"),
     "tied_tensors_are_never_changed_silently": (sabotaged("merges_tied", merge=merges_tied), "mlp"),
     "removing_a_merged_injection_restores_the_base": (
         sabotaged("forgets_to_unmerge", remove=forgets_to_unmerge),

@@ -57,6 +57,7 @@ def merge(
     ]
     check_complete(opened, source.folder, injections, weights)
     display.phase("merging", None)
+    peftcore.activate(opened.model, *(injection.name for injection in injections))
     merged = []
     for adapter, injection, weight in zip(adapters, injections, weights, strict=True):
         report = injection.merge(None, into=into, max_error=max_error, weight=weight)

@@ -158,7 +158,6 @@ def _transformers(folder: Path, config: Mapping[str, Any], weights: bool, made_o
 
     def unpack() -> None:
         peftcore.dequantize(model)
-        model.hf_quantizer.remove_quantization_config(model)
 
     fresh = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
     return Opened(model, write, fresh, unpack) if "quantization_config" in config else Opened(model, write, fresh)

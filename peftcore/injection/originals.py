@@ -1,0 +1,128 @@
+"""The originals of merged tensors, kept as asked, and fingerprints that tell whether a tensor is still what was
+written.
+
+Originals are set aside, copied to the CPU, or kept as a record of ulps: how many representable steps the original lies
+from the result of subtracting the delta again; for additive methods nearly all zeros, so it compresses to a few
+percent.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+Keep = Literal["cpu", "record", "device"] | None
+Fingerprint = tuple[torch.dtype, torch.Size, int]
+LANES = 1021
+"""The length of the rows in which a fingerprint sums up: a prime, so that rows of a matrix that change places change
+lanes."""
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def fingerprint(tensor: Tensor) -> Fingerprint:
+    """Returns dtype, shape and a sum of a tensor's bits in which places count: equal for equal bits on any device and
+    in any layout, another after any change of one value. It costs one pass over the memory; versions that torch counts
+    are no part of it, since many writers move none."""
+    flat = tensor.detach().reshape(-1)
+    if flat.nbytes % 8 or flat.storage_offset() * flat.element_size() % 8:
+        flat = F.pad(flat.view(torch.uint8), (0, -flat.nbytes % 8))
+    words = flat.view(torch.int64)
+    rows, odd = len(words) // LANES, _odd(flat.device)
+    rest = words[rows * LANES :]
+    total = (rest * odd[: len(rest)]).sum()  # sums wrap round, so nothing is rounded
+    if rows:
+        total += (words[: rows * LANES].view(rows, LANES).sum(0) * odd).sum()
+    return tensor.dtype, tensor.shape, int(total)
+
+
+@functools.cache
+def _odd(device: torch.device) -> Tensor:
+    return torch.arange(1, 2 * LANES, 2, device=device)
+
+
+class Remembered:
+    """Remembers a tensor as long as somebody else holds it. A copy or a pickle remembers nothing."""
+
+    def __init__(self, tensor: Tensor | None = None) -> None:
+        self._reference = None if tensor is None else TensorWeakRef(tensor)
+
+    def __call__(self) -> Tensor | None:
+        """Returns the tensor; None when nobody holds it any more."""
+        return None if self._reference is None else self._reference()
+
+    def __reduce__(self) -> Any:
+        return Remembered, ()
+
+
+@dataclass(frozen=True, eq=False)
+class Original:
+    """One tensor of the host before the merge. If others hold it (a frozen reference over the same base), it is that
+    very tensor that comes back; also where only a copy or a record of its values is kept."""
+
+    aside: Tensor | None = None
+    """The tensor itself."""
+    values: Tensor | None = None
+    """A copy on the CPU."""
+    record: bytes | None = None
+    digest: bytes = b""
+    remembered: Remembered = field(default_factory=Remembered)
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The tensor itself, if it is still there."""
+        return self.remembered() if self.aside is None else self.aside
+
+
+def kept(old: Tensor, keep: Keep, predict: Callable[[], Tensor]) -> Original:
+    """Returns a tensor of the host kept as asked; `predict` gives it as subtracting the delta would."""
+    if keep in (None, "device") or (keep == "cpu" and old.device.type == "cpu"):
+        return Original(old)  # with None it goes with the merge that succeeded
+    if keep == "cpu":
+        return Original(values=old.detach().to("cpu", copy=True), remembered=Remembered(old))
+    steps = _bits(old) - _bits(predict())
+    record = zlib.compress(steps.numpy().tobytes(), 6)
+    return Original(record=record, digest=_digest(old), remembered=Remembered(old))
+
+
+def brought_back(original: Original, now: Tensor, predict: Callable[[], Tensor]) -> Tensor | None:
+    """Returns the tensor that goes back in place of `now`: the very one where it is still there and the host is where
+    it was; None where a record does not fit."""
+    there = original.tensor
+    if there is not None and there.device == now.device:
+        return there
+    values = original.values if there is None else there
+    if values is None:
+        assert original.record is not None
+        steps = torch.frombuffer(bytearray(zlib.decompress(original.record)), dtype=_INTEGERS[now.element_size()])
+        bits = _bits(predict())
+        values = (bits + steps.view(bits.shape)).view(now.dtype)
+        if _digest(values) != original.digest:
+            return None
+    return stand_in(now, values.to(now.device, copy=True))
+
+
+def stand_in(like: Tensor, values: Tensor) -> Tensor:
+    """Returns a new tensor of the class of `like`, with its requires_grad and its attributes, and these values."""
+    values = values.detach()
+    new = torch.Tensor._make_subclass(
+        type(like), values.contiguous() if like.is_contiguous() else values, like.requires_grad
+    )
+    vars(new).update(vars(like))
+    return new
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().view(_INTEGERS[tensor.element_size()])
+
+
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(_bits(tensor).numpy().tobytes()).digest()

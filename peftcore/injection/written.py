@@ -1,0 +1,250 @@
+"""What a merge wrote into a host: where, how it comes back, and whether somebody else has written there since.
+
+A tensor of the host is never written to, since others may hold it: a frozen reference over the same base, an optimizer,
+a thread that runs. A new one takes its place at all modules of the host that hold it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from peftcore.forward.save_pretrained import saving_base
+from peftcore.injection.folding import Unfolded, unfold
+from peftcore.injection.originals import Fingerprint, Original, brought_back, fingerprint
+from peftcore.injection.quantized_layer import Form, restore
+from peftcore.layers.fsdp import is_cut
+from peftcore.registry.plugins import layer_of
+
+Holder = tuple[str, nn.Module, str]
+"""A module that holds a tensor: its path in the host, the module, and the tensor's name there."""
+Holders = Mapping[int, list[Holder]]
+"""The modules of a host that hold a tensor as a parameter or buffer, by id of the tensor."""
+Key = tuple[str, str]
+"""(module path, tensor path below it)"""
+Undo = Callable[[], Iterable[Tensor]]
+"""Brings something back, and returns the tensors that are in the host again."""
+Predict = Callable[[Key, Tensor], Tensor]
+"""Returns a tensor of the host as subtracting the change from the merged one would give it."""
+
+
+def modules_of(model: nn.Module) -> dict[nn.Module, str]:
+    """Returns the modules of a host and their paths, operators left out: they are tied to nothing, and there may be
+    many."""
+    with saving_base():
+        return {module: path for path, module in model.named_modules()}
+
+
+def holders_of(model: nn.Module) -> dict[int, list[Holder]]:
+    """Returns the holders of all tensors of a host."""
+    found: dict[int, list[Holder]] = {}
+    for module, path in modules_of(model).items():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), []).append((path, module, name))
+    return found
+
+
+def held(module: nn.Module, name: str) -> Tensor | None:
+    """Returns the tensor that a module holds under a name: not one that it computes."""
+    for table in (module._parameters, module._buffers, vars(module)):
+        if name in table:
+            found: Tensor | None = table[name]
+            return found
+    return None
+
+
+def owner_path(key: Key) -> str:
+    """Returns the path of the module that has a tensor."""
+    return f"{key[0]}.{key[1].rpartition('.')[0]}".strip(".")
+
+
+class Written(ABC):
+    """One change that a merge made."""
+
+    key: Key
+
+    @abstractmethod
+    def outgoing(self) -> Iterable[Tensor]:
+        """Returns the tensors that left the host, as far as somebody still holds them."""
+
+    @abstractmethod
+    def incoming(self) -> Iterable[Tensor]:
+        """Returns the tensors that took their place."""
+
+    @abstractmethod
+    def changed(self, there: Collection[nn.Module]) -> Iterator[str]:
+        """Yields the paths of tensors that are no more what was written; `there` are the modules of the host."""
+
+    @abstractmethod
+    def undo(self, holders: Holders, predict: Predict) -> Undo | None:
+        """Returns the function that brings back what was there, None where a record does not fit. Nothing changes
+        before it is called."""
+
+
+@dataclass(eq=False)
+class Replaced(Written):
+    """A tensor for which a new one stands at all its holders."""
+
+    key: Key
+    holders: list[Holder]
+    tensor: Tensor
+    original: Original | None
+    """None where the host had no tensor."""
+
+    def __post_init__(self) -> None:
+        self.fingerprint = fingerprint(self.tensor)
+
+    def put(self) -> None:
+        """Put the new tensor in its place."""
+        for _, module, name in self.holders:
+            setattr(module, name, self.tensor)  # some modules (nn.RNN) keep more in step
+
+    def outgoing(self) -> Iterable[Tensor]:
+        there = None if self.original is None else self.original.tensor
+        return () if there is None else (there,)
+
+    def incoming(self) -> Iterable[Tensor]:
+        return (self.tensor,)
+
+    def changed(self, there: Collection[nn.Module]) -> Iterator[str]:
+        seen: dict[int, bool] = {}
+        for path, module, name in self.holders:
+            here = held(module, name)
+            if here is not None and id(here) not in seen:
+                seen[id(here)] = _is(here, self.fingerprint)
+            if here is None or not seen[id(here)] or module not in there:
+                yield f"{path}.{name}".lstrip(".")
+
+    def undo(self, holders: Holders, predict: Predict) -> Undo | None:
+        _, module, name = self.holders[0]
+        now = held(module, name)
+        assert now is not None
+        old = None if self.original is None else brought_back(self.original, now, lambda: predict(self.key, now))
+        if old is None and self.original is not None:
+            return None
+        tied_since = holders.get(id(self.tensor), ())
+
+        def back() -> Iterable[Tensor]:
+            for _, module, name in {(id(each[1]), each[2]): each for each in (*self.holders, *tied_since)}.values():
+                setattr(module, name, old)
+            return () if old is None else (old,)
+
+        return back
+
+
+@dataclass(eq=False)
+class Overwritten(Written):
+    """A tensor that somebody manages (FSDP2 puts its own back before each forward), so its values are written."""
+
+    key: Key
+    tensor: Tensor
+    values: Tensor
+    """The original ones: a copy, where it was asked for."""
+
+    def put(self, new: Tensor) -> None:
+        """Write the new values."""
+        self.tensor.data.copy_(new)
+        self.fingerprint = fingerprint(_mine(self.tensor))
+
+    def outgoing(self) -> Iterable[Tensor]:
+        return ()
+
+    def incoming(self) -> Iterable[Tensor]:
+        return ()
+
+    def changed(self, there: Collection[nn.Module]) -> Iterator[str]:
+        if not _is(_mine(self.tensor), self.fingerprint):
+            yield ".".join(self.key)
+
+    def undo(self, holders: Holders, predict: Predict) -> Undo | None:
+        def back() -> Iterable[Tensor]:
+            self.tensor.data.copy_(self.values)
+            return ()
+
+        return back
+
+
+@dataclass(eq=False)
+class Reformed(Written):
+    """A quantized layer that was made dense, or packed again."""
+
+    key: Key
+    module: nn.Module
+    form: Form
+    """What it was before, codes included."""
+
+    def __post_init__(self) -> None:
+        weight = self._weight()
+        self.fingerprint, self.device = fingerprint(weight), weight.device
+
+    def _weight(self) -> Tensor:
+        weight = layer_of(self.module, "weight").read(self.module, "weight")
+        assert weight is not None
+        return weight
+
+    def outgoing(self) -> Iterable[Tensor]:
+        return ()
+
+    def incoming(self) -> Iterable[Tensor]:
+        return ()
+
+    def changed(self, there: Collection[nn.Module]) -> Iterator[str]:
+        weight = self._weight()
+        same = weight.device == self.device and _is(weight, self.fingerprint)
+        if not same or self.module not in there:
+            yield ".".join(self.key)
+
+    def undo(self, holders: Holders, predict: Predict) -> Undo | None:
+        def back() -> Iterable[Tensor]:
+            restore(self.module, self.form)
+            return ()
+
+        return back
+
+
+@dataclass(eq=False)
+class Folded(Written):
+    """A tensor that was computed, and is a parameter now."""
+
+    key: Key
+    before: Unfolded
+    sources: tuple[nn.Parameter, ...]
+    """The parameters from which it was computed."""
+
+    def __post_init__(self) -> None:
+        self.fingerprints = {name: fingerprint(tensor) for name, tensor in self.before.tensors.items()}
+
+    def outgoing(self) -> Iterable[Tensor]:
+        return self.sources
+
+    def incoming(self) -> Iterable[Tensor]:
+        return self.before.tensors.values()
+
+    def changed(self, there: Collection[nn.Module]) -> Iterator[str]:
+        path, module = owner_path(self.key), self.before.module
+        for name, expected in self.fingerprints.items():
+            here = held(module, name)
+            if here is None or not _is(here, expected) or module not in there:
+                yield f"{path}.{name}".lstrip(".")
+
+    def undo(self, holders: Holders, predict: Predict) -> Undo | None:
+        def back() -> Iterable[Tensor]:
+            unfold(self.before)
+            return self.sources
+
+        return back
+
+
+def _is(tensor: Tensor, expected: Fingerprint) -> bool:
+    same = tensor.dtype == expected[0] and tensor.shape == expected[1] and not tensor.is_meta
+    return same and fingerprint(tensor) == expected
+
+
+def _mine(tensor: Tensor) -> Tensor:
+    """Returns the piece of a tensor that this process holds."""
+    return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
