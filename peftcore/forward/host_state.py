@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from peftcore.errors import UnknownInjection
+from peftcore.errors import MergeError, UnknownInjection
 from peftcore.forward.active_adapters import Active, Choice
 from peftcore.forward.adapter_modules import note_lacking
 from peftcore.forward.context import ForwardContext, Recorder, graph_task, replayed
@@ -169,7 +170,9 @@ class HostState:
     def replan(self) -> None:
         """Let every slot plan for the choice that holds for everybody."""
         choice = self.choice
-        if all(name in self.injections for name in (*choice.active, *choice.bound)):  # else its forward is refused
+        if not all(name in self.injections for name in (*choice.active, *choice.bound)):
+            return  # its forward is refused
+        with suppress(MergeError):  # likewise, where a merge outlives the block that it was made in
             for slot in self.slots:
                 slot.plan(choice)
 

@@ -78,7 +78,7 @@ def test_no_merge_under_a_choice_that_it_would_break(choice: str) -> None:
         for act in (a.merge, lambda: a.merge(None, weight=0.5)):
             with pytest.raises(MergeError, match=r"'a' cannot be merged now.*(leave|activate)"):
                 act()
-        with pytest.raises((MergeError, RouteError, CompositionError), match="leave|activate"):
+        with pytest.raises((MergeError, RouteError, CompositionError), match=r"leave|activate"):
             a.bake()
         assert snapshot(model) == before and not a.merged and torch.equal(model(X), expected)
     a.merge()
