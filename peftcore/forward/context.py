@@ -142,15 +142,15 @@ class ForwardContext:
         if self.open and (self._model is not None or (self.visits and not repeating())):
             self.losses.append(loss)
 
-    def without(self, adapter: str | nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def without(self, name: str | nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run ``run(*args, **kwargs)`` once more with one injection off, in this thread alone.
 
         In a route its rows run the bare base model, in a composition its parts; what else acts stays as it is. Caches
         are copied for the pass, so it sees what is in them and leaves them as they are.
 
         Args:
-            adapter: an operator of the injection, which an operator has in itself: ``without(self, call, x)``; or the
-                injection's name.
+            name: the injection's name; or an operator of it, since an operator does not know the name but has itself:
+                ``forward_context().without(self, call, x)``.
             run: what to run, such as the operator's ``call``.
             args: its arguments, with `kwargs`.
 
@@ -160,8 +160,7 @@ class ForwardContext:
         state = self.state
         if state is None or self.choice is None:
             return run(*args, **kwargs)
-        name = adapter if isinstance(adapter, str) else state.name_of(adapter)
-        choice = self.choice.without(name)
+        choice = self.choice.without(name if isinstance(name, str) else state.name_of(name))
         kwargs = {key: copy.deepcopy(value) if key in _CACHES else value for key, value in kwargs.items()}
         inner = ForwardContext(state, choice, self._model, self._args, self._kwargs)
         opened, self.open = self.open, False  # losses of what runs twice count once

@@ -114,16 +114,23 @@ class Choices:
     """
 
     def __init__(self, host: HostState) -> None:
-        self.host = host
-        self._begin(Choice())
+        self._begin(host, Choice())
 
-    def _begin(self, choice: Choice) -> None:
+    def _begin(self, host: HostState, choice: Choice) -> None:
+        self._host = weakref.ref(host)  # it has this one: both go at once, not when Python looks for garbage
         self.choice = choice
         self.everybody = [Scope(choice, Block(choice))]
         self.own: dict[int, weakref.ref[Block]] = {}
         self.owner: object = HERE.token
         self.ref = weakref.ref(self)
         _THREAD.set(self.owner)
+
+    @property
+    def host(self) -> HostState:
+        """The state of the model on which these are choices."""
+        host = self._host()
+        assert host is not None, "nobody has the choices of a model alone"
+        return host
 
     def own_scopes(self) -> Scopes:
         """Returns the choices that this thread or task made for itself."""
@@ -426,8 +433,7 @@ class Choices:
         return {"host": self.host, "choice": Choice(choice.active, composition=choice.composition)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.host = state["host"]
-        self._begin(state["choice"])
+        self._begin(state["host"], state["choice"])
 
 
 def _disturb() -> None:
