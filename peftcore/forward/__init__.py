@@ -13,6 +13,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `adapter_modules`: the modules in which operators live, and what loading into them lacks.
 - `generate`: one call of `generate` computes effective weights once.
 - `merged_choice`: which choices are right while adapters are merged.
+- `unused_parameters`: adapters that train and do not act, where that fails.
 - `host_state`: the state that peftcore keeps on an adapted model.
 - `mount`: one operator at one tensor or around one module.
 - `recompute`: effective weights in training, computed again in backward.

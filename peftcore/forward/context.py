@@ -100,7 +100,7 @@ class ForwardContext:
         self.taps: list[tuple[int, Any, bool]] = []
         self.losses: list[Tensor] = []
         self.visits = 0
-        self.open, self.calm = True, False
+        self.open, self.calm, self.extra = True, False, False
         self.frame: FrameType | None = None
         """The call of the host whose forward it is."""
         self.recorded = torch.is_grad_enabled() or (model is not None and model.training)
@@ -146,7 +146,8 @@ class ForwardContext:
         """Run ``run(*args, **kwargs)`` once more with one injection off, in this thread alone.
 
         In a route its rows run the bare base model, in a composition its parts; what else acts stays as it is. Caches
-        are copied for the pass, so it sees what is in them and leaves them as they are.
+        are copied for the pass, so it sees what is in them and leaves them as they are. Taps that it leaves and losses
+        that it adds are its own, and end with it.
 
         Args:
             name: the injection's name; or an operator of it, since an operator does not know the name but has itself:
@@ -163,13 +164,18 @@ class ForwardContext:
         choice = self.choice.without(name if isinstance(name, str) else state.name_of(name))
         kwargs = {key: copy.deepcopy(value) if key in _CACHES else value for key, value in kwargs.items()}
         inner = ForwardContext(state, choice, self._model, self._args, self._kwargs)
-        opened, self.open = self.open, False  # losses of what runs twice count once
-        try:
-            with state.choices.held(choice):
+        inner.extra, inner.calm, inner.taps = True, not repeating(), [*self.taps]
+        before = len(HERE.calls)
+        with state.choices.held(choice):
+            HERE.calls.append(inner)
+            HERE.settle()
+            try:
                 output = run(*args, **kwargs)
-        finally:
-            self.open = opened
+            finally:
+                del HERE.calls[before:]
+        inner.close()
         _announce(output, inner)
+        _announce((args, kwargs), self)  # what backward comes to when it is through with the pass
         return output
 
     def close(self) -> None:
@@ -203,6 +209,8 @@ def forward_context() -> ForwardContext:
     """
     if torch.compiler.is_compiling():
         return HERE.calls[-1] if HERE.calls else _COMPILED_ALONE
+    if HERE.calls and HERE.calls[-1].extra:
+        return HERE.calls[-1]
     if repeating():
         told = remembered(None)
         if told is not None:
@@ -285,8 +293,8 @@ class Recorder:
         self.drained = False
         self.losses = OwnLosses()
 
-    def enter(self, state: HostState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Open a context, before the host runs."""
+    def enter(self, state: HostState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice | None:
+        """Open a context, before the host runs; returns its choice, None where it is traced."""
         if not torch.compiler.is_compiling():
             _drop_interrupted()
         call = ForwardContext(state, None, model, args, kwargs)
@@ -294,7 +302,7 @@ class Recorder:
         if torch.compiler.is_compiling():
             call.choice = state.now()
             state.silent_layers = None  # it cannot watch compiled code, where a checkpoint must not leave marks
-            return
+            return None
         call.frame = sys._getframe(2)  # torch's, which called the hook
         HERE.calm = None
         call.choice = choice = state.now()
@@ -313,6 +321,7 @@ class Recorder:
             HERE.calm, call.calm = call, True
             if model.training and torch.is_grad_enabled():
                 self.losses.begin(state, choice.acting)
+        return choice
 
     def leave(self, state: HostState, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
         """Close the context, after the host ran, also when it raised."""
@@ -417,6 +426,8 @@ def replayed(state: HostState) -> Choice:
         AmbiguousBackward: forwards under different choices came before this backward, and nothing says which one it is:
             a nested reentrant checkpoint, or a loss that was not made from the host's outputs.
     """
+    if HERE.calls and (extra := HERE.calls[-1]).extra and extra.state is state and extra.choice is not None:
+        return extra.choice
     told = remembered(state)
     if told is not None:
         choice: Choice = told[0]

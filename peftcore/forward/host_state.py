@@ -26,6 +26,7 @@ from peftcore.forward.instance_methods import give_methods_back, replace_methods
 from peftcore.forward.merged_choice import check_choice
 from peftcore.forward.save_pretrained import SavesBase
 from peftcore.forward.scopes import Choices
+from peftcore.forward.unused_parameters import check_all_act
 from peftcore.roles.token_tables import token_count
 from peftcore.utils.threads import Token
 
@@ -96,7 +97,9 @@ class HostState:
         if not self.injections and not self.current() and not self.choices.elsewhere():
             drop_state(model)
             return
-        self.recorder.enter(self, model, args, kwargs)
+        choice = self.recorder.enter(self, model, args, kwargs)
+        if len(self.injections) > 1 and choice is not None:
+            check_all_act(self, model, choice)
 
     def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook on the host: closes the context, also when the forward raised."""

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 
 from peftcore.errors import RouteError
 from peftcore.forward.active_adapters import Route
+from peftcore.forward.context import HERE, ForwardContext
 
 
 class OneForward:
     """A forward that runs once for the same inputs, however often its output is asked for.
+
+    It begins anew in an extra pass (`ForwardContext.without`), where other injections act.
 
     Args:
         run: the forward.
@@ -23,10 +26,13 @@ class OneForward:
 
     def __init__(self, run: Callable[..., Any], module: nn.Module) -> None:
         self.run, self._module = run, module
+        self._context = _running()
         self._asked: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._output: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _running() is not self._context:
+            return self.run(*args, **kwargs)
         if self._asked is None:
             self._asked, self._output = (args, kwargs), self.run(*args, **kwargs)
             return self._output
@@ -48,6 +54,10 @@ class OneForward:
             and all(a is b for a, b in zip(args, before, strict=True))
             and all(value is named[key] for key, value in kwargs.items())
         )
+
+
+def _running() -> ForwardContext | None:
+    return HERE.calls[-1] if HERE.calls else None
 
 
 class OfSomeRows:
