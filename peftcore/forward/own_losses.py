@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from peftcore.contract.method import Method
+from peftcore.errors import UnknownInjection
 from peftcore.layers.fsdp import differentiable
 from peftcore.utils.threads import Token, this_thread
 
@@ -129,7 +130,9 @@ class OwnLosses:
 def aux_losses(state: HostState, acting: Active) -> Iterator[Entry]:
     """Yields the losses that the methods of these injections make."""
     for name in acting:
-        injection = state.injections[name]
+        injection = state.injections.get(name)
+        if injection is None:
+            raise UnknownInjection(f"{name!r} was removed while a forward ran in which it acted")
         if type(injection.method).aux_loss is not Method.aux_loss:
             with differentiable(injection.model, injection.parameters):  # here it is outside of the blocks
                 loss = injection.method.aux_loss(injection)

@@ -276,6 +276,15 @@ class Choices:
         self._write((*scopes, Scope(choice, block)))
         return block
 
+    @contextmanager
+    def block(self, choice: Choice) -> Iterator[None]:
+        """Context manager in which a choice holds for whom it would in a ``with`` block of `activate`."""
+        block = self.open(choice)
+        try:
+            yield
+        finally:
+            self.leave(block)
+
     def leave(self, block: Block) -> None:
         """End a block: what was chosen round it holds again.
 
@@ -303,7 +312,7 @@ class Choices:
                 HERE.settle()
 
     def _end(self, block: Block) -> None:
-        block.open = False
+        block.open, block.before = False, None
         scopes = self.own_scopes()
         later = _later(scopes, block)
         if later is not None:
@@ -329,13 +338,13 @@ class Choices:
 
     def _write(self, scopes: Iterable[Scope]) -> None:
         """Set the choices of this thread or task, and forget those on models that are gone."""
-        scopes, place = tuple(scopes), None
+        scopes = tuple(scopes)
         others = {ref: each for ref, each in _OWN.get().items() if ref is not self.ref and ref() is not None}
         _OWN.set({**others, self.ref: scopes} if scopes else others)
-        if scopes and scopes[-1].block.choice is not scopes[-1].choice:
-            place = _place()
-            if scopes[-1].block.place == place:  # not of a task that inherited the block
-                scopes[-1].block.choice = scopes[-1].choice
+        if scopes:
+            block, choice = scopes[-1].block, scopes[-1].choice
+            if block.choice is not choice and block.place == _place():  # not of a task that inherited the block
+                block.choice = choice
 
     def _publish(self) -> None:
         """Let the innermost choice for everybody hold."""

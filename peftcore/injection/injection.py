@@ -151,7 +151,7 @@ class Injection(AppliedMethod):
         merged = self._merge
         self.unmerge()
         try:
-            with Chosen(self.state, self.state.now().without(self.name)):
+            with self.state.choices.block(self.state.now().without(self.name)):
                 yield
         finally:
             if merged is not None:
