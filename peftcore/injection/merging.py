@@ -27,7 +27,7 @@ from peftcore.forward.mount import Effect, Mount, effects_of, fold
 from peftcore.injection.folding import fold as fold_away
 from peftcore.injection.folding import inverted
 from peftcore.injection.freezing import thaw
-from peftcore.injection.originals import Keep, Original, Remembered, kept, stand_in
+from peftcore.injection.originals import Fingerprint, Keep, Original, Remembered, fingerprint, kept, stand_in
 from peftcore.injection.quantized_layer import QuantizedLayer, dense_linear, floating_dtype, replace_in_place
 from peftcore.injection.written import (
     Folded,
@@ -290,14 +290,20 @@ def _merge(injection: Injection, wanted: Wanted) -> Merged:
     )
     if wanted.weight != 1.0:
         new = {key: _towards(injection, key, tensor, wanted.weight) for key, tensor in new.items()}
-    bad = [".".join(key) for key, tensor in new.items() if not _is_finite(tensor)]
+    layers = {key: layer_of(injection.module_at(key[0]), key[1]) for key in new}
+    bad: list[str] = []
+    prints: dict[Key, Fingerprint] = {}
+    for key, tensor in new.items():
+        if not _is_finite(tensor):
+            bad.append(".".join(key))
+        elif not (layers[key].packed or is_cut(tensor)):
+            prints[key] = fingerprint(tensor)  # now, while it is in the processor's cache
     if bad:
         raise MergeError(f"the merged weights would not be finite: {', '.join(bad[:4])}; nothing was changed")
-    layers = {key: layer_of(injection.module_at(key[0]), key[1]) for key in new}
     _check_places(injection, layers)
     holders = holders_of(model)
     _check_ties(injection, new, holders)
-    writer = _Writer(injection, wanted, holders)
+    writer = _Writer(injection, wanted, holders, prints)
     try:
         for key, tensor in new.items():
             writer.write(key, layers[key], tensor)
@@ -381,8 +387,8 @@ def _exchange(injection: Injection, pairs: Iterable[tuple[Iterable[Tensor], Iter
 class _Writer:
     """Writes new tensors into a host, and notes how each comes back."""
 
-    def __init__(self, injection: Injection, wanted: Wanted, holders: Holders) -> None:
-        self.injection, self.wanted, self.holders = injection, wanted, holders
+    def __init__(self, injection: Injection, wanted: Wanted, holders: Holders, prints: dict[Key, Fingerprint]) -> None:
+        self.injection, self.wanted, self.holders, self.prints = injection, wanted, holders, prints
         self.written: list[Written] = []
         self.repacked: dict[str, Repacked] = {}
         self.places: set[tuple[int, str]] = set()
@@ -412,12 +418,16 @@ class _Writer:
         if (folded := self.folded.get(id(owner))) is not None:
             folded.fingerprints.pop(name, None)
         self.places |= {(id(module), name) for _, module, name in holders}
+        if old is not None and tensor.dtype is not old.dtype:  # of a plugin that answers peftcore_merge
+            tensor = tensor.to(old.dtype)
+            self.prints[key] = fingerprint(tensor)
         tensor = self._owned(tensor, old)
         if old is None:
-            self._replace(Replaced(key, holders, nn.Parameter(tensor, requires_grad=False), None))
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            self._replace(Replaced(key, holders, parameter, None, self.prints[key]))
         else:
             original = kept(old, self.wanted.keep, lambda: _prediction(self.injection, key, tensor))
-            self._replace(Replaced(key, holders, stand_in(old, tensor), original))
+            self._replace(Replaced(key, holders, stand_in(old, tensor), original, self.prints[key]))
         return None
 
     def _replace(self, tensor: Replaced) -> None:
@@ -437,7 +447,8 @@ class _Writer:
             holder = path, parametrized(owner)[name], source
             old = held(*holder[1:])
             assert old is not None
-            self._replace(Replaced(key, [holder], stand_in(old, self._owned(value, old)), Original(old)))
+            new = stand_in(old, self._owned(value, old))
+            self._replace(Replaced(key, [holder], new, Original(old), fingerprint(new)))
 
     def _pack(self, key: Key, module: nn.Module, layer: QuantizedLayer, weight: Tensor) -> None:
         """Write a weight into a quantized layer: as a dense linear layer, or packed in the same way."""

@@ -95,9 +95,7 @@ class Replaced(Written):
     tensor: Tensor
     original: Original | None
     """None where the host had no tensor."""
-
-    def __post_init__(self) -> None:
-        self.fingerprint = fingerprint(self.tensor)
+    fingerprint: Fingerprint
 
     def put(self) -> None:
         """Put the new tensor in its place."""

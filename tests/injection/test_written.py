@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import MergeError
-from peftcore.injection.originals import Original
+from peftcore.injection.originals import Original, fingerprint
 from peftcore.injection.written import Replaced, held, holders_of, owner_path
 from peftcore.testing.tools import differences, trace
 
@@ -367,7 +367,8 @@ def test_where_a_tensor_is() -> None:
 def test_one_tensor_is_replaced_and_comes_back() -> None:
     model = perceptron()
     old, new = model.first.weight, nn.Parameter(torch.ones(6, 4))
-    replaced = Replaced(("first", "weight"), [("first", model.first, "weight")], new, Original(old))
+    holders = [("first", model.first, "weight")]
+    replaced = Replaced(("first", "weight"), holders, new, Original(old), fingerprint(new))
     assert model.first.weight is old
     replaced.put()
     assert model.first.weight is new and list(replaced.changed({model.first})) == []
