@@ -282,9 +282,9 @@ def merge(injection: Injection, wanted: Wanted) -> Merged:
 
 
 def _merge(injection: Injection, wanted: Wanted) -> Merged:
-    _check(injection)
     model = injection.model
     in_pieces(model)
+    _check(injection)
     new = registry().hook.peftcore_merge(
         model=model, method=injection.method, config=injection.config, injection=injection
     )

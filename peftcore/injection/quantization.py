@@ -31,6 +31,7 @@ from peftcore.targets.sites import Site
 from peftcore.utils.progress import Progress
 
 M = TypeVar("M", bound=nn.Module)
+MERGED = "an injection is merged into these weights; bake() it, or unmerge() it first"
 
 
 class Scheme(BaseModel):
@@ -200,6 +201,9 @@ def dequantize(model: M) -> M:
     dtype = floating_dtype(module for module in model.modules() if not is_ours(module))
     layers = {path: layer_of(module, "weight") for path, module in model.named_modules()}
     packed = {path: layer for path, layer in layers.items() if isinstance(layer, QuantizedLayer)}
+    for module in model.modules():
+        if (slot := slot_of(module)) is not None and slot.state.made_dense:
+            raise QuantizationError(f"{MERGED}; its undoing would bring codes back")
     for path in packed:
         _check_unmerged(model.get_submodule(path))
     for path, layer in packed.items():
@@ -213,7 +217,7 @@ def dequantize(model: M) -> M:
 def _check_unmerged(module: nn.Module) -> None:
     slot = slot_of(module)
     if slot is not None and any(name in slot.mounts for name in slot.state.merged):
-        raise QuantizationError("an injection is merged into these weights; bake() it, or unmerge() it first")
+        raise QuantizationError(MERGED)
 
 
 def _sites(model: nn.Module, target: Target | None, exclude: Target | None) -> Iterator[Site]:

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.errors import ExportError
 from peftcore.testing import HOSTS
 from peftcore.testing.kit import fill
 from peftcore.testing.tools import differences, trace
@@ -259,3 +261,139 @@ def test_timm_loads_weights_into_an_adapted_model(tmp_path: Path) -> None:
         model.head.weight.add_(1.0)
     timm.models.load_checkpoint(model, file)
     assert torch.equal(model(images), expected)
+
+
+# Models whose weights have another form than their config says
+
+
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+IDS = torch.arange(6).view(1, 6)
+EVERY = "all"
+"""Adapts every linear layer that is packed."""
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model on disk."""
+    folder = tmp_path_factory.mktemp("dense")
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, **SIZES)).save_pretrained(folder)
+    return folder
+
+
+def loaded(folder: Path, packed: bool = False) -> Any:
+    """A model as transformers loads it."""
+    how = {"quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True)} if packed else {}
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def adapted(model: Any, target: str) -> peftcore.Injection:
+    """An adapter on some layers, or on every one that is packed."""
+    where = {"target": r"re:.*\.(\w_proj|up_proj|gate_proj|down_proj)"} if target == EVERY else {}
+    injection = peftcore.apply(model, "lora", **where)
+    fill(injection)
+    return injection
+
+
+@pytest.mark.parametrize("target", ["some", EVERY])
+def test_a_packed_model_with_baked_weights_says_what_it_is(dense: Path, target: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = loaded(dense, packed=True)
+    injection = adapted(model, target)
+    injection.merge()
+    expected = logits(model)
+    with pytest.raises(ExportError, match=r"dense, and the model's config says quantized.*bake\(\)"):
+        model.save_pretrained(tmp_path / "merged")
+    injection.bake()
+    if target == "some":
+        with pytest.raises(ExportError, match=r"2 modules .*peftcore\.dequantize"):
+            model.save_pretrained(tmp_path / "baked")
+        with pytest.raises(ExportError, match="2 modules"):
+            model.model.save_pretrained(tmp_path / "baked")
+        with pytest.raises(ExportError, match="2 modules"):
+            copy.deepcopy(model).save_pretrained(tmp_path / "baked")
+        peftcore.dequantize(model)
+        assert "save_pretrained" not in vars(model) and "save_pretrained" not in vars(model.model)
+    assert list(tmp_path.iterdir()) == []
+    model.save_pretrained(tmp_path)
+    found = loaded(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert type(found.model.layers[0].self_attn.q_proj) is nn.Linear
+    torch.testing.assert_close(logits(found), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_packed_model_whose_merge_is_undone_or_packed_again_is_saved_as_it_came(dense: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = loaded(dense, packed=True)
+    base = logits(model)
+    injection = adapted(model, "some")
+    injection.merge(), injection.unmerge()
+    model.save_pretrained(tmp_path / "base")
+    assert torch.equal(logits(loaded(tmp_path / "base")), base)
+    injection.merge(into="same")
+    expected = logits(model)
+    injection.bake()
+    model.save_pretrained(tmp_path / "baked")
+    torch.testing.assert_close(logits(loaded(tmp_path / "baked")), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_packed_model_that_is_made_dense_says_so(dense: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = peftcore.dequantize(loaded(dense, packed=True))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(loaded(tmp_path)), expected)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int8", "bnb-nf4"])
+def test_a_dense_model_that_is_packed_later_is_not_saved_as_if_it_were_dense(
+    dense: Path, scheme: str, tmp_path: Path
+) -> None:
+    model = loaded(dense)
+    before = set(vars(model))
+    peftcore.quantize(model, scheme)
+    injection = peftcore.apply(model, "lora")
+    for _ in range(2):
+        with pytest.raises(ExportError, match=r"quantized after the model was loaded.*injection\.save"):
+            model.save_pretrained(tmp_path)
+        if peftcore.injections(model):
+            injection.remove()
+    assert list(tmp_path.iterdir()) == []
+    peftcore.dequantize(model)
+    assert set(vars(model)) == before
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(loaded(tmp_path)), logits(model))
+
+
+class Frozen(dict):
+    """A config of diffusers."""
+
+    quantization_config: Any = None
+
+
+class OfDiffusers(nn.Module):
+    """A model whose quantizer cannot take itself out of its config."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.config = Frozen()
+        self.config.quantization_config = {"quant_method": "toy"}
+        self.hf_quantizer = object()
+
+    def save_pretrained(self, folder: Path) -> str:
+        """Tell that it saved."""
+        return "saved"
+
+
+def test_what_cannot_say_that_it_is_dense_is_not_saved(tmp_path: Path) -> None:
+    model = peftcore.quantize(OfDiffusers(), "int8", target="first")
+    assert model.save_pretrained(tmp_path) == "saved"
+    peftcore.apply(model, "lora", target="first").bake()
+    with pytest.raises(ExportError, match="Load the base without quantization"):
+        model.save_pretrained(tmp_path)

@@ -1,6 +1,7 @@
 """A weight that its module computes is merged as any other, and computed again after that."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from computed_hosts import CONVOLUTIONS, KEPT, WAYS
 from core_toys import Perceptron, perceptron, stir
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 import peftcore
 from peftcore.errors import MergeError
@@ -180,6 +182,28 @@ def test_copies_of_a_merged_host_come_back_too(way: str) -> None:
         torch.testing.assert_close(model(X), expected, rtol=1e-5, atol=1e-6)
         injection.unmerge()
         assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_position_convolution_of_wav2vec2_is_baked_saved_and_loaded(method: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    stem = {"conv_dim": (8, 8), "conv_kernel": (4, 4), "conv_stride": (2, 2), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer"}
+    torch.manual_seed(0)
+    model = Wav2Vec2Model(Wav2Vec2Config(**sizes, **stem, **positions)).eval()
+    sound = torch.randn(1, 64)
+    injection = peftcore.apply(model, method, target=r"re:.*pos_conv_embed\.conv$")
+    with torch.no_grad():
+        base = model(sound).last_hidden_state
+        stir(injection, scale=0.5)
+        expected = model(sound).last_hidden_state
+        injection.bake()
+        assert (expected - base).abs().max() > 0.01
+        torch.testing.assert_close(model(sound).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+        model.save_pretrained(tmp_path)
+        found, info = Wav2Vec2Model.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values())
+        torch.testing.assert_close(found.eval()(sound).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
 
 
 class Squared(nn.Module):

@@ -1,5 +1,6 @@
 """Folding an injection into the weights and the exact way back; a refusal changes nothing."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ from core_toys import Doubling, Shift, TiedLanguageModel, perceptron, snapshot, 
 from torch import nn
 
 import peftcore
-from peftcore.errors import MergeError, NotMergeable
+from peftcore.errors import ConfigError, MergeError, NotMergeable
 from peftcore.injection.merging import merged_tensors
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
@@ -48,6 +49,61 @@ def test_a_record_that_fits_no_more_is_an_error() -> None:
     stir(injection, seed=1)
     with pytest.raises(MergeError, match="record does not fit"):
         injection.unmerge()
+
+
+def test_an_argument_that_no_merge_has_is_an_error() -> None:
+    model = perceptron()
+    injection = peftcore.apply(model, "lora", target="first")
+    before = snapshot(model)
+    for wrong, words in (
+        ({"into": "bananas"}, "into='bananas': it is one of 'float', 'same'"),
+        ({"keep": "disk"}, "keep='disk': it is one of 'cpu', 'device', 'record', None"),
+        ({"weight": float("nan")}, "weight=nan: it is a finite number"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            injection.merge(**wrong)
+        assert snapshot(model) == before and not injection.merged
+
+
+def test_merging_again_is_the_same_or_refused() -> None:
+    model = perceptron()
+    injection = peftcore.apply(model, Shift, target="first")
+    ways: list[dict[str, Any]] = [
+        {},
+        {"keep": "record"},
+        {"keep": None},
+        {"into": "same"},
+        {"weight": 0.5},
+        {"max_error": 0.1},
+    ]
+    for way in ways:
+        report = injection.merge(**way)
+        merged = model.first.weight.detach().clone()
+        assert injection.merge(**way) is report
+        for other in (each for each in ways if each != way):
+            with pytest.raises(MergeError, match=r"is merged already, .*unmerge"):
+                injection.merge(**other)
+        assert torch.equal(model.first.weight, merged)
+        if way == {"keep": None}:
+            injection.bake()
+            assert torch.equal(model.first.weight, merged)
+            injection = peftcore.apply(model, Shift, target="first")
+        else:
+            with injection.disabled():
+                assert not injection.merged
+            assert injection.merged and torch.equal(model.first.weight, merged)
+            injection.unmerge()
+
+
+@pytest.mark.parametrize("way", [{"weight": 0.5}, {"keep": "record"}, {"keep": None}], ids=str)
+def test_baking_keeps_the_merge_that_is_in_force(way: dict[str, Any]) -> None:
+    model = perceptron()
+    injection = peftcore.apply(model, Shift, target="first")
+    injection.merge(**way)
+    merged = model.first.weight.detach().clone()
+    injection.bake()
+    assert torch.equal(model.first.weight, merged) and not injection.merged and type(model.first) is nn.Linear
+    assert all(each.requires_grad for each in model.parameters())
 
 
 def not_finite(model: nn.Module) -> peftcore.Injection:

@@ -1,14 +1,18 @@
 """Packing a host in place by a scheme: all of it or nothing, and by the names that plugins give."""
 
+from typing import Any
+
 import pytest
 import torch
-from core_toys import perceptron, snapshot, transformer
+from computed_hosts import WAYS
+from core_toys import perceptron, snapshot, stir, transformer
 from pydantic import ValidationError
 from torch import nn
 
 import peftcore
 from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
 from peftcore.injection.quantization import dequantize, quantize, round_trip, scheme, scheme_key, schemes
+from peftcore.layers.computed import computation
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
 
@@ -81,6 +85,53 @@ def test_a_merged_injection_is_in_the_way() -> None:
     peftcore.apply(model, "lora", target="first").merge()
     with pytest.raises(QuantizationError, match="merged into these weights"):
         quantize(model, "int8", target="first")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_weight_that_is_computed_is_packed_with_its_value(way: str) -> None:
+    model, plain = perceptron(), perceptron()
+    WAYS[way](model.first)
+    expected = model.eval()(X).detach()
+    with torch.no_grad():
+        plain.first.weight.copy_(computation(model.first, "weight").value())
+    quantize(model, "int8", target="re:^first$"), quantize(plain, "int8", target="first")
+    assert torch.equal(model(X), plain(X)) and list(model.state_dict()) == list(plain.state_dict())
+    torch.testing.assert_close(model(X), expected, rtol=0.05, atol=0.05)
+    injection = peftcore.apply(model, "lora", target="first")
+    stir(injection)
+    adapted = model(X)
+    injection.merge()
+    torch.testing.assert_close(model(X), adapted)
+    injection.unmerge()
+    assert torch.equal(model(X), adapted)
+    dequantize(model)
+    assert type(model.first).__name__ == "Linear" and not model.first._forward_pre_hooks
+
+
+def test_a_weight_that_is_computed_in_a_way_of_its_own_is_not_packed() -> None:
+    model = perceptron()
+    weight = model.first.weight.detach().clone()
+    del model.first.weight
+    model.first.weight = weight
+    model.first.register_forward_pre_hook(lambda module, args: setattr(module, "weight", 2 * weight))
+    before = snapshot(model)
+    with pytest.raises(QuantizationError, match="first computes its weight in a way that is not torch's own"):
+        quantize(model, "int8", target="first")
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("into", ["float", "same"])
+def test_what_is_merged_is_not_made_dense(into: Any) -> None:
+    model = quantize(perceptron(), "int8")
+    injection = peftcore.apply(model, "lora", target="first")
+    stir(injection)
+    injection.merge(into=into)
+    expected = model(X)
+    with pytest.raises(QuantizationError, match="merged into these weights"):
+        dequantize(model)
+    assert torch.equal(model(X), expected)
+    injection.bake()
+    torch.testing.assert_close(dequantize(model)(X), expected)
 
 
 def test_gradients_pass_a_round_trip() -> None:

@@ -286,6 +286,68 @@ def test_what_changes_no_bit_hinders_nobody(keep: Any) -> None:
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), base.parameters(), strict=True))
 
 
+class Chain(nn.Module):
+    """Layers in a list, which may be put in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+@pytest.mark.parametrize("keep", KEEPS)
+def test_modules_that_moved_are_merged_where_they_are(keep: Any, when: str) -> None:
+    model = Chain()
+    injection = peftcore.apply(model, "dora", target=["layers.0", "layers.2"])
+    stir(injection, scale=0.5)
+    injection.merge() if when == "meanwhile" else None
+    model.layers = nn.ModuleList([model.layers[1], model.layers[2], model.layers[0]])
+    injection.unmerge()
+    expected = model(X)
+    injection.merge(keep)
+    torch.testing.assert_close(model(X), expected)
+    injection.unmerge()
+    assert torch.equal(model(X), expected)
+
+
+def test_what_would_go_beside_the_model_is_refused() -> None:
+    """A replaced module, one that lost its operator, one whose forward was set: the outputs would not stay."""
+
+    def replaced(model: Chain) -> None:
+        model.layers[0] = nn.Linear(4, 4)
+
+    def patched(model: Chain) -> None:
+        model.layers[0].forward = lambda x: x
+
+    def ungrafted(model: Chain) -> None:
+        model.layers[0].__class__ = nn.Linear
+
+    for change, words in ((replaced, "replaced"), (patched, "forward set"), (ungrafted, "lost its operator")):
+        model = Chain()
+        injection = peftcore.apply(model, "lora", target=["layers.0", "layers.2"])
+        stir(injection)
+        change(model)
+        before = trace(model)
+        for act in (injection.merge, injection.bake):
+            with pytest.raises(MergeError, match=rf"layers\.0.*{words}|{words}.*layers\.0"):
+                act()
+            assert not differences(before, trace(model))
+
+
+def test_what_is_on_no_device_is_refused() -> None:
+    model = perceptron()
+    injection = peftcore.apply(model, "lora", target="first")
+    model.first.to("meta")
+    with pytest.raises(MergeError, match=r"first cannot be merged, keep 'lora' active: .*offloaded"):
+        injection.merge()
+
+
 def test_a_bias_that_was_added_goes_again() -> None:
     model = nn.Sequential(nn.Linear(4, 6, bias=False))
     injection = peftcore.apply(model, "bitfit", add_missing_bias=True)
