@@ -179,8 +179,11 @@ def _tell(method: str) -> None:
         )
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _notice_compiled(*methods: str) -> None:
     """Give notice while torch compiles, which runs this once and leaves it out of the compiled code."""
     for method in methods:
         _tell(method)
+
+
+# As torch.compiler.assume_constant_result does it, which imports the compiler.
+_notice_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]

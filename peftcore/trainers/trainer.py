@@ -7,7 +7,6 @@ class Mine(PeftcoreTrainer, trl.SFTTrainer): ...
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -31,13 +30,13 @@ class PeftcoreTrainer(transformers.Trainer):
     For subclasses of the Trainer it is the first base class. Arguments are the Trainer's.
     """
 
-    def __init__(self, model: Any = None, *args: Any, callbacks: Iterable[Any] | None = None, **kwargs: Any) -> None:
-        given = list(callbacks or ())
+    def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
+        given = list(kwargs.pop("callbacks", None) or ())
         if not any(each is PeftcoreCallback or isinstance(each, PeftcoreCallback) for each in given):
             given.append(
                 PeftcoreCallback(model if isinstance(model, nn.Module) else None)
             )  # what others ask for, it sees
-        super().__init__(model, *args, **kwargs, **{"callbacks": given})
+        super().__init__(model, *args, **{**kwargs, "callbacks": given})
 
     def compute_loss(
         self,

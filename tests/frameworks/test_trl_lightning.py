@@ -52,7 +52,7 @@ def test_supervised_fine_tuning_of_trl(method: str, tmp_path: Path) -> None:
     run.train()
     assert moved(injection, start)
     assert all(torch.equal(model.state_dict()[key], value) for key, value in base.items())
-    assert (tmp_path / "checkpoint-3" / "model.safetensors").stat().st_size < 20_000
+    assert (tmp_path / "checkpoint-3" / "model.safetensors").stat().st_size < 25_000  # with statistics
 
 
 @pytest.mark.parametrize("method", [ByRow, Steps])
