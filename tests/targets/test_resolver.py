@@ -212,7 +212,9 @@ def test_an_exclusion_that_matches_nothing_is_said(caplog: pytest.LogCaptureFixt
     assert [each for each in caplog.messages if "v_porj" in each and "close: v_proj" in each] == caplog.messages
 
 
-@pytest.mark.parametrize("target", ["0", "*0", "re:0.*", lambda path, module: "0" in path], ids=str)
+@pytest.mark.parametrize(
+    "target", ["0", "*0", "re:0.*", lambda path, module: "0" in path], ids=["name", "glob", "pattern", "predicate"]
+)
 def test_the_inside_of_a_parametrization_is_no_target(target: Any) -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
     found = [path for path in paths(model, target=target) if path]
