@@ -124,7 +124,11 @@ class Resolver:
         return self.without(found, target, exclude)
 
     def matching(self, target: Target, tower: str | None) -> tuple[dict[str, Site], list[Any]]:
-        """Returns the sites of a target by path, and the parts of it that match nothing."""
+        """Returns the sites of a target by path, and the parts of it that match nothing.
+
+        Raises:
+            TargetError: it names slices of a fused weight that are not known without a forward.
+        """
         found: dict[str, Site] = {}
         unmatched: list[Any] = []
         for pattern in _each(target):
@@ -148,7 +152,11 @@ class Resolver:
         return sorted(found.values(), key=lambda site: self._order[site.module_path])
 
     def idle(self, exclude: Target) -> list[Any]:
-        """Returns the parts of `exclude` that match nothing in the host."""
+        """Returns the parts of `exclude` that match nothing in the host.
+
+        Raises:
+            TargetError: as `matching`.
+        """
         return [pattern for pattern in _each(exclude) if not self._excluded(pattern)]
 
     def _excluded(self, pattern: Any) -> set[str]:

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import peftcore
 from peftcore.contract.method import Tags
-from peftcore.errors import MergeError, NotMergeable
+from peftcore.errors import CompositionError, MergeError, NotMergeable, RouteError
 from peftcore.injection.injection import Injection
 from peftcore.testing.kit import Case, NotApplicable, check
 from peftcore.testing.tools import differences, raises, trace
@@ -320,11 +320,12 @@ def merging_goes_with_the_choice(case: Case) -> None:
         choices["a route"] = lambda: peftcore.route(model, [injection.name, *[None] * (rows - 1)])
     if case.tags.per_row and not any(graft.site.form == "attention" for graft in injection.grafts):
         choices["a composition"] = lambda: peftcore.activate(model, peftcore.Sum(injection.name, other.name))
+    refusals = MergeError, RouteError, CompositionError
     for what, choose in choices.items():
         with choose():
             before = trace(model)
             for act in (injection.merge, injection.bake):
-                with raises(case, MergeError, f"merging under {what}", names=injection.name):
+                with raises(case, refusals, f"merging under {what}", names=injection.name):
                     act()
                 _unchanged(case, before, model, f"a merge under {what}")
     injection.merge()
