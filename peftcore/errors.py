@@ -133,7 +133,8 @@ class NoWeights(PeftcoreError, RuntimeError):
 
 
 class ExportError(PeftcoreError, ValueError):
-    """An adapter cannot be written in another library's format without losing something; nothing was written."""
+    """An adapter or a model cannot be written in another library's format without losing something; nothing was
+    written."""
 
 
 class HostMismatch(CheckpointError):
