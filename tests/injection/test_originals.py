@@ -32,16 +32,19 @@ def test_any_change_of_a_value_shows(shape: tuple[int, ...], dtype: torch.dtype)
     assert fingerprint(bits.view(dtype).view(shape)) == known
 
 
-def test_places_count_and_layouts_do_not() -> None:
-    tensor = some((33, 67))
+@pytest.mark.parametrize("shape", [(33, 67), (128, 96), (64, 64)], ids=str)
+def test_places_count_and_layouts_do_not(shape: tuple[int, int]) -> None:
+    tensor, rows = some(shape), shape[0]
     known = fingerprint(tensor)
-    assert fingerprint(tensor.mT.contiguous().mT) == known == fingerprint(torch.cat([tensor, tensor])[33:])
-    assert fingerprint(torch.cat([torch.zeros(1), tensor.flatten()])[1:].view(33, 67)) == known  # where no word begins
-    for other in (tensor.flip(0), tensor.flip(1), tensor.roll(1, 0), tensor.roll(1, 1), -tensor, tensor + 1e-7):
+    assert fingerprint(tensor.mT.contiguous().mT) == known == fingerprint(torch.cat([tensor, tensor])[rows:])
+    assert fingerprint(torch.cat([torch.zeros(1), tensor.flatten()])[1:].view(shape)) == known  # where no word begins
+    for other in (tensor.flip(0), tensor.flip(1), tensor.roll(1, 0), tensor.roll(2, 1), -tensor, tensor + 1e-7):
         assert fingerprint(other) != known
-    assert fingerprint(tensor.view(67, 33)) != known and fingerprint(tensor.view(torch.int32)) != known
-    square = some((64, 64))
-    assert fingerprint(square) != fingerprint(square.mT)
+    assert fingerprint(tensor.view(*reversed(shape), 1)) != known and fingerprint(tensor.view(torch.int32)) != known
+    for other_row in (1, rows - 1):
+        exchanged = tensor.clone()
+        exchanged[[0, other_row]] = tensor[[other_row, 0]]
+        assert fingerprint(exchanged) != known
 
 
 def test_a_tensor_is_remembered_while_others_hold_it() -> None:
