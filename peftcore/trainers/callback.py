@@ -17,6 +17,7 @@ from typing import Any
 import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from peftcore.errors import TrainingError
 from peftcore.injection.applied import AppliedMethod
@@ -57,6 +58,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
             vars(model)[ADMITTED] = _Once(model)
         self._frozen: set[str] = set()
         self._undo: Callable[[], Any] | None = None
+        self._hooks: list[RemovableHandle] = []
         self._evaluating = False
         self._training: list[Injection] = []
         self._stepped: list[AppliedMethod] = []
@@ -88,6 +90,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         """
         model, optimizer = kwargs["model"], _inside(kwargs["optimizer"])
         self._disarm()
+        self._stop_waiting()
         if within(model) and not any(parameter.requires_grad for parameter in model.parameters()):
             names = ", ".join(repr(injection.name) for injection in within(model))
             raise TrainingError(f"nothing trains: {names} is frozen, as `load` leaves it; call injection.trainable()")
@@ -175,6 +178,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
             TrainingError: it lacks tensors of adapters.
         """
         self._disarm()
+        self._stop_waiting()
         self._check_read(kwargs["model"])
 
     def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -187,7 +191,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
         self._disarm(self._evaluating)
 
         def state_dict(*args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
-            self._disarm()
+            model.__dict__.pop("state_dict", None)
             whole: dict[str, Any] = model.state_dict(*args, prefix=prefix, **kwargs)
             for key in self._frozen:
                 whole.pop(prefix + key, None)
@@ -218,7 +222,7 @@ class PeftcoreCallback(transformers.TrainerCallback):
     def _await_checkpoint(self, model: nn.Module) -> None:
         """Let a checkpoint of the adapters load, with state between steps, and without a warning of all the keys that
         it leaves out."""
-        self._disarm()
+        self._stop_waiting()
         self._read = None
         frozen = frozen_keys(model)
 
@@ -232,11 +236,16 @@ class PeftcoreCallback(transformers.TrainerCallback):
             if frozen.isdisjoint(self._read or ()):
                 keys.missing_keys[:] = [key for key in keys.missing_keys if key not in frozen]
 
-        handles = (
+        self._hooks = [
             model.register_load_state_dict_pre_hook(take_state),  # type: ignore[no-untyped-call]
             model.register_load_state_dict_post_hook(without_frozen),  # type: ignore[no-untyped-call]
-        )
-        self._undo = lambda: [handle.remove() for handle in handles]
+        ]
+
+    def _stop_waiting(self) -> None:
+        """Expect no checkpoint any more."""
+        for handle in self._hooks:
+            handle.remove()
+        self._hooks = []
 
     def _check_read(self, model: nn.Module) -> None:
         """Check that the checkpoint, if one was read, had all tensors of the adapters that train, and what their

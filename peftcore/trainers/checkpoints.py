@@ -71,6 +71,7 @@ def state_between_steps(model: nn.Module) -> list[Held]:
         Held(".".join(filter(None, (STATE, path, injection.name, name))), injection, buffer)
         for path, injection in found
         for name, buffer in transient(injection)
+        if not buffer.is_meta
     ]
 
 
@@ -110,8 +111,9 @@ class SavesAdapters(SavesBase):
         given = call.arguments
         if "state_dict" not in given:
             return super().__call__(*args, **kwargs)
-        if self.checkpoint:
-            found = self.plain(*args, **kwargs, save_original_format=False)
+        checkpoint, self.checkpoint = self.checkpoint, False
+        if checkpoint:
+            found = self.plain(*args, **kwargs, **self._own_names())
         else:
             if given["state_dict"] is not None:
                 ours = keys_of(self.model, within(self.model))
@@ -128,7 +130,12 @@ class SavesAdapters(SavesBase):
         try:
             return self.plain(*args, **kwargs)
         except NotImplementedError:
-            return self.plain(*args, **kwargs, save_original_format=False)
+            return self.plain(*args, **kwargs, **self._own_names())
+
+    def _own_names(self) -> dict[str, bool]:
+        """Returns the argument for the model's own names; a class with a ``save_pretrained`` of its own may lack it."""
+        name = "save_original_format"
+        return {name: False} if name in self.__signature__.parameters else {}
 
 
 def save_for_trainer(model: nn.Module) -> None:

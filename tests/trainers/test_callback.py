@@ -190,6 +190,19 @@ def test_steps_are_taken_once_where_the_optimizer_is_the_methods(
     assert seen == [(step, STEPS) for step in range(1, STEPS + 1)]
 
 
+def test_an_evaluation_before_training_changes_nothing(tmp_path: Path) -> None:
+    """Statistics are in the checkpoint that is read after it, and it is checked."""
+    results = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        model, injection, _ = adapted("bert", "adalora", {"target_rank": 4})
+        run = trainer(model, "bert", tmp_path, [PeftcoreCallback()])
+        run.evaluate()
+        run.train(resume_from_checkpoint=checkpoint)
+        results.append(copied(injection))
+    assert_same(*results)
+    assert not model._load_state_dict_pre_hooks and not model._load_state_dict_post_hooks
+
+
 def test_frozen_injections_take_no_steps(tmp_path: Path) -> None:
     model, first, _ = adapted("bert", "adalora", {"name": "first"})
     first.trainable(False)

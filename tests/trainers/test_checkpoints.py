@@ -134,6 +134,37 @@ def test_a_run_resumes_and_ends_with_the_best_where_files_have_other_names(name:
     assert keys <= resumed.injection.model.state_dict().keys()
 
 
+def test_a_model_that_trains_whole_resumes_too(tmp_path: Path) -> None:
+    """The callback is there, and no adapter: as in a comparison with full fine-tuning."""
+    built, inputs = MODELS["vit"]()
+    built.save_pretrained(tmp_path / "base")
+    ends = []
+    for checkpoint in (None, str(tmp_path / "run" / "checkpoint-2")):
+        model = type(built).from_pretrained(tmp_path / "base")
+        made = Squares(
+            model,
+            arguments(tmp_path / "run", max_steps=4, save_steps=2, label_names=[], remove_unused_columns=False),
+            train_dataset=[{}] * 12,
+            data_collator=lambda _: dict(inputs),
+            callbacks=[PeftcoreCallback()],
+        )
+        made.train(resume_from_checkpoint=checkpoint)
+        ends.append({key: value.clone() for key, value in model.state_dict().items()})
+    assert [key for key, value in ends[0].items() if not torch.equal(value, ends[1][key])] == []
+
+
+def test_tensors_of_one_storage_are_saved_all(tmp_path: Path) -> None:
+    """As `vector_to_parameters` leaves them."""
+    ends = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-3")):
+        model, injection = adapted()
+        vector = torch.nn.utils.parameters_to_vector(injection.parameters())
+        torch.nn.utils.vector_to_parameters(vector, injection.parameters())
+        trainer(model, "bert", tmp_path, [PeftcoreCallback()]).train(resume_from_checkpoint=checkpoint)
+        ends.append({key: value.clone() for key, value in injection.state_dict().items()})
+    assert [key for key, value in ends[0].items() if not torch.equal(value, ends[1][key])] == []
+
+
 def batch() -> dict[str, Tensor]:
     return {key: value[None] for key, value in rows("bert")[0].items()}
 
