@@ -193,6 +193,8 @@ def test_what_the_trainer_saves_has_the_adapter_beside_the_clean_base(tmp_path: 
         place = tmp_path / folder
         base = type(model).from_pretrained(place) if "checkpoint" not in folder else host("bert")
         assert all(torch.equal(value, plain[key]) for key, value in base.state_dict().items())
+        has_adapter = any(".peft." in key for key in load_file(place / "model.safetensors"))
+        assert has_adapter == ("checkpoint" in folder)  # for the Trainer, which reads that file
         loaded = peftcore.load(base, place)
         assert all(torch.equal(value, values[key]) for key, value in loaded.state_dict().items())
     with torch.no_grad():
@@ -287,7 +289,7 @@ def test_models_that_are_not_of_transformers_are_saved_alike_by_our_trainer(tmp_
 
 
 STATEFUL = {
-    "adalora": {"target_rank": 4},
+    "adalora": {"target_rank": 2, "warmup": 1, "interval": 1, "final": 1},
     "adapterdrop": {"robust": True},
     "vera": {},
     "randlora": {},

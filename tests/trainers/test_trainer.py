@@ -182,6 +182,22 @@ def test_they_count_once_where_batches_have_unlike_numbers_of_labels(
     torch.testing.assert_close(difference, noted(injection), rtol=1e-3, atol=1e-4)
 
 
+def test_they_count_once_where_batches_have_no_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss function says itself what part of a step a batch is; the own loss is divided by the number of batches."""
+
+    def half(output: Any, labels: Any = None, num_items_in_batch: Any = None) -> Tensor:
+        found: Tensor = output.logits.square().mean() / 2
+        return found
+
+    wanted = by_hand("bert", lambda out, y: 2 * half(out), 2)
+    unlabelled = [{key: value for key, value in row.items() if key != "labels"} for row in rows("bert")]
+    monkeypatch.setitem(globals(), "rows", lambda name: unlabelled)
+    found = trained(
+        PeftcoreTrainer, "bert", tmp_path, same, compute_loss_func=half, gradient_accumulation_steps=2, label_names=[]
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_in_a_compiled_model_they_count_once(tmp_path: Path) -> None:
     torch.compiler.reset()
     name, wrap, changes, loss = CASES["smoothing"]
