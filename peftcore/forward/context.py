@@ -328,12 +328,11 @@ class Recorder:
         if not HERE.calls:
             return None  # tracing failed half-way: nothing was opened here
         call = HERE.calls.pop()
+        call.close()
         if not torch.compiler.is_compiling():
             HERE.settle()
-        call.close()
-        watched = output is not None and not torch.compiler.is_compiling()
-        if watched and (silent_layers := state.silent_layers) is not None:
-            silent_layers.judge(state, model.training)
+            if output is not None and (silent_layers := state.silent_layers) is not None:
+                silent_layers.judge(state, model.training)
         if output is None or not torch.is_grad_enabled():
             return None
         if model.training:
