@@ -123,8 +123,10 @@ def load(
             other way round; of files for whole pipelines the part for `model` is taken.
         name: name of the injection on this host; the method's by default.
         trainable: False loads it frozen.
-        active: False leaves the active injections as they are, until `activate` or `route` names the adapter: for
-            hosts that serve meanwhile, and for many adapters at once.
+        active: True lets it act besides the active ones, for whom `activate` holds. Inside of a route or composition
+            their rows and parts stay as they are: it joins the stack in force outside of it. False leaves the active
+            injections as they are, until `activate`, `route` or `using` names the adapter: for hosts that serve
+            meanwhile, and for many adapters at once.
         strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are passed over).
 
     Raises:

@@ -170,6 +170,7 @@ def apply(
 
     The base is frozen, the operators train, the injection is active. Other injections on the host stay as they are.
     Inside of a route or composition their rows and parts stay, too: the new one joins the stack in force outside of it.
+    It is active for whom `activate` holds: applied in another thread than the first one, in that thread alone.
 
     Args:
         model: the host; changed in place, its class and parameter names stay.

@@ -1,10 +1,13 @@
 """A choice is a value: it says what acts, and holds from where it was made."""
 
+import threading
+
 import torch
 from call_toys import adapted, in_the_middle
 from core_toys import token_ids
 
-from peftcore import activate
+from peftcore import Stack, Sum, activate
+from peftcore.forward.active_adapters import Choice, Route
 
 
 def test_a_choice_in_the_middle_of_a_forward_holds_from_there() -> None:
@@ -17,3 +20,51 @@ def test_a_choice_in_the_middle_of_a_forward_holds_from_there() -> None:
         assert not torch.equal(model(ids)["logits"], expected)
         in_the_middle(model, lambda: activate(model, two.name))
         assert torch.equal(model(ids)["logits"], expected)
+
+
+def test_a_choice_in_the_middle_of_another_threads_forward_holds_from_the_next_one() -> None:
+    """Half of each would be the output of nothing."""
+    model, (one, two) = adapted("lora", "dora")
+    ids, found = token_ids(2), []
+    with torch.no_grad():
+        both = model(ids)["logits"]
+        in_the_middle(model, lambda: (half.set(), chosen.wait(30)))
+        half, chosen = threading.Event(), threading.Event()
+
+        def other() -> None:
+            with torch.no_grad():
+                found.extend([model(ids)["logits"], model(ids)["logits"]])
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        half.wait(30)
+        activate(model, two.name)
+        chosen.set()
+        thread.join(30)
+        assert torch.equal(found[0], both) and torch.equal(found[1], model(ids)["logits"])
+        assert not torch.equal(found[0], found[1]) and not one.active
+
+
+def test_rows_of_a_name_become_bare_and_the_others_keep_theirs() -> None:
+    route = Route(("a", "b", "c"), torch.tensor([2, 0, 1, -1, 1]), 2, (2, 0, 1, -1, 1))
+    for name, left, positions in (("a", ("b", "c"), [1, -1, 0, -1, 0]), ("b", ("a", "c"), [1, 0, -1, -1, -1])):
+        found = route.without(name)
+        assert found.names == left and found.copies == 2
+        assert found.index.tolist() == list(found.positions) == positions
+    assert route.without("b").without("a").without("c").positions == (-1,) * 5
+    assert route.without("d") is route
+    assert Route(("a",), torch.tensor([0, -1])).without("a").index.tolist() == [-1, -1]
+    with torch.inference_mode():
+        assert not Route(("a", "b"), torch.tensor([0, 1])).without("a").index.is_inference()
+
+
+def test_a_choice_without_a_name_keeps_the_rest() -> None:
+    context = {"task": "rte"}
+    routed = Choice(("a", "c"), Route(("a", "b"), torch.tensor([0, 1]), 1, (0, 1)), context).without("a")
+    assert routed.active == ("c",) and routed.route.names == ("b",) and routed.context is context
+    assert routed.acting == routed.bound == ("b",)
+    composition = Stack(Sum("a", "b"), "c")
+    composed = Choice(("a", "b", "c"), None, context, composition).without("b")
+    assert composed.acting == ("a", "c") and composed.composition is composition and composed.bound == ("a", "b", "c")
+    assert composed.key != Choice(("a", "b", "c"), None, context, composition).key
+    assert Choice(("a",)).bound == () and Choice(("a",)).without("a").acting == ()

@@ -459,6 +459,69 @@ def test_an_injection_that_a_route_of_everybody_names_is_removed_by_nobody() -> 
         assert torch.equal(model(X), torch.stack([expected["b"][0], expected["a"][1]]))
 
 
+def active(model: nn.Module) -> str:
+    return " ".join(name for name, each in peftcore.injections(model).items() if each.active)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_what_comes_and_goes_in_nested_blocks(elsewhere: bool) -> None:
+    model, _ = served()
+
+    def work() -> None:
+        with activate(model, "b", "c"):
+            with activate(model, "a", "c"):
+                peftcore.apply(model, Shift, name="new", target="first")
+                assert active(model) == "a c new"
+                peftcore.injections(model)["c"].remove()
+                assert active(model) == "a new"
+            assert active(model) == "b"
+            peftcore.injections(model)["b"].remove()
+            assert active(model) == ""
+        assert active(model) == "a"
+        peftcore.injections(model)["new"].remove()
+
+    assert in_a_thread(work) is None if elsewhere else work() is None
+    assert active(model) == "a" and len(peftcore.injections(model)) == 1
+
+
+def test_routes_values_and_stacks_nest() -> None:
+    model, expected = served()
+    rows = torch.stack([expected["b"][0], expected[None][1]])
+    with route(model, ["b", None]):
+        assert torch.equal(model(X), rows)
+        with peftcore.call(model, task="rte"):
+            assert torch.equal(model(X), rows) and state_of(model).now().context == {"task": "rte"}
+            with activate(model, "c"):
+                assert torch.equal(model(X), expected["c"]) and state_of(model).now().context == {"task": "rte"}
+                with peftcore.injections(model)["c"].disabled():
+                    assert torch.equal(model(X), expected[None])
+                assert torch.equal(model(X), expected["c"])
+            assert torch.equal(model(X), rows)
+        assert torch.equal(model(X), rows) and not state_of(model).now().context
+    assert torch.equal(model(X), expected["a"])
+
+
+def test_a_failed_apply_leaves_the_choice_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, expected = served()
+
+    def trainable(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(peftcore.Injection, "trainable", trainable)
+
+    def fails() -> bool:
+        with pytest.raises(ZeroDivisionError):
+            peftcore.apply(model, Shift, name="late", target="first")
+        return not state_of(model).choices.own_scopes()
+
+    assert fails() and in_a_thread(fails) is True  # a thread without a choice has none after it
+    assert active(model) == "a" and torch.equal(model(X), expected["a"])
+    for run in (lambda: fails(), lambda: in_a_thread(lambda: using(model, "b")(fails))):
+        with activate(model, "c"):
+            run()
+            assert active(model) == "c" and torch.equal(model(X), expected["c"])
+
+
 # ------------------------------------------------------------------------------------------------------------- copies
 
 

@@ -1,7 +1,9 @@
 """Adapted hosts go through torch.compile, torch.export, fx and functional calls as their bases do."""
 
+import asyncio
 import copy
 import shutil
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,6 +104,57 @@ def test_switching_compiles_once_for_each_active_set(method: str) -> None:
             peftcore.activate(model, *active)
             torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
     assert counter.frame_count == len(sets)
+
+
+def test_calls_of_several_threads_share_whole_graphs() -> None:
+    model, x = encoder(), inputs()
+    for seed, name in enumerate(("a", "b")):
+        adapt(model, "lora", name=name, seed=seed)
+    model.eval()(x)
+    rows: list[str | None] = (["a", None, "b"] * len(x))[: len(x)]
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    forms: list[Any] = ["a", "b", rows, rows[::-1]]
+    wrong: list[Any] = []
+
+    def serve() -> None:
+        try:
+            for form in (*forms, *forms):
+                using = peftcore.using(model, form)
+                with torch.no_grad():
+                    torch.testing.assert_close(using(compiled, x), using(model, x), rtol=1e-4, atol=1e-5)
+        except BaseException as error:
+            wrong.append(error)
+
+    serve()
+    assert not wrong and counter.frame_count == 3  # both routes have the same names
+    threads = [threading.Thread(target=serve) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert not wrong and counter.frame_count == 3
+
+
+def test_blocks_of_threads_and_tasks_break_graphs_and_are_right() -> None:
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH)).eval(), inputs()
+    for seed, name in enumerate(("a", "b")):
+        adapt(model, "lora", target="0", name=name, seed=seed)
+    model(x)
+    compiled = torch.compile(model, backend="eager")
+    expected = {name: peftcore.using(model, name)(model, x) for name in ("a", "b")}
+
+    async def request(name: str) -> None:
+        with peftcore.activate(model, name):
+            for _ in range(2):
+                await asyncio.sleep(0)
+                torch.testing.assert_close(compiled(x), expected[name])
+
+    async def serve() -> None:
+        await asyncio.gather(*map(request, "abab"))
+
+    asyncio.run(serve())
+    torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_optimizer_steps_do_not_compile_again() -> None:
