@@ -6,6 +6,7 @@ that is wrong. No pickle; nothing named by a file is imported.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from peftcore.errors import (
     CheckpointError,
     ExportError,
     HostMismatch,
+    InactiveSite,
     NoWeights,
     PeftcoreError,
     TargetError,
@@ -41,6 +43,8 @@ from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.roles import HostMap
 from peftcore.surgery.surgeon import Surgeon
 
+logger = logging.getLogger("peftcore")
+
 SUFFIX = ".safetensors"
 """The ending of a path that is the name of a file to write, and not of a folder."""
 SPARE = 2**28
@@ -57,6 +61,10 @@ def save(injection: Injection, path: Path, formats: Sequence[str], weights: bool
     """
     only = _only_file(path, formats)
     model = injection.model
+    try:
+        injection.check()
+    except InactiveSite as error:  # what was trained before is worth keeping
+        logger.warning("saved as it was while it acted everywhere: %s", error)
     with _values_wanted(model), gathered(model, injection.parameters):
         contents = {
             name: content for each in formats for name, content in format_named(each).files(injection, weights).items()

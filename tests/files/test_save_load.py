@@ -132,3 +132,21 @@ def test_only_partial_files_of_its_own_are_cleared_beside_a_file(tmp_path: Path)
         os.utime(tmp_path / name, (0, 0))
     peftcore.apply(host(), "lora", target=["0", "2"], rank=2).save(tmp_path / "a.safetensors")
     assert sorted(each.name for each in tmp_path.iterdir()) == [".b.safetensors.00.partial", "a.safetensors"]
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_what_was_trained_before_the_model_changed_is_saved_with_a_warning(
+    changed: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = host()
+    injection = peftcore.apply(model, "lora", target=["0", "2"])
+    for parameter in injection.parameters():
+        nn.init.normal_(parameter)
+    expected = dict(injection.state_dict())
+    if changed:
+        model[2] = nn.Linear(8, 8)
+    injection.save(tmp_path)
+    assert [record.message.startswith("saved as it was") and "2 was replaced" in record.message
+            for record in caplog.records] == [True] * changed  # fmt: skip
+    again = peftcore.load(host(), tmp_path)
+    assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())
