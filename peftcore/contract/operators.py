@@ -50,6 +50,8 @@ class _Base(Checked):
     needs_recompute = True
     """True when the effective tensor is computed and must not outlive its use; False when a parameter replaces it as
     it is."""
+    overrides = False
+    """Whether the effective tensor is the same whatever tensor it is made of: what acts there before is lost."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -231,6 +233,7 @@ class Replacement(WeightOperator):
     """
 
     needs_recompute = False
+    overrides = True
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from peftcore.errors import MergeError, UnknownInjection
+from peftcore.errors import CompositionError, MergeError, UnknownInjection
 from peftcore.forward.active_adapters import Active, Choice
 from peftcore.forward.adapter_modules import note_lacking
 from peftcore.forward.context import ForwardContext, Recorder, graph_task, replayed
@@ -175,7 +175,9 @@ class HostState:
         choice = self.choice
         if not all(name in self.injections for name in (*choice.active, *choice.bound)):
             return  # its forward is refused
-        with suppress(MergeError):  # likewise, where a merge outlives the block that it was made in
+        with suppress(
+            MergeError, CompositionError
+        ):  # likewise: a merge outlives its block, a new one overrides another
             for slot in self.slots:
                 slot.plan(choice)
 

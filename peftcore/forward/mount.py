@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from peftcore.contract.operators import Held, Operator, WeightOperator, _Base, changes_bias
+from peftcore.contract.operators import Held, Operator, WeightOperator, _Base, changes_bias, is_mergeable
 from peftcore.layers.layer import Layer, Slices, bias_name, put, take
 
 
@@ -138,6 +138,27 @@ def effects_of(mounts: Iterable[Mount], runs: bool = True) -> dict[str, list[Eff
             effects.setdefault(bias_name(mount.tensor), []).append(Effect(mount, before, runs))
         earlier.append(Effect(mount, None, runs))
     return effects
+
+
+def overridden(mounts: Mapping[str, Sequence[Mount]], active: Iterable[str]) -> Iterator[tuple[Mount, Mount]]:
+    """Yields each mount whose effect on a tensor another injection, which acts after it, overrides; and that one's."""
+    earlier: dict[str, list[Mount]] = {}
+    for name in active:
+        own = mounts.get(name, ())
+        for mount in own:
+            if mount.operator.overrides:
+                yield from ((each, mount) for each in earlier.get(mount.tensor, ()) if _overlap(each, mount))
+        for mount in own:
+            if is_mergeable(mount.operator):
+                earlier.setdefault(mount.tensor, []).append(mount)
+                if changes_bias(mount.operator):
+                    earlier.setdefault(bias_name(mount.tensor), []).append(mount)
+
+
+def _overlap(one: Mount, other: Mount) -> bool:
+    if one.slices is None or other.slices is None:
+        return True
+    return any(a < d and c < b for a, b in one.slices for c, d in other.slices)
 
 
 def _as_it_is(tensor: Any) -> Any:

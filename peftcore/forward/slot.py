@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from peftcore.contract.compositions import Composition, branches
 from peftcore.contract.operators import Combiner, is_mergeable, tables
+from peftcore.errors import CompositionError
 from peftcore.forward.active_adapters import Active, Choice, Key, Route
 from peftcore.forward.cache import WeightCache, open_cache
 from peftcore.forward.expert_updates import Pair
 from peftcore.forward.host_state import HostState
 from peftcore.forward.merged_choice import check_choice
-from peftcore.forward.mount import Mount
+from peftcore.forward.mount import Mount, overridden
 from peftcore.forward.plan import (
     ActivationForm,
     ActivePlan,
@@ -139,7 +140,7 @@ class Slot:
         if choice.composition is not None:
             return self._composed(choice, choice.composition)
         if choice.route is None:
-            acting = self._acting(choice.active)
+            acting = self._stacked(choice.active)
             *inner, outermost = layers_of(acting) or (None,)
             return ModulePlan(choice.key, acting, tuple(inner), outermost)
         each = tuple(self._acting((name,)) for name in choice.route.names)
@@ -156,10 +157,25 @@ class Slot:
         for names in branches([composition]):
             here = tuple(name for name in names if name in self.mounts and name in choice.active)
             if here not in distinct:
-                distinct[here] = self._acting(here)
+                distinct[here] = self._stacked(here)
             ways[names] = distinct[here]
         whole = self._acting(choice.active)
         return ModulePlan(choice.key, whole, composition=composition, branches=ways, combiners=combiners)
+
+    def _stacked(self, active: Active) -> ActivePlan:
+        """Returns the plan of injections that act one after the other.
+
+        Raises:
+            CompositionError: what one does would be lost.
+        """
+        for lost, by in overridden(self.mounts, active) if len(active) > 1 else ():
+            path = next(g.site.path for g in self.state.injections[by.name].grafts if g.operator is by.operator)
+            raise CompositionError(
+                f"{lost.name!r} and {by.name!r} both act on {path}, and {by.name!r}, which comes later, has a value of "
+                f"its own for it: what {lost.name!r} does there would be lost. Activate one of them, or compose them: "
+                f"peftcore.activate(model, peftcore.Sum({lost.name!r}, {by.name!r}))"
+            )
+        return self._acting(active)
 
     def _acting(self, active: Active) -> ActivePlan:
         unmerged = self.state.unmerged(active)

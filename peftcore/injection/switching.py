@@ -42,7 +42,8 @@ def activate(model: nn.Module, *names: str | Composition) -> Chosen:
 
     Raises:
         UnknownInjection: the host has no injection of such a name.
-        CompositionError: an injection's outputs cannot be combined with those of others.
+        CompositionError: an injection's outputs cannot be combined with those of others, or what one does is lost:
+            another one has a value of its own for the same tensor.
         MergeError: an injection in a composition is merged.
         BlockOrderError: at the end of a block, one that was entered later is still open.
     """
@@ -202,6 +203,8 @@ def _activating(model: nn.Module, names: Sequence[str | Composition]) -> tuple[H
             state.injections[name].check_combinable()
     choice = Choice(active, None, {}, composition)
     _check(state, choice)
+    for slot in state.slots:
+        slot.plan_for(choice)
     return state, lambda before: replace(choice, context=before.context)
 
 

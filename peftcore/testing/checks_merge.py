@@ -29,6 +29,27 @@ def _unchanged(case: Case, before: dict[str, Any], model: nn.Module, what: str) 
 
 
 @check(
+    "`overrides` is claimed exactly where the effective tensor is the same whatever tensor it is made of",
+    cause="`merged` returns a value of its own, and what other injections do to the tensor before is lost",
+    remedy="act on the tensor that is handed in; where that makes no sense, say `overrides = True` in the operator",
+    when=_mergeable,
+    hosts=("mlp", "llama"),
+)
+def what_overrides_says_so(case: Case) -> None:
+    model, _ = case.fresh(torch.float64)
+    injection = case.filled(model, dtype="float64")
+    for graft in injection.grafts:
+        tensor = graft.site.weight()
+        other = tensor + torch.linspace(0.1, 0.2, tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+        with torch.no_grad():
+            same = torch.equal(graft.operator.merged(tensor), graft.operator.merged(other))
+        claimed = graft.operator.overrides
+        case.expect(
+            same == claimed, f"{graft.site.path}: overrides={claimed}, and the tensor counts{' for nothing' * same}"
+        )
+
+
+@check(
     "merging keeps the outputs",
     cause="`merged` is not the mathematics of `forward`: another scale, sign, axis or bias",
     remedy="compare the two on one `nn.Linear`; a bias that changes is said in `merged_bias`",

@@ -11,7 +11,7 @@ from mutant_base import NOT_MERGEABLE, Entry, Small, mutant
 from mutants_lifecycle import sabotaged
 from torch import Tensor, nn
 
-from peftcore import Injection, Method, MethodConfig, Site
+from peftcore import Injection, Method, MethodConfig, Replacement, Site
 from peftcore.errors import MergeError
 from peftcore.forward.active_adapters import Choice
 from peftcore.forward.context import Recorder
@@ -39,6 +39,15 @@ class ActsAgain(Recorder):
 def acting_again(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
     Method.trainable(self, model, config, injection)
     injection.state.recorder.__class__ = ActsAgain
+
+
+class OverridesUntold(Replacement):
+    """A value of its own for the weight, and no word about it."""
+
+    overrides = False
+
+    def __init__(self, site: Site, config: MethodConfig) -> None:
+        super().__init__(site)
 
 
 class DoublesInBFloat16(Small):
@@ -164,6 +173,10 @@ MUTANTS: dict[str, Entry] = {
     "what_is_not_finite_is_refused": (mutant("hides_numbers", HidesNumbers), "mlp"),
     "fifty_merges_drift_by_nothing": (mutant("wears_out", WearsOut), "mlp"),
     "merging_rounds_once": (mutant("rounds_inside", RoundsInside), "mlp"),
+    "what_overrides_says_so": (
+        mutant("overrides_untold", OverridesUntold, parameter_count=lambda site, config: site.weight().numel()),
+        "mlp",
+    ),
     "methods_that_cannot_merge_say_so": (mutant("merges_untold", tags=NOT_MERGEABLE), "mlp"),
     "merging_goes_with_the_choice": (sabotaged("merges_under_any_choice", merge=merges_under_any_choice), "mlp"),
     "computed_weights_merge_as_any": (sabotaged("loses_computed_weights", merge=loses_computed_weights), "mlp"),
