@@ -1,6 +1,6 @@
 """Roles of the parts of a model: `derive` reads a model, `HostMap` answers by role, `probe` refines with one forward.
 
-It may import `layers`, and what is below. The rules by which a map is derived, R1 to R14, are in `docs/roles.md`. In
+It may import `layers`, and what is below. The rules by which a map is derived, R1 to R15, are in `docs/roles.md`. In
 the order of reading:
 
 - `vocabulary`: the roles, and the names by which rules know them.

@@ -1,6 +1,6 @@
 """The static rules that derive the host map of a model: no forward, no weights touched, one walk.
 
-`docs/roles.md` has the rules, R1 to R14, in words.
+`docs/roles.md` has the rules, R1 to R15, in words.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from itertools import chain
 
 from torch import nn
 
+from peftcore.roles import vocabulary as V
 from peftcore.roles.blocks import Blocks
 from peftcore.roles.entries import HostEntry, Layout
 from peftcore.roles.hostmap import HostMap, moved
@@ -132,11 +133,22 @@ def owner(node: Node) -> tuple[str, str | None]:
 
 
 def reader_of(node: Node) -> str | None:
-    """Returns the module that reads a list of parameters, which has no forward: the nearest one above that has."""
+    """Returns the module that reads a weight or a list of parameters. For a list, which has no forward, it is the
+    nearest one above that has."""
+    if node.parent is not None and _adds_bias_to(node, node.parent):
+        return node.parent.path
     holder = node if node.tensor is None or node.parent is None else node.parent
     if not holder.module._parameters or _has_forward(holder):
         return None
     return next((above.path for above in holder.ancestors() if _has_forward(above)), None)
+
+
+def _adds_bias_to(node: Node, parent: Node) -> bool:
+    """R15: whether a module has vectors for the bias that a fused projection of it lacks. It then reads the weight."""
+    if node.role not in FUSED_ROLES or node.kind is not Kind.LINEAR or node.module._parameters.get("bias") is not None:
+        return False
+    beside = ((name, each) for name, each in parent.module._parameters.items() if each is not None)
+    return any(each.dim() == 1 and "bias" in V.words(name) for name, each in beside)
 
 
 def _has_forward(node: Node) -> bool:

@@ -30,7 +30,6 @@ def run(seed: int) -> None:
     run_state_machine_as_test(seeded(seed)(History), settings=options)
 
 
-@pytest.mark.skipif(not MINUTES, reason="choices inside of routes, and merges under them, are wrong still")
 @pytest.mark.parametrize("part", range(5))
 def test_histories(part: int) -> None:
     run(1000 * SEED + part)

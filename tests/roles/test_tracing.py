@@ -65,9 +65,9 @@ def test_a_spoiled_map_is_restored(name: str) -> None:
 
 ATTENTION = "stages.0.blocks.0.attn_block.attn"
 READ_NOT_CALLED = {
-    "timm_beit": {"blocks.0.attn.qkv", "blocks.1.attn.qkv"},
-    "timm_eva02": {"blocks.0.attn.qkv", "blocks.1.attn.qkv"},
-    "timm_swinv2": {f"layers.{stage}.blocks.{block}.attn.qkv" for stage in (0, 1) for block in (0, 1)},
+    "timm_beit": set(),  # known without a forward
+    "timm_eva02": set(),
+    "timm_swinv2": set(),
     "mamba": {f"backbone.layers.{layer}.mixer.{name}" for layer in (0, 1) for name in ("conv1d", "dt_proj")},
     "mamba2": {f"backbone.layers.{layer}.mixer.conv1d" for layer in (0, 1)},
     "t5": {"shared"},

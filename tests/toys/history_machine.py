@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import os
 import pickle
 import tempfile
 import threading
@@ -14,14 +15,24 @@ from typing import Any
 
 import hypothesis.strategies as st
 import torch
-from history_world import AT_FIRST, HOSTS_HERE, Adapter, World, Wrong, base_of, case_of, snapshot
+from history_world import AT_FIRST, CLOSE, HOSTS_HERE, Adapter, World, Wrong, base_of, case_of, snapshot
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore import Average, Stack, Sum
 from peftcore.errors import PeftcoreError
+
+
+class Compiled(torch.optim.AdamW):
+    """An optimizer whose step is compiled."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        torch._dynamo.reset()
+        torch.compile(super().step, backend="aot_eager")()
+
 
 NAMES = ("a", "b", "c")
 METHODS = sorted(info.name for info in peftcore.methods() if not info.tags.needs_data)
@@ -36,6 +47,19 @@ WRITERS: dict[str, Callable[[Tensor], object]] = {
     "a numpy view": lambda tensor: tensor.detach().numpy().__imul__(1.1),
     "new data": lambda tensor: setattr(tensor, "data", tensor.data * 1.1),
 }
+COMPUTED: dict[str, Callable[[nn.Module], object]] = {
+    "weight_norm": parametrizations.weight_norm,
+    "the older weight_norm": torch.nn.utils.weight_norm,
+    "a pruning mask": lambda module: prune.identity(module, "weight"),
+}
+WAYS_TO_COPY: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+COMPILED = bool(os.environ.get("PEFTCORE_HISTORIES_MINUTES"))
+"""Whether anything is compiled, which takes seconds."""
+if COMPILED:
+    OPTIMIZERS["compiled"] = lambda parameters: Compiled(parameters, lr=1e-3)
 names = st.sampled_from(NAMES)
 subsets = st.lists(names, unique=True, max_size=3)
 
@@ -75,9 +99,7 @@ class History(RuleBasedStateMachine):
         with tempfile.TemporaryDirectory() as folder, world.allowed():
             world.injection(name).save(Path(folder, "adapter"))
             again = peftcore.load(world.model, Path(folder, "adapter"), name=other, active=active)
-            world.adapters[other] = Adapter(world.adapters[name].case, snapshot(again.state_dict()))
-            if isinstance(world.choice, tuple) and active:
-                world.choice = (*world.choice, other)
+            world.joined(other, Adapter(world.adapters[name].case, snapshot(again.state_dict())), active)
 
     # What changes which of them act
 
@@ -93,7 +115,7 @@ class History(RuleBasedStateMachine):
     def route(self, rows: list[str | None]) -> None:
         world = self.world
         each = [name if name in world.adapters else None for name in rows[: world.rows]]
-        if len(each) == world.rows:
+        if len(each) == world.rows and world.adapters:  # on a bare model there is nothing to choose
             with world.allowed():
                 peftcore.route(world.model, each)
                 world.choice = each
@@ -137,6 +159,23 @@ class History(RuleBasedStateMachine):
             world.compare(found[0], world.expected(acting), f"output in a thread that chose {acting}")
         elif not isinstance(found[0], PeftcoreError):
             raise found[0]
+
+    @rule(chosen=subsets)
+    def for_one_call(self, chosen: list[str]) -> None:
+        world = self.world
+        acting = tuple(name for name in world.adapters if name in chosen)
+        if acting:
+            with world.allowed():
+                found = peftcore.using(world.model, *acting)(world.output, world.model)
+                world.compare(found, world.expected(acting), f"output of a call that chose {acting}")
+
+    @precondition(lambda self: self.world.generates)
+    @rule()
+    def generate(self) -> None:
+        world = self.world
+        with world.allowed():
+            found = world.generated(world.model)
+            world.compare(found, world.expected(world.choice, world.generated), "logits of generated tokens")
 
     @rule(first=subsets, second=subsets)
     def in_two_tasks(self, first: list[str], second: list[str]) -> None:
@@ -200,8 +239,8 @@ class History(RuleBasedStateMachine):
         choice = world.choice
         acting = choice if isinstance(choice, tuple) else choice.names() if not isinstance(choice, list) else choice
         acting = tuple(name for name in world.adapters if name in acting)
-        if not acting:
-            return
+        if not acting or (again and not any(v.is_floating_point() for v in world.inputs.values())):
+            return  # without an input that needs gradients, a reentrant checkpoint gives none
         fresh = world.fresh(acting)
         if isinstance(choice, list):
             peftcore.route(fresh, choice)
@@ -230,11 +269,10 @@ class History(RuleBasedStateMachine):
         expected = world.gradients(fresh, acting, lambda model: run(model, False))
         with world.allowed():
             found = world.gradients(world.model, acting, lambda model: run(model, True))
-            if again is not True:  # without inputs that need gradients, a reentrant checkpoint gives none
-                if found.keys() != expected.keys():
-                    raise Wrong(f"gradients of {found.keys() ^ expected.keys()}; {world}")
-                for key, value in expected.items():
-                    world.compare(found[key], value, f"gradient of {key}")
+            if found.keys() != expected.keys():
+                raise Wrong(f"gradients of {found.keys() ^ expected.keys()}; {world}")
+            for key, value in expected.items():
+                world.compare(found[key], value, f"gradient of {key}")
             parameters = [p for name in acting for p in world.injection(name).parameters() if p.grad is not None]
             if parameters:
                 OPTIMIZERS[kind](parameters).step()
@@ -279,7 +317,77 @@ class History(RuleBasedStateMachine):
             parameter.data.copy_(value)
         world.learn(name)
 
+    # What changes the model itself, tried on a copy: copies start without a route
+
+    def _copy(self) -> nn.Module | None:
+        return None if isinstance(self.world.choice, list) else self.world.copied(copy.deepcopy)
+
+    def _holds(self, model: nn.Module, what: str, close: float = CLOSE) -> None:
+        """Look at outputs, after a merge and after it was taken back, too; each may be refused."""
+        world = self.world
+        expected = world.expected(world.choice)
+        injections = peftcore.injections(model)
+        steps: list[Callable[[], object]] = [lambda: None]
+        steps += [injections[name].unmerge for name in reversed(world.adapters) if world.adapters[name].merged]
+        acting = world.choice if isinstance(world.choice, tuple) else ()
+        steps += [injections[name].merge for name in acting]
+        steps += [injections[name].unmerge for name in reversed(acting)]
+        for step in steps:
+            with world.allowed():
+                step()
+                found = world.output(model).double()
+                world.compare(found[..., : expected.shape[-1]], expected, what, close)
+
+    @rule()
+    def cast(self) -> None:
+        if (model := self._copy()) is not None:
+            self._holds(model.float(), "output in float32", 1e-3)
+
+    @precondition(lambda self: self.world.generates)
+    @rule()
+    def resize(self) -> None:
+        model: Any = self._copy()
+        if model is not None:
+            with self.world.allowed():
+                model.resize_token_embeddings(model.config.vocab_size + 3, mean_resizing=False)
+                self._holds(model, "output with more tokens")
+
+    def _adapted(self, model: nn.Module, which: int) -> str:
+        """The path of an adapted module; empty where there is none below the model."""
+        injections = peftcore.injections(model).values()
+        paths = sorted({site.module_path for injection in injections for site in injection.sites} - {""})
+        return paths[which % len(paths)] if paths else ""
+
+    @precondition(lambda self: not any(each.merged for each in self.world.adapters.values()))
+    @rule(which=st.integers(0, 100))
+    def replace(self, which: int) -> None:
+        """Put a module like it in the place of an adapted one."""
+        model = self._copy()
+        if model is not None and (path := self._adapted(model, which)):
+            model.set_submodule(path, self.world.fresh(()).get_submodule(path))
+            self._holds(model, f"output with another {path}")
+
+    @rule(which=st.integers(0, 100), how=st.sampled_from(sorted(COMPUTED)))
+    def parametrize(self, which: int, how: str) -> None:
+        model = self._copy()
+        if model is not None and (path := self._adapted(model, which)):
+            module = model.get_submodule(path)
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                with self.world.allowed():
+                    COMPUTED[how](module)
+                    self._holds(model, f"output with {how} at {path}")
+
     # What goes on around
+
+    @precondition(lambda self: COMPILED)
+    @rule()
+    def compiled(self) -> None:
+        """`aot_eager` runs what a compiler was given, without one."""
+        world = self.world
+        torch._dynamo.reset()
+        model = torch.compile(world.model, backend="aot_eager")
+        with world.allowed():
+            world.compare(world.output(model), world.expected(world.choice), "compiled output")
 
     @rule(times=st.integers(1, 3))
     def evaluate_on_a_promise(self, times: int) -> None:
@@ -289,12 +397,12 @@ class History(RuleBasedStateMachine):
             for _ in range(times):
                 world.compare(world.output(world.model), expected, "output in cache_weights")
 
-    @rule(through=st.sampled_from(["deepcopy", "pickle"]))
+    @rule(through=st.sampled_from(sorted(WAYS_TO_COPY)))
     def copied(self, through: str) -> None:
         world = self.world
         if isinstance(world.choice, list):
             return  # copies start without a route
-        world.model = copy.deepcopy(world.model) if through == "deepcopy" else pickle.loads(pickle.dumps(world.model))
+        world.model = world.copied(WAYS_TO_COPY[through])
 
     @rule(name=names, low=st.booleans())
     def low_memory(self, name: str, low: bool) -> None:

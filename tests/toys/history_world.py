@@ -9,13 +9,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
 from declared_cases import declared
 from torch import Tensor, nn
+from transformers import GenerationConfig, GenerationMixin
 
 import peftcore
 from peftcore import Average, Stack, Sum
-from peftcore.errors import PeftcoreError
+from peftcore.errors import CompositionError, PeftcoreError
+from peftcore.forward.host_state import state_of
 from peftcore.testing import HOSTS, Case, NotApplicable
 from peftcore.testing.kit import fill
 
@@ -26,6 +29,9 @@ AT_FIRST = frozenset({"svdiff"})
 """Methods that are made of the weights as they were when they were applied (see their docstrings)."""
 Choice = tuple[str, ...] | list[str | None] | Sum | Average | Stack
 """Names that stack, one name for each row, or a composition."""
+
+
+_THREE_TOKENS = GenerationConfig(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
 
 
 @functools.cache
@@ -119,32 +125,52 @@ class World:
     def output(self, model: nn.Module, rows: slice = slice(None)) -> Tensor:
         """What a model gives in evaluation."""
         inputs = {k: v[rows] if isinstance(v, Tensor) and v.dim() else v for k, v in self.inputs.items()}
+        dtype = next(model.parameters()).dtype
+        inputs = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
         model.eval()
         with torch.no_grad():
             return self.host.output(model(**inputs))
 
-    def expected(self, choice: Choice) -> Tensor:
-        """What the model ought to give under a choice."""
+    @property
+    def generates(self) -> bool:
+        """Whether the model is one that generates."""
+        return isinstance(self.model, GenerationMixin)
+
+    def generated(self, model: nn.Module, rows: slice = slice(None)) -> Tensor:
+        """The logits of three generated tokens, ``[rows, 3, tokens]``."""
+        assert isinstance(model, GenerationMixin)
+        model.eval()
+        inputs = {k: v[rows] for k, v in self.inputs.items() if k in ("input_ids", "attention_mask")}
+        found = model.generate(
+            **inputs, generation_config=_THREE_TOKENS, return_dict_in_generate=True, output_logits=True
+        )  # type: ignore[operator]
+        logits: Tensor = torch.stack(found.logits, 1)
+        return logits
+
+    def expected(self, choice: Choice, run: Callable[..., Tensor] | None = None) -> Tensor:
+        """What the model ought to give under a choice; `run` gets it from a model, and from some rows."""
+        run = run or self.output
         if isinstance(choice, tuple):
-            return self.output(self.baked(choice))
+            return run(self.baked(choice))
         if isinstance(choice, list):
             each = [
-                self.output(self.baked(() if name is None else (name,)), slice(row, row + 1))
-                for row, name in enumerate(choice)
+                run(self.baked(() if name is None else (name,)), slice(row, row + 1)) for row, name in enumerate(choice)
             ]
             return torch.cat(each)
         model = self.fresh(choice.names())
         peftcore.activate(model, choice)
-        return self.output(model)
+        return run(model)
 
-    def compare(self, actual: Tensor, expected: Tensor, what: str) -> None:
+    def compare(self, actual: Tensor, expected: Tensor, what: str, close: float = CLOSE) -> None:
         """Compare what is there with what ought to be.
 
         Raises:
             Wrong: they differ.
         """
         scale = max(float(expected.abs().max()), 1e-3)
-        if actual.shape != expected.shape or not float((actual - expected).abs().max()) <= CLOSE * scale:
+        if actual.shape != expected.shape:
+            raise Wrong(f"{what}: {list(actual.shape)} in place of {list(expected.shape)}; {self}")
+        if not float((actual - expected).abs().max()) <= close * scale:
             raise Wrong(f"{what}: off by {float((actual - expected).abs().max()) / scale:.2e}; {self}")
 
     def check(self) -> None:
@@ -181,9 +207,29 @@ class World:
         """Apply a method to the model, and move its values."""
         injection = self.apply(self.model, name, case)
         fill(injection, seed)
-        self.adapters[name] = Adapter(case, snapshot(injection.state_dict()))
-        if isinstance(self.choice, tuple):
+        self.joined(name, Adapter(case, snapshot(injection.state_dict())))
+
+    def joined(self, name: str, adapter: Adapter, active: bool = True) -> None:
+        """A new adapter is there. Where it overrides what another one does, or is overridden, it acts alone from now
+        on, as an error advises."""
+        self.adapters[name] = adapter
+        if isinstance(self.choice, tuple) and active:
             self.choice = (*self.choice, name)
+            try:
+                self.output(self.model)
+            except CompositionError:
+                with pytest.raises(CompositionError):
+                    self.output(self.fresh(self.choice))
+                peftcore.activate(self.model, name)
+                self.choice = (name,)
+
+    def copied(self, through: Callable[[nn.Module], nn.Module]) -> nn.Module:
+        """A copy of the model, told what the model was told, which copies forget."""
+        state = state_of(self.model)
+        model = through(self.model)
+        if state is not None and (context := state.now().context):
+            peftcore.call(model, **context)
+        return model
 
     def learn(self, name: str) -> None:
         """Take over the values that an adapter has now."""

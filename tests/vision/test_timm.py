@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.errors import InactiveSite
 from peftcore.roles import derive, probe
 from peftcore.testing.hosts import stir
 from peftcore.testing.kit import fill
@@ -57,8 +56,6 @@ def adapt(model: Any, method: str, name: str, **options: Any) -> peftcore.Inject
     """Apply with default targets, or at convolutions where there is no attention, and move every tensor."""
     if method == "lora" and name in CONVOLUTIONS:
         options["target"] = CONVOLUTIONS[name]
-    if method == "lora" and name in READ:
-        options["host"] = probe(model, {"x": images(name)}, derive(model))
     if method != "lora":
         options["train_head"] = False
     injection = peftcore.apply(model, method, dtype="float64", **options)
@@ -178,11 +175,23 @@ def test_a_projection_that_is_read_with_biases_apart(name: str, apart: bool) -> 
 
 
 @pytest.mark.parametrize("name", READ)
-def test_without_a_look_at_the_forward_it_says_that_nothing_would_train(name: str) -> None:
+def test_a_forward_that_is_looked_at_says_the_same(name: str) -> None:
     model = model_of(name)
-    peftcore.apply(model, "lora", dtype="float64")
-    with pytest.raises(InactiveSite, match="probe"):
-        model(images(name))
+    host = derive(model)
+    probed = probe(model, {"x": images(name)}, host)
+    read = [(entry.path, entry.called, entry.reader) for entry in host.entries if entry.path.endswith("attn.qkv")]
+    assert read == [(entry.path, entry.called, entry.reader) for entry in probed.entries if entry.path.endswith(".qkv")]
+    assert [called for _, called, _ in read] == [False, False]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "bitfit", "houlsby_adapter"])
+@pytest.mark.parametrize("name", READ)
+def test_it_trains_by_the_name_of_a_method_alone(method: str, name: str) -> None:
+    model, x = model_of(name), images(name)
+    injection = peftcore.apply(model, method, dtype="float64")
+    fill(injection)
+    model(x).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in injection.parameters())
 
 
 @pytest.mark.parametrize("name", READ)
