@@ -144,9 +144,9 @@ ADVICE = (
     ),
     Advice(
         "pictures, with a ConvNet",
-        ("locon", "ssf"),
+        ("lora", "locon", "ssf"),
         ("act in ResNet-50", "merge"),
-        "`lora`, `loha`, `lokr` and others adapt convolutions too, with `target=nn.Conv2d`",
+        "`dora`, `loha`, `lokr` and others adapt convolutions too",
     ),
     Advice(
         "a diffusion model that learns a style or a subject",

@@ -28,6 +28,7 @@ from peftcore.layers.kinds import Linear
 from peftcore.registry.plugins import imported, layer_of, named_places
 from peftcore.targets.resolver import Resolver, Target
 from peftcore.targets.sites import Site
+from peftcore.utils.notices import notice
 from peftcore.utils.progress import Progress
 
 M = TypeVar("M", bound=nn.Module)
@@ -158,7 +159,8 @@ def quantize(model: M, name: str, *, target: Target | None = None, exclude: Targ
         model: the host, its weights dense. Quantized layers are passed over.
         name: a scheme: "nf4", "int8", "bnb-nf4", … (`peftcore.schemes()` lists those of the plugins).
         target: layers to quantize, in the forms of `apply`; by default every linear layer inside the blocks (the
-            role "all-linear"), or of a host without such roles every one that there is.
+            role "all-linear"), or of a host without such roles every one that there is. Stacked experts stay dense,
+            which the logger "peftcore" says once.
         exclude: targets to leave dense.
         options: the scheme's options.
 
@@ -229,11 +231,14 @@ def _sites(model: nn.Module, target: Target | None, exclude: Target | None) -> I
             raise
         found = resolver.sites(nn.Linear, exclude=exclude)
     seen: set[int] = set()
+    dense: list[str] = []
     for site in found:
         linear = isinstance(site.layer, Linear) and not site.layer.one_hot  # a table is no linear layer, in any storage
         fits = linear and site.layer.called and site.tensor == "weight"
         if not fits and target is not None:
             raise UnsupportedSite(f"{site.path} is no linear layer that is called, so its weight cannot be packed")
+        if not fits:
+            dense.append(site.path)
         if not fits or site.layer.packed or id(site.module) in seen:
             continue
         if not has_place(site.module, "weight"):
@@ -245,6 +250,10 @@ def _sites(model: nn.Module, target: Target | None, exclude: Target | None) -> I
         yield site
     if not seen:
         raise TargetError("there is no dense linear layer to pack here")
+    if dense:
+        notice(
+            [f"quantize: {len(dense)} weights stay dense, which are no linear layers that are called ({dense[0]}, ...)"]
+        )
 
 
 def _operators(module: nn.Module) -> Iterator[Any]:

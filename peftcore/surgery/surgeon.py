@@ -354,10 +354,10 @@ class Surgeon:
         # The targets in a file are for people to read: their patterns are matched nowhere.
         exclude = self.wishes.exclude if self.wishes.saved is None else None
         targets = (self.method.target, *self.method.alternatives) if target is None else (target,)
-        found, taken = default_sites(self.resolver, targets, exclude)
+        taken = default_sites(self.resolver, targets, exclude)
         if target is None and self.method.alternatives:
-            self.notices += notices(self.method, taken, found, self.resolver)
-        return found
+            self.notices += notices(self.method, taken, self.resolver)
+        return taken.sites
 
     def _tied(self, site: Site, tensor: Tensor | None) -> Iterator[Site]:
         yield site

@@ -2,53 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from peftcore.contract.method import Method
 from peftcore.errors import TargetError
 from peftcore.roles import HostMap
 from peftcore.roles.hostmap import under
 from peftcore.roles.virtual import ALL_LAYERS
-from peftcore.targets.resolver import Resolver, Target
+from peftcore.targets.resolver import Resolver, Target, names_a_role
 from peftcore.targets.sites import Site
 
 
-def default_sites(
-    resolver: Resolver, targets: Sequence[Target], exclude: Target | None = None
-) -> tuple[list[Site], Target]:
-    """Returns the sites of the first of some targets of which the host has any part, without those of `exclude`, and
-    that target. They stay in the host's main tower, unless it has none of all the targets.
+class Defaults(NamedTuple):
+    """The default target that was taken."""
+
+    sites: list[Site]
+    target: Target
+    unknown: TargetError | None = None
+    """Why one before it could not be, where the host has it."""
+
+
+def default_sites(resolver: Resolver, targets: Sequence[Target], exclude: Target | None = None) -> Defaults:
+    """Returns the sites of the first of some targets of which the host has any part, without those of `exclude`. They
+    stay in the host's main tower, unless it has none of all the targets.
 
     Raises:
         TargetError: the host has none of them; those that it has are slices of fused weights that are not known without
             a forward; or everything was excluded.
     """
     unknown: TargetError | None = None
-    for tower in (resolver.host.main_tower(), None):  # heads and projectors stand outside of all towers
+    host = resolver.host
+    for tower in (host.main_tower(), None):  # heads and projectors stand outside of all towers
         for target in targets:
+            held = [part for part in _parts(target) if not names_a_role(part) or host.knows(part)]  # no ends of paths
             try:
-                found, _ = resolver.matching(target, tower)
+                found, _ = resolver.matching(held, tower)
             except TargetError as error:
                 unknown = unknown or error
                 continue
             if found:
-                return resolver.without(found, target, exclude), target
+                return Defaults(resolver.without(found, target, exclude), target, unknown)
     raise unknown or TargetError(resolver.nothing("target", *_parts(targets[0])))
 
 
-def notices(method: Method, taken: Target, sites: Iterable[Site], resolver: Resolver) -> Iterator[str]:
+def notices(method: Method, taken: Defaults, resolver: Resolver) -> Iterator[str]:
     """Yields the lines about the default targets of a method that has alternatives: which of them was taken, and which
     parts of the host have no site."""
     host, name = resolver.host, type(resolver.model).__name__
-    paths = [site.module_path for site in sites]
-    if taken != method.target:
-        yield (
-            f"{method.name}: this {name} has none of {_listed(method.target)}, so it acts at {_listed(taken)} "
-            f"({len(paths)} layers); target= chooses others"
-        )
+    paths, listed = [site.module_path for site in taken.sites], _listed(taken.target)
+    if taken.target != method.target:
+        reason = f"this {name} has none of {_listed(method.target)}" if taken.unknown is None else str(taken.unknown)
+        yield f"{method.name}: {reason}; so it acts at {listed} ({len(paths)} layers), unless target= says where"
     if left := list(_left_out(host, paths)):
-        hint = "" if taken == ALL_LAYERS else f"; target={ALL_LAYERS!r} takes all matrices and convolutions"
-        yield f"{method.name}: its default target {_listed(taken)} leaves out {', '.join(left)} of this {name}{hint}"
+        hint = "" if taken.target == ALL_LAYERS else f"; target={ALL_LAYERS!r} takes all matrices and convolutions"
+        yield f"{method.name}: its default target {listed} leaves out {', '.join(left)} of this {name}{hint}"
 
 
 def _left_out(host: HostMap, paths: Sequence[str]) -> Iterator[str]:
@@ -65,7 +73,7 @@ def _left_out(host: HostMap, paths: Sequence[str]) -> Iterator[str]:
         yield f"{len(idle)} of {len(blocks)} blocks ({idle[0]}{', ...' if len(idle) > 1 else ''})"
 
 
-def _parts(target: Target) -> Sequence[Target]:
+def _parts(target: Target) -> Sequence[Any]:
     return [target] if isinstance(target, str | type) or callable(target) else target
 
 

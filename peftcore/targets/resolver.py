@@ -348,7 +348,7 @@ class Resolver:
         """Returns the message about parts of `argument` that match nothing."""
         known, name = self.host.roles(), type(self.model).__name__
         names = list(known | {path.rpartition(".")[2] for path in self.modules if path not in self._hidden} - {""})
-        misspelt = [inner for inner in (self._split(each)[1] for each in patterns) if not _is_known_role(inner)]
+        misspelt = [inner for inner in (self._split(each)[1] for each in patterns) if not names_a_role(inner)]
         near = [
             close for inner in misspelt for close in difflib.get_close_matches(str(inner), sorted(names), cutoff=0.5)
         ]
@@ -362,7 +362,7 @@ class Resolver:
         return f"{argument} {shown} matches nothing in this {name}{hint}. {its}"
 
 
-def _is_known_role(pattern: Any) -> bool:
+def names_a_role(pattern: Any) -> bool:
     """Whether a target is a role, of this host or of others."""
     if not isinstance(pattern, str):
         return False

@@ -137,7 +137,7 @@ def test_a_method_that_wants_more_than_inputs(folders: Folders) -> None:
 
 
 def test_where_and_what_else_trains(folders: Folders) -> None:
-    where = ("--target", "attn.q", "--target", "*.dense", "--target", "nowhere", "--exclude", "*.layer.0.*")
+    where = ("--target", "attn.q", "--target", "*.dense", "--exclude", "*.layer.0.*", "--exclude", "nowhere")
     found = planned(folders("bert"), "lora", *where, "--train", "classifier", "--length", 4)
     assert {site["path"] for site in found["sites"]} == {
         "bert.encoder.layer.1.attention.self.query",
@@ -148,7 +148,7 @@ def test_where_and_what_else_trains(folders: Folders) -> None:
         "classifier",
         "classifier.bias",
     }
-    assert found["notes"] == ["these targets match nothing and are passed over: ['nowhere']"]
+    assert [note.partition(" in this")[0] for note in found["notes"]] == ["exclude 'nowhere' matches nothing"]
 
 
 def test_options_are_read_as_yaml_or_as_they_stand() -> None:
@@ -178,4 +178,5 @@ def test_bad_options(folders: Folders) -> None:
     assert "there are float64, float32" in refused(bert, "lora", "--dtype", "int8")
     assert "--length 65: the model has 64 positions" in refused(bert, "lora", "--length", 65)
     assert "matches nothing" in refused(bert, "lora", "--target", "nowhere")
+    assert "'nowhere' matches nothing" in refused(bert, "lora", "--target", "attn.q", "--target", "nowhere")
     assert "--batch-size" in refused(bert, "lora", "--batch-size", 0)

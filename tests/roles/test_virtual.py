@@ -19,13 +19,62 @@ def test_all_linear_takes_the_matrices_of_the_blocks() -> None:
 
 
 def test_all_linear_leaves_out_what_a_linear_adapter_does_not_suit() -> None:
-    mixtral = host_of("mixtral").select("all-linear")
-    assert {entry.role for entry, _ in mixtral} == {"attn.q", "attn.k", "attn.v", "attn.out"}
     jamba = {entry.role for entry, _ in host_of("jamba").select("all-linear")}
-    assert jamba >= {"ssm.in", "ssm.x", "ssm.dt", "ssm.out"} and not jamba & {"ssm.conv", "router", "experts.down"}
+    assert jamba >= {"ssm.in", "ssm.x", "ssm.dt", "ssm.out"} and not jamba & {"ssm.conv", "router"}
     assert not {entry.role for entry, _ in host_of("sd3").select("all-linear")} & {"mod", "head", "patch"}
     assert not [path for path in paths(host_of("siglip"), "all-linear") if ".head." in path]
     assert paths(host_of("timm_resnet18"), "all-linear") == []
+
+
+ATTENTION = {"attn.q", "attn.k", "attn.v", "attn.out"}
+STACKED = {"experts.gate_up", "experts.down"}
+DENSE = {"mlp.up", "mlp.down"}
+
+
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [
+        ("mixtral", ATTENTION | STACKED),
+        ("qwen2_moe", ATTENTION | STACKED | {"mlp.gate", "mlp.up", "mlp.down"}),
+        ("gpt_oss", ATTENTION | STACKED),
+        ("llama4", ATTENTION | STACKED | {"mlp.gate", "mlp.up", "mlp.down"}),
+        (
+            "switch",
+            ATTENTION
+            | {f"cross.{part}" for part in ("q", "k", "v", "out")}
+            | {"experts.up", "experts.down"}
+            | {"mlp.up", "mlp.down"},
+        ),
+        ("dbrx", {"attn.qkv", "attn.out", "experts.gate", "experts.up", "experts.down"}),
+        ("jetmoe", {"attn.kv", "attn.q", "attn.out", "experts.gate_up", "experts.down"}),
+        ("nemotron_h", ATTENTION | {"ssm.in", "ssm.out", "experts.up", "experts.down", "mlp.up", "mlp.down"}),
+    ],
+)
+def test_all_linear_takes_the_experts_of_any_mixture(name: str, roles: set[str]) -> None:
+    """Stacked or one by one, in feed-forwards or in attention; no biases of them, and no router."""
+    found = host_of(name).select("all-linear")
+    assert {entry.role for entry, _ in found} == roles
+    assert not [entry.path for entry, _ in found if "bias" in entry.path]
+
+
+# all-layers
+def test_all_layers_are_matrices_and_convolutions_that_mix_channels() -> None:
+    assert paths(host_of("llama"), "all-layers") == paths(host_of("llama"), "all-linear")
+    resnet = paths(host_of("timm_resnet18"), "all-layers")
+    assert len(resnet) == 19 and "layer2.0.downsample.0" in resnet and not {"conv1", "fc"} & set(resnet)
+    mobile = paths(host_of("timm_mobilenetv3"), "all-layers")
+    assert mobile and not [path for path in mobile if "dw" in path or ".se." in path]
+
+
+def test_all_layers_without_blocks_leave_out_the_head_alone() -> None:
+    class Net(nn.Sequential):
+        def get_classifier(self) -> nn.Module:
+            return self[-1]
+
+    model = Net(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 8), nn.Linear(8, 2))
+    assert paths(derive(model), "all-layers") == ["0", "1", "3"]
+    assert paths(derive(nn.Sequential(nn.Conv2d(1, 4, 3))), "all-layers") == ["0"]
+    assert paths(derive(nn.Linear(2, 3)), "all-layers") == [""]
 
 
 def test_all_linear_without_blocks_takes_every_linear() -> None:
@@ -54,6 +103,18 @@ def test_outputs_are_what_a_branch_adds(name: str, attention: str, mlp: str) -> 
     assert paths(host, "mlp.output")[0] == f"{first}.{mlp}"
     blocks = len(host.select("block"))
     assert (len(host.select("attn.output")), len(host.select("mlp.output"))) == (blocks, blocks)
+
+
+def test_outputs_of_other_blocks_are_those_of_their_last_matrix() -> None:
+    assert paths(host_of("mamba"), "ssm.output") == [f"backbone.layers.{i}.mixer.out_proj" for i in (0, 1)]
+    resnet = paths(host_of("timm_resnet50"), "conv.output")
+    assert len(resnet) == 16 and all(path.endswith(".conv3") for path in resnet)
+    assert all(
+        path.endswith(("conv_pwl", "conv_pw", "conv")) for path in paths(host_of("timm_mobilenetv3"), "conv.output")
+    )
+    unet = paths(host_of("sd15_unet"), "conv.output")
+    assert unet and all(".resnets." in path for path in unet)  # the other blocks have branches of their own
+    assert paths(host_of("timm_convnext"), "conv.output") == paths(host_of("llama"), "conv.output") == []
 
 
 def test_shared_experts_are_summed_with_the_others() -> None:

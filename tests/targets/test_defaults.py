@@ -77,8 +77,8 @@ def test_the_first_that_the_host_has_is_taken_and_said(caplog: pytest.LogCapture
     assert found == [
         f"1.{i}.conv{j}" for i in (0, 1) for j in (1, 2)
     ]  # a kernel of each channel by itself is no matrix
-    said = "lora: this Sequential has none of attn.q, attn.v, cross.q, cross.v, so it acts at all-layers (4 layers)"
-    assert [note.partition(";")[0] for note in notes] == [said]
+    said = "lora: this Sequential has none of attn.q, attn.v, cross.q, cross.v; so it acts at all-layers (4 layers), "
+    assert len(notes) == 1 and notes[0].startswith(said)
     for _ in range(2):
         peftcore.apply(residual(), "lora")
     assert caplog.messages == list(notes)  # once in a process
@@ -90,6 +90,14 @@ def test_the_methods_own_targets_come_first_and_nothing_is_said(caplog: pytest.L
     assert len(found) == 4 and not notes
     peftcore.apply(transformer(), "lora")
     assert not caplog.messages
+
+
+def test_a_role_that_the_host_lacks_is_no_end_of_a_path() -> None:
+    model = perceptron()
+    model.add_module("attn", nn.ModuleDict({"q": nn.Linear(4, 4)}))
+    found, notes = planned(model, "lora")
+    assert "0" in found and "all-layers" in notes[0]
+    assert planned(model, "lora", target="attn.q")[0] == ["attn.q"]
 
 
 def test_what_the_user_names_is_taken_and_nothing_is_said() -> None:
@@ -120,6 +128,24 @@ def test_parts_that_are_left_out_are_said() -> None:
     assert not planned(Hybrid(), "lora", target="attn.q")[1]
 
 
+class Fused(nn.Module):
+    """An attention whose fused matrix nobody can tell apart: two readings of its rows are possible."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 12), nn.Linear(8, 8)
+
+
+def test_what_nobody_can_tell_apart_is_taken_whole() -> None:
+    block = {"attn": Fused(), "norm": nn.LayerNorm(8), "mlp": nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))}
+    model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict(block)])})
+    found, notes = planned(model, "lora")
+    assert found == ["blocks.0.attn.qkv", "blocks.0.attn.proj"]
+    assert "the rows of 'attn.q' in 'blocks.0.attn.qkv' are not known" in notes[0] and "acts at attn.*" in notes[0]
+    with pytest.raises(TargetError, match="probe"):
+        planned(model, "lora", target="attn.q")
+
+
 def test_the_main_tower_comes_before_other_targets_elsewhere() -> None:
     mixer = transformer(depth=4)
     for layer in mixer.layers:
@@ -127,10 +153,10 @@ def test_the_main_tower_comes_before_other_targets_elsewhere() -> None:
     model = nn.ModuleDict({"text": transformer(), "mixer": mixer})
     resolver = Resolver(model, derive(model), dense_layer)
     assert resolver.host.main_tower() == "mixer"
-    sites, taken = default_sites(resolver, ("attn.q", "mlp.up"))
-    assert taken == "mlp.up" and {site.module_path.partition(".")[0] for site in sites} == {"mixer"}
-    assert default_sites(resolver, ("attn.q", "ssm.in"))[1] == "attn.q"
-    assert default_sites(resolver, ("ssm.in", "embed"))[1] == "embed"  # outside of all blocks
+    taken = default_sites(resolver, ("attn.q", "mlp.up"))
+    assert taken.target == "mlp.up" and {site.module_path.partition(".")[0] for site in taken.sites} == {"mixer"}
+    assert default_sites(resolver, ("attn.q", "ssm.in")).target == "attn.q"
+    assert default_sites(resolver, ("ssm.in", "embed")).target == "embed"  # outside of all blocks
     [taken, left] = planned(model, "lora")[1]
     assert "it acts at mlp.gate, mlp.up, mlp.down (8 layers)" in taken and "leaves out text" in left
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from host_zoo import build
+from more_hosts import build
 
 from peftcore.roles import HostMap, derive
 

@@ -119,6 +119,11 @@ class Shown:
         target = self.cls.target
         return [target] if isinstance(target, str) else list(target)
 
+    @property
+    def alternatives(self) -> list[list[str]]:
+        """Return the default targets for models that have none of `targets`, in order."""
+        return [[each] if isinstance(each, str) else list(each) for each in self.cls.alternatives]
+
     def as_dict(self) -> dict[str, Any]:
         tags = self.cls.tags
         return {
@@ -134,6 +139,7 @@ class Shown:
             "tags": {name: vars(tags)[name] for name in TAGS},
             "identity_options": None if tags.identity_options is None else dict(tags.identity_options),
             "targets": self.targets,
+            "alternatives": self.alternatives,
             "parameters": dict(self.budgets),
             "proven": tags.proven,
             "checked_against": tags.checked_against,
@@ -159,6 +165,8 @@ class Shown:
         tags = self.cls.tags
         table = columns("", "", header=False)
         table.add_row("acts at", ", ".join(self.targets) or "what its options say")
+        if self.alternatives:
+            table.add_row("else at", "; or ".join(map(", ".join, self.alternatives)))
         if self.info.aliases:
             table.add_row("also called", ", ".join(self.info.aliases))
         for name, meaning in TAGS.items():

@@ -139,7 +139,7 @@ def resolver_of(model: nn.Module) -> Resolver:
 
 
 def _at(resolver: Resolver, role: str) -> list[Site]:
-    return default_sites(resolver, (role,))[0]
+    return default_sites(resolver, (role,)).sites
 
 
 def _sizes(model: nn.Module, below: str) -> tuple[int | None, int | None]:

@@ -41,19 +41,20 @@ def scales_input(site: Site, config: Config) -> bool:
     return any(site.role == each or fnmatch.fnmatchcase(site.path, each) for each in config.scale_inputs)
 
 
+def gain_width(site: Site, config: Config) -> int:
+    """Return the number of gains of each expert: outputs, or inputs of all groups of a convolution."""
+    return site.in_features * getattr(site.module, "groups", 1) if scales_input(site, config) else site.out_features
+
+
 class IA3Operator(Operator):
     """Scales inputs or outputs of one module by a vector of gains."""
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         self.on_input = scales_input(site, config)
-        if self.on_input and (self.layer.one_hot or getattr(site.module, "groups", 1) > 1):
-            raise UnsupportedSite(
-                f"{site.path}: the inputs of embeddings and of grouped convolutions are not scaled; leave it out of "
-                "scale_inputs"
-            )
-        width = site.in_features if self.on_input else site.out_features
-        self.gain = nn.Parameter(torch.ones(*site.batch, width))
+        if self.on_input and self.layer.one_hot:
+            raise UnsupportedSite(f"{site.path}: inputs of embeddings are not scaled; leave it out of scale_inputs")
+        self.gain = nn.Parameter(torch.ones(*site.batch, gain_width(site, config)))
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         if self.on_input:
@@ -64,9 +65,12 @@ class IA3Operator(Operator):
         return y * self.layer.along_channels(gain, y)
 
     def merged(self, weight: Tensor) -> Tensor:
-        lead = self.layer.batch_dims + int(self.on_input)  # the vector runs over inputs or outputs
-        shape = [*weight.shape[: self.layer.batch_dims], *[1] * (lead - self.layer.batch_dims), self.gain.shape[-1]]
-        return weight * self.gain.view(*shape, *[1] * (weight.dim() - len(shape)))
+        dims = self.layer.batch_dims
+        if not self.on_input:
+            return weight * self.gain.view(*self.gain.shape, *[1] * (weight.dim() - dims - 1))
+        gain = self.gain.unflatten(-1, (-1, 1, weight.shape[dims + 1]))  # [*batch, groups, 1, in]
+        rows = weight.unflatten(dims, (gain.shape[dims], -1))  # [*batch, groups, out, in, *kernel]
+        return (rows * gain.view(*gain.shape, *[1] * (rows.dim() - gain.dim()))).flatten(dims, dims + 1)
 
     def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
         return bias if bias is None or self.on_input else bias * self.gain
@@ -87,5 +91,4 @@ class IA3(Method):
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
-        width = site.in_features if scales_input(site, config) else site.out_features
-        return math.prod(site.batch) * width
+        return math.prod(site.batch) * gain_width(site, config)

@@ -3,6 +3,7 @@ repository's side-by-side tests."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -183,13 +184,26 @@ def test_number_of_parameters() -> None:
     assert sum(p.numel() for p in injection.parameters()) == 2 * (8 + 8 + 24)
 
 
+def test_inputs_that_are_no_channels_are_refused() -> None:
+    with pytest.raises(UnsupportedSite, match="scale_inputs"):
+        peftcore.apply(One(nn.Embedding(9, 5)), "ia3", target="layer", scale_inputs=["*"])
+    assert peftcore.apply(One(nn.Embedding(9, 5)), "ia3", target="layer").operators
+
+
 @pytest.mark.parametrize(
     "layer",
-    [nn.Embedding(9, 5), nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose1d(4, 6, 3, groups=2)],
-    ids=["embedding", "grouped", "transposed-grouped"],
+    [nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose1d(4, 6, 3, groups=2), nn.Conv1d(4, 4, 3, groups=4, bias=False)],
+    ids=["grouped", "transposed", "depthwise"],
 )
-def test_inputs_that_are_no_channels_are_refused(layer: nn.Module) -> None:
-    """An embedding's inputs are numbers of rows; a grouped convolution's weight has the channels of one group only."""
-    with pytest.raises(UnsupportedSite, match="scale_inputs"):
-        peftcore.apply(One(layer), "ia3", target="layer", scale_inputs=["*"])
-    assert peftcore.apply(One(layer), "ia3", target="layer").operators
+def test_inputs_of_groups_are_scaled_channel_by_channel(layer: nn.Module) -> None:
+    base = deepcopy(layer)
+    x = torch.randn(2, 4, 7, *([7] if isinstance(layer, nn.Conv2d) else []))
+    model = One(layer)
+    injection = peftcore.apply(model, "ia3", target="layer", scale_inputs=["*"])
+    (operator,) = injection.operators.values()
+    assert operator.gain.shape == (4,) and peftcore.plan(One(base), "ia3", target="layer").trainable in (4, 6)
+    nn.init.normal_(operator.gain)
+    expected = base(x * operator.gain.view(4, *[1] * (x.dim() - 2)))
+    torch.testing.assert_close(model(x), expected)
+    injection.merge()
+    torch.testing.assert_close(layer(x), expected)

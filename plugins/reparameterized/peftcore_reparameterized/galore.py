@@ -8,7 +8,7 @@ All of W trains; it is the state of the optimizer that becomes small: 2 rank max
 moments stay when P changes, as in the authors' code. Weight decay is decoupled and comes last. The trained weights are
 replacements: the base stays, merging writes them into it.
 
-Parameters: in * out a site.
+Parameters: in * out a site, times the number of experts, each of which has a P of its own.
 
 Use it where full fine-tuning is wanted and the optimizer's state does not fit.
 """
@@ -43,8 +43,9 @@ class Config(MethodConfig):
 
 
 def factors(gradient: Tensor, rank: int, side: Side) -> dict[str, Tensor]:
-    """Return the leading singular vectors on the projected sides: "left" [out, rank], "right" [rank, in]."""
-    tall = gradient.shape[0] >= gradient.shape[1]
+    """Return the leading singular vectors on the projected sides, "left" [*experts, out, rank] and "right" [*experts,
+    rank, in], of a gradient [*experts, out, in]."""
+    tall = gradient.shape[-2] >= gradient.shape[-1]
     sides = {
         "std": ("right",) if tall else ("left",),
         "reverse_std": ("left",) if tall else ("right",),
@@ -53,7 +54,7 @@ def factors(gradient: Tensor, rank: int, side: Side) -> dict[str, Tensor]:
         "full": ("left", "right"),
     }[side]
     U, _, V = torch.linalg.svd(gradient.to(torch.promote_types(gradient.dtype, torch.float32)), full_matrices=False)
-    both = {"left": U[:, :rank], "right": V[:rank]}
+    both = {"left": U[..., :rank], "right": V[..., :rank, :]}
     return {name: both[name].to(gradient.dtype, copy=True) for name in sides}
 
 
@@ -73,8 +74,8 @@ class Projection(GradientRule):
         if steps % config.gap == 0:
             state.update(factors(grad, config.rank, config.side))
         state["steps"] = steps + 1
-        low = state["left"].T @ grad if "left" in state else grad
-        return low @ state["right"].T if "right" in state else low
+        low = state["left"].mT @ grad if "left" in state else grad
+        return low @ state["right"].mT if "right" in state else low
 
     def restore(self, update: Tensor, param: nn.Parameter) -> Tensor:
         state = self.state[param]
@@ -93,7 +94,7 @@ class GaLore(Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            if len(site.weight_shape) != 2:
+            if len(site.weight_shape) != 2 + len(site.batch):
                 raise UnsupportedSite(f"{site.path} has {len(site.weight_shape)} dimensions; GaLore projects matrices")
             surgeon.replace(site)
 

@@ -13,6 +13,7 @@ import peftcore
 from peftcore.errors import UnsupportedSite
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
+from peftcore_reparameterized.galore import Config, Projection
 
 SHAPES = ((20, 12), (9, 20), (9, 9))
 RANK, GAP, SCALE, LR, DECAY, BETAS, EPS = 4, 3, 0.25, 0.01, 0.1, (0.9, 0.999), 1e-8
@@ -243,3 +244,27 @@ def test_only_matrices_are_projected(layer: nn.Module) -> None:
 def test_number_of_parameters() -> None:
     _, injection, _ = adapted()
     assert sum(parameter.numel() for parameter in injection.parameters()) == sum(math.prod(s) for s in SHAPES) + 30
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_each_expert_has_a_projection_of_its_own(side: Any) -> None:
+    stack = nn.Parameter(torch.randn(3, 7, 5, dtype=torch.float64))
+    rule = Projection({stack: Config(rank=2, side=side)})
+    gradient = torch.randn_like(stack)
+    together = rule.restore(rule.project(gradient, stack), stack)
+    for index, one in enumerate(stack):
+        alone = nn.Parameter(one.detach().clone())
+        rule.configs[alone] = Config(rank=2, side=side)
+        torch.testing.assert_close(together[index], rule.restore(rule.project(gradient[index], alone), alone))
+
+
+def test_experts_train_by_default() -> None:
+    model, inputs = HOSTS["moe"].build()
+    injection = peftcore.apply(model, "galore", rank=2)
+    assert "model.layers.0.mlp.experts.gate_up_proj" in injection.operators
+    optimizer = injection.optimizer(torch.optim.SGD, lr=0.1)
+    value = injection.operators["model.layers.0.mlp.experts.down_proj"].value
+    before = value.detach().clone()
+    model(**inputs).logits.square().mean().backward()
+    optimizer.step()
+    assert (value - before).flatten(1).abs().amax(1).gt(0).sum() >= 2
