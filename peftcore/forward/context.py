@@ -105,6 +105,8 @@ class ForwardContext:
         """The call of the host whose forward it is."""
         self.recorded = torch.is_grad_enabled() or (model is not None and model.training)
         """Whether backward may repeat it; in a reentrant checkpoint its modules run without gradients."""
+        self.within: list[Any] = []
+        """Of an extra pass: the checkpoints in which it runs, which repeat the pass and what is round it."""
         self._model, self._args, self._kwargs = model, args, kwargs or {}
 
     @property
@@ -164,7 +166,8 @@ class ForwardContext:
         choice = self.choice.without(name if isinstance(name, str) else state.name_of(name))
         kwargs = {key: copy.deepcopy(value) if key in _CACHES else value for key, value in kwargs.items()}
         inner = ForwardContext(state, choice, self._model, self._args, self._kwargs)
-        inner.extra, inner.calm, inner.taps = True, not repeating(), [*self.taps]
+        inner.extra, inner.calm, inner.taps, inner.frame = True, not repeating(), [*self.taps], sys._getframe()
+        inner.within = running() if inner.recorded else []
         before = len(HERE.calls)
         with state.choices.held(choice):
             HERE.calls.append(inner)
@@ -230,19 +233,22 @@ def remember_in_checkpoint(state: HostState, choice: Choice) -> None:
     here = next((call for call in reversed(HERE.calls) if call.state is state), None)
     if here is None or here.recorded:
         for kept in running():
-            remember(kept, state, choice, here or _outside() or ForwardContext(state, choice))
+            if here is None or all(kept is not each for each in here.within):
+                remember(kept, state, choice, here or _outside() or ForwardContext(state, choice))
 
 
 def _drop_interrupted() -> None:
     """Close the contexts of forwards that do not run any more: torch calls no hook when a KeyboardInterrupt or a
     SystemExit ends a forward."""
-    while HERE.calls and (frame := HERE.calls[-1].frame) is not None and not _runs(frame):
+    while HERE.calls and not _runs(HERE.calls[-1].frame):
         HERE.calls.pop().close()
         HERE.settle()
 
 
-def _runs(wanted: FrameType) -> bool:
-    """Whether a call still runs in this thread."""
+def _runs(wanted: FrameType | None) -> bool:
+    """Whether a call still runs in this thread; nothing says it of one that was traced."""
+    if wanted is None:
+        return True
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame is not wanted:
         frame = frame.f_back

@@ -140,7 +140,8 @@ class Slot:
         if choice.composition is not None:
             return self._composed(choice, choice.composition)
         if choice.route is None:
-            acting = self._stacked(choice.active)
+            self.check_stack(choice.active)
+            acting = self._acting(choice.active)
             *inner, outermost = layers_of(acting) or (None,)
             return ModulePlan(choice.key, acting, tuple(inner), outermost)
         each = tuple(self._acting((name,)) for name in choice.route.names)
@@ -157,16 +158,17 @@ class Slot:
         for names in branches([composition]):
             here = tuple(name for name in names if name in self.mounts and name in choice.active)
             if here not in distinct:
-                distinct[here] = self._stacked(here)
+                self.check_stack(here)
+                distinct[here] = self._acting(here)
             ways[names] = distinct[here]
         whole = self._acting(choice.active)
         return ModulePlan(choice.key, whole, composition=composition, branches=ways, combiners=combiners)
 
-    def _stacked(self, active: Active) -> ActivePlan:
-        """Returns the plan of injections that act one after the other.
+    def check_stack(self, active: Active) -> None:
+        """Check that of injections which act one after the other none overrides what another one does here.
 
         Raises:
-            CompositionError: what one does would be lost.
+            CompositionError: one does.
         """
         for lost, by in overridden(self.mounts, active) if len(active) > 1 else ():
             path = next(g.site.path for g in self.state.injections[by.name].grafts if g.operator is by.operator)
@@ -175,7 +177,6 @@ class Slot:
                 f"its own for it: what {lost.name!r} does there would be lost. Activate one of them, or compose them: "
                 f"peftcore.activate(model, peftcore.Sum({lost.name!r}, {by.name!r}))"
             )
-        return self._acting(active)
 
     def _acting(self, active: Active) -> ActivePlan:
         unmerged = self.state.unmerged(active)

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from peftcore.contract.compositions import Composition, Stack
+from peftcore.contract.compositions import Composition, Stack, branches
 from peftcore.errors import BlockOrderError, ConfigError, MergeError, RouteError
 from peftcore.forward.active_adapters import Choice, Route
 from peftcore.forward.host_state import HostState, known, state_of
@@ -203,8 +203,9 @@ def _activating(model: nn.Module, names: Sequence[str | Composition]) -> tuple[H
             state.injections[name].check_combinable()
     choice = Choice(active, None, {}, composition)
     _check(state, choice)
-    for slot in state.slots:
-        slot.plan_for(choice)
+    for stack in [active] if composition is None else branches([composition]):
+        for slot in state.slots if len(stack) > 1 else ():
+            slot.check_stack(stack)
     return state, lambda before: replace(choice, context=before.context)
 
 

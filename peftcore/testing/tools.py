@@ -273,6 +273,11 @@ class Kinds(Method):
         return site.numel
 
 
+def overriding(injection: Injection) -> bool:
+    """Whether an operator of an injection has a value of its own for a tensor: two such do not act together."""
+    return any(graft.operator.overrides for graft in injection.grafts)
+
+
 def partners(case: Case) -> Iterator[tuple[Maker, Maker]]:
     """Yield pairs of ways to adapt a model: the method twice, before and after operators on activations and on
     weights."""

@@ -17,7 +17,7 @@ import peftcore
 from peftcore import Injection, Method, MethodConfig, Site
 from peftcore.forward.active_adapters import Choice
 from peftcore.forward.host_state import HostState
-from peftcore.forward.scopes import Chosen
+from peftcore.forward.scopes import Choices, Chosen, Statement
 from peftcore.forward.slot import slot_of
 from peftcore.injection.injection import Summary
 from peftcore.layers.kinds import Linear
@@ -70,21 +70,21 @@ def unmerged_after_errors(injection: Injection) -> Iterator[None]:
         raise
 
 
-class RemembersTheFirst(HostState):
+class RemembersTheFirst(Choices):
     """Having gone from A to B, the way back to A is lost."""
 
-    def set(self, choice: Choice) -> None:
+    def set(self, choice: Choice) -> Statement:
         wanted = choice.active
         past = self.__dict__.setdefault("past", [])
         if len(wanted) == 1 and past[-2:-1] == [wanted] and len(past[-1]) == 1 and past[-1] != wanted:
-            return
+            return super().set(self.choice)
         past.append(wanted)
-        super().set(choice)
+        return super().set(choice)
 
 
 def with_memory(self: Method, model: nn.Module, config: Any, injection: Injection) -> None:
     Method.trainable(self, model, config, injection)
-    injection.state.__class__ = RemembersTheFirst
+    injection.state.choices.__class__ = RemembersTheFirst
 
 
 def ignores_exclude_of_the_second(self: Method, model: nn.Module, config: Any, surgeon: Surgeon) -> None:

@@ -16,8 +16,12 @@ from peftcore.testing.kit import ALL, ANYWHERE
 MUTANTS: dict[str, Entry] = {}
 EMBRACING = ("packed_bases_are_like_dense_ones",)
 """Checks that go through a whole life, and so fail with many a mutant of others."""
-ALSO = {"factors_are_the_update": ("routed_rows_equal_separate_passes",)}
-"""What a mutant cannot but fail besides its own check: rows of a batch are computed from the factors."""
+ALSO = {
+    "factors_are_the_update": ("routed_rows_equal_separate_passes",),
+    "disabling_restores_the_base": ("requires_grad_follows_trainable",),
+}
+"""What a mutant cannot but fail besides its own check: rows of a batch are computed from the factors; what is left off
+cannot be merged."""
 for _path in sorted(Path(__file__).parent.glob("mutants_*.py")):
     MUTANTS |= importlib.import_module(_path.stem).MUTANTS
 

@@ -5,8 +5,7 @@
 R_i [n, n] are the rules, one set for all adapters and both of their matrices; S_i [in / n, q] and T_i [q, out / n] are
 each matrix' own, of rank q = 1. h is what a sub-block is about to add to the stream, as in `houlsby_adapter`, but of
 self-attention and feed-forward alone: the authors leave cross-attention out (name its matrix as a target to have it
-adapted). Compacter++ leaves self-attention out too. All norms of the model train along, as in the authors' code
-(rabeehk/compacter).
+adapted). Compacter++ leaves self-attention out too. All norms train along, as in their code (rabeehk/compacter).
 
 The rules start as N(0, 1e-4), S and T from Glorot's uniform draw with gain sqrt(2), as in that code: nearly the
 identity. The adapters package draws S and T from a normal.
@@ -14,7 +13,7 @@ A PHM adapter, in the paper the step before Compacter, is ``shared_rule=False, f
 matrix has rules of its own, and whole blocks [in / n, out / n] in place of S_i T_i.
 
 Parameters: 2 q (d + r) + r + d an adapter, n^3 once; of a PHM adapter 2 d r / n + 2 n^3 + r + d. The norms besides.
-Use it where adapters must be small: it trains less than a tenth of a percent of T5.
+Use it where adapters must be small: a tenth of a percent of T5.
 """
 
 from __future__ import annotations

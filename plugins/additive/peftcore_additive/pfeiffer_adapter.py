@@ -76,8 +76,9 @@ class PfeifferOperator(BottleneckOperator):
 
     def _added(self, u: Tensor) -> Tensor:
         down, down_bias, up, up_bias = self.cast(u, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
-        inner = self.activation(nn.functional.linear(u, down, down_bias))  # [..., r]
-        return nn.functional.linear(inner, up, up_bias)
+        channels = self.layer.channel_dim
+        inner = self.activation(nn.functional.linear(u.movedim(channels, -1), down, down_bias))  # [..., r]
+        return nn.functional.linear(inner, up, up_bias).movedim(-1, channels)
 
 
 class PfeifferAdapter(Method):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Replacement
-from peftcore.errors import NotMergeable, UnsupportedSite
+from peftcore.errors import NotMergeable
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
@@ -230,8 +230,13 @@ def test_cannot_be_merged() -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
 
-def test_channels_first_is_refused() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3))
-    with pytest.raises(UnsupportedSite, match="last dimension"):
-        peftcore.apply(model, "houlsby_adapter", target="0")
-    assert type(model[0]) is nn.Conv2d
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.Conv1d(3, 4, 3)])
+def test_convolutions_are_adapted_at_each_position(layer: nn.Module) -> None:
+    x = torch.randn(2, 3, 7, *([7] if layer.weight.dim() == 4 else []))
+    model, expected = nn.Sequential(layer), layer(x).movedim(1, -1)
+    injection = peftcore.apply(model, "houlsby_adapter", target="0")
+    (operator,) = injection.operators.values()
+    for parameter in injection.parameters():
+        nn.init.normal_(parameter, 0, 0.1)
+    inner = operator.activation(expected @ operator.down.weight.T + operator.down.bias)
+    torch.testing.assert_close(model(x), (expected + inner @ operator.up.weight.T + operator.up.bias).movedim(-1, 1))

@@ -40,8 +40,10 @@ class ChangeDropout:
         return shares
 
 
-def with_shares(change: Tensor, drops: ChangeDropout, batch_dims: int) -> Tensor:
-    """Return a change of a weight ``[*batch, out, ...]`` of which each output has its share."""
+def with_shares(change: Tensor, drops: ChangeDropout, batch_dims: int, training: bool) -> Tensor:
+    """Return a change of a weight ``[*batch, out, ...]`` of which each output has its share, in training."""
+    if not (training and drops):
+        return change
     shares = drops.shares(change.shape[: batch_dims + 1], change)
     return change * shares.view(*shares.shape, *[1] * (change.dim() - shares.dim()))
 

@@ -82,14 +82,13 @@ class LoHaOperator(WeightOperator):
         return self.layer.update(call, x, A, B, self.scale)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self._change(weight, self.training and bool(self.drops))
+        return weight + with_shares(self._change(weight), self.drops, self.layer.batch_dims, self.training)
 
     def merged(self, weight: Tensor) -> Tensor:
-        return weight + self._change(weight, False)
+        return weight + self._change(weight)
 
-    def _change(self, weight: Tensor, dropped: bool) -> Tensor:
-        change = self.scale * (self.matrix(1) * self.matrix(2)).view(weight.shape)
-        return with_shares(change, self.drops, self.layer.batch_dims) if dropped else change
+    def _change(self, weight: Tensor) -> Tensor:
+        return self.scale * (self.matrix(1) * self.matrix(2)).view(weight.shape)
 
 
 class LoHa(Method):

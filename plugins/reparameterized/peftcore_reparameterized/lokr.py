@@ -11,12 +11,10 @@ first w2, or else w2b, is zero; all else is uniform in +-1/sqrt(inputs).
 All this is as in LyCORIS, which defines the method, but for its merging: it has s in it twice. peft has s = alpha / r
 with both factors full, starts w1 at zero, puts `factor` first where it divides even if it is the larger part (here with
 `factor_first`), and lays out the product wrongly with a full w2 in one-dimensional convolutions. The dropouts are those
-of both: rows of the change, one for each output, and the change as a whole, for all of a batch. Kronecker adapters as
-such are KronA's (Edalati et al. 2022, arXiv 2212.10650), without the low rank and the rule for the cuts.
+of both. Kronecker adapters as such are KronA's (Edalati et al. 2022, arXiv 2212.10650), without rank and cuts.
 
 Parameters: l m + r (k + n * kernel) a site with w1 full and w2 not, l m + k n * kernel with both full, times the number
 of experts.
-
 Use it for the smallest files of the family, in diffusion models above all: its rank is not bound by its size.
 """
 
@@ -72,16 +70,14 @@ class LoKrOperator(WeightOperator):
         self.scale = 1.0 if shapes.keys() == {"w1", "w2"} else config.alpha / config.rank
         for name, shape in shapes.items():
             bound = 0.0 if name in ("w2", "w2b") else 1 / math.sqrt(math.prod(shape[1:]))
-            values = torch.empty(*site.batch, *shape).uniform_(-bound, bound)
-            self.register_parameter(name, nn.Parameter(values))
+            self.register_parameter(name, nn.Parameter(torch.empty(*site.batch, *shape).uniform_(-bound, bound)))
 
     def factor(self, name: str) -> Tensor:
         """Return w1 [*batch, l, m] or w2 [*batch, k, n * kernel]."""
-        held = self._parameters
-        if name in held:
+        if name in self._parameters:
             return self.get_parameter(name)
         a, b = self.get_parameter(f"{name}a"), self.get_parameter(f"{name}b")
-        core = held.get("t2") if name == "w2" else None
+        core = self._parameters.get("t2") if name == "w2" else None
         return a @ b if core is None else torch.einsum("pq...,po,qi->oi...", core, a, b).flatten(1)
 
     def prefers_activation_form(self, x: Tensor) -> bool:
@@ -101,16 +97,15 @@ class LoKrOperator(WeightOperator):
         return self.layer.add(y.unflatten(-1, (len(w1), -1)), mixed, last, self.scale).flatten(-2)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + self._change(weight, self.training and bool(self.drops))
+        return weight + with_shares(self._change(weight), self.drops, self.layer.batch_dims, self.training)
 
     def merged(self, weight: Tensor) -> Tensor:
-        return weight + self._change(weight, False)
+        return weight + self._change(weight)
 
-    def _change(self, weight: Tensor, dropped: bool) -> Tensor:
+    def _change(self, weight: Tensor) -> Tensor:
         w1, w2 = self.factor("w1"), self.factor("w2")
         delta = w1[..., :, None, :, None] * w2[..., None, :, None, :]  # [*batch, l, k, m, n * kernel]
-        change = self.scale * delta.reshape(weight.shape)
-        return with_shares(change, self.drops, self.layer.batch_dims) if dropped else change
+        return self.scale * delta.reshape(weight.shape)
 
 
 class LoKr(Method):
@@ -133,10 +128,9 @@ class LoKr(Method):
 
 def _cut(size: int, factor: int | None, first: bool = False) -> tuple[int, int]:
     """Return two factors of a dimension, the smaller one first, or `factor` if it is to be."""
-    if factor is not None and size % factor == 0 and first:
-        return factor, size // factor
     if factor is not None and size % factor == 0:
-        return min(factor, size // factor), max(factor, size // factor)
+        other = size // factor
+        return (factor, other) if first else (min(factor, other), max(factor, other))
     small = max(n for n in range(1, math.isqrt(size) + 1) if size % n == 0 and n <= (factor or size))
     return small, size // small
 

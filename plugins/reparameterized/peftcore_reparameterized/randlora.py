@@ -6,16 +6,13 @@
 and the transposed sum where out < in. A and all B_j are random, frozen, and the same for all sites, each of which takes
 the corner that it needs. They come from `projection_seed`, and files hold them with `store_basis` only: uniform of
 variance 1, or signs and zeros of variance 1, with `basis` sparse one sign in 3 entries, very sparse one in sqrt(min).
-All B_j lie in one [max, n, rank]; flattened, its columns j, n + j, 2 n + j, … are B_j. That order is the authors' and
-peft's, who flatten B and the sum's other side differently; for random columns it is as good as any. peft draws in half
-precision: other numbers.
+All B_j lie in one [max, n, rank]; flattened, its columns j, n + j, 2 n + j, … are B_j. So do the authors and peft, who
+flatten the sum's other side differently; for random columns any order is as good. peft draws in half precision.
 
 scaling="bases" divides s by sqrt(n) too, as in the authors' code; their later one, in peft, does not.
-
 Kernels of convolutions count as columns, in * kernel; embeddings as [dim, num]. Experts have L and G of their own.
 
 Parameters: n * (rank + min(in * kernel, out)) a site, times the number of experts: more at a lower rank.
-
 Use it where low rank is what limits; each step makes the update as a whole matrix.
 """
 
@@ -115,8 +112,7 @@ class RandLoRAOperator(WeightOperator):
         with full_precision(x):
             first, second = self.factors_of()
         A, B = (first.mT, second.mT) if self.wide else (second, first)
-        dropout = self.dropout if self.training else 0.0
-        return self.layer.update(call, x, A.unflatten(-1, self.inputs), B, self.scale, dropout)
+        return self.layer.update(call, x, A.unflatten(-1, self.inputs), B, self.scale, self.training * self.dropout)
 
     def forward(self, weight: Tensor) -> Tensor:
         check_in_weight_form(self, self.dropout)

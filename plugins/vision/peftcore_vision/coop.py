@@ -4,10 +4,9 @@
 
 Context vectors stand in the place of the words "a photo of a" in front of the names of classes, before positions are
 added. As in the authors' code the texts hold the places: tokenize ``"X X X X " + name + "."`` with M words of one token
-each; whatever they are, the M places behind the first token get v (padding on the left, by the mask that the tower is
-given, has none). Lengths, masks, positions and the place of EOS are then the model's own affair. The authors' other
-orders (the name in the middle, or in front) put the words elsewhere; for these say which token holds a place:
-``placeholder=343`` is "x" in CLIP's vocabulary. The batch of texts is the classes:
+each; whatever they are, the M places behind the first token (behind padding on the left, by the mask) get v. Lengths,
+masks, positions and the place of EOS are then the model's own affair. For the authors' other orders (the name first, or
+in the middle) say which token holds a place: ``placeholder=343`` is "x" in CLIP. The batch of texts is the classes:
 
     peftcore.apply(clip, "coop", length=4)
     clip(input_ids=texts_of_all_classes, pixel_values=images).logits_per_image
@@ -17,9 +16,8 @@ With `classes` each class has a context of its own (CSC): row k of the batch get
 
 v starts as N(0, 0.02), or as the embeddings of `init_ids`. Parameters: M d, or classes M d. Nothing merges, but once
 trained the features of all classes can be kept.
-
-Use it to adapt CLIP with 16 or fewer images a class; an adapter holds for any names that follow it, with CSC for its
-own classes. Models that generate are refused: prompt_tuning is for them.
+Use it to adapt CLIP with 16 or fewer images a class; without CSC an adapter holds for any names. Models that generate
+are refused: prompt_tuning is for them.
 """
 
 from __future__ import annotations
@@ -35,9 +33,6 @@ from torch import Tensor, nn
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
 from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
-
-TOWER = "tower"
-"""The form of the tower's own place."""
 
 
 class Config(MethodConfig):
@@ -71,13 +66,11 @@ class ContextOperator(Operator):
         if config.init_ids:
             if max(config.init_ids) >= site.in_features:
                 raise ConfigError(f"init_ids: {max(config.init_ids)} is no token of a vocabulary of {site.in_features}")
-            words = site.weight().detach()[:, config.init_ids].T
-            start = words.to(start).expand_as(start).clone()
+            start = site.weight().detach()[:, config.init_ids].T.to(start).expand_as(start).clone()
         self.context = nn.Parameter(start)  # [classes or 1, M, d]
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        """Return the function for a form: around the tower it notes the mask."""
-        return self._note if form == TOWER else super().at(form, module)
+        return self._note if form == "tower" else super().at(form, module)
 
     def _note(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self.mask.put({**dict(zip(self.names, args, strict=False)), **kwargs}.get("attention_mask"))
@@ -110,10 +103,7 @@ class ContextOperator(Operator):
             held = ids == self.placeholder
             enough = torch.compiler.is_compiling() or bool((held.sum(-1) == count).all())
         if not enough:
-            raise SequenceError(
-                f"a text of {ids.shape[-1]} tokens does not have the {count} places of the context: tokenize as many "
-                "placeholders with the names of the classes"
-            )
+            raise SequenceError(f"{ids.shape[-1]} tokens lack the {count} places of the context: tokenize them, too")
         return held
 
     def _rows(self, ids: Tensor) -> Tensor:
@@ -122,10 +112,7 @@ class ContextOperator(Operator):
             return torch.zeros(len(ids), dtype=torch.long, device=ids.device)
         told = forward_context().context.get("classes")
         if told is None and len(ids) != self.classes:
-            raise MissingContext(
-                f"{len(ids)} texts, but {self.classes} classes: say whose each is: with peftcore.call(model, "
-                "classes=[...]): ..."
-            )
+            raise MissingContext(f"{len(ids)} texts, but {self.classes} classes: peftcore.call(model, classes=...)")
         return torch.as_tensor(range(self.classes) if told is None else told, device=ids.device)
 
 
@@ -152,7 +139,7 @@ class CoOp(Method):
             raise UnsupportedSite(refused[0])
         for site in sites:
             path = stacks[site.module_path].path
-            tower = replace(site, module=surgeon.resolver.modules[path], module_path=path, form=TOWER)
+            tower = replace(site, module=surgeon.resolver.modules[path], module_path=path, form="tower")
             operator = functools.partial(ContextOperator, names=tower.arguments)
             surgeon.graft(replace(site, form="activation"), operator, config, (tower,))
 
