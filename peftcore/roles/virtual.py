@@ -30,7 +30,7 @@ def _all_linear(host: HostMap) -> list[HostEntry]:
         and (len(entry.shape) == 2 or entry.kind in ("conv", "experts") or entry.role.startswith("experts."))
         and entry.role.partition(".")[0] in _LINEAR_FAMILIES
         and "." in entry.role
-        and entry.role != "ssm.conv"
+        and entry.role not in ("ssm.conv", "ssm.dt")  # mixers read them, so inputs could not be dropped there
     ]
 
 

@@ -68,8 +68,8 @@ READ_NOT_CALLED = {
     "timm_beit": set(),  # known without a forward
     "timm_eva02": set(),
     "timm_swinv2": set(),
-    "mamba": {f"backbone.layers.{layer}.mixer.{name}" for layer in (0, 1) for name in ("conv1d", "dt_proj")},
-    "mamba2": {f"backbone.layers.{layer}.mixer.conv1d" for layer in (0, 1)},
+    "mamba": set(),
+    "mamba2": set(),
     "t5": {"shared"},
     "bart": {"model.shared"},
     "deberta_v2": {"deberta.encoder.rel_embeddings"},
