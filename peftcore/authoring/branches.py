@@ -47,6 +47,8 @@ class Bypass(Operator):
         RouteError: the first matrix of the branch is not called, so rows of a batch cannot be told apart.
     """
 
+    observes = frozenset({"first", "norm"})
+
     def __init__(self, site: BranchSite) -> None:
         super().__init__(site)
         pointwise = all(size == 1 for size in (*site.kernel, *getattr(self.layer, "stride", ())))

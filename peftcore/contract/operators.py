@@ -50,6 +50,9 @@ class _Base(Checked):
     needs_recompute = True
     """True when the effective tensor is computed and must not outlive its use; False when a parameter replaces it as
     it is."""
+    observes: frozenset[str] = frozenset()
+    """The forms of sites at which the operator only looks: it gets the module's inputs as the model gives them, and
+    returns its output as it is, with what all others do to it, in routes and compositions too."""
     overrides = False
     """Whether the effective tensor is the same whatever tensor it is made of: what acts there before is lost."""
 

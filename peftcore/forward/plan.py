@@ -77,6 +77,8 @@ class ActivePlan:
     """The effects on tensors, by path below the module."""
     onion: tuple[Mount, ...] = ()
     attention: tuple[Mount, ...] = ()
+    observers: tuple[Mount, ...] = ()
+    """Operators that only look; they stand around all others."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     needs_recompute: bool = False
     """Whether forward makes tensors that must not outlive their use: it is computed again in backward."""
@@ -152,9 +154,12 @@ def plan_acting(
     weight: list[Mount] = []
     onion: list[Mount] = []
     attention: list[Mount] = []
+    observers: list[Mount] = []
     for name in active:
         for mount in mounts.get(name, ()):
-            if mount.form == "weight":
+            if mount.form in mount.operator.observes:
+                observers.append(mount)
+            elif mount.form == "weight":
                 weight += [*(before for before in onion if is_mergeable(before.operator)), mount]
                 onion = [before for before in onion if not is_mergeable(before.operator)]
             else:
@@ -167,13 +172,14 @@ def plan_acting(
     for mount in onion:
         needs_recompute, packed = needs_recompute or mount.layer.saves_dense, packed or mount.layer.packed
     if not weight:  # as nearly always
-        return ActivePlan((), tuple(onion), tuple(attention), attributes, needs_recompute, packed)
+        return ActivePlan((), tuple(onion), tuple(attention), tuple(observers), attributes, needs_recompute, packed)
     packed = packed or any(mount.layer.packed for mount in weight)
     effects = effects_of(weight)
     return ActivePlan(
         effects=tuple((path, tuple(each)) for path, each in effects.items()),
         onion=tuple(onion),
         attention=tuple(attention),
+        observers=tuple(observers),
         attributes=attributes,
         needs_recompute=needs_recompute or any(mount.operator.needs_recompute for mount in weight),
         packed=packed,
@@ -202,7 +208,7 @@ def _updates_stack(mount: Mount) -> bool:
 def layers_of(acting: ActivePlan) -> tuple[Operator, ...] | None:
     """Returns the operators, innermost first, where nothing but layers around the module's forward acts; otherwise
     None."""
-    if acting.effects or acting.attention or acting.attributes or acting.needs_recompute:
+    if acting.effects or acting.attention or acting.observers or acting.attributes or acting.needs_recompute:
         return None
     operators = []
     for mount in acting.onion:

@@ -4,6 +4,7 @@
    activations instead.
 2. Operators wrap the result, the first applied innermost.
 3. A route puts rows together, a composition its branches.
+4. Operators that only look stand around all of this.
 """
 
 from __future__ import annotations
@@ -55,6 +56,21 @@ def run(
         args: the module's inputs by position, those that operators act on among them.
         kwargs: the others.
     """
+    forward: Forward = functools.partial(_run, plain, slot, module, planned, route)
+    for observer in planned.acting.observers:
+        forward = observer.around(forward, module)
+    return forward(*args, **kwargs)
+
+
+def _run(
+    plain: Forward,
+    slot: Slot,
+    module: nn.Module,
+    planned: ModulePlan,
+    route: Route | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     if planned.composition is not None:
         return _composed(plain, slot, module, planned, args, kwargs)
     inner = _inner(plain, slot, module, planned.acting, route)

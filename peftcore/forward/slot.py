@@ -147,7 +147,8 @@ class Slot:
         each = tuple(self._acting((name,)) for name in choice.route.names)
         edits = tuple(mount for acting in each for mount in acting.attention)
         stand = plan_acting({}, self.forced_attributes, choice.route.names)
-        together = replace(stand, attention=edits)
+        observers = tuple(mount for acting in each for mount in acting.observers)
+        together = replace(stand, attention=edits, observers=observers)
         return ModulePlan(choice.key, together, routed=each, updates=updates_of(each), apart=run_apart(each))
 
     def _composed(self, choice: Choice, composition: Composition) -> ModulePlan:

@@ -80,6 +80,45 @@ def test_what_a_branch_reads_is_added_to_what_it_returns(target: str, block: str
     torch.testing.assert_close(adapted["returned"], bare["returned"] + added)
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "a norm of its own": {"method": "ln_tuning"},
+    "a scaled norm": {"method": "ssf", "target": "norm"},
+    "an update of the first matrix": {"method": "lora", "target": "mlp.up"},
+    "scaled inputs": {"method": "ia3", "target": "mlp.up", "scale_inputs": ["mlp.up"]},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("first", [True, False], ids=["applied first", "applied last"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_others_do_at_its_beginning_is_no_concern(other: str, first: bool, stream: bool) -> None:
+    """In a stack, in rows of a route, in branches of a composition: it reads what goes into the branch."""
+
+    def adapted(*names: str) -> nn.Module:
+        model = transformer(depth=2).eval()
+        made = {"bypass": {"method": Beside, "stream": stream}, "other": OTHERS[other]}
+        for name in ("bypass", "other") if first else ("other", "bypass"):
+            if name in names:
+                injection = peftcore.apply(model, name=name, seed=1, **made[name])
+                for seed, parameter in enumerate(injection.parameters()):
+                    parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+        return model
+
+    ids = token_ids()
+    both, alone, bare = adapted("bypass", "other"), adapted("bypass"), adapted("other")
+    with torch.no_grad():
+        with peftcore.route(both, ["bypass", "other"][: len(ids)] + [None] * (len(ids) - 2)):
+            found = both(ids)
+        torch.testing.assert_close(found[0], alone(ids)[0])
+        torch.testing.assert_close(found[1], bare(ids)[1])
+        stacked = both(ids)
+        peftcore.injections(bare)["other"].bake()  # what it does to weights, the bypass does not see either
+        into = peftcore.apply(bare, Beside, name="bypass", seed=1, stream=stream)
+        for mine, theirs in zip(into.parameters(), peftcore.injections(both)["bypass"].parameters(), strict=True):
+            mine.copy_(theirs)
+        torch.testing.assert_close(stacked, bare(ids))
+
+
 def test_a_module_that_ends_no_branch_is_one_by_itself() -> None:
     host, twin = transformer(), transformer()
     peftcore.apply(host, Beside, target="layers.0.self_attn.q_proj")

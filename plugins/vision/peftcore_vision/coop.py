@@ -57,6 +57,8 @@ class Config(MethodConfig):
 class ContextOperator(Operator):
     """Puts context vectors in their places among the embedded tokens."""
 
+    observes = frozenset({"tower"})
+
     def __init__(self, site: Site, config: Config, names: tuple[str, ...] = ()) -> None:
         super().__init__(site)
         self.names = names  # of the tower's arguments
