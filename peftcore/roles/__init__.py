@@ -17,6 +17,7 @@ the order of reading:
 - `towers`: sub-models.
 - `layouts`: the order of slices in fused projections.
 - `token_tables`: tables that have a row for each token.
+- `readers`: modules that read a weight in place of calling its module.
 - `stacks`: modules that take token ids and run blocks.
 - `find_roles`: derives the map of a model, rule by rule.
 - `recording`: records one forward.

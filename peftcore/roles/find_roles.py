@@ -7,26 +7,22 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import replace
-from itertools import chain, takewhile
-from types import FunctionType
+from itertools import chain
 
 from torch import nn
 
-from peftcore.roles import vocabulary as V
 from peftcore.roles.blocks import Blocks
 from peftcore.roles.entries import HostEntry, Layout
 from peftcore.roles.hostmap import HostMap, moved
 from peftcore.roles.layouts import logical_shape, static_layout
 from peftcore.roles.mixers import Mixers
 from peftcore.roles.mlps import FeedForwards
+from peftcore.roles.readers import reader_of
 from peftcore.roles.rest import Rest
 from peftcore.roles.stacks import find
 from peftcore.roles.survey import Kind, Node, Survey
 from peftcore.roles.towers import Towers, layers
 from peftcore.roles.vocabulary import FUSED_ROLES, OTHER
-
-READ_BY_MIXERS = frozenset({"ssm.dt", "ssm.conv"})
-"""Roles whose weights and biases kernels of state-space mixers take from their modules."""
 
 
 def derive(model: nn.Module) -> HostMap:
@@ -134,36 +130,3 @@ def owner(node: Node) -> tuple[str, str | None]:
     if parent is not None and parent.kind is Kind.MHA and node.name == "out_proj":
         return parent.path, "out_proj.weight"
     return node.path, None
-
-
-def reader_of(node: Node) -> str | None:
-    """Returns the module that reads a weight whose own module is not called (R15); for a list of parameters, which has
-    no forward, it is the nearest one above that has."""
-    above, tensor = node.parent, node.tensor
-    if tensor is None and above is not None and (node.role in READ_BY_MIXERS or _adds_bias_to(node, above)):
-        return above.path
-    holder = node if tensor is None or above is None else above
-    if not holder.module._parameters or (_has_forward(holder) and (tensor is None or _names(holder, tensor))):
-        return None
-    return next((above.path for above in holder.ancestors() if _has_forward(above)), None)
-
-
-def _adds_bias_to(node: Node, parent: Node) -> bool:
-    """Whether a module has vectors for the bias that a fused projection of it lacks. It then reads the weight."""
-    if node.role not in FUSED_ROLES or node.kind is not Kind.LINEAR or node.module._parameters.get("bias") is not None:
-        return False
-    beside = ((name, each) for name, each in parent.module._parameters.items() if each is not None)
-    return any(each.dim() == 1 and "bias" in V.words(name) for name, each in beside)
-
-
-def _names(node: Node, tensor: str) -> bool:
-    """Whether a module's code names its own tensor, beyond making it; one that does not holds it for the one above."""
-    own = takewhile(lambda cls: cls is not nn.Module, type(node.module).__mro__)
-    members = chain.from_iterable(vars(cls).items() for cls in own)
-    return any(
-        isinstance(m, FunctionType) and name != "__init__" and tensor in m.__code__.co_names for name, m in members
-    )
-
-
-def _has_forward(node: Node) -> bool:
-    return type(node.module).forward is not nn.Module.forward
