@@ -257,6 +257,7 @@ def establish(
     injection = Injection(name, surgeon, state)
     state.injections[name] = injection
     state.placement = state.placement or Placement()
+    state.placement.expect(name, surgeon.grafts)
     thawed = surgeon.thawed
     choices, before = state.choices, state.choices.saved()
     try:

@@ -1,4 +1,5 @@
-"""Whether adapted modules still are in the model: one that was replaced, or taken out, is an error in the next forward.
+"""Whether adapted modules still are in the model: one that was replaced, taken out, or resized in place is an error in
+the next forward.
 
 `resize_token_embeddings`, a new head, a layer that is exchanged: the new module runs without the adapter. Modules that
 were wrapped (compiled, checkpointed) or moved to another place are there still, and act.
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from peftcore.errors import InactiveSite
@@ -17,6 +19,8 @@ from peftcore.forward.save_pretrained import saving_base
 if TYPE_CHECKING:
     from peftcore.forward.host_state import HostState
     from peftcore.injection.injection import Injection
+    from peftcore.surgery.surgeon import Graft
+    from peftcore.targets.sites import Site
 
 Step = tuple[dict[str, nn.Module | None], str, nn.Module]
 """The children of a module, the name of one, and that child: a step of the way from the model to an adapted module."""
@@ -27,24 +31,40 @@ class Placement:
 
     def __init__(self) -> None:
         self.ways: dict[str, list[Step]] = {}
+        self.tables: dict[str, list[tuple[Site, torch.Size]]] = {}
+        """The token tables of each injection, with the shapes that they had when it came: resizing changes these in
+        place."""
+
+    def expect(self, name: str, grafts: Iterable[Graft]) -> None:
+        """Remember the token tables at which a new injection acts."""
+        sites = (site for graft in grafts for site in graft.holders if site.form != "attention")
+        tables = (site for site in sites if site.layer_of(site.module, site.tensor).one_hot)
+        self.tables[name] = [(site, site.weight_shape) for site in tables]
 
     def check(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
         """Check that the modules of these injections are where they were, or elsewhere in the model.
 
         Raises:
-            InactiveSite: some are not in the model any more.
+            InactiveSite: some are not in the model any more, or a token table of them was resized.
         """
         for name in acting:
             ways = self.ways.get(name)
             if ways is None or _changed(ways):
                 self.ways[name] = list(_steps(model, state.injections[name]))
+            for site, shape in self.tables.get(name, ()):
+                if (now := site.layer.shape(site.module, site.tensor)) != shape:
+                    raise InactiveSite(
+                        f"{site.path}: resized from {list(shape)} to {list(now)} since {name!r} was applied, which "
+                        "does not fit any more. Save and remove() it before the model is resized; then load it again"
+                    )
 
     def forget(self, name: str) -> None:
         """Forget the modules of a removed injection."""
         self.ways.pop(name, None)
+        self.tables.pop(name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"ways": {}}
+        return {**self.__dict__, "ways": {}}
 
 
 def _changed(ways: list[Step]) -> bool:

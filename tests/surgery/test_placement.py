@@ -122,3 +122,20 @@ def test_copies_are_watched_by_themselves(model: nn.Module, through: Callable[[n
     with pytest.raises(InactiveSite):
         copied(X)
     assert torch.equal(model(X), before)
+
+
+@pytest.mark.parametrize("method", ["lora", "svdiff", "dora", "ln_tuning"])
+def test_a_table_that_is_resized_in_place_is_missed(method: str) -> None:
+    """As transformers does it: the module stays, with more rows."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(10, 4), nn.LayerNorm(4))
+    options = {"train": ["0"]} if method == "ln_tuning" else {"target": "0"}
+    fill(peftcore.apply(model, method, **options), 0)
+    ids = torch.arange(6).view(2, 3)
+    model(ids)
+    model[0].weight.data = torch.cat([model[0].weight.data, torch.zeros(2, 4)])
+    for _ in range(2):
+        with pytest.raises(InactiveSite, match=r"0.*resized from \[(4, 10|10, 4)\] to \[(4, 12|12, 4)\]"):
+            model(ids)
+    with peftcore.activate(model):
+        model(ids)

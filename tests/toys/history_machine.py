@@ -229,6 +229,7 @@ class History(RuleBasedStateMachine):
             world.injection(name).bake()
             peftcore.injections(baked)[name].bake()
             world.base = base_of(baked)
+            world.pristine = baked.eval()  # biases may have come
             world.without(name)
 
     @precondition(lambda self: not any(each.merged for each in self.world.adapters.values()))
