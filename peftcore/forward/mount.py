@@ -148,11 +148,9 @@ def overridden(mounts: Mapping[str, Sequence[Mount]], active: Iterable[str]) -> 
         for mount in own:
             if mount.operator.overrides:
                 yield from ((each, mount) for each in earlier.get(mount.tensor, ()) if _overlap(each, mount))
-        for mount in own:
+        for mount in own:  # of what scales a bias along with its weight, the weight's part stays
             if is_mergeable(mount.operator):
                 earlier.setdefault(mount.tensor, []).append(mount)
-                if changes_bias(mount.operator):
-                    earlier.setdefault(bias_name(mount.tensor), []).append(mount)
 
 
 def _overlap(one: Mount, other: Mount) -> bool:

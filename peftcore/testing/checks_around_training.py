@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import peftcore
 from peftcore.contract.method import Method
 from peftcore.injection.injection import Injection
 from peftcore.testing.checks_training import backward
 from peftcore.testing.kit import Case, check, fill
-from peftcore.testing.tools import differences, raises, trace
+from peftcore.testing.tools import differences, findable, raises, trace
 
 SEVERAL = ("mlp", "encoder", "llama")
 """Hosts for promises that hardly depend on the host."""
@@ -89,6 +91,27 @@ def steps_count_where_they_are_asked_for(case: Case) -> None:
             injection.method.on_step(injection, step, total)
     after = _everything(injection)
     case.expect(any(not torch.equal(before[key], after[key]) for key in after), f"{total} steps change nothing")
+
+
+@check(
+    "what steps of a schedule did is in the file",
+    cause="`on_step` changes a plain attribute of an operator, which no file has",
+    remedy="change parameters or buffers alone",
+    when=lambda tags: tags.scheduled,
+    hosts=SEVERAL,
+)
+def what_a_schedule_did_is_saved(case: Case) -> None:
+    model, inputs = case.fresh()
+    injection = case.filled(model)
+    for step in range(1, 4):
+        backward(case, model, inputs, injection)
+        with torch.no_grad():
+            injection.method.on_step(injection, step, 8)
+    expected, (other, _) = case.quiet(model, inputs), case.fresh()
+    with tempfile.TemporaryDirectory() as folder, findable(case.method):
+        injection.save(folder)
+        peftcore.load(other, folder)
+    case.expect_close(case.quiet(other, inputs), expected, "output of the file, after three steps")
 
 
 @check(

@@ -9,8 +9,15 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore.errors import DuplicateInjection, InactiveSite, UnknownInjection
-from peftcore.testing.kit import Case, check
+from peftcore.errors import (
+    DuplicateInjection,
+    InactiveSite,
+    TargetError,
+    UnknownInjection,
+    UnsupportedHost,
+    UnsupportedSite,
+)
+from peftcore.testing.kit import Case, NotApplicable, check
 from peftcore.testing.tools import differences, overriding, raises, trace
 
 
@@ -71,6 +78,62 @@ def irregular_states_are_flagged(case: Case) -> None:
     parent, _, leaf = site.module_path.rpartition(".")
     model.get_submodule(parent)._modules[leaf] = nn.Identity()
     case.expect(bool(injection.summary().irregular), "a replaced module is not flagged")
+
+
+@check(
+    "a module that was replaced since is missed in the next forward that should have it, and in no other",
+    cause="an operator acts through another module than the one at which it was grafted, or none looks for it",
+    remedy="graft at the modules that the model calls, by the surgeon's verbs",
+    hosts=("mlp", "encoder", "llama"),
+)
+def a_replaced_module_is_missed(case: Case) -> None:
+    bare, inputs = case.fresh()
+    model, _ = case.fresh()
+    injection = case.filled(model)
+    case.quiet(model, inputs)
+    paths = [graft.site.module_path for graft in injection.grafts if graft.site.module_path]
+    if not paths:
+        raise NotApplicable("it acts at the model itself")
+    parent, _, leaf = paths[-1].rpartition(".")
+    model.get_submodule(parent)._modules[leaf] = bare.get_submodule(paths[-1])
+    for _ in range(2):
+        with raises(case, InactiveSite, "a forward without a module that was adapted", names=paths[-1]):
+            case.quiet(model, inputs)
+    with peftcore.activate(model):
+        case.quiet(model, inputs)
+
+
+class _Over(nn.Module):
+    """A model over a backbone, as an actor or a critic is."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.backbone(*args, **kwargs)
+
+
+@check(
+    "a backbone of two models is adapted through one of them; an adapter through the other one is refused",
+    cause="`inject` changes modules by itself, so nobody knows whose they are",
+    remedy="graft by the surgeon's verbs alone",
+    hosts=("mlp", "llama"),
+)
+def a_shared_backbone_is_adapted_once(case: Case) -> None:
+    model, inputs = case.fresh()
+    actor, critic = _Over(model), _Over(model)
+    try:
+        injection = case.filled(actor)
+    except (TargetError, UnsupportedSite, UnsupportedHost) as error:
+        raise NotApplicable(f"it does not act below another model: {error}") from None
+    adapted, before = case.quiet(actor, inputs), trace(actor)
+    with raises(case, UnsupportedHost, "an adapter of another model over the same modules"):
+        case.apply(critic, name="other")
+    case.expect(not (wrong := differences(before, trace(actor))), f"changed: {wrong}")
+    case.expect_equal(case.quiet(actor, inputs), adapted, "output after an adapter was refused")
+    injection.remove()
+    case.filled(critic, name="other")
 
 
 @check(

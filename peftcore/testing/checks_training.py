@@ -14,6 +14,9 @@ import peftcore
 from peftcore.injection.injection import Injection
 from peftcore.testing.kit import TOLERANCES, Case, NotApplicable, check
 
+STEP = 1e-6
+"""The step of finite differences, for numbers in float64."""
+
 
 def loss(output: Tensor) -> Tensor:
     """Return a loss that is uneven in every entry, so that gradients do not cancel in norms and softmaxes."""
@@ -105,6 +108,65 @@ def every_trainable_tensor_learns(case: Case) -> None:
         name for name, p in named.items() if p.requires_grad and (name not in touched or torch.equal(p, before[name]))
     ]
     case.expect(not idle, f"without a gradient: {', '.join(idle[:3])}")
+
+
+def _held(case: Case, model: nn.Module, inputs: Mapping[str, Any], seed: int = 0) -> Tensor:
+    """Return the output of one pass in which torch's generator is held: the same draws in each."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return case.run(model, inputs)
+
+
+@check(
+    "`random` is claimed exactly when training draws random numbers, and torch's global generator decides which",
+    cause="an operator draws in its forward and the tag was forgotten, or it has a generator of its own",
+    remedy="declare `random`, and draw from the global generator, which checkpoints and users can hold",
+    hosts=("mlp", "encoder", "llama"),
+)
+def draws_are_declared(case: Case) -> None:
+    model, inputs = case.fresh(torch.float64)
+    injection = case.filled(model, dtype="float64")
+    for _, module in injection.modules():
+        module.train()
+    first, again, other = (_held(case, model, inputs, seed) for seed in (0, 0, 1))
+    case.expect(torch.equal(first, again), "the same draws of torch give something else")
+    drawn = not torch.equal(first, other)
+    case.expect(drawn == case.tags.random, f"random={case.tags.random}, but draws {'do' if drawn else 'do not'} count")
+
+
+@check(
+    "gradients are those of what forward computes, by finite differences with the same draws",
+    cause="part of the forward is detached or in no_grad, or a backward written by hand is wrong",
+    remedy="let autograd see all of it; where the paper takes another gradient, say `exact_gradient=False` in the tags",
+    hosts=("mlp", "encoder", "vit"),
+)
+def gradients_are_those_of_the_forward(case: Case) -> None:
+    model, inputs = case.fresh(torch.float64)
+    injection = case.filled(model, dtype="float64")
+    model.train()
+    trained = [parameter for parameter in injection.parameters() if parameter.requires_grad]
+    generator = torch.Generator().manual_seed(5)
+    along = [torch.randn(each.shape, generator=generator, dtype=each.dtype) for each in trained]
+
+    def value() -> Tensor:
+        output = _held(case, model, inputs)
+        weights = torch.linspace(-1.0, 1.5, output.numel(), dtype=output.dtype).view_as(output)
+        return (output * weights).mean() + output.square().mean()
+
+    gradients = torch.autograd.grad(value(), trained, allow_unused=True)
+    slopes = [(g * v).sum().item() for g, v in zip(gradients, along, strict=True) if g is not None]
+    values = []
+    for step in (STEP, -2 * STEP):
+        with torch.no_grad():
+            for parameter, direction in zip(trained, along, strict=True):
+                parameter.add_(direction, alpha=step)
+            values.append(value().item())
+    found, scale = (values[0] - values[1]) / (2 * STEP), max(map(abs, slopes), default=0.0) + 1e-9
+    error = abs(found - sum(slopes)) / scale
+    case.expect(
+        (error <= 1e-4) == case.tags.exact_gradient,
+        f"exact_gradient={case.tags.exact_gradient}, but the slope is {found:.6g}, the gradient's {sum(slopes):.6g}",
+    )
 
 
 @check(

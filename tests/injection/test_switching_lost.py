@@ -40,7 +40,6 @@ LOST = [
     ({"method": "bitfit", "target": ["1"]}, {"method": "bitfit", "target": ["1"]}),
     ({"target": ["1"]}, HEAD),
     ({"method": "dora", "target": ["1"]}, HEAD),
-    ({"method": "ssf", "target": ["1"]}, {"method": "bitfit", "target": ["1"]}),
 ]
 
 

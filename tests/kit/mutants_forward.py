@@ -103,6 +103,24 @@ class AlwaysDrops(Small):
         return self.layer.add(y, self.layer.apply(F.dropout(x, self.p) if self.p else x, A), B, 1.0)
 
 
+class DrawsUntold(Small):
+    def __init__(self, site: Site, config: MethodConfig) -> None:
+        super().__init__(site, config)
+        self.dropout = 0.1
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        return self.layer.add(y, F.dropout(self.layer.apply(x, A), self.dropout, self.training), B, 1.0)
+
+
+class HalfAGradient(Small):
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, (self.A + self.A.detach()) / 2, self.B)
+        return self.layer.add(y, self.layer.apply(x, A), B, 1.0)
+
+
 class Deaf(Small):
     def train(self, mode: bool = True) -> Deaf:
         return self
@@ -321,6 +339,8 @@ MUTANTS: dict[str, Entry] = {
     ),
     "training_leaves_the_base_alone": _on_mlp("writes_base", WritesBase),
     "the_effect_is_the_same_in_training_and_evaluation": _on_mlp("stronger_in_training", StrongerInTraining),
+    "draws_are_declared": _on_mlp("draws_untold", DrawsUntold),
+    "gradients_are_those_of_the_forward": _on_mlp("half_a_gradient", HalfAGradient),
     "dropout_acts_in_training_only": _on_mlp("always_drops", AlwaysDrops, config=DropoutConfig),
     "operators_follow_the_training_mode": _on_mlp("deaf", Deaf),
     "low_precision_hosts_keep_their_dtype": _on_mlp("adds_in_float32", AddsInFloat32, tags=NOT_MERGEABLE),

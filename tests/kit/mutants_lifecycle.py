@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from mutant_base import Entry, Small, graft_all, mutant
@@ -19,9 +20,12 @@ from peftcore.forward.active_adapters import Choice
 from peftcore.forward.host_state import HostState
 from peftcore.forward.scopes import Choices, Chosen, Statement
 from peftcore.forward.slot import slot_of
+from peftcore.injection import applying
 from peftcore.injection.injection import Summary
 from peftcore.layers.kinds import Linear
+from peftcore.surgery.placement import Placement
 from peftcore.surgery.surgeon import Surgeon
+from peftcore.testing import Case
 
 
 def sabotaged(name: str, **calls: Callable[..., Any]) -> type[Method]:
@@ -189,7 +193,25 @@ def enabled_when_gone(injection: Injection) -> Chosen:
     return chosen(injection.state, (*injection.state.current(), injection.name))
 
 
+class MissesNothing(Case):
+    """Operators do not look for their modules, so the model is broken instead."""
+
+    def quiet(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        with mock.patch.object(Placement, "check", lambda *_: None):
+            return super().quiet(model, inputs)
+
+
+class AdaptsTwice(Case):
+    """No method can say whose modules are."""
+
+    def apply(self, model: nn.Module, **changes: Any) -> Injection:
+        with mock.patch.object(applying, "check_apart", lambda surgeon: None):
+            return super().apply(model, **changes)
+
+
 MUTANTS: dict[str, Entry] = {
+    "a_replaced_module_is_missed": (mutant("misses_nothing"), "mlp", MissesNothing),
+    "a_shared_backbone_is_adapted_once": (mutant("adapts_twice"), "mlp", AdaptsTwice),
     "disabling_restores_the_base": (sabotaged("off_afterwards", disabled=off_afterwards), "mlp"),
     "leaving_disabled_restores_the_state_before": (sabotaged("off_after_errors", disabled=off_after_errors), "mlp"),
     "disabling_works_while_merged": (sabotaged("unmerged_after_errors", disabled=unmerged_after_errors), "mlp"),

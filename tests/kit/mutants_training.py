@@ -89,6 +89,29 @@ def grows(self: Method, injection: Injection, step: int, total: int) -> None:
             operator.A.mul_(1 + 0.01 * operator.steps)
 
 
+class Grows(Small):
+    """Has its scale in a plain attribute."""
+
+    def __init__(self, site: Site, config: MethodConfig) -> None:
+        super().__init__(site, config)
+        self.scale = 1.0
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        return self.layer.add(y, self.layer.apply(x, A), B, self.scale)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * (self.B @ self.A.flatten(1)).view(weight.shape)
+
+
+def scales(self: Method, injection: Injection, step: int, total: int) -> None:
+    for operator in injection.operators.values():
+        if isinstance(operator, Grows):
+            operator.scale *= 1.1
+            operator.A.mul_(1.001)
+
+
 class ReadsTheOneBefore(Unmergeable):
     """Adds to its update what the operator before it left, which is gone when its block runs again."""
 
@@ -123,6 +146,7 @@ MUTANTS: dict[str, Entry] = {
         "mlp",
     ),
     "steps_count_where_they_are_asked_for": (mutant("does_nothing", tags=SCHEDULED, on_step=does_nothing), "mlp"),
+    "what_a_schedule_did_is_saved": (mutant("scales_itself", Grows, tags=SCHEDULED, on_step=scales), "mlp"),
     "the_own_loss_is_a_number": (mutant("adds_a_vector", aux_loss=adds_a_vector), "mlp"),
     "own_losses_wait_for_a_loop": (mutant("keeps_its_loss", aux_loss=keeps_its_loss), "mlp"),
     "the_optimizer_holds_what_trains": (mutant("all_of_them", parameter_groups=all_of_them), "mlp"),

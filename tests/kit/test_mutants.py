@@ -19,9 +19,14 @@ EMBRACING = ("packed_bases_are_like_dense_ones",)
 ALSO = {
     "factors_are_the_update": ("routed_rows_equal_separate_passes",),
     "disabling_restores_the_base": ("requires_grad_follows_trainable",),
+    "training_leaves_the_base_alone": ("draws_are_declared",),
+    "every_trainable_tensor_learns": ("gradients_are_those_of_the_forward",),
+    "what_a_schedule_did_is_saved": ("training_resumes_exactly",),
+    "training_resumes_exactly": ("what_a_schedule_did_is_saved",),
 }
 """What a mutant cannot but fail besides its own check: rows of a batch are computed from the factors; what is left off
-cannot be merged."""
+cannot be merged; another base gives other outputs; a gradient that is not there is not that of the forward; what no
+file has is not there again."""
 for _path in sorted(Path(__file__).parent.glob("mutants_*.py")):
     MUTANTS |= importlib.import_module(_path.stem).MUTANTS
 

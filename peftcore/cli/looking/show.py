@@ -31,6 +31,8 @@ TAGS = {
     "low_rank": "its update is two factors: it can be turned into LoRA",
     "needs_data": "looks at data before it trains",
     "scheduled": "changes while it trains, by the number of steps",
+    "random": "draws random numbers while it trains",
+    "exact_gradient": "its gradients are those of what it computes",
 }
 """Meanings of the tags, in the order in which they are shown."""
 RULES = {

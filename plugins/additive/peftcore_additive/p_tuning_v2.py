@@ -45,7 +45,9 @@ class PTuningV2(Method):
 
     name = "p_tuning_v2"
     Config = Config
-    tags = Tags(category="additive", paper="2110.07602", identity_at_init=False, checked_against="peft 0.21")
+    tags = Tags(
+        category="additive", paper="2110.07602", identity_at_init=False, random=True, checked_against="peft 0.21"
+    )
     target = ("attn.core",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -68,7 +68,13 @@ class BiAdaptFormer(Method):
 
     name = "bi_adaptformer"
     Config = Config
-    tags = Tags(category="quantized", paper="2307.16867", identity_at_init=False, checked_against="the authors' code")
+    tags = Tags(
+        category="quantized",
+        paper="2307.16867",
+        identity_at_init=False,
+        exact_gradient=False,  # straight through the rounding
+        checked_against="the authors' code",
+    )
     target = ("mlp.output",)
     alternatives = OUTPUTS
 

@@ -113,7 +113,13 @@ class DoRA(Method):
 
     name = "dora"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2402.09353", mergeable=True, checked_against="peft 0.21")
+    tags = Tags(
+        category="reparameterized",
+        paper="2402.09353",
+        mergeable=True,
+        exact_gradient=False,  # the norm is held constant
+        checked_against="peft 0.21",
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
