@@ -2,6 +2,7 @@
 
 It may import `peftcore.errors`. In the order of reading:
 
+- `peft_names`: what peft calls otherwise.
 - `config`: the options of a method.
 - `method`: a method and its tags.
 - `operators`: the trainable modules that a method puts at target modules.

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import to_json
 
+from peftcore.contract.peft_names import instead_of
 from peftcore.errors import ConfigError, PluginError, shown
 
 RESERVED = frozenset(
@@ -131,6 +132,8 @@ def _explain(kind: type[MethodConfig], error: ValidationError) -> str:
             options = sorted(set(kind.model_fields) - {"method"})
             close = difflib.get_close_matches(place[:100], options, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; it has: {', '.join(options)}"
+            if instead := instead_of(place, options):
+                hint = f", which is peft's; {instead}"
             lines.append(f"{name} has no option {shown(place)}{hint}")
         else:
             lines.append(f"{name}: {place}={shown(each['input'])}: {each['msg']}")

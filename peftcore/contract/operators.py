@@ -60,6 +60,12 @@ class _Base(Checked):
         super().__init__()
         self.layer = site.layer
 
+    def get_tensor(self, name: str) -> Tensor:
+        """Returns a parameter or buffer by its name. Within torch.func it is a plain tensor, which `get_parameter`
+        refuses."""
+        found: Tensor = getattr(self, name)
+        return found
+
     def register_forward_hook(self, hook: Callable[..., Any], **options: Any) -> RemovableHandle:
         """Add a hook, as any module does it.
 

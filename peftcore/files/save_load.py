@@ -37,7 +37,7 @@ from peftcore.files.formats.hub import located
 from peftcore.files.formats.patterns import one_file
 from peftcore.files.safe_io import clear_partial, write_tensors, write_text
 from peftcore.forward.save_pretrained import saving_base
-from peftcore.injection.applying import check_name, establish, prepare
+from peftcore.injection.applying import check_model, check_name, establish, prepare
 from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.roles import HostMap
@@ -147,6 +147,7 @@ def load(
 
     The host was not changed then.
     """
+    check_model(model)
     place = located(path)
     if name is not None:
         check_name(model, name)

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from peftcore.contract.config import MethodConfig, dtype_of, matches, validate
 from peftcore.contract.method import Method
-from peftcore.errors import CalibrationError, DuplicateInjection, TargetError, UnsupportedHost
+from peftcore.errors import CalibrationError, ConfigError, DuplicateInjection, TargetError, UnsupportedHost
 from peftcore.forward.active_adapters import Choice
 from peftcore.forward.adapter_modules import AdapterModules
 from peftcore.forward.host_state import drop_state, ensure_state, state_of
@@ -48,7 +48,25 @@ def resolve_method(
     if isinstance(method, MethodConfig):
         return find_method(method.method)(), method.replace(**options) if options else method
     cls = find_method(method) if isinstance(method, str) else method
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise ConfigError(
+            f'{type(method).__name__} is no method: name one, peftcore.apply(model, "lora", rank=8), or give a config, '
+            "or a list of methods. Files of peft are read by peftcore.load(model, folder)"
+        )
     return cls(), validate(cls.Config, dict(options))
+
+
+def check_model(model: object) -> None:
+    """Check that what is to be adapted is a module.
+
+    Raises:
+        UnsupportedHost: it is something else, such as a pipeline; the modules that it has are named.
+    """
+    if not isinstance(model, nn.Module):
+        held = vars(model) if isinstance(getattr(model, "__dict__", None), dict) else {}
+        inside = [f".{name}" for name, value in held.items() if isinstance(value, nn.Module)]
+        hint = f"; it has {', '.join(inside)}: adapt one of these" if inside else ""
+        raise UnsupportedHost(f"{type(model).__name__} is no nn.Module{hint}")
 
 
 def _spelled(part: Part) -> dict[str, Any]:
@@ -84,6 +102,11 @@ def prepare(
     parameters = resolver.parameters()
     if any(map(is_lazy, parameters)):
         raise UnsupportedHost("some layers are lazy and have no shapes yet: run the host once, then adapt it")
+    if any(each.shape == (0,) for each in parameters):
+        raise UnsupportedHost(
+            "some weights are empty: DeepSpeed's zero.Init (ZeRO-3) cuts them apart as the model is made. Make it "
+            "outside of zero.Init, apply, and hand it to deepspeed.initialize then"
+        )
     if _is_distributed(parameters) and _is_tensor_parallel(model):
         raise UnsupportedHost(
             "tensor-parallel weights are cut along features; adapt the whole model, merge, then parallelize"
@@ -203,6 +226,7 @@ def apply(
     (`Tags.proven`), which other default targets were taken where the host has none of the method's own
     (`Method.alternatives`), and which parts of the host they leave out.
     """
+    check_model(model)
     found, options = resolve_method(method, config)
     name = check_name(model, found.name if name is None else name)
     surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=False)
@@ -311,6 +335,7 @@ def plan(
     Raises:
         PeftcoreError: the same errors as `apply`.
     """
+    check_model(model)
     found, options = resolve_method(method, config)
     surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=True)
     return Plan.of(surgeon)

@@ -31,7 +31,7 @@ def _conv(module: _ConvNd) -> Layer:
 
 def _embedding(module: nn.Embedding) -> Layer:
     plain = _runs(module, nn.Embedding)
-    simple = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+    simple = module.max_norm is None and not module.scale_grad_by_freq
     return Table(called=plain and simple, one_hot=True, padding_idx=module.padding_idx)
 
 

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any, TypeVar
 
 from peftcore.contract.method import CATEGORIES, Method, Tags, check_method_class
+from peftcore.contract.peft_names import METHODS
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
 from peftcore.registry.plugins import RUNTIME, Plugin, imported, registry
 
@@ -171,8 +172,10 @@ def _load(info: MethodInfo) -> type[Method]:
 
 def _unknown(name: str, short: str, known: list[str]) -> str:
     lines = [f"no method named {name!r}"]
-    close = difflib.get_close_matches(short, sorted(set(known)), n=3)
-    if close:
+    close = difflib.get_close_matches(short.lower().replace("-", "_"), sorted(set(known)), n=3)
+    if instead := METHODS.get(short.lower()):
+        lines.append(instead)
+    elif close:
         lines.append(f"did you mean {' or '.join(repr(each) for each in close)}?")
     lines += [str(failure) for failure in registry().failures]
     if not close:

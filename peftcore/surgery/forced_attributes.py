@@ -37,6 +37,8 @@ FORCED_ATTRIBUTES: Mapping[type[nn.Module], ForcedAttributes] = {
     _NormBase: ForcedAttributes(
         {"training": False}, wanted=lambda module: getattr(module, "running_mean", None) is not None
     ),
+    # No sparse gradient passes through what makes an effective table.
+    nn.Embedding: ForcedAttributes({"sparse": False}, always=False, wanted=lambda module: bool(module.sparse)),
     # The nested-tensor path works on the fused layer path only,
     nn.TransformerEncoder: ForcedAttributes({"use_nested_tensor": False}, always=False),
     # and the fused path reads the children's weights itself.

@@ -37,7 +37,7 @@ class Placement:
 
     def expect(self, name: str, grafts: Iterable[Graft]) -> None:
         """Remember the token tables at which a new injection acts."""
-        sites = (site for graft in grafts for site in graft.holders if site.form != "attention")
+        sites = (site for graft in grafts for site in graft.holders if site.form in ("activation", "weight"))
         tables = (site for site in sites if site.layer_of(site.module, site.tensor).one_hot)
         self.tables[name] = [(site, site.weight_shape) for site in tables]
 

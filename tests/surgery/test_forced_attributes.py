@@ -71,3 +71,18 @@ def test_fused_path_of_the_encoder_does_not_pass_adapters_by(method: str, mask: 
         )
     injection.remove()
     assert torch.equal(run_without_gradients(lambda: model(x, src_key_padding_mask=padding))[real], base[real])
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "linear_probe"])
+def test_tables_with_sparse_gradients_are_adapted_as_any(method: str) -> None:
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(10, 4, sparse=sparse), nn.Linear(4, 4))
+        injection = peftcore.apply(model, method, target="0", seed=1)
+        for seed, parameter in enumerate(injection.parameters()):
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(seed))
+        output = model(torch.tensor([[1, 2, 2]]))
+        output.square().sum().backward()
+        found.append([output.detach(), *(parameter.grad for parameter in injection.parameters())])
+    assert all(map(torch.equal, *found))

@@ -324,7 +324,7 @@ def test_symbolic_trace_of_an_mlp(method: str) -> None:
     assert torch.equal(traced(x), expected)
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "bitfit"])
+@pytest.mark.parametrize("method", ["lora", "dora", "bitfit", "loha", "lokr"])
 def test_functional_call_swaps_operators_and_base(method: str) -> None:
     model, x = encoder(), inputs()
     base = {name: value.detach().clone() for name, value in model.named_parameters()}

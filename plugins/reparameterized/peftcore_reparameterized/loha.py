@@ -61,18 +61,18 @@ class LoHaOperator(WeightOperator):
 
     def matrix(self, number: int) -> Tensor:
         """Return one of the two matrices: [*batch, out, in * kernel], or with the kernel's own dimensions."""
-        A, B = self.get_parameter(f"A{number}"), self.get_parameter(f"B{number}")
+        A, B = self.get_tensor(f"A{number}"), self.get_tensor(f"B{number}")
         core = self._parameters.get(f"T{number}")
         return B @ A if core is None else torch.einsum("pq...,op,qi->oi...", core, B, A)
 
     def prefers_activation_form(self, x: Tensor) -> bool:
         """Whether the update runs on activations: where factors of all its ranks are far smaller than the weight."""
-        (outputs, rank), (_, inputs) = self.get_parameter("B1").shape[-2:], self.get_parameter("A1").shape[-2:]
+        (outputs, rank), (_, inputs) = self.get_tensor("B1").shape[-2:], self.get_tensor("A1").shape[-2:]
         return self.layer.of_vectors and 3 * rank**2 * (outputs + inputs) < 2 * outputs * inputs
 
     def prepare(self, held: Held) -> tuple[Tensor, Tensor]:
         """Return factors of all its ranks: A [rank^2, in], rows of one times rows of the other, and B [out, rank^2]."""
-        (A1, B1), (A2, B2) = ((self.get_parameter(f"A{n}"), self.get_parameter(f"B{n}")) for n in (1, 2))
+        (A1, B1), (A2, B2) = ((self.get_tensor(f"A{n}"), self.get_tensor(f"B{n}")) for n in (1, 2))
         return (A1[:, None] * A2).flatten(0, 1), (B1[:, :, None] * B2[:, None]).flatten(1)
 
     def activation_form(self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor]) -> Tensor:

@@ -75,8 +75,8 @@ class LoKrOperator(WeightOperator):
     def factor(self, name: str) -> Tensor:
         """Return w1 [*batch, l, m] or w2 [*batch, k, n * kernel]."""
         if name in self._parameters:
-            return self.get_parameter(name)
-        a, b = self.get_parameter(f"{name}a"), self.get_parameter(f"{name}b")
+            return self.get_tensor(name)
+        a, b = self.get_tensor(f"{name}a"), self.get_tensor(f"{name}b")
         core = self._parameters.get("t2") if name == "w2" else None
         return a @ b if core is None else torch.einsum("pq...,po,qi->oi...", core, a, b).flatten(1)
 
@@ -88,7 +88,7 @@ class LoKrOperator(WeightOperator):
         parts = x.unflatten(-1, (w1.shape[1], -1))  # [..., m, n]: one after the other, w2 acts in each and w1 across
         last = self._parameters.get("w2")
         if last is None:
-            parts, last = F.linear(parts, *self.cast(y, self.get_parameter("w2b"))), self.get_parameter("w2a")
+            parts, last = F.linear(parts, *self.cast(y, self.get_tensor("w2b"))), self.get_tensor("w2a")
         w1, last = self.cast(y, w1, last)
         mixed = F.linear(parts.mT, w1).mT  # [..., l, n or r]
         if self.training and self.drops:

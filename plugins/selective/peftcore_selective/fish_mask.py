@@ -71,7 +71,7 @@ class FishOperator(WeightOperator):
 
     def forward(self, weight: Tensor) -> Tensor:
         size, mask = weight.numel(), self.mask.module
-        values, index = (each.to(weight.device) for each in (mask.get_parameter("values"), mask.get_buffer("index")))
+        values, index = (each.to(weight.device) for each in (mask.values, mask.index))
         # How many places lie here is only known on the device, but not more than this; the rest go behind the end.
         window = torch.arange(min(len(index), size), device=weight.device)
         order = torch.searchsorted(index, self.start) + window

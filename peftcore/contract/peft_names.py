@@ -1,0 +1,38 @@
+"""What peft calls otherwise: its options and variants, for messages to those who come from there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+OPTIONS: Mapping[str, tuple[str, str]] = {
+    "r": ("use rank=", "rank"),
+    "lora_alpha": ("use alpha=", "alpha"),
+    "lora_dropout": ("use dropout=", "dropout"),
+    "num_virtual_tokens": ("use length=", "length"),
+    "use_rslora": ('use scaling="sqrt_rank"', "scaling"),
+    "rank_pattern": ('use overrides={"*.q_proj": {"rank": 4}}', "rank"),
+    "alpha_pattern": ('use overrides={"*.q_proj": {"alpha": 4.0}}', "alpha"),
+    "use_dora": ('use the method "dora"', ""),
+    "init_lora_weights": ('use a method of its own, such as "pissa", "olora" or "loftq"', ""),
+    "target_modules": ("use target=, with the same names", ""),
+    "target_parameters": ("use target=, with the same names", ""),
+    "layers_to_transform": ('use a target with layers in it, target=r"re:.*layers\\.[01]\\..*q_proj"', ""),
+    "exclude_modules": ("use exclude=", ""),
+    "modules_to_save": ("use train=", ""),
+    "adapter_name": ("use name=", ""),
+    "task_type": ("leave it out: any model is adapted as it is", ""),
+    "inference_mode": ("leave it out: what is loaded is frozen", ""),
+}
+"""For options of peft's configs: what to write here, and the option that a method needs for that, if it does."""
+METHODS: Mapping[str, str] = {
+    "rslora": 'use lora with scaling="sqrt_rank"',
+    "lora+": "use lora_plus",
+    "loraplus": "use lora_plus",
+}
+"""For variants that peft has as options: the method that they are here."""
+
+
+def instead_of(option: str, options: Collection[str]) -> str | None:
+    """Returns what to write for an option of peft's in a method with these options; None for other names."""
+    instead, needed = OPTIONS.get(option, ("", option))
+    return instead or None if not needed or needed in options else None
