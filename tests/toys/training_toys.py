@@ -89,7 +89,7 @@ def method(label: str, tags: dict[str, Any] | None = None, **members: Any) -> ty
         for site in surgeon.sites():
             surgeon.graft(site, LowRank, config)
 
-    defaults = {"name": label, "Config": config, "target": ["up", "down"], "inject": inject}
+    defaults = {"name": label, "Config": config, "target": ["up", "re:down"], "inject": inject}
     defaults["tags"] = Tags(category="reparameterized", paper="none", identity_at_init=False, **(tags or {}))
     defaults["parameter_count"] = staticmethod(lambda site, config: 2 * (site.in_features + site.out_features))
     return type(label, (Method,), {**defaults, **members})
