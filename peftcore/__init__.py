@@ -27,7 +27,7 @@ from peftcore.files.compositions import load_composition, save_composition
 from peftcore.files.save_load import load
 from peftcore.forward.attention import Attend, AttentionOperator
 from peftcore.forward.cached_weights import cache_weights
-from peftcore.forward.context import Call, ForwardContext, Tap, current_call, forward_context
+from peftcore.forward.context import ForwardContext, Tap, forward_context
 from peftcore.forward.host_state import injections
 from peftcore.forward.routing import OneForward
 from peftcore.forward.save_pretrained import saving_base
@@ -56,6 +56,7 @@ from peftcore.training.batches import Batch, Batches
 from peftcore.training.optimizer import GradientRule
 from peftcore.utils import moved
 from peftcore.utils.autocast import cast_operands, full_precision
+from peftcore.utils.renamed import renamed
 
 moved.install()
 
@@ -74,7 +75,6 @@ __all__ = [
     "Batches",
     "BranchSite",
     "Bypass",
-    "Call",
     "Checked",
     "Combiner",
     "Factors",
@@ -124,7 +124,6 @@ __all__ = [
     "cast_operands",
     "changes_bias",
     "combine",
-    "current_call",
     "deltas",
     "dequantize",
     "dropped_linear",
@@ -166,3 +165,13 @@ __all__ = [
 def __dir__() -> list[str]:
     """The public API: modules that imports leave here are not part of it."""
     return sorted(__all__)
+
+
+def __getattr__(name: str) -> object:
+    """Return what has another name now."""
+    new = {"Call": "ForwardContext", "current_call": "forward_context"}.get(name)
+    if new is None:
+        raise AttributeError(f"module 'peftcore' has no attribute {name!r}")
+    renamed(f"peftcore.{name}", f"peftcore.{new}")
+    found: object = globals()[new]
+    return found

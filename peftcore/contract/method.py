@@ -73,14 +73,14 @@ class Tags:
     """`calibrate` uses the user's data before training; `apply` then needs ``data=``."""
     scheduled: bool = False
     """`on_step` changes the adapter while it trains, so the optimizer must know how many steps there will be."""
+    checked_against: str = ""
+    """Whose numbers its tests compare with, separated by commas: libraries with their versions (``"peft 0.21"``), or
+    ``"the authors' code"``. Empty where there are none, only the equation, written a second time."""
     random: bool = False
     """With default options, forwards in training draw random numbers, from torch's global generator."""
     exact_gradient: bool = True
     """Gradients are those of what forward computes. Not where a paper takes others: through a rounding as if it were
     not there, or with a norm held constant."""
-    checked_against: str = ""
-    """Whose numbers its tests compare with, separated by commas: libraries with their versions (``"peft 0.21"``), or
-    ``"the authors' code"``. Empty where there are none, only the equation, written a second time."""
 
     @property
     def proven(self) -> bool:

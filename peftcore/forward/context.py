@@ -449,7 +449,3 @@ def replayed(state: HostState) -> Choice:
             "non-reentrant checkpointing on the host's own outputs"
         )
     return recent[0] if recent else state.choices.here()
-
-
-Call, current_call = ForwardContext, forward_context
-"""The old names, for one minor version."""

@@ -33,6 +33,7 @@ from peftcore.surgery import silent_layers
 from peftcore.surgery.installation import release, uninstall
 from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
 from peftcore.targets.sites import Site
+from peftcore.utils.renamed import renamed
 
 
 class Injection(AppliedMethod):
@@ -112,10 +113,12 @@ class Injection(AppliedMethod):
     @property
     def frugal(self) -> bool:
         """The old name of `low_memory`, for one minor version."""
+        renamed("Injection.frugal", "low_memory")
         return self.low_memory
 
     @frugal.setter
     def frugal(self, mode: bool) -> None:
+        renamed("Injection.frugal", "low_memory")
         self.low_memory = mode
 
     def enabled(self) -> Chosen:

@@ -16,6 +16,7 @@ from peftcore.layers.detect import dense_layer
 from peftcore.layers.fsdp import whole
 from peftcore.layers.layer import Layer, Slices, plain_class, take
 from peftcore.roles.stacks import arguments
+from peftcore.utils.renamed import renamed
 
 LayerOf = Callable[[nn.Module, str], Layer]
 MIXES_ROWS = ("experts", "pos")
@@ -64,6 +65,7 @@ class Site(_Memory):
     @property
     def rows(self) -> Slices | None:
         """The old name of `slices`, for one minor version."""
+        renamed("rows of a Site", "slices")
         return self.slices
 
     @property

@@ -24,7 +24,8 @@ GONE: dict[str, str] = {
         f"peftcore.{kind}(rows)": "is `slices`: rows are those of a batch"
         for kind in ("Site", "AttentionSite", "SequenceSite")
     },
-    "peftcore.Call.of_host": "nobody asks any more; `open` says whether a forward runs",
+    "peftcore.Call": RENAMED,
+    "peftcore.current_call": RENAMED,
 }
 """What was taken out on purpose, and the reason that the release notes give: a name ("peftcore.Injection.save"), a
 parameter ("peftcore.apply(seed)") or an import as it is recorded. Each is named in CHANGELOG.md too."""
