@@ -224,6 +224,8 @@ class History(RuleBasedStateMachine):
         world = self.world
         if name not in world.adapters or any(each.merged for each in world.adapters.values()):
             return
+        if any(each.case.method.name in AT_FIRST for other, each in world.adapters.items() if other != name):
+            return
         with world.allowed():
             baked = world.fresh([name])
             world.injection(name).bake()
