@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from peftcore.errors import NotMergeable, TrainingError
+from peftcore.errors import NotMergeable, NoWeights, TrainingError
 
 if TYPE_CHECKING:
     from peftcore.targets.sites import Site
@@ -116,6 +116,18 @@ class _Base(Checked):
             if tensor.dtype is not dtype:
                 return tuple([each.to(dtype) for each in tensors])
         return tensors  # as nearly always, and at every token
+
+    def check_here(self, values: Tensor, like: Tensor) -> None:
+        """Check that values which the operator reads are there, where it computes with `like`.
+
+        Raises:
+            NoWeights: they are offloaded. What offloads brings values back where a module is called, and no sooner.
+        """
+        if values.is_meta and not like.is_meta:
+            raise NoWeights(
+                f"{type(self).__name__}: its values are offloaded, and it reads them where nothing is called that "
+                "would bring them back: offload the model first, and apply then"
+            )
 
     def factors(self) -> Factors | None:
         """Returns the low-rank factors, where the update is low-rank, for export, routing and adapter algebra;

@@ -194,6 +194,7 @@ class SequenceOperator(Operator):
         if embeds is None:
             embeds = self._table(module)(ids)
         rows = self.rows(embeds)
+        self.check_here(rows, embeds)
         if rows.shape[-2:] != (self.length, embeds.shape[-1]):
             raise PluginError(f"{type(self).__name__}.rows gives {tuple(rows.shape)}, not {self.length} rows")
         (rows,) = self.cast(embeds, rows)

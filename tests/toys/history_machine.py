@@ -35,7 +35,7 @@ class Compiled(torch.optim.AdamW):
 
 
 NAMES = ("a", "b", "c")
-METHODS = sorted(info.name for info in peftcore.methods() if not info.tags.needs_data)
+METHODS = sorted(info.name for info in peftcore.methods())
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-2),
     "foreach": lambda parameters: torch.optim.SGD(parameters, lr=1e-2, foreach=True),
@@ -203,12 +203,12 @@ class History(RuleBasedStateMachine):
 
     # What writes to weights
 
-    @rule(name=names, keep=st.sampled_from(["cpu", "device", "record", None]))
-    def merge(self, name: str, keep: Any) -> None:
+    @rule(name=names, keep=st.sampled_from(["cpu", "device", "record", None]), into=st.sampled_from(["float", "same"]))
+    def merge(self, name: str, keep: Any, into: Any) -> None:
         world = self.world
         if name in world.adapters:
             with world.allowed():
-                world.injection(name).merge(keep)
+                world.injection(name).merge(keep, into=into)
                 world.adapters[name].merged = True
 
     @rule(name=names)
@@ -240,8 +240,8 @@ class History(RuleBasedStateMachine):
         """One step; `again` is whether the model runs in a checkpoint, and whether in a reentrant one."""
         world = self.world
         choice = world.choice
-        acting = choice if isinstance(choice, tuple) else choice.names() if not isinstance(choice, list) else choice
-        acting = tuple(name for name in world.adapters if name in acting)
+        named = set(choice if isinstance(choice, tuple | list) else choice.names())
+        acting = tuple(name for name in world.adapters if name in named)
         if not acting or (again and not any(v.is_floating_point() for v in world.inputs.values())):
             return  # without an input that needs gradients, a reentrant checkpoint gives none
         fresh = world.fresh(acting)

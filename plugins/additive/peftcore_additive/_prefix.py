@@ -63,6 +63,8 @@ class PrefixOperator(AttentionOperator):
         self.gate = nn.Parameter(torch.zeros(1)) if gate else None
 
     def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.encoder is not None:
+            self.check_here(self.encoder.module.embedding.weight, query)
         front_key, front_value = self.made(len(key))
         front_key, front_value = front_key.to(key.dtype), front_value.to(value.dtype)
         plain = None if self.gate is None else attend(query, key, value)
