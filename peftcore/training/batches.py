@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.errors import CalibrationError
+from peftcore.errors import CalibrationError, PluginError
 from peftcore.utils.progress import through
 
 if TYPE_CHECKING:
@@ -77,8 +77,14 @@ class Batches:
 
 def calibrate(injection: Injection, data: Data) -> None:
     """Let the method (of a hybrid: its methods with the tag `needs_data`) look at the data; afterwards gradients,
-    modes, flags and the random generator are as before."""
+    modes, flags and the random generator are as before.
+
+    Raises:
+        CalibrationError: the data is of no use to a method.
+        PluginError: a method changed shapes: a file of it would load nowhere, since what is loaded looks at no data.
+    """
     model = injection.model
+    planned = {key: tensor.shape for key, tensor in injection.state_dict().items()}
     modules = [*injection.base_modules(), *(inner for _, module in injection.modules() for inner in module.modules())]
     modes = {module: module.training for module in modules}
     flags = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters(recurse=False)}
@@ -95,6 +101,11 @@ def calibrate(injection: Injection, data: Data) -> None:
                 module.training = mode
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
+    if other := [key for key, tensor in injection.state_dict().items() if planned.get(key) != tensor.shape]:
+        raise PluginError(
+            f"{injection.method.name}: calibrate changed the shape of {other[0]}, so a file of it would load nowhere: "
+            "change values alone, and say sizes in the options"
+        )
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from training_toys import Looks, LowRank, Plain, batch, found, method, toy
 
 import peftcore
 from peftcore import Batches, Injection, Method
-from peftcore.errors import CalibrationError
+from peftcore.errors import CalibrationError, PluginError
 from peftcore.testing.tools import differences, trace
 
 
@@ -168,3 +168,19 @@ def test_batches_go_to_the_device_of_the_host() -> None:
     )
     peftcore.apply(model, Looks, data=[batch()])
     assert placed == ["cpu"]
+
+
+def test_a_look_at_data_changes_no_shapes() -> None:
+    """What is loaded looks at no data, so a file of other shapes would load nowhere."""
+
+    def grows(self: Method, model: nn.Module, data: Batches, config: Any, injection: Injection) -> None:
+        for loss in data:
+            loss.loss()
+        for operator in injection.operators.values():
+            operator.A = nn.Parameter(torch.zeros(5, operator.A.shape[1]))
+
+    host = toy()
+    before = trace(host)
+    with pytest.raises(PluginError, match="calibrate changed the shape of"):
+        peftcore.apply(host, method("grows", {"needs_data": True}, calibrate=grows), data=[batch()])
+    assert not differences(before, trace(host))
