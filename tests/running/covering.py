@@ -3,7 +3,8 @@
 Slow checks train a model or compile one, and what they find wrong lies nearly always in a kind of operator, seldom in
 one method alone. A quick run has them for methods that changed, and for one method of each kind. The kinds follow from
 what methods are made of: the core's operator classes that theirs derive from, trained values of the model itself, and
-parts that are methods.
+parts that are methods. Of the hosts of other checks a quick run has one for each method and check; over all methods
+each check meets all of its hosts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from types import CodeType
 
 import pytest
@@ -86,15 +87,33 @@ def declared(item: pytest.Item) -> tuple[Declared, Check] | None:
     return None if check is None else (told, check)
 
 
+Pair = tuple[pytest.Item, tuple[Declared, Check] | None]
+
+
+def on_one_host(pairs: Sequence[Pair], whole: Collection[str]) -> list[Pair]:
+    """Those without further hosts of a check that another test has on one already; methods in `whole` keep all, and so
+    does one that is alone."""
+    if len({pair[0].method for _, pair in pairs if pair is not None}) < 2:
+        return [*pairs]
+    hosts: dict[str, list[pytest.Item]] = {}
+    for item, pair in pairs:
+        if pair is not None and pair[0].method.name not in whole:
+            hosts.setdefault(f"{item.nodeid.partition('[')[0]}/{pair[1].name}", []).append(item)
+    kept = {key: of[zlib.crc32(key.encode()) % len(of)].nodeid for key, of in hosts.items()}
+    left = {item.nodeid for key, of in hosts.items() for item in of if item.nodeid != kept[key]}
+    return [(item, pair) for item, pair in pairs if item.nodeid not in left]
+
+
 def covering(items: Sequence[pytest.Item]) -> list[pytest.Item]:
     """Those that the environment asks for."""
-    pairs = [(item, declared(item)) for item in items]
+    pairs: list[Pair] = [(item, declared(item)) for item in items]
     if os.environ.get(ALL) != "1":
         slow = {pair[0].method for _, pair in pairs if pair is not None and pair[1].cost == "slow"}
-        chosen = representatives(slow) | set(os.environ.get(CHANGED, "").split())
+        changed = set(os.environ.get(CHANGED, "").split())
+        chosen = representatives(slow) | changed
         pairs = [
             (item, pair)
-            for item, pair in pairs
+            for item, pair in on_one_host(pairs, changed)
             if pair is None or pair[1].cost == "quick" or pair[0].method.name in chosen
         ]
     part = os.environ.get(PART)

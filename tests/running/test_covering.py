@@ -105,11 +105,38 @@ def test_slow_checks_run_for_one_method_of_a_kind(quick: None) -> None:
     chosen = covering.covering(items)
     assert _slow(items) == {"lora", "lora_plus", "oft", "dora"}
     assert _slow(chosen) == {"lora", "dora"}
-    left = [item for item in items if item not in chosen]
-    assert left
-    for item in left:
-        pair = covering.declared(item)
-        assert pair is not None and pair[1].cost == "slow"
+    hosts = {(m.nodeid.partition("[")[0], covering.declared(m)[1].name): m for m in chosen}  # type: ignore[index]
+    assert len(hosts) == len(chosen)
+
+
+def test_each_check_of_a_method_runs_on_one_host_and_over_methods_on_all(quick: None) -> None:
+    """And on all of a method that changed."""
+    names = [info.name for info in peftcore.catalogue.methods() if info.plugin == "reparameterized"]
+    items = [item for name in names for item in _tests(name)]
+    chosen = covering.covering(items)
+
+    def on(host: str, among: Iterable[Any]) -> set[tuple[str, str]]:
+        found = ((item.nodeid.partition("[")[0], item.callspec.id.rpartition("-")) for item in among)
+        return {(name, check) for name, (check, _, at) in found if at == host}
+
+    both = on("llama", items) & on("encoder", items)
+    assert both and not on("llama", chosen) & on("encoder", chosen)
+    assert both <= on("llama", chosen) | on("encoder", chosen)
+    for check in {check for _, check in both}:
+        assert {name for name, each in on("llama", chosen) if each == check}
+        assert {name for name, each in on("encoder", chosen) if each == check}
+
+
+def test_a_method_that_changed_runs_on_all_its_hosts(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CHANGED, "lora")
+    items = [*_tests("lora"), *_tests("dora")]
+    chosen = covering.covering(items)
+    assert [item for item in chosen if "test_lora.py" in item.nodeid] == _as_items("lora", items)
+    assert sum("test_dora.py" in item.nodeid for item in chosen) < sum("test_dora.py" in item.nodeid for item in items)
+
+
+def _as_items(name: str, items: Iterable[Any]) -> list[Any]:
+    return [item for item in items if f"test_{name}.py" in item.nodeid]
 
 
 def test_slow_checks_run_for_methods_that_changed(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
