@@ -16,6 +16,7 @@ from peftcore.forward.save_pretrained import saving_base
 from peftcore.injection.folding import Unfolded, unfold
 from peftcore.injection.originals import Fingerprint, Original, brought_back, fingerprint
 from peftcore.injection.quantized_layer import Form, restore
+from peftcore.layers.computed import computation
 from peftcore.layers.fsdp import is_cut
 from peftcore.registry.plugins import layer_of
 
@@ -112,7 +113,7 @@ class Replaced(Written):
     def changed(self, there: Collection[nn.Module]) -> Iterator[str]:
         seen: dict[int, bool] = {}
         for path, module, name in self.holders:
-            here = held(module, name)
+            here = None if computation(module, name) is not None else held(module, name)
             if here is not None and id(here) not in seen:
                 seen[id(here)] = _is(here, self.fingerprint)
             if here is None or not seen[id(here)] or module not in there:
@@ -226,7 +227,7 @@ class Folded(Written):
     def changed(self, there: Collection[nn.Module]) -> Iterator[str]:
         path, module = owner_path(self.key), self.before.module
         for name, expected in self.fingerprints.items():
-            here = held(module, name)
+            here = None if computation(module, name) is not None else held(module, name)
             if here is None or not _is(here, expected) or module not in there:
                 yield f"{path}.{name}".lstrip(".")
 

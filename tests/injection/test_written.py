@@ -10,6 +10,7 @@ import pytest
 import torch
 from core_toys import Perceptron, Shift, Swap, TiedLanguageModel, perceptron, stir, token_ids
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import peftcore
 from peftcore.errors import MergeError
@@ -267,6 +268,32 @@ def test_what_was_written_meanwhile_is_not_taken_back(write: str, keep: Any) -> 
     injection.bake()
     assert not peftcore.injections(model)
     assert all(torch.equal(model.get_parameter(name), each) for name, each in kept.items())
+
+
+COMPUTED: dict[str, Callable[[nn.Module], object]] = {
+    "a pruning mask": lambda module: prune.identity(module, "weight"),
+    "the older weight norm": nn.utils.weight_norm,
+    "the older spectral norm": nn.utils.spectral_norm,
+    "weight norm": nn.utils.parametrizations.weight_norm,
+}
+
+
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("how", COMPUTED)
+def test_a_weight_that_is_computed_since_is_not_taken_back(how: str, keep: Any) -> None:
+    """Even of the same values: what was put back would be computed again in the next forward."""
+    model = perceptron()
+    injection = peftcore.apply(model, "lora", target="first")
+    stir(injection)
+    injection.merge(keep)
+    COMPUTED[how](model.first)
+    model.eval()
+    merged, there = model(X), trace(model)
+    with pytest.raises(MergeError, match="no longer what was written there"):
+        injection.unmerge()
+    assert not differences(there, trace(model)) and torch.equal(model(X), merged)
+    injection.bake()
+    torch.testing.assert_close(model(X), merged)
 
 
 @pytest.mark.parametrize("keep", KEEPS)
