@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from peftcore.forward.save_pretrained import saving_base
@@ -98,6 +99,16 @@ class Replaced(Written):
     """None where the host had no tensor."""
     fingerprint: Fingerprint
 
+    def __post_init__(self) -> None:
+        self.added = self.tensor.detach().clone() if self.original is None else None
+
+    def _stands(self, here: Tensor) -> bool:
+        """Whether a tensor is what was written. One that the host lacked may have been cast since, as bitsandbytes does
+        with biases: nothing of it comes back."""
+        if _is(here, self.fingerprint):
+            return True
+        return self.added is not None and not here.is_meta and torch.equal(here, self.added.to(here))
+
     def put(self) -> None:
         """Put the new tensor in its place."""
         for _, module, name in self.holders:
@@ -115,7 +126,7 @@ class Replaced(Written):
         for path, module, name in self.holders:
             here = None if computation(module, name) is not None else held(module, name)
             if here is not None and id(here) not in seen:
-                seen[id(here)] = _is(here, self.fingerprint)
+                seen[id(here)] = self._stands(here)
             if here is None or not seen[id(here)] or module not in there:
                 yield f"{path}.{name}".lstrip(".")
 

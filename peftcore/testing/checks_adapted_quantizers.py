@@ -65,7 +65,6 @@ def merging_into_float_keeps_the_output_and_the_codes(case: Packing) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for kind in KINDS:
             model = case.packed(dtype)
-            case.run(model, dtype)  # in which a module may cast its bias, as bitsandbytes does
             injection = case.adapt(model, kind)
             adapted, before = case.run(model, dtype), case.state(model)
             report = injection.merge(into="float")
