@@ -13,10 +13,17 @@ from torch.nn.parameter import is_lazy
 
 from peftcore.contract.config import MethodConfig, dtype_of, matches, validate
 from peftcore.contract.method import Method
-from peftcore.errors import CalibrationError, ConfigError, DuplicateInjection, TargetError, UnsupportedHost
-from peftcore.forward.active_adapters import Choice
+from peftcore.errors import (
+    CalibrationError,
+    CompositionError,
+    ConfigError,
+    DuplicateInjection,
+    TargetError,
+    UnsupportedHost,
+)
+from peftcore.forward.active_adapters import Active, Choice
 from peftcore.forward.adapter_modules import AdapterModules
-from peftcore.forward.host_state import drop_state, ensure_state, state_of
+from peftcore.forward.host_state import HostState, drop_state, ensure_state, state_of
 from peftcore.injection import freezing
 from peftcore.injection.injection import Injection
 from peftcore.registry.catalogue import method as find_method
@@ -269,6 +276,16 @@ def check_name(model: nn.Module, name: str) -> str:
     return name
 
 
+def _together(state: HostState, stack: Active, name: str) -> Active:
+    """Returns the stack with which a new injection looks at data: itself alone, where it cannot act with the others."""
+    try:
+        for slot in state.slots:
+            slot.check_stack(stack)
+    except CompositionError:
+        return (name,)
+    return stack
+
+
 def establish(
     surgeon: Surgeon, name: str, data: Data | None = None, *, active: bool = True, instead: Collection[str] = ()
 ) -> Injection:
@@ -295,7 +312,7 @@ def establish(
         injection.trainable(True)
         silent_layers.watch(surgeon, state, name)
         if data is not None:  # the model that it looks at has it, in a route and a composition too
-            with choices.held(Choice(stack, context=choices.around().context)):
+            with choices.held(Choice(_together(state, stack, name), context=choices.around().context)):
                 calibrate(injection, data)
     except BaseException:
         silent_layers.forget(state, name)
