@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.errors import CompositionError
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
@@ -107,7 +108,7 @@ def test_running_statistics_stay() -> None:
 
 
 def test_two_take_turns() -> None:
-    """Values, not differences: of two that act on one norm, the later one stands."""
+    """Values, not differences: two that have values for one norm do not act together."""
     model, inputs = host("bert")
     first = peftcore.apply(model, "ln_tuning", name="first")
     second = peftcore.apply(model, "ln_tuning", name="second")
@@ -117,6 +118,7 @@ def test_two_take_turns() -> None:
             nn.init.normal_(operator.value)
     with peftcore.activate(model, "second"):
         alone = output(model, inputs)
-    assert torch.equal(output(model, inputs), alone)
+    with pytest.raises(CompositionError, match="'first' and 'second'"):
+        output(model, inputs)
     with peftcore.activate(model, "first"):
         assert not torch.equal(output(model, inputs), alone)
