@@ -81,7 +81,7 @@ EVERY = public()
 
 def test_all_are_found() -> None:
     """Otherwise the tests below would hold of nothing."""
-    wanted = ("peftcore.apply", "peftcore.Injection.merge", "peftcore.Site.path", "peftcore.Call.context")
+    wanted = ("peftcore.apply", "peftcore.Injection.merge", "peftcore.Site.path", "peftcore.ForwardContext.context")
     wanted += ("peftcore.training.MethodOptimizer.step", "peftcore.testing.check_method", "peftcore.errors.MergeError")
     wanted += (
         "peftcore.contract.hookspecs.peftcore_map",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.errors import RouteError, UnsupportedSite
+from peftcore.errors import UnsupportedSite
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 
@@ -199,8 +199,13 @@ def test_what_has_no_grid_is_refused() -> None:
         peftcore.apply(sequence_first, "convpass", target="0", **SQUARE)
 
 
-def test_rows_are_not_routed_where_an_attention_reads_a_weight_by_itself() -> None:
+def test_rows_are_routed_where_an_attention_reads_a_weight_by_itself() -> None:
     model, run = image_model("beit_base_patch16_224")
-    apply(model, name="one")
-    with peftcore.route(model, ["one", None]), pytest.raises(RouteError, match="not called"):
-        run(model)
+    with torch.no_grad():
+        base = run(model)
+        apply(model, name="one")
+        adapted = run(model)
+        with peftcore.route(model, ["one", None]):
+            routed = run(model)
+    assert not torch.allclose(adapted, base, atol=1e-4)
+    torch.testing.assert_close(routed, torch.stack([adapted[0], base[1]]))
