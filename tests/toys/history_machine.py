@@ -269,8 +269,8 @@ class History(RuleBasedStateMachine):
             output: Tensor = checkpoint(forward, *begun, use_reentrant=again)
             return output
 
-        expected = world.gradients(fresh, acting, lambda model: run(model, False))
         with world.allowed():
+            expected = world.gradients(fresh, acting, lambda model: run(model, False))
             found = world.gradients(world.model, acting, lambda model: run(model, True))
             if found.keys() != expected.keys():
                 raise Wrong(f"gradients of {found.keys() ^ expected.keys()}; {world}")
