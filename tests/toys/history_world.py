@@ -17,7 +17,7 @@ from transformers import GenerationConfig, GenerationMixin
 
 import peftcore
 from peftcore import Average, Stack, Sum
-from peftcore.errors import CompositionError, PeftcoreError, RouteError
+from peftcore.errors import CompositionError, MergeError, PeftcoreError, RouteError
 from peftcore.forward.host_state import state_of
 from peftcore.testing import HOSTS, Case, NotApplicable
 from peftcore.testing.kit import fill
@@ -221,7 +221,8 @@ class World:
 
     def joined(self, name: str, adapter: Adapter, active: bool = True) -> None:
         """A new adapter is there. Where it overrides what another one does, or is overridden, it acts alone from now
-        on, as an error advises."""
+        on, as an error advises; it goes again where the other one is merged."""
+        before = self.choice
         self.adapters[name] = adapter
         if isinstance(self.choice, tuple) and active:
             self.choice = (*self.choice, name)
@@ -230,8 +231,13 @@ class World:
             except CompositionError:
                 with pytest.raises(CompositionError):
                     self.output(self.fresh(self.choice))
-                peftcore.activate(self.model, name)
-                self.choice = (name,)
+                try:
+                    peftcore.activate(self.model, name)
+                    self.choice = (name,)
+                except MergeError:
+                    self.injection(name).remove()
+                    del self.adapters[name]
+                    self.choice = before
 
     def copied(self, through: Callable[[nn.Module], nn.Module]) -> nn.Module:
         """A copy of the model, told what the model was told, which copies forget."""
