@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore.contract.operators import Held, Operator, WeightOperator, _Base, changes_bias, is_mergeable
+from peftcore.errors import TrainingError
 from peftcore.layers.layer import Layer, Slices, bias_name, put, take
 
 
@@ -29,7 +30,13 @@ class Mount:
     def effective(self, stored: Tensor | None, like: Tensor, runs: bool = False) -> Tensor:
         """Returns the effective tensor, in storage layout and in the dtype of `stored` (of `like` where the host has
         none): as a merge writes it, or with `runs` as a forward uses it, which may drop parts in training."""
-        operate = self.operator if runs and isinstance(self.operator, WeightOperator) else self.operator.merged
+        operator = self.operator
+        if runs and isinstance(operator, Operator) and operator.training and operator.input_dropout:
+            raise TrainingError(
+                f"{self.name!r} drops inputs of a module on whose weight another adapter acts, too, so the effective "
+                "weight is computed, in which there are no inputs. Train them one after the other, or with dropout=0"
+            )
+        operate = operator if runs and isinstance(operator, WeightOperator) else operator.merged
         if stored is None:
             new: Tensor = operate(None)  # type: ignore[arg-type]  # only replacements accept a missing tensor
             return new.to(like.dtype)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore.errors import TrainingError
 
 
 def test_effective_bias_of_a_missing_slot() -> None:
@@ -118,3 +119,19 @@ def test_effects_on_one_bias_compose_in_order() -> None:
     gains.merge()
     biases.merge()
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("above", ["dora", "oft"])
+def test_dropped_inputs_below_an_effective_weight_are_refused_in_training(above: str) -> None:
+    """They were not dropped, without a word."""
+    model, x = perceptron(), torch.randn(3, 4)
+    below = peftcore.apply(model, "lora", name="below", target="first", dropout=0.5)
+    peftcore.apply(model, above, name="above", target="first", **({"block_size": 2} if above == "oft" else {}))
+    stir(below)
+    model.eval()(x)
+    with pytest.raises(TrainingError, match="'below' drops inputs"):
+        model.train()(x)
+    with peftcore.activate(model, "below"):
+        model(x)
+    peftcore.activate(model, "above")
+    model(x)
