@@ -166,7 +166,7 @@ def _check(injection: Injection) -> None:
     for where, choice in state.choices.in_force():
         check_merge(state.injections, state.merged, name, choice, where)
     try:
-        Placement().check(injection.model, state, [name])
+        (state.placement or Placement()).check(injection.model, state, [name])
     except InactiveSite as error:
         raise MergeError(str(error)) from None
     for graft in injection.grafts:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore.errors import InactiveSite
+from peftcore.errors import InactiveSite, MergeError
 from peftcore.testing.kit import fill
 
 X = torch.linspace(-1, 1, 12).view(3, 4)
@@ -137,5 +137,7 @@ def test_a_table_that_is_resized_in_place_is_missed(method: str) -> None:
     for _ in range(2):
         with pytest.raises(InactiveSite, match=r"0.*resized from \[(4, 10|10, 4)\] to \[(4, 12|12, 4)\]"):
             model(ids)
+    with pytest.raises(MergeError, match="resized from"):
+        peftcore.injections(model)[method].merge()
     with peftcore.activate(model):
         model(ids)

@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
+from transformers import GenerationMixin
 
 import peftcore
 from peftcore import Average, Stack, Sum
@@ -418,6 +419,8 @@ class History(RuleBasedStateMachine):
         world = self.world
         if not any(each.case.method.name in AT_FIRST for each in world.adapters.values()):
             world.model.load_state_dict(copy.deepcopy(world.model.state_dict()), assign=mode)
+            if mode and isinstance(world.model, GenerationMixin):
+                world.model.tie_weights()  # type: ignore[attr-defined]  # which assigning has cut
 
     @invariant()
     def outputs_are_right(self) -> None:
