@@ -34,5 +34,7 @@ METHODS: Mapping[str, str] = {
 
 def instead_of(option: str, options: Collection[str]) -> str | None:
     """Returns what to write for an option of peft's in a method with these options; None for other names."""
-    instead, needed = OPTIONS.get(option, ("", option))
-    return instead or None if not needed or needed in options else None
+    if option not in OPTIONS:
+        return None
+    instead, needed = OPTIONS[option]
+    return instead if not needed or needed in options else None

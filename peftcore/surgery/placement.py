@@ -38,8 +38,7 @@ class Placement:
     def expect(self, name: str, grafts: Iterable[Graft]) -> None:
         """Remember the token tables at which a new injection acts."""
         sites = (site for graft in grafts for site in graft.holders if site.form in ("activation", "weight"))
-        tables = (site for site in sites if site.layer_of(site.module, site.tensor).one_hot)
-        self.tables[name] = [(site, site.weight_shape) for site in tables]
+        self.tables[name] = [(site, site.weight_shape) for site in sites if _is_table(site)]
 
     def check(self, model: nn.Module, state: HostState, acting: Iterable[str]) -> None:
         """Check that the modules of these injections are where they were, or elsewhere in the model.
@@ -65,6 +64,11 @@ class Placement:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "ways": {}}
+
+
+def _is_table(site: Site) -> bool:
+    """Whether a site's tensor is a table by tokens. The layer of a tensor that is replaced does not say so."""
+    return site.layer.one_hot or (site.form == "weight" and site.layer_of(site.module, site.tensor).one_hot)
 
 
 def _changed(ways: list[Step]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import more_hosts
 import pytest
 import torch
 from host_zoo import EXTRA, SURVEY
+from model_outputs import floats
 from more_hosts import NAMED, OTHERS
 from torch import Tensor, nn
 
@@ -89,19 +90,6 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
             if parameter.abs().max() < 1e-4:
                 parameter.normal_(0, 0.1, generator=generator)
     return model, inputs
-
-
-def floats(output: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor in what a model returns."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from floats(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from floats(value)
 
 
 def outputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:

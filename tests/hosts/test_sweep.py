@@ -2,12 +2,12 @@
 
 import os
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from host_zoo import SURVEY, build
+from model_outputs import floats
 from torch import Tensor, nn
 
 import peftcore
@@ -46,19 +46,6 @@ KNOWN = {
     ("llava", "vpt_shallow"): "the projector takes hidden states from between the blocks of the vision tower",
 }
 """Failures by host and method, with reasons."""
-
-
-def floats(output: Any) -> Iterator[Tensor]:
-    """Every floating-point tensor in what a model returns."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from floats(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from floats(value)
 
 
 def run(model: nn.Module, inputs: dict[str, Any], seed: int = 0) -> list[Tensor]:
