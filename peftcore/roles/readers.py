@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
-from itertools import chain, takewhile
+from collections import defaultdict
+from itertools import chain, pairwise, takewhile
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -22,7 +24,11 @@ def reader_of(node: Node) -> str | None:
     """Returns the module that reads a weight whose own module is not called (R15); for a list of parameters, which has
     no forward, it is the nearest one above that has."""
     above, tensor = node.parent, node.tensor
-    if tensor is None and above is not None and (node.role in READ_BY_MIXERS or _adds_bias_to(node, above)):
+    if (
+        tensor is None
+        and above is not None
+        and (node.role in READ_BY_MIXERS or _adds_bias_to(node, above) or _reads_only(above, node))
+    ):
         return above.path
     holder = node if tensor is None or above is None else above
     reader = next((each for each in holder.ancestors() if _has_forward(each)), None)
@@ -40,6 +46,15 @@ def _adds_bias_to(node: Node, parent: Node) -> bool:
     return any(each.dim() == 1 and "bias" in V.words(name) for name, each in beside)
 
 
+def _reads_only(parent: Node, node: Node) -> bool:
+    """Whether the code of a module takes tensors of a child, as in `self.q_proj.weight`, and nothing else of it."""
+    if parent.kind is Kind.MHA:
+        return False  # sites in torch's own attention are those of the attention
+    name = node.path.rpartition(".")[2]
+    after = [then for code in _codes(type(parent.module)) for this, then in _steps(code) if this == name]
+    return bool(after) and all(then in node.module._parameters for then in after)
+
+
 def _holds_for(above: Node, holder: Node, tensor: str) -> bool:
     """Whether the code of a module names a tensor of another one, whose own code does not, beyond making it."""
     reader: Any = type(above.module)
@@ -49,17 +64,35 @@ def _holds_for(above: Node, holder: Node, tensor: str) -> bool:
 
 @functools.cache
 def _names_in(cls: Any) -> frozenset[str]:
-    """Returns the names in the functions of a class and of its bases, down to torch's own, but for `__init__`."""
-    own = takewhile(lambda each: each is not nn.Module, cls.__mro__)
-    members = chain.from_iterable(vars(each).items() for each in own)
-    functions = [inspect.unwrap(member) for name, member in members if callable(member) and name != "__init__"]
-    codes, names = [each.__code__ for each in functions if isinstance(each, FunctionType)], set[str]()
-    while codes:
-        code = codes.pop()
-        names.update(code.co_names)
+    """Returns the names in the code that a forward runs."""
+    return frozenset(chain.from_iterable(code.co_names for code in _codes(cls)))
+
+
+@functools.cache
+def _codes(cls: Any) -> tuple[CodeType, ...]:
+    """Returns the code that a forward runs: its own, and that of all functions of the class that it names in turn; of
+    bases too, down to torch's own."""
+    functions = defaultdict[str, list[CodeType]](list)
+    for base in takewhile(lambda each: each is not nn.Module, cls.__mro__):
+        for name, member in vars(base).items():
+            if callable(member) and isinstance(function := inspect.unwrap(member), FunctionType):
+                functions[name].append(function.__code__)
+    codes = functions.pop("forward", [])
+    for code in codes:
         codes += [each for each in code.co_consts if isinstance(each, CodeType)]
-    return frozenset(names)
+        codes += chain.from_iterable(functions.pop(name, ()) for name in code.co_names)
+    return tuple(codes)
+
+
+@functools.cache
+def _steps(code: CodeType) -> tuple[tuple[str, str], ...]:
+    """Returns each attribute that code takes, with the one that it takes of that; "" where it does something else."""
+    steps = [each.argval if each.opname in ("LOAD_ATTR", "LOAD_METHOD") else "" for each in dis.get_instructions(code)]
+    return tuple(pair for pair in pairwise([*steps, ""]) if pair[0])
 
 
 def _has_forward(node: Node) -> bool:
-    return type(node.module).forward is not nn.Module.forward
+    """Whether the module can be called: its forward is not torch's, and does more than to raise."""
+    forward: Any = type(node.module).forward
+    raises = isinstance(forward, FunctionType) and forward.__code__.co_names == ("NotImplementedError",)
+    return forward is not nn.Module.forward and not raises

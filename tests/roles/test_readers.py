@@ -46,6 +46,31 @@ class OwnReader(Holder):
         return super().forward(x, self.w1, self.w2)
 
 
+class NotCalled(Holder):
+    """Has no forward to call: its parent has other functions of it do the work."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        raise NotImplementedError("is not called")
+
+
+class Handed(nn.Module):
+    """Hands weights of children on; one child is called, too, and one is read in code that no forward runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.both, self.fused = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._inner(self.both(x).to(self.both.weight.dtype))
+
+    def _inner(self, x: Tensor) -> Tensor:
+        output: Tensor = self.fused(nn.functional.linear(x, self.read.weight, self.read.bias))
+        return output
+
+    def fuse(self) -> Tensor:
+        return self.fused.weight + self.fused.bias
+
+
 class Calls(nn.Module):
     """Calls another module, and does not know what it holds."""
 
@@ -81,3 +106,12 @@ def test_a_module_whose_code_does_not_name_its_tensor_holds_it_for_the_one_above
     assert reader(Reads(Holder()), "mlp.w1") == ""
     assert reader(Reads(OwnReader()), "mlp.w1") is None
     assert reader(Calls(Holder()), "mlp.w1") is None
+
+
+def test_a_module_that_cannot_be_called_holds_its_tensor_for_the_one_above() -> None:
+    assert reader(Calls(NotCalled()), "mlp.w1") == ""
+
+
+def test_a_module_takes_nothing_but_tensors_of_a_child_that_it_does_not_call() -> None:
+    model = Handed()
+    assert [reader(model, path) for path in ("read", "both", "fused")] == ["", None, None]

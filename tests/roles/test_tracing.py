@@ -72,10 +72,9 @@ READ_NOT_CALLED = {
     "mamba2": set(),
     "t5": {"shared"},
     "bart": {"model.shared"},
-    "deberta_v2": {"deberta.encoder.rel_embeddings"},
-    "detr": {"model.query_position_embeddings"},
-    "sam": {f"prompt_encoder.{name}" for name in ("not_a_point_embed", *(f"point_embed.{index}" for index in range(4)))}
-    | {f"mask_decoder.{name}" for name in ("iou_token", "mask_tokens")},
+    "deberta_v2": set(),
+    "detr": set(),
+    "sam": {f"prompt_encoder.point_embed.{index}" for index in range(4)},
     "llama": set(),
     "gpt2": set(),
     "sd15_unet": set(),

@@ -291,7 +291,8 @@ pictures(
     NAMED,
     hidden_sizes=[24, 32, 40],
     neck_hidden_sizes=[8, 8, 12, 16, 16, 16, 24],
-    image_size=32,
+    size=128,
+    image_size=128,
 )
 pictures(
     "dpt",
