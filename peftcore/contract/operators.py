@@ -163,6 +163,42 @@ class Operator(_Base):
         return self
 
 
+Mine = Callable[[Tensor], Tensor | None]
+"""Returns for a tensor ``[batch, ...]`` which of its rows are an adapter's, ``[batch]`` of bool; None where all are."""
+
+
+class InputOperator(Operator):
+    """Changes the arguments of a module, row by row, and nothing else of it.
+
+    The rows of a route then go through the module together, each with the arguments that its own adapter gives it.
+    """
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self._names = site.arguments
+
+    def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
+        """Returns the arguments for the module: `given`, which it gets by name, changed for the rows that are `mine`.
+        Those of all other rows mean the same as before.
+
+        Raises:
+            MissingContext, SequenceError, ConfigError: as `Operator.forward`.
+        """
+        raise NotImplementedError
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Returns the arguments of a call by name."""
+        return {**dict(zip(self._names, args, strict=False)), **kwargs}
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the module on the changed arguments of all rows."""
+        return call(**self.arguments(self.given(args, kwargs), _all))
+
+
+def _all(like: Tensor) -> None:
+    """All rows are an adapter's."""
+
+
 def low_rank(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Decorate the forward of an operator that is a low-rank update and nothing else: ``call(x) + scale * B A
     dropout(x)`` with the factors of its `factors`, and with the probability `Operator.input_dropout` in training.

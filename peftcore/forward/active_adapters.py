@@ -46,6 +46,14 @@ class Route:
         times, index = self._times(count), self.index.to(device)
         return index if times == 1 else index.repeat_interleave(times)
 
+    def of(self, name: str, count: int, device: torch.device) -> Tensor:
+        """Returns which of `count` rows are those of an injection: ``[count]`` of bool.
+
+        Raises:
+            RouteError: as `rows`.
+        """
+        return self.rows(count, device) == self.names.index(name)
+
     def without(self, name: str) -> Route:
         """Returns the route in which the rows of an injection run the bare base model; all others stay as they are."""
         if name not in self.names:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.contract.compositions import Composition
-from peftcore.contract.operators import Combiner, Operator, WeightOperator, _Base, is_mergeable
+from peftcore.contract.operators import Combiner, InputOperator, Operator, WeightOperator, _Base, is_mergeable
 from peftcore.forward.active_adapters import Active, Key
 from peftcore.forward.expert_updates import Pair, factors_of, lazy_weight
 from peftcore.forward.mount import Effect, HeldSlices, Mount, around_slices, effects_of, fold
@@ -79,6 +79,8 @@ class ActivePlan:
     attention: tuple[Mount, ...] = ()
     observers: tuple[Mount, ...] = ()
     """Operators that only look; they stand around all others."""
+    inputs: tuple[Mount, ...] = ()
+    """Operators that only change the arguments, before all but the observers."""
     attributes: Mapping[str, Any] = field(default_factory=dict)
     needs_recompute: bool = False
     """Whether forward makes tensors that must not outlive their use: it is computed again in backward."""
@@ -155,10 +157,13 @@ def plan_acting(
     onion: list[Mount] = []
     attention: list[Mount] = []
     observers: list[Mount] = []
+    inputs: list[Mount] = []
     for name in active:
         for mount in mounts.get(name, ()):
             if mount.form in mount.operator.observes:
                 observers.append(mount)
+            elif isinstance(mount.operator, InputOperator):
+                inputs.append(mount)
             elif mount.form == "weight":
                 weight += [*(before for before in onion if is_mergeable(before.operator)), mount]
                 onion = [before for before in onion if not is_mergeable(before.operator)]
@@ -172,7 +177,15 @@ def plan_acting(
     for mount in onion:
         needs_recompute, packed = needs_recompute or mount.layer.saves_dense, packed or mount.layer.packed
     if not weight:  # as nearly always
-        return ActivePlan((), tuple(onion), tuple(attention), tuple(observers), attributes, needs_recompute, packed)
+        return ActivePlan(
+            onion=tuple(onion),
+            attention=tuple(attention),
+            observers=tuple(observers),
+            inputs=tuple(inputs),
+            attributes=attributes,
+            needs_recompute=needs_recompute,
+            packed=packed,
+        )
     packed = packed or any(mount.layer.packed for mount in weight)
     effects = effects_of(weight)
     return ActivePlan(
@@ -180,6 +193,7 @@ def plan_acting(
         onion=tuple(onion),
         attention=tuple(attention),
         observers=tuple(observers),
+        inputs=tuple(inputs),
         attributes=attributes,
         needs_recompute=needs_recompute or any(mount.operator.needs_recompute for mount in weight),
         packed=packed,
@@ -208,7 +222,8 @@ def _updates_stack(mount: Mount) -> bool:
 def layers_of(acting: ActivePlan) -> tuple[Operator, ...] | None:
     """Returns the operators, innermost first, where nothing but layers around the module's forward acts; otherwise
     None."""
-    if acting.effects or acting.attention or acting.observers or acting.attributes or acting.needs_recompute:
+    others = acting.effects or acting.attention or acting.observers or acting.inputs or acting.attributes
+    if others or acting.needs_recompute:
         return None
     operators = []
     for mount in acting.onion:

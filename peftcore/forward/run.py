@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peftcore.contract.compositions import composed
+from peftcore.contract.operators import InputOperator
 from peftcore.forward.active_adapters import Route
 from peftcore.forward.attention import attributes
 from peftcore.forward.batched_updates import add_updates
+from peftcore.forward.mount import Mount
 from peftcore.forward.plan import ActivationForm, ActivePlan, ModulePlan
 from peftcore.forward.recompute import RecomputedTensors, Unwritten
 from peftcore.forward.routing import OfSomeRows, OneForward, each_its_own, select_rows
@@ -57,9 +59,25 @@ def run(
         kwargs: the others.
     """
     forward: Forward = functools.partial(_run, plain, slot, module, planned, route)
+    for mount in reversed(planned.acting.inputs):
+        forward = _with_arguments(forward, mount, route)
     for observer in planned.acting.observers:
         forward = observer.around(forward, module)
     return forward(*args, **kwargs)
+
+
+def _with_arguments(call: Forward, mount: Mount, route: Route | None) -> Forward:
+    """Returns a forward whose arguments an operator changes; with a route, those of its own adapter's rows."""
+    operator = mount.operator
+    assert isinstance(operator, InputOperator)
+
+    def mine(like: Tensor) -> Tensor | None:
+        return None if route is None else route.of(mount.name, len(like), like.device)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(**operator.arguments(operator.given(args, kwargs), mine))
+
+    return forward
 
 
 def _run(

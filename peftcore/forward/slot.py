@@ -148,7 +148,8 @@ class Slot:
         edits = tuple(mount for acting in each for mount in acting.attention)
         stand = plan_acting({}, self.forced_attributes, choice.route.names)
         observers = tuple(mount for acting in each for mount in acting.observers)
-        together = replace(stand, attention=edits, observers=observers)
+        inputs = tuple(mount for acting in each for mount in acting.inputs)
+        together = replace(stand, attention=edits, observers=observers, inputs=inputs)
         return ModulePlan(choice.key, together, routed=each, updates=updates_of(each), apart=run_apart(each))
 
     def _composed(self, choice: Choice, composition: Composition) -> ModulePlan:

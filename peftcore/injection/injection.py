@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftcore.contract.compositions import Stack
-from peftcore.contract.operators import Combiner, trainable_numbers
+from peftcore.contract.operators import Combiner, InputOperator, trainable_numbers
 from peftcore.errors import CompositionError, InactiveSite, MergeError, RouteError, UnknownInjection
 from peftcore.forward.class_swap import is_reached
 from peftcore.forward.host_state import HostState, drop_state
@@ -435,9 +435,10 @@ class Injection(AppliedMethod):
         """Verify that the injection's outputs of modules can be combined with those of others.
 
         Raises:
-            CompositionError: it acts inside attention, or on the whole sequence or batch.
+            CompositionError: it acts inside attention, on what a module gets, or on the whole sequence or batch.
         """
-        if not self.method.tags.per_row or any(graft.site.form == "attention" for graft in self.grafts):
+        inside = any(graft.site.form == "attention" for graft in self.grafts)
+        if inside or not self.method.tags.per_row or any(isinstance(g.operator, InputOperator) for g in self.grafts):
             raise CompositionError(
                 f"{self.name!r} ({self.method.name}) does not act on outputs of modules alone, so these cannot be "
                 "summed, averaged, split or fused with others; stack it"

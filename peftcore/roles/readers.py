@@ -51,21 +51,22 @@ def _reads_only(parent: Node, node: Node) -> bool:
     if parent.kind is Kind.MHA:
         return False  # sites in torch's own attention are those of the attention
     name = node.path.rpartition(".")[2]
-    after = [then for code in _codes(type(parent.module)) for this, then in _steps(code) if this == name]
+    after = [then for code in _code_of(parent) for this, then in _steps(code) if this == name]
     return bool(after) and all(then in node.module._parameters for then in after)
 
 
 def _holds_for(above: Node, holder: Node, tensor: str) -> bool:
     """Whether the code of a module names a tensor of another one, whose own code does not, beyond making it."""
-    reader: Any = type(above.module)
-    own: Any = type(holder.module)
-    return tensor in _names_in(reader) and tensor not in _names_in(own)
+    return _names(above, tensor) and not _names(holder, tensor)
 
 
-@functools.cache
-def _names_in(cls: Any) -> frozenset[str]:
-    """Returns the names in the code that a forward runs."""
-    return frozenset(chain.from_iterable(code.co_names for code in _codes(cls)))
+def _names(node: Node, tensor: str) -> bool:
+    return any(tensor in code.co_names for code in _code_of(node))
+
+
+def _code_of(node: Node) -> tuple[CodeType, ...]:
+    cls: Any = type(node.module)
+    return _codes(cls)
 
 
 @functools.cache

@@ -26,6 +26,7 @@ from peftcore.targets.attention_sites import AttentionSite
 from peftcore.targets.attention_sites import locate as locate_attention
 from peftcore.targets.defaults import default_sites, notices
 from peftcore.targets.resolver import Resolver, Target
+from peftcore.targets.sequence import SequenceSite
 from peftcore.targets.sequence import locate as locate_stack
 from peftcore.targets.sites import Site
 from peftcore.utils.progress import Progress
@@ -218,8 +219,13 @@ class Surgeon:
         Raises:
             UnsupportedSite: the site is no stack: no module that takes token ids, embeds them and runs blocks.
         """
-        found = locate_stack(site, self.resolver)
+        found = self.sequence_site(site)
         return self.graft(found, operator, config, found.places)
+
+    def sequence_site(self, site: Site) -> SequenceSite:
+        """Returns the stack at a site, for an operator that acts around the stack itself; raises UnsupportedSite where
+        there is none."""
+        return locate_stack(site, self.resolver)
 
     def include(self, part: str, method: Method, config: MethodConfig, target: Target | None = None) -> None:
         """Let another method act as one part of this one: a hybrid. Its operators, shared modules and selections are

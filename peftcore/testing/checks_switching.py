@@ -118,7 +118,8 @@ def an_injection_acts_only_where_it_lives(case: Case) -> None:
     everywhere = case.filled(model, name="everywhere")
     places = list(dict.fromkeys(graft.site.module_path for graft in everywhere.grafts))
     chosen = list(dict.fromkeys(site.module_path for sites in everywhere.selections.values() for site in sites))
-    left_out = [path for path in chosen if path in places][::2]
+    parts = [path for path in chosen if path in places and not any(p.startswith(f"{path}.") for p in places)]
+    left_out = parts[::2]
     if len(left_out) == len(places):
         raise NotApplicable("a single place cannot overlap in part")
     part = case.filled(model, 2, name="part", exclude=left_out)

@@ -4,7 +4,7 @@ may make it."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -14,15 +14,15 @@ from peftcore import (
     Attend,
     AttentionOperator,
     AttentionSite,
+    InputOperator,
     MethodConfig,
-    Operator,
+    Mine,
     SequenceSite,
     Shared,
     Site,
     Surgeon,
     cache_in,
 )
-from peftcore.errors import UnsupportedSite
 
 
 class PrefixConfig(Protocol):
@@ -92,10 +92,12 @@ def prefix_width(site: AttentionSite) -> int:
     return site.geometry.kv_heads * (site.geometry.head_dim + site.geometry.value_dim)
 
 
-def prefix_count(site: AttentionSite, config: PrefixConfig) -> int:
-    """Count the parameters of the operator itself, without the shared network."""
+def prefix_count(site: Site, config: PrefixConfig, gate: bool = False) -> int:
+    """Count the parameters of an operator itself, without the shared network: those of a prefix, none of positions."""
+    if not isinstance(site, AttentionSite):
+        return 0
     rows = config.length if config.projection is None else config.projection + 1
-    return rows * prefix_width(site)
+    return rows * prefix_width(site) + gate
 
 
 def shared_encoder(surgeon: Surgeon, site: AttentionSite, config: PrefixConfig) -> Shared | None:
@@ -109,43 +111,42 @@ def shared_encoder(surgeon: Surgeon, site: AttentionSite, config: PrefixConfig) 
     return surgeon.own(f"{stack}_{config.length}x{hidden}", lambda: Encoder(config.length, width, hidden))
 
 
-class Behind(Operator):
+class Behind(InputOperator):
     """Starts the positions of a stack's tokens behind a prefix of so many keys."""
 
     def __init__(self, site: SequenceSite, length: int) -> None:
         super().__init__(site)
         self.length, self.padding = length, site.stack.position_padding
-        self.names = site.arguments
-        if "position_ids" not in self.names:
-            raise UnsupportedSite(f"{site.module_path} takes no position_ids, so its tokens stay where they are")
 
-    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
-        """Return the function for a form: it acts around the stack itself."""
-        return self if form == "sequence" else _pass
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+    def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
         places, ids = given.get("position_ids"), given.get("input_ids")
+        tokens = given["inputs_embeds"] if ids is None else ids  # [batch, tokens, ...]
+        rows = mine(tokens)
+        length = self.length if rows is None else self.length * rows.long()[:, None]  # [batch, 1]
         if places is not None:
-            places = places + self.length
+            places = places + length
         elif self.padding is None:
-            tokens = given["inputs_embeds"] if ids is None else ids
             cache = cache_in(given)
-            start = self.length + (0 if cache is None else cache.get_seq_length())
+            start = length if cache is None else length + cache.get_seq_length()
             places = torch.arange(tokens.shape[1], device=tokens.device)[None] + start
         elif ids is not None:  # RoBERTa counts what is no padding
             counted = ids != self.padding
-            places = (counted.cumsum(1) + self.length) * counted + self.padding
-        return call(**{**given, "position_ids": places})
-
-
-def _pass(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return call(*args, **kwargs)
+            places = (counted.cumsum(1) + length) * counted + self.padding
+        return {**given, "position_ids": places}
 
 
 def behind(surgeon: Surgeon, sites: Iterable[Site], config: MethodConfig) -> None:
-    """Start the positions of the tokens behind the prefix, in all stacks that hold `sites`."""
+    """Start the positions of the tokens behind the prefix, in all stacks that hold `sites` and number their tokens."""
     paths = [f"{site.module_path}." for site in sites]
     for stack in surgeon.sites("stack", optional=True):
         if any(path.startswith(f"{stack.module_path}.".lstrip(".")) for path in paths):
-            surgeon.sequence(stack, lambda site, own: Behind(site, own.length), config)
+            if "position_ids" in stack.arguments:
+                surgeon.graft(surgeon.sequence_site(stack), lambda site, own: Behind(site, own.length), config)
+            else:
+                name = type(stack.module).__name__
+                surgeon.notices.append(f"{name} takes no position_ids, so its tokens stay where they are")
+
+
+def positions_stayed(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a file of version 1, where the positions of tokens stayed as they are by default."""
+    return {"behind": False, **options}

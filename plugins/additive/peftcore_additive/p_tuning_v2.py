@@ -7,7 +7,8 @@ differ: P trains directly, from N(0, 1), unless `projection` asks for the networ
 training; and a fresh linear head for the classes of the task trains along (no words stand for labels). Name that head
 in ``train=``, as in ``train=["classifier"]``. It acts on self-attention only.
 
-The prompts have no positions, and those of the tokens stay as they are.
+The prompts' keys carry no position. The positions of tokens start behind the prompts, as the authors and peft have it,
+wherever the model takes positions; ``behind=False`` leaves them as they are.
 
 Parameters: length * 2 d a layer (d: the width of its keys); with projection (projection + 1) * 2 d a layer and
 (length d + (d + 1) projection) a stack.
@@ -18,13 +19,13 @@ about 100. Nothing merges; rows of a batch may have different prompts.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from peftcore import AttentionSite, Method, MethodConfig, Surgeon, Tags
-from peftcore_additive._prefix import PrefixOperator, prefix_count, shared_encoder
+from peftcore import AttentionSite, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_additive._prefix import PrefixOperator, behind, positions_stayed, prefix_count, shared_encoder
 
 
 class Config(MethodConfig):
@@ -38,6 +39,8 @@ class Config(MethodConfig):
     themselves."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Probability with which numbers of the prompts are dropped in training."""
+    behind: bool = True
+    """Count the positions of tokens from behind the prompts, as if these were words: what the authors and peft do."""
 
 
 class PTuningV2(Method):
@@ -49,14 +52,22 @@ class PTuningV2(Method):
         category="additive", paper="2110.07602", identity_at_init=False, random=True, checked_against="peft 0.21"
     )
     target = ("attn.core",)
+    config_version = 2
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         def prompts(site: AttentionSite, own: Config) -> PrefixOperator:
             return PrefixOperator(site, own, shared_encoder(surgeon, site, own))
 
-        for site in surgeon.sites():
+        sites = surgeon.sites()
+        for site in sites:
             surgeon.attention(site, prompts, config)
+        if config.behind:
+            behind(surgeon, sites, config)
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return positions_stayed(options)
 
     @staticmethod
-    def parameter_count(site: AttentionSite, config: Config) -> int:
+    def parameter_count(site: Site, config: Config) -> int:
         return prefix_count(site, config)

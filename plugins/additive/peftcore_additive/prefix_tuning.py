@@ -5,9 +5,9 @@
 P_k, P_v are `length` keys and values a layer, in the same softmax as the attention's own. While they train they are
 made by a network: Z [length, d] and (W, b) are shared by the layers of a stack, (W_l, b_l) is the layer's slice of the
 last matrix; with ``projection=None`` P trains directly, from N(0, 1). Encoder, decoder and cross-attention have
-prefixes of their own. Prefix keys carry no rotation and no relative bias. The positions of tokens stay as they are, or
-with ``behind=True`` start behind the prefix, as the authors and peft have it. Under grouped-query attention a prefix
-has the heads of the keys; d is their width.
+prefixes of their own. Prefix keys carry no rotation and no relative bias. The positions of tokens start behind the
+prefix, as the authors and peft have it, wherever the model takes positions; ``behind=False`` leaves them as they are.
+Under grouped-query attention a prefix has the heads of the keys; d is their width.
 
 No start is an identity: a prefix takes mass in the softmax even where its values are zero. With ``gate=True`` (ours,
 not the paper's) the attention with prefix is mixed in by a scalar a layer that starts at zero, at twice the cost.
@@ -21,13 +21,13 @@ different ones.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from peftcore import AttentionSite, Method, MethodConfig, Surgeon, Tags
-from peftcore_additive._prefix import PrefixOperator, behind, prefix_count, shared_encoder
+from peftcore import AttentionSite, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_additive._prefix import PrefixOperator, behind, positions_stayed, prefix_count, shared_encoder
 
 
 class Config(MethodConfig):
@@ -40,11 +40,11 @@ class Config(MethodConfig):
     """Width of the network that makes the prefix while it trains; None trains the prefix itself."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which numbers of the prefix are dropped in training."""
-    behind: bool = False
-    """Count the positions of tokens from behind the prefix, as if it were words: what the authors and peft do. All rows
-    of a batch have one prefix then."""
+    behind: bool = True
+    """Count the positions of tokens from behind the prefix, as if it were words: what the authors and peft do."""
     gate: bool = False
-    """Mix the prefix in through a trained scalar that starts at zero, so that a fresh injection changes nothing."""
+    """Mix the prefix in through a trained scalar that starts at zero, so that a fresh injection changes nothing; with
+    ``behind=False`` also where positions count from the first token."""
 
 
 class PrefixTuning(Method):
@@ -56,10 +56,11 @@ class PrefixTuning(Method):
         category="additive",
         paper="2101.00190",
         identity_at_init=False,
-        identity_options={"gate": True},
+        identity_options={"gate": True, "behind": False},
         checked_against="peft 0.21",
     )
     target = ("attn.core", "cross.core")
+    config_version = 2
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         def prefix(site: AttentionSite, own: Config) -> PrefixOperator:
@@ -71,6 +72,10 @@ class PrefixTuning(Method):
         if config.behind:
             behind(surgeon, sites, config)
 
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return positions_stayed(options)
+
     @staticmethod
-    def parameter_count(site: AttentionSite, config: Config) -> int:
-        return prefix_count(site, config) + config.gate
+    def parameter_count(site: Site, config: Config) -> int:
+        return prefix_count(site, config, config.gate)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
+from peftcore_additive._prefix import PrefixOperator
 
 LENGTH, HIDDEN = 4, 12
 
@@ -27,9 +28,14 @@ def host(name: str = "bert", dtype: torch.dtype = torch.float64) -> tuple[Any, d
     return model.to(dtype).eval().requires_grad_(False), inputs
 
 
+def prefixes(injection: peftcore.Injection) -> list[Any]:
+    """Its operators inside of attentions, without the one that starts positions behind them."""
+    return [each for each in injection.operators.values() if isinstance(each, PrefixOperator)]
+
+
 @pytest.mark.parametrize("projection", [None, HIDDEN])
 def test_beside_peft(projection: int | None) -> None:
-    """peft's tokens have positions behind the prefix; ours are told to, once."""
+    """The same inputs on both sides: positions start behind the prefix."""
     peft = pytest.importorskip("peft")
     base, inputs = host("llama")
     network = {} if projection is None else {"prefix_projection": True, "encoder_hidden_size": projection}
@@ -39,7 +45,7 @@ def test_beside_peft(projection: int | None) -> None:
     nn.init.normal_(encoder.embedding.weight, 0, 0.5)
     injection = peftcore.apply(ours, "p_tuning_v2", length=LENGTH, projection=projection, dtype="float64")
     with torch.no_grad():
-        for index, operator in enumerate(injection.operators.values()):
+        for index, operator in enumerate(prefixes(injection)):
             if projection is None:
                 operator.prefix.copy_(encoder.embedding.weight.chunk(2, 1)[index])
             else:
@@ -48,11 +54,9 @@ def test_beside_peft(projection: int | None) -> None:
         for shared in injection.shared.values():
             shared.embedding.weight.copy_(encoder.embedding.weight)
             shared.hidden.load_state_dict(encoder.transform[0].state_dict())
-    rows, words = inputs["input_ids"].shape
-    places = torch.arange(LENGTH, LENGTH + words).expand(rows, -1)
     expected = theirs(**inputs).logits
     assert (expected - base(**inputs).logits).abs().max() > 1e-3
-    torch.testing.assert_close(ours(**inputs, position_ids=places).logits, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(ours(**inputs).logits, expected, rtol=1e-10, atol=1e-10)
 
 
 def deep_prompt(prompt: Callable[[], Tensor], padding: Tensor) -> Callable[..., Any]:
@@ -105,7 +109,8 @@ def test_equation(projection: int | None, implementation: str) -> None:
         place = f"bert.encoder.layer.{layer}.attention.self"
         hook = deep_prompt(prompt(copies[f"{place}:attention"]), inputs["attention_mask"].double())
         base.get_submodule(place).register_forward_hook(hook, with_kwargs=True)
-    ours, expected = model(**inputs).logits, base(**inputs).logits
+    places = torch.arange(LENGTH, LENGTH + inputs["input_ids"].shape[1])[None]
+    ours, expected = model(**inputs).logits, base(**inputs, position_ids=places).logits
     assert (expected - before).abs().max() > 1e-3
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
     direction = torch.randn_like(ours)

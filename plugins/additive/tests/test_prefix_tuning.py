@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import peftcore
-from peftcore.errors import UnsupportedSite
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
+from peftcore_additive._prefix import PrefixOperator
 
 LENGTH, HIDDEN = 5, 12
 
@@ -42,8 +42,13 @@ def logits(model: Any, **inputs: Any) -> Tensor:
     return output
 
 
+def prefixes(injection: peftcore.Injection) -> list[Any]:
+    """Its operators inside of attentions, without the one that starts positions behind them."""
+    return [each for each in injection.operators.values() if isinstance(each, PrefixOperator)]
+
+
 def behind(inputs: dict[str, Tensor], length: int = LENGTH) -> dict[str, Tensor]:
-    """Positions as the authors and peft have them: tokens start behind the prefix."""
+    """Positions that begin there."""
     rows, words = inputs["input_ids"].shape
     return {**inputs, "position_ids": torch.arange(length, length + words).expand(rows, -1)}
 
@@ -65,7 +70,7 @@ def test_forward_is_that_of_peft(name: str, projection: int | None) -> None:
             parameter.normal_(0, 0.5)
     ours = deepcopy(base)
     injection = peftcore.apply(ours, "prefix_tuning", length=LENGTH, projection=projection, dtype="float64")
-    operators = list(injection.operators.values())
+    operators = prefixes(injection)
     with torch.no_grad():
         for index, operator in enumerate(operators):
             if projection is None:
@@ -80,8 +85,8 @@ def test_forward_is_that_of_peft(name: str, projection: int | None) -> None:
     valid = inputs["attention_mask"].bool()
     expected = logits(theirs, **inputs)[valid]
     assert (expected - logits(base, **inputs)[valid]).abs().max() > 0.01
-    torch.testing.assert_close(logits(ours, **behind(inputs))[valid], expected, rtol=1e-10, atol=1e-10)
-    mine = torch.autograd.grad(logits(ours, **behind(inputs))[valid].square().sum(), list(injection.parameters()))
+    torch.testing.assert_close(logits(ours, **inputs)[valid], expected, rtol=1e-10, atol=1e-10)
+    mine = torch.autograd.grad(logits(ours, **inputs)[valid].square().sum(), list(injection.parameters()))
     other = torch.autograd.grad(expected.square().sum(), list(encoder.parameters()))
     assert sum(g.square().sum() for g in mine).item() == pytest.approx(
         sum(g.square().sum() for g in other).item(), rel=1e-9
@@ -94,8 +99,8 @@ def test_positions_from_behind_the_prefix(name: str, tmp_path: Path) -> None:
     base, inputs = host(name)
     plain, shifted, again = deepcopy(base), deepcopy(base), deepcopy(base)
     options = {"length": LENGTH, "projection": None, "dtype": "float64", "seed": 0}
-    peftcore.apply(plain, "prefix_tuning", **options)
-    injection = peftcore.apply(shifted, "prefix_tuning", behind=True, **options)
+    peftcore.apply(plain, "prefix_tuning", behind=False, **options)
+    injection = peftcore.apply(shifted, "prefix_tuning", **options)
     expected = logits(plain, **behind(inputs))
     assert (expected - logits(plain, **inputs)).abs().max() > 1e-3
     assert torch.equal(logits(shifted, **inputs), expected)
@@ -116,16 +121,37 @@ def test_positions_from_behind_where_the_host_counts_what_is_no_padding() -> Non
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 1, 1]])
     plain, shifted = deepcopy(base), deepcopy(base)
     options = {"length": LENGTH, "projection": None, "seed": 0}
-    peftcore.apply(plain, "prefix_tuning", **options)
-    peftcore.apply(shifted, "prefix_tuning", behind=True, **options)
+    peftcore.apply(plain, "prefix_tuning", behind=False, **options)
+    peftcore.apply(shifted, "prefix_tuning", **options)
     places = torch.tensor([[2, 3, 4, 5], [2, 3, 1, 1]]) + LENGTH * (ids != 1)  # padding is not counted
     expected = logits(plain, input_ids=ids, attention_mask=(ids != 1).long(), position_ids=places)
     assert torch.equal(logits(shifted, input_ids=ids, attention_mask=(ids != 1).long()), expected)
 
 
 def test_tokens_without_positions_stay_where_they_are() -> None:
-    with pytest.raises(UnsupportedSite, match="takes no position_ids"):
-        peftcore.apply(host("t5")[0], "prefix_tuning", behind=True)
+    """T5 has distances alone, which a prefix does not change."""
+    plan = peftcore.plan(host("t5")[0], "prefix_tuning")
+    assert "T5Stack takes no position_ids, so its tokens stay where they are" in plan.notes
+    assert {site.form for site in plan.sites} == {"attention"}
+
+
+def test_rows_of_other_prefixes_have_positions_of_their_own() -> None:
+    """Rows of a route are as each prefix alone has them, and a row without one is the base's."""
+    base, inputs = host("gpt2")
+    inputs = {key: value[:1].expand(3, -1) for key, value in inputs.items()}
+    model = deepcopy(base)
+    for name, length in (("short", 2), ("long", 7)):
+        peftcore.apply(model, "prefix_tuning", name=name, length=length, projection=None, dtype="float64")
+    expected = []
+    for name in ("short", "long"):
+        peftcore.activate(model, name)
+        expected.append(logits(model, **inputs)[0])
+    assert (expected[0] - expected[1]).abs().max() > 1e-3
+    with peftcore.route(model, ["long", None, "short"]):
+        found = logits(model, **inputs)
+    plain = logits(base, **inputs)[1]
+    for row, wanted in zip(found, (expected[1], plain, expected[0]), strict=True):
+        torch.testing.assert_close(row, wanted, rtol=1e-10, atol=1e-10)
 
 
 class Authors(nn.Module):
@@ -158,7 +184,7 @@ def test_equation_of_the_authors(hidden: int | None) -> None:
     model = deepcopy(base)
     model.set_attn_implementation("sdpa")
     injection = peftcore.apply(model, "prefix_tuning", length=LENGTH, projection=hidden, dtype="float64")
-    first, second = injection.operators.values()
+    first, second = prefixes(injection)
     with torch.no_grad():
         if hidden is None:
             first.prefix.copy_(authors.flat[:, :32])
@@ -178,7 +204,7 @@ def test_equation_of_the_authors(hidden: int | None) -> None:
                 for part, value in zip(mine, whole.chunk(len(mine), dim), strict=True):
                     part.copy_(value)
     valid = inputs["attention_mask"].bool()
-    ours = logits(model, **behind(inputs))[valid]
+    ours = logits(model, **inputs)[valid]
     wide = torch.cat([torch.ones(2, LENGTH).long(), inputs["attention_mask"]], 1)
     places = behind(inputs)["position_ids"]
     expected = base(
@@ -229,7 +255,7 @@ def test_a_gate_at_zero_is_the_identity_and_at_one_the_prefix(name: str, project
     base, inputs = host(name)
     expected = logits(base, **inputs)
     gated, open_ = deepcopy(base), deepcopy(base)
-    options = {"length": LENGTH, "projection": projection, "dtype": "float64", "seed": 0}
+    options = {"length": LENGTH, "projection": projection, "behind": False, "dtype": "float64", "seed": 0}
     plain = peftcore.apply(open_, "prefix_tuning", **options)
     injection = peftcore.apply(gated, "prefix_tuning", gate=True, **options)
     assert torch.equal(logits(gated, **inputs), expected)
@@ -250,7 +276,7 @@ def test_a_gate_learns_first() -> None:
     model, inputs = host("llama")
     injection = peftcore.apply(model, "prefix_tuning", gate=True, projection=None, dtype="float64")
     logits(model, **inputs).square().sum().backward()
-    for operator in injection.operators.values():
+    for operator in prefixes(injection):
         assert operator.gate.grad.abs() > 0
         assert not operator.prefix.grad.any()
 
@@ -259,14 +285,14 @@ def test_start() -> None:
     """N(0, 1) where the prefix itself trains; what torch gives embeddings and linear maps where a network makes it."""
     model, _ = host("llama")
     injection = peftcore.apply(model, "prefix_tuning", length=4000, projection=None)
-    drawn = torch.cat([operator.prefix.flatten() for operator in injection.operators.values()]).detach()
+    drawn = torch.cat([operator.prefix.flatten() for operator in prefixes(injection)]).detach()
     assert abs(drawn.std() - 1) < 0.02 and abs(drawn.mean()) < 0.02
     injection.remove()
     made = peftcore.apply(model, "prefix_tuning", length=4000)
     (shared,) = made.shared.values()
     assert abs(shared.embedding.weight.std() - 1) < 0.02
     bound = 512**-0.5  # the last matrix has 512 inputs, whether it is whole or a slice
-    largest = max(operator.out.weight.abs().max().item() for operator in made.operators.values())
+    largest = max(operator.out.weight.abs().max().item() for operator in prefixes(made))
     assert 0.99 * bound < largest <= bound
 
 

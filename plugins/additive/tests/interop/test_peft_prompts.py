@@ -146,10 +146,10 @@ def refused(method: str, match: str, path: Path, name: str = "llama", **options:
 
 def test_what_peft_cannot_hold(tmp_path: Path) -> None:
     path = tmp_path / "none"
-    refused("prefix_tuning", "behind=True", path)
-    refused("prefix_tuning", "gate", path, behind=True, gate=True)
-    refused("prefix_tuning", "every attention", path, behind=True, target="*layers.0.self_attn")
-    refused("prefix_tuning", "this host is an encoder", path, name="bert", behind=True)
+    refused("prefix_tuning", "behind=True", path, behind=False)
+    refused("prefix_tuning", "gate", path, gate=True)
+    refused("prefix_tuning", "every attention", path, target="*layers.0.self_attn")
+    refused("prefix_tuning", "this host is an encoder", path, name="bert")
     refused("llama_adapter", "a gate for each head", path)
     refused("llama_adapter", "top layers", path, target="*layers.0.self_attn")
     refused("llama_adapter", "without o_proj", path, name="gpt2")
