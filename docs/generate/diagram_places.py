@@ -42,6 +42,7 @@ ACTS = (
     (peftcore.AttentionOperator, "acts on queries, keys and values"),
     (peftcore.SequenceOperator, "adds vectors in front of the tokens"),
     (Bypass, "acts in parallel to the branch"),
+    (peftcore.InputOperator, "changes what the model gets"),
     (Combiner, "weights the outputs of adapters"),
     (Operator, "acts on the output"),
 )

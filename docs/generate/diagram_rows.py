@@ -36,7 +36,7 @@ ORDER = (
 LABELS = {
     **{"embed": "tokens", "embed.pos": "positions", "embed.type": "segments", "patch": "input", "head": "head"},
     **{"attn": "attention", "cross": "cross-attention", "out": "o", "mod": "time", "down": "resampling"},
-    **{"conv": "convolutions", SEQUENCE: "vectors in front"},
+    **{"conv": "convolutions", SEQUENCE: "the sequence"},
 }
 
 

@@ -57,7 +57,7 @@ def test_roles_of_the_target_are_marked(name: str) -> None:
     ("name", "expected"),
     [
         ("prompt_tuning", {"sequence"}),
-        ("prefix_tuning", {"attn", "shared"}),
+        ("prefix_tuning", {"attn", "sequence", "shared"}),
         ("houlsby_adapter", {"attn.out", "mlp.down", "norm", "norm.final"}),
         ("lst", {"block", "shared"}),
         ("linear_probe", {"head"}),

@@ -7,7 +7,7 @@ The mix that the paper's comparison ends with ("mix and match"): a short prefix,
 look, and the capacity where it pays most, at the feed-forward. Both parts are the methods `prefix_tuning` and
 `parallel_adapter` with the authors' sizes (code: jxhe/unify-parameter-efficient-tuning), and all that is said there
 holds: encoder, decoder and cross-attention have prefixes of their own; the adapter starts as an exact identity, the
-prefix does not.
+prefix does not. The positions of tokens stay as they are: this code's prefixes are in no cache.
 
 Parameters: those of both parts. With prefix_length k, prefix_mid_dim t and keys of width d: 2 d (t + 1) an attention
 and k d + (d + 1) t a stack; with ffn_bottleneck r and a stream of width e: 2 e r + r + e a feed-forward.
@@ -57,7 +57,7 @@ def _translated(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[st
 def prefix_options(config: Config) -> prefix_tuning.Config:
     """Return the options of the prefix."""
     overrides = {pattern: _translated(changes, PREFIX) for pattern, changes in config.overrides.items()}
-    return prefix_tuning.Config(**_translated(config.model_dump(), PREFIX), overrides=overrides)
+    return prefix_tuning.Config(**_translated(config.model_dump(), PREFIX), behind=False, overrides=overrides)
 
 
 def ffn_options(config: Config) -> parallel_adapter.Config:
