@@ -91,7 +91,7 @@ def test_it_is_its_parts_one_after_the_other(name: str) -> None:
     model, _, _ = host(name)
     model = model.float()
     other = deepcopy(model)
-    options = {"length": 4, "projection": 6}, {"bottleneck": 5, "scale": 4.0}
+    options = {"length": 4, "projection": 6, "behind": False}, {"bottleneck": 5, "scale": 4.0}
     parts = [peftcore.apply(other, m, **o) for m, o in zip(("prefix_tuning", "parallel_adapter"), options, strict=True)]
     injection = peftcore.apply(model, "mam_adapter", **SMALL)
     fill(injection)
