@@ -254,3 +254,17 @@ def test_convolutions_are_adapted_at_each_position(layer: nn.Module) -> None:
         nn.init.normal_(parameter, 0, 0.1)
     inner = operator.activation(expected @ operator.down.weight.T + operator.down.bias)
     torch.testing.assert_close(model(x), (expected + inner @ operator.up.weight.T + operator.up.bias).movedim(-1, 1))
+
+
+def test_activation_and_width_are_those_of_the_authors_by_default() -> None:
+    """`feedforward_adapter(input_tensor, hidden_size=64, init_scale=1e-3)`, which applies `gelu`, the exact one, in
+    modeling.py of google-research/adapter-bert at 1a31fc6."""
+    base, run = host("bert")
+    model = deepcopy(base)
+    injection = peftcore.apply(model, "houlsby_adapter", train_layer_norm=False, dtype="float64")
+    fill(injection)
+    for place, operator in injection.operators.items():
+        tensors = {key: p.detach() for key, p in operator.named_parameters()}
+        assert tensors["down.weight"].shape == (64, 16)
+        base.get_submodule(place).register_forward_hook(bottleneck(tensors, "gelu"))
+    torch.testing.assert_close(run(model), run(base), rtol=1e-10, atol=1e-10)
