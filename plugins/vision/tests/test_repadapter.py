@@ -209,3 +209,15 @@ def test_weight_whose_bias_is_elsewhere_is_refused() -> None:
     host = probe(model, {"x": torch.randn(1, 3, 32, 32).double()}, derive(model))
     with pytest.raises(UnsupportedSite, match="no bias beside it"):
         peftcore.apply(model, "repadapter", host=host)
+
+
+def test_numbers_in_a_vit_are_those_of_the_authors_defaults() -> None:
+    """`RepAdapter(hidden_dim=8, groups=2, scale=1)`, repadapter.py of luogen1996/RepAdapter at 360992f, whose train.py
+    has `--dim 8`: in ViT-B/16 two a block, 0.22 million as the paper says, without biases."""
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224")
+    one, biases = 768 * 8 + 768 * 8 // 2, 8 + 768
+    assert peftcore.plan(model, "repadapter").trainable == 24 * (one + biases) == 239_808
+    assert 24 * one == 221_184
+    (operator,) = peftcore.apply(nn.Sequential(nn.Linear(16, 5)), "repadapter", target="0").operators.values()
+    assert (operator.A.shape, operator.groups, operator.scale) == ((8, 16), 2, 1.0)
