@@ -194,7 +194,7 @@ def test_an_evaluation_before_training_changes_nothing(tmp_path: Path) -> None:
     """The counter of its draws is in the checkpoint that is read after it."""
     results = []
     for checkpoint in (None, str(tmp_path / "checkpoint-3")):
-        model, injection, _ = adapted("bert", "adapterdrop", {"robust": True})
+        model, injection, _ = adapted("bert", "adapterdrop", {"robust": True, "drop_first_layers": 1})
         hooks = [*model._load_state_dict_pre_hooks]
         run = trainer(model, "bert", tmp_path, [PeftcoreCallback()])
         run.evaluate()

@@ -290,7 +290,7 @@ def test_models_that_are_not_of_transformers_are_saved_alike_by_our_trainer(tmp_
 
 STATEFUL = {
     "adalora": {"target_rank": 2, "warmup": 1, "interval": 1, "final": 1},
-    "adapterdrop": {"robust": True},
+    "adapterdrop": {"robust": True, "drop_first_layers": 1},
     "vera": {},
     "randlora": {},
     "fourierft": {"n_frequency": 50},

@@ -72,8 +72,10 @@ class Prompt:
     input. A step that adds one token to a cache is no prompt.
     """
 
-    def __init__(self, depth: int, generates: bool, first: int, last: int) -> None:
-        self.depth, self.generates, self.first, self.last = depth, generates, first, last
+    def __init__(self, depth: int, generates: bool, first: int, last: int, halves: bool) -> None:
+        """Set which positions: `first` and `last` ones, and whether either has half of the prompt at most; without
+        `halves` the first ones come first."""
+        self.depth, self.generates, self.first, self.last, self.halves = depth, generates, first, last, halves
 
     def positions(self, hidden: Tensor, given: Mapping[str, Any], training: bool) -> tuple[Tensor, Tensor] | None:
         """Return masks ``[batch or 1, tokens]`` of the first and of the last positions (none is in both), for the input
@@ -96,6 +98,8 @@ class Prompt:
         index = real.cumsum(-1) - 1
         length = index[:, -1:] + 1
         labels = inputs.get("labels") if self.generates else None
+        if told is None and held:
+            self._check_pieces(real[:, :held].sum(-1))
         if told is not None:
             length = _per_row(told, rows, hidden.device)
         elif isinstance(labels, Tensor) and labels.shape == (rows, new):
@@ -103,17 +107,31 @@ class Prompt:
         elif self.generates and not training and inputs.get("use_cache") is False:
             self._check_uncached(length)
         real, index = real[:, held : held + new], index[:, held : held + new]
-        front = real & (index < length) & (index < self.first)
-        back = real & (index < length) & (index >= length - self.last) & ~front
+        most = length // 2 if self.halves else length  # of either end
+        front = real & (index < length) & (index < most.clamp_max(self.first))
+        back = real & (index < length) & (index >= length - most.clamp_max(self.last)) & ~front
         return front, back
+
+    @property
+    def settled(self) -> int:
+        """The length from which on more tokens leave the first positions where they are."""
+        return self.first * (1 + self.halves)
+
+    def _check_pieces(self, seen: Tensor) -> None:
+        """Raise where a prompt that goes on would move the positions in what came before."""
+        if self.halves and not torch.compiler.is_compiling() and bool((seen < self.settled).any()):
+            raise MissingContext(
+                f"this input goes on from a cache of less than {self.settled} tokens, and either end has half of the "
+                f"prompt at most: {REMEDY}"
+            )
 
     def _check_uncached(self, length: Tensor) -> None:
         """Raise where generation without a cache would move the positions: each step gets the whole sequence, whose end
         is not the prompt's."""
         if self.last:
             raise MissingContext(f"with use_cache=False, generated tokens are part of the input: {REMEDY}")
-        if not torch.compiler.is_compiling() and bool((length < self.first).any()):
-            raise MissingContext(f"the input is shorter than {self.first} positions, and may grow: {REMEDY}")
+        if not torch.compiler.is_compiling() and bool((length < self.settled).any()):
+            raise MissingContext(f"the input is shorter than {self.settled} positions, and may grow: {REMEDY}")
 
 
 class Visible:

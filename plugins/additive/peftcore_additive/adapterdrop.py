@@ -4,8 +4,9 @@
 
 Bottleneck adapters behind the feed-forward, as many as are worth their time. *Specialised*: the first m layers have
 none; they are cheaper at inference, and backward ends at layer m, since nothing below it trains. *Robust*: all layers
-have one, and each forward in training leaves the first m out, m drawn evenly from 0 to `drop_first_layers`; afterwards
-one adapter serves every m:
+have one, and each forward in training leaves the first m out, m drawn evenly from 0 to `drop_first_layers`, by default
+to L - 2 of L layers, as in the authors' notebook, where it is 10 of RoBERTa's 12 (the paper: L - 1); afterwards one
+adapter serves every m:
 
     with peftcore.call(model, drop_first_layers=5): ...
 
@@ -38,8 +39,9 @@ class Config(MethodConfig):
     """Options of AdapterDrop."""
 
     method: Literal["adapterdrop"] = "adapterdrop"
-    drop_first_layers: NonNegativeInt = 5
-    """The layers m, from the bottom of each stack, that get no adapter; when robust, the most that are left out."""
+    drop_first_layers: NonNegativeInt | None = None
+    """The layers m, from the bottom of each stack, that get no adapter; when robust, the most that are left out. None:
+    5; when robust, all but two."""
     robust: bool = False
     """Adapt all layers, and leave out another number of them at each forward in training."""
     bottleneck: PositiveInt = 64
@@ -87,19 +89,20 @@ class AdapterDrop(Method):
     )
     target = ("mlp.output",)
     alternatives = OUTPUTS
+    config_version = 2  # 2: drop_first_layers may be None
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         numbers = depths(surgeon)
         found = [(site, self._depth(site, surgeon, numbers)) for site in surgeon.sites()]
         top = max(depth for _, depth in found)
-        if config.drop_first_layers > top and not config.robust:
-            raise TargetError(
-                f"drop_first_layers={config.drop_first_layers} leaves none of {top + 1} layers an adapter"
-            )
-        most = min(config.drop_first_layers, top)
-        draws = surgeon.own("draws", lambda: Draws(most)) if config.robust else None
+        dropped = config.drop_first_layers
+        if dropped is None:
+            dropped = max(top - 1, 0) if config.robust else 5
+        if dropped > top and not config.robust:
+            raise TargetError(f"drop_first_layers={dropped} leaves none of {top + 1} layers an adapter")
+        draws = surgeon.own("draws", lambda: Draws(min(dropped, top))) if config.robust else None
         for site, depth in found:
-            if config.robust or depth >= config.drop_first_layers:
+            if config.robust or depth >= dropped:
                 surgeon.graft(site, lambda at, own, depth=depth: DroppableOperator(at, own, depth, draws), config)
 
     @staticmethod

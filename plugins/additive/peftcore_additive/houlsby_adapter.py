@@ -4,9 +4,9 @@
 
 h is what a sub-block (attention, then feed-forward) is about to add to the residual stream: the output of its last
 matrix, before dropout, residual and norm. For mixtures of experts it is the output of the whole mixture, in blocks of
-convolutions that of the last one, where the adapter acts on the channels of each position. The block's norms train too,
-as in the authors' code. Both matrices start from a normal with standard deviation 1e-3, cut at two deviations, biases
-zero: near identity, not exactly.
+convolutions that of the last one, where the adapter acts on the channels of each position. All norms train too, that of
+the embeddings as well, as in the authors' code (google-research/adapter-bert). Both matrices start from a normal with
+standard deviation 1e-3, cut at two deviations, biases zero: near identity, not exactly.
 
 Parameters: 2 d r + r + d an adapter, two adapters a block; with `train_layer_norm`, the norms besides.
 
@@ -34,8 +34,8 @@ class Config(MethodConfig):
     """Width r of the bottleneck."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
     """The non-linearity f."""
-    train_layer_norm: bool = True
-    """Train the norms of the blocks along, as the paper does."""
+    train_layer_norm: bool | Literal["blocks"] = True
+    """Train all norms along, or those of the blocks alone."""
     init_std: NonNegativeFloat = 1e-3
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 1e-3
@@ -82,12 +82,18 @@ class HoulsbyAdapter(Method):
     )
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
+    config_version = 2  # 2: train_layer_norm is all of them
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {**options, "train_layer_norm": "blocks" if options.get("train_layer_norm", True) else False}
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, BottleneckOperator, config)
-        for site in surgeon.at("norm") if config.train_layer_norm else ():
-            surgeon.train(site.module_path)
+        for site in surgeon.at("norm" if config.train_layer_norm == "blocks" else "norm.*"):
+            if config.train_layer_norm:
+                surgeon.train(site.module_path)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

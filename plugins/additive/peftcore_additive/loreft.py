@@ -9,8 +9,8 @@ have an R, W, b each unless tied. R starts with random orthonormal rows, W and b
 where it is free); ``identity=True`` starts at h' = h. R's Cholesky factor keeps its rows orthonormal. Dropout acts on
 h' as a whole, as in the authors' code. Generated tokens are left alone; what the prompt is, `_prompt.Prompt` says: what
 comes before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` says it. In
-encoder-decoder models it goes through the encoder; in models of images it is the block's tokens. Where positions
-overlap, the first ones come first.
+encoder-decoder models it goes through the encoder; in models of images it is the block's tokens. As in the authors'
+code, either end has half of a short prompt at most (one token has none).
 
 Parameters: 2 d r + r for each end (one end when tied), each layer.
 
@@ -45,6 +45,8 @@ class Config(MethodConfig):
     """The first positions f of the prompt."""
     suffix_positions: NonNegativeInt = 0
     """The last positions l of the prompt."""
+    short_prompts: Literal["half", "first"] = "half"
+    """Either end has at most half of the prompt; or the first positions come first, and the last ones get the rest."""
     layers: list[NonNegativeInt] | None = None
     """The layers, by number; None takes all."""
     tied: bool = False
@@ -69,7 +71,8 @@ class ReftOperator(Operator):
         if config.rank > site.width:
             raise UnsupportedSite(f"{site.path} is {site.width} wide, which has no subspace of rank {config.rank}")
         self.names = site.arguments
-        self.prompt = Prompt(site.depth, generates, config.prefix_positions, config.suffix_positions)
+        halves = config.short_prompts == "half"
+        self.prompt = Prompt(site.depth, generates, config.prefix_positions, config.suffix_positions, halves)
         ends = {"prefix": config.prefix_positions, "suffix": config.suffix_positions}
         names = ["both"] if config.tied else [name for name, count in ends.items() if count]
         self.ends = nn.ModuleDict({name: Intervention(site.width, config) for name in names})
@@ -95,6 +98,11 @@ class LoReFT(Method):
     Config = Config
     tags = Tags("additive", "2404.03592", identity_at_init=False, identity_options={"identity": True})
     target = ("block",)
+    config_version = 2  # 2: short_prompts
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {**options, "short_prompts": "first"}
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         stacks = Stacks(surgeon)

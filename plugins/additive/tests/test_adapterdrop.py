@@ -141,6 +141,34 @@ def test_parameters_are_those_of_the_formula() -> None:
         assert plan.trainable == adapters * one
 
 
+def test_how_many_layers_are_dropped_by_default() -> None:
+    """Of twelve: five when specialised, as in the paper's abstract. When robust, 0 to 10: `np.random.randint(0, 11)` in
+    notebooks/Adapter_Drop_Training.ipynb of adapter-hub/adapters at 88f18eb; the paper's 0 to 11 is an option."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": 12, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=40, **sizes))
+    injection = peftcore.apply(model, "adapterdrop")
+    assert [path.split(".")[2] for path in injection.operators] == [str(layer) for layer in range(5, 12)]
+    injection.remove()
+    for options, most in (({}, 10), ({"drop_first_layers": 11}, 11), ({"drop_first_layers": 40}, 11)):
+        injection = peftcore.apply(model, "adapterdrop", robust=True, **options)
+        assert len(injection.operators) == 12
+        draws = injection.shared["draws"]
+        seen = {draws(peftcore.ForwardContext(model=model, args=(torch.zeros(1),))) for _ in range(400)}
+        assert seen == set(range(most + 1))
+        injection.remove()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_where_few_layers_are_all_that_there_are(layers: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"num_hidden_layers": layers, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=40, **sizes))
+    assert peftcore.apply(model, "adapterdrop", robust=True).shared["draws"].most == 0
+    with pytest.raises(TargetError, match=f"drop_first_layers=5 leaves none of {layers} layers"):
+        peftcore.apply(model, "adapterdrop", name="another")
+
+
 def test_stages_of_a_pyramid_count_as_one_stack() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 4}

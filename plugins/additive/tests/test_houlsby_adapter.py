@@ -125,36 +125,50 @@ def test_equation_on_hosts(name: str, activation: str) -> None:
             torch.testing.assert_close(p.grad, tensors[key].grad, rtol=1e-8, atol=1e-8)
 
 
+OUTSIDE = {
+    "llama": ["model.norm"],
+    "bert": ["bert.embeddings.LayerNorm"],
+    "gpt2": ["transformer.ln_f"],
+    "t5": ["encoder.final_layer_norm", "decoder.final_layer_norm"],
+    "moe": ["model.norm"],
+    "encoder": ["encoder.norm"],
+}
+"""Norms that are in no block."""
+
+
+@pytest.mark.parametrize("which", [True, "blocks"])
 @pytest.mark.parametrize("name", PLACES)
-def test_norms_of_the_blocks_train_along(name: str) -> None:
-    """2 (2 d r + r + d) a layer, and the norms of the blocks: not the one after the last block, nor that of the
-    embeddings."""
+def test_norms_train_along(name: str, which: Any) -> None:
+    """2 (2 d r + r + d) a layer, and the norms: by default all of them, as google-research/adapter-bert at 1a31fc6 has
+    it, whose optimizer takes the collection "layer_norm", where modeling.py puts each norm that it makes."""
     model, _ = host(name)
     places = [place.format(layer) for layer in (0, 1) for place in NORMS[name]]
+    outside = [path for path in OUTSIDE[name] if any(path == each for each, _ in model.named_modules())]
     norms = {
         f"{place}.{key}".removesuffix(".weight")
-        for place in places
+        for place in [*places, *(outside if which is True else ())]
         for key, _ in model.get_submodule(place).named_parameters()
     }
-    injection = peftcore.apply(model, "houlsby_adapter", bottleneck=5)
+    options: Any = {"bottleneck": 5, **({} if which is True else {"train_layer_norm": which})}
+    injection = peftcore.apply(model, "houlsby_adapter", **options)
     assert {path for path, operator in injection.operators.items() if isinstance(operator, Replacement)} == norms
     adapters = len(injection.operators) - len(norms)
     assert adapters == 2 * len(PLACES[name])
     count = adapters * (2 * 16 * 5 + 5 + 16) + len(norms) * 16
     assert sum(p.numel() for p in injection.parameters()) == count
-    assert peftcore.plan(host(name)[0], "houlsby_adapter", bottleneck=5).trainable == count
+    assert peftcore.plan(host(name)[0], "houlsby_adapter", **options).trainable == count
     assert all(p.requires_grad for p in injection.parameters())
 
 
-def test_norms_are_those_of_the_paper_or_stay() -> None:
+def test_norms_are_those_of_the_authors_or_stay() -> None:
     model, run = host("bert")
     injection = peftcore.apply(model, "houlsby_adapter", train_layer_norm=False)
     assert len(injection.operators) == 4
     injection.remove()
     injection = peftcore.apply(model, "houlsby_adapter")
     run(model).sum().backward()
-    norm = injection.operators["bert.encoder.layer.0.output.LayerNorm"]
-    assert norm.value.grad.abs().max() > 0
+    for place in ("bert.encoder.layer.0.output.LayerNorm", "bert.embeddings.LayerNorm"):
+        assert injection.operators[place].value.grad.abs().max() > 0
 
 
 def test_start_is_a_normal_cut_at_two_deviations() -> None:
@@ -240,3 +254,17 @@ def test_convolutions_are_adapted_at_each_position(layer: nn.Module) -> None:
         nn.init.normal_(parameter, 0, 0.1)
     inner = operator.activation(expected @ operator.down.weight.T + operator.down.bias)
     torch.testing.assert_close(model(x), (expected + inner @ operator.up.weight.T + operator.up.bias).movedim(-1, 1))
+
+
+def test_activation_and_width_are_those_of_the_authors_by_default() -> None:
+    """`feedforward_adapter(input_tensor, hidden_size=64, init_scale=1e-3)`, which applies `gelu`, the exact one, in
+    modeling.py of google-research/adapter-bert at 1a31fc6."""
+    base, run = host("bert")
+    model = deepcopy(base)
+    injection = peftcore.apply(model, "houlsby_adapter", train_layer_norm=False, dtype="float64")
+    fill(injection)
+    for place, operator in injection.operators.items():
+        tensors = {key: p.detach() for key, p in operator.named_parameters()}
+        assert tensors["down.weight"].shape == (64, 16)
+        base.get_submodule(place).register_forward_hook(bottleneck(tensors, "gelu"))
+    torch.testing.assert_close(run(model), run(base), rtol=1e-10, atol=1e-10)

@@ -225,3 +225,14 @@ def test_another_base_is_told_apart(tmp_path: Path) -> None:
     peftcore.apply(host("llama")[0], "llama_adapter").save(tmp_path)
     with pytest.raises(HostMismatch):
         peftcore.load(host("gpt2")[0], tmp_path)
+
+
+def test_numbers_in_llama_are_those_of_the_authors_defaults() -> None:
+    """`--adapter_layer 30 --adapter_len 10` in alpaca_finetuning_v1/finetuning.sh of OpenGVLab/LLaMA-Adapter at
+    521a09d: the last 30 of LLaMA 7B's 32 layers, ten vectors and a gate a head in each; the paper's 1.2 million."""
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=32))
+    plan = peftcore.plan(model, "llama_adapter")
+    assert [site.module_path for site in plan.sites] == [f"model.layers.{layer}.self_attn" for layer in range(2, 32)]
+    assert plan.trainable == 30 * (10 * 4096 + 32) == 1_229_760

@@ -1,10 +1,13 @@
 """LoReFT and its ablations: the equations of the authors' code (LoreftIntervention, NoreftIntervention,
 NodireftIntervention of pyreft, read; it needs pyvene, which does not run beside the transformers versions that this
-project is for), written a second time as hooks on a copy of the host, in float64; and where the prompt is."""
+project is for), written a second time as hooks on a copy of the host, in float64; where the prompt is, and which of its
+positions the authors' code takes (`frozen_loreft.json`)."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from peftcore.errors import ConfigError, MissingContext, NotMergeable, TargetErr
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
+from peftcore_additive.loreft import ReftOperator
 
 BLOCKS = {
     "llama": "model.layers.{}",
@@ -29,7 +33,8 @@ Positions = Sequence[tuple[int, int]]
 """(row, token)."""
 
 
-@conformance("loreft")
+# The kit generates from prompts of three tokens, without a cache too: half of them is one position.
+@conformance("loreft", options={"llama": {"prefix_positions": 1}, "gpt2": {"prefix_positions": 1}})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
@@ -117,8 +122,8 @@ def compare(
     assert sum(p.grad.abs().sum() for p in injection.parameters() if p.grad is not None) > 0
 
 
-# The kit's batch has rows of five and of three tokens, padded on the right.
-FRONT, BACK = [(0, 0), (0, 1), (1, 0), (1, 1)], [(0, 4), (1, 2)]
+# The kit's batch has rows of five and of three tokens, padded on the right: half of three is one.
+FRONT, BACK = [(0, 0), (0, 1), (1, 0)], [(0, 4), (1, 2)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,7 +143,7 @@ def test_tied_ends_have_one_intervention(name: str) -> None:
 def test_padding_in_front_is_no_prompt(name: str) -> None:
     _, inputs = host(name)
     inputs["attention_mask"] = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    ends = {"prefix": [(0, 0), (0, 1), (1, 2), (1, 3)], "suffix": [(0, 4), (1, 4)]}
+    ends = {"prefix": [(0, 0), (0, 1), (1, 2)], "suffix": [(0, 4), (1, 4)]}
     compare(name, inputs, ends, prefix_positions=2, suffix_positions=1)
 
 
@@ -150,10 +155,46 @@ def test_without_a_mask_all_tokens_are_the_prompt(name: str) -> None:
     compare(name, inputs, ends, prefix_positions=1, suffix_positions=2)
 
 
-def test_where_ends_overlap_the_first_positions_come_first() -> None:
+def test_ends_of_a_short_prompt_have_half_of_it_each() -> None:
+    _, inputs = host("llama")
+    front, back = [(0, 0), (0, 1), (1, 0)], [(0, 3), (0, 4), (1, 2)]
+    compare("llama", inputs, {"prefix": front, "suffix": back}, prefix_positions=4, suffix_positions=4)
+
+
+def test_where_ends_overlap_the_first_positions_may_come_first() -> None:
     _, inputs = host("llama")
     front = [(0, token) for token in range(4)] + [(1, token) for token in range(3)]
-    compare("llama", inputs, {"prefix": front, "suffix": [(0, 4)]}, prefix_positions=4, suffix_positions=4)
+    options: Any = {"prefix_positions": 4, "suffix_positions": 4, "short_prompts": "first"}
+    compare("llama", inputs, {"prefix": front, "suffix": [(0, 4)]}, **options)
+
+
+FROZEN = json.loads(Path(__file__).with_name("frozen_loreft.json").read_text(encoding="utf-8"))["numbers"]
+
+
+@pytest.mark.parametrize("ends", sorted({(each["first"], each["last"]) for each in FROZEN}), ids=str)
+def test_positions_are_those_of_the_authors_code(ends: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of prompts of one token to sixteen, alone and in a batch with padding."""
+    model, _ = host("llama")
+    first, last = ends
+    apply(model, prefix_positions=first, suffix_positions=last)
+    seen: list[list[Tensor]] = []
+    original = ReftOperator._intervene
+
+    def spy(self: Any, h: Tensor, front: Tensor, back: Tensor) -> Tensor:
+        seen.append([front, back])
+        return original(self, h, front, back)
+
+    monkeypatch.setattr(ReftOperator, "_intervene", spy)
+    cases = [each for each in FROZEN if (each["first"], each["last"]) == ends]
+    mask = torch.tensor([[int(token < each["length"]) for token in range(16)] for each in cases])
+    model(torch.full(mask.shape, 5), attention_mask=mask)
+    together = seen[0]
+    for row, each in enumerate(cases):
+        seen.clear()
+        model(torch.full((1, each["length"]), 5))
+        for found in (seen[0], [end[row : row + 1] for end in together]):
+            positions = [end[0].nonzero().flatten().tolist() for end in found if end.any()]
+            assert positions == [end for end in each["positions"][: 2 if first and last else 1] if end], each
 
 
 def test_one_end_alone_has_one_intervention() -> None:
@@ -172,7 +213,7 @@ def test_labels_say_where_the_prompt_ends() -> None:
     compare("llama", inputs, {"suffix": [(0, 4), (1, 2)]}, prefix_positions=0, suffix_positions=1)
 
 
-@pytest.mark.parametrize(("told", "last"), [(2, [(0, 1), (1, 1)]), ([4, 1], [(0, 3), (1, 0)])])
+@pytest.mark.parametrize(("told", "last"), [(2, [(0, 1), (1, 1)]), ([4, 2], [(0, 3), (1, 1)]), ([4, 1], [(0, 3)])])
 def test_the_context_says_where_the_prompt_ends(told: Any, last: Positions) -> None:
     _, inputs = host("llama")
     inputs["labels"] = torch.tensor([[-100, -100, -100, 7, 8], [-100] * 5])
@@ -207,7 +248,7 @@ def test_generation_is_that_of_the_equation_with_and_without_a_cache(name: str, 
     injection = apply(model, prefix_positions=2, suffix_positions=1)
     copies = options.get("num_beams", 1)
     rows = [row for row in (0, 1) for _ in range(copies)]
-    front = [(i, 2 * row + token) for i, row in enumerate(rows) for token in (0, 1)]
+    front = [(i, 2 * row + token) for i, row in enumerate(rows) for token in range(2 - row)]
     ends = {"prefix": front, "suffix": [(i, 4) for i in range(len(rows))]}
     for path, operator in injection.operators.items():
         expect(base.get_submodule(path), dict(operator.named_parameters()), "loreft", ends)
@@ -243,15 +284,32 @@ def test_a_prompt_that_is_filled_in_pieces_needs_to_be_told() -> None:
     torch.testing.assert_close(pieces, whole, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("length", [3, 4])
+def test_first_pieces_of_a_prompt_are_as_long_as_needed_or_it_is_told(length: int) -> None:
+    """Half of four tokens are two positions, wherever the prompt ends; of three it may be one or two."""
+    model, _ = host("llama")
+    apply(model, prefix_positions=2)
+    ids = torch.randint(3, 40, (1, 9), generator=torch.Generator().manual_seed(0))
+    whole = model(ids).logits
+    cache = model(ids[:, :length], use_cache=True).past_key_values
+    if length == 3:
+        with pytest.raises(MissingContext, match="less than 4 tokens"):
+            model(ids[:, length:], past_key_values=cache)
+        return
+    torch.testing.assert_close(model(ids[:, length:], past_key_values=cache).logits, whole[:, length:])
+
+
 def test_generation_without_a_cache_needs_to_be_told_of_the_prompt() -> None:
     model, inputs = host("llama")
     apply(model, prefix_positions=2, suffix_positions=1, name="both")
     with pytest.raises(MissingContext, match="prompt_length"):
         generate(model, inputs, use_cache=False)
     peftcore.activate(model)
-    apply(model, prefix_positions=4, name="short")
-    with pytest.raises(MissingContext, match="shorter than 4"):
-        generate(model, inputs, use_cache=False)
+    for name, options in (("short", {"prefix_positions": 2}), ("first", {"prefix_positions": 4})):
+        apply(model, name=name, short_prompts="half" if name == "short" else "first", **options)
+        with peftcore.activate(model, name), pytest.raises(MissingContext, match="shorter than 4"):
+            generate(model, inputs, use_cache=False)
+    peftcore.activate(model, "short")
     run("llama", model, inputs)
     run("llama", model.train(), {**inputs, "use_cache": False})
 

@@ -1,17 +1,20 @@
 """SVDiff: the singular values of every weight are shifted.   Han et al. 2023, arXiv 2303.11305.
 
     W = U S V',   W' = U diag(relu(S + scale * delta)) V' = W + U diag(max(scale * delta, -S)) V',   delta = 0 at first
+    w' = w + scale * delta   for a vector, the gain of a norm
 
-Kernels of convolutions are decomposed as [out, in * kernel], tables as they are, experts each on its own; a vector (the
-gain of a norm) is a matrix of one row. The right-hand form is that of this code: a fresh injection is the base to the
-bit, where the authors' product of U, S and V' is it up to rounding. U, S and V' are those of the base, whatever else
-acts on it, as its weights were when the method was applied: write to them before. They are computed again when an
-adapter is loaded, so that its file holds the shifts alone.
+Kernels of convolutions are decomposed as [out, in * kernel], tables as they are, experts each on its own. The
+right-hand form is that of this code: a fresh injection is the base to the bit, where the authors' product of U, S and
+V' is it up to rounding. U, S and V' are those of the base, whatever else acts on it, as its weights were when the
+method was applied: write to them before. They are computed again when an adapter is loaded, so that its file holds the
+shifts alone.
 
-As in the code that the numbers come from (mkshing/svdiff-pytorch), all weights of the model are adapted but for biases,
-and gains learn at a rate of their own, `vector_lr`, in ``injection.optimizer(...)``.
+All weights of the model are adapted but for biases. The authors' code (phymhan/SVDiff) has a shift for each entry of a
+vector; where ``vectors="one"``, it is a matrix of one row, which has one singular value, as in mkshing/svdiff-pytorch,
+an unofficial code. The authors published no training; `scale`, and the rate of vectors `vector_lr`, which holds in
+``injection.optimizer(...)``, are that one's.
 
-Parameters: min(out, in * kernel) a matrix, times the number of experts; 1 a vector.
+Parameters: min(out, in * kernel) a matrix, times the number of experts; n a vector of n entries, or 1.
 
 Use it for subjects and styles from few images: a file is hundreds of times smaller than the model. Shifts of several
 subjects may be added: apply one after the other.
@@ -38,6 +41,8 @@ class Config(MethodConfig):
     scale: PositiveFloat = 1.0
     """By how much the shifts count: 1 in training; below or above, when the adapter is loaded, for less or more of the
     effect."""
+    vectors: Literal["entries", "one"] = "entries"
+    """A shift for each entry of a vector, or one for all of them, in proportion."""
     vector_lr: PositiveFloat = 1e-6
     """Learning rate of the shifts of vectors; that of matrices is the optimizer's (1e-3 is usual)."""
 
@@ -78,11 +83,24 @@ class SVDiffOperator(WeightOperator):
         return weight + ((self.U * shift.unsqueeze(-2)) @ self.V).view(weight.shape)
 
 
+class VectorOperator(WeightOperator):
+    """The shifts of a vector, entry by entry."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        self.scale = config.scale
+        self.delta = nn.Parameter(torch.zeros(site.weight_shape))  # [*batch, n]
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * self.delta
+
+
 class SVDiff(Method):
     """Shifts of singular values."""
 
     name = "svdiff"
     Config = Config
+    config_version = 2  # 2: vectors
     tags = Tags(category="diffusion", paper="2303.11305", mergeable=True, checked_against="the authors' code")
     target = "*"
 
@@ -91,21 +109,34 @@ class SVDiff(Method):
             site, rest = foremost(group), [each for each in group if each is not foremost(group)]
             if rest:  # one shift for all, in the layout of storage
                 site, *rest = (stored_as(each, Layer()) for each in (site, *rest))
-            surgeon.graft(site, SVDiffOperator, config, tuple(rest))
+            operator = VectorOperator if _entries(site, config.at(site.path)) else SVDiffOperator
+            surgeon.graft(site, operator, config, tuple(rest))
 
     def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
         groups: dict[float, list[nn.Parameter]] = {}
         for graft in injection.grafts:
             if graft.by_method and graft.operator.get_parameter("delta").requires_grad:
-                vector = len(graft.site.weight_shape) == 1
-                rate = injection.config.at(graft.site.path).vector_lr if vector else lr
+                rate = injection.config.at(graft.site.path).vector_lr if _is_vector(graft.site) else lr
                 groups.setdefault(rate, []).append(graft.operator.get_parameter("delta"))
         return [{"params": shifts, **defaults, "lr": rate} for rate, shifts in groups.items()]
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
         shape = site.weight_shape[site.layer.batch_dims :]
-        return math.prod(site.batch) * (min(shape[0], math.prod(shape[1:])) if len(shape) > 1 else 1)
+        return math.prod(site.batch) * (shape[0] if _entries(site, config) else min(shape[0], math.prod(shape[1:])))
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {**options, "vectors": "one"}
+
+
+def _is_vector(site: Site) -> bool:
+    return len(site.weight_shape) == site.layer.batch_dims + 1
+
+
+def _entries(site: Site, config: Config) -> bool:
+    """Whether the site has a shift for each of its entries."""
+    return _is_vector(site) and config.vectors == "entries"
 
 
 def _weights(site: Site) -> Iterator[Site]:

@@ -137,3 +137,34 @@ def test_attention_that_is_not_that_of_diffusers_is_refused() -> None:
         peftcore.plan(model, "ip_adapter")
     with pytest.raises(UnsupportedSite, match="in no cross-attention"):
         peftcore.plan(unet()[0], "ip_adapter", target="attn.out")
+
+
+def test_tokens_and_scale_are_those_of_the_authors_by_default() -> None:
+    """`num_tokens=4` and `scale=1.0` in ip_adapter/ip_adapter.py and attention_processor.py of tencent-ailab/IP-Adapter
+    at 62e4af9."""
+    _, inputs, model, injection = adapted(embed_dim=6)
+    (projection,) = (module for path, module in injection.modules() if path.startswith("shared"))
+    embeds = torch.randn(2, 6).double()
+    assert projection(embeds).shape == (2, 4, 14)
+    with peftcore.call(model, image_embeds=embeds):
+        found = model(**inputs).sample
+        with peftcore.call(model, image_scale=1.0):
+            assert torch.equal(model(**inputs).sample, found)
+        with peftcore.call(model, image_scale=0.9):
+            assert not torch.equal(model(**inputs).sample, found)
+
+
+def test_numbers_in_the_unet_of_stable_diffusion() -> None:
+    """Of version 1.5, with embeddings of CLIP's ViT-H, 1,024 wide: keys and values at the 16 cross-attentions, and four
+    tokens; the paper's 22 million."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280, 1280),
+            cross_attention_dim=768,
+            attention_head_dim=8,
+            down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+            up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        )
+    matrices = 2 * 768 * (5 * 320 + 5 * 640 + 6 * 1280)
+    assert peftcore.plan(unet, "ip_adapter", embed_dim=1024).trainable == matrices + 768 * (4 * 1025 + 2) == 22_319_616

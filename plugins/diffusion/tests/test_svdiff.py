@@ -1,8 +1,12 @@
-"""SVDiff: the authors' layers run once (mkshing/svdiff-pytorch, commit a78f69e), and the equation a second time in
-float64, as a product of U, S and V', on all kinds of layers."""
+"""SVDiff: numbers of the authors' code (`frozen_svdiff.json`), those of the unofficial one for its option
+(mkshing/svdiff-pytorch at a78f69e, run once), and the equation a second time in float64, as a product of U, S and V',
+on all kinds of layers."""
 
+import json
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 import pytest
@@ -39,12 +43,30 @@ class One(nn.Module):
         return self.layer(x)
 
 
-def wave(*shape: int) -> Tensor:
-    """Numbers that everybody can make again."""
-    return torch.sin(torch.arange(1, torch.Size(shape).numel() + 1, dtype=torch.float64) ** 1.5).view(shape)
+FROZEN = run_path(str(Path(__file__).with_name("frozen_svdiff.py")))
+AUTHORS: dict[str, Any] = json.loads(FROZEN["HERE"].read_text(encoding="utf-8"))["numbers"]
+wave, shifts = FROZEN["wave"], FROZEN["shifts"]
 
 
-AUTHORS: dict[str, tuple[Any, Tensor, list[float]]] = {
+@pytest.mark.parametrize("case", FROZEN["CASES"])
+def test_outputs_and_gradients_are_those_of_the_authors_code(case: str) -> None:
+    """With a shift up, one down, and one below zero, which is cut at matrices and not at vectors."""
+    model, x = One(FROZEN["layer_of"](case)), FROZEN["CASES"][case][1]
+    injection = peftcore.apply(model, "svdiff", dtype="float64")
+    (delta,) = injection.parameters()
+    before = model(x).detach()
+    with torch.no_grad():
+        delta.copy_(shifts(len(delta)))
+    ours = model(x)
+    assert (ours - before).abs().max() > 0.1
+    (ours * wave(*ours.shape)).sum().backward()
+    assert ours.flatten().tolist() == pytest.approx(AUTHORS[case]["output"], abs=1e-12)
+    assert delta.grad.tolist() == pytest.approx(AUTHORS[case]["gradient"], abs=1e-12)
+    injection.bake()
+    assert model(x).flatten().tolist() == pytest.approx(AUTHORS[case]["output"], abs=1e-12)
+
+
+UNOFFICIAL: dict[str, tuple[Any, Tensor, list[float]]] = {
     "linear": (
         lambda: nn.Linear(4, 3),
         wave(2, 4),
@@ -68,14 +90,14 @@ AUTHORS: dict[str, tuple[Any, Tensor, list[float]]] = {
 }
 
 
-@pytest.mark.parametrize(("build", "x", "expected"), AUTHORS.values(), ids=AUTHORS)
-def test_outputs_are_those_of_the_authors_layers(build: Any, x: Tensor, expected: list[float]) -> None:
+@pytest.mark.parametrize(("build", "x", "expected"), UNOFFICIAL.values(), ids=UNOFFICIAL)
+def test_outputs_are_those_of_the_unofficial_layers(build: Any, x: Tensor, expected: list[float]) -> None:
     """With a shift up, one down, and one below zero, which is cut; their first ten outputs, to six places."""
     model = One(build().double())
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(wave(*parameter.shape))
-        injection = peftcore.apply(model, "svdiff", scale=0.5, dtype="float64")
+        injection = peftcore.apply(model, "svdiff", scale=0.5, vectors="one", dtype="float64")
         (delta,) = injection.parameters()
         before = model(x)
         delta.copy_(torch.tensor([0.3, -0.4, -9.0])[: len(delta)])
@@ -100,7 +122,8 @@ def test_forward_and_gradient_are_those_of_the_equation(build: Any, inputs: Any)
     model, x = One(build().double()), inputs()
     x = x.double() if x.is_floating_point() else x
     reference = deepcopy(model.layer).requires_grad_(False)
-    operator: Any = peftcore.apply(model, "svdiff", scale=0.7, dtype="float64").operators["layer"]
+    options: Any = {"scale": 0.7, "vectors": "one", "dtype": "float64"}
+    operator: Any = peftcore.apply(model, "svdiff", **options).operators["layer"]
     logical = operator.layer.logical(reference.weight)
     matrix = logical.flatten(1) if logical.dim() > 1 else logical[None]
     U, S, V = torch.linalg.svd(matrix, full_matrices=False)
@@ -161,4 +184,50 @@ def test_vectors_learn_at_their_own_rate() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
     injection = peftcore.apply(model, "svdiff", vector_lr=1e-5)
     groups = injection.method.parameter_groups(injection, lr=1e-3, weight_decay=0.0)
-    assert [(each["lr"], [len(p) for p in each["params"]]) for each in groups] == [(1e-3, [4]), (1e-5, [1])]
+    assert [(each["lr"], [len(p) for p in each["params"]]) for each in groups] == [(1e-3, [4]), (1e-5, [4])]
+
+
+def test_the_rate_of_vectors_is_that_of_the_unofficial_code() -> None:
+    """1e-6, `--learning_rate_1d` of mkshing/svdiff-pytorch's train_svdiff.py at a78f69e, also where their shifts are
+    one; the authors published none."""
+    for vectors in ("entries", "one"):
+        model = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4))
+        injection = peftcore.apply(model, "svdiff", vectors=vectors)
+        groups = injection.method.parameter_groups(injection, lr=1e-3)
+        assert [each["lr"] for each in groups] == [1e-3, 1e-6]
+
+
+def test_numbers_in_the_unet_of_stable_diffusion() -> None:
+    """Of version 1.5: min(out, in * kernel) for each matrix, by the authors' code n for each vector of n, by the
+    unofficial one 1."""
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(
+            block_out_channels=(320, 640, 1280, 1280),
+            cross_attention_dim=768,
+            attention_head_dim=8,
+            down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+            up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        )
+    weights = [p for name, p in unet.named_parameters() if name.endswith("weight")]
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    matrices = sum(min(len(p), p[0].numel()) for p in weights if p.dim() > 1)
+    vectors = [len(p) for p in weights if p.dim() == 1]
+    assert peftcore.plan(unet, "svdiff").trainable == matrices + sum(vectors) == 322_856
+    assert peftcore.plan(unet, "svdiff", vectors="one").trainable == matrices + len(vectors) == 222_805
+
+
+def test_files_from_before_vectors_had_a_shift_an_entry_keep_their_one(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4)), torch.randn(3, 6)
+    other = deepcopy(model)
+    injection = peftcore.apply(model, "svdiff", vectors="one")
+    with torch.no_grad():
+        for delta in injection.parameters():
+            nn.init.normal_(delta)
+    injection.save(tmp_path / "shifts")
+    written = json.loads((tmp_path / "shifts/adapter.json").read_text())
+    assert (written.pop("config_version"), written["config"].pop("vectors")) == (2, "one")
+    (tmp_path / "shifts/adapter.json").write_text(json.dumps({**written, "config_version": 1}))
+    loaded = peftcore.load(other, tmp_path / "shifts")
+    assert loaded.config.vectors == "one"
+    assert torch.equal(other(x), model(x))

@@ -7,9 +7,9 @@ in] has no bias. A and W_g start uniform in +-1/sqrt(in), B_e at zero. The softm
 Convolutions: A and W_g are convolutions, so every position has a gate; embeddings: A starts at zero and B_e ~ N(0, 1),
 as in LoRA, and W_g has a column for each token.
 
-As in the authors' code, the gate reads x without dropout and each head drops for itself; the paper does not say. The
-paper finds the number of heads by clustering the data; here it is an option. The gate depends on the token, so nothing
-merges, and a tensor that is read instead of called is refused.
+As in the authors' code, the gate reads x without dropout and each head drops for itself; the paper does not say.
+Defaults are those of its fine-tuning.sh. The paper finds the number of heads by clustering the data; here it is an
+option. The gate depends on the token, so nothing merges, and a tensor that is read instead of called is refused.
 
 Parameters: rank * in * kernel + heads * rank * out + heads * in * kernel a site.
 
@@ -35,13 +35,13 @@ class Config(MethodConfig):
     """Options of HydraLoRA."""
 
     method: Literal["hydralora"] = "hydralora"
-    rank: PositiveInt = 8
+    rank: PositiveInt = 4
     """Rank of each head's update."""
     heads: PositiveInt = 4
     """How many B there are."""
     alpha: PositiveFloat = 32.0
     """Numerator of the scale ``alpha / rank``."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
     """Probability with which inputs of a head's update are dropped in training."""
 
 
@@ -76,7 +76,8 @@ class HydraLoRA(Method):
 
     name = "hydralora"
     Config = Config
-    tags = Tags(category="multitask", paper="2404.19245", checked_against="the authors' code")
+    tags = Tags(category="multitask", paper="2404.19245", random=True, checked_against="the authors' code")
+    config_version = 2  # 2: rank 4 and dropout 0.05 by default
     target = ("mlp.gate", "mlp.up", "mlp.down")
     alternatives = MATRICES
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import NotMergeable, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import HOSTS, conformance
 from peftcore.testing.kit import fill
 
 HEADS, RANK, ALPHA = 3, 2, 3.0
-OPTIONS = {"target": "0", "heads": HEADS, "rank": RANK, "alpha": ALPHA}
+OPTIONS = {"target": "0", "heads": HEADS, "rank": RANK, "alpha": ALPHA, "dropout": 0.0}
 
 
 @conformance("hydralora", options={"*": {"heads": HEADS, "rank": RANK}})
@@ -67,6 +67,17 @@ def test_numbers_of_the_authors() -> None:
         assert difference(found.flatten(), torch.tensor(AUTHORS[name], dtype=torch.float64)) < 1e-6, name
 
 
+def test_defaults_are_those_of_the_authors_script() -> None:
+    """lora_rank=4, lora_alpha=32, lora_b_nums=4, lora_dropout=0.05 and the matrices of the feed-forward, in
+    HydraLoRA/fine-tuning.sh of Clin0212/HydraLoRA at afb693b: a scale of 8. (fine-tuning.py itself has a rank of 8, two
+    heads and a dropout of 0.1.)"""
+    model, _ = HOSTS["llama"].build()
+    injection = peftcore.apply(model, "hydralora")
+    assert {path.rpartition(".")[2] for path in injection.operators} == {"gate_proj", "down_proj", "up_proj"}
+    for op in injection.operators.values():
+        assert (len(op.A), len(op.B), len(op.gate), op.scale, op.dropout.p) == (4, 4, 4, 8.0, 0.05)
+
+
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "linear": lambda: (nn.Linear(12, 8), torch.randn(2, 3, 12)),
     "conv2d": lambda: (nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0)), torch.randn(2, 4, 7, 6)),
@@ -106,7 +117,7 @@ def test_each_head_drops_for_itself_and_the_gate_does_not() -> None:
     model = nn.Sequential(nn.Linear(12, 8)).double()
     x = torch.randn(5, 12).double()
     plain = model(x)
-    injection = peftcore.apply(model, "hydralora", **OPTIONS, dropout=0.5, dtype="float64")
+    injection = peftcore.apply(model, "hydralora", **{**OPTIONS, "dropout": 0.5}, dtype="float64")
     fill(injection)
     (op,) = injection.operators.values()
     torch.manual_seed(1)
@@ -129,7 +140,7 @@ def test_how_it_starts_and_what_it_cannot_do() -> None:
         injection.merge()
     injection.remove()
     with pytest.raises(UnsupportedSite, match="dropout=0"):
-        peftcore.apply(model, "hydralora", **OPTIONS, dropout=0.1)
+        peftcore.apply(model, "hydralora", target="0")
     (op,) = peftcore.apply(nn.Sequential(nn.Linear(100, 7)), "hydralora", **OPTIONS).operators.values()
     for started in (op.A, op.gate):  # within 1/sqrt(100), and nearly as far
         assert 0.09 < started.abs().max() <= 0.1

@@ -80,3 +80,17 @@ def test_weights_come_before_the_vote() -> None:
     assert equal(change[~agree], larger[~agree]) and 0.2 < agree.double().mean() < 0.8
     peft = ties([one, two], torch.tensor([1.0, -2.0], dtype=torch.float64), 1.0)
     assert not equal(change, peft) and moved(model)
+
+
+def test_defaults_are_those_of_the_authors() -> None:
+    """`K = 20`, in percent, `merge_func = "dis-mean"` and `lamda = 1` in src/ties_minimal.ipynb, and topk20 in the
+    README, of prateeky2806/ties-merging at 44e7891: a fifth of each part, the sign of the larger sum, the mean as it
+    is."""
+    model, ones = host(), torch.ones(9, dtype=torch.float64)
+    injection = applied(model, "ties_merging", parts=[{"method": "lora", "rank": 3, "target": ["first"]}] * 9)
+    (operator,) = injection.operators.values()
+    base, taus = model.first.weight.detach(), [low(part).detach() for part in operator.parts.values()]
+    expected = base + ties(taus, ones, 0.2)
+    assert not equal(expected, base + ties(taus, ones, 0.2, "frequency"))
+    injection.merge()
+    assert equal(model.first.weight, expected)

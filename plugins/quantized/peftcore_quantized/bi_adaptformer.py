@@ -40,8 +40,8 @@ class Config(MethodConfig):
     """Bits of each weight of the adapter."""
     scale: PositiveFloat = 1.0
     """The factor s in front of the adapter."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability with which the bottleneck's numbers are dropped in training; 0.1 in the authors' code."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Probability with which the bottleneck's numbers are dropped in training, as in the authors' code."""
 
 
 class BiAdaptFormerOperator(Bypass):
@@ -72,9 +72,11 @@ class BiAdaptFormer(Method):
         category="quantized",
         paper="2307.16867",
         identity_at_init=False,
+        random=True,
         exact_gradient=False,  # straight through the rounding
         checked_against="the authors' code",
     )
+    config_version = 2  # 2: dropout by default
     target = ("mlp.output",)
     alternatives = OUTPUTS
 

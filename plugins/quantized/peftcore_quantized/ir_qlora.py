@@ -8,9 +8,9 @@ out / rank times: elastic connections past A and B, with gates b1 and b2 [1] tha
 The map is linear: (B + b2 R)(A + b1 P), P and R constant, so it merges. The rank has to divide inputs and outputs; the
 paper has a greatest common divisor there, the authors' code does not.
 
-The quantizer is the scheme "nf4-icq", and the connections act on any other as well. It looks for t whenever it
-quantizes, on a model that is dense still in every forward: quantize first. Groups of a convolution's inputs are
-channels with all of the kernel; experts share the gates.
+The quantizer is the scheme "nf4-icq", and the connections act on any other as well. It looks for t when it quantizes;
+on a model that is dense still in the first forward, and again in the first one after a weight was written to. Groups of
+a convolution's inputs are channels with all of the kernel; experts share the gates.
 
 Parameters: rank * (in * kernel + out) a site, times the number of experts, + 2.
 

@@ -89,7 +89,9 @@ def test_codes_of_the_authors_code(bits: int) -> None:
 @pytest.mark.parametrize("bits", AUTHORS)
 def test_numbers_of_the_authors_code(bits: int) -> None:
     host = nn.Sequential(nn.Linear(6, 6)).double()
-    injection = peftcore.apply(host, "bi_adaptformer", target="0", bottleneck=4, bits=bits, dtype="float64")
+    injection = peftcore.apply(
+        host, "bi_adaptformer", target="0", bottleneck=4, bits=bits, dropout=0.0, dtype="float64"
+    )
     (operator,) = injection.operators.values()
     with torch.no_grad():
         operator.down.copy_(wave(4, 6, step=1.1))
@@ -101,6 +103,12 @@ def test_numbers_of_the_authors_code(bits: int) -> None:
     (added * wave(1, 2, 6, step=2.9)).sum().backward()
     for ours, theirs in zip((added[0], operator.up.grad[:2], operator.down.grad[:2]), AUTHORS[bits], strict=True):
         torch.testing.assert_close(ours, torch.tensor(theirs).double(), rtol=1e-6, atol=1e-9)
+
+
+def test_dropout_is_that_of_the_authors_by_default() -> None:
+    """`nn.Dropout(0.1)`, binary_adapter/adaptformer.py of JieShibo/PETL-ViT at 026e4f1."""
+    (operator,) = peftcore.apply(nn.Sequential(nn.Linear(6, 6)), "bi_adaptformer", target="0").operators.values()
+    assert operator.dropout.p == 0.1
 
 
 def host(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
@@ -180,7 +188,7 @@ def test_beside_packed_matrices(scheme: str) -> None:
     torch.manual_seed(0)
     model, inputs = HOSTS["vit"].build()
     peftcore.quantize(model, scheme)
-    injection = peftcore.apply(model, "bi_adaptformer", bottleneck=4)
+    injection = peftcore.apply(model, "bi_adaptformer", bottleneck=4, dropout=0.0)
     for parameter in injection.parameters():
         parameter.data.normal_(0, 0.1)
     (path, operator), *_ = injection.operators.items()

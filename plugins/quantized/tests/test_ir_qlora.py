@@ -29,6 +29,8 @@ import peftcore
 from peftcore.errors import UnsupportedSite
 from peftcore.injection.quantization import scheme
 from peftcore.testing import conformance
+from peftcore.testing.checks_forward import WAYS
+from peftcore_quantized.backends import _icq
 from peftcore_quantized.backends.reference import DYNAMIC, NORMAL
 
 RANK, ALPHA = 4, 8.0
@@ -210,6 +212,61 @@ def test_dropout_leaves_the_means_alone() -> None:
 def test_the_rank_has_to_divide(act: Callable[..., Any]) -> None:
     with pytest.raises(UnsupportedSite, match="has to divide 64 inputs and 128 outputs"):
         act(dense(), "ir_qlora", target="first", rank=6)
+
+
+@pytest.fixture
+def searches(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The blocks of which the calibration is looked for, from nothing on."""
+    seen, search = [], _icq.calibration
+
+    def counted(blocks: Tensor, *options: Any) -> Tensor:
+        seen.append(blocks)
+        return search(blocks, *options)
+
+    monkeypatch.setattr(_icq, "calibration", counted)
+    monkeypatch.setattr(_icq, "_kept", {})
+    return seen
+
+
+def test_a_dense_model_is_calibrated_once(searches: list[Tensor]) -> None:
+    """In training and in evaluation, merged, and packed in the end."""
+    model, injection = adapted("dense", "ir_qlora", "nf4-icq", **OPTIONS)
+    optimizer = torch.optim.SGD(injection.parameters(), lr=0.01)
+    for _ in range(3):
+        model.train()(inputs()).square().sum().backward()
+        optimizer.step()
+        model.eval()(inputs())
+    injection.merge()
+    injection.unmerge()
+    peftcore.quantize(model, "nf4-icq", target=TARGET, double_quant=True, tau_steps=4)
+    assert len(searches) == 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_weights_that_are_written_to_are_calibrated_again(way: str, searches: list[Tensor]) -> None:
+    """Whether torch counts the write or not; the output is that of a model that never had other weights."""
+    model, _ = adapted("dense", "ir_qlora", "nf4-icq", **OPTIONS)
+    before = model(inputs())
+    with torch.no_grad():
+        WAYS[way](model.first.weight)
+        model.second.weight.data[3] = model.second.weight.data[5].clone()
+        model.second.weight.data[[7, 9]] = model.second.weight.data[[9, 7]]  # the same values elsewhere
+    found = model(inputs())
+    assert len(searches) == 4
+    _icq._kept.clear()
+    fresh, _ = adapted("dense", "ir_qlora", "nf4-icq", **OPTIONS)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(found, fresh(inputs()))
+    assert difference(found, before) >= MOVED
+
+
+def test_calibrations_are_kept_of_so_many_weights(searches: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_icq, "KEPT", 2)
+    weights = [torch.randn(4, 64) for _ in range(3)]
+    for number in (0, 1, 0, 2, 0, 1):  # the one that was not wanted for longest goes
+        scheme("nf4-icq", tau_steps=2).module(weights[number])
+    assert [int(blocks[0, 0] == weights[1][0, 0]) for blocks in searches] == [0, 1, 0, 1]
+    assert len(_icq._kept) == 2
 
 
 @SCHEMES

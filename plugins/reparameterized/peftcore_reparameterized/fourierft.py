@@ -10,6 +10,11 @@ kernel and all; stacked experts have an F of their own each. c starts as N(0, `i
 outputs, as the authors and peft have it, unless `init_std` is 0. The authors' code takes square weights only and
 applies the transpose of this update; peft computes in float32 whatever the dtype, here float64 stays exact.
 
+The fresh update is expected to have the norm ``alpha init_std sqrt(n / 2) / sqrt(out in)``: the narrower a model, the
+larger the update, and the smaller the norms of its weights. `apply` says so where it is more than `LARGE` times that of
+the weight. Defaults are peft's; in the authors' scripts (Chaos96/fourierft) `alpha` is 29 to 151 for RoBERTa and 300
+for Llama and ViT, all of 768 inputs or more.
+
 Parameters: n a site, times the number of experts, whatever the size of the weight.
 
 Use it where adapters must be tiny; each forward costs a Fourier transform of the weight's size, until it is merged.
@@ -19,6 +24,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -41,6 +47,10 @@ class Config(MethodConfig):
     """Seed of the positions in the spectrum."""
     init_std: NonNegativeFloat = 1.0
     """Standard deviation with which the entries start; 0 leaves the host's outputs as they are at first."""
+
+
+LARGE = 0.5
+"""Norm of a fresh update relative to that of its weight, above which `apply` says so."""
 
 
 @functools.lru_cache(maxsize=16)
@@ -76,6 +86,27 @@ class FourierFTOperator(WeightOperator):
         return weight + self.alpha * delta.reshape(weight.shape)
 
 
+def relative_size(site: Site, config: Config) -> float:
+    """Return the norm that the fresh update of a site is expected to have, relative to that of its weight; 0 where the
+    weight is not there."""
+    weight = site.base_weight()
+    norm = 0.0 if weight.is_meta else weight.float().norm().item()
+    expected = config.alpha * config.init_std * math.sqrt(math.prod(site.batch) * config.n_frequency / 2)
+    return expected / math.sqrt(weight.numel() / math.prod(site.batch)) / norm if norm else 0.0
+
+
+def _too_large(sites: Iterable[Site], config: Config) -> Iterator[str]:
+    """Yield a line about the site whose fresh update is the largest, if that is `LARGE`."""
+    sizes = {site.path: relative_size(site, config.at(site.path)) for site in sites}
+    path = max(sizes, key=sizes.__getitem__, default="")
+    if path and sizes[path] > LARGE:
+        alpha = config.at(path).alpha
+        yield (
+            f"fourierft with alpha={alpha:g} starts with a change of {path} that is {sizes[path]:.2g} times as large "
+            f"as its weight; alpha={alpha * LARGE / sizes[path]:.2g} makes it {LARGE:g} times, init_std=0 none"
+        )
+
+
 class FourierFT(Method):
     """Updates in the Fourier domain."""
 
@@ -93,8 +124,10 @@ class FourierFT(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        for site in surgeon.sites():
+        sites = surgeon.sites()
+        for site in sites:
             surgeon.graft(site, FourierFTOperator, config)
+        surgeon.notices += _too_large(sites, config)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

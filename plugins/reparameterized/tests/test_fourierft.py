@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 import peftcore
 from peftcore.errors import UnsupportedSite
 from peftcore.testing import HOSTS, conformance
+from peftcore.utils import notices
+from peftcore_reparameterized.fourierft import relative_size
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 EXACT, N = 1e-12, 9
@@ -118,3 +120,41 @@ def test_a_fresh_adapter_has_entries_of_the_wished_size() -> None:
 def test_more_entries_than_the_weight_has_are_refused(act: Callable[..., Any]) -> None:
     with pytest.raises(UnsupportedSite, match="layer has 84 entries in its spectrum, fewer than n_frequency=1000"):
         act(One(nn.Linear(12, 7)), "fourierft", target="layer")
+
+
+def square(width: int, weights: float) -> nn.Module:
+    model = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width))
+    nn.init.normal_(model[0].weight, std=weights)
+    nn.init.normal_(model[1].weight, std=2 * weights)
+    return model
+
+
+def noticed(model: nn.Module, caplog: pytest.LogCaptureFixture, **options: Any) -> list[str]:
+    caplog.clear()
+    notices.told.clear()
+    peftcore.apply(model, "fourierft", target=["0", "1"], **options)
+    return [message for message in caplog.messages if "starts with a change" in message]
+
+
+def test_a_change_that_is_large_beside_the_weight_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    """By default in narrow models, and not at the widths of the paper; once, of the site where it is the largest."""
+    (line,) = noticed(square(64, 1 / 8), caplog)
+    assert line.startswith("fourierft with alpha=150 starts with a change of 0 that is 6.")
+    suggested = float(line.split("; alpha=")[1].split()[0])
+    assert not noticed(square(64, 1 / 8), caplog, alpha=suggested * 0.9)
+    assert noticed(square(64, 1 / 8), caplog, alpha=suggested * 1.1)
+    assert not noticed(square(64, 1 / 8), caplog, init_std=0.0)
+    assert not noticed(square(64, 1 / 8), caplog, overrides={"*": {"alpha": 5.0}})
+    assert not noticed(square(768, 0.04), caplog)
+    assert not noticed(square(64, 0.0), caplog)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(80, 60), nn.Conv2d(8, 60, 3), nn.Embedding(90, 50)])
+def test_how_large_a_fresh_change_is(layer: nn.Module) -> None:
+    before = layer.weight.detach().clone()
+    injection = peftcore.apply(One(layer), "fourierft", target="layer", alpha=20.0, init_std=0.7)
+    (site,) = injection.sites
+    expected = relative_size(site, injection.config)
+    injection.merge()
+    change = layer.weight.detach() - before
+    assert (change.norm() / before.norm()).item() == pytest.approx(expected, rel=0.1)

@@ -268,3 +268,31 @@ def test_experts_train_by_default() -> None:
     model(**inputs).logits.square().mean().backward()
     optimizer.step()
     assert (value - before).flatten(1).abs().amax(1).gt(0).sum() >= 2
+
+
+def test_defaults_are_those_of_the_authors() -> None:
+    """`'rank': 128, 'update_proj_gap': 200, 'scale': 0.25, 'proj_type': 'std'` in the README of jiaweizzhao/GaLore at
+    2cc66f8, 0.25 also in its scripts for Llama: a step of SGD is a quarter of the gradient, in its 128 leading
+    directions on the shorter side, which stay for 200 steps."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(150, 140, bias=False))
+    injection = peftcore.apply(model, "galore", target="0")
+    (value,) = injection.parameters()
+    before = value.detach().clone()
+    optimizer = injection.optimizer(torch.optim.SGD, lr=1.0)
+    gradients = torch.randn(2, 140, 150)
+
+    def directions(gradient: Tensor) -> Tensor:
+        U, _, _ = torch.linalg.svd(gradient, full_matrices=False)
+        return U[:, :128]
+
+    value.grad = gradients[0].clone()
+    optimizer.step()
+    P = directions(gradients[0])
+    torch.testing.assert_close(value.detach() - before, -0.25 * P @ P.T @ gradients[0], rtol=1e-3, atol=1e-4)
+    kept, small = injection.method.gradient_rule(injection), gradients[1]
+    for step in range(201):
+        low = kept.project(gradients[0] if step == 0 else small, value)
+        expected = directions(small if step == 200 else gradients[0]).T @ small
+        if step in (199, 200):  # up to signs of singular vectors
+            torch.testing.assert_close(low.abs(), expected.abs(), rtol=1e-2, atol=1e-3)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftcore import MethodConfig, Operator, Shared, Site, Surgeon
 from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore_vision._dropped import own_dropout
 
 
 class FactConfig(MethodConfig):
@@ -23,8 +24,9 @@ class FactConfig(MethodConfig):
     """Rank r of the decomposition."""
     scale: PositiveFloat = 1.0
     """The factor s in front of the update; the authors search it between 0.01 and 100."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability with which what V reads is dropped in training; 0.1 in the authors' code."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Probability with which what V reads is dropped in training; None: 0.1, as in the authors' code, but 0 where a
+    weight is read, not called, so that dropout cannot reach its update."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +98,7 @@ class FactOperator(Operator):
             )
         self.U, self.V, self.rank, self.scale = U, V, config.rank, config.scale
         self.batch, self.cut, self.kernel = site.batch, site.cut, site.kernel
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(own_dropout(site, config.dropout))
 
     def middle(self) -> Tensor:
         """Return Sigma ``[*batch, kernel, outputs * r, inputs * r]``, in the places of the slices."""

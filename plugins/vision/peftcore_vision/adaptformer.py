@@ -41,8 +41,8 @@ class Config(MethodConfig):
     """A norm of the adapter's own: of what it reads, or of what it adds."""
     reads: Literal["stream", "branch"] = "stream"
     """What the adapter reads: the stream in front of the feed-forward's norm, or what the feed-forward itself reads."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability with which the bottleneck's numbers are dropped in training; 0.1 in the authors' code."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Probability with which the bottleneck's numbers are dropped in training, as in the authors' code."""
 
 
 class AdaptFormerOperator(Bypass):
@@ -79,7 +79,8 @@ class AdaptFormer(Method):
 
     name = "adaptformer"
     Config = Config
-    tags = Tags(category="vision", paper="2205.13535", checked_against="the authors' code")
+    tags = Tags(category="vision", paper="2205.13535", random=True, checked_against="the authors' code")
+    config_version = 2  # 2: dropout by default
     target = ("mlp.output",)
     alternatives = OUTPUTS
 

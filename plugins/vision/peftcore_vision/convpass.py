@@ -46,8 +46,8 @@ class Config(MethodConfig):
     embeds, or of a square where a part of the host runs by itself and embeds none."""
     prefix_tokens: NonNegativeInt | None = None
     """How many tokens stand in front of the patches. By default as many as the largest grid leaves over."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability with which what W_up reads is dropped in training; 0.1 in the authors' code."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
+    """Probability with which what W_up reads is dropped in training, as in the authors' code."""
 
 
 def _quick_gelu(u: Tensor) -> Tensor:
@@ -126,7 +126,8 @@ class Convpass(Method):
 
     name = "convpass"
     Config = Config
-    tags = Tags(category="vision", paper="2207.07039", checked_against="the authors' code")
+    tags = Tags(category="vision", paper="2207.07039", random=True, checked_against="the authors' code")
+    config_version = 2  # 2: dropout by default
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
 

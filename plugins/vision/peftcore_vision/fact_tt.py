@@ -52,8 +52,14 @@ class FactTT(Method):
     name = "fact_tt"
     Config = Config
     tags = Tags(
-        category="vision", paper="2212.03145", mergeable=True, low_rank=True, checked_against="the authors' code"
+        category="vision",
+        paper="2212.03145",
+        mergeable=True,
+        low_rank=True,
+        random=True,
+        checked_against="the authors' code",
     )
+    config_version = 2  # 2: dropout by default
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, bias_name
 from peftcore.errors import UnsupportedSite
+from peftcore_vision._dropped import own_dropout
 
 READERS = {
     "attn": ("attn.q", "attn.k", "attn.v", "attn.kv", "attn.qkv"),
@@ -45,8 +46,9 @@ class Config(MethodConfig):
     """Into how many blocks G falls: g, a divisor of h and of d."""
     scale: PositiveFloat = 1.0
     """The factor s in front of the adapter; the authors search it between 0.1 and 10."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    """Probability with which the bottleneck's numbers are dropped in training; 0.1 in the authors' code."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Probability with which the bottleneck's numbers are dropped in training; None: 0.1, as in the authors' code, but
+    0 where a weight is read, not called, so that dropout cannot reach its input."""
 
 
 class RepAdapterOperator(Operator):
@@ -57,7 +59,7 @@ class RepAdapterOperator(Operator):
         width, inner, self.groups = site.in_features, config.bottleneck, config.groups
         if width % self.groups or inner % self.groups:
             raise UnsupportedSite(f"{site.path}: groups={self.groups} does not divide {width} inputs and h = {inner}")
-        self.scale, self.dropout = config.scale, nn.Dropout(config.dropout)
+        self.scale, self.dropout = config.scale, nn.Dropout(own_dropout(site, config.dropout))
         self.A = nn.Parameter(torch.empty(*site.batch, inner, width))
         self.a = nn.Parameter(torch.zeros(*site.batch, inner))
         self.B = nn.Parameter(torch.zeros(*site.batch, width, inner // self.groups))  # the blocks, one below the other
@@ -135,7 +137,8 @@ class RepAdapter(Method):
 
     name = "repadapter"
     Config = Config
-    tags = Tags(category="vision", paper="2302.08106", mergeable=True, checked_against="the authors' code")
+    tags = Tags(category="vision", paper="2302.08106", mergeable=True, random=True, checked_against="the authors' code")
+    config_version = 2  # 2: dropout by default
     target = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -130,3 +130,15 @@ def assert_refuses_what_has_no_slices(method: str) -> None:
         peftcore.plan(host, method, target=["0", "1"], rank=3)
     with pytest.raises(ConfigError, match="rank"):
         peftcore.apply(host, method, target="0", rank=3, overrides={"0": {"rank": 2}})
+
+
+def assert_authors_dropout(method: str) -> None:
+    """By default 0.1 where a module is called, and none at a weight that is read, where one that is asked for is
+    refused."""
+    (called,) = peftcore.apply(nn.Sequential(nn.Linear(16, 16)), method, target="0").operators.values()
+    assert called.dropout.p == 0.1
+    attention, target = nn.TransformerEncoderLayer(16, 2, 16), "self_attn.in_proj_weight"
+    (read,) = peftcore.apply(attention, method, target=target).operators.values()
+    assert read.dropout.p == 0
+    with pytest.raises(UnsupportedSite, match="dropout=0"):
+        peftcore.apply(attention, method, target=target, name="other", dropout=0.1)

@@ -79,7 +79,7 @@ def host(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
 @pytest.mark.parametrize("layer_norm", AUTHORS)
 def test_numbers_of_the_authors_code(layer_norm: str) -> None:
     host = nn.Sequential(nn.Linear(6, 6)).double()
-    options = {"bottleneck": 4, "layer_norm": layer_norm, "dtype": "float64"}
+    options = {"bottleneck": 4, "layer_norm": layer_norm, "dropout": 0.0, "dtype": "float64"}
     injection = peftcore.apply(host, "adaptformer", target="0", **options)
     operator = injection.operators["0"]
     steps = {"down.weight": 1.1, "down.bias": 1.3, "up.weight": 1.7, "up.bias": 1.9}
@@ -127,6 +127,12 @@ def test_equation(name: str, reads: str) -> None:
         for key, p in injection.operators[path].named_parameters():
             assert tensors[key].grad.abs().max() > 0
             torch.testing.assert_close(p.grad, tensors[key].grad, rtol=1e-8, atol=1e-10)
+
+
+def test_dropout_is_that_of_the_authors_by_default() -> None:
+    """`Adapter(self.config, dropout=0.1, ...)`, models/custom_modules.py of ShoufaChen/AdaptFormer at 6967d67."""
+    injection = peftcore.apply(nn.Sequential(nn.Linear(6, 6)), "adaptformer", target="0")
+    assert injection.operators["0"].dropout.p == 0.1
 
 
 def test_dropout_is_in_the_bottleneck_and_a_learned_scale_starts_at_one() -> None:

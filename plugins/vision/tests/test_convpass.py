@@ -147,7 +147,7 @@ def compare(name: str, prefix: int, wide: float = 1.0, changes: Any = None, **op
 )
 def test_numbers_of_the_authors_code(shape: tuple[int, ...], channels: int, places: list[int], numbers: Any) -> None:
     host = nn.Sequential(nn.Linear(6, 6)).double()
-    options = {"bottleneck": channels, "scale": 3.0, "dtype": "float64", **SQUARE}
+    options = {"bottleneck": channels, "scale": 3.0, "dropout": 0.0, "dtype": "float64", **SQUARE}
     injection = peftcore.apply(host, "convpass", target="0", **options)
     steps = {"down.weight": 1.1, "down.bias": 1.3, "up.weight": 1.7, "up.bias": 1.9}
     steps |= {"conv.weight": 2.3, "conv.bias": 2.9}
@@ -159,6 +159,12 @@ def test_numbers_of_the_authors_code(shape: tuple[int, ...], channels: int, plac
     with injection.disabled():
         added = (added - host(x))[-1].flatten(0, -2)[places, :4]
     torch.testing.assert_close(added, torch.tensor(numbers).double(), rtol=1e-6, atol=1e-9)
+
+
+def test_dropout_is_that_of_the_authors_by_default() -> None:
+    """`nn.Dropout(0.1)`, convpass/vtab/convpass.py of JieShibo/PETL-ViT at 026e4f1."""
+    injection = peftcore.apply(nn.Sequential(nn.Linear(6, 6)), "convpass", target="0", **SQUARE)
+    assert injection.operators["0"].dropout.p == 0.1
 
 
 @pytest.mark.parametrize("name", HOSTED)

@@ -10,6 +10,7 @@ from fact_equations import (
     HOSTED,
     PATHS,
     assert_authors,
+    assert_authors_dropout,
     assert_equation,
     assert_refuses_what_has_no_slices,
     image_model,
@@ -105,6 +106,11 @@ def test_numbers_of_the_authors_code() -> None:
 def test_equation_on_image_models(name: str) -> None:
     _, width, slices = HOSTED[name]
     assert_equation("fact_tk", name, ("U", "V", "core"), "P", update, 2 * width * 3 + 3**3 + slices * 3)
+
+
+def test_dropout_is_that_of_the_authors_by_default() -> None:
+    """`nn.Dropout(0.1)`, FacT/fact_tk.py of JieShibo/PETL-ViT at 026e4f1."""
+    assert_authors_dropout("fact_tk")
 
 
 def test_start_is_xavier_for_the_core_and_for_all_columns_together() -> None:

@@ -10,6 +10,7 @@ from fact_equations import (
     HOSTED,
     apply,
     assert_authors,
+    assert_authors_dropout,
     assert_equation,
     assert_refuses_what_has_no_slices,
     image_model,
@@ -86,6 +87,11 @@ def test_numbers_of_the_authors_code() -> None:
 def test_equation_on_image_models(name: str) -> None:
     _, width, slices = HOSTED[name]
     assert_equation("fact_tt", name, ("U", "V"), "sigma", update, 2 * width * 3 + slices * 3**2)
+
+
+def test_dropout_is_that_of_the_authors_by_default() -> None:
+    """`nn.Dropout(0.1)`, FacT/fact_tt.py of JieShibo/PETL-ViT at 026e4f1."""
+    assert_authors_dropout("fact_tt")
 
 
 def test_dropout_is_between_sigma_and_v() -> None:

@@ -89,7 +89,7 @@ def adapted(x: Tensor, t: dict[str, Tensor], groups: int = 2) -> Tensor:
 
 def test_numbers_of_the_authors_code() -> None:
     host = nn.Sequential(nn.Linear(6, 5)).double()
-    injection = peftcore.apply(host, "repadapter", target="0", bottleneck=4, scale=0.7, dtype="float64")
+    injection = peftcore.apply(host, "repadapter", target="0", bottleneck=4, scale=0.7, dropout=0.0, dtype="float64")
     steps = {"A": 1.1, "a": 1.3, "B": 1.7, "b": 1.9}
     with torch.no_grad():
         for name, parameter in injection.operators["0"].named_parameters():
@@ -154,7 +154,7 @@ def test_one_part_of_a_fused_projection_is_adapted_alone() -> None:
 def test_convolution_without_padding_merges(groups: int) -> None:
     host = nn.Sequential(nn.Conv2d(8, 6, 3, stride=2)).double().requires_grad_(False)
     x = torch.randn(2, 8, 7, 7, dtype=torch.float64)
-    injection = apply(host, target="0", groups=groups)
+    injection = apply(host, target="0", groups=groups, dropout=0.0)
     t = dict(injection.operators["0"].named_parameters())
     expected = nn.functional.conv2d(
         adapted(x.movedim(1, -1), t, groups).movedim(-1, 1), host[0].weight, host[0].bias, stride=2
@@ -162,6 +162,18 @@ def test_convolution_without_padding_merges(groups: int) -> None:
     torch.testing.assert_close(host(x), expected, rtol=1e-12, atol=1e-12)
     injection.merge()
     torch.testing.assert_close(host(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_is_that_of_the_authors_by_default() -> None:
+    """`nn.Dropout(0.1)`, repadapter.py of luogen1996/RepAdapter at 360992f; none at a weight that is read, where one
+    that is asked for is refused."""
+    (called,) = peftcore.apply(nn.Sequential(nn.Linear(6, 5)), "repadapter", target="0").operators.values()
+    assert called.dropout.p == 0.1
+    attention = nn.TransformerEncoderLayer(8, 2, 16)
+    (read,) = peftcore.apply(attention, "repadapter", target="self_attn.in_proj_weight").operators.values()
+    assert read.dropout.p == 0
+    with pytest.raises(UnsupportedSite, match="dropout=0"):
+        peftcore.apply(attention, "repadapter", target="self_attn.in_proj_weight", name="other", dropout=0.1)
 
 
 def test_dropout_is_in_the_bottleneck() -> None:
@@ -197,3 +209,15 @@ def test_weight_whose_bias_is_elsewhere_is_refused() -> None:
     host = probe(model, {"x": torch.randn(1, 3, 32, 32).double()}, derive(model))
     with pytest.raises(UnsupportedSite, match="no bias beside it"):
         peftcore.apply(model, "repadapter", host=host)
+
+
+def test_numbers_in_a_vit_are_those_of_the_authors_defaults() -> None:
+    """`RepAdapter(hidden_dim=8, groups=2, scale=1)`, repadapter.py of luogen1996/RepAdapter at 360992f, whose train.py
+    has `--dim 8`: in ViT-B/16 two a block, 0.22 million as the paper says, without biases."""
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224")
+    one, biases = 768 * 8 + 768 * 8 // 2, 8 + 768
+    assert peftcore.plan(model, "repadapter").trainable == 24 * (one + biases) == 239_808
+    assert 24 * one == 221_184
+    (operator,) = peftcore.apply(nn.Sequential(nn.Linear(16, 5)), "repadapter", target="0").operators.values()
+    assert (operator.A.shape, operator.groups, operator.scale) == ((8, 16), 2, 1.0)

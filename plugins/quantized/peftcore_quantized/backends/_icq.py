@@ -5,9 +5,15 @@
 f is that number of a grid around zero with which the 16 codes are used most evenly (their entropy in the block is
 largest; the first of equal ones). t is stored in 8 bits, 256 of them with one scale. As in the authors' code what is
 subtracted is t itself, and what is added t in 8 bits. That code takes only weights with a multiple of 256 blocks.
+
+A weight that is rounded in each forward (`round_trip`, on a model that is dense still) has its t looked for once, and
+again when its values are others: they are told apart by a digest of them, so nobody can write to them unseen.
 """
 
 from __future__ import annotations
+
+import hashlib
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +58,28 @@ def calibration(blocks: Tensor, spread: float, steps: int) -> Tensor:
     return best
 
 
+KEPT = 4096
+"""Weights of which the calibration is kept; it is 64 times smaller than they are."""
+_kept: dict[tuple[object, ...], Tensor] = {}
+_lock = threading.Lock()
+
+
+def kept_calibration(blocks: Tensor, spread: float, steps: int) -> Tensor:
+    """Return the `calibration` of the blocks, found once for the same values."""
+    if blocks.is_meta:
+        return calibration(blocks, spread, steps)
+    digest = hashlib.sha256(blocks.cpu().numpy()).digest()
+    key = (digest, blocks.shape, blocks.device, spread, steps)
+    with _lock:
+        found = _kept.pop(key, None)
+    found = calibration(blocks, spread, steps) if found is None else found
+    with _lock:
+        _kept[key] = found  # the last one now
+        if len(_kept) > KEPT:
+            del _kept[next(iter(_kept))]
+    return found
+
+
 class ICQLinear(NF4Linear):
     """A linear layer in 4-bit NormalFloat with blocks that are calibrated."""
 
@@ -60,7 +88,7 @@ class ICQLinear(NF4Linear):
     ) -> dict[str, Tensor]:
         padding = -weight.numel() % block_size
         blocks = F.pad(weight.reshape(-1), (0, padding), value=torch.nan).view(-1, block_size)
-        tau = calibration(blocks, tau_range, tau_steps)
+        tau = kept_calibration(blocks, tau_range, tau_steps)
         packed = super().encode((blocks - tau).view(-1)[: weight.numel()].view(weight.shape), block_size, double_quant)
         groups = blocks_of(tau, DOUBLE)
         scale = groups.abs().amax(1)

@@ -1,0 +1,15 @@
+"""The dropout of an update, by default where it can act."""
+
+from __future__ import annotations
+
+from peftcore import Site
+
+AUTHORS = 0.1
+"""What the codes of FacT and RepAdapter have."""
+
+
+def own_dropout(site: Site, dropout: float | None) -> float:
+    """Return the probability at a site: the option's, or the authors' where the module is called."""
+    if dropout is not None:
+        return dropout
+    return 0.0 if site.form == "weight" else AUTHORS
