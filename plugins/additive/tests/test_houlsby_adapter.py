@@ -125,6 +125,63 @@ def test_equation_on_hosts(name: str, activation: str) -> None:
             torch.testing.assert_close(p.grad, tensors[key].grad, rtol=1e-8, atol=1e-8)
 
 
+# Behind which module each of `PLACES` joins the stream, by hand: the host's dropout of the branch, or nothing.
+ENDS = {
+    "llama": PLACES["llama"],
+    "bert": ["bert.encoder.layer.{}.attention.output.dropout", "bert.encoder.layer.{}.output.dropout"],
+    "gpt2": ["transformer.h.{}.attn.resid_dropout", "transformer.h.{}.mlp.dropout"],
+    "t5": [
+        "encoder.block.{}.layer.0.dropout",
+        "encoder.block.{}.layer.1.dropout",
+        "decoder.block.{}.layer.0.dropout",
+        "decoder.block.{}.layer.1.dropout",
+        "decoder.block.{}.layer.2.dropout",
+    ],
+    "moe": PLACES["moe"],
+    "encoder": ["encoder.layers.{}.dropout1", "encoder.layers.{}.dropout2"],
+}
+
+
+def train_with(model: nn.Module, p: float) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+    return model.train()
+
+
+@pytest.mark.parametrize("joins", ["stream", "matrix"])
+@pytest.mark.parametrize("name", PLACES)
+def test_training_with_the_hosts_dropout(name: str, joins: str) -> None:
+    """The authors' code adapts what the host has dropped; with joins="matrix" the host drops the adapter's output, too.
+    Outputs and gradients, with the same draws."""
+    base, run = host(name)
+    model = deepcopy(base)
+    injection = peftcore.apply(
+        model, "houlsby_adapter", bottleneck=5, joins=joins, train_layer_norm=False, dtype="float64"
+    )
+    fill(injection)
+    copies = {}
+    for place, end in zip(PLACES[name], (ENDS if joins == "stream" else PLACES)[name], strict=True):
+        for layer in (0, 1):
+            operator = injection.operators[place.format(layer)]
+            tensors = {key: p.detach().clone().requires_grad_() for key, p in operator.named_parameters()}
+            copies[place.format(layer)] = tensors
+            base.get_submodule(end.format(layer)).register_forward_hook(bottleneck(tensors, "gelu"))
+    outputs = []
+    for each in (model, base):
+        torch.manual_seed(3)
+        outputs.append(run(train_with(each, 0.3)))
+    ours, expected = outputs
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    direction = torch.randn_like(ours)
+    for output in outputs:
+        (output * direction).sum().backward()
+    for place, tensors in copies.items():
+        for key, p in injection.operators[place].named_parameters():
+            assert tensors[key].grad.abs().max() > 0
+            torch.testing.assert_close(p.grad, tensors[key].grad, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", PLACES)
 def test_norms_of_the_blocks_train_along(name: str) -> None:
     """2 (2 d r + r + d) a layer, and the norms of the blocks: not the one after the last block, nor that of the
@@ -200,7 +257,7 @@ def test_attention_weights_pass_untouched() -> None:
     attention = stack.layers[0].self_attn
     x = torch.randn(2, 4, 8)
     output, weights = attention(x, x, x)
-    injection = peftcore.apply(stack, "houlsby_adapter", train_layer_norm=False)
+    injection = peftcore.apply(stack, "houlsby_adapter", train_layer_norm=False, joins="matrix")
     fill(injection)
     adapted, still = attention(x, x, x)
     assert torch.equal(still, weights)
