@@ -33,8 +33,8 @@ FIRST = {
 Joins = Literal["stream", "matrix"]
 """Where an adapter joins a branch: behind all that the host does to the branch's output before it adds it to the stream
 (dropout, layer scale, stochastic depth, a norm), or at the branch's last matrix, in front of these."""
-END = "end"
-"""The form of the site behind which a branch joins the stream."""
+END, ENTERED = "end", "entered"
+"""The forms of the site behind which a branch joins the stream, and of one that is given the sum of both."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class BranchSite(Site):
     """The number of features of the branch's input."""
     places: tuple[Site, ...] = ()
     """Further sites of the operator: modules that read the input (form "first"), the block's norms ("norm"), and the
-    module behind which the branch joins the stream ("end")."""
+    module behind which the branch joins the stream ("end") or which is given the sum of both ("entered")."""
     order: Order | None = None
     """The order of dimensions in which the branch's output is there, where it is not that of the last matrix."""
     drops_path: bool = False
@@ -61,7 +61,7 @@ class AtBranchEnd(Operator):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         branch = site if isinstance(site, BranchSite) else BranchSite(**vars(site))
-        self.passed = Tap() if any(place.form == END for place in branch.places) else None
+        self.passed = Tap() if any(place.form in (END, ENTERED) for place in branch.places) else None
         self.order = branch.order
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
@@ -118,7 +118,8 @@ class Bypass(AtBranchEnd):
         self.norm = Tap()
 
     def at(self, form: str, module: Any) -> Callable[..., Any]:
-        return {"first": self._at_first, "norm": self._at_norm, END: self._at_end}.get(form, self)
+        forms = {"first": self._at_first, "norm": self._at_norm, END: self._at_end, ENTERED: self._at_sum}
+        return forms.get(form, self)
 
     def _at_norm(self, call: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = call(x, *args, **kwargs)
@@ -131,6 +132,11 @@ class Bypass(AtBranchEnd):
         assert self.first is not None, "it stands there for that"
         self.first.put(before if after is x else x)
         return call(x, *args, **kwargs)
+
+    def _at_sum(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert self.passed is not None, "it stands there for that"
+        passed = self.passed.take()
+        return call(x if passed is None else self.join(x, passed[0], None), *args, **kwargs)
 
     def read(self, x: Tensor, *args: Any) -> Tensor:
         self.norm.take()
@@ -172,15 +178,19 @@ class Bypass(AtBranchEnd):
         raise NotImplementedError
 
 
-def branch_end(surgeon: Surgeon, site: Site, joins: Joins = "stream") -> BranchSite:
+def branch_end(surgeon: Surgeon, site: Site, joins: Joins = "stream", *, adds: bool = False) -> BranchSite:
     """Returns a site with the place where the branch that it ends joins the stream, if that is another one.
 
-    Where the host drops or scales a branch's output by other code than that of a module, the place is the last one that
-    is a module, or the site itself, and the surgeon's notices say so.
+    Where the host drops or scales a branch's output by other code than that of a module, an operator that `adds` to the
+    branch without reading it (`Bypass`) joins the sum of branch and stream, if a module returns that or is given it.
+    Else the place is the last one that is a module, or the site itself, and the surgeon's notices say so.
     """
     end = surgeon.resolver.end_of(site.module_path) if joins == "stream" else None
     if end is None:
         return BranchSite(**vars(site))
+    path, form = (end.entered, ENTERED) if end.entered is not None else (end.left, END)
+    if adds and end.rest and path is not None:
+        return BranchSite(**vars(site), places=(replace(surgeon.resolver.site(path, "weight"), form=form),))
     if end.rest:
         _say(surgeon, _ACTS[end.rest], end.path or site.module_path)
     if end.path is None:
@@ -221,7 +231,7 @@ def branch(surgeon: Surgeon, site: Site, *, before_norm: bool = False, joins: Jo
     last = next((entry for entry in host.at(site.module_path) if entry.role in FIRST), None)
     if last is None:  # a matrix, or a mixture or an attention, whose output has the width of the stream
         width = site.in_features if site.tensor == "weight" else site.out_features
-        return replace(branch_end(surgeon, site, joins), width=width)
+        return replace(branch_end(surgeon, site, joins, adds=True), width=width)
     inside = [entry for entry in host.entries if entry.block == last.block]
     first = [entry for entry in inside if entry.role in FIRST[last.role]]
     nearest = max(first, key=lambda entry: _steps_shared(entry.path, last.path), default=None)
@@ -232,7 +242,7 @@ def branch(surgeon: Surgeon, site: Site, *, before_norm: bool = False, joins: Jo
     places += [(norm, "norm") for norm in norms if before_norm]
     sites = (replace(surgeon.resolver.site(e.module, "weight", e.role), form=form) for e, form in places)
     width = surgeon.resolver.site(nearest.module, nearest.tensor or "weight").in_features
-    end = branch_end(surgeon, site, joins)
+    end = branch_end(surgeon, site, joins, adds=True)
     return replace(end, width=width, places=(*sites, *end.places))
 
 

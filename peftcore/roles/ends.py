@@ -13,12 +13,13 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from types import FunctionType, MethodType
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,6 +42,7 @@ DEPTH = 8
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout}
 _SCALES = {"mul", "mul_", "multiply", "multiply_", "div", "div_"}
 _SUMS = {"add", "add_"}
+_ABOUT = {"dtype", "device", "shape", "ndim"}
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "contiguous", "clone"}
 
 
@@ -54,12 +56,16 @@ class End:
         drops_path: whether that module is stochastic depth, which drops the branch of whole rows.
         rest: what the block's code does behind it without a module: "dropout", "scale" (also by a parameter), or
             "unknown" where the code cannot be followed, or changes the shape before another module; else "".
+        entered: the module that is given the sum of stream and branch, and nothing else is (a norm behind the branch).
+        left: the module that returns the sum, when nothing has read it.
     """
 
     path: str | None = None
     order: Order | None = None
     drops_path: bool = False
     rest: Rest = ""
+    entered: str | None = None
+    left: str | None = None
 
 
 def find_end(modules: Mapping[str, nn.Module], last: str, block: str | None, plain: Callable[[nn.Module], type]) -> End:
@@ -71,20 +77,24 @@ def find_end(modules: Mapping[str, nn.Module], last: str, block: str | None, pla
         block: the path of the block around it; without one, the code is followed up to the host.
         plain: returns the class of a module as the host built it.
     """
-    trail, start = _Trail(plain), last
+    trail, start, left = _Trail(plain), last, None
     while start and start != block and not trail.summed:
         owner = start.rpartition(".")[0]
         while owner and isinstance(modules[owner], nn.ModuleList | nn.ModuleDict):
             owner = owner.rpartition(".")[0]
-        if trail.through(modules[owner], modules[start]) is None and not trail.summed:
+        returned = trail.through(modules[owner], modules[start])
+        if returned is None and not trail.summed:
             trail.rest = "unknown"
             break
+        if returned is State.SUM and trail.is_whole():
+            left = owner
         start = owner
+    path_of = {id(module): path for path, module in modules.items()}
+    entered = None if trail.entered is None else path_of[id(trail.entered)]
     if trail.end is None:
-        return End(rest=trail.rest)
-    path = next(path for path, module in modules.items() if module is trail.end)
+        return End(rest=trail.rest, entered=entered, left=left)
     drops = DROP_PATH_CLASS.search(plain(trail.end).__name__.lower()) is not None
-    return End(path, trail.order_there, drops, trail.rest)
+    return End(path_of[id(trail.end)], trail.order_there, drops, trail.rest, entered, left)
 
 
 @dataclass
@@ -99,6 +109,9 @@ class _Trail:
     reshaped: bool = False
     rest: Rest = ""
     summed: bool = False
+    entered: nn.Module | None = None
+    read: bool = False
+    """Whether the sum was given to anything."""
     start: nn.Module | None = None
     depth: int = 0
 
@@ -140,6 +153,10 @@ class _Trail:
         else:
             self.end, self.order_there, self.rest = module, self.order, ""
         return State.BRANCH
+
+    def is_whole(self) -> bool:
+        """Whether nothing has read the sum, nor does the branch lie otherwise in it."""
+        return not self.read and self.order is None and not self.reshaped
 
     def add(self) -> State:
         self.summed = True
@@ -230,7 +247,8 @@ class _Frame:
             for each, its in zip(target.elts, value.elts, strict=True):
                 self._bind(each, its)
             return
-        state = self.of(value)
+        name = target.id if isinstance(target, ast.Name) else None
+        state = self.of(value, name)
         if isinstance(target, ast.Tuple):
             for place, each in enumerate(target.elts):
                 self._set(each, _UNKNOWN if place or state is None else state)
@@ -241,12 +259,14 @@ class _Frame:
         if isinstance(target, ast.Name):
             self.known[target.id] = value
 
-    def of(self, value: ast.expr) -> State | None:
-        """Returns the state of an expression."""
+    def of(self, value: ast.expr, goes_to: str | None = None) -> State | None:
+        """Returns the state of an expression, whose value a name gets."""
         match value:
             case ast.Name(id=name):
                 known = self.known.get(name)
                 return known if isinstance(known, State) else None
+            case ast.Attribute(attr=name) if name in _ABOUT:
+                return None
             case ast.Subscript(value=inner) | ast.Attribute(value=inner) | ast.Starred(value=inner):
                 return self.of(inner)
             case ast.Tuple(elts=[first, *_]):
@@ -262,19 +282,25 @@ class _Frame:
             case ast.BinOp(left=left, op=operation, right=right):
                 return self._operate(operation, left, right)
             case ast.Call():
-                return self._call(value)
+                return self._call(value, goes_to)
         return None
 
     def _operate(self, operation: ast.operator, left: ast.expr, right: ast.expr) -> State | None:
         states = [self.of(left), self.of(right)]
+        adds = isinstance(operation, ast.Add | ast.Sub)
         if State.SUM in states or State.BRANCH not in states:
-            return State.SUM if State.SUM in states else None
-        if isinstance(operation, ast.Add | ast.Sub):
+            if State.SUM in states and adds:
+                return State.SUM
+            self._read(states)
+            return None
+        if _joins_tuples(left, right):
+            return State.BRANCH
+        if adds:
             return self.trail.add()
         self.trail.rest = "scale"
         return State.BRANCH
 
-    def _call(self, call: ast.Call) -> State | None:
+    def _call(self, call: ast.Call, goes_to: str | None) -> State | None:
         function = self.object(call.func)
         if function is self.trail.start:
             return State.BRANCH
@@ -285,6 +311,7 @@ class _Frame:
             return State.BRANCH  # `checkpoint(self.attn, x)`
         if isinstance(function, nn.Module):
             if given != [State.BRANCH]:
+                self._enter_sum(function, call, goes_to, given)
                 return None
             return self.trail.passes(function, alone=len(args) + len(kwargs) == 1)
         if isinstance(call.func, ast.Attribute) and (state := self.of(call.func.value)) is not None:
@@ -300,13 +327,32 @@ class _Frame:
             return found
         if State.BRANCH in given:
             self.trail.reshaped = True
-        return given[0] if given else None
+            return State.BRANCH
+        if function is torch.clamp:  # which keeps numbers of half precision finite
+            return given[0] if given else None
+        self._read(given)
+        return None
+
+    def _enter_sum(self, module: nn.Module, call: ast.Call, goes_to: str | None, given: list[State]) -> None:
+        """Note a module that is given the sum, if no name keeps the sum."""
+        kept = any(value is State.SUM and name != goes_to for name, value in self.known.items())
+        if given == [State.SUM] and len(call.args) + len(call.keywords) == 1 and not kept and self.trail.is_whole():
+            self.trail.entered = module
+        self._read(given)
+
+    def _read(self, given: Sequence[State | None]) -> None:
+        self.trail.read = self.trail.read or State.SUM in given
 
     def _argument(self, value: ast.expr) -> Any:
         state = self.of(value)
         return self.object(value) if state is None else state
 
-    def _method(self, name: str, state: State, args: list[Any]) -> State:
+    def _method(self, name: str, state: State, args: list[Any]) -> State | None:
+        if name in ("size", "dim", "numel"):
+            return None
+        if state is State.SUM and name not in _SUMS | _CASTS:
+            self._read([state])
+            return None
         if state is State.BRANCH:
             if name in _SUMS:
                 return self.trail.add()
@@ -321,7 +367,8 @@ class _Frame:
     def _dropped(self, given: list[State], probability: Any) -> State | None:
         if given == [State.BRANCH] and (not isinstance(probability, int | float) or probability > 0):
             self.trail.rest = self.trail.rest or "dropout"
-        return given[0] if given else None
+        self._read(given)
+        return State.BRANCH if given == [State.BRANCH] else None
 
     def object(self, value: ast.expr) -> Any:
         """Returns the object that an expression names; `_UNKNOWN` where it is made while the code runs."""
@@ -365,6 +412,14 @@ class _Unknown:
 
 
 _UNKNOWN = _Unknown()
+
+
+def _joins_tuples(left: ast.expr, right: ast.expr) -> bool:
+    """Whether a sum puts tuples one behind the other: `(hidden,) + outputs[1:]`."""
+    return any(
+        isinstance(each, ast.Tuple) or (isinstance(each, ast.Subscript) and isinstance(each.slice, ast.Slice))
+        for each in (left, right)
+    )
 
 
 def _index(place: ast.expr) -> int | None:

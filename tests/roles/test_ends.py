@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -178,6 +179,27 @@ class PostNorm(Layer):
         return self.norm(x + self.drop(self.last(x)))
 
 
+class Between(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + F.dropout(self.last(x))
+        return y + self.next(self.norm(y))  # so the norm is not all that reads the sum
+
+
+class Overwritten(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + F.dropout(self.last(x))
+        y = self.norm(y)
+        return y + self.next(y)
+
+
+class Bounded(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.last(x)
+        if y.dtype == torch.float16:
+            y = torch.clamp(y, max=torch.finfo(y.dtype).max)
+        return y
+
+
 class Reshaped(Layer):
     def forward(self, x: Tensor) -> Tensor:
         return x + self.path(self.drop(self.last(x)).reshape(x.shape))
@@ -200,19 +222,22 @@ Unread.forward = made["forward"]  # type: ignore[attr-defined]
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
-        (Nested, End("path", None, True)),
-        (Parts, End("path", None, True)),
-        (Conditions, End("drop")),
+        (Nested, End("path", None, True, left="")),
+        (Parts, End("path", None, True, left="")),
+        (Conditions, End("drop", left="")),
         (Loops, End("several.1", None, True)),
         (Listed, End("several.1", None, True)),
-        (Scaled, End("drop", rest="scale")),
-        (ScaledBefore, End("path", None, True)),
-        (Functional, End(rest="dropout")),
-        (WithoutDropout, End()),
-        (Helped, End(rest="dropout")),
+        (Scaled, End("drop", rest="scale", left="")),
+        (ScaledBefore, End("path", None, True, left="")),
+        (Functional, End(rest="dropout", left="")),
+        (WithoutDropout, End(left="")),
+        (Helped, End(rest="dropout", left="")),
         (GivenMore, End(rest="unknown")),
         (NotLast, End(rest="unknown")),
-        (PostNorm, End("drop")),
+        (PostNorm, End("drop", entered="norm")),
+        (Between, End(rest="dropout")),
+        (Overwritten, End(rest="dropout", entered="norm")),
+        (Bounded, End(left="")),
         (Reshaped, End("drop", rest="unknown")),
         (Permuted, End("path", (2, 0, 1), True)),
         (Unread, End(rest="unknown")),
@@ -221,8 +246,10 @@ Unread.forward = made["forward"]  # type: ignore[attr-defined]
 def test_code(layer: type[Layer], expected: End) -> None:
     model = nn.ModuleList([layer()])
     found = find_end(dict(model.named_modules()), "0.last", "0", plain_class)
-    path = None if expected.path is None else f"0.{expected.path}"
-    assert found == End(path, expected.order, expected.drops_path, expected.rest)
+    path, entered, left = (
+        None if each is None else f"0.{each}".rstrip(".") for each in (expected.path, expected.entered, expected.left)
+    )
+    assert found == replace(expected, path=path, entered=entered, left=left)
 
 
 def test_elements_of_a_sequential_follow_each_other() -> None:
