@@ -77,8 +77,8 @@ class AtBranchEnd(Operator):
 
     def _at_end(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self.passed is not None, "it stands there for that"
-        passed = self.passed.take()
         output = call(*args, **kwargs)
+        passed = self.passed.take()  # not before: the branch may run in the call
         if passed is None:  # another branch ends here, too
             return output
         return on_first(output, lambda h: self.join(h, passed[0], call))

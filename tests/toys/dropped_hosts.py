@@ -29,11 +29,11 @@ def image_model() -> nn.Module:
 
 
 def train(model: nn.Module, p: float = 0.3) -> nn.Module:
-    """A host in training mode, each of its dropouts with this probability."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
+    """A host in training mode, each of its own dropouts with this probability."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and ".peft." not in path:
             module.p = p
-    return model.requires_grad_(False).train()
+    return model.train()
 
 
 def filled(injection: peftcore.Injection) -> dict[str, Tensors]:
@@ -50,7 +50,7 @@ def rewrite(model: nn.Module, forward: Callable[..., Tensor], adapters: dict[str
     """Let blocks, by path, run `forward(block, x, *adapters)` in place of their own."""
     for path, each in adapters.items():
         block = model.get_submodule(path)
-        block.forward = MethodType(lambda self, x, *rest, each=each: forward(self, x, *each), block)
+        block.forward = MethodType(lambda self, x, *rest, each=each, **kwargs: forward(self, x, *each), block)
 
 
 def seeded(models: list[nn.Module], run: Callable[[nn.Module], Tensor]) -> Iterator[Tensor]:

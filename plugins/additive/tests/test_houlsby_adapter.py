@@ -2,6 +2,7 @@
 copy of the host, in float64. (The adapters package, the other implementation, does not run beside the transformers
 versions that this project is for.)"""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from dropped_hosts import assert_same, filled, rewrite
 from torch import Tensor, nn
 
 import peftcore
@@ -180,6 +182,51 @@ def test_training_with_the_hosts_dropout(name: str, joins: str) -> None:
         for key, p in injection.operators[place].named_parameters():
             assert tensors[key].grad.abs().max() > 0
             torch.testing.assert_close(p.grad, tensors[key].grad, rtol=1e-8, atol=1e-8)
+
+
+def adapted(h: Tensor, t: dict[str, Tensor]) -> Tensor:
+    return h + FUNCTIONS["gelu"](h @ t["down.weight"].T + t["down.bias"]) @ t["up.weight"].T + t["up.bias"]
+
+
+def beit_layer(self: nn.Module, x: Tensor, attn: dict[str, Tensor], mlp: dict[str, Tensor]) -> Tensor:
+    h = self.dropout(self.attention(self.layernorm_before(x), attention_mask=None)[0])
+    x = adapted(self.drop_path(self.lambda_1 * h), attn) + x
+    h = self.dropout(self.mlp(self.layernorm_after(x)))
+    return adapted(self.drop_path(self.lambda_2 * h), mlp) + x
+
+
+def dinov2_layer(self: nn.Module, x: Tensor, attn: dict[str, Tensor], mlp: dict[str, Tensor]) -> Tensor:
+    h = self.attention(self.norm1(x), attention_mask=None)[0]
+    x = adapted(self.drop_path(self.layer_scale1(h)), attn) + x
+    return adapted(self.drop_path(self.layer_scale2(self.mlp(self.norm2(x)))), mlp) + x
+
+
+IMAGE_MODELS = {
+    "Beit": (beit_layer, {"layer_scale_init_value": 0.01, "intermediate_size": 24}),  # it scales by a bare parameter
+    "Dinov2": (dinov2_layer, {"layerscale_value": 0.01, "mlp_ratio": 2}),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_training_with_layer_scale_and_stochastic_depth(name: str) -> None:
+    """Serially as with dropout: behind all of it. One drop path ends both branches of a block there."""
+    transformers = pytest.importorskip("transformers")
+    layer, options = IMAGE_MODELS[name]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    drops = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.4}
+    config = getattr(transformers, f"{name}Config")(**sizes, **drops, **options)
+    torch.manual_seed(0)
+    base = getattr(transformers, f"{name}Model")(config).double().requires_grad_(False).train()
+    model, bare = deepcopy(base), deepcopy(base)
+    injection = peftcore.apply(model, "houlsby_adapter", bottleneck=5, train_layer_norm=False, dtype="float64")
+    assert not peftcore.plan(bare, "houlsby_adapter").notes
+    copies = filled(injection)
+    blocks: dict[str, list[Any]] = {}
+    for path in copies:
+        blocks.setdefault(re.match(r".*\.\d+", path)[0], []).append(copies[path])
+    rewrite(base, layer, blocks)
+    x = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    assert_same(injection, copies, (model, base), lambda each: each(x).last_hidden_state, bare)
 
 
 @pytest.mark.parametrize("name", PLACES)
