@@ -3,7 +3,7 @@
 from peftcore.algebra import merge_math
 from peftcore.algebra.adapters_as_parts import gather
 from peftcore.algebra.combining import combine, deltas, to_lora
-from peftcore.authoring.branches import BranchSite, Bypass, branch, is_post_norm
+from peftcore.authoring.branches import AtBranchEnd, BranchSite, Bypass, Joins, branch, branch_end, is_post_norm
 from peftcore.authoring.hybrid_parts import OfParts, options_of
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
@@ -69,6 +69,7 @@ __all__ = [
     "MATRICES",
     "OUTPUTS",
     "AppliedMethod",
+    "AtBranchEnd",
     "Attend",
     "AttentionOperator",
     "AttentionSite",
@@ -91,6 +92,7 @@ __all__ = [
     "HybridPart",
     "Injection",
     "InputOperator",
+    "Joins",
     "Layer",
     "Method",
     "MethodConfig",
@@ -122,6 +124,7 @@ __all__ = [
     "apply",
     "bias_name",
     "branch",
+    "branch_end",
     "cache_in",
     "cache_weights",
     "call",

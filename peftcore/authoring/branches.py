@@ -1,12 +1,13 @@
-"""Adapters parallel to a branch of a block: where the branch begins and ends, and how its input, or the input of the
-norm before it, is carried to its end."""
+"""Adapters at the end of a branch of a block, or parallel to it: where the branch begins and ends, and how its input,
+or the input of the norm before it, is carried to its end."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from peftcore.contract.operators import Operator, on_first
 from peftcore.errors import RouteError, UnsupportedSite
 from peftcore.forward.context import Tap
 from peftcore.roles import HostEntry
+from peftcore.roles.ends import Order
 from peftcore.roles.hostmap import under
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.resolver import Resolver
@@ -28,18 +30,76 @@ FIRST = {
 """By the role of a branch's last matrix, the roles of the first ones, which read the input of the branch."""
 
 
+Joins = Literal["stream", "matrix"]
+"""Where an adapter joins a branch: behind all that the host does to the branch's output before it adds it to the stream
+(dropout, layer scale, stochastic depth, a norm), or at the branch's last matrix, in front of these."""
+END, ENTERED = "end", "entered"
+"""The forms of the site behind which a branch joins the stream, and of one that is given the sum of both."""
+
+
 @dataclass(frozen=True, eq=False)
 class BranchSite(Site):
-    """The last matrix of a branch, with the modules that read its input. A module that ends no branch is one by
-    itself."""
+    """The last matrix of a branch, with the modules that read its input and the one behind which it ends. A module that
+    ends no branch is one by itself."""
 
     width: int = 0
     """The number of features of the branch's input."""
     places: tuple[Site, ...] = ()
-    """Further sites of the operator: modules that read the input (form "first"), and the block's norms ("norm")."""
+    """Further sites of the operator: modules that read the input (form "first"), the block's norms ("norm"), and the
+    module behind which the branch joins the stream ("end") or which is given the sum of both ("entered")."""
+    order: Order | None = None
+    """The order of dimensions in which the branch's output is there, where it is not that of the last matrix."""
+    drops_path: bool = False
+    """Whether the module at the end is stochastic depth."""
 
 
-class Bypass(Operator):
+class AtBranchEnd(Operator):
+    """Acts on the output of a branch: behind the module where the branch ends, or at its last matrix where none is
+    known. `forward` takes note of the last matrix, so that a module which ends several branches is told whose end it
+    is."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        branch = site if isinstance(site, BranchSite) else BranchSite(**vars(site))
+        self.passed = Tap() if any(place.form in (END, ENTERED) for place in branch.places) else None
+        self.order = branch.order
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        return self._at_end if form == END else self
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        output, read = call(*args, **kwargs), self.read(*args)
+        if self.passed is None:
+            return on_first(output, lambda h: self.join(h, read, None))
+        self.passed.take()
+        self.passed.put((read,))
+        return output
+
+    def _at_end(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert self.passed is not None, "it stands there for that"
+        output = call(*args, **kwargs)
+        passed = self.passed.take()  # not before: the branch may run in the call
+        if passed is None:  # another branch ends here, too
+            return output
+        return on_first(output, lambda h: self.join(h, passed[0], call))
+
+    def read(self, *args: Any) -> Tensor | None:
+        """Returns what `join` needs besides the branch's output, when the last matrix has run."""
+        return None
+
+    def join(self, h: Tensor, read: Tensor | None, end: Callable[..., Any] | None) -> Tensor:
+        """Returns the branch's output with the adapter; `end` is the call of the module where the branch ends."""
+        if self.order is None:
+            return self.adapt(h)
+        back = sorted(range(h.dim()), key=self.order.__getitem__)
+        return self.adapt(h.permute(back)).permute(self.order)
+
+    def adapt(self, h: Tensor) -> Tensor:
+        """Returns the branch's output, in the layout of the last matrix, with the adapter."""
+        raise NotImplementedError
+
+
+class Bypass(AtBranchEnd):
     """Adds `beside` of a branch's input to the branch's output; features are last in both.
 
     Raises:
@@ -58,7 +118,8 @@ class Bypass(Operator):
         self.norm = Tap()
 
     def at(self, form: str, module: Any) -> Callable[..., Any]:
-        return {"first": self._at_first, "norm": self._at_norm}.get(form, self)
+        forms = {"first": self._at_first, "norm": self._at_norm, END: self._at_end, ENTERED: self._at_sum}
+        return forms.get(form, self)
 
     def _at_norm(self, call: Callable[..., Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = call(x, *args, **kwargs)
@@ -72,19 +133,35 @@ class Bypass(Operator):
         self.first.put(before if after is x else x)
         return call(x, *args, **kwargs)
 
-    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        output = call(x, *args, **kwargs)
+    def _at_sum(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert self.passed is not None, "it stands there for that"
+        passed = self.passed.take()
+        return call(x if passed is None else self.join(x, passed[0], None), *args, **kwargs)
+
+    def read(self, x: Tensor, *args: Any) -> Tensor:
         self.norm.take()
         read = x if self.first is None else self.first.take()
         if read is None:
             raise RouteError(
                 f"{type(self).__name__}: the branch's first matrix is not called, so rows cannot be routed"
             )
-        return on_first(output, lambda y: y + self._beside(read.to(y.dtype), y))
+        return read
+
+    def join(self, h: Tensor, read: Tensor | None, end: Callable[..., Any] | None) -> Tensor:
+        assert read is not None, "`read` returns it"
+        added = self._beside(read.to(h.dtype), h)
+        return h + (added if end is None else self.dropped(added, end))
+
+    def dropped(self, added: Tensor, end: Callable[..., Any]) -> Tensor:
+        """Returns the summand as it joins the stream behind the module where the branch ends, whose call `end` is: by
+        default as it is."""
+        return added
 
     def _beside(self, read: Tensor, y: Tensor) -> Tensor:
         dim = self.layer.channel_dim
         added = self.beside(read.movedim(dim, -1)).movedim(-1, dim)
+        if self.order is not None:
+            added = added.permute(self.order)
         if added.shape != y.shape:
             raise UnsupportedSite(
                 f"{type(self).__name__}: the branch reads {tuple(read.shape)} and returns {tuple(y.shape)}, so nothing "
@@ -101,8 +178,51 @@ class Bypass(Operator):
         raise NotImplementedError
 
 
-def branch(surgeon: Surgeon, site: Site, *, before_norm: bool = False) -> BranchSite:
-    """Returns a site as the end of a branch; with `before_norm`, its operator also acts at the norms of the block.
+def branch_end(surgeon: Surgeon, site: Site, joins: Joins = "stream", *, adds: bool = False) -> BranchSite:
+    """Returns a site with the place where the branch that it ends joins the stream, if that is another one.
+
+    Where the host drops or scales a branch's output by other code than that of a module, an operator that `adds` to the
+    branch without reading it (`Bypass`) joins the sum of branch and stream, if a module returns that or is given it.
+    Else the place is the last one that is a module, or the site itself, and the surgeon's notices say so.
+    """
+    end = surgeon.resolver.end_of(site.module_path) if joins == "stream" else None
+    if end is None:
+        return BranchSite(**vars(site))
+    path, form = (end.entered, ENTERED) if end.entered is not None else (end.left, END)
+    if adds and end.rest and path is not None:
+        return BranchSite(**vars(site), places=(replace(surgeon.resolver.site(path, "weight"), form=form),))
+    if end.rest:
+        _say(surgeon, _ACTS[end.rest], end.path or site.module_path)
+    if end.path is None:
+        return BranchSite(**vars(site))
+    place = replace(surgeon.resolver.site(end.path, "weight"), form=END)
+    return BranchSite(**vars(site), places=(place,), order=end.order, drops_path=end.drops_path)
+
+
+_ACTS = {
+    "dropout": "the host drops outputs of branches by a function",
+    "scale": "the host scales outputs of branches by a parameter or a number",
+    "unknown": "the host's code, which cannot be followed, may drop or scale outputs of branches",
+}
+
+
+def _say(surgeon: Surgeon, acts: str, path: str) -> None:
+    """Add to the notices what acts on an adapter that joins at a path, in one line for all such paths."""
+    begin, where = f"{surgeon.method.name}: {acts}, and its adapters there too: behind ", stack_of(path)
+    known = next((each for each in surgeon.notices if each.startswith(begin)), begin)
+    listed = known.removeprefix(begin).split(", ") if known != begin else []
+    if where not in listed:
+        surgeon.notices[:] = [each for each in surgeon.notices if each != known] + [begin + ", ".join([*listed, where])]
+
+
+def stack_of(path: str) -> str:
+    """Returns a path with `*` for its numbers: the same for all blocks of a stack."""
+    return re.sub(r"\b\d+\b", "*", path)
+
+
+def branch(surgeon: Surgeon, site: Site, *, before_norm: bool = False, joins: Joins = "stream") -> BranchSite:
+    """Returns a site as the end of a branch, with the place where the branch joins the stream (`branch_end`); with
+    `before_norm`, its operator also acts at the norms of the block.
 
     Raises:
         UnsupportedSite: no matrix is known that reads the input of the branch.
@@ -110,7 +230,8 @@ def branch(surgeon: Surgeon, site: Site, *, before_norm: bool = False) -> Branch
     host = surgeon.resolver.host
     last = next((entry for entry in host.at(site.module_path) if entry.role in FIRST), None)
     if last is None:  # a matrix, or a mixture or an attention, whose output has the width of the stream
-        return BranchSite(**vars(site), width=site.in_features if site.tensor == "weight" else site.out_features)
+        width = site.in_features if site.tensor == "weight" else site.out_features
+        return replace(branch_end(surgeon, site, joins, adds=True), width=width)
     inside = [entry for entry in host.entries if entry.block == last.block]
     first = [entry for entry in inside if entry.role in FIRST[last.role]]
     nearest = max(first, key=lambda entry: _steps_shared(entry.path, last.path), default=None)
@@ -121,7 +242,8 @@ def branch(surgeon: Surgeon, site: Site, *, before_norm: bool = False) -> Branch
     places += [(norm, "norm") for norm in norms if before_norm]
     sites = (replace(surgeon.resolver.site(e.module, "weight", e.role), form=form) for e, form in places)
     width = surgeon.resolver.site(nearest.module, nearest.tensor or "weight").in_features
-    return BranchSite(**vars(site), width=width, places=tuple(sites))
+    end = branch_end(surgeon, site, joins, adds=True)
+    return replace(end, width=width, places=(*sites, *end.places))
 
 
 def _readers(surgeon: Surgeon, inside: list[HostEntry], first: HostEntry) -> list[HostEntry]:

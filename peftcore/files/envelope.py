@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from peftcore.contract.config import DTYPES, MethodConfig, described, validate_json
 from peftcore.contract.method import Method
 from peftcore.errors import CheckpointError, ConfigError, NewerFormat, UnknownMethod, shown
+from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.injection import Injection
 from peftcore.layers.layer import plain_class
 from peftcore.registry.catalogue import method as find_method
@@ -57,6 +58,8 @@ class Envelope(BaseModel):
     plugin: str = ""
     plugin_version: str = ""
     config_version: NonNegativeInt
+    part_versions: dict[str, NonNegativeInt] = {}
+    """Of a hybrid, the versions of its parts' options, by the names of parts: ``"0"``, ``"0/1"``."""
     config: dict[str, Any]
     target: Any = None
     exclude: Any = None
@@ -126,6 +129,7 @@ def envelope_of(injection: Injection, weights: bool = False, rows: Mapping[str, 
         plugin=info.plugin if info else "registered",
         plugin_version=info.distribution if info else "",
         config_version=injection.method.config_version,
+        part_versions=dict(_part_versions(injection)),
         config=injection.config.model_dump(mode="json"),
         target=spelled(wishes.target),
         exclude=spelled(wishes.exclude),
@@ -192,6 +196,41 @@ def method_of(envelope: Envelope) -> type[Method]:
         raise UnknownMethod(f"{error}{written}") from None
 
 
+def _part_versions(injection: AppliedMethod, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Yields the version of each part's options, by name."""
+    for name, part in injection.parts.items():
+        yield prefix + name, part.method.config_version
+        yield from _part_versions(part, f"{prefix}{name}/")
+
+
+def _migrated(
+    cls: type[Method],
+    options: dict[str, Any],
+    version: int,
+    parts: Mapping[str, int],
+    plugin: str = "its plugin",
+    prefix: str = "",
+) -> dict[str, Any]:
+    """Returns options of a version as the installed one has them, and so those of parts that a hybrid lists under
+    "parts"; parts without a version are as old as files can be."""
+    if version > cls.config_version:
+        raise NewerFormat(
+            f"the adapter has version {version} of {cls.name}'s options, the installed plugin knows "
+            f"{cls.config_version}: pip install -U {plugin}"
+        )
+    for each in range(version, cls.config_version):
+        options = cls.migrate(dict(options), each)
+    if not isinstance(listed := options.get("parts"), list):
+        return options
+    return {**options, "parts": [_part(each, f"{prefix}{number}", parts) for number, each in enumerate(listed)]}
+
+
+def _part(options: Any, name: str, parts: Mapping[str, int]) -> Any:
+    if not isinstance(options, dict) or not isinstance(options.get("method"), str):
+        return options  # which the hybrid refuses
+    return _migrated(find_method(options["method"]), options, parts.get(name, 1), parts, prefix=f"{name}/")
+
+
 def options_of(cls: type[Method], envelope: Envelope) -> MethodConfig:
     """Returns the options, migrated to the installed version.
 
@@ -199,15 +238,8 @@ def options_of(cls: type[Method], envelope: Envelope) -> MethodConfig:
         NewerFormat: they are newer than the installed plugin.
         CheckpointError: they are wrong.
     """
-    if envelope.config_version > cls.config_version:
-        raise NewerFormat(
-            f"the adapter has version {envelope.config_version} of {cls.name}'s options, the installed plugin knows "
-            f"{cls.config_version}: "
-            f"pip install -U {envelope.plugin_version.split(' ')[0] or 'its plugin'}"
-        )
-    options = envelope.config
-    for version in range(envelope.config_version, cls.config_version):
-        options = cls.migrate(dict(options), version)
+    plugin = envelope.plugin_version.split(" ")[0] or "its plugin"
+    options = _migrated(cls, envelope.config, envelope.config_version, envelope.part_versions, plugin)
     try:
         return validate_json(cls.Config, json.dumps(options))
     except (ConfigError, ValueError) as error:

@@ -1,6 +1,6 @@
 """Roles of the parts of a model: `derive` reads a model, `HostMap` answers by role, `probe` refines with one forward.
 
-It may import `layers`, and what is below. The rules by which a map is derived, R1 to R15, are in `docs/roles.md`. In
+It may import `layers`, and what is below. The rules by which a map is derived, R1 to R16, are in `docs/roles.md`. In
 the order of reading:
 
 - `vocabulary`: the roles, and the names by which rules know them.
@@ -18,6 +18,7 @@ the order of reading:
 - `layouts`: the order of slices in fused projections.
 - `token_tables`: tables that have a row for each token.
 - `readers`: modules that read a weight in place of calling its module.
+- `ends`: where branches join the stream, read from the code of forwards.
 - `stacks`: modules that take token ids and run blocks.
 - `find_roles`: derives the map of a model, rule by rule.
 - `recording`: records one forward.

@@ -60,6 +60,7 @@ TABLE_CLASS = re.compile(r"embedding")
 ATTENTION_CLASS = re.compile(r"atten|attn")
 CROSS_CLASS = re.compile(r"cross_?att")
 PATCH_CLASS = re.compile(r"patchembed")
+DROP_PATH_CLASS = re.compile(r"drop_?path|stochastic_?depth")  # it drops whole rows, and has no weight
 
 _WEIGHTS = {
     "attn": "q k v kv qkv q_a q_b kv_a kv_b out",

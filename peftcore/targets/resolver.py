@@ -23,9 +23,10 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from peftcore.errors import HostMismatch, TargetError, shown
 from peftcore.forward.adapter_modules import AdapterModules
-from peftcore.layers.layer import Layer, Slices
+from peftcore.layers.layer import Layer, Slices, plain_class
 from peftcore.roles import HostEntry, HostMap
 from peftcore.roles.alike import Structure
+from peftcore.roles.ends import End, find_end
 from peftcore.roles.stacks import TokenStack, find
 from peftcore.roles.virtual import ALL_LAYERS, VIRTUAL
 from peftcore.roles.vocabulary import ROLES
@@ -179,6 +180,20 @@ class Resolver:
     def token_stacks(self) -> list[TokenStack]:
         """Returns the stacks of the host: modules that take token ids, embed them and run blocks."""
         return find(self.modules, self.host.entries)
+
+    def end_of(self, path: str) -> End | None:
+        """Returns where the branch joins the stream of which a module is the last matrix, or the whole; None for a
+        module that ends no branch."""
+        if path not in self._branches:
+            return None
+        return find_end(self.modules, path, self._branches[path], plain_class)
+
+    @cached_property
+    def _branches(self) -> dict[str, str | None]:
+        """The paths of last matrices of branches and of whole branches, with those of their blocks."""
+        entries = [entry for role in VIRTUAL if role.endswith(".output") for entry, _ in self.host.select(role)]
+        entries += [entry for role in ("attn", "cross", "mlp", "ssm") for entry in self.host.by_role.get(role, [])]
+        return {entry.module: entry.block for entry in entries if entry.module != entry.block}
 
     def module_site(self, path: str) -> Site:
         """Returns the site of a whole module or of one parameter by exact path.

@@ -93,6 +93,36 @@ def test_options_of_older_versions_are_brought_up_step_by_step(version: int, opt
     assert json.loads((saved_toy / ENVELOPE).read_text())["config_version"] == 3
 
 
+@pytest.mark.parametrize(
+    ("options", "versions"), [({"scale": 50}, None), ({"scale": 50}, {"0": 1}), ({"percent": 50}, {"0": 2})]
+)
+def test_options_of_parts_are_migrated_too(tmp_path: Path, options: dict[str, Any], versions: Any) -> None:
+    """Those of a part of a part as well; a file that says no version of parts is of the first."""
+    peftcore.register(ThirdVersion)
+    model, inputs = host()
+    part = {"method": "third_version", "target": "first"}
+    for nested in (False, True):
+        whole = {"method": "config_union", "parts": [{**part, "gain": 0.5}]}
+        injection = peftcore.apply(model, "config_union", parts=[whole] if nested else whole["parts"])
+        fill(injection)
+        expected = model(**inputs)
+        injection.save(tmp_path / "adapter")
+        injection.remove()
+        kept = json.loads((tmp_path / "adapter" / ENVELOPE).read_text())
+        inner = "0/0" if nested else "0"
+        assert kept["part_versions"] == {"0": 1, inner: 3} if nested else {"0": 3}
+        old = {**whole, "parts": [{**part, **options}]}
+        saved = None if versions is None else {inner: versions["0"]}
+        config = {"method": "config_union", "parts": [old]} if nested else old
+        _edit(tmp_path / "adapter", config=config, part_versions=saved or {})
+        loaded = peftcore.load(model, tmp_path / "adapter")
+        assert torch.equal(model(**inputs), expected)
+        loaded.remove()
+        _edit(tmp_path / "adapter", part_versions={inner: 4})
+        with pytest.raises(NewerFormat, match="version 4 of third_version"):
+            peftcore.load(model, tmp_path / "adapter")
+
+
 def test_what_is_newer_is_refused_with_the_line_that_helps(saved_toy: Path) -> None:
     model, _ = host()
     before = trace(model)

@@ -2,11 +2,11 @@
 
     y = h + W_up f(W_down h + b_down) + b_up   in the layers l >= m,   y = h   in those below
 
-Bottleneck adapters behind the feed-forward, as many as are worth their time. *Specialised*: the first m layers have
-none; they are cheaper at inference, and backward ends at layer m, since nothing below it trains. *Robust*: all layers
-have one, and each forward in training leaves the first m out, m drawn evenly from 0 to `drop_first_layers`, by default
-to L - 2 of L layers, as in the authors' notebook, where it is 10 of RoBERTa's 12 (the paper: L - 1); afterwards one
-adapter serves every m:
+Bottleneck adapters behind the feed-forward and the host's dropout of it, as many as are worth their time.
+*Specialised*: the first m layers have none; they are cheaper at inference, and backward ends at layer m, since nothing
+below it trains. *Robust*: all layers have one, and each forward in training leaves the first m out, m drawn evenly from
+0 to `drop_first_layers`, by default to L - 2 of L layers, as in the authors' notebook, where it is 10 of RoBERTa's 12
+(the paper: L - 1); afterwards one adapter serves every m:
 
     with peftcore.call(model, drop_first_layers=5): ...
 
@@ -22,13 +22,13 @@ Use it where adapters have to be fast. Under torch.compile, training the robust 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
-from torch import nn
+from torch import Tensor, nn
 
-from peftcore import OUTPUTS, Method, MethodConfig, Shared, Site, Surgeon, Tags, forward_context
+from peftcore import OUTPUTS, Joins, Method, MethodConfig, Shared, Site, Surgeon, Tags, branch_end, forward_context
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore_additive._blocks import depths
 from peftcore_additive._draws import Draws
@@ -48,6 +48,9 @@ class Config(MethodConfig):
     """Width r of the bottleneck."""
     activation: Literal["gelu", "relu", "silu", "tanh"] = "relu"
     """The non-linearity f."""
+    joins: Joins = "stream"
+    """Where it reads and adds: behind what the host does to a branch's output (dropout, layer scale, stochastic depth),
+    or at the branch's last matrix, in front of that."""
     init_std: NonNegativeFloat = 1e-3
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 1e-3
@@ -61,8 +64,8 @@ class DroppableOperator(BottleneckOperator):
         super().__init__(site, config)
         self.depth, self.draws = depth, draws
 
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs) if self.depth < self._dropped() else super().forward(call, *args, **kwargs)
+    def adapt(self, h: Tensor) -> Tensor:
+        return h if self.depth < self._dropped() else super().adapt(h)
 
     def _dropped(self) -> int:
         running = forward_context()
@@ -89,7 +92,11 @@ class AdapterDrop(Method):
     )
     target = ("mlp.output",)
     alternatives = OUTPUTS
-    config_version = 2  # 2: drop_first_layers may be None
+    config_version = 2
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {"joins": "matrix", "drop_first_layers": 5, **options}  # where version 1 stood
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         numbers = depths(surgeon)
@@ -103,7 +110,9 @@ class AdapterDrop(Method):
         draws = surgeon.own("draws", lambda: Draws(min(dropped, top))) if config.robust else None
         for site, depth in found:
             if config.robust or depth >= dropped:
-                surgeon.graft(site, lambda at, own, depth=depth: DroppableOperator(at, own, depth, draws), config)
+                place = branch_end(surgeon, site, config.at(site.path).joins)
+                made = functools.partial(DroppableOperator, depth=depth, draws=draws)
+                surgeon.graft(place, made, config, place.places)
 
     @staticmethod
     def _depth(site: Site, surgeon: Surgeon, numbers: dict[str | None, int]) -> int:

@@ -3,7 +3,8 @@
     y = h + (f(h H_down + b_down) H_up + b_up),   H = sum_i R_i (x) (S_i T_i),   i = 1..n   ((x): Kronecker product)
 
 R_i [n, n] are the rules, one set for all adapters and both of their matrices; S_i [in / n, q] and T_i [q, out / n] are
-each matrix' own, of rank q = 1. h is what a sub-block is about to add to the stream, as in `houlsby_adapter`, but of
+each matrix' own, of rank q = 1. h is what the last matrix of a sub-block returns, so that the host drops the adapter's
+output with it, as the authors' code has it (the adapters package adapts what was dropped: joins="stream"); and of
 self-attention and feed-forward alone: the authors leave cross-attention out (name its matrix as a target to have it
 adapted). Compacter++ leaves self-attention out too. All norms train along, as in their code (rabeehk/compacter).
 
@@ -19,14 +20,13 @@ Use it where adapters must be small: a tenth of a percent of T5.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import OUTPUTS, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, on_first
+from peftcore import OUTPUTS, AtBranchEnd, Joins, Method, MethodConfig, Shared, Site, Surgeon, Tags, branch_end
 from peftcore.errors import UnsupportedSite
 from peftcore_additive.houlsby_adapter import ACTIVATIONS
 
@@ -53,6 +53,9 @@ class Config(MethodConfig):
     """Standard deviation of the rules at the start; 0 makes a fresh adapter an exact identity."""
     activation: Literal["gelu_tanh", "gelu", "relu", "silu", "tanh"] = "gelu_tanh"
     """The non-linearity f."""
+    joins: Joins = "matrix"
+    """Where it reads and adds: at a branch's last matrix, or behind what the host does to the branch's output (dropout,
+    layer scale, stochastic depth)."""
     train_layer_norm: bool = True
     """Train the norms of the host along, as the paper does."""
 
@@ -95,8 +98,8 @@ class KroneckerLinear(nn.Module):
         return nn.functional.linear(x, H.T.to(x.dtype), self.bias.to(x.dtype))
 
 
-class CompacterOperator(Operator):
-    """Adds the adapter to what the module returns (the first entry, where attention returns a tuple)."""
+class CompacterOperator(AtBranchEnd):
+    """Adds the adapter to the output of a branch (the first entry, where attention returns a tuple)."""
 
     def __init__(self, site: Site, config: Config, rule: Shared | None) -> None:
         super().__init__(site)
@@ -106,10 +109,7 @@ class CompacterOperator(Operator):
         self.activation = FUNCTIONS[config.activation]()
         self.up = KroneckerLinear(config.bottleneck, site.out_features, config, rule)
 
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return on_first(call(*args, **kwargs), self._adapt)
-
-    def _adapt(self, h: Tensor) -> Tensor:
+    def adapt(self, h: Tensor) -> Tensor:
         channels = self.layer.channel_dim
         return h + self.up(self.activation(self.down(h.movedim(channels, -1)))).movedim(-1, channels)
 
@@ -137,7 +137,8 @@ class Compacter(Method):
             if site.role == "attn.output" and families & left_out:  # named by the role, not by the user
                 continue
             rule = surgeon.own(f"rule_{own.phm_dim}", lambda own=own: Rule(own)) if own.shared_rule else None
-            surgeon.graft(site, lambda s, c, rule=rule: CompacterOperator(s, c, rule), config)
+            place = branch_end(surgeon, site, own.joins)
+            surgeon.graft(place, lambda s, c, rule=rule: CompacterOperator(s, c, rule), config, place.places)
         for site in surgeon.at("norm.*") if config.train_layer_norm else ():
             surgeon.train(site.module_path)
 

@@ -3,9 +3,10 @@
     y = h + W_up f(W_down h + b_down) + b_up,   W_down [r, d],  W_up [d, r]
 
 h is what a sub-block (attention, then feed-forward) is about to add to the residual stream: the output of its last
-matrix, before dropout, residual and norm. For mixtures of experts it is the output of the whole mixture, in blocks of
-convolutions that of the last one, where the adapter acts on the channels of each position. All norms train too, that of
-the embeddings as well, as in the authors' code (google-research/adapter-bert). Both matrices start from a normal with
+matrix, behind the host's dropout, as in the authors' code (google-research/adapter-bert), behind layer scale and
+stochastic depth, and before residual and norm; `joins` says so. For mixtures of experts it is the output of the whole
+mixture, in blocks of convolutions that of the last one, where the adapter acts on the channels of each position. All
+norms train too, that of the embeddings as well, as in the authors' code. Both matrices start from a normal with
 standard deviation 1e-3, cut at two deviations, biases zero: near identity, not exactly.
 
 Parameters: 2 d r + r + d an adapter, two adapters a block; with `train_layer_norm`, the norms besides.
@@ -21,7 +22,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import OUTPUTS, Method, MethodConfig, Operator, Site, Surgeon, Tags, on_first
+from peftcore import OUTPUTS, AtBranchEnd, Joins, Method, MethodConfig, Site, Surgeon, Tags, branch_end
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
@@ -36,6 +37,9 @@ class Config(MethodConfig):
     """The non-linearity f."""
     train_layer_norm: bool | Literal["blocks"] = True
     """Train all norms along, or those of the blocks alone."""
+    joins: Joins = "stream"
+    """Where it reads and adds: behind what the host does to a branch's output (dropout, layer scale, stochastic depth),
+    or at the branch's last matrix, in front of that."""
     init_std: NonNegativeFloat = 1e-3
     """Standard deviation of W_down at the start."""
     up_init_std: NonNegativeFloat = 1e-3
@@ -46,8 +50,8 @@ def _narrow_normal(weight: Tensor, std: float) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std) if std else nn.init.zeros_(weight)
 
 
-class BottleneckOperator(Operator):
-    """Adds a bottleneck to what the module returns (the first entry, where attention returns a tuple)."""
+class BottleneckOperator(AtBranchEnd):
+    """Adds a bottleneck to the output of a branch (the first entry, where attention returns a tuple)."""
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
@@ -58,10 +62,7 @@ class BottleneckOperator(Operator):
             _narrow_normal(linear.weight, std)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return on_first(call(*args, **kwargs), self._adapt)
-
-    def _adapt(self, h: Tensor) -> Tensor:
+    def adapt(self, h: Tensor) -> Tensor:
         down, down_bias, up, up_bias = self.cast(h, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
         channels = self.layer.channel_dim
         inner = self.activation(nn.functional.linear(h.movedim(channels, -1), down, down_bias))  # [..., r]
@@ -82,15 +83,17 @@ class HoulsbyAdapter(Method):
     )
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
-    config_version = 2  # 2: train_layer_norm is all of them
+    config_version = 2
 
     @classmethod
     def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {**options, "train_layer_norm": "blocks" if options.get("train_layer_norm", True) else False}
+        norms = "blocks" if options.get("train_layer_norm", True) else False
+        return {"joins": "matrix", **options, "train_layer_norm": norms}  # what version 1 trained, and where it stood
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            surgeon.graft(site, BottleneckOperator, config)
+            place = branch_end(surgeon, site, config.at(site.path).joins)
+            surgeon.graft(place, BottleneckOperator, config, place.places)
         for site in surgeon.at("norm" if config.train_layer_norm == "blocks" else "norm.*"):
             if config.train_layer_norm:
                 surgeon.train(site.module_path)

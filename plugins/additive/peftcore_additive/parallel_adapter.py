@@ -7,8 +7,10 @@ feed-forward by default; with ``target="attn.output"`` the attention, and any ot
 of its own. W_down starts as in LoRA, from a Kaiming-uniform draw, W_up and the biases at zero: an exact identity. The
 scale s is the paper's 4, or learned from 1. Dropout acts on f's output, as in the authors' code.
 
-What the block reads is taken where its first matrix reads it, and added where its last matrix returns: so models whose
-feed-forward is no module of its own (BERT, torch's encoder) are adapted like those where it is one.
+What the block reads is taken where its first matrix reads it, and added where the block's output joins the stream,
+behind the host's dropout and layer scale of it, as in the authors' code; joins="matrix" adds where the last matrix
+returns. So models whose feed-forward is no module of its own (BERT, torch's encoder) are adapted like those where it is
+one.
 
 Parameters: 2 d r + r + d a block, one more when s is learned.
 
@@ -18,13 +20,13 @@ Use it where a serial adapter would do; in the paper's comparison it is the stro
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import OUTPUTS, BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, branch
+from peftcore import OUTPUTS, BranchSite, Bypass, Joins, Method, MethodConfig, Surgeon, Tags, branch
 from peftcore_additive.houlsby_adapter import ACTIVATIONS
 
 
@@ -41,6 +43,9 @@ class Config(MethodConfig):
     reads: Literal["branch", "stream"] = "branch"
     """What the adapter reads: what the block itself reads, or the stream in front of the block's norm (as the adapters
     package has it in pre-norm hosts)."""
+    joins: Joins = "stream"
+    """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
+    depth), or to the output of the branch's last matrix, in front of that."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which the bottleneck's numbers are dropped in training."""
 
@@ -75,9 +80,16 @@ class ParallelAdapter(Method):
     target = ("mlp.output",)
     alternatives = OUTPUTS
 
+    config_version = 2
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {"joins": "matrix", **options}  # where version 1 stood
+
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            place = branch(surgeon, site, before_norm=config.at(site.path).reads == "stream")
+            own = config.at(site.path)
+            place = branch(surgeon, site, before_norm=own.reads == "stream", joins=own.joins)
             surgeon.graft(place, ParallelOperator, config, place.places)
 
     @staticmethod

@@ -19,7 +19,7 @@ Use it where a Houlsby adapter would do, at half its size; adapters for language
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -69,12 +69,12 @@ class PfeifferOperator(BottleneckOperator):
         return self._around_norm if self.placement == "post" else self
 
     def _around_norm(self, call: Callable[..., Tensor], stream: Tensor) -> Tensor:
-        return call(stream + self._added(call(stream)).to(stream.dtype))
+        return call(stream + self.added(call(stream)).to(stream.dtype))
 
-    def _adapt(self, h: Tensor) -> Tensor:
-        return h + self._added(h)
+    def adapt(self, h: Tensor) -> Tensor:
+        return h + self.added(h)
 
-    def _added(self, u: Tensor) -> Tensor:
+    def added(self, u: Tensor) -> Tensor:
         down, down_bias, up, up_bias = self.cast(u, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
         channels = self.layer.channel_dim
         inner = self.activation(nn.functional.linear(u.movedim(channels, -1), down, down_bias))  # [..., r]
@@ -96,21 +96,35 @@ class PfeifferAdapter(Method):
     target = ("mlp.output",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        blocks: set[str] = set()
-        for site in surgeon.sites():
-            placement, holders = config.at(site.path).placement, ()
-            if placement != "branch":
-                block = _block_of(site, surgeon.resolver.host)
-                if block in blocks:
-                    continue  # macaron blocks have two feed-forwards: one adapter a layer
-                blocks.add(block)
-                placement, place = _place(surgeon, block, placement)
-                holders = (replace(place, form=STREAM),)
+        for site, placement, holders in placed(surgeon, surgeon.sites(), lambda site: config.at(site.path).placement):
             surgeon.graft(site, lambda s, c, placement=placement: PfeifferOperator(s, c, placement), config, holders)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
         return 2 * site.out_features * config.bottleneck + config.bottleneck + site.out_features
+
+
+def placed(
+    surgeon: Surgeon, sites: Iterable[Site], wish: Callable[[Site], str]
+) -> Iterator[tuple[Site, Placement, tuple[Site, ...]]]:
+    """Yield the sites that get an adapter, one a block, with its placement and the holders that it needs.
+
+    Raises:
+        UnsupportedSite: a site is no feed-forward of a block with one stream of tokens, or no norm ends the block, and
+            the placement is not "branch".
+    """
+    blocks: set[str] = set()
+    for site in sites:
+        placement = wish(site)
+        if placement == "branch":
+            yield site, placement, ()
+            continue
+        block = _block_of(site, surgeon.resolver.host)
+        if block in blocks:
+            continue  # macaron blocks have two feed-forwards: one adapter a layer
+        blocks.add(block)
+        placement, place = _place(surgeon, block, placement)
+        yield site, placement, (replace(place, form=STREAM),)
 
 
 def _block_of(site: Site, host: HostMap) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from dropped_hosts import assert_same, filled, train
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -109,6 +110,27 @@ def test_equation_in_the_layers_that_are_left(name: str, dropped: int) -> None:
         for key, p in injection.operators[place].named_parameters():
             assert tensors[key].grad.abs().max() > 0
             torch.testing.assert_close(p.grad, tensors[key].grad, rtol=1e-8, atol=1e-8)
+
+
+# Behind which module each of `PLACES` joins the stream, by hand.
+ENDS = {
+    "bert": ["bert.encoder.layer.{}.output.dropout"],
+    "gpt2": ["transformer.h.{}.mlp.dropout"],
+    "t5": ["encoder.block.{}.layer.1.dropout", "decoder.block.{}.layer.2.dropout"],
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_training_with_the_hosts_dropout(name: str) -> None:
+    """The adapters package adapts what the host has dropped; outputs and gradients, with the same draws."""
+    base, run = host(name)
+    model, bare = deepcopy(base), deepcopy(base)
+    injection = apply(model, drop_first_layers=1)
+    copies = filled(injection)
+    for place, end in zip(PLACES[name], ENDS[name], strict=True):
+        for layer in range(1, LAYERS):
+            adapt_by_hand(base.get_submodule(end.format(layer)), copies[place.format(layer)])
+    assert_same(injection, copies, (train(model), train(base)), run, train(bare))
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])

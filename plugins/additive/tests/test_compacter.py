@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from dropped_hosts import assert_same, filled, train
 from torch import Tensor, nn
 
 import peftcore
@@ -135,6 +136,22 @@ def test_equation_on_hosts(name: str, options: dict[str, Any]) -> None:
     for mine, other in pairs:
         assert other.grad.abs().max() > 0
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("joins", ["matrix", "stream"])
+def test_training_with_the_hosts_dropout(joins: str) -> None:
+    """The authors' T5 drops what the adapter returns; in the adapters package it adapts what was dropped."""
+    base, run = host("t5")
+    model, bare = deepcopy(base), deepcopy(base)
+    options = {} if joins == "matrix" else {"joins": joins}
+    injection = peftcore.apply(
+        model, "compacter", bottleneck=8, train_layer_norm=False, shared_rule=False, dtype="float64", **options
+    )
+    copies = filled(injection)
+    for path, tensors in copies.items():
+        end = path.rsplit(".", 2)[0] + ".dropout" if joins == "stream" else path
+        base.get_submodule(end).register_forward_hook(hook(None, tensors))
+    assert_same(injection, copies, (train(model), train(base)), run, train(bare))
 
 
 def test_plus_plus_leaves_attention_out_and_all_norms_train() -> None:

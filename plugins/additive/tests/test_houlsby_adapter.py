@@ -2,6 +2,7 @@
 copy of the host, in float64. (The adapters package, the other implementation, does not run beside the transformers
 versions that this project is for.)"""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from dropped_hosts import assert_same, filled, rewrite
 from torch import Tensor, nn
 
 import peftcore
@@ -125,6 +127,108 @@ def test_equation_on_hosts(name: str, activation: str) -> None:
             torch.testing.assert_close(p.grad, tensors[key].grad, rtol=1e-8, atol=1e-8)
 
 
+# Behind which module each of `PLACES` joins the stream, by hand: the host's dropout of the branch, or nothing.
+ENDS = {
+    "llama": PLACES["llama"],
+    "bert": ["bert.encoder.layer.{}.attention.output.dropout", "bert.encoder.layer.{}.output.dropout"],
+    "gpt2": ["transformer.h.{}.attn.resid_dropout", "transformer.h.{}.mlp.dropout"],
+    "t5": [
+        "encoder.block.{}.layer.0.dropout",
+        "encoder.block.{}.layer.1.dropout",
+        "decoder.block.{}.layer.0.dropout",
+        "decoder.block.{}.layer.1.dropout",
+        "decoder.block.{}.layer.2.dropout",
+    ],
+    "moe": PLACES["moe"],
+    "encoder": ["encoder.layers.{}.dropout1", "encoder.layers.{}.dropout2"],
+}
+
+
+def train_with(model: nn.Module, p: float) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+    return model.train()
+
+
+@pytest.mark.parametrize("joins", ["stream", "matrix"])
+@pytest.mark.parametrize("name", PLACES)
+def test_training_with_the_hosts_dropout(name: str, joins: str) -> None:
+    """The authors' code adapts what the host has dropped; with joins="matrix" the host drops the adapter's output, too.
+    Outputs and gradients, with the same draws."""
+    base, run = host(name)
+    model = deepcopy(base)
+    injection = peftcore.apply(
+        model, "houlsby_adapter", bottleneck=5, joins=joins, train_layer_norm=False, dtype="float64"
+    )
+    fill(injection)
+    copies = {}
+    for place, end in zip(PLACES[name], (ENDS if joins == "stream" else PLACES)[name], strict=True):
+        for layer in (0, 1):
+            operator = injection.operators[place.format(layer)]
+            tensors = {key: p.detach().clone().requires_grad_() for key, p in operator.named_parameters()}
+            copies[place.format(layer)] = tensors
+            base.get_submodule(end.format(layer)).register_forward_hook(bottleneck(tensors, "gelu"))
+    outputs = []
+    for each in (model, base):
+        torch.manual_seed(3)
+        outputs.append(run(train_with(each, 0.3)))
+    ours, expected = outputs
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    direction = torch.randn_like(ours)
+    for output in outputs:
+        (output * direction).sum().backward()
+    for place, tensors in copies.items():
+        for key, p in injection.operators[place].named_parameters():
+            assert tensors[key].grad.abs().max() > 0
+            torch.testing.assert_close(p.grad, tensors[key].grad, rtol=1e-8, atol=1e-8)
+
+
+def adapted(h: Tensor, t: dict[str, Tensor]) -> Tensor:
+    return h + FUNCTIONS["gelu"](h @ t["down.weight"].T + t["down.bias"]) @ t["up.weight"].T + t["up.bias"]
+
+
+def beit_layer(self: nn.Module, x: Tensor, attn: dict[str, Tensor], mlp: dict[str, Tensor]) -> Tensor:
+    h = self.dropout(self.attention(self.layernorm_before(x), attention_mask=None)[0])
+    x = adapted(self.drop_path(self.lambda_1 * h), attn) + x
+    h = self.dropout(self.mlp(self.layernorm_after(x)))
+    return adapted(self.drop_path(self.lambda_2 * h), mlp) + x
+
+
+def dinov2_layer(self: nn.Module, x: Tensor, attn: dict[str, Tensor], mlp: dict[str, Tensor]) -> Tensor:
+    h = self.attention(self.norm1(x), attention_mask=None)[0]
+    x = adapted(self.drop_path(self.layer_scale1(h)), attn) + x
+    return adapted(self.drop_path(self.layer_scale2(self.mlp(self.norm2(x)))), mlp) + x
+
+
+IMAGE_MODELS = {
+    "Beit": (beit_layer, {"layer_scale_init_value": 0.01, "intermediate_size": 24}),  # it scales by a bare parameter
+    "Dinov2": (dinov2_layer, {"layerscale_value": 0.01, "mlp_ratio": 2}),
+}
+
+
+@pytest.mark.parametrize("name", IMAGE_MODELS)
+def test_training_with_layer_scale_and_stochastic_depth(name: str) -> None:
+    """Serially as with dropout: behind all of it. One drop path ends both branches of a block there."""
+    transformers = pytest.importorskip("transformers")
+    layer, options = IMAGE_MODELS[name]
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    drops = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.0, "drop_path_rate": 0.4}
+    config = getattr(transformers, f"{name}Config")(**sizes, **drops, **options)
+    torch.manual_seed(0)
+    base = getattr(transformers, f"{name}Model")(config).double().requires_grad_(False).train()
+    model, bare = deepcopy(base), deepcopy(base)
+    injection = peftcore.apply(model, "houlsby_adapter", bottleneck=5, train_layer_norm=False, dtype="float64")
+    assert not peftcore.plan(bare, "houlsby_adapter").notes
+    copies = filled(injection)
+    blocks: dict[str, list[Any]] = {}
+    for path in copies:
+        blocks.setdefault(re.match(r".*\.\d+", path)[0], []).append(copies[path])
+    rewrite(base, layer, blocks)
+    x = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    assert_same(injection, copies, (model, base), lambda each: each(x).last_hidden_state, bare)
+
+
 OUTSIDE = {
     "llama": ["model.norm"],
     "bert": ["bert.embeddings.LayerNorm"],
@@ -214,7 +318,7 @@ def test_attention_weights_pass_untouched() -> None:
     attention = stack.layers[0].self_attn
     x = torch.randn(2, 4, 8)
     output, weights = attention(x, x, x)
-    injection = peftcore.apply(stack, "houlsby_adapter", train_layer_norm=False)
+    injection = peftcore.apply(stack, "houlsby_adapter", train_layer_norm=False, joins="matrix")
     fill(injection)
     adapted, still = attention(x, x, x)
     assert torch.equal(still, weights)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from dropped_hosts import assert_same, filled, rewrite, train
 from torch import Tensor, nn
 
 import peftcore
@@ -144,6 +145,70 @@ def plain_attention(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.mark.parametrize("name", FEED_FORWARDS)
 def test_equation_beside_the_feed_forward(name: str, activation: str) -> None:
     compare(name, FEED_FORWARDS[name], activation)
+
+
+# Where the block's output joins the stream, by hand, if that is not where the block ends.
+ENDS = {
+    "bert": {"output.dense": "output.dropout", "attention.output.dense": "attention.output.dropout"},
+    "gpt2": {"mlp": "mlp.dropout", "attn": "attn.resid_dropout"},
+    "t5": {"DenseReluDense": "dropout", "SelfAttention": "dropout", "EncDecAttention": "dropout"},
+    "encoder": {"linear2": "dropout2", "self_attn": "dropout1"},
+}
+
+
+@pytest.mark.parametrize("name", [*ENDS, "llama"])
+def test_training_beside_the_hosts_dropout(name: str) -> None:
+    """The host drops what the block returns and not what the adapter adds; outputs and gradients, the same draws."""
+    base, _, run = host(name)
+    model, bare = deepcopy(base), deepcopy(base)
+    options = {"bottleneck": 5, "dropout": 0.0, "dtype": "float64"}
+    injection = peftcore.apply(model, "parallel_adapter", target=["attn.output", "mlp.output"], **options)
+    copies = filled(injection)
+    for first, last, path in FEED_FORWARDS[name] + ATTENTIONS[name]:
+        ends = [each for each in ENDS.get(name, {}) if last.endswith(f".{each}")]
+        short = max(ends, key=len, default="")
+        end = last.removesuffix(short) + ENDS[name][short] if short else last
+        for layer in (0, 1):
+            place = first.format(layer), end.format(layer), path.format(layer)
+            expect(base, place, {"scale": torch.tensor(4.0).double(), **copies[place[2]]}, "relu")
+    models = train(model), train(base)
+    assert_same(injection, copies, models, run, train(bare))
+
+
+def layer_of_the_authors(self: nn.Module, x: Tensor, t: dict[str, Tensor], post: bool) -> Tensor:
+    """src/transformers/models/bart (post) and mbart (pre-norm) of jxhe/unify-parameter-efficient-tuning."""
+    drop = nn.functional.dropout
+    h, _ = self.self_attn(x if post else self.self_attn_layer_norm(x), attention_mask=None)
+    h = x + drop(h, self.dropout)
+    x = self.self_attn_layer_norm(h) if post else h
+    h = x if post else self.final_layer_norm(x)
+    change = 4.0 * (torch.relu(h @ t["down.weight"].T + t["down.bias"]) @ t["up.weight"].T + t["up.bias"])
+    h = drop(self.activation_fn(self.fc1(h)), self.activation_dropout)
+    h = drop(self.fc2(h), self.dropout) + change
+    return self.final_layer_norm(x + h) if post else x + h
+
+
+@pytest.mark.parametrize("post", [True, False], ids=["bart", "mbart"])
+def test_training_beside_dropout_by_a_function(post: bool) -> None:
+    """No module follows the feed-forward, so the adapter joins the sum: in front of the norm, or behind the layer."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 16, "encoder_layers": 2, "encoder_ffn_dim": 24, "encoder_attention_heads": 2, "vocab_size": 40}
+    drops = {"dropout": 0.3, "activation_dropout": 0.2, "attention_dropout": 0.0, "encoder_layerdrop": 0.0}
+    config = (transformers.BartConfig if post else transformers.MBartConfig)(**sizes, **drops)
+    kind = transformers.models.bart.modeling_bart.BartEncoder
+    kind = kind if post else transformers.models.mbart.modeling_mbart.MBartEncoder
+    torch.manual_seed(0)
+    base = kind(config).double().requires_grad_(False)
+    model, bare = deepcopy(base), deepcopy(base)
+    injection = peftcore.apply(model, "parallel_adapter", bottleneck=5, dropout=0.0, dtype="float64")
+    assert not peftcore.plan(bare, "parallel_adapter").notes
+    copies = filled(injection)
+    rewrite(base, layer_of_the_authors, {f"layers.{i}": [copies[f"layers.{i}.fc2"], post] for i in (0, 1)})
+    ids = torch.randint(3, 40, (2, 7), generator=torch.Generator().manual_seed(0))
+    models = model.train(), base.train()
+    assert_same(injection, copies, models, lambda each: each(ids).last_hidden_state, bare.train())
+    notes = peftcore.plan(bare, "houlsby_adapter").notes  # which reads what the host has dropped
+    assert len(notes) == 1 and "by a function" in notes[0] and "layers.*.fc2" in notes[0]
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
@@ -351,7 +416,7 @@ def test_two_feed_forwards_of_one_block_are_told_apart() -> None:
     holders = {graft.site.path: [each.path for each in graft.holders] for graft in injection.grafts}
     for number in (1, 2):
         ffn = f"encoder.layers.0.ffn{number}"
-        assert holders[f"{ffn}.output_dense"] == [f"{ffn}.output_dense", f"{ffn}.intermediate_dense"]
+        assert holders[f"{ffn}.output_dense"][:2] == [f"{ffn}.output_dense", f"{ffn}.intermediate_dense"]
 
 
 def test_a_block_whose_first_matrix_is_not_known_is_refused() -> None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from peftcore import Operator, Site, forward_context, on_first
+from peftcore import Site, forward_context
 from peftcore.errors import MissingContext, UnsupportedSite
+from peftcore_additive import pfeiffer_adapter
+from peftcore_additive.pfeiffer_adapter import PfeifferOperator, Placement
 
 Each = Literal["token", "sequence"]
 """The unit that has a gate of its own."""
@@ -57,21 +58,15 @@ def mean_of_tokens(values: Tensor) -> Tensor:
     return (values * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
 
 
-class GatedAdapter(Operator):
-    """A bottleneck behind a gate: h + g (W_up relu(W_down h + b_down) + b_up), where h is what the site returns."""
+class GatedAdapter(PfeifferOperator):
+    """A bottleneck behind a gate: g (W_up relu(W_down u + b_down) + b_up) is added to the stream, where u is what it
+    reads there, or with the placement "branch" to what the site returns."""
 
-    def __init__(self, site: Site, bottleneck: int, gate: Each) -> None:
-        super().__init__(site)
+    def __init__(self, site: Site, bottleneck: int, gate: Each, placement: Placement) -> None:
+        super().__init__(site, pfeiffer_adapter.Config(bottleneck=bottleneck), placement)
         if self.layer.channel_dim != -1:
             raise UnsupportedSite(f"{site.path}: a bottleneck adapter needs features in the last dimension")
-        self.down = linear(site.out_features, bottleneck)
-        self.up = linear(bottleneck, site.out_features)
         self.gate = Gate(site.out_features, gate)
 
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return on_first(call(*args, **kwargs), self._adapt)
-
-    def _adapt(self, h: Tensor) -> Tensor:
-        inner = torch.relu(nn.functional.linear(h, *self.cast(h, self.down.weight, self.down.bias)))  # [..., r]
-        up = nn.functional.linear(inner, *self.cast(h, self.up.weight, self.up.bias))
-        return h + self.gate(h).to(h.dtype) * up
+    def added(self, u: Tensor) -> Tensor:
+        return self.gate(u).to(u.dtype) * super().added(u)

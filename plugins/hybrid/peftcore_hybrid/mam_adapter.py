@@ -23,11 +23,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import Joins, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_additive import parallel_adapter, prefix_tuning
 
 PREFIX = {"prefix_length": "length", "prefix_mid_dim": "projection", "prefix_dropout": "dropout"}
-FFN = {"ffn_bottleneck": "bottleneck", "ffn_scale": "scale", "ffn_dropout": "dropout"}
+FFN = {"ffn_bottleneck": "bottleneck", "ffn_scale": "scale", "ffn_dropout": "dropout", "ffn_joins": "joins"}
 """Options by the names that they have in the part."""
 BLOCKS = ("mlp.output", "mlp.down")
 
@@ -48,6 +48,9 @@ class Config(MethodConfig):
     """The factor s in front of the adapter; "learned" trains one for each feed-forward, from 1."""
     ffn_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which the bottleneck's numbers are dropped in training."""
+    ffn_joins: Joins = "stream"
+    """Where the adapter adds: to the stream, behind the host's dropout and layer scale of the feed-forward, or to the
+    output of the feed-forward's last matrix."""
 
 
 def _translated(options: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
@@ -79,6 +82,11 @@ class MAMAdapter(Method):
     Config = Config
     tags = Tags(category="hybrid", paper="2110.04366", identity_at_init=False)
     target = ("attn.core", "cross.core", "mlp.output")
+    config_version = 2
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {"ffn_joins": "matrix", **options}  # where version 1 stood
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         sites = surgeon.sites()

@@ -3,7 +3,7 @@
     g = sigmoid(u . x + c)                    x: what the part itself reads; each operator has a gate of its own
     queries, values   y = W x + g B A x       g stands in the place of alpha / rank
     attention         softmax over [g P_k; K], with values [g P_v; V]
-    feed-forward      y = h + g (W_up relu(W_down h + b_down) + b_up),    h: what its last matrix returns
+    feed-forward      y = LN(x + o + g (W_up relu(W_down u + b_down) + b_up)),   u = LN(x + o)
 
 ``gate="sequence"`` is the paper's: g is the mean over a row's tokens, here without padding (by the model's
 `attention_mask`), which the authors count in. A mean sees what comes later, and beside a cache the last token only, so
@@ -12,8 +12,12 @@ prefix, it scales the change that the prefix makes for the token, at the price o
 
     attention         y = Attn(q, K, V) + g (Attn(q, [P_k; K], [P_v; V]) - Attn(q, K, V))
 
-Gates start near one half: u and the adapter's W from N(0, 0.02), biases at zero, A and B as in LoRA. The adapter reads
-h, the authors' reads it behind BERT's norm. Gates depend on the input, so nothing merges.
+The adapter is a `pfeiffer_adapter` behind a gate: x is the stream, o what the feed-forward adds to it, behind the
+host's dropout, LN the norm that ends the block; where none does, it reads and adds without LN. By the paper's text it
+reads o (adapter_placement="branch").
+
+Gates start near one half: u and the adapter's W from N(0, 0.02), biases at zero, A and B as in LoRA. Gates depend on
+the input, so nothing merges.
 
 Parameters: a prefix as in `prefix_tuning`, rank (d + d_out) for queries and for values each, 2 d r + r + d a
 feed-forward, r = d / reduction; and d + 1 for the gate of each of these.
@@ -25,7 +29,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import PositiveInt
@@ -35,6 +39,7 @@ from peftcore import Attend, AttentionSite, Method, MethodConfig, Operator, Site
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore_additive import prefix_tuning
 from peftcore_additive._prefix import PrefixOperator, prefix_count, shared_encoder
+from peftcore_additive.pfeiffer_adapter import Placement, placed
 from peftcore_hybrid._gates import Gate, GatedAdapter
 
 QUERIES, VALUES, BLOCKS = ("attn.q", "cross.q"), ("attn.v", "cross.v"), ("mlp.output", "mlp.down")
@@ -54,6 +59,9 @@ class Config(MethodConfig):
     """Width of the network that makes the prefix while it trains; None trains the prefix itself."""
     adapter_reduction: PositiveInt = 16
     """How many times narrower than the stream the adapter's bottleneck is."""
+    adapter_placement: Literal["auto", "post", "pre", "branch"] = "auto"
+    """What the adapter reads: the stream behind the norm that ends a block, or as the block returns it ("auto" is one
+    of these, as the host is), or what the feed-forward's last matrix returns."""
 
     def prefix(self) -> prefix_tuning.Config:
         """Return the options of the prefix."""
@@ -107,6 +115,11 @@ class UniPELT(Method):
     Config = Config
     tags = Tags(category="hybrid", paper="2110.07577", identity_at_init=False)
     target = ("attn.core", "cross.core", "mlp.output")
+    config_version = 2
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {"adapter_placement": "branch", **options}  # where version 1 stood
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         gates = {config.gate, *(changes.get("gate") for changes in config.overrides.values())}
@@ -120,9 +133,9 @@ class UniPELT(Method):
         for site in attentions:
             inside = [each for each in matrices if each.module_path.startswith(f"{site.module_path}.")]
             _adapt_attention(site, inside, config, surgeon)
-        for site in sites:
-            if site.role in BLOCKS:
-                surgeon.graft(site, lambda place, own: GatedAdapter(place, own.bottleneck(place), own.gate), config)
+        blocks = [site for site in sites if site.role in BLOCKS]
+        for site, placement, holders in placed(surgeon, blocks, lambda site: config.at(site.path).adapter_placement):
+            surgeon.graft(site, functools.partial(_gated, placement=placement), config, holders)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
@@ -132,6 +145,10 @@ class UniPELT(Method):
             gates = 2 if site.role in QUERIES else 1
             return config.rank * (site.in_features + site.out_features) + gates * (site.in_features + 1)
         return (2 * site.out_features + 1) * (config.bottleneck(site) + 1)
+
+
+def _gated(site: Site, config: Config, placement: Placement) -> GatedAdapter:
+    return GatedAdapter(site, config.bottleneck(site), config.gate, placement)
 
 
 def _adapt_attention(site: Site, inside: list[Site], config: Config, surgeon: Surgeon) -> None:

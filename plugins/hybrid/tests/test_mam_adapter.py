@@ -42,8 +42,10 @@ def apply(model: nn.Module, **options: Any) -> peftcore.Injection:
     return injection
 
 
-def expected(name: str, base: Any, run: Any, tensors: dict[str, Tensors]) -> Tensor:
-    """What the host gives with the equations around its modules."""
+def expected(
+    name: str, base: Any, run: Any, tensors: dict[str, Tensors], ends: Callable[[str], str] = lambda last: last
+) -> Tensor:
+    """What the host gives with the equations around its modules; adapters add behind the module that `ends` names."""
     hooks = []
     for first, last in [(a.format(layer), b.format(layer)) for layer in LAYERS for a, b in FEED_FORWARDS[name]]:
         own, read = tensors[f"ffn/{last}"], {}
@@ -57,7 +59,7 @@ def expected(name: str, base: Any, run: Any, tensors: dict[str, Tensors]) -> Ten
 
         hooks += [
             base.get_submodule(first).register_forward_pre_hook(before),
-            base.get_submodule(last).register_forward_hook(after),
+            base.get_submodule(ends(last)).register_forward_hook(after),
         ]
 
     def edit(path: str, attend: Any, key: Tensor, value: Tensor) -> Tensor:
@@ -84,6 +86,29 @@ def test_equation(name: str, options: dict[str, Any]) -> None:
     theirs = expected(name, base, run, {path: each for path, each in tensors.items() if each})
     assert (theirs - plain).abs().max() > 1e-3 * plain.abs().max()
     compare(injection, tensors, run(model), theirs)
+
+
+def test_training_with_the_hosts_dropout() -> None:
+    """In the authors' RoBERTa the adapter joins behind the dropout of the feed-forward; outputs and gradients, with the
+    same draws."""
+    base, _, run = host("bert")
+    model = deepcopy(base)
+    injection = apply(model, prefix_dropout=0.0, ffn_dropout=0.0)
+    for each in (model, base):
+        each.train()
+        for path, module in each.named_modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3 if path.endswith("output.dropout") else 0.0
+    tensors = copies(injection)
+
+    def drawn(each: Any) -> Tensor:
+        torch.manual_seed(3)
+        return run(each)
+
+    behind = expected("bert", base, drawn, tensors, lambda last: last.replace(".dense", ".dropout"))
+    inside = expected("bert", base, drawn, tensors)
+    assert (behind - inside).norm() > 1e-2 * inside.norm()
+    compare(injection, tensors, drawn(model), behind)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2", "t5", "moe"])

@@ -51,7 +51,18 @@ def opened(x: Tensor, tensors: Tensors, gate: str, sequence: Tensor | None) -> T
     return torch.stack([row[kept].mean() for row, kept in zip(gates, sequence.bool(), strict=True)])[:, None, None]
 
 
-def expected(name: str, base: Any, run: Any, tensors: dict[str, Tensors], mask: Tensor | None) -> Tensor:
+# Where the adapter of each of `FEED_FORWARDS` reads and adds: the norm that ends the block, or the block.
+STREAMS = {
+    "llama": ["model.layers.{}"],
+    "bert": ["bert.encoder.layer.{}.output.LayerNorm"],
+    "gpt2": ["transformer.h.{}"],
+    "t5": ["encoder.block.{}", "decoder.block.{}"],
+}
+
+
+def expected(
+    name: str, base: Any, run: Any, tensors: dict[str, Tensors], mask: Tensor | None, branch: bool = False
+) -> Tensor:
     """What the host gives with the equations around its modules."""
     prefix_gates: dict[str, Tensor] = {}
     attentions = {each.path: each for layer in LAYERS for each in (a.at(layer) for a in ATTENTIONS[name])}
@@ -78,14 +89,19 @@ def expected(name: str, base: Any, run: Any, tensors: dict[str, Tensors], mask: 
 
             hooks.append(base.get_submodule(f"{attention.path}.{matrix}").register_forward_hook(update))
     for layer in LAYERS:
-        for _, last in FEED_FORWARDS[name]:
+        for (_, last), stream in zip(FEED_FORWARDS[name], STREAMS[name], strict=True):
             own = tensors[last.format(layer)]
 
-            def adapter(module: Any, args: Any, h: Tensor, own: Any = own) -> Tensor:
-                inner = torch.where((z := h @ own["down.weight"].T + own["down.bias"]) > 0, z, 0.0)
-                return h + opened(h, own, "gate", mask) * (inner @ own["up.weight"].T + own["up.bias"])
+            def adapter(module: Any, args: Any, output: Any, own: Any = own) -> Any:
+                u = output[0] if isinstance(output, tuple) else output
+                inner = torch.where((z := u @ own["down.weight"].T + own["down.bias"]) > 0, z, 0.0)
+                added = opened(u, own, "gate", mask) * (inner @ own["up.weight"].T + own["up.bias"])
+                if isinstance(module, nn.LayerNorm):
+                    return nn.functional.layer_norm(args[0] + added, (16,), module.weight, module.bias, module.eps)
+                return (u + added, *output[1:]) if isinstance(output, tuple) else u + added
 
-            hooks.append(base.get_submodule(last.format(layer)).register_forward_hook(adapter))
+            place = (last if branch else stream).format(layer)
+            hooks.append(base.get_submodule(place).register_forward_hook(adapter))
 
     def edit(path: str, attend: Any, key: Tensor, value: Tensor) -> Tensor:
         own = tensors[attentions[path].operators[0]]
@@ -118,6 +134,35 @@ def test_equation_with_a_gate_for_each_token(name: str, mid_dim: int | None) -> 
     theirs = expected(name, base, run, tensors, None)
     assert (theirs - plain).abs().max() > 1e-3 * plain.abs().max()
     compare(injection, tensors, run(model), theirs)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_equation_with_an_adapter_of_the_branch(name: str) -> None:
+    base, _, run = host(name)
+    model = deepcopy(base)
+    injection = apply(model, adapter_placement="branch")
+    tensors = copies(injection)
+    compare(injection, tensors, run(model), expected(name, base, run, tensors, None, branch=True))
+
+
+def test_training_with_the_hosts_dropout() -> None:
+    """The authors' BERT adapts the stream behind its dropout; outputs and gradients, with the same draws."""
+    base, inputs, run = host("bert")
+    model = deepcopy(base)
+    injection = apply(model, gate="sequence")
+    for each in (model, base):
+        each.train()
+        for path, module in each.named_modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.3 if path.endswith("output.dropout") else 0.0
+    tensors = copies(injection)
+
+    def drawn(each: Any) -> Tensor:
+        torch.manual_seed(3)
+        return run(each)
+
+    theirs = expected("bert", base, drawn, tensors, inputs["attention_mask"])
+    compare(injection, tensors, drawn(model), theirs)
 
 
 @pytest.mark.parametrize("mid_dim", [None, 6])

@@ -4,7 +4,8 @@
 
 D [r, d] and U [d, r] train in floating point, and in every forward each is rounded to 2^bits codes c, times its
 deviation, plus its mean (one bit: c = +-0.6745); the gradient goes through the rounding as if it were not there, and
-through mean and deviation. x is the residual stream in front of the feed-forward's norm, and no bias is there. What is
+through mean and deviation. x is the residual stream in front of the feed-forward's norm, and no bias is there. What the
+model does to the feed-forward's output (layer scale, stochastic depth) it does not do to the adapter's. What is
 saved are D and U; a trained adapter needs of them the codes and two numbers a matrix.
 
 The model may be dense or quantized. D starts as nn.Linear does and U from a normal distribution of 0.001, cut at 0.002:
@@ -19,14 +20,14 @@ It cannot be merged.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import OUTPUTS, BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, branch
+from peftcore import OUTPUTS, BranchSite, Bypass, Joins, Method, MethodConfig, Surgeon, Tags, branch
 from peftcore_quantized._binary import in_bits, normal_codes
 
 
@@ -40,6 +41,9 @@ class Config(MethodConfig):
     """Bits of each weight of the adapter."""
     scale: PositiveFloat = 1.0
     """The factor s in front of the adapter."""
+    joins: Joins = "stream"
+    """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
+    depth), or to the output of the branch's last matrix, in front of that."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Probability with which the bottleneck's numbers are dropped in training, as in the authors' code."""
 
@@ -80,9 +84,15 @@ class BiAdaptFormer(Method):
     target = ("mlp.output",)
     alternatives = OUTPUTS
 
+    config_version = 2
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {"joins": "matrix", **options}  # where version 1 stood
+
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            place = branch(surgeon, site, before_norm=True)
+            place = branch(surgeon, site, before_norm=True, joins=config.at(site.path).joins)
             surgeon.graft(place, BiAdaptFormerOperator, config, place.places)
 
     @staticmethod

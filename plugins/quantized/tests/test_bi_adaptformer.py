@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from dropped_hosts import assert_same, filled, image_model, rewrite
 from peft_pairs import difference
 from torch import Tensor, nn
 
@@ -169,6 +170,22 @@ def test_equation(name: str, bits: int) -> None:
             assert difference(p.grad, tensors[key].grad) <= 1e-8
 
 
+def block_of_the_authors(self: nn.Module, x: Tensor, t: dict[str, Tensor]) -> Tensor:
+    """binary_adapter/adaptformer.py: neither layer scale nor stochastic depth acts on the adapter."""
+    x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+    adapted = torch.relu(x @ rounded(t["down"], 1).T) @ rounded(t["up"], 1).T
+    return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))) + adapted * 0.7
+
+
+def test_training_with_dropout_layer_scale_and_stochastic_depth() -> None:
+    model, twin, bare = image_model(), image_model(), image_model()
+    injection = peftcore.apply(model, "bi_adaptformer", bottleneck=3, scale=0.7, dtype="float64")
+    copies = filled(injection)
+    rewrite(twin, block_of_the_authors, {path.removesuffix(".mlp.fc2"): [each] for path, each in copies.items()})
+    x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    assert_same(injection, copies, (model, twin), lambda each: each(x), bare)
+
+
 def test_a_fresh_adapter_is_near_the_identity() -> None:
     """Up is rounded to +-0.67 of its deviation: the output changes, by as much as the deviation is small."""
     model, run = host("vit")
@@ -195,12 +212,13 @@ def test_beside_packed_matrices(scheme: str) -> None:
     seen: dict[str, Tensor] = {}
     block = model.get_submodule(path.removesuffix(".mlp.fc2"))
     block.layernorm_after.register_forward_pre_hook(lambda module, args: seen.update(stream=args[0]))
-    block.mlp.register_forward_hook(lambda module, args, y: seen.update(y=y, inner=args[0]))
+    block.mlp.register_forward_hook(lambda module, args, y: seen.update(inner=args[0]))
+    block.register_forward_hook(lambda module, args, y: seen.update(y=y))
     HOSTS["vit"].output(model(**inputs)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in injection.parameters())
     with torch.no_grad(), injection.disabled():
         y, stream, inner = seen["y"], seen["stream"], seen["inner"]  # before the hooks see more
-        base = block.mlp(inner)
+        base = stream + block.mlp(inner)
         down, up = rounded(operator.down.double(), 1).float(), rounded(operator.up.double(), 1).float()
         expected = base + torch.relu(stream @ down.T) @ up.T
     assert difference(y, base) > 0.01

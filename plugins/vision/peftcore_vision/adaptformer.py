@@ -8,8 +8,8 @@ of it instead. W_down starts from a Kaiming-uniform draw, W_up and the biases at
 
 The norm in front is the one whose output the feed-forward reads; where there is none (Swin V2), x is what the
 feed-forward reads. That it is in post-norm blocks (BERT, torch's encoder) too, and there reads="branch" says so. What
-the model does to the feed-forward's output on its way to the stream (layer scale, stochastic depth) it does to the
-adapter's too, since that joins it at the last matrix.
+the model does to the feed-forward's output on its way to the stream (dropout, layer scale, stochastic depth) it does
+not do to the adapter's, as in the authors' code; with joins="matrix" it does.
 
 Parameters: 2 d r + r + d a block, 2 d more with a norm, one more when s is learned.
 
@@ -19,14 +19,14 @@ Use it to adapt image and video transformers to other kinds of pictures. It cann
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import OUTPUTS, BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, branch
+from peftcore import OUTPUTS, BranchSite, Bypass, Joins, Method, MethodConfig, Surgeon, Tags, branch
 
 
 class Config(MethodConfig):
@@ -41,6 +41,9 @@ class Config(MethodConfig):
     """A norm of the adapter's own: of what it reads, or of what it adds."""
     reads: Literal["stream", "branch"] = "stream"
     """What the adapter reads: the stream in front of the feed-forward's norm, or what the feed-forward itself reads."""
+    joins: Joins = "stream"
+    """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
+    depth), or to the output of the branch's last matrix, in front of that."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Probability with which the bottleneck's numbers are dropped in training, as in the authors' code."""
 
@@ -84,9 +87,16 @@ class AdaptFormer(Method):
     target = ("mlp.output",)
     alternatives = OUTPUTS
 
+    config_version = 2
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {"joins": "matrix", **options}  # where version 1 stood
+
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            place = branch(surgeon, site, before_norm=config.at(site.path).reads == "stream")
+            own = config.at(site.path)
+            place = branch(surgeon, site, before_norm=own.reads == "stream", joins=own.joins)
             surgeon.graft(place, AdaptFormerOperator, config, place.places)
 
     @staticmethod

@@ -9,7 +9,9 @@ acts on them. W_down starts from a Xavier-uniform draw, the convolution from the
 
 Activations of four dimensions (Swin, ConvNeXt) are grids already. A sequence is the largest grid in the proportions of
 the patches that the model embeds, behind as many other tokens as are left. Each window of a model that has windows is a
-picture: the authors' variant for Swin looks over borders. Stochastic depth and layer scale act on the bypass too.
+picture: the authors' variant for Swin looks over borders. The bypass joins the stream behind layer scale and dropout of
+the branch. Stochastic depth drops it by a draw of its own, as in the authors' code (the paper draws none);
+joins="matrix" leaves all three to the branch's.
 
 Parameters: 2 d h + h + d + 9 h^2 + h a bypass, two a block. It cannot be merged. Use it with few labels.
 """
@@ -26,7 +28,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import OUTPUTS, BranchSite, Bypass, Method, MethodConfig, Surgeon, Tags, Tap, branch
+from peftcore import OUTPUTS, BranchSite, Bypass, Joins, Method, MethodConfig, Surgeon, Tags, Tap, branch
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import patch_sites
 
@@ -46,6 +48,9 @@ class Config(MethodConfig):
     embeds, or of a square where a part of the host runs by itself and embeds none."""
     prefix_tokens: NonNegativeInt | None = None
     """How many tokens stand in front of the patches. By default as many as the largest grid leaves over."""
+    joins: Joins = "stream"
+    """Where it adds: to the stream, behind what the host does to the branch's output (dropout, layer scale, stochastic
+    depth), or to the output of the branch's last matrix, in front of that."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.1
     """Probability with which what W_up reads is dropped in training, as in the authors' code."""
 
@@ -61,6 +66,7 @@ class ConvpassOperator(Bypass):
         super().__init__(site)
         if isinstance(site.module, nn.MultiheadAttention) and not site.module.batch_first:
             raise UnsupportedSite(f"{site.path} has the sequence in front of the batch; build it with batch_first=True")
+        self.drops_path = site.drops_path
         self.scale, self.grid, self.prefix_tokens, self.lie = config.scale, config.grid, config.prefix_tokens, lie
         channels = config.bottleneck
         self.down = nn.Linear(site.width, channels)
@@ -85,6 +91,10 @@ class ConvpassOperator(Bypass):
         inner = _quick_gelu(F.linear(x, down, down_bias))  # [batch, ..., h]
         inner = self.dropout(_quick_gelu(self._convolve(inner)))
         return self.scale * F.linear(inner, up, up_bias)
+
+    def dropped(self, added: Tensor, end: Callable[..., Any]) -> Tensor:
+        """Stochastic depth drops the bypass by a draw of its own."""
+        return end(added) if self.drops_path else added
 
     def _convolve(self, u: Tensor) -> Tensor:
         weight, bias = self.cast(u, self.conv.weight, self.conv.bias)
@@ -131,11 +141,18 @@ class Convpass(Method):
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
 
+    config_version = 2
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {"joins": "matrix", **options}  # where version 1 stood
+
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         lies: dict[str, Tap] = {}
         for site in surgeon.sites():
-            place, patches = branch(surgeon, site), patch_sites(surgeon, site)
-            if not patches and config.at(site.path).grid is None:
+            own, patches = config.at(site.path), patch_sites(surgeon, site)
+            place = branch(surgeon, site, joins=own.joins)
+            if not patches and own.grid is None:
                 raise UnsupportedSite(
                     f"{site.path}: no convolution in this tower embeds patches of a picture, so its tokens have no "
                     "grid; target a tower of images, or set grid="

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from dropped_hosts import assert_same, filled, image_model, rewrite
 from torch import Tensor, nn
 
 import peftcore
@@ -38,9 +39,9 @@ SWIN = {"img_size": 32, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), 
 # there that read the stream in front of the norm, that read what the feed-forward reads, that return what it returns.
 HOSTED: dict[str, tuple[dict[str, Any] | None, str, str, str, str]] = {
     "vit_tiny_patch16_224": (VIT, "mlp.fc2", "norm2", "mlp", "mlp"),
-    "beit_base_patch16_224": ({**VIT, "init_values": None}, "mlp.fc2", "norm2", "mlp", "mlp"),
+    "beit_base_patch16_224": (VIT, "mlp.fc2", "norm2", "mlp", "drop_path2"),  # behind a parameter that scales
     "swin_tiny_patch4_window7_224": (SWIN, "mlp.fc2", "norm2", "mlp", "mlp"),
-    "swinv2_tiny_window8_256": (SWIN, "mlp.fc2", "mlp", "mlp", "mlp"),  # the norm stands behind the feed-forward
+    "swinv2_tiny_window8_256": (SWIN, "mlp.fc2", "mlp", "mlp", "norm2"),  # the norm stands behind the feed-forward
     "vit": (None, "mlp.fc2", "layernorm_after", "mlp", "mlp"),
     "bert": (None, "output.dense", "attention.output.LayerNorm", "intermediate", "output.dense"),
     "encoder": (None, "linear2", "norm1", "linear1", "linear2"),
@@ -92,6 +93,37 @@ def test_numbers_of_the_authors_code(layer_norm: str) -> None:
     with injection.disabled():
         added = added - host(x)
     torch.testing.assert_close(added[0], torch.tensor(AUTHORS[layer_norm]).double(), rtol=1e-6, atol=1e-9)
+
+
+def block_of_the_authors(self: nn.Module, x: Tensor, t: dict[str, Tensor]) -> Tensor:
+    """models/custom_modules.py: the adapter stands beside all that is done to the feed-forward's output."""
+    x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+    adapted = 0.7 * (torch.relu(x @ t["down.weight"].T + t["down.bias"]) @ t["up.weight"].T + t["up.bias"])
+    return x + (self.drop_path2(self.ls2(self.mlp(self.norm2(x)))) + adapted)
+
+
+def block_of_before(self: nn.Module, x: Tensor, t: dict[str, Tensor]) -> Tensor:
+    x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+    adapted = 0.7 * (torch.relu(x @ t["down.weight"].T + t["down.bias"]) @ t["up.weight"].T + t["up.bias"])
+    inside = self.mlp.fc2(self.mlp.drop1(self.mlp.act(self.mlp.fc1(self.norm2(x)))))
+    return x + self.drop_path2(self.ls2(self.mlp.drop2(inside + adapted)))
+
+
+@pytest.mark.parametrize("joins", ["stream", "matrix"])
+def test_training_with_dropout_layer_scale_and_stochastic_depth(joins: str) -> None:
+    model, twin, bare = image_model(), image_model(), image_model()
+    options = {"bottleneck": 3, "scale": 0.7, "joins": joins, "dtype": "float64"}
+    injection = peftcore.apply(model, "adaptformer", **options)
+    copies = filled(injection)
+    block = block_of_the_authors if joins == "stream" else block_of_before
+    rewrite(twin, block, {path.removesuffix(".mlp.fc2"): [tensors] for path, tensors in copies.items()})
+    if joins == "matrix":  # which layer scale makes small
+        for tensors, operator in zip(copies.values(), injection.operators.values(), strict=True):
+            for key, p in operator.named_parameters():
+                p.data *= 10 if "up" in key else 1
+                tensors[key].data *= 10 if "up" in key else 1
+    x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    assert_same(injection, copies, (model, twin), lambda each: each(x), bare)
 
 
 @pytest.mark.parametrize("reads", ["stream", "branch"])

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from dropped_hosts import assert_same, filled, rewrite
+from dropped_hosts import image_model as dropped_model
 from torch import Tensor, nn
 
 import peftcore
@@ -103,6 +105,15 @@ def equation(x: Tensor, t: dict[str, Tensor], prefix: int, wide: float) -> Tenso
     return 0.7 * (quick_gelu(whole) @ t["up.weight"].T + t["up.bias"])
 
 
+# Hosts that scale the output of a branch by a parameter: where that ends, by the branch.
+ENDS = {"beit_base_patch16_224": {"attn": "drop_path1", "mlp": "drop_path2"}, "convnext_atto": {"mlp": "drop_path"}}
+
+
+def end_of(base: nn.Module, path: str, ends: dict[str, str]) -> nn.Module:
+    block, branch, _ = path.rsplit(".", 2)
+    return base.get_submodule(f"{block}.{ends[branch]}")
+
+
 def compare(name: str, prefix: int, wide: float = 1.0, changes: Any = None, **options: Any) -> int:
     """Outputs and gradients of the equation beside each attention and feed-forward; how many there were."""
     base, run = image_model(name, **(changes or {}))
@@ -114,17 +125,18 @@ def compare(name: str, prefix: int, wide: float = 1.0, changes: Any = None, **op
         tensors = {key: p.detach().clone().requires_grad_() for key, p in operator.named_parameters()}
         branch, last = base.get_submodule(path.rpartition(".")[0]), base.get_submodule(path)
         first, copies[path], read = isinstance(last, nn.Conv2d), tensors, []
+        behind = name == "convnext_atto"  # channels are first where the branch ends
         branch.register_forward_pre_hook(
             lambda m, args, kwargs, read=read: read.append(args[0] if args else kwargs["hidden_states"]),
             with_kwargs=True,
         )
 
-        def after(module: nn.Module, args: Any, y: Tensor, read=read, t=tensors, first=first) -> Tensor:
+        def after(module: nn.Module, args: Any, y: Tensor, read=read, t=tensors, first=first, behind=behind) -> Tensor:
             x = read.pop().movedim(1, -1) if first else read.pop()
             added = equation(x, t, prefix, wide)
-            return y + (added.movedim(-1, 1) if first else added)
+            return y + (added.movedim(-1, 1) if first or behind else added)
 
-        last.register_forward_hook(after)
+        (last if name not in ENDS else end_of(base, path, ENDS[name])).register_forward_hook(after)
     ours, expected = run(model), run(base)
     assert (expected - unchanged).abs().max() > 1e-3 * unchanged.abs().max()
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
@@ -165,6 +177,24 @@ def test_dropout_is_that_of_the_authors_by_default() -> None:
     """`nn.Dropout(0.1)`, convpass/vtab/convpass.py of JieShibo/PETL-ViT at 026e4f1."""
     injection = peftcore.apply(nn.Sequential(nn.Linear(6, 6)), "convpass", target="0", **SQUARE)
     assert injection.operators["0"].dropout.p == 0.1
+
+
+def block_of_the_authors(self: nn.Module, x: Tensor, attn: dict[str, Tensor], mlp: dict[str, Tensor]) -> Tensor:
+    """convpass/vtab/convpass.py: stochastic depth drops the bypass by a draw of its own; layer scale is not there."""
+    read = self.norm1(x)
+    x = x + self.drop_path1(self.ls1(self.attn(read))) + self.drop_path1(equation(read, attn, 1, 1.0))
+    read = self.norm2(x)
+    return x + self.drop_path2(self.ls2(self.mlp(read))) + self.drop_path2(equation(read, mlp, 1, 1.0))
+
+
+def test_training_with_dropout_layer_scale_and_stochastic_depth() -> None:
+    model, twin, bare = dropped_model(), dropped_model(), dropped_model()
+    injection = peftcore.apply(model, "convpass", bottleneck=3, scale=0.7, dtype="float64")
+    copies = filled(injection)
+    parts = {f"blocks.{i}": [copies[f"blocks.{i}.{each}"] for each in ("attn.proj", "mlp.fc2")] for i in (0, 1)}
+    rewrite(twin, block_of_the_authors, parts)
+    x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    assert_same(injection, copies, (model, twin), lambda each: each(x), bare)
 
 
 @pytest.mark.parametrize("name", HOSTED)
