@@ -179,7 +179,7 @@ def block_of_the_authors(self: nn.Module, x: Tensor, t: dict[str, Tensor]) -> Te
 
 def test_training_with_dropout_layer_scale_and_stochastic_depth() -> None:
     model, twin, bare = image_model(), image_model(), image_model()
-    injection = peftcore.apply(model, "bi_adaptformer", bottleneck=3, scale=0.7, dtype="float64")
+    injection = peftcore.apply(model, "bi_adaptformer", dropout=0.0, bottleneck=3, scale=0.7, dtype="float64")
     copies = filled(injection)
     rewrite(twin, block_of_the_authors, {path.removesuffix(".mlp.fc2"): [each] for path, each in copies.items()})
     x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()

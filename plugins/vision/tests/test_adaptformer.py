@@ -113,7 +113,7 @@ def block_of_before(self: nn.Module, x: Tensor, t: dict[str, Tensor]) -> Tensor:
 def test_training_with_dropout_layer_scale_and_stochastic_depth(joins: str) -> None:
     model, twin, bare = image_model(), image_model(), image_model()
     options = {"bottleneck": 3, "scale": 0.7, "joins": joins, "dtype": "float64"}
-    injection = peftcore.apply(model, "adaptformer", **options)
+    injection = peftcore.apply(model, "adaptformer", dropout=0.0, **options)
     copies = filled(injection)
     block = block_of_the_authors if joins == "stream" else block_of_before
     rewrite(twin, block, {path.removesuffix(".mlp.fc2"): [tensors] for path, tensors in copies.items()})

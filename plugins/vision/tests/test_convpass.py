@@ -189,7 +189,7 @@ def block_of_the_authors(self: nn.Module, x: Tensor, attn: dict[str, Tensor], ml
 
 def test_training_with_dropout_layer_scale_and_stochastic_depth() -> None:
     model, twin, bare = dropped_model(), dropped_model(), dropped_model()
-    injection = peftcore.apply(model, "convpass", bottleneck=3, scale=0.7, dtype="float64")
+    injection = peftcore.apply(model, "convpass", dropout=0.0, bottleneck=3, scale=0.7, dtype="float64")
     copies = filled(injection)
     parts = {f"blocks.{i}": [copies[f"blocks.{i}.{each}"] for each in ("attn.proj", "mlp.fc2")] for i in (0, 1)}
     rewrite(twin, block_of_the_authors, parts)
