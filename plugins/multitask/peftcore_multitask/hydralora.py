@@ -76,7 +76,7 @@ class HydraLoRA(Method):
 
     name = "hydralora"
     Config = Config
-    tags = Tags(category="multitask", paper="2404.19245", checked_against="the authors' code")
+    tags = Tags(category="multitask", paper="2404.19245")
     target = ("mlp.gate", "mlp.up", "mlp.down")
     alternatives = MATRICES
 

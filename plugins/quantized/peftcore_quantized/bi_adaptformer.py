@@ -73,7 +73,6 @@ class BiAdaptFormer(Method):
         paper="2307.16867",
         identity_at_init=False,
         exact_gradient=False,  # straight through the rounding
-        checked_against="the authors' code",
     )
     target = ("mlp.output",)
     alternatives = OUTPUTS

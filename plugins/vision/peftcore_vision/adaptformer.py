@@ -79,7 +79,7 @@ class AdaptFormer(Method):
 
     name = "adaptformer"
     Config = Config
-    tags = Tags(category="vision", paper="2205.13535", checked_against="the authors' code")
+    tags = Tags(category="vision", paper="2205.13535")
     target = ("mlp.output",)
     alternatives = OUTPUTS
 

@@ -126,7 +126,7 @@ class Convpass(Method):
 
     name = "convpass"
     Config = Config
-    tags = Tags(category="vision", paper="2207.07039", checked_against="the authors' code")
+    tags = Tags(category="vision", paper="2207.07039")
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
 

@@ -135,7 +135,7 @@ class RepAdapter(Method):
 
     name = "repadapter"
     Config = Config
-    tags = Tags(category="vision", paper="2302.08106", mergeable=True, checked_against="the authors' code")
+    tags = Tags(category="vision", paper="2302.08106", mergeable=True)
     target = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
