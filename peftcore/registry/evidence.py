@@ -29,11 +29,11 @@ class Source:
     name: str
     """A library with its version, ``"peft 0.21"``; or ``"authors"``."""
     repository: str = ""
-    """Of authors: where their code is, ``"owner/name"``."""
+    """Of authors, and of a library whose numbers are frozen: where the code is, ``"owner/name"``."""
     commit: str = ""
-    """Of authors: the commit that was run."""
+    """There: the commit that was run."""
     script: str = ""
-    """Of authors: the file there whose functions gave the numbers."""
+    """There: the file whose functions gave the numbers."""
 
     def __str__(self) -> str:
         return "the authors' code" if self.name == AUTHORS else self.name

@@ -10,6 +10,9 @@
 A declaration is only met when, while the test ran, a function of that library returned numbers, or numbers were read
 that were frozen from that code; and when code of the method ran as well. Otherwise the test fails. `gathering` writes
 what tests prove into the file that `registry.evidence` reads.
+
+A library that cannot be installed beside the others is frozen like the code of authors: its declaration has a
+repository, a commit and a script too.
 """
 
 from __future__ import annotations
@@ -59,22 +62,29 @@ class _Watch:
     """What ran while a test did."""
 
     libraries: tuple[str, ...] = ()
-    """Folders of the library that has to return numbers."""
+    """Folders of the library that has to return numbers; none where frozen ones have to be read."""
     files: set[str] = field(default_factory=set)
     """Files of methods of which no code ran so far."""
     returned: bool = False
     read: list[Source] = field(default_factory=list)
 
-    def __call__(self, frame: FrameType, event: str, result: Any) -> None:
+    def see(self, frame: FrameType, event: str, result: Any) -> bool:
+        """Takes note of a call or of what it returned. Returns whether there is nothing more to see."""
         if event == "call":
             self.files.discard(frame.f_code.co_filename)
         elif event == "return" and not self.returned and frame.f_code.co_filename.startswith(self.libraries):
             self.returned = _numbers(result)
-        if not self.files and (self.returned or not self.libraries):
-            sys.setprofile(None)
+        return not self.files and (self.returned or not self.libraries)
 
 
 _watches: list[_Watch] = []
+"""Those of the tests that run; a test has one for each of its declarations."""
+
+
+def _profile(frame: FrameType, event: str, result: Any) -> None:
+    seen = [watch.see(frame, event, result) for watch in _watches]
+    if all(seen):
+        sys.setprofile(None)
 
 
 def against(
@@ -87,16 +97,17 @@ def against(
             ``"authors"``, the code of the paper's authors.
         methods: the methods' names.
         of: in the place of names, the argument of a parametrized test that is the method's name.
-        repository: of authors: ``"owner/name"``.
-        commit: of authors: the commit whose code gave the numbers.
-        script: of authors: the file in it.
+        repository: of what is frozen, so of authors always: ``"owner/name"``.
+        commit: of what is frozen: the commit whose code gave the numbers.
+        script: of what is frozen: the file in it.
 
     Raises:
         ValueError: the declaration is not whole.
     """
     known = Source(source, repository, commit, script)
-    if (source == AUTHORS) is not all((repository, commit, script)):
-        raise ValueError("authors have a repository, a commit and a script; a library has none of them")
+    places = repository, commit, script
+    if not all(places) and (source == AUTHORS or any(places)):
+        raise ValueError("frozen numbers, as of authors, have a repository, a commit and a script; others have none")
     if source != AUTHORS and len(source.split()) != 2:
         raise ValueError(f"{source!r}: a library is named with the version that is run, such as 'peft 0.21'")
     if bool(methods) is (of is not None):
@@ -127,7 +138,8 @@ def declarations(test: Any) -> tuple[Declaration, ...]:
 
 
 def frozen(path: Path) -> Any:
-    """Returns numbers that the authors' code gave, as a file beside the script that makes them again has them.
+    """Returns numbers that the authors' code gave, or a library's, as a file beside the script that makes them again
+    has them.
 
     Raises:
         CheckFailed: the file does not name its source, or there is no script of its name beside it.
@@ -138,7 +150,8 @@ def frozen(path: Path) -> Any:
     if not path.with_suffix(".py").is_file():
         raise CheckFailed(f"beside {path.name} there is no {path.stem}.py, which would make its numbers again")
     for watch in _watches:
-        watch.read.append(Source(AUTHORS, found["repository"], found["commit"], found["script"]))
+        source = found.get("source", AUTHORS), found["repository"], found["commit"], found["script"]
+        watch.read.append(Source(*source))
     return found["numbers"]
 
 
@@ -149,13 +162,19 @@ def freeze(script: Path, checkout: Path) -> str:
         script: a file with `SOURCE`, a `Source`; `VERSIONS`, names of distributions whose versions count; and
             ``numbers(checkout)``, which runs the authors' code and returns what JSON can hold.
         checkout: a folder with the authors' code at the commit that `SOURCE` names.
+
+    Raises:
+        CheckFailed: `SOURCE` is a library, and another version of it is installed.
     """
     spec = importlib.util.spec_from_file_location(f"frozen_{script.stem}", script)
     assert spec is not None and spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     source: Source = module.SOURCE
+    if source.name != AUTHORS:
+        _check_version(source)
     told = {
+        **({} if source.name == AUTHORS else {"source": source.name}),
         "repository": source.repository,
         "commit": source.commit,
         "script": source.script,
@@ -170,7 +189,7 @@ def _watching(source: Source, methods: tuple[str, ...]) -> Iterator[_Watch]:
     watch = _Watch(_folders(source), {inspect.getfile(find_method(name)) for name in methods})
     _watches.append(watch)
     before = sys.getprofile()
-    sys.setprofile(watch)
+    sys.setprofile(_profile)
     try:
         yield watch
     finally:
@@ -186,24 +205,33 @@ def _judge(watch: _Watch, source: Source, methods: tuple[str, ...]) -> None:
     """
     if watch.files:
         raise CheckFailed(f"the test says that it compares {', '.join(methods)}, but no code of it ran")
-    if source.name == AUTHORS and source not in watch.read:
+    if source.repository and source not in watch.read:
         raise CheckFailed(f"the test says that it compares with {source.repository}, but reads no numbers of it")
-    if source.name != AUTHORS and not watch.returned:
+    if not source.repository and not watch.returned:
         raise CheckFailed(f"the test says that it compares with {source}, but nothing of it returned numbers")
 
 
 def _folders(source: Source) -> tuple[str, ...]:
-    """Returns the folders of a library, for which its version has to be the declared one."""
-    if source.name == AUTHORS:
+    """Returns the folders of a library that is run, for which its version has to be the declared one."""
+    if source.repository:
         return ()
-    package, version = source.name.split()
+    spec = importlib.util.find_spec(_check_version(source))
+    assert spec is not None and spec.submodule_search_locations is not None
+    return tuple(f"{place}/" for place in spec.submodule_search_locations)
+
+
+def _check_version(library: Source) -> str:
+    """Returns the package of a library of which the declared version is installed.
+
+    Raises:
+        CheckFailed: another one is.
+    """
+    package, version = library.name.split()
     distributions = importlib.metadata.packages_distributions().get(package, [package])
     installed = importlib.metadata.version(distributions[0])
     if not f"{installed}.".startswith(f"{version}."):
-        raise CheckFailed(f"the test says {source}, and {installed} is installed: write the version that is run")
-    spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.submodule_search_locations is not None
-    return tuple(f"{place}/" for place in spec.submodule_search_locations)
+        raise CheckFailed(f"{library} is declared, and {installed} is installed: write the version that is run")
+    return package
 
 
 def _numbers(result: Any) -> bool:

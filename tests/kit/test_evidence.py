@@ -93,6 +93,20 @@ def test_frozen_numbers_have_to_be_those_that_are_named(tmp_path: Path) -> None:
         reads(commit="another")
 
 
+def test_a_library_may_be_frozen(tmp_path: Path) -> None:
+    """One that cannot be installed beside the others; its numbers are no authors' ones."""
+
+    @against("adapters 1.3", "lora", **AUTHORS)
+    def reads(**changed: Any) -> None:
+        ours()
+        assert frozen(numbers(tmp_path, **changed)) == [1.0]
+
+    reads(source="adapters 1.3")
+    for changed in ({}, {"source": "adapters 1.2"}):
+        with pytest.raises(CheckFailed, match="reads no numbers"):
+            reads(**changed)
+
+
 def test_frozen_numbers_say_where_they_are_from(tmp_path: Path) -> None:
     file = numbers(tmp_path)
     file.with_suffix(".py").unlink()
@@ -105,8 +119,29 @@ def test_frozen_numbers_say_where_they_are_from(tmp_path: Path) -> None:
 
 def test_a_declaration_is_whole() -> None:
     for wrong in (("authors", "lora"), ("peft", "lora"), ("peft 0.21",)):
-        with pytest.raises(ValueError, match=r"authors have|named with the version|name the methods"):
+        with pytest.raises(ValueError, match=r"as of authors|named with the version|name the methods"):
             against(*wrong)
+    with pytest.raises(ValueError, match="as of authors"):
+        against("peft 0.21", "lora", commit="abc123")
+
+
+def test_each_declaration_of_a_test_is_watched() -> None:
+    """The library, or the method, of the outer one may run after the inner one has seen all, or never."""
+
+    @against("peft 0.21", "lora")
+    @against("transformers 5.24", "dora")
+    def compares(*methods: str, peft: bool = True) -> None:
+        HOSTS["llama"].output(HOSTS["llama"].build()[0](**HOSTS["llama"].build()[1]))
+        for method in methods:
+            ours(method)
+        if peft:
+            theirs()
+
+    compares("dora", "lora")
+    with pytest.raises(CheckFailed, match="no code of it ran"):
+        compares("dora")
+    with pytest.raises(CheckFailed, match=r"peft 0\.21, but nothing of it returned numbers"):
+        compares("dora", "lora", peft=False)
 
 
 def test_the_method_may_be_an_argument() -> None:
@@ -135,6 +170,11 @@ def test_numbers_are_made_by_the_script_beside_them(tmp_path: Path) -> None:
     file = script.with_suffix(".json")
     file.write_text(freeze(script, tmp_path))
     assert frozen(file) == "theirs" and json.loads(file.read_text())["versions"]["torch"]
+    script.write_text(script.read_text().replace("'authors'", "'peft 0.21'"))
+    assert json.loads(freeze(script, tmp_path))["source"] == "peft 0.21"
+    script.write_text(script.read_text().replace("0.21", "0.20"))
+    with pytest.raises(CheckFailed, match="is installed"):
+        freeze(script, tmp_path)
 
 
 class Item:
