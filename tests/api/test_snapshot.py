@@ -25,7 +25,6 @@ GONE: dict[str, str] = {
         f"peftcore.{kind}(rows)": "is `slices`: rows are those of a batch"
         for kind in ("Site", "AttentionSite", "SequenceSite")
     },
-    "peftcore.Tags.checked_against": WATCHED,
     "peftcore.Tags.proven": WATCHED,
     "peftcore.Call": RENAMED,
     "peftcore.current_call": RENAMED,
