@@ -8,6 +8,7 @@
 # make release-check    build the nine packages into dist/ and check them; nothing is uploaded
 # make docs    the documentation, into site/; a broken link or reference fails
 # make docs-check    look at it in headless Chromium, which the machine must have
+# make evidence    write into the plugins' packages with whose numbers their tests compare
 # make held-defaults    say which defaults of methods no test holds
 # make histories SEED= MINUTES=    random histories of adapted models, many more than `make test` draws
 # make fuzz    load many more damaged files than `make test` does
@@ -22,7 +23,7 @@ REQUIREMENTS := requirements-dev.txt requirements-demo.txt pyproject.toml $(wild
 # Models and data come from packages; nothing is fetched while the project runs.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-slow test-all style lint docs docs-check held-defaults quantization-matrix bench histories fuzz version release-check clean
+.PHONY: demo test test-slow test-all style lint docs docs-check evidence held-defaults quantization-matrix bench histories fuzz version release-check clean
 .DEFAULT_GOAL := test
 
 demo: $(INSTALLED)
@@ -50,6 +51,9 @@ test-all: export PEFTCORE_TEST_ALL := 1
 test-all: export PEFTCORE_TEST_PART = $(PART)
 test-all: WHICH :=
 test-all: test
+
+evidence: $(INSTALLED)
+	$(BIN)/python -m pytest --evidence -n 2 -m against
 
 # Each default of each method's options is changed once, and the method's own tests run without the kit.
 held-defaults: $(INSTALLED)

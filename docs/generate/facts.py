@@ -73,7 +73,7 @@ class Facts:
     @property
     def proven(self) -> bool:
         """Whether somebody else's numbers exist for it, beside the equation."""
-        return self.cls.tags.proven
+        return self.shown.info.proven
 
     @property
     def source(self) -> str:

@@ -3,10 +3,10 @@ and `inject`."""
 
 from __future__ import annotations
 
-import re
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -32,10 +32,6 @@ CATEGORIES = (
     "diffusion",
 )
 """The categories of the survey arXiv 2410.19878; a plugin of ours for each."""
-
-SOURCES = re.compile(r"(?:(?:[A-Za-z][\w.-]* \d+(?:\.\d+)*|the authors' code)(?:, (?=.)|$))*")
-"""The format of `Tags.checked_against`: a library has a version, and an equation has none."""
-
 
 MATRICES: tuple[str | tuple[str, ...], ...] = (
     "attn.*",
@@ -73,19 +69,22 @@ class Tags:
     """`calibrate` uses the user's data before training; `apply` then needs ``data=``."""
     scheduled: bool = False
     """`on_step` changes the adapter while it trains, so the optimizer must know how many steps there will be."""
-    checked_against: str = ""
-    """Whose numbers its tests compare with, separated by commas: libraries with their versions (``"peft 0.21"``), or
-    ``"the authors' code"``. Empty where there are none, only the equation, written a second time."""
+    checked_against: InitVar[str] = ""
+    """Means nothing any more: `evidence.json` in the plugin's package says what tests compare with."""
     random: bool = False
     """With default options, forwards in training draw random numbers, from torch's global generator."""
     exact_gradient: bool = True
     """Gradients are those of what forward computes. Not where a paper takes others: through a rounding as if it were
     not there, or with a norm held constant."""
 
-    @property
-    def proven(self) -> bool:
-        """Independent numbers exist. A method that is not proven is experimental: its tests have the equation alone."""
-        return bool(self.checked_against)
+    def __post_init__(self, checked_against: str) -> None:
+        if checked_against:
+            warnings.warn(
+                "checked_against= means nothing any more: tests declare what they compare with "
+                "(peftcore.testing.against), and the package's evidence.json says it",
+                DeprecationWarning,
+                stacklevel=3,
+            )
 
 
 class Method(ABC):
@@ -208,11 +207,6 @@ def check_method_class(cls: Any) -> type[Method]:
         raise PluginError(f"{cls.__name__}.Config must subclass MethodConfig")
     if cls.tags.category not in CATEGORIES:
         raise PluginError(f"{cls.__name__}: unknown category {cls.tags.category!r}; one of {', '.join(CATEGORIES)}")
-    if not SOURCES.fullmatch(cls.tags.checked_against):
-        raise PluginError(
-            f"{cls.__name__}: checked_against={cls.tags.checked_against!r} names nobody whose numbers there are; write "
-            'a library with its version ("peft 0.21") or "the authors\' code", and nothing for the equation alone'
-        )
     if cls.__abstractmethods__:
         raise PluginError(f"{cls.__name__} must implement {', '.join(sorted(cls.__abstractmethods__))}")
     return cls

@@ -230,7 +230,7 @@ def apply(
         PluginError: the method breaks its contract.
 
     Nothing was changed then. The logger "peftcore" says in one line, once in a process, that a method is experimental
-    (`Tags.proven`), which other default targets were taken where the host has none of the method's own
+    (`MethodInfo.proven`), which other default targets were taken where the host has none of the method's own
     (`Method.alternatives`), and which parts of the host they leave out.
     """
     check_model(model)

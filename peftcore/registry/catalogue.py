@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from peftcore.contract.method import CATEGORIES, Method, Tags, check_method_class
 from peftcore.contract.peft_names import METHODS
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
+from peftcore.registry.evidence import sources
 from peftcore.registry.plugins import RUNTIME, Plugin, imported, registry
 
 M = TypeVar("M", bound=type[Method])
@@ -74,13 +75,14 @@ class MethodInfo:
 
     @property
     def checked_against(self) -> str:
-        """`Tags.checked_against` (imports the method's module)."""
-        return self._tags().checked_against
+        """Whose numbers the plugin's tests compare with: libraries with their versions, and "the authors' code",
+        separated by commas; empty where its tests have the equation alone."""
+        return sources(self.location, self.name)
 
     @property
     def proven(self) -> bool:
-        """`Tags.proven` (imports the method's module)."""
-        return self._tags().proven
+        """Whether its tests compare with somebody else's numbers. Else it is experimental."""
+        return bool(self.checked_against)
 
     @property
     def budgets(self) -> Mapping[str, int]:

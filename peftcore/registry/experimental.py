@@ -1,10 +1,12 @@
-"""The notice, given once, that a method is experimental; see `Tags.proven`."""
+"""The notice, given once, that a method is experimental; see `evidence`."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
+
+from peftcore.registry.evidence import sources
 
 if TYPE_CHECKING:
     from peftcore.contract.method import Method
@@ -18,7 +20,7 @@ def notice_experimental(methods: Iterable[Method]) -> None:
     """Log one line, a warning of the logger "peftcore", for each method that was not compared with anybody else's
     numbers; in a process once a method."""
     for method in methods:
-        if not method.tags.proven and method.name not in told:
+        if not sources(type(method).__module__, method.name) and method.name not in told:
             told.add(method.name)
             logger.warning(
                 "method %r is experimental: its tests compare it with its equation alone, not with numbers of another "

@@ -19,6 +19,9 @@ It may import all of peftcore but `comparing` and `cli`. In the order of reading
 - `plugging`: hooks tried out without packaging them.
 - `compiling`: a compiler for checks.
 - `doors`: `conformance` and `check_method`.
+- `evidence`: with whose numbers tests compare, and what they must have done for it.
+- `freeze`: the command that makes frozen numbers again.
+- `gathering`: a plugin of pytest that writes down what tests compare with.
 - `quantizers`: the same frame for schemes that quantize weights.
 - `checks_injection`, `checks_declared`, `checks_training`, `checks_forward`, `checks_around_training`,
   `checks_switching`, `checks_lifecycle`, `checks_calls`, `checks_merge`, `checks_files`, `checks_refused_files`,
@@ -28,6 +31,7 @@ It may import all of peftcore but `comparing` and `cli`. In the order of reading
 import importlib
 
 from peftcore.testing.doors import Result, check_method, conformance
+from peftcore.testing.evidence import against, frozen
 from peftcore.testing.failures import CheckFailed
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import CHECKS, Case, Check, Host, NotApplicable
@@ -63,9 +67,11 @@ __all__ = [
     "Host",
     "NotApplicable",
     "Result",
+    "against",
     "check_method",
     "check_quantizer",
     "conformance",
+    "frozen",
     "plugged",
     "quantizer_conformance",
 ]

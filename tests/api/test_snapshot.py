@@ -14,6 +14,7 @@ from make_snapshot import FILE, ROOT, described, public, works
 RECORDED = json.loads(FILE.read_text(encoding="utf-8"))
 ALONE = "each site prepares by itself, see docs/upgrade.md"
 RENAMED = "has another name, which an author overrides in its place, see docs/upgrade.md"
+WATCHED = "is what tests were seen to compare with: `MethodInfo` reads it off the package, see docs/upgrade.md"
 ON_WEIGHTS = ("WeightOperator", "Replacement")
 OPERATORS = (*ON_WEIGHTS, "Operator", "AttentionOperator", "SequenceOperator", "Combiner")
 GONE: dict[str, str] = {
@@ -24,6 +25,7 @@ GONE: dict[str, str] = {
         f"peftcore.{kind}(rows)": "is `slices`: rows are those of a batch"
         for kind in ("Site", "AttentionSite", "SequenceSite")
     },
+    "peftcore.Tags.proven": WATCHED,
     "peftcore.Call": RENAMED,
     "peftcore.current_call": RENAMED,
 }

@@ -1,7 +1,6 @@
 """What a class must be to be a method, and what its tags may say."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,19 +60,3 @@ def test_plain_config_of_a_toy_is_accepted() -> None:
 
 
 MEMBERS = {name: value for name, value in vars(Doubling).items() if not name.startswith("_")}
-
-
-@pytest.mark.parametrize(
-    "sources",
-    ["", "peft 0.21", "the authors' code", "peft 0.21, bitsandbytes 0.50, the authors' code", "galore_torch 1"],
-)
-def test_sources_have_versions(sources: str) -> None:
-    tags = replace(Doubling.tags, checked_against=sources)
-    assert peftcore.register(type("Other", (peftcore.Method,), {**MEMBERS, "tags": tags})).tags.proven is bool(sources)
-
-
-@pytest.mark.parametrize("sources", ["the equation in float64", "float64", "peft", "peft 0.21,", ", peft 0.21", "yes"])
-def test_nothing_else_is_a_source(sources: str) -> None:
-    tags = replace(Doubling.tags, checked_against=sources)
-    with pytest.raises(PluginError, match="whose numbers"):
-        peftcore.register(type("Other", (peftcore.Method,), {**MEMBERS, "tags": tags}))

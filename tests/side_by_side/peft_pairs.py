@@ -125,9 +125,8 @@ class Both:
         self.injection: Injection = peftcore.apply(self.ours, method, **options)
         self.tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](deepcopy(base), config, ADAPTER)
         pairing = pairing or PAIRINGS[method]
-        operators = self.injection.operators
         self.pairs = [
-            pair for site in self.injection.sites for pair in pairing(site, operators[site.path], self.tuner.model)
+            pair for graft in self.injection.grafts for pair in pairing(graft.site, graft.operator, self.tuner.model)
         ]
         for model in (base, self.ours, self.tuner):
             model.train(base.training)

@@ -12,6 +12,7 @@ from peft.tuners.adalora import AdaLoraModel
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.testing import against
 from peftcore.testing.hosts import HOSTS
 
 EXACT = 1e-12
@@ -131,6 +132,7 @@ def assert_close(ours: Tensor, theirs: Tensor, what: str) -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("build", [bert, gpt2, convolutions])
+@against("peft 0.21", "adalora")
 def test_a_whole_training(build: Any, schedule: Schedule) -> None:
     both = Both(build, schedule)
     optimizer = both.injection.optimizer(torch.optim.SGD, lr=0.05, momentum=0.9, total_steps=schedule.total)

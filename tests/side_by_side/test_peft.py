@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.layers import kernels
+from peftcore.testing import against
 from peftcore.testing.hosts import HOSTS
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
@@ -153,6 +154,7 @@ def test_lora_on_transposed_convolutions() -> None:
         peft.inject_adapter_in_model(lora(target_modules=["layer"]), One(nn.ConvTranspose2d(4, 6, 3)))
 
 
+@against("peft 0.21", "lora")
 def test_lora_dropout_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the masks that torch's own dropout draws, in the same order."""
     for module in (kernels.dropout, kernels.low_rank):
@@ -185,6 +187,7 @@ def test_lora_rank_and_alpha_by_pattern() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+@against("peft 0.21", "lora")
 def test_lora_on_hosts_by_default(name: str) -> None:
     base, run = host(name)
     both = Both(base, "lora", {"rank": 3, "alpha": 5.0}, lora())
@@ -333,6 +336,7 @@ def test_dora_on_layers(build: Build) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "t5"])
+@against("peft 0.21", "dora")
 def test_dora_on_hosts_by_default(name: str) -> None:
     base, run = host(name)
     both = Both(base, "dora", {"rank": 3, "alpha": 5.0}, lora(use_dora=True))
@@ -359,6 +363,7 @@ def test_dora_magnitude_starts_like_peft() -> None:
 
 @pytest.mark.parametrize("inputs", [False, True], ids=["outputs", "inputs"])
 @pytest.mark.parametrize("build", layers(LINEAR | {n: b for n, b in (CONVOLUTIONS | DILATED).items() if n != "conv1d"}))
+@against("peft 0.21", "ia3")
 def test_ia3_on_layers(build: Build, inputs: bool) -> None:
     """peft has no torch Conv1d here."""
     base, run = one(build)
@@ -376,6 +381,7 @@ def test_ia3_scales_the_outputs_of_grouped_convolutions() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
+@against("peft 0.21", "ia3")
 def test_ia3_on_hosts_by_default(name: str) -> None:
     base, run = host(name)
     both = Both(base, "ia3", {}, peft.IA3Config())
@@ -421,6 +427,7 @@ NORMS: dict[str, Build] = {
 
 
 @pytest.mark.parametrize("build", layers(NORMS))
+@against("peft 0.21", "ln_tuning")
 def test_ln_tuning_on_layers(build: Build) -> None:
     base, run = one(build)
     both = Both(base, "ln_tuning", {"target": "layer"}, peft.LNTuningConfig(target_modules=["layer"]))
@@ -428,6 +435,7 @@ def test_ln_tuning_on_layers(build: Build) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@against("peft 0.21", "ln_tuning")
 def test_ln_tuning_on_hosts_by_default(name: str) -> None:
     base, run = host(name)
     both = Both(base, "ln_tuning", {}, peft.LNTuningConfig())

@@ -143,8 +143,8 @@ class Shown:
             "targets": self.targets,
             "alternatives": self.alternatives,
             "parameters": dict(self.budgets),
-            "proven": tags.proven,
-            "checked_against": tags.checked_against,
+            "proven": self.info.proven,
+            "checked_against": self.info.checked_against,
         }
 
     def page(self) -> RenderableType:
@@ -183,7 +183,7 @@ class Shown:
         if tags.identity_options:
             options = " ".join(f"{name}={spelled(value)}" for name, value in tags.identity_options.items())
             yield "changes nothing at first with", options
-        yield "checked against", tags.checked_against or "its equation alone: experimental"
+        yield "checked against", self.info.checked_against or "its equation alone: experimental"
 
 
 def paragraphs(text: str) -> Iterator[RenderableType]:

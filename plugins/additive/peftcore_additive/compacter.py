@@ -119,13 +119,7 @@ class Compacter(Method):
 
     name = "compacter"
     Config = Config
-    tags = Tags(
-        category="additive",
-        paper="2106.04647",
-        identity_at_init=False,
-        identity_options={"rule_std": 0.0},
-        checked_against="the authors' code",
-    )
+    tags = Tags(category="additive", paper="2106.04647", identity_at_init=False, identity_options={"rule_std": 0.0})
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
 

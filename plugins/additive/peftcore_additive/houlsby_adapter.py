@@ -74,13 +74,7 @@ class HoulsbyAdapter(Method):
 
     name = "houlsby_adapter"
     Config = Config
-    tags = Tags(
-        category="additive",
-        paper="1902.00751",
-        identity_at_init=False,
-        identity_options={"up_init_std": 0.0},
-        checked_against="adapters 1.3",
-    )
+    tags = Tags(category="additive", paper="1902.00751", identity_at_init=False, identity_options={"up_init_std": 0.0})
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
     config_version = 2

@@ -81,7 +81,7 @@ class IA3(Method):
 
     name = "ia3"
     Config = Config
-    tags = Tags(category="additive", paper="2205.05638", mergeable=True, checked_against="peft 0.21")
+    tags = Tags(category="additive", paper="2205.05638", mergeable=True)
     target = ("attn.k", "attn.v", "cross.k", "cross.v", "mlp.down", "experts.down")
     alternatives = MATRICES
 

@@ -71,7 +71,7 @@ class LlamaAdapter(Method):
 
     name = "llama_adapter"
     Config = Config
-    tags = Tags(category="additive", paper="2303.16199", checked_against="peft 0.21")
+    tags = Tags(category="additive", paper="2303.16199")
     target = ("attn.core",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

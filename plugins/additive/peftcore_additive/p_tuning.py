@@ -67,9 +67,7 @@ class PTuning(Method):
 
     name = "p_tuning"
     Config = Config
-    tags = Tags(
-        category="additive", paper="2103.10385", identity_at_init=False, per_row=False, checked_against="peft 0.21"
-    )
+    tags = Tags(category="additive", paper="2103.10385", identity_at_init=False, per_row=False)
     target = "stack"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -48,9 +48,7 @@ class PTuningV2(Method):
 
     name = "p_tuning_v2"
     Config = Config
-    tags = Tags(
-        category="additive", paper="2110.07602", identity_at_init=False, random=True, checked_against="peft 0.21"
-    )
+    tags = Tags(category="additive", paper="2110.07602", identity_at_init=False, random=True)
     target = ("attn.core",)
     config_version = 2
 

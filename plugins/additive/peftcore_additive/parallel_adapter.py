@@ -76,7 +76,7 @@ class ParallelAdapter(Method):
 
     name = "parallel_adapter"
     Config = Config
-    tags = Tags(category="additive", paper="2110.04366", checked_against="adapters 1.3")
+    tags = Tags(category="additive", paper="2110.04366")
     target = ("mlp.output",)
     alternatives = OUTPUTS
 

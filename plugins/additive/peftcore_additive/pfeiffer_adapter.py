@@ -86,13 +86,7 @@ class PfeifferAdapter(Method):
 
     name = "pfeiffer_adapter"
     Config = Config
-    tags = Tags(
-        category="additive",
-        paper="2005.00247",
-        identity_at_init=False,
-        identity_options={"up_init_std": 0.0},
-        checked_against="adapters 1.3",
-    )
+    tags = Tags(category="additive", paper="2005.00247", identity_at_init=False, identity_options={"up_init_std": 0.0})
     target = ("mlp.output",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

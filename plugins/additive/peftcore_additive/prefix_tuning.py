@@ -57,7 +57,6 @@ class PrefixTuning(Method):
         paper="2101.00190",
         identity_at_init=False,
         identity_options={"gate": True, "behind": False},
-        checked_against="peft 0.21",
     )
     target = ("attn.core", "cross.core")
     config_version = 2

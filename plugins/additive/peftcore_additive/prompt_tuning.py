@@ -71,9 +71,7 @@ class PromptTuning(Method):
 
     name = "prompt_tuning"
     Config = Config
-    tags = Tags(
-        category="additive", paper="2104.08691", identity_at_init=False, per_row=False, checked_against="peft 0.21"
-    )
+    tags = Tags(category="additive", paper="2104.08691", identity_at_init=False, per_row=False)
     target = "stack"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -100,7 +100,6 @@ class SSF(Method):
         mergeable=True,
         identity_at_init=False,
         identity_options={"init_std": 0.0},
-        checked_against="the authors' code",
     )
     target = ("*", "all-linear", "experts.*")
 

@@ -1,25 +1,27 @@
-"""The serial adapter: where it stands, how it starts, and its equation, written a second time as forward hooks on a
-copy of the host, in float64. (The adapters package, the other implementation, does not run beside the transformers
-versions that this project is for.)"""
+"""The serial adapter: numbers of the adapters package; where it stands, how it starts, and its equation, written a
+second time as forward hooks on a copy of the host, in float64."""
 
 import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapters_package import assert_same_adapters
 from dropped_hosts import assert_same, filled, rewrite
 from torch import Tensor, nn
 
 import peftcore
 from peftcore import Replacement
 from peftcore.errors import NotMergeable
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 
+NUMBERS = Path(__file__).parent / "numbers" / "adapters_package.json"
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
     "relu": lambda x: torch.where(x > 0, x, 0.0),
@@ -83,6 +85,20 @@ def fill(injection: peftcore.Injection, std: float = 0.1) -> None:
     with torch.no_grad():
         for parameter in injection.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=std)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@against(
+    "adapters 1.3",
+    "houlsby_adapter",
+    repository="adapter-hub/adapters",
+    commit="88f18eb",
+    script="src/adapters/methods/modeling.py",
+)
+def test_the_numbers_of_the_adapters_package(name: str) -> None:
+    """Its norms do not train."""
+    numbers = frozen(NUMBERS)["houlsby_adapter"]
+    assert_same_adapters("houlsby_adapter", numbers, name, activation="silu", train_layer_norm=False)
 
 
 def bottleneck(tensors: dict[str, Tensor], activation: str) -> Callable[..., Any]:

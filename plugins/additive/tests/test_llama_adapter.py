@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import HostMismatch, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 from peftcore.testing.hosts import HOSTS
 
 LENGTH = 3
@@ -36,8 +36,10 @@ def fill(injection: peftcore.Injection) -> None:
 
 
 @pytest.mark.parametrize("tanh", [True, False])
+@against("peft 0.21", "llama_adapter")
 def test_forward_is_that_of_peft(tanh: bool) -> None:
-    """There a single gate, taken as it is; here tanh of a gate a head (or the gate as it is), all of them alike."""
+    """There a single gate, taken as it is; here tanh of a gate a head (or the gate as it is), all of them alike: its
+    gradient is the sum of theirs."""
     peft = pytest.importorskip("peft")
     base, inputs = host("llama")
     config = peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=LENGTH, adapter_layers=2)
@@ -56,7 +58,17 @@ def test_forward_is_that_of_peft(tanh: bool) -> None:
     plain, expected = base(**inputs).logits[valid], theirs(**inputs).logits[valid]
     assert (expected - plain).abs().max() > 1e-2
     # peft computes the softmax over the prompt in float32
-    torch.testing.assert_close(ours(**inputs).logits[valid], expected, rtol=1e-5, atol=1e-5)
+    output = ours(**inputs).logits[valid]
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    direction = torch.randn_like(output)
+    for each in (output, expected):
+        (each * direction).sum().backward()
+    for module, operator in zip(adapted, injection.operators.values(), strict=True):
+        assert operator.prompt.grad.abs().max() > 1e-3 and operator.gate.grad.abs().min() > 1e-3
+        torch.testing.assert_close(operator.prompt.grad, module.adaption_prompt.grad[0], rtol=1e-4, atol=1e-5)
+        slope = 1 - operator.gate[0].detach().tanh() ** 2 if tanh else 1
+        gate = operator.gate.grad.sum() / slope
+        torch.testing.assert_close(gate, module.adaption_gate.grad.sum(), rtol=1e-4, atol=1e-5)
 
 
 def by_heads(states: Tensor, heads: int) -> Tensor:

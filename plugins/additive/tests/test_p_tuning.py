@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -40,6 +40,7 @@ def name_in_the_other(key: str) -> str:
 @pytest.mark.parametrize(
     ("name", "encoder"), [("llama", "mlp"), ("llama", "lstm"), ("gpt2", "mlp"), ("gpt2", "lstm"), ("t5", "mlp")]
 )
+@against("peft 0.21", "p_tuning")
 def test_the_other_implementation_with_the_same_tensors(name: str, encoder: str) -> None:
     """(On encoder-decoders its LSTM runs over rows for both halves at once and uses the encoder's: another prompt.)"""
     model, inputs = host(name)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore_additive._prefix import PrefixOperator
 
@@ -34,6 +34,7 @@ def prefixes(injection: peftcore.Injection) -> list[Any]:
 
 
 @pytest.mark.parametrize("projection", [None, HIDDEN])
+@against("peft 0.21", "p_tuning_v2")
 def test_beside_peft(projection: int | None) -> None:
     """The same inputs on both sides: positions start behind the prefix."""
     peft = pytest.importorskip("peft")
@@ -56,7 +57,23 @@ def test_beside_peft(projection: int | None) -> None:
             shared.hidden.load_state_dict(encoder.transform[0].state_dict())
     expected = theirs(**inputs).logits
     assert (expected - base(**inputs).logits).abs().max() > 1e-3
-    torch.testing.assert_close(ours(**inputs).logits, expected, rtol=1e-10, atol=1e-10)
+    output = ours(**inputs).logits
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-10)
+    direction = torch.randn_like(output)
+    for each in (output, expected):
+        (each * direction).sum().backward()
+    operators = prefixes(injection)
+    if projection is None:
+        pairs = [(encoder.embedding.weight, [each.prefix for each in operators], 1)]
+    else:
+        (shared,) = injection.shared.values()
+        hidden, _, out = encoder.transform
+        pairs = [(encoder.embedding.weight, [shared.embedding.weight], 0), (hidden.weight, [shared.hidden.weight], 0)]
+        pairs += [(out.weight, [each.out.weight for each in operators], 0)]
+        pairs += [(out.bias, [each.out.bias for each in operators], 0)]
+    for other, mine, dim in pairs:
+        assert other.grad.abs().max() > 1e-6
+        torch.testing.assert_close(torch.cat([p.grad for p in mine], dim), other.grad, rtol=1e-8, atol=1e-10)
 
 
 def deep_prompt(prompt: Callable[[], Tensor], padding: Tensor) -> Callable[..., Any]:

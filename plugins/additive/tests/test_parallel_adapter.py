@@ -1,24 +1,27 @@
-"""The parallel adapter: what it reads and where it adds, how it starts, and its equation, written a second time as
-hooks on a copy of the host, in float64. (The authors' code is a fork of an old transformers: it does not run here.)"""
+"""The parallel adapter: numbers of the adapters package; what it reads and where it adds, how it starts, and its
+equation, written a second time as hooks on a copy of the host, in float64."""
 
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapters_package import assert_same_adapters
 from dropped_hosts import assert_same, filled, rewrite, train
 from torch import Tensor, nn
 
 import peftcore
 from peftcore import forward_context
 from peftcore.errors import NotMergeable, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 
+NUMBERS = Path(__file__).parent / "numbers" / "adapters_package.json"
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x / 2**0.5)),
     "relu": lambda x: torch.where(x > 0, x, 0.0),
@@ -89,6 +92,21 @@ def apply(model: nn.Module, **options: Any) -> peftcore.Injection:
         for parameter in injection.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return injection
+
+
+@pytest.mark.parametrize("scale", [4.0, "learned"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@against(
+    "adapters 1.3",
+    "parallel_adapter",
+    repository="adapter-hub/adapters",
+    commit="88f18eb",
+    script="src/adapters/methods/modeling.py",
+)
+def test_the_numbers_of_the_adapters_package(name: str, scale: Any) -> None:
+    """Which reads the stream in front of the norm, where one stands there."""
+    numbers = frozen(NUMBERS)["parallel_adapter" + (", learned" if scale == "learned" else "")]
+    assert_same_adapters("parallel_adapter", numbers, name, scale=scale, reads="branch" if name == "bert" else "stream")
 
 
 def expect(base: nn.Module, place: tuple[str, str, str], tensors: dict[str, Tensor], activation: str) -> None:

@@ -1,22 +1,25 @@
-"""The Pfeiffer adapter: numbers of the adapters package (1.3.0 with transformers 4.57.6, `SeqBnConfig`, run once in
-float64), the equation as forward hooks on a copy of the host, and which hosts count as post-norm."""
+"""The Pfeiffer adapter: numbers of the adapters package, the equation as forward hooks on a copy of the host, and which
+hosts count as post-norm."""
 
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from adapters_package import assert_same_adapters
 from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 from peftcore.testing.tools import without_fast_paths
 
+NUMBERS = Path(__file__).parent / "numbers" / "adapters_package.json"
 # Feed-forwards, which name the adapters, and where these act.
 PLACES = {
     "llama": [("model.layers.{}.mlp.down_proj", "model.layers.{}")],
@@ -38,47 +41,16 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-def wave(like: Tensor, k: float) -> Tensor:
-    return torch.sin(torch.arange(like.numel(), dtype=torch.float64) * k + k).view_as(like)
-
-
-@torch.no_grad()
-def waves(tensors: Any, start: float) -> None:
-    for index, tensor in enumerate(tensors):
-        tensor.copy_(0.5 * wave(tensor, start + 0.37 * index))
-
-
-# By host: numbers of the output, and of the gradients of both layers' tensors: of each, its product with a wave.
-PACKAGE: dict[str, tuple[list[float], list[float]]] = {
-    "bert": (
-        [0.0508897, -0.4314767, 0.084341, -0.2263552, -0.7597574, 0.7916071, -0.0418925, 0.4298118],
-        [0.0038396, 0.0396273, -0.0503294, 0.0035282, -0.0378618, -0.0263864, -0.0079171, 0.0532722],
-    ),
-    "llama": (
-        [0.6366588, -0.6970214, -0.429281, -0.3466876, 0.5243271, -0.3533191, 0.0414435, -0.0073041],
-        [-0.4105031, 0.1835297, -3.5019944, -0.2261381, -0.0574838, 0.3296912, -0.8585266, -0.1159794],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", PACKAGE)
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@against(
+    "adapters 1.3",
+    "pfeiffer_adapter",
+    repository="adapter-hub/adapters",
+    commit="88f18eb",
+    script="src/adapters/methods/modeling.py",
+)
 def test_the_numbers_of_the_adapters_package(name: str) -> None:
-    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 16}
-    if name == "bert":
-        model = transformers.BertModel(transformers.BertConfig(**sizes), add_pooling_layer=False)
-    else:
-        model = transformers.LlamaModel(transformers.LlamaConfig(**sizes))
-    model = model.double().eval()
-    waves(model.parameters(), 0.1)
-    injection = peftcore.apply(model, "pfeiffer_adapter", bottleneck=4, dtype="float64")
-    parameters = [p for each in injection.operators.values() for p in each.parameters()]
-    waves(parameters, 0.2)
-    y = model(input_ids=torch.tensor([[1, 5, 3, 9, 2]])).last_hidden_state
-    (y.square() * wave(y, 0.3)).sum().backward()
-    outputs, gradients = PACKAGE[name]
-    assert y.flatten()[::5].tolist() == pytest.approx(outputs, abs=1e-7)
-    assert [(p.grad * wave(p, 0.5)).sum().item() for p in parameters] == pytest.approx(gradients, abs=1e-7)
+    assert_same_adapters("pfeiffer_adapter", frozen(NUMBERS)["pfeiffer_adapter"], name)
 
 
 def host(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, NotMergeable, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -44,6 +44,7 @@ def prompted(model: nn.Module, **options: Any) -> tuple[peftcore.Injection, Tens
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "moe", "t5"])
+@against("peft 0.21", "prompt_tuning")
 def test_the_other_implementation_with_the_same_prompt(name: str) -> None:
     model, inputs = host(name)
     base = deepcopy(model)

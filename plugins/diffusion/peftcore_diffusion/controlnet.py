@@ -94,7 +94,7 @@ class ControlNet(Method):
 
     name = "controlnet"
     Config = Config
-    tags = Tags(category="diffusion", paper="2302.05543", per_row=False, checked_against="diffusers 0.42")
+    tags = Tags(category="diffusion", paper="2302.05543", per_row=False)
     target = (r"re:(.*\.)?mid_block", r"re:(.*\.)?up_blocks\.\d+")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

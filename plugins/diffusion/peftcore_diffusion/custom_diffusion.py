@@ -67,7 +67,7 @@ class CustomDiffusion(Method):
 
     name = "custom_diffusion"
     Config = Config
-    tags = Tags(category="diffusion", paper="2212.04488", mergeable=True, checked_against="diffusers 0.42")
+    tags = Tags(category="diffusion", paper="2212.04488", mergeable=True)
     target = ("cross.k", "cross.v")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -99,13 +99,7 @@ class IPAdapter(Method):
 
     name = "ip_adapter"
     Config = Config
-    tags = Tags(
-        category="diffusion",
-        paper="2308.06721",
-        identity_at_init=False,
-        identity_options={"scale": 0.0},
-        checked_against="diffusers 0.42",
-    )
+    tags = Tags(category="diffusion", paper="2308.06721", identity_at_init=False, identity_options={"scale": 0.0})
     target = ("cross.out",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -98,7 +98,7 @@ class LoCon(Method):
 
     name = "locon"
     Config = Config
-    tags = Tags(category="diffusion", paper="2309.14859", mergeable=True, low_rank=True, checked_against="LyCORIS 4.1")
+    tags = Tags(category="diffusion", paper="2309.14859", mergeable=True, low_rank=True)
     target = ("all-linear", "conv", "down", "mod", *AROUND)
     alternatives = ("all-layers",)
 

@@ -101,7 +101,7 @@ class SVDiff(Method):
     name = "svdiff"
     Config = Config
     config_version = 2  # 2: vectors
-    tags = Tags(category="diffusion", paper="2303.11305", mergeable=True, checked_against="the authors' code")
+    tags = Tags(category="diffusion", paper="2303.11305", mergeable=True)
     target = "*"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

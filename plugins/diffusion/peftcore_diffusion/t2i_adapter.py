@@ -88,13 +88,7 @@ class T2IAdapter(Method):
 
     name = "t2i_adapter"
     Config = Config
-    tags = Tags(
-        category="diffusion",
-        paper="2302.08453",
-        identity_at_init=False,
-        identity_options={"scale": 0.0},
-        checked_against="diffusers 0.42",
-    )
+    tags = Tags(category="diffusion", paper="2302.08453", identity_at_init=False, identity_options={"scale": 0.0})
     target = (r"re:(.*\.)?down_blocks\.\d+",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

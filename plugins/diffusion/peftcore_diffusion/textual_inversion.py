@@ -86,12 +86,7 @@ class TextualInversion(Method):
 
     name = "textual_inversion"
     Config = Config
-    tags = Tags(
-        category="diffusion",
-        paper="2208.01618",
-        mergeable=True,
-        checked_against="peft 0.21",
-    )
+    tags = Tags(category="diffusion", paper="2208.01618", mergeable=True)
     target = ("embed",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

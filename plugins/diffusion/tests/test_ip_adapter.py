@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import MissingContext, RouteError, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 from peftcore.testing.hosts import HOSTS
 
 
@@ -62,6 +62,7 @@ def theirs(base: Any, injection: peftcore.Injection, count: int, scale: float) -
 
 
 @pytest.mark.parametrize(("dim", "scale"), [(None, 0.6), (9, 1.0)], ids=["width-of-text", "other-width"])
+@against("diffusers 0.42", "ip_adapter")
 def test_outputs_and_gradients_are_those_of_diffusers(dim: int | None, scale: float) -> None:
     """Where the widths differ, our start is another, and the equation is the same."""
     base, inputs, model, injection = adapted(scale=scale, image_dim=dim)

@@ -47,7 +47,7 @@ class ConfigUnion(OfParts, Method):
 
     name = "config_union"
     Config = Config
-    tags = Tags(category="hybrid", paper="2311.11077", checked_against="peft 0.21")
+    tags = Tags(category="hybrid", paper="2311.11077")
     target = ()
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -118,7 +118,7 @@ class GLoRA(Method):
 
     name = "glora"
     Config = Config
-    tags = Tags(category="hybrid", paper="2306.07967", mergeable=True, checked_against="peft 0.21")
+    tags = Tags(category="hybrid", paper="2306.07967", mergeable=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -1,8 +1,16 @@
-"""Every promise of the conformance kit, for lists of methods; tests/training/test_optimizer_hybrids.py has more."""
+"""A union of methods: the kit's promises, for a list of methods; a LoRA and tokens beside those of peft in one config.
+(tests/training/test_optimizer_hybrids.py has more.)"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from peftcore.testing import conformance
+import peft
+import pytest
+import torch
+from peft_pairs import ADAPTER, Both, Pair
+from torch import Tensor, nn
+
+from peftcore.testing import HOSTS, against, conformance
 
 ROWS = "what the adapters keep beside the host there, 32 rows of 8 features, has the shape of a weight"
 
@@ -14,3 +22,34 @@ ROWS = "what the adapters keep beside the host there, 32 rows of 8 features, has
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()
+
+
+def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
+    """The rows of a table, or A and B."""
+    layer: Any = theirs.get_submodule(site.module_path)
+    if site.path.endswith("embed_tokens"):
+        tokens = layer.token_adapter.trainable_tokens_delta[ADAPTER]
+        yield Pair(f"{site.path}.value", operator.value, tokens, lambda t: t)
+    else:
+        yield Pair(f"{site.path}.A", operator.A, layer.lora_A[ADAPTER].weight, lambda t: t)
+        yield Pair(f"{site.path}.B", operator.B, layer.lora_B[ADAPTER].weight, lambda t: t)
+
+
+@pytest.mark.filterwarnings("ignore:::peft")
+@pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
+@against("peft 0.21", "config_union")
+def test_beside_peft(train: bool) -> None:
+    """Outputs, gradients and merged weights, of what peft can hold in one config."""
+    model, inputs = HOSTS["llama"].build()
+    inputs["input_ids"][:, :3] = torch.tensor([3, 5, 7])
+    target, tokens = ["q_proj", "v_proj"], [3, 5, 7, 9]
+    parts = [
+        {"method": "trainable_tokens", "token_indices": tokens},
+        {"method": "lora", "rank": 3, "alpha": 5.0, "target": target},
+    ]
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=target, trainable_token_indices={"embed_tokens": tokens})
+
+    def run(adapted: nn.Module) -> Tensor:
+        return adapted(**inputs).logits
+
+    Both(model.train(train), "config_union", {"parts": parts}, config, pairs).assert_same(run)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -43,6 +43,7 @@ CHOICES = [
 
 @pytest.mark.filterwarnings("ignore:::peft")
 @pytest.mark.parametrize(("matrices", "column", "vectors"), CHOICES)
+@against("peft 0.21", "glora")
 def test_beside_peft(matrices: Any, column: Any, vectors: Any) -> None:
     torch.manual_seed(0)
     model, inputs = HOSTS["bert"].build()

@@ -108,7 +108,6 @@ class AdapterFusion(OfMergedParts, Method):
         paper="2005.00247",
         identity_at_init=False,
         identity_options={"parts": [{**ADAPTER, "up_init_std": 0.0}] * 2},
-        checked_against="adapters 1.3",
     )
     target = ()
 

@@ -82,7 +82,7 @@ class DARE(OfMergedParts, Method):
 
     name = "dare"
     Config = Config
-    tags = Tags(category="multitask", paper="2311.03099", mergeable=True, checked_against="peft 0.21")
+    tags = Tags(category="multitask", paper="2311.03099", mergeable=True)
     target = ()
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -76,7 +76,7 @@ class HydraLoRA(Method):
 
     name = "hydralora"
     Config = Config
-    tags = Tags(category="multitask", paper="2404.19245", random=True, checked_against="the authors' code")
+    tags = Tags(category="multitask", paper="2404.19245", random=True)
     config_version = 2  # 2: rank 4 and dropout 0.05 by default
     target = ("mlp.gate", "mlp.up", "mlp.down")
     alternatives = MATRICES

@@ -113,7 +113,7 @@ class MoV(Method):
 
     name = "mov"
     Config = Config
-    tags = Tags(category="multitask", paper="2309.05444", checked_against="the authors' code")
+    tags = Tags(category="multitask", paper="2309.05444")
     target = ("attn.k", "attn.v", "cross.k", "cross.v", "mlp.down")
     alternatives = MATRICES
 

@@ -89,9 +89,7 @@ class MultitaskPromptTuning(Method):
 
     name = "multitask_prompt_tuning"
     Config = Config
-    tags = Tags(
-        category="multitask", paper="2303.02861", identity_at_init=False, per_row=False, checked_against="peft 0.21"
-    )
+    tags = Tags(category="multitask", paper="2303.02861", identity_at_init=False, per_row=False)
     target = "stack"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

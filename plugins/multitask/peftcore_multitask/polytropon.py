@@ -107,7 +107,7 @@ class Polytropon(Method):
 
     name = "polytropon"
     Config = Config
-    tags = Tags(category="multitask", paper="2202.13914", checked_against="peft 0.21")
+    tags = Tags(category="multitask", paper="2202.13914")
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
     alternatives = MATRICES
 

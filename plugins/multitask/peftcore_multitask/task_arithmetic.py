@@ -57,13 +57,7 @@ class TaskArithmetic(OfMergedParts, Method):
 
     name = "task_arithmetic"
     Config = Config
-    tags = Tags(
-        category="multitask",
-        paper="2212.04089",
-        mergeable=True,
-        low_rank=True,
-        checked_against="peft 0.21",
-    )
+    tags = Tags(category="multitask", paper="2212.04089", mergeable=True, low_rank=True)
     target = ()
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

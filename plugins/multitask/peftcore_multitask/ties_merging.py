@@ -56,7 +56,7 @@ class TIESMerging(OfMergedParts, Method):
 
     name = "ties_merging"
     Config = Config
-    tags = Tags(category="multitask", paper="2306.01708", mergeable=True, checked_against="peft 0.21")
+    tags = Tags(category="multitask", paper="2306.01708", mergeable=True)
     target = ()
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

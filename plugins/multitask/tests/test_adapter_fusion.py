@@ -1,22 +1,24 @@
-"""AdapterFusion: the kit; numbers of the adapters package (1.3.0 with transformers 4.57.6, three `SeqBnConfig` adapters
-in a `Fuse`, run once in float64), over adapters of the host and over parts; the equation where that cannot go."""
+"""AdapterFusion: the kit; numbers of the adapters package, three adapters in a `Fuse`, over adapters of the host and as
+parts; the equation where that cannot go."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
+from adapters_package import assert_same, waves
+from adapters_package import host as llama
 from torch import Tensor, nn
 
 import peftcore
 from peftcore import Fuse, Injection, Stack
 from peftcore.errors import CompositionError, ConfigError, TargetError, UnknownInjection, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
+NUMBERS = Path(__file__).parent / "numbers" / "adapter_fusion.json"
 PART = {"method": "pfeiffer_adapter", "bottleneck": 4}
 LARGE = {"method": "pfeiffer_adapter", "placement": "branch", "init_std": 0.5, "up_init_std": 0.5}
 
@@ -31,32 +33,6 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-def wave(like: Tensor, k: float) -> Tensor:
-    return torch.sin(torch.arange(like.numel(), dtype=torch.float64) * k + k).view_as(like)
-
-
-@torch.no_grad()
-def waves(tensors: Iterable[Tensor], start: float, step: float = 0.37) -> None:
-    for index, tensor in enumerate(tensors):
-        tensor.copy_(0.5 * wave(tensor, start + step * index))
-
-
-# With V and without: numbers of the output; of the gradients of Q, q, K and V in both layers, each times a wave; the
-# penalty. The package's K had a bias too, 0.5 * wave: no number depends on it.
-PACKAGE: dict[bool, tuple[list[float], list[float], float | None]] = {
-    True: (
-        [0.6006193, 0.4055617, -0.4372138, -0.0399944, 0.0606505, 0.7720919, -0.0620694, -0.0559943],
-        [0.0579581, -0.0262956, 0.0027772, -0.4962533, -0.296988, -0.5624224, 0.4393419, 0.0782539],
-        0.31325331063851297,
-    ),
-    False: (
-        [0.5487047, -0.6405648, -0.1606985, -0.2200685, 0.7277464, 0.012983, -0.0526716, -0.1165093],
-        [1.0525276, -0.0930494, 0.0068783, -0.0774179, -0.0552594, 0.2227892],
-        None,
-    ),
-}
-
-
 def own(injection: Injection) -> list[list[nn.Parameter]]:
     """Q, q, K and V of each module."""
     return [
@@ -65,15 +41,18 @@ def own(injection: Injection) -> list[list[nn.Parameter]]:
     ]
 
 
-@pytest.mark.parametrize("value", PACKAGE)
+@pytest.mark.parametrize("value", [True, False])
 @pytest.mark.parametrize("over", ["adapters", "parts"])
+@against(
+    "adapters 1.3",
+    "adapter_fusion",
+    repository="adapter-hub/adapters",
+    commit="88f18eb",
+    script="src/adapters/methods/modeling.py",
+)
 def test_the_numbers_of_the_adapters_package(over: str, value: bool) -> None:
-    sizes = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
-    model = transformers.LlamaModel(
-        transformers.LlamaConfig(**sizes, num_attention_heads=2, max_position_embeddings=16)
-    )
-    model = model.double().eval()
-    waves(model.parameters(), 0.1)
+    """With V and without. The package's K has a bias too: no number depends on it."""
+    model, numbers = llama("llama"), frozen(NUMBERS)["dynamic" if value else "static"]
     if over == "parts":
         options = {"parts": [PART] * 3, "train_parts": False, "value": value}
         fusion = peftcore.apply(model, "adapter_fusion", dtype="float64", **options)
@@ -89,14 +68,9 @@ def test_the_numbers_of_the_adapters_package(over: str, value: bool) -> None:
         waves(adapter.parameters(), 0.2 + k)
     for layer, tensors in enumerate(own(fusion)):
         waves(tensors, 0.7 + layer, 0.31)
-    y = model(input_ids=torch.tensor([[1, 5, 3, 9, 2]])).last_hidden_state
-    (y.square() * wave(y, 0.3)).sum().backward()
-    outputs, gradients, penalty = PACKAGE[value]
-    assert y.flatten()[::5].tolist() == pytest.approx(outputs, abs=1e-7)
-    ours = [(p.grad * wave(p, 0.5)).sum().item() for tensors in own(fusion) for p in tensors if p.grad is not None]
-    assert ours == pytest.approx(gradients, abs=1e-7)
+    assert_same(model, llama("llama"), [p for tensors in own(fusion) for p in tensors], numbers)
     assert {p for p in model.parameters() if p.grad is not None} == {p for tensors in own(fusion) for p in tensors}
-    loss = fusion.method.aux_loss(fusion)
+    loss, penalty = fusion.method.aux_loss(fusion), numbers["penalty"]
     assert (loss if loss is None else loss.item()) == (penalty if penalty is None else pytest.approx(penalty))
 
 

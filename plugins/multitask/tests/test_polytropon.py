@@ -15,7 +15,7 @@ import peftcore
 from peftcore.contract.operators import _Base
 from peftcore.errors import NotMergeable, UnsupportedSite
 from peftcore.targets.sites import Site
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -65,6 +65,7 @@ def both(splits: int, train: bool = False) -> tuple[Both, Callable[..., Callable
 
 @pytest.mark.parametrize("train", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("splits", [1, 4])
+@against("peft 0.21", "polytropon")
 def test_peft(splits: int, train: bool) -> None:
     """Outputs and gradients, in training with the same draws: two rows of different tasks."""
     found, running = both(splits, train)

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 from peftcore_multitask import gather
 
 
@@ -28,20 +28,29 @@ LORA = {"method": "lora", "rank": 2, "alpha": 3.0, "target": ["first", "second"]
 IA3 = {"method": "ia3", "target": ["first"]}
 
 
+@against("peft 0.21", "task_arithmetic")
 def test_the_numbers_of_peft() -> None:
-    """Three LoRAs; the third has no site at the second weight, and counts as zeros there."""
-    model, weights = host(), [0.7, -1.5, 2.0]
+    """Outputs, gradients, merged weights. Three LoRAs; the third has no site at the second weight, and counts as zeros
+    there."""
+    model, weights, new = host(), [0.7, -1.5, 2.0], {}
     parts = [LORA, LORA, {**LORA, "target": ["first"]}]
     injection = applied(model, "task_arithmetic", parts=parts, weights=weights, scale=0.5)
     for path, module in (("first", model.first), ("second", model.second)):
         factors = [part.factors() for part in injection.operators[path].parts.values()]
         taus = [scale * B @ A for A, B, scale in factors]
         taus += [torch.zeros_like(taus[0])] * (3 - len(taus))
-        theirs = module.weight + 0.5 * task_arithmetic(taus, torch.tensor(weights, dtype=torch.float64))
-        assert not torch.equal(theirs, module.weight)
-        injection.merge()
-        assert equal(module.weight, theirs)
-        injection.unmerge()
+        new[path] = module.weight.detach() + 0.5 * task_arithmetic(taus, torch.tensor(weights, dtype=torch.float64))
+    expected = linear(torch.tanh(linear(X, new["first"], model.first.bias)), new["second"], model.second.bias)
+    ours, every = model(X), list(injection.parameters())
+    assert equal(ours, expected) and moved(model) and len(every) == 10
+    for mine, theirs in zip(
+        torch.autograd.grad(ours.square().sum(), every),
+        torch.autograd.grad(expected.square().sum(), every),
+        strict=True,
+    ):
+        assert equal(mine, theirs) and mine.abs().max() > 1e-4
+    injection.merge()
+    assert equal(model.first.weight, new["first"]) and equal(model.second.weight, new["second"])
 
 
 def test_the_equation_with_factors_gains_and_a_bias() -> None:

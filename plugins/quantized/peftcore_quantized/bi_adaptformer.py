@@ -78,9 +78,7 @@ class BiAdaptFormer(Method):
         identity_at_init=False,
         random=True,
         exact_gradient=False,  # straight through the rounding
-        checked_against="the authors' code",
     )
-    config_version = 2  # 2: dropout by default
     target = ("mlp.output",)
     alternatives = OUTPUTS
 

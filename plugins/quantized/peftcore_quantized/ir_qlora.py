@@ -86,13 +86,7 @@ class IRQLoRA(Method):
 
     name = "ir_qlora"
     Config = Config
-    tags = Tags(
-        category="quantized",
-        paper="2402.05445",
-        mergeable=True,
-        identity_at_init=False,
-        checked_against="the authors' code",
-    )
+    tags = Tags(category="quantized", paper="2402.05445", mergeable=True, identity_at_init=False)
     target = ("all-linear",)
     alternatives = ("all-layers",)
 

@@ -89,13 +89,7 @@ class LoftQ(Method):
 
     name = "loftq"
     Config = Config
-    tags = Tags(
-        category="quantized",
-        paper="2310.08659",
-        mergeable=True,
-        identity_at_init=False,
-        checked_against="peft 0.21",
-    )
+    tags = Tags(category="quantized", paper="2310.08659", mergeable=True, identity_at_init=False)
     target = ("all-linear",)
     alternatives = ("all-layers",)
 

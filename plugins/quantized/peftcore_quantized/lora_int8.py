@@ -40,13 +40,7 @@ class LoRAInt8(Method):
 
     name = "lora_int8"
     Config = Config
-    tags = Tags(
-        category="quantized",
-        paper="2208.07339",
-        mergeable=True,
-        identity_at_init=False,
-        checked_against="peft 0.21, bitsandbytes 0.50",
-    )
+    tags = Tags(category="quantized", paper="2208.07339", mergeable=True, identity_at_init=False)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -66,13 +66,7 @@ class LQLoRA(Method):
 
     name = "lq_lora"
     Config = Config
-    tags = Tags(
-        category="quantized",
-        paper="2311.12023",
-        mergeable=True,
-        identity_at_init=False,
-        checked_against="the authors' code",
-    )
+    tags = Tags(category="quantized", paper="2311.12023", mergeable=True, identity_at_init=False)
     target = ("all-linear",)
     alternatives = ("all-layers",)
 

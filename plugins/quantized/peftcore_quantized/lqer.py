@@ -108,14 +108,7 @@ class LQER(Method):
 
     name = "lqer"
     Config = Config
-    tags = Tags(
-        category="quantized",
-        paper="2402.02446",
-        mergeable=True,
-        identity_at_init=False,
-        needs_data=True,
-        checked_against="the authors' code",
-    )
+    tags = Tags(category="quantized", paper="2402.02446", mergeable=True, identity_at_init=False, needs_data=True)
     target = ("all-linear",)
     alternatives = ("all-layers",)
 

@@ -67,13 +67,7 @@ class QALoRA(Method):
 
     name = "qa_lora"
     Config = Config
-    tags = Tags(
-        category="quantized",
-        paper="2309.14717",
-        mergeable=True,
-        identity_at_init=False,
-        checked_against="the authors' code",
-    )
+    tags = Tags(category="quantized", paper="2309.14717", mergeable=True, identity_at_init=False)
     target = ("all-linear",)
     alternatives = ("all-layers",)
 

@@ -46,13 +46,7 @@ class QLoRA(Method):
 
     name = "qlora"
     Config = Config
-    tags = Tags(
-        category="quantized",
-        paper="2305.14314",
-        mergeable=True,
-        identity_at_init=False,
-        checked_against="peft 0.21, bitsandbytes 0.50",
-    )
+    tags = Tags(category="quantized", paper="2305.14314", mergeable=True, identity_at_init=False)
     target = ("all-linear",)
     alternatives = ("all-layers",)
 

@@ -56,13 +56,7 @@ class QPiSSA(Method):
 
     name = "qpissa"
     Config = Config
-    tags = Tags(
-        category="quantized",
-        paper="2404.02948",
-        mergeable=True,
-        identity_at_init=False,
-        checked_against="peft 0.21, bitsandbytes 0.50, the authors' code",
-    )
+    tags = Tags(category="quantized", paper="2404.02948", mergeable=True, identity_at_init=False)
     target = ("all-linear",)
     alternatives = ("all-layers",)
 

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 import peftcore
 from peftcore.injection.quantization import round_trip, scheme_key
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 
 NOISE = "what rounding loses is noise: with the weight in bfloat16 its principal directions are others"
 MOVED_HOSTS = ("llama", "t5", "gpt2", "moe", "mistral", "vit", "dit")
@@ -66,6 +66,7 @@ def theirs(iterations: int, host: nn.Module, rank: int = RANK) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:::peft")
+@against("peft 0.21", "loftq")
 def test_beside_peft_with_one_iteration() -> None:
     """Q bit for bit; the same product to start from (peft decomposes in float32, signs are free); then with the same
     numbers in A and B, outputs, gradients, merged weights."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 
 OTHER_CODES = "a weight that was cast to bfloat16 has other codes, and the choice of experts carries that on"
 RANK, ALPHA = 3, 5.0
@@ -53,6 +53,8 @@ def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
 
 @pytest.mark.filterwarnings("ignore:::peft")
 @pytest.mark.parametrize("outliers", [False, True])
+@against("peft 0.21", "lora_int8")
+@against("bitsandbytes 0.50", "lora_int8")
 def test_beside_peft_on_bitsandbytes(outliers: bool) -> None:
     """Outputs and gradients on LLM.int8, with and without columns of the input above the threshold; and merged into the
     same format, which peft does always."""

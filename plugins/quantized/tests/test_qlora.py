@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 
 RANK, ALPHA = 3, 5.0
 OPTIONS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
@@ -70,6 +70,8 @@ def beside(host: str, double_quant: bool) -> tuple[Both, Callable[[nn.Module], T
 @pytest.mark.filterwarnings("ignore:::peft")
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double"])
 @pytest.mark.parametrize("host", RUNS)
+@against("peft 0.21", "qlora")
+@against("bitsandbytes 0.50", "qlora")
 def test_beside_peft(host: str, double_quant: bool) -> None:
     """Outputs and gradients; merged into floating point, what peft packs again; merged into the same format, its
     codes."""
@@ -94,6 +96,8 @@ def test_beside_peft(host: str, double_quant: bool) -> None:
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double"])
 @pytest.mark.parametrize("state", STATES)
+@against("peft 0.21", "qlora")
+@against("bitsandbytes 0.50", "qlora")
 def test_reference_scheme_beside_peft(state: str, double_quant: bool) -> None:
     """The same numbers where nf4 is ours, and where the host is dense and packing is simulated."""
     both, _ = beside("mlp", double_quant)

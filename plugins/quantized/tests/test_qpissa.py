@@ -12,7 +12,7 @@ from peft_pairs import GRADIENTS, MOVED, OUTPUTS, difference
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 
 RANK, ALPHA = 3, 5.0
 OPTIONS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
@@ -38,6 +38,8 @@ def rounded(weight: Tensor) -> Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:::peft")
+@against("peft 0.21", "qpissa")
+@against("bitsandbytes 0.50", "qpissa")
 def test_beside_peft() -> None:
     """peft's way: PiSSA on the dense model, what is left in the base is then packed by bitsandbytes; same start, and
     with the same numbers in both, the same outputs and gradients."""

@@ -94,9 +94,7 @@ class AdaLoRA(Method):
 
     name = "adalora"
     Config = Config
-    tags = Tags(
-        "reparameterized", "2303.10512", mergeable=True, low_rank=True, scheduled=True, checked_against="peft 0.21"
-    )
+    tags = Tags("reparameterized", "2303.10512", mergeable=True, low_rank=True, scheduled=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -120,7 +120,7 @@ class BOFT(Method):
 
     name = "boft"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2311.06243", mergeable=True, checked_against="peft 0.21")
+    tags = Tags(category="reparameterized", paper="2311.06243", mergeable=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -118,7 +118,6 @@ class DoRA(Method):
         paper="2402.09353",
         mergeable=True,
         exact_gradient=False,  # the norm is held constant
-        checked_against="peft 0.21",
     )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES

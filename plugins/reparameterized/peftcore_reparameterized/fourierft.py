@@ -118,7 +118,6 @@ class FourierFT(Method):
         mergeable=True,
         identity_at_init=False,
         identity_options={"init_std": 0.0},
-        checked_against="peft 0.21",
     )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES

@@ -89,7 +89,7 @@ class GaLore(Method):
 
     name = "galore"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2403.03507", mergeable=True, checked_against="galore_torch 1.0")
+    tags = Tags(category="reparameterized", paper="2403.03507", mergeable=True)
     target = "all-linear"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -83,12 +83,7 @@ class HiRA(Method):
 
     name = "hira"
     Config = Config
-    tags = Tags(
-        category="reparameterized",
-        paper="ICLR 2025, OpenReview TwJrTz9cRS",
-        mergeable=True,
-        checked_against="peft 0.21",
-    )
+    tags = Tags(category="reparameterized", paper="ICLR 2025, OpenReview TwJrTz9cRS", mergeable=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

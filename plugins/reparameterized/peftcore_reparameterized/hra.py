@@ -103,7 +103,7 @@ class HRA(Method):
 
     name = "hra"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2405.17484", mergeable=True, checked_against="peft 0.21")
+    tags = Tags(category="reparameterized", paper="2405.17484", mergeable=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -96,7 +96,7 @@ class LoHa(Method):
 
     name = "loha"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2108.06098", mergeable=True, checked_against="LyCORIS 4.1")
+    tags = Tags(category="reparameterized", paper="2108.06098", mergeable=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

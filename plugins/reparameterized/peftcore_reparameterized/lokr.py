@@ -113,7 +113,7 @@ class LoKr(Method):
 
     name = "lokr"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2309.14859", mergeable=True, checked_against="LyCORIS 4.1")
+    tags = Tags(category="reparameterized", paper="2309.14859", mergeable=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -76,9 +76,7 @@ class LoRA(Method):
 
     name = "lora"
     Config = Config
-    tags = Tags(
-        category="reparameterized", paper="2106.09685", mergeable=True, low_rank=True, checked_against="peft 0.21"
-    )
+    tags = Tags(category="reparameterized", paper="2106.09685", mergeable=True, low_rank=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -51,9 +51,7 @@ class LoRAPlus(Method):
 
     name = "lora_plus"
     Config = Config
-    tags = Tags(
-        category="reparameterized", paper="2402.12354", mergeable=True, low_rank=True, checked_against="peft 0.21"
-    )
+    tags = Tags(category="reparameterized", paper="2402.12354", mergeable=True, low_rank=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -78,7 +78,6 @@ class LoRAXS(Method):
         identity_at_init=False,
         identity_options={"std": 0.0},
         low_rank=True,
-        checked_against="the authors' code",
     )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES

@@ -131,9 +131,7 @@ class MiSS(Method):
 
     name = "miss"
     Config = Config
-    tags = Tags(
-        category="reparameterized", paper="2409.15371", mergeable=True, low_rank=True, checked_against="peft 0.21"
-    )
+    tags = Tags(category="reparameterized", paper="2409.15371", mergeable=True, low_rank=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

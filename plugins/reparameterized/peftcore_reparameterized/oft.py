@@ -113,7 +113,7 @@ class OFT(Method):
 
     name = "oft"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2306.07280", mergeable=True, checked_against="peft 0.21")
+    tags = Tags(category="reparameterized", paper="2306.07280", mergeable=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

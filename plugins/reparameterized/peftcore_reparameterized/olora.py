@@ -60,9 +60,7 @@ class OLoRA(Method):
 
     name = "olora"
     Config = Config
-    tags = Tags(
-        category="reparameterized", paper="2406.01775", mergeable=True, low_rank=True, checked_against="peft 0.21"
-    )
+    tags = Tags(category="reparameterized", paper="2406.01775", mergeable=True, low_rank=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

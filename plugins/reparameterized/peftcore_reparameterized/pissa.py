@@ -57,9 +57,7 @@ class PiSSA(Method):
 
     name = "pissa"
     Config = Config
-    tags = Tags(
-        category="reparameterized", paper="2404.02948", mergeable=True, low_rank=True, checked_against="peft 0.21"
-    )
+    tags = Tags(category="reparameterized", paper="2404.02948", mergeable=True, low_rank=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -129,7 +129,7 @@ class RandLoRA(Method):
 
     name = "randlora"
     Config = Config
-    tags = Tags(category="reparameterized", paper="2502.00987", mergeable=True, checked_against="peft 0.21")
+    tags = Tags(category="reparameterized", paper="2502.00987", mergeable=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -84,9 +84,7 @@ class VeRA(Method):
 
     name = "vera"
     Config = Config
-    tags = Tags(
-        category="reparameterized", paper="2310.11454", mergeable=True, low_rank=True, checked_against="peft 0.21"
-    )
+    tags = Tags(category="reparameterized", paper="2310.11454", mergeable=True, low_rank=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

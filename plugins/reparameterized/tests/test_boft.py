@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import HOSTS, conformance
+from peftcore.testing import HOSTS, against, conformance
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 EXACT, BLOCK = 1e-12, 4
@@ -85,6 +85,7 @@ BESIDE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 @pytest.mark.parametrize("factors", [1, 2, 3])
 @pytest.mark.parametrize("name", BESIDE)
+@against("peft 0.21", "boft")
 def test_beside_peft(name: str, factors: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs, gradients and merged weights."""
     monkeypatch.setattr(peft_boft, "get_fbd_cuda", lambda: Kernel())
@@ -93,6 +94,7 @@ def test_beside_peft(name: str, factors: int, monkeypatch: pytest.MonkeyPatch) -
     both(One(build()), ["layer"], factors).assert_same(lambda model: model(x))
 
 
+@against("peft 0.21", "boft")
 def test_a_model_beside_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft_boft, "get_fbd_cuda", lambda: Kernel())
     model, inputs = HOSTS["llama"].build()

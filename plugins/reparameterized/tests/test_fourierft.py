@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import HOSTS, conformance
+from peftcore.testing import HOSTS, against, conformance
 from peftcore.utils import notices
 from peftcore_reparameterized.fourierft import relative_size
 
@@ -55,12 +55,14 @@ def both(base: nn.Module, target: list[str], seed: int, **options: Any) -> Both:
 @pytest.mark.parametrize(
     "layer", [nn.Linear(12, 7), nn.Linear(12, 7, bias=False), Conv1D(7, 12)], ids=["linear", "no-bias", "conv1d"]
 )
+@against("peft 0.21", "fourierft")
 def test_beside_peft(layer: nn.Module, seed: int) -> None:
     """Outputs, gradients and merged weights."""
     x, transposed = torch.randn(2, 3, 12), isinstance(layer, Conv1D)
     both(One(layer), ["layer"], seed, fan_in_fan_out=transposed).assert_same(lambda model: model(x))
 
 
+@against("peft 0.21", "fourierft")
 def test_a_model_beside_peft() -> None:
     model, inputs = HOSTS["llama"].build()
     both(model.eval(), ["q_proj", "v_proj"], 3).assert_same(lambda adapted: adapted(**inputs).logits)

@@ -1,8 +1,10 @@
-"""GaLore: which side is projected, what the optimizer keeps, and the authors' own optimizer, written a second time."""
+"""GaLore: which side is projected, what the optimizer keeps, numbers of the authors' own optimizer, and that written a
+second time."""
 
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,11 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore_reparameterized.galore import Config, Projection
 
+NUMBERS = Path(__file__).parent / "numbers" / "galore.json"
 SHAPES = ((20, 12), (9, 20), (9, 9))
 RANK, GAP, SCALE, LR, DECAY, BETAS, EPS = 4, 3, 0.25, 0.01, 0.1, (0.9, 0.999), 1e-8
 SIDES = ("std", "reverse_std", "right", "left", "full")
@@ -95,24 +98,14 @@ def test_the_authors_optimizer(side: str) -> None:
             assert optimizer.state[value]["exp_avg"].shape == reference.mean.shape
 
 
-AUTHORS = {
-    "std": (-6.28683, 5.68534, -2.70510),
-    "reverse_std": (-6.32388, 5.57972, -2.74825),
-    "left": (-6.32388, 5.68534, -2.74825),
-    "right": (-6.28683, 5.57972, -2.70510),
-}
-"""What `galore_torch` 1.0 (AdamW, rank 4, update_proj_gap 3, scale 0.25, lr 0.05, eps 1e-12, weight_decay 0.1) makes of
-the three matrices in eight steps: each as its product with cosines. Both sides at once are left out: off the diagonal
-that gradient is zero but for rounding, which Adam blows up to full steps."""
-
-
 def wave(shape: tuple[int, ...], seed: int) -> Tensor:
     """Numbers that look random and are the same everywhere."""
     steps = torch.arange(1.0, math.prod(shape) + 1, dtype=torch.float64)
     return torch.sin(steps**1.5 * (0.37 + 0.11 * seed)).view(shape).float()
 
 
-@pytest.mark.parametrize("side", AUTHORS)
+@pytest.mark.parametrize("side", [each for each in SIDES if each != "full"])
+@against("authors", "galore", repository="jiaweizzhao/GaLore", commit="33f2c4f", script="galore_torch/adamw.py")
 def test_numbers_of_the_authors_package(side: str) -> None:
     _, injection, values = adapted(dtype="float32", side=side)
     optimizer = injection.optimizer(torch.optim.AdamW, lr=0.05, eps=1e-12, weight_decay=0.1)
@@ -122,9 +115,8 @@ def test_numbers_of_the_authors_package(side: str) -> None:
         for index, value in enumerate(values):
             value.grad = wave(SHAPES[index], step + index)
         optimizer.step()
-    for value, expected in zip(values, AUTHORS[side], strict=True):
-        cosines = torch.cos(torch.arange(value.numel()) * 1.0).view(value.shape)
-        assert (value.double() * cosines.double()).sum().item() == pytest.approx(expected, abs=2e-4)
+    for value, expected in zip(values, frozen(NUMBERS)[side], strict=True):
+        assert value.flatten()[::5].tolist() == pytest.approx(expected, abs=2e-5)
 
 
 def test_what_trains_along_is_trained_as_usual() -> None:

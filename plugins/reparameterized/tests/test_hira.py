@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import peftcore
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 
 RANK = 3
 
@@ -53,6 +53,7 @@ def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
 
 @pytest.mark.filterwarnings("ignore:::peft")
 @pytest.mark.parametrize("kind", LAYERS)
+@against("peft 0.21", "hira")
 def test_beside_peft(kind: str) -> None:
     torch.manual_seed(0)
     layer, x = LAYERS[kind]()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.testing import HOSTS, conformance
+from peftcore.testing import HOSTS, against, conformance
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 EXACT, RANK = 1e-12, 4
@@ -48,6 +48,7 @@ BESIDE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 @FORMS
 @pytest.mark.parametrize("name", BESIDE)
+@against("peft 0.21", "hra")
 def test_beside_peft(name: str, gram_schmidt: bool) -> None:
     """Outputs, gradients and merged weights."""
     build, shape = BESIDE[name]
@@ -56,6 +57,7 @@ def test_beside_peft(name: str, gram_schmidt: bool) -> None:
 
 
 @FORMS
+@against("peft 0.21", "hra")
 def test_a_model_beside_peft(gram_schmidt: bool) -> None:
     model, inputs = HOSTS["llama"].build()
     both(model.eval(), ["q_proj", "v_proj"], gram_schmidt).assert_same(lambda adapted: adapted(**inputs).logits)

@@ -15,7 +15,7 @@ from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 EXACT, RANK, ALPHA = 1e-12, 3, 6.0
@@ -46,6 +46,7 @@ def theirs_of(name: str) -> tuple[str, bool]:
 
 @TUCKER
 @pytest.mark.parametrize("name", BESIDE)
+@against("lycoris 4.1", "loha")
 def test_beside_lycoris(name: str, tucker: bool) -> None:
     """Outputs and gradients; what it merges has the scale in it twice."""
     build, shape = BESIDE[name]
@@ -77,6 +78,7 @@ def test_beside_lycoris(name: str, tucker: bool) -> None:
 
 @TUCKER
 @pytest.mark.parametrize("name", BESIDE)
+@against("peft 0.21", "loha")
 def test_beside_peft(name: str, tucker: bool) -> None:
     """Outputs, gradients and merged weights. Where kernels are factored, peft's gradient of B is that of the other
     matrix's factors; LyCORIS's is right, see above."""

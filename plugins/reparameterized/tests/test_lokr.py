@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import peftcore
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 from peftcore_reparameterized.lokr import _cut
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
@@ -62,6 +62,7 @@ def theirs_of(name: str) -> str:
 
 @pytest.mark.parametrize("form", [*FORMS, "full_matrix"])
 @pytest.mark.parametrize("name", LAYERS)
+@against("lycoris 4.1", "lokr")
 def test_beside_lycoris(name: str, form: str) -> None:
     """Outputs and gradients; what it merges has the scale in it twice."""
     (build, shape), options = LAYERS[name], {"rank": 1, "full_matrix": True}
@@ -94,6 +95,7 @@ def test_beside_lycoris(name: str, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LAYERS)
+@against("peft 0.21", "lokr")
 def test_beside_peft(name: str, form: str) -> None:
     """Outputs, gradients and merged weights; with both factors full its scale is one for alpha = rank only."""
     (build, shape), (options, names) = LAYERS[name], FORMS[form]

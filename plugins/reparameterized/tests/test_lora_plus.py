@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, TrainingError
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 
 LR, RATIO, EMBEDDING, DECAY, STEPS = 0.03, 8.0, 0.002, 0.1, 6
 EXACT = 1e-11
@@ -73,6 +73,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 @pytest.mark.parametrize("scaling", ["rank", "sqrt_rank"])
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.filterwarnings("ignore:::peft")
+@against("peft 0.21", "lora_plus")
 def test_a_training_beside_peft(cls: type[torch.optim.Optimizer], scaling: Any) -> None:
     torch.manual_seed(0)
     base = Words().double()

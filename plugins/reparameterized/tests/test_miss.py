@@ -11,7 +11,7 @@ from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
 
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 
 
 # The default rank is above the width of these hosts, where D would have the shape of weights; 3 leaves a last shard.
@@ -94,6 +94,7 @@ def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
     yield Pair(f"{site.path}.D", operator.D, layer.miss_block[ADAPTER], lambda t: t)
 
 
+@against("peft 0.21", "miss")
 def test_beside_peft() -> None:
     torch.manual_seed(0)
     config = peft.MissConfig(r=4, target_modules=["first", "second"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import HOSTS, conformance
+from peftcore.testing import HOSTS, against, conformance
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 EXACT, BLOCK = 1e-12, 4
@@ -43,12 +43,14 @@ OPTIONS = [{}, {"block_share": True}, {"eps": 0.01}, {"eps": 0.01, "block_share"
 
 @pytest.mark.parametrize("options", OPTIONS, ids=["blocks", "shared", "coft", "coft-shared"])
 @pytest.mark.parametrize("bias", [True, False])
+@against("peft 0.21", "oft")
 def test_beside_peft(bias: bool, options: dict[str, Any]) -> None:
     """Outputs, gradients and merged weights; of more rows than outputs the weight turns."""
     x = torch.randn(2, 4, 12)
     both(One(nn.Linear(12, 7, bias=bias)), ["layer"], **options).assert_same(lambda model: model(x))
 
 
+@against("peft 0.21", "oft")
 def test_a_model_beside_peft() -> None:
     model, inputs = HOSTS["llama"].build()
     both(model.eval(), ["q_proj", "v_proj"]).assert_same(lambda adapted: adapted(**inputs).logits)

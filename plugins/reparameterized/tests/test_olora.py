@@ -11,7 +11,7 @@ from peft_pairs import ADAPTER, Both, Pair, difference
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 
 RANK, ALPHA = 3, 5.0
 OPTIONS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
@@ -84,6 +84,7 @@ def config(*target: str) -> peft.LoraConfig:
     return peft.LoraConfig(r=RANK, lora_alpha=5, init_lora_weights="olora", target_modules=list(target))
 
 
+@against("peft 0.21", "olora")
 def test_beside_peft() -> None:
     """peft keeps the rest of the weight in the base, ours keeps the base: same outputs, gradients, merged weights."""
     torch.manual_seed(0)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 from peftcore_reparameterized._kernels import projections
 
 RANK = 5
@@ -72,6 +72,7 @@ def pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
 
 
 @pytest.mark.filterwarnings("ignore:::peft")
+@against("peft 0.21", "vera")
 def test_beside_peft() -> None:
     """The random matrices too are those of peft, to the bit: so files without them mean the same."""
     torch.manual_seed(0)

@@ -34,7 +34,7 @@ class AttentionOnly(Method):
 
     name = "attention_only"
     Config = Config
-    tags = Tags(category="selective", paper="2203.09795", mergeable=True, checked_against="torch 2.13")
+    tags = Tags(category="selective", paper="2203.09795", mergeable=True)
     target = "attn.*"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

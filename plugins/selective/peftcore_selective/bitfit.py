@@ -35,7 +35,7 @@ class BitFit(Method):
 
     name = "bitfit"
     Config = Config
-    tags = Tags(category="selective", paper="2106.10199", mergeable=True, checked_against="torch 2.13")
+    tags = Tags(category="selective", paper="2106.10199", mergeable=True)
     target = "*"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

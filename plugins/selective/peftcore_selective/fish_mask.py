@@ -89,13 +89,7 @@ class FishMask(Method):
 
     name = "fish_mask"
     Config = Config
-    tags = Tags(
-        category="selective",
-        paper="2111.09839",
-        mergeable=True,
-        needs_data=True,
-        checked_against="the authors' code",
-    )
+    tags = Tags(category="selective", paper="2111.09839", mergeable=True, needs_data=True)
     target = "*"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -31,7 +31,7 @@ class LinearProbe(Method):
 
     name = "linear_probe"
     Config = Config
-    tags = Tags(category="selective", paper="2203.12119", mergeable=True, checked_against="torch 2.13")
+    tags = Tags(category="selective", paper="2203.12119", mergeable=True)
     target = "head"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -30,7 +30,7 @@ class LNTuning(Method):
 
     name = "ln_tuning"
     Config = Config
-    tags = Tags(category="selective", paper="2312.11420", mergeable=True, checked_against="peft 0.21")
+    tags = Tags(category="selective", paper="2312.11420", mergeable=True)
     target = "norm.*"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

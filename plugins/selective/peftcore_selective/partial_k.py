@@ -42,7 +42,7 @@ class PartialK(Method):
 
     name = "partial_k"
     Config = Config
-    tags = Tags(category="selective", paper="2203.12119", mergeable=True, checked_against="torch 2.13")
+    tags = Tags(category="selective", paper="2203.12119", mergeable=True)
     target = "*"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

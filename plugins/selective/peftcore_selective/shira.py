@@ -89,7 +89,7 @@ class SHiRA(Method):
 
     name = "shira"
     Config = Config
-    tags = Tags(category="selective", paper="2406.13175", mergeable=True, checked_against="peft 0.21")
+    tags = Tags(category="selective", paper="2406.13175", mergeable=True)
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -82,7 +82,7 @@ class TrainableTokens(Method):
 
     name = "trainable_tokens"
     Config = Config
-    tags = Tags(category="selective", paper="none: huggingface/peft", mergeable=True, checked_against="peft 0.21")
+    tags = Tags(category="selective", paper="none: huggingface/peft", mergeable=True)
     target = "embed"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 from peftcore.testing.hosts import HOSTS
 
 RANK = 2
@@ -42,6 +42,7 @@ def shira_pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
 @pytest.mark.parametrize("name", ["llama", "bert"])
 @pytest.mark.parametrize("mask", ["random", "magnitude"])
 @pytest.mark.filterwarnings("ignore:::peft")
+@against("peft 0.21", "shira")
 def test_numbers_of_peft(name: str, mask: str) -> None:
     model, inputs = HOSTS[name].build()
     names = ["q_proj", "v_proj"] if name == "llama" else ["query", "value"]

@@ -14,7 +14,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 import peftcore
 from peftcore.errors import ConfigError, HostMismatch, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance
 from peftcore.testing.hosts import HOSTS
 
 TOKENS = [7, 3, 5, 1]
@@ -57,6 +57,7 @@ def decoder(name: str, **options: Any) -> tuple[nn.Module, Callable[[nn.Module],
 
 @pytest.mark.parametrize(("name", "table"), [("llama", "embed_tokens"), ("gpt2", "wte")])
 @pytest.mark.filterwarnings("ignore:::peft")
+@against("peft 0.21", "trainable_tokens")
 def test_numbers_of_peft(name: str, table: str) -> None:
     """A table of its own, and one that is tied to the head; token 1 is not in the batch, but in the tied head."""
     model, run = decoder(name)

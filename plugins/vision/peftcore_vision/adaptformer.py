@@ -82,8 +82,7 @@ class AdaptFormer(Method):
 
     name = "adaptformer"
     Config = Config
-    tags = Tags(category="vision", paper="2205.13535", random=True, checked_against="the authors' code")
-    config_version = 2  # 2: dropout by default
+    tags = Tags(category="vision", paper="2205.13535", random=True)
     target = ("mlp.output",)
     alternatives = OUTPUTS
 

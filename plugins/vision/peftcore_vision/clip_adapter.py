@@ -90,13 +90,7 @@ class CLIPAdapter(Method):
 
     name = "clip_adapter"
     Config = Config
-    tags = Tags(
-        category="vision",
-        paper="2110.04544",
-        identity_at_init=False,
-        identity_options={"ratio": 0.0},
-        checked_against="the authors' code",
-    )
+    tags = Tags(category="vision", paper="2110.04544", identity_at_init=False, identity_options={"ratio": 0.0})
     target = ("head",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

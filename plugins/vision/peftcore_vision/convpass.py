@@ -136,8 +136,7 @@ class Convpass(Method):
 
     name = "convpass"
     Config = Config
-    tags = Tags(category="vision", paper="2207.07039", random=True, checked_against="the authors' code")
-    config_version = 2  # 2: dropout by default
+    tags = Tags(category="vision", paper="2207.07039", random=True)
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
 

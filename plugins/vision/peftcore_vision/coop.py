@@ -123,7 +123,7 @@ class CoOp(Method):
 
     name = "coop"
     Config = Config
-    tags = Tags(category="vision", paper="2109.01134", identity_at_init=False, checked_against="the authors' code")
+    tags = Tags(category="vision", paper="2109.01134", identity_at_init=False)
     target = ("embed",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -51,14 +51,7 @@ class FactTT(Method):
 
     name = "fact_tt"
     Config = Config
-    tags = Tags(
-        category="vision",
-        paper="2212.03145",
-        mergeable=True,
-        low_rank=True,
-        random=True,
-        checked_against="the authors' code",
-    )
+    tags = Tags(category="vision", paper="2212.03145", mergeable=True, low_rank=True, random=True)
     config_version = 2  # 2: dropout by default
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
 

@@ -137,7 +137,7 @@ class RepAdapter(Method):
 
     name = "repadapter"
     Config = Config
-    tags = Tags(category="vision", paper="2302.08106", mergeable=True, random=True, checked_against="the authors' code")
+    tags = Tags(category="vision", paper="2302.08106", mergeable=True, random=True)
     config_version = 2  # 2: dropout by default
     target = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 

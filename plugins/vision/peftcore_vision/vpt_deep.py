@@ -61,13 +61,7 @@ class VPTDeep(Method):
 
     name = "vpt_deep"
     Config = Config
-    tags = Tags(
-        category="vision",
-        paper="2203.12119",
-        identity_at_init=False,
-        per_row=False,
-        checked_against="the authors' code",
-    )
+    tags = Tags(category="vision", paper="2203.12119", identity_at_init=False, per_row=False)
     target = ("block",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

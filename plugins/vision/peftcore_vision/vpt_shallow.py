@@ -71,13 +71,7 @@ class VPTShallow(Method):
 
     name = "vpt_shallow"
     Config = Config
-    tags = Tags(
-        category="vision",
-        paper="2203.12119",
-        identity_at_init=False,
-        per_row=False,
-        checked_against="the authors' code",
-    )
+    tags = Tags(category="vision", paper="2203.12119", identity_at_init=False, per_row=False)
     target = ("block",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

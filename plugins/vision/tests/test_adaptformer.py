@@ -4,6 +4,7 @@ second time as hooks on a copy of the host, in float64."""
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,26 +14,12 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import NotMergeable, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 
 timm = pytest.importorskip("timm")
-# models/adapter.py of ShoufaChen/AdaptFormer at 6967d67, run on the tensors of `wave`: what is added to the tokens.
-AUTHORS = {
-    "none": [
-        [0.0345525199, -0.0149940806, -0.0168388527, 0.0251224991, -0.00874378778, -0.0349482473],
-        [0.0346054185, -0.0149702105, -0.0168502462, 0.0250788182, -0.00880834657, -0.0350168209],
-    ],
-    "in": [
-        [0.0352708136, -0.0149176674, -0.0174242796, 0.0240281486, -0.0100612121, -0.0361446275],
-        [0.0353249452, -0.0148993727, -0.0174466003, 0.0239710427, -0.0101381868, -0.0362213649],
-    ],
-    "out": [
-        [1.91730823, -0.490933601, -0.476671411, 0.954205755, 0.0980237356, -1.9786226],
-        [1.91921656, -0.489415307, -0.475731632, 0.952056611, 0.0968116645, -1.97973273],
-    ],
-}
+NUMBERS = Path(__file__).parent / "numbers" / "adaptformer.json"
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 SWIN = {"img_size": 32, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 # A host: of timm, with its options, or of the kit; what its operators' paths end with inside of a block; the modules
@@ -77,7 +64,8 @@ def host(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     return model.double().eval().requires_grad_(False), lambda each: output(each(**inputs))
 
 
-@pytest.mark.parametrize("layer_norm", AUTHORS)
+@pytest.mark.parametrize("layer_norm", ["none", "in", "out"])
+@against("authors", "adaptformer", repository="ShoufaChen/AdaptFormer", commit="6967d67", script="models/adapter.py")
 def test_numbers_of_the_authors_code(layer_norm: str) -> None:
     host = nn.Sequential(nn.Linear(6, 6)).double()
     options = {"bottleneck": 4, "layer_norm": layer_norm, "dropout": 0.0, "dtype": "float64"}
@@ -92,7 +80,9 @@ def test_numbers_of_the_authors_code(layer_norm: str) -> None:
     added = host(x)
     with injection.disabled():
         added = added - host(x)
-    torch.testing.assert_close(added[0], torch.tensor(AUTHORS[layer_norm]).double(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        added[0], torch.tensor(frozen(NUMBERS)[layer_norm], dtype=torch.float64), rtol=1e-10, atol=1e-12
+    )
 
 
 def block_of_the_authors(self: nn.Module, x: Tensor, t: dict[str, Tensor]) -> Tensor:

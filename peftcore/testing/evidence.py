@@ -1,0 +1,242 @@
+"""What a test must have done for a method to count as checked against somebody else's numbers.
+
+    @against("peft 0.21", "dora")
+    def test_beside_peft(): ...
+
+    @against("authors", "ssf", repository="dongzelian/SSF", commit="67d6b3a", script="models/vision_transformer.py")
+    def test_numbers_of_the_authors():
+        numbers = frozen(Path(__file__).parent / "numbers" / "ssf.json")
+
+A declaration is only met when, while the test ran, a function of that library returned numbers, or numbers were read
+that were frozen from that code; and when code of the method ran as well. Otherwise the test fails. `gathering` writes
+what tests prove into the file that `registry.evidence` reads.
+
+A library that cannot be installed beside the others is frozen like the code of authors: its declaration has a
+repository, a commit and a script too.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, ParamSpec, TypeVar
+
+from torch import Tensor
+
+from peftcore.registry.catalogue import method as find_method
+from peftcore.registry.evidence import AUTHORS, Source
+from peftcore.testing.failures import CheckFailed
+
+P = ParamSpec("P")
+T = TypeVar("T")
+FROZEN = ("repository", "commit", "script", "versions", "numbers")
+"""What a file of frozen numbers has."""
+
+
+@dataclass(frozen=True)
+class Declaration:
+    """What a test says that it compares."""
+
+    source: Source
+    methods: tuple[str, ...]
+    """Names of methods; none where an argument of the test says it."""
+    of: str | None = None
+    """The argument of the test that is the method's name."""
+
+    def named(self, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        """Returns the names of the methods for the arguments of a test."""
+        return self.methods if self.of is None else (arguments[self.of],)
+
+
+@dataclass
+class _Watch:
+    """What ran while a test did."""
+
+    libraries: tuple[str, ...] = ()
+    """Folders of the library that has to return numbers; none where frozen ones have to be read."""
+    files: set[str] = field(default_factory=set)
+    """Files of methods of which no code ran so far."""
+    returned: bool = False
+    read: list[Source] = field(default_factory=list)
+
+    def see(self, frame: FrameType, event: str, result: Any) -> bool:
+        """Takes note of a call or of what it returned. Returns whether there is nothing more to see."""
+        if event == "call":
+            self.files.discard(frame.f_code.co_filename)
+        elif event == "return" and not self.returned and frame.f_code.co_filename.startswith(self.libraries):
+            self.returned = _numbers(result)
+        return not self.files and (self.returned or not self.libraries)
+
+
+_watches: list[_Watch] = []
+"""Those of the tests that run; a test has one for each of its declarations."""
+
+
+def _profile(frame: FrameType, event: str, result: Any) -> None:
+    seen = [watch.see(frame, event, result) for watch in _watches]
+    if all(seen):
+        sys.setprofile(None)
+
+
+def against(
+    source: str, *methods: str, of: str | None = None, repository: str = "", commit: str = "", script: str = ""
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Declare that a test compares methods with somebody else's numbers.
+
+    Args:
+        source: a library by the name of its package, with the version that is run, such as ``"peft 0.21"``; or
+            ``"authors"``, the code of the paper's authors.
+        methods: the methods' names.
+        of: in the place of names, the argument of a parametrized test that is the method's name.
+        repository: of what is frozen, so of authors always: ``"owner/name"``.
+        commit: of what is frozen: the commit whose code gave the numbers.
+        script: of what is frozen: the file in it.
+
+    Raises:
+        ValueError: the declaration is not whole.
+    """
+    known = Source(source, repository, commit, script)
+    places = repository, commit, script
+    if not all(places) and (source == AUTHORS or any(places)):
+        raise ValueError("frozen numbers, as of authors, have a repository, a commit and a script; others have none")
+    if source != AUTHORS and len(source.split()) != 2:
+        raise ValueError(f"{source!r}: a library is named with the version that is run, such as 'peft 0.21'")
+    if bool(methods) is (of is not None):
+        raise ValueError("name the methods, or the argument of the test that is a method's name")
+    declaration = Declaration(known, methods, of)
+
+    def declare(test: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(test)
+
+        @functools.wraps(test)
+        def watched(*args: P.args, **kwargs: P.kwargs) -> T:
+            names = declaration.named(signature.bind(*args, **kwargs).arguments)
+            with _watching(known, names) as watch:
+                result = test(*args, **kwargs)
+            _judge(watch, known, names)
+            return result
+
+        vars(watched)["declarations"] = (*declarations(test), declaration)
+        return watched
+
+    return declare
+
+
+def declarations(test: Any) -> tuple[Declaration, ...]:
+    """Returns what a test function declares."""
+    found: tuple[Declaration, ...] = getattr(test, "declarations", ())
+    return found
+
+
+def frozen(path: Path) -> Any:
+    """Returns numbers that the authors' code gave, or a library's, as a file beside the script that makes them again
+    has them.
+
+    Raises:
+        CheckFailed: the file does not name its source, or there is no script of its name beside it.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if lacking := [key for key in FROZEN if key not in found]:
+        raise CheckFailed(f"{path.name} does not say {', '.join(lacking)}: write it by `freeze`")
+    if not path.with_suffix(".py").is_file():
+        raise CheckFailed(f"beside {path.name} there is no {path.stem}.py, which would make its numbers again")
+    for watch in _watches:
+        source = found.get("source", AUTHORS), found["repository"], found["commit"], found["script"]
+        watch.read.append(Source(*source))
+    return found["numbers"]
+
+
+def freeze(script: Path, checkout: Path) -> str:
+    """Returns the text of the file of numbers that a script of ours makes with a checkout of the authors' code.
+
+    Args:
+        script: a file with `SOURCE`, a `Source`; `VERSIONS`, names of distributions whose versions count; and
+            ``numbers(checkout)``, which runs the authors' code and returns what JSON can hold.
+        checkout: a folder with the authors' code at the commit that `SOURCE` names.
+
+    Raises:
+        CheckFailed: `SOURCE` is a library, and another version of it is installed.
+    """
+    spec = importlib.util.spec_from_file_location(f"frozen_{script.stem}", script)
+    assert spec is not None and spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    source: Source = module.SOURCE
+    if source.name != AUTHORS:
+        _check_version(source)
+    told = {
+        **({} if source.name == AUTHORS else {"source": source.name}),
+        "repository": source.repository,
+        "commit": source.commit,
+        "script": source.script,
+        "versions": {name: importlib.metadata.version(name) for name in module.VERSIONS},
+        "numbers": module.numbers(checkout),
+    }
+    return json.dumps(told, indent=1) + "\n"
+
+
+@contextmanager
+def _watching(source: Source, methods: tuple[str, ...]) -> Iterator[_Watch]:
+    watch = _Watch(_folders(source), {inspect.getfile(find_method(name)) for name in methods})
+    _watches.append(watch)
+    before = sys.getprofile()
+    sys.setprofile(_profile)
+    try:
+        yield watch
+    finally:
+        sys.setprofile(before)
+        _watches.remove(watch)
+
+
+def _judge(watch: _Watch, source: Source, methods: tuple[str, ...]) -> None:
+    """Check that what was declared has happened.
+
+    Raises:
+        CheckFailed: it has not.
+    """
+    if watch.files:
+        raise CheckFailed(f"the test says that it compares {', '.join(methods)}, but no code of it ran")
+    if source.repository and source not in watch.read:
+        raise CheckFailed(f"the test says that it compares with {source.repository}, but reads no numbers of it")
+    if not source.repository and not watch.returned:
+        raise CheckFailed(f"the test says that it compares with {source}, but nothing of it returned numbers")
+
+
+def _folders(source: Source) -> tuple[str, ...]:
+    """Returns the folders of a library that is run, for which its version has to be the declared one."""
+    if source.repository:
+        return ()
+    spec = importlib.util.find_spec(_check_version(source))
+    assert spec is not None and spec.submodule_search_locations is not None
+    return tuple(f"{place}/" for place in spec.submodule_search_locations)
+
+
+def _check_version(library: Source) -> str:
+    """Returns the package of a library of which the declared version is installed.
+
+    Raises:
+        CheckFailed: another one is.
+    """
+    package, version = library.name.split()
+    distributions = importlib.metadata.packages_distributions().get(package, [package])
+    installed = importlib.metadata.version(distributions[0])
+    if not f"{installed}.".startswith(f"{version}."):
+        raise CheckFailed(f"{library} is declared, and {installed} is installed: write the version that is run")
+    return package
+
+
+def _numbers(result: Any) -> bool:
+    if isinstance(result, Mapping):
+        return any(isinstance(each, Tensor) for each in result.values())
+    if isinstance(result, list | tuple):
+        return any(isinstance(each, Tensor) for each in result)
+    return isinstance(result, Tensor)

@@ -1,0 +1,41 @@
+"""``python -m peftcore.testing.freeze SCRIPT CHECKOUT``: write the numbers of the authors' code into the file beside a
+script that makes them; ``--check`` compares with that file instead.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peftcore.testing.evidence import freeze
+
+
+def close(one: Any, other: Any) -> bool:
+    """Whether two JSON values have the same form, and numbers that are equal up to the rounding of float32."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(close(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(close, one, other))
+    if isinstance(one, float | int) and isinstance(other, float | int):
+        return torch.isclose(torch.tensor(float(one)), torch.tensor(float(other)), rtol=1e-5, atol=1e-7).item() is True
+    return bool(one == other)
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit status: 1 where other numbers come out than the file has."""
+    script, checkout = (Path(each) for each in arguments if each != "--check")
+    text, file = freeze(script, checkout), script.with_suffix(".json")
+    if "--check" not in arguments:
+        file.write_text(text, encoding="utf-8")
+        return 0
+    same = close(json.loads(text)["numbers"], json.loads(file.read_text(encoding="utf-8"))["numbers"])
+    print(f"{file.name}: {'the same numbers' if same else 'other numbers come out'}")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

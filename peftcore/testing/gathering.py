@@ -1,0 +1,93 @@
+"""A plugin of pytest that holds a plugin's `evidence.json` equal to what its tests declare: ``pytest -p
+peftcore.testing.gathering``; with ``--evidence`` it writes the files, from the tests that passed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftcore.registry.catalogue import method as find_method
+from peftcore.registry.evidence import FILE, Source, folder, read, written
+from peftcore.testing.evidence import declarations
+
+KEY = "evidence"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--evidence", action="store_true", help="write into plugins' packages with what tests compare")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that declare something, so that ``-m against`` runs them alone."""
+    config.addinivalue_line("markers", "against: declares with whose numbers it compares")
+    for item in items:
+        if _of(item):
+            item.add_marker("against")
+
+
+def declared(items: list[pytest.Item]) -> dict[Path, dict[str, set[Source]]]:
+    """Returns the sources that tests declare, by package and method."""
+    found: defaultdict[Path, defaultdict[str, set[Source]]] = defaultdict(lambda: defaultdict(set))
+    for item in items:
+        for name, source in _of(item):
+            place = folder(find_method(name).__module__.partition(".")[0])
+            if place is not None:
+                found[place / FILE][name].add(source)
+    return {file: dict(methods) for file, methods in found.items()}
+
+
+def _of(item: pytest.Item) -> list[tuple[str, Source]]:
+    function, arguments = getattr(item, "function", None), getattr(getattr(item, "callspec", None), "params", {})
+    return [(name, each.source) for each in declarations(function) for name in each.named(arguments)]
+
+
+def differences(items: list[pytest.Item], packages: list[Path]) -> list[str]:
+    """Returns what files say and no test does, and the other way round."""
+    told, lines = declared(items), []
+    for file in sorted({*told, *(package / FILE for package in packages)}):
+        says, proves = read(file), told.get(file, {})
+        for name in sorted({*says, *proves}):
+            here, there = set(says.get(name, ())), proves.get(name, set())
+            lines += [f"{file}: {name}: {each} is compared with in no test" for each in sorted(here - there)]
+            lines += [f"{file}: {name}: {each} is not in the file" for each in sorted(there - here)]
+    return lines
+
+
+class Gathering:
+    """Gathers what tests that passed prove, and writes it."""
+
+    def __init__(self) -> None:
+        self.proved: defaultdict[Path, defaultdict[str, set[Source]]] = defaultdict(lambda: defaultdict(set))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+        report = yield
+        if report.when == "call" and report.passed:
+            for file, methods in declared([item]).items():
+                for name, sources in methods.items():
+                    told = [[str(file), name, *vars(each).values()] for each in sources]
+                    report.user_properties.append((KEY, told))
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call":
+            return
+        for key, told in report.user_properties:
+            if key == KEY and isinstance(told, list):
+                for file, name, *source in told:
+                    self.proved[Path(file)][name].add(Source(*source))
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if not hasattr(session.config, "workerinput"):
+            for file, methods in self.proved.items():
+                file.write_text(written(methods), encoding="utf-8")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--evidence"):
+        config.pluginmanager.register(Gathering())

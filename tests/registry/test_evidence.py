@@ -1,0 +1,52 @@
+"""With whose numbers the tests of a plugin compare, as its package says."""
+
+from pathlib import Path
+
+import pytest
+
+import peftcore
+from peftcore.errors import PluginError
+from peftcore.registry import evidence
+from peftcore.registry.evidence import Source, read, sources, written
+
+AUTHORS = Source("authors", "owner/code", "abc123", "model.py")
+PEFT = Source("peft 0.21")
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "evidence.json"
+    assert read(file) == {}
+    file = tmp_path / "other.json"
+    file.write_text(written({"b": [PEFT], "a": [AUTHORS, PEFT, PEFT]}))
+    assert read(file) == {"a": (AUTHORS, PEFT), "b": (PEFT,)}
+    assert file.read_text() == written(read(file))
+
+
+def test_sources_of_a_method_are_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is not imported; a single module, and a notebook, have none."""
+    package = tmp_path / "proved_elsewhere"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError")
+    (package / "evidence.json").write_text(written({"mine": [AUTHORS, PEFT]}))
+    (tmp_path / "single_module.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert sources("proved_elsewhere.mine:Mine", "mine") == "peft 0.21, the authors' code"
+    assert sources("proved_elsewhere.mine:Mine", "other") == ""
+    assert sources("single_module:Mine", "mine") == sources("__main__:Mine", "mine") == ""
+
+
+def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
+    for number, text in enumerate(("[]", '{"a": [{"paper": 1}]}', "{")):
+        file = tmp_path / f"{number}.json"
+        file.write_text(text)
+        with pytest.raises(PluginError, match="is no evidence"):
+            read(file)
+
+
+def test_a_method_that_says_so_itself_is_experimental() -> None:
+    assert evidence.FILE == "evidence.json"
+    with pytest.warns(DeprecationWarning, match="means nothing any more"):
+        peftcore.Tags(category="additive", paper="", checked_against="peft 0.21")
+    infos = {info.name: info for info in peftcore.methods()}
+    for name in ("unipelt", "lst"):
+        assert not infos[name].proven and infos[name].checked_against == ""
