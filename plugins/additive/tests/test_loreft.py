@@ -1,9 +1,8 @@
 """LoReFT and its ablations: the equations of the authors' code (LoreftIntervention, NoreftIntervention,
 NodireftIntervention of pyreft, read; it needs pyvene, which does not run beside the transformers versions that this
 project is for), written a second time as hooks on a copy of the host, in float64; where the prompt is, and which of its
-positions the authors' code takes (`frozen_loreft.json`)."""
+positions the authors' code takes (`numbers/loreft.json`)."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, NotMergeable, TargetError, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 from peftcore_additive.loreft import ReftOperator
@@ -168,7 +167,7 @@ def test_where_ends_overlap_the_first_positions_may_come_first() -> None:
     compare("llama", inputs, {"prefix": front, "suffix": [(0, 4)]}, **options)
 
 
-FROZEN = json.loads(Path(__file__).with_name("frozen_loreft.json").read_text(encoding="utf-8"))["numbers"]
+FROZEN = frozen(Path(__file__).parent / "numbers" / "loreft.json")
 
 
 @pytest.mark.parametrize("ends", sorted({(each["first"], each["last"]) for each in FROZEN}), ids=str)

@@ -1,4 +1,4 @@
-"""SVDiff: numbers of the authors' code (`frozen_svdiff.json`), those of the unofficial one for its option
+"""SVDiff: numbers of the authors' code (`numbers/svdiff.json`), those of the unofficial one for its option
 (mkshing/svdiff-pytorch at a78f69e, run once), and the equation a second time in float64, as a product of U, S and V',
 on all kinds of layers."""
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 
 UNTIED = "moved to the meta device, the host has lost its ties, and with them the shift that both holders share"
@@ -43,15 +43,17 @@ class One(nn.Module):
         return self.layer(x)
 
 
-FROZEN = run_path(str(Path(__file__).with_name("frozen_svdiff.py")))
-AUTHORS: dict[str, Any] = json.loads(FROZEN["HERE"].read_text(encoding="utf-8"))["numbers"]
-wave, shifts = FROZEN["wave"], FROZEN["shifts"]
+NUMBERS = Path(__file__).parent / "numbers" / "svdiff.json"
+SCRIPT = run_path(str(NUMBERS.with_suffix(".py")))
+wave, shifts = SCRIPT["wave"], SCRIPT["shifts"]
 
 
-@pytest.mark.parametrize("case", FROZEN["CASES"])
+@pytest.mark.parametrize("case", SCRIPT["CASES"])
+@against("authors", "svdiff", repository="phymhan/SVDiff", commit="4ca843c", script="utils_svd.py")
 def test_outputs_and_gradients_are_those_of_the_authors_code(case: str) -> None:
     """With a shift up, one down, and one below zero, which is cut at matrices and not at vectors."""
-    model, x = One(FROZEN["layer_of"](case)), FROZEN["CASES"][case][1]
+    model, x = One(SCRIPT["layer_of"](case)), SCRIPT["CASES"][case][1]
+    expected = frozen(NUMBERS)[case]
     injection = peftcore.apply(model, "svdiff", dtype="float64")
     (delta,) = injection.parameters()
     before = model(x).detach()
@@ -60,10 +62,10 @@ def test_outputs_and_gradients_are_those_of_the_authors_code(case: str) -> None:
     ours = model(x)
     assert (ours - before).abs().max() > 0.1
     (ours * wave(*ours.shape)).sum().backward()
-    assert ours.flatten().tolist() == pytest.approx(AUTHORS[case]["output"], abs=1e-12)
-    assert delta.grad.tolist() == pytest.approx(AUTHORS[case]["gradient"], abs=1e-12)
+    assert ours.flatten().tolist() == pytest.approx(expected["output"], abs=1e-12)
+    assert delta.grad.tolist() == pytest.approx(expected["gradient"], abs=1e-12)
     injection.bake()
-    assert model(x).flatten().tolist() == pytest.approx(AUTHORS[case]["output"], abs=1e-12)
+    assert model(x).flatten().tolist() == pytest.approx(expected["output"], abs=1e-12)
 
 
 UNOFFICIAL: dict[str, tuple[Any, Tensor, list[float]]] = {

@@ -1,14 +1,10 @@
-"""Writes `frozen_svdiff.json`: what SVDiff's authors' own code computes on five layers, and its gradients.
-
-    python plugins/diffusion/tests/frozen_svdiff.py CHECKOUT      of phymhan/SVDiff at 4ca843c
+"""What SVDiff's authors' own code computes on five layers, and its gradients:
+``python -m peftcore.testing.freeze svdiff.py CHECKOUT``.
 
 Their file lacks two attributes that it reads, a residual of the decomposition and a cache; they are set to what leaves
 the equation as it stands: zero, and none.
 """
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from runpy import run_path
@@ -17,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-HERE = Path(__file__).with_suffix(".json")
+from peftcore.registry.evidence import Source
+
+SOURCE = Source("authors", "phymhan/SVDiff", "4ca843c", "utils_svd.py")
+VERSIONS = ("torch",)
 
 
 def wave(*shape: int) -> Tensor:
@@ -58,16 +57,8 @@ def run(case: str, spectral_shift: Callable[..., Any]) -> dict[str, list[float]]
     return {"output": output.flatten().tolist(), "gradient": shift.eigenvalues_delta.grad.tolist()}
 
 
-if __name__ == "__main__":
-    checkout = Path(sys.argv[1])
-    theirs = run_path(str(checkout / "utils_svd.py"))
+def numbers(checkout: Path) -> dict[str, dict[str, list[float]]]:
+    """Returns outputs and gradients of each case."""
+    theirs = run_path(str(checkout / SOURCE.script))
     theirs["_SpectralShift"].eigenvalues_delta_cached, theirs["_SpectralShift"]._residual = None, torch.zeros(())
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=checkout, check=True, capture_output=True, text=True)
-    frozen = {
-        "repository": "phymhan/SVDiff",
-        "commit": commit.stdout.strip(),
-        "script": Path(__file__).name,
-        "versions": {"torch": torch.__version__},
-        "numbers": {case: run(case, theirs["spectral_shift"]) for case in CASES},
-    }
-    HERE.write_text(json.dumps(frozen, indent=1) + "\n", encoding="utf-8")
+    return {case: run(case, theirs["spectral_shift"]) for case in CASES}
