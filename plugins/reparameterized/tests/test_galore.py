@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore_reparameterized.galore import Config, Projection
 
@@ -95,15 +96,7 @@ def test_the_authors_optimizer(side: str) -> None:
             assert optimizer.state[value]["exp_avg"].shape == reference.mean.shape
 
 
-AUTHORS = {
-    "std": (-6.28683, 5.68534, -2.70510),
-    "reverse_std": (-6.32388, 5.57972, -2.74825),
-    "left": (-6.32388, 5.68534, -2.74825),
-    "right": (-6.28683, 5.57972, -2.70510),
-}
-"""What `galore_torch` 1.0 (AdamW, rank 4, update_proj_gap 3, scale 0.25, lr 0.05, eps 1e-12, weight_decay 0.1) makes of
-the three matrices in eight steps: each as its product with cosines. Both sides at once are left out: off the diagonal
-that gradient is zero but for rounding, which Adam blows up to full steps."""
+NUMBERS = Path(__file__).parent / "numbers" / "galore.json"
 
 
 def wave(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -112,8 +105,10 @@ def wave(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.sin(steps**1.5 * (0.37 + 0.11 * seed)).view(shape).float()
 
 
-@pytest.mark.parametrize("side", AUTHORS)
+@pytest.mark.parametrize("side", ["std", "reverse_std", "left", "right"])
+@against("authors", "galore", repository="jiaweizzhao/GaLore", commit="2cc66f8", script="galore_torch/adamw.py")
 def test_numbers_of_the_authors_package(side: str) -> None:
+    """Each matrix as its product with cosines."""
     _, injection, values = adapted(dtype="float32", side=side)
     optimizer = injection.optimizer(torch.optim.AdamW, lr=0.05, eps=1e-12, weight_decay=0.1)
     for index, value in enumerate(values):
@@ -122,7 +117,7 @@ def test_numbers_of_the_authors_package(side: str) -> None:
         for index, value in enumerate(values):
             value.grad = wave(SHAPES[index], step + index)
         optimizer.step()
-    for value, expected in zip(values, AUTHORS[side], strict=True):
+    for value, expected in zip(values, frozen(NUMBERS)[side], strict=True):
         cosines = torch.cos(torch.arange(value.numel()) * 1.0).view(value.shape)
         assert (value.double() * cosines.double()).sum().item() == pytest.approx(expected, abs=2e-4)
 
