@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -19,6 +20,7 @@ def load(file: Path, root: Path | None = None, absent: Iterable[str] = ()) -> An
         absent: dotted names of modules that it imports and of which nothing is needed: it gets mocks in their place.
     """
     root = file.parent if root is None else root
-    sys.modules.update({name: MagicMock() for name in absent})
+    for name in absent:
+        sys.modules[name] = MagicMock(__spec__=ModuleSpec(name, None))
     sys.path.insert(0, str(root))
     return importlib.import_module(".".join(file.relative_to(root).with_suffix("").parts))
