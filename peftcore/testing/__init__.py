@@ -20,6 +20,7 @@ It may import all of peftcore but `comparing` and `cli`. In the order of reading
 - `compiling`: a compiler for checks.
 - `doors`: `conformance` and `check_method`.
 - `evidence`: with whose numbers tests compare, and what they must have done for it.
+- `checkouts`: the authors' code imported, for scripts that make frozen numbers.
 - `freeze`: the command that makes frozen numbers again.
 - `gathering`: a plugin of pytest that writes down what tests compare with.
 - `quantizers`: the same frame for schemes that quantize weights.

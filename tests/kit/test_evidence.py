@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.registry.evidence import Source
 from peftcore.testing import HOSTS, CheckFailed, against, frozen, gathering
+from peftcore.testing.checkouts import load
 from peftcore.testing.evidence import declarations, freeze
 
 AUTHORS: dict[str, Any] = {"repository": "owner/code", "commit": "abc123", "script": "model.py"}
@@ -194,3 +195,14 @@ def test_files_and_tests_say_the_same(tmp_path: Path) -> None:
     (tmp_path / "evidence.json").write_text('{"lst": [{"name": "peft 0.21"}]}')
     wrong = gathering.differences([], [tmp_path])
     assert wrong == [f"{tmp_path / 'evidence.json'}: lst: peft 0.21 is compared with in no test"]
+
+
+def test_a_file_of_a_checkout_is_imported_without_what_it_does_not_need(tmp_path: Path) -> None:
+    folder = tmp_path / "checkout_of_a_test" / "models"
+    folder.mkdir(parents=True)
+    (folder / "beside.py").write_text("TWO = 2\n")
+    (folder / "model.py").write_text(
+        "import wanting.engine\nfrom .beside import TWO\nclass Model(wanting.engine.Base): pass\n"
+    )
+    module = load(folder / "model.py", root=tmp_path, absent=["wanting", "wanting.engine"])
+    assert module.TWO == 2

@@ -1,8 +1,9 @@
-"""Compacter: numbers of the authors' own layers (rabeehk/compacter at e123daa, seq2seq/hypercomplex/layers.py, run once
-in float64), the equation written a second time with torch.kron, where adapters stand, how they start."""
+"""Compacter: numbers of the authors' own layers, the equation written a second time with torch.kron, where adapters
+stand, how they start."""
 
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import Replacement
 from peftcore.errors import ConfigError, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 from peftcore.testing.tools import without_fast_paths
@@ -42,24 +43,17 @@ def wave(like: Tensor, k: float) -> Tensor:
     return torch.sin(torch.arange(like.numel(), dtype=torch.float64) * k + k).view_as(like)
 
 
-AUTHORS = {
-    "compacter": (
-        {"rank": 2},
-        [0.7804045, 0.2015012, 1.5457172, 0.0981985, 2.0316770, -0.5010434],
-        [-0.1601784, 0.3759927, 1.6399239, -1.9216419, -0.3927753, 0.2913033, 1.8499834, -2.4445632],
-    ),
-    "phm": (
-        PHM,
-        [1.2993652, -0.4200655, 2.0226849, -0.9681015, 2.1442052, 0.3849542],
-        [9.9758353, 0.5088002, 12.7687824, 0.4733111, -9.5111738, -0.8020254, -12.3497171, -0.8547528],
-    ),
-}
+NUMBERS = Path(__file__).parent / "numbers" / "compacter.json"
+AUTHORS = {"compacter": {"rank": 2}, "phm": PHM}
 
 
 @pytest.mark.parametrize("variant", AUTHORS)
+@against(
+    "authors", "compacter", repository="rabeehk/compacter", commit="e123daa", script="seq2seq/hypercomplex/layers.py"
+)
 def test_the_authors_numbers(variant: str) -> None:
     """Outputs, and the gradient of the rules: of the shared ones, or of the first matrix'."""
-    options, outputs, gradient = AUTHORS[variant]
+    options, numbers = AUTHORS[variant], frozen(NUMBERS)[variant]
     model = nn.Sequential(nn.Linear(6, 6, bias=False)).double().requires_grad_(False)
     model[0].weight.copy_(torch.eye(6))
     injection = peftcore.apply(model, "compacter", target="0", bottleneck=4, phm_dim=2, dtype="float64", **options)
@@ -76,9 +70,9 @@ def test_the_authors_numbers(variant: str) -> None:
                     tensor.copy_(wave(tensor, k))
     y = model(wave(torch.empty(1, 6), 0.4))
     y.square().sum().backward()
-    assert y.flatten().tolist() == pytest.approx(outputs, abs=1e-7)
+    assert y.flatten().tolist() == pytest.approx(numbers["outputs"], abs=1e-10)
     (rule,) = shared or [operator.down.rule.value]
-    assert rule.grad.flatten().tolist() == pytest.approx(gradient, abs=1e-7)
+    assert rule.grad.flatten().tolist() == pytest.approx(numbers["rule"], abs=1e-10)
 
 
 def host(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:

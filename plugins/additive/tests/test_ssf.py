@@ -1,7 +1,8 @@
-"""SSF: the kit; numbers of the authors' vision transformer (dongzelian/SSF@0135361, models/vision_transformer.py, run
-once in float64), which without them is timm's; the equation on other layers, and norms that multiply by 1 + w."""
+"""SSF: the kit; numbers of the authors' vision transformer, which without scales and shifts is timm's; the equation on
+other layers, and norms that multiply by 1 + w."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS, stir
 from peftcore.testing.kit import fill
 
@@ -31,9 +32,7 @@ def wave(shape: tuple[int, ...], k: float) -> Tensor:
 
 
 PLACES = ["patch_embed.proj", "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2", "norm"]
-OUTPUTS = [6.5045014, 5.0291588, 7.0159066, 6.2149178, 4.6510767, 6.5502541]
-GAIN = [-0.1297502, -1.5632694, 1.9858867, -1.5708929, 4.6010188, -4.5451735, 3.7752927, -0.7999034]
-SHIFT = [1.9994971, -8.7251936, 0.0757303, 8.7071817, -2.1466737, -8.1966101, 4.0961812, 7.2223615]
+NUMBERS = Path(__file__).parent / "numbers" / "ssf.json"
 
 
 @torch.no_grad()
@@ -46,9 +45,10 @@ def vision_transformer() -> nn.Module:
     return model
 
 
+@against("authors", "ssf", repository="dongzelian/SSF", commit="0135361", script="models/vision_transformer.py")
 def test_the_authors_numbers() -> None:
     """Outputs, and gradients of the first scale and of a norm's shift; the head is left out, all else is adapted."""
-    model, x = vision_transformer(), wave((2, 2, 4, 4), 0.23)
+    model, x, numbers = vision_transformer(), wave((2, 2, 4, 4), 0.23), frozen(NUMBERS)
     base = model(x)
     operators = peftcore.apply(model, "ssf", dtype="float64").operators
     assert [path.removeprefix("blocks.0.") for path in operators] == PLACES
@@ -58,9 +58,9 @@ def test_the_authors_numbers() -> None:
             operator.shift.copy_(wave(operator.shift.shape, 0.53 + 0.05 * index))
     y = model(x)
     y.square().sum().backward()
-    assert y.flatten().tolist() == pytest.approx(OUTPUTS, abs=1e-6)
-    assert operators["patch_embed.proj"].gain.grad.tolist() == pytest.approx(GAIN, abs=1e-6)
-    assert operators["blocks.0.norm2"].shift.grad.tolist() == pytest.approx(SHIFT, abs=1e-6)
+    assert y.flatten().tolist() == pytest.approx(numbers["outputs"], abs=1e-10)
+    assert operators["patch_embed.proj"].gain.grad.tolist() == pytest.approx(numbers["scale"], abs=1e-10)
+    assert operators["blocks.0.norm2"].shift.grad.tolist() == pytest.approx(numbers["shift"], abs=1e-10)
     assert (y - base).abs().max() > 1
 
 

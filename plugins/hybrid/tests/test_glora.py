@@ -1,7 +1,8 @@
-"""GLoRA beside peft's and beside numbers of the authors' layer (Arnav0400/ViT-Slim at 0fed674, GLoRA/layer.py, run once
-in float64); its equation on the kinds of layers that both lack; layers without a bias."""
+"""GLoRA beside peft's and beside numbers of the authors' layer; its equation on the kinds of layers that both lack;
+layers without a bias."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -13,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import against, conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
@@ -59,21 +60,13 @@ def wave(shape: tuple[int, ...], k: float) -> Tensor:
     return torch.sin(torch.arange(size, dtype=torch.float64) * k + k).view(shape)
 
 
-# Outputs and the gradient of E; peft leaves C and E away where there is no bias.
-AUTHORS = {
-    True: (
-        [5.4749851, 6.4757824, -0.2349993, -4.3916667, -0.3145825, -3.1137513, -0.4798777, 2.5829575],
-        [10.3208052, 6.7240622, -1.4297541, -3.6174184],
-    ),
-    False: (
-        [4.0664147, 4.5130615, -1.5613106, -4.2770456, -1.7231529, -5.0764723, -1.806189, 2.6975785],
-        [4.6865235, -1.1268215, -6.7349991, -3.1589343],
-    ),
-}
+NUMBERS = Path(__file__).parent / "numbers" / "glora.json"
 
 
-@pytest.mark.parametrize("bias", AUTHORS)
+@pytest.mark.parametrize("bias", [True, False])
+@against("authors", "glora", repository="Arnav0400/ViT-Slim", commit="0fed674", script="GLoRA/layer.py")
 def test_the_authors_numbers(bias: bool) -> None:
+    """Outputs and the gradient of E; peft leaves C and E away where there is no bias."""
     model = nn.Sequential(nn.Linear(6, 4, bias=bias)).double().requires_grad_(False)
     model[0].weight.copy_(wave((4, 6), 0.9))
     if bias:
@@ -90,9 +83,9 @@ def test_the_authors_numbers(bias: bool) -> None:
             values[name].copy_(value)
     y = model(wave((2, 6), 0.5))
     y.square().sum().backward()
-    outputs, gradient = AUTHORS[bias]
-    assert y.flatten().tolist() == pytest.approx(outputs, abs=1e-6)
-    assert values["E"].grad.flatten().tolist() == pytest.approx(gradient, abs=1e-6)
+    numbers = frozen(NUMBERS)[str(bias)]
+    assert y.flatten().tolist() == pytest.approx(numbers["outputs"], abs=1e-10)
+    assert values["E"].grad.flatten().tolist() == pytest.approx(numbers["E"], abs=1e-10)
 
 
 LAYERS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {

@@ -1,9 +1,10 @@
-"""HydraLoRA: the kit; numbers of the authors' own layer (Clin0212/HydraLoRA at afb693b, HydraLoRA/peft/tuners/lora.py,
-run once in float64, its softmax in float32); the equation in float64 for several kinds of layers."""
+"""HydraLoRA: the kit; numbers of the authors' own layer, whose softmax is in float32; the equation in float64 for
+several kinds of layers."""
 
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import NotMergeable, UnsupportedSite
-from peftcore.testing import HOSTS, conformance
+from peftcore.testing import HOSTS, against, conformance, frozen
 from peftcore.testing.kit import fill
 
 HEADS, RANK, ALPHA = 3, 2, 3.0
 OPTIONS = {"target": "0", "heads": HEADS, "rank": RANK, "alpha": ALPHA, "dropout": 0.0}
+NUMBERS = Path(__file__).parent / "numbers" / "hydralora.json"
 
 
 @conformance("hydralora", options={"*": {"heads": HEADS, "rank": RANK}})
@@ -29,24 +31,9 @@ def wave(*shape: int, step: float) -> Tensor:
     return (torch.arange(math.prod(shape), dtype=torch.float64) * step).sin().view(shape)
 
 
-AUTHORS = {  # flattened
-    "y": [0.63041628, 2.56879504, 2.24820680, -1.84120312, -0.28193389, 3.23693829, 1.08538387, 0.87084997],
-    "A": [
-        0.00241472, 0.69907440, 0.86668851, 0.37841003, -0.39624161, -0.17177124, -0.60796867, -0.58406753, -0.11815573,
-        0.43717398,
-    ],
-    "B": [
-        -0.67707965, 0.53878991, -0.74147648, 0.38970197, -0.73963943, 0.20580310, -0.67173258, 0.00352046, -0.66796905,
-        0.53154010, -0.71533917, 0.56377067, -0.69881017, 0.54564128, -0.61985855, 0.47877139, -0.08960244, 0.07130164,
-        -0.11688425, -0.15658501, -0.13372514, -0.37048438, -0.13862076, -0.55128949,
-    ],
-    "gate": [
-        0.04544186, 0.14630689, 0.13644978, 0.02333020, -0.10744522, -0.03318217, -0.02539225, 0.00161402, 0.02739883,
-        0.03244875, -0.01225970, -0.12091463, -0.13806379, -0.05072902, 0.07499646,
-    ],
-}  # fmt: skip
-
-
+@against(
+    "authors", "hydralora", repository="Clin0212/HydraLoRA", commit="afb693b", script="HydraLoRA/peft/tuners/lora.py"
+)
 def test_numbers_of_the_authors() -> None:
     """The output, then the gradients."""
     model = nn.Sequential(nn.Linear(5, 4)).double()
@@ -63,8 +50,9 @@ def test_numbers_of_the_authors() -> None:
     (y * wave(1, 2, 4, step=0.3)).sum().backward()
     with injection.disabled():
         assert difference(model(x), y) > 1e-3
+    numbers = frozen(NUMBERS)
     for name, found in {"y": y, "A": op.A.grad, "B": op.B.grad, "gate": op.gate.grad}.items():
-        assert difference(found.flatten(), torch.tensor(AUTHORS[name], dtype=torch.float64)) < 1e-6, name
+        assert difference(found.flatten(), torch.tensor(numbers[name], dtype=torch.float64)) < 1e-6, name
 
 
 def test_defaults_are_those_of_the_authors_script() -> None:

@@ -1,10 +1,10 @@
-"""MoV: the kit; numbers of the authors' modules (for-ai/parameter-efficient-moe at e2683fe, src/mov.py and
-src/routing.py, run once in float32, flax's own dense layer standing in for flaxformer's); the equation in float64, by
-hooks on a copy of the host; heads; what is refused."""
+"""MoV: the kit; numbers of the authors' modules; the equation in float64, by hooks on a copy of the host; heads; what
+is refused."""
 
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import NotMergeable, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
+NUMBERS = Path(__file__).parent / "numbers" / "mov.json"
 HEADS_TOLD = {"unet": {"experts": 3, "head": 4}, "dit": {"experts": 3, "head": 8}}
 
 
@@ -31,37 +32,8 @@ def wave(*shape: int, step: float) -> Tensor:
     return (torch.arange(math.prod(shape), dtype=torch.float64) * step).sin().view(shape)
 
 
-AUTHORS: dict[str, dict[str, list[float]]] = {  # flattened
-    "feed-forward": {
-        "y": [
-            0.0, 1.0544996, 1.3907945, 0.2322772, -0.3051148, -1.2822540, -0.8754249, 0.0109969, 0.7589865, 1.3163558,
-        ],
-        "gain": [
-            -0.4601870, -0.2533318, 0.2487459, 0.4002802, 0.0141881, -0.4539948, -0.3476095, 0.0133558,
-            0.2536206, 0.1880461, -0.0608996, 0.0798753, 0.3022879, 0.2169708, -0.2001691,
-        ],
-        "router": [
-            0.3493231, 0.0295943, -0.3125308, -0.4181389, -0.2073078, -0.2951494, -0.2396093, -0.0027377,
-            0.2362057, 0.2963934, -0.0541738, 0.2100150, 0.3152686, 0.1819333, -0.0890856,
-        ],
-    },
-    "attention": {
-        "y": [
-            0.0, 1.4372032, 0.9468917, 0.7017702, -0.5821878, -0.2704234,
-            -0.5309087, 0.0242277, 0.9518871, 1.7723534, 0.3358460, -0.1008023,
-        ],
-        "gain": [
-            -0.4412032, 0.1905615, 0.7467423, -0.0780011, 0.0403960, 0.1479479, -0.2333506, 0.0150454, 0.1912789,
-            0.1035105, -0.0183010, -0.0558084, 0.4447317, -0.1385663, -0.3745954, 0.2010473, -0.1974209, -0.4725033,
-        ],
-        "router": [
-            0.1768698, -0.0699011, -0.2637723, 0.0809711, -0.0347735, -0.1242023, -0.2578410, 0.1046746, 0.3879746,
-        ],
-    },
-}  # fmt: skip
-
-
 @pytest.mark.parametrize(("place", "heads", "head"), [("feed-forward", 1, 5), ("attention", 2, 3)])
+@against("authors", "mov", repository="for-ai/parameter-efficient-moe", commit="e2683fe", script="src/mov.py")
 def test_numbers_of_the_authors(place: str, heads: int, head: int) -> None:
     """The output, then the gradients: behind a layer that does nothing, so that a is what comes in."""
     width = heads * head
@@ -78,8 +50,9 @@ def test_numbers_of_the_authors(place: str, heads: int, head: int) -> None:
         op.router.copy_(wave(3, head, step=0.7))
     y = model(wave(1, 2, width, step=0.9))
     (y * wave(1, 2, width, step=0.3)).sum().backward()
+    numbers = frozen(NUMBERS)[place]
     for name, found in {"y": y, "gain": op.gain.grad, "router": op.router.grad}.items():
-        assert difference(found.flatten(), torch.tensor(AUTHORS[place][name], dtype=torch.float64)) < 1e-6, name
+        assert difference(found.flatten(), torch.tensor(numbers[name], dtype=torch.float64)) < 1e-6, name
 
 
 def mixed(a: Tensor, gain: Tensor, router: Tensor) -> Tensor:

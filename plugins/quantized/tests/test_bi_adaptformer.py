@@ -4,6 +4,7 @@ time as hooks on a copy of the host, in float64."""
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,49 +15,12 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, NotMergeable, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 from peftcore_quantized._binary import normal_codes
 
-# binary_adapter/utils.py of JieShibo/PETL-ViT at 026e4f1, by bits: the codes.
-CODES = {
-    1: [-0.674489737, 0.674489737],
-    2: [-1.265720367, -0.377754152, 0.377754152, 1.265720367],
-    4: [0.105550282, 0.319036007, 0.540072083, 0.775192022, 1.034006238, 1.333106637, 1.707737565, 2.265490532],
-}
-# Adapter of binary_adapter/adaptformer.py there, with QLinear of 6 and 4 features, on the tensors of `wave`: what is
-# added to the tokens, and the first two rows of the gradients of up and down.
-AUTHORS = {
-    1: (
-        [
-            [0.00457088782, -0.00349859704, 0.00228914709, -0.00121685631, 7.40636021e-06, 0.00106488442],
-            [0.00460543239, -0.00352503775, 0.00232471299, -0.00124431835, 4.39935875e-05, 0.00103640105],
-        ],
-        [
-            [0.00214603051, 0.00171499033, 0.00186940287, 0.00126857488],
-            [-0.00274495068, -0.00208709185, -0.00194703357, -0.000937024073],
-        ],
-        [
-            [-0.16374958, 0.175751067, -0.00498916441, -0.173379995, 0.168031637, -0.00539962683],
-            [0.171666362, -0.170278203, 0.00634422117, 0.15767456, -0.178134959, 0.0160819123],
-        ],
-    ),
-    2: (
-        [
-            [0.00754736334, -0.00797020172, 0.00656298411, -0.00507177993, 0.00359621287, 0.000198882811],
-            [0.00765430904, -0.00810643366, 0.00669337338, -0.00518154779, 0.00370434386, 0.000137292013],
-        ],
-        [
-            [0.0032251191, 0.00224338356, 0.00411205533, 0.0036294569],
-            [-0.00376917489, -0.00258793147, -0.00460389479, -0.00394109619],
-        ],
-        [
-            [-0.280765873, 0.304918191, -0.0103257718, -0.299626537, 0.289716093, -0.0104566896],
-            [0.298229412, -0.292549395, 0.00886613892, 0.271663356, -0.307400301, 0.0269612887],
-        ],
-    ),
-}
+NUMBERS = Path(__file__).parent / "numbers" / "bi_adaptformer.json"
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 # A host: of timm, with its options, or of the kit; what its operators' paths end with inside of a block; the modules
 # there that read the stream in front of the norm, and that return what the feed-forward returns.
@@ -79,15 +43,23 @@ def wave(*shape: int, step: float) -> Tensor:
     return 0.3 * torch.sin(step * torch.arange(1, math.prod(shape) + 1, dtype=torch.float64)).view(shape)
 
 
-@pytest.mark.parametrize("bits", CODES)
+@pytest.mark.parametrize("bits", [1, 2, 4])
 def test_codes_of_the_authors_code(bits: int) -> None:
     codes = normal_codes(bits)
     assert len(codes) == 2**bits
     torch.testing.assert_close(codes, -codes.flip(0), rtol=0, atol=1e-12)
-    torch.testing.assert_close(codes[-len(CODES[bits]) :], torch.tensor(CODES[bits]).double(), rtol=1e-6, atol=0)
+    expected = torch.tensor(frozen(NUMBERS)["codes"][str(bits)], dtype=torch.float64)  # in float32
+    torch.testing.assert_close(codes, expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("bits", AUTHORS)
+@pytest.mark.parametrize("bits", [1, 2])
+@against(
+    "authors",
+    "bi_adaptformer",
+    repository="JieShibo/PETL-ViT",
+    commit="026e4f1",
+    script="binary_adapter/adaptformer.py",
+)
 def test_numbers_of_the_authors_code(bits: int) -> None:
     host = nn.Sequential(nn.Linear(6, 6)).double()
     injection = peftcore.apply(
@@ -102,8 +74,10 @@ def test_numbers_of_the_authors_code(bits: int) -> None:
         base = host(x)
     added = host(x) - base
     (added * wave(1, 2, 6, step=2.9)).sum().backward()
-    for ours, theirs in zip((added[0], operator.up.grad[:2], operator.down.grad[:2]), AUTHORS[bits], strict=True):
-        torch.testing.assert_close(ours, torch.tensor(theirs).double(), rtol=1e-6, atol=1e-9)
+    numbers = frozen(NUMBERS)["adapter"][str(bits)]
+    for name, ours in {"added": added[0], "up": operator.up.grad, "down": operator.down.grad}.items():
+        expected = torch.tensor(numbers[name], dtype=torch.float64)
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_dropout_is_that_of_the_authors_by_default() -> None:

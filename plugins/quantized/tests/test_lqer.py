@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import TrainingError
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 
 HOSTS = ("mlp", "encoder", "llama", "bert", "t5", "gpt2", "moe", "mistral", "vit", "unet", "dit", "convnet")
 SAME = "the kit's batches differ in what counts of the output; the inputs, which is what this looks at, are the same"
@@ -54,21 +54,21 @@ def corrected(gap: Tensor, x: Tensor | None, rank: int) -> Tensor:
     return vectors @ vectors.T @ scaled / columns.double()
 
 
-AUTHORS = {"0": (0.6910730004, 0.6651309612, 0.1875703979), "2": (0.4899893701, 0.4580964003, 0.1738886057)}
-"""Norms of E, of E - B A and of B A by ChengZhang-98/lqer (88b6960), statistic_profiler/scale.py for the sizes and
-approximate/lqer_act.py in float64, for these weights and batches, NF4 of bitsandbytes and factors that are not rounded;
-it differed from B A here by 2.5e-7 of the largest entry. In its own float32 it is 1.7e-3 off where a channel is silent:
-it divides the singular vectors by 0.0001."""
+NUMBERS = Path(__file__).parent / "numbers" / "lqer.json"
 
 
+@against(
+    "authors", "lqer", repository="ChengZhang-98/lqer", commit="88b6960", script="src/lqer/approximate/lqer_act.py"
+)
 def test_the_factors_are_the_authors() -> None:
+    """Norms of E, of E - B A and of B A."""
     model, _ = host()
     options: dict[str, Any] = {"target": ["0", "2"], "rank": 3, "scheme": "bnb-nf4", "factor_bits": None}
     pytest.importorskip("bitsandbytes")
     injection = peftcore.apply(model, "lqer", data=batches(), **options)
     assert not list(injection.parameters())
     held = packed("bnb-nf4")
-    for path, norms in AUTHORS.items():
+    for path, norms in frozen(NUMBERS).items():
         operator, layer = injection.operators[path], held.get_submodule(path)
         product = operator.B @ operator.A
         gap = host()[0].get_submodule(path).weight - peftcore.registry.plugins.layer_of(layer, "weight").read(

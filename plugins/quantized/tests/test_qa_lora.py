@@ -17,14 +17,9 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MergeError, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 
-# GPTQLoraLinear of peft_utils.py in yuhuixu1993/qa-lora at 91604c7, on peft 0.4.0, groups of 4, r=3, lora_alpha=5, with
-# the tensors of `wave`: what is added to the output.
-AUTHORS = [
-    [-0.011081911, -0.018821700, -0.003146457, 0.016443119, 0.015576722],
-    [-0.011541566, -0.013931076, 0.001010292, 0.014694812, 0.010098331],
-]
+NUMBERS = Path(__file__).parent / "numbers" / "qa_lora.json"
 RANK, ALPHA, GROUP = 3, 5.0, 4
 OPTIONS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
 
@@ -59,8 +54,11 @@ def added(packed: bool) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("packed", [False, True])
+@against("authors", "qa_lora", repository="yuhuixu1993/qa-lora", commit="91604c7", script="peft_utils.py")
 def test_numbers_of_the_authors_code(packed: bool) -> None:
-    torch.testing.assert_close(added(packed)[0], torch.tensor(AUTHORS).double(), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(
+        added(packed)[0], torch.tensor(frozen(NUMBERS), dtype=torch.float64), rtol=1e-10, atol=1e-12
+    )
 
 
 def test_peft_adds_as_many_times_more_as_there_are_groups() -> None:

@@ -12,10 +12,11 @@ from peft_pairs import GRADIENTS, MOVED, OUTPUTS, difference
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import against, conformance
+from peftcore.testing import against, conformance, frozen
 
 RANK, ALPHA = 3, 5.0
 OPTIONS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
+NUMBERS = Path(__file__).parent / "numbers" / "qpissa.json"
 TIES = "with its weights in bfloat16 the singular vectors are others; pissa on all its linear layers fails there alike"
 
 
@@ -67,8 +68,8 @@ def test_beside_peft() -> None:
     assert all(difference(ours.grad, other.grad) <= GRADIENTS for ours, other in pairs)
 
 
-def authors(weight: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor]:
-    """The base and the product of the factors, by the steps of GraphPKU/PiSSA, utils/init_qpissa.py (87f4db6)."""
+def iterated(weight: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor]:
+    """The base and the product of the factors, written a second time."""
     gap = weight
     for _ in range(iterations):
         vectors = torch.linalg.eigh(gap.double() @ gap.double().T).eigenvectors  # another way to the best of the rank
@@ -79,17 +80,22 @@ def authors(weight: Tensor, rank: int, iterations: int) -> tuple[Tensor, Tensor]
 
 
 @pytest.mark.parametrize("iterations", [1, 5])
+@against("authors", "qpissa", repository="GraphPKU/PiSSA", commit="87f4db6", script="utils/init_qpissa.py")
 def test_the_start_is_the_authors(iterations: int) -> None:
     """Also how far it is from the weight, which each iteration brings nearer."""
     model, _ = host()
     injection = peftcore.apply(model, "qpissa", target="0", scheme="bnb-nf4", iterations=iterations, **OPTIONS)
     operator, weight = injection.operators["0"], host()[0][0].weight
-    base, product = authors(weight, RANK, iterations)
+    base, product = iterated(weight, RANK, iterations)
     assert torch.equal(operator.A, operator.A0)
     assert torch.equal(operator.B, operator.B0)
-    assert difference(ALPHA / RANK * operator.B @ operator.A, product) <= OUTPUTS
+    numbers, start = frozen(NUMBERS)[str(iterations)], ALPHA / RANK * operator.B @ operator.A
+    assert difference(start, product) <= OUTPUTS
+    assert difference(start[:2, :6], torch.tensor(numbers["product"])) <= OUTPUTS
     injection.merge()
     assert difference(model[0].weight, base + product) <= OUTPUTS
+    assert difference(model[0].weight[:2, :6], torch.tensor(numbers["weight"])) <= OUTPUTS
+    assert (model[0].weight - weight).norm().item() == pytest.approx(numbers["distance"], rel=OUTPUTS)
     plain, now = (rounded(weight) - weight).norm(), (model[0].weight - weight).norm()
     assert now < (0.95 if iterations == 1 else 0.9) * plain
 

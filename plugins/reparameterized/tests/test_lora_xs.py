@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 
 RANK, ALPHA = 3, 5.0
 OPTIONS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
+NUMBERS = Path(__file__).parent / "numbers" / "lora_xs.json"
 
 
 @conformance("lora_xs", options={"*": {"rank": 4}})  # the default rank is the width of these hosts
@@ -23,27 +24,27 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
+@against(
+    "authors",
+    "lora_xs",
+    repository="MohammadrezaBanaei/LoRA-XS",
+    commit="e50b1a8",
+    script="utils/initialization_utils.py",
+)
 def test_beside_the_authors_code() -> None:
-    """MohammadrezaBanaei/LoRA-XS at e50b1a8, run once in float32 on one layer: its factors, and what they compute."""
+    """Its factors for one layer, what they compute, and what is merged, in float32."""
+    numbers = {name: torch.tensor(value) for name, value in frozen(NUMBERS).items()}
     base = One(nn.Linear(4, 3, bias=False)).double()
     weight = torch.tensor([[0.9, -0.4, 0.1, 0.3], [0.2, 0.7, -0.5, 0.1], [-0.3, 0.2, 0.4, 0.6]])
     base.layer.weight.data.copy_(weight)
     injection = peftcore.apply(base, "lora_xs", target="layer", rank=2, alpha=3.0, dtype="float64")
     operator: Any = injection.operators["layer"]
-    A = [[0.847522616, -0.616780937, 0.150836140, 0.123022243], [0.456307322, 0.447957277, -0.607649565, -0.152686119]]
-    B = [[0.933902562, 0.155874327], [-0.286255687, 0.865184784], [-0.214204907, -0.476611495]]
-    assert difference(operator.A, torch.tensor(A)) <= 1e-6
-    assert difference(operator.B, torch.tensor(B)) <= 1e-6
+    assert difference(operator.A, numbers["A"]) <= 1e-6
+    assert difference(operator.B, numbers["B"]) <= 1e-6
     operator.R.data.copy_(torch.tensor([[0.5, -0.2], [0.3, 0.4]]))
-    expected = torch.tensor([[-0.567855000, 3.206492901, -0.239265606]])
-    assert difference(base(torch.tensor([[1.0, 2.0, -1.0, 0.5]]).double()), expected) <= 1e-6
+    assert difference(base(torch.tensor([[1.0, 2.0, -1.0, 0.5]]).double()), numbers["output"]) <= 1e-6
     injection.merge()
-    merged = [
-        [1.467907786, -0.958882689, 0.329645336, 0.423295587],
-        [0.624072790, 0.863293052, -0.841278195, 0.029111572],
-        [-0.719095945, 0.332057774, 0.478136241, 0.587702155],
-    ]
-    assert difference(base.layer.weight, torch.tensor(merged)) <= 1e-6
+    assert difference(base.layer.weight, numbers["merged"]) <= 1e-6
 
 
 def between(weight: Tensor, tensors: dict[str, Tensor]) -> Tensor:

@@ -1,24 +1,27 @@
-"""Attention-only tuning: the attention layers train, and nothing else.   Touvron et al. 2022, arXiv 2203.09795.
+"""Attention-only tuning: the attention layers train, not the feed-forwards.   Touvron et al. 2022, arXiv 2203.09795.
 
     W' for W in {W_q, W_k, W_v, W_o} of every block, and their biases,   trained, starting from the host's
 
-Feed-forwards, norms and embeddings stay. Cross-attention stays too, which the paper's image models do not have: target
-("attn.*", "cross.*") to train it along. A matrix that makes queries, keys and values together trains whole; a target
-such as attn.q trains its slice of it. Where one matrix serves attention and feed-forward together, target the parts of
-the first (attn.q, attn.k, attn.v); what both leave through has no slice of its own for attention.
+As in the authors' code (facebookresearch/deit), the head over classes and the tables of positions train along, which
+the paper does not say; where a target is named, that alone. Feed-forwards, norms and other embeddings stay.
+Cross-attention stays too, which the paper's image models do not have: target ("attn.*", "cross.*") to train it along. A
+matrix that makes queries, keys and values together trains whole; a target such as attn.q trains its slice of it. Where
+one matrix serves attention and feed-forward together, target the parts of the first (attn.q, attn.k, attn.v); what both
+leave through has no slice of its own for attention.
 
-Parameters: 4 d^2 + 4 d a block, about a third of a transformer's.
+Parameters: 4 d^2 + 4 d a block, about a third of a transformer's, those of the head, and of the tables of positions.
 
 Use it in place of full fine-tuning on images: a third of the memory for gradients, at nearly the same accuracy.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags, bias_name
+from peftcore_selective._heads import train_classifiers
 
 
 class Config(MethodConfig):
@@ -27,6 +30,10 @@ class Config(MethodConfig):
     method: Literal["attention_only"] = "attention_only"
     include_bias: bool = True
     """Train the biases along."""
+    head: bool = True
+    """Train the head along, whole, unless it gives tokens."""
+    positions: bool = True
+    """Train the tables of positions along."""
 
 
 class AttentionOnly(Method):
@@ -36,6 +43,7 @@ class AttentionOnly(Method):
     Config = Config
     tags = Tags(category="selective", paper="2203.09795", mergeable=True)
     target = "attn.*"
+    config_version = 2
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
@@ -44,6 +52,16 @@ class AttentionOnly(Method):
             bias = bias_name(site.tensor)
             if config.include_bias and bias in site.tensors() and not site.missing(bias):
                 surgeon.replace(site.at(bias))
+        if surgeon.wishes.target is None and config.head:
+            train_classifiers(surgeon)
+        if surgeon.wishes.target is None and config.positions:
+            for site in surgeon.at("embed.pos"):
+                if not site.missing(site.tensor):
+                    surgeon.replace(site)
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {**options, "head": False, "positions": False}  # once neither trained along
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

@@ -2,23 +2,25 @@
 
     y = W x + b',   b' trained, starting from b
 
-All biases of the model, those of norms included. Models without any (Llama, T5) have nothing to train:
-`add_missing_bias` gives the linear layers of the blocks new biases, which start at zero so that nothing changes at
-first.
+All biases of the model, those of norms included. As in the authors' code (benzakenelad/BitFit), the head over classes
+trains whole, which the paper does not say; where a target is named, its biases alone. Models without any (Llama, T5)
+have nothing to train: `add_missing_bias` gives the linear layers of the blocks new biases, which start at zero so that
+nothing changes at first.
 
-Parameters: the length of each bias.
+Parameters: the length of each bias, and the weight of the head.
 
 Use it as the smallest baseline that reaches every layer; it merges by writing the biases back.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from peftcore import Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import TargetError
+from peftcore_selective._heads import train_classifiers
 
 
 class Config(MethodConfig):
@@ -28,6 +30,8 @@ class Config(MethodConfig):
     add_missing_bias: bool = False
     """Give linear layers that have no bias a new one, starting at zero (those with the role
     `all-linear`, or the targets asked for)."""
+    head: bool = True
+    """Train the head whole, unless it gives tokens."""
 
 
 class BitFit(Method):
@@ -37,6 +41,7 @@ class BitFit(Method):
     Config = Config
     tags = Tags(category="selective", paper="2106.10199", mergeable=True)
     target = "*"
+    config_version = 2
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
@@ -51,6 +56,12 @@ class BitFit(Method):
             where = "" if surgeon.wishes.target is None else f" at target={surgeon.wishes.target!r}"
             hint = "" if config.add_missing_bias else "; add_missing_bias=True gives linear layers new ones"
             raise TargetError(f"bitfit: this {type(model).__name__} has no biases{where}, so nothing would train{hint}")
+        if surgeon.wishes.target is None and config.head:
+            train_classifiers(surgeon)
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {**options, "head": False}  # once its bias trained alone
 
     def _without_bias(self, surgeon: Surgeon) -> list[Site]:
         return surgeon.at("all-linear") if surgeon.wishes.target is None else surgeon.sites()

@@ -1,6 +1,7 @@
 """Attention-only tuning: the kit, which tensors train, and ten steps of them beside training the same in place."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from test_in_place import test_ten_steps_end_where_training_in_place_ends as tra
 from torch import nn
 
 import peftcore
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 
+NUMBERS = Path(__file__).parent / "numbers" / "attention_only.json"
 WEIGHTS = {
     "bert": ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"],
     "gpt2": ["attn.c_attn", "attn.c_proj"],
@@ -21,6 +23,14 @@ WEIGHTS = {
     "encoder": ["self_attn", "self_attn.out_proj"],
 }
 """The modules of an attention, by hand."""
+MORE = {
+    "bert": ("classifier.", "bert.embeddings.position_embeddings."),
+    "gpt2": ("transformer.wpe.",),  # its head gives tokens
+    "t5": ("SelfAttention.relative_attention_bias.",),
+    "vit": ("classifier.", "vit.embeddings.position_embeddings"),
+    "encoder": ("head.",),
+}
+"""What trains along: heads over classes, and tables of positions."""
 
 
 @conformance("attention_only")
@@ -30,7 +40,16 @@ def test_attention_only(check: Callable[[], None]) -> None:
 
 def tensors(model: nn.Module, host: str) -> list[str]:
     names = [name for name, _ in model.named_parameters()]
-    return [name for name in names if name.rpartition(".")[0].endswith(tuple(WEIGHTS[host]))]
+    within = [name for name in names if name.rpartition(".")[0].endswith(tuple(WEIGHTS[host]))]
+    return within + [name for name in names if any(each in name for each in MORE[host])]
+
+
+@against("authors", "attention_only", repository="facebookresearch/deit", commit="7e160fe", script="main.py")
+def test_what_trains_is_what_the_authors_train() -> None:
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+    sites = peftcore.apply(timm.models.VisionTransformer(**sizes), "attention_only").sites
+    assert {f"{site.module_path}.{site.tensor}".removeprefix(".") for site in sites} == set(frozen(NUMBERS))
 
 
 @pytest.mark.parametrize("host", ["bert", "gpt2", "t5", "vit", "encoder"])
@@ -42,8 +61,10 @@ def test_ten_steps(host: str) -> None:
 def test_number_of_parameters(host: str, count: int) -> None:
     """4 d^2 + 4 d a block."""
     model, _ = HOSTS[host].build()
-    assert peftcore.plan(model, "attention_only").trainable == count * (4 * 16**2 + 4 * 16)
-    assert peftcore.plan(model, "attention_only", include_bias=False).trainable == count * 4 * 16**2
+    alone = {"head": False, "positions": False}
+    assert peftcore.plan(model, "attention_only", **alone).trainable == count * (4 * 16**2 + 4 * 16)
+    assert peftcore.plan(model, "attention_only", **alone, include_bias=False).trainable == count * 4 * 16**2
+    assert peftcore.plan(model, "attention_only", target="attn.*").trainable == count * (4 * 16**2 + 4 * 16)
 
 
 def test_queries_alone() -> None:

@@ -2,6 +2,7 @@
 shown by the repository's side-by-side tests."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,12 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import TargetError
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
+
+NUMBERS = Path(__file__).parent / "numbers" / "bitfit.json"
+HEADS = {"bert": {"classifier"}, "gpt2": set(), "encoder": {"head"}, "convnet": {"head"}, "mlp": {"head"}}
+"""The weights of heads over classes; the other hosts give tokens."""
 
 
 @conformance("bitfit", options={"*": {"add_missing_bias": True}})
@@ -31,27 +36,37 @@ def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "encoder", "convnet", "mlp"])
-def test_every_bias_trains_and_nothing_else(name: str) -> None:
-    """Those of norms and of the head, and the packed one of torch's attention."""
+def test_every_bias_and_the_head_train_and_nothing_else(name: str) -> None:
+    """Those of norms, and the packed one of torch's attention; of the head over classes the weight too."""
     model, inputs = host(name)
     biases = {key: p for key, p in model.named_parameters() if key.endswith("bias")}
+    weights = {path: model.get_submodule(path).weight for path in HEADS[name]}
     assert any("norm" in key.lower() or "ln_" in key for key in biases)
     injection = peftcore.apply(model, "bitfit")
-    assert injection.operators.keys() == biases.keys()
-    assert sum(p.numel() for p in injection.parameters()) == sum(p.numel() for p in biases.values())
+    assert injection.operators.keys() == biases.keys() | weights.keys()
+    expected = sum(p.numel() for p in {**biases, **weights}.values())
+    assert sum(p.numel() for p in injection.parameters()) == expected
     output(model, inputs).square().sum().backward()
     assert all(operator.value.grad is not None for operator in injection.operators.values())
-    assert all(p.grad is None for p in biases.values())
+    assert all(p.grad is None for p in {**biases, **weights}.values())
+    assert peftcore.plan(host(name)[0], "bitfit", head=False).trainable == sum(p.numel() for p in biases.values())
 
 
-def test_start_is_the_biases_themselves() -> None:
+@against("authors", "bitfit", repository="benzakenelad/BitFit", commit="7ead19a", script="glue_evaluator.py")
+def test_what_trains_is_what_the_authors_train() -> None:
+    sites = peftcore.apply(host("bert")[0], "bitfit").sites
+    assert {f"{site.module_path}.{site.tensor}" for site in sites} == set(frozen(NUMBERS))
+
+
+def test_start_is_the_tensors_themselves() -> None:
     model, inputs = host("bert")
     before = output(model, inputs)
     injection = peftcore.apply(model, "bitfit")
     assert torch.equal(output(model, inputs), before)
     for path, operator in injection.operators.items():
-        assert torch.equal(operator.value, model.get_parameter(path))
-        assert operator.value is not model.get_parameter(path)
+        own = model.classifier.weight if path == "classifier" else model.get_parameter(path)
+        assert torch.equal(operator.value, own)
+        assert operator.value is not own
 
 
 def test_a_host_without_biases_has_nothing_to_train() -> None:

@@ -2,6 +2,7 @@
 time."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import CalibrationError
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 
+NUMBERS = Path(__file__).parent / "numbers" / "fish_mask.json"
 SHARE = 0.6
 """Enough for the tied table to have some of it."""
 
@@ -109,15 +111,18 @@ def test_the_mask_is_the_largest_of_the_fisher_information(share: float) -> None
     assert injection.shared["mask"].values.shape == (int(share * total),)
 
 
-AUTHORS = [56, 58, 65, 76, 77, 79, 80, 81, 85, 87, 89, 90, 104, 105, 107, 108, 112, 115, 117, 118, 119, 120, 121, 122]
-"""Which of the 123 weights in front of the classifier the authors' code (varunnair18/FISH@b5bff1e,
-`create_mask_gradient` with label and square, run once) keeps of `Stack`, where a fifth of them is kept."""
-
-
+@against(
+    "authors",
+    "fish_mask",
+    repository="varunnair18/FISH",
+    commit="b5bff1e",
+    script="transformers/examples/text-classification/run_glue_sparse_update.py",
+)
 def test_the_mask_of_the_authors_code() -> None:
+    """Which of the weights in front of the classifier are kept, where a fifth of them is."""
     found = moved(adapted(share=0.2)[1])
     named = [name for name, _ in host().named_parameters() if not name.startswith("classifier")]
-    assert torch.cat([found[name].flatten() for name in named]).nonzero().flatten().tolist() == AUTHORS
+    assert torch.cat([found[name].flatten() for name in named]).nonzero().flatten().tolist() == frozen(NUMBERS)
 
 
 def test_the_first_samples_alone_count() -> None:

@@ -2,6 +2,7 @@
 repository's side-by-side tests."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import TargetError
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
+
+NUMBERS = Path(__file__).parent / "numbers" / "linear_probe.json"
 
 
 @conformance("linear_probe")
@@ -45,6 +48,14 @@ def test_the_head_trains_and_nothing_else(name: str, head: set[str], count: int)
     }
     assert sum(p.numel() for p in injection.parameters() if p.requires_grad) == count
     assert [p for p in model.parameters() if p.requires_grad] == list(injection.parameters())
+
+
+@against("authors", "linear_probe", repository="KMnP/vpt", commit="4410440", script="src/models/vit_models.py")
+def test_what_trains_is_what_the_authors_train() -> None:
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    sites = peftcore.apply(timm.models.VisionTransformer(**sizes, num_classes=3), "linear_probe").sites
+    assert {f"{site.module_path}.{site.tensor}" for site in sites} == set(frozen(NUMBERS)["linear"])
 
 
 def test_features_stay_while_the_head_learns() -> None:

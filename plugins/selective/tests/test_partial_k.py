@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import TargetError
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 
+NUMBERS = Path(__file__).parent / "numbers" / "partial_k.json"
 TOPS = {
     "llama": ("model.layers.1.", "model.norm.", "lm_head."),
     "bert": ("bert.encoder.layer.1.", "classifier."),
@@ -53,6 +55,16 @@ def test_options_say_what_trains(host: str) -> None:
     for starts, options in ((block, {}), (both, {"k": 2})):
         expected = sum(model.get_parameter(name).numel() for name in tensors(model, starts))
         assert peftcore.plan(model, "partial_k", final_norm=False, head=False, **options).trainable == expected
+
+
+@against("authors", "partial_k", repository="KMnP/vpt", commit="4410440", script="src/models/vit_models.py")
+def test_what_trains_is_what_the_authors_train() -> None:
+    timm, kinds = pytest.importorskip("timm"), {"partial-1": {}, "partial-2": {"k": 2}}
+    numbers, sizes = frozen(NUMBERS), {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 3, "num_heads": 2}
+    for kind, options in kinds.items():
+        model = timm.models.VisionTransformer(**sizes, num_classes=3)
+        sites = peftcore.apply(model, "partial_k", **options).sites
+        assert {f"{site.module_path}.{site.tensor}" for site in sites} == set(numbers[kind])
 
 
 def test_backward_ends_below_the_last_blocks() -> None:

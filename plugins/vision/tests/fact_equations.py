@@ -85,7 +85,9 @@ def assert_authors(operators: Mapping[str, Any], numbers: Mapping[str, list[floa
         token = added["v"] if name == "out" else 5 * wave(24 if name == "down" else 6, step=2.1)
         zeros = torch.zeros(len(numbers[name]), len(token), dtype=torch.float64)
         added[name] = operator.merged(zeros) @ token
-        torch.testing.assert_close(added[name], torch.tensor(numbers[name]).double(), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(
+            added[name], torch.tensor(numbers[name], dtype=torch.float64), rtol=1e-10, atol=1e-12
+        )
 
 
 def assert_equation(

@@ -1,6 +1,7 @@
 """CLIP-Adapter: the authors' class, the equation in models of images and texts, and classifiers in their place."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,17 +10,10 @@ from vpt_equations import HOSTS, host, pixels, wave
 
 import peftcore
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.kit import fill
 
-# Adapter of gaopengcuhk/CLIP-Adapter at 08d07f8, run on the numbers of `wave`, mixed as its CustomCLIP mixes: f' of the
-# first row of features, and the gradients of the first rows of both matrices.
-AUTHORS = [
-    *(0.390261192494829, -0.21938885023721932, -0.3034126398618959, 0.34150176344235034),
-    *(0.22673085286081043, -0.2742579116982044, -0.1349933176337641, 0.4889949207085522),
-]
-AUTHORS_DOWN = [0.02072372613645248, -0.023209156070975574, -0.014742982182470941, 0.027008260238392326]
-AUTHORS_UP = [0.08278317011899773, 0.007426058744187034]
+NUMBERS = Path(__file__).parent / "numbers" / "clip_adapter.json"
 IDS = torch.tensor([[1, 5, 7, 2], [1, 9, 2, 0], [1, 8, 2, 0]])
 WITH_HEADS = ("llama", "bert", "t5", "gpt2", "moe", "mistral", "vit", "convnet", "task")
 
@@ -36,7 +30,10 @@ def mixed(operator: nn.Module, f: Tensor, ratio: float = 0.2) -> Tensor:
     return ratio * ((f @ operator.down.weight.T).clamp(min=0) @ operator.up.weight.T).clamp(min=0) + (1 - ratio) * f
 
 
+@against("authors", "clip_adapter", repository="gaopengcuhk/CLIP-Adapter", commit="08d07f8", script="clip_adapter.py")
 def test_the_authors_class_with_the_same_numbers() -> None:
+    """Directions of the mixed features, and the gradients of both matrices."""
+    numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in frozen(NUMBERS).items()}
     model = nn.Sequential(nn.Linear(8, 8, bias=False)).double()
     nn.init.eye_(model[0].weight)
     operator = peftcore.apply(model, "clip_adapter", target="0", dtype="float64").operators["0"]
@@ -44,13 +41,11 @@ def test_the_authors_class_with_the_same_numbers() -> None:
         operator.down.weight.copy_(wave((2, 8), "down"))
         operator.up.weight.copy_(wave((8, 2), "up"))
     output = model(wave((3, 8), "features"))
+    output = output / output.norm(dim=-1, keepdim=True)
     (output * wave((3, 8), "direction")).sum().backward()
-    for ours, theirs in (
-        (output[0], AUTHORS),
-        (operator.down.weight.grad[0, :4], AUTHORS_DOWN),
-        (operator.up.weight.grad[0], AUTHORS_UP),
-    ):
-        torch.testing.assert_close(ours, torch.tensor(theirs, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    found = {"logits": output, "down": operator.down.weight.grad, "up": operator.up.weight.grad}
+    for name, ours in found.items():
+        torch.testing.assert_close(ours, numbers[name], rtol=1e-12, atol=1e-12)
 
 
 def test_images_and_texts_are_compared_by_the_mixed_features() -> None:

@@ -4,6 +4,7 @@ hooks on a copy of the host, in float64; and where the patches lie."""
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,26 +15,13 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 
 timm = pytest.importorskip("timm")
 SQUARE = {"grid": (1, 1)}
 
-# convpass/vtab/convpass.py of JieShibo/PETL-ViT at 026e4f1, on the tensors of `wave`: 3.0 times what Convpass makes of
-# tokens 0, 1, 14, 100 and 196 of a ViT, and Convpass_swin of places 0, 4 and 8 of a grid; the first four features.
-VIT_TOKENS = [
-    [0.77250835, -0.488915957, -0.353253528, 0.955067462],
-    [0.709679354, -0.53181362, -0.334326343, 1.01733536],
-    [0.816714055, -0.493499411, -0.402149976, 0.909609901],
-    [0.7558486, -0.568038744, -0.417568669, 0.96836962],
-    [0.823007625, -0.522304886, -0.437923299, 0.901804672],
-]
-SWIN_PLACES = [
-    [0.823735437, -0.600891071, -0.555002839, 0.818086856],
-    [0.797991786, -0.589165318, -0.508870506, 0.886575771],
-    [0.688876636, -0.652530672, -0.509934716, 0.948090682],
-]
+NUMBERS = Path(__file__).parent / "numbers" / "convpass.json"
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 SWIN = {"img_size": 32, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 NEXT = {"dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1)}
@@ -150,27 +138,28 @@ def compare(name: str, prefix: int, wide: float = 1.0, changes: Any = None, **op
 
 
 @pytest.mark.parametrize(
-    ("shape", "channels", "places", "numbers"),
+    ("shape", "channels", "places", "host"),
     [
-        ((1, 197, 6), 8, [0, 1, 14, 100, 196], VIT_TOKENS),
-        ((2, 9, 6), 4, [0, 4, 8], SWIN_PLACES),
-        ((2, 3, 3, 6), 4, [0, 4, 8], SWIN_PLACES),
+        ((1, 197, 6), 8, [0, 1, 14, 100, 196], "vit"),
+        ((2, 9, 6), 4, [0, 4, 8], "swin"),
+        ((2, 3, 3, 6), 4, [0, 4, 8], "swin"),
     ],
 )
-def test_numbers_of_the_authors_code(shape: tuple[int, ...], channels: int, places: list[int], numbers: Any) -> None:
-    host = nn.Sequential(nn.Linear(6, 6)).double()
+@against("authors", "convpass", repository="JieShibo/PETL-ViT", commit="026e4f1", script="convpass/vtab/convpass.py")
+def test_numbers_of_the_authors_code(shape: tuple[int, ...], channels: int, places: list[int], host: str) -> None:
+    layer = nn.Sequential(nn.Linear(6, 6)).double()
     options = {"bottleneck": channels, "scale": 3.0, "dropout": 0.0, "dtype": "float64", **SQUARE}
-    injection = peftcore.apply(host, "convpass", target="0", **options)
+    injection = peftcore.apply(layer, "convpass", target="0", **options)
     steps = {"down.weight": 1.1, "down.bias": 1.3, "up.weight": 1.7, "up.bias": 1.9}
     steps |= {"conv.weight": 2.3, "conv.bias": 2.9}
     with torch.no_grad():
         for name, parameter in injection.operators["0"].named_parameters():
             parameter.copy_(wave(*parameter.shape, step=steps[name]))
     x = 5 * wave(*shape, step=2.1)
-    added = host(x)
+    added = layer(x)
     with injection.disabled():
-        added = (added - host(x))[-1].flatten(0, -2)[places, :4]
-    torch.testing.assert_close(added, torch.tensor(numbers).double(), rtol=1e-6, atol=1e-9)
+        added = (added - layer(x))[-1].flatten(0, -2)[places, :4]
+    torch.testing.assert_close(added, torch.tensor(frozen(NUMBERS)[host], dtype=torch.float64), rtol=1e-10, atol=1e-12)
 
 
 def test_dropout_is_that_of_the_authors_by_default() -> None:

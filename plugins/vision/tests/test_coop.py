@@ -1,6 +1,7 @@
 """CoOp: the authors' class, the equation through CLIP's and SigLIP's text towers, contexts of classes."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,17 +11,11 @@ from vpt_equations import TEXT, host, pixels, transformers
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS as KIT
 from peftcore.testing.kit import fill
 
-# What PromptLearner of KaiyangZhou/CoOp at ff61507 put together with CSC, four vectors and a toy tokenizer (start 10,
-# end 11, padding 0), by CLASS_TOKEN_POSITION: tokens of the table, vectors v of the first and w of the second class.
-AUTHORS = {
-    "end": ("10 v0 v1 v2 v3 5 4 11 0", "10 w0 w1 w2 w3 6 7 4 11"),
-    "middle": ("10 v0 v1 5 v2 v3 4 11 0", "10 w0 w1 6 7 w2 w3 4 11"),
-    "front": ("10 5 v0 v1 v2 v3 4 11 0", "10 6 7 w0 w1 w2 w3 4 11"),
-}
+NUMBERS = Path(__file__).parent / "numbers" / "coop.json"
 X = 3
 IDS = torch.tensor([[1, X, X, X, 5, 39, 0, 0], [1, X, X, X, 6, 7, 8, 39], [1, X, X, X, 9, 4, 39, 0]])
 """Three classes in the towers below, each behind three places."""
@@ -68,15 +63,16 @@ def table(model: nn.Module) -> Any:
     return found
 
 
-@pytest.mark.parametrize("order", AUTHORS)
+@pytest.mark.parametrize("order", ["end", "middle", "front"])
 @pytest.mark.parametrize("placeholder", [X, None])
+@against("authors", "coop", repository="KaiyangZhou/CoOp", commit="ff61507", script="trainers/coop.py")
 def test_the_authors_class_puts_the_same_together(order: str, placeholder: int | None) -> None:
     config = transformers.CLIPTextConfig(**{**TEXT, "hidden_size": 2, "num_attention_heads": 1})
     model = transformers.CLIPTextModel(config)
     options = {"length": 4, "classes": 2, "placeholder": placeholder}
     (operator,) = peftcore.apply(model, "coop", **options).operators.values()
     vectors = {f"{'vw'[k]}{i}": v for k, context in enumerate(operator.context) for i, v in enumerate(context)}
-    words = [row.split() for row in AUTHORS[order]]
+    words = [row.split() for row in frozen(NUMBERS)[order]]
     ids = torch.tensor([[X if word in vectors else int(word) for word in row] for row in words])
     weight = table(model).weight
     expected = [[vectors[word] if word in vectors else weight[int(word)] for word in row] for row in words]

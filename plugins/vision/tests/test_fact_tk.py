@@ -3,6 +3,7 @@ time slice by slice, in float64."""
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,43 +22,9 @@ from fact_equations import (
 from torch import Tensor
 
 import peftcore
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 
-# FacT/fact_tk.py of JieShibo/PETL-ViT at 026e4f1, on the tensors of `wave`: what is added to queries, keys and values
-# of a token, to the output of an attention that reads those values, and by both matrices of the feed-forward.
-AUTHORS = {
-    "q": [0.0115310775, 0.00297200479, -0.015846026, 0.0200342796, -0.0132410355, -0.000810088831],
-    "k": [0.00795476443, -0.0267603709, 0.0308976709, -0.018098864, -0.00462057077, 0.0248073072],
-    "v": [-0.0269785644, 0.0489943964, -0.0441546657, 0.0151122, 0.0222137973, -0.0473636262],
-    "out": [-0.0108603209, -0.0019641802, 0.0137120446, -0.0179438521, 0.0123399992, 2.78440278e-05],
-    "up": [
-        0.0204190551,
-        -0.00843477519,
-        -0.00817290353,
-        0.0203007246,
-        -0.021301,
-        0.0106254435,
-        0.0605935001,
-        -0.0502705769,
-        0.0123925714,
-        0.0322782411,
-        -0.0592562073,
-        0.0537537491,
-        -0.0311248545,
-        0.0443734776,
-        -0.0332994271,
-        0.00397278216,
-        0.0275314853,
-        -0.0439447713,
-        0.0131226261,
-        0.00769613398,
-        -0.0242963707,
-        0.0275789067,
-        -0.0157444679,
-        -0.00472007096,
-    ],
-    "down": [-0.09209011, 0.170686672, -0.155723829, 0.0554032434, 0.0752858206, -0.164708062],
-}
+NUMBERS = Path(__file__).parent / "numbers" / "fact_tk.json"
 
 
 TOGETHER = "the bound of P's draws is Xavier's for the columns of all sites together, as in the authors' code"
@@ -92,6 +59,7 @@ def update(weight: Tensor, U: Tensor, V: Tensor, C: Tensor, P: Tensor) -> Tensor
     return in_places(weight, U, V, lambda rows, columns: middle(rows, columns, C, P))
 
 
+@against("authors", "fact_tk", repository="JieShibo/PETL-ViT", commit="026e4f1", script="FacT/fact_tk.py")
 def test_numbers_of_the_authors_code() -> None:
     operators = small_operators("fact_tk")
     columns = wave(3, 12, step=2.9).split([1, 1, 1, 1, 4, 4], 1)
@@ -99,7 +67,7 @@ def test_numbers_of_the_authors_code() -> None:
         for name, P in zip(PATHS, columns, strict=True):
             operators[name].P.copy_(P)
             operators[name].core.module.weight.copy_(wave(3, 3, 3, step=2.3))
-    assert_authors(operators, AUTHORS)
+    assert_authors(operators, frozen(NUMBERS))
 
 
 @pytest.mark.parametrize("name", HOSTED)

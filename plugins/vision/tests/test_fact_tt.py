@@ -3,6 +3,7 @@ time slice by slice, in float64."""
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,43 +22,9 @@ from fact_equations import (
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 
-# FacT/fact_tt.py of JieShibo/PETL-ViT at 026e4f1, on the tensors of `wave`: what is added to queries, keys and values
-# of a token, to the output of an attention that reads those values, and by both matrices of the feed-forward.
-AUTHORS = {
-    "q": [0.046637634, -0.0398316338, 0.0111925054, 0.0235816313, -0.0454298413, 0.0423763474],
-    "k": [-0.137830997, 0.106071441, -0.0161703741, -0.0825942473, 0.136086039, -0.114984256],
-    "v": [0.124269967, -0.215877806, 0.189155379, -0.058750194, -0.103858051, 0.209538023],
-    "out": [-0.0892892603, 0.00432942099, 0.0830035272, -0.124839305, 0.0982462408, -0.0178009353],
-    "up": [
-        -0.0711753694,
-        -0.091490834,
-        0.204007673,
-        -0.204700687,
-        0.093190009,
-        0.0694014107,
-        0.180215709,
-        -0.037009763,
-        -0.126482544,
-        0.220645292,
-        -0.193864546,
-        0.060819782,
-        -0.259675723,
-        0.159435635,
-        0.0281967668,
-        -0.200373523,
-        0.26271846,
-        -0.181058111,
-        0.296512969,
-        -0.255691991,
-        0.0747171833,
-        0.147212757,
-        -0.288450175,
-        0.271577844,
-    ],
-    "down": [-0.402785647, 0.476616374, -0.289196799, -0.0567417775, 0.371578177, -0.482739427],
-}
+NUMBERS = Path(__file__).parent / "numbers" / "fact_tt.json"
 
 
 @conformance(
@@ -75,12 +42,13 @@ def update(weight: Tensor, U: Tensor, V: Tensor, sigma: Tensor) -> Tensor:
     return in_places(weight, U, V, lambda rows, columns: sigma)
 
 
+@against("authors", "fact_tt", repository="JieShibo/PETL-ViT", commit="026e4f1", script="FacT/fact_tt.py")
 def test_numbers_of_the_authors_code() -> None:
     operators, steps = small_operators("fact_tt"), {"up": 1.7, "down": 1.9, "q": 3.1, "k": 3.3, "v": 3.7, "out": 3.9}
     with torch.no_grad():
         for name, operator in operators.items():
             operator.sigma.copy_(wave(*operator.sigma.shape, step=steps[name]))
-    assert_authors(operators, AUTHORS)
+    assert_authors(operators, frozen(NUMBERS))
 
 
 @pytest.mark.parametrize("name", HOSTED)

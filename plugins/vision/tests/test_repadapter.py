@@ -4,6 +4,7 @@ transformers, written a second time as hooks on a copy of the host, in float64."
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,25 +14,12 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.errors import UnsupportedSite
 from peftcore.roles import derive, probe
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 
 timm = pytest.importorskip("timm")
 
-# repadapter.py of luogen1996/RepAdapter at 360992f, on the tensors of `wave`: a matrix behind RepAdapter, and what its
-# sparse2dense and reparameterize make of both.
-OUTPUT = [
-    [1.22601018, -0.616381522, -1.27094258, -0.74233319, 1.4224745],
-    [1.25471081, -0.580544148, -1.27593214, -0.781471807, 1.40156879],
-]
-WEIGHT = [
-    [0.260626796, -0.281617306, 0.151576293, 0.0304589963, -0.273709051, 0.309470977],
-    [-0.111204652, -0.124128983, 0.290590562, -0.25807041, 0.0438851581, 0.186020894],
-    [-0.334203102, 0.199489878, 0.0406870698, -0.201206059, 0.302744778, -0.186394019],
-    [-0.109914065, 0.256117422, -0.263670786, 0.124946495, 0.156419795, -0.309344723],
-    [0.261480686, -0.0300349704, -0.215139508, 0.283874377, -0.199252787, -0.0182776552],
-]
-BIAS = [0.100723417, -0.262656305, 0.0883793116, -0.196690596, 0.424165988]
+NUMBERS = Path(__file__).parent / "numbers" / "repadapter.json"
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
 SWIN = {"img_size": 32, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 NEXT = {"dims": (8, 16, 16, 16), "depths": (1, 1, 1, 1)}
@@ -87,7 +75,10 @@ def adapted(x: Tensor, t: dict[str, Tensor], groups: int = 2) -> Tensor:
     return x + 0.7 * ((x @ t["A"].T + t["a"]) @ G.T + t["b"])
 
 
+@against("authors", "repadapter", repository="luogen1996/RepAdapter", commit="360992f", script="repadapter.py")
 def test_numbers_of_the_authors_code() -> None:
+    """Behind the adapter, and what merging writes into the matrix."""
+    numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in frozen(NUMBERS).items()}
     host = nn.Sequential(nn.Linear(6, 5)).double()
     injection = peftcore.apply(host, "repadapter", target="0", bottleneck=4, scale=0.7, dropout=0.0, dtype="float64")
     steps = {"A": 1.1, "a": 1.3, "B": 1.7, "b": 1.9}
@@ -97,11 +88,11 @@ def test_numbers_of_the_authors_code() -> None:
         for name, step in (("weight", 2.3), ("bias", 2.9)):
             getattr(host[0], name).copy_(wave(*getattr(host[0], name).shape, step=step))
     x = 5 * wave(1, 2, 6, step=2.1)
-    exact = {"rtol": 1e-6, "atol": 1e-9}
-    torch.testing.assert_close(host(x)[0], torch.tensor(OUTPUT).double(), **exact)
+    exact = {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(host(x)[0], numbers["output"], **exact)
     injection.merge()
-    torch.testing.assert_close(host[0].weight, torch.tensor(WEIGHT).double(), **exact)
-    torch.testing.assert_close(host[0].bias, torch.tensor(BIAS).double(), **exact)
+    torch.testing.assert_close(host[0].weight, numbers["weight"], **exact)
+    torch.testing.assert_close(host[0].bias, numbers["bias"], **exact)
 
 
 @pytest.mark.parametrize("name", HOSTED)

@@ -1,26 +1,17 @@
 """VPT-deep: the authors' class, the equation on seven hosts, and hidden states that keep their shape."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from vpt_equations import HOSTS, authors_numbers, compare, host, pixels, prompted, timm
 
 import peftcore
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS as KIT
 
-# PromptedVisionTransformer of KMnP/vpt at 4410440 with DEEP, run on the numbers of `wave`, by PROJECT.
-AUTHORS = {
-    None: [
-        [0.14133981292406977, 1.9814376227453339, -1.930067811774514],
-        [0.14129342801099026, 1.9815640177363014, -1.930141835292238],
-    ],
-    6: [
-        [0.14586016343434255, 1.9798783815645888, -1.9331027728529682],
-        [0.14570731105799367, 1.9800666939632534, -1.9331293136649932],
-    ],
-}
+NUMBERS = Path(__file__).parent / "numbers" / "vpt_deep.json"
 
 
 @conformance("vpt_deep", hosts=["vit", "dit"])  # the kit's other hosts have no image in patches
@@ -28,9 +19,10 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-@pytest.mark.parametrize("projection", AUTHORS)
+@pytest.mark.parametrize("projection", [None, 6])
+@against("authors", "vpt_deep", repository="KMnP/vpt", commit="4410440", script="src/models/vit_prompt/vit.py")
 def test_the_authors_class_with_the_same_numbers(projection: int | None) -> None:
-    expected = torch.tensor(AUTHORS[projection], dtype=torch.float64)
+    expected = torch.tensor(frozen(NUMBERS)[str(projection)], dtype=torch.float64)
     torch.testing.assert_close(authors_numbers("vpt_deep", projection), expected, rtol=1e-11, atol=1e-11)
 
 

@@ -9,20 +9,10 @@ from vpt_equations import HOSTS, authors_numbers, compare, host, pixels, prompte
 
 import peftcore
 from peftcore.errors import SequenceError, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS as KIT
 
-# PromptedVisionTransformer of KMnP/vpt at 4410440, run on the numbers of `wave`, by PROJECT.
-AUTHORS = {
-    None: [
-        [0.13674824025576143, 1.9822649375971346, -1.9262643690971437],
-        [0.13699373419674715, 1.9822540376351148, -1.9264994793408592],
-    ],
-    6: [
-        [0.13803531032568378, 1.9821565206061165, -1.9274481572279556],
-        [0.13825537346142797, 1.9821582234686141, -1.9276698425719823],
-    ],
-}
+NUMBERS = Path(__file__).parent / "numbers" / "vpt_shallow.json"
 
 
 @conformance("vpt_shallow", hosts=["vit", "dit"])  # the kit's other hosts have no image in patches
@@ -30,9 +20,10 @@ def test_conformance(check: Callable[[], None]) -> None:
     check()
 
 
-@pytest.mark.parametrize("projection", AUTHORS)
+@pytest.mark.parametrize("projection", [None, 6])
+@against("authors", "vpt_shallow", repository="KMnP/vpt", commit="4410440", script="src/models/vit_prompt/vit.py")
 def test_the_authors_class_with_the_same_numbers(projection: int | None) -> None:
-    expected = torch.tensor(AUTHORS[projection], dtype=torch.float64)
+    expected = torch.tensor(frozen(NUMBERS)[str(projection)], dtype=torch.float64)
     torch.testing.assert_close(authors_numbers("vpt_shallow", projection), expected, rtol=1e-11, atol=1e-11)
 
 
