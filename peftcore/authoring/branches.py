@@ -63,6 +63,8 @@ class AtBranchEnd(Operator):
         branch = site if isinstance(site, BranchSite) else BranchSite(**vars(site))
         self.passed = Tap() if any(place.form in (END, ENTERED) for place in branch.places) else None
         self.order = branch.order
+        if self.passed is not None:
+            self.observes = type(self).observes | {site.form}
 
     def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
         return self._at_end if form == END else self

@@ -190,7 +190,8 @@ def _expected(surgeon: Surgeon, name: str) -> Iterator[tuple[nn.Module, Expected
     towers = sorted({entry.tower for entry in surgeon.resolver.host.entries} - {""}, key=len, reverse=True)
     for graft in surgeon.grafts:
         path = graft.site.module_path
-        slots = tuple([(slot, each.module) for each in graft.holders if (slot := slot_of(each.module)) is not None])
+        acts = [each for each in graft.holders if each.form not in graft.operator.observes] or graft.holders
+        slots = tuple([(slot, each.module) for each in acts if (slot := slot_of(each.module)) is not None])
         tower = next((each for each in towers if f"{path}.".startswith(f"{each}.")), "")
         if slots and graft.by_method:
             yield modules.get(path[: max(path.rfind("."), 0)], graft.site.module), Expected(path, slots, tower, name)

@@ -4,13 +4,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from core_toys import token_ids, transformer
+from core_toys import Layer, token_ids, transformer
 from torch import Tensor, nn
 
 import peftcore
 from peftcore import Method, MethodConfig, Tags
-from peftcore.authoring.branches import BranchSite, Bypass, branch, is_post_norm
-from peftcore.errors import UnsupportedSite
+from peftcore.authoring.branches import AtBranchEnd, BranchSite, Bypass, branch, branch_end, is_post_norm
+from peftcore.errors import InactiveSite, UnsupportedSite
 from peftcore.registry.plugins import layer_of
 from peftcore.roles import derive
 from peftcore.targets.resolver import Resolver
@@ -149,3 +149,100 @@ def test_a_norm_behind_the_blocks_tells_that_theirs_stand_in_front() -> None:
     bare.norm = nn.Identity()
     for host, expected in ((model, False), (bare, True)):
         assert is_post_norm(Resolver(host, derive(host), layer_of), "layers.0") is expected
+
+
+class DroppingLayer(Layer):
+    """Its dropout ends both branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop(self.self_attn(hidden=self.attn_norm(x)))
+        return x + self.drop(self.mlp(self.mlp_norm(x)))
+
+
+class SometimesLayer(DroppingLayer):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(hidden=self.attn_norm(x))
+        y = self.mlp(self.mlp_norm(x))
+        if x.shape[1] > 4:
+            y = self.drop(y)
+        return x + y
+
+
+class ScalingLayer(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 0.5 * self.self_attn(hidden=self.attn_norm(x))
+        return x + 0.5 * self.mlp(self.mlp_norm(x))
+
+
+def with_layers(kind: type[Layer]) -> nn.Module:
+    host = transformer(2)
+    torch.manual_seed(1)
+    host.layers = nn.ModuleList(kind() for _ in range(2))
+    return host.eval()
+
+
+class OneMore(AtBranchEnd):
+    """Adds a number to what a branch gives to the stream."""
+
+    def __init__(self, site: BranchSite, config: Config) -> None:
+        super().__init__(site)
+        self.number = nn.Parameter(torch.ones(1))
+
+    def adapt(self, h: Tensor) -> Tensor:
+        return h + self.number.to(h.dtype)
+
+
+class Behind(Method):
+    name = "toy_behind"
+    Config = type("Config", (Config,), {"__annotations__": {"method": Literal["toy_behind"]}, "method": "toy_behind"})
+    tags = Tags(category="additive", paper="none", identity_at_init=False)
+    target = ("attn.output", "mlp.output")
+
+    def inject(self, model: nn.Module, config: Any, surgeon: Any) -> None:
+        for site in surgeon.sites():
+            place = branch_end(surgeon, site)
+            surgeon.graft(place, OneMore, config, place.places)
+
+    @staticmethod
+    def parameter_count(site: Any, config: Any) -> int:
+        return 1
+
+
+def test_what_ends_two_branches_is_told_whose_end_it_is() -> None:
+    """One more behind the dropout, for each of the two; within a composition the module draws once."""
+    host = with_layers(DroppingLayer)
+    seen: list[Tensor] = []
+    host.layers[0].drop.register_forward_hook(lambda module, args, y: seen.append(y - args[0]))
+    injection = peftcore.apply(host, Behind)
+    assert len(injection.operators) == 4
+    host(token_ids())
+    assert len(seen) == 2 and all(torch.allclose(each, torch.ones(1)) for each in seen)
+    outputs = []
+    peftcore.apply(host, Behind, name="second")
+    for choice in ("toy_behind", peftcore.Average("toy_behind", "second")):
+        torch.manual_seed(0)
+        with peftcore.activate(host.train(), choice):
+            outputs.append(host(token_ids()))
+    torch.testing.assert_close(*outputs)
+
+
+def test_an_end_that_never_runs_is_an_error() -> None:
+    """The code says that the module is the end, and on short sequences it is not called."""
+    host = with_layers(SometimesLayer)
+    peftcore.apply(host, Behind, target="mlp.output")
+    with pytest.raises(InactiveSite, match=r"layers\.0\.mlp\.down"):
+        host(token_ids(length=3))
+
+
+@pytest.mark.parametrize("method", [Behind, Beside])
+def test_what_no_module_does_is_said(method: type[Method]) -> None:
+    """A bypass of the last branch joins what the layer returns; of what is read in between, nothing returns the sum."""
+    host = with_layers(ScalingLayer)
+    notes = peftcore.plan(host, method, target="mlp.output").notes
+    assert ("scales" in "".join(notes)) is (method is Behind)
+    [note] = peftcore.plan(host, method, target="attn.output").notes
+    assert "scales outputs of branches" in note and "layers.*.self_attn" in note

@@ -75,6 +75,7 @@ class PfeifferOperator(BottleneckOperator):
         return h + self.added(h)
 
     def added(self, u: Tensor) -> Tensor:
+        """Return what the adapter adds to the stream, in the layout of what it reads."""
         down, down_bias, up, up_bias = self.cast(u, self.down.weight, self.down.bias, self.up.weight, self.up.bias)
         channels = self.layer.channel_dim
         inner = self.activation(nn.functional.linear(u.movedim(channels, -1), down, down_bias))  # [..., r]
