@@ -34,6 +34,11 @@ def biases(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if name.endswith("bias")]
 
 
+def biases_and(head: str) -> Callable[[nn.Module], list[str]]:
+    """Of the head over classes, the weight too."""
+    return lambda model: [*biases(model), f"{head}.weight"]
+
+
 def norms(model: nn.Module) -> list[str]:
     kinds = (nn.LayerNorm, nn.BatchNorm2d)
     inside = [path for path, m in model.named_modules() if isinstance(m, kinds) or "RMSNorm" in type(m).__name__]
@@ -81,11 +86,11 @@ def train(model: nn.Module, parameters: list[nn.Parameter], optimizer: Optimizer
 
 # method, host, what trains by hand
 CASES = [
-    ("bitfit", "bert", biases),
+    ("bitfit", "bert", biases_and("classifier")),
     ("bitfit", "masked-bert", biases),
     ("bitfit", "gpt2", biases),
-    ("bitfit", "encoder", biases),
-    ("bitfit", "convnet", biases),
+    ("bitfit", "encoder", biases_and("head")),
+    ("bitfit", "convnet", biases_and("head")),
     ("ln_tuning", "bert", norms),
     ("ln_tuning", "llama", norms),
     ("ln_tuning", "convnet", norms),

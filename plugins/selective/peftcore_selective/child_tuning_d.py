@@ -3,11 +3,13 @@
     F = mean over the batches of (dL/dW)^2,   mask = F >= its (1 - share) quantile,   G <- mask * G
 
 F is the diagonal of the Fisher information, looked at once before training (``data=``); the quantile is one for all
-weights of the blocks. As in the authors' code, the gradient of each tensor is clipped before it is squared, and weight
-decay still reaches what the mask holds. What `train` names (heads) trains whole. The masked gradients are the
+weights of the blocks. As in the authors' code, the gradient of each tensor is clipped before it is squared, the data is
+looked at in training mode, all that lies outside of the blocks trains whole, and weight decay still reaches what the
+mask holds; the paper says nothing of these. Where a target is named, that is masked, and nothing else trains but what
+`train` names, whole. The masked gradients are the
 optimizer's business, so train with ``injection.optimizer(...)``.
 
-Parameters: those of the blocks, of which `share` moves.
+Parameters: all; of those of the blocks `share` moves.
 
 Use it to fine-tune on little data without forgetting; it costs a backward pass over the data.
 """
@@ -15,7 +17,7 @@ Use it to fine-tune on little data without forgetting; it costs a backward pass 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -33,6 +35,10 @@ class Config(MethodConfig):
     """Share of the weights that train."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Norm to which the gradient of each tensor is clipped before it is squared; None does not clip."""
+    training: bool = True
+    """Look at the data in training mode, with dropout."""
+    others: bool = True
+    """Train whole what lies outside of the blocks: embeddings, final norms, poolers, heads."""
 
 
 class Mask(GradientRule):
@@ -59,13 +65,20 @@ class ChildTuningD(Method):
         needs_data=True,
     )
     target = ("all-linear", "norm", "norm.inner")
+    config_version = 2
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         values = {value for site in surgeon.sites() for value in surgeon.train(site.module_path)}
         for value in values:
             value.register_buffer("mask", torch.ones_like(value.value, dtype=torch.bool))
+        for site in surgeon.at("*") if surgeon.wishes.target is None and config.others else ():
+            for tensor in site.tensors():
+                if not site.missing(tensor):
+                    surgeon.replace(site.at(tensor))
 
     def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+        model.train(config.training)
+        torch.manual_seed(0)  # what dropout drops is the same each time; the caller puts the generator back
         values = [value for value, _ in _masked(injection)]
         fisher = list(squared_gradients(values, data, config.max_grad_norm).values())
         threshold = _quantile(torch.cat([each.flatten() for each in fisher]), 1 - config.share)
@@ -75,6 +88,10 @@ class ChildTuningD(Method):
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule:
         return Mask(dict(_masked(injection)))
 
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {**options, "training": False, "others": False}  # once neither
+
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
         return site.numel
@@ -83,7 +100,9 @@ class ChildTuningD(Method):
 def _masked(injection: AppliedMethod) -> list[tuple[nn.Parameter, Tensor]]:
     """Return the trained values and their masks."""
     operators = [graft.operator for graft in injection.grafts if graft.by_method]
-    return [(operator.get_parameter("value"), operator.get_buffer("mask")) for operator in operators]
+    return [
+        (operator.get_parameter("value"), mask) for operator in operators for mask in operator.buffers(recurse=False)
+    ]
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
