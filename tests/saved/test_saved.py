@@ -1,6 +1,7 @@
 """Adapters that were saved before the tree was put in order compute what they computed then, one for each method."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,3 +43,29 @@ def test_a_difference_is_seen() -> None:
     with torch.no_grad():
         next(iter(injection.parameters())).mul_(1.001)
     assert difference(saved.run(model), saved.output) > TOLERANCE
+
+
+FORMER: dict[str, dict[str, Any]] = {
+    "adapterdrop": {"drop_first_layers": 5},
+    "adaptformer": {"dropout": 0.0},
+    "bi_adaptformer": {"dropout": 0.0},
+    "convpass": {"dropout": 0.0},
+    "fact_tk": {"dropout": 0.0},
+    "fact_tt": {"dropout": 0.0},
+    "houlsby_adapter": {"train_layer_norm": "blocks"},
+    "hydralora": {"rank": 8, "dropout": 0.0},
+    "loreft": {"short_prompts": "first"},
+    "repadapter": {"dropout": 0.0},
+    "svdiff": {"vectors": "one"},
+}
+"""Defaults of the first version of a method's options that another version has changed."""
+
+
+@pytest.mark.parametrize("name", FORMER)
+def test_what_options_of_a_first_version_do_not_say_is_the_default_of_then(name: str) -> None:
+    """Parts of a hybrid say in its file what the user said, and no more."""
+    kind = peftcore.method(name)
+    options = kind.migrate({"method": name}, 1)
+    assert {key: options.get(key) for key in FORMER[name]} == FORMER[name]
+    now = kind.Config().model_dump()
+    assert all(now[key] != value for key, value in FORMER[name].items())

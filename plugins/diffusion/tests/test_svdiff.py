@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.files.formats.native import METADATA
+from peftcore.files.safe_io import write_tensors
 from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 
@@ -229,7 +232,8 @@ def test_files_from_before_vectors_had_a_shift_an_entry_keep_their_one(tmp_path:
     injection.save(tmp_path / "shifts")
     written = json.loads((tmp_path / "shifts/adapter.json").read_text())
     assert (written.pop("config_version"), written["config"].pop("vectors")) == (2, "one")
-    (tmp_path / "shifts/adapter.json").write_text(json.dumps({**written, "config_version": 1}))
+    file, header = tmp_path / "shifts/adapter.safetensors", {METADATA: json.dumps({**written, "config_version": 1})}
+    write_tensors(file, load_file(file), header)
     loaded = peftcore.load(other, tmp_path / "shifts")
     assert loaded.config.vectors == "one"
     assert torch.equal(other(x), model(x))

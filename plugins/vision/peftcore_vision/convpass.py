@@ -144,7 +144,7 @@ class Convpass(Method):
 
     @classmethod
     def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {"joins": "matrix", **options}  # where version 1 stood
+        return {"joins": "matrix", "dropout": 0.0, **options}  # where version 1 stood
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         lies: dict[str, Tap] = {}

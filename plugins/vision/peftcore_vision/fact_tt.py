@@ -17,7 +17,7 @@ Use it where the adapter itself must be tiny, as when there is one for each of m
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,11 @@ class FactTT(Method):
     Config = Config
     tags = Tags(category="vision", paper="2212.03145", mergeable=True, low_rank=True, random=True)
     config_version = 2  # 2: dropout by default
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {"dropout": 0.0, **options}
+
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

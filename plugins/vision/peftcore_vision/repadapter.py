@@ -139,6 +139,11 @@ class RepAdapter(Method):
     Config = Config
     tags = Tags(category="vision", paper="2302.08106", mergeable=True, random=True)
     config_version = 2  # 2: dropout by default
+
+    @classmethod
+    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
+        return {"dropout": 0.0, **options}
+
     target = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
