@@ -117,6 +117,8 @@ class Method(ABC):
 
     config_version: ClassVar[int] = 1
     """Raised when options change their meaning; `migrate` then upgrades old ones."""
+    former_defaults: ClassVar[tuple[Mapping[str, Any], ...]] = ()
+    """For files of version 1, 2, ...: defaults that are others now, and what options meant that were not there yet."""
 
     @abstractmethod
     def inject(self, model: nn.Module, config: Any, surgeon: Surgeon) -> None:
@@ -187,8 +189,10 @@ class Method(ABC):
 
     @classmethod
     def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        """Returns the options of a file of `version`, as JSON has them, as options of ``version + 1``."""
-        return options
+        """Returns the options of a file of `version`, as JSON has them, as options of ``version + 1``: by default with
+        the `former_defaults` of what the file does not say."""
+        former = cls.former_defaults[version - 1 : version]
+        return {**former[0], **options} if former else options
 
 
 def check_method_class(cls: Any) -> type[Method]:

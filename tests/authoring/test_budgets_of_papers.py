@@ -126,7 +126,7 @@ ROWS = [
         "Llama 7B",
         0.124,
         "2404.19245: q and v, three heads, without routers",
-        {"heads": 3, "target": ["q_proj", "v_proj"]},
+        {"rank": 8, "heads": 3, "target": ["q_proj", "v_proj"]},
         "model",
         5e-4,
         64 * 3 * 4096,

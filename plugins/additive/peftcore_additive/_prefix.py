@@ -145,8 +145,3 @@ def behind(surgeon: Surgeon, sites: Iterable[Site], config: MethodConfig) -> Non
             else:
                 name = type(stack.module).__name__
                 surgeon.notices.append(f"{name} takes no position_ids, so its tokens stay where they are")
-
-
-def positions_stayed(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a file of version 1, where the positions of tokens stayed as they are by default."""
-    return {"behind": False, **options}

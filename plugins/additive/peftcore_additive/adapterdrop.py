@@ -23,7 +23,7 @@ Use it where adapters have to be fast. Under torch.compile, training the robust 
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
@@ -93,10 +93,7 @@ class AdapterDrop(Method):
     target = ("mlp.output",)
     alternatives = OUTPUTS
     config_version = 2
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {"joins": "matrix", "drop_first_layers": 5, **options}  # where version 1 stood
+    former_defaults = ({"joins": "matrix", "drop_first_layers": 5},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         numbers = depths(surgeon)

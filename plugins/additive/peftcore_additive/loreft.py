@@ -98,11 +98,8 @@ class LoReFT(Method):
     Config = Config
     tags = Tags("additive", "2404.03592", identity_at_init=False, identity_options={"identity": True})
     target = ("block",)
-    config_version = 2  # 2: short_prompts
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {**options, "short_prompts": "first"}
+    config_version = 2
+    former_defaults = ({"short_prompts": "first"},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         stacks = Stacks(surgeon)

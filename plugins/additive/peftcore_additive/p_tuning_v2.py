@@ -19,13 +19,13 @@ about 100. Nothing merges; rows of a batch may have different prompts.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 from torch import nn
 
 from peftcore import AttentionSite, Method, MethodConfig, Site, Surgeon, Tags
-from peftcore_additive._prefix import PrefixOperator, behind, positions_stayed, prefix_count, shared_encoder
+from peftcore_additive._prefix import PrefixOperator, behind, prefix_count, shared_encoder
 
 
 class Config(MethodConfig):
@@ -51,6 +51,7 @@ class PTuningV2(Method):
     tags = Tags(category="additive", paper="2110.07602", identity_at_init=False, random=True)
     target = ("attn.core",)
     config_version = 2
+    former_defaults = ({"behind": False},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         def prompts(site: AttentionSite, own: Config) -> PrefixOperator:
@@ -61,10 +62,6 @@ class PTuningV2(Method):
             surgeon.attention(site, prompts, config)
         if config.behind:
             behind(surgeon, sites, config)
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return positions_stayed(options)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

@@ -20,7 +20,7 @@ Use it where a serial adapter would do; in the paper's comparison it is the stro
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -81,10 +81,7 @@ class ParallelAdapter(Method):
     alternatives = OUTPUTS
 
     config_version = 2
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {"joins": "matrix", **options}  # where version 1 stood
+    former_defaults = ({"joins": "matrix"},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

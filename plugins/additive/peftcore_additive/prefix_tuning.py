@@ -21,13 +21,13 @@ different ones.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 from torch import nn
 
 from peftcore import AttentionSite, Method, MethodConfig, Site, Surgeon, Tags
-from peftcore_additive._prefix import PrefixOperator, behind, positions_stayed, prefix_count, shared_encoder
+from peftcore_additive._prefix import PrefixOperator, behind, prefix_count, shared_encoder
 
 
 class Config(MethodConfig):
@@ -60,6 +60,7 @@ class PrefixTuning(Method):
     )
     target = ("attn.core", "cross.core")
     config_version = 2
+    former_defaults = ({"behind": False},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         def prefix(site: AttentionSite, own: Config) -> PrefixOperator:
@@ -70,10 +71,6 @@ class PrefixTuning(Method):
             surgeon.attention(site, prefix, config)
         if config.behind:
             behind(surgeon, sites, config)
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return positions_stayed(options)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

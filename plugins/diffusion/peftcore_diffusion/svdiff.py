@@ -100,7 +100,8 @@ class SVDiff(Method):
 
     name = "svdiff"
     Config = Config
-    config_version = 2  # 2: vectors
+    config_version = 2
+    former_defaults = ({"vectors": "one"},)
     tags = Tags(category="diffusion", paper="2303.11305", mergeable=True)
     target = "*"
 
@@ -124,10 +125,6 @@ class SVDiff(Method):
     def parameter_count(site: Site, config: Config) -> int:
         shape = site.weight_shape[site.layer.batch_dims :]
         return math.prod(site.batch) * (shape[0] if _entries(site, config) else min(shape[0], math.prod(shape[1:])))
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {**options, "vectors": "one"}
 
 
 def _is_vector(site: Site) -> bool:

@@ -1,13 +1,14 @@
-"""Gates that depend on the input, for each token or for a row of tokens, and a bottleneck adapter behind one."""
+"""Gates that depend on the input, for each token or for a row of tokens, and a bottleneck adapter and a low-rank update behind one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from peftcore import Site, forward_context
+from peftcore import Operator, Site, Tap, forward_context
 from peftcore.errors import MissingContext, UnsupportedSite
 from peftcore_additive import pfeiffer_adapter
 from peftcore_additive.pfeiffer_adapter import PfeifferOperator, Placement
@@ -56,6 +57,26 @@ def mean_of_tokens(values: Tensor) -> Tensor:
         return values.mean(1, keepdim=True)
     real = mask.to(values.dtype).unsqueeze(-1)
     return (values * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
+
+
+class GatedLoRA(Operator):
+    """The gated update of queries or values; at queries also the gate of the prefix, which reads the same input."""
+
+    def __init__(self, site: Site, rank: int, each: Each, prefix: Tap | None) -> None:
+        super().__init__(site)
+        bound = site.in_features**-0.5
+        self.A = nn.Parameter(torch.empty(rank, site.in_features).uniform_(-bound, bound))
+        self.B = nn.Parameter(torch.zeros(site.out_features, rank))
+        self.gate = Gate(site.in_features, each)
+        self.prefix = prefix
+        self.prefix_gate = None if prefix is None else Gate(site.in_features, each)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if self.prefix is not None and self.prefix_gate is not None:
+            self.prefix.put(self.prefix_gate(x))
+        y = call(x)
+        A, B, gate = self.cast(y, self.A, self.B, self.gate(x))
+        return self.layer.add(y, self.layer.apply(x, A) * gate, B, 1.0)
 
 
 class GatedAdapter(PfeifferOperator):

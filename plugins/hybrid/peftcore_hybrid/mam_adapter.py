@@ -83,10 +83,7 @@ class MAMAdapter(Method):
     tags = Tags(category="hybrid", paper="2110.04366", identity_at_init=False)
     target = ("attn.core", "cross.core", "mlp.output")
     config_version = 2
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {"ffn_joins": "matrix", **options}  # where version 1 stood
+    former_defaults = ({"ffn_joins": "matrix"},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         sites = surgeon.sites()

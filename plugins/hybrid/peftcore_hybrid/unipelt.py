@@ -28,19 +28,18 @@ Use it where it is not known which of the three suits the task.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Attend, AttentionSite, Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap
+from peftcore import Attend, AttentionSite, Method, MethodConfig, Site, Surgeon, Tags, Tap
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore_additive import prefix_tuning
 from peftcore_additive._prefix import PrefixOperator, prefix_count, shared_encoder
 from peftcore_additive.pfeiffer_adapter import Placement, placed
-from peftcore_hybrid._gates import Gate, GatedAdapter
+from peftcore_hybrid._gates import GatedAdapter, GatedLoRA
 
 QUERIES, VALUES, BLOCKS = ("attn.q", "cross.q"), ("attn.v", "cross.v"), ("mlp.output", "mlp.down")
 
@@ -72,26 +71,6 @@ class Config(MethodConfig):
         return max(site.out_features // self.adapter_reduction, 1)
 
 
-class GatedLoRA(Operator):
-    """The gated update of queries or values; at queries also the gate of the prefix, which reads the same input."""
-
-    def __init__(self, site: Site, config: Config, prefix: Tap | None) -> None:
-        super().__init__(site)
-        bound = site.in_features**-0.5
-        self.A = nn.Parameter(torch.empty(config.rank, site.in_features).uniform_(-bound, bound))
-        self.B = nn.Parameter(torch.zeros(site.out_features, config.rank))
-        self.gate = Gate(site.in_features, config.gate)
-        self.prefix = prefix
-        self.prefix_gate = None if prefix is None else Gate(site.in_features, config.gate)
-
-    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
-        if self.prefix is not None and self.prefix_gate is not None:
-            self.prefix.put(self.prefix_gate(x))
-        y = call(x)
-        A, B, gate = self.cast(y, self.A, self.B, self.gate(x))
-        return self.layer.add(y, self.layer.apply(x, A) * gate, B, 1.0)
-
-
 class GatedPrefix(PrefixOperator):
     """Puts keys and values in front of the attention's own, as far as the gate is open."""
 
@@ -116,10 +95,7 @@ class UniPELT(Method):
     tags = Tags(category="hybrid", paper="2110.07577", identity_at_init=False)
     target = ("attn.core", "cross.core", "mlp.output")
     config_version = 2
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {"adapter_placement": "branch", **options}  # where version 1 stood
+    former_defaults = ({"adapter_placement": "branch"},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         gates = {config.gate, *(changes.get("gate") for changes in config.overrides.values())}
@@ -151,6 +127,10 @@ def _gated(site: Site, config: Config, placement: Placement) -> GatedAdapter:
     return GatedAdapter(site, config.bottleneck(site), config.gate, placement)
 
 
+def _gated_update(site: Site, config: Config, prefix: Tap | None) -> GatedLoRA:
+    return GatedLoRA(site, config.rank, config.gate, prefix)
+
+
 def _adapt_attention(site: Site, inside: list[Site], config: Config, surgeon: Surgeon) -> None:
     """Adapt an attention: its prefix, and the updates of its queries and values, which are `inside` it."""
     opening = Tap()
@@ -161,4 +141,4 @@ def _adapt_attention(site: Site, inside: list[Site], config: Config, surgeon: Su
             raise UnsupportedSite(f"{site.path}: no matrix inside makes queries of what the attention reads")
     for each in inside:
         tap = opening if each in queries else None
-        surgeon.graft(each, functools.partial(GatedLoRA, prefix=tap), config)
+        surgeon.graft(each, functools.partial(_gated_update, prefix=tap), config)

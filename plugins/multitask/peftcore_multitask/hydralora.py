@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -77,12 +77,8 @@ class HydraLoRA(Method):
     name = "hydralora"
     Config = Config
     tags = Tags(category="multitask", paper="2404.19245", random=True)
-    config_version = 2  # 2: rank 4 and dropout 0.05 by default
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {"rank": 8, "dropout": 0.0, **options}
-
+    config_version = 2
+    former_defaults = ({"rank": 8, "dropout": 0.0},)
     target = ("mlp.gate", "mlp.up", "mlp.down")
     alternatives = MATRICES
 

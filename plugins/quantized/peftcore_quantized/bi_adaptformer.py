@@ -20,7 +20,7 @@ It cannot be merged.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -83,10 +83,7 @@ class BiAdaptFormer(Method):
     alternatives = OUTPUTS
 
     config_version = 2
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {"joins": "matrix", "dropout": 0.0, **options}  # where version 1 stood
+    former_defaults = ({"joins": "matrix", "dropout": 0.0},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():

@@ -16,7 +16,7 @@ Use it in place of full fine-tuning on images: a third of the memory for gradien
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -44,6 +44,7 @@ class AttentionOnly(Method):
     tags = Tags(category="selective", paper="2203.09795", mergeable=True)
     target = "attn.*"
     config_version = 2
+    former_defaults = ({"head": False, "positions": False},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
@@ -58,10 +59,6 @@ class AttentionOnly(Method):
             for site in surgeon.at("embed.pos"):
                 if not site.missing(site.tensor):
                     surgeon.replace(site)
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {**options, "head": False, "positions": False}  # once neither trained along
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

@@ -14,7 +14,7 @@ Use it as the smallest baseline that reaches every layer; it merges by writing t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -42,6 +42,7 @@ class BitFit(Method):
     tags = Tags(category="selective", paper="2106.10199", mergeable=True)
     target = "*"
     config_version = 2
+    former_defaults = ({"head": False},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
@@ -58,10 +59,6 @@ class BitFit(Method):
             raise TargetError(f"bitfit: this {type(model).__name__} has no biases{where}, so nothing would train{hint}")
         if surgeon.wishes.target is None and config.head:
             train_classifiers(surgeon)
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {**options, "head": False}  # once its bias trained alone
 
     def _without_bias(self, surgeon: Surgeon) -> list[Site]:
         return surgeon.at("all-linear") if surgeon.wishes.target is None else surgeon.sites()

@@ -17,7 +17,7 @@ Use it to fine-tune on little data without forgetting; it costs a backward pass 
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveFloat
@@ -66,6 +66,7 @@ class ChildTuningD(Method):
     )
     target = ("all-linear", "norm", "norm.inner")
     config_version = 2
+    former_defaults = ({"training": False, "others": False},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         values = {value for site in surgeon.sites() for value in surgeon.train(site.module_path)}
@@ -87,10 +88,6 @@ class ChildTuningD(Method):
 
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule:
         return Mask(dict(_masked(injection)))
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {**options, "training": False, "others": False}  # once neither
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

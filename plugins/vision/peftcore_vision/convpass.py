@@ -19,7 +19,6 @@ Parameters: 2 d h + h + d + 9 h^2 + h a bypass, two a block. It cannot be merged
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -30,7 +29,7 @@ from torch.nn import functional as F
 
 from peftcore import OUTPUTS, BranchSite, Bypass, Joins, Method, MethodConfig, Surgeon, Tags, Tap, branch
 from peftcore.errors import UnsupportedSite
-from peftcore_vision._patches import patch_sites
+from peftcore_vision._patches import layout, patch_sites
 
 
 class Config(MethodConfig):
@@ -103,32 +102,13 @@ class ConvpassOperator(Bypass):
             return F.conv2d(pictures, weight, bias, padding=1).movedim(1, -1).reshape(u.shape)
         if u.dim() == 2:  # one token of each: nothing around it
             return F.linear(u, weight[:, :, 1, 1], bias)
-        rows, columns = self._layout(*u.shape[:2])
+        rows, columns = layout(self.lie.get(), *u.shape[:2], self.grid, self.prefix_tokens)
         others = u.shape[1] - rows * columns
         alone = F.linear(u[:, :others], weight[:, :, 1, 1], bias)
         if not rows * columns:
             return alone
         patches = F.conv2d(u[:, others:].unflatten(1, (rows, columns)).movedim(-1, 1), weight, bias, padding=1)
         return torch.cat([alone, patches.movedim(1, -1).flatten(1, 2).to(alone.dtype)], 1)
-
-    def _layout(self, batch: int, tokens: int) -> tuple[int, int]:
-        """Return rows and columns of the patches."""
-        images, high, wide = self.lie.get() or (batch, 1, 1)
-        if self.grid is not None:
-            high, wide = self.grid
-        elif images != batch:  # windows of them
-            high, wide = 1, 1
-        if self.prefix_tokens is None:
-            rows = math.isqrt(tokens * high // wide)
-            return rows, rows * wide // high
-        patches = tokens - self.prefix_tokens
-        rows = round(math.sqrt(max(patches, 0) * high / wide))
-        if not rows or patches % rows:
-            raise UnsupportedSite(
-                f"convpass: {tokens} tokens, {self.prefix_tokens} of them in front, leave no grid of {high} to {wide}; "
-                "set grid= and prefix_tokens= (overrides= for single sites)"
-            )
-        return rows, patches // rows
 
 
 class Convpass(Method):
@@ -141,10 +121,7 @@ class Convpass(Method):
     alternatives = OUTPUTS
 
     config_version = 2
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {"joins": "matrix", "dropout": 0.0, **options}  # where version 1 stood
+    former_defaults = ({"joins": "matrix", "dropout": 0.0},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         lies: dict[str, Tap] = {}

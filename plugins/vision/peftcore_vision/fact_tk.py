@@ -16,7 +16,7 @@ Use it where FacT-TT would do and every number counts; it merges.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +66,8 @@ class FactTK(Method):
     name = "fact_tk"
     Config = Config
     tags = Tags(category="vision", paper="2212.03145", mergeable=True, low_rank=True, random=True)
-    config_version = 2  # 2: dropout by default
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {"dropout": 0.0, **options}
-
+    config_version = 2
+    former_defaults = ({"dropout": 0.0},)
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -6,8 +6,7 @@
 in front of the matrices that a branch reads with: queries, keys and values, which share one adapter, as the gate of a
 feed-forward shares its with the matrix beside it. A starts from a Xavier-uniform draw, all else at zero: an exact
 identity. The authors' own merging fails with g = 1. A convolution has its adapter on channels, as their RepAdapter2D;
-one that pads is refused, since the shift b would not reach its padding and no W' does that. So is a weight that is read
-and has no bias beside it.
+one that pads is refused, since the shift b would not reach its padding, and a weight that is read without a bias.
 
 Parameters: d h + h + d h / g + d an adapter. Use it where inference must cost nothing.
 """
@@ -47,8 +46,7 @@ class Config(MethodConfig):
     scale: PositiveFloat = 1.0
     """The factor s in front of the adapter; the authors search it between 0.1 and 10."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
-    """Probability with which the bottleneck's numbers are dropped in training; None: 0.1, as in the authors' code, but
-    0 where a weight is read, not called, so that dropout cannot reach its input."""
+    """Probability with which the bottleneck's numbers drop in training; None: 0.1, but 0 where weights are read."""
 
 
 class RepAdapterOperator(Operator):
@@ -101,9 +99,7 @@ def _refuse(site: Site, config: Config) -> None:
     if spread and padding != "valid" and any(each != 0 for each in padding):
         raise UnsupportedSite(f"{site.path} pads with numbers that the adapter would not reach; exclude= it")
     if site.form == "weight" and config.dropout:
-        raise UnsupportedSite(
-            f"{site.path} is read, not called, so dropout cannot reach its input; use dropout=0 or exclude it"
-        )
+        raise UnsupportedSite(f"{site.path} is read, so dropout cannot reach its input; use dropout=0 or exclude it")
     if site.form == "weight" and site.missing(bias_name(site.tensor)):
         raise UnsupportedSite(f"{site.path} is read and has no bias beside it that could take the adapter's shift")
 
@@ -138,12 +134,8 @@ class RepAdapter(Method):
     name = "repadapter"
     Config = Config
     tags = Tags(category="vision", paper="2302.08106", mergeable=True, random=True)
-    config_version = 2  # 2: dropout by default
-
-    @classmethod
-    def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {"dropout": 0.0, **options}
-
+    config_version = 2
+    former_defaults = ({"dropout": 0.0},)
     target = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
