@@ -1,4 +1,4 @@
-"""Gates that depend on the input, for each token or for a row of tokens; an adapter and a low-rank update behind one."""
+"""Gates that depend on the input, for each token or for a row of tokens; an adapter and an update behind one."""
 
 from __future__ import annotations
 
