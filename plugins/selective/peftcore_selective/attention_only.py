@@ -61,7 +61,7 @@ class AttentionOnly(Method):
 
     @classmethod
     def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {**options, "head": False, "positions": False}  # once neither trained along
+        return {"head": False, "positions": False, **options}  # once neither trained along
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

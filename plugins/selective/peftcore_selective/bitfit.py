@@ -61,7 +61,7 @@ class BitFit(Method):
 
     @classmethod
     def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {**options, "head": False}  # once its bias trained alone
+        return {"head": False, **options}  # once its bias trained alone
 
     def _without_bias(self, surgeon: Surgeon) -> list[Site]:
         return surgeon.at("all-linear") if surgeon.wishes.target is None else surgeon.sites()

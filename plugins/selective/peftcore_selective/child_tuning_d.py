@@ -90,7 +90,7 @@ class ChildTuningD(Method):
 
     @classmethod
     def migrate(cls, options: dict[str, Any], version: int) -> dict[str, Any]:
-        return {**options, "training": False, "others": False}  # once neither
+        return {"training": False, "others": False, **options}  # once neither
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
