@@ -62,6 +62,7 @@ UNUSED: Mapping[tuple[str, str], str] = {
     ("qwen_image", "transformer_blocks.1."): "likewise",
     ("dpt", "dpt.layernorm"): "the neck reads what is before it",
     ("dpt", "fusion_stage.layers.0.residual_layer1"): "the first fusion has nothing to add",
+    ("timm_maxvit", "rel_pos.mlp.fc2.bias"): "added to all keys alike it changes no softmax, only rounding moves it",
     ("autoencoder_tiny", "encoder"): "the forward rounds latents to bytes",
 }
 """Sites that the example inputs leave without a gradient, by a part of their paths, with reasons."""

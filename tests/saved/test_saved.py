@@ -48,13 +48,18 @@ def test_a_difference_is_seen() -> None:
 FORMER: dict[str, dict[str, Any]] = {
     "adapterdrop": {"drop_first_layers": 5},
     "adaptformer": {"dropout": 0.0},
+    "attention_only": {"head": False, "positions": False},
     "bi_adaptformer": {"dropout": 0.0},
+    "bitfit": {"head": False},
+    "child_tuning_d": {"training": False, "others": False},
     "convpass": {"dropout": 0.0},
     "fact_tk": {"dropout": 0.0},
     "fact_tt": {"dropout": 0.0},
     "houlsby_adapter": {"train_layer_norm": "blocks"},
     "hydralora": {"rank": 8, "dropout": 0.0},
     "loreft": {"short_prompts": "first"},
+    "p_tuning_v2": {"behind": False},
+    "prefix_tuning": {"behind": False},
     "repadapter": {"dropout": 0.0},
     "svdiff": {"vectors": "one"},
 }

@@ -36,7 +36,7 @@ def wave(*shape: int, step: float) -> Tensor:
 )
 def test_numbers_of_the_authors() -> None:
     """The output, then the gradients."""
-    model = nn.Sequential(nn.Linear(5, 4)).double()
+    model = nn.Sequential(nn.Linear(5, 4)).double().eval()
     injection = peftcore.apply(model, "hydralora", **OPTIONS, dtype="float64")
     (op,) = injection.operators.values()
     with torch.no_grad():

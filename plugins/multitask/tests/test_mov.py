@@ -37,7 +37,7 @@ def wave(*shape: int, step: float) -> Tensor:
 def test_numbers_of_the_authors(place: str, heads: int, head: int) -> None:
     """The output, then the gradients: behind a layer that does nothing, so that a is what comes in."""
     width = heads * head
-    model = nn.Sequential(nn.Linear(width, width, bias=False)).double()
+    model = nn.Sequential(nn.Linear(width, width, bias=False)).double().eval()
     model[0].weight.data = torch.eye(width).double()
     target = {"scale_inputs": ["0"]} if heads == 1 else {"head": head}
     with torch.no_grad():

@@ -1,8 +1,10 @@
-"""Polytropon and multi-head routing: the kit; the real peft, in evaluation and in training; draws that are computed
-again; beams; kinds of layers that peft does not know; what is refused. (How tasks are told: test_tasks.py.)"""
+"""Polytropon and multi-head routing: the kit; the real peft and the authors' code, in evaluation and in training; draws
+that are computed again; beams; kinds of layers that peft does not know; what is refused. (How tasks are told:
+test_tasks.py.)"""
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -15,18 +17,52 @@ import peftcore
 from peftcore.contract.operators import _Base
 from peftcore.errors import NotMergeable, UnsupportedSite
 from peftcore.targets.sites import Site
-from peftcore.testing import against, conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.kit import fill
 
 TASKS, SKILLS, RANK = 4, 3, 3
 OPTIONS = {"tasks": TASKS, "skills": SKILLS, "rank": RANK}
+NUMBERS = Path(__file__).parent / "numbers" / "polytropon.json"
 
 
 # Without draws: a forward in training is then what it is in evaluation, as the kit wants it.
 @conformance("polytropon", options={"*": {**OPTIONS, "splits": 2, "task": 1, "sampled": False}})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
+
+
+def wave(*shape: int, step: float) -> Tensor:
+    return (torch.arange(torch.Size(shape).numel(), dtype=torch.float64) * step).sin().view(shape)
+
+
+@pytest.mark.parametrize("mode", ["evaluation", "training"])
+@against(
+    "authors",
+    "polytropon",
+    repository="McGill-NLP/polytropon",
+    commit="d567ea8",
+    script="src/polytropon/adapters.py",
+)
+def test_numbers_of_the_authors_code(mode: str) -> None:
+    """Outputs and gradients for rows of two tasks, in training with the same draws."""
+    model = nn.Sequential(nn.Linear(5, 4)).double().train(mode == "training")
+    injection = peftcore.apply(model, "polytropon", target="0", **{**OPTIONS, "rank": 2}, dtype="float64")
+    operator: Any = injection.operators["0"]
+    with torch.no_grad():
+        model[0].weight.copy_(wave(4, 5, step=1.1))
+        model[0].bias.copy_(wave(4, step=1.3))
+        operator.logits.copy_(2 * wave(4, 1, 3, step=0.7))
+        operator.A.copy_(wave(1, 3, 2, 5, step=1.7))
+        operator.B.copy_(wave(1, 3, 4, 2, step=2.3))
+    torch.manual_seed(0)
+    with peftcore.call(model, task=[2, 0]):
+        y = model(wave(2, 3, 5, step=0.9))
+    (y * wave(2, 3, 4, step=0.3)).sum().backward()
+    found = {"y": y, "A": operator.A.grad, "B": operator.B.grad, "logits": operator.logits.grad}
+    for name, value in frozen(NUMBERS)[mode].items():
+        expected = torch.tensor(value, dtype=torch.float64)
+        torch.testing.assert_close(found[name].flatten(), expected, rtol=1e-9, atol=1e-10, msg=name)
 
 
 def pairs(site: Site, operator: _Base, theirs: nn.Module) -> Iterator[Pair]:

@@ -61,10 +61,8 @@ def test_codes_of_the_authors_code(bits: int) -> None:
     script="binary_adapter/adaptformer.py",
 )
 def test_numbers_of_the_authors_code(bits: int) -> None:
-    host = nn.Sequential(nn.Linear(6, 6)).double()
-    injection = peftcore.apply(
-        host, "bi_adaptformer", target="0", bottleneck=4, bits=bits, dropout=0.0, dtype="float64"
-    )
+    host = nn.Sequential(nn.Linear(6, 6)).double().eval()
+    injection = peftcore.apply(host, "bi_adaptformer", target="0", bottleneck=4, bits=bits, dtype="float64")
     (operator,) = injection.operators.values()
     with torch.no_grad():
         operator.down.copy_(wave(4, 6, step=1.1))

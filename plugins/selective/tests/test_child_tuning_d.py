@@ -190,6 +190,7 @@ def test_data_is_needed() -> None:
         peftcore.apply(host(), "child_tuning_d", target="maps.*")
 
 
+@against("authors", "child_tuning_d", repository="RunxinXu/ChildTuning", commit="d0d8655", script="ChildTuningD.py")
 def test_default_targets_are_what_the_blocks_hold_and_all_else_trains_whole() -> None:
     model, inputs = HOSTS["bert"].build()
     inputs["labels"] = torch.tensor([0, 2])
@@ -199,6 +200,7 @@ def test_default_targets_are_what_the_blocks_hold_and_all_else_trains_whole() ->
     assert found.keys() == {name for name, _ in HOSTS["bert"].build()[0].named_parameters()}
     child = {name: dict(operator.named_buffers()).get("mask") for name, operator in found.items()}
     assert {name for name, mask in child.items() if mask is not None} == blocks
+    assert {name for name, mask in child.items() if mask is None} == set(frozen(NUMBERS)["whole"])
     total = sum(child[name].numel() for name in blocks)
     assert sum(int(child[name].sum()) for name in blocks) == pytest.approx(0.2 * total, abs=1)
     alone = peftcore.apply(HOSTS["bert"].build()[0], "child_tuning_d", data=[inputs], others=False)

@@ -67,8 +67,8 @@ def host(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
 @pytest.mark.parametrize("layer_norm", ["none", "in", "out"])
 @against("authors", "adaptformer", repository="ShoufaChen/AdaptFormer", commit="6967d67", script="models/adapter.py")
 def test_numbers_of_the_authors_code(layer_norm: str) -> None:
-    host = nn.Sequential(nn.Linear(6, 6)).double()
-    options = {"bottleneck": 4, "layer_norm": layer_norm, "dropout": 0.0, "dtype": "float64"}
+    host = nn.Sequential(nn.Linear(6, 6)).double().eval()
+    options = {"bottleneck": 4, "layer_norm": layer_norm, "dtype": "float64"}
     injection = peftcore.apply(host, "adaptformer", target="0", **options)
     operator = injection.operators["0"]
     steps = {"down.weight": 1.1, "down.bias": 1.3, "up.weight": 1.7, "up.bias": 1.9}

@@ -147,8 +147,8 @@ def compare(name: str, prefix: int, wide: float = 1.0, changes: Any = None, **op
 )
 @against("authors", "convpass", repository="JieShibo/PETL-ViT", commit="026e4f1", script="convpass/vtab/convpass.py")
 def test_numbers_of_the_authors_code(shape: tuple[int, ...], channels: int, places: list[int], host: str) -> None:
-    layer = nn.Sequential(nn.Linear(6, 6)).double()
-    options = {"bottleneck": channels, "scale": 3.0, "dropout": 0.0, "dtype": "float64", **SQUARE}
+    layer = nn.Sequential(nn.Linear(6, 6)).double().eval()
+    options = {"bottleneck": channels, "scale": 3.0, "dtype": "float64", **SQUARE}
     injection = peftcore.apply(layer, "convpass", target="0", **options)
     steps = {"down.weight": 1.1, "down.bias": 1.3, "up.weight": 1.7, "up.bias": 1.9}
     steps |= {"conv.weight": 2.3, "conv.bias": 2.9}

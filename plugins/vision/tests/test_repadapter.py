@@ -79,8 +79,8 @@ def adapted(x: Tensor, t: dict[str, Tensor], groups: int = 2) -> Tensor:
 def test_numbers_of_the_authors_code() -> None:
     """Behind the adapter, and what merging writes into the matrix."""
     numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in frozen(NUMBERS).items()}
-    host = nn.Sequential(nn.Linear(6, 5)).double()
-    injection = peftcore.apply(host, "repadapter", target="0", bottleneck=4, scale=0.7, dropout=0.0, dtype="float64")
+    host = nn.Sequential(nn.Linear(6, 5)).double().eval()
+    injection = peftcore.apply(host, "repadapter", target="0", bottleneck=4, scale=0.7, dtype="float64")
     steps = {"A": 1.1, "a": 1.3, "B": 1.7, "b": 1.9}
     with torch.no_grad():
         for name, parameter in injection.operators["0"].named_parameters():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftcore.registry.evidence import Source
 from peftcore.testing.checkouts import load
+from peftcore.testing.hosts import HOSTS
 
 SOURCE = Source("authors", "RunxinXu/ChildTuning", "d0d8655", "ChildTuningD.py")
 VERSIONS = ("torch", "transformers", "numpy")
@@ -44,26 +45,32 @@ class Stack(nn.Module):
         return {"loss": nn.functional.cross_entropy(self.classifier(x), labels)}
 
 
-def numbers(checkout: Path) -> dict[str, Any]:
-    """Returns, of a child of 30 percent, the places of its numbers in each tensor, ascending; then the names of what
-    the optimizer masks not at all."""
-    assert transformers.Trainer
-    names = {name: MagicMock(return_value=False) for name in ASKED}
-    sys.modules["transformers.file_utils"] = sys.modules["transformers.integrations"] = MagicMock(**names)
-    module, model = load(checkout / SOURCE.script, absent=ABSENT), Stack().eval()
-    xs = [wave(5, 4, step=0.7 + index) * (1 + 3 * index) for index in range(4)]
+def chosen(module: Any, model: nn.Module, data: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Returns the masks by name, of a child of 30 percent."""
     options = {"per_device_train_batch_size": 1, "dataloader_drop_last": False, "dataloader_num_workers": 0}
     trainer = SimpleNamespace(
         model=model,
-        train_dataset=[{"x": x, "labels": torch.arange(5) % 3} for x in xs],
+        train_dataset=data,
         data_collator=lambda batch: {"idx": 0, **batch[0]},
         args=SimpleNamespace(**options, dataloader_pin_memory=False, max_grad_norm=1.0),
         reserve_p=0.3,
         _prepare_inputs=lambda inputs: inputs,
     )
     masks = module.ChildTuningDtrainer.calculate_fisher(trainer)
-    child = {name: masks[p].flatten().nonzero().flatten() for name, p in model.named_parameters() if p in masks}
+    return {name: masks[parameter] for name, parameter in model.named_parameters() if parameter in masks}
+
+
+def numbers(checkout: Path) -> dict[str, Any]:
+    """Returns the places of the child's numbers in each tensor, ascending; then the names of what the optimizer masks
+    not at all of a tiny BERT."""
+    assert transformers.Trainer
+    names = {name: MagicMock(return_value=False) for name in ASKED}
+    sys.modules["transformers.file_utils"] = sys.modules["transformers.integrations"] = MagicMock(**names)
+    module, (bert, inputs) = load(checkout / SOURCE.script, absent=ABSENT), HOSTS["bert"].build()
+    xs = [wave(5, 4, step=0.7 + index) * (1 + 3 * index) for index in range(4)]
+    child = chosen(module, Stack().eval(), [{"x": x, "labels": torch.arange(5) % 3} for x in xs])
+    masked = chosen(module, bert, [{**inputs, "labels": torch.tensor([0, 2])}])
     return {
-        "child": {name: places.tolist() for name, places in child.items()},
-        "whole": [name for name, _ in model.named_parameters() if name not in child],
+        "child": {name: mask.flatten().nonzero().flatten().tolist() for name, mask in child.items()},
+        "whole": [name for name, _ in bert.named_parameters() if name not in masked],
     }
