@@ -161,9 +161,9 @@ def compare(injection: peftcore.Injection, tensors: Mapping[str, Tensors], ours:
         torch.testing.assert_close(modules[path].get_parameter(name).grad, gradient, rtol=1e-8, atol=1e-10)
 
 
-SIZES: dict[str, Any] = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 16, "type_vocab_size": 1}
-SIZES |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TINY: dict[str, Any] = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 2, "max_position_embeddings": 16, "type_vocab_size": 1}
+TINY |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 """Of the hosts in which the authors' code ran."""
 Place = tuple[nn.Parameter, Sequence[str], slice]
 """A tensor of ours, and which tensors of the authors' have its numbers side by side, in which rows."""

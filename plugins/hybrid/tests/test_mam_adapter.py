@@ -12,7 +12,7 @@ from hybrid_equations import (
     ATTENTIONS,
     FEED_FORWARDS,
     LAYERS,
-    SIZES,
+    TINY,
     Place,
     Tensors,
     assert_frozen,
@@ -121,7 +121,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_the_authors_numbers(variant: str) -> None:
     """Of a batch with padding, in training."""
     transformers = pytest.importorskip("transformers")
-    config = transformers.RobertaConfig(**SIZES, layer_norm_eps=1e-5, pad_token_id=1)
+    config = transformers.RobertaConfig(**TINY, layer_norm_eps=1e-5, pad_token_id=1)
     model = waves(transformers.RobertaModel(config, add_pooling_layer=False))
     options = {"prefix_length": 3, "prefix_mid_dim": 6, "ffn_bottleneck": 5, **VARIANTS[variant]}
     injection = peftcore.apply(model, "mam_adapter", dtype="float64", **options)
