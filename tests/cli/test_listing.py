@@ -31,10 +31,10 @@ def test_every_method_is_listed_with_what_it_declares() -> None:
 
 
 def test_one_category_as_a_table() -> None:
-    table = printed("--category", "hybrid")
-    assert "hybrid" in table and "experimental" in table and "peft 0.21" in table
-    names = {row["name"] for row in json.loads(printed("--category", "hybrid", "--json"))}
-    assert {"mam_adapter", "unipelt"} <= names and "lora" not in names
+    table = printed("--category", "additive")
+    assert "additive" in table and "experimental" in table and "peft 0.21" in table
+    names = {row["name"] for row in json.loads(printed("--category", "additive", "--json"))}
+    assert {"lst", "prefix_tuning"} <= names and "lora" not in names
 
 
 def test_an_unknown_category_names_those_there_are() -> None:

@@ -51,7 +51,7 @@ def test_a_method_for_people() -> None:
     assert "Llama 2 7B" in text
     assert max(map(len, text.splitlines())) <= 100
     assert re.search(r"checked against +peft 0.21\s", text)
-    assert re.search(r"checked against +its equation alone: experimental\s", printed("show", "unipelt"))
+    assert re.search(r"checked against +its equation alone: experimental\s", printed("show", "peqa"))
 
 
 def test_every_option_of_every_method_has_a_type_and_a_description() -> None:

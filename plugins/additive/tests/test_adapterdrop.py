@@ -1,5 +1,5 @@
-"""AdapterDrop: which layers have adapters, what they compute (the equation a second time, as hooks on a copy of the
-host, in float64), where backward ends, and the numbers that the robust kind draws."""
+"""AdapterDrop: numbers of the adapters package; which layers have adapters, what they compute (the equation a second
+time, as hooks on a copy of the host, in float64), where backward ends, and the numbers that the robust kind draws."""
 
 import pickle
 from collections import Counter
@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import adapters_package as package
 import pytest
 import torch
 from dropped_hosts import assert_same, filled, train
@@ -18,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import peftcore
 from peftcore import forward_context
 from peftcore.errors import NotMergeable, TargetError, TrainingError, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.training.optimizer import transient
 
@@ -44,6 +45,31 @@ CONFIGS = {
 @conformance("adapterdrop", options={"*": {"drop_first_layers": 1}})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
+
+
+@pytest.mark.parametrize("kind", ["specialised", "robust 0", "robust 1"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+@against(
+    "adapters 1.3",
+    "adapterdrop",
+    repository="adapter-hub/adapters",
+    commit="88f18eb",
+    script="src/adapters/methods/adapter_layer_base.py",
+)
+def test_the_numbers_of_the_adapters_package(name: str, kind: str) -> None:
+    """In training: the package is told each time how many layers it skips, and so is the robust kind here."""
+    numbers = frozen(Path(__file__).parent / "numbers" / "adapterdrop.json")[kind]
+    model, robust = package.host(name), kind != "specialised"
+    options: dict[str, Any] = {"bottleneck": 4, "drop_first_layers": 1, "robust": robust, "dtype": "float64"}
+    injection = peftcore.apply(model, "adapterdrop", **options)
+    operators = list(injection.operators.values())
+    assert len(operators) == (2 if robust else 1)
+    package.waves([p for each in operators for p in each.parameters()], 0.2)
+    skipped = kind == "robust 1"
+    acting = [p for each in operators[skipped:] for p in each.parameters()]
+    with peftcore.call(model, drop_first_layers=int(skipped)):
+        package.assert_same(model, package.host(name), acting, numbers[name])
+    assert all(p.grad is None for each in operators[:skipped] for p in each.parameters())
 
 
 def host(name: str) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:

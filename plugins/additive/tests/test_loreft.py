@@ -1,7 +1,6 @@
-"""LoReFT and its ablations: the equations of the authors' code (LoreftIntervention, NoreftIntervention,
-NodireftIntervention of pyreft, read; it needs pyvene, which does not run beside the transformers versions that this
-project is for), written a second time as hooks on a copy of the host, in float64; where the prompt is, and which of its
-positions the authors' code takes (`numbers/loreft.json`)."""
+"""LoReFT and its ablations: numbers of the authors' interventions (`numbers/loreft_interventions.json`), and of the
+positions that they take (`numbers/loreft.json`); the equations, written a second time as hooks on a copy of the host,
+in float64; where the prompt is."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -11,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from adapters_package import IDS, wave
+from adapters_package import host as small
 from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, MissingContext, NotMergeable, TargetError, UnsupportedSite
-from peftcore.testing import conformance, frozen
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 from peftcore_additive.loreft import ReftOperator
@@ -165,6 +166,42 @@ def test_where_ends_overlap_the_first_positions_may_come_first() -> None:
     front = [(0, token) for token in range(4)] + [(1, token) for token in range(3)]
     options: Any = {"prefix_positions": 4, "suffix_positions": 4, "short_prompts": "first"}
     compare("llama", inputs, {"prefix": front, "suffix": [(0, 4)]}, **options)
+
+
+def along(gradient: Tensor, R: Tensor) -> Tensor:
+    """The part of the gradient of orthonormal rows along which they stay orthonormal."""
+    inner = gradient @ R.mT
+    return gradient - (inner + inner.mT) / 2 @ R
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@against("authors", "loreft", repository="stanfordnlp/pyreft", commit="dafd099", script="pyreft/interventions.py")
+def test_the_authors_numbers(kind: str) -> None:
+    """At the first two tokens and at the last one, with a suffix and a prefix of their own in both layers of a Llama in
+    training. Orthonormal rows have other coordinates in the authors' code, which no number depends on."""
+    numbers = frozen(Path(__file__).parent / "numbers" / "loreft_interventions.json")[kind]
+    model = small("llama")
+    options: dict[str, Any] = {"rank": 3, "prefix_positions": 2, "suffix_positions": 1, "dtype": "float64"}
+    injection = peftcore.apply(model, "loreft", kind=kind, **options)
+    units: dict[str, Any] = {}
+    for layer in (0, 1):
+        for place, end in enumerate(("prefix", "suffix")):
+            unit: Any = injection.operators[f"layers.{layer}"].ends[end]
+            units[f"{layer}.{end}"], start = unit, 0.2 + layer + 0.5 * place
+            with torch.no_grad():
+                unit.learned.weight.copy_(0.5 * wave(unit.learned.weight, start))
+                unit.learned.bias.copy_(0.5 * wave(unit.learned.bias, start + 0.37))
+                rows = numbers["interventions"][f"{layer}.{end}"]["rows"]
+                unit.R.copy_(torch.tensor(rows, dtype=torch.float64).view_as(unit.R))
+    y = model(input_ids=IDS).last_hidden_state
+    (y.square() * wave(y, 0.3)).sum().backward()
+    assert y.flatten().tolist() == pytest.approx(numbers["output"], abs=1e-8)
+    assert units.keys() == numbers["interventions"].keys()
+    for name, unit in units.items():
+        R = along(unit.R.grad, unit.R.detach()) if kind == "loreft" else unit.R.grad
+        for letter, gradient in {"W": unit.learned.weight.grad, "b": unit.learned.bias.grad, "R": R}.items():
+            theirs = numbers["interventions"][name][letter]
+            assert gradient.flatten().tolist() == pytest.approx(theirs, abs=1e-7), f"{name} {letter}"
 
 
 FROZEN = frozen(Path(__file__).parent / "numbers" / "loreft.json")

@@ -1,10 +1,11 @@
-"""LST: its equation, written a second time in float64 and put into a copy of the host by hooks; what reaches the
-backbone in backward; which tokens see which; caches. (The authors' code is a fork of an old transformers: it does not
-run here.)"""
+"""LST: numbers of the authors' ladder; its equation, written a second time in float64 and put into a copy of the host
+by hooks; what reaches the backbone in backward; which tokens see which; caches."""
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, SequenceError, TargetError, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import conformance, frozen
 from peftcore.testing.hosts import HOSTS
 from peftcore.testing.tools import without_fast_paths
 
@@ -67,6 +68,72 @@ def apply(model: nn.Module, **options: Any) -> peftcore.Injection:
         for parameter in injection.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return injection
+
+
+def wave(shape: Sequence[int], key: str) -> Tensor:
+    count = torch.Size(shape).numel()
+    return torch.cos(torch.arange(count, dtype=torch.float64) * 1.7 + zlib.crc32(key.encode()) % 97).view(*shape) / 2
+
+
+NAMES = {"qkv.weight": "self_attn.in_proj_weight", "qkv.bias": "self_attn.in_proj_bias"}
+NAMES |= {
+    f"{ours}.{kind}": f"{theirs}.{kind}"
+    for ours, theirs in {
+        "out": "self_attn.out_proj",
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "feed_forward.0": "linear1",
+        "feed_forward.2": "linear2",
+    }.items()
+    for kind in ("weight", "bias")
+}
+"""Tensors of a side block of ours, and what torch's block calls them."""
+
+
+def named(injection: peftcore.Injection) -> Iterator[tuple[str, nn.Parameter]]:
+    """Our tensors by their names in the authors' stack."""
+    ends = {"down.": "side_first_downsample.", "up.0.": "final_side_layer_norm.", "up.1.": "side_final_upsample."}
+    for part, module in injection.shared.items():
+        for name, parameter in module.named_parameters():
+            layer = part.rpartition("_")[2]
+            if part in ("down", "up"):
+                start = next(each for each in ends if f"{part}.{name}".startswith(each))
+                yield f"{part}.{name}".replace(start, ends[start]), parameter
+            elif name == "gate":
+                yield f"side_gate_params.{layer}", parameter
+            elif name.startswith("down."):
+                yield f"side_downsamples.{layer}.{name.removeprefix('down.')}", parameter
+            else:
+                yield f"side_block.{layer}.{NAMES[name]}", parameter
+
+
+def test_the_ladder_is_the_authors() -> None:
+    """Of an encoder in training: their numbers, and not what makes the method proven, since their side blocks are of
+    the backbone's kind. Here it is torch's, as ours, in both. They have no norm of the model's behind theirs."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 11, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2}
+    sizes |= {"relative_attention_num_buckets": 8, "dropout_rate": 0.0}
+    model = transformers.T5EncoderModel(transformers.T5Config(**sizes)).double().train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            theirs = name.removeprefix("encoder.").replace("shared", "embed_tokens")
+            parameter.copy_(wave(parameter.shape, theirs))
+    numbers = frozen(Path(__file__).parent / "numbers" / "lst.json")
+    tensors = dict(named(peftcore.apply(model, "lst", reduction=2, heads=2, dtype="float64")))
+    assert tensors.keys() == numbers["gradients"].keys()
+    with torch.no_grad():
+        for name, parameter in tensors.items():
+            parameter.copy_(wave(parameter.shape, name) / (10 if "gate" in name else 1))
+    ids, found = torch.tensor([[2, 5, 3, 9, 4], [4, 10, 7, 0, 0]]), []
+    model.encoder.final_layer_norm.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    model(input_ids=ids, attention_mask=(ids != 0).long())
+    (y,) = found
+    (y.square() * wave(y.shape, "direction"))[ids != 0].sum().backward()
+    expected = torch.tensor(numbers["output"], dtype=torch.float64).view_as(y)
+    torch.testing.assert_close(y[ids != 0], expected[ids != 0], rtol=0, atol=1e-7)
+    for name, parameter in tensors.items():
+        assert any(numbers["gradients"][name])
+        assert parameter.grad.flatten().tolist() == pytest.approx(numbers["gradients"][name], abs=1e-7), name
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
 """Hosts in float64, and their attention with a prefix, adapters and low-rank updates written a second time: as hooks,
-and in the place of the attention function of the host's file."""
+and in the place of the attention function of the host's file; and what the authors' code gave, to compare with."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import peftcore
 from peftcore.testing.hosts import HOSTS
@@ -157,3 +159,48 @@ def compare(injection: peftcore.Injection, tensors: Mapping[str, Tensors], ours:
     for (path, name, _), gradient in zip(leaves, theirs, strict=True):
         assert gradient.abs().max() > 0, f"{path}.{name} has no gradient"
         torch.testing.assert_close(modules[path].get_parameter(name).grad, gradient, rtol=1e-8, atol=1e-10)
+
+
+TINY: dict[str, Any] = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+TINY |= {"num_attention_heads": 2, "max_position_embeddings": 16, "type_vocab_size": 1}
+TINY |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+"""Of the hosts in which the authors' code ran."""
+Place = tuple[nn.Parameter, Sequence[str], slice]
+"""A tensor of ours, and which tensors of the authors' have its numbers side by side, in which rows."""
+
+
+def wave(shape: Sequence[int], key: str) -> Tensor:
+    """The cosines that a tensor of this name has where numbers of the authors' code are made."""
+    count = torch.Size(shape).numel()
+    return torch.cos(torch.arange(count, dtype=torch.float64) * 1.7 + zlib.crc32(key.encode()) % 97).view(*shape) / 2
+
+
+@torch.no_grad()
+def waves(model: nn.Module) -> nn.Module:
+    """In training, in float64."""
+    for name, parameter in model.double().train().named_parameters():
+        parameter.copy_(wave(parameter.shape, name))
+    return model
+
+
+def assert_frozen(model: nn.Module, inputs: Mapping[str, Tensor], places: Iterable[Place], numbers: Any) -> None:
+    """The output, and gradients of all tensors that the authors' code trains."""
+    gradients = {name: torch.tensor(each, dtype=torch.float64) for name, each in numbers["gradients"].items()}
+    places = list(places)
+    assert {name for _, names, _ in places for name in names} == set(gradients)
+
+    def taken(place: Place, of: Callable[[str], Tensor]) -> Tensor:
+        own, names, rows = place
+        shape = (-1, own.shape[1] // len(names)) if own.dim() == 2 else (-1,)
+        return torch.cat([of(name).view(shape)[rows] for name in names], -1)
+
+    with torch.no_grad():
+        for place in places:
+            place[0].copy_(taken(place, lambda name: wave(gradients[name].shape, name)))
+    y = model(**inputs).last_hidden_state
+    (y.square() * wave(y.shape, "direction")).sum().backward()
+    assert y.flatten().tolist() == pytest.approx(numbers["output"], abs=1e-8)
+    for place in places:
+        gradient = taken(place, gradients.__getitem__)
+        assert gradient.any()
+        torch.testing.assert_close(place[0].grad, gradient, rtol=0, atol=1e-8, msg=lambda m, p=place: f"{p[1]}: {m}")

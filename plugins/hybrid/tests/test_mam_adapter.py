@@ -1,7 +1,7 @@
-"""The MAM adapter: its equations written a second time in float64, and its two parts applied one by one. (The authors'
-code is a fork of an old transformers: it does not run here.)"""
+"""The MAM adapter: numbers of the authors' RoBERTa, its equations written a second time in float64, and its two parts
+applied one by one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,10 @@ from hybrid_equations import (
     ATTENTIONS,
     FEED_FORWARDS,
     LAYERS,
+    TINY,
+    Place,
     Tensors,
+    assert_frozen,
     attention_by,
     compare,
     copies,
@@ -20,12 +23,13 @@ from hybrid_equations import (
     host,
     in_front,
     prefix,
+    waves,
 )
 from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import ConfigError, NotMergeable, TargetError, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 
 SMALL = {"prefix_length": 4, "prefix_mid_dim": 6, "ffn_bottleneck": 5}
 
@@ -73,6 +77,57 @@ def expected(
     for hook in hooks:
         hook.remove()
     return output
+
+
+def places(injection: peftcore.Injection) -> Iterator[Place]:
+    """Our tensors by the names in the authors' RoBERTa. The last matrix of their network has all layers below each
+    other, of each its keys above its values."""
+    whole, (shared, *_) = slice(None), [*injection.shared.values(), None]
+    network = shared is not None
+    if network:
+        parts = {"wte.weight": "embedding.weight", "control_trans.0.weight": "hidden.weight"}
+        parts["control_trans.0.bias"] = "hidden.bias"
+        for theirs, ours in parts.items():
+            yield shared.get_parameter(ours), [f"prefix.{theirs}"], whole
+    for layer in LAYERS:
+        operator: Any = injection.operators[f"prefix/encoder.layer.{layer}.attention.self:attention"]
+        if network:
+            rows = slice(16 * layer, 16 * (layer + 1))
+            yield operator.out.weight, ["prefix.control_trans.2.weight"], rows
+            yield operator.out.bias, ["prefix.control_trans.2.bias"], rows
+        else:
+            names = [f"prefix.decoder_self_attn_{kind}.{layer}.weight" for kind in ("key", "value")]
+            yield operator.prefix, names, whole
+        for name, parameter in injection.operators[f"ffn/encoder.layer.{layer}.output.dense"].named_parameters():
+            theirs = name.replace("down", "down_proj").replace("up", "up_proj")
+            yield parameter, [f"encoder.layer.{layer}.ef_ffn_adapter.{theirs}"], whole
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "network": {},
+    "direct": {"prefix_mid_dim": None},
+    "learned": {"ffn_scale": "learned"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@against(
+    "authors",
+    "mam_adapter",
+    repository="jxhe/unify-parameter-efficient-tuning",
+    commit="3222ce2",
+    script="src/transformers/models/roberta/modeling_roberta.py",
+)
+def test_the_authors_numbers(variant: str) -> None:
+    """Of a batch with padding, in training."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.RobertaConfig(**TINY, layer_norm_eps=1e-5, pad_token_id=1)
+    model = waves(transformers.RobertaModel(config, add_pooling_layer=False))
+    options = {"prefix_length": 3, "prefix_mid_dim": 6, "ffn_bottleneck": 5, **VARIANTS[variant]}
+    injection = peftcore.apply(model, "mam_adapter", dtype="float64", **options)
+    ids = torch.tensor([[2, 5, 3, 9, 4], [4, 10, 7, 1, 1]])
+    numbers = frozen(Path(__file__).parent / "numbers" / "mam_adapter.json")[variant]
+    assert_frozen(model, {"input_ids": ids, "attention_mask": (ids != 1).long()}, places(injection), numbers)
 
 
 @pytest.mark.parametrize("options", [{}, {"prefix_mid_dim": None}, {"ffn_scale": "learned"}], ids=str)

@@ -1,8 +1,9 @@
-"""UniPELT: its equations written a second time in float64, what its gates see, where its parts stand. (The authors'
-code is a fork of an old transformers, for BERT alone.)"""
+"""UniPELT: numbers of the authors' BERT, its equations written a second time in float64, what its gates see, where its
+parts stand."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from hybrid_equations import (
     ATTENTIONS,
     FEED_FORWARDS,
     LAYERS,
+    TINY,
+    Place,
     Tensors,
+    assert_frozen,
     attention_by,
     compare,
     copies,
@@ -19,12 +23,13 @@ from hybrid_equations import (
     host,
     in_front,
     prefix,
+    waves,
 )
 from torch import Tensor, nn
 
 import peftcore
 from peftcore.errors import MissingContext, NotMergeable, TargetError, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 
 LENGTH = 4
@@ -40,6 +45,54 @@ def apply(model: nn.Module, **options: Any) -> peftcore.Injection:
     injection = peftcore.apply(model, "unipelt", dtype="float64", **options)
     fill(injection)
     return injection
+
+
+NAMES = {"down": "adapter_down.0", "up": "adapter_up", "A": "lora_A", "B": "lora_B"}
+"""Modules and tensors of ours, and what the authors call them; a gate is called by what is behind it."""
+
+
+def places(injection: peftcore.Injection) -> Iterator[Place]:
+    """Our tensors by their names in the authors' BERT. The last matrix of the network that makes the prefix has all
+    layers below each other, of each its keys above its values."""
+    whole = slice(None)
+    (shared,) = injection.shared.values()
+    yield shared.get_parameter("embedding.weight"), ["encoder.prefix_enc_embed.weight"], whole
+    for kind in ("weight", "bias"):
+        yield shared.get_parameter(f"hidden.{kind}"), [f"encoder.prefix_embed_MLP.0.{kind}"], whole
+    for layer in LAYERS:
+        block, rows = f"encoder.layer.{layer}", slice(16 * layer, 16 * (layer + 1))
+        attention, adapter = f"{block}.attention.self", f"{block}.output.adapters.own"
+        for kind in ("weight", "bias"):
+            network = injection.operators[f"{attention}:attention"]
+            yield network.get_parameter(f"out.{kind}"), [f"encoder.prefix_embed_MLP.2.{kind}"], rows
+        for part in ("query", "value"):
+            for name, parameter in injection.operators[f"{attention}.{part}"].named_parameters():
+                first, _, last = name.replace(".linear", "").partition(".")
+                own = {"prefix_gate": f"{attention}.prefix_gate", "gate": f"{attention}.{part}.lora_gate"}
+                theirs = own.get(first, f"{attention}.{part}.{NAMES.get(first)}")
+                yield parameter, [f"{theirs}.{last}".rstrip(".")], whole
+        for name, parameter in injection.operators[f"{block}.output.dense"].named_parameters():
+            first, _, last = name.replace(".linear", "").partition(".")
+            yield parameter, [f"{adapter}.{NAMES.get(first, first)}.{last}"], whole
+
+
+@against(
+    "authors",
+    "unipelt",
+    repository="morningmoni/UniPELT",
+    commit="53d3c35",
+    script="transformers/models/bert/modeling_bert.py",
+)
+def test_the_authors_numbers() -> None:
+    """Of rows without padding, in training."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(**TINY, layer_norm_eps=1e-5)
+    model = waves(transformers.BertModel(config, add_pooling_layer=False))
+    options: dict[str, Any] = {"rank": 3, "prefix_length": 3, "prefix_mid_dim": 6, "adapter_reduction": 2}
+    injection = peftcore.apply(model, "unipelt", gate="sequence", dtype="float64", **options)
+    ids = torch.tensor([[2, 5, 3, 9, 4], [4, 10, 7, 1, 6]])
+    numbers = frozen(Path(__file__).parent / "numbers" / "unipelt.json")
+    assert_frozen(model, {"input_ids": ids}, places(injection), numbers)
 
 
 def opened(x: Tensor, tensors: Tensors, gate: str, sequence: Tensor | None) -> Tensor:

@@ -1,16 +1,18 @@
-"""AdapterSoup: the kit; one adapter with the mean of the numbers, applied by itself in float64; what has no mean."""
+"""AdapterSoup: the kit; numbers of the adapters package; one adapter with the mean of the numbers, applied by itself in
+float64; what has no mean."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import adapters_package as package
 import pytest
 import torch
 from merging_toys import X, applied, equal, host, moved
 
 import peftcore
 from peftcore.errors import ConfigError, NotMergeable, UnsupportedSite
-from peftcore.testing import conformance
+from peftcore.testing import against, conformance, frozen
 from peftcore_multitask import gather
 
 TARGET = {"target": ["first", "second"]}
@@ -19,6 +21,38 @@ TARGET = {"target": ["first", "second"]}
 @conformance("adapter_soup")
 def test_conformance(check: Callable[[], None]) -> None:
     check()
+
+
+PARTS: dict[str, dict[str, Any]] = {
+    "houlsby_adapter": {"bottleneck": 4, "activation": "silu", "train_layer_norm": False, "joins": "matrix"},
+    "lora": {"rank": 2, "alpha": 3, "target": ["attn.q", "attn.v"]},
+}
+MIXES: dict[str, list[float] | None] = {"mean": None, "weighted": [0.2, 1.1, -0.4]}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("host_name", ["bert", "llama"])
+@pytest.mark.parametrize("method", PARTS)
+@against(
+    "adapters 1.3",
+    "adapter_soup",
+    repository="adapter-hub/adapters",
+    commit="88f18eb",
+    script="src/adapters/model_mixin.py",
+)
+def test_the_numbers_of_the_adapters_package(method: str, host_name: str, mix: str) -> None:
+    """In training. The package trains what it made of the parts; here each part has that gradient, times its weight."""
+    numbers = frozen(Path(__file__).parent / "numbers" / "adapter_soup.json")[method][host_name][mix]
+    model, weights = package.host(host_name), MIXES[mix]
+    parts = [{"method": method, **PARTS[method]}] * 3
+    soup = peftcore.apply(model, "adapter_soup", parts=parts, weights=weights, dtype="float64")
+    for k, part in enumerate(soup.parts.values()):
+        package.waves([p for graft in part.grafts for p in graft.operator.parameters()], 0.2 + k)
+    for weight, part in zip(weights or [1 / 3] * 3, soup.parts.values(), strict=True):
+        model.zero_grad()
+        tensors = [p for graft in part.grafts for p in graft.operator.parameters()]
+        gradients = {name: [weight * each for each in theirs] for name, theirs in numbers["gradients"].items()}
+        package.assert_same(model, package.host(host_name), tensors, {**numbers, "gradients": gradients})
 
 
 @pytest.mark.parametrize("weights", [None, [0.2, 1.1, -0.3]])

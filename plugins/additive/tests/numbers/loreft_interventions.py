@@ -1,0 +1,128 @@
+"""What the interventions of LoReFT's authors make of a small Llama, in float64, on waves:
+``python -m peftcore.testing.freeze loreft_interventions.py CHECKOUT``.
+
+Their file derives from classes of pyvene, which does not run beside the transformers versions that this project is for;
+of these only the width is needed. What pyvene does besides, hooks do here: they intervene on what a layer returns, at
+the first two tokens and at the last one.
+"""
+
+import sys
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import cached
+
+from peftcore.registry.evidence import Source
+from peftcore.testing.checkouts import load
+
+SOURCE = Source("authors", "stanfordnlp/pyreft", "dafd099", "pyreft/interventions.py")
+VERSIONS = ("torch", "transformers")
+SIZES = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 16}
+IDS = [[1, 5, 3, 9, 2], [4, 4, 10, 0, 7]]
+ENDS = {"prefix": [0, 1], "suffix": [4]}
+KINDS = {"loreft": "LoreftIntervention", "noreft": "NoreftIntervention", "direft": "NodireftIntervention"}
+RANK = 3
+
+
+def wave(like: Tensor, k: float) -> Tensor:
+    return torch.sin(torch.arange(like.numel(), dtype=torch.float64) * k + k).view_as(like)
+
+
+@torch.no_grad()
+def waves(tensors: Iterable[Tensor], start: float) -> None:
+    for index, tensor in enumerate(tensors):
+        tensor.copy_(0.5 * wave(tensor, start + 0.37 * index))
+
+
+class Wide(nn.Module):
+    """Stands for pyvene's interventions."""
+
+    def __init__(self, embed_dim: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+
+
+def authors(checkout: Path) -> Any:
+    pyvene = ModuleType("pyvene")
+    others = ("ConstantSourceIntervention", "SourcelessIntervention", "DistributedRepresentationIntervention")
+    vars(pyvene).update({"TrainableIntervention": Wide, **{name: type(name, (), {}) for name in others}})
+    sys.modules["pyvene"] = pyvene
+    return load(checkout / SOURCE.script)
+
+
+@torch.no_grad()
+def made(module: Any, kind: str, start: float) -> Any:
+    """Returns an intervention with waves in its tensors, and rows made orthonormal where they have to be."""
+    options = {"embed_dim": 8, "low_rank_dimension": RANK, "dtype": torch.float64, "add_bias": False}
+    intervention = getattr(module, KINDS[kind])(**options).train()
+    W, b, R = (0.5 * wave(torch.empty(shape), start + 0.37 * i) for i, shape in enumerate(((RANK, 8), RANK, (RANK, 8))))
+    if kind == "loreft":
+        intervention.load_state_dict({"weight": W, "bias": b, "rotate_layer": torch.linalg.qr(R.T).Q})
+    else:
+        intervention.load_state_dict({"learned_source.weight": W, "learned_source.bias": b, "proj_layer.weight": R})
+    return intervention
+
+
+def rows(intervention: Any) -> Tensor:
+    """Returns R of an intervention; inside of `cached` the tensor that its forward uses."""
+    rotate = getattr(intervention, "rotate_layer", None)
+    found: Tensor = intervention.proj_layer.weight if rotate is None else rotate.weight
+    return found
+
+
+def intervene(interventions: dict[str, Any], layer: nn.Module, args: Any, output: Any) -> Any:
+    h = (output[0] if isinstance(output, tuple) else output).clone()
+    for end, positions in ENDS.items():
+        h[:, positions] = interventions[end](h[:, positions])
+    return (h, *output[1:]) if isinstance(output, tuple) else h
+
+
+def numbers(checkout: Path) -> dict[str, dict[str, Any]]:
+    """Returns the output, ``[2, 5, 8]``, R, and gradients of W, b and R, flat, by the equation's name; in training.
+
+    The gradient of rows that are orthonormal is that part of it along which they stay so: their parametrization has
+    coordinates of its own.
+    """
+    torch.set_default_dtype(torch.float64)  # of rows that their `load_state_dict` makes anew
+    module, found = authors(checkout), {}
+    for kind in KINDS:
+        model: Any = transformers.LlamaModel(transformers.LlamaConfig(**SIZES)).double().train()
+        waves(model.parameters(), 0.1)
+        own: dict[str, Any] = {}
+        for number, layer in enumerate(model.layers):
+            ends = {end: made(module, kind, 0.2 + number + 0.5 * place) for place, end in enumerate(ENDS)}
+            own |= {f"{number}.{end}": intervention for end, intervention in ends.items()}
+            layer.register_forward_hook(partial(intervene, ends))
+        with cached():
+            leaves = {}
+            for name, each in own.items():
+                leaves[name] = {"W": each.learned_source.weight, "b": each.learned_source.bias, "R": rows(each)}
+            y = model(input_ids=torch.tensor(IDS))[0]
+            tensors = [tensor for each in leaves.values() for tensor in each.values()]
+            gradients = iter(torch.autograd.grad((y.square() * wave(y, 0.3)).sum(), tensors))
+        found[kind] = {"output": rounded(y), "interventions": {}}
+        for name, each in leaves.items():
+            told = {letter: next(gradients) for letter in each}
+            R = each["R"].mT if kind == "loreft" else each["R"]
+            if kind == "loreft":
+                told["R"] = along(told["R"].mT, R)
+            told = {"rows": R, **told}
+            found[kind]["interventions"][name] = {key: rounded(value) for key, value in told.items()}
+    return found
+
+
+def along(gradient: Tensor, R: Tensor) -> Tensor:
+    """Returns the part of the gradient of orthonormal rows, ``[r, d]``, along which they stay orthonormal."""
+    inner = gradient @ R.mT
+    return gradient - (inner + inner.mT) / 2 @ R
+
+
+def rounded(tensor: Tensor) -> list[float]:
+    return [round(each, 10) for each in tensor.flatten().tolist()]

@@ -1,0 +1,88 @@
+"""What the encoder of BERT in the code of UniPELT's authors gives with LoRA, a prefix and an adapter behind gates, in
+float64, on tensors of cosines: ``python -m peftcore.testing.freeze unipelt.py CHECKOUT``.
+
+Their transformers does not run here as a whole; the encoder needs of it only the activation and their adapters.
+"""
+
+import sys
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.registry.evidence import Source
+from peftcore.testing.checkouts import load
+
+SOURCE = Source("authors", "morningmoni/UniPELT", "53d3c35", "transformers/models/bert/modeling_bert.py")
+VERSIONS = ("torch",)
+ABSENT = ("transformers.activations", "transformers.modeling_outputs", "transformers.utils")
+ABSENT += ("transformers.models.bert.configuration_bert",)
+BASES = {  # classes of which the file derives others that are not needed
+    "transformers.file_utils": ["ModelOutput"],
+    "transformers.modeling_utils": ["PreTrainedModel"],
+    "transformers.adapters.heads": ["ModelWithFlexibleHeadsAdaptersMixin"],
+    "transformers.adapters.model_mixin": [
+        "InvertibleAdaptersMixin",
+        "ModelAdaptersMixin",
+        "ModelWithHeadsAdaptersMixin",
+    ],
+}
+SIZES: dict[str, Any] = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 16, "pad_token_id": 0, "type_vocab_size": 1}
+HOST: dict[str, Any] = {"layer_norm_eps": 1e-5, "hidden_act": "gelu", "is_decoder": False, "add_cross_attention": False}
+HOST |= {"chunk_size_feed_forward": 0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TUNED: dict[str, Any] = {"add_lora": True, "lora_r": 3, "lora_alpha": 16, "add_enc_prefix": True, "prefix_len": 3}
+TUNED |= {"mid_dim": 6, "drop_first_prefix_layers_enc": [], "add_central_gate": False}
+TUNED |= {f"add_{part}_gate": True for part in ("lora", "prefix", "adapter")}
+IDS = [[2, 5, 3, 9, 4], [4, 10, 7, 1, 6]]
+
+
+def wave(shape: Sequence[int], key: str) -> Tensor:
+    count = torch.Size(shape).numel()
+    return torch.cos(torch.arange(count, dtype=torch.float64) * 1.7 + zlib.crc32(key.encode()) % 97).view(*shape) / 2
+
+
+def authors(checkout: Path) -> Any:
+    """Returns the module of BERT. Packages around it are empty."""
+    for name in ("", ".adapters", ".adapters.models", ".models", ".models.bert"):
+        package = ModuleType(f"transformers{name}")
+        package.__path__ = [str(checkout / package.__name__.replace(".", "/"))]
+        sys.modules[package.__name__] = package
+    for name, bases in BASES.items():
+        sys.modules[name] = MagicMock(**{base: type(base, (), {}) for base in bases})
+    bert = load(checkout / SOURCE.script, root=checkout, absent=ABSENT)
+    bert.ACT2FN = {"gelu": nn.functional.gelu}
+    bert.apply_chunking_to_forward = lambda forward, size, dim, x: forward(x)
+    return bert
+
+
+def numbers(checkout: Path) -> dict[str, Any]:
+    """Returns the output for two rows of five tokens without padding, ``[2, 5, 8]``, and gradients of all tensors that
+    are added to BERT, flat; in training, without dropout."""
+    bert = authors(checkout)
+    from transformers.adapters.composition import Stack  # type: ignore[attr-defined]
+    from transformers.adapters.configuration import PfeifferConfig  # type: ignore[attr-defined]
+
+    config = SimpleNamespace(**SIZES, **HOST, **TUNED)
+    adapter = {"own": PfeifferConfig(reduction_factor=2)}
+    config.adapters = SimpleNamespace(get=adapter.get, active_setup=Stack("own"), skip_layers=None)
+    model = nn.ModuleDict({"embeddings": bert.BertEmbeddings(config), "encoder": bert.BertEncoder(config)})
+    bare = set(dict(model.named_parameters()))
+    model["encoder"].add_adapter("own")
+    added = [name for name, _ in model.named_parameters() if name not in bare or "prefix" in name or "lora" in name]
+    with torch.no_grad():
+        for name, parameter in model.double().train().named_parameters():
+            parameter.copy_(wave(parameter.shape, name))
+    (y,) = model["encoder"](model["embeddings"](torch.tensor(IDS)), head_mask=[None, None], return_dict=False)
+    (y.square() * wave(y.shape, "direction")).sum().backward()
+    return {"output": rounded(y), "gradients": {name: rounded(model.get_parameter(name).grad) for name in added}}
+
+
+def rounded(tensor: Tensor | None) -> list[float]:
+    assert tensor is not None
+    return [round(each, 9) for each in tensor.flatten().tolist()]
