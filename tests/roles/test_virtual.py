@@ -55,7 +55,7 @@ def test_all_linear_takes_the_experts_of_any_mixture(name: str, roles: set[str])
 def test_all_layers_are_matrices_and_convolutions_that_mix_channels() -> None:
     assert paths(host_of("llama"), "all-layers") == paths(host_of("llama"), "all-linear")
     resnet = paths(host_of("timm_resnet18"), "all-layers")
-    assert len(resnet) == 19 and "layer2.0.downsample.0" in resnet and not {"conv1", "fc"} & set(resnet)
+    assert len(resnet) == 20 and "layer2.0.downsample.0" in resnet and not {"conv1", "fc"} & set(resnet)
     mobile = paths(host_of("timm_mobilenetv3"), "all-layers")
     assert mobile and not [path for path in mobile if "dw" in path or ".se." in path]
 
