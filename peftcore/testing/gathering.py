@@ -19,15 +19,25 @@ KEY = "evidence"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--evidence", action="store_true", help="write into plugins' packages with what tests compare")
+    parser.addini(
+        "evidence", "packages whose evidence.json has to be what the tests of `testpaths` declare", type="args"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the tests that declare something, so that ``-m against`` runs them alone."""
+    """Mark the tests that declare something, so that ``-m against`` runs them alone. Where all tests are collected, the
+    packages' files have to say what they declare."""
     config.addinivalue_line("markers", "against: declares with whose numbers it compares")
     for item in items:
         if _of(item):
             item.add_marker("against")
+    asked = {Path(config.invocation_params.dir, each).resolve() for each in config.args}
+    paths = {config.rootpath / each for each in config.getini("testpaths")}
+    packages = [each for pattern in config.getini("evidence") for each in config.rootpath.glob(pattern)]
+    whole = asked >= paths and not config.getoption("--evidence")
+    if whole and packages and (wrong := differences(items, packages)):
+        raise pytest.UsageError("\n".join([*wrong, "`make evidence` writes what tests prove"]))
 
 
 def declared(items: list[pytest.Item]) -> dict[Path, dict[str, set[Source]]]:
