@@ -49,6 +49,7 @@ UNUSED: Mapping[tuple[str, str], str] = {
     ("llava", "post_layernorm"): "the projector takes hidden states from between the blocks",
     ("gemma3", "vision_tower.head"): "tokens are taken from before the head",
     ("sd3", "add_q_proj"): "the last block drops the text",
+    ("sd3", "norm_added_q"): "likewise",
     ("xlnet", "r_s_bias"): "there are no segments in the input",
     ("switch", "experts"): "an expert may get no token",
     ("poolformer_hf", "before_norm"): "the mean of neighbours minus the token itself is nothing of a constant",
@@ -72,6 +73,7 @@ KNOWN: Mapping[tuple[str, str], str] = {
         "wav2vec2_conformer",
         "bitfit",
     ): "the convolution for positions does not run beside rotary ones",
+    ("mobilevit", "houlsby_adapter"): "noise in the place of all gains makes 1e33 of this host of random numbers",
     ("dbrx", "houlsby_adapter"): "the rows of all experts are one matrix, whose height is taken for the stream's width",
 }
 """Pairs of a host and a method that do not train by name alone, with reasons."""
