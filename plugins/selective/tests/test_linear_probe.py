@@ -14,7 +14,7 @@ from peftcore.errors import TargetError
 from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 
-NUMBERS = Path(__file__).parent / "numbers" / "linear_probe.json"
+NUMBERS = Path(__file__).parent / "numbers" / "vpt_transfer.json"
 
 
 @conformance("linear_probe")

@@ -16,7 +16,7 @@ from peftcore.errors import TargetError
 from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS
 
-NUMBERS = Path(__file__).parent / "numbers" / "partial_k.json"
+NUMBERS = Path(__file__).parent / "numbers" / "vpt_transfer.json"
 TOPS = {
     "llama": ("model.layers.1.", "model.norm.", "lm_head."),
     "bert": ("bert.encoder.layer.1.", "classifier."),

@@ -11,7 +11,7 @@ import peftcore
 from peftcore.testing import against, conformance, frozen
 from peftcore.testing.hosts import HOSTS as KIT
 
-NUMBERS = Path(__file__).parent / "numbers" / "vpt_deep.json"
+NUMBERS = Path(__file__).parent / "numbers" / "vpt.json"
 
 
 @conformance("vpt_deep", hosts=["vit", "dit"])  # the kit's other hosts have no image in patches
@@ -22,7 +22,7 @@ def test_conformance(check: Callable[[], None]) -> None:
 @pytest.mark.parametrize("projection", [None, 6])
 @against("authors", "vpt_deep", repository="KMnP/vpt", commit="4410440", script="src/models/vit_prompt/vit.py")
 def test_the_authors_class_with_the_same_numbers(projection: int | None) -> None:
-    expected = torch.tensor(frozen(NUMBERS)[str(projection)], dtype=torch.float64)
+    expected = torch.tensor(frozen(NUMBERS)["deep"][str(projection)], dtype=torch.float64)
     torch.testing.assert_close(authors_numbers("vpt_deep", projection), expected, rtol=1e-11, atol=1e-11)
 
 

@@ -1,10 +1,11 @@
-"""What the prompted transformer of VPT's authors gives for images, with prompts in front of each layer,
-on tensors of cosines: ``python -m peftcore.testing.freeze vpt_deep.py CHECKOUT``."""
+"""What the prompted transformer of VPT's authors gives for images, with prompts in front of each layer or of
+the first one, on tensors of cosines: ``python -m peftcore.testing.freeze vpt.py CHECKOUT``."""
 
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,12 +45,11 @@ def named() -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def numbers(checkout: Path) -> dict[str, list[list[float]]]:
+def logits(module: Any, deep: bool) -> dict[str, list[list[float]]]:
     """Returns the logits of two images, ``[2, 3]``, by the width from which prompts are projected."""
-    module, found = load(checkout / SOURCE.script, root=checkout, absent=ABSENT), {}
-    module.CONFIGS["tiny"] = SimpleNamespace(patches={"size": (4, 4)}, hidden_size=16, transformer=SIZES, classifier="")
+    found = {}
     options = {"LOCATION": "prepend", "INITIATION": "random", "NUM_DEEP_LAYERS": None, "DEEP_SHARED": False}
-    options |= {"NUM_TOKENS": 2, "DROPOUT": 0.0, "DEEP": True, "VIT_POOL_TYPE": "original"}
+    options |= {"NUM_TOKENS": 2, "DROPOUT": 0.0, "DEEP": deep, "VIT_POOL_TYPE": "original"}
     for projection in (None, 6):
         prompt = SimpleNamespace(**options, PROJECT=-1 if projection is None else projection)
         model = module.PromptedVisionTransformer(prompt, "tiny", img_size=8, num_classes=3).double().eval()
@@ -67,3 +67,10 @@ def numbers(checkout: Path) -> dict[str, list[list[float]]]:
         assert not known
         found[str(projection)] = model(wave((2, 3, 8, 8), "images")).tolist()
     return found
+
+
+def numbers(checkout: Path) -> dict[str, dict[str, list[list[float]]]]:
+    """Returns the logits with deep prompts and with shallow ones."""
+    module = load(checkout / SOURCE.script, root=checkout, absent=ABSENT)
+    module.CONFIGS["tiny"] = SimpleNamespace(patches={"size": (4, 4)}, hidden_size=16, transformer=SIZES, classifier="")
+    return {"deep": logits(module, True), "shallow": logits(module, False)}

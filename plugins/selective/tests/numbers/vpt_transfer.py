@@ -1,5 +1,5 @@
-"""What VPT's authors train of an image transformer under a linear head:
-``python -m peftcore.testing.freeze linear_probe.py CHECKOUT``."""
+"""What VPT's authors train of an image transformer: its head, or from its last blocks on:
+``python -m peftcore.testing.freeze vpt_transfer.py CHECKOUT``."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ def numbers(checkout: Path) -> dict[str, list[str]]:
         return model, 16
 
     module.build_vit_sup_models = build
-    for kind in ("linear",):
+    for kind in ("linear", "partial-1", "partial-2"):
         model = SimpleNamespace(TRANSFER_TYPE=kind, MLP_NUM=0, PROMPT=None, MODEL_ROOT="")
         data = SimpleNamespace(FEATURE="tiny", CROPSIZE=8, NUMBER_CLASSES=3)
         trained = module.ViT(SimpleNamespace(MODEL=model, DATA=data)).named_parameters()
