@@ -192,6 +192,8 @@ class World:
         del self.adapters[name]
         if isinstance(self.choice, tuple):
             self.choice = tuple(each for each in self.choice if each != name)
+        if not self.adapters:  # a model without any has no choice either, such as a route of none
+            self.choice = ()
 
     def gradients(
         self, model: nn.Module, names: Iterable[str], run: Callable[[nn.Module], Tensor]
