@@ -276,6 +276,13 @@ class WeightOperator(_Base):
         """
         raise NotImplementedError
 
+    def take_base(self, weight: Tensor) -> None:
+        """Called with the base weight ``[*batch, out, in, *kernel]`` after a state dict of the whole model brought one.
+
+        An operator defines it that computes with values of the base which its file does not hold, such as singular
+        vectors. It is applied and loaded only while nothing is merged at its tensor.
+        """
+
     def merged(self, weight: Tensor) -> Tensor:
         """Returns `forward` of the weight. An operator whose forward drops parts of its change in training defines it
         without."""
@@ -328,6 +335,11 @@ def is_mergeable(operator: _Base) -> bool:
 def changes_bias(operator: _Base) -> bool:
     """Whether the operator changes the bias that goes with its weight."""
     return type(operator).merged_bias is not _Base.merged_bias
+
+
+def is_made_of_base(operator: nn.Module) -> bool:
+    """Whether the operator computes with values of the base that its file does not hold: it defines `take_base`."""
+    return isinstance(operator, WeightOperator) and type(operator).take_base is not WeightOperator.take_base
 
 
 def trainable_numbers(operators: Iterable[nn.Module]) -> int:

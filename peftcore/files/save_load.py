@@ -37,6 +37,7 @@ from peftcore.files.formats.hub import located
 from peftcore.files.formats.patterns import one_file
 from peftcore.files.safe_io import clear_partial, write_tensors, write_text
 from peftcore.forward.save_pretrained import saving_base
+from peftcore.injection import made_of_base
 from peftcore.injection.applying import check_model, check_name, establish, prepare
 from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import gathered, one_writes
@@ -65,6 +66,7 @@ def save(injection: Injection, path: Path, formats: Sequence[str], weights: bool
         injection.check()
     except InactiveSite as error:  # what was trained before is worth keeping
         logger.warning("saved as it was while it acted everywhere: %s", error)
+    made_of_base.warn_of_another_base(injection)
     with _values_wanted(model), gathered(model, injection.parameters):
         contents = {
             name: content for each in formats for name, content in format_named(each).files(injection, weights).items()

@@ -67,7 +67,7 @@ class HostState:
     tokens: int = 0
     """The rows that the host's token tables had when the first adapter came; 0 of a host that names none."""
 
-    loading: RemovableHandle | None = None
+    loading: list[RemovableHandle] = field(default_factory=list)
     """Of the hook by which a state dict that lacks adapters is not loaded as a whole one."""
 
     recorder: Recorder = field(default_factory=Recorder)
@@ -208,7 +208,7 @@ def ensure_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
         state = model.__dict__[_KEY] = HostState(tokens=token_count(model))
         model.register_forward_pre_hook(state.begin, with_kwargs=True)
         model.register_forward_hook(state.end, with_kwargs=True, always_call=True)
-        state.loading = model.register_load_state_dict_pre_hook(note_lacking)  # type: ignore[no-untyped-call]
+        state.loading.append(model.register_load_state_dict_pre_hook(note_lacking))  # type: ignore[no-untyped-call]
         for kind in (SavesBase, GeneratesFromCache):
             replace_methods(modules, kind, state)
     return state
@@ -219,8 +219,8 @@ def drop_state(model: nn.Module) -> None:
     state = model.__dict__.pop(_KEY, None)
     if state is not None:
         _unhook(model, state)
-        if state.loading is not None:
-            state.loading.remove()
+        for hook in state.loading:
+            hook.remove()
         state.outside.clear()
         state.frozen.clear()  # the state and its choices know each other: it goes when Python looks for garbage
         give_methods_back(model, state)

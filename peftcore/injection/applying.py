@@ -24,7 +24,7 @@ from peftcore.errors import (
 from peftcore.forward.active_adapters import Active, Choice
 from peftcore.forward.adapter_modules import AdapterModules
 from peftcore.forward.host_state import HostState, drop_state, ensure_state, state_of
-from peftcore.injection import freezing
+from peftcore.injection import freezing, made_of_base
 from peftcore.injection.injection import Injection
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.experimental import notice_experimental
@@ -295,7 +295,10 @@ def establish(
     model = surgeon.model
     fresh = state_of(model) is None
     state = ensure_state(model, surgeon.resolver.modules.values())
+    if fresh:
+        state.loading.append(model.register_load_state_dict_post_hook(made_of_base.make_anew))  # type: ignore[no-untyped-call]
     injection = Injection(name, surgeon, state)
+    made_of_base.check_nothing_merged(injection, state)
     state.injections[name] = injection
     state.placement = state.placement or Placement()
     state.placement.expect(name, surgeon.grafts)
@@ -310,6 +313,7 @@ def establish(
             stack = (name,)
             state.replan()
         injection.trainable(True)
+        made_of_base.note_base(injection)
         silent_layers.watch(surgeon, state, name)
         if data is not None:  # the model that it looks at has it, in a route and a composition too
             with choices.held(Choice(_together(state, stack, name), context=choices.around().context)):

@@ -25,7 +25,7 @@ from peftcore.forward.slot import slot_of
 from peftcore.injection import merging
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.freezing import thaw
-from peftcore.injection.originals import Keep
+from peftcore.injection.originals import Fingerprint, Keep
 from peftcore.injection.summary import Summary
 from peftcore.layers.layer import GRAFTED
 from peftcore.registry.plugins import registry
@@ -51,6 +51,8 @@ class Injection(AppliedMethod):
         super().__init__(name, surgeon)
         self.wishes: Wishes = surgeon.wishes
         self.state = state
+        self.made_of: dict[str, Fingerprint] = {}
+        """Of operators that are made of the base's weights, by key: what these were."""
         self._merge: merging.Merged | None = None
         self._low_memory = False
 

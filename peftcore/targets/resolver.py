@@ -21,7 +21,7 @@ from torch import nn
 from torch.jit import ScriptModule
 from torch.nn.utils.parametrize import is_parametrized
 
-from peftcore.errors import HostMismatch, TargetError, shown
+from peftcore.errors import HostMismatch, TargetError, UnsupportedSite, shown
 from peftcore.forward.adapter_modules import AdapterModules
 from peftcore.layers.layer import Layer, Slices, plain_class
 from peftcore.roles import HostEntry, HostMap
@@ -118,6 +118,7 @@ class Resolver:
 
         Raises:
             TargetError: a part of the target matches nothing, or everything was excluded.
+            UnsupportedSite: it is the output of experts whose matrices do not tell how wide that is.
         """
         found, unmatched = self.matching(target, None)
         if unmatched or not found:
@@ -144,13 +145,26 @@ class Resolver:
 
         Raises:
             TargetError: everything was excluded.
+            UnsupportedSite: it is the output of experts whose matrices do not tell how wide that is.
         """
         if exclude is not None:
             out = {path for pattern in _each(exclude) for path in self._excluded(pattern)}
             found = {path: site for path, site in found.items() if path not in out and out.isdisjoint(_above(path))}
             if not found:
                 raise TargetError(f"exclude={exclude!r} leaves nothing of target={target!r}")
+        for site in found.values():
+            if site.form == "activation" and f"{site.module_path}.{site.tensor}" in self._flat_experts:
+                raise UnsupportedSite(
+                    f"{site.module_path}: the rows of all its experts are one matrix, {site.tensor} of "
+                    f"{tuple(site.weight_shape)}, which does not tell how wide the output is: "
+                    f"exclude=[{site.module_path.rpartition('.')[2]!r}]"
+                )
         return sorted(found.values(), key=lambda site: self._order[site.module_path])
+
+    @cached_property
+    def _flat_experts(self) -> set[str]:
+        """The last matrices of experts that have the rows of all of them below each other (DBRX)."""
+        return {e.path for e in self.host.entries if e.role == "experts.down" and e.tensor and len(e.shape) == 2}
 
     def idle(self, exclude: Target) -> list[Any]:
         """Returns the parts of `exclude` that match nothing in the host.

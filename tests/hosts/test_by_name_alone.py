@@ -74,7 +74,8 @@ KNOWN: Mapping[tuple[str, str], str] = {
         "bitfit",
     ): "the convolution for positions does not run beside rotary ones",
     ("mobilevit", "houlsby_adapter"): "noise in the place of all gains makes 1e33 of this host of random numbers",
-    ("dbrx", "houlsby_adapter"): "the rows of all experts are one matrix, whose height is taken for the stream's width",
+    ("dbrx", "houlsby_adapter"): "the rows of all experts are one matrix, whose height is not the width of what comes "
+    "out of it: the error says to exclude it",
 }
 """Pairs of a host and a method that do not train by name alone, with reasons."""
 GLOBAL = {"global_attention_mask": torch.eye(16)[:1].expand(2, 16)}

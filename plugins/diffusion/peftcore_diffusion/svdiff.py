@@ -6,8 +6,8 @@
 Kernels of convolutions are decomposed as [out, in * kernel], tables as they are, experts each on its own. The
 right-hand form is that of this code: a fresh injection is the base to the bit, where the authors' product of U, S and
 V' is it up to rounding. U, S and V' are those of the base, whatever else acts on it, as its weights were when the
-method was applied: write to them before. They are computed again when an adapter is loaded, so that its file holds the
-shifts alone.
+method was applied: write to them before, and unmerge. They are computed again when an adapter is loaded, so that its
+file holds the shifts alone.
 
 All weights of the model are adapted but for biases. The authors' code (phymhan/SVDiff) has a shift for each entry of a
 vector; where ``vectors="one"``, it is a matrix of one row, which has one singular value, as in mkshing/svdiff-pytorch,
@@ -56,11 +56,15 @@ class SVDiffOperator(WeightOperator):
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
-        self.scale, self.stale = config.scale, False
+        self.scale = config.scale
         U, S, V = self._decompose(site.base_weight())
         for name, tensor in (("U", U), ("S", S), ("V", V)):
             self.register_buffer(name, tensor.contiguous(), persistent=False)
         self.delta = nn.Parameter(torch.zeros(S.shape))  # [*batch, min(out, in * kernel)]
+
+    def take_base(self, weight: Tensor) -> None:
+        for buffer, found in zip((self.U, self.S, self.V), self._decompose(weight), strict=True):
+            buffer.copy_(found)
 
     def _decompose(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         lead = self.layer.batch_dims
@@ -68,16 +72,7 @@ class SVDiffOperator(WeightOperator):
         U, S, V = torch.linalg.svd(matrix.to(torch.promote_types(matrix.dtype, torch.float32)), full_matrices=False)
         return U, S, V
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self.stale = True  # a state dict of the whole host brings another base
-
     def forward(self, weight: Tensor) -> Tensor:
-        if self.stale:
-            with torch.no_grad():
-                for buffer, found in zip((self.U, self.S, self.V), self._decompose(weight), strict=True):
-                    buffer.copy_(found)
-            self.stale = False
         shift = self.scale * self.delta
         shift = torch.where(self.S + shift <= 0, -self.S, shift)  # relu(S + shift) - S, with the gradient of relu
         return weight + ((self.U * shift.unsqueeze(-2)) @ self.V).view(weight.shape)

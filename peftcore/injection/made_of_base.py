@@ -1,0 +1,93 @@
+"""Operators that compute with values of the base which their file does not hold, such as its singular vectors: these
+have to be values of the base itself, in the model and where the file is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from peftcore.contract.operators import WeightOperator, is_made_of_base
+from peftcore.errors import MergeError
+from peftcore.forward.host_state import HostState, state_of
+from peftcore.forward.merged_choice import places
+from peftcore.injection.injection import Injection
+from peftcore.injection.originals import fingerprint
+from peftcore.targets.sites import Site
+
+logger = logging.getLogger("peftcore")
+
+
+def check_nothing_merged(injection: Injection, state: HostState) -> None:
+    """Verify that the weights of which a new injection is made are those of the base.
+
+    Raises:
+        MergeError: another injection is merged there.
+    """
+    for _, site, _ in _made(injection):
+        for name in state.merged:
+            if _place(site) in places(state.injections[name]):
+                raise MergeError(
+                    f"{injection.method.name} is made of the base's weights, and {name!r} is merged into "
+                    f"{_place(site)}: unmerge() it first, and merge it again then, or bake() it"
+                )
+
+
+def note_base(injection: Injection) -> None:
+    """Note of which values an injection is made."""
+    for key, site, _ in _made(injection):
+        weight = site.base_weight()
+        if not weight.is_meta:
+            injection.made_of[key] = fingerprint(weight)
+
+
+def make_anew(model: nn.Module, _: Any) -> None:
+    """Hook of an adapted model that has loaded a state dict, maybe of another base: what is made of the base is made
+    anew, but where something is merged."""
+    state = state_of(model)
+    assert state is not None
+    merged = _merged(state)
+    for injection in state.injections.values():
+        for _key, site, operator in _made(injection):
+            if _place(site) not in merged:
+                operator.take_base(site.base_weight())
+        note_base(injection)
+
+
+def warn_of_another_base(injection: Injection) -> None:
+    """Warn, where an injection is saved, of weights that have changed since it was made of them."""
+    merged = _merged(injection.state)
+    changed = [
+        _place(site)
+        for key, site, _ in _made(injection)
+        if key in injection.made_of and _place(site) not in merged
+        if fingerprint(site.base_weight()) != injection.made_of[key]
+    ]
+    if changed:
+        logger.warning(
+            "%s is made of the base's weights, and %d of them have changed since (%s first): loaded, it is made of "
+            "those that are there then, and computes something else than here",
+            injection.name,
+            len(changed),
+            changed[0],
+        )
+
+
+def _made(injection: Injection) -> Iterator[tuple[str, Site, WeightOperator]]:
+    """Yields the key, the site and the operator of each graft that is made of the base's weights."""
+    for graft in injection.grafts:
+        if is_made_of_base(graft.operator):
+            assert isinstance(graft.operator, WeightOperator)
+            yield graft.key, graft.site, graft.operator
+
+
+def _place(site: Site) -> str:
+    return f"{site.module_path}.{site.tensor}".lstrip(".")
+
+
+def _merged(state: HostState) -> set[str]:
+    """Returns the paths of the tensors into which something is merged."""
+    return {place for name in state.merged for place in places(state.injections[name])}
