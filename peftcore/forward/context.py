@@ -25,6 +25,7 @@ from peftcore.errors import AmbiguousBackward, MissingContext, RouteError
 from peftcore.forward.checkpoints import remember, remembered, running
 from peftcore.forward.own_losses import Fate, OwnLosses
 from peftcore.layers.kernels import transformed
+from peftcore.utils.renamed import renamed
 from peftcore.utils.threads import this_thread
 
 if TYPE_CHECKING:
@@ -80,9 +81,9 @@ class ForwardContext:
 
     Attributes:
         choice: the choice when it began.
-        taps: values that operators leave for each other, by number of the `Tap`; only the kept ones are there when
-            the host has returned. A list, since torch.compile does not trace grafts behind a change of a dict that was
-            there before.
+        taps: values that operators leave for each other, by number of the `Tap`; those that are held until backward are
+            there when the host has returned. A list, since torch.compile does not trace grafts behind a change of a
+            dict that was there before.
         losses: scalars that operators add to the loss of the output; see `add_loss`.
         visits: of a part of the host that runs by itself, how many target modules ran in training since the losses
             were taken.
@@ -263,18 +264,21 @@ class Tap:
     """A place where one operator leaves a value for another during one forward; both hold the tap.
 
     Args:
-        kept: hold the value until backward is done with this forward. For operators in different blocks: gradient
-            checkpointing runs one block again without the other.
+        until_backward: hold the value until backward is done with this forward. For operators in different blocks:
+            gradient checkpointing runs one block again without the other.
+        kept: the old name of `until_backward`.
     """
 
     _numbers = itertools.count()
 
-    def __init__(self, kept: bool = False) -> None:
-        self.key, self.kept = next(self._numbers), kept
+    def __init__(self, kept: bool = False, *, until_backward: bool = False) -> None:
+        if kept:
+            renamed("Tap(kept=)", "until_backward")
+        self.key, self.until_backward = next(self._numbers), until_backward or kept
 
     def put(self, value: Any) -> None:
         """Leave a value for the rest of this forward."""
-        forward_context().taps.append((self.key, value, self.kept))
+        forward_context().taps.append((self.key, value, self.until_backward))
 
     def get(self) -> Any:
         """Returns the value that was left in this forward; None when there is none."""

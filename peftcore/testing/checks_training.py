@@ -267,7 +267,7 @@ CHECKPOINTED = ("llama", "bert", "t5", "gpt2", "moe", "mistral", "vit")
     "blocks that run again in backward, each by itself, give the same gradients, with both kinds of checkpointing",
     cause="one block reads what an operator of another left in a `Tap`, and that is gone when it runs alone; or, in "
     "the reentrant kind, a block's output does not depend on its input",
-    remedy="make it `Tap(kept=True)`, and let what the block returns depend on what it gets",
+    remedy="make it `Tap(until_backward=True)`, and let what the block returns depend on what it gets",
     hosts=CHECKPOINTED,
 )
 def each_block_may_run_again(case: Case) -> None:

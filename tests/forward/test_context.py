@@ -75,7 +75,7 @@ def test_taps_and_losses(compiled: bool) -> None:
 def test_kept_taps_last_until_backward_is_done() -> None:
     """What one block leaves for another must be there when that one alone runs again; other taps must be gone."""
     model = host()
-    kept, passing = peftcore.Tap(kept=True), peftcore.Tap()
+    kept, passing = peftcore.Tap(until_backward=True), peftcore.Tap()
     states: list[Any] = []
 
     def write(module: Any, args: Any, output: Tensor) -> None:

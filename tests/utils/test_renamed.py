@@ -18,6 +18,7 @@ OLD: dict[str, Callable[[peftcore.Injection], object]] = {
     "peftcore.forward_context": lambda injection: peftcore.current_call is peftcore.forward_context,  # type: ignore[attr-defined]
     "slices": lambda injection: injection.sites[0].rows is None,
     "low_memory": frugal,
+    "until_backward": lambda injection: peftcore.Tap(kept=True).until_backward,
 }
 
 

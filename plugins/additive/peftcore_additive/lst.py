@@ -121,7 +121,7 @@ class LST(Method):
         down = surgeon.own("down", lambda: nn.Linear(width, narrow))
         blocks = [surgeon.own(site.path.replace(".", "_"), lambda: config.block(width)) for site in sites]
         up = surgeon.own("up", lambda: nn.Sequential(nn.LayerNorm(narrow), nn.Linear(narrow, width)))
-        visible, taps = Visible(stacks.of(sites[0])), [Tap(kept=True) for _ in (None, *sites)]
+        visible, taps = Visible(stacks.of(sites[0])), [Tap(until_backward=True) for _ in (None, *sites)]
         for number, site in enumerate(sites, 2):
             ladder, read = Ladder(down, blocks, up, site.blocks) if site is sites[-1] else None, taps[:number]
             surgeon.graft(site, lambda at, read=read, ladder=ladder: LadderOperator(at, read, visible, ladder))

@@ -23,7 +23,7 @@ class Copy:
     network: Shared
     inputs: Tap | None
     """The inputs of the UNet; None where it is the host, whose inputs are known."""
-    controls: Tap = dataclasses.field(default_factory=lambda: Tap(kept=True))
+    controls: Tap = dataclasses.field(default_factory=lambda: Tap(until_backward=True))
 
 
 class InputsOperator(Operator):

@@ -108,7 +108,7 @@ class ControlNet(Method):
             if first:
                 module = surgeon.resolver.modules[unet]
                 network = surgeon.own(f"control_{unet}", lambda module=module: encoder_copy(surgeon, module, *sizes))
-                copies[unet] = Copy(network, Tap(kept=True) if unet else None)
+                copies[unet] = Copy(network, Tap(until_backward=True) if unet else None)
                 if unet:
                     at = dataclasses.replace(surgeon.resolver.module_site(unet), meta=site.meta)
                     surgeon.graft(at, lambda at, tap=copies[unet].inputs: InputsOperator(at, tap))

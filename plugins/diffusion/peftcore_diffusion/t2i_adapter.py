@@ -101,7 +101,8 @@ class T2IAdapter(Method):
         for stack, sites in stacks.items():
             numbers = [_number(site) for site in sites]
             places = [_place(surgeon, stack, number) for number in range(max(numbers) + 1)]  # also of what is left out
-            pyramid, features = surgeon.own(f"pyramid_{stack}", lambda at=places: Pyramid(at, *sizes)), Tap(kept=True)
+            pyramid = surgeon.own(f"pyramid_{stack}", lambda at=places: Pyramid(at, *sizes))
+            features = Tap(until_backward=True)
             for number in sorted(numbers):
                 site = dataclasses.replace(surgeon.resolver.site(places[number].path, "weight"), meta=sites[0].meta)
                 parts = places[number], number, pyramid, features

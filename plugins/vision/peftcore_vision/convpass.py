@@ -135,7 +135,7 @@ class Convpass(Method):
                 )
             tower = patches[0].path if patches else ""
             seen = () if tower in lies else tuple(patches)
-            lie = lies.setdefault(tower, Tap(kept=True))
+            lie = lies.setdefault(tower, Tap(until_backward=True))
             surgeon.graft(place, functools.partial(ConvpassOperator, lie=lie), config, (*place.places, *seen))
 
     @staticmethod
