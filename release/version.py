@@ -13,8 +13,10 @@ from packaging.version import InvalidVersion, Version
 ROOT = Path(__file__).parents[1]
 PYPROJECTS = [ROOT / "pyproject.toml", *sorted(ROOT.glob("plugins/*/pyproject.toml"))]
 MODULE = ROOT / "peftcore" / "__init__.py"
+CITATION = ROOT / "CITATION.cff"
 VERSION = re.compile(r'^(version|__version__) = "(.*)"$', re.MULTILINE)
-OURS = re.compile(r'"(peftcore(?:-[a-z]+)?)>=[^"]*"')
+CITED = re.compile(r"^version: .*$", re.MULTILINE)
+OURS = re.compile(r'"(peftcore(?:-[a-z]+)?(?:\[[a-z,]+\])?)>=[^"]*"')
 
 
 def current() -> str:
@@ -35,6 +37,7 @@ def write(version: str) -> None:
     for path in (*PYPROJECTS, MODULE):
         text = VERSION.sub(rf'\1 = "{version}"', path.read_text(encoding="utf-8"))
         path.write_text(OURS.sub(rf'"\1{fitting(version)}"', text), encoding="utf-8")
+    CITATION.write_text(CITED.sub(f"version: {version}", CITATION.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def main(wanted: str) -> None:

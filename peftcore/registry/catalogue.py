@@ -182,7 +182,9 @@ def _unknown(name: str, short: str, known: list[str]) -> str:
     lines += [str(failure) for failure in registry().failures]
     if not close:
         missing = [f"peftcore-{each}" for each in CATEGORIES if each not in registry().plugins]
-        if missing:
+        if len(missing) == len(CATEGORIES):
+            lines.append("no plugin is installed: pip install 'peftcore[all]'")
+        elif missing:
             lines.append(f"it may be in a plugin that is not installed (pip install {' '.join(missing)})")
         lines.append(f"there are: {', '.join(known) or 'none'}")
     return "; ".join(lines)

@@ -83,6 +83,17 @@ def test_a_broken_plugin_is_named_with_its_error(install: Callable[..., None]) -
     assert findings()[1]["healthy"] is False
 
 
+def test_an_installation_without_methods_is_not_well(
+    install: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {point.name for point in importlib.metadata.entry_points(group=peftcore.registry.plugins.GROUP)}
+    monkeypatch.setenv(peftcore.registry.plugins.DISABLE, ",".join(names))
+    install()
+    code, text = doctor()
+    assert code == 1
+    assert "There are no methods: pip install 'peftcore[all]'" in text
+
+
 def test_a_plugin_whose_name_is_taken(install: Callable[..., None]) -> None:
     install(additive=plugin(toy=LORA))
     code, found = findings()

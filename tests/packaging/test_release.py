@@ -16,7 +16,7 @@ import peftcore
 
 ROOT = Path(__file__).parents[2]
 PYPROJECTS = [Path("pyproject.toml"), *(path.relative_to(ROOT) for path in ROOT.glob("plugins/*/pyproject.toml"))]
-FILES = [*PYPROJECTS, Path("peftcore/__init__.py"), Path("release/version.py")]
+FILES = [*PYPROJECTS, Path("peftcore/__init__.py"), Path("release/version.py"), Path("CITATION.cff")]
 
 
 def assert_one_version(root: Path, version: str, below: str) -> None:
@@ -27,8 +27,11 @@ def assert_one_version(root: Path, version: str, below: str) -> None:
         assert project["version"] == version, path
         wanted = [each for each in map(Requirement, project["dependencies"]) if each.name.startswith("peftcore")]
         assert [each.name for each in wanted][:1] == ["peftcore"] * (path.parent != Path()), path
+        for extra in project.get("optional-dependencies", {}).values():
+            wanted += [each for each in map(Requirement, extra) if each.name.startswith("peftcore-")]
         for each in wanted:
             assert {str(one) for one in each.specifier} == {f">={version}", f"<{below}"}, path
+    assert f"\nversion: {version}\n" in (root / "CITATION.cff").read_text(encoding="utf-8")
     assert f'__version__ = "{version}"' in (root / "peftcore" / "__init__.py").read_text(encoding="utf-8")
 
 
@@ -66,7 +69,8 @@ def test_one_command_changes_all(copy: Path, version: str, below: str) -> None:
     for one, other in zip(before, texts(copy), strict=True):  # and nothing else
         lines = zip(one.splitlines(), other.splitlines(), strict=True)
         changed = [old for old, new in lines if old != new]
-        assert all(re.match("(__version__|version|dependencies) = ", line) for line in changed)
+        wanted = '(__version__|version|dependencies|[a-z]+) = |version: |    "peftcore-'
+        assert all(re.match(wanted, line) for line in changed), changed
 
 
 @pytest.mark.parametrize("version", ["0.1.0", "0.0.9", "next", ""])

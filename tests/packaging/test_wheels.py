@@ -226,8 +226,46 @@ def link(installed: Distribution, site_packages: Path) -> None:
 def test_core_requires_four_packages_and_nothing_else(wheels: dict[str, Path]) -> None:
     core = describe(wheels["peftcore"])
     assert sorted(plain_requirements(core)) == ["pluggy>=1.5", "pydantic>=2.7", "safetensors[torch]>=0.4", "torch>=2.6"]
-    assert set(core.metadata.get_all("Provides-Extra") or []) == {"cli", "interop", "test"}
+    extras = {"all", "plugins", "train", "diffusion", "vision", "quantized", "hub", "ray", "cli", "interop", "test"}
+    assert set(core.metadata.get_all("Provides-Extra") or []) == extras
     assert [(point.group, point.name) for point in core.entry_points] == [("console_scripts", "peftcore")]
+
+
+def asked(package: Distribution, extra: str) -> dict[str, Requirement]:
+    """What an extra of a package asks for, with the extras of the same package that it names."""
+    found: dict[str, Requirement] = {}
+    for each in map(Requirement, package.requires or []):
+        if each.marker is not None and each.marker.evaluate({"extra": extra}):
+            found[str(each)] = each
+            if each.name == package.metadata["Name"]:
+                found |= {key: value for inner in each.extras for key, value in asked(package, inner).items()}
+    return found
+
+
+def test_one_extra_of_the_core_asks_for_all_plugins_and_all_that_they_use(wheels: dict[str, Path]) -> None:
+    core = describe(wheels["peftcore"])
+    everything = [each for each in asked(core, "all").values() if each.name != "peftcore"]
+    names = {each.name.replace("_", "-") for each in everything}
+    assert names >= {f"peftcore-{each}" for each in METHODS}
+    assert names >= {"typer", "transformers", "diffusers", "timm", "torchvision", "huggingface-hub"}, names
+    assert {extra for each in everything for extra in each.extras} >= {"bitsandbytes", "torchao"}
+    ours = [each for each in everything if each.name.startswith("peftcore-")]
+    assert all(each.specifier.contains(VERSION) and not each.specifier.contains("99") for each in ours)
+
+
+@pytest.mark.parametrize("package", ["peftcore", *(f"peftcore_{each}" for each in METHODS)])
+def test_each_package_says_where_it_comes_from_and_under_which_licence(wheels: dict[str, Path], package: str) -> None:
+    said = describe(wheels[package]).metadata
+    assert {each.partition(",")[0] for each in said.get_all("Project-URL") or []} == {
+        "Homepage",
+        "Documentation",
+        "Repository",
+        "Changelog",
+        "Issues",
+    }
+    assert said["License-Expression"] == "Apache-2.0" and said["Keywords"]
+    assert len(said.get_all("Classifier") or []) >= 8
+    assert any(name.endswith("/licenses/LICENSE") for name in contents(wheels[package]))
 
 
 def test_core_wheel_holds_the_package_its_typing_marker_and_the_licence(wheels: dict[str, Path]) -> None:
@@ -395,6 +433,16 @@ def test_core_alone_lists_no_method(wheels: dict[str, Path], environment: Callab
     made = environment()
     made.install(wheels["peftcore"])
     assert made.ask(LISTED) == {"methods": [], "warnings": []}
+    said = made.ask("""
+import json, torch, peftcore
+try:
+    peftcore.apply(torch.nn.Linear(2, 2), "lora")
+except peftcore.errors.UnknownMethod as error:
+    print(json.dumps({"error": str(error)}))
+""")
+    assert said["error"] == (
+        "no method named 'lora'; no plugin is installed: pip install 'peftcore[all]'; there are: none"
+    )
 
 
 @pytest.mark.parametrize("category", METHODS)

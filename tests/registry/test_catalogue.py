@@ -54,9 +54,15 @@ def test_unknown_name_lists_what_there_is(install: Callable[..., None]) -> None:
 def test_method_of_a_plugin_that_is_not_installed_names_the_pip_line(
     name: str, package: str, install: Callable[..., None]
 ) -> None:
-    install()
+    install(point("vision", plugin()))
     with pytest.raises(UnknownMethod, match=f"pip install .*{package}"):
         peftcore.apply(perceptron(), name, target="first")
+
+
+def test_without_any_plugin_one_line_installs_all(install: Callable[..., None]) -> None:
+    install()
+    with pytest.raises(UnknownMethod, match=r"no plugin is installed: pip install 'peftcore\[all\]'"):
+        peftcore.apply(perceptron(), "lora", target="first")
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def schema(
 def doctor(json: Json = False) -> None:
     """Report what is installed: plugins, versions, extras, quantization schemes, devices; and what of it is broken.
 
-    Exit code 0: all is well. 1: a plugin or a method is broken, or a name means several methods.
+    Exit code 0: all is well. 1: there are no methods, a plugin or a method is broken, or a name means several methods.
     """
     with answered():
         from peftcore.cli import pages

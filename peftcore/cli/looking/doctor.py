@@ -91,8 +91,13 @@ class Findings:
 
     @property
     def healthy(self) -> bool:
-        """Whether no plugin, method or scheme is broken, and every name means one method."""
-        return not self.broken and not self.ambiguous
+        """Whether there are methods, no plugin, method or scheme is broken, and every name means one method."""
+        return self.methods > 0 and not self.broken and not self.ambiguous
+
+    @property
+    def methods(self) -> int:
+        """The number of methods of all plugins."""
+        return sum(each.methods for each in self.plugins)
 
     def as_dict(self) -> dict[str, Any]:
         needs = [{**asdict(each), "install": each.install} for each in self.needs]
@@ -233,6 +238,8 @@ def page(found: Findings) -> RenderableType:
     parts += [Text(f"broken: {each.name} ({each.distribution}): {each.reason}", "red") for each in found.broken]
     for each in found.ambiguous:
         parts.append(Text(f"ambiguous: {each.name}; write {' or '.join(each.write)}", "red"))
+    if not found.methods:
+        parts.append(Text("There are no methods: pip install 'peftcore[all]'", "red"))
     parts.append(Text("All is well.", "green") if found.healthy else Text("Not all is well: see above.", "red"))
     return Group(*parts)
 
