@@ -8,7 +8,7 @@ from peftcore.authoring.hybrid_parts import OfParts, options_of
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.hookspecs import API, hookimpl
-from peftcore.contract.method import MATRICES, OUTPUTS, Method, Tags
+from peftcore.contract.method import MATRICES, OUTPUTS, LearningRate, Method, Tags
 from peftcore.contract.operators import (
     Checked,
     Combiner,
@@ -94,6 +94,7 @@ __all__ = [
     "InputOperator",
     "Joins",
     "Layer",
+    "LearningRate",
     "Method",
     "MethodConfig",
     "MethodInfo",

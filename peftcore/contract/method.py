@@ -87,6 +87,25 @@ class Tags:
             )
 
 
+@dataclass(frozen=True)
+class LearningRate:
+    """The learning rate with which those who made a method trained it, and where they say so."""
+
+    rate: float
+    """As it was given to the optimizer, at the top of its schedule."""
+    source: str
+    """``"repository@commit, file"``, or the paper and the place in it."""
+    on: str
+    """The model and the data."""
+    optimizer: str = "AdamW"
+    """The class of `torch.optim` that is the source's optimizer, or the nearest."""
+    momentum: float = 0.0
+    """That of SGD."""
+
+    def __str__(self) -> str:
+        return f"{self.rate:g} ({self.optimizer}; {self.on}): {self.source}"
+
+
 class Method(ABC):
     """Base class of methods. Subclasses are final: a variant is an option where the paper's own code has it as one, or
     where it changes only the start, the data or the schedule.
@@ -103,6 +122,8 @@ class Method(ABC):
     """Its options."""
     tags: ClassVar[Tags]
     """Its abilities."""
+    learning_rate: ClassVar[LearningRate | None] = None
+    """That of the paper or of its authors' code; None where neither says one."""
     target: ClassVar[str | tuple[str, ...]]
     """Default targets, by role, so that one line serves every architecture; roles that a host lacks are passed over."""
     alternatives: ClassVar[tuple[str | tuple[str, ...], ...]] = ()

@@ -1,9 +1,11 @@
 """What a class must be to be a method, and what its tags may say."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 from core_toys import Doubling, ShiftConfig
 from plugin_toys import method_members
 
@@ -60,3 +62,38 @@ def test_plain_config_of_a_toy_is_accepted() -> None:
 
 
 MEMBERS = {name: value for name, value in vars(Doubling).items() if not name.startswith("_")}
+
+# ---------------------------------------------------------------- learning rates of methods
+
+NO_RATE = {
+    "adapter_soup": "nothing trains",
+    "attention_only": "its authors' repository has no command for it, and the paper names optimizers alone",
+    "config_union": "its parts have their own",
+    "dare": "nothing trains",
+    "ln_tuning": "no code of its authors was found, nor the table of its paper",
+    "lqer": "nothing trains",
+    "peqa": "no code of its authors was found, nor the table of its paper",
+    "task_arithmetic": "nothing trains",
+    "ties_merging": "nothing trains",
+    "unipelt": "its authors' repository has no command, and their library's default is no choice of theirs",
+}
+"""Methods of ours that name no learning rate, with reasons."""
+SOURCE = re.compile(
+    r"[\w.-]+/[\w.-]+@[0-9a-f]{7}, \S+|arXiv \d{4}\.\d{5}(v\d)?, (table|section|appendix|implementation).*"
+)
+
+
+def test_each_method_names_the_learning_rate_of_its_source() -> None:
+    found = {info.name: peftcore.method(info.name).learning_rate for info in peftcore.methods()}
+    assert {name for name, rate in found.items() if rate is None} == NO_RATE.keys()
+    for name, rate in found.items():
+        if rate is not None:
+            assert SOURCE.fullmatch(rate.source), f"{name}: {rate.source}"
+            assert 0 < rate.rate <= 1 and rate.on, name
+            assert issubclass(getattr(torch.optim, rate.optimizer), torch.optim.Optimizer), name
+            assert bool(rate.momentum) == (rate.optimizer == "SGD"), name
+
+
+def test_a_learning_rate_says_where_it_is_from() -> None:
+    rate = peftcore.LearningRate(3e-4, "google-research/adapter-bert@1a31fc6, README.md", on="BERT-base, MRPC")
+    assert str(rate) == "0.0003 (AdamW; BERT-base, MRPC): google-research/adapter-bert@1a31fc6, README.md"

@@ -143,6 +143,7 @@ class Shown:
             "targets": self.targets,
             "alternatives": self.alternatives,
             "parameters": dict(self.budgets),
+            "learning_rate": None if self.cls.learning_rate is None else vars(self.cls.learning_rate),
             "proven": self.info.proven,
             "checked_against": self.info.checked_against,
         }
@@ -183,6 +184,7 @@ class Shown:
         if tags.identity_options:
             options = " ".join(f"{name}={spelled(value)}" for name, value in tags.identity_options.items())
             yield "changes nothing at first with", options
+        yield "learning rate", str(self.cls.learning_rate or "none was found in its paper or its authors' code")
         yield "checked against", self.info.checked_against or "its equation alone: experimental"
 
 

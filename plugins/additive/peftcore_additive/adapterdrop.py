@@ -28,7 +28,19 @@ from typing import Literal
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import OUTPUTS, Joins, Method, MethodConfig, Shared, Site, Surgeon, Tags, branch_end, forward_context
+from peftcore import (
+    OUTPUTS,
+    Joins,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    branch_end,
+    forward_context,
+)
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore_additive._blocks import depths
 from peftcore_additive._draws import Draws
@@ -89,6 +101,9 @@ class AdapterDrop(Method):
         paper="2010.11918",
         identity_at_init=False,
         identity_options={"up_init_std": 0.0},
+    )
+    learning_rate = LearningRate(
+        1e-4, "adapter-hub/adapters@88f18eb, notebooks/Adapter_Drop_Training.ipynb", on="RoBERTa-base, Rotten Tomatoes"
     )
     target = ("mlp.output",)
     alternatives = OUTPUTS

@@ -26,7 +26,19 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import OUTPUTS, AtBranchEnd, Joins, Method, MethodConfig, Shared, Site, Surgeon, Tags, branch_end
+from peftcore import (
+    OUTPUTS,
+    AtBranchEnd,
+    Joins,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    branch_end,
+)
 from peftcore.errors import UnsupportedSite
 from peftcore_additive.houlsby_adapter import ACTIVATIONS
 
@@ -120,6 +132,7 @@ class Compacter(Method):
     name = "compacter"
     Config = Config
     tags = Tags(category="additive", paper="2106.04647", identity_at_init=False, identity_options={"rule_std": 0.0})
+    learning_rate = LearningRate(3e-3, "rabeehk/compacter@e123daa, seq2seq/configs/compacter.json", on="T5-base, GLUE")
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import OUTPUTS, AtBranchEnd, Joins, Method, MethodConfig, Site, Surgeon, Tags, branch_end
+from peftcore import OUTPUTS, AtBranchEnd, Joins, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, branch_end
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
@@ -75,6 +75,7 @@ class HoulsbyAdapter(Method):
     name = "houlsby_adapter"
     Config = Config
     tags = Tags(category="additive", paper="1902.00751", identity_at_init=False, identity_options={"up_init_std": 0.0})
+    learning_rate = LearningRate(3e-4, "google-research/adapter-bert@1a31fc6, README.md", on="BERT-base, MRPC")
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
     config_version = 2

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 
 
@@ -82,6 +82,9 @@ class IA3(Method):
     name = "ia3"
     Config = Config
     tags = Tags(category="additive", paper="2205.05638", mergeable=True)
+    learning_rate = LearningRate(
+        3e-3, "r-three/t-few@114dece, configs/ia3.json", on="T0-3B, tasks of T-Few", optimizer="Adafactor"
+    )
     target = ("attn.k", "attn.v", "cross.k", "cross.v", "mlp.down", "experts.down")
     alternatives = MATRICES
 

@@ -21,7 +21,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Attend, AttentionOperator, AttentionSite, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import Attend, AttentionOperator, AttentionSite, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_additive._blocks import stack_of
 
@@ -72,6 +72,11 @@ class LlamaAdapter(Method):
     name = "llama_adapter"
     Config = Config
     tags = Tags(category="additive", paper="2303.16199")
+    learning_rate = LearningRate(
+        1.125e-3,
+        "OpenGVLab/LLaMA-Adapter@521a09d, alpaca_finetuning_v1/finetuning.sh",
+        on="LLaMA-7B, Alpaca, batches of 32",
+    )
     target = ("attn.core",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Surgeon, Tags, on_first
+from peftcore import LearningRate, Method, MethodConfig, Operator, Surgeon, Tags, on_first
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore_additive._blocks import BlockSite, block_sites
 from peftcore_additive._intervention import Intervention
@@ -97,6 +97,9 @@ class LoReFT(Method):
     name = "loreft"
     Config = Config
     tags = Tags("additive", "2404.03592", identity_at_init=False, identity_options={"identity": True})
+    learning_rate = LearningRate(
+        9e-4, "stanfordnlp/pyreft@dafd099, examples/loreft/README.md", on="LLaMA-7B, commonsense"
+    )
     target = ("block",)
     config_version = 2
     former_defaults = ({"short_prompts": "first"},)

@@ -27,7 +27,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, Tap, on_first
+from peftcore import LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, Tap, on_first
 from peftcore.errors import ConfigError
 from peftcore_additive._blocks import BlockSite, block_sites
 from peftcore_additive._prompt import Stacks, Visible, cached_tokens
@@ -110,6 +110,9 @@ class LST(Method):
     name = "lst"
     Config = Config
     tags = Tags(category="additive", paper="2206.06522", identity_at_init=False)
+    learning_rate = LearningRate(
+        3e-3, "ylsung/Ladder-Side-Tuning@1798e82, seq2seq/scripts/ladder_side_tuning_base.sh", on="T5-base, GLUE"
+    )
     target = ("block",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

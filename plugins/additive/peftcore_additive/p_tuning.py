@@ -21,7 +21,17 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, SequenceOperator, SequenceSite, Site, Surgeon, Tags, full_precision
+from peftcore import (
+    LearningRate,
+    Method,
+    MethodConfig,
+    SequenceOperator,
+    SequenceSite,
+    Site,
+    Surgeon,
+    Tags,
+    full_precision,
+)
 
 
 class Config(MethodConfig):
@@ -68,6 +78,9 @@ class PTuning(Method):
     name = "p_tuning"
     Config = Config
     tags = Tags(category="additive", paper="2103.10385", identity_at_init=False, per_row=False)
+    learning_rate = LearningRate(
+        1e-4, "THUDM/P-tuning@f4225d4, PT-Fewshot/scripts/boolq_pt_few_shot.sh", on="ALBERT-xxlarge, BoolQ"
+    )
     target = "stack"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from peftcore import AttentionSite, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import AttentionSite, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_additive._prefix import PrefixOperator, behind, prefix_count, shared_encoder
 
 
@@ -49,6 +49,9 @@ class PTuningV2(Method):
     name = "p_tuning_v2"
     Config = Config
     tags = Tags(category="additive", paper="2110.07602", identity_at_init=False, random=True)
+    learning_rate = LearningRate(
+        5e-3, "THUDM/P-tuning-v2@b1520c9, run_script/run_boolq_bert.sh", on="BERT-large, BoolQ"
+    )
     target = ("attn.core",)
     config_version = 2
     former_defaults = ({"behind": False},)

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import OUTPUTS, BranchSite, Bypass, Joins, Method, MethodConfig, Surgeon, Tags, branch
+from peftcore import OUTPUTS, BranchSite, Bypass, Joins, LearningRate, Method, MethodConfig, Surgeon, Tags, branch
 from peftcore_additive.houlsby_adapter import ACTIVATIONS
 
 
@@ -77,6 +77,9 @@ class ParallelAdapter(Method):
     name = "parallel_adapter"
     Config = Config
     tags = Tags(category="additive", paper="2110.04366")
+    learning_rate = LearningRate(
+        5e-5, "jxhe/unify-parameter-efficient-tuning@3222ce2, exps/run_xsum.sh", on="BART-large, XSum"
+    )
     target = ("mlp.output",)
     alternatives = OUTPUTS
 

@@ -26,7 +26,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import HostMap, Method, MethodConfig, Site, Surgeon, Tags, is_post_norm
+from peftcore import HostMap, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, is_post_norm
 from peftcore.errors import UnsupportedSite
 from peftcore_additive._blocks import MIXERS
 from peftcore_additive.houlsby_adapter import BottleneckOperator
@@ -88,6 +88,7 @@ class PfeifferAdapter(Method):
     name = "pfeiffer_adapter"
     Config = Config
     tags = Tags(category="additive", paper="2005.00247", identity_at_init=False, identity_options={"up_init_std": 0.0})
+    learning_rate = LearningRate(1e-4, "arXiv 2005.00247, section 4.1", on="BERT-base, 16 tasks")
     target = ("mlp.output",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -26,7 +26,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from peftcore import AttentionSite, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import AttentionSite, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_additive._prefix import PrefixOperator, behind, prefix_count, shared_encoder
 
 
@@ -58,6 +58,7 @@ class PrefixTuning(Method):
         identity_at_init=False,
         identity_options={"gate": True, "behind": False},
     )
+    learning_rate = LearningRate(5e-5, "XiangLi1999/PrefixTuning@6519d30, README.md", on="GPT-2 medium, WebNLG")
     target = ("attn.core", "cross.core")
     config_version = 2
     former_defaults = ({"behind": False},)

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, SequenceOperator, SequenceSite, Site, Surgeon, Tags
+from peftcore import LearningRate, Method, MethodConfig, SequenceOperator, SequenceSite, Site, Surgeon, Tags
 from peftcore.errors import ConfigError
 
 
@@ -72,6 +72,12 @@ class PromptTuning(Method):
     name = "prompt_tuning"
     Config = Config
     tags = Tags(category="additive", paper="2104.08691", identity_at_init=False, per_row=False)
+    learning_rate = LearningRate(
+        0.3,
+        "google-research/prompt-tuning@72285ee, prompt_tuning/configs/runs/prompt_finetune.gin",
+        on="T5 1.1 of all sizes",
+        optimizer="Adafactor",
+    )
     target = "stack"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

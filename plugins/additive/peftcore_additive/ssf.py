@@ -24,7 +24,7 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, bias_name, with_tensors
+from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, bias_name, with_tensors
 
 
 class Config(MethodConfig):
@@ -100,6 +100,9 @@ class SSF(Method):
         mergeable=True,
         identity_at_init=False,
         identity_options={"init_std": 0.0},
+    )
+    learning_rate = LearningRate(
+        1e-3, "dongzelian/SSF@e94e0e7, train_scripts/vit/imagenet_1k/train_ssf.sh", on="ViT-B/16, ImageNet"
     )
     target = ("*", "all-linear", "experts.*")
 

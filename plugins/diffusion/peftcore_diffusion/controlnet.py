@@ -29,7 +29,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
+from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_diffusion._encoder_copy import GIVEN, Copy, InputsOperator, encoder_copy
 from peftcore_diffusion._told import cast, told
@@ -95,6 +95,9 @@ class ControlNet(Method):
     name = "controlnet"
     Config = Config
     tags = Tags(category="diffusion", paper="2302.05543", per_row=False)
+    learning_rate = LearningRate(
+        1e-5, "lllyasviel/ControlNet@ed85cd1, tutorial_train.py", on="Stable Diffusion 1.5, Fill50K"
+    )
     target = (r"re:(.*\.)?mid_block", r"re:(.*\.)?up_blocks\.\d+")
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

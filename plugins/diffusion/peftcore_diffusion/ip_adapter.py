@@ -26,7 +26,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
+from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
 from peftcore.errors import UnsupportedSite
 from peftcore_diffusion._image import ImageSite, Projection, matrices
 from peftcore_diffusion._told import told
@@ -100,6 +100,7 @@ class IPAdapter(Method):
     name = "ip_adapter"
     Config = Config
     tags = Tags(category="diffusion", paper="2308.06721", identity_at_init=False, identity_options={"scale": 0.0})
+    learning_rate = LearningRate(1e-4, "tencent-ailab/IP-Adapter@62e4af9, README.md", on="Stable Diffusion 1.5")
     target = ("cross.out",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -29,7 +29,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
 
 AROUND = ("*.proj_in", "*.proj_out", "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2")
 """Modules that the preset "full" adapts and no role means."""
@@ -99,6 +99,7 @@ class LoCon(Method):
     name = "locon"
     Config = Config
     tags = Tags(category="diffusion", paper="2309.14859", mergeable=True, low_rank=True)
+    learning_rate = LearningRate(5e-4, "arXiv 2309.14859, appendix", on="Stable Diffusion 1.5")
     target = ("all-linear", "conv", "down", "mod", *AROUND)
     alternatives = ("all-layers",)
 

@@ -30,7 +30,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Layer, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import AppliedMethod, Layer, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_diffusion._ties import alike, foremost, stored_as
 
 
@@ -98,6 +98,7 @@ class SVDiff(Method):
     config_version = 2
     former_defaults = ({"vectors": "one"},)
     tags = Tags(category="diffusion", paper="2303.11305", mergeable=True)
+    learning_rate = LearningRate(1e-3, "mkshing/svdiff-pytorch@a78f69e, README.md", on="Stable Diffusion 1.5")
     target = "*"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -27,7 +27,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, Tap, forward_context
+from peftcore import LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, Tap, forward_context
 from peftcore.errors import ConfigError, UnsupportedSite
 from peftcore_diffusion._pyramid import Place, Pyramid
 from peftcore_diffusion._told import told
@@ -89,6 +89,11 @@ class T2IAdapter(Method):
     name = "t2i_adapter"
     Config = Config
     tags = Tags(category="diffusion", paper="2302.08453", identity_at_init=False, identity_options={"scale": 0.0})
+    learning_rate = LearningRate(
+        1e-5,
+        "TencentARC/T2I-Adapter@16bba67, configs/stable-diffusion/train_sketch.yaml",
+        on="Stable Diffusion 1.x, sketches",
+    )
     target = (r"re:(.*\.)?down_blocks\.\d+",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, NonNegativeInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Transposed
+from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, Transposed
 from peftcore.errors import UnsupportedSite
 from peftcore_diffusion._ties import alike, foremost, holders, stored_as
 
@@ -87,6 +87,9 @@ class TextualInversion(Method):
     name = "textual_inversion"
     Config = Config
     tags = Tags(category="diffusion", paper="2208.01618", mergeable=True)
+    learning_rate = LearningRate(
+        0.04, "arXiv 2208.01618, implementation details", on="latent diffusion of 1.4B, batches of 8"
+    )
     target = ("embed",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

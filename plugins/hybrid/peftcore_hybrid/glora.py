@@ -27,7 +27,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, bias_name
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, bias_name
 from peftcore.errors import UnsupportedSite
 
 Matrix = Literal["lora", "vector", "constant", "none"]
@@ -119,6 +119,7 @@ class GLoRA(Method):
     name = "glora"
     Config = Config
     tags = Tags(category="hybrid", paper="2306.07967", mergeable=True)
+    learning_rate = LearningRate(1e-4, "Arnav0400/ViT-Slim@0fed674, GLoRA/README.md", on="ViT-B/16, VTAB-1k")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

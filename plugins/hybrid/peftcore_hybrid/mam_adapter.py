@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore import Joins, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import Joins, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_additive import parallel_adapter, prefix_tuning
 
 PREFIX = {"prefix_length": "length", "prefix_mid_dim": "projection", "prefix_dropout": "dropout"}
@@ -81,6 +81,9 @@ class MAMAdapter(Method):
     name = "mam_adapter"
     Config = Config
     tags = Tags(category="hybrid", paper="2110.04366", identity_at_init=False)
+    learning_rate = LearningRate(
+        5e-5, "jxhe/unify-parameter-efficient-tuning@3222ce2, exps/run_xsum.sh", on="BART-large, XSum"
+    )
     target = ("attn.core", "cross.core", "mlp.output")
     config_version = 2
     former_defaults = ({"ffn_joins": "matrix"},)

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_multitask._skills import factors
 
@@ -77,6 +77,7 @@ class HydraLoRA(Method):
     name = "hydralora"
     Config = Config
     tags = Tags(category="multitask", paper="2404.19245", random=True)
+    learning_rate = LearningRate(2e-4, "Clin0212/HydraLoRA@afb693b, HydraLoRA/fine-tuning.sh", on="LLaMA")
     config_version = 2
     former_defaults = ({"rank": 8, "dropout": 0.0},)
     target = ("mlp.gate", "mlp.up", "mlp.down")

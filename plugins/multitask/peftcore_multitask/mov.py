@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Operator, Site, Surgeon, Tags, full_precision
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, full_precision
 from peftcore.errors import UnsupportedSite
 
 HEADED = ("attn.k", "attn.v", "cross.k", "cross.v")
@@ -114,6 +114,9 @@ class MoV(Method):
     name = "mov"
     Config = Config
     tags = Tags(category="multitask", paper="2309.05444")
+    learning_rate = LearningRate(
+        3e-4, "for-ai/parameter-efficient-moe@e2683fe, configs/mov.gin", on="T5 1.1 large, P3", optimizer="Adafactor"
+    )
     target = ("attn.k", "attn.v", "cross.k", "cross.v", "mlp.down")
     alternatives = MATRICES
 

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, SequenceOperator, SequenceSite, Site, Surgeon, Tags, full_precision
+from peftcore import LearningRate, Method, SequenceOperator, SequenceSite, Site, Surgeon, Tags, full_precision
 from peftcore.errors import ConfigError
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
 
@@ -90,6 +90,11 @@ class MultitaskPromptTuning(Method):
     name = "multitask_prompt_tuning"
     Config = Config
     tags = Tags(category="multitask", paper="2303.02861", identity_at_init=False, per_row=False)
+    learning_rate = LearningRate(
+        1e-4,
+        "huggingface/peft@5d602fd, examples/conditional_generation/multitask_prompt_tuning.ipynb",
+        on="Flan-T5-base, SST-2 and MNLI",
+    )
     target = "stack"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

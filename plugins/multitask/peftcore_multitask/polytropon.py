@@ -29,7 +29,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, AppliedMethod, Method, Operator, Site, Surgeon, Tags
+from peftcore import MATRICES, AppliedMethod, LearningRate, Method, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_multitask._skills import factors
 from peftcore_multitask._tasks import TaskConfig, Tasks, task_count
@@ -108,6 +108,9 @@ class Polytropon(Method):
     name = "polytropon"
     Config = Config
     tags = Tags(category="multitask", paper="2202.13914")
+    learning_rate = LearningRate(
+        1e-3, "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json", on="T5-XL, T0", optimizer="Adafactor"
+    )
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "cross.q", "cross.k", "cross.v", "cross.out")
     alternatives = MATRICES
 

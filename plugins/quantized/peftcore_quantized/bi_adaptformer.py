@@ -27,7 +27,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import OUTPUTS, BranchSite, Bypass, Joins, Method, MethodConfig, Surgeon, Tags, branch
+from peftcore import OUTPUTS, BranchSite, Bypass, Joins, LearningRate, Method, MethodConfig, Surgeon, Tags, branch
 from peftcore_quantized._binary import in_bits, normal_codes
 
 
@@ -79,6 +79,7 @@ class BiAdaptFormer(Method):
         random=True,
         exact_gradient=False,  # straight through the rounding
     )
+    learning_rate = LearningRate(1e-3, "JieShibo/PETL-ViT@026e4f1, binary_adapter/main.py", on="ViT-B/16, VTAB-1k")
     target = ("mlp.output",)
     alternatives = OUTPUTS
 

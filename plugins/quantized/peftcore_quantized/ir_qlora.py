@@ -27,7 +27,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, Site, Surgeon, Tags
+from peftcore import LearningRate, Method, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_quantized._packed_base import Factors, PackedBaseOperator, PackedConfig, lora_start, place, update_count
 
@@ -87,6 +87,7 @@ class IRQLoRA(Method):
     name = "ir_qlora"
     Config = Config
     tags = Tags(category="quantized", paper="2402.05445", mergeable=True, identity_at_init=False)
+    learning_rate = LearningRate(2e-4, "htqin/IR-QLoRA@e6fef4a, irlora.py", on="LLaMA-7B, Alpaca")
     target = ("all-linear",)
     alternatives = ("all-layers",)
 

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, Site, Surgeon, Tags, full_precision
+from peftcore import LearningRate, Method, Site, Surgeon, Tags, full_precision
 from peftcore_quantized._packed_base import (
     Factors,
     PackedBaseOperator,
@@ -90,6 +90,7 @@ class LoftQ(Method):
     name = "loftq"
     Config = Config
     tags = Tags(category="quantized", paper="2310.08659", mergeable=True, identity_at_init=False)
+    learning_rate = LearningRate(3e-4, "yxli2123/LoftQ@ae33fd4, scripts/train_gsm8k.sh", on="Llama-2-7B, GSM8K")
     target = ("all-linear",)
     alternatives = ("all-layers",)
 

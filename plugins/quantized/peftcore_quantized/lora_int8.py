@@ -22,7 +22,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore import MATRICES, Method, Site, Surgeon, Tags
+from peftcore import MATRICES, LearningRate, Method, Site, Surgeon, Tags
 from peftcore_quantized._lora_on_packed import LoRAConfig, LoRAOnPacked
 from peftcore_quantized._packed_base import place, update_count
 
@@ -41,6 +41,11 @@ class LoRAInt8(Method):
     name = "lora_int8"
     Config = Config
     tags = Tags(category="quantized", paper="2208.07339", mergeable=True, identity_at_init=False)
+    learning_rate = LearningRate(
+        2e-4,
+        "huggingface/peft@5d602fd, examples/int8_training/Finetune_opt_bnb_peft.ipynb",
+        on="OPT-6.7B, English quotes",
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -31,7 +31,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from peftcore import Method, Site, Surgeon, Tags
+from peftcore import LearningRate, Method, Site, Surgeon, Tags
 from peftcore_quantized._low_rank_first import LowRankFirstConfig, LowRankFirstOperator
 from peftcore_quantized._packed_base import Factors, place, update_count
 
@@ -67,6 +67,9 @@ class LQLoRA(Method):
     name = "lq_lora"
     Config = Config
     tags = Tags(category="quantized", paper="2311.12023", mergeable=True, identity_at_init=False)
+    learning_rate = LearningRate(
+        2e-4, "HanGuo97/lq-lora@c2424b3, scripts/oasst1_lora.sh", on="Llama-2-7B, OpenAssistant"
+    )
     target = ("all-linear",)
     alternatives = ("all-layers",)
 

@@ -26,7 +26,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, Site, Surgeon, Tags
+from peftcore import LearningRate, Method, Site, Surgeon, Tags
 from peftcore_quantized._lora_on_packed import LoRAConfig, LoRAOnPacked
 from peftcore_quantized._packed_base import Factors, group_count, place
 
@@ -68,6 +68,7 @@ class QALoRA(Method):
     name = "qa_lora"
     Config = Config
     tags = Tags(category="quantized", paper="2309.14717", mergeable=True, identity_at_init=False)
+    learning_rate = LearningRate(2e-4, "yuhuixu1993/qa-lora@91604c7, qalora.py", on="LLaMA-7B, Alpaca")
     target = ("all-linear",)
     alternatives = ("all-layers",)
 

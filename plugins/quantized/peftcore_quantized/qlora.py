@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from peftcore import Method, Site, Surgeon, Tags
+from peftcore import LearningRate, Method, Site, Surgeon, Tags
 from peftcore_quantized._lora_on_packed import LoRAConfig, LoRAOnPacked
 from peftcore_quantized._packed_base import place, update_count
 
@@ -47,6 +47,9 @@ class QLoRA(Method):
     name = "qlora"
     Config = Config
     tags = Tags(category="quantized", paper="2305.14314", mergeable=True, identity_at_init=False)
+    learning_rate = LearningRate(
+        2e-4, "artidoro/qlora@7f4e95a, scripts/finetune_guanaco_7b.sh", on="LLaMA-7B, OpenAssistant"
+    )
     target = ("all-linear",)
     alternatives = ("all-layers",)
 

@@ -27,7 +27,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 from torch import nn
 
-from peftcore import Method, Site, Surgeon, Tags
+from peftcore import LearningRate, Method, Site, Surgeon, Tags
 from peftcore_quantized._low_rank_first import LowRankFirstConfig, LowRankFirstOperator
 from peftcore_quantized._packed_base import Factors, place, update_count
 
@@ -57,6 +57,9 @@ class QPiSSA(Method):
     name = "qpissa"
     Config = Config
     tags = Tags(category="quantized", paper="2404.02948", mergeable=True, identity_at_init=False)
+    learning_rate = LearningRate(
+        2e-5, "GraphPKU/PiSSA@87f4db6, scripts/metamath_llama2_7b/run_qpissa.sh", on="Llama-2-7B, MetaMathQA"
+    )
     target = ("all-linear",)
     alternatives = ("all-layers",)
 

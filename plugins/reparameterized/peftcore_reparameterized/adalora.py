@@ -21,7 +21,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, AppliedMethod, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import TrainingError
 from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count
 
@@ -95,6 +95,9 @@ class AdaLoRA(Method):
     name = "adalora"
     Config = Config
     tags = Tags("reparameterized", "2303.10512", mergeable=True, low_rank=True, scheduled=True)
+    learning_rate = LearningRate(
+        5e-4, "QingruZhang/AdaLoRA@d10f5eb, NLG_QA/scripts/run_bart_xsum.sh", on="BART-large, XSum"
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

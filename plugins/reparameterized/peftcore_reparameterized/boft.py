@@ -28,7 +28,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_reparameterized._dropped import replaced_blocks
 from peftcore_reparameterized._gains import gained
 from peftcore_reparameterized._kernels import cayley, rotated
@@ -121,6 +121,7 @@ class BOFT(Method):
     name = "boft"
     Config = Config
     tags = Tags(category="reparameterized", paper="2311.06243", mergeable=True)
+    learning_rate = LearningRate(1e-4, "arXiv 2311.06243, appendix A.3", on="Llama-2-7B, Alpaca")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

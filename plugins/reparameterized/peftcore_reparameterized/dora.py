@@ -23,7 +23,18 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator, matmul_transposed
+from peftcore import (
+    MATRICES,
+    Held,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    WeightOperator,
+    matmul_transposed,
+)
 from peftcore_reparameterized._gains import gained
 from peftcore_reparameterized._low_rank import (
     check_in_weight_form,
@@ -118,6 +129,9 @@ class DoRA(Method):
         paper="2402.09353",
         mergeable=True,
         exact_gradient=False,  # the norm is held constant
+    )
+    learning_rate = LearningRate(
+        2e-4, "NVlabs/DoRA@7e2f10a, commonsense_reasoning/llama_7B_Dora.sh", on="LLaMA-7B, commonsense"
     )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES

@@ -31,7 +31,7 @@ import torch
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.errors import UnsupportedSite
 
 
@@ -118,6 +118,9 @@ class FourierFT(Method):
         mergeable=True,
         identity_at_init=False,
         identity_options={"init_std": 0.0},
+    )
+    learning_rate = LearningRate(
+        5e-2, "Chaos96/fourierft@4986a28, experiments/GLUE/sst2-base-best.sh", on="RoBERTa-base, SST-2"
     )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES

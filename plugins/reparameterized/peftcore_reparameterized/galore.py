@@ -21,7 +21,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, GradientRule, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import AppliedMethod, GradientRule, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 
 Side = Literal["std", "reverse_std", "right", "left", "full"]
@@ -90,6 +90,9 @@ class GaLore(Method):
     name = "galore"
     Config = Config
     tags = Tags(category="reparameterized", paper="2403.03507", mergeable=True)
+    learning_rate = LearningRate(
+        1e-2, "jiaweizzhao/GaLore@2cc66f8, scripts/benchmark_c4/llama_60m.sh", on="LLaMA-60M, C4"
+    )
     target = "all-linear"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

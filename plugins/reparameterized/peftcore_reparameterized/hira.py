@@ -25,7 +25,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from peftcore import MATRICES, Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_reparameterized._low_rank import (
     check_in_weight_form,
     input_dropout,
@@ -84,6 +84,7 @@ class HiRA(Method):
     name = "hira"
     Config = Config
     tags = Tags(category="reparameterized", paper="ICLR 2025, OpenReview TwJrTz9cRS", mergeable=True)
+    learning_rate = LearningRate(1e-3, "hqsiswiliam/hira@f75f0cf, README.md", on="Llama-3-8B, commonsense")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

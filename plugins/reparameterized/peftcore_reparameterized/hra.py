@@ -28,7 +28,18 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor, nn
 
-from peftcore import MATRICES, AppliedMethod, Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import (
+    MATRICES,
+    AppliedMethod,
+    Held,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    WeightOperator,
+)
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._rotations import rows, weight_of, width
 
@@ -104,6 +115,9 @@ class HRA(Method):
     name = "hra"
     Config = Config
     tags = Tags(category="reparameterized", paper="2405.17484", mergeable=True)
+    learning_rate = LearningRate(
+        9e-4, "DaShenZi721/HRA@8e0c637, nlu/experiments/glue/mnli.sh", on="DeBERTa-v3-base, MNLI"
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_reparameterized._dropped import ChangeDropout, with_shares
 
 
@@ -97,6 +97,11 @@ class LoHa(Method):
     name = "loha"
     Config = Config
     tags = Tags(category="reparameterized", paper="2108.06098", mergeable=True)
+    learning_rate = LearningRate(
+        5e-4,
+        "cyber-meow/LyCORIS-evaluation@7c5758c, exp_configs/training_configs/exp-1011-sd15-loha4a2-a.toml",
+        on="Stable Diffusion 1.5",
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_reparameterized._dropped import ChangeDropout, with_shares
 
 
@@ -114,6 +114,11 @@ class LoKr(Method):
     name = "lokr"
     Config = Config
     tags = Tags(category="reparameterized", paper="2309.14859", mergeable=True)
+    learning_rate = LearningRate(
+        5e-4,
+        "cyber-meow/LyCORIS-evaluation@7c5758c, exp_configs/training_configs/exp-1021-sd15-lokrf8-a.toml",
+        on="Stable Diffusion 1.5",
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Operator, Site, Surgeon, Tags, low_rank
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, low_rank
 from peftcore_reparameterized._low_rank import add_low_rank, input_dropout, low_rank_count, low_rank_factors
 
 
@@ -77,6 +77,9 @@ class LoRA(Method):
     name = "lora"
     Config = Config
     tags = Tags(category="reparameterized", paper="2106.09685", mergeable=True, low_rank=True)
+    learning_rate = LearningRate(
+        5e-4, "microsoft/LoRA@c4593f0, examples/NLU/roberta_base_mnli.sh", on="RoBERTa-base, MNLI"
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

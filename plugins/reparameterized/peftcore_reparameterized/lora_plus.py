@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore import MATRICES, AppliedMethod, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_reparameterized._low_rank import low_rank_count
 from peftcore_reparameterized.lora import LoRAOperator
 
@@ -52,6 +52,9 @@ class LoRAPlus(Method):
     name = "lora_plus"
     Config = Config
     tags = Tags(category="reparameterized", paper="2402.12354", mergeable=True, low_rank=True)
+    learning_rate = LearningRate(
+        2e-4, "nikhil-ghosh-berkeley/loraplus@a0c44bf, glue/scripts/run_gpt2_lora.sh", on="GPT-2, MNLI; of A"
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_reparameterized._decomposed import as_matrix, as_rows, principal, rank_within
 from peftcore_reparameterized._low_rank import LowRankOperator
 
@@ -78,6 +78,9 @@ class LoRAXS(Method):
         identity_at_init=False,
         identity_options={"std": 0.0},
         low_rank=True,
+    )
+    learning_rate = LearningRate(
+        4e-3, "MohammadrezaBanaei/LoRA-XS@e50b1a8, scripts/run_math_tuning.sh", on="Mistral-7B, MetaMathQA"
     )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES

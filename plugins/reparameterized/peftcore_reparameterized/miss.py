@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._low_rank import LowRankOperator
 
@@ -132,6 +132,7 @@ class MiSS(Method):
     name = "miss"
     Config = Config
     tags = Tags(category="reparameterized", paper="2409.15371", mergeable=True, low_rank=True)
+    learning_rate = LearningRate(2e-5, "JL-er/MiSS@a17e631, scripts/math/run_miss.sh", on="Qwen3-4B, MetaMathQA")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -35,7 +35,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Held, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore_reparameterized._dropped import replaced_blocks
 from peftcore_reparameterized._kernels import cayley, neumann, rotated
 from peftcore_reparameterized._rotations import block_size, precise, rotate, rows, weight_of, width
@@ -114,6 +114,9 @@ class OFT(Method):
     name = "oft"
     Config = Config
     tags = Tags(category="reparameterized", paper="2306.07280", mergeable=True)
+    learning_rate = LearningRate(
+        6e-5, "Zeju1997/oft@df2b263, oft-db/train_dreambooth_oft.sh", on="Stable Diffusion 1.5, DreamBooth"
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_rows, positive, rank_within
 from peftcore_reparameterized._low_rank import low_rank_count
 
@@ -61,6 +61,9 @@ class OLoRA(Method):
     name = "olora"
     Config = Config
     tags = Tags(category="reparameterized", paper="2406.01775", mergeable=True, low_rank=True)
+    learning_rate = LearningRate(
+        3e-4, "huggingface/peft@5d602fd, examples/olora_finetuning/olora_finetuning.py", on="OPT-350m, Alpaca"
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

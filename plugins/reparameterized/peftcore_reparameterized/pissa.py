@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import nn
 
-from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_rows, principal, rank_within
 from peftcore_reparameterized._low_rank import low_rank_count
 
@@ -58,6 +58,9 @@ class PiSSA(Method):
     name = "pissa"
     Config = Config
     tags = Tags(category="reparameterized", paper="2404.02948", mergeable=True, low_rank=True)
+    learning_rate = LearningRate(
+        2e-5, "GraphPKU/PiSSA@87f4db6, scripts/metamath_llama2_7b/run_pissa.sh", on="Llama-2-7B, MetaMathQA"
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -27,7 +27,18 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Shared, Site, Surgeon, Tags, WeightOperator, full_precision
+from peftcore import (
+    MATRICES,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    WeightOperator,
+    full_precision,
+)
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 from peftcore_reparameterized._kernels import scaled_bases
 from peftcore_reparameterized._low_rank import check_in_weight_form, input_dropout
@@ -130,6 +141,7 @@ class RandLoRA(Method):
     name = "randlora"
     Config = Config
     tags = Tags(category="reparameterized", paper="2502.00987", mergeable=True)
+    learning_rate = LearningRate(1e-4, "PaulAlbert31/RandLoRA@4ac565e, GLUE/train_all.sh", on="RoBERTa-base, GLUE")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -26,7 +26,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
 from peftcore_reparameterized._basis import Basis, columns, largest, own_name
 from peftcore_reparameterized._kernels import ScaledFactors, scaled_update
 from peftcore_reparameterized._low_rank import LowRankOperator
@@ -85,6 +85,7 @@ class VeRA(Method):
     name = "vera"
     Config = Config
     tags = Tags(category="reparameterized", paper="2310.11454", mergeable=True, low_rank=True)
+    learning_rate = LearningRate(1e-2, "arXiv 2310.11454, table 8", on="RoBERTa-large, SST-2")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -18,7 +18,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import TargetError
 from peftcore_selective._heads import train_classifiers
 
@@ -40,6 +40,7 @@ class BitFit(Method):
     name = "bitfit"
     Config = Config
     tags = Tags(category="selective", paper="2106.10199", mergeable=True)
+    learning_rate = LearningRate(1e-3, "benzakenelad/BitFit@7ead19a, README.md", on="BERT-base, RTE")
     target = "*"
     config_version = 2
     former_defaults = ({"head": False},)

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Batches, GradientRule, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import AppliedMethod, Batches, GradientRule, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore_selective._fisher import squared_gradients
 
 
@@ -64,6 +64,7 @@ class ChildTuningD(Method):
         mergeable=True,
         needs_data=True,
     )
+    learning_rate = LearningRate(4e-5, "RunxinXu/ChildTuning@d0d8655, run.sh", on="BERT-large, RTE")
     target = ("all-linear", "norm", "norm.inner")
     config_version = 2
     former_defaults = ({"training": False, "others": False},)

@@ -30,7 +30,19 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import AppliedMethod, Batches, Checked, Method, MethodConfig, Shared, Site, Surgeon, Tags, WeightOperator
+from peftcore import (
+    AppliedMethod,
+    Batches,
+    Checked,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    WeightOperator,
+)
 from peftcore_selective._fisher import squared_gradients
 from peftcore_selective._ties import one_each, tied_to
 
@@ -90,6 +102,11 @@ class FishMask(Method):
     name = "fish_mask"
     Config = Config
     tags = Tags(category="selective", paper="2111.09839", mergeable=True, needs_data=True)
+    learning_rate = LearningRate(
+        5e-5,
+        "varunnair18/FISH@b5bff1e, transformers/examples/text-classification/scripts/lib.sh",
+        on="BERT-large, GLUE",
+    )
     target = "*"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

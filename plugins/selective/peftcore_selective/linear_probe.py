@@ -17,7 +17,7 @@ from typing import Literal
 
 from torch import nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 
 
 class Config(MethodConfig):
@@ -32,6 +32,13 @@ class LinearProbe(Method):
     name = "linear_probe"
     Config = Config
     tags = Tags(category="selective", paper="2203.12119", mergeable=True)
+    learning_rate = LearningRate(
+        0.1,
+        "KMnP/vpt@4410440, configs/linear/cub.yaml",
+        on="ViT-B/16, CUB, batches of 1,024",
+        optimizer="SGD",
+        momentum=0.9,
+    )
     target = "head"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -21,7 +21,7 @@ from typing import Literal
 from pydantic import PositiveInt
 from torch import nn
 
-from peftcore import Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import TargetError
 
 
@@ -43,6 +43,9 @@ class PartialK(Method):
     name = "partial_k"
     Config = Config
     tags = Tags(category="selective", paper="2203.12119", mergeable=True)
+    learning_rate = LearningRate(
+        3.75e-3, "KMnP/vpt@4410440, configs/finetune/cub.yaml", on="ViT-B/16, CUB, batches of 384"
+    )
     target = "*"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

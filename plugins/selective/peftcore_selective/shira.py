@@ -25,7 +25,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.errors import UnsupportedSite
 
 
@@ -90,6 +90,7 @@ class SHiRA(Method):
     name = "shira"
     Config = Config
     tags = Tags(category="selective", paper="2406.13175", mergeable=True)
+    learning_rate = LearningRate(5e-4, "arXiv 2406.13175v2, table 9", on="LLaMA-7B, commonsense")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

@@ -23,7 +23,7 @@ import torch
 from pydantic import AfterValidator, Field, NonNegativeInt
 from torch import Tensor, nn
 
-from peftcore import Layer, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import Layer, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_selective._ties import one_each, tied_to
 
@@ -83,6 +83,11 @@ class TrainableTokens(Method):
     name = "trainable_tokens"
     Config = Config
     tags = Tags(category="selective", paper="none: huggingface/peft", mergeable=True)
+    learning_rate = LearningRate(
+        0.2,
+        "huggingface/peft@5d602fd, method_comparison/MetaMathQA/experiments/trainable_tokens",
+        on="Llama-3.2-3B, MetaMathQA",
+    )
     target = "embed"
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -26,7 +26,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import OUTPUTS, BranchSite, Bypass, Joins, Method, MethodConfig, Surgeon, Tags, branch
+from peftcore import OUTPUTS, BranchSite, Bypass, Joins, LearningRate, Method, MethodConfig, Surgeon, Tags, branch
 
 
 class Config(MethodConfig):
@@ -83,6 +83,13 @@ class AdaptFormer(Method):
     name = "adaptformer"
     Config = Config
     tags = Tags(category="vision", paper="2205.13535", random=True)
+    learning_rate = LearningRate(
+        0.4,
+        "ShoufaChen/AdaptFormer@6967d67, README.md",
+        on="ViT-B/16, CIFAR-100, batches of 1,024",
+        optimizer="SGD",
+        momentum=0.9,
+    )
     target = ("mlp.output",)
     alternatives = OUTPUTS
 

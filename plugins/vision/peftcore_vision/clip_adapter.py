@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import TargetError, UnsupportedSite
 
 IMAGES = frozenset({"visual", "vision", "image", "images", "img"})
@@ -91,6 +91,13 @@ class CLIPAdapter(Method):
     name = "clip_adapter"
     Config = Config
     tags = Tags(category="vision", paper="2110.04544", identity_at_init=False, identity_options={"ratio": 0.0})
+    learning_rate = LearningRate(
+        2e-3,
+        "KaiyangZhou/CoOp@ff61507, configs/trainers/CoOp/rn50_ep50.yaml",
+        on="CLIP RN50, ImageNet",
+        optimizer="SGD",
+        momentum=0.9,
+    )
     target = ("head",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

@@ -27,7 +27,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import OUTPUTS, BranchSite, Bypass, Joins, Method, MethodConfig, Surgeon, Tags, Tap, branch
+from peftcore import OUTPUTS, BranchSite, Bypass, Joins, LearningRate, Method, MethodConfig, Surgeon, Tags, Tap, branch
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._patches import layout, patch_sites
 
@@ -117,6 +117,7 @@ class Convpass(Method):
     name = "convpass"
     Config = Config
     tags = Tags(category="vision", paper="2207.07039", random=True)
+    learning_rate = LearningRate(1e-3, "JieShibo/PETL-ViT@026e4f1, convpass/vtab/train.py", on="ViT-B/16, VTAB-1k")
     target = ("attn.output", "mlp.output")
     alternatives = OUTPUTS
 

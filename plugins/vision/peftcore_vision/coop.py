@@ -31,7 +31,7 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
+from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, Tap, forward_context
 from peftcore.errors import ConfigError, MissingContext, SequenceError, UnsupportedSite
 
 
@@ -124,6 +124,13 @@ class CoOp(Method):
     name = "coop"
     Config = Config
     tags = Tags(category="vision", paper="2109.01134", identity_at_init=False)
+    learning_rate = LearningRate(
+        2e-3,
+        "KaiyangZhou/CoOp@ff61507, configs/trainers/CoOp/rn50.yaml",
+        on="CLIP RN50, 16 images a class",
+        optimizer="SGD",
+        momentum=0.9,
+    )
     target = ("embed",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

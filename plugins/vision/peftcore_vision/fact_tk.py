@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore import Method, Shared, Surgeon, Tags
+from peftcore import LearningRate, Method, Shared, Surgeon, Tags
 from peftcore_vision._fact import FactConfig, FactOperator, FactSite, fact_sites, shared_factors
 
 
@@ -66,6 +66,7 @@ class FactTK(Method):
     name = "fact_tk"
     Config = Config
     tags = Tags(category="vision", paper="2212.03145", mergeable=True, low_rank=True, random=True)
+    learning_rate = LearningRate(1e-3, "JieShibo/PETL-ViT@026e4f1, FacT/fact_tk.py", on="ViT-B/16, VTAB-1k")
     config_version = 2
     former_defaults = ({"dropout": 0.0},)
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore import Method, Shared, Surgeon, Tags
+from peftcore import LearningRate, Method, Shared, Surgeon, Tags
 from peftcore_vision._fact import FactConfig, FactOperator, FactSite, fact_sites, shared_factors
 
 
@@ -52,6 +52,7 @@ class FactTT(Method):
     name = "fact_tt"
     Config = Config
     tags = Tags(category="vision", paper="2212.03145", mergeable=True, low_rank=True, random=True)
+    learning_rate = LearningRate(1e-3, "JieShibo/PETL-ViT@026e4f1, FacT/fact_tt.py", on="ViT-B/16, VTAB-1k")
     config_version = 2
     former_defaults = ({"dropout": 0.0},)
     target = ("attn.q", "attn.k", "attn.v", "attn.out", "mlp.gate", "mlp.up", "mlp.down")

@@ -23,7 +23,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import Method, MethodConfig, Operator, Site, Surgeon, Tags, bias_name
+from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, bias_name
 from peftcore.errors import UnsupportedSite
 from peftcore_vision._dropped import own_dropout
 
@@ -134,6 +134,7 @@ class RepAdapter(Method):
     name = "repadapter"
     Config = Config
     tags = Tags(category="vision", paper="2302.08106", mergeable=True, random=True)
+    learning_rate = LearningRate(1e-3, "luogen1996/RepAdapter@360992f, train.py", on="ViT-B/16, VTAB-1k")
     config_version = 2
     former_defaults = ({"dropout": 0.0},)
     target = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftcore import Method, Site, Surgeon, Tags, on_first
+from peftcore import LearningRate, Method, Site, Surgeon, Tags, on_first
 from peftcore_vision._prompts import (
     PromptConfig,
     PromptOperator,
@@ -62,6 +62,9 @@ class VPTDeep(Method):
     name = "vpt_deep"
     Config = Config
     tags = Tags(category="vision", paper="2203.12119", identity_at_init=False, per_row=False)
+    learning_rate = LearningRate(
+        0.25, "KMnP/vpt@4410440, demo.ipynb", on="ViT-B/16, dmlab of VTAB, batches of 64", optimizer="SGD", momentum=0.9
+    )
     target = ("block",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

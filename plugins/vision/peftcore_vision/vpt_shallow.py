@@ -31,7 +31,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from peftcore import Method, Site, Surgeon, Tags, on_first
+from peftcore import LearningRate, Method, Site, Surgeon, Tags, on_first
 from peftcore_vision._prompts import (
     PromptConfig,
     PromptOperator,
@@ -72,6 +72,13 @@ class VPTShallow(Method):
     name = "vpt_shallow"
     Config = Config
     tags = Tags(category="vision", paper="2203.12119", identity_at_init=False, per_row=False)
+    learning_rate = LearningRate(
+        0.1,
+        "KMnP/vpt@4410440, configs/prompt/cub.yaml",
+        on="ViT-B/16, CUB, batches of 128",
+        optimizer="SGD",
+        momentum=0.9,
+    )
     target = ("block",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
