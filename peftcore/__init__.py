@@ -4,7 +4,7 @@ from peftcore.algebra import merge_math
 from peftcore.algebra.adapters_as_parts import gather
 from peftcore.algebra.combining import combine, deltas, to_lora
 from peftcore.authoring.branches import AtBranchEnd, BranchSite, Bypass, Joins, branch, branch_end, is_post_norm
-from peftcore.authoring.hybrid_parts import OfParts, options_of
+from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.hookspecs import API, hookimpl
@@ -25,6 +25,7 @@ from peftcore.contract.operators import (
     low_rank,
     on_first,
 )
+from peftcore.contract.presets import Preset
 from peftcore.files.compositions import load_composition, save_composition
 from peftcore.files.save_load import load
 from peftcore.forward.attention import Attend, AttentionOperator
@@ -103,6 +104,7 @@ __all__ = [
     "OneForward",
     "Operator",
     "Plan",
+    "Preset",
     "QuantizedLayer",
     "Replacement",
     "Resolver",
@@ -167,6 +169,7 @@ __all__ = [
     "to_lora",
     "using",
     "with_tensors",
+    "without_preset",
 ]
 
 

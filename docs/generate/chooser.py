@@ -220,6 +220,15 @@ def kinds() -> str:
     return table((f"of {len(tags)} methods", "", "which"), rows)
 
 
+def presets() -> str:
+    rows = [
+        (f"`{info.name}`", f"`{info.preset}`" if not info.preset.workflow else info.preset.workflow, info.preset.paper)
+        for info in peftcore.methods(presets=True)
+        if info.preset is not None
+    ]
+    return table(("name", "is", "paper"), rows)
+
+
 def memory() -> str:
     """One step of training a Llama 2 7B in bfloat16, one row of 512 tokens, with AdamW."""
     rows = []
@@ -280,6 +289,7 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
     "advice": advice,
     "sizes": sizes,
     "kinds": kinds,
+    "presets": presets,
     "memory": memory,
     "steps": steps,
     "digits": digits,

@@ -13,6 +13,7 @@ from peftcore.errors import ConfigError
 from peftcore.injection.applied import AppliedMethod
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.plugins import registry
+from peftcore.registry.presets import method_of, preset_of
 
 
 def options_of(part: Mapping[str, Any]) -> MethodConfig:
@@ -27,6 +28,24 @@ def options_of(part: Mapping[str, Any]) -> MethodConfig:
     kind = find_method(part["method"]).Config
     options = {key: value for key, value in part.items() if key != "target"}
     return validate_json(kind, json.dumps({**options, "method": kind.model_fields["method"].default}))
+
+
+def without_preset(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a part whose "method" may be a preset as one of the preset's method.
+
+    Raises:
+        ConfigError: as `options_of`; or the preset has modules that train along, which a part cannot have.
+    """
+    config = options_of(part)
+    cls = find_method(part["method"])
+    preset = preset_of(cls)
+    if preset is None:
+        return dict(part)
+    if preset.train:
+        raise ConfigError(f"{cls.name} trains {', '.join(preset.train)} along, which a part of a hybrid cannot")
+    _, own = method_of(cls, config.model_dump(exclude={"method"}))
+    target = {"target": part.get("target", preset.target)}
+    return {**own.model_dump(mode="json"), **(target if target["target"] is not None else {})}
 
 
 class OfParts:

@@ -5,6 +5,7 @@ It may import `peftcore.errors`. In the order of reading:
 - `peft_names`: what peft calls otherwise.
 - `config`: the options of a method.
 - `method`: a method and its tags.
+- `presets`: options of a method under a name of their own.
 - `operators`: the trainable modules that a method puts at target modules.
 - `compositions`: how several injections act together.
 - `hookspecs`: every hook, and the version of the contract.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from peftcore.contract.config import MethodConfig
     from peftcore.contract.method import Method
+    from peftcore.contract.presets import Preset
     from peftcore.injection.applied import AppliedMethod
     from peftcore.injection.injection import Injection
     from peftcore.layers.layer import Layer
@@ -39,6 +40,14 @@ def peftcore_methods() -> Mapping[str, str]:  # type: ignore[empty-body]
 
     Runs when the catalogue is first asked for anything; once for each plugin. Returns method names mapped to
     ``"module:Class"``. Strings, so that a method's module is imported on its first use only.
+    """
+
+
+@hookspec
+def peftcore_presets() -> Mapping[str, Preset]:  # type: ignore[empty-body]
+    """Name the presets that a plugin brings: options of a method, its own or another plugin's, under another name.
+
+    Runs when the catalogue is first asked for anything; once for each plugin. Returns names mapped to `Preset`.
     """
 
 

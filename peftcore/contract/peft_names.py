@@ -25,8 +25,6 @@ OPTIONS: Mapping[str, tuple[str, str]] = {
 }
 """For options of peft's configs: what to write here, and the option that a method needs for that, if it does."""
 METHODS: Mapping[str, str] = {
-    "rslora": 'use lora with scaling="sqrt_rank"',
-    "lora+": "use lora_plus",
     "loraplus": "use lora_plus",
 }
 """For variants that peft has as options: the method that they are here."""

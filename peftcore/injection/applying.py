@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from peftcore.contract.config import MethodConfig, dtype_of, matches, validate
+from peftcore.contract.config import MethodConfig, dtype_of, matches
 from peftcore.contract.method import Method
 from peftcore.errors import (
     CalibrationError,
@@ -29,6 +29,7 @@ from peftcore.injection.injection import Injection
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.experimental import notice_experimental
 from peftcore.registry.plugins import layer_of, registry
+from peftcore.registry.presets import method_of, preset_of
 from peftcore.roles import HostMap
 from peftcore.surgery import silent_layers
 from peftcore.surgery.adapted_models import check_apart
@@ -37,7 +38,7 @@ from peftcore.surgery.placement import Placement
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.seeding import preserved_rng
 from peftcore.surgery.surgeon import Surgeon, Wishes
-from peftcore.targets.resolver import Resolver, Target
+from peftcore.targets.resolver import Resolver, Target, names_a_role
 from peftcore.training.batches import Data, calibrate
 from peftcore.utils.notices import notice
 
@@ -60,7 +61,24 @@ def resolve_method(
             f'{type(method).__name__} is no method: name one, peftcore.apply(model, "lora", rank=8), or give a config, '
             "or a list of methods. Files of peft are read by peftcore.load(model, folder)"
         )
-    return cls(), validate(cls.Config, dict(options))
+    return method_of(cls, options)
+
+
+def with_preset(
+    method: object, model: nn.Module, target: Target | None, train: Iterable[str], host: HostMap | None
+) -> tuple[Target | None, tuple[str, ...], HostMap | None, str | None]:
+    """Returns `target`, `train` and `host` as `apply` has them, with those of the preset that a name may be, and the
+    preset's name. Roles of a preset that the host lacks are passed over, as of default targets."""
+    cls = find_method(method) if isinstance(method, str) else None
+    preset = None if cls is None else preset_of(cls)
+    train = (train,) if isinstance(train, str) else tuple(train)
+    if cls is None or preset is None:
+        return target, train, host, None
+    if target is None and preset.target is not None:
+        host = host or host_map(model)
+        targets = [preset.target] if isinstance(preset.target, str) else [*preset.target]
+        target = [each for each in targets if host.knows(each) or not names_a_role(each)] or targets
+    return target, (*preset.train, *train), host, cls.name
 
 
 def check_model(model: object) -> None:
@@ -77,9 +95,9 @@ def check_model(model: object) -> None:
 
 
 def _spelled(part: Part) -> dict[str, Any]:
-    if isinstance(part, str):
-        return {"method": part}
-    return part.model_dump(mode="json") if isinstance(part, MethodConfig) else dict(part)
+    if isinstance(part, MethodConfig):
+        return part.model_dump(mode="json")
+    return {"method": part} if isinstance(part, str) else dict(part)
 
 
 def host_map(model: nn.Module) -> HostMap:
@@ -235,7 +253,8 @@ def apply(
     """
     check_model(model)
     found, options = resolve_method(method, config)
-    name = check_name(model, found.name if name is None else name)
+    target, train, host, called = with_preset(method, model, target, train, host)
+    name = check_name(model, (called or found.name) if name is None else name)
     surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=False)
     _check_data(surgeon, data)
     injection = establish(surgeon, name, data)
@@ -358,5 +377,6 @@ def plan(
     """
     check_model(model)
     found, options = resolve_method(method, config)
+    target, train, host, _ = with_preset(method, model, target, train, host)
     surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=True)
     return Plan.of(surgeon)

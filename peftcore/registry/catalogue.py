@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 
 from peftcore.contract.method import CATEGORIES, Method, Tags, check_method_class
 from peftcore.contract.peft_names import METHODS
+from peftcore.contract.presets import Preset
 from peftcore.errors import AmbiguousMethod, PluginError, UnknownMethod
 from peftcore.registry.evidence import sources
 from peftcore.registry.plugins import RUNTIME, Plugin, imported, registry
+from peftcore.registry.presets import class_of
 
 M = TypeVar("M", bound=type[Method])
 _registered: dict[str, type[Method]] = {}
@@ -39,6 +41,8 @@ class MethodInfo:
     """``module:Class``."""
     aliases: tuple[str, ...] = ()
     """Other names of the method."""
+    preset: Preset | None = None
+    """Of a preset: the method and its options."""
 
     def _tags(self) -> Tags:
         return method(f"{self.plugin}/{self.name}").tags
@@ -77,7 +81,7 @@ class MethodInfo:
     def checked_against(self) -> str:
         """Whose numbers the plugin's tests compare with: libraries with their versions, and "the authors' code",
         separated by commas; empty where its tests have the equation alone."""
-        return sources(self.location, self.name)
+        return sources(self.location, self.name if self.preset is None else self.preset.method)
 
     @property
     def proven(self) -> bool:
@@ -113,6 +117,16 @@ def _of(plugin: Plugin) -> list[MethodInfo]:
     return [MethodInfo(n[0], plugin.name, plugin.distribution, p, tuple(n[1:])) for p, n in names.items()]
 
 
+def _presets_of(plugin: Plugin) -> list[MethodInfo]:
+    """Returns the presets of a plugin whose methods are installed."""
+    place = {info.name: info.location for each in registry().plugins.values() for info in _of(each)}
+    return [
+        MethodInfo(name, plugin.name, plugin.distribution, place[preset.method], (), preset)
+        for name, preset in plugin.presets.items()
+        if preset.method in place
+    ]
+
+
 def _of_run_time() -> list[MethodInfo]:
     return [
         MethodInfo(name, RUNTIME, "registered at run time", f"{cls.__module__}:{cls.__qualname__}", cls.aliases)
@@ -124,19 +138,21 @@ def _ordered(found: Iterable[MethodInfo]) -> list[MethodInfo]:
     return sorted(found, key=lambda info: (info.name, info.plugin))
 
 
-def methods(category: str | None = None) -> list[MethodInfo]:
+def methods(category: str | None = None, *, presets: bool = False) -> list[MethodInfo]:
     """Returns the methods of all loaded plugins, by name; those of one of the survey's `category`, where it is given.
-    Without it, no method module is imported; with it, all are.
+    Without it, no method module is imported; with it, all are. With `presets` they are among them.
 
     Raises:
         PluginError: a method's module cannot be imported, where `category` is given.
     """
-    listed = _ordered(chain(*map(_of, registry().plugins.values()), _of_run_time()))
+    of_presets = map(_presets_of, registry().plugins.values()) if presets else ()
+    listed = _ordered(chain(*map(_of, registry().plugins.values()), _of_run_time(), *of_presets))
     return [info for info in listed if category is None or info.category == category]
 
 
 def method(name: str) -> type[Method]:
-    """Returns the method class called `name`; ``"plugin/name"`` where two plugins have one.
+    """Returns the method class called `name`; ``"plugin/name"`` where two plugins have one. Capitals and dashes do not
+    matter. A preset has the class of its method, with other defaults.
 
     Raises:
         UnknownMethod: with close names, the plugins that failed, and what to install where we know.
@@ -144,22 +160,39 @@ def method(name: str) -> type[Method]:
         PluginError: its module cannot be imported, or its class breaks the contract.
     """
     plugin, slash, short = name.rpartition("/")
-    having = [each for each in registry().plugins.values() if short in each.methods]
-    listed = chain(*map(_of, having), _of_run_time())
-    found = _ordered(i for i in listed if short in (i.name, *i.aliases) and (not slash or i.plugin == plugin))
+    found = _called(short, plugin if slash else None) or _called(_plain(short), plugin if slash else None)
     if len(found) > 1:
         where = " and ".join(f"{info.distribution} (write {info.plugin + '/' + short!r})" for info in found)
         raise AmbiguousMethod(f"method {short!r} is in {where}")
     if not found:
-        raise UnknownMethod(_unknown(name, short, [info.name for info in methods()]))
+        raise UnknownMethod(_unknown(name, short, [info.name for info in methods(presets=True)]))
     return _load(found[0])
+
+
+def _called(name: str, plugin: str | None) -> list[MethodInfo]:
+    """Returns the methods of a name, of one plugin where it is given; or the presets, where no method has it."""
+    plugins = registry().plugins.values()
+    having = [each for each in plugins if name in each.methods]
+    listed = [*chain(*map(_of, having), _of_run_time())]
+    found = [info for info in listed if name in (info.name, *info.aliases)] or [
+        info for each in plugins if name in each.presets for info in _presets_of(each) if info.name == name
+    ]
+    return _ordered(info for info in found if plugin in (None, info.plugin))
+
+
+def _plain(name: str) -> str:
+    """Returns a name as people write it ("LoRA", "houlsby-adapter", "LoRA+") as methods are called."""
+    return name.lower().replace("-", "_").replace("+", "_plus").replace(" ", "_")
 
 
 def _load(info: MethodInfo) -> type[Method]:
     if info.plugin == RUNTIME:
         return _registered[info.name]
     key = f"{info.plugin}/{info.name}"
-    if key not in _loaded:
+    if info.preset is not None:
+        if key not in _loaded:
+            _loaded[key] = class_of(info.name, info.preset, method(info.preset.method))
+    elif key not in _loaded:
         module, _, attribute = info.location.partition(":")
         try:
             cls = check_method_class(getattr(importlib.import_module(module), attribute))

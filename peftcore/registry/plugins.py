@@ -15,6 +15,7 @@ import pluggy
 
 from peftcore.contract import hookspecs
 from peftcore.contract.hookspecs import API
+from peftcore.contract.presets import Preset
 from peftcore.errors import PluginError
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Plugin:
     """Distribution and version."""
     methods: Mapping[str, str]
     """``"module:Class"`` by name."""
+    presets: Mapping[str, Preset] = field(default_factory=dict)
+    """Options of methods, by the name that they have together."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,9 @@ class Registry:
                 )
             self.manager.register(module, name)
             self.manager.check_pending()
-            self.plugins[name] = Plugin(name, distribution, _methods_of(self.manager, module))
+            self.plugins[name] = Plugin(
+                name, distribution, _methods_of(self.manager, module), _presets_of(self.manager, module)
+            )
         except Exception as error:  # any error of a plugin is that plugin's alone
             if self.manager.get_plugin(name) is module:
                 self.manager.unregister(name=name)
@@ -97,15 +102,26 @@ class Registry:
         warnings.warn(str(failure), PluginWarning, stacklevel=2)
 
 
+def _answers(manager: pluggy.PluginManager, module: Any, hook: str) -> dict[str, Any]:
+    """Returns what one plugin answers to a hook that names things."""
+    found: dict[str, Any] = {}
+    for caller in manager.get_hookcallers(module) or []:
+        for implementation in caller.get_hookimpls() if caller.name == hook else ():
+            if implementation.plugin is module:
+                answer: Any = implementation.function()
+                found.update(answer)
+    return found
+
+
+def _presets_of(manager: pluggy.PluginManager, module: Any) -> Mapping[str, Preset]:
+    presets = _answers(manager, module, "peftcore_presets")
+    if wrong := [name for name, preset in presets.items() if not isinstance(preset, Preset)]:
+        raise pluggy.PluginValidationError(module, f"peftcore_presets must map names to Preset; wrong: {wrong}")
+    return presets
+
+
 def _methods_of(manager: pluggy.PluginManager, module: Any) -> Mapping[str, str]:
-    callers = manager.get_hookcallers(module) or []
-    methods: dict[str, str] = {}
-    for implementation in (
-        i for caller in callers if caller.name == "peftcore_methods" for i in caller.get_hookimpls()
-    ):
-        if implementation.plugin is module:
-            answer: Any = implementation.function()
-            methods.update(answer)
+    methods: dict[str, str] = _answers(manager, module, "peftcore_methods")
     wrong = [
         pair for pair in methods.items() if not (all(isinstance(e, str) for e in pair) and pair[1].count(":") == 1)
     ]

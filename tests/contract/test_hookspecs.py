@@ -97,7 +97,14 @@ def _holder(hook: str, implementation: Callable[..., Any], arguments: tuple[str,
 def test_these_are_all_the_hooks() -> None:
     """A hook is added only together with a plugin that needs it, and with a test below."""
     assert sorted(
-        ["peftcore_formats", "peftcore_methods", "peftcore_schemes", "peftcore_translations", *FIRSTRESULT]
+        [
+            "peftcore_formats",
+            "peftcore_methods",
+            "peftcore_presets",
+            "peftcore_schemes",
+            "peftcore_translations",
+            *FIRSTRESULT,
+        ]
     ) == sorted(HOOKS)
     tested = {name.removeprefix("test_hook_") for name in globals() if name.startswith("test_hook_")}
     assert {name.removeprefix("peftcore_") for name in HOOKS} <= tested
@@ -137,6 +144,15 @@ def test_hook_methods(fresh_registry: None, answer: Add) -> None:
     observer = answer("peftcore_methods", lambda: {})
     peftcore.methods()
     peftcore.methods()
+    assert observer.calls == []  # read already
+
+
+def test_hook_presets(fresh_registry: None, answer: Add) -> None:
+    """As `peftcore_methods`."""
+    results = registry().manager.hook.peftcore_presets()
+    assert {"rslora", "full_ft", "qoft"} <= {name for presets in results for name in presets}
+    observer = answer("peftcore_presets", lambda: {})
+    peftcore.methods(presets=True)
     assert observer.calls == []  # read already
 
 

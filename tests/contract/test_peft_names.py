@@ -41,8 +41,9 @@ def test_a_variant_of_peft_is_answered_with_our_method(name: str) -> None:
 
 
 def test_names_are_found_in_any_case() -> None:
+    assert peftcore.apply(host(), "LoRA").method.name == "lora"
     with pytest.raises(UnknownMethod, match="did you mean 'lora'"):
-        peftcore.apply(host(), "LoRA")
+        peftcore.apply(host(), "LoRAs")
 
 
 def test_what_is_no_model_and_what_is_no_method_is_said() -> None:

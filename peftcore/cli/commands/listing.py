@@ -28,7 +28,7 @@ def methods(
 
         if category is not None and category not in CATEGORIES:
             raise BadInput(f"no category {category!r}; there are: {', '.join(CATEGORIES)}")
-        found = listing.records(peftcore.methods(category), sizes)
+        found = listing.records(peftcore.methods(category, presets=True), sizes)
         if json:
             print(listing.as_json(found))
         else:

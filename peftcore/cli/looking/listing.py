@@ -23,6 +23,8 @@ def records(infos: Iterable[MethodInfo], sizes: bool) -> list[dict[str, Any]]:
 
 def _record(info: MethodInfo, sizes: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"name": info.name, "distribution": info.distribution}
+    if info.preset is not None:
+        record |= {"preset_of": info.preset.method, "preset": str(info.preset)}
     try:
         record |= {
             "category": info.category,
@@ -34,7 +36,8 @@ def _record(info: MethodInfo, sizes: bool) -> dict[str, Any]:
             "checked_against": info.checked_against,
         }
         if sizes:
-            record["parameters"] = dict(info.budgets)
+            workflow = info.preset is not None and info.preset.workflow
+            record["parameters"] = {} if workflow else dict(info.budgets)
     except PeftcoreError as error:
         record["error"] = str(error)
     return record
@@ -58,7 +61,9 @@ def as_table(found: list[dict[str, Any]], sizes: bool) -> Table:
             continue
         row = [record["name"], record["category"], record["paper"]]
         row += ["yes" if record[key] else "" for key in ("mergeable", "per_row", "needs_data")]
-        row.append(record["checked_against"] or "[dim]experimental")
+        row.append(
+            f"= {record['preset_of']}" if "preset" in record else record["checked_against"] or "[dim]experimental"
+        )
         if sizes:
             budgets: dict[str, int] = record["parameters"]
             first = next(iter(budgets), None)

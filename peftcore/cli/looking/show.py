@@ -87,7 +87,7 @@ class Shown:
             UnknownMethod, AmbiguousMethod, PluginError: there is none, or not one.
         """
         found = peftcore.method(name)
-        named = [info for info in peftcore.methods() if info.name == found.name]
+        named = [info for info in peftcore.methods(presets=True) if info.name == found.name]
         info = next(info for info in named if peftcore.method(f"{info.plugin}/{info.name}") is found)
         return cls(info, found)
 
@@ -113,6 +113,8 @@ class Shown:
     @cached_property
     def budgets(self) -> Mapping[str, int]:
         """Return how many parameters train by default in the reference models."""
+        if self.info.preset is not None and self.info.preset.workflow:
+            return {}
         with quiet():
             return self.info.budgets
 
@@ -146,6 +148,7 @@ class Shown:
             "learning_rate": None if self.cls.learning_rate is None else vars(self.cls.learning_rate),
             "proven": self.info.proven,
             "checked_against": self.info.checked_against,
+            "preset": None if self.info.preset is None else str(self.info.preset),
         }
 
     def page(self) -> RenderableType:
@@ -154,6 +157,7 @@ class Shown:
         return Group(
             Text.assemble((self.info.name, "bold"), f"  {tags.category}, {self.info.distribution}"),
             Text(self.link, f"link {self.link}" if self.link.startswith("https:") else ""),
+            *([Text(f"a preset: {self.info.preset}")] if self.info.preset is not None else []),
             "",
             *paragraphs(self.text),
             options_table(self.options),

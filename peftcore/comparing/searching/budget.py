@@ -19,7 +19,7 @@ from peftcore.comparing.plans.costs import Memory, held
 from peftcore.comparing.quiet import quiet
 from peftcore.comparing.tasks.task import Prepared
 from peftcore.errors import PeftcoreError
-from peftcore.injection.applying import establish, host_map, prepare, resolve_method, wishes_of
+from peftcore.injection.applying import establish, host_map, prepare, resolve_method, wishes_of, with_preset
 from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Surgeon
 
@@ -141,8 +141,9 @@ class Planner:
         train = (*self.head, *arguments.pop("train", ()))
         target, exclude = arguments.pop("target", None), arguments.pop("exclude", None)
         method, config = resolve_method(candidate.name, arguments)
+        target, train, host, _ = with_preset(candidate.name, self.model, target, train, None)
         wishes = wishes_of(target, exclude, train, 0, None)
-        return prepare(self.model, method, config, wishes, None, dry=True)
+        return prepare(self.model, method, config, wishes, host, dry=True)
 
     def _planned(self, candidate: Candidate) -> Needs:
         surgeon = self._surgeon(candidate)

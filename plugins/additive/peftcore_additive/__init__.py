@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from peftcore import hookimpl
+from peftcore import Preset, hookimpl
+from peftcore_additive._presets import PRESETS
 
 PEFTCORE_API = 2
 
@@ -26,6 +27,12 @@ def peftcore_methods() -> Mapping[str, str]:
         "prompt_tuning": "peftcore_additive.prompt_tuning:PromptTuning",
         "ssf": "peftcore_additive.ssf:SSF",
     }
+
+
+@hookimpl
+def peftcore_presets() -> Mapping[str, Preset]:
+    """Name options of methods as papers do."""
+    return PRESETS
 
 
 @hookimpl

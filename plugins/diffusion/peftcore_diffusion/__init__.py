@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from peftcore import hookimpl
+from peftcore import Preset, hookimpl
+from peftcore_diffusion._presets import PRESETS
 
 PEFTCORE_API = 2
 
@@ -19,6 +20,12 @@ def peftcore_methods() -> Mapping[str, str]:
         "t2i_adapter": "peftcore_diffusion.t2i_adapter:T2IAdapter",
         "textual_inversion": "peftcore_diffusion.textual_inversion:TextualInversion",
     }
+
+
+@hookimpl
+def peftcore_presets() -> Mapping[str, Preset]:
+    """Name options of methods as papers do."""
+    return PRESETS
 
 
 @hookimpl

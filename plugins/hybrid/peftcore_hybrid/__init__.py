@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from peftcore import hookimpl
+from peftcore import Preset, hookimpl
+from peftcore_hybrid._presets import PRESETS
 
 PEFTCORE_API = 2
 
@@ -16,6 +17,12 @@ def peftcore_methods() -> Mapping[str, str]:
         "mam_adapter": "peftcore_hybrid.mam_adapter:MAMAdapter",
         "unipelt": "peftcore_hybrid.unipelt:UniPELT",
     }
+
+
+@hookimpl
+def peftcore_presets() -> Mapping[str, Preset]:
+    """Name options of methods as papers do."""
+    return PRESETS
 
 
 @hookimpl

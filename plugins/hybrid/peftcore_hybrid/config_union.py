@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from torch import nn
 
 import peftcore
-from peftcore import Method, MethodConfig, OfParts, Site, Surgeon, Tags, options_of
+from peftcore import Method, MethodConfig, OfParts, Site, Surgeon, Tags, options_of, without_preset
 from peftcore.errors import ConfigError
 
 
@@ -33,9 +33,7 @@ class Config(MethodConfig):
     @field_validator("parts")
     @classmethod
     def _known(cls, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        for part in parts:
-            options_of(part)
-        return parts
+        return [without_preset(part) for part in parts]
 
 
 class ConfigUnion(OfParts, Method):

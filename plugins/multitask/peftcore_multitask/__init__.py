@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from peftcore import gather, hookimpl
+from peftcore import Preset, gather, hookimpl
+from peftcore_multitask._presets import PRESETS
 
 PEFTCORE_API = 2
 __all__ = ["PEFTCORE_API", "gather", "peftcore_methods", "peftcore_translations"]
@@ -22,6 +23,12 @@ def peftcore_methods() -> Mapping[str, str]:
         "task_arithmetic": "peftcore_multitask.task_arithmetic:TaskArithmetic",
         "ties_merging": "peftcore_multitask.ties_merging:TIESMerging",
     }
+
+
+@hookimpl
+def peftcore_presets() -> Mapping[str, Preset]:
+    """Name options of methods as papers do."""
+    return PRESETS
 
 
 @hookimpl

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from peftcore import hookimpl
+from peftcore import Preset, hookimpl
+from peftcore_quantized._presets import PRESETS
 
 PEFTCORE_API = 2
 
@@ -22,3 +23,9 @@ def peftcore_methods() -> Mapping[str, str]:
         "qlora": "peftcore_quantized.qlora:QLoRA",
         "qpissa": "peftcore_quantized.qpissa:QPiSSA",
     }
+
+
+@hookimpl
+def peftcore_presets() -> Mapping[str, Preset]:
+    """Name options of methods as papers do."""
+    return PRESETS

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from peftcore import hookimpl
+from peftcore import Preset, hookimpl
+from peftcore_reparameterized._presets import PRESETS
 
 PEFTCORE_API = 2
 
@@ -30,6 +31,12 @@ def peftcore_methods() -> Mapping[str, str]:
         "randlora": "peftcore_reparameterized.randlora:RandLoRA",
         "vera": "peftcore_reparameterized.vera:VeRA",
     }
+
+
+@hookimpl
+def peftcore_presets() -> Mapping[str, Preset]:
+    """Name options of methods as papers do."""
+    return PRESETS
 
 
 @hookimpl

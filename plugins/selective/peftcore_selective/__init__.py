@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from peftcore import hookimpl
+from peftcore import Preset, hookimpl
+from peftcore_selective._presets import PRESETS
 
 PEFTCORE_API = 2
 
@@ -21,6 +22,12 @@ def peftcore_methods() -> Mapping[str, str]:
         "shira": "peftcore_selective.shira:SHiRA",
         "trainable_tokens": "peftcore_selective.trainable_tokens:TrainableTokens",
     }
+
+
+@hookimpl
+def peftcore_presets() -> Mapping[str, Preset]:
+    """Name options of methods as papers do."""
+    return PRESETS
 
 
 @hookimpl

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from peftcore import hookimpl
+from peftcore import Preset, hookimpl
+from peftcore_vision._presets import PRESETS
 
 PEFTCORE_API = 2
 
@@ -21,3 +22,9 @@ def peftcore_methods() -> Mapping[str, str]:
         "vpt_deep": "peftcore_vision.vpt_deep:VPTDeep",
         "vpt_shallow": "peftcore_vision.vpt_shallow:VPTShallow",
     }
+
+
+@hookimpl
+def peftcore_presets() -> Mapping[str, Preset]:
+    """Name options of methods as papers do."""
+    return PRESETS

@@ -1,0 +1,58 @@
+"""The class of a preset: the method's, with the preset's defaults. An adapter is always one of the method itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import create_model
+
+from peftcore.contract.config import MethodConfig, validate
+from peftcore.contract.method import Method
+from peftcore.contract.presets import Preset
+from peftcore.errors import ConfigError
+
+_presets: dict[type[Method], tuple[type[Method], Preset]] = {}
+"""The method and the preset, by the class of the preset."""
+
+
+def class_of(name: str, preset: Preset, cls: type[Method]) -> type[Method]:
+    """Returns a class as the method `cls` has it, whose options have the preset's defaults."""
+    fields: dict[str, Any] = {"method": (Literal[name], name)}
+    for option, value in preset.options.items():
+        fields[option] = (cls.Config.model_fields[option].annotation, value)
+    config = create_model(f"{cls.Config.__name__}_{name}", __base__=cls.Config, __doc__=cls.Config.__doc__, **fields)
+    members = {
+        key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__", "_abc_impl", "aliases")
+    }
+    members |= {
+        "name": name,
+        "Config": config,
+        "tags": dataclasses.replace(cls.tags, paper=preset.paper, checked_against=""),
+    }
+    if preset.target is not None:
+        members |= {"target": preset.target, "alternatives": ()}
+    made = type(cls.__name__, tuple(base for base in cls.__bases__), members)
+    _presets[made] = (cls, preset)
+    return made
+
+
+def preset_of(cls: type[Method]) -> Preset | None:
+    """Returns the preset that a class is made of; None for a method's own class."""
+    return _presets[cls][1] if cls in _presets else None
+
+
+def method_of(cls: type[Method], options: Mapping[str, Any]) -> tuple[Method, MethodConfig]:
+    """Returns a method and its checked options, from a class that may be that of a preset.
+
+    Raises:
+        ConfigError: an option is unknown, or its value breaks a rule; or the preset is a workflow.
+    """
+    if cls not in _presets:
+        return cls(), validate(cls.Config, dict(options))
+    own, preset = _presets[cls]
+    if preset.workflow:
+        raise ConfigError(f"{cls.name} is no method that one call applies: {preset.workflow}")
+    checked = validate(cls.Config, dict(options))
+    return own(), validate(own.Config, checked.model_dump(exclude={"method"}))

@@ -1,0 +1,27 @@
+"""Presets of this plugin: names of papers for options of methods, a line each."""
+
+from peftcore import Preset
+
+LLAMA_ADAPTER_V2 = [
+    {"method": "llama_adapter"},
+    {"method": "ln_tuning"},
+    {"method": "bitfit", "add_missing_bias": True, "head": False, "target": "all-linear"},
+    {"method": "ia3", "scale_inputs": ["*"], "target": "all-linear"},
+]
+RLRR = [
+    {"method": "hira", "rank": 1, "target": "all-linear"},
+    {"method": "bitfit", "add_missing_bias": True, "head": False, "target": "all-linear"},
+    {"method": "ssf", "target": "norm"},
+]
+S4 = (
+    "four groups of layers, the middle ones larger, each with a method of its own: peftcore.apply(model, [...]) with a "
+    'part for each, such as {"method": "lora", "target": r"re:.*layers\\.[0-3]\\..*"}'
+)
+
+PRESETS = {
+    "compacter_hybrid": Preset("compacter", "2106.04647"),
+    "llama_adapter_v2": Preset("config_union", "2304.15010", {"parts": LLAMA_ADAPTER_V2}),
+    "rlrr": Preset("config_union", "2403.19067", {"parts": RLRR}),
+    "s4": Preset("config_union", "2301.01821", workflow=S4),
+    "sparse_combos": Preset("config_union", "2401.04679", {"parts": [{"method": "lora"}, {"method": "shira"}]}),
+}

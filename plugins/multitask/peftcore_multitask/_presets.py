@@ -1,0 +1,18 @@
+"""Presets of this plugin: names of papers for options of methods, a line each."""
+
+from peftcore import Preset
+
+STACK = (
+    'apply "pfeiffer_adapter" twice under two names, and peftcore.activate(model, peftcore.Stack(first, second)); '
+    "peftcore.load(model, folder) brings the first one from its file"
+)
+FROM_ANOTHER_TASK = (
+    "train prompt_tuning on the nearest of other tasks and save it; here peftcore.load(model, folder, trainable=True) "
+    "goes on from there"
+)
+
+PRESETS = {
+    "adapter_stack": Preset("pfeiffer_adapter", "2005.00052", workflow=STACK),
+    "mhr": Preset("polytropon", "2211.03831", {"splits": 8}),
+    "spot": Preset("prompt_tuning", "2110.07904", workflow=FROM_ANOTHER_TASK),
+}

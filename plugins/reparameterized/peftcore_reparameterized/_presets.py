@@ -1,0 +1,8 @@
+"""Presets of this plugin: names of papers for options of methods, a line each."""
+
+from peftcore import Preset
+
+PRESETS = {
+    "krona": Preset("lokr", "2212.10650", {"full_matrix": True}),
+    "rslora": Preset("lora", "2312.03732", {"scaling": "sqrt_rank"}),
+}

@@ -1,0 +1,10 @@
+"""Presets of this plugin: names of papers for options of methods, a line each."""
+
+from peftcore import Preset
+
+PRESETS = {
+    "beft": Preset("bitfit", "2509.15974", {"add_missing_bias": True, "head": False}, target=("attn.v", "cross.v")),
+    "embeddings_only": Preset("linear_probe", "classic", target="embed"),
+    "full_ft": Preset("linear_probe", "classic", target="*"),
+    "xattn_tuning": Preset("attention_only", "2104.08771", {"head": False, "positions": False}, target="cross.*"),
+}

@@ -1,0 +1,7 @@
+"""Presets of this plugin: names of papers for options of methods, a line each."""
+
+from peftcore import Preset
+
+PRESETS = {
+    "lotr": Preset("fact_tt", "2402.01376"),
+}
