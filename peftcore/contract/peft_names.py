@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 
 OPTIONS: Mapping[str, tuple[str, str]] = {
@@ -28,6 +29,12 @@ METHODS: Mapping[str, str] = {
     "loraplus": "use lora_plus",
 }
 """For variants that peft has as options: the method that they are here."""
+
+
+def is_peft_config(method: object) -> bool:
+    """Whether it is a configuration of peft, which is looked up and not imported: whoever has one has imported it."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(method, peft.PeftConfig)
 
 
 def instead_of(option: str, options: Collection[str]) -> str | None:

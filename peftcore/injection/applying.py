@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from peftcore.contract.config import MethodConfig, dtype_of, matches
 from peftcore.contract.method import Method
+from peftcore.contract.peft_names import is_peft_config
 from peftcore.errors import (
     CalibrationError,
     CompositionError,
@@ -28,7 +29,7 @@ from peftcore.injection import freezing, made_of_base
 from peftcore.injection.injection import Injection
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.experimental import notice_experimental
-from peftcore.registry.plugins import layer_of, registry
+from peftcore.registry.plugins import imported, layer_of, registry
 from peftcore.registry.presets import method_of, preset_of
 from peftcore.roles import HostMap
 from peftcore.surgery import silent_layers
@@ -42,6 +43,8 @@ from peftcore.targets.resolver import Resolver, Target, names_a_role
 from peftcore.training.batches import Data, calibrate
 from peftcore.utils.notices import notice
 
+OF_PEFT = "peftcore.files.peft_configs:apply_peft_config"
+"""The function that applies a configuration of peft; named, not imported, since it is in a layer above."""
 Part = str | MethodConfig | Mapping[str, Any]
 """One method of a hybrid: a name, a config object, or the options as a mapping with the name under "method" (and, where
 the part has its own, a "target")."""
@@ -55,6 +58,10 @@ def resolve_method(
         return resolve_method("config_union", {"parts": [_spelled(part) for part in method], **options})
     if isinstance(method, MethodConfig):
         return find_method(method.method)(), method.replace(**options) if options else method
+    if is_peft_config(method):
+        raise ConfigError(
+            f"a {type(method).__name__} of peft can be applied, and nothing else: peftcore.apply(model, it)"
+        )
     cls = find_method(method) if isinstance(method, str) else method
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise ConfigError(
@@ -223,7 +230,8 @@ def apply(
     Args:
         model: the host; changed in place, its class and parameter names stay.
         method: a name, ``"plugin/name"``, a config object, or a method class; a list of names, config objects or
-            mappings (``{"method": "lora", "rank": 4, "target": "attn.q"}``) applies all of them as one injection.
+            mappings (``{"method": "lora", "rank": 4, "target": "attn.q"}``) applies all of them as one injection. A
+            configuration of peft (LoraConfig) is made by peft and read as its file is; it takes `name` and `seed` alone.
         name: name of the injection on this host; the method's by default. No dots.
         target: where to act, instead of the method's default roles: a role ("attn.q", "all-linear"), a glob, ends of
             paths, "re:…", a type, a predicate of (path, module), or a list of these.
@@ -252,6 +260,10 @@ def apply(
     (`Method.alternatives`), and which parts of the host they leave out.
     """
     check_model(model)
+    if is_peft_config(method):
+        _check_alone(method, target, exclude, train, data, dtype, host, config)
+        injection: Injection = imported(OF_PEFT)(model, method, name=name, seed=seed)
+        return injection
     found, options = resolve_method(method, config)
     target, train, host, called = with_preset(method, model, target, train, host)
     name = check_name(model, (called or found.name) if name is None else name)
@@ -260,6 +272,16 @@ def apply(
     injection = establish(surgeon, name, data)
     notice(surgeon.notices)
     return injection
+
+
+def _check_alone(method: object, *others: Any) -> None:
+    """Check that a configuration of peft comes without other arguments.
+
+    Raises:
+        ConfigError: which would say the same twice, or something else.
+    """
+    if any(each is not None and each != () and each != {} for each in others):
+        raise ConfigError(f"a {type(method).__name__} of peft says where and how by itself; leave other arguments out")
 
 
 def _check_data(surgeon: Surgeon, data: Data | None) -> None:

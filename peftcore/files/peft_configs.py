@@ -1,0 +1,65 @@
+"""Configurations of peft, applied: the adapter is the one that a file of it has, fresh as peft makes it.
+
+peft makes it on a twin of the model, whose tensors lie in the same memory, and saves it; the file is then loaded
+like any other. So a configuration means here what its file means.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcore.errors import ConfigError
+from peftcore.files.save_load import load
+from peftcore.forward.save_pretrained import saving_base
+from peftcore.injection.injection import Injection
+from peftcore.surgery.seeding import preserved_rng
+
+
+def apply_peft_config(model: nn.Module, config: Any, *, name: str | None, seed: int | None) -> Injection:
+    """Adapt a model with a configuration of peft.
+
+    Args:
+        model: the host; changed in place.
+        config: of any of peft's classes whose files `load` reads.
+        name: name of the injection; the method's by default.
+        seed: what the adapter is drawn from, by peft, from torch's global generator; that does not move.
+
+    Raises:
+        ConfigError: peft itself refuses it for this model.
+        CheckpointError, HostMismatch: what its file has cannot be had here; it says what.
+    """
+    import peft
+
+    with tempfile.TemporaryDirectory() as folder, preserved_rng():
+        torch.manual_seed(torch.initial_seed() if seed is None else seed)
+        try:
+            with saving_base(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                adapted = peft.get_peft_model(twin(model, _writes(config)), copy.deepcopy(config))
+                adapted.save_pretrained(folder, save_embedding_layers=False)
+        except (AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(f"peft does not take this {type(config).__name__} for this model: {error}") from error
+        return load(model, folder, name=name, trainable=True)
+
+
+def _writes(config: Any) -> bool:
+    """Whether peft starts it by writing to the base, as OLoRA and LoftQ do: every start that has a name of its own."""
+    starts = [value for key, value in vars(config).items() if key.startswith("init")]
+    return any(isinstance(start, str) and start != "gaussian" for start in starts)
+
+
+def twin(model: nn.Module, copied: bool = False) -> nn.Module:
+    """Returns a copy of a model whose parameters and buffers are others over the same memory, so that what freezes them
+    or gives them other data changes the copy alone; with `copied`, over memory of their own, for what writes to it."""
+    memo: dict[int, Any] = {}
+    for parameter in () if copied else model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    for buffer in () if copied else model.buffers():
+        memo[id(buffer)] = buffer.detach()
+    return copy.deepcopy(model, memo)
