@@ -231,7 +231,7 @@ def apply(
         model: the host; changed in place, its class and parameter names stay.
         method: a name, ``"plugin/name"``, a config object, or a method class; a list of names, config objects or
             mappings (``{"method": "lora", "rank": 4, "target": "attn.q"}``) applies all of them as one injection. A
-            configuration of peft (LoraConfig) is made by peft and read as its file is; it takes `name` and `seed` alone.
+            configuration of peft (LoraConfig) is made by peft and read as its file is; with `name` and `seed` alone.
         name: name of the injection on this host; the method's by default. No dots.
         target: where to act, instead of the method's default roles: a role ("attn.q", "all-linear"), a glob, ends of
             paths, "re:…", a type, a predicate of (path, module), or a list of these.
