@@ -15,6 +15,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,36 @@ class ForwardContext:
         """Whether backward may repeat it; in a reentrant checkpoint its modules run without gradients."""
         self.within: list[Any] = []
         """Of an extra pass: the checkpoints in which it runs, which repeat the pass and what is round it."""
+        self.held: dict[int, list[int]] = {}
+        """Of the module that runs for several injections one after the other: how many tokens each layer of its caches
+        held before, by id of the cache."""
         self._model, self._args, self._kwargs = model, args, kwargs or {}
+
+    def tokens_held(self, cache: Any, depth: int) -> int:
+        """Returns how many tokens a layer of a cache of transformers held when the module began at which the operator
+        stands. Where a route or a composition has injections act one after the other, the module may have run already
+        when an operator asks.
+
+        Raises:
+            AttributeError, ValueError: it counts no tokens.
+        """
+        lengths = self.held.get(id(cache))
+        if lengths is None:
+            return int(cache.get_seq_length(depth))
+        return lengths[depth] if depth < len(lengths) else 0  # a layer that the module has made since
+
+    @contextmanager
+    def one_module(self, given: Mapping[str, Any]) -> Iterator[None]:
+        """Context manager for the call of a module that runs for several injections; `given` are its arguments by
+        name."""
+        outer, self.held = self.held, {}
+        for cache in [given[name] for name in _CACHES if given.get(name) is not None]:
+            with suppress(AttributeError, ValueError):  # caches of states count no tokens
+                self.held[id(cache)] = [int(cache.get_seq_length(depth)) for depth in range(len(cache))]
+        try:
+            yield
+        finally:
+            self.held = outer
 
     @property
     def context(self) -> Mapping[str, Any]:

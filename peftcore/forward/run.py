@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +25,7 @@ from peftcore.contract.operators import InputOperator
 from peftcore.forward.active_adapters import Route
 from peftcore.forward.attention import attributes
 from peftcore.forward.batched_updates import add_updates
+from peftcore.forward.context import HERE
 from peftcore.forward.mount import Mount
 from peftcore.forward.plan import ActivationForm, ActivePlan, ModulePlan
 from peftcore.forward.recompute import RecomputedTensors, Unwritten
@@ -90,11 +91,18 @@ def _run(
     **kwargs: Any,
 ) -> Any:
     if planned.composition is not None:
-        return _composed(plain, slot, module, planned, args, kwargs)
+        with _one_module(kwargs):
+            return _composed(plain, slot, module, planned, args, kwargs)
     inner = _inner(plain, slot, module, planned.acting, route)
     if route is not None:
-        return _by_rows(plain, slot, module, planned, route, OneForward(inner, module), args, kwargs)
+        with _one_module(kwargs):
+            return _by_rows(plain, slot, module, planned, route, OneForward(inner, module), args, kwargs)
     return _around(planned.acting, inner, module)(*args, **kwargs)
+
+
+def _one_module(kwargs: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Returns the context manager for a module that runs for several injections one after the other."""
+    return HERE.calls[-1].one_module(kwargs) if HERE.calls and not torch.compiler.is_compiling() else nullcontext()
 
 
 def _again(

@@ -165,8 +165,8 @@ def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
         return 0
     if torch.compiler.is_compiling():  # static caches count in tensors, and are compiled for decoding
         return int(new == 1)
-    try:
-        return int(cache.get_seq_length(depth))  # of this layer: those below hold the new tokens already
+    try:  # of this layer: those below hold the new tokens already
+        return forward_context().tokens_held(cache, depth)
     except (AttributeError, ValueError) as error:  # caches of states, not of tokens: state-space layers
         raise SequenceError(f"this cache does not say how many tokens it has seen ({error}); use_cache=False") from None
 
