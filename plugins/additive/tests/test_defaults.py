@@ -91,6 +91,11 @@ HELD: Held = {
         "google-research/prompt-tuning@72285ee, prompt_tuning/configs/models/t5_1_1_prompt.gin: PROMPT_LENGTH = 100; "
         "ours is 20, and no reason is written",
     ),
+    ("prompt_tuning", "init"): (
+        "vocabulary",
+        "google-research/prompt-tuning@72285ee, prompt_tuning/scripts/sst2-demo.sh: from_class_labels.gin, which draws "
+        "from the vocabulary where the labels end; ours knows no labels but those of init_ids",
+    ),
 }
 
 FREE: Free = {}

@@ -8,14 +8,15 @@ from named_defaults import Free, Held, assert_as_said, rows
 DARE = "yule-BUAA/MergeLM@0dbd199"
 HYDRALORA = "Clin0212/HydraLoRA@afb693b, HydraLoRA/fine-tuning.sh"
 MOV = "for-ai/parameter-efficient-moe@e2683fe, configs/mov.gin"
-MPT = "huggingface/peft@5d602fd, examples/conditional_generation/multitask_prompt_tuning.ipynb"
+ATTEMPT = "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt"
+"""MPT has no code of its authors; their paper takes over the tasks of ATTEMPT, and its prompts."""
 POLY = "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json"
 
 HELD: Held = {
     ("dare", "drop_rate"): (0.9, f"{DARE}, README.md: DARE (drop rate 0.9), --weight_mask_rate 0.9"),
     ("dare", "merge"): (
         "linear",
-        f"{DARE}, README.md: --mask_apply_method average_merging, a sum with weights",
+        f"{DARE}, README.md: --mask_apply_method average_merging; ours is the sum, which weights make a mean",
     ),
     ("dare", "scale"): (1.0, f"{DARE}, merge_plms_glue.py: --scaling_coefficient default=1.0"),
     ("hydralora", "rank"): (4, f"{HYDRALORA}: lora_rank=4"),
@@ -26,13 +27,12 @@ HELD: Held = {
     ("multitask_prompt_tuning", "tasks"): (1, "peft 0.21: MultitaskPromptTuningConfig.num_tasks"),
     ("multitask_prompt_tuning", "length"): (
         20,
-        f"{MPT}: num_virtual_tokens=50; ours is 20 as in prompt_tuning, and no reason is written",
+        f'{ATTEMPT}/eval_glue.json: "prefix_dim": 100; ours is 20 as in prompt_tuning, and no reason is written',
     ),
     ("multitask_prompt_tuning", "rank"): (1, "peft 0.21: MultitaskPromptTuningConfig.num_ranks"),
     ("multitask_prompt_tuning", "init"): (
         "vocabulary",
-        "google-research/prompt-tuning@72285ee, prompt_tuning/configs/models/t5_1_1_prompt.gin: PLACE; peft "
-        "draws at random",
+        f'{ATTEMPT}/multi_task_others.json: "init_prefix_from_vocab": true',
     ),
     ("polytropon", "tasks"): (1, "peft 0.21: PolyConfig.n_tasks"),
     ("polytropon", "skills"): (
@@ -47,11 +47,12 @@ HELD: Held = {
     ),
     ("task_arithmetic", "scale"): (
         0.4,
-        "mlfoundations/task_vectors@02363be, README.md: scaling_coef=0.8 for a sum of two; ours is 0.4 because more "
-        "tasks want a smaller one",
+        "prateeky2806/ties-merging@44e7891, src/ties_minimal.ipynb: lamda = 0.4 under Task Vector Merging example; the "
+        "authors leave it to validation data (mlfoundations/task_vectors@02363be, README.md has 0.8 for two)",
     ),
     ("ties_merging", "density"): (0.2, "prateeky2806/ties-merging@44e7891, README.md: $redundant = topk20"),
     ("ties_merging", "sign"): ("total", "prateeky2806/ties-merging@44e7891, README.md: $elect = mass"),
+    ("ties_merging", "scale"): (1.0, "prateeky2806/ties-merging@44e7891, src/ties_minimal.ipynb: lamda = 1"),
 }
 
 FREE: Free = {}
