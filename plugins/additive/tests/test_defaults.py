@@ -52,12 +52,12 @@ HELD: Held = {
     ("lst", "temperature"): (0.1, f"{LST}, seq2seq/training_args.py: gate_T default=0.1"),
     ("p_tuning", "length"): (
         20,
-        f'{P_TUNING}, LAMA/cli.py: --template default="(3, 3, 3)", nine rows in three places; ours is 20 because the '
-        "rows stand in one place, as many as in prompt_tuning",
+        f'{P_TUNING}, LAMA/cli.py: --template default="(3, 3, 3)", nine rows in three places; ours is 20 in one place, '
+        "as in prompt_tuning, and no reason is written",
     ),
     ("p_tuning", "encoder"): (
         "mlp",
-        f'{P_TUNING}, PT-Fewshot/cli.py: --prompt_encoder_type default="lstm"; ours is "mlp" because it is peft\'s '
+        f'{P_TUNING}, PT-Fewshot/cli.py: --prompt_encoder_type default="lstm"; ours is "mlp", as peft\'s '
         "PromptEncoderConfig.encoder_reparameterization_type",
     ),
     ("p_tuning", "hidden"): (
@@ -77,7 +77,7 @@ HELD: Held = {
     ("parallel_adapter", "dropout"): (
         0.0,
         "jxhe/unify-parameter-efficient-tuning@3222ce2, src/transformers/models/bart/modeling_bart.py: "
-        "Adapter_Layer(dropout=self.dropout), the model's own; ours is 0.0 because an option is a number of its own",
+        "Adapter_Layer(dropout=self.dropout), the model's own; ours is 0.0, and no reason is written",
     ),
     ("pfeiffer_adapter", "bottleneck"): (48, f"{ADAPTERS}: reduction_factor = 16 of SeqBnConfig, of BERT's 768"),
     ("pfeiffer_adapter", "activation"): ("relu", f'{ADAPTERS}: non_linearity = "relu" of SeqBnConfig'),

@@ -29,7 +29,7 @@ HELD: Held = {
     ("locon", "conv_rank"): (8, f"{LOCON}: conv_dim=8, the paper's; also in {LYCORIS}, docs/Demo.md: (16,8) for LoCon"),
     ("locon", "conv_alpha"): (
         1.0,
-        f"{LOCON}: conv_alpha=4; ours is 1.0 because it is that of LycorisNetworkKohya in lycoris/kohya.py",
+        f"{LOCON}: conv_alpha=4; ours is 1.0, as that of LycorisNetworkKohya in lycoris/kohya.py",
     ),
     ("svdiff", "scale"): (1.0, "mkshing/svdiff-pytorch@a78f69e, inference.py: --spectral_shifts_scale default=1.0"),
     ("svdiff", "vector_lr"): (1e-6, "mkshing/svdiff-pytorch@a78f69e, README.md: --learning_rate_1d=1e-6"),

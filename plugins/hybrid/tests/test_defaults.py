@@ -11,7 +11,7 @@ XSUM = "jxhe/unify-parameter-efficient-tuning@3222ce2, exps/run_xsum.sh"
 HELD: Held = {
     ("glora", "rank"): (
         8,
-        "Arnav0400/ViT-Slim@0fed674, GLoRA/supernet.py: --rank default=4; ours is 8 because peft's GloraConfig.r is",
+        "Arnav0400/ViT-Slim@0fed674, GLoRA/supernet.py: --rank default=4; ours is 8, as peft's GloraConfig.r",
     ),
     ("glora", "A"): ("lora", "peft 0.21: GloraConfig.config_A_B; the authors search it"),
     ("glora", "B"): ("lora", "peft 0.21: GloraConfig.config_A_B; the authors search it"),
@@ -30,7 +30,7 @@ HELD: Held = {
     ("mam_adapter", "ffn_dropout"): (
         0.0,
         "jxhe/unify-parameter-efficient-tuning@3222ce2, src/transformers/models/bart/modeling_bart.py: "
-        "Adapter_Layer(dropout=self.dropout), the model's own; ours is 0.0 because an option is a number of its own",
+        "Adapter_Layer(dropout=self.dropout), the model's own; ours is 0.0, and no reason is written",
     ),
     ("unipelt", "gate"): (
         "token",

@@ -37,10 +37,10 @@ HELD: Held = {
     ("polytropon", "tasks"): (1, "peft 0.21: PolyConfig.n_tasks"),
     ("polytropon", "skills"): (
         4,
-        f'{POLY}: "n_skills": 8; ours is 4 because it is peft\'s PolyConfig.n_skills',
+        f'{POLY}: "n_skills": 8; ours is 4, as peft\'s PolyConfig.n_skills',
     ),
     ("polytropon", "splits"): (1, f'{POLY}: "n_splits": 1'),
-    ("polytropon", "rank"): (8, f'{POLY}: "lora_rank": 1; ours is 8 because it is peft\'s PolyConfig.r'),
+    ("polytropon", "rank"): (8, f'{POLY}: "lora_rank": 1; ours is 8, as peft\'s PolyConfig.r'),
     ("polytropon", "routing_ratio"): (
         100.0,
         f'{POLY}: "module_logits_learning_rate": 0.1 beside "adapters_learning_rate" : 1e-3',

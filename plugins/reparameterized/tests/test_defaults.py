@@ -21,25 +21,25 @@ HELD: Held = {
     ("adalora", "target_rank"): (8, f"{ADALORA}: --target_rank 8"),
     ("adalora", "alpha"): (
         8.0,
-        f"{ADALORA}: --lora_alpha 32; ours is 8.0 because it is peft's LoraConfig.lora_alpha",
+        f"{ADALORA}: --lora_alpha 32; ours is 8.0, as peft's LoraConfig.lora_alpha",
     ),
     ("adalora", "warmup"): (
         0,
-        f"{ADALORA}: --init_warmup 6000, another for each task; ours is 0 because it is peft's AdaLoraConfig.tinit",
+        f"{ADALORA}: --init_warmup 6000, another for each task; ours is 0, as peft's AdaLoraConfig.tinit",
     ),
     ("adalora", "final"): (
         0,
-        f"{ADALORA}: --final_warmup 25000, another for each task; ours is 0 because it is peft's AdaLoraConfig.tfinal",
+        f"{ADALORA}: --final_warmup 25000, another for each task; ours is 0, as peft's AdaLoraConfig.tfinal",
     ),
     ("adalora", "interval"): (
         1,
-        f"{ADALORA}: --mask_interval 100, another for each task; ours is 1 because it is peft's AdaLoraConfig.deltaT",
+        f"{ADALORA}: --mask_interval 100, another for each task; ours is 1, as peft's AdaLoraConfig.deltaT",
     ),
     ("adalora", "beta1"): (0.85, f"{ADALORA}: --beta1 0.85"),
     ("adalora", "beta2"): (0.85, f"{ADALORA}: --beta2 0.85"),
     ("adalora", "orthogonality"): (
         0.5,
-        f"{ADALORA}: --reg_orth_coef 0.1; ours is 0.5 because it is peft's AdaLoraConfig.orth_reg_weight",
+        f"{ADALORA}: --reg_orth_coef 0.1; ours is 0.5, as peft's AdaLoraConfig.orth_reg_weight",
     ),
     ("boft", "block_size"): (8, "arXiv 2311.06243, tables 2 and 3: BOFT m=2 b=8 of Llama-2-7B"),
     ("boft", "factors"): (2, "arXiv 2311.06243, tables 2 and 3: BOFT m=2 b=8 of Llama-2-7B"),
@@ -47,8 +47,8 @@ HELD: Held = {
     ("fourierft", "n_frequency"): (1000, "peft 0.21: FourierFTConfig.n_frequency"),
     ("fourierft", "alpha"): (
         150.0,
-        "Chaos96/fourierft@4986a28, experiments/GLUE/sst2-base-best.sh: 140 there, 29 to 300 elsewhere; ours is 150.0 "
-        "because it is peft's FourierFTConfig.scaling",
+        "Chaos96/fourierft@4986a28, experiments/GLUE/sst2-base-best.sh: 140 there, 29 to 300 elsewhere; ours is 150.0"
+        ", as peft's FourierFTConfig.scaling",
     ),
     ("fourierft", "entry_seed"): (777, "peft 0.21: FourierFTConfig.random_loc_seed"),
     ("galore", "rank"): (128, f"{GALORE}, scripts/benchmark_c4/llama_60m.sh: --rank 128"),
@@ -66,18 +66,18 @@ HELD: Held = {
     ("loha", "rank"): (8, f"{LYCORIS}, example_configs/training_configs/kohya/loha_config.toml: network_dim = 8"),
     ("loha", "alpha"): (
         8.0,
-        f"{LYCORIS}, example_configs/training_configs/kohya/loha_config.toml: network_alpha = 4; ours is 8.0 because "
-        "it is peft's LoHaConfig.alpha",
+        f"{LYCORIS}, example_configs/training_configs/kohya/loha_config.toml: network_alpha = 4; ours is 8.0, as "
+        "peft's LoHaConfig.alpha",
     ),
     ("loha", "rank_dropout_scale"): (False, f"{LYCORIS}, lycoris/modules/loha.py: rank_dropout_scale=False"),
     ("lokr", "rank"): (
         8,
-        f"{LYCORIS_PAPER}: no dimension, w2 is full by default; ours is 8 because it is peft's LoKrConfig.r",
+        f"{LYCORIS_PAPER}: no dimension, w2 is full by default; ours is 8, as peft's LoKrConfig.r",
     ),
     ("lokr", "alpha"): (
         8.0,
         f"{LYCORIS}, example_configs/training_configs/kohya/lokr_config.toml: network_alpha = 1, of no effect with a "
-        "full w2; ours is 8.0 because it is peft's LoKrConfig.alpha",
+        "full w2; ours is 8.0, as peft's LoKrConfig.alpha",
     ),
     ("lokr", "factor_first"): (
         False,
@@ -100,7 +100,7 @@ HELD: Held = {
     ("oft", "block_share"): (False, "Zeju1997/oft@df2b263, README.md: Block sharing is by default false"),
     ("oft", "eps"): (
         None,
-        "Zeju1997/oft@df2b263, oft-db/train_dreambooth_oft.sh: --coft; ours is free because it is in peft (OFTConfig."
+        "Zeju1997/oft@df2b263, oft-db/train_dreambooth_oft.sh: --coft; ours is free, as in peft (OFTConfig."
         "coft) and in the authors' parser, where --coft is to be given",
     ),
     ("oft", "block_dropout"): (0.0, "peft 0.21: OFTConfig.module_dropout"),

@@ -29,7 +29,7 @@ HELD: Held = {
     ),
     ("fact_tk", "rank"): (
         16,
-        f"{FACT}/configs/tk: rank: 16 in 6 tasks, 32 in 13; ours is 16 because it is that of fact_tt too",
+        f"{FACT}/configs/tk: rank: 16 in 6 tasks, 32 in 13; ours is 16, as in fact_tt, whose options it shares",
     ),
     ("fact_tk", "scale"): (1.0, f"{FACT}/fact_tk.py: set_FacT(..., s=1); the configurations of tasks have 0.01 to 100"),
     ("fact_tt", "rank"): (16, f"{FACT}/configs/tt: rank: 16 in 9 tasks, 8 in 9, 4 in one"),
