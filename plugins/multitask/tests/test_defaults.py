@@ -1,0 +1,63 @@
+"""Defaults of multitask methods, and what fixes them."""
+
+from typing import Any
+
+import pytest
+from named_defaults import Free, Held, assert_as_said, rows
+
+DARE = "yule-BUAA/MergeLM@0dbd199"
+HYDRALORA = "Clin0212/HydraLoRA@afb693b, HydraLoRA/fine-tuning.sh"
+MOV = "for-ai/parameter-efficient-moe@e2683fe, configs/mov.gin"
+ATTEMPT = "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt"
+"""MPT has no code of its authors; their paper takes over the tasks of ATTEMPT, and its prompts."""
+POLY = "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json"
+
+HELD: Held = {
+    ("dare", "drop_rate"): (0.9, f"{DARE}, README.md: DARE (drop rate 0.9), --weight_mask_rate 0.9"),
+    ("dare", "merge"): (
+        "linear",
+        f"{DARE}, README.md: --mask_apply_method average_merging; ours is the sum, which weights make a mean",
+    ),
+    ("dare", "scale"): (1.0, f"{DARE}, merge_plms_glue.py: --scaling_coefficient default=1.0"),
+    ("hydralora", "rank"): (4, f"{HYDRALORA}: lora_rank=4"),
+    ("hydralora", "heads"): (4, f"{HYDRALORA}: lora_b_nums= 4"),
+    ("hydralora", "alpha"): (32.0, f"{HYDRALORA}: lora_alpha=32"),
+    ("hydralora", "dropout"): (0.05, f"{HYDRALORA}: lora_dropout=0.05"),
+    ("mov", "experts"): (30, f"{MOV}: num_experts = 30"),
+    ("multitask_prompt_tuning", "tasks"): (1, "peft 0.21: MultitaskPromptTuningConfig.num_tasks"),
+    ("multitask_prompt_tuning", "length"): (
+        20,
+        f'{ATTEMPT}/eval_glue.json: "prefix_dim": 100; ours is 20 as in prompt_tuning, and no reason is written',
+    ),
+    ("multitask_prompt_tuning", "rank"): (1, "peft 0.21: MultitaskPromptTuningConfig.num_ranks"),
+    ("multitask_prompt_tuning", "init"): (
+        "vocabulary",
+        f'{ATTEMPT}/multi_task_others.json: "init_prefix_from_vocab": true',
+    ),
+    ("polytropon", "tasks"): (1, "peft 0.21: PolyConfig.n_tasks"),
+    ("polytropon", "skills"): (
+        4,
+        f'{POLY}: "n_skills": 8; ours is 4, as peft\'s PolyConfig.n_skills',
+    ),
+    ("polytropon", "splits"): (1, f'{POLY}: "n_splits": 1'),
+    ("polytropon", "rank"): (8, f'{POLY}: "lora_rank": 1; ours is 8, as peft\'s PolyConfig.r'),
+    ("polytropon", "routing_ratio"): (
+        100.0,
+        f'{POLY}: "module_logits_learning_rate": 0.1 beside "adapters_learning_rate" : 1e-3',
+    ),
+    ("task_arithmetic", "scale"): (
+        0.4,
+        "prateeky2806/ties-merging@44e7891, src/ties_minimal.ipynb: lamda = 0.4 under Task Vector Merging example; the "
+        "authors leave it to validation data (mlfoundations/task_vectors@02363be, README.md has 0.8 for two)",
+    ),
+    ("ties_merging", "density"): (0.2, "prateeky2806/ties-merging@44e7891, README.md: $redundant = topk20"),
+    ("ties_merging", "sign"): ("total", "prateeky2806/ties-merging@44e7891, README.md: $elect = mass"),
+    ("ties_merging", "scale"): (1.0, "prateeky2806/ties-merging@44e7891, src/ties_minimal.ipynb: lamda = 1"),
+}
+
+FREE: Free = {}
+
+
+@pytest.mark.parametrize(("method", "option", "row"), rows(HELD, FREE))
+def test_default(method: str, option: str, row: Any) -> None:
+    assert_as_said(method, option, row)

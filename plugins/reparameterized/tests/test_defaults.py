@@ -1,0 +1,129 @@
+"""Defaults of reparameterized methods, and what fixes them."""
+
+from typing import Any
+
+import pytest
+from named_defaults import Free, Held, assert_as_said, rows
+
+ADALORA = "QingruZhang/AdaLoRA@d10f5eb, NLG_QA/scripts/run_bart_xsum.sh"
+GALORE = "jiaweizzhao/GaLore@2cc66f8"
+HRA = "DaShenZi721/HRA@8e0c637"
+LORA_PLUS = "nikhil-ghosh-berkeley/loraplus@a0c44bf"
+LORA_XS = "MohammadrezaBanaei/LoRA-XS@e50b1a8"
+LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
+LYCORIS_PAPER = "arXiv 2309.14859, paragraph on dimension, alpha and factor"
+MISS = "JL-er/MiSS@a17e631, finetune.py"
+OLORA = "huggingface/peft@5d602fd, examples/olora_finetuning/README.md"
+PISSA = "arXiv 2404.02948, appendix with table 10"
+
+HELD: Held = {
+    ("adalora", "rank"): (12, f"{ADALORA}: --lora_r 12"),
+    ("adalora", "target_rank"): (8, f"{ADALORA}: --target_rank 8"),
+    ("adalora", "alpha"): (
+        8.0,
+        f"{ADALORA}: --lora_alpha 32; ours is 8.0, as peft's LoraConfig.lora_alpha",
+    ),
+    ("adalora", "warmup"): (
+        0,
+        f"{ADALORA}: --init_warmup 6000, another for each task; ours is 0, as peft's AdaLoraConfig.tinit",
+    ),
+    ("adalora", "final"): (
+        0,
+        f"{ADALORA}: --final_warmup 25000, another for each task; ours is 0, as peft's AdaLoraConfig.tfinal",
+    ),
+    ("adalora", "interval"): (
+        1,
+        f"{ADALORA}: --mask_interval 100, another for each task; ours is 1, as peft's AdaLoraConfig.deltaT",
+    ),
+    ("adalora", "beta1"): (0.85, f"{ADALORA}: --beta1 0.85"),
+    ("adalora", "beta2"): (0.85, f"{ADALORA}: --beta2 0.85"),
+    ("adalora", "orthogonality"): (
+        0.5,
+        f"{ADALORA}: --reg_orth_coef 0.1; ours is 0.5, as peft's AdaLoraConfig.orth_reg_weight",
+    ),
+    ("boft", "block_size"): (8, "arXiv 2311.06243, tables 2 and 3: BOFT m=2 b=8 of Llama-2-7B"),
+    ("boft", "factors"): (2, "arXiv 2311.06243, tables 2 and 3: BOFT m=2 b=8 of Llama-2-7B"),
+    ("boft", "block_dropout"): (0.0, "peft 0.21: BOFTConfig.boft_dropout; the paper tunes it by task"),
+    ("fourierft", "n_frequency"): (1000, "peft 0.21: FourierFTConfig.n_frequency"),
+    ("fourierft", "alpha"): (
+        150.0,
+        "Chaos96/fourierft@4986a28, experiments/GLUE/sst2-base-best.sh: 140 there, 29 to 300 elsewhere; ours is 150.0"
+        ", as peft's FourierFTConfig.scaling",
+    ),
+    ("fourierft", "entry_seed"): (777, "peft 0.21: FourierFTConfig.random_loc_seed"),
+    ("galore", "rank"): (128, f"{GALORE}, scripts/benchmark_c4/llama_60m.sh: --rank 128"),
+    ("galore", "gap"): (200, f"{GALORE}, scripts/benchmark_c4/llama_60m.sh: --update_proj_gap 200"),
+    ("galore", "scale"): (0.25, f"{GALORE}, scripts/benchmark_c4/llama_60m.sh: --galore_scale 0.25"),
+    ("galore", "side"): ("std", f"{GALORE}, README.md: 'proj_type': 'std'"),
+    ("hira", "rank"): (32, "hqsiswiliam/hira@f75f0cf, README.md: --r_ab=32"),
+    ("hra", "rank"): (8, f"{HRA}, README.md: r is usually set to 8"),
+    ("hra", "orthogonality"): (
+        0.0,
+        f"{HRA}, nlu/DeBERTa/training/trainer.py: the lines that add orth_loss are commented out (llama/tune.sh has "
+        "--lamda 1e-4)",
+    ),
+    ("hra", "gram_schmidt"): (False, f"{HRA}, README.md: hra_apply_GS, default is false"),
+    ("loha", "rank"): (8, f"{LYCORIS}, example_configs/training_configs/kohya/loha_config.toml: network_dim = 8"),
+    ("loha", "alpha"): (
+        8.0,
+        f"{LYCORIS}, example_configs/training_configs/kohya/loha_config.toml: network_alpha = 4; ours is 8.0, as "
+        "peft's LoHaConfig.alpha",
+    ),
+    ("loha", "rank_dropout_scale"): (False, f"{LYCORIS}, lycoris/modules/loha.py: rank_dropout_scale=False"),
+    ("lokr", "rank"): (
+        8,
+        f"{LYCORIS_PAPER}: no dimension, w2 is full by default; ours is 8, as peft's LoKrConfig.r",
+    ),
+    ("lokr", "alpha"): (
+        8.0,
+        f"{LYCORIS}, example_configs/training_configs/kohya/lokr_config.toml: network_alpha = 1, of no effect with a "
+        "full w2; ours is 8.0, as peft's LoKrConfig.alpha",
+    ),
+    ("lokr", "factor_first"): (
+        False,
+        f"{LYCORIS}, lycoris/functional/general.py: of a factorization the second value is at least the first",
+    ),
+    ("lokr", "rank_dropout_scale"): (False, f"{LYCORIS}, lycoris/modules/lokr.py: rank_dropout_scale=False"),
+    ("lora", "rank"): (8, "arXiv 2106.09685, appendix D.1: RoBERTa base, rq = rv = 8"),
+    ("lora", "alpha"): (8.0, "arXiv 2106.09685, appendix D.1: RoBERTa base, alpha 8"),
+    ("lora_plus", "embedding_lr"): (1e-6, f"{LORA_PLUS}, README.md: loraplus_lr_embedding, default value 1e-6"),
+    ("lora_xs", "rank"): (
+        16,
+        f"{LORA_XS}, scripts/run_glue.py: for rank in [4, 8, 12, 16, 20, 25]; ours is the one at which alpha is rank",
+    ),
+    ("lora_xs", "alpha"): (16.0, f"{LORA_XS}, main_glue.py: lora_alpha default=16"),
+    ("lora_xs", "std"): (1e-5, f"{LORA_XS}, utils/initialization_utils.py: init_module_weights(..., sigma=0.00001)"),
+    ("lora_xs", "dropout"): (0.0, f"{LORA_XS}, main_glue.py: lora_dropout=0.0"),
+    ("miss", "rank"): (64, f"{MISS}: miss_r default=64"),
+    ("miss", "dropout"): (0.0, f"{MISS}: miss_dropout default=0."),
+    ("oft", "block_size"): (32, "peft 0.21: OFTConfig.oft_block_size; the authors count blocks, 4 a layer"),
+    ("oft", "block_share"): (False, "Zeju1997/oft@df2b263, README.md: Block sharing is by default false"),
+    ("oft", "eps"): (
+        None,
+        "Zeju1997/oft@df2b263, oft-db/train_dreambooth_oft.sh: --coft; ours is free, as in peft (OFTConfig."
+        "coft) and in the authors' parser, where --coft is to be given",
+    ),
+    ("oft", "block_dropout"): (0.0, "peft 0.21: OFTConfig.module_dropout"),
+    ("olora", "rank"): (8, f'{OLORA}: LoraConfig(init_lora_weights="olora"), which leaves r=8 (the script has 32)'),
+    ("olora", "alpha"): (
+        8.0,
+        f'{OLORA}: LoraConfig(init_lora_weights="olora"), which leaves lora_alpha=8 (the script has 16, at rank 32)',
+    ),
+    ("pissa", "rank"): (8, f"{PISSA}: the rank of PiSSA on GLUE is 8"),
+    ("pissa", "alpha"): (8.0, f"{PISSA}: alpha is 8 or 16, 8 on MNLI"),
+    ("pissa", "dropout"): (0.0, "GraphPKU/PiSSA@87f4db6, README.md: lora_dropout=0"),
+    ("randlora", "rank"): (32, "peft 0.21: RandLoraConfig.r, by the authors (64 in their GLUE/train_all.sh)"),
+    ("randlora", "alpha"): (640.0, "peft 0.21: RandLoraConfig.randlora_alpha, by the authors: 20 times the rank"),
+    ("randlora", "projection_seed"): (0, "peft 0.21: RandLoraConfig.projection_prng_key"),
+    ("vera", "rank"): (256, "peft 0.21: VeraConfig.r, by the authors"),
+    ("vera", "d_initial"): (0.1, "peft 0.21: VeraConfig.d_initial, by the authors"),
+    ("vera", "dropout"): (0.0, "peft 0.21: VeraConfig.vera_dropout, by the authors"),
+    ("vera", "projection_seed"): (0, "peft 0.21: VeraConfig.projection_prng_key, by the authors"),
+}
+
+FREE: Free = {}
+
+
+@pytest.mark.parametrize(("method", "option", "row"), rows(HELD, FREE))
+def test_default(method: str, option: str, row: Any) -> None:
+    assert_as_said(method, option, row)

@@ -1,0 +1,55 @@
+"""Defaults of vision methods, and what fixes them."""
+
+from typing import Any
+
+import pytest
+from named_defaults import Free, Held, assert_as_said, rows
+
+ADAPTFORMER = "ShoufaChen/AdaptFormer@6967d67"
+CONVPASS = "JieShibo/PETL-ViT@026e4f1, convpass/vtab/convpass.py"
+FACT = "JieShibo/PETL-ViT@026e4f1, FacT"
+REPADAPTER = "luogen1996/RepAdapter@360992f, repadapter.py"
+VPT = "KMnP/vpt@4410440, src/configs/config.py"
+VPT_HEAD = (
+    "KMnP/vpt@4410440, src/models/vit_models.py: only parameters of self.enc are frozen, setup_head makes the head"
+)
+
+HELD: Held = {
+    ("adaptformer", "bottleneck"): (64, f"{ADAPTFORMER}, main_image.py: --ffn_num default=64"),
+    ("adaptformer", "scale"): (0.1, f'{ADAPTFORMER}, main_image.py: ffn_adapter_scalar="0.1"'),
+    ("adaptformer", "layer_norm"): ("none", f'{ADAPTFORMER}, main_image.py: ffn_adapter_layernorm_option="none"'),
+    ("adaptformer", "dropout"): (0.1, f"{ADAPTFORMER}, models/custom_modules.py: Adapter(self.config, dropout=0.1)"),
+    ("clip_adapter", "reduction"): (4, "gaopengcuhk/CLIP-Adapter@08d07f8, clip_adapter.py: Adapter(1024, 4)"),
+    ("clip_adapter", "ratio"): (0.2, "gaopengcuhk/CLIP-Adapter@08d07f8, clip_adapter.py: ratio = 0.2"),
+    ("convpass", "bottleneck"): (8, f"{CONVPASS}: set_Convpass(model, method, dim=8)"),
+    ("convpass", "scale"): (1.0, f"{CONVPASS}: set_Convpass(..., s=1); the configurations of tasks have 0.01 to 100"),
+    ("convpass", "conv_init"): (
+        "identity",
+        f"{CONVPASS}: set_Convpass(..., xavier_init=False); the configurations of 9 tasks have False, of 10 True",
+    ),
+    ("fact_tk", "rank"): (
+        16,
+        f"{FACT}/configs/tk: rank: 16 in 6 tasks, 32 in 13; ours is 16, as in fact_tt, whose options it shares",
+    ),
+    ("fact_tk", "scale"): (1.0, f"{FACT}/fact_tk.py: set_FacT(..., s=1); the configurations of tasks have 0.01 to 100"),
+    ("fact_tt", "rank"): (16, f"{FACT}/configs/tt: rank: 16 in 9 tasks, 8 in 9, 4 in one"),
+    ("fact_tt", "scale"): (1.0, f"{FACT}/fact_tt.py: set_FacT(..., s=1); the configurations of tasks have 0.01 to 100"),
+    ("repadapter", "bottleneck"): (8, f"{REPADAPTER}: hidden_dim=8"),
+    ("repadapter", "groups"): (2, f"{REPADAPTER}: groups=2"),
+    ("repadapter", "scale"): (1.0, f"{REPADAPTER}: set_RepAdapter(..., dim=8, s=1)"),
+    ("vpt_deep", "length"): (5, f"{VPT}: _C.MODEL.PROMPT.NUM_TOKENS = 5"),
+    ("vpt_deep", "dropout"): (0.0, f"{VPT}: _C.MODEL.PROMPT.DROPOUT = 0.0"),
+    ("vpt_deep", "projection"): (None, f"{VPT}: _C.MODEL.PROMPT.PROJECT = -1"),
+    ("vpt_deep", "train_head"): (True, VPT_HEAD),
+    ("vpt_shallow", "length"): (5, f"{VPT}: _C.MODEL.PROMPT.NUM_TOKENS = 5"),
+    ("vpt_shallow", "dropout"): (0.0, f"{VPT}: _C.MODEL.PROMPT.DROPOUT = 0.0"),
+    ("vpt_shallow", "projection"): (None, f"{VPT}: _C.MODEL.PROMPT.PROJECT = -1"),
+    ("vpt_shallow", "train_head"): (True, VPT_HEAD),
+}
+
+FREE: Free = {}
+
+
+@pytest.mark.parametrize(("method", "option", "row"), rows(HELD, FREE))
+def test_default(method: str, option: str, row: Any) -> None:
+    assert_as_said(method, option, row)
