@@ -137,6 +137,10 @@ class ExportError(PeftcoreError, ValueError):
     written."""
 
 
+class HubError(CheckpointError, ExportError):
+    """The model hub refuses an adapter, has nothing of the name or does not answer; nothing was loaded, or pushed."""
+
+
 class HostMismatch(CheckpointError):
     """The saved adapter belongs to another base model; nothing was loaded."""
 
