@@ -72,7 +72,9 @@ class Envelope(BaseModel):
     host: str = ""
     """Class of the host, for people to read."""
     base: str | None = None
-    """The name of the weights in the host's own config, for people to read."""
+    """The name of the weights in the host's own config: a folder, or a repository on a hub."""
+    base_revision: str | None = None
+    """The commit of that repository from which the host was loaded."""
     weights: str | None = None
     """Digest of the host's tensors at the sites, where the user asked for it."""
     selections: dict[str, tuple[SavedSite, ...]]
@@ -138,6 +140,7 @@ def envelope_of(injection: Injection, weights: bool = False, rows: Mapping[str, 
         dtype=str(wishes.dtype).removeprefix("torch."),
         host=f"{cls.__module__}.{cls.__qualname__}",
         base=base_name(model),
+        base_revision=base_revision(model),
         weights=weights_digest(injection.sites) if weights else None,
         selections={key: tuple(map(SavedSite.of, sites)) for key, sites in injection.selections.items()},
     )
@@ -148,6 +151,12 @@ def base_name(model: nn.Module) -> str | None:
     config = vars(model).get("config") or vars(model).get("_internal_dict")
     name = getattr(config, "_name_or_path", None) or (config.get("_name_or_path") if isinstance(config, dict) else None)
     return str(name) if name else None
+
+
+def base_revision(model: nn.Module) -> str | None:
+    """Returns the commit of the repository on a hub from which the host was loaded (models of transformers know it)."""
+    commit = getattr(vars(model).get("config"), "_commit_hash", None)
+    return str(commit) if commit else None
 
 
 def weights_digest(sites: Iterable[Site]) -> str:

@@ -160,8 +160,8 @@ def load(
     Args:
         model: the host. It may be on the meta device: the adapter's tensors have values all the same.
         path: a folder or file that `Injection.save` wrote, or one of another library, or "owner/name" on a model hub,
-            also "owner/name@revision"; the format is recognized. An adapter of a bare encoder fits a host that has the encoder inside, and the
-            other way round; of files for whole pipelines the part for `model` is taken.
+            also "owner/name@revision"; the format is recognized. An adapter of a bare encoder fits a host that has the
+            encoder inside, and the other way round; of files for whole pipelines the part for `model` is taken.
         revision: a branch, a tag or a commit of a repository on a hub; the main branch by default.
         name: name of the injection on this host; the method's by default.
         trainable: False loads it frozen.

@@ -55,7 +55,8 @@ def pushed(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     script = f"""{BEGIN}
 base, injection = adapted()
 commit = injection.push_to_hub("someone/trained", metrics={{"accuracy": 0.93}})
-found = {{"commit": str(commit), "oid": commit.oid, "expected": base(x).tolist(), "left": peftcore.injections(base).keys() == {{"mine"}}}}
+found = {{"commit": str(commit), "oid": commit.oid, "expected": base(x).tolist()}}
+found["left"] = peftcore.injections(base).keys() == {{"mine"}}
 second = injection.push_to_hub("someone/trained", format=["peftcore", "peft"], commit_message="as of peft")
 found["second"] = second.commit_message
 found["own card"] = str(injection.push_to_hub("someone/titled"))
