@@ -126,7 +126,7 @@ def _class_of(keys: Keys) -> str:
     """Returns the class of the base that peft's options name, where they name one."""
     names = keys.table("auto_mapping")
     found = [names.get("parent_library"), names.get("base_model_class")]
-    return ".".join(found) if all(isinstance(each, str) for each in found) else ""
+    return ".".join(map(str, found)) if all(isinstance(each, str) for each in found) else ""
 
 
 @dataclass
