@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from peftcore.surgery.surgeon import Wishes
 from peftcore.targets.sites import Site
 
 FORMAT = 1
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+"""The endings of files of weights in a repository."""
 
 
 class SavedSite(BaseModel):
@@ -154,9 +158,18 @@ def base_name(model: nn.Module) -> str | None:
 
 
 def base_revision(model: nn.Module) -> str | None:
-    """Returns the commit of the repository on a hub from which the host was loaded (models of transformers know it)."""
-    commit = getattr(vars(model).get("config"), "_commit_hash", None)
-    return str(commit) if commit else None
+    """Returns the commit of the repository on a hub from which the host was loaded, where that is certain: its config
+    has it (`load_base` and old versions of transformers put it there), or the cache of the hub has one alone."""
+    config: Any = vars(model).get("config")
+    if commit := getattr(config, "_commit_hash", None):
+        return str(commit)
+    hub, name = sys.modules.get("huggingface_hub"), base_name(model)
+    if hub is None or name is None or Path(name).exists():
+        return None
+    snapshots = Path(hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+    held = [each.parent for each in snapshots.glob("*/config.json")]
+    held = [each for each in held if any(file.suffix in WEIGHTS for file in each.iterdir())]
+    return held[0].name if len(held) == 1 else None
 
 
 def weights_digest(sites: Iterable[Site]) -> str:
