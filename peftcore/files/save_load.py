@@ -31,7 +31,7 @@ from peftcore.errors import (
     UnsupportedSite,
 )
 from peftcore.files.envelope import Envelope, method_of, mismatched, options_of, weights_digest
-from peftcore.files.formats.card import CARD, Metrics, card, is_ours
+from peftcore.files.formats.card import CARD, Metrics, card, is_ours, metric_rows
 from peftcore.files.formats.description import Description
 from peftcore.files.formats.format import PICKLES, Tensors, format_named, recognize
 from peftcore.files.formats.hub import located, upload
@@ -69,6 +69,7 @@ def save(
     only = _only_file(path, formats)
     if only and metrics:
         raise ExportError(f"metrics are written into the card of a folder, and {path} is one file; name a folder")
+    metric_rows(metrics or {})
     model = injection.model
     try:
         injection.check()

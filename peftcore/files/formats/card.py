@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def card(injection: Injection, formats: Sequence[str], metrics: Metrics | None =
     shown_options = ", ".join(f"`{key}={value!r}`" for key, value in options.items()) or "all as by default"
     values = sum(parameter.numel() for parameter in injection.parameters())
     host = size_of(injection.base_modules())
-    rows = list(_rows(metrics or {}))
+    rows = metric_rows(metrics or {})
     lines = ["---", f"library_name: {'peft' if 'peft' in formats else 'peftcore'}"]
     lines += [f"base_model: {base}", "base_model_relation: adapter"] if base and _is_of_a_hub(base) else []
     lines += [f"pipeline_tag: {task}"] if task else []
@@ -74,21 +74,27 @@ def _is_of_a_hub(base: str) -> bool:
     return NAME.fullmatch(base) is not None and not Path(base).exists()
 
 
-def _rows(metrics: Metrics) -> Iterator[tuple[str, str, float]]:
-    """Yields the set of data, the name and the value of each metric."""
+def metric_rows(metrics: Metrics) -> list[tuple[str, str, float]]:
+    """Returns the set of data, the name and the value of each metric.
+
+    Raises:
+        ExportError: metrics are no numbers by name.
+    """
+    rows = []
     for key, value in metrics.items():
-        inner = value.items() if isinstance(value, Mapping) else [(key, value)]
-        data = key if isinstance(value, Mapping) else SOME
-        for name, number in inner:
+        several = isinstance(value, Mapping)
+        for name, number in value.items() if several else [(key, value)]:
+            data = key if several else SOME
             try:
-                found = float(number)
+                found = math.nan if isinstance(number, (str, bool)) else float(number)
             except (TypeError, ValueError, RuntimeError, OverflowError):
                 found = math.nan
             text = all(isinstance(each, str) and each.isprintable() and each for each in (data, name))
-            if not text or not math.isfinite(found) or isinstance(number, (str, bool)):
-                wrong = "is no finite number by name"
-                raise ExportError(f'metric {shown(name)}={shown(number)} {wrong}; write metrics={{"accuracy": 0.93}}')
-            yield data, name, found
+            if not text or not math.isfinite(found):
+                wrong = f"metric {shown(name)}={shown(number)} is no finite number by name"
+                raise ExportError(f'{wrong}; write metrics={{"accuracy": 0.93}}')
+            rows.append((data, name, found))
+    return rows
 
 
 def _index(title: str, task: str, rows: Sequence[tuple[str, str, float]]) -> list[str]:
