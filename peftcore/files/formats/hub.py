@@ -22,6 +22,8 @@ IDENTIFIER = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 PATIENCE = 10.0
 """Seconds in which the hub has to answer the first request, unless ``HF_HUB_ETAG_TIMEOUT`` says another number: most
 requests of the package wait for ever."""
+BELOW = ("httpx", "httpx2", "requests", "urllib3")
+"""The libraries that make its requests."""
 LOGIN = "log in (hf auth login), or set HF_TOKEN"
 INSTALL = "pip install 'peftcore[interop]'"
 
@@ -178,14 +180,10 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _is_of_network(error: BaseException) -> bool:
-    """Whether the hub was not reached: the libraries below the package, which are others in each of its versions, have
-    errors of their own for it."""
-    from huggingface_hub import errors
-
-    of_requests = getattr(
-        errors, "HTTPError", ()
-    )  # the base class of all that the library below raises, in each of them
-    return any(isinstance(each, (ConnectionError, TimeoutError, of_requests)) for each in _chain(error))
+    """Whether the hub was not reached: by errors of the libraries below the package, another one in each of its
+    generations."""
+    own = (ConnectionError, TimeoutError)
+    return any(isinstance(each, own) or type(each).__module__.partition(".")[0] in BELOW for each in _chain(error))
 
 
 @contextmanager

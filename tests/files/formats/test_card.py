@@ -71,12 +71,14 @@ def test_a_card_of_the_users_own_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / CARD).is_dir()
 
 
-def test_a_base_in_a_folder_is_no_name_on_a_hub(tmp_path: Path) -> None:
+def test_a_base_in_a_folder_is_no_name_on_a_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hubs refuse a card that names one."""
+    monkeypatch.chdir(tmp_path)
+    Path("models/bert").mkdir(parents=True)
     transformers = pytest.importorskip("transformers")
     sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, num_attention_heads=2))
-    for name in (str(tmp_path), "../somewhere", "someone/a: b"):
+    for name in (str(tmp_path), "../somewhere", "someone/a: b", "models/bert"):
         model.config._name_or_path = name
         injection = peftcore.apply(model, "lora")
         injection.save(tmp_path / "adapter")
