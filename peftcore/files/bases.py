@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Size, nn
 
-from peftcore.errors import CheckpointError, HostMismatch, shown
+from peftcore.errors import CheckpointError, HostMismatch, said, shown
 from peftcore.files.auto_classes import AUTO_CLASSES, TASKS, auto_classes
 from peftcore.files.formats.card import NAME
 from peftcore.files.formats.description import Description
@@ -245,10 +245,10 @@ def _labels(kind: Any, config: Any, trained: Mapping[str, Size]) -> int | None:
 
 
 def _unbuilt(where: str, error: Exception) -> CheckpointError:
-    reason = " ".join(str(error).split())
-    if "trust_remote_code" in reason:
+    reason = said(error)
+    if "trust_remote_code" in str(error):
         reason = (
             "it brings code of its own, which is not run here; if you trust it, build the model yourself, then "
             "peftcore.load(model, path)"
         )
-    return CheckpointError(f"the base {where} cannot be built: {reason[:600]} ({type(error).__name__})")
+    return CheckpointError(f"the base {where} cannot be built: {reason}")

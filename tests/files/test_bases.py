@@ -194,3 +194,14 @@ def test_the_list_is_that_of_transformers() -> None:
     for name, (mapping, _) in AUTO_CLASSES.items():
         assert issubclass(getattr(transformers, name), transformers.models.auto.auto_factory._BaseAutoModelClass)
         assert len(getattr(transformers, mapping)), mapping
+
+
+def test_a_configuration_writes_nothing_to_a_terminal(llama: Path, tmp_path: Path) -> None:
+    """What another library says about it is one line of characters that can be printed."""
+    model = transformers.LlamaForCausalLM.from_pretrained(llama)
+    peftcore.apply(model, "lora", rank=2).save(tmp_path / "adapter")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps({"model_type": "\x1b[2J\x07evil"}))
+    with pytest.raises(CheckpointError, match="cannot be built") as caught:
+        peftcore.load_base(tmp_path / "adapter", base=tmp_path / "base")
+    assert str(caught.value).isprintable() and "evil" in str(caught.value)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore.errors import CheckpointError, HubError
+from peftcore.errors import CheckpointError, HubError, said
 from peftcore.files.formats.card import CARD, MARK
 
 if TYPE_CHECKING:
@@ -234,5 +234,4 @@ def _reason(error: Exception, repository: str, revision: str | None, writing: bo
         )
     if status is None and _is_of_network(error):
         return f"{constants.ENDPOINT} cannot be reached; check the network, its proxies and HF_ENDPOINT"
-    said = " ".join(str(error).split())
-    return f"{said[:600]} ({type(error).__name__})"
+    return said(error)
