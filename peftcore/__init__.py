@@ -26,6 +26,7 @@ from peftcore.contract.operators import (
     on_first,
 )
 from peftcore.contract.presets import Preset
+from peftcore.files.bases import load_base
 from peftcore.files.compositions import load_composition, save_composition
 from peftcore.files.save_load import load
 from peftcore.forward.attention import Attend, AttentionOperator
@@ -145,6 +146,7 @@ __all__ = [
     "is_mergeable",
     "is_post_norm",
     "load",
+    "load_base",
     "load_composition",
     "low_rank",
     "matmul_transposed",

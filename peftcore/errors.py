@@ -18,6 +18,13 @@ def shown(value: Any) -> str:
     return f"{len(value):,} entries" if many else _short.repr(value)
 
 
+def said(error: BaseException) -> str:
+    """Returns the message of another library's error on one line for a message, shortened, without control
+    characters."""
+    text = " ".join(str(error).split())[:600]
+    return f"{''.join(each if each.isprintable() else '?' for each in text)} ({type(error).__name__})"
+
+
 class PeftcoreError(Exception):
     """Base class of all errors of peftcore."""
 
@@ -135,6 +142,10 @@ class NoWeights(PeftcoreError, RuntimeError):
 class ExportError(PeftcoreError, ValueError):
     """An adapter or a model cannot be written in another library's format without losing something; nothing was
     written."""
+
+
+class HubError(CheckpointError, ExportError):
+    """The model hub refuses an adapter, has nothing of the name or does not answer; nothing was loaded, or pushed."""
 
 
 class HostMismatch(CheckpointError):

@@ -4,9 +4,11 @@ It may import `injection`, and what is below. In the order of reading:
 
 - `safe_io`: reads and writes JSON and safetensors files safely.
 - `envelope`: the description of a saved adapter besides its tensors.
+- `auto_classes`: the classes of transformers by which a base may be built, and their tasks.
 - `added_rows`: rows that were added to token tables of the base.
 - `formats`: one module a file format, ours and other libraries'.
 - `save_load`: `load`, and the function behind `Injection.save`.
+- `bases`: `load_base`, which builds the model that an adapter's file names.
 - `peft_configs`: configurations of peft, applied as a file of theirs is loaded.
 - `compositions`: compositions with the adapters in them.
 """

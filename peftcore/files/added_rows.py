@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import ExportError
-from peftcore.files.envelope import base_name
+from peftcore.files.envelope import base_name, base_revision
 from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import whole
 from peftcore.roles.token_tables import tables_by_path, token_count
@@ -82,7 +82,7 @@ def _rows_of_base(injection: Injection) -> int:
     config: Any = vars(injection.model).get("config")
     transformers = sys.modules.get("transformers")
     if transformers is not None and isinstance(config, transformers.PretrainedConfig):
-        folder = _origin(base_name(injection.model), vars(config).get("_commit_hash"))
+        folder = _origin(base_name(injection.model), base_revision(injection.model))
         if folder is not None:
             now, then = (
                 getattr(each.get_text_config(), "vocab_size", None) for each in (config, _read(config, folder))

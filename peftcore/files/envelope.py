@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from peftcore.surgery.surgeon import Wishes
 from peftcore.targets.sites import Site
 
 FORMAT = 1
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+"""The endings of files of weights in a repository."""
 
 
 class SavedSite(BaseModel):
@@ -72,7 +76,9 @@ class Envelope(BaseModel):
     host: str = ""
     """Class of the host, for people to read."""
     base: str | None = None
-    """The name of the weights in the host's own config, for people to read."""
+    """The name of the weights in the host's own config: a folder, or a repository on a hub."""
+    base_revision: str | None = None
+    """The commit of that repository from which the host was loaded."""
     weights: str | None = None
     """Digest of the host's tensors at the sites, where the user asked for it."""
     selections: dict[str, tuple[SavedSite, ...]]
@@ -138,6 +144,7 @@ def envelope_of(injection: Injection, weights: bool = False, rows: Mapping[str, 
         dtype=str(wishes.dtype).removeprefix("torch."),
         host=f"{cls.__module__}.{cls.__qualname__}",
         base=base_name(model),
+        base_revision=base_revision(model),
         weights=weights_digest(injection.sites) if weights else None,
         selections={key: tuple(map(SavedSite.of, sites)) for key, sites in injection.selections.items()},
     )
@@ -148,6 +155,21 @@ def base_name(model: nn.Module) -> str | None:
     config = vars(model).get("config") or vars(model).get("_internal_dict")
     name = getattr(config, "_name_or_path", None) or (config.get("_name_or_path") if isinstance(config, dict) else None)
     return str(name) if name else None
+
+
+def base_revision(model: nn.Module) -> str | None:
+    """Returns the commit of the repository on a hub from which the host was loaded, where that is certain: its config
+    has it (`load_base` and old versions of transformers put it there), or the cache of the hub has one alone."""
+    config: Any = vars(model).get("config")
+    if commit := getattr(config, "_commit_hash", None):
+        return str(commit)
+    hub, name = sys.modules.get("huggingface_hub"), base_name(model)
+    if hub is None or name is None or Path(name).exists():
+        return None
+    snapshots = Path(hub.constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "snapshots"
+    held = [each.parent for each in snapshots.glob("*/config.json")]
+    held = [each for each in held if any(file.suffix in WEIGHTS for file in each.iterdir())]
+    return held[0].name if len(held) == 1 else None
 
 
 def weights_digest(sites: Iterable[Site]) -> str:

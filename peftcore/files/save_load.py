@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,10 @@ from peftcore.errors import (
     UnsupportedSite,
 )
 from peftcore.files.envelope import Envelope, method_of, mismatched, options_of, weights_digest
-from peftcore.files.formats.card import CARD, card, is_ours
+from peftcore.files.formats.card import CARD, Metrics, card, is_ours, metric_rows
 from peftcore.files.formats.description import Description
 from peftcore.files.formats.format import PICKLES, Tensors, format_named, recognize
-from peftcore.files.formats.hub import located
+from peftcore.files.formats.hub import located, upload
 from peftcore.files.formats.patterns import one_file
 from peftcore.files.safe_io import clear_partial, write_tensors, write_text
 from peftcore.forward.save_pretrained import saving_base
@@ -43,6 +44,9 @@ from peftcore.injection.injection import Injection
 from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.roles import HostMap
 from peftcore.surgery.surgeon import Surgeon
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 logger = logging.getLogger("peftcore")
 
@@ -55,12 +59,17 @@ CALLS, CALLS_EACH = 10_000, 300
 fact_tk, makes a hundred."""
 
 
-def save(injection: Injection, path: Path, formats: Sequence[str], weights: bool) -> None:
+def save(
+    injection: Injection, path: Path, formats: Sequence[str], weights: bool, metrics: Metrics | None = None
+) -> None:
     """Write a folder, or one file; each file appears whole or not at all, and equal adapters give equal bytes.
 
     Where the model is sharded over processes, all of them call this, and the first one writes.
     """
     only = _only_file(path, formats)
+    if only and metrics:
+        raise ExportError(f"metrics are written into the card of a folder, and {path} is one file; name a folder")
+    metric_rows(metrics or {})
     model = injection.model
     try:
         injection.check()
@@ -78,7 +87,7 @@ def save(injection: Injection, path: Path, formats: Sequence[str], weights: bool
         if mine and only:
             _write_file(path, contents[only])
         elif mine:
-            _write(injection, path, formats, contents)
+            _write(injection, path, formats, contents, metrics)
 
 
 def _only_file(path: Path, formats: Sequence[str]) -> str:
@@ -103,11 +112,17 @@ def _write_file(path: Path, content: Tensors | str) -> None:
     write_tensors(path, content.values, content.metadata)
 
 
-def _write(injection: Injection, path: Path, formats: Sequence[str], contents: dict[str, Tensors | str]) -> None:
+def _write(
+    injection: Injection,
+    path: Path,
+    formats: Sequence[str],
+    contents: dict[str, Tensors | str],
+    metrics: Metrics | None,
+) -> None:
     path.mkdir(parents=True, exist_ok=True)
     clear_partial(path)
     if is_ours(path / CARD):
-        contents[CARD] = card(injection, formats)
+        contents[CARD] = card(injection, formats, metrics)
     for name, content in contents.items():
         if isinstance(content, Tensors):
             write_tensors(path / name, content.values, content.metadata)
@@ -115,10 +130,27 @@ def _write(injection: Injection, path: Path, formats: Sequence[str], contents: d
             write_text(path / name, content)
 
 
+def push(
+    injection: Injection, repository: str, formats: Sequence[str], metrics: Metrics | None, **options: Any
+) -> CommitInfo | None:
+    """Save an adapter into a folder for a moment, and put that into a repository on the hub; returns the commit, in the
+    process that writes.
+
+    Args:
+        options: of `formats.hub.upload`.
+    """
+    with tempfile.TemporaryDirectory(prefix="peftcore-") as name:
+        folder = Path(name) / "adapter"
+        save(injection, folder, formats, False, metrics)
+        with one_writes(injection.model) as mine:
+            return upload(folder, repository, **options) if mine else None
+
+
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     name: str | None = None,
     trainable: bool = False,
     active: bool = True,
@@ -128,9 +160,10 @@ def load(
 
     Args:
         model: the host. It may be on the meta device: the adapter's tensors have values all the same.
-        path: a folder or file that `Injection.save` wrote, or one of another library, or "owner/name" on a model hub;
-            the format is recognized. An adapter of a bare encoder fits a host that has the encoder inside, and the
-            other way round; of files for whole pipelines the part for `model` is taken.
+        path: a folder or file that `Injection.save` wrote, or one of another library, or "owner/name" on a model hub,
+            also "owner/name@revision"; the format is recognized. An adapter of a bare encoder fits a host that has the
+            encoder inside, and the other way round; of files for whole pipelines the part for `model` is taken.
+        revision: a branch, a tag or a commit of a repository on a hub; the main branch by default.
         name: name of the injection on this host; the method's by default.
         trainable: False loads it frozen.
         active: True lets it act besides the active ones, for whom `activate` holds. Inside of a route or composition
@@ -140,7 +173,9 @@ def load(
         strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are passed over).
 
     Raises:
-        CheckpointError: the files are damaged, or lack tensors or options of the adapter, listing all errors.
+        CheckpointError: the files are damaged, or lack tensors or options of the adapter, listing all errors; or a
+            revision is named of a path, or two of one repository.
+        HubError: the hub has nothing of the name or the revision, refuses it, or does not answer.
         HostMismatch: the adapter belongs to another base.
         NewerFormat: it was written by a newer version.
         UnknownMethod: no installed plugin has its method.
@@ -150,7 +185,7 @@ def load(
     The host was not changed then.
     """
     check_model(model)
-    place = located(path)
+    place = located(path, revision)
     if name is not None:
         check_name(model, name)
     # A file knows nothing of other adapters, and the host is no larger for having some: they are not seen here.
@@ -187,13 +222,18 @@ def load(
     return injection
 
 
-def describe(path: str | os.PathLike[str]) -> Description:
+def describe(path: str | os.PathLike[str], revision: str | None = None) -> Description:
     """Returns the description in a saved adapter, in any format that `load` recognizes; no host is needed.
+
+    Args:
+        path: as of `load`.
+        revision: as of `load`.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
+        HubError: as of `load`.
     """
-    place = located(path)
+    place = located(path, revision)
     with _about(place), one_file():
         return recognize(place).describe(place)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from peftcore.surgery.installation import release, uninstall
 from peftcore.surgery.surgeon import Graft, Surgeon, Wishes
 from peftcore.targets.sites import Site
 from peftcore.utils.renamed import renamed
+
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
 
 
 class Injection(AppliedMethod):
@@ -316,7 +319,12 @@ class Injection(AppliedMethod):
         self._leave()
 
     def save(
-        self, path: str | os.PathLike[str], *, format: str | Sequence[str] = "peftcore", weights: bool = False
+        self,
+        path: str | os.PathLike[str],
+        *,
+        format: str | Sequence[str] = "peftcore",
+        weights: bool = False,
+        metrics: Mapping[str, Any] | None = None,
     ) -> None:
         """Write the adapter alone into the folder `path`, or into one file.
 
@@ -329,14 +337,65 @@ class Injection(AppliedMethod):
                 "diffusers", "kohya"), or several at once; also for which model of a pipeline:
                 "diffusers/text_encoder_2".
             weights: record a digest of the base's values at the sites, so that `load` refuses other ones.
+            metrics: numbers for the model card, by name, as ``{"accuracy": 0.93}``, or those of several sets of data,
+                as ``{"glue": {"accuracy": 0.93}}``.
 
         Raises:
-            ExportError: another library's format cannot hold this adapter, or not in one file; nothing was written.
+            ExportError: another library's format cannot hold this adapter, or not in one file; or metrics are no
+                numbers, or for one file. Nothing was written.
         """
         self._alive()
         from peftcore.files.save_load import save
 
-        save(self, Path(path), (format,) if isinstance(format, str) else tuple(format), weights)
+        save(self, Path(path), (format,) if isinstance(format, str) else tuple(format), weights, metrics)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        format: str | Sequence[str] = "peftcore",
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> CommitInfo | None:
+        """Put the adapter alone into a repository on a model hub, with its model card; returns the commit, whose text
+        is its address, as huggingface_hub does.
+
+        The repository is made where there is none. A ``README.md`` in it that peftcore did not write is kept. Of a
+        model whose weights are sharded over processes all of them call this; the first one pushes, and the others get
+        None.
+
+        Args:
+            repo_id: "owner/name".
+            format: as of `save`.
+            private: True hides a repository that is made here; as the owner has it by default.
+            revision: a branch, which is made where it is missing; the main branch by default.
+            commit_message: of the commit.
+            token: as huggingface_hub takes it: that of ``hf auth login`` or ``HF_TOKEN`` by default.
+            create_pr: True proposes the commit as a pull request.
+            metrics: as of `save`.
+
+        Raises:
+            ExportError: as of `save`; nothing was sent.
+            HubError: huggingface_hub or the token is missing, or the hub refuses or does not answer; says what to do.
+        """
+        self._alive()
+        from peftcore.files.save_load import push
+
+        return push(
+            self,
+            repo_id,
+            (format,) if isinstance(format, str) else tuple(format),
+            metrics,
+            private=private,
+            revision=revision,
+            message=commit_message or f"Upload an adapter of {self.method.name}",
+            token=token,
+            create_pr=create_pr,
+        )
 
     def summary(self) -> Summary:
         """Returns a summary of the injection, and whether all of it is in one state."""

@@ -322,6 +322,8 @@ def test_heads_that_do_not_fit_together(encoder: Path) -> None:
     saved(model, "two", "lora", "peft", train=["classifier"])
     assert "two of the adapters bring classifier" in refused("merge", encoder, "one", "two", "--out", "x")
     assert "its weight has to be 1" in refused("merge", encoder, "one", "--out", "x", "--weights", "0.5")
+    options = json.loads(Path("two/adapter_config.json").read_text())
+    Path("two/adapter_config.json").write_text(json.dumps({**options, "auto_mapping": None}))
     assert "--model-class" in refused("merge", encoder, "two", "--out", "x")
     saved(model, "bare", "lora")
     message = refused("merge", encoder, "bare", "--out", "x", "--model-class", "BertForSequenceClassification")

@@ -29,6 +29,10 @@ class Description:
     """As the file has them."""
     base: str = ""
     """The file's name for the weights that it belongs to; empty where it has none."""
+    base_revision: str = ""
+    """The commit, or branch, of the repository with these weights; empty where the file has none."""
+    tokens: int = 0
+    """The number of rows that token tables had to which rows were added; 0 where the file tells of none."""
     host: str = ""
     """The class of the model that it was made on; empty where the file does not name it."""
     task: str = ""

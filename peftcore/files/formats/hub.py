@@ -1,38 +1,237 @@
-"""Adapters from a model hub, through the package ``huggingface_hub`` and its cache."""
+"""Adapters from a model hub and to one, through the package ``huggingface_hub`` and its cache."""
 
 from __future__ import annotations
 
 import os
 import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from peftcore.errors import CheckpointError
+from peftcore.errors import CheckpointError, HubError, said
+from peftcore.files.formats.card import CARD, MARK
 
-FILES = ["*.safetensors", "adapter_config.json", "head_config.json"]
-"""The files that are fetched of a repository: nothing that could be a program, and no pickle."""
-IDENTIFIER = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+if TYPE_CHECKING:
+    from huggingface_hub import CommitInfo
+
+FILES = ["*.safetensors", "adapter.json", "adapter_config.json", "head_config.json"]
+"""The files that are fetched of an adapter's repository: nothing that could be a program, and no pickle."""
+IDENTIFIER = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+PATIENCE = 10.0
+"""Seconds in which the hub has to answer the first request, unless ``HF_HUB_ETAG_TIMEOUT`` says another number: most
+requests of the package wait for ever."""
+BELOW = ("httpx", "httpx2", "requests", "urllib3")
+"""The libraries that make its requests."""
+LOGIN = "log in (hf auth login), or set HF_TOKEN"
+INSTALL = "pip install 'peftcore[interop]'"
 
 
-def located(path: str | os.PathLike[str]) -> Path:
+def located(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """Returns the path of an adapter: the path itself, or, of an identifier such as ``"owner/name"`` or
     ``"owner/name@revision"`` that is no path here, that in the cache of the hub, fetched first unless it is there or
     ``HF_HUB_OFFLINE`` is set.
 
+    Args:
+        revision: a branch, a tag or a commit of the repository; the same as after ``@``.
+
     Raises:
-        CheckpointError: there is no such path, and the package is missing or the hub has nothing of the name.
+        CheckpointError: there is no such path, the package is missing, or a revision is named twice or of a path.
+        HubError: the hub has nothing of the name, refuses it, or does not answer.
     """
     place, name = Path(path), os.fspath(path)
     if place.exists() or not isinstance(path, str) or not IDENTIFIER.fullmatch(name):
+        if revision is not None:
+            raise CheckpointError(
+                f"revision={revision!r} belongs to a repository on the hub, and {name} is a path: leave it out"
+            )
         return place
+    repository, _, after = name.partition("@")
+    if after and revision is not None and after != revision:
+        raise CheckpointError(f"{name} names the revision {after!r}, and revision= says {revision!r}: name one of them")
+    return fetched(repository, after or revision, FILES, f"{name} is no path here, and cannot be fetched from the hub")
+
+
+def fetched(repository: str, revision: str | None, files: Sequence[str], failed: str) -> Path:
+    """Returns the folder in the cache of the hub that holds files of a repository, fetched first unless it is there.
+
+    Args:
+        repository: its identifier.
+        revision: a branch, a tag or a commit; the main branch by default.
+        files: patterns of the names of those that are fetched.
+        failed: the beginning of the message of an error.
+
+    Raises:
+        CheckpointError: the package is missing.
+        HubError: the hub has nothing of the name, refuses it, or does not answer and the cache lacks it.
+    """
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub import HfApi, constants, snapshot_download
+        from huggingface_hub.errors import RevisionNotFoundError
     except ImportError:
-        raise CheckpointError(
-            f"{name} is no path here; to fetch it from the hub: pip install 'peftcore[interop]'"
-        ) from None
-    repository, _, revision = name.partition("@")
+        raise CheckpointError(f"{failed}: {INSTALL}") from None
+    with _explained(failed, repository, revision):
+        refused: Exception | None = None
+        if not constants.HF_HUB_OFFLINE:
+            try:
+                HfApi().model_info(repository, revision=revision, timeout=_patience())
+            except RevisionNotFoundError:
+                raise
+            except Exception as error:
+                refused = error  # what is in the cache will do
+        cached = refused is not None
+        try:
+            return Path(
+                snapshot_download(repository, revision=revision, allow_patterns=list(files), local_files_only=cached)
+            )
+        except Exception:
+            if refused is not None:
+                raise refused from None
+            raise
+
+
+def upload(
+    folder: Path,
+    repository: str,
+    *,
+    private: bool | None,
+    revision: str | None,
+    message: str,
+    token: str | bool | None,
+    create_pr: bool,
+) -> CommitInfo:
+    """Put the files of a folder into a repository, which is made where there is none; returns the commit. A card of the
+    repository that is none of ours is kept.
+
+    Args:
+        folder: its files are added to those of the repository, or take their place.
+        repository: its identifier.
+        private: who can see a repository that is made; as the account has it by default.
+        revision: a branch, which is made where it is missing; the main branch by default.
+        message: of the commit.
+        token: as huggingface_hub takes it.
+        create_pr: propose the commit as a pull request.
+
+    Raises:
+        CheckpointError: the package is missing.
+        HubError: the hub refuses it, or does not answer.
+    """
+    failed = f"cannot push to {repository}"
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=FILES))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise CheckpointError(f"{name} is no path here, and cannot be fetched from the hub: {error}") from None
+        from huggingface_hub import HfApi, constants, get_token
+    except ImportError:
+        raise HubError(f"{failed}: {INSTALL}") from None
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"{failed}: HF_HUB_OFFLINE is set; unset it to push")
+    if token is False or (token in (None, True) and get_token() is None):
+        raise HubError(f"{failed}: there is no token; {LOGIN}, or pass token=, with one that may write")
+    api = HfApi(token=token)
+    with _explained(failed, repository, revision, writing=True):
+        try:
+            api.model_info(repository, timeout=_patience())
+        except Exception as error:
+            if _status(error) is None:  # not even an answer: the requests to come would wait for ever
+                raise
+        repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        theirs = _text_of(api, repository, CARD, revision)
+        return api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
+            create_pr=create_pr,
+            ignore_patterns=[CARD] if theirs is not None and MARK not in theirs else None,
+        )
+
+
+def _text_of(api: Any, repository: str, name: str, revision: str | None) -> str | None:
+    """Returns a text file of a repository, or None where it has none."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            file = api.hf_hub_download(repository, name, revision=revision, local_dir=folder)
+        except EntryNotFoundError as error:
+            if _status(error) is None:  # none that the hub told
+                raise
+            return None
+        return Path(file).read_text(encoding="utf-8", errors="replace")
+
+
+def _patience() -> float:
+    from huggingface_hub import constants
+
+    return float(constants.HF_HUB_ETAG_TIMEOUT or PATIENCE)
+
+
+def _status(error: BaseException) -> int | None:
+    """Returns the status with which the hub answered, or None where it did not."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _is_of_network(error: BaseException) -> bool:
+    """Whether the hub was not reached: by errors of the libraries below the package, another one in each of its
+    generations."""
+    own = (ConnectionError, TimeoutError)
+    return any(isinstance(each, own) or type(each).__module__.partition(".")[0] in BELOW for each in _chain(error))
+
+
+@contextmanager
+def _explained(failed: str, repository: str, revision: str | None, writing: bool = False) -> Iterator[None]:
+    """Context manager in which what the package raises becomes one error that says what to do."""
+    try:
+        yield
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        raise HubError(f"{failed}: {_reason(error, repository, revision, writing)}") from error
+
+
+def _reason(error: Exception, repository: str, revision: str | None, writing: bool) -> str:
+    """Returns why the hub gave or took nothing, and what to do about it."""
+    from huggingface_hub import constants, errors
+
+    address = f"{constants.ENDPOINT}/{repository}"
+    chain = list(_chain(error))
+
+    def found(*kinds: type[Exception]) -> bool:
+        return any(isinstance(each, kinds) for each in chain)
+
+    if found(errors.OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and the cache lacks it; unset it, or name a folder"
+    if found(errors.GatedRepoError):
+        return f"it is gated; ask for access at {address}, and {LOGIN} of the account that has it"
+    if found(errors.RevisionNotFoundError):
+        return f"it has no revision {revision or 'main'!r}; {address}/tree/main lists its branches and tags"
+    status = next((each for each in map(_status, chain) if each is not None), None)
+    who = "may not write there" if writing else "may not read it"
+    if found(errors.RepositoryNotFoundError) and status in (401, 404):
+        missing = "the hub has no repository of this name, or it is private"
+        return f"{missing}; check the name {repository!r}, and {LOGIN} of an account that may see it"
+    reasons = {
+        401: f"the hub does not know the token; {LOGIN} with a valid one (https://huggingface.co/settings/tokens)",
+        403: f"the token {who}; {LOGIN} with one that may",
+        429: "the hub had too many requests from here; wait some minutes, and try again",
+    }
+    if status in reasons:
+        return reasons[status]
+    if status is not None and status >= 500:
+        return f"the hub failed (status {status}); try again later"
+    if any("timeout" in type(each).__name__.lower() for each in chain):
+        return (
+            f"{constants.ENDPOINT} does not answer in time; check the network and its proxies, or allow more seconds "
+            "with HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT"
+        )
+    if status is None and _is_of_network(error):
+        return f"{constants.ENDPOINT} cannot be reached; check the network, its proxies and HF_ENDPOINT"
+    return said(error)

@@ -61,6 +61,8 @@ class Native(Format):
             methods=(envelope.method,),
             options={key: value for key, value in envelope.config.items() if key != "method"},
             base=envelope.base or "",
+            base_revision=envelope.base_revision or "",
+            tokens=max((stop for _, stop in envelope.rows.values()), default=0),
             host=envelope.host,
             sites=unique(_place(site) for site in sites),
             trained={each: file.shapes[name] for each, name in names.items() if name in file.shapes},

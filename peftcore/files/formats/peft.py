@@ -101,6 +101,8 @@ def described(name: str, keys: Keys, file: TensorFile, names: Mapping[str, str] 
         kind=kind,
         options={key: value for key, value in keys.data.items() if value not in OFF and key not in NEUTRAL},
         base=keys.take("base_model_name_or_path", str, ""),
+        base_revision=keys.take("revision", str, ""),
+        host=_class_of(keys),
         task=keys.take("task_type", str, ""),
     )
     if problem := trouble(lambda: peft_method(kind, keys.where)):
@@ -118,6 +120,13 @@ def described(name: str, keys: Keys, file: TensorFile, names: Mapping[str, str] 
         trained={path: file.shapes[full] for path, full in rest.items()},
         problem=problem,
     )
+
+
+def _class_of(keys: Keys) -> str:
+    """Returns the class of the base that peft's options name, where they name one."""
+    names = keys.table("auto_mapping")
+    found = [names.get("parent_library"), names.get("base_model_class")]
+    return ".".join(map(str, found)) if all(isinstance(each, str) for each in found) else ""
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from peftcore.errors import ExportError
 from peftcore.files.added_rows import added_rows
-from peftcore.files.envelope import base_name
+from peftcore.files.envelope import base_name, base_revision
 from peftcore.files.formats.peft_method import PeftMethod, peft_methods
 from peftcore.files.formats.peft_names import WRAPPER
 from peftcore.files.formats.places import Place, places_of
@@ -165,10 +165,12 @@ def whole(injection: Injection, kind: str, options: Mapping[str, Any]) -> dict[s
 
 def with_class(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Returns the options with the class of the base, by which peft's ``AutoPeftModel`` opens it where they name no
-    task."""
+    task, and the commit from which it was loaded."""
     cls = plain_class(model)
     named = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
-    return {**options, "auto_mapping": None if options["task_type"] else named}
+    commit = base_revision(model)
+    beside = {"revision": commit} if commit else {}
+    return {**options, "auto_mapping": None if options["task_type"] else named, **beside}
 
 
 def text_of(options: Mapping[str, Any]) -> str:

@@ -1,0 +1,77 @@
+"""The classes of transformers by which a base may be built, and the tasks that they are for.
+
+The list is closed: a name in a file is looked up in what these classes list, and nothing is imported because a file
+names it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from peftcore.layers.layer import plain_class
+
+AUTO_CLASSES: dict[str, tuple[str, str]] = {
+    "AutoModelForCausalLM": ("MODEL_FOR_CAUSAL_LM_MAPPING", "text-generation"),
+    "AutoModelForSeq2SeqLM": ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING", ""),  # translation, summaries and more
+    "AutoModelForSequenceClassification": ("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING", "text-classification"),
+    "AutoModelForTokenClassification": ("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING", "token-classification"),
+    "AutoModelForQuestionAnswering": ("MODEL_FOR_QUESTION_ANSWERING_MAPPING", "question-answering"),
+    "AutoModelForMultipleChoice": ("MODEL_FOR_MULTIPLE_CHOICE_MAPPING", ""),
+    "AutoModelForMaskedLM": ("MODEL_FOR_MASKED_LM_MAPPING", "fill-mask"),
+    "AutoModelForImageTextToText": ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING", "image-text-to-text"),
+    "AutoModelForVisualQuestionAnswering": (
+        "MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING",
+        "visual-question-answering",
+    ),
+    "AutoModelForImageClassification": ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING", "image-classification"),
+    "AutoModelForZeroShotImageClassification": (
+        "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING",
+        "zero-shot-image-classification",
+    ),
+    "AutoModelForSemanticSegmentation": ("MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING", "image-segmentation"),
+    "AutoModelForUniversalSegmentation": ("MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING", "image-segmentation"),
+    "AutoModelForObjectDetection": ("MODEL_FOR_OBJECT_DETECTION_MAPPING", "object-detection"),
+    "AutoModelForDepthEstimation": ("MODEL_FOR_DEPTH_ESTIMATION_MAPPING", "depth-estimation"),
+    "AutoModelForVideoClassification": ("MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING", "video-classification"),
+    "AutoModelForMaskedImageModeling": ("MODEL_FOR_MASKED_IMAGE_MODELING_MAPPING", ""),
+    "AutoModelForSpeechSeq2Seq": ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING", "automatic-speech-recognition"),
+    "AutoModelForCTC": ("MODEL_FOR_CTC_MAPPING", "automatic-speech-recognition"),
+    "AutoModelForAudioClassification": ("MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING", "audio-classification"),
+    "AutoModel": ("MODEL_MAPPING", ""),
+    "AutoModelForTextEncoding": ("MODEL_FOR_TEXT_ENCODING_MAPPING", ""),
+    "AutoModelForPreTraining": ("MODEL_FOR_PRETRAINING_MAPPING", ""),
+}
+"""Names of transformers' Auto classes, in the order in which they are asked: where each lists its models, and the hub's
+name for their task, where they have one task alone."""
+TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""The Auto classes of peft's tasks."""
+
+
+def auto_classes(config: Any, name: str) -> Iterator[str]:
+    """Yields the Auto classes that list, for a configuration of transformers, a model class of this name."""
+    transformers = sys.modules["transformers"]
+    for auto, (mapping, _) in AUTO_CLASSES.items():
+        listed = getattr(transformers, mapping, {}).get(type(config), ())
+        if any(each.__name__ == name for each in (listed if isinstance(listed, tuple) else (listed,))):
+            yield auto
+
+
+def task_of(model: nn.Module) -> str:
+    """Returns the hub's name for the task of a model, such as "text-generation"; empty where it has several, or none
+    that is certain."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return ""
+    found = {AUTO_CLASSES[auto][1] for auto in auto_classes(model.config, plain_class(model).__name__)} - {""}
+    return found.pop() if len(found) == 1 else ""

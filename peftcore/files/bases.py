@@ -1,0 +1,254 @@
+"""`load_base` builds the model that an adapter's file names, and loads the adapter onto it.
+
+A file may name weights and a class, and nothing more: the class is one that transformers lists under an Auto class, and
+no code of a repository runs. Weights are fetched only when the caller says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Size, nn
+
+from peftcore.errors import CheckpointError, HostMismatch, said, shown
+from peftcore.files.auto_classes import AUTO_CLASSES, TASKS, auto_classes
+from peftcore.files.formats.card import NAME
+from peftcore.files.formats.description import Description
+from peftcore.files.formats.hub import fetched, located
+from peftcore.files.save_load import describe, load
+
+logger = logging.getLogger("peftcore")
+
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+BASE_FILES = [
+    CONFIG, "generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json"
+]  # fmt: skip
+"""The files that are fetched of a base's repository: its configuration, and its weights as safetensors."""
+REVISION = re.compile(r"\w[\w-]*([./][\w-]+)*", re.ASCII)
+"""Commits, branches and tags that a file may name: no part of one leads out of a folder."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
+OWN = (
+    "adapter_kwargs", "code_revision", "config", "gguf_file", "ignore_mismatched_sizes", "local_files_only",
+    "output_loading_info", "state_dict", "subfolder", "trust_remote_code", "use_safetensors",
+)  # fmt: skip
+"""Arguments of ``from_pretrained`` that are not the caller's."""
+
+
+def load_base(
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    base: str | os.PathLike[str] | None = None,
+    base_revision: str | None = None,
+    fetch: bool = False,
+    name: str | None = None,
+    trainable: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Build the model of transformers that a saved adapter was made on, and load the adapter onto it.
+
+    What a file names is not fetched unless `fetch` says so, and no code of a repository runs. The class is one that an
+    Auto class of transformers lists for the base's configuration; any other is refused. A head that the adapter brings
+    gets its size, and rows that were added to token tables are there.
+
+    Args:
+        path: a folder, a file, or "owner/name" on a model hub, as of `load`. The adapter itself is fetched, since the
+            caller names it.
+        revision: of the adapter's repository, as of `load`.
+        base: a folder or a name on a hub to take in place of what the file names.
+        base_revision: of the base's repository, in place of the commit that the file names.
+        fetch: True fetches the base from the hub where the cache lacks it: its configuration, and its weights as
+            safetensors.
+        name: name of the injection; the method's by default.
+        trainable: False loads the adapter frozen.
+        options: further arguments of transformers' ``from_pretrained``: ``dtype``, ``device_map``,
+            ``quantization_config`` and so on.
+
+    Returns:
+        The model, in evaluation mode; ``peftcore.injections(model)`` has the adapter. A warning says so where the
+        base's commit is not the one that the adapter was made on.
+
+    Raises:
+        CheckpointError: the file names no base, or one that is not here, or no class that an Auto class lists, or is
+            damaged; or the base has no safetensors or brings code; says what to pass.
+        HubError: the hub has nothing of the name, refuses it, or does not answer.
+        HostMismatch: the base is not the one of the adapter, or lacks weights that the adapter does not bring.
+        NewerFormat, UnknownMethod, DuplicateInjection, NoWeights: as of `load`.
+    """
+    if theirs := sorted(options.keys() & set(OWN)):
+        raise CheckpointError(
+            f"{theirs[0]}= is none of load_base's arguments, which runs no code of a repository and reads safetensors "
+            "alone; for anything else build the model yourself, then peftcore.load(model, path)"
+        )
+    place = located(path, revision)
+    about = describe(place)
+    try:
+        import transformers
+    except ImportError:
+        raise CheckpointError("load_base builds models of transformers: pip install 'peftcore[train]'") from None
+    here = Path(path).exists()  # a file from elsewhere names no folders of this machine
+    named = os.fspath(base) if base is not None else about.base
+    if not named:
+        raise CheckpointError(f"{place} names no base; name it: base=, a folder or a name on a hub")
+    told = about.base_revision if base_revision is None else base_revision
+    folder = _folder(named, told or None, fetch, here or base is not None)
+    commit = folder.name if COMMIT.fullmatch(folder.name) and folder.parent.name == "snapshots" else ""
+    if commit and COMMIT.fullmatch(about.base_revision) and commit != about.base_revision:
+        logger.warning(
+            "the adapter in %s was made on commit %s of its base, and this is commit %s of %s: what it computes may "
+            "differ", place, about.base_revision[:12], commit[:12], named,
+        )  # fmt: skip
+    config = _config(transformers, folder, named)
+    auto, cls = _chosen(about, config, named)
+    model = _built(transformers, auto, cls, folder, config, about, options)
+    if commit:
+        model.config._name_or_path = model.name_or_path = named
+        model.config._commit_hash = commit
+    if about.tokens:
+        model.resize_token_embeddings(about.tokens, mean_resizing=False)
+    load(model, place, name=name, trainable=trainable)
+    found: nn.Module = model
+    return found
+
+
+def _folder(named: str, revision: str | None, fetch: bool, local: bool) -> Path:
+    """Returns the folder of a base: one of that name, or that in the cache of the hub, fetched first where that is
+    wanted.
+
+    Args:
+        local: whether a folder may be meant.
+    """
+    if local and Path(named).is_dir():
+        folder = Path(named)
+    elif not NAME.fullmatch(named):
+        where = "is not here" if local else "is no name on a hub, and an adapter from there names no folders here"
+        raise CheckpointError(f"the base {shown(named)} {where}; say where it is: base=, a folder or a name on a hub")
+    elif revision is not None and not REVISION.fullmatch(revision):
+        raise CheckpointError(f"{shown(revision)} is no revision of the base {named}; name one: base_revision=")
+    elif fetch:
+        folder = fetched(named, revision, BASE_FILES, f"the base {named} cannot be fetched from the hub")
+    else:
+        folder = _cached(named, revision)
+    if not (folder / CONFIG).is_file() or (folder / ADAPTER).exists():
+        what = f"has no {CONFIG}" if not (folder / CONFIG).is_file() else f"has an {ADAPTER}: it is an adapter itself"
+        raise CheckpointError(f"the base {named} {what}; name the model: base=, a folder or a name on a hub")
+    return folder
+
+
+def _cached(named: str, revision: str | None) -> Path:
+    """Returns the folder of a base in the cache of the hub.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    at = f" at revision {revision}" if revision else ""
+    pass_it = "fetch=True fetches it from the hub, base= names a folder that has it"
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        raise CheckpointError(f"the base {named} is no folder here: pip install 'peftcore[interop]'") from None
+    file = try_to_load_from_cache(named, CONFIG, revision=revision)
+    if isinstance(file, str):
+        return Path(file).parent
+    other = try_to_load_from_cache(named, CONFIG) if revision else None
+    if isinstance(other, str):
+        pass_it += f", base_revision={Path(other).parent.name!r} takes the one that is there"
+    raise CheckpointError(f"the base {named}{at} is not in the cache of the hub, and nothing is fetched; {pass_it}")
+
+
+def _config(transformers: Any, folder: Path, named: str) -> Any:
+    """Returns the configuration of a base, which asks for no kernels from a hub: these are code."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a library raises about a configuration
+        raise _unbuilt(named, error) from error
+    left = [config]
+    while left:
+        each = left.pop()
+        each._attn_implementation = each._experts_implementation = None
+        below = [getattr(each, key, None) for key in each.sub_configs]
+        left += [inner for inner in below if isinstance(inner, transformers.PreTrainedConfig)]
+    return config
+
+
+def _chosen(about: Description, config: Any, named: str) -> tuple[str, str]:
+    """Returns the Auto class that builds the class on which an adapter was made, and the name of that; the class of
+    peft's task, and no name, where the file has a task alone.
+
+    Raises:
+        CheckpointError: there is none in the closed list.
+    """
+    cls = about.host.rpartition(".")[2]
+    by_hand = "build the model yourself, then peftcore.load(model, path)"
+    if cls:
+        for auto in auto_classes(config, cls):
+            return auto, cls
+        raise CheckpointError(
+            f"the adapter was made on {shown(about.host)}, which no Auto class of transformers lists for {named} "
+            f"({type(config).__name__}); {by_hand}"
+        )
+    if about.task not in TASKS:
+        raise CheckpointError(f"the adapter does not say on which class it was made; {by_hand}")
+    return TASKS[about.task], ""
+
+
+def _built(
+    transformers: Any, auto: str, cls: str, folder: Path, config: Any, about: Description, options: Mapping[str, Any]
+) -> Any:
+    """Returns the base with its weights, and with a head of the size that the adapter brings.
+
+    Raises:
+        HostMismatch: it is of another class, or lacks weights that the adapter does not bring.
+    """
+    assert auto in AUTO_CLASSES
+    kind = getattr(transformers, auto)
+    try:
+        if "num_labels" not in options and (labels := _labels(kind, config, about.trained)) is not None:
+            config.num_labels = labels
+        model, info = kind.from_pretrained(
+            folder,
+            config=config,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=bool(about.trained),
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:
+        raise _unbuilt(str(folder), error) from error
+    if cls and type(model).__name__ != cls:
+        raise HostMismatch(f"the adapter was made on {cls}, and {folder} is a {type(model).__name__}; name it: base=")
+    fresh = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    if lacking := sorted(fresh - about.trained.keys()):
+        raise HostMismatch(
+            f"{folder} has no weights for {', '.join(lacking[:4])}, and the adapter does not bring them: they would be "
+            "random; name the base that has them: base="
+        )
+    return model
+
+
+def _labels(kind: Any, config: Any, trained: Mapping[str, Size]) -> int | None:
+    """Returns how many outputs the head has that an adapter brings, where the configuration says something else."""
+    if not trained:
+        return None
+    with torch.device("meta"):
+        own = dict(kind.from_config(config, trust_remote_code=False).named_parameters())
+    other = {shape[0] for path, shape in trained.items() if path in own and shape and own[path].shape != shape}
+    return other.pop() if len(other) == 1 else None
+
+
+def _unbuilt(where: str, error: Exception) -> CheckpointError:
+    reason = said(error)
+    if "trust_remote_code" in str(error):
+        reason = (
+            "it brings code of its own, which is not run here; if you trust it, build the model yourself, then "
+            "peftcore.load(model, path)"
+        )
+    return CheckpointError(f"the base {where} cannot be built: {reason}")
