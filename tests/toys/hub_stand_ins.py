@@ -107,7 +107,7 @@ MODELS: Mapping[str, Callable[[Path], None]] = {
 
 def named_in(page: str) -> list[str]:
     """The models that a text names."""
-    return [name for name in MODELS if f'"{name}"' in page]
+    return [name for name in MODELS if name in page]
 
 
 def stand_in(cache: Path, name: str) -> None:
