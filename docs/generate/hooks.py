@@ -34,5 +34,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     git host would show it."""
     address: str = page.file.src_uri
     page.meta.setdefault("search", {"boost": boost(address)})
+    if address == "index.md":
+        page.meta["hide"] = ["navigation"]  # it would list the page itself, and takes a fifth of the width
     written = (ROOT / "docs" / address).exists()
     return mended(markdown, f"docs/{address}", address) if written else markdown
