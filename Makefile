@@ -7,7 +7,7 @@
 # make version VERSION=0.2.0    give all nine packages another version
 # make release-check    build the nine packages into dist/ and check them; nothing is uploaded
 # make docs    the documentation, into site/; a broken link or reference fails
-# make docs-check    look at it in headless Chromium, which the machine must have
+# make docs-check    run the notebooks, and look at the site in headless Chromium, which the machine must have
 # make evidence    write into the plugins' packages with whose numbers their tests compare
 # make held-defaults    say which defaults of methods no test holds
 # make histories SEED= MINUTES=    random histories of adapted models, many more than `make test` draws
@@ -96,6 +96,7 @@ docs: $(INSTALLED)
 	$(BIN)/mkdocs build --strict --clean
 
 docs-check: docs
+	$(BIN)/python docs/check/check_notebooks.py
 	$(BIN)/python docs/check/site.py
 
 style: $(INSTALLED)

@@ -13,6 +13,8 @@ from typing import Any
 FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run", "--mute-audio"]
 WAIT = 60.0
 """Seconds in which a page must have loaded."""
+HIGHEST = 16_000
+"""Pixels of a picture; Chromium makes none that is higher than 16,384."""
 
 
 class Page:
@@ -24,7 +26,7 @@ class Page:
 
     def __init__(self, executable: str) -> None:
         self.heard: list[str] = []
-        self._profile = tempfile.TemporaryDirectory()
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # the browser may still write
         to_read, self._out = os.pipe()
         self._in, to_write = os.pipe()
         os.set_inheritable(to_read, True), os.set_inheritable(to_write, True)
@@ -97,8 +99,13 @@ class Page:
         self.ask("Input.insertText", text=text)
 
     def picture(self, file: Path, whole: bool = False) -> None:
-        """What is to be seen; or all of the page."""
-        found = self.ask("Page.captureScreenshot", captureBeyondViewport=whole)
+        """What is to be seen; or the whole page, as much of it as a picture can hold."""
+        parameters: dict[str, Any] = {"captureBeyondViewport": whole}
+        if whole:
+            size = self.ask("Page.getLayoutMetrics")["cssContentSize"]
+            tall = min(size["height"], HIGHEST)
+            parameters["clip"] = {"x": 0, "y": 0, "width": size["width"], "height": tall, "scale": 1}
+        found = self.ask("Page.captureScreenshot", **parameters)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(base64.b64decode(found["data"]))
 

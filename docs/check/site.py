@@ -6,6 +6,7 @@ the methods does not filter, or search does not find. Screenshots are written to
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,18 @@ ROOT = Path(__file__).parents[2]
 SITE = ROOT / "site"
 PICTURES = ROOT / "build/docs-check"
 PHONE, DESK = (390, 844), (1280, 900)
-SEEN = ("index", "start", "concepts", "choose", "methods/index", "methods/lora", "methods/unipelt", "api/peftcore")
+SEEN = (
+    "index",
+    "start",
+    "recipes",
+    "moving-from-peft",
+    "concepts",
+    "choose",
+    "methods/index",
+    "methods/lora",
+    "methods/unipelt",
+    "api/peftcore",
+)
 """Pages of which pictures are taken."""
 WIDTH = "document.scrollingElement.scrollWidth"
 SHOWN = "[...document.querySelectorAll('.methods > li:not([hidden])')].filter(each => each.offsetParent).length"
@@ -80,16 +92,30 @@ def filters(tab: Page) -> Iterator[str]:
         yield "a filtered page does not come back from its address"
 
 
+FOUND = {
+    "Kronecker": "/methods/",
+    "quantized model": "/quantization.html",
+    "LoraConfig": "/moving-from-peft.html",
+    "ComfyUI": "/recipes.html",
+    "serving": "/serving.html",
+    "target modules": "/(start|roles|concepts|moving-from-peft).html",
+    "merge": "/(index|start|several|serving|moving-from-peft|quantization|files).html",
+}
+"""Words, and a pattern of the page that search is to find first: guides, before methods and records."""
+
+
 def search(tab: Page) -> Iterator[str]:
-    """Whether search finds a method by a word of its text."""
+    """Whether search finds first what a reader of these words wants."""
     tab.size(*DESK)
-    tab.open(address("index"))
-    tab.run("document.querySelector('[data-md-component=search-query]').focus()")
-    tab.type("Kronecker")
-    found = tab.run(FIRST_HIT) or ""
+    for words, wanted in FOUND.items():
+        tab.open("about:blank")
+        tab.open(address("index"))
+        tab.run("document.querySelector('[data-md-component=search-query]').focus()")
+        tab.type(words)
+        found = tab.run(FIRST_HIT) or ""
+        if not re.search(wanted, found):
+            yield f"search for {words} finds {found or 'nothing'} first"
     tab.picture(PICTURES / "search.png")
-    if "/methods/" not in found:
-        yield f"search for Kronecker finds {found or 'nothing'}"
 
 
 def pictures(tab: Page) -> None:

@@ -11,15 +11,12 @@ from links import ROOT, copies
 
 SECTIONS = {
     "Use": (
-        *("start", "concepts", "roles", "choose", "training", "quantization", "serving"),
-        *("files", "moving-from-peft", "promises", "performance"),
+        *("start", "recipes", "moving-from-peft", "choose", "training", "quantization", "several", "serving"),
+        *("files", "concepts", "roles", "promises", "performance"),
     ),
-    "Extend": ("write-a-method", "hooks", "upgrade"),
-    "Project": ("overview", "architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"),
+    "Extend": ("write-a-method", "hooks"),
+    "Project": ("upgrade", "checks", "architecture", "CONTRIBUTING", "SECURITY", "CHANGELOG"),
 }
-
-TITLES = {"overview.md": "README"}
-"""Of pages whose own heading says something else."""
 
 
 def nav() -> list[Any]:
@@ -48,8 +45,7 @@ def _methods() -> list[Any]:
 def _pages(section: str) -> list[Any]:
     made = set(copies().values())
     pages = [f"{name}.md" for name in SECTIONS[section]]
-    there = [page for page in pages if page in made or (ROOT / "docs" / page).exists()]
-    return [{TITLES[page]: page} if page in TITLES else page for page in there]
+    return [page for page in pages if page in made or (ROOT / "docs" / page).exists()]
 
 
 def _below(folder: str, pattern: str) -> list[str]:

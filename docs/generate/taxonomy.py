@@ -32,11 +32,6 @@ FLAGS = {"mergeable": "merges", "per_row": "per sample", "needs_data": "needs da
 SHARES = {"0.01": "0.01 %", "0.1": "0.1 %", "1": "1 %", "5": "5 %"}
 
 INTRODUCTION = """
----
-search:
-  boost: 0.5
----
-
 # Methods
 
 The figure of the survey [arXiv 2410.19878](https://arxiv.org/abs/2410.19878), for what is installed here: its

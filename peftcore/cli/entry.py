@@ -6,6 +6,7 @@ import sys
 
 from peftcore.comparing.errors import MissingPackage
 from peftcore.comparing.packages import require
+from peftcore.comparing.quiet import hush_imports
 
 EXTRA = (
     *("typer", "rich", "yaml", "packaging", "psutil", "matplotlib"),
@@ -20,6 +21,7 @@ def main() -> None:
     except MissingPackage as error:
         print(f"Error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    hush_imports()
     from peftcore.cli.commands import app
 
     app(prog_name="peftcore")

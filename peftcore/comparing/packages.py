@@ -8,6 +8,9 @@ from pathlib import Path
 
 from peftcore.comparing.errors import MissingPackage
 
+PACKAGE = "package:"
+"""What stands before the name of an installed package, where a folder may be named."""
+
 
 def package_folder(name: str) -> Path | None:
     """Return the folder of an installed package, which is not imported. A name with a dot is none: to look for that,

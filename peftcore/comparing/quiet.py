@@ -9,6 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+LOUD_IMPORTS = ("bitsandbytes.backends", "diffusers.quantizers", "torch.utils._pytree", "torchao")
+"""Loggers of libraries that report, while they are imported, which of their own parts this machine does not have:
+kernels of other devices and versions, which nobody asked for."""
+
+
+def hush_imports() -> None:
+    """Let the loggers of `LOUD_IMPORTS` log nothing but errors, for the rest of the process.
+
+    The command line says it once, before any library is imported. ``peftcore doctor`` tells which schemes cannot work
+    here, and why.
+    """
+    for name in LOUD_IMPORTS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
 
 @contextmanager
 def unlogged() -> Iterator[None]:

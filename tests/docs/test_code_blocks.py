@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import yaml
 from doc_pages import DOCS, ROOT, Block, blocks, name, of_peftcore
+from hub_stand_ins import named_in, stand_in
 from typer.testing import CliRunner
 
 from peftcore.cli.commands import app
@@ -44,8 +45,18 @@ def module(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleTy
     assert registry().manager.get_plugins() == before, "a page leaves a plugin behind"
 
 
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of the hub, empty at first."""
+    return tmp_path_factory.mktemp("hub")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_blocks_run(page: Path, module: ModuleType) -> None:
+def test_blocks_run(page: Path, module: ModuleType, hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of the hub that a page names are small ones here."""
+    for model in named_in(page.read_text(encoding="utf-8")):
+        stand_in(hub, model)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
     left = []
     for number, block in enumerate(blocks(page), 1):
         if block.language == "python":

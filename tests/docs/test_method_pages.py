@@ -96,8 +96,9 @@ def test_figure_has_every_method_and_what_filters_ask() -> None:
 @pytest.mark.parametrize(
     ("source", "page", "text", "expected"),
     [
-        ("docs/index.md", "index.md", "[C](../CONTRIBUTING.md#style)", "[C](CONTRIBUTING.md#style)"),
-        ("docs/index.md", "index.md", "[p](../examples/third-party-plugin/)", "[p](examples/third-party-plugin.md)"),
+        ("docs/start.md", "start.md", "[C](../CONTRIBUTING.md#style)", "[C](CONTRIBUTING.md#style)"),
+        ("docs/start.md", "start.md", "[p](../examples/third-party-plugin/)", "[p](examples/third-party-plugin.md)"),
+        ("docs/start.md", "start.md", "[home](../README.md#examples)", "[home](index.md#examples)"),
         ("docs/files.md", "files.md", "[code](../peftcore/files/safe_io.py)", "code (`peftcore/files/safe_io.py`)"),
         (
             "docs/decisions/001.md",
@@ -105,7 +106,8 @@ def test_figure_has_every_method_and_what_filters_ask() -> None:
             "[a](../files.md) [b](https://c.d)",
             "[a](../files.md) [b](https://c.d)",
         ),
-        ("README.md", "overview.md", "[d](docs/index.md#examples)", "[d](index.md#examples)"),
+        ("README.md", "index.md", "[d](docs/start.md#install)", "[d](start.md#install)"),
+        ("README.md", "index.md", "![d](docs/assets/a.png)", "![d](assets/a.png)"),
         ("examples/tweets/README.md", "examples/tweets.md", "[t](../../docs/training.md)", "[t](../training.md)"),
         ("docs/a.md", "a.md", "```\n[x](../README.md)\n```", "```\n[x](../README.md)\n```"),
     ],

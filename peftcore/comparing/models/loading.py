@@ -13,11 +13,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from peftcore.comparing.errors import BadInput
-from peftcore.comparing.packages import package_folder
+from peftcore.comparing.packages import PACKAGE, package_folder
 from peftcore.injection.applying import host_map
 from peftcore.layers.layer import is_dense
 
-GGUF, PACKAGE = ".gguf", "package:"
+GGUF = ".gguf"
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 NO_KERNELS = {"attn_implementation": None, "experts_implementation": None}
 """A configuration may ask for kernels from the Hub, which are code; transformers chooses among its own instead."""

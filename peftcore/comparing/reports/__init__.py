@@ -1,6 +1,6 @@
 """Reports of comparisons, for people and for programs.
 
-It may import `numbers` and `runs`; nothing is trained here. In the order of reading:
+It may import `numbers`, `packages` and `runs`; nothing is trained here. In the order of reading:
 
 - `trials`: the results as data.
 - `summary`: in words and in the cells of tables.

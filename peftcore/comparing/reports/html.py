@@ -6,7 +6,6 @@ import base64
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -65,7 +64,7 @@ def own(environment: Environment, name: str) -> Markup:
 
 def heading(report: Report) -> str:
     count = len(report.entries()) + len(report.failed)
-    return f"{counted(count, 'way')} to fine-tune {Path(report.model).name or report.model}"
+    return f"{counted(count, 'way')} to fine-tune {report.model_name}"
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def settle(figure: Figure, right: float = 0, between: float = 0.02) -> None:
 def draw_picture(report: Report, path: Path) -> None:
     """Write a PNG of the metric over trainable parameters."""
     with style():
-        heading = f"{report.task} · {report.data} · {report.model}"
+        heading = f"{report.task} · {report.data_name} · {report.model_name}"
         figure = trade_off(report, PARAMETERS, PICTURE, heading)
         figure.savefig(path, format="png", dpi=160, bbox_inches="tight", pad_inches=0.15)
 

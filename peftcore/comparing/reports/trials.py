@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from peftcore import __version__
+from peftcore.comparing.packages import PACKAGE
 
 LIBRARIES = ("torch", "transformers")
 
@@ -91,6 +93,16 @@ class Report:
     failed: dict[str, str] = field(default_factory=dict)
     """Labels of configurations that could not be run, and why."""
 
+    @property
+    def model_name(self) -> str:
+        """Return the model's name without the way to it: that of its package, of its folder or file, or on the Hub."""
+        return short_name(self.model)
+
+    @property
+    def data_name(self) -> str:
+        """Return the name of the examples without the way to them."""
+        return short_name(self.data)
+
     def entries(self) -> list[Entry]:
         """Return the configurations in the order in which they were given."""
         labels = dict.fromkeys(trial.label for trial in self.trials)
@@ -123,6 +135,13 @@ class Report:
         for entry, trial in zip(document["trials"], self.trials, strict=True):
             entry["share"] = trial.share
         return json.dumps(document, indent=2) + "\n"
+
+
+def short_name(source: str) -> str:
+    """Return what is left for a heading of a path, of a name on the Hub, or of ``package:NAME/FOLDER``."""
+    if source.startswith(PACKAGE):
+        return source.removeprefix(PACKAGE).partition("/")[0]
+    return Path(source).name or source
 
 
 def versions() -> dict[str, str]:
