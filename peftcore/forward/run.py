@@ -29,7 +29,7 @@ from peftcore.forward.context import HERE
 from peftcore.forward.mount import Mount
 from peftcore.forward.plan import ActivationForm, ActivePlan, ModulePlan
 from peftcore.forward.recompute import RecomputedTensors, Unwritten
-from peftcore.forward.routing import OfSomeRows, OneForward, each_its_own, select_rows
+from peftcore.forward.routing import OfSomeRows, OneForward, OwnRows, own_rows, put_together, rows_seen, select_rows
 from peftcore.forward.slot import Edits, Slot
 from peftcore.forward.view import view
 from peftcore.layers.fsdp import MANAGED
@@ -245,22 +245,6 @@ def _around(acting: ActivePlan, call: Callable[..., Any], module: nn.Module) -> 
     return call
 
 
-def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: ActivePlan, bare: OfSomeRows) -> Callable[..., Any]:
-    """Returns the forward for the rows of one name alone: in the activation form where there is one, in evaluation too,
-    where one forward of the base does for all rows."""
-    activation_form, trains = acting.activation_form, _trains(module)
-    if (
-        activation_form is not None
-        and not (acting.low_memory and trains)
-        and activation_form.operator.prefers_activation_form(bare.rows)
-    ):
-        inner = _inner(plain, slot, module, activation_form.bare) if trains else bare
-        call = _act_on_activations(inner, slot, module, activation_form)
-    else:
-        call = _inner(plain, slot, module, acting) if trains or acting.effects else bare
-    return _around(acting, call, module)
-
-
 def _by_rows(
     plain: Forward,
     slot: Slot,
@@ -271,18 +255,81 @@ def _by_rows(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Run each injection of a route and put the outputs together row by row. Injections that only wrap share one base
-    forward. Where several act on the weight, which could be cached for one of them only, each gets its own rows alone.
-    """
-    if planned.apart and len(args) == 1 and not kwargs and len(args[0]) > 1 and not torch.compiler.is_compiling():
-
-        def act(position: int, bare: OfSomeRows) -> Callable[..., Any]:
-            return _alone(plain, slot, module, planned.routed[position], bare)
-
-        return each_its_own(route, *args, inner, act)
-    output = inner(*args, **kwargs)
-    if planned.updates and not torch.is_grad_enabled() and not module.training and len(args[0]) > 1:
+    """Run each injection of a route on its own rows, and put the outputs together row by row. Injections that only wrap
+    share one base forward. Graphs are the same for all assignments of rows: compiled, each runs on all rows."""
+    if not any(acting.effects or acting.onion for acting in planned.routed):
+        return inner(*args, **kwargs)
+    count = None if torch.compiler.is_compiling() else rows_seen(route, args, kwargs)
+    if planned.updates and _adds_up(planned.updates, module, count):
+        output = inner(*args, **kwargs)
         return add_updates(planned.updates, route, output, args[0], is_linear(inner.run))
+    if count is None:
+        return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
+    places = route.groups(count, next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)).device)[0]
+    acting = {position: planned.routed[position] if position >= 0 else None for position in places}
+    if any(each is not None and each.effects for each in acting.values()) and not _runs_on_some_rows(module):
+        return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
+    parts = {}
+    for position, each in acting.items():
+        rows = OwnRows(route, position, count)
+        bare = OfSomeRows(inner, (args, kwargs), rows)
+        call = bare if each is None else _alone(plain, slot, module, each, bare)
+        with own_rows(rows):
+            parts[position] = call(*bare.args, **bare.kwargs)
+    return put_together(parts, route, count)
+
+
+PADDING = 0.02
+"""The share of the base's product that padding lower ranks may cost, where updates of all adapters are one product."""
+
+
+def _adds_up(updates: tuple[tuple[int, Mount], ...], module: nn.Module, count: int | None) -> bool:
+    """Whether all low-rank updates can be added in one product: nothing is dropped, and hardly any rank is padded."""
+    if torch.compiler.is_compiling():
+        return not torch.is_grad_enabled() and not module.training
+    if count is None or any(mount.operator.training and mount.operator.input_dropout for _, mount in updates):
+        return False
+    factors = [each for _, mount in updates if (each := mount.operator.factors()) is not None]
+    ranks = [len(A) for A, _, _ in factors]
+    inputs, outputs = factors[0][0].shape[1], len(factors[0][1])
+    return (max(ranks) - min(ranks)) * (inputs + outputs) <= PADDING * inputs * outputs
+
+
+def _runs_on_some_rows(module: nn.Module) -> bool:
+    """Whether a module can run on some rows of a batch by themselves: it has no modules inside, which would take them
+    for all, and no statistics of batches."""
+    return not module._modules and not module._buffers
+
+
+def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: ActivePlan, bare: OfSomeRows) -> Callable[..., Any]:
+    """Returns the forward for the rows of one name alone: in the activation form where there is one, in evaluation too,
+    where one forward of the base does for all rows."""
+    activation_form, trains = acting.activation_form, _trains(module)
+    if (
+        activation_form is not None
+        and not (acting.low_memory and trains)
+        and len(bare.args) == 1
+        and not bare.kwargs
+        and activation_form.operator.prefers_activation_form(*bare.args)
+    ):
+        call = _act_on_activations(bare, slot, module, activation_form)
+    else:
+        call = _inner(plain, slot, module, replace(acting, attention=())) if acting.effects else bare
+    return _around(acting, call, module)
+
+
+def _on_all_rows(
+    plain: Forward,
+    slot: Slot,
+    module: nn.Module,
+    planned: ModulePlan,
+    route: Route,
+    inner: OneForward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run each injection of a route on all rows, and choose among the outputs row by row."""
+    output = inner(*args, **kwargs)
     for position, acting in enumerate(planned.routed):
         if acting.effects:
             call = _inner(plain, slot, module, replace(acting, attention=()))

@@ -94,9 +94,9 @@ def routing_is_refused_where_rows_mix(case: Case) -> None:
     expected = _separately(case, model, inputs, names)
     state = state_of(model)
     assert state is not None
-    index = torch.tensor([-1 if name is None else ("one", "two").index(name) for name in names])
+    places = tuple([-1 if name is None else ("one", "two").index(name) for name in names])
     try:
-        state.choices.set(replace(state.choice, route=Route(("one", "two"), index)))
+        state.choices.set(replace(state.choice, route=Route(("one", "two"), torch.tensor(places), positions=places)))
         forced = case.run(model, inputs)
     except (RuntimeError, TypeError, NotImplementedError):
         return
