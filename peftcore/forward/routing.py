@@ -116,10 +116,13 @@ class OfSomeRows:
         whole: that forward, of the bare base model.
         given: its arguments, by position and by name.
         pick: returns the rows from arguments and outputs of it.
+        alone: whether the rows run by themselves, since others do that need not run the bare base model.
     """
 
-    def __init__(self, whole: OneForward, given: tuple[tuple[Any, ...], dict[str, Any]], pick: OwnRows) -> None:
-        self._whole, self._given, self._pick = whole, given, pick
+    def __init__(
+        self, whole: OneForward, given: tuple[tuple[Any, ...], dict[str, Any]], pick: OwnRows, alone: bool = False
+    ) -> None:
+        self._whole, self._given, self._pick, self._alone = whole, given, pick, alone
         args, kwargs = given
         self.args = tuple(pick.of(each) for each in args)
         self.kwargs = {name: pick.of(each) for name, each in kwargs.items()}
@@ -130,6 +133,8 @@ class OfSomeRows:
         Raises:
             RouteError: inputs were changed of a module with others inside, which would run more than once.
         """
+        if self._alone:
+            return self._whole.run(*args, **kwargs)
         if _same((self.args, self.kwargs), args, kwargs):
             with all_rows():
                 return self._pick.of(self._whole(*self._given[0], **self._given[1]))

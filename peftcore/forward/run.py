@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peftcore.contract.compositions import composed
-from peftcore.contract.operators import InputOperator
+from peftcore.contract.operators import Factors, InputOperator
 from peftcore.forward.active_adapters import Route
 from peftcore.forward.attention import attributes
 from peftcore.forward.batched_updates import add_updates
@@ -30,7 +30,7 @@ from peftcore.forward.mount import Mount
 from peftcore.forward.plan import ActivationForm, ActivePlan, ModulePlan
 from peftcore.forward.recompute import RecomputedTensors, Unwritten
 from peftcore.forward.routing import OfSomeRows, OneForward, OwnRows, own_rows, put_together, rows_seen, select_rows
-from peftcore.forward.slot import Edits, Slot
+from peftcore.forward.slot import Edits, Slot, slot_of
 from peftcore.forward.view import view
 from peftcore.layers.fsdp import MANAGED
 from peftcore.layers.kernels import runs_plain, saves_elsewhere, transformed
@@ -260,19 +260,21 @@ def _by_rows(
     if not any(acting.effects or acting.onion for acting in planned.routed):
         return inner(*args, **kwargs)
     count = None if torch.compiler.is_compiling() else rows_seen(route, args, kwargs)
-    if planned.updates and _adds_up(planned.updates, module, count):
+    if (updates := _factors(planned.updates, route, module, count)) is not None:
         output = inner(*args, **kwargs)
-        return add_updates(planned.updates, route, output, args[0], is_linear(inner.run))
+        return add_updates(updates, route, output, args[0], not torch.is_grad_enabled() and is_linear(inner.run))
     if count is None:
         return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
     places = route.groups(count, next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)).device)[0]
     acting = {position: planned.routed[position] if position >= 0 else None for position in places}
-    if any(each is not None and each.effects for each in acting.values()) and not _runs_on_some_rows(module):
+    some = _runs_on_some_rows(module)
+    if not some and any(each is not None and each.effects for each in acting.values()):
         return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
+    alone = some and any(each is not None and _wants_rows_alone(each) for each in acting.values())
     parts = {}
     for position, each in acting.items():
         rows = OwnRows(route, position, count)
-        bare = OfSomeRows(inner, (args, kwargs), rows)
+        bare = OfSomeRows(inner, (args, kwargs), rows, alone)
         call = bare if each is None else _alone(plain, slot, module, each, bare)
         with own_rows(rows):
             parts[position] = call(*bare.args, **bare.kwargs)
@@ -283,22 +285,40 @@ PADDING = 0.02
 """The share of the base's product that padding lower ranks may cost, where updates of all adapters are one product."""
 
 
-def _adds_up(updates: tuple[tuple[int, Mount], ...], module: nn.Module, count: int | None) -> bool:
-    """Whether all low-rank updates can be added in one product: nothing is dropped, and hardly any rank is padded."""
-    if torch.compiler.is_compiling():
-        return not torch.is_grad_enabled() and not module.training
-    if count is None or any(mount.operator.training and mount.operator.input_dropout for _, mount in updates):
-        return False
-    factors = [each for _, mount in updates if (each := mount.operator.factors()) is not None]
-    ranks = [len(A) for A, _, _ in factors]
-    inputs, outputs = factors[0][0].shape[1], len(factors[0][1])
-    return (max(ranks) - min(ranks)) * (inputs + outputs) <= PADDING * inputs * outputs
+def _factors(
+    updates: tuple[tuple[int, Mount], ...], route: Route, module: nn.Module, count: int | None
+) -> list[tuple[int, Mount, Factors]] | None:
+    """Returns the factors of all low-rank updates where these can be added in one product: nothing is dropped, factors
+    that train are parameters, whose gradients cost no product more, and hardly any rank is padded; otherwise None."""
+    training, compiling = torch.is_grad_enabled() or module.training, torch.compiler.is_compiling()
+    computed = not all(mount.operator.factors_are_parameters for _, mount in updates)
+    if not updates or (computed and (training or (-1 in route.positions and not compiling))):
+        return None
+    if any(mount.operator.training and mount.operator.input_dropout for _, mount in updates):
+        return None
+    if training if compiling else count is None:
+        return None
+    found = [(position, mount, each) for position, mount in updates if (each := mount.operator.factors()) is not None]
+    if compiling:
+        return found
+    rank_of = {position: len(A) for position, _, (A, _, _) in found}
+    ranks = [rank_of.get(position, 0) for position in route.positions]
+    A, B, _ = found[0][2]
+    padding = sum(max(ranks) - rank for rank in ranks) * (A.shape[1] + len(B))
+    return found if padding <= PADDING * len(ranks) * A.shape[1] * len(B) else None
+
+
+def _wants_rows_alone(acting: ActivePlan) -> bool:
+    """Whether the bare base model's output for the rows of an injection would be made for nothing."""
+    return bool(acting.effects) or any(mount.operator.changes_inputs for mount in acting.onion)
 
 
 def _runs_on_some_rows(module: nn.Module) -> bool:
-    """Whether a module can run on some rows of a batch by themselves: it has no modules inside, which would take them
-    for all, and no statistics of batches."""
-    return not module._modules and not module._buffers
+    """Whether a module can run on some rows of a batch by themselves: nothing acts in it, where they would be taken for
+    all, and it makes no statistics of batches."""
+    inside = [*module.modules()]
+    acts_within = any(slot_of(each) is not None for each in inside[1:])
+    return not acts_within and not (module.training and any(each._buffers for each in inside))
 
 
 def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: ActivePlan, bare: OfSomeRows) -> Callable[..., Any]:
