@@ -53,6 +53,12 @@ class _Base(Checked):
     observes: frozenset[str] = frozenset()
     """The forms of sites at which the operator only looks: it gets the module's inputs as the model gives them, and
     returns its output as it is, with what all others do to it, in routes and compositions too."""
+    factors_are_parameters = False
+    """Whether `factors` gives parameters as they are. In training, updates of many adapters are then one product: of
+    factors that are computed, the gradients would cost products of their own."""
+    changes_inputs = False
+    """Of an operator around a module: whether it gives the module other inputs than it gets. In a route the module then
+    runs for the rows of each injection by themselves, and not once for all."""
     overrides = False
     """Whether the effective tensor is the same whatever tensor it is made of: what acts there before is lost."""
 

@@ -9,6 +9,7 @@ function. Nothing global changes: the model makes its masks for the implementati
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import _Base
 from peftcore.errors import UnsupportedSite
-from peftcore.forward.routing import select_rows
+from peftcore.forward.routing import OwnRows, own_rows, put_together, rows_seen, select_rows
 from peftcore.layers.layer import Layer, Slices, bias_name, take
 
 if TYPE_CHECKING:
@@ -147,6 +148,12 @@ class HostAttention:
         self._keys, self._mask, self._options = key.shape[2], mask, options
         self.weights: Tensor | None = None
 
+    def of(self, rows: OwnRows) -> HostAttention:
+        """Returns the attention of some rows of the batch."""
+        own = copy.copy(self)
+        own._mask, own._options = rows.of(self._mask), rows.of(dict(self._options))
+        return own
+
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         front = key.shape[2] - self._keys
         options = dict(self._options)
@@ -198,6 +205,18 @@ def _run(edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: T
     route = edits.route
     if route is None:
         return _chain(edits.mounts, host)(query, key, value), host.weights
+    count = None if torch.compiler.is_compiling() else rows_seen(route, (query,), {})
+    if count is not None:
+        parts = {}
+        for position in route.groups(count, query.device)[0]:
+            rows = OwnRows(route, position, count)
+            mounts = [mount for mount in edits.mounts if position >= 0 and mount.name == route.names[position]]
+            own = host.of(rows)
+            with own_rows(rows):
+                output = _chain(mounts, own)(*rows.of((query, key, value)))
+            parts[position] = output, own.weights
+        together: tuple[Tensor, Tensor | None] = put_together(parts, route, count)
+        return together
     result = host(query, key, value), host.weights
     for position, name in enumerate(route.names):
         mounts = [mount for mount in edits.mounts if mount.name == name]

@@ -14,20 +14,23 @@ from peftcore.forward.mount import Mount
 from peftcore.layers.layer import put, take
 
 
-def add_updates(updates: Sequence[tuple[int, Mount]], route: Route, y: Tensor, x: Tensor, new: bool = False) -> Tensor:
+def add_updates(
+    updates: Sequence[tuple[int, Mount, Factors]], route: Route, y: Tensor, x: Tensor, new: bool = False
+) -> Tensor:
     """Add low-rank updates of several injections, each to its own rows: two products for all of them.
 
     Args:
-        updates: mounts whose operators are low-rank updates of vectors, with the positions of their injections.
+        updates: mounts whose operators are low-rank updates of vectors, with the positions of their injections and
+            their factors.
         route: which rows are whose.
         y: the module's output without them ``[rows, ..., out]``.
         x: its input ``[rows, ..., in]``.
         new: whether nobody else holds `y`, so that they may be added in place.
     """
     tokens = x.reshape(len(x), -1, x.shape[-1])
-    for slices in dict.fromkeys(mount.slices for _, mount in updates):
-        factors = {position: mount.operator.factors() for position, mount in updates if mount.slices == slices}
-        A, B, scales = _of_rows(factors, route, len(x), y)  # type: ignore[arg-type]
+    for slices in dict.fromkeys(mount.slices for _, mount, _ in updates):
+        factors = {position: each for position, mount, each in updates if mount.slices == slices}
+        A, B, scales = _of_rows(factors, route, len(x), y)
         low = (tokens.to(y.dtype) @ A.mT) * scales.view(-1, 1, 1)
         if new and slices is None and type(y) is Tensor and y.is_contiguous():
             y.view(len(x), -1, y.shape[-1]).baddbmm_(low, B.mT)

@@ -32,6 +32,7 @@ from peftcore.utils.threads import this_thread
 if TYPE_CHECKING:
     from peftcore.forward.active_adapters import Choice, Route
     from peftcore.forward.host_state import HostState
+    from peftcore.forward.routing import OwnRows
 
 _CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
 """The names under which transformers hands its caches on."""
@@ -99,7 +100,7 @@ class ForwardContext:
         kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.state, self.choice = state, choice
-        self.taps: list[tuple[int, Any, bool]] = []
+        self.taps: list[tuple[int, Any, bool, OwnRows | None]] = []
         self.losses: list[Tensor] = []
         self.visits = 0
         self.open, self.calm, self.extra = True, False, False
@@ -109,6 +110,8 @@ class ForwardContext:
         """Whether backward may repeat it; in a reentrant checkpoint its modules run without gradients."""
         self.within: list[Any] = []
         """Of an extra pass: the checkpoints in which it runs, which repeat the pass and what is round it."""
+        self.rows: OwnRows | None = None
+        """The rows of the batch that the operator which runs is given, where it is not given all of them."""
         self.held: dict[int, list[int]] = {}
         """Of the module that runs for several injections one after the other: how many tokens each layer of its caches
         held before, by id of the cache."""
@@ -142,8 +145,9 @@ class ForwardContext:
 
     @property
     def context(self) -> Mapping[str, Any]:
-        """The values given to `peftcore.call(model, ...)`."""
-        return {} if self.choice is None else self.choice.context
+        """The values given to `peftcore.call(model, ...)`; in a route those of the operator's own rows."""
+        told = {} if self.choice is None else self.choice.context
+        return told if self.rows is None or not told else {name: self.rows.told(each) for name, each in told.items()}
 
     def need(self, name: str) -> Any:
         """Returns one entry of the context.
@@ -162,10 +166,12 @@ class ForwardContext:
 
     @property
     def inputs(self) -> Mapping[str, Any]:
-        """The host's arguments by the names of its forward; empty where a part of the host was called by itself."""
+        """The host's arguments by the names of its forward, in a route those of the operator's own rows; empty where a
+        part of the host was called by itself."""
         if self._model is None:
             return {}
-        return bound(self._model, self._args, self._kwargs)
+        inputs = bound(self._model, self._args, self._kwargs)
+        return inputs if self.rows is None else {name: self.rows.of(each) for name, each in inputs.items()}
 
     def add_loss(self, loss: Tensor) -> None:
         """Add a scalar to the loss of the host's output, in training. Repeated forwards add nothing twice.
@@ -308,11 +314,16 @@ class Tap:
 
     def put(self, value: Any) -> None:
         """Leave a value for the rest of this forward."""
-        forward_context().taps.append((self.key, value, self.until_backward))
+        context = forward_context()
+        context.taps.append((self.key, value, self.until_backward, context.rows))
 
     def get(self) -> Any:
         """Returns the value that was left in this forward; None when there is none."""
-        return next((value for key, value, _ in reversed(forward_context().taps) if key == self.key), None)
+        context = forward_context()
+        for key, value, _, rows in reversed(context.taps):
+            if key == self.key:
+                return value if rows is context.rows else _for_rows(value, rows, context.rows)
+        return None
 
     def take(self) -> Any:
         """Returns the value and drops it: a value that one operator alone reads is freed when it was read."""
@@ -322,6 +333,14 @@ class Tap:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, key=next(self._numbers))  # a number of another process may be taken in this one
+
+
+def _for_rows(value: Any, rows: OwnRows | None, wanted: OwnRows | None) -> Any:
+    """Returns what was left by an operator that was given some rows for one that is given others of them."""
+    if rows is not None and wanted is not None and rows.position == wanted.position:
+        return value
+    whole = value if rows is None else rows.spread(value)
+    return whole if wanted is None else wanted.of(whole)
 
 
 class Recorder:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from peftcore.contract.compositions import composed
-from peftcore.contract.operators import InputOperator
+from peftcore.contract.operators import Factors, InputOperator
 from peftcore.forward.active_adapters import Route
 from peftcore.forward.attention import attributes
 from peftcore.forward.batched_updates import add_updates
@@ -29,8 +29,8 @@ from peftcore.forward.context import HERE
 from peftcore.forward.mount import Mount
 from peftcore.forward.plan import ActivationForm, ActivePlan, ModulePlan
 from peftcore.forward.recompute import RecomputedTensors, Unwritten
-from peftcore.forward.routing import OfSomeRows, OneForward, each_its_own, select_rows
-from peftcore.forward.slot import Edits, Slot
+from peftcore.forward.routing import OfSomeRows, OneForward, OwnRows, own_rows, put_together, rows_seen, select_rows
+from peftcore.forward.slot import Edits, Slot, slot_of
 from peftcore.forward.view import view
 from peftcore.layers.fsdp import MANAGED
 from peftcore.layers.kernels import runs_plain, saves_elsewhere, transformed
@@ -245,22 +245,6 @@ def _around(acting: ActivePlan, call: Callable[..., Any], module: nn.Module) -> 
     return call
 
 
-def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: ActivePlan, bare: OfSomeRows) -> Callable[..., Any]:
-    """Returns the forward for the rows of one name alone: in the activation form where there is one, in evaluation too,
-    where one forward of the base does for all rows."""
-    activation_form, trains = acting.activation_form, _trains(module)
-    if (
-        activation_form is not None
-        and not (acting.low_memory and trains)
-        and activation_form.operator.prefers_activation_form(bare.rows)
-    ):
-        inner = _inner(plain, slot, module, activation_form.bare) if trains else bare
-        call = _act_on_activations(inner, slot, module, activation_form)
-    else:
-        call = _inner(plain, slot, module, acting) if trains or acting.effects else bare
-    return _around(acting, call, module)
-
-
 def _by_rows(
     plain: Forward,
     slot: Slot,
@@ -271,18 +255,101 @@ def _by_rows(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Run each injection of a route and put the outputs together row by row. Injections that only wrap share one base
-    forward. Where several act on the weight, which could be cached for one of them only, each gets its own rows alone.
-    """
-    if planned.apart and len(args) == 1 and not kwargs and len(args[0]) > 1 and not torch.compiler.is_compiling():
+    """Run each injection of a route on its own rows, and put the outputs together row by row. Injections that only wrap
+    share one base forward. Graphs are the same for all assignments of rows: compiled, each runs on all rows."""
+    if not any(acting.effects or acting.onion for acting in planned.routed):
+        return inner(*args, **kwargs)
+    count = None if torch.compiler.is_compiling() else rows_seen(route, args, kwargs)
+    if (updates := _factors(planned.updates, route, module, count)) is not None:
+        output = inner(*args, **kwargs)
+        return add_updates(updates, route, output, args[0], not torch.is_grad_enabled() and is_linear(inner.run))
+    if count is None:
+        return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
+    places = route.groups(count, next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)).device)[0]
+    acting = {position: planned.routed[position] if position >= 0 else None for position in places}
+    some = _runs_on_some_rows(module)
+    if not some and any(each is not None and each.effects for each in acting.values()):
+        return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
+    alone = some and any(each is not None and _wants_rows_alone(each) for each in acting.values())
+    parts = {}
+    for position, each in acting.items():
+        rows = OwnRows(route, position, count)
+        bare = OfSomeRows(inner, (args, kwargs), rows, alone)
+        call = bare if each is None else _alone(plain, slot, module, each, bare)
+        with own_rows(rows):
+            parts[position] = call(*bare.args, **bare.kwargs)
+    return put_together(parts, route, count)
 
-        def act(position: int, bare: OfSomeRows) -> Callable[..., Any]:
-            return _alone(plain, slot, module, planned.routed[position], bare)
 
-        return each_its_own(route, *args, inner, act)
+PADDING = 0.02
+"""The share of the base's product that padding lower ranks may cost, where updates of all adapters are one product."""
+
+
+def _factors(
+    updates: tuple[tuple[int, Mount], ...], route: Route, module: nn.Module, count: int | None
+) -> list[tuple[int, Mount, Factors]] | None:
+    """Returns the factors of all low-rank updates where these can be added in one product: nothing is dropped, factors
+    that train are parameters, whose gradients cost no product more, and hardly any rank is padded; otherwise None."""
+    training, compiling = torch.is_grad_enabled() or module.training, torch.compiler.is_compiling()
+    computed = not all(mount.operator.factors_are_parameters for _, mount in updates)
+    if not updates or (computed and (training or (-1 in route.positions and not compiling))):
+        return None
+    if any(mount.operator.training and mount.operator.input_dropout for _, mount in updates):
+        return None
+    if training if compiling else count is None:
+        return None
+    found = [(position, mount, each) for position, mount in updates if (each := mount.operator.factors()) is not None]
+    if compiling:
+        return found
+    rank_of = {position: len(A) for position, _, (A, _, _) in found}
+    ranks = [rank_of.get(position, 0) for position in route.positions]
+    A, B, _ = found[0][2]
+    padding = sum(max(ranks) - rank for rank in ranks) * (A.shape[1] + len(B))
+    return found if padding <= PADDING * len(ranks) * A.shape[1] * len(B) else None
+
+
+def _wants_rows_alone(acting: ActivePlan) -> bool:
+    """Whether the bare base model's output for the rows of an injection would be made for nothing."""
+    return bool(acting.effects) or any(mount.operator.changes_inputs for mount in acting.onion)
+
+
+def _runs_on_some_rows(module: nn.Module) -> bool:
+    """Whether a module can run on some rows of a batch by themselves: nothing acts in it, where they would be taken for
+    all, and it makes no statistics of batches."""
+    inside = [*module.modules()]
+    acts_within = any(slot_of(each) is not None for each in inside[1:])
+    return not acts_within and not (module.training and any(each._buffers for each in inside))
+
+
+def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: ActivePlan, bare: OfSomeRows) -> Callable[..., Any]:
+    """Returns the forward for the rows of one name alone: in the activation form where there is one, in evaluation too,
+    where one forward of the base does for all rows."""
+    activation_form, trains = acting.activation_form, _trains(module)
+    if (
+        activation_form is not None
+        and not (acting.low_memory and trains)
+        and len(bare.args) == 1
+        and not bare.kwargs
+        and activation_form.operator.prefers_activation_form(*bare.args)
+    ):
+        call = _act_on_activations(bare, slot, module, activation_form)
+    else:
+        call = _inner(plain, slot, module, replace(acting, attention=())) if acting.effects else bare
+    return _around(acting, call, module)
+
+
+def _on_all_rows(
+    plain: Forward,
+    slot: Slot,
+    module: nn.Module,
+    planned: ModulePlan,
+    route: Route,
+    inner: OneForward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Run each injection of a route on all rows, and choose among the outputs row by row."""
     output = inner(*args, **kwargs)
-    if planned.updates and not torch.is_grad_enabled() and not module.training and len(args[0]) > 1:
-        return add_updates(planned.updates, route, output, args[0], is_linear(inner.run))
     for position, acting in enumerate(planned.routed):
         if acting.effects:
             call = _inner(plain, slot, module, replace(acting, attention=()))

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
 
 import peftcore
 from peftcore.errors import RouteError
@@ -81,6 +83,70 @@ def routed_rows_equal_separate_passes(case: Case) -> None:
 
 
 @check(
+    "a step with several injections costs what a step of each with its own rows costs, in training and evaluation",
+    cause="an operator works on rows that are not its own: on what it finds in `forward_context()`, or by running its "
+    "module once more",
+    remedy="work on what `forward` is given; what a call told, taps hold and the model was given are those of its rows",
+    when=lambda tags: tags.per_row,
+)
+def each_pays_for_its_own_rows(case: Case) -> None:
+    model, inputs, _ = _two(case)
+    named = _names(inputs)
+    for training in (True, False):
+        names = [name or "one" for name in named] if training else named  # what nothing trains has no backward
+        with _routable(model, names):
+            together = _flops(case, model, inputs, training)
+        apart = 0
+        for name in dict.fromkeys(names):
+            own = torch.tensor([row for row, each in enumerate(names) if each == name])
+            rows = {
+                key: value.index_select(0, own) if isinstance(value, Tensor) and len(value) == len(names) else value
+                for key, value in inputs.items()
+            }
+            with peftcore.activate(model, *([] if name is None else [name])):
+                apart += _flops(case, model, rows, training)
+        how = "training" if training else "evaluation"
+        case.expect(
+            together <= SURPLUS * apart, f"in {how} {together:,} operations, where rows by themselves take {apart:,}"
+        )
+
+
+SURPLUS = 1.03
+"""By how much a step of several injections may cost more than those of each with its own rows."""
+
+
+class _Flops(TorchDispatchMode):
+    """Counts operations of products, as torch counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        self.total += 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _flops(case: Case, model: nn.Module, inputs: Mapping[str, Any], training: bool) -> int:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # what it does nobody counts
+    try:
+        case.quiet(model, inputs)  # what is planned once is no part of a step
+        with _Flops() as counted:
+            if training:
+                loss(case.run(model, inputs)).backward()  # type: ignore[no-untyped-call]
+            else:
+                case.quiet(model, inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    model.zero_grad()
+    total: int = counted.total
+    return total
+
+
+@check(
     "a method that cannot tell rows apart refuses to be routed, and none refuses without need",
     cause="`per_row=False` is declared, but rows route well",
     remedy="take the tag away",
@@ -94,9 +160,9 @@ def routing_is_refused_where_rows_mix(case: Case) -> None:
     expected = _separately(case, model, inputs, names)
     state = state_of(model)
     assert state is not None
-    index = torch.tensor([-1 if name is None else ("one", "two").index(name) for name in names])
+    places = tuple([-1 if name is None else ("one", "two").index(name) for name in names])
     try:
-        state.choices.set(replace(state.choice, route=Route(("one", "two"), index)))
+        state.choices.set(replace(state.choice, route=Route(("one", "two"), torch.tensor(places), positions=places)))
         forced = case.run(model, inputs)
     except (RuntimeError, TypeError, NotImplementedError):
         return

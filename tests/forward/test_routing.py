@@ -14,7 +14,7 @@ import peftcore
 from peftcore import activate, call, route
 from peftcore.errors import RouteError
 from peftcore.forward.active_adapters import Route
-from peftcore.forward.routing import OneForward, each_its_own
+from peftcore.forward.routing import OfSomeRows, OneForward, OwnRows, put_together
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,11 @@ def test_one_forward_of_all_rows_does_for_all_who_do_not_change_what_goes_in() -
 
     places = (1, -1, 0, 1, 2)
     split = Route(("a", "b", "c"), torch.tensor(places), positions=places)
-    output = each_its_own(split, torch.arange(5.0).view(5, 1), OneForward(run, nn.Identity()), act)
+    x, whole, parts = torch.arange(5.0).view(5, 1), OneForward(run, nn.Identity()), {}
+    for position in split.groups(5, x.device)[0]:
+        bare = OfSomeRows(whole, ((x,), {}), OwnRows(split, position, 5))
+        parts[position] = (bare if position < 0 else act(position, bare))(*bare.args)
+    output = put_together(parts, split, 5)
     assert output.flatten().tolist() == [1, 10, 20, 31, 47]
     assert seen == [[0, 1, 2, 3, 4], [4.5]]
 

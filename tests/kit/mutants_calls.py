@@ -22,6 +22,16 @@ class DoublesUnderRoutes(Small):
         return 2 * y - call(x) if choice is not None and choice.route is not None else y
 
 
+class RunsItsModuleTwiceUnderRoutes(Small):
+    """Throws away what the module returns for other inputs, where rows are routed."""
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        choice = forward_context().choice
+        if choice is not None and choice.route is not None:
+            call(x.clone())
+        return super().forward(call, x)
+
+
 class ReadsTheRoute(Small):
     """Needs the values of the route."""
 
@@ -70,6 +80,7 @@ class CountsBeams(Small):
 
 MUTANTS: dict[str, Entry] = {
     "routed_rows_equal_separate_passes": (mutant("doubles_under_routes", DoublesUnderRoutes), "llama"),
+    "each_pays_for_its_own_rows": (mutant("runs_twice_under_routes", RunsItsModuleTwiceUnderRoutes), "llama"),
     "routing_is_refused_where_rows_mix": (mutant("too_modest", tags=replace(TAGS, per_row=False)), "llama"),
     "backward_repeats_the_choice_of_its_forward": (
         mutant("asks_the_host", AsksTheHost, trainable=_with_state),

@@ -51,7 +51,7 @@ class IA3Operator(Operator):
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
-        self.on_input = scales_input(site, config)
+        self.on_input = self.changes_inputs = scales_input(site, config)
         if self.on_input and self.layer.one_hot:
             raise UnsupportedSite(f"{site.path}: inputs of embeddings are not scaled; leave it out of scale_inputs")
         self.gain = nn.Parameter(torch.ones(*site.batch, gain_width(site, config)))

@@ -75,6 +75,7 @@ class LoConOperator(Operator):
         narrow, inputs = ((), site.in_features) if tucker else (kernel, site.in_features * points)
         self.down = _uniform(*site.batch, rank, site.in_features, *narrow, inputs=inputs)
         self.core = _uniform(rank, rank, *kernel, inputs=rank * points) if tucker else None
+        self.factors_are_parameters = not tucker
         self.up = nn.Parameter(torch.zeros(*site.batch, site.out_features, rank))
         if site.layer.one_hot:
             nn.init.zeros_(self.down)

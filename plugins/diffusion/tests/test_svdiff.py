@@ -22,9 +22,11 @@ from peftcore.testing.hosts import HOSTS
 
 UNTIED = "moved to the meta device, the host has lost its ties, and with them the shift that both holders share"
 AT_THE_START = "U, S and V are those of the weight as it was at first: to decompose it in each forward takes too long"
+PATCHES = "the module that embeds patches has the class token, so it runs for all rows once an injection"
 HOSTS_OF_IT = ("mlp", "encoder", "llama", "bert", "t5", "gpt2", "moe", "mistral", "vit", "unet", "dit", "convnet")
 FAILURES = {
     **{f"changes_show_at_once-{host}": AT_THE_START for host in HOSTS_OF_IT},
+    "each_pays_for_its_own_rows-vit": PATCHES,
     "a_host_without_memory_can_be_planned-t5": UNTIED,
     "a_host_without_memory_can_be_planned-gpt2": UNTIED,
 }

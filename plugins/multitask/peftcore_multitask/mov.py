@@ -66,7 +66,7 @@ class MoVOperator(Operator):
             raise UnsupportedSite(f"{site.path} has no input to scale; leave it out of scale_inputs")
         if site.width % site.head:
             raise UnsupportedSite(f"{site.path} makes {site.width} features, which are not heads of {site.head}")
-        self.inputs = site.inputs
+        self.inputs = self.changes_inputs = site.inputs
         self.gain = nn.Parameter(torch.ones(site.width // site.head, config.experts, site.head))
         self.router = nn.Parameter(torch.randn(config.experts, site.head) * 0.02)
 

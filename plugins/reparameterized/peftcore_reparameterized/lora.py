@@ -50,6 +50,8 @@ def scale_of(config: Config) -> float:
 class LoRAOperator(Operator):
     """The update of one target module. Shapes are those of a linear layer; `layer` knows those of the others."""
 
+    factors_are_parameters = True
+
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         self.input_dropout = input_dropout(site, config.dropout)

@@ -70,6 +70,7 @@ class FeatureOperator(Operator):
         if not narrow:
             raise UnsupportedSite(f"{site.path} has {site.width} features; use a reduction of {site.width} at most")
         self.ratio, self.features = config.ratio, config.features
+        self.changes_inputs = config.features == "input"
         self.down = nn.Linear(site.width, narrow, bias=False)
         self.up = nn.Linear(narrow, site.width, bias=False)
 

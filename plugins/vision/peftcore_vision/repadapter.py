@@ -52,6 +52,8 @@ class Config(MethodConfig):
 class RepAdapterOperator(Operator):
     """The adapter in front of one matrix, or of several that read the same."""
 
+    changes_inputs = True
+
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         width, inner, self.groups = site.in_features, config.bottleneck, config.groups
