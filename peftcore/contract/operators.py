@@ -57,8 +57,8 @@ class _Base(Checked):
     """Whether `factors` gives parameters as they are. In training, updates of many adapters are then one product: of
     factors that are computed, the gradients would cost products of their own."""
     changes_inputs = False
-    """Of an operator around a module: whether it gives the module other inputs than it gets. In a route the module then
-    runs for the rows of each injection by themselves, and not once for all."""
+    """Whether it gives the module, around which it stands or in its activation form, other inputs than it gets. In a
+    route the module then runs for the rows of each injection by themselves, and not once for all."""
     overrides = False
     """Whether the effective tensor is the same whatever tensor it is made of: what acts there before is lost."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import RouteError
 from peftcore.forward.active_adapters import Route
-from peftcore.forward.context import HERE, ForwardContext
+from peftcore.forward.context import HERE, ForwardContext, forward_context
 
 
 class OneForward:
@@ -155,10 +155,7 @@ def _same(before: tuple[tuple[Any, ...], dict[str, Any]], args: tuple[Any, ...],
 def own_rows(rows: OwnRows | None) -> Iterator[None]:
     """Context manager in which operators see the rows of one injection alone: in what taps hold, in what a call told
     and in the model's inputs."""
-    context = _running()
-    if context is None:
-        yield
-        return
+    context = forward_context()
     outer, context.rows = context.rows, rows
     try:
         yield

@@ -270,7 +270,7 @@ def _by_rows(
     some = _runs_on_some_rows(module)
     if not some and any(each is not None and each.effects for each in acting.values()):
         return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
-    alone = some and any(each is not None and _wants_rows_alone(each) for each in acting.values())
+    alone = some and any(each is not None and _wants_rows_alone(each, module, args, kwargs) for each in acting.values())
     parts = {}
     for position, each in acting.items():
         rows = OwnRows(route, position, count)
@@ -298,7 +298,11 @@ def _factors(
         return None
     if training if compiling else count is None:
         return None
-    found = [(position, mount, each) for position, mount in updates if (each := mount.operator.factors()) is not None]
+    found = []
+    for position, mount in updates:
+        factors = mount.operator.factors()
+        if factors is not None:
+            found.append((position, mount, factors))
     if compiling:
         return found
     rank_of = {position: len(A) for position, _, (A, _, _) in found}
@@ -308,9 +312,25 @@ def _factors(
     return found if padding <= PADDING * len(ranks) * A.shape[1] * len(B) else None
 
 
-def _wants_rows_alone(acting: ActivePlan) -> bool:
+def _wants_rows_alone(acting: ActivePlan, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether the bare base model's output for the rows of an injection would be made for nothing."""
+    form = acting.activation_form
+    if form is not None and _takes_activation_form(acting, form, module, args, kwargs):
+        return form.operator.changes_inputs
     return bool(acting.effects) or any(mount.operator.changes_inputs for mount in acting.onion)
+
+
+def _takes_activation_form(
+    acting: ActivePlan,
+    activation_form: ActivationForm,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> bool:
+    """Whether an injection of a route that acts on a weight takes its activation form for its rows: in evaluation too,
+    where one forward of the base does for all of them."""
+    alone = len(args) == 1 and not kwargs and not (acting.low_memory and _trains(module))
+    return alone and activation_form.operator.prefers_activation_form(*args)
 
 
 def _runs_on_some_rows(module: nn.Module) -> bool:
@@ -324,15 +344,9 @@ def _runs_on_some_rows(module: nn.Module) -> bool:
 def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: ActivePlan, bare: OfSomeRows) -> Callable[..., Any]:
     """Returns the forward for the rows of one name alone: in the activation form where there is one, in evaluation too,
     where one forward of the base does for all rows."""
-    activation_form, trains = acting.activation_form, _trains(module)
-    if (
-        activation_form is not None
-        and not (acting.low_memory and trains)
-        and len(bare.args) == 1
-        and not bare.kwargs
-        and activation_form.operator.prefers_activation_form(*bare.args)
-    ):
-        call = _act_on_activations(bare, slot, module, activation_form)
+    form = acting.activation_form
+    if form is not None and _takes_activation_form(acting, form, module, bare.args, bare.kwargs):
+        call = _act_on_activations(bare, slot, module, form)
     else:
         call = _inner(plain, slot, module, replace(acting, attention=())) if acting.effects else bare
     return _around(acting, call, module)

@@ -165,7 +165,7 @@ def method(name: str) -> type[Method]:
         where = " and ".join(f"{info.distribution} (write {info.plugin + '/' + short!r})" for info in found)
         raise AmbiguousMethod(f"method {short!r} is in {where}")
     if not found:
-        raise UnknownMethod(_unknown(name, short, [info.name for info in methods(presets=True)]))
+        raise UnknownMethod(_unknown(name, short, [info.name for info in methods()]))
     return _load(found[0])
 
 
@@ -207,7 +207,9 @@ def _load(info: MethodInfo) -> type[Method]:
 
 def _unknown(name: str, short: str, known: list[str]) -> str:
     lines = [f"no method named {name!r}"]
-    close = difflib.get_close_matches(short.lower().replace("-", "_"), sorted(set(known)), n=3)
+    presets = [info.name for info in methods(presets=True) if info.preset is not None]
+    plain = _plain(short)
+    close = difflib.get_close_matches(plain, sorted(set(known)), n=3) or difflib.get_close_matches(plain, presets, n=3)
     if instead := METHODS.get(short.lower()):
         lines.append(instead)
     elif close:

@@ -57,8 +57,9 @@ def test_of_what_acts_on_weights_each_has_its_own_rows_alone(
             routed = model(ids)["logits"]
     torch.testing.assert_close(routed, expected, rtol=1e-5, atol=1e-6)
     assert {name: set(rows) for name, rows in seen.items()} == {oft: {2}, dora: {1 if bare else 2}, hra: {1}}
-    with activate(model):
-        assert not bare or torch.equal(routed[2], model(ids)["logits"][2])
+    if bare:
+        with activate(model):
+            torch.testing.assert_close(routed[2], model(ids)["logits"][2])
 
 
 def rows_seen(injection: peftcore.Injection, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -121,7 +122,7 @@ def test_one_forward_of_all_rows_does_for_all_who_do_not_change_what_goes_in() -
 def test_in_evaluation_the_base_runs_once_for_all_who_do_not_change_what_goes_in(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, injections = adapted("dora", "hra", "lora")
+    model, injections = adapted("dora", "houlsby_adapter", "lora")
     model.eval()
     names = [injections[0].name, injections[1].name, None, injections[2].name]
     ids = token_ids(4)

@@ -59,6 +59,8 @@ class Config(MethodConfig):
 class HRAOperator(WeightOperator):
     """The reflections of one site."""
 
+    changes_inputs = True
+
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         self.gram_schmidt = config.gram_schmidt

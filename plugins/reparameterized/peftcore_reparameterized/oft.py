@@ -60,6 +60,8 @@ class Config(MethodConfig):
 class OFTOperator(WeightOperator):
     """The rotation of one site."""
 
+    changes_inputs = True
+
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         blocks, self.size = _blocks(site, config)
