@@ -158,7 +158,10 @@ def trains(name: str, method: str, **options: Any) -> str:
     model, inputs = build(name)
     with torch.no_grad():
         base = outputs(model, inputs)
-    injection = applied(name, model, method, partial(peftcore.apply, **options))
+    try:
+        injection = applied(name, model, method, partial(peftcore.apply, **options))
+    except UnsupportedSite as error:
+        return str(error)
     if injection is None:
         return ""
     fill(injection)
