@@ -158,10 +158,7 @@ def trains(name: str, method: str, **options: Any) -> str:
     model, inputs = build(name)
     with torch.no_grad():
         base = outputs(model, inputs)
-    try:
-        injection = applied(name, model, method, partial(peftcore.apply, **options))
-    except UnsupportedSite as error:
-        return str(error)
+    injection = applied(name, model, method, partial(peftcore.apply, **options))
     if injection is None:
         return ""
     fill(injection)
@@ -193,7 +190,7 @@ def check(name: str) -> None:
     for method in METHODS:
         try:
             how = trains(name, method)
-        except (InactiveSite, RuntimeError) as error:
+        except (InactiveSite, UnsupportedSite, RuntimeError) as error:
             how = str(error)
         if how:
             wrong[method] = how
