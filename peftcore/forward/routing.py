@@ -71,7 +71,8 @@ class OwnRows:
 
     def __init__(self, route: Route, position: int, count: int) -> None:
         self._route, self.position, self.count = route, position, count
-        self._counts = {count, len(route.index), len(route.index) * route.copies}
+        self._batch = {len(route.index), len(route.index) * route.copies}
+        self._counts = {count, *self._batch}
 
     def index(self, count: int, device: torch.device) -> Tensor:
         """Returns which of `count` rows are its own, in order."""
@@ -83,16 +84,18 @@ class OwnRows:
             if not value.dim() or len(value) not in self._counts:
                 return value
             return value.index_select(0, self.index(len(value), value.device))
+        if type(value) is dict:
+            return {key: self.of(each) for key, each in value.items()}
         if isinstance(value, Mapping):
             return type(value)(**{key: self.of(each) for key, each in value.items()})
-        if isinstance(value, list | tuple):
+        if type(value) in (list, tuple):
             return type(value)(self.of(each) for each in value)
         return value
 
     def told(self, value: Any) -> Any:
         """Returns its entries of a value that a call gives to a method: of a tensor, or of a list with one for each
         row."""
-        if isinstance(value, list | tuple) and len(value) in self._counts - {self.count}:
+        if isinstance(value, list | tuple) and len(value) in self._batch:
             return [value[n] for n in self.index(len(value), torch.device("cpu")).tolist()]
         return self.of(value)
 

@@ -88,6 +88,30 @@ def test_who_asks_what_each_row_of_the_batch_was_told_is_given_all_rows() -> Non
             torch.testing.assert_close(model(ids)["logits"], expected)
 
 
+@pytest.mark.parametrize("told", [["a", "b", "a", "b"], torch.tensor([0, 1, 0, 1]), "b"])
+def test_what_a_call_told_each_row_goes_with_the_rows(told: Any) -> None:
+    """A list, a tensor, or one value for all."""
+    model = host().eval()
+    for number, name in enumerate(("one", "two")):
+        fill(peftcore.apply(model, "polytropon", name=name, target="mlp.down", tasks=["a", "b"], rank=2), number)
+    names: list[str | None] = ["two", "one", None, "two"]
+    ids = token_ids(4)
+    with torch.no_grad(), call(model, task=told):
+        expected = separately(model, ids, names)
+        with route(model, names):
+            torch.testing.assert_close(model(ids)["logits"], expected)
+
+
+def test_rows_are_cut_out_of_containers_and_nothing_else() -> None:
+    rows = OwnRows(Route(("a", "b"), torch.tensor([0, 1, 0]), positions=(0, 1, 0)), 0, 6)
+    batch, flat, other = torch.arange(3), torch.arange(6), torch.arange(5)
+    found = rows.of({0: batch, "x": [flat, (other, None)], "y": "abc"})
+    assert found[0].tolist() == [0, 2] and found["x"][0].tolist() == [0, 1, 4, 5]
+    assert found["x"][1] == (other, None) and found["y"] == "abc"
+    assert rows.told(["p", "q", "r"]) == ["p", "r"] and rows.told("pqr") == "pqr"
+    assert rows.spread(torch.tensor([7, 8])).tolist() == [7, 0, 8]
+
+
 def test_a_route_that_was_tried_in_inference_mode_trains() -> None:
     model, (one, two) = adapted("dora", "oft")
     with route(model, [one.name, two.name]):
