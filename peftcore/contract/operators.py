@@ -59,6 +59,9 @@ class _Base(Checked):
     changes_inputs = False
     """Whether it gives the module, around which it stands or in its activation form, other inputs than it gets. In a
     route the module then runs for the rows of each injection by themselves, and not once for all."""
+    stackable = False
+    """Whether its forward is plain mathematics of its inputs and of its own tensors, which `torch.vmap` runs. In a
+    route, equal operators of several adapters are then one operator with stacked tensors."""
     overrides = False
     """Whether the effective tensor is the same whatever tensor it is made of: what acts there before is lost."""
 
@@ -304,6 +307,7 @@ class Replacement(WeightOperator):
 
     needs_recompute = False
     overrides = True
+    stackable = True
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)

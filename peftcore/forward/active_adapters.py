@@ -3,8 +3,10 @@ is changed in it leaves the rest as it is."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -15,6 +17,7 @@ from peftcore.contract.compositions import Composition
 from peftcore.errors import RouteError
 
 Active = tuple[str, ...]
+Positions = tuple[int, ...]
 Key = tuple[Active, Active | None, Composition | None]
 
 
@@ -30,7 +33,7 @@ class Route:
     """The number of adjacent rows of the batch that may belong to one of these (beams)."""
     positions: tuple[int, ...] = ()
     """`index` as numbers, which are known without asking the device."""
-    _groups: dict[tuple[int, torch.device], tuple[dict[int, Tensor], Tensor]] = field(default_factory=dict, repr=False)
+    _known: dict[Any, Tensor | None] = field(default_factory=dict, repr=False)
 
     def fits(self, batch: int) -> bool:
         """Whether a batch of the host has this many rows."""
@@ -71,21 +74,48 @@ class Route:
             raise RouteError(f"a module got {count} rows, which cannot be told apart by a route of {len(self.index)}")
         return times
 
-    def groups(self, count: int, device: torch.device) -> tuple[dict[int, Tensor], Tensor]:
-        """Returns, for `count` rows, the rows of each position that has any (-1: the bare base model), and where each
-        row lies when these are concatenated. Computed once, so that no token waits for it.
+    @cached_property
+    def present(self) -> Positions:
+        """The positions that have rows, in order; -1 is the bare base model."""
+        return tuple(sorted(set(self.positions)))
+
+    @cached_property
+    def sizes(self) -> Mapping[int, int]:
+        """How many rows of the batch each position has."""
+        return Counter(self.positions)
+
+    def own(self, positions: Positions, count: int, device: torch.device) -> Tensor | None:
+        """Returns which of `count` rows are those of some positions, one position after the other: ``[rows]`` int64;
+        None where these are all rows as they lie.
 
         Raises:
             RouteError: `count` is no multiple of the rows.
         """
-        if (count, device) not in self._groups:
-            each = [position for position in self.positions for _ in range(self._times(count))]
-            rows = {own: [n for n, position in enumerate(each) if position == own] for own in sorted(set(each))}
-            order = sorted(range(count), key=[*chain.from_iterable(rows.values())].__getitem__)
-            with torch.inference_mode(False):  # a later forward may train
-                places = {own: torch.tensor(found, device=device) for own, found in rows.items()}
-                self._groups[count, device] = places, torch.tensor(order, device=device)
-        return self._groups[count, device]
+        if (positions, count, device) not in self._known:
+            rows = [*chain.from_iterable(self._lines(count)[each] for each in positions)]
+            self._know((positions, count, device), None if rows == [*range(count)] else rows, device)
+        return self._known[positions, count, device]
+
+    def order(self, parts: tuple[Positions, ...], count: int, device: torch.device) -> Tensor | None:
+        """Returns where each of `count` rows lies when the rows of all parts are concatenated: ``[count]`` int64; None
+        where each lies in its place."""
+        if (parts, count, device) not in self._known:
+            joined = [*chain.from_iterable(self._lines(count)[each] for part in parts for each in part)]
+            order = sorted(range(count), key=joined.__getitem__)
+            self._know((parts, count, device), None if joined == [*range(count)] else order, device)
+        return self._known[parts, count, device]
+
+    def _lines(self, count: int) -> Mapping[int, list[int]]:
+        each = [position for position in self.positions for _ in range(self._times(count))]
+        found: dict[int, list[int]] = {position: [] for position in self.present}
+        for row, position in enumerate(each):
+            found[position].append(row)
+        return found
+
+    def _know(self, key: Any, rows: list[int] | None, device: torch.device) -> None:
+        """Keep rows on a device, so that no token waits for them."""
+        with torch.inference_mode(False):  # a later forward may train
+            self._known[key] = None if rows is None else torch.tensor(rows, device=device)
 
 
 @dataclass(frozen=True, eq=False)

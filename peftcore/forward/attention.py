@@ -208,14 +208,14 @@ def _run(edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: T
     count = None if torch.compiler.is_compiling() else rows_seen(route, (query,), {})
     if count is not None:
         parts = {}
-        for position in route.groups(count, query.device)[0]:
-            rows = OwnRows(route, position, count)
+        for position in route.present:
+            rows = OwnRows(route, (position,), count)
             mounts = [mount for mount in edits.mounts if position >= 0 and mount.name == route.names[position]]
             own = host.of(rows)
             with own_rows(rows):
                 output = _chain(mounts, own)(*rows.of((query, key, value)))
-            parts[position] = output, own.weights
-        together: tuple[Tensor, Tensor | None] = put_together(parts, route, count)
+            parts[position,] = output, own.weights
+        together: tuple[Tensor, Tensor | None] = put_together(parts, route)
         return together
     result = host(query, key, value), host.weights
     for position, name in enumerate(route.names):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peftcore.contract.operators import Factors
 from peftcore.forward.active_adapters import Route
+from peftcore.forward.alike import stacked
 from peftcore.forward.mount import Mount
 from peftcore.layers.layer import put, take
 
@@ -54,7 +55,7 @@ def _of_rows(factors: Mapping[int, Factors], route: Route, count: int, like: Ten
         times = count // len(route.positions)
         each = [each[n] for n in route.positions for _ in range(times)]
     As, Bs, scales = (list(part) for part in zip(*each, strict=True))
-    A, B, scale = torch.stack(As).to(like.dtype), torch.stack(Bs).to(like.dtype), like.new_tensor(scales)
+    A, B, scale = stacked(As).to(like.dtype), stacked(Bs).to(like.dtype), like.new_tensor(scales)
     return (A, B, scale) if laid else (A[index], B[index], scale[index])
 
 

@@ -337,7 +337,7 @@ class Tap:
 
 def _for_rows(value: Any, rows: OwnRows | None, wanted: OwnRows | None) -> Any:
     """Returns what was left by an operator that was given some rows for one that is given others of them."""
-    if rows is not None and wanted is not None and rows.position == wanted.position:
+    if rows is not None and wanted is not None and rows.positions == wanted.positions:
         return value
     whole = value if rows is None else rows.spread(value)
     return whole if wanted is None else wanted.of(whole)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import RouteError
-from peftcore.forward.active_adapters import Route
+from peftcore.forward.active_adapters import Positions, Route
 from peftcore.forward.context import HERE, ForwardContext, forward_context
 
 
@@ -60,30 +60,32 @@ def _running() -> ForwardContext | None:
 
 
 class OwnRows:
-    """The rows of one injection of a route, while an operator of it runs in a module: what has a row for each row of
-    the batch, or for each that the module sees, has its rows alone.
+    """The rows of one injection of a route, or of several equal ones that run as one, while an operator of theirs runs
+    in a module: what has a row for each row of the batch, or for each that the module sees, has their rows alone.
 
     Args:
         route: the route.
-        position: that of the injection in the route; -1 for the rows of the bare base model.
+        positions: those of the injections in the route, whose rows stand one after the other; -1 for the rows of the
+            bare base model.
         count: how many rows the module sees: a multiple of the route's.
     """
 
-    def __init__(self, route: Route, position: int, count: int) -> None:
-        self._route, self.position, self.count = route, position, count
+    def __init__(self, route: Route, positions: Positions, count: int) -> None:
+        self._route, self.positions, self.count = route, positions, count
         self._batch = {len(route.index), len(route.index) * route.copies}
         self._counts = {count, *self._batch}
 
-    def index(self, count: int, device: torch.device) -> Tensor:
-        """Returns which of `count` rows are its own, in order."""
-        return self._route.groups(count, device)[0][self.position]
+    def index(self, count: int, device: torch.device) -> Tensor | None:
+        """Returns which of `count` rows are its own; None where these are all rows as they lie."""
+        return self._route.own(self.positions, count, device)
 
     def of(self, value: Any) -> Any:
         """Returns its rows of a tensor, or of the tensors in nested containers; all else as it is."""
         if isinstance(value, Tensor):
             if not value.dim() or len(value) not in self._counts:
                 return value
-            return value.index_select(0, self.index(len(value), value.device))
+            index = self.index(len(value), value.device)
+            return value if index is None else value.index_select(0, index)
         if type(value) is dict:
             return {key: self.of(each) for key, each in value.items()}
         if isinstance(value, Mapping):
@@ -96,7 +98,8 @@ class OwnRows:
         """Returns its entries of a value that a call gives to a method: of a tensor, or of a list with one for each
         row."""
         if isinstance(value, list | tuple) and len(value) in self._batch:
-            return [value[n] for n in self.index(len(value), torch.device("cpu")).tolist()]
+            index = self.index(len(value), torch.device("cpu"))
+            return [*value] if index is None else [value[n] for n in index.tolist()]
         return self.of(value)
 
     def spread(self, value: Any) -> Any:
@@ -104,6 +107,8 @@ class OwnRows:
         if isinstance(value, Tensor) and value.dim():
             for count in sorted(self._counts):
                 own = self.index(count, value.device)
+                if own is None:
+                    return value
                 if len(own) == len(value):
                     return value.new_zeros(count, *value.shape[1:]).index_copy(0, own, value)
         if type(value) in (list, tuple):
@@ -130,6 +135,14 @@ class OfSomeRows:
         self.args = tuple(pick.of(each) for each in args)
         self.kwargs = {name: pick.of(each) for name, each in kwargs.items()}
 
+    def changed(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the output for other inputs of its rows.
+
+        Raises:
+            RouteError: of a module with others inside, which would run more than once.
+        """
+        return self._whole.run(*args, **kwargs) if self._alone else self._whole.changed(*args, **kwargs)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns the output for its rows.
 
@@ -141,7 +154,7 @@ class OfSomeRows:
         if _same((self.args, self.kwargs), args, kwargs):
             with all_rows():
                 return self._pick.of(self._whole(*self._given[0], **self._given[1]))
-        return self._whole.changed(*args, **kwargs)
+        return self.changed(*args, **kwargs)
 
 
 def _same(before: tuple[tuple[Any, ...], dict[str, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -180,24 +193,25 @@ def rows_seen(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     return len(first)
 
 
-def put_together(parts: Mapping[int, Any], route: Route, count: int) -> Any:
-    """Returns the outputs for the rows of each position of a route as one output, row by row; containers may be nested.
-    What has no rows is the first one's."""
+def put_together(parts: Mapping[Any, Any], route: Route) -> Any:
+    """Returns the outputs for the rows of some positions of a route each as one output, row by row; containers may be
+    nested. What has no rows is the first one's."""
     first = next(iter(parts.values()))
     if isinstance(first, Tensor):
-        if not first.dim() or len(parts) == 1:
+        if not first.dim():
             return first
-        found = {divmod(len(part), len(route.groups(count, part.device)[0][n])) for n, part in parts.items()}
+        found = {divmod(len(part), sum(route.sizes[each] for each in own)) for own, part in parts.items()}
         times, rest = found.pop()
         if found or rest or not times:
             return first
-        order = route.groups(count * times, first.device)[1]
-        return torch.cat(list(parts.values())).index_select(0, order)
+        order = route.order(tuple(parts), len(route.positions) * times, first.device)
+        whole = torch.cat(list(parts.values())) if len(parts) > 1 else first
+        return whole if order is None else whole.index_select(0, order)
     if isinstance(first, Mapping):
-        of_keys = {key: put_together({n: part[key] for n, part in parts.items()}, route, count) for key in first}
+        of_keys = {key: put_together({n: part[key] for n, part in parts.items()}, route) for key in first}
         return type(first)(**of_keys)
     if isinstance(first, list | tuple):
-        return type(first)(put_together(dict(zip(parts, each, strict=True)), route, count)
+        return type(first)(put_together(dict(zip(parts, each, strict=True)), route)
                            for each in zip(*parts.values(), strict=True))  # fmt: skip
     return first
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from peftcore.contract.compositions import composed
 from peftcore.contract.operators import Factors, InputOperator
 from peftcore.forward.active_adapters import Route
+from peftcore.forward.alike import positions_alike, run_alike
 from peftcore.forward.attention import attributes
 from peftcore.forward.batched_updates import add_updates
 from peftcore.forward.context import HERE
@@ -265,20 +266,33 @@ def _by_rows(
         return add_updates(updates, route, output, args[0], not torch.is_grad_enabled() and is_linear(inner.run))
     if count is None:
         return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
-    places = route.groups(count, next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)).device)[0]
-    acting = {position: planned.routed[position] if position >= 0 else None for position in places}
+    acting = {position: planned.routed[position] if position >= 0 else None for position in route.present}
     some = _runs_on_some_rows(module)
     if not some and any(each is not None and each.effects for each in acting.values()):
         return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
     alone = some and any(each is not None and _wants_rows_alone(each, module, args, kwargs) for each in acting.values())
+    groups = (
+        positions_alike(acting, route, module) if _is_one_dense_map(module, args, kwargs) else [(n,) for n in acting]
+    )
+    inside = functools.partial(_inner, plain, slot, module)
     parts = {}
-    for position, each in acting.items():
-        rows = OwnRows(route, position, count)
+    for group in groups:
+        rows = OwnRows(route, group, count)
         bare = OfSomeRows(inner, (args, kwargs), rows, alone)
-        call = bare if each is None else _alone(plain, slot, module, each, bare)
+        first = acting[group[0]]
         with own_rows(rows):
-            parts[position] = call(*bare.args, **bare.kwargs)
-    return put_together(parts, route, count)
+            if len(group) > 1:
+                parts[group] = run_alike([planned.routed[n] for n in group], module, bare, inside)
+            else:
+                call = bare if first is None else _alone(plain, slot, module, first, bare)
+                parts[group] = call(*bare.args, **bare.kwargs)
+    return put_together(parts, route)
+
+
+def _is_one_dense_map(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a module is called with one tensor, and nothing inside it can tell rows from each other or acts there."""
+    whole = not module._modules and MANAGED not in vars(module) and not transformed()
+    return whole and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
 
 
 PADDING = 0.02
@@ -289,10 +303,10 @@ def _factors(
     updates: tuple[tuple[int, Mount], ...], route: Route, module: nn.Module, count: int | None
 ) -> list[tuple[int, Mount, Factors]] | None:
     """Returns the factors of all low-rank updates where these can be added in one product: nothing is dropped, factors
-    that train are parameters, whose gradients cost no product more, and hardly any rank is padded; otherwise None."""
+    are parameters, whose gradients cost no product more, and hardly any rank is padded; otherwise None. Compiled, in
+    evaluation, all are."""
     training, compiling = torch.is_grad_enabled() or module.training, torch.compiler.is_compiling()
-    computed = not all(mount.operator.factors_are_parameters for _, mount in updates)
-    if not updates or (computed and (training or (-1 in route.positions and not compiling))):
+    if not updates or not (compiling or all(mount.operator.factors_are_parameters for _, mount in updates)):
         return None
     if any(mount.operator.training and mount.operator.input_dropout for _, mount in updates):
         return None

@@ -21,6 +21,8 @@ from peftcore.utils.renamed import renamed
 LayerOf = Callable[[nn.Module, str], Layer]
 MIXES_ROWS = ("experts", "pos")
 """Families of roles whose modules see no rows of the batch: chosen tokens, or positions."""
+CHOOSE_AMONG_TOKENS = (("top_k_index", "top_k_weights"), ("router_indices", "routing_weights"))
+"""The arguments of transformers' experts behind the tokens: which experts each token has, and with which weights."""
 
 
 class _Memory:
@@ -89,6 +91,13 @@ class Site(_Memory):
     def mixes_rows(self) -> bool:
         """Whether rows of the batch cannot be told apart: among the tokens of experts, and at positions."""
         return (self.role or "").partition(".")[0] in MIXES_ROWS or self.role == "embed.pos"
+
+    @property
+    def separable(self) -> bool:
+        """Whether the module can run on some rows of the batch by themselves: it sees rows, or is a stack of experts
+        that gets all tokens in their order, and chooses among them itself."""
+        chooses = len(self.batch) == 1 and self.arguments[1:3] in CHOOSE_AMONG_TOKENS
+        return chooses or not self.mixes_rows
 
     @property
     def arguments(self) -> tuple[str, ...]:

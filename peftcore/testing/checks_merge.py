@@ -339,7 +339,7 @@ def merging_goes_with_the_choice(case: Case) -> None:
         "no injection": lambda: peftcore.activate(model),
         "another injection": lambda: peftcore.activate(model, other.name),
     }
-    if case.tags.per_row and not any(site.mixes_rows for site in injection.sites):
+    if case.tags.per_row and all(site.separable for site in injection.sites):
         choices["a route"] = lambda: peftcore.route(model, [injection.name, *[None] * (rows - 1)])
     if case.tags.per_row and not any(graft.site.form == "attention" for graft in injection.grafts):
         choices["a composition"] = lambda: peftcore.activate(model, peftcore.Sum(injection.name, other.name))

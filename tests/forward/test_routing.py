@@ -103,7 +103,7 @@ def test_what_a_call_told_each_row_goes_with_the_rows(told: Any) -> None:
 
 
 def test_rows_are_cut_out_of_containers_and_nothing_else() -> None:
-    rows = OwnRows(Route(("a", "b"), torch.tensor([0, 1, 0]), positions=(0, 1, 0)), 0, 6)
+    rows = OwnRows(Route(("a", "b"), torch.tensor([0, 1, 0]), positions=(0, 1, 0)), (0,), 6)
     batch, flat, other = torch.arange(3), torch.arange(6), torch.arange(5)
     found = rows.of({0: batch, "x": [flat, (other, None)], "y": "abc"})
     assert found[0].tolist() == [0, 2] and found["x"][0].tolist() == [0, 1, 4, 5]
@@ -135,10 +135,10 @@ def test_one_forward_of_all_rows_does_for_all_who_do_not_change_what_goes_in() -
     places = (1, -1, 0, 1, 2)
     split = Route(("a", "b", "c"), torch.tensor(places), positions=places)
     x, whole, parts = torch.arange(5.0).view(5, 1), OneForward(run, nn.Identity()), {}
-    for position in split.groups(5, x.device)[0]:
-        bare = OfSomeRows(whole, ((x,), {}), OwnRows(split, position, 5))
-        parts[position] = (bare if position < 0 else act(position, bare))(*bare.args)
-    output = put_together(parts, split, 5)
+    for position in split.present:
+        bare = OfSomeRows(whole, ((x,), {}), OwnRows(split, (position,), 5))
+        parts[position,] = (bare if position < 0 else act(position, bare))(*bare.args)
+    output = put_together(parts, split)
     assert output.flatten().tolist() == [1, 10, 20, 31, 47]
     assert seen == [[0, 1, 2, 3, 4], [4.5]]
 

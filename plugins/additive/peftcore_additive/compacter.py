@@ -113,6 +113,8 @@ class KroneckerLinear(nn.Module):
 class CompacterOperator(AtBranchEnd):
     """Adds the adapter to the output of a branch (the first entry, where attention returns a tuple)."""
 
+    stackable = True
+
     def __init__(self, site: Site, config: Config, rule: Shared | None) -> None:
         super().__init__(site)
         if site.out_features % (n := config.phm_dim):

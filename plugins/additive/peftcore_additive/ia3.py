@@ -49,6 +49,8 @@ def gain_width(site: Site, config: Config) -> int:
 class IA3Operator(Operator):
     """Scales inputs or outputs of one module by a vector of gains."""
 
+    stackable = True
+
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         self.on_input = self.changes_inputs = scales_input(site, config)

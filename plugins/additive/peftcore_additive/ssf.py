@@ -43,6 +43,8 @@ def shifts(site: Site) -> bool:
 class SSFOperator(Operator):
     """A scale and a shift for each channel."""
 
+    stackable = True
+
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         shape = (*site.batch, site.out_features)

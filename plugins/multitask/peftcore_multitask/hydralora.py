@@ -48,6 +48,8 @@ class Config(MethodConfig):
 class HydraLoRAOperator(Operator):
     """The shared A, the heads and the gate of one site."""
 
+    stackable = True
+
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         if config.dropout and self.layer.one_hot:

@@ -60,6 +60,8 @@ class RoutedSite(Site):
 class MoVOperator(Operator):
     """The vectors of one site, and their router."""
 
+    stackable = True
+
     def __init__(self, site: RoutedSite, config: Config) -> None:
         super().__init__(site)
         if site.inputs and self.layer.one_hot:

@@ -79,6 +79,8 @@ def check_in_weight_form(operator: nn.Module, probability: float) -> None:
 class LowRankOperator(Operator):
     """Adds the product of two factors: ``y = W x + b + s B A dropout(x)``, with those that `factors` returns."""
 
+    stackable = True
+
     def __init__(self, site: Site, dropout: float = 0.0) -> None:
         super().__init__(site)
         self.input_dropout = input_dropout(site, dropout)

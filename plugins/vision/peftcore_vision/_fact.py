@@ -90,6 +90,8 @@ def shared_factors(surgeon: Surgeon, side: int, rank: int) -> tuple[Shared, Shar
 class FactOperator(Operator):
     """The update of one site, as two factors: the middle one goes with U, and V stands once for each row of slices."""
 
+    stackable = True
+
     def __init__(self, site: FactSite, config: FactConfig, U: Shared, V: Shared) -> None:
         super().__init__(site)
         if config.dropout and site.form == "weight":

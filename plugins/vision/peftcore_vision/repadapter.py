@@ -52,6 +52,8 @@ class Config(MethodConfig):
 class RepAdapterOperator(Operator):
     """The adapter in front of one matrix, or of several that read the same."""
 
+    stackable = True
+
     changes_inputs = True
 
     def __init__(self, site: Site, config: Config) -> None:

@@ -1,0 +1,207 @@
+"""Equal operators of several adapters run as one, by `torch.vmap` over their stacked tensors.
+
+N adapters of one method and one size, each with as many rows, then dispatch hardly more operations than one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.contract.operators import Shared, _Base, tables
+from peftcore.forward.active_adapters import Positions, Route
+from peftcore.forward.mount import Effect, Mount
+from peftcore.forward.plan import ActivePlan
+from peftcore.forward.routing import OfSomeRows
+from peftcore.forward.view import TORCHS
+from peftcore.layers.kinds import DENSE
+from peftcore.layers.layer import plain_class
+
+Inner = Callable[[ActivePlan], Callable[..., Any]]
+"""Returns the module's forward with what a plan has inside it."""
+
+
+def positions_alike(acting: Mapping[int, ActivePlan | None], route: Route, module: nn.Module) -> list[Positions]:
+    """Returns the positions of a route in groups that run as one: those with equal operators and as many rows."""
+    groups: dict[Hashable, list[int]] = {}
+    for position, each in acting.items():
+        looks = None if each is None else _looks_of(each, module)
+        groups.setdefault(position if looks is None else (looks, route.sizes[position]), []).append(position)
+    return [tuple(group) for group in groups.values()]
+
+
+def run_alike(acting: Sequence[ActivePlan], module: nn.Module, bare: OfSomeRows, inner: Inner) -> Tensor:
+    """Run equal operators of several adapters at a module, each on as many rows.
+
+    Args:
+        acting: the plan of each adapter.
+        module: the module, which is called with one tensor.
+        bare: the forward of the bare base model for their rows, those of one adapter after those of another.
+        inner: the forward with effective tensors.
+
+    Returns:
+        The output ``[rows, ...]``, in the order of `bare`.
+    """
+    (x,) = bare.args
+    first = acting[0]
+    alike = [
+        *zip(*([tensor for each in _operators(plan) for tensor in _tensors(each)] for plan in acting), strict=True)
+    ]
+    one_for_all = [all(tensor is table[0] for tensor in table) for table in alike]
+    tensors = [table[0] if one else stacked(table) for one, table in zip(one_for_all, alike, strict=True)]
+    shares = not first.effects and not any(mount.operator.changes_inputs for mount in first.onion)
+    outputs = _by_adapter(bare(x), len(acting)) if shares else None
+
+    def run(own: list[Tensor], x: Tensor, y: Tensor | None) -> Tensor:
+        values = iter(own)
+        plan = _plan_with(first, {id(each): _with(each, values) for each in _operators(first)})
+
+        def base(inputs: Tensor) -> Tensor:
+            output: Tensor = y if y is not None and inputs is x else bare.changed(inputs)
+            return output
+
+        call = inner(plan) if first.effects else base
+        for mount in plan.onion:
+            call = mount.around(call, module)
+        output: Tensor = call(x)
+        return output
+
+    dims = [None if one else 0 for one in one_for_all], 0, None if outputs is None else 0
+    run_all: Callable[..., Tensor] = torch.vmap(run, dims, randomness="different")
+    return run_all(tensors, _by_adapter(x, len(acting)), outputs).flatten(0, 1)
+
+
+def _by_adapter(x: Tensor, count: int) -> Tensor:
+    return x.view(count, -1, *x.shape[1:])
+
+
+def _operators(plan: ActivePlan) -> list[_Base]:
+    """Returns the different operators of a plan, in order."""
+    return [*{id(mount.operator): mount.operator for mount in (*plan.mounts, *plan.onion)}.values()]
+
+
+def _plan_with(plan: ActivePlan, stand_ins: Mapping[int, Any]) -> ActivePlan:
+    """Returns a plan with other operators in place of its own, by `id`."""
+
+    def of(mount: Mount) -> Mount:
+        return replace(mount, operator=stand_ins[id(mount.operator)])
+
+    def effect_of(effect: Effect) -> Effect:
+        before = None if effect.before is None else tuple([of(mount) for mount in effect.before])
+        return replace(effect, mount=of(effect.mount), before=before)
+
+    effects = tuple([(path, tuple([effect_of(each) for each in effects])) for path, effects in plan.effects])
+    return replace(plan, effects=effects, onion=tuple([of(mount) for mount in plan.onion]))
+
+
+def _looks_of(acting: ActivePlan, module: nn.Module) -> Hashable | None:
+    """Returns what is the same for plans that differ in the values of tensors alone; None for one that runs by itself:
+    more acts than stackable operators around a module and on its vectors (an effective matrix for each adapter would
+    take too much memory)."""
+    if acting.activation_form or acting.packed or acting.attributes or acting.attention:
+        return None
+    mounts = (*acting.mounts, *acting.onion)
+    if any(_dims(module, path, effects) > 1 for path, effects in acting.effects):
+        return None
+    looks = tuple(_looks_of_mount(mount) for mount in mounts)
+    return None if None in looks else looks
+
+
+def _dims(module: nn.Module, path: str, effects: tuple[Effect, ...]) -> int:
+    stored = effects[0].mount.layer.read(module, path)
+    return 1 if stored is None else stored.dim()  # a missing one is a bias
+
+
+def _looks_of_mount(mount: Mount) -> Hashable | None:
+    if not mount.operator.stackable or mount.layer.packed:
+        return None
+    looks = _looks_of_module(mount.operator)
+    return None if looks is None else (mount.form, mount.tensor, mount.slices, looks)
+
+
+def _looks_of_module(module: nn.Module) -> Hashable | None:
+    """Returns what is the same for modules that differ in the values of tensors alone; None where there is more to
+    them than tensors, plain values and modules inside."""
+    own = vars(module)
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return None
+    looks: list[Any] = [type(module), own["training"]]
+    for name in [name for name in own if name not in _OWN]:
+        value = own[name]
+        if isinstance(value, Shared):
+            value = _looks_of_module(value.module)
+            if value is None:
+                return None
+        elif not _is_plain(value):
+            return None
+        looks += name, value
+    for table in tables(module):
+        for name, tensor in table.items():
+            if tensor is None:
+                looks.append(name)
+            elif type(tensor) not in DENSE:
+                return None
+            else:
+                looks += name, tensor.shape, tensor.dtype, tensor.device
+    for name, child in own["_modules"].items():
+        inside = None if child is None else _looks_of_module(child)
+        if child is not None and inside is None:
+            return None
+        looks += name, inside
+    return tuple(looks)
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or (type(value) is tuple and all(map(_is_plain, value)))
+
+
+_PLAIN = (int, float, str, type(None), FunctionType)
+_OWN = TORCHS | {"layer"}
+"""Attributes that are not compared: the layer is that of the module, which is one for all."""
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Yields the tensors that an operator computes with, in the order in which `_with` puts others in their place."""
+    yield from (tensor for table in tables(module) for tensor in table.values() if tensor is not None)
+    for child in (*module._modules.values(), *_shared(module).values()):
+        if child is not None:
+            yield from _tensors(child)
+
+
+def _shared(module: nn.Module) -> Mapping[str, nn.Module]:
+    return {name: value.module for name, value in vars(module).items() if isinstance(value, Shared)}
+
+
+def _with(module: nn.Module, values: Iterator[Tensor]) -> Any:
+    """Returns an object that computes as the module does, with the next of other tensors in place of its own."""
+    stand_in: nn.Module = object.__new__(plain_class(module))
+    fields = dict(vars(module))
+    for table in ("_parameters", "_buffers"):
+        fields[table] = {name: None if tensor is None else next(values) for name, tensor in vars(module)[table].items()}
+    fields["_modules"] = {
+        name: None if child is None else _with(child, values) for name, child in module._modules.items()
+    }
+    fields.update({name: Shared(_with(held, values)) for name, held in _shared(module).items()})
+    stand_in.__dict__.update(fields)
+    return stand_in
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns tensors of one shape as one of ``[tensors, ...]``; as `torch.stack`, but its gradient is cut into theirs
+    at once, and not by two operations each."""
+    return _Stack.apply(*tensors)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Stack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        return torch.stack(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0].contiguous().unbind()
