@@ -5,7 +5,7 @@ N adapters of one method and one size, each with as many rows, then dispatch har
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import FunctionType
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftcore.contract.operators import Shared, _Base, tables
 from peftcore.forward.active_adapters import Positions, Route
 from peftcore.forward.mount import Effect, Mount
-from peftcore.forward.plan import ActivePlan
+from peftcore.forward.plan import ActivationForm, ActivePlan
 from peftcore.forward.routing import OfSomeRows
 from peftcore.forward.view import TORCHS
 from peftcore.layers.kinds import DENSE
@@ -26,16 +26,28 @@ Inner = Callable[[ActivePlan], Callable[..., Any]]
 """Returns the module's forward with what a plan has inside it."""
 
 
-def positions_alike(acting: Mapping[int, ActivePlan | None], route: Route, module: nn.Module) -> list[Positions]:
-    """Returns the positions of a route in groups that run as one: those with equal operators and as many rows."""
+Form = Callable[[ActivePlan], ActivationForm | None]
+"""Returns the activation form that a plan takes for the rows at hand; None where it takes none."""
+Prepare = Callable[[ActivationForm], Any]
+"""Returns the prepared values of an activation form: a tensor, a tuple of tensors, or None."""
+
+
+def positions_alike(
+    acting: Mapping[int, ActivePlan | None], route: Route, module: nn.Module, form: Form
+) -> list[Positions]:
+    """Returns the positions of a route in groups that run as one: those with equal operators and as many rows, and all
+    where nothing acts."""
     groups: dict[Hashable, list[int]] = {}
     for position, each in acting.items():
-        looks = None if each is None else _looks_of(each, module)
-        groups.setdefault(position if looks is None else (looks, route.sizes[position]), []).append(position)
+        looks = None if each is None else _looks_of(each, module, form(each))
+        alone = position if looks is None else (looks, route.sizes[position])
+        groups.setdefault("bare" if each is None else alone, []).append(position)
     return [tuple(group) for group in groups.values()]
 
 
-def run_alike(acting: Sequence[ActivePlan], module: nn.Module, bare: OfSomeRows, inner: Inner) -> Tensor:
+def run_alike(
+    acting: Sequence[ActivePlan], module: nn.Module, bare: OfSomeRows, inner: Inner, form: Form, prepare: Prepare
+) -> Tensor:
     """Run equal operators of several adapters at a module, each on as many rows.
 
     Args:
@@ -43,46 +55,68 @@ def run_alike(acting: Sequence[ActivePlan], module: nn.Module, bare: OfSomeRows,
         module: the module, which is called with one tensor.
         bare: the forward of the bare base model for their rows, those of one adapter after those of another.
         inner: the forward with effective tensors.
+        form: the activation form that each takes.
+        prepare: what prepares it; each adapter's by itself, since a weight is read for that.
 
     Returns:
         The output ``[rows, ...]``, in the order of `bare`.
     """
     (x,) = bare.args
-    first = acting[0]
-    alike = [
-        *zip(*([tensor for each in _operators(plan) for tensor in _tensors(each)] for plan in acting), strict=True)
-    ]
-    one_for_all = [all(tensor is table[0] for tensor in table) for table in alike]
-    tensors = [table[0] if one else stacked(table) for one, table in zip(one_for_all, alike, strict=True)]
-    shares = not first.effects and not any(mount.operator.changes_inputs for mount in first.onion)
-    outputs = _by_adapter(bare(x), len(acting)) if shares else None
+    forms = [form(plan) for plan in acting]
+    plans = [plan if each is None else replace(plan, effects=()) for plan, each in zip(acting, forms, strict=True)]
+    first, of_first = plans[0], forms[0]
+    operators = _operators(first, of_first)
+    shares = not first.effects and not any(operator.changes_inputs for operator in operators)
+    ready = [None if each is None else prepare(each) for each in forms]
+    own, own_dims = _stack_all(
+        [tensor for each in _operators(plan, of_plan) for tensor in _tensors(each)]
+        for plan, of_plan in zip(plans, forms, strict=True)
+    )
+    parts, part_dims = _stack_all([*each] if isinstance(each, tuple) else [each] for each in ready)
 
-    def run(own: list[Tensor], x: Tensor, y: Tensor | None) -> Tensor:
+    def run(own: list[Tensor], parts: list[Tensor | None], x: Tensor, y: Tensor | None) -> Tensor:
         values = iter(own)
-        plan = _plan_with(first, {id(each): _with(each, values) for each in _operators(first)})
+        stand_ins = {id(each): _with(each, values) for each in operators}
+        plan = _plan_with(first, stand_ins)
 
         def base(inputs: Tensor) -> Tensor:
             output: Tensor = y if y is not None and inputs is x else bare.changed(inputs)
             return output
 
-        call = inner(plan) if first.effects else base
+        call: Callable[..., Any] = inner(plan) if first.effects else base
+        if of_first is not None:
+            stand_in = stand_ins[id(of_first.operator)]
+            mount = replace(of_first.mount, operator=stand_in)
+            prepared = tuple(parts) if isinstance(ready[0], tuple) else parts[0]
+            call = replace(of_first, mount=mount, operator=stand_in).around(call, prepared)
         for mount in plan.onion:
             call = mount.around(call, module)
         output: Tensor = call(x)
         return output
 
-    dims = [None if one else 0 for one in one_for_all], 0, None if outputs is None else 0
+    outputs = _by_adapter(bare(x), len(acting)) if shares else None
+    dims = own_dims, part_dims, 0, None if outputs is None else 0
     run_all: Callable[..., Tensor] = torch.vmap(run, dims, randomness="different")
-    return run_all(tensors, _by_adapter(x, len(acting)), outputs).flatten(0, 1)
+    return run_all(own, parts, _by_adapter(x, len(acting)), outputs).flatten(0, 1)
+
+
+def _stack_all(tables: Iterable[Sequence[Any]]) -> tuple[list[Any], list[int | None]]:
+    """Returns the values of several adapters as one list, tensors stacked, and the dimension in which each is; what is
+    the same one for all has none."""
+    columns = [*zip(*tables, strict=True)]
+    one_for_all = [all(each is column[0] for each in column) for column in columns]
+    values = [column[0] if one else stacked(column) for one, column in zip(one_for_all, columns, strict=True)]
+    return values, [None if one else 0 for one in one_for_all]
 
 
 def _by_adapter(x: Tensor, count: int) -> Tensor:
     return x.view(count, -1, *x.shape[1:])
 
 
-def _operators(plan: ActivePlan) -> list[_Base]:
+def _operators(plan: ActivePlan, form: ActivationForm | None) -> list[_Base]:
     """Returns the different operators of a plan, in order."""
-    return [*{id(mount.operator): mount.operator for mount in (*plan.mounts, *plan.onion)}.values()]
+    mounts = (*(plan.mounts if form is None else form.mounts), *plan.onion)
+    return [*{id(mount.operator): mount.operator for mount in mounts}.values()]
 
 
 def _plan_with(plan: ActivePlan, stand_ins: Mapping[int, Any]) -> ActivePlan:
@@ -99,17 +133,19 @@ def _plan_with(plan: ActivePlan, stand_ins: Mapping[int, Any]) -> ActivePlan:
     return replace(plan, effects=effects, onion=tuple([of(mount) for mount in plan.onion]))
 
 
-def _looks_of(acting: ActivePlan, module: nn.Module) -> Hashable | None:
+def _looks_of(acting: ActivePlan, module: nn.Module, form: ActivationForm | None) -> Hashable | None:
     """Returns what is the same for plans that differ in the values of tensors alone; None for one that runs by itself:
     more acts than stackable operators around a module and on its vectors (an effective matrix for each adapter would
     take too much memory)."""
-    if acting.activation_form or acting.packed or acting.attributes or acting.attention:
+    effects = () if form is not None else acting.effects
+    if acting.attributes or acting.attention or any(_dims(module, path, each) > 1 for path, each in effects):
         return None
-    mounts = (*acting.mounts, *acting.onion)
-    if any(_dims(module, path, effects) > 1 for path, effects in acting.effects):
+    mounts = (*(acting.mounts if form is None else form.mounts), *acting.onion)
+    runs_again = bool(effects) or any(mount.operator.changes_inputs for mount in mounts)
+    if runs_again and any(mount.layer.packed for mount in mounts):  # its kernels know nothing of vmap
         return None
     looks = tuple(_looks_of_mount(mount) for mount in mounts)
-    return None if None in looks else looks
+    return None if None in looks else (form is None, looks)
 
 
 def _dims(module: nn.Module, path: str, effects: tuple[Effect, ...]) -> int:
@@ -118,9 +154,7 @@ def _dims(module: nn.Module, path: str, effects: tuple[Effect, ...]) -> int:
 
 
 def _looks_of_mount(mount: Mount) -> Hashable | None:
-    if not mount.operator.stackable or mount.layer.packed:
-        return None
-    looks = _looks_of_module(mount.operator)
+    looks = _looks_of_module(mount.operator) if mount.operator.stackable else None
     return None if looks is None else (mount.form, mount.tensor, mount.slices, looks)
 
 

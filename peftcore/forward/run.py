@@ -218,12 +218,16 @@ def _act_on_activations(
 ) -> Callable[..., Any]:
     """Returns `inner` with the activation form of a weight operator. In evaluation, values that no input changes come
     from the cache that is open."""
+    return activation_form.around(inner, _prepared(slot, module, activation_form))
+
+
+def _prepared(slot: Slot, module: nn.Module, activation_form: ActivationForm) -> Any:
     if torch.compiler.is_compiling() or transformed() or MANAGED in vars(module):
-        return activation_form.around(inner, activation_form.prepare(module))
+        return activation_form.prepare(module)
     if _trains(module):
         _forget(slot)
-        return activation_form.around(inner, activation_form.prepare(module))
-    return activation_form.around(inner, slot.prepared(module, activation_form))
+        return activation_form.prepare(module)
+    return slot.prepared(module, activation_form)
 
 
 def _inner(
@@ -266,30 +270,35 @@ def _by_rows(
         return add_updates(updates, route, output, args[0], not torch.is_grad_enabled() and is_linear(inner.run))
     if count is None:
         return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
-    acting = {position: planned.routed[position] if position >= 0 else None for position in route.present}
+    acting = {position: _acting(planned.routed[position]) if position >= 0 else None for position in route.present}
     some = _runs_on_some_rows(module)
     if not some and any(each is not None and each.effects for each in acting.values()):
         return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
     alone = some and any(each is not None and _wants_rows_alone(each, module, args, kwargs) for each in acting.values())
-    groups = (
-        positions_alike(acting, route, module) if _is_one_dense_map(module, args, kwargs) else [(n,) for n in acting]
-    )
-    inside = functools.partial(_inner, plain, slot, module)
+    takes = functools.partial(_form_taken, module, args, kwargs)
+    one = _is_one_map(module, args, kwargs)
+    groups = positions_alike(acting, route, module, takes) if one else [(position,) for position in acting]
+    inside, prepare = functools.partial(_inner, plain, slot, module), functools.partial(_prepared, slot, module)
     parts = {}
     for group in groups:
         rows = OwnRows(route, group, count)
         bare = OfSomeRows(inner, (args, kwargs), rows, alone)
         first = acting[group[0]]
         with own_rows(rows):
-            if len(group) > 1:
-                parts[group] = run_alike([planned.routed[n] for n in group], module, bare, inside)
+            if first is not None and len(group) > 1:
+                parts[group] = run_alike([planned.routed[n] for n in group], module, bare, inside, takes, prepare)
             else:
                 call = bare if first is None else _alone(plain, slot, module, first, bare)
                 parts[group] = call(*bare.args, **bare.kwargs)
     return put_together(parts, route)
 
 
-def _is_one_dense_map(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def _acting(plan: ActivePlan) -> ActivePlan | None:
+    """Returns a plan by which something acts; rows of others are those of the bare base model."""
+    return plan if plan.effects or plan.onion else None
+
+
+def _is_one_map(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a module is called with one tensor, and nothing inside it can tell rows from each other or acts there."""
     whole = not module._modules and MANAGED not in vars(module) and not transformed()
     return whole and len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
@@ -328,23 +337,20 @@ def _factors(
 
 def _wants_rows_alone(acting: ActivePlan, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether the bare base model's output for the rows of an injection would be made for nothing."""
-    form = acting.activation_form
-    if form is not None and _takes_activation_form(acting, form, module, args, kwargs):
+    form = _form_taken(module, args, kwargs, acting)
+    if form is not None:
         return form.operator.changes_inputs
     return bool(acting.effects) or any(mount.operator.changes_inputs for mount in acting.onion)
 
 
-def _takes_activation_form(
-    acting: ActivePlan,
-    activation_form: ActivationForm,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> bool:
-    """Whether an injection of a route that acts on a weight takes its activation form for its rows: in evaluation too,
-    where one forward of the base does for all of them."""
+def _form_taken(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], acting: ActivePlan
+) -> ActivationForm | None:
+    """Returns the activation form that an injection of a route takes for its rows; None where it takes none. It does in
+    evaluation too, where one forward of the base does for all of them."""
+    form = acting.activation_form
     alone = len(args) == 1 and not kwargs and not (acting.low_memory and _trains(module))
-    return alone and activation_form.operator.prefers_activation_form(*args)
+    return form if form is not None and alone and form.operator.prefers_activation_form(*args) else None
 
 
 def _runs_on_some_rows(module: nn.Module) -> bool:
@@ -358,8 +364,8 @@ def _runs_on_some_rows(module: nn.Module) -> bool:
 def _alone(plain: Forward, slot: Slot, module: nn.Module, acting: ActivePlan, bare: OfSomeRows) -> Callable[..., Any]:
     """Returns the forward for the rows of one name alone: in the activation form where there is one, in evaluation too,
     where one forward of the base does for all rows."""
-    form = acting.activation_form
-    if form is not None and _takes_activation_form(acting, form, module, bare.args, bare.kwargs):
+    form = _form_taken(module, bare.args, bare.kwargs, acting)
+    if form is not None:
         call = _act_on_activations(bare, slot, module, form)
     else:
         call = _inner(plain, slot, module, replace(acting, attention=())) if acting.effects else bare

@@ -484,8 +484,8 @@ class Injection(AppliedMethod):
         """Verify that rows of a batch can be told apart at every site.
 
         Raises:
-            RouteError: the method or a site cannot: lists of experts get the tokens that were chosen for them, position tables
-                get no rows.
+            RouteError: the method or a site cannot: lists of experts get the tokens that were chosen for them,
+                position tables get no rows.
         """
         if not self.method.tags.per_row:
             raise RouteError(f"{self.method.name} acts on the whole batch, so it cannot be routed by rows")

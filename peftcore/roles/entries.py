@@ -42,6 +42,7 @@ class HostEntry:
         reader: where the module that holds the weight is known never to be called: the nearest one above that is.
         kind: "container", "linear", "conv", "norm", "table", "experts", "mha", "raw" or "tensor".
         shape: of the weight; (out, in) for a matrix whatever the storage.
+        among_experts: whether it lies in one of a list of experts, which get the tokens that were chosen for them.
     """
 
     path: str
@@ -57,6 +58,7 @@ class HostEntry:
     reader: str | None = None
     kind: str = "container"
     shape: tuple[int, ...] = ()
+    among_experts: bool = False
 
     @property
     def rows(self) -> int:

@@ -119,6 +119,7 @@ def entry_of(node: Node, role: str, tower: str, layer: int | None, layout: Layou
         reader=reader,
         kind=node.kind.value,
         shape=logical_shape(node),
+        among_experts=any(each.lists_experts for each in node.ancestors()),
     )
 
 

@@ -62,13 +62,15 @@ class FeedForwards:
 
     def _assign_listed_experts(self, node: Node) -> None:
         """R11: a list of MLPs beside a matrix with one output for each of them is a mixture of experts (Switch)."""
-        branch, count = node.parent, sum(1 + len(child.twins) for child in node.children)
-        if branch is None or branch.is_block or count < 2 or any(child.role != "mlp" for child in node.children):
+        experts = [child for child in node.children if child.children]  # NLLB has a dropout among them
+        branch, count = node.parent, sum(1 + len(child.twins) for child in experts)
+        if branch is None or branch.is_block or count < 2 or any(child.role != "mlp" for child in experts):
             return
         for matrix in self.survey.matrices.under(branch):
             if matrix.fan_out == count and matrix.role is None:
                 matrix.role = "router"
                 branch.role = branch.role or "mlp"
+                node.lists_experts = True
 
     def _assign_router(self, node: Node, count: int | None) -> None:
         """R11: the router is the matrix beside the experts with one output for each; both make one MLP branch."""

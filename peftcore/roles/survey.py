@@ -74,6 +74,7 @@ class Node:
     context: bool = False
     is_block: bool = False
     block: Node | None = None
+    lists_experts: bool = False
 
     def inside(self, other: Node) -> bool:
         """Whether this node is `other` or lies under it."""

@@ -84,6 +84,7 @@ class Resolver:
         self._see(model, "", set())
         self._order = {path: index for index, path in enumerate(self.modules)}
         self._role_of = {entry.path: entry.role for entry in host.entries}
+        self._among_experts = {entry.path for entry in host.entries if entry.among_experts}
         self._readers = {entry.module: entry.reader for entry in host.entries if entry.reader is not None}
         self._holders: dict[int, list[tuple[str, str]]] | None = None
         self._layers: dict[tuple[Any, ...], list[tuple[Structure, Layer]]] = {}
@@ -237,7 +238,8 @@ class Resolver:
         form = "activation" if output or whole or (layer.called and tensor == "weight") else "weight"
         if role is None:
             role = self._role_of.get(module_path if tensor == "weight" else f"{module_path}.{tensor}")
-        return Site(module, module_path, tensor, layer, role, slices, form, self.layer_of)
+        chosen = module_path in self._among_experts
+        return Site(module, module_path, tensor, layer, role, slices, form, self.layer_of, among_experts=chosen)
 
     def _layer(self, module: nn.Module, tensor: str) -> Layer:
         """Returns how a module stores a tensor; of modules that are built alike, one is examined."""

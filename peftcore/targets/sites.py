@@ -63,6 +63,8 @@ class Site(_Memory):
     form: str = "weight"
     layer_of: LayerOf = dense_layer
     meta: bool = False
+    among_experts: bool = False
+    """Whether the module lies in one of a list of experts, which get the tokens that were chosen for them."""
 
     @property
     def rows(self) -> Slices | None:
@@ -90,7 +92,7 @@ class Site(_Memory):
     @property
     def mixes_rows(self) -> bool:
         """Whether rows of the batch cannot be told apart: among the tokens of experts, and at positions."""
-        return (self.role or "").partition(".")[0] in MIXES_ROWS or self.role == "embed.pos"
+        return self.among_experts or (self.role or "").partition(".")[0] in MIXES_ROWS or self.role == "embed.pos"
 
     @property
     def separable(self) -> bool:

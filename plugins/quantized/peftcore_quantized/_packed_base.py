@@ -126,6 +126,8 @@ class PackedBaseOperator(HeldOperator):
         scale: s.
     """
 
+    stackable = True
+
     A0: Tensor | None
     B0: Tensor | None
 

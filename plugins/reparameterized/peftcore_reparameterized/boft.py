@@ -54,6 +54,8 @@ WIDEST = 64
 class BOFTOperator(WeightOperator):
     """The rotation of one site and the gains of its outputs."""
 
+    stackable = True
+
     changes_inputs = True
 
     def __init__(self, site: Site, config: Config) -> None:

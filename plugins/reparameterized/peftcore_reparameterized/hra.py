@@ -59,6 +59,8 @@ class Config(MethodConfig):
 class HRAOperator(WeightOperator):
     """The reflections of one site."""
 
+    stackable = True
+
     changes_inputs = True
 
     def __init__(self, site: Site, config: Config) -> None:

@@ -60,6 +60,8 @@ class Config(MethodConfig):
 class OFTOperator(WeightOperator):
     """The rotation of one site."""
 
+    stackable = True
+
     changes_inputs = True
 
     def __init__(self, site: Site, config: Config) -> None:
