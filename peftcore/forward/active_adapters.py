@@ -33,7 +33,13 @@ class Route:
     """The number of adjacent rows of the batch that may belong to one of these (beams)."""
     positions: tuple[int, ...] = ()
     """`index` as numbers, which are known without asking the device."""
+    since: tuple[int, ...] | None = None
+    """Of each row the first column of tokens on which its injection acts; those before run the bare base model. None:
+    all."""
+    tokens: int = 0
+    """Of a route of single tokens: how many there are of each row of the batch."""
     _known: dict[Any, Tensor | None] = field(default_factory=dict, repr=False)
+    _routes: dict[Any, Route] = field(default_factory=dict, repr=False)
 
     def fits(self, batch: int) -> bool:
         """Whether a batch of the host has this many rows."""
@@ -66,7 +72,35 @@ class Route:
         with torch.inference_mode(False):  # a later forward may train
             index = torch.where(self.index == gone, -1, self.index - (self.index > gone).to(self.index.dtype))
         positions = tuple(-1 if each == gone else each - (each > gone) for each in self.positions)
-        return Route(left, index, self.copies, positions)
+        return Route(left, index, self.copies, positions, self.since)
+
+    def by_tokens(self, held: int, new: int, batch: int) -> Route:
+        """Returns the route of the single tokens of a forward, row by row; the rows' own where all tokens of each row
+        are alike.
+
+        Args:
+            held: how many columns of tokens the cache holds.
+            new: how many there are in this forward.
+            batch: the rows of the batch, with copies.
+        """
+        assert self.since is not None
+        starts = [min(max(start - held, 0), new) for start in self.since]
+        key = ("tokens", tuple(starts), new, batch)
+        if key not in self._routes:
+            whole = all(start in (0, new) for start in starts)
+            each = [
+                [-1] * start + [position] * (new - start)
+                for position, start in zip(self.positions, starts, strict=True)
+            ]
+            if whole:
+                places = [row[0] for row in each]
+            else:
+                places = [place for row in each for _ in range(batch // len(each)) for place in row]
+            with torch.inference_mode(False):  # a later forward may train
+                index = torch.tensor(places, device=self.index.device)
+            copies, tokens = (self.copies, 0) if whole else (1, new)
+            self._routes[key] = Route(self.names, index, copies, tuple(places), None, tokens)
+        return self._routes[key]
 
     def _times(self, count: int) -> int:
         times, rest = divmod(count, len(self.index))

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from peftcore.forward.routing import OwnRows
 
 _CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
+_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
+"""The tokens of a host by the names of its forward: those that a cache goes on from first."""
 """The names under which transformers hands its caches on."""
 
 
@@ -115,7 +117,19 @@ class ForwardContext:
         self.held: dict[int, list[int]] = {}
         """Of the module that runs for several injections one after the other: how many tokens each layer of its caches
         held before, by id of the cache."""
+        self.columns: tuple[int, int] | None = None
+        """How many columns of tokens the cache held when the forward began, and how many are new; None where nobody
+        asks, or nothing tells."""
         self._model, self._args, self._kwargs = model, args, kwargs or {}
+
+    def count_columns(self) -> None:
+        """Count the columns of tokens, while the cache holds none of the new ones yet."""
+        inputs = self.inputs
+        tokens = next((inputs[name] for name in _TOKENS if isinstance(inputs.get(name), Tensor)), None)
+        cache = next((inputs[name] for name in _CACHES if inputs.get(name) is not None), None)
+        if tokens is not None and tokens.dim() > 1:
+            with suppress(AttributeError, ValueError):  # caches of states count no tokens
+                self.columns = 0 if cache is None else int(cache.get_seq_length()), tokens.shape[1]
 
     def tokens_held(self, cache: Any, depth: int) -> int:
         """Returns how many tokens a layer of a cache of transformers held when the module began at which the operator
@@ -375,6 +389,8 @@ class Recorder:
             silent_layers.check(model)
         if choice.route is not None:
             _check_rows(call, choice.route)
+            if choice.route.since is not None:
+                call.count_columns()
         if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
             self.note(choice)
             HERE.calm, call.calm = call, True

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from peftcore.errors import RouteError
 from peftcore.forward.active_adapters import Positions, Route
@@ -72,11 +73,16 @@ class OwnRows:
 
     def __init__(self, route: Route, positions: Positions, count: int) -> None:
         self._route, self.positions, self.count = route, positions, count
-        self._batch = {len(route.index), len(route.index) * route.copies}
+        self._rows = {len(route.index) // route.tokens} if route.tokens > 1 else set()
+        self._batch = {len(route.index), len(route.index) * route.copies, *self._rows}
         self._counts = {count, *self._batch}
 
     def index(self, count: int, device: torch.device) -> Tensor | None:
         """Returns which of `count` rows are its own; None where these are all rows as they lie."""
+        if count in self._rows:  # of a route of tokens: each token has what its row has
+            own = self._route.own(self.positions, len(self._route.index), device)
+            of_all = torch.arange(len(self._route.index), device=device) if own is None else own
+            return of_all // (len(self._route.index) // count)
         return self._route.own(self.positions, count, device)
 
     def of(self, value: Any) -> Any:
@@ -191,6 +197,44 @@ def rows_seen(route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
     if first is None or len(first) < 2 or len(first) % len(route.index):
         return None
     return len(first)
+
+
+def by_tokens(run: Callable[..., Any], route: Route, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Run a module that acts on each token by itself under a route whose injections begin at some token of each row.
+
+    Args:
+        run: what runs the module, given a route, the module's arguments by position and those by name.
+        route: the route, which has `since`.
+        args: the module's arguments; tensors ``[batch, tokens, ...]`` among them become ``[batch * tokens, ...]``.
+        kwargs: the others.
+
+    Raises:
+        RouteError: nothing says which tokens the module is given.
+    """
+    columns = forward_context().columns
+    first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
+    if columns is None or first is None or torch.compiler.is_compiling():
+        raise RouteError(
+            "a route with `since` counts tokens of input_ids (or inputs_embeds) of the model that was adapted, and "
+            "runs uncompiled: call that model, or route whole rows"
+        )
+    held, new = columns
+    batch = len(first) if first.shape[1:2] == (new,) and route.fits(len(first)) else len(first) // new
+    if not route.fits(batch) or len(first) not in (batch, batch * new):
+        raise RouteError(
+            f"a module is given {tuple(first.shape)}, among which the {new} tokens of {len(route.index)} rows cannot "
+            "be told apart: exclude it from the adapter's target modules, or route whole rows"
+        )
+    tokens = route.by_tokens(held, new, batch)
+    if not tokens.tokens or len(first) == batch * new:
+        return run(tokens, args, dict(kwargs))
+
+    def flat(value: Any) -> Any:
+        is_of_tokens = isinstance(value, Tensor) and value.shape[:2] == (batch, new)
+        return value.flatten(0, 1) if is_of_tokens else value
+
+    output = run(tokens, tuple(map(flat, args)), {name: flat(each) for name, each in kwargs.items()})
+    return tree_map_only(Tensor, lambda each: each.unflatten(0, (batch, new)), output)
 
 
 def put_together(parts: Mapping[Any, Any], route: Route) -> Any:

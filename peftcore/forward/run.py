@@ -30,7 +30,16 @@ from peftcore.forward.context import HERE
 from peftcore.forward.mount import Mount
 from peftcore.forward.plan import ActivationForm, ActivePlan, ModulePlan
 from peftcore.forward.recompute import RecomputedTensors, Unwritten
-from peftcore.forward.routing import OfSomeRows, OneForward, OwnRows, own_rows, put_together, rows_seen, select_rows
+from peftcore.forward.routing import (
+    OfSomeRows,
+    OneForward,
+    OwnRows,
+    by_tokens,
+    own_rows,
+    put_together,
+    rows_seen,
+    select_rows,
+)
 from peftcore.forward.slot import Edits, Slot, slot_of
 from peftcore.forward.view import view
 from peftcore.layers.fsdp import MANAGED
@@ -97,7 +106,11 @@ def _run(
     inner = _inner(plain, slot, module, planned.acting, route)
     if route is not None:
         with _one_module(kwargs):
-            return _by_rows(plain, slot, module, planned, route, OneForward(inner, module), args, kwargs)
+
+            def rows(route: Route, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                return _by_rows(plain, slot, module, planned, route, OneForward(inner, module), args, kwargs)
+
+            return rows(route, args, kwargs) if route.since is None else by_tokens(rows, route, args, kwargs)
     return _around(planned.acting, inner, module)(*args, **kwargs)
 
 
@@ -312,10 +325,14 @@ def _factors(
     updates: tuple[tuple[int, Mount], ...], route: Route, module: nn.Module, count: int | None
 ) -> list[tuple[int, Mount, Factors]] | None:
     """Returns the factors of all low-rank updates where these can be added in one product: nothing is dropped, factors
-    are parameters, whose gradients cost no product more, and hardly any rank is padded; otherwise None. Compiled, in
-    evaluation, all are."""
+    are parameters, whose gradients cost no product more, hardly any rank is padded, and no single tokens are routed,
+    each of which would have factors of its own; otherwise None. Compiled, in evaluation, all are."""
     training, compiling = torch.is_grad_enabled() or module.training, torch.compiler.is_compiling()
-    if not updates or not (compiling or all(mount.operator.factors_are_parameters for _, mount in updates)):
+    if (
+        not updates
+        or route.tokens
+        or not (compiling or all(mount.operator.factors_are_parameters for _, mount in updates))
+    ):
         return None
     if any(mount.operator.training and mount.operator.input_dropout for _, mount in updates):
         return None

@@ -480,8 +480,8 @@ class Injection(AppliedMethod):
         """Read the layers of a module's sites again, after the module was quantized or made dense."""
         self._surgeon.stored_anew(module)
 
-    def check_routable(self) -> None:
-        """Verify that rows of a batch can be told apart at every site.
+    def check_routable(self, by_tokens: bool = False) -> None:
+        """Verify that rows of a batch can be told apart at every site, and with `by_tokens` the tokens of each row.
 
         Raises:
             RouteError: the method or a site cannot: lists of experts get the tokens that were chosen for them,
@@ -492,6 +492,11 @@ class Injection(AppliedMethod):
         for site in self.sites:
             if not site.separable:
                 raise RouteError(f"{self.name!r} acts on {site.path}, where rows of the batch cannot be told apart")
+            if by_tokens and not site.of_tokens:
+                raise RouteError(
+                    f"{self.name!r} acts on {site.path}, which does not act on each token by itself: route it without "
+                    "`since`, on whole rows"
+                )
 
     def check_combinable(self) -> None:
         """Verify that the injection's outputs of modules can be combined with those of others.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import inspect
+import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +51,9 @@ def activate(model: nn.Module, *names: str | Composition) -> Chosen:
     return _now(*_activating(model, names))
 
 
-def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> Chosen:
+def route(
+    model: nn.Module, names: Sequence[str | None], *, copies: int = 1, since: Sequence[int] | None = None
+) -> Chosen:
     """Let a different injection act on each row of the batch.
 
     Best as a context manager, round forward or generate:
@@ -65,14 +68,18 @@ def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> 
         model: the host.
         names: one for each row of the batch; None for the bare base model.
         copies: how many rows stand for one of these where `generate` repeats rows (``num_beams``).
+        since: the first column of tokens of each row on which its injection acts, padding and what a cache holds
+            counted; earlier tokens are those of the bare base model, to the bit, and so is what a cache holds of them.
+            For injections at modules that act on each token by itself.
 
     Raises:
         UnknownInjection: the host has no injection of such a name.
-        RouteError: a named injection cannot tell rows apart in this host, or (in forward) the batch has another length.
+        RouteError: a named injection cannot tell rows apart in this host, or (with `since`) tokens; or (in forward) the
+            batch has another length.
         MergeError: a named injection is merged, so it would act on every row.
         BlockOrderError: at the end of a block, one that was entered later is still open.
     """
-    return _now(*_routing(model, names, copies))
+    return _now(*_routing(model, names, copies, since))
 
 
 def call(model: nn.Module, **context: Any) -> Chosen:
@@ -90,7 +97,11 @@ def call(model: nn.Module, **context: Any) -> Chosen:
 
 
 def using(
-    model: nn.Module, *adapters: str | Composition | Sequence[str | None] | None, copies: int = 1, **context: Any
+    model: nn.Module,
+    *adapters: str | Composition | Sequence[str | None] | None,
+    copies: int = 1,
+    since: Sequence[int] | None = None,
+    **context: Any,
 ) -> Using:
     """Choose for one call, and for nothing but what that call runs: the form that is safe in every thread, task and
     generator.
@@ -104,6 +115,7 @@ def using(
         adapters: names and compositions, as `activate` takes them; one list, as `route` takes it; None for the bare
             base model. Without any, what is active stays, and `context` is given to it.
         copies: see `route`.
+        since: see `route`.
         context: values for methods, as `call` gives them.
 
     Returns:
@@ -123,7 +135,7 @@ def using(
     if adapters == (None,) or (adapters and len(names) == len(adapters)):
         return Using(model, lambda: _activating(model, names), told)
     if len(adapters) == len(rows) == 1:
-        return Using(model, lambda: _routing(model, rows[0], copies), told)
+        return Using(model, lambda: _routing(model, rows[0], copies, since), told)
     raise ConfigError(
         f"{adapters} says not what acts: name adapters and compositions, or give one list with a name for each row, or "
         "None for the bare base model"
@@ -209,18 +221,26 @@ def _activating(model: nn.Module, names: Sequence[str | Composition]) -> tuple[H
     return state, lambda before: replace(choice, context=before.context)
 
 
-def _routing(model: nn.Module, names: Sequence[str | None], copies: int) -> tuple[HostState, Change]:
+def _routing(
+    model: nn.Module, names: Sequence[str | None], copies: int, since: Sequence[int] | None
+) -> tuple[HostState, Change]:
     wanted = [name for name in names if name is not None]
     state = known(model, wanted)
     if not names:
         raise RouteError("a route names one injection (or None) for each row; it got no rows")
+    starts = None if since is None else tuple(operator.index(start) for start in since)
+    if starts is not None and (len(starts) != len(names) or min(starts) < 0):
+        raise RouteError(
+            f"since={since!r} is to have one column for each of the {len(names)} rows: 0, or how many tokens of it run "
+            "the bare base model"
+        )
     used = state.ordered(wanted)
     positions = [-1 if name is None else used.index(name) for name in names]
     device = next((parameter.device for parameter in model.parameters()), None)
-    routed = Route(used, torch.tensor(positions, device=device), copies, tuple(positions))
+    routed = Route(used, torch.tensor(positions, device=device), copies, tuple(positions), starts)
     _check(state, Choice((), routed))
     for name in used:
-        state.injections[name].check_routable()
+        state.injections[name].check_routable(by_tokens=starts is not None)
     return state, lambda before: replace(before, route=routed, composition=None)
 
 

@@ -102,6 +102,14 @@ class Site(_Memory):
         return chooses or not self.mixes_rows
 
     @property
+    def of_tokens(self) -> bool:
+        """Whether the module acts on each token by itself: a linear map of vectors, an embedding of tokens, a norm, or
+        experts that choose among all tokens."""
+        maps = self.layer.called and (self.layer.of_vectors or self.layer.one_hot)
+        known = (self.role or "").partition(".")[0] in ("norm", "embed")
+        return self.separable and self.form not in ("attention", "sequence") and (maps or known or bool(self.batch))
+
+    @property
     def arguments(self) -> tuple[str, ...]:
         """The names of the arguments of the module's forward."""
         return arguments(plain_class(self.module))
