@@ -130,6 +130,8 @@ class Method(ABC):
     """Default targets for hosts that have none of `target`: the first of which a host has any part is taken, and
     `apply` says which in one line; see `MATRICES` and `OUTPUTS`. Without them such a host is a TargetError. A method
     that has them also says which blocks its default targets leave out."""
+    reads_tokens: ClassVar[bool] = False
+    """Whether its operators ask `forward_context().tokens`, which are counted before the forward."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -5,6 +5,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `active_adapters`: which adapters are active, on which rows of a batch.
 - `checkpoints`: which forward a checkpoint repeats inside backward.
 - `own_losses`: the losses that methods add to the model's.
+- `tokens`: the tokens of one forward, and what was decided when they were new.
 - `context`: the context of one forward of the model, which backward may repeat.
 - `scopes`: for whom a choice holds, and until when.
 - `cache`: what is computed from weights, kept while nobody writes to them.

@@ -14,7 +14,7 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from peftcore.errors import AmbiguousBackward, MissingContext, RouteError
 from peftcore.forward.checkpoints import remember, remembered, running
 from peftcore.forward.own_losses import Fate, OwnLosses
+from peftcore.forward.tokens import CACHES, Tokens
 from peftcore.layers.kernels import transformed
 from peftcore.utils.renamed import renamed
 from peftcore.utils.threads import this_thread
@@ -33,11 +34,6 @@ if TYPE_CHECKING:
     from peftcore.forward.active_adapters import Choice, Route
     from peftcore.forward.host_state import HostState
     from peftcore.forward.routing import OwnRows
-
-_CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
-_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
-"""The tokens of a host by the names of its forward: those that a cache goes on from first."""
-"""The names under which transformers hands its caches on."""
 
 
 class _Threads(threading.local):
@@ -117,19 +113,50 @@ class ForwardContext:
         self.held: dict[int, list[int]] = {}
         """Of the module that runs for several injections one after the other: how many tokens each layer of its caches
         held before, by id of the cache."""
-        self.columns: tuple[int, int] | None = None
-        """How many columns of tokens the cache held when the forward began, and how many are new; None where nobody
-        asks, or nothing tells."""
+        self._tokens: Tokens | None = None
         self._model, self._args, self._kwargs = model, args, kwargs or {}
 
-    def count_columns(self) -> None:
-        """Count the columns of tokens, while the cache holds none of the new ones yet."""
-        inputs = self.inputs
-        tokens = next((inputs[name] for name in _TOKENS if isinstance(inputs.get(name), Tensor)), None)
-        cache = next((inputs[name] for name in _CACHES if inputs.get(name) is not None), None)
-        if tokens is not None and tokens.dim() > 1:
-            with suppress(AttributeError, ValueError):  # caches of states count no tokens
-                self.columns = 0 if cache is None else int(cache.get_seq_length()), tokens.shape[1]
+    def count_tokens(self) -> None:
+        """Count the tokens, while the cache holds none of the new ones yet."""
+        self._tokens = Tokens(self.inputs)
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens of the host's forward, of all rows of the batch; for methods with `Method.reads_tokens`, and in a
+        route with `since`.
+
+        Raises:
+            MissingContext: a part of the host was called by itself.
+        """
+        if self._tokens is None or not self._tokens.counted:
+            raise MissingContext(
+                "the tokens are those of input_ids (or inputs_embeds) of the model that was adapted, and of a cache "
+                "that counts tokens: call that model"
+            )
+        return self._tokens
+
+    def tokens_behind(self, sequence: Sequence[int], like: Tensor) -> Tensor | None:
+        """Returns which tokens of a module's input stand at or behind the last occurrence of a sequence of ids in their
+        row, or behind the columns that ``peftcore.call(model, since=...)`` says.
+
+        Args:
+            sequence: the ids; none where only what is told counts.
+            like: the input ``[rows, tokens, ...]`` or ``[rows * tokens, ...]``.
+
+        Returns:
+            ``[rows, tokens]`` or ``[rows * tokens]`` of bool; None for all: there is no sequence, and nothing is told.
+
+        Raises:
+            MissingContext: nothing says where that is; see `Tokens.since`.
+        """
+        told = None if self.choice is None else self.choice.context.get("since")
+        if not sequence and told is None:
+            return None
+        tokens = self.tokens
+        since = tokens.since(sequence, told).to(like.device)
+        behind = torch.arange(tokens.held, tokens.held + tokens.new, device=like.device) >= since.unsqueeze(-1)
+        own = behind if self.rows is None else self.rows.of_tokens(behind)
+        return own if own.shape == like.shape[: own.dim()] else own.flatten()
 
     def tokens_held(self, cache: Any, depth: int) -> int:
         """Returns how many tokens a layer of a cache of transformers held when the module began at which the operator
@@ -149,7 +176,7 @@ class ForwardContext:
         """Context manager for the call of a module that runs for several injections; `given` are its arguments by
         name."""
         outer, self.held = self.held, {}
-        for cache in [given[name] for name in _CACHES if given.get(name) is not None]:
+        for cache in [given[name] for name in CACHES if given.get(name) is not None]:
             with suppress(AttributeError, ValueError):  # caches of states count no tokens
                 self.held[id(cache)] = [int(cache.get_seq_length(depth)) for depth in range(len(cache))]
         try:
@@ -215,7 +242,7 @@ class ForwardContext:
         if state is None or self.choice is None:
             return run(*args, **kwargs)
         choice = self.choice.without(name if isinstance(name, str) else state.name_of(name))
-        kwargs = {key: copy.deepcopy(value) if key in _CACHES else value for key, value in kwargs.items()}
+        kwargs = {key: copy.deepcopy(value) if key in CACHES else value for key, value in kwargs.items()}
         inner = ForwardContext(state, choice, self._model, self._args, self._kwargs)
         inner.extra, inner.calm, inner.taps, inner.frame = True, not repeating(), [*self.taps], sys._getframe()
         inner.within = running() if inner.recorded else []
@@ -389,8 +416,8 @@ class Recorder:
             silent_layers.check(model)
         if choice.route is not None:
             _check_rows(call, choice.route)
-            if choice.route.since is not None:
-                call.count_columns()
+        if state.reads_tokens or (choice.route is not None and choice.route.since is not None):
+            call.count_tokens()
         if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
             self.note(choice)
             HERE.calm, call.calm = call, True

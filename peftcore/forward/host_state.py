@@ -64,6 +64,9 @@ class HostState:
     silent_layers: SilentLayers | None = None
     """Watches that adapted sites run, until the host is compiled."""
 
+    reads_tokens: int = 0
+    """How many injections have methods that ask for the tokens of a forward."""
+
     tokens: int = 0
     """The rows that the host's token tables had when the first adapter came; 0 of a host that names none."""
 
@@ -183,7 +186,7 @@ class HostState:
 
     def forget(self, name: str) -> None:
         """Drop an injection from the state, and from the stacks that this thread or task and everybody has."""
-        del self.injections[name]
+        self.reads_tokens -= self.injections.pop(name).reads_tokens
         self.removals += 1
         self.choices.forget(name)
 

@@ -100,6 +100,13 @@ class OwnRows:
             return type(value)(self.of(each) for each in value)
         return value
 
+    def of_tokens(self, value: Tensor) -> Tensor:
+        """Returns its rows of a tensor ``[batch, tokens]``; of a route of single tokens, its tokens ``[own]``."""
+        if self._route.tokens > 1:
+            value = value.flatten()
+        index = self._route.own(self.positions, len(value), value.device)
+        return value if index is None else value.index_select(0, index)
+
     def told(self, value: Any) -> Any:
         """Returns its entries of a value that a call gives to a method: of a tensor, or of a list with one for each
         row."""
@@ -209,16 +216,14 @@ def by_tokens(run: Callable[..., Any], route: Route, args: tuple[Any, ...], kwar
         kwargs: the others.
 
     Raises:
+        MissingContext: a part of the model was called by itself.
         RouteError: nothing says which tokens the module is given.
     """
-    columns = forward_context().columns
+    counted = forward_context().tokens
     first = next((each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim()), None)
-    if columns is None or first is None or torch.compiler.is_compiling():
-        raise RouteError(
-            "a route with `since` counts tokens of input_ids (or inputs_embeds) of the model that was adapted, and "
-            "runs uncompiled: call that model, or route whole rows"
-        )
-    held, new = columns
+    if first is None or torch.compiler.is_compiling():
+        raise RouteError("a route with `since` runs uncompiled, at modules that are given tokens: route whole rows")
+    held, new = counted.held, counted.new
     batch = len(first) if first.shape[1:2] == (new,) and route.fits(len(first)) else len(first) // new
     if not route.fits(batch) or len(first) not in (batch, batch * new):
         raise RouteError(

@@ -65,6 +65,11 @@ class AppliedMethod(ABC):
         """The methods of a hybrid, by name of the part."""
         return {name: HybridPart(name, surgeon, self.whole) for name, surgeon in self._surgeon.parts.items()}
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether an operator asks for the tokens of the model's forward."""
+        return any(each.method.reads_tokens for each in self.family())
+
     def family(self) -> Iterator[AppliedMethod]:
         """Yields it itself and, of a hybrid, all its parts."""
         yield self

@@ -341,6 +341,7 @@ def establish(
     injection = Injection(name, surgeon, state)
     made_of_base.check_nothing_merged(injection, state)
     state.injections[name] = injection
+    state.reads_tokens += injection.reads_tokens
     state.placement = state.placement or Placement()
     state.placement.expect(name, surgeon.grafts)
     thawed = surgeon.thawed

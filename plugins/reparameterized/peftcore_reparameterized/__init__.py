@@ -13,6 +13,7 @@ def peftcore_methods() -> Mapping[str, str]:
     """Map the names of this plugin's methods to their import paths."""
     return {
         "adalora": "peftcore_reparameterized.adalora:AdaLoRA",
+        "alora": "peftcore_reparameterized.alora:ALoRA",
         "boft": "peftcore_reparameterized.boft:BOFT",
         "dora": "peftcore_reparameterized.dora:DoRA",
         "fourierft": "peftcore_reparameterized.fourierft:FourierFT",

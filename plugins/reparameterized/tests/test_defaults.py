@@ -6,6 +6,7 @@ import pytest
 from named_defaults import Free, Held, assert_as_said, rows
 
 ADALORA = "QingruZhang/AdaLoRA@d10f5eb, NLG_QA/scripts/run_bart_xsum.sh"
+ALORA = "IBM/activated-lora@736414e"
 GALORE = "jiaweizzhao/GaLore@2cc66f8"
 HRA = "DaShenZi721/HRA@8e0c637"
 LORA_PLUS = "nikhil-ghosh-berkeley/loraplus@a0c44bf"
@@ -35,6 +36,13 @@ HELD: Held = {
         1,
         f"{ADALORA}: --mask_interval 100, another for each task; ours is 1, as peft's AdaLoraConfig.deltaT",
     ),
+    ("alora", "rank"): (32, f"{ALORA}, README.md: r=32"),
+    ("alora", "alpha"): (32.0, f"{ALORA}, README.md: lora_alpha=32"),
+    ("alora", "dropout"): (
+        0.0,
+        f"{ALORA}, README.md: lora_dropout=0.05; ours is 0.0, as peft's LoraConfig.lora_dropout",
+    ),
+    ("alora", "scaling"): ("rank", "peft 0.21: LoraConfig.use_rslora is False"),
     ("adalora", "beta1"): (0.85, f"{ADALORA}: --beta1 0.85"),
     ("adalora", "beta2"): (0.85, f"{ADALORA}: --beta2 0.85"),
     ("adalora", "orthogonality"): (
@@ -121,7 +129,7 @@ HELD: Held = {
     ("vera", "projection_seed"): (0, "peft 0.21: VeraConfig.projection_prng_key, by the authors"),
 }
 
-FREE: Free = {}
+FREE: Free = {("alora", "invocation"): "each adapter has its own; without one it is a LoRA"}
 
 
 @pytest.mark.parametrize(("method", "option", "row"), rows(HELD, FREE))

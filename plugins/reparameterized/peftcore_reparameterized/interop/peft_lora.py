@@ -1,4 +1,4 @@
-"""LoRA and DoRA in peft's files (checked against peft 0.21).
+"""LoRA, DoRA and aLoRA in peft's files (checked against peft 0.21).
 
 ``lora_A`` and ``lora_B`` are our A and B; those of an embedding are called ``lora_embedding_A`` and
 ``lora_embedding_B``. Stacked experts lie side by side, A [experts * rank, in] and B [out, rank * experts]; a
@@ -40,6 +40,8 @@ DECOMPOSED = {"pissa": (nn.Linear, Transposed), "olora": (nn.Linear,)}
 AS_LORA = {"pissa": 2, "olora": 2, "lora_xs": 1}
 """Methods that are written as LoRA, and how many times their rank."""
 
+_GENERATES = {"task_type": "CAUSAL_LM"}
+"""What peft's file of an aLoRA says: no other of its models looks for the invocation."""
 PACKED, BEHIND = "in_proj_weight", "out_proj.weight"
 """The tensors of torch's attention, of which peft adapts both."""
 
@@ -47,7 +49,7 @@ PACKED, BEHIND = "in_proj_weight", "out_proj.weight"
 class PeftLoRA(PeftMethod):
     """Translates low-rank factors, weight-decomposed or not."""
 
-    methods = ("lora", "dora", "lora_plus", *AS_LORA)
+    methods = ("lora", "dora", "lora_plus", "alora", *AS_LORA)
     below = (
         "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B",
         "lora_magnitude_vector", "lora_magnitude_vector.weight",
@@ -77,6 +79,13 @@ class PeftLoRA(PeftMethod):
             keys.only("init_lora_weights", True, False, *PLAIN_STARTS)
             scaled = float(alpha * (math.sqrt(rank) if rs else 1))
             return {"method": "dora", "rank": rank, "alpha": scaled, "dropout": dropout}
+        invocation = keys.take("alora_invocation_tokens", list, None)
+        if invocation is not None:
+            keys.only("lora_bias", False)
+            keys.only("init_lora_weights", True, False, *PLAIN_STARTS)
+            scaling = "sqrt_rank" if rs else "rank"
+            options = {"rank": rank, "alpha": float(alpha), "scaling": scaling, "dropout": dropout}
+            return {"method": "alora", "invocation": invocation, **options}
         if start in DECOMPOSED:
             keys.only("lora_bias", False)
             scaled = float(alpha * (math.sqrt(rank) if rs else 1))
@@ -164,6 +173,7 @@ class PeftLoRA(PeftMethod):
             "use_dora": config.method == "dora",
             "use_rslora": options.get("scaling") == "sqrt_rank",
             "init_lora_weights": True,
+            **({"alora_invocation_tokens": options["invocation"], **_GENERATES} if options.get("invocation") else {}),
         }
 
     def write_options_at(self, place: Place) -> dict[str, Any]:

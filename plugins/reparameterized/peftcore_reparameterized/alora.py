@@ -1,0 +1,101 @@
+"""aLoRA: activated LoRA.   Greenewald et al. 2025, arXiv 2504.12397 (in peft by its authors).
+
+    y_t = W x_t + b + [t >= t_0] s B A dropout(x_t),   s = alpha / rank,   A uniform in +-1/sqrt(in),   B zero
+
+t_0 is where the invocation begins: a fixed sequence of ids that the prompt has where the adapter's task begins, such as
+a chat template's "<|start_of_role|>certainty". Tokens before it are those of the base model, so the adapter goes on
+from a cache that the base, or any other aLoRA, has filled, without computing the prompt again.
+
+The last occurrence in the input counts, as in peft; in generation the prompt's. It is kept with the cache, so prompts
+may come in pieces, and a cache may be copied for each of many adapters. Rows without the invocation run the base model.
+``peftcore.call(model, since=[...])`` says the columns where there are no ids, or where the base saw the invocation;
+`peftcore.route` with ``since=`` does it for adapters of other methods. Without `invocation` the adapter acts on all
+tokens, unless ``since`` is told. Linear layers alone, as in peft; without a cache peft's mask moves with the end of what
+is generated, and ours does not.
+
+Parameters: rank * (in + out) a site.
+
+Use it where one conversation meets many adapters: checks, rewritings, judgements that share a long prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
+from peftcore.errors import UnsupportedSite
+from peftcore_reparameterized._low_rank import low_rank_count, low_rank_factors
+
+
+class Config(MethodConfig):
+    """Options of aLoRA."""
+
+    method: Literal["alora"] = "alora"
+    rank: PositiveInt = 32
+    """Rank of the update."""
+    alpha: PositiveFloat = 32.0
+    """Numerator of the scale ``alpha / rank``."""
+    scaling: Literal["rank", "sqrt_rank"] = "rank"
+    """Denominator of the scale: the rank, or its square root (rsLoRA)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+    invocation: list[NonNegativeInt] = Field(default_factory=list)
+    """The ids of the tokens from which on the adapter acts; none: it acts on all tokens (peft's
+    `alora_invocation_tokens`)."""
+
+
+class ALoRAOperator(Operator):
+    """The update of one linear layer, on the tokens from the invocation on."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        if not (site.layer.called and site.layer.of_vectors and site.separable):
+            raise UnsupportedSite(f"{site.path} does not act on each token by itself; target linear layers")
+        self.invocation = tuple(config.invocation)
+        self.dropout = config.dropout
+        self.scale = config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))
+        self.A, self.B = low_rank_factors(site, config.rank)  # [rank, in], [out, rank]
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [batch, tokens, in]
+        y = call(x)
+        behind = forward_context().tokens_behind(self.invocation, x)  # [batch, tokens]; None: all
+        if behind is None:
+            return y + self.update(x, y)
+        if torch.compiler.is_compiling():
+            return y + torch.where(behind.unsqueeze(-1), self.update(x, y), 0.0)
+        return y.index_put((behind,), self.update(x[behind], y), accumulate=True)
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return s B A dropout(x), for inputs ``[..., in]``, in the dtype of `y`."""
+        A, B = self.cast(y, self.A, self.B)
+        dropped = F.dropout(x, self.dropout) if self.training and self.dropout else x
+        return self.layer.mix(self.scale * self.layer.apply(dropped, A), B)
+
+
+class ALoRA(Method):
+    """Low-rank adaptation from an invocation on."""
+
+    name = "alora"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2504.12397")
+    learning_rate = LearningRate(
+        6e-5, "IBM/activated-lora@736414e, train_scripts/basic_finetune_example.py", on="Granite 3.2 8B, an example"
+    )
+    reads_tokens = True
+    target = ("attn.q", "attn.k", "attn.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, ALoRAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return low_rank_count(site, config.rank)
