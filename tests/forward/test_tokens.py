@@ -1,0 +1,115 @@
+"""The tokens of one forward: what is counted before it, and where a sequence of ids begins."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from call_toys import adapted
+from core_toys import token_ids
+from torch import Tensor
+from transformers import DynamicCache
+
+from peftcore import activate, call
+from peftcore.errors import MissingContext
+from peftcore.forward.tokens import Tokens
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+class Counted:
+    """A cache that holds so many columns."""
+
+    def __init__(self, held: int) -> None:
+        self.held = held
+
+    def get_seq_length(self) -> int:
+        return self.held
+
+
+def tokens(ids: Any, cache: Any = None) -> Tokens:
+    found = Tokens({"input_ids": torch.tensor(ids), "past_key_values": cache})
+    if cache is not None:
+        cache.held += found.new  # as the blocks do, one after the other
+    return found
+
+
+def test_columns_are_counted_before_the_cache_grows() -> None:
+    cache = Counted(5)
+    found = tokens([[1, 2, 3], [4, 5, 6]], cache)
+    assert (found.held, found.new, found.batch, found.counted) == (5, 3, 2, True)
+    assert found.held == 5 and cache.held == 8
+
+
+@pytest.mark.parametrize(
+    ("ids", "since"),
+    [
+        ([7, 8, 1, 2], 0),
+        ([1, 7, 8, 2], 1),
+        ([1, 2, 7, 8], 2),
+        ([7, 8, 7, 8], 2),
+        ([7, 7, 8, 8], 1),
+        ([7, 1, 8, 2], NEVER),
+        ([8, 7, 1, 7], NEVER),
+    ],
+)
+def test_the_last_occurrence_counts(ids: list[int], since: int) -> None:
+    assert tokens([ids, [7, 8, 0, 0]]).since([7, 8]).tolist() == [since, 0]
+    assert tokens([[7]]).since([7, 8]).tolist() == [NEVER], "shorter than the sequence"
+
+
+def test_what_was_found_is_kept_with_the_cache_and_its_copies() -> None:
+    cache = Counted(0)
+    assert tokens([[1, 7, 8], [1, 2, 3]], cache).since([7, 8]).tolist() == [1, NEVER]
+    other = copy.deepcopy(cache)
+    assert tokens([[9], [7]], cache).since([7, 8]).tolist() == [1, NEVER]
+    assert tokens([[7], [8]], cache).since([7, 8]).tolist() == [1, 3], "it began in the forward before"
+    assert tokens([[9], [9]], other).since([7, 8]).tolist() == [1, NEVER]
+
+
+def test_rows_may_be_repeated_and_a_cache_cropped() -> None:
+    cache = Counted(0)
+    tokens([[1, 7, 8], [7, 8, 1]], cache).since([7, 8])
+    assert tokens([[9]] * 4, copy.deepcopy(cache)).since([7, 8]).tolist() == [1, 1, 0, 0]
+    cache.held = 1
+    assert tokens([[7, 8], [9, 9]], cache).since([7, 8]).tolist() == [1, 0]
+    with pytest.raises(MissingContext, match="from which column on each of 3 rows"):
+        tokens([[9]] * 3, cache).since([7, 8])
+
+
+def test_what_nobody_saw_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(MissingContext, match=r"nobody looked for it among the 4 in the cache.*call\(model, since="):
+        tokens([[9]], Counted(4)).since([7, 8])
+    assert tokens([[7, 8]], Counted(4)).since([7, 8]).tolist() == [4]
+    assert tokens([[9]], Counted(4)).since([7, 8], told=[2]).tolist() == [2]
+    embeds = Tokens({"inputs_embeds": torch.randn(1, 3, 8)})
+    assert embeds.counted and embeds.ids is None
+    with pytest.raises(MissingContext, match="no ids of tokens"):
+        embeds.since([7, 8])
+    assert not Tokens({"pixel_values": torch.randn(1, 3, 8, 8)}).counted
+
+
+def test_a_cache_of_states_counts_no_tokens() -> None:
+    class States:
+        pass
+
+    assert not Tokens({"input_ids": torch.ones(1, 3, dtype=torch.long), "past_key_values": States()}).counted
+
+
+def test_real_caches_keep_it() -> None:
+    cache = DynamicCache()
+    Tokens({"input_ids": torch.tensor([[7, 8]]), "past_key_values": cache}).since([7, 8])
+    grown: Tensor = torch.zeros(1, 1, 2, 4)
+    cache.update(grown, grown, 0)
+    later = Tokens({"input_ids": torch.tensor([[1]]), "past_key_values": copy.deepcopy(cache)})
+    assert later.since([7, 8]).tolist() == [0]
+
+
+def test_nobody_counts_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (injection,) = adapted("lora")
+    counted: list[int] = []
+    inner = Tokens.__init__
+    monkeypatch.setattr(Tokens, "__init__", lambda self, inputs: (counted.append(1), inner(self, inputs))[1])
+    with torch.no_grad(), activate(model, injection.name), call(model, task=1):
+        model(token_ids(2))
+    assert not counted
