@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -162,6 +162,28 @@ class Method(ABC):
         """Turn on requires_grad of the parameters that train: by default of every parameter of the operators."""
         for parameter in injection.parameters():
             parameter.requires_grad = True
+
+    def structure(
+        self, model: nn.Module, data: Batches, config: Any, sites: Sequence[Site]
+    ) -> Mapping[str, Mapping[str, Any] | None]:
+        """Look at the user's data before operators are built, and decide options of single sites, such as ranks.
+
+        They become `MethodConfig.overrides`, so file, plan and count agree with what is built. Overrides that the user
+        gave come first. The method's object is one injection's own, so it may keep what `calibrate` goes on with.
+
+        Args:
+            model: the host, without the new operators; it may be run, its modes, gradients and flags are restored.
+            data: the user's batches, behind a progress bar.
+            config: the options.
+            sites: the sites at which operators will stand.
+
+        Returns:
+            Options by the path of a site, ``{"layers.0.attn.q": {"rank": 4}}``; None for a site that gets no operator.
+
+        Raises:
+            CalibrationError: the data is of no use.
+        """
+        return {}
 
     def calibrate(self, model: nn.Module, data: Batches, config: Any, injection: AppliedMethod) -> None:
         """Look at data before training (tag `needs_data`). Runs once, in `apply`, when the operators are installed and

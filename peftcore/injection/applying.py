@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from peftcore.surgery.planning import Plan
 from peftcore.surgery.seeding import preserved_rng
 from peftcore.surgery.surgeon import Surgeon, Wishes
 from peftcore.targets.resolver import Resolver, Target, names_a_role
-from peftcore.training.batches import Data, calibrate
+from peftcore.training.batches import Data, calibrate, find_structure
 from peftcore.utils.notices import notice
 
 OF_PEFT = "peftcore.files.peft_configs:apply_peft_config"
@@ -267,7 +268,14 @@ def apply(
     found, options = resolve_method(method, config)
     target, train, host, called = with_preset(method, model, target, train, host)
     name = check_name(model, (called or found.name) if name is None else name)
-    surgeon = prepare(model, found, options, wishes_of(target, exclude, train, seed, dtype), host, dry=False)
+    wishes = wishes_of(target, exclude, train, seed, dtype)
+    if type(found).structure is not Method.structure and data is not None:
+        host = host or host_map(model)
+        planned = prepare(model, found, options, wishes, host, dry=True)
+        sites = [replace(graft.site, meta=False) for graft in planned.grafts]
+        options, left_out = find_structure(found, model, data, options, sites)
+        wishes = replace(wishes, left_out=left_out)
+    surgeon = prepare(model, found, options, wishes, host, dry=False)
     _check_data(surgeon, data)
     injection = establish(surgeon, name, data)
     notice(surgeon.notices)

@@ -7,7 +7,7 @@ operators on the meta device and no installation.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -77,6 +77,8 @@ class Wishes:
     """Selections of a saved adapter: they are taken as they were instead of being resolved again."""
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     """Of a saved adapter: the first and the end of the rows that it brings of token tables, by path of the table."""
+    left_out: Collection[str] = ()
+    """The paths of sites at which the method, having looked at data, puts no operator."""
 
 
 @dataclass
@@ -146,6 +148,7 @@ class Surgeon:
             found = []
         if not key and saved is None and self.wishes.exclude is not None:
             self.notices += [self.resolver.nothing("exclude", each) for each in self.resolver.idle(self.wishes.exclude)]
+        found = [site for site in found if site.path not in self.wishes.left_out]
         self.selections[key] = found
         self.progress.expect(0 if self.dry else len(found))
         return [replace(site, meta=True) for site in found] if self.dry else found

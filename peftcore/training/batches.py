@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,12 @@ from peftcore.errors import CalibrationError, PluginError
 from peftcore.utils.progress import through
 
 if TYPE_CHECKING:
+    from peftcore.contract.config import MethodConfig
+    from peftcore.contract.method import Method
     from peftcore.injection.injection import Injection
+    from peftcore.targets.sites import Site
+
+C = TypeVar("C", bound="MethodConfig")
 
 Data = Iterable[Mapping[str, Any] | tuple[Any, ...] | list[Any] | Callable[[nn.Module], Any]]
 """Batches: mappings are called as ``model(**batch)``, tuples and lists as ``model(*batch)``; a function of the model
@@ -86,26 +91,56 @@ def calibrate(injection: Injection, data: Data) -> None:
     model = injection.model
     planned = {key: tensor.shape for key, tensor in injection.state_dict().items()}
     modules = [*injection.base_modules(), *(inner for _, module in injection.modules() for inner in module.modules())]
-    modes = {module: module.training for module in modules}
-    flags = {parameter: parameter.requires_grad for module in modules for parameter in module.parameters(recurse=False)}
     acting = [injection.state.injections[name] for name in injection.state.current()]
     others = [parameter for each in acting for parameter in each.parameters()]  # a loss reaches these too
-    with _gradients_aside([*flags, *others]), torch.random.fork_rng(_generators(flags)):
-        try:
-            for each in injection.family():
-                if each.method.tags.needs_data:
-                    batches = Batches(model, data, f"{each.method.name} looks at the data")
-                    each.method.calibrate(model, batches, each.config, each)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for parameter, flag in flags.items():
-                parameter.requires_grad_(flag)
+    with _as_it_was(modules, others):
+        for each in injection.family():
+            if each.method.tags.needs_data:
+                batches = Batches(model, data, f"{each.method.name} looks at the data")
+                each.method.calibrate(model, batches, each.config, each)
     if other := [key for key, tensor in injection.state_dict().items() if planned.get(key) != tensor.shape]:
         raise PluginError(
             f"{injection.method.name}: calibrate changed the shape of {other[0]}, so a file of it would load nowhere: "
             "change values alone, and say sizes in the options"
         )
+
+
+def find_structure(
+    method: Method, model: nn.Module, data: Data, config: C, sites: Sequence[Site]
+) -> tuple[C, frozenset[str]]:
+    """Let the method look at the data before any operator is built; afterwards gradients, modes, flags and the random
+    generator are as before.
+
+    Returns:
+        The options, with those that it found for single sites, and the paths of the sites that it leaves out.
+
+    Raises:
+        CalibrationError: the data is of no use to the method.
+        ConfigError: an option that it found breaks a rule.
+        PluginError: it found something for another place than a site.
+    """
+    with _as_it_was([*model.modules()], []):
+        found = method.structure(model, Batches(model, data, f"{method.name} looks at the data"), config, sites)
+    if unknown := found.keys() - {site.path for site in sites}:
+        raise PluginError(f"{method.name}: structure found options for {sorted(unknown)[0]!r}, no site of the method")
+    own = {path: dict(options) for path, options in found.items() if options and path not in config.overrides}
+    left_out = frozenset(path for path, options in found.items() if options is None)
+    return config.replace(overrides={**config.overrides, **own}), left_out
+
+
+@contextmanager
+def _as_it_was(modules: Iterable[nn.Module], others: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Leaves the modes of modules, gradients and flags of their parameters, and the random generator as they were."""
+    modes = {module: module.training for module in modules}
+    flags = {parameter: parameter.requires_grad for module in modes for parameter in module.parameters(recurse=False)}
+    with _gradients_aside([*flags, *others]), torch.random.fork_rng(_generators(flags)):
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for parameter, flag in flags.items():
+                parameter.requires_grad_(flag)
 
 
 @contextmanager

@@ -1,16 +1,17 @@
 """``apply(..., data=...)``: what data may be, what is said when it is wrong, and that looking leaves no trace."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
-from torch import nn
-from training_toys import Looks, LowRank, Plain, batch, found, method, toy
+from torch import Tensor, nn
+from training_toys import WIDTH, Looks, LowRank, Plain, batch, found, method, toy
 
 import peftcore
-from peftcore import Batches, Injection, Method
-from peftcore.errors import CalibrationError, PluginError
+from peftcore import Batches, Injection, Method, MethodConfig, Operator, Site
+from peftcore.errors import CalibrationError, ConfigError, PluginError
 from peftcore.testing.tools import differences, trace
 
 
@@ -184,3 +185,80 @@ def test_a_look_at_data_changes_no_shapes() -> None:
     with pytest.raises(PluginError, match="calibrate changed the shape of"):
         peftcore.apply(host, method("grows", {"needs_data": True}, calibrate=grows), data=[batch()])
     assert not differences(before, trace(host))
+
+
+def ranks(self: Method, model: nn.Module, data: Batches, config: Any, sites: Any) -> dict[str, Any]:
+    """One number for the first site, by the data; nothing for the others."""
+    model.train()
+    loss = sum(each.loss().detach() for each in data)
+    loss_is = {"rank": int(loss > 0) + 2}
+    return {site.path: loss_is if n == 0 else None for n, site in enumerate(sites)}
+
+
+class RankedConfig(MethodConfig):
+    method: Literal["ranked"] = "ranked"
+    rank: int = 1
+
+
+class Ranked(Operator):
+    def __init__(self, site: Site, config: RankedConfig) -> None:
+        super().__init__(site)
+        self.A = nn.Parameter(torch.randn(config.rank, site.in_features))
+        self.B = nn.Parameter(torch.randn(site.out_features, config.rank))
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return call(x) + x @ self.A.T @ self.B.T
+
+
+def ranked(self: Method, model: nn.Module, config: Any, surgeon: Any) -> None:
+    for site in surgeon.sites():
+        surgeon.graft(site, Ranked, config)
+
+
+def ranked_method(structure: Any = ranks) -> type[Method]:
+    return method(
+        "ranked",
+        {"needs_data": True},
+        Config=RankedConfig,
+        inject=ranked,
+        structure=structure,
+        calibrate=lambda self, model, data, config, injection: None,
+        parameter_count=staticmethod(lambda site, config: config.rank * (site.in_features + site.out_features)),
+        target=["up", "re:down"],
+    )
+
+
+def test_structure_found_in_data_is_in_options_plan_count_and_file(tmp_path: Path) -> None:
+    model, cls = toy(), ranked_method()
+    generator = torch.random.get_rng_state()
+    peftcore.register(cls)
+    injection = peftcore.apply(model, cls, data=[batch()])
+    assert torch.equal(torch.random.get_rng_state(), generator) and not model.training
+    assert [site.path for site in injection.sites] == ["up"]
+    assert injection.config.overrides == {"up": {"rank": 3}} and injection.operators["up"].A.shape == (3, WIDTH)
+    planned = peftcore.plan(toy(), injection.config, target="up")
+    assert planned.trainable == sum(parameter.numel() for parameter in injection.parameters()) == 3 * (WIDTH + 8)
+    injection.save(tmp_path)
+    other = toy()
+    loaded = peftcore.load(other, tmp_path)
+    x = batch()["x"]
+    torch.testing.assert_close(other(x), model(x))
+    assert [site.path for site in loaded.sites] == ["up"]
+
+
+def test_overrides_of_the_user_come_before_what_data_says() -> None:
+    injection = peftcore.apply(toy(), ranked_method(), data=[batch()], overrides={"up": {"rank": 5}})
+    assert injection.operators["up"].A.shape == (5, WIDTH)
+
+
+def test_structure_that_fails_leaves_the_model_alone() -> None:
+    host = toy()
+    before = trace(host)
+    for wrong, error in (
+        (lambda *_: {"nowhere": {"rank": 1}}, PluginError),
+        (lambda *_: {"up": {"rank": "big"}}, ConfigError),
+        (lambda self, model, data, config, sites: {str(each): {} for each in data}, CalibrationError),
+    ):
+        with pytest.raises(error):
+            peftcore.apply(host, ranked_method(wrong), data=[])
+        assert not differences(before, trace(host))
