@@ -66,6 +66,7 @@ quantization-matrix: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.everyday
 	$(BIN)/python -m benchmarks --threads 1 --page
+	$(BIN)/python -m benchmarks.many --page
 
 # Random histories of adapted models, each step compared with a fresh model: make histories SEED=3 MINUTES=10
 histories: export PEFTCORE_HISTORIES_SEED = $(SEED)
