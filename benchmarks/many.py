@@ -16,7 +16,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftcore
@@ -28,30 +28,27 @@ SOME = ("lora", "pissa", "vera", "ia3", "houlsby_adapter", "bitfit", "dora", "of
 """The methods that are measured with more adapters, too."""
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations that reach the dispatcher, forward and backward."""
+class Counts(TorchDispatchMode):
+    """Counts the operations that reach the dispatcher, forward and backward, and the FLOPs of their products."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
+        self.operations = self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        self.operations += 1
+        self.flops += 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def host() -> nn.Module:
     """Make the small Llama of all counts."""
     torch.manual_seed(0)
-    shape = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-        attn_implementation="eager",
-    )
-    return LlamaForCausalLM(shape)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    options: dict[str, Any] = {**shape, "vocab_size": VOCABULARY, "attn_implementation": "eager"}
+    return LlamaForCausalLM(LlamaConfig(**options))
 
 
 def cost(model: nn.Module, ids: Tensor, training: bool) -> tuple[int, int]:
@@ -66,17 +63,14 @@ def cost(model: nn.Module, ids: Tensor, training: bool) -> tuple[int, int]:
     model.train(training)
     step()  # what is planned once is no part of it
     model.zero_grad()
-    with FlopCounterMode(display=False) as flops:
+    with Counts() as counts:
         step()
     model.zero_grad()
-    with Operations() as operations:
-        step()
-    model.zero_grad()
-    return flops.get_total_flops(), operations.count
+    return counts.flops, counts.operations
 
 
-def ratios(method: str, adapters: int, training: bool) -> tuple[float, float]:
-    """Return FLOPs and operations of a step with so many adapters, as ratios.
+def ratios(method: str, adapters: int, training: bool) -> tuple[float, float] | None:
+    """Return FLOPs and operations of a step with so many adapters, as ratios; None where nothing trains.
 
     Raises:
         PeftcoreError: the method does not act on a Llama by its name alone.
@@ -86,7 +80,9 @@ def ratios(method: str, adapters: int, training: bool) -> tuple[float, float]:
     options: dict[str, Any] = {"data": [{"input_ids": batch, "labels": batch}]} if info.needs_data else {}
     ids = torch.randint(0, VOCABULARY, (adapters, TOKENS))
     model = host()
-    peftcore.apply(model, method, **options)
+    injection = peftcore.apply(model, method, **options)
+    if training and not any(parameter.requires_grad for parameter in injection.parameters()):
+        return None
     (alone, _), (_, one) = cost(model, ids[:1], training), cost(model, ids, training)
     model = host()
     names = [f"adapter{n}" for n in range(adapters)]
@@ -106,8 +102,12 @@ def rows(methods: Iterable[str], adapters: int) -> tuple[list[list[str]], list[s
         except PeftcoreError:
             others.append(method)
             continue
-        found.append([method, str(adapters), *(f"{value:.2f}" for pair in each for value in pair)])
+        found.append([method, str(adapters), *(text for pair in each for text in _texts(pair))])
     return found, others
+
+
+def _texts(pair: tuple[float, float] | None) -> list[str]:
+    return ["–", "–"] if pair is None else [f"{value:.2f}" for value in pair]
 
 
 def markdown(found: Iterable[list[str]]) -> str:
