@@ -3,8 +3,10 @@
 from peftcore.algebra import merge_math
 from peftcore.algebra.adapters_as_parts import gather
 from peftcore.algebra.combining import combine, deltas, to_lora
+from peftcore.authoring.blocks import MIXERS, BlockSite, block_depths, block_sites, stack_path
 from peftcore.authoring.branches import AtBranchEnd, BranchSite, Bypass, Joins, branch, branch_end, is_post_norm
 from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
+from peftcore.authoring.prompts import PromptPositions, TokenStacks, VisibleTokens, cached_tokens
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.hookspecs import API, hookimpl
@@ -35,6 +37,7 @@ from peftcore.forward.context import ForwardContext, Tap, forward_context
 from peftcore.forward.host_state import injections
 from peftcore.forward.routing import OneForward
 from peftcore.forward.save_pretrained import saving_base
+from peftcore.forward.tokens import Tokens
 from peftcore.forward.view import with_tensors
 from peftcore.injection.applied import AppliedMethod, HybridPart
 from peftcore.injection.applying import apply, plan
@@ -69,6 +72,7 @@ __version__ = "0.1.0"
 __all__ = [
     "API",
     "MATRICES",
+    "MIXERS",
     "OUTPUTS",
     "AppliedMethod",
     "AtBranchEnd",
@@ -78,6 +82,7 @@ __all__ = [
     "Average",
     "Batch",
     "Batches",
+    "BlockSite",
     "BranchSite",
     "Bypass",
     "Checked",
@@ -106,6 +111,7 @@ __all__ = [
     "Operator",
     "Plan",
     "Preset",
+    "PromptPositions",
     "QuantizedLayer",
     "Replacement",
     "Resolver",
@@ -122,15 +128,21 @@ __all__ = [
     "Tags",
     "Tap",
     "TokenStack",
+    "TokenStacks",
+    "Tokens",
     "Transposed",
+    "VisibleTokens",
     "WeightOperator",
     "activate",
     "apply",
     "bias_name",
+    "block_depths",
+    "block_sites",
     "branch",
     "branch_end",
     "cache_in",
     "cache_weights",
+    "cached_tokens",
     "call",
     "cast_operands",
     "changes_bias",
@@ -168,6 +180,7 @@ __all__ = [
     "scheme_key",
     "schemes",
     "self_attention_cache",
+    "stack_path",
     "to_lora",
     "using",
     "with_tensors",

@@ -38,11 +38,11 @@ from peftcore import (
     Site,
     Surgeon,
     Tags,
+    block_depths,
     branch_end,
     forward_context,
 )
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore_additive._blocks import depths
 from peftcore_additive._draws import Draws
 from peftcore_additive.houlsby_adapter import BottleneckOperator
 
@@ -111,7 +111,7 @@ class AdapterDrop(Method):
     former_defaults = ({"joins": "matrix", "drop_first_layers": 5},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        numbers = depths(surgeon)
+        numbers = block_depths(surgeon)
         found = [(site, self._depth(site, surgeon, numbers)) for site in surgeon.sites()]
         top = max(depth for _, depth in found)
         dropped = config.drop_first_layers

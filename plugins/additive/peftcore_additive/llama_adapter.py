@@ -21,9 +21,19 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from peftcore import Attend, AttentionOperator, AttentionSite, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import (
+    Attend,
+    AttentionOperator,
+    AttentionSite,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    stack_path,
+)
 from peftcore.errors import UnsupportedSite
-from peftcore_additive._blocks import stack_of
 
 
 class Config(MethodConfig):
@@ -62,7 +72,7 @@ def top(sites: list[Site], layers: int) -> list[Site]:
     """Return the last `layers` sites of each stack."""
     stacks: dict[str, list[Site]] = {}
     for site in sites:
-        stacks.setdefault(stack_of(site.module_path), []).append(site)
+        stacks.setdefault(stack_path(site.module_path), []).append(site)
     return [site for stack in stacks.values() for site in stack[-layers:]]
 
 

@@ -7,8 +7,8 @@
 h is what a block returns, at the first f and the last l positions of the prompt, in each chosen layer; the two ends
 have an R, W, b each unless tied. R starts with random orthonormal rows, W and b as torch's linear layers do (R too,
 where it is free); ``identity=True`` starts at h' = h. R's Cholesky factor keeps its rows orthonormal. Dropout acts on
-h' as a whole, as in the authors' code. Generated tokens are left alone; what the prompt is, `_prompt.Prompt` says: what
-comes before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` says it. In
+h' as a whole, as in the authors' code. Generated tokens are left alone; what the prompt is, `PromptPositions` says:
+what comes before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` says it. In
 encoder-decoder models it goes through the encoder; in models of images it is the block's tokens. As in the authors'
 code, either end has half of a short prompt at most (one token has none).
 
@@ -26,11 +26,21 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Surgeon, Tags, on_first
+from peftcore import (
+    BlockSite,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    PromptPositions,
+    Surgeon,
+    Tags,
+    TokenStacks,
+    block_sites,
+    on_first,
+)
 from peftcore.errors import TargetError, UnsupportedSite
-from peftcore_additive._blocks import BlockSite, block_sites
 from peftcore_additive._intervention import Intervention
-from peftcore_additive._prompt import Prompt, Stacks
 
 
 class Config(MethodConfig):
@@ -72,7 +82,7 @@ class ReftOperator(Operator):
             raise UnsupportedSite(f"{site.path} is {site.width} wide, which has no subspace of rank {config.rank}")
         self.names = site.arguments
         halves = config.short_prompts == "half"
-        self.prompt = Prompt(site.depth, generates, config.prefix_positions, config.suffix_positions, halves)
+        self.prompt = PromptPositions(site.depth, generates, config.prefix_positions, config.suffix_positions, halves)
         ends = {"prefix": config.prefix_positions, "suffix": config.suffix_positions}
         names = ["both"] if config.tied else [name for name, count in ends.items() if count]
         self.ends = nn.ModuleDict({name: Intervention(site.width, config) for name in names})
@@ -105,7 +115,7 @@ class LoReFT(Method):
     former_defaults = ({"short_prompts": "first"},)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        stacks = Stacks(surgeon)
+        stacks = TokenStacks(surgeon)
         for site in _chosen(surgeon, stacks, config):
             generates = stacks.generates(site)
             surgeon.graft(site, lambda at, own, generates=generates: ReftOperator(at, own, generates), config)
@@ -116,7 +126,7 @@ class LoReFT(Method):
         return ends * (2 * site.width * config.rank + config.rank)
 
 
-def _chosen(surgeon: Surgeon, stacks: Stacks, config: Config) -> list[BlockSite]:
+def _chosen(surgeon: Surgeon, stacks: TokenStacks, config: Config) -> list[BlockSite]:
     """Return the blocks of the chosen layers through which the prompt goes."""
     sites = stacks.prompted(block_sites(surgeon), surgeon.wishes.target is not None)
     there = {site.depth for site in sites}

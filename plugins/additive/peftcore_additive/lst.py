@@ -27,10 +27,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags, Tap, on_first
+from peftcore import (
+    BlockSite,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    TokenStacks,
+    VisibleTokens,
+    block_sites,
+    cached_tokens,
+    on_first,
+)
 from peftcore.errors import ConfigError
-from peftcore_additive._blocks import BlockSite, block_sites
-from peftcore_additive._prompt import Stacks, Visible, cached_tokens
 from peftcore_additive._side import Ends, SideBlock, held_by, side_layers
 
 
@@ -79,7 +93,7 @@ class Ladder:
 class LadderOperator(Operator):
     """Collects what a block returns, detached; at the last block, returns the output of the side network."""
 
-    def __init__(self, site: BlockSite, taps: Sequence[Tap], visible: Visible, ladder: Ladder | None) -> None:
+    def __init__(self, site: BlockSite, taps: Sequence[Tap], visible: VisibleTokens, ladder: Ladder | None) -> None:
         super().__init__(site)
         self.names, self.depth = site.arguments, site.depth
         self.taps, self.visible, self.ladder = taps, visible, ladder
@@ -118,13 +132,13 @@ class LST(Method):
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         if any(config.overrides.values()):
             raise ConfigError("lst has one side network for all sites: it takes no overrides")
-        stacks = Stacks(surgeon)
+        stacks = TokenStacks(surgeon)
         sites = stacks.answering(block_sites(surgeon), surgeon.wishes.target is not None)
         width, narrow = sites[0].width, config.width(sites[0].width)
         down = surgeon.own("down", lambda: nn.Linear(width, narrow))
         blocks = [surgeon.own(site.path.replace(".", "_"), lambda: config.block(width)) for site in sites]
         up = surgeon.own("up", lambda: nn.Sequential(nn.LayerNorm(narrow), nn.Linear(narrow, width)))
-        visible, taps = Visible(stacks.of(sites[0])), [Tap(until_backward=True) for _ in (None, *sites)]
+        visible, taps = VisibleTokens(stacks.of(sites[0])), [Tap(until_backward=True) for _ in (None, *sites)]
         for number, site in enumerate(sites, 2):
             ladder, read = Ladder(down, blocks, up, site.blocks) if site is sites[-1] else None, taps[:number]
             surgeon.graft(site, lambda at, read=read, ladder=ladder: LadderOperator(at, read, visible, ladder))

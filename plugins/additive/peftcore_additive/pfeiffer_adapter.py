@@ -26,9 +26,8 @@ from typing import Any, Literal
 from pydantic import NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import HostMap, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, is_post_norm
+from peftcore import MIXERS, HostMap, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, is_post_norm
 from peftcore.errors import UnsupportedSite
-from peftcore_additive._blocks import MIXERS
 from peftcore_additive.houlsby_adapter import BottleneckOperator
 
 STREAM = "stream"  # the form of the site where an adapter acts, unless it is the one that it is named for

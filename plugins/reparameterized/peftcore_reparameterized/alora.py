@@ -10,8 +10,8 @@ The last occurrence in the input counts, as in peft; in generation the prompt's.
 may come in pieces, and a cache may be copied for each of many adapters. Rows without the invocation run the base model.
 ``peftcore.call(model, since=[...])`` says the columns where there are no ids, or where the base saw the invocation;
 `peftcore.route` with ``since=`` does it for adapters of other methods. Without `invocation` the adapter acts on all
-tokens, unless ``since`` is told. Linear layers alone, as in peft; without a cache peft's mask moves with the end of what
-is generated, and ours does not.
+tokens, unless ``since`` is told. Linear layers alone, as in peft; without a cache peft's mask moves with the end of
+what is generated, and ours does not.
 
 Parameters: rank * (in + out) a site.
 

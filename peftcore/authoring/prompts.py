@@ -9,9 +9,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from peftcore import Site, Surgeon, TokenStack, cache_in, forward_context
+from peftcore.authoring.blocks import BlockSite
 from peftcore.errors import MissingContext, SequenceError, UnsupportedSite
-from peftcore_additive._blocks import BlockSite
+from peftcore.forward.context import forward_context
+from peftcore.roles.stacks import TokenStack, cache_in
+from peftcore.surgery.surgeon import Surgeon
+from peftcore.targets.sites import Site
 
 S = TypeVar("S", bound=Site)
 MASKS = ("attention_mask", "src_key_padding_mask", "tgt_key_padding_mask")
@@ -21,14 +24,14 @@ IGNORED = -100
 REMEDY = "say where the prompt ends: with peftcore.call(model, prompt_length=...): ..."
 
 
-class Stacks:
+class TokenStacks:
     """The stacks of a model: modules that take tokens and run blocks."""
 
     def __init__(self, surgeon: Surgeon) -> None:
         self.stacks = surgeon.resolver.token_stacks()
 
     def of(self, site: Site) -> TokenStack | None:
-        """Return the stack that a block belongs to; None where it takes no tokens (images)."""
+        """Returns the stack that a block belongs to; None where it takes no tokens (images)."""
         above = [stack for stack in self.stacks if f"{site.module_path}.".startswith(f"{stack.path}.".lstrip("."))]
         return max(above, key=lambda stack: len(stack.path), default=None)
 
@@ -38,7 +41,7 @@ class Stacks:
         return stack is not None and stack.causal and not stack.readers
 
     def prompted(self, sites: list[S], strict: bool) -> list[S]:
-        """Return the blocks through which the prompt goes: not those that read the output of an encoder.
+        """Returns the blocks through which the prompt goes: not those that read the output of an encoder.
 
         Raises:
             UnsupportedSite: `strict`, and there are such.
@@ -49,7 +52,7 @@ class Stacks:
         return [site for site in sites if site not in reading]
 
     def answering(self, sites: list[BlockSite], strict: bool) -> list[BlockSite]:
-        """Return the blocks that the model answers from, from the first to the last: not those of an encoder that
+        """Returns the blocks that the model answers from, from the first to the last: not those of an encoder that
         others read.
 
         Raises:
@@ -64,7 +67,7 @@ class Stacks:
         return chosen
 
 
-class Prompt:
+class PromptPositions:
     """Finds the first and the last positions of the prompt in one forward.
 
     The prompt is what ``peftcore.call(model, prompt_length=...)`` says (a number, or one a row; padding does not
@@ -78,8 +81,8 @@ class Prompt:
         self.depth, self.generates, self.first, self.last, self.halves = depth, generates, first, last, halves
 
     def positions(self, hidden: Tensor, given: Mapping[str, Any], training: bool) -> tuple[Tensor, Tensor] | None:
-        """Return masks ``[batch or 1, tokens]`` of the first and of the last positions (none is in both), for the input
-        of a block and its other arguments by name; None where no token is of the prompt.
+        """Returns masks ``[batch or 1, tokens]`` of the first and of the last positions (none is in both), for the
+        input of a block and its other arguments by name; None where no token is of the prompt.
 
         Raises:
             MissingContext: the input may be more than the prompt, and nobody said where that ends.
@@ -134,7 +137,7 @@ class Prompt:
             raise MissingContext(f"the input is shorter than {self.settled} positions, and may grow: {REMEDY}")
 
 
-class Visible:
+class VisibleTokens:
     """The attention mask for a network beside the model: in causal stacks a token sees those from the first on up to
     itself, elsewhere all; none sees padding, but each sees itself."""
 
@@ -143,7 +146,7 @@ class Visible:
         self.reads = stack is not None and stack.reads  # then the host's masks may be those of what is read
 
     def mask(self, held: int, new: int, given: Mapping[str, Any], device: torch.device) -> Tensor:
-        """Return the mask for `new` tokens behind the `held` ones in a cache (`given`: the block's arguments by name):
+        """Returns the mask for `new` tokens behind the `held` ones in a cache (`given`: the block's arguments by name):
         True where a token is seen, ``[batch or 1, 1, new, held + new]``."""
         count = held + new
         real = _real([given] if self.reads else [forward_context().inputs, given], count, device)
@@ -154,7 +157,7 @@ class Visible:
 
 
 def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
-    """Return how many tokens of earlier forwards the cache holds that a block of this depth is given (its arguments by
+    """Returns how many tokens of earlier forwards the cache holds that a block of this depth is given (its arguments by
     name), when `new` tokens go through it.
 
     Raises:
@@ -172,7 +175,7 @@ def cached_tokens(given: Mapping[str, Any], depth: int, new: int) -> int:
 
 
 def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) -> Tensor:
-    """Mark which of so many tokens, from the first in the cache on, are no padding ``[batch or 1, tokens]``.
+    """Returns which of so many tokens, from the first in the cache on, are no padding ``[batch or 1, tokens]``.
 
     The host's own mask says it; where it has none (a part that runs by itself), or not for these tokens, the block's. A
     block that looks through a window does not show all tokens: then there is none, if the host was told of none.
@@ -198,13 +201,13 @@ def _real(sources: list[Mapping[str, Any]], count: int, device: torch.device) ->
 
 
 def _per_row(told: Any, rows: int, device: torch.device) -> Tensor:
-    """Return the lengths as ``[batch or 1, 1]``; rows that generate repeats (beams) have one together."""
+    """Returns the lengths as ``[batch or 1, 1]``; rows that generate repeats (beams) have one together."""
     lengths = torch.as_tensor(told, device=device).view(-1, 1)
     return lengths if len(lengths) in (1, rows) else lengths.repeat_interleave(rows // len(lengths), 0)
 
 
 def _before_labels(labels: Tensor, real: Tensor, length: Tensor) -> Tensor:
-    """Count the tokens before the first label; all of them where the first token has one, or none has."""
+    """Returns the number of tokens before the first label; all of them where the first token has one, or none has."""
     started = (real & (labels != IGNORED)).cumsum(-1) > 0
     before = (real & ~started).sum(-1, keepdim=True)
     return torch.where(before > 0, before, length)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from peftcore import HostEntry, Site, Surgeon
 from peftcore.errors import UnsupportedSite
+from peftcore.roles import HostEntry
+from peftcore.surgery.surgeon import Surgeon
+from peftcore.targets.sites import Site
 
 WIDTHS = ("mlp.down", "experts.down", "attn.out", "attn_mlp.out", "ssm.out")
 """Roles of what adds to the stream of a block, so that its rows are as many as the stream is wide."""
@@ -37,30 +39,30 @@ class BlockSite(Site):
         return torch.Size([self.width])
 
 
-def stack_of(path: str) -> str:
-    """Return the path of a module with `*` for its numbers: the same for all blocks of a stack."""
+def stack_path(path: str) -> str:
+    """Returns the path of a module with `*` for its numbers: the same for all blocks of a stack."""
     return re.sub(r"\d+", "*", path)
 
 
-def depths(surgeon: Surgeon) -> dict[str | None, int]:
-    """Map the paths of blocks to their numbers in their stacks; the stages of a pyramid count as one stack."""
+def block_depths(surgeon: Surgeon) -> dict[str | None, int]:
+    """Maps the paths of blocks to their numbers in their stacks; the stages of a pyramid count as one stack."""
     counts: Counter[str] = Counter()
     numbers: dict[str | None, int] = {}
     for entry in surgeon.resolver.host.entries:
         if entry.block is not None and entry.block not in numbers:
-            stack = stack_of(entry.block)
+            stack = stack_path(entry.block)
             numbers[entry.block] = counts[stack]
             counts[stack] += 1
     return numbers
 
 
 def block_sites(surgeon: Surgeon) -> list[BlockSite]:
-    """Return the blocks among the user's targets, or all that the method's target means.
+    """Returns the blocks among the user's targets, or all that the method's target means.
 
     Raises:
         UnsupportedSite: a target is no block, or one through which no sequence of features goes.
     """
-    numbers = depths(surgeon)
+    numbers = block_depths(surgeon)
     sites = [_block_site(surgeon, site, numbers) for site in surgeon.sites()]
     for site in sites:
         for other in sites:
@@ -85,8 +87,8 @@ def _block_site(surgeon: Surgeon, site: Site, numbers: dict[str | None, int]) ->
     for module in surgeon.resolver.modules[path].modules():
         if isinstance(module, nn.MultiheadAttention) and not module.batch_first:
             raise UnsupportedSite(f"{path} has the sequence in front of the batch; build it with batch_first=True")
-    stack = stack_of(path)
-    blocks = sum(stack_of(other or "") == stack for other in numbers)
+    stack = stack_path(path)
+    blocks = sum(stack_path(other or "") == stack for other in numbers)
     known = {**vars(site), "form": "activation"}
     return BlockSite(**known, width=_width(surgeon, path, inside), depth=numbers[path], stack=stack, blocks=blocks)
 

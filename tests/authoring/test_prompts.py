@@ -1,0 +1,119 @@
+"""Where the prompt begins and ends in one forward, and which token sees which: with caches, padding and labels."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from peftcore import PromptPositions, VisibleTokens, cached_tokens
+from peftcore.errors import MissingContext, SequenceError
+from peftcore.forward import context as contexts
+from peftcore.forward.active_adapters import Choice
+from peftcore.forward.context import ForwardContext
+
+
+class Cache:
+    """A cache that holds so many tokens."""
+
+    def __init__(self, held: int) -> None:
+        self.held = held
+
+    def get_seq_length(self, depth: int = 0) -> int:
+        return self.held
+
+
+@pytest.fixture
+def inside() -> Any:
+    """Opens the context of a forward with these inputs and this call."""
+    opened: list[ForwardContext] = []
+
+    class Host(torch.nn.Module):
+        def forward(self, **inputs: Any) -> None: ...
+
+    def opens(inputs: dict[str, Any] | None = None, **told: Any) -> None:
+        call = ForwardContext(None, Choice(context=told), Host(), (), inputs or {})
+        contexts.HERE.calls.append(call)
+        opened.append(call)
+
+    yield opens
+    for _ in opened:
+        contexts.HERE.calls.pop()
+
+
+Inside = Callable[..., None]
+
+
+def ends(first: int, last: int, tokens: int, rows: int = 1, **how: Any) -> list[list[list[int]]] | None:
+    """The first and the last positions of each row."""
+    given, halves = how.get("given", {}), how.get("halves", False)
+    found = PromptPositions(0, True, first, last, halves).positions(
+        torch.zeros(rows, tokens, 4), given, how.get("training", True)
+    )
+    return None if found is None else [[row.nonzero().flatten().tolist() for row in mask] for mask in found]
+
+
+def test_without_a_word_the_whole_input_is_the_prompt(inside: Inside) -> None:
+    inside()
+    assert ends(2, 1, 5) == [[[0, 1]], [[4]]]
+    assert ends(3, 3, 4) == [[[0, 1, 2]], [[3]]], "the first ones come first"
+    assert ends(3, 3, 4, halves=True) == [[[0, 1]], [[2, 3]]]
+
+
+def test_a_call_says_where_it_ends_for_each_row(inside: Inside) -> None:
+    inside(prompt_length=[2, 4])
+    assert ends(1, 1, 6, 2) == [[[0], [0]], [[1], [3]]]
+    assert ends(1, 1, 6, 4) == [[[0]] * 4, [[1], [1], [3], [3]]], "beams are repeated"
+
+
+def test_labels_say_where_it_ends_and_padding_is_no_prompt(inside: Inside) -> None:
+    labels = torch.tensor([[-100, -100, 5, 6], [-100, 7, 7, 7]])
+    inside({"labels": labels, "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])})
+    assert ends(1, 1, 4, 2) == [[[1], [0]], [[], []]]
+
+
+def test_a_step_of_one_token_is_no_prompt_and_more_must_be_said(inside: Inside) -> None:
+    inside()
+    assert ends(2, 0, 1, given={"past_key_values": Cache(4)}) is None
+    assert ends(2, 0, 3, given={"past_key_values": Cache(4)}) == [[[]], [[]]], "the first ones were in the cache"
+    with pytest.raises(MissingContext, match="prompt_length"):
+        ends(2, 1, 3, given={"past_key_values": Cache(4)})
+    with pytest.raises(MissingContext, match="less than 4 tokens"):
+        ends(2, 0, 3, given={"past_key_values": Cache(2)}, halves=True)
+
+
+def test_generation_without_a_cache_needs_a_word(inside: Inside) -> None:
+    inside({"use_cache": False})
+    with pytest.raises(MissingContext, match="generated tokens are part of the input"):
+        ends(1, 1, 5, training=False)
+    assert ends(2, 0, 5, training=False) == [[[0, 1]], [[]]]
+
+
+def test_causal_tokens_see_those_before_and_none_sees_padding(inside: Inside) -> None:
+    inside({"attention_mask": torch.tensor([[0, 1, 1, 1]])})
+
+    class Stack:
+        causal, reads = True, False
+
+    causal: Tensor = VisibleTokens(Stack()).mask(2, 2, {}, torch.device("cpu"))  # type: ignore[arg-type]
+    assert causal.int().tolist() == [[[[0, 1, 1, 0], [0, 1, 1, 1]]]]
+    both = VisibleTokens(None).mask(0, 4, {}, torch.device("cpu"))
+    assert both[0, 0].int().tolist() == [[1, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]], "each sees itself"
+
+
+def test_what_a_cache_holds_is_counted_or_refused(inside: Inside) -> None:
+    inside()
+    assert cached_tokens({}, 0, 3) == 0 and cached_tokens({"past_key_values": Cache(7)}, 0, 1) == 7
+
+    class States:
+        pass
+
+    with pytest.raises(SequenceError, match="use_cache=False"):
+        cached_tokens({"past_key_values": States()}, 0, 1)
+
+
+def test_masks_that_do_not_tell_padding_are_refused(inside: Inside) -> None:
+    inside({"attention_mask": torch.ones(1, 2)})
+    with pytest.raises(SequenceError, match="tells padding from tokens"):
+        ends(1, 0, 5)
