@@ -1,6 +1,6 @@
 """The blocks of a model as target modules: their numbers, their stacks, the width of their streams."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,6 +13,10 @@ from peftcore.errors import UnsupportedSite
 
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 64}
 T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4, "vocab_size": 64}
+
+
+class NoOptions(MethodConfig):
+    method: Literal["looks_at_blocks"] = "looks_at_blocks"
 
 
 class Nothing(Operator):
@@ -32,7 +36,7 @@ def found(model: nn.Module, target: Any = None) -> tuple[list[BlockSite], dict[A
 
     class Looks(Method):
         name = "looks_at_blocks"
-        Config = MethodConfig
+        Config = NoOptions
         tags = Tags(category="additive", paper="none")
         target = ("block",)
 
