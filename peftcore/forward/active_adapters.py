@@ -15,6 +15,7 @@ from peftcore.contract.compositions import Composition
 from peftcore.errors import RouteError
 
 Active = tuple[str, ...]
+Positions = tuple[int, ...]
 Key = tuple[Active, Active | None, Composition | None]
 
 
@@ -31,6 +32,7 @@ class Route:
     positions: tuple[int, ...] = ()
     """`index` as numbers, which are known without asking the device."""
     _groups: dict[tuple[int, torch.device], tuple[dict[int, Tensor], Tensor]] = field(default_factory=dict, repr=False)
+    _parts: dict[tuple[Positions, str], Route] = field(default_factory=dict, repr=False)
 
     def fits(self, batch: int) -> bool:
         """Whether a batch of the host has this many rows."""
@@ -64,6 +66,23 @@ class Route:
             index = torch.where(self.index == gone, -1, self.index - (self.index > gone).to(self.index.dtype))
         positions = tuple(-1 if each == gone else each - (each > gone) for each in self.positions)
         return Route(left, index, self.copies, positions)
+
+    def only(self, positions: Positions) -> Route:
+        """Returns the route in which the rows of all others are the bare base model's; computed once."""
+        return self._with(positions, tuple(each if each in positions else -1 for each in self.positions), "only")
+
+    def part(self, positions: Positions) -> Route:
+        """Returns the route of the rows of some positions alone, in their order. Computed once, as `groups` is."""
+        return self._with(positions, tuple(each for each in self.positions if each in positions), "part")
+
+    def _with(self, wanted: Positions, positions: Positions, how: str) -> Route:
+        if positions == self.positions:
+            return self
+        if (wanted, how) not in self._parts:
+            with torch.inference_mode(False):  # a later forward may train
+                index = torch.tensor(positions, device=self.index.device)
+            self._parts[wanted, how] = Route(self.names, index, self.copies, positions)
+        return self._parts[wanted, how]
 
     def _times(self, count: int) -> int:
         times, rest = divmod(count, len(self.index))

@@ -270,11 +270,18 @@ def _by_rows(
     some = _runs_on_some_rows(module)
     if not some and any(each is not None and each.effects for each in acting.values()):
         return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
-    alone = some and any(each is not None and _wants_rows_alone(each, module, args, kwargs) for each in acting.values())
+    alone = tuple(n for n, each in acting.items() if some and each and _wants_rows_alone(each, module, args, kwargs))
+    shared, given = route.part(tuple(n for n in acting if n not in alone)), (args, kwargs)
+    if alone and shared.positions:  # who changes nothing that goes in has one forward of the base with the others
+        given = OwnRows(route.only(alone), -1, count).of(given)
     parts = {}
     for position, each in acting.items():
         rows = OwnRows(route, position, count)
-        bare = OfSomeRows(inner, (args, kwargs), rows, alone)
+        if position in alone:
+            bare = OfSomeRows(inner, (args, kwargs), rows, alone=True)
+        else:
+            rows_of_shared = OwnRows(shared, position, count * len(shared.index) // len(route.index))
+            bare = OfSomeRows(inner, given, rows_of_shared)
         call = bare if each is None else _alone(plain, slot, module, each, bare)
         with own_rows(rows):
             parts[position] = call(*bare.args, **bare.kwargs)

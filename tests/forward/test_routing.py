@@ -168,6 +168,30 @@ def test_in_evaluation_the_base_runs_once_for_all_who_do_not_change_what_goes_in
     assert calls and len(calls) == len(set(calls))
 
 
+def test_who_changes_what_goes_in_leaves_the_others_one_forward_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, injections = adapted("oft", "dora", "lora", "hra")
+    model.eval()
+    oft, dora, lora, hra = (injection.name for injection in injections)
+    names = [dora, oft, None, lora, hra, dora]
+    ids = token_ids(6)
+    with torch.no_grad():
+        expected = separately(model, ids, names)
+        base = {id(each.weight) for each in model.modules() if isinstance(each, nn.Linear)}
+        calls: list[tuple[int, int]] = []
+        linear = nn.functional.linear
+
+        def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            calls.extend([(id(weight), len(x))] * (id(weight) in base))
+            return linear(x, weight, bias)
+
+        monkeypatch.setattr(nn.functional, "linear", counted)
+        with route(model, names):
+            routed = model(ids)["logits"]
+    torch.testing.assert_close(routed, expected, rtol=1e-5, atol=1e-6)
+    rows = {each: sorted(count for weight, count in calls if weight == each) for each in base}
+    assert [1, 1, 4] in rows.values() and all(found in ([1, 1, 4], [6], []) for found in rows.values()), rows
+
+
 def test_rows_that_are_repeated_go_where_theirs_go() -> None:
     model, (one, two) = adapted("dora", "oft")
     ids = token_ids(2).repeat_interleave(3, 0)
