@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import peftcore
-from peftcore.errors import RouteError, UnknownInjection, UnsupportedHost
+from peftcore.errors import PeftcoreError, UnknownInjection, UnsupportedHost
 
 T = TypeVar("T")
 Event = int | str | Exception
@@ -106,7 +106,7 @@ class Engine:
         self.model, self.rows, self.mixed, self.steps = model, rows, mixed, 0
         self.longest: int = model.config.max_position_embeddings
         eos = model.generation_config.eos_token_id
-        self._stop = set(eos if isinstance(eos, list) else [eos])
+        self.stop = set(eos if isinstance(eos, list) else [eos])
         self.serving: dict[str, str] = {}
         self.running: Counter[str] = Counter()
         self._lock = threading.Lock()  # held while requests and adapters find each other
@@ -143,8 +143,8 @@ class Engine:
         """Load an adapter between two steps, instead of the one of that name: its requests end with the old one.
 
         Returns:
-            A future of the injection's name. Of peftcore's errors, it has those of `load`, and RouteError where the
-            method acts on the whole batch.
+            A future of the injection's name, or of an error: those of `peftcore.load`, RouteError where the method acts
+            on the whole batch, MissingContext where it is to be told more than a prompt.
         """
         return self._order(partial(self._load, name, folder))
 
@@ -164,6 +164,8 @@ class Engine:
         future: Future[T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(work())
             except Exception as error:
@@ -187,6 +189,7 @@ class Engine:
                         self.step()
                     except Exception as error:
                         self._give_up(error)
+        self._obey()
         self._give_up(RuntimeError("the engine was closed"))
 
     def step(self) -> None:
@@ -205,7 +208,7 @@ class Engine:
             self.steps += 1
 
     def _obey(self) -> None:
-        idle = self._batch is None and not self._waiting
+        idle = self._batch is None and not self._waiting and not self._closed
         while idle or not self._orders.empty():
             self._orders.get()()
             idle = False
@@ -248,22 +251,24 @@ class Engine:
     def _forward(self, batch: Batch, ids: Tensor, seen: Tensor, places: Tensor) -> None:
         """Run the model on all rows, and tell each its token."""
         names = [request.loaded for request in batch.requests]
-        choice = names[0] if len(set(names)) == 1 else names  # one adapter for all needs no route
-        device = next(self.model.parameters()).device
-        output: Any = peftcore.using(self.model, choice)(
+        device = self.model.device
+        output: Any = self._choosing(names)(
             self.model,
             input_ids=ids.to(device),
             attention_mask=seen.long().to(device),
             position_ids=places.to(device),
-            past_key_values=batch.cache,
+            cache=batch.cache,
             logits_to_keep=1,
         )
         batch.last = output.logits[:, -1].argmax(-1).cpu()
         for request, token in zip(batch.requests, batch.last.tolist(), strict=True):
             request.tokens += 1
             request.tell(token)
-            if token in self._stop or request.tokens == request.max_tokens:
-                self._end(request, "stop" if token in self._stop else "length")
+            if token in self.stop or request.tokens == request.max_tokens:
+                self._end(request, "stop" if token in self.stop else "length")
+
+    def _choosing(self, names: list[str | None]) -> Callable[..., Any]:
+        return peftcore.using(self.model, names[0] if len(set(names)) == 1 else names)  # one for all needs no route
 
     def _swept(self, batch: Batch) -> Batch | None:
         batch.keep([row for row, request in enumerate(batch.requests) if not request.over])
@@ -290,9 +295,9 @@ class Engine:
         self._versions += 1
         loaded = f"{name}@{self._versions}"
         injection = peftcore.load(self.model, folder, name=loaded, active=False)
-        try:
-            injection.check_routable()
-        except RouteError:
+        try:  # what cannot run beside others, or wants to be told more than a prompt, says so here and not in a batch
+            self._choosing([loaded, None])(self.model, torch.zeros(2, 2, dtype=torch.long, device=self.model.device))
+        except PeftcoreError:
             injection.remove()
             raise
         with self._lock:
