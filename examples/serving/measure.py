@@ -82,14 +82,14 @@ def drawn(count: int, longest: int, names: Sequence[str | None], seed: int = 0) 
     return [Asked(draw.choice(PROMPTS), draw.choice(names), draw.randint(least, longest)) for _ in range(count)]
 
 
-def make_adapters(model: Any, folder: Path) -> None:
-    """Save adapters with drawn values, as far from the base model as trained ones are; LoRAs for peft too."""
+def make_adapters(model: Any, folder: Path, spread: float = 0.05) -> None:
+    """Save adapters with drawn values, of which each changes the answers; LoRAs for peft too."""
     for name, (method, options) in {**ADAPTERS, NEW: ADAPTERS[REPLACED]}.items():
         injection = peftcore.apply(model, method, name=name, seed=0, **options)
         draw = torch.Generator().manual_seed(sum(name.encode()))
         with torch.no_grad():
             for parameter in injection.parameters():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=draw)
+                parameter += spread * torch.randn(parameter.shape, generator=draw)
         injection.save(folder / name)
         if name in LORAS:
             injection.save(folder / "peft" / name, format="peft")
@@ -382,6 +382,7 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=128, help="how many each other way answers")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=16, help="of the longest answers")
+    parser.add_argument("--spread", type=float, default=0.05, help="standard deviation of the adapters' values")
     parser.add_argument("--out", type=Path, default=HERE, help="where results.json goes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -390,7 +391,7 @@ def main() -> None:
     tokenizer = load_tokenizer(arguments.model)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        make_adapters(model, folder)
+        make_adapters(model, folder, arguments.spread)
         single = Single(other, tokenizer, folder, arguments.tokens)
         single.answer([None, *ADAPTERS, NEW])
         engine = Engine(model, arguments.clients)
