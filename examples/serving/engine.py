@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import peftcore
-from peftcore.errors import PeftcoreError, UnknownInjection, UnsupportedHost
+from peftcore.errors import PeftcoreError, RouteError, UnknownInjection, UnsupportedHost
 
 T = TypeVar("T")
 Event = int | str | Exception
@@ -144,7 +144,8 @@ class Engine:
 
         Returns:
             A future of the injection's name, or of an error: those of `peftcore.load`, RouteError where the method acts
-            on the whole batch, MissingContext where it is to be told more than a prompt.
+            on the whole batch or keeps states of its own in the cache, MissingContext where it is to be told more than
+            a prompt.
         """
         return self._order(partial(self._load, name, folder))
 
@@ -295,8 +296,8 @@ class Engine:
         self._versions += 1
         loaded = f"{name}@{self._versions}"
         injection = peftcore.load(self.model, folder, name=loaded, active=False)
-        try:  # what cannot run beside others, or wants to be told more than a prompt, says so here and not in a batch
-            self._choosing([loaded, None])(self.model, torch.zeros(2, 2, dtype=torch.long, device=self.model.device))
+        try:
+            self._try(loaded)
         except PeftcoreError:
             injection.remove()
             raise
@@ -306,6 +307,15 @@ class Engine:
         if before is not None:
             self._retire(before)
         return loaded
+
+    def _try(self, loaded: str) -> None:
+        """Let an injection answer beside the base model: what it cannot do is said now, and not to others in a batch."""
+        cache = DynamicCache(config=self.model.config)
+        layers = len(cache.layers)
+        ids = torch.zeros(2, 2, dtype=torch.long, device=self.model.device)
+        self._choosing([loaded, None])(self.model, ids, cache=cache)
+        if type(cache) is not DynamicCache or len(cache.layers) != layers:
+            raise RouteError(f"{loaded} keeps states of its own in the cache, of which rows cannot be joined here")
 
     def _unload(self, name: str) -> None:
         with self._lock:

@@ -24,7 +24,8 @@ pytest.importorskip("uvicorn")
 pytest.importorskip("peft")
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "serving"
 MODULES = ("measure", "server", "engine")
-LONGEST = 8
+LONGEST, LONG = 6, 40
+"""Tokens of the longest answers, and of those during which something happens."""
 SPREAD = 0.3
 
 
@@ -58,11 +59,11 @@ class Served:
         model, other = (transformers.AutoModelForCausalLM.from_pretrained(speaker).eval() for _ in range(2))
         tokenizer = transformers.AutoTokenizer.from_pretrained(speaker)
         example.make_adapters(model, folder, SPREAD)
-        for name in ("prompt_tuning", "polytropon"):
-            injection = peftcore.apply(model, name, **({"tasks": ["a", "b"]} if name == "polytropon" else {}))
+        for name, options in {"prompt_tuning": {}, "lst": {}, "polytropon": {"tasks": ["a", "b"]}}.items():
+            injection = peftcore.apply(model, name, **options)
             injection.save(folder / name)
             injection.remove()
-        self.single = example.Single(other, tokenizer, folder, 64)
+        self.single = example.Single(other, tokenizer, folder, LONGEST)
         self.engine = sys.modules["engine"].Engine(model, rows)
         self.app = sys.modules["server"].serving(self.engine, tokenizer, folder, example.ADAPTERS)
 
@@ -128,8 +129,10 @@ def test_answers_are_those_of_single_requests(served: Served) -> None:
     """60 requests by 8 clients, of all adapters; one client goes away; one adapter is replaced while it answers."""
     example, single = served.example, served.single
     names = [None, *example.ADAPTERS]
-    single.answer([*names, example.NEW])
+    single.answer(names)
     assert len({tuple(tokens) for tokens in single.tokens.values()}) > 0.9 * len(single.tokens)
+    single.longest = LONG
+    single.answer([example.REPLACED, example.NEW])
     requests = iter(example.drawn(60, LONGEST, names))
     answers: list[Any] = []
 
@@ -176,6 +179,7 @@ def test_answers_are_those_of_single_requests(served: Served) -> None:
 
 def test_an_adapter_that_is_deleted_finishes_what_it_began(served: Served) -> None:
     example, single = served.example, served.single
+    single.longest = LONG
     single.answer(["chess"])
     asked = example.Asked(example.PROMPTS[2], "chess", single.longest)
 
@@ -195,27 +199,24 @@ def test_an_adapter_that_is_deleted_finishes_what_it_began(served: Served) -> No
     served.run(talk)
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "body", "status", "error"),
-    [
-        ("PUT", "/adapters/prompts", {"folder": "prompt_tuning"}, 422, "RouteError"),
-        ("PUT", "/adapters/tasks", {"folder": "polytropon"}, 422, "MissingContext"),
-        ("PUT", "/adapters/news", {"folder": "../news"}, 422, "CheckpointError"),
-        ("PUT", "/adapters/a.b", {"folder": "news"}, 422, "DuplicateInjection"),
-        ("POST", "/generate", {"prompt": "Why?", "adapter": "nobody"}, 404, "UnknownInjection"),
-        ("POST", "/generate", {"prompt": "Why?", "max_tokens": 5000}, 422, "ValueError"),
-    ],
-)
-def test_what_is_refused_changes_nothing(
-    served: Served, method: str, path: str, body: dict[str, Any], status: int, error: str
-) -> None:
-    """Methods that act on the whole batch, or that are to be told more than a prompt; files of other folders."""
+REFUSED = [
+    ("PUT", "/adapters/prompts", {"folder": "prompt_tuning"}, 422, "RouteError"),  # acts on the whole batch
+    ("PUT", "/adapters/ladder", {"folder": "lst"}, 422, "RouteError"),  # its own states are in the cache
+    ("PUT", "/adapters/tasks", {"folder": "polytropon"}, 422, "MissingContext"),  # wants to be told a task
+    ("PUT", "/adapters/news", {"folder": "../news"}, 422, "CheckpointError"),
+    ("PUT", "/adapters/a.b", {"folder": "news"}, 422, "DuplicateInjection"),
+    ("POST", "/generate", {"prompt": "Why?", "adapter": "nobody"}, 404, "UnknownInjection"),
+    ("POST", "/generate", {"prompt": "Why?", "max_tokens": 5000}, 422, "ValueError"),
+]
 
+
+def test_what_is_refused_changes_nothing(served: Served) -> None:
     async def talk(client: Any) -> None:
         before = (await client.get("/adapters")).json(), served.injections()
-        answer = await client.request(method, path, json=body)
-        assert (answer.status_code, answer.json()["error"]) == (status, error), answer.text
-        assert ((await client.get("/adapters")).json(), served.injections()) == before
+        for method, path, body, status, error in REFUSED:
+            answer = await client.request(method, path, json=body)
+            assert (answer.status_code, answer.json()["error"]) == (status, error), answer.text
+            assert ((await client.get("/adapters")).json(), served.injections()) == before
         assert (await client.post("/generate", json={"prompt": "Why?", "max_tokens": 2})).status_code == 200
 
     served.run(talk)
