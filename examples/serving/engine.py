@@ -309,7 +309,7 @@ class Engine:
         return loaded
 
     def _try(self, loaded: str) -> None:
-        """Let an injection answer beside the base model: what it cannot do is said now, and not to others in a batch."""
+        """Let an injection answer beside the base model: what it cannot do is said here, and not in a batch."""
         cache = DynamicCache(config=self.model.config)
         layers = len(cache.layers)
         ids = torch.zeros(2, 2, dtype=torch.long, device=self.model.device)
