@@ -80,7 +80,8 @@ class Batch:
 
 
 def _padded(tensor: Tensor, width: int) -> Tensor:
-    return F.pad(tensor, (0, 0, width - tensor.shape[2], 0))  # [rows, heads, columns, head_dim]
+    lacking = width - tensor.shape[2]  # [rows, heads, columns, head_dim]
+    return F.pad(tensor, (0, 0, lacking, 0)) if lacking else tensor
 
 
 class Engine:

@@ -389,6 +389,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     model, other = (from_pretrained(transformers.AutoModelForCausalLM, arguments.model).eval() for _ in range(2))
     tokenizer = load_tokenizer(arguments.model)
+    console = Console()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_adapters(model, folder, arguments.spread)
@@ -398,28 +399,32 @@ def main() -> None:
         requests = drawn(arguments.requests, arguments.tokens, [None, *ADAPTERS])
         app = serving(engine, tokenizer, folder, ADAPTERS)
         answers = check_server(engine, app, requests, arguments.clients, single)
+        console.print(answers_table(answers), highlight=False)
         for injection in [*peftcore.injections(model).values()]:
             injection.remove()
         engine = Engine(model, arguments.clients)
         speeds = compare(engine, other, single, tokenizer, folder, arguments.timed, arguments.clients)
-    console = Console()
-    console.print(*tables(answers, speeds), f"{time.process_time():.0f} s of the processor", sep="\n", highlight=False)
+    console.print(speeds_table(speeds), f"{time.process_time():.0f} s of the processor", sep="\n", highlight=False)
     arguments.out.mkdir(parents=True, exist_ok=True)
     document = {"answers": answers, "speeds": speeds}
     (arguments.out / "results.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def tables(answers: dict[str, Any], speeds: dict[str, Any]) -> list[Table]:
-    said = Table("the server's answers", "")
+def answers_table(answers: dict[str, Any]) -> Table:
+    table = Table("the server's answers", "")
     for name, value in answers.items():
-        said.add_row(name, f"{value:.0f}" if isinstance(value, float) else str(value))
-    fast = Table("answered", "how", "tokens", "tokens a second", "ratio")
+        table.add_row(name, f"{value:.0f}" if isinstance(value, float) else str(value))
+    return table
+
+
+def speeds_table(speeds: dict[str, Any]) -> Table:
+    table = Table("answered", "how", "tokens", "tokens a second", "ratio")
     for what, ways in speeds.items():
         rates = {way: each["tokens"] / each["seconds"] for way, each in ways.items()}
         for way, rate in rates.items():
             ratio = rate / next(iter(rates.values()))
-            fast.add_row(what, way, str(ways[way]["tokens"]), f"{rate:.1f}", f"{ratio:.2f}")
-    return [said, fast]
+            table.add_row(what, way, str(ways[way]["tokens"]), f"{rate:.1f}", f"{ratio:.2f}")
+    return table
 
 
 if __name__ == "__main__":
