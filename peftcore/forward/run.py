@@ -265,6 +265,7 @@ def _by_rows(
         return add_updates(updates, route, output, args[0], not torch.is_grad_enabled() and is_linear(inner.run))
     if count is None:
         return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
+    route = route.only(tuple(n for n, each in enumerate(planned.routed) if each.effects or each.onion))  # others: bare
     places = route.groups(count, next(each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)).device)[0]
     acting = {position: planned.routed[position] if position >= 0 else None for position in places}
     some = _runs_on_some_rows(module)

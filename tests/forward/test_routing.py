@@ -9,6 +9,7 @@ from call_toys import TaskMethod, adapted, fill, gradients, host, separately
 from core_toys import token_ids
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftcore
 from peftcore import activate, call, route
@@ -190,6 +191,31 @@ def test_who_changes_what_goes_in_leaves_the_others_one_forward_of_the_base(monk
     torch.testing.assert_close(routed, expected, rtol=1e-5, atol=1e-6)
     rows = {each: sorted(count for weight, count in calls if weight == each) for each in base}
     assert [1, 1, 4] in rows.values() and all(found in ([1, 1, 4], [6], []) for found in rows.values()), rows
+
+
+def test_in_a_module_where_nothing_of_theirs_acts_rows_are_the_base_s() -> None:
+    model = host().eval()
+    for number, (name, target) in enumerate((("one", "mlp.up"), ("two", "mlp.down"))):
+        fill(peftcore.apply(model, "dora", name=name, target=target), number)
+    ids = token_ids(3)
+
+    def operations(*names: str | None) -> int:
+        with torch.no_grad(), route(model, names):
+            model(ids)  # which rows are whose is written down once
+            with Operations() as counted:
+                model(ids)
+        return counted.count
+
+    none, one, two = operations(None, None, None), operations("one", None, None), operations("two", None, None)
+    assert none < min(one, two) and operations("one", "two", None) == one + two - none
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
 
 
 def test_rows_that_are_repeated_go_where_theirs_go() -> None:
