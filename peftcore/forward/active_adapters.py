@@ -74,6 +74,24 @@ class Route:
         positions = tuple(-1 if each == gone else each - (each > gone) for each in self.positions)
         return Route(left, index, self.copies, positions, self.since)
 
+    def only(self, positions: Positions) -> Route:
+        """Returns the route in which the rows of all others are the bare base model's; computed once."""
+        return self._with(("only", positions), tuple(each if each in positions else -1 for each in self.positions))
+
+    def part(self, positions: Positions) -> Route:
+        """Returns the route of the rows of some positions alone, in their order; computed once."""
+        return self._with(("part", positions), tuple(each for each in self.positions if each in positions))
+
+    def _with(self, key: tuple[str, Positions], positions: Positions) -> Route:
+        if positions == self.positions:
+            return self
+        if key not in self._routes:
+            with torch.inference_mode(False):  # a later forward may train
+                index = torch.tensor(positions, device=self.index.device)
+            tokens = self.tokens if len(positions) == len(self.positions) else 0
+            self._routes[key] = Route(self.names, index, self.copies, positions, self.since, tokens)
+        return self._routes[key]
+
     def by_tokens(self, held: int, new: int, batch: int) -> Route:
         """Returns the route of the single tokens of a forward, row by row; the rows' own where all tokens of each row
         are alike.

@@ -207,6 +207,8 @@ def _run(edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: T
         return _chain(edits.mounts, host)(query, key, value), host.weights
     count = None if torch.compiler.is_compiling() else rows_seen(route, (query,), {})
     if count is not None:
+        edited = {mount.name for mount in edits.mounts}  # all others are one softmax, whatever acts on them elsewhere
+        route = route.only(tuple(n for n, name in enumerate(route.names) if name in edited))
         parts = {}
         for position in route.present:
             rows = OwnRows(route, (position,), count)

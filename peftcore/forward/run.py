@@ -287,7 +287,11 @@ def _by_rows(
     some = _runs_on_some_rows(module)
     if not some and any(each is not None and each.effects for each in acting.values()):
         return _on_all_rows(plain, slot, module, planned, route, inner, args, kwargs)
-    alone = some and any(each is not None and _wants_rows_alone(each, module, args, kwargs) for each in acting.values())
+    alone = tuple(n for n, each in acting.items() if some and each and _wants_rows_alone(each, module, args, kwargs))
+    shared, given = route.part(tuple(n for n in acting if n not in alone)), (args, kwargs)
+    if alone and shared.positions:  # who changes nothing that goes in has one forward of the base with the others
+        given = OwnRows(route.only(alone), (-1,), count).of(given)
+    shared_count = count * len(shared.positions) // len(route.positions)
     takes = functools.partial(_form_taken, module, args, kwargs)
     one = _is_one_map(module, args, kwargs)
     groups = positions_alike(acting, route, module, takes) if one else [(position,) for position in acting]
@@ -295,7 +299,12 @@ def _by_rows(
     parts = {}
     for group in groups:
         rows = OwnRows(route, group, count)
-        bare = OfSomeRows(inner, (args, kwargs), rows, alone)
+        own = group[0] in alone
+        bare = (
+            OfSomeRows(inner, (args, kwargs), rows, True)
+            if own
+            else OfSomeRows(inner, given, OwnRows(shared, group, shared_count))
+        )
         first = acting[group[0]]
         with own_rows(rows):
             if first is not None and len(group) > 1:

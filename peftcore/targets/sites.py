@@ -105,7 +105,8 @@ class Site(_Memory):
     def of_tokens(self) -> bool:
         """Whether the module acts on each token by itself: a linear map of vectors, an embedding of tokens, a norm, or
         experts that choose among all tokens."""
-        maps = self.layer.called and (self.layer.of_vectors or self.layer.one_hot)
+        layer = self.layer_of(self.module, "weight") if self.tensor == "bias" else self.layer
+        maps = layer.called and (layer.of_vectors or layer.one_hot)
         known = (self.role or "").partition(".")[0] in ("norm", "embed")
         return self.separable and self.form not in ("attention", "sequence") and (maps or known or bool(self.batch))
 

@@ -209,6 +209,26 @@ def test_rows_have_their_own_edits(name: str, implementation: str) -> None:
     assert (expected[0] - expected[2]).abs().max() > 1e-2
 
 
+def test_rows_without_edits_are_one_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever acts on them elsewhere: their keys and values are not copied for each adapter."""
+    model, given = host("llama", "sdpa"), inputs("llama")
+    given = {key: torch.cat([value, value]) for key, value in given.items()}
+    peftcore.apply(model, METHODS["in_front"], name="edited", length=5)
+    for name in ("one", "two"):
+        peftcore.apply(model, "lora", name=name)
+    rows: list[int] = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query: Tensor, *args: Any, **options: Any) -> Tensor:
+        rows.append(len(query))
+        return attention(query, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    with peftcore.route(model, ["one", "edited", None, "two"]):
+        logits(model, given)
+    assert rows and sorted(set(rows)) == [1, 3] and rows.count(1) == rows.count(3)
+
+
 def test_routed_rows_generate_as_alone() -> None:
     model, given = host("llama", "sdpa"), inputs("llama")
     for name, length in (("long", 5), ("short", 2)):

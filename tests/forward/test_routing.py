@@ -9,6 +9,7 @@ from call_toys import TaskMethod, adapted, fill, gradients, host, separately
 from core_toys import token_ids
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftcore
 from peftcore import activate, call, route
@@ -166,6 +167,55 @@ def test_in_evaluation_the_base_runs_once_for_all_who_do_not_change_what_goes_in
             routed = model(ids)["logits"]
     torch.testing.assert_close(routed, expected, rtol=1e-5, atol=1e-6)
     assert calls and len(calls) == len(set(calls))
+
+
+def test_who_changes_what_goes_in_leaves_the_others_one_forward_of_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, injections = adapted("oft", "dora", "lora", "hra")
+    model.eval()
+    oft, dora, lora, hra = (injection.name for injection in injections)
+    names = [dora, oft, None, lora, hra, dora]
+    ids = token_ids(6)
+    with torch.no_grad():
+        expected = separately(model, ids, names)
+        base = {id(each.weight) for each in model.modules() if isinstance(each, nn.Linear)}
+        calls: list[tuple[int, int]] = []
+        linear = nn.functional.linear
+
+        def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            calls.extend([(id(weight), len(x))] * (id(weight) in base))
+            return linear(x, weight, bias)
+
+        monkeypatch.setattr(nn.functional, "linear", counted)
+        with route(model, names):
+            routed = model(ids)["logits"]
+    torch.testing.assert_close(routed, expected, rtol=1e-5, atol=1e-6)
+    rows = {each: sorted(count for weight, count in calls if weight == each) for each in base}
+    assert [1, 1, 4] in rows.values() and all(found in ([1, 1, 4], [6], []) for found in rows.values()), rows
+
+
+def test_in_a_module_where_nothing_of_theirs_acts_rows_are_the_base_s() -> None:
+    model = host().eval()
+    for number, (name, target) in enumerate((("one", "mlp.up"), ("two", "mlp.down"))):
+        fill(peftcore.apply(model, "dora", name=name, target=target), number)
+    ids = token_ids(3)
+
+    def operations(*names: str | None) -> int:
+        with torch.no_grad(), route(model, names):
+            model(ids)  # which rows are whose is written down once
+            with Operations() as counted:
+                model(ids)
+        return counted.count
+
+    none, one, two = operations(None, None, None), operations("one", None, None), operations("two", None, None)
+    assert none < min(one, two) and operations("one", "two", None) == one + two - none
+
+
+class Operations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return function(*args, **(kwargs or {}))
 
 
 def test_rows_that_are_repeated_go_where_theirs_go() -> None:
