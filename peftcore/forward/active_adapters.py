@@ -30,6 +30,8 @@ class Route:
     """The number of adjacent rows of the batch that may belong to one of these (beams)."""
     positions: tuple[int, ...] = ()
     """`index` as numbers, which are known without asking the device."""
+    seeds: tuple[int | None, ...] = ()
+    """By position in `names`, the seed of what an injection draws for its rows; None: as the model draws."""
     _groups: dict[tuple[int, torch.device], tuple[dict[int, Tensor], Tensor]] = field(default_factory=dict, repr=False)
 
     def fits(self, batch: int) -> bool:
@@ -63,7 +65,8 @@ class Route:
         with torch.inference_mode(False):  # a later forward may train
             index = torch.where(self.index == gone, -1, self.index - (self.index > gone).to(self.index.dtype))
         positions = tuple(-1 if each == gone else each - (each > gone) for each in self.positions)
-        return Route(left, index, self.copies, positions)
+        seeds = tuple(seed for each, seed in zip(self.names, self.seeds, strict=False) if each != name)
+        return Route(left, index, self.copies, positions, seeds)
 
     def _times(self, count: int) -> int:
         times, rest = divmod(count, len(self.index))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftcore.errors import RouteError
 from peftcore.forward.active_adapters import Route
 from peftcore.forward.context import HERE, ForwardContext, forward_context
+from peftcore.forward.draws import draws_of, own_draws_aside
 
 
 class OneForward:
@@ -70,13 +71,13 @@ class OwnRows:
     """
 
     def __init__(self, route: Route, position: int, count: int) -> None:
-        self._route, self.position, self.count = route, position, count
+        self.route, self.position, self.count = route, position, count
         self._batch = {len(route.index), len(route.index) * route.copies}
         self._counts = {count, *self._batch}
 
     def index(self, count: int, device: torch.device) -> Tensor:
         """Returns which of `count` rows are its own, in order."""
-        return self._route.groups(count, device)[0][self.position]
+        return self.route.groups(count, device)[0][self.position]
 
     def of(self, value: Any) -> Any:
         """Returns its rows of a tensor, or of the tensors in nested containers; all else as it is."""
@@ -155,13 +156,19 @@ def _same(before: tuple[tuple[Any, ...], dict[str, Any]], args: tuple[Any, ...],
 
 
 @contextmanager
-def own_rows(rows: OwnRows | None) -> Iterator[None]:
+def own_rows(rows: OwnRows | None, site: str = "") -> Iterator[None]:
     """Context manager in which operators see the rows of one injection alone: in what taps hold, in what a call told
-    and in the model's inputs."""
+    and in the model's inputs; they draw by the injection's own seed, where the route has one.
+
+    Args:
+        rows: the rows; None for all of them, where the model draws as it always does.
+        site: the module, and what operators do there, by which draws differ.
+    """
     context = forward_context()
     outer, context.rows = context.rows, rows
     try:
-        yield
+        with own_draws_aside(context) if rows is None else draws_of(context, rows.route, rows.position, site):
+            yield
     finally:
         context.rows = outer
 

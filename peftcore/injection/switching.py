@@ -8,6 +8,7 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -50,7 +51,9 @@ def activate(model: nn.Module, *names: str | Composition) -> Chosen:
     return _now(*_activating(model, names))
 
 
-def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> Chosen:
+def route(
+    model: nn.Module, names: Sequence[str | None], *, copies: int = 1, seeds: Mapping[str, int] | None = None
+) -> Chosen:
     """Let a different injection act on each row of the batch.
 
     Best as a context manager, round forward or generate:
@@ -65,6 +68,9 @@ def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> 
         model: the host.
         names: one for each row of the batch; None for the bare base model.
         copies: how many rows stand for one of these where `generate` repeats rows (``num_beams``).
+        seeds: by name, the seed of what an injection draws for its rows (dropout): as in a pass with these rows alone
+            and the same seed. Another one for each forward; torch's generators go on where they were. Compiled code
+            draws as the model does. Without a seed, rows draw as the model does.
 
     Raises:
         UnknownInjection: the host has no injection of such a name.
@@ -72,7 +78,7 @@ def route(model: nn.Module, names: Sequence[str | None], *, copies: int = 1) -> 
         MergeError: a named injection is merged, so it would act on every row.
         BlockOrderError: at the end of a block, one that was entered later is still open.
     """
-    return _now(*_routing(model, names, copies))
+    return _now(*_routing(model, names, copies, seeds or {}))
 
 
 def call(model: nn.Module, **context: Any) -> Chosen:
@@ -209,15 +215,18 @@ def _activating(model: nn.Module, names: Sequence[str | Composition]) -> tuple[H
     return state, lambda before: replace(choice, context=before.context)
 
 
-def _routing(model: nn.Module, names: Sequence[str | None], copies: int) -> tuple[HostState, Change]:
+def _routing(
+    model: nn.Module, names: Sequence[str | None], copies: int, seeds: Mapping[str, int] = MappingProxyType({})
+) -> tuple[HostState, Change]:
     wanted = [name for name in names if name is not None]
-    state = known(model, wanted)
+    state = known(model, [*wanted, *seeds])
     if not names:
         raise RouteError("a route names one injection (or None) for each row; it got no rows")
     used = state.ordered(wanted)
     positions = [-1 if name is None else used.index(name) for name in names]
     device = next((parameter.device for parameter in model.parameters()), None)
-    routed = Route(used, torch.tensor(positions, device=device), copies, tuple(positions))
+    drawn = tuple(seeds.get(name) for name in used) if seeds else ()
+    routed = Route(used, torch.tensor(positions, device=device), copies, tuple(positions), drawn)
     _check(state, Choice((), routed))
     for name in used:
         state.injections[name].check_routable()
