@@ -36,7 +36,8 @@ class Fleet:
 
         fleet = Fleet(model)
         for rank in (4, 8, 16):
-            injection = peftcore.apply(model, "lora", name=f"rank{rank}", rank=rank)
+            with peftcore.activate(model):  # it starts from the base alone, not from what others make of it (dora)
+                injection = peftcore.apply(model, "lora", name=f"rank{rank}", rank=rank)
             fleet.join(injection, data, optimizer=injection.optimizer(torch.optim.AdamW, lr=1e-3), steps=200)
         fleet.run()
 

@@ -112,8 +112,8 @@ class Member:
             injection.check_routable()
         except RouteError as error:
             raise RouteError(
-                f"{error}: {name!r} cannot train in a fleet. Train it by itself: with {name}.optimizer(...) in a loop, "
-                "or with peftcore.training.PeftcoreTrainer"
+                f"{error}: {name!r} cannot train in a fleet. Train it by itself: with injection.optimizer(...) in a "
+                "loop, or with peftcore.training.PeftcoreTrainer"
             ) from None
         if injection.merged:
             raise TrainingError(f"{name!r} is merged into the base, which all members share: unmerge() it first")

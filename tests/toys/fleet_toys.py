@@ -27,7 +27,8 @@ def llama(**options: Any) -> Any:
 
 def applied(model: nn.Module, method: Any, name: str, seed: int = 0, **options: Any) -> peftcore.Injection:
     """An injection in float64 whose parameters are not where they start, so that all of them get gradients."""
-    injection = peftcore.apply(model, method, name=name, dtype=torch.float64, seed=seed, **options)
+    with peftcore.activate(model):  # it starts from the base alone
+        injection = peftcore.apply(model, method, name=name, dtype=torch.float64, seed=seed, **options)
     drawn = torch.Generator().manual_seed(seed + 7)
     with torch.no_grad():
         for each in injection.parameters():
@@ -35,7 +36,7 @@ def applied(model: nn.Module, method: Any, name: str, seed: int = 0, **options: 
     return injection
 
 
-def texts(seed: int, count: int = 6, rows: int = 2, length: int = 5) -> list[dict[str, Tensor]]:
+def texts(seed: int, count: int = 3, rows: int = 2, length: int = 5) -> list[dict[str, Tensor]]:
     drawn = torch.Generator().manual_seed(seed)
     ids = [torch.randint(0, VOCABULARY, (rows, length), generator=drawn) for _ in range(count)]
     return [{"input_ids": each, "attention_mask": torch.ones_like(each), "labels": each.clone()} for each in ids]
@@ -64,6 +65,7 @@ def alone(
     loss: Callable[[Any, Any], Tensor] = next_token,
 ) -> list[float]:
     """What a plain loop does with one adapter; returns the losses."""
+    peftcore.activate(model, injection.name)
     losses, batches = [], iter(forever(data))
     for _ in range(steps):
         optimizer.zero_grad()
