@@ -40,7 +40,7 @@ class Feed:
         while not self.ended:
             if self._iterator is None:
                 self._begin()
-            batch = self._drawn(lambda: next(self._iterator, None))  # type: ignore[arg-type]
+            batch: Mapping[str, Any] | None = self._drawn(lambda: next(self._iterator, None))  # type: ignore[arg-type]
             if batch is not None:
                 self.position += 1
                 return batch

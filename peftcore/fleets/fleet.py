@@ -143,7 +143,9 @@ class Fleet:
         )
         made.of_tokens = loss is None
         if made.folder is not None and not resume and (held := checkpoints.newest(made.folder)) is not None:
-            raise TrainingError(f"{held} is of an earlier training: resume=True goes on with it, or name another folder")
+            raise TrainingError(
+                f"{held} is of an earlier training: resume=True goes on with it, or name another folder"
+            )
         if resume:
             if made.folder is None:
                 raise TrainingError(f"resume of {found.name!r} needs folder=..., where its checkpoints are")
@@ -322,7 +324,7 @@ class Fleet:
         if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
             raise TrainingError(
                 "the model computed a loss over the rows of all members: name what it computes it of, "
-                f"Fleet(..., targets={self.targets + ('...',)})"
+                f"Fleet(..., targets={(*self.targets, '...')})"
             )
 
     def _agreed(self, losses: dict[Member, float]) -> dict[Member, float]:

@@ -33,7 +33,7 @@ def kind_of(model: nn.Module) -> str | None:
     transformers: Any = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return None
-    kind: str | None = model.loss_type  # type: ignore[assignment]
+    kind: str | None = model.loss_type
     return kind if kind in KINDS else None
 
 

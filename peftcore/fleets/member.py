@@ -291,9 +291,9 @@ def clip_gradients(parameters: list[nn.Parameter], largest: float) -> Tensor:
     are sharded and others not; returns the norm before."""
     gradients = [each.grad for each in parameters if each.grad is not None]
     norms = [whole(torch.linalg.vector_norm(each)) for each in gradients]
-    total = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms])) if norms else None
-    if total is None:
+    if not norms:
         return torch.zeros(())
+    total: Tensor = torch.linalg.vector_norm(torch.stack([each.to(norms[0].device) for each in norms]))
     factor = (largest / (total + 1e-6)).clamp(max=1.0)
     for each in gradients:
         each.mul_(factor.to(each.device, each.dtype))

@@ -90,8 +90,22 @@ OTHERS = ["dora", "vera", "ia3", "houlsby_adapter", "bitfit", "ln_tuning", "pref
 def test_methods(kind: str) -> None:
     """Different ones in one batch, some of them around modules, inside attention, in front of the sequence."""
     rate = {"sgd": 0.1, "adamw": 1e-2}[kind]
-    options: dict[str, Any] = {"houlsby_adapter": {"bottleneck": 4}, "vera": {"rank": 8}, "oft": {"block_size": 4}, "bitfit": {"add_missing_bias": True}}
+    options: dict[str, Any] = {
+        "houlsby_adapter": {"bottleneck": 4},
+        "vera": {"rank": 8},
+        "oft": {"block_size": 4},
+        "bitfit": {"add_missing_bias": True},
+    }
     trained(*[Case(chr(97 + n), each, rate, kind, **options.get(each, {})) for n, each in enumerate(OTHERS)])
+
+
+def draws(case: Case) -> bool:
+    """Whether the plain loop draws random numbers."""
+    model = llama()
+    injection, optimizer, _ = case.made(model)
+    before = torch.get_rng_state()
+    alone(model, injection, texts(case.seed), optimizer, steps=1)
+    return not torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.slow
@@ -99,7 +113,7 @@ def test_every_method_that_can_be_routed() -> None:
     """Each beside another one, with its default options: it takes its own steps, or says that it cannot."""
     refused, wrong, right = {}, {}, []
     for info in peftcore.methods():
-        if not info.tags.per_row or info.tags.needs_data or info.tags.random:
+        if not info.tags.per_row or info.tags.needs_data:
             continue
         model = llama()
         fleet = Fleet(model)
@@ -112,11 +126,16 @@ def test_every_method_that_can_be_routed() -> None:
             refused[info.name] = error
             continue
         try:
-            case.expect(member)
+            if draws(case):  # alone is in a fleet of one
+                lonely = Fleet(model := llama())
+                single = case.join(lonely, model)
+                lonely.run()
+                expect_same(member, single.injection, single.losses, case.tolerance)
+            else:
+                case.expect(member)
         except AssertionError as error:
             wrong[info.name] = error
         right.append(info.name)
-    print(refused)
     assert not wrong
     assert len(right) >= 40, refused
 
@@ -248,7 +267,9 @@ def test_other_lengths_are_filled_up_as_the_user_says() -> None:
     for name, length in (("a", 4), ("b", 7)):
         injection = applied(model, "lora", name, length)
         optimizer = injection.optimizer(torch.optim.AdamW, lr=1e-2)
-        members[name] = fleet.join(injection, texts(length, length=length), loss=next_token, optimizer=optimizer, steps=6)
+        members[name] = fleet.join(
+            injection, texts(length, length=length), loss=next_token, optimizer=optimizer, steps=6
+        )
     fleet.run()
     for name, length in (("a", 4), ("b", 7)):
         other = llama()
@@ -268,7 +289,7 @@ def test_a_step_that_fails_leaves_everything_and_is_run_again() -> None:
     held = other.feed._data
     other.feed._data, other.feed._iterator = texts(9, length=8), None
     before = {key: each.clone() for key, each in member.injection.state_dict().items()}
-    with pytest.raises(TrainingError, match="'a': .*'b': "):
+    with pytest.raises(TrainingError, match=r"'a': .*'b': "):
         fleet.step()
     assert all(torch.equal(each, before[key]) for key, each in member.injection.state_dict().items())
     assert all(each.grad is None for each in model.parameters()) and (member.step, other.step) == (1, 1)
@@ -390,7 +411,7 @@ def test_what_cannot_train_in_a_fleet_is_refused_and_nothing_changes() -> None:
     lora = applied(model, "lora", "a")
 
     def join(injection: Any = lora, **options: Any) -> Member:
-        given = {"optimizer": torch.optim.SGD([p for p in injection.parameters()], lr=0.1), "loss": next_token}
+        given = {"optimizer": torch.optim.SGD(list(injection.parameters()), lr=0.1), "loss": next_token}
         return fleet.join(injection, texts(1), **{**given, **options})
 
     lora.trainable(False)
@@ -463,7 +484,7 @@ def test_methods_that_act_on_the_whole_batch_are_refused() -> None:
             injection = peftcore.apply(model, name)
         except peftcore.errors.PeftcoreError:
             continue
-        with pytest.raises(RouteError, match="cannot train in a fleet. Train it by itself"):
+        with pytest.raises(RouteError, match=r"cannot train in a fleet\. Train it by itself"):
             Fleet(model).join(injection, texts(1), optimizer=torch.optim.SGD(injection.parameters(), lr=0.1))
         return
     pytest.fail("no method was refused")
