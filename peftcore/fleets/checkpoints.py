@@ -50,7 +50,10 @@ def write(injection: Injection, state: Mapping[str, Any], folder: Path, step: in
     """
     content = readable(state)
     place = folder / f"{STEP}{step:08d}"
-    if place.exists():  # a folder is one training's, so it has what is to be written
+    held = place.exists()
+    if not _alone():
+        torch.distributed.barrier()  # all have looked before one of them writes
+    if held:  # a folder is one training's, so it has what is to be written
         return place
     partial = place.with_name(place.name + PARTIAL)
     first = _alone() or torch.distributed.get_rank() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -24,7 +25,7 @@ from peftcore.forward.draws import mixed
 from peftcore.forward.host_state import injections
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import route
-from peftcore.layers.fsdp import is_sharded
+from peftcore.layers.fsdp import is_cut, is_sharded
 from peftcore.utils.progress import Progress
 
 TARGETS = ("labels",)
@@ -47,7 +48,8 @@ class Fleet:
 
     Under DistributedDataParallel the wrapped model is given, with ``find_unused_parameters=True`` where members join a
     different number of forwards; under FSDP2 the sharded one. All processes make the same fleet, each with its own
-    part of the data, and members end in all of them at the same step.
+    part of the data, and members end in all of them at the same step. Adapters that come after the model was wrapped
+    are averaged over the processes by the fleet, so the same ones join in all of them.
 
     Args:
         model: the adapted model, or a wrapper around it.
@@ -223,12 +225,13 @@ class Fleet:
             for member in windows:
                 member.zero()
             raise
-        values = iter(numbers([sum(losses[1:], losses[0]) for losses in found.values()]))
-        results = self._agreed({each: next(values) for each in found})
-        for member, loss in results.items():
+        self._reduce([*windows])
+        values = numbers([sum(losses[1:], losses[0]) for losses in found.values()])
+        taken = self._agreed({each: (loss, sum(counts[each])) for each, loss in zip(found, values, strict=True)})
+        for member, (loss, tokens) in taken.items():
             member.forwards += len(windows[member])
-            if loss - loss == 0:
-                member.take_step(loss, sum(counts[member]))
+            if math.isfinite(loss):
+                member.take_step(loss, tokens)
             else:
                 member.fail(loss)
         return [*windows]
@@ -327,18 +330,32 @@ class Fleet:
                 f"Fleet(..., targets={(*self.targets, '...')})"
             )
 
-    def _agreed(self, losses: dict[Member, float]) -> dict[Member, float]:
-        """Returns losses as they are, but no number where another process that shares the training found none."""
+    def _agreed(self, found: dict[Member, tuple[float, int]]) -> dict[Member, tuple[float, int]]:
+        """Returns losses and numbers of tokens; where processes share the training, the mean of the losses, so that
+        they end members alike, and all tokens."""
         if not (_shared() and self._reduces()):
-            return losses
+            return found
         assert self._host is not None
         device = next(iter(self._host.parameters())).device
-        wrong = torch.tensor([float(each - each != 0) for each in losses.values()], device=device)
-        torch.distributed.all_reduce(wrong, torch.distributed.ReduceOp.MAX)
-        return {each: float("nan") if bad else losses[each] for each, bad in zip(losses, wrong.tolist(), strict=True)}
+        told = torch.tensor([*found.values()], device=device, dtype=torch.float64)
+        torch.distributed.all_reduce(told)
+        count = torch.distributed.get_world_size()
+        return {each: (loss / count, int(tokens)) for each, (loss, tokens) in zip(found, told.tolist(), strict=True)}
 
     def _reduces(self) -> bool:
         return isinstance(self.model, DistributedDataParallel) or is_sharded(self.model)
+
+    def _reduce(self, members: Iterable[Member]) -> None:
+        """Average over processes the gradients that neither DistributedDataParallel nor FSDP2 averages: of adapters
+        that came after the model was wrapped."""
+        if not (_shared() and self._reduces()):
+            return
+        # A private attribute: nothing public tells which parameters the wrapper has seen.
+        seen = {id(each) for each in getattr(self.model, "_module_parameters", ())}
+        for parameter in (each for member in members for each in member.parameters()):
+            if parameter.grad is not None and id(parameter) not in seen and not is_cut(parameter):
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad.div_(torch.distributed.get_world_size())
 
     def __iter__(self) -> Iterator[Member]:
         return iter(self.members.values())

@@ -44,7 +44,7 @@ class Member:
         schedule: its schedule of learning rates, or None.
         steps: how many steps it is to take; None: one epoch.
         step: how many it has taken.
-        losses: the loss of each of them.
+        losses: the loss of each of them; where processes share the training, the mean of theirs.
         tokens: how much its losses were means over: labels that count, or rows.
         forwards: how many forwards of the base it took part in.
         done: whether it trains no more.
