@@ -140,7 +140,7 @@ class _Group:
         fleet = Fleet(self.model, autocast=torch.bfloat16 if first.training.autocast else None)
         shared = _Shared(loader, len(self.injections))
         members = {number: self._join(fleet, trainer, number, shared, steps) for number in self.injections}
-        curves: dict[int, dict[int, dict[str, float]]] = {number: {} for number in members}
+        curves = {number: {0: self.folders[number].before or {}} for number in members}
         self.display.phase(f"training {len(members)} runs together", steps)
         every = int(trainer.state.eval_steps)
         step = 0
