@@ -91,10 +91,9 @@ def draws_of(context: ForwardContext, route: Route, position: int, site: str) ->
 
 @contextmanager
 def own_draws_aside(context: ForwardContext) -> Iterator[None]:
-    """Context manager in which the model itself draws, in the middle of what an adapter of a route does."""
-    if context.drawn is None:
-        yield
-        return
+    """Context manager in which the model itself draws, in the middle of what an adapter of a route does by its own
+    seed."""
+    assert context.drawn is not None
     streams, before = context.drawn
     mine, context.drawn = streams.states(), None
     streams.set(before)

@@ -167,7 +167,13 @@ def own_rows(rows: OwnRows | None, site: str = "") -> Iterator[None]:
     context = forward_context()
     outer, context.rows = context.rows, rows
     try:
-        with own_draws_aside(context) if rows is None else draws_of(context, rows.route, rows.position, site):
+        if rows is None and context.drawn is not None:
+            with own_draws_aside(context):
+                yield
+        elif rows is not None and rows.route.seeds:
+            with draws_of(context, rows.route, rows.position, site):
+                yield
+        else:  # as nearly always
             yield
     finally:
         context.rows = outer

@@ -77,7 +77,7 @@ def _with_arguments(call: Forward, mount: Mount, route: Route | None, slot: Slot
         return None if route is None else route.of(mount.name, len(like), like.device)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if route is None or mount.name not in route.names:
+        if route is None or not route.seeds:
             return call(**operator.arguments(operator.given(args, kwargs), mine))
         with draws_of(forward_context(), route, route.names.index(mount.name), f"{slot.path}:inputs"):
             changed = operator.arguments(operator.given(args, kwargs), mine)
