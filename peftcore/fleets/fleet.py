@@ -77,6 +77,7 @@ class Fleet:
         self.targets, self.pad, self.collate, self.autocast = tuple(targets), dict(pad or {}), collate, autocast
         self.forwards = 0
         self._host: nn.Module | None = None
+        self._norms: dict[str, nn.Module] = {}
 
     # ------------------------------------------------------------------------------------------------------ members
 
@@ -153,6 +154,7 @@ class Fleet:
                 raise TrainingError(f"resume of {found.name!r} needs folder=..., where its checkpoints are")
             made.resume()
         self._host = found.model
+        self._norms = {path: each for path, each in found.model.named_modules() if isinstance(each, _BatchNorm)}
         self.members[made.name] = made
         return made
 
@@ -264,9 +266,7 @@ class Fleet:
         return [counted(batch, count_of(batch, member.name), shifted) for batch in window]
 
     def _check_base(self) -> None:
-        host = self._host
-        assert host is not None
-        mixing = [path for path, each in host.named_modules() if isinstance(each, _BatchNorm) and each.training]
+        mixing = [path for path, each in self._norms.items() if each.training]
         if mixing:
             raise TrainingError(
                 f"{mixing[0]} makes statistics of the batch, in which members would be mixed: put such modules in "

@@ -136,7 +136,7 @@ class _Group:
         transformers.set_seed(first.training.seed)
         loader = trainer.get_train_dataloader()
         steps = trainer.set_initial_training_values(trainer.args, loader)[-1]
-        trainer.state.compute_steps(trainer.args, steps)
+        trainer.state.compute_steps(trainer.args, steps)  # type: ignore[no-untyped-call]
         fleet = Fleet(self.model, autocast=torch.bfloat16 if first.training.autocast else None)
         shared = _Shared(loader, len(self.injections))
         members = {number: self._join(fleet, trainer, number, shared, steps) for number in self.injections}
