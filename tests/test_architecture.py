@@ -20,12 +20,8 @@ DEFERRED = {
     ): "`Injection.save` writes itself: users expect it there",
     (
         "peftcore.training",
-        "peftcore.trainers.callback",
-    ): "`peftcore.training.PeftcoreCallback` is where users import it",
-    (
-        "peftcore.training",
-        "peftcore.trainers.trainer",
-    ): "`peftcore.training.PeftcoreTrainer` is where users import it",
+        "peftcore.trainers",
+    ): "`Fleet`, `PeftcoreTrainer` and its callback are imported from `peftcore.training`",
 }
 """Imports that go up on purpose, inside a function, each with its reason. No more than three."""
 

@@ -23,6 +23,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `plan`: the plan of one module under one choice.
 - `slot`: the operators and plans of one module.
 - `cached_weights`: the promise of a user that nothing is written for a while.
+- `draws`: random numbers of adapters that rows go to.
 - `routing`: rows of a batch that go to different adapters.
 - `alike`: equal operators of several adapters, which run as one.
 - `batched_updates`: low-rank updates of many adapters in one product.

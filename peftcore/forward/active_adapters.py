@@ -38,6 +38,8 @@ class Route:
     all."""
     tokens: int = 0
     """Of a route of single tokens: how many there are of each row of the batch."""
+    seeds: tuple[int | None, ...] = ()
+    """By position in `names`, the seed of what an injection draws for its rows; None: as the model draws."""
     _known: dict[Any, Tensor | None] = field(default_factory=dict, repr=False)
     _routes: dict[Any, Route] = field(default_factory=dict, repr=False)
 
@@ -72,7 +74,8 @@ class Route:
         with torch.inference_mode(False):  # a later forward may train
             index = torch.where(self.index == gone, -1, self.index - (self.index > gone).to(self.index.dtype))
         positions = tuple(-1 if each == gone else each - (each > gone) for each in self.positions)
-        return Route(left, index, self.copies, positions, self.since)
+        seeds = tuple(seed for each, seed in zip(self.names, self.seeds, strict=False) if each != name)
+        return Route(left, index, self.copies, positions, self.since, seeds=seeds)
 
     def only(self, positions: Positions) -> Route:
         """Returns the route in which the rows of all others are the bare base model's; computed once."""
@@ -89,7 +92,7 @@ class Route:
             with torch.inference_mode(False):  # a later forward may train
                 index = torch.tensor(positions, device=self.index.device)
             tokens = self.tokens if len(positions) == len(self.positions) else 0
-            self._routes[key] = Route(self.names, index, self.copies, positions, self.since, tokens)
+            self._routes[key] = Route(self.names, index, self.copies, positions, self.since, tokens, self.seeds)
         return self._routes[key]
 
     def by_tokens(self, held: int, new: int, batch: int) -> Route:
@@ -117,7 +120,7 @@ class Route:
             with torch.inference_mode(False):  # a later forward may train
                 index = torch.tensor(places, device=self.index.device)
             copies, tokens = (self.copies, 0) if whole else (1, new)
-            self._routes[key] = Route(self.names, index, copies, tuple(places), None, tokens)
+            self._routes[key] = Route(self.names, index, copies, tuple(places), None, tokens, self.seeds)
         return self._routes[key]
 
     def _times(self, count: int) -> int:

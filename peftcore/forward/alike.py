@@ -39,7 +39,8 @@ def positions_alike(
     where nothing acts."""
     groups: dict[Hashable, list[int]] = {}
     for position, each in acting.items():
-        looks = None if each is None else _looks_of(each, module, form(each))
+        draws = position >= 0 and bool(route.seeds) and route.seeds[position] is not None  # by itself, then
+        looks = None if each is None or draws else _looks_of(each, module, form(each))
         alone = position if looks is None else (looks, route.sizes[position])
         groups.setdefault("bare" if each is None else alone, []).append(position)
     return [tuple(group) for group in groups.values()]

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from peftcore.contract.operators import _Base
 from peftcore.errors import UnsupportedSite
+from peftcore.forward.context import forward_context
+from peftcore.forward.draws import draws_of
 from peftcore.forward.routing import OwnRows, own_rows, put_together, rows_seen, select_rows
 from peftcore.layers.layer import Layer, Slices, bias_name, take
 
@@ -214,7 +216,7 @@ def _run(edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: T
             rows = OwnRows(route, (position,), count)
             mounts = [mount for mount in edits.mounts if position >= 0 and mount.name == route.names[position]]
             own = host.of(rows)
-            with own_rows(rows):
+            with own_rows(rows, f"{edits.slot.path}:attention"):
                 output = _chain(mounts, own)(*rows.of((query, key, value)))
             parts[position,] = output, own.weights
         together: tuple[Tensor, Tensor | None] = put_together(parts, route)
@@ -223,7 +225,8 @@ def _run(edits: Edits, host: HostAttention, query: Tensor, key: Tensor, value: T
     for position, name in enumerate(route.names):
         mounts = [mount for mount in edits.mounts if mount.name == name]
         if mounts:
-            other = _chain(mounts, host)(query, key, value), host.weights
+            with draws_of(forward_context(), route, position, f"{edits.slot.path}:attention"):
+                other = _chain(mounts, host)(query, key, value), host.weights
             result = select_rows(result, other, route, position)
     return result
 

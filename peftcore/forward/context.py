@@ -32,6 +32,7 @@ from peftcore.utils.threads import this_thread
 
 if TYPE_CHECKING:
     from peftcore.forward.active_adapters import Choice, Route
+    from peftcore.forward.draws import Streams
     from peftcore.forward.host_state import HostState
     from peftcore.forward.routing import OwnRows
 
@@ -110,6 +111,8 @@ class ForwardContext:
         """Of an extra pass: the checkpoints in which it runs, which repeat the pass and what is round it."""
         self.rows: OwnRows | None = None
         """The rows of the batch that the operator which runs is given, where it is not given all of them."""
+        self.drawn: tuple[Streams, list[Tensor]] | None = None
+        """While an adapter of a route draws by its own seed: torch's generators, and where the model's draws were."""
         self.held: dict[int, list[int]] = {}
         """Of the module that runs for several injections one after the other: how many tokens each layer of its caches
         held before, by id of the cache."""

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from peftcore.errors import RouteError
 from peftcore.forward.active_adapters import Positions, Route
 from peftcore.forward.context import HERE, ForwardContext, forward_context
+from peftcore.forward.draws import draws_of, own_draws_aside
 
 
 class OneForward:
@@ -72,7 +73,7 @@ class OwnRows:
     """
 
     def __init__(self, route: Route, positions: Positions, count: int) -> None:
-        self._route, self.positions, self.count = route, positions, count
+        self.route, self.positions, self.count = route, positions, count
         self._rows = {len(route.index) // route.tokens} if route.tokens > 1 else set()
         self._batch = {len(route.index), len(route.index) * route.copies, *self._rows}
         self._counts = {count, *self._batch}
@@ -80,10 +81,10 @@ class OwnRows:
     def index(self, count: int, device: torch.device) -> Tensor | None:
         """Returns which of `count` rows are its own; None where these are all rows as they lie."""
         if count in self._rows:  # of a route of tokens: each token has what its row has
-            own = self._route.own(self.positions, len(self._route.index), device)
-            of_all = torch.arange(len(self._route.index), device=device) if own is None else own
-            return of_all // (len(self._route.index) // count)
-        return self._route.own(self.positions, count, device)
+            own = self.route.own(self.positions, len(self.route.index), device)
+            of_all = torch.arange(len(self.route.index), device=device) if own is None else own
+            return of_all // (len(self.route.index) // count)
+        return self.route.own(self.positions, count, device)
 
     def of(self, value: Any) -> Any:
         """Returns its rows of a tensor, or of the tensors in nested containers; all else as it is."""
@@ -102,9 +103,9 @@ class OwnRows:
 
     def of_tokens(self, value: Tensor) -> Tensor:
         """Returns its rows of a tensor ``[batch, tokens]``; of a route of single tokens, its tokens ``[own]``."""
-        if self._route.tokens > 1:
+        if self.route.tokens > 1:
             value = value.flatten()
-        index = self._route.own(self.positions, len(value), value.device)
+        index = self.route.own(self.positions, len(value), value.device)
         return value if index is None else value.index_select(0, index)
 
     def told(self, value: Any) -> Any:
@@ -181,13 +182,25 @@ def _same(before: tuple[tuple[Any, ...], dict[str, Any]], args: tuple[Any, ...],
 
 
 @contextmanager
-def own_rows(rows: OwnRows | None) -> Iterator[None]:
+def own_rows(rows: OwnRows | None, site: str = "") -> Iterator[None]:
     """Context manager in which operators see the rows of one injection alone: in what taps hold, in what a call told
-    and in the model's inputs."""
+    and in the model's inputs; they draw by the injection's own seed, where the route has one.
+
+    Args:
+        rows: the rows; None for all of them, where the model draws as it always does.
+        site: the module, and what operators do there, by which draws differ.
+    """
     context = forward_context()
     outer, context.rows = context.rows, rows
     try:
-        yield
+        if rows is None and context.drawn is not None:
+            with own_draws_aside(context):
+                yield
+        elif rows is not None and rows.route.seeds:
+            with draws_of(context, rows.route, rows.positions[0], site):
+                yield
+        else:  # as nearly always
+            yield
     finally:
         context.rows = outer
 

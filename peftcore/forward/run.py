@@ -26,7 +26,8 @@ from peftcore.forward.active_adapters import Route
 from peftcore.forward.alike import positions_alike, run_alike
 from peftcore.forward.attention import attributes
 from peftcore.forward.batched_updates import add_updates
-from peftcore.forward.context import HERE
+from peftcore.forward.context import HERE, forward_context
+from peftcore.forward.draws import draws_of
 from peftcore.forward.mount import Mount
 from peftcore.forward.plan import ActivationForm, ActivePlan, ModulePlan
 from peftcore.forward.recompute import RecomputedTensors, Unwritten
@@ -71,13 +72,13 @@ def run(
     """
     forward: Forward = functools.partial(_run, plain, slot, module, planned, route)
     for mount in reversed(planned.acting.inputs):
-        forward = _with_arguments(forward, mount, route)
+        forward = _with_arguments(forward, mount, route, slot)
     for observer in planned.acting.observers:
         forward = observer.around(forward, module)
     return forward(*args, **kwargs)
 
 
-def _with_arguments(call: Forward, mount: Mount, route: Route | None) -> Forward:
+def _with_arguments(call: Forward, mount: Mount, route: Route | None, slot: Slot) -> Forward:
     """Returns a forward whose arguments an operator changes; with a route, those of its own adapter's rows."""
     operator = mount.operator
     assert isinstance(operator, InputOperator)
@@ -86,7 +87,11 @@ def _with_arguments(call: Forward, mount: Mount, route: Route | None) -> Forward
         return None if route is None else route.of(mount.name, len(like), like.device)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return call(**operator.arguments(operator.given(args, kwargs), mine))
+        if route is None or not route.seeds:
+            return call(**operator.arguments(operator.given(args, kwargs), mine))
+        with draws_of(forward_context(), route, route.names.index(mount.name), f"{slot.path}:inputs"):
+            changed = operator.arguments(operator.given(args, kwargs), mine)
+        return call(**changed)
 
     return forward
 
@@ -306,7 +311,7 @@ def _by_rows(
             else OfSomeRows(inner, given, OwnRows(shared, group, shared_count))
         )
         first = acting[group[0]]
-        with own_rows(rows):
+        with own_rows(rows, slot.path):
             if first is not None and len(group) > 1:
                 parts[group] = run_alike([planned.routed[n] for n in group], module, bare, inside, takes, prepare)
             else:
@@ -411,13 +416,11 @@ def _on_all_rows(
     """Run each injection of a route on all rows, and choose among the outputs row by row."""
     output = inner(*args, **kwargs)
     for position, acting in enumerate(planned.routed):
-        if acting.effects:
-            call = _inner(plain, slot, module, replace(acting, attention=()))
-            other = _around(acting, call, module)(*args, **kwargs)
-        elif acting.onion:
-            other = _around(acting, inner, module)(*args, **kwargs)
-        else:
+        if not (acting.effects or acting.onion):
             continue
+        call = _inner(plain, slot, module, replace(acting, attention=())) if acting.effects else inner
+        with draws_of(forward_context(), route, position, slot.path):
+            other = _around(acting, call, module)(*args, **kwargs)
         output = select_rows(output, other, route, position)
     return output
 

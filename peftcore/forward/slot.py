@@ -52,6 +52,8 @@ class Slot:
 
     def __init__(self, state: HostState) -> None:
         self.state = state
+        self.path = ""
+        """Path of the module in the host, when it was first adapted."""
         self.mounts: dict[str, list[Mount]] = {}
         self.forced_attributes: list[tuple[str | None, Mapping[str, Any]]] = []
         self.ran = [False, False]

@@ -9,6 +9,7 @@ import operator
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -52,7 +53,12 @@ def activate(model: nn.Module, *names: str | Composition) -> Chosen:
 
 
 def route(
-    model: nn.Module, names: Sequence[str | None], *, copies: int = 1, since: Sequence[int] | None = None
+    model: nn.Module,
+    names: Sequence[str | None],
+    *,
+    copies: int = 1,
+    since: Sequence[int] | None = None,
+    seeds: Mapping[str, int] | None = None,
 ) -> Chosen:
     """Let a different injection act on each row of the batch.
 
@@ -71,6 +77,9 @@ def route(
         since: the first column of tokens of each row on which its injection acts, padding and what a cache holds
             counted; earlier tokens are those of the bare base model, to the bit, and so is what a cache holds of them.
             For injections at modules that act on each token by itself.
+        seeds: by name, the seed of what an injection draws for its rows (dropout): as in a pass with these rows alone
+            and the same seed. Another one for each forward; torch's generators go on where they were. Compiled code
+            draws as the model does. Without a seed, rows draw as the model does.
 
     Raises:
         UnknownInjection: the host has no injection of such a name.
@@ -79,7 +88,7 @@ def route(
         MergeError: a named injection is merged, so it would act on every row.
         BlockOrderError: at the end of a block, one that was entered later is still open.
     """
-    return _now(*_routing(model, names, copies, since))
+    return _now(*_routing(model, names, copies, since, seeds or {}))
 
 
 def call(model: nn.Module, **context: Any) -> Chosen:
@@ -222,10 +231,14 @@ def _activating(model: nn.Module, names: Sequence[str | Composition]) -> tuple[H
 
 
 def _routing(
-    model: nn.Module, names: Sequence[str | None], copies: int, since: Sequence[int] | None
+    model: nn.Module,
+    names: Sequence[str | None],
+    copies: int,
+    since: Sequence[int] | None,
+    seeds: Mapping[str, int] = MappingProxyType({}),
 ) -> tuple[HostState, Change]:
     wanted = [name for name in names if name is not None]
-    state = known(model, wanted)
+    state = known(model, [*wanted, *seeds])
     if not names:
         raise RouteError("a route names one injection (or None) for each row; it got no rows")
     starts = None if since is None else tuple(operator.index(start) for start in since)
@@ -237,7 +250,8 @@ def _routing(
     used = state.ordered(wanted)
     positions = [-1 if name is None else used.index(name) for name in names]
     device = next((parameter.device for parameter in model.parameters()), None)
-    routed = Route(used, torch.tensor(positions, device=device), copies, tuple(positions), starts)
+    drawn = tuple(seeds.get(name) for name in used) if seeds else ()
+    routed = Route(used, torch.tensor(positions, device=device), copies, tuple(positions), starts, seeds=drawn)
     _check(state, Choice((), routed))
     for name in used:
         state.injections[name].check_routable(by_tokens=starts is not None)

@@ -106,7 +106,9 @@ def install(surgeon: Surgeon, state: HostState, name: str) -> None:
             for site in graft.holders:
                 _check_reachable(site)
                 mount = Mount(name, graft.operator, site.form, site.tensor, site.layer, site.slices)
-                attach(site.module, state).mounts.setdefault(name, []).append(mount)
+                slot = attach(site.module, state)
+                slot.path = slot.path or site.module_path
+                slot.mounts.setdefault(name, []).append(mount)
         _force_attributes(surgeon, state, name)
     except BaseException:
         uninstall(surgeon, state, name)

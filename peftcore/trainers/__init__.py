@@ -1,8 +1,27 @@
-"""Integrations with other libraries' trainers.
+"""Trainers: integrations with other libraries', and what users find in `peftcore.training`.
 
-It may import `authoring`, and what is below. In the order of reading:
+It may import `fleets`, and what is below. In the order of reading:
 
 - `checkpoints`: what the Trainer of transformers writes of an adapted model.
 - `callback`: the Trainer's callback.
 - `trainer`: the Trainer itself, wherever its loss is computed.
 """
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """Import what `peftcore.training` hands out, when it is first asked for."""
+    if name in ("Fleet", "Member"):
+        from peftcore.fleets import fleet, member
+
+        return fleet.Fleet if name == "Fleet" else member.Member
+    if name == "PeftcoreCallback":
+        from peftcore.trainers.callback import PeftcoreCallback
+
+        return PeftcoreCallback
+    if name == "PeftcoreTrainer":
+        from peftcore.trainers.trainer import PeftcoreTrainer
+
+        return PeftcoreTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from peftcore.errors import TrainingError
-from peftcore.layers.fsdp import gathered, stand_ins_for, standing
+from peftcore.layers.fsdp import cut_like, gathered, is_cut, stand_ins_for, standing, whole
 
 if TYPE_CHECKING:
     from peftcore.injection.applied import AppliedMethod
@@ -287,3 +287,29 @@ def take_steps(family: Iterable[AppliedMethod], step: int, total: int) -> None:
 def scheduled(injection: Injection) -> Iterator[AppliedMethod]:
     """Returns the methods with a schedule: the injection or, of a hybrid, parts of it."""
     return (each for each in injection.family() if each.method.tags.scheduled)
+
+
+@contextmanager
+def whole_state(optimizer: Optimizer) -> Iterator[None]:
+    """Context manager in which what an optimizer remembers of sharded parameters is whole; all processes take part."""
+    pieces = [(held, key, each) for held, key, each in _state_tensors(optimizer) if is_cut(each)]
+    for held, key, each in pieces:
+        held[key] = whole(each)
+    try:
+        yield
+    finally:
+        for held, key, each in pieces:
+            held[key] = each
+
+
+def cut_state(optimizer: Optimizer) -> None:
+    """Cut what an optimizer remembers of sharded parameters into the same pieces."""
+    for parameter, held in optimizer.state.items():
+        for key, each in held.items():
+            if is_cut(parameter) and isinstance(each, Tensor) and each.shape == parameter.shape:
+                held[key] = cut_like(each, parameter)
+
+
+def _state_tensors(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    for held in optimizer.state.values():
+        yield from ((held, key, each) for key, each in held.items() if isinstance(each, Tensor))

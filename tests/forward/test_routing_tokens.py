@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import peftcore
 from peftcore import activate, route, using
-from peftcore.errors import RouteError
+from peftcore.errors import MissingContext, RouteError
 from peftcore.testing.kit import fill
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
@@ -170,7 +170,7 @@ def test_columns_that_do_not_fit_are_refused() -> None:
         with pytest.raises(RouteError, match="one column for each of the 2 rows"):
             route(model, [one.name, None], since=since)
     with torch.no_grad(), route(model, [one.name, None], since=[1, 0]):
-        with pytest.raises(RouteError, match="counts tokens of input_ids"):
+        with pytest.raises(MissingContext, match="those of input_ids"):
             model.model(ids(2))
         model(ids(2))
 

@@ -21,6 +21,9 @@ Out = Annotated[Path | None, typer.Option(help="Folder for the report and the ru
 Tuning = Annotated[bool, typer.Option("--tuning", help="Demo: score the tuning split, which settings are chosen by.")]
 
 
+Together = Annotated[int | None, typer.Option(help="How many runs train at once on one model (1).")]
+
+
 @app.command()
 def compare(
     config: Config = None,
@@ -32,6 +35,7 @@ def compare(
     steps: Steps = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
+    together: Together = None,
     seeds: Seeds = None,
     out: Out = None,
     set_: Set = None,
@@ -46,6 +50,7 @@ def compare(
         "training.steps": steps,
         "training.batch_size": batch_size,
         "training.learning_rate": lr,
+        "together": together,
         "out": out,
         "seeds": None if seeds is None else seeds.split(","),
     }

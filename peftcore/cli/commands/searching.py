@@ -24,6 +24,9 @@ Worker = Annotated[bool, typer.Option("--worker", help="Only run trials, for a s
 Out = Annotated[Path | None, typer.Option(help="Folder for what is found, and for the runs.")]
 
 
+Together = Annotated[int | None, typer.Option(help="How many runs train at once on one model (1).")]
+
+
 @app.command()
 def search(
     config: Config = None,
@@ -35,6 +38,7 @@ def search(
     budget: Budget = None,
     memory: Memory = None,
     trials: Trials = None,
+    together: Together = None,
     steps: Steps = None,
     batch_size: BatchSize = None,
     seeds: Seeds = None,
@@ -61,6 +65,7 @@ def search(
         "seed": seed,
         "storage": storage,
         "study": study,
+        "together": together,
         "out": out,
     }
     with answered():

@@ -47,7 +47,7 @@ def caption(search: Found) -> str:
     skipped, failed = states.count("skipped"), states.count("failed")
     words = [f"{len(search.tried.trials)} trials trained, {skipped} planned and not trained, {failed} failed."]
     words += [f"Left out: {name} ({reason})." for name, reason in search.left_out.items()]
-    return " ".join(words)
+    return "\n".join([" ".join(words), *search.tried.together])
 
 
 def spelled(value: Any) -> str:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from peftcore.comparing.runs.reading import validated
 from peftcore.comparing.runs.run import MethodChoice, Options, Run, Training
@@ -36,6 +36,9 @@ class Comparison(Options):
     seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
     """Each method is trained with each."""
     training: Training = Field(default_factory=lambda: Training.model_validate({"steps": 100}))
+    together: PositiveInt = 1
+    """How many runs train at once on one model, where they differ in method, options and learning rate alone. Then
+    seconds and memory are those of all of them divided by their number."""
     dtype: str = "float32"
     quantize: str | None = None
     out: Path = Path("peftcore-compare")

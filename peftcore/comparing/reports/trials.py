@@ -41,6 +41,8 @@ class Trial:
     peak_memory: int
     file_size: int
     folder: str
+    together: int = 1
+    """How many runs trained at once on one model, this one with them; seconds and memory are its share of theirs."""
 
     @property
     def share(self) -> float:
@@ -92,6 +94,8 @@ class Report:
     """The majority baseline, where it is known: the metric of an answer that looks at nothing, the commonest class."""
     failed: dict[str, str] = field(default_factory=dict)
     """Labels of configurations that could not be run, and why."""
+    together: tuple[str, ...] = ()
+    """Of each group of runs that trained at once on one model: what that saved."""
 
     @property
     def model_name(self) -> str:

@@ -11,6 +11,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import optuna
 from optuna.trial import TrialState
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
-from peftcore.comparing.comparisons.compare import Board, compare, run_trial
+from peftcore.comparing.comparisons.compare import Board, Result, compare, run_together, run_trial, together
 from peftcore.comparing.comparisons.comparison import Candidate, Comparison
 from peftcore.comparing.data.tuning import parted
 from peftcore.comparing.errors import BadInput
@@ -34,6 +35,7 @@ from peftcore.comparing.searching.found import Found, write_best
 from peftcore.comparing.searching.space import METHODS, Choice, Space, by_default
 from peftcore.comparing.searching.studies import REASON, RECORD, Study
 from peftcore.comparing.tasks import catalogue
+from peftcore.comparing.training.together import Saved
 from peftcore.errors import PeftcoreError, TrainingError
 from peftcore.files.safe_io import write_text
 
@@ -68,6 +70,8 @@ class Search(Options):
     """Memory of a training step at most, as ``peftcore plan`` counts it: ``2GB``."""
     trials: PositiveInt = 20
     """Runs on the tuning split; what is over the budget takes no time and does not count."""
+    together: PositiveInt = 1
+    """How many trials are drawn and trained at once, as by as many workers, on one model where their methods can be."""
     start: list[Candidate] = Field(default_factory=list)
     """Points of the space that are tried first."""
     confirm: PositiveInt = 3
@@ -112,6 +116,7 @@ class Search(Options):
         training = self.training.model_dump()
         listed = [each.model_dump() for each in candidates]
         whole = {**shared, "data": data, "methods": listed, "seeds": seeds, "training": training, "out": out}
+        whole["together"] = self.together
         return validated(Comparison, whole, "search")
 
 
@@ -129,6 +134,7 @@ class Job:
         self._check()
         made(search.out)
         self.tuning, self.held_out = parted(search.data, search.tuning, search.tuning_size, search.out / "data")
+        self.saved: list[Saved] = []
         self.planner = self._planner()
         limit = None if search.budget is None else values(search.budget, self.planner.total)
         self.budget = Budget(limit, None if search.memory is None else memory(search.memory))
@@ -195,11 +201,23 @@ class Job:
         idle = 0
         while len(self.study.counted()) < self.search.trials and idle < PATIENCE:
             self.study.bury()
-            with self.study.trial() as trial:
-                idle = 0 if self._tried(trial) else idle + 1
+            with ExitStack() as begun:
+                asked: list[tuple[optuna.trial.Trial, Candidate]] = []
+                while len(asked) < self.search.together and idle < PATIENCE and (not asked or self._wanting()):
+                    with ExitStack() as one:
+                        trial = one.enter_context(self.study.trial())
+                        candidate = self._chosen(trial)
+                        idle = idle + 1 if candidate is None else 0
+                        if candidate is not None:
+                            asked.append((trial, candidate))
+                            begun.push(one.pop_all())
+                self._train(asked)
 
-    def _tried(self, trial: optuna.trial.Trial) -> bool:
-        """Train a trial, if there is reason to."""
+    def _wanting(self) -> bool:
+        return len(self.study.counted()) < self.search.trials
+
+    def _chosen(self, trial: optuna.trial.Trial) -> Candidate | None:
+        """Return the candidate of a trial, if there is reason to train it."""
         choice = self.space.suggest(trial)
         candidate = choice.candidate(self.planner.host, f"{choice.method}-{trial.number}")
         key = json.dumps([candidate.name, candidate.arguments, candidate.learning_rate], sort_keys=True)
@@ -208,13 +226,12 @@ class Job:
             needs = self.planner.needs(candidate)
         except PeftcoreError as error:
             self.study.skip(trial, str(error))
-            return False
+            return None
         over = self.budget.over(needs) or self._needless(trial.number, key)
         if over:
             self.study.skip(trial, over, self.budget.excess(needs))
-            return False
-        self._train(trial, candidate)
-        return True
+            return None
+        return candidate
 
     def _needless(self, number: int, key: str) -> str | None:
         earlier = [each for each in self.study.counted() if each.number < number]
@@ -223,31 +240,45 @@ class Job:
         same = [each.number for each in earlier if each.user_attrs.get(KEY) == key]
         return f"the same as trial {same[0]}" if same else None
 
-    def _train(self, trial: optuna.trial.Trial, candidate: Candidate) -> None:
-        try:
-            found = self._scored(candidate, [self.search.seed], self.search.seed)
-        except TrainingError as error:
-            self.study.fail(trial, str(error))
-            return
-        self.study.done(trial, found.after[self.task.metric], found.trainable, asdict(found))
+    def _train(self, asked: list[tuple[optuna.trial.Trial, Candidate]]) -> None:
+        found = self._scored([candidate for _, candidate in asked], [self.search.seed], self.search.seed)
+        for trial, candidate in asked:
+            result = found[candidate.called]
+            if isinstance(result, TrainingError):
+                self.study.fail(trial, str(result))
+            else:
+                self.study.done(trial, result.after[self.task.metric], result.trainable, asdict(result))
 
-    def _scored(self, candidate: Candidate, seeds: list[int], seed: int) -> Trial:
-        """Run one candidate and score it on the tuning split.
+    def _scored(self, candidates: list[Candidate], seeds: list[int], seed: int) -> dict[str, Trial | TrainingError]:
+        """Run candidates, together where they can be, and score each on the tuning split; returns by label what it came
+        to, or why to nothing."""
+        results: dict[str, Trial | TrainingError] = {}
+        comparison = self._on_tuning(candidates, seeds) if candidates else None
+        for group in together(comparison, candidates, seed) if comparison is not None else []:
+            assert comparison is not None
+            if len(group) > 1:
+                done = run_together(comparison, group, seed, self.board, self.saved)
+                results |= {each.called: self._result(each, found) for each, found in zip(group, done, strict=True)}
+                continue
+            (candidate,) = group
+            self.board.begin(candidate.called)
+            try:
+                result: Result = run_trial(comparison, candidate, seed, self.board)
+            except TrainingError as error:
+                result = error
+            results[candidate.called] = self._result(candidate, result)
+        return results
 
-        Raises:
-            TrainingError: it came to no score.
-        """
-        self.board.begin(candidate.called)
-        try:
-            found, _ = run_trial(self._on_tuning([candidate], seeds), candidate, seed, self.board)
-            score = found.after[self.task.metric]
-            if not math.isfinite(score):
-                raise TrainingError(f"the {self.task.metric} is {score}")
-        except TrainingError as error:
-            self.board.finish(f"{candidate.called:<20} failed: {error}")
-            raise
-        self.board.finish(f"{candidate.called:<20} {self.task.metric} {score:.3f}, {found.trainable:,} parameters")
-        return found
+    def _result(self, candidate: Candidate, found: Result) -> Trial | TrainingError:
+        result = found if isinstance(found, TrainingError) else found[0]
+        if not isinstance(result, TrainingError) and not math.isfinite(score := result.after[self.task.metric]):
+            result = TrainingError(f"the {self.task.metric} is {score}")
+        if isinstance(result, TrainingError):
+            self.board.finish(f"{candidate.called:<20} failed: {result}")
+        else:
+            score = result.after[self.task.metric]
+            self.board.finish(f"{candidate.called:<20} {self.task.metric} {score:.3f}, {result.trainable:,} parameters")
+        return result
 
     def _on_tuning(self, candidates: list[Candidate], seeds: list[int] | None = None) -> Comparison:
         out = self.search.out / "search"
@@ -293,15 +324,18 @@ class Job:
         others = [seed for seed in self.search.seeds if seed != self.search.seed]
         trials: list[Trial] = []
         failed: dict[str, str] = {}
-        for entry in ranked(tried)[: self.search.confirm]:
-            candidate = candidate_of(entry)
-            try:
-                trials += [
-                    *entry.trials,
-                    *[self._scored(candidate, [self.search.seed, *others], seed) for seed in others],
-                ]
-            except TrainingError as error:
-                failed[entry.label] = str(error)
+        best = ranked(tried)[: self.search.confirm]
+        found = {
+            seed: self._scored([candidate_of(entry) for entry in best], [self.search.seed, *others], seed)
+            for seed in others
+        }
+        for entry in best:
+            results = [found[seed][entry.label] for seed in others]
+            wrong = [each for each in results if isinstance(each, TrainingError)]
+            if wrong:
+                failed[entry.label] = str(wrong[0])
+            else:
+                trials += [*entry.trials, *(each for each in results if isinstance(each, Trial))]
         if not trials:
             raise TrainingError("; ".join(f"{label}: {reason}" for label, reason in failed.items()))
         return self._report(tuple(trials), began, failed)
@@ -321,6 +355,7 @@ class Job:
             trials=trials,
             seconds=time.perf_counter() - began,
             failed=failed or {},
+            together=tuple(map(str, self.saved)),
         )
 
 

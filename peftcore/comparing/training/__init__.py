@@ -1,8 +1,9 @@
 """One run: a method on a task, trained by transformers' ``Trainer``.
 
-It may import the core, `errors`, `runs` and `tasks`. In the order of reading:
+It may import the core, `errors`, `plans`, `runs` and `tasks`. In the order of reading:
 
 - `train`: the whole of a run, and what it came to.
+- `together`: several runs in one, on one model.
 - `trainer`: the ``Trainer`` as it is used here.
 - `processes`: one run in several processes.
 - `memory`: how much memory a run takes at its peak.

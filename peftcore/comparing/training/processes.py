@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import transformers
 from accelerate import Accelerator, DistributedType
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import nn
 
 from peftcore.comparing.errors import BadInput
 from peftcore.injection.applying import host_map
-from peftcore.layers.fsdp import cut_like, is_cut, whole
 
 ASKED = "ACCELERATE_USE_FSDP"
 """The variable that ``accelerate launch --use_fsdp`` sets."""
@@ -73,29 +69,3 @@ def _check_embeddings(model: nn.Module) -> None:
             f"{', '.join(holders)} have their weight in common, and accelerate would cut it twice: train without "
             "sharding, with all of the model in every process"
         )
-
-
-@contextmanager
-def whole_state(optimizer: Optimizer) -> Iterator[None]:
-    """Gather what an optimizer remembers from all processes, until the end of the block."""
-    pieces = [(held, key, each) for held, key, each in _tensors(optimizer) if is_cut(each)]
-    for held, key, each in pieces:
-        held[key] = whole(each)
-    try:
-        yield
-    finally:
-        for held, key, each in pieces:
-            held[key] = each
-
-
-def cut_state(optimizer: Optimizer) -> None:
-    """Cut what an optimizer remembers of parameters that are cut, into the same pieces."""
-    for parameter, held in optimizer.state.items():
-        for key, each in held.items():
-            if is_cut(parameter) and isinstance(each, Tensor) and each.shape == parameter.shape:
-                held[key] = cut_like(each, parameter)
-
-
-def _tensors(optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    for held in optimizer.state.values():
-        yield from ((held, key, each) for key, each in held.items() if isinstance(each, Tensor))

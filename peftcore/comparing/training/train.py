@@ -111,13 +111,13 @@ def _train(run: Run, display: Display, resume: bool) -> Outcome:
     display.phase("loading", None)
     transformers.set_seed(run.training.seed)
     prepared = task.prepare(run, data)
-    injection = None if run.method.name == FULL else _adapted(run, prepared)
+    injection = None if run.method.name == FULL else adapted(run, prepared)
     clock = Clock()
     trainer = trainer_for(run, task, prepared, injection, [Keeper(folder), Watch(display), clock])
     if folder.before is None:
         # Not by trainer.evaluate(): what accelerate prepared for that alone, it does not wrap for several processes.
         trainer.args.eval_on_start = True
-        folder.said = _said(prepared)
+        folder.said = told(prepared)
         folder.note()
     transformers.set_seed(run.training.seed)  # what came before drew a different number of times when resuming
     _trained(trainer, checkpoint)
@@ -137,7 +137,7 @@ def _train(run: Run, display: Display, resume: bool) -> Outcome:
         train_size=len(prepared.train),
         held_out_size=len(prepared.held_out),
         floor=prepared.floor,
-        samples=list(zip(folder.said, _said(prepared), strict=True)),
+        samples=list(zip(folder.said, told(prepared), strict=True)),
     )
     _save(trainer, prepared, Path(outcome.saved))
     if first_process():
@@ -145,7 +145,8 @@ def _train(run: Run, display: Display, resume: bool) -> Outcome:
     return outcome
 
 
-def _adapted(run: Run, prepared: Prepared) -> peftcore.Injection:
+def adapted(run: Run, prepared: Prepared, name: str | None = None) -> peftcore.Injection:
+    """Apply the method of a run to the model of its task."""
     base = prepared.adapted or prepared.model
     if run.quantize is not None:
         peftcore.quantize(base, run.quantize)
@@ -157,7 +158,7 @@ def _adapted(run: Run, prepared: Prepared) -> peftcore.Injection:
             collate_fn=prepared.collate,
         )
     train = (*prepared.head, *arguments.pop("train", ()))
-    return peftcore.apply(base, run.method.name, train=train, seed=run.training.seed, **arguments)
+    return peftcore.apply(base, run.method.name, name=name, train=train, seed=run.training.seed, **arguments)
 
 
 def _trained(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
@@ -194,7 +195,8 @@ def _out_of_memory(run: Run, error: Exception) -> str:
     return f"out of memory ({reason}). Less is needed with: {tries or 'a smaller model'}"
 
 
-def _said(prepared: Prepared) -> list[str]:
+def told(prepared: Prepared) -> list[str]:
+    """Return the model's answers to the task's questions, where it has some."""
     if prepared.samples is None:
         return []
     hold_whole(prepared.model)  # a pipeline calls parts of it, not all of it

@@ -17,14 +17,13 @@ from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks.task import Prepared, Task
 from peftcore.comparing.training.processes import (
     ask_for_sharding,
-    cut_state,
     settle_sharding,
     sharding_arguments,
-    whole_state,
 )
 from peftcore.errors import TrainingError
 from peftcore.layers.fsdp import gathered, loading_whole
 from peftcore.training import PeftcoreTrainer
+from peftcore.training.optimizer import cut_state, whole_state
 
 KEPT = 3
 """Checkpoints: the best, the last, and the one before while the next is being written."""

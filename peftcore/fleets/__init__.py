@@ -1,0 +1,11 @@
+"""Many adapters trained in shared steps on one base.
+
+It may import `authoring`, and what is below. In the order of reading:
+
+- `rows`: batches put together, outputs taken apart.
+- `losses`: the loss of one adapter, of its own rows.
+- `feeds`: one adapter's data, batch after batch.
+- `checkpoints`: the files from which one adapter's training goes on.
+- `member`: one adapter that trains in a fleet.
+- `fleet`: the shared steps.
+"""

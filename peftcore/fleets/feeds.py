@@ -1,0 +1,81 @@
+"""One adapter's data: batch after batch, epoch after epoch, in an order that depends on its own seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore.errors import TrainingError
+from peftcore.forward.draws import Streams, mixed
+
+Data = Iterable[Mapping[str, Any]] | Callable[[int], Iterable[Mapping[str, Any]]]
+"""Batches; or a function that returns those of an epoch, given its number."""
+
+
+class Feed:
+    """The batches of one adapter.
+
+    What the data draws from torch's global generators (the order of a `DataLoader` that shuffles) depends on the seed
+    and the epoch, and moves nobody else's.
+
+    Attributes:
+        epoch: how many epochs are over.
+        position: how many batches of this one were taken.
+    """
+
+    def __init__(self, data: Data, seed: int, once: bool) -> None:
+        """`once` ends with the first epoch."""
+        self._data, self._seed, self._once = data, seed, once
+        self._streams = Streams(torch.device("cpu"))
+        self._iterator: Iterator[Mapping[str, Any]] | None = None
+        self._states: list[Tensor] = []
+        self.epoch = self.position = 0
+        self.ended = False
+
+    def take(self) -> Mapping[str, Any] | None:
+        """Returns the next batch; None when there is none any more."""
+        while not self.ended:
+            if self._iterator is None:
+                self._begin()
+            batch: Mapping[str, Any] | None = self._drawn(lambda: next(self._iterator, None))  # type: ignore[arg-type]
+            if batch is not None:
+                self.position += 1
+                return batch
+            self.ended = self._once or not self.position  # an iterator that can be gone through once
+            self.epoch, self.position, self._iterator = self.epoch + 1, 0, None
+        return None
+
+    def go_to(self, epoch: int, position: int) -> None:
+        """Go on where another feed of the same data was.
+
+        Raises:
+            TrainingError: there are fewer batches.
+        """
+        self.epoch, self.position, self._iterator, self.ended = epoch, 0, None, self._once and epoch > 0
+        while self.position < position:
+            if self.take() is None or self.epoch != epoch:
+                raise TrainingError(f"the data has fewer batches than the {position} that were trained on; give it all")
+
+    def _begin(self) -> None:
+        self._states = []
+
+        def first() -> Iterator[Mapping[str, Any]]:
+            return iter(self._data if isinstance(self._data, Iterable) else self._data(self.epoch))
+
+        self._iterator = self._drawn(first)
+
+    def _drawn(self, call: Callable[[], Any]) -> Any:
+        """Returns what a function returns that draws from the data's own stream."""
+        before = self._streams.states()
+        if self._states:
+            self._streams.set(self._states)
+        else:
+            self._streams.seed(mixed(self._seed, "data", self.epoch))
+        try:
+            return call()
+        finally:
+            self._states = self._streams.states()
+            self._streams.set(before)

@@ -1,0 +1,372 @@
+"""Many adapters trained in shared steps on one base: each with data, a loss, an optimizer of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel.distributed import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from peftcore.errors import TrainingError, UnknownInjection
+from peftcore.fleets import checkpoints
+from peftcore.fleets.feeds import Data
+from peftcore.fleets.losses import SHIFTED, Loss, counted, kind_of, loss_of, numbers, shares
+from peftcore.fleets.member import Member
+from peftcore.fleets.rows import Batch, Collate, count_of, part, together
+from peftcore.forward.draws import mixed
+from peftcore.forward.host_state import injections
+from peftcore.injection.injection import Injection
+from peftcore.injection.switching import route
+from peftcore.layers.fsdp import is_cut, is_sharded
+from peftcore.utils.progress import Progress
+
+TARGETS = ("labels",)
+
+
+class Fleet:
+    """Trains many adapters at once. In each step the batches of all members go through the base together, each member's
+    rows through its own adapter; every member's loss is computed of its own rows, and it takes its own step.
+
+        fleet = Fleet(model)
+        for rank in (4, 8, 16):
+            with peftcore.activate(model):  # it starts from the base alone, not from what others make of it (dora)
+                injection = peftcore.apply(model, "lora", name=f"rank{rank}", rank=rank)
+            fleet.join(injection, data, optimizer=injection.optimizer(torch.optim.AdamW, lr=1e-3), steps=200)
+        fleet.run()
+
+    A member comes to what it would come to alone, up to rounding, as long as the base itself draws nothing (dropout)
+    and makes no statistics of batches. What adapters draw depends on the member's seed, its step and the target module.
+    Whether the model is in training mode is the caller's to say, ``model.train()``, as in any loop.
+
+    Under DistributedDataParallel the wrapped model is given, with ``find_unused_parameters=True`` where members join a
+    different number of forwards; under FSDP2 the sharded one. All processes make the same fleet, each with its own
+    part of the data, and members end in all of them at the same step. Adapters that come after the model was wrapped
+    are averaged over the processes by the fleet, so the same ones join in all of them.
+
+    Args:
+        model: the adapted model, or a wrapper around it.
+        targets: names in batches that the losses get and the model does not: it would compute a loss over all rows.
+        pad: by name of a tensor in batches, what fills it up at the end of each dimension where those of others are
+            longer: ``{"input_ids": 0, "attention_mask": 0, "labels": -100}``.
+        collate: puts batches together instead: from a list of them to one with all rows, in order.
+        autocast: compute in this dtype, where torch's autocast does.
+
+    Attributes:
+        members: by name, also those that are done.
+        forwards: how many forwards of the base there were.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        targets: Iterable[str] = TARGETS,
+        pad: Mapping[str, float] | None = None,
+        collate: Collate | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.members = model, dict[str, Member]()
+        self.targets, self.pad, self.collate, self.autocast = tuple(targets), dict(pad or {}), collate, autocast
+        self.forwards = 0
+        self._host: nn.Module | None = None
+        self._norms: dict[str, nn.Module] = {}
+
+    # ------------------------------------------------------------------------------------------------------ members
+
+    def join(
+        self,
+        injection: Injection | str,
+        data: Data,
+        *,
+        optimizer: Optimizer,
+        loss: Loss | None = None,
+        schedule: LRScheduler | None = None,
+        steps: int | None = None,
+        clip: float | None = None,
+        accumulate: int = 1,
+        seed: int = 0,
+        stop: Callable[[Member], bool] | None = None,
+        folder: str | Path | None = None,
+        save_every: int | None = None,
+        resume: bool = False,
+    ) -> Member:
+        """Let an adapter train from the next step on.
+
+        Args:
+            injection: the adapter, or its name. It has to be trainable.
+            data: batches, which are gone through again and again until `steps` are taken; or a function that returns
+                those of an epoch, given its number. A batch maps names to tensors with a row for each example.
+            optimizer: over its parameters: ``injection.optimizer(torch.optim.AdamW, lr=...)``.
+            loss: from the output for its rows, and these rows of the batch (labels with them), to the mean loss over
+                them. By default what a model of transformers computes of logits and labels.
+            schedule: of its learning rate; it takes a step after each one of the optimizer.
+            steps: how many steps of the optimizer; None: one epoch.
+            clip: the largest norm of its gradients together.
+            accumulate: how many batches make one step. Where the model's own loss is a mean over tokens, it is one over
+                those of all of them.
+            seed: of what the adapter draws in training, and of the order of data that shuffles.
+            stop: called with the member after each step; True ends it early. ``member.losses`` is what it goes on from
+                after a resume, too.
+            folder: where its checkpoints go: one when it is done, and those of `save_every` and `Fleet.save`.
+            save_every: steps between checkpoints.
+            resume: go on from the newest checkpoint in `folder`, where there is one.
+
+        Returns:
+            The member.
+
+        Raises:
+            RouteError: rows of the adapter cannot be told apart; it says what to do instead.
+            TrainingError: it is frozen, the base trains too, the optimizer is not its own, or nothing says what its
+                loss is.
+            CheckpointError: the checkpoint is damaged, of another training, or there is one and `resume` is False.
+        """
+        found = self._named(injection) if isinstance(injection, str) else injection
+        self._check(found)
+        made = Member(
+            found,
+            data,
+            loss_of(found.model) if loss is None else loss,
+            optimizer,
+            schedule,
+            steps,
+            clip,
+            accumulate,
+            seed,
+            stop,
+            None if folder is None else Path(folder),
+            save_every,
+        )
+        made.of_tokens = loss is None
+        if made.folder is not None and not resume and (held := checkpoints.newest(made.folder)) is not None:
+            raise TrainingError(
+                f"{held} is of an earlier training: resume=True goes on with it, or name another folder"
+            )
+        if resume:
+            if made.folder is None:
+                raise TrainingError(f"resume of {found.name!r} needs folder=..., where its checkpoints are")
+            made.resume()
+        self._host = found.model
+        self._norms = {path: each for path, each in found.model.named_modules() if isinstance(each, _BatchNorm)}
+        self.members[made.name] = made
+        return made
+
+    def leave(self, name: str) -> Member:
+        """Let a member go, between two steps; its adapter stays on the model, with the values that it has.
+
+        Raises:
+            UnknownInjection: the fleet has no such member.
+        """
+        if name not in self.members:
+            raise UnknownInjection(f"the fleet has no member {name!r}; there are: {', '.join(self.members) or 'none'}")
+        member = self.members.pop(name)
+        member.end("it left")
+        return member
+
+    @property
+    def active(self) -> list[Member]:
+        """The members that still train."""
+        return [each for each in self.members.values() if not each.done]
+
+    def _named(self, name: str) -> Injection:
+        for module in self.model.modules():
+            if name in (found := injections(module)):
+                return found[name]
+        raise UnknownInjection(f"the model has no injection named {name!r}: peftcore.apply(model, ..., name={name!r})")
+
+    def _check(self, injection: Injection) -> None:
+        name = injection.name
+        if name in self.members and not self.members[name].done:
+            raise TrainingError(f"{name!r} is in the fleet; leave({name!r}) first")
+        if all(each is not injection.model for each in self.model.modules()):
+            raise TrainingError(f"{name!r} is on another model than the fleet's")
+        if self._host is not None and injection.model is not self._host:
+            raise TrainingError(f"{name!r} is on another part of the model than the other members")
+        own = {id(each) for found in injections(injection.model).values() for each in found.parameters()}
+        base = [path for path, each in self.model.named_parameters() if each.requires_grad and id(each) not in own]
+        if base:
+            raise TrainingError(
+                f"{len(base)} parameters of the base train, such as {base[0]}, and members share it: freeze them "
+                "(requires_grad_(False)), or let each adapter have its own: peftcore.apply(..., train=[...])"
+            )
+        held = {id(each) for other in self.active for each in other.parameters()}
+        if any(id(each) in held for each in injection.parameters() if each.requires_grad):
+            raise TrainingError(f"{name!r} has parameters in common with another member; each has to have its own")
+
+    # -------------------------------------------------------------------------------------------------------- steps
+
+    def step(self) -> list[Member]:
+        """Take one step of every member that still trains, and return these members; none when all are done.
+
+        Where it raises, no member has taken its step, and the next call runs the same batches again.
+
+        Raises:
+            TrainingError: batches cannot be put together, the model computed a loss over all rows, or the base makes
+                statistics of batches.
+        """
+        windows = {each: window for each in self.active if (window := each.window())}
+        if not windows:
+            return []
+        self._check_base()
+        counts = {each: self._counts(each, window) for each, window in windows.items()}
+        found: dict[Member, list[Tensor]] = {each: [] for each in windows}
+        for member in windows:
+            member.zero()
+        try:
+            for turn in range(max(map(len, windows.values()))):
+                batches = {each: window[turn] for each, window in windows.items() if turn < len(window)}
+                self._backward(batches, counts, turn, found)
+        except BaseException:
+            for member in windows:
+                member.zero()
+            raise
+        self._reduce([*windows])
+        values = numbers([sum(losses[1:], losses[0]) for losses in found.values()])
+        taken = self._agreed({each: (loss, sum(counts[each])) for each, loss in zip(found, values, strict=True)})
+        for member, (loss, tokens) in taken.items():
+            member.forwards += len(windows[member])
+            if math.isfinite(loss):
+                member.take_step(loss, tokens)
+            else:
+                member.fail(loss)
+        return [*windows]
+
+    def run(self) -> list[Member]:
+        """Take steps until all members are done, behind a progress bar; returns all members. One whose loss became no
+        number has `failed`, and `ended` says when."""
+        bar = Progress("training a fleet")
+        bar.expect(max((each.steps or 0) - each.step for each in self.active) if self.active else 0)
+        try:
+            while self.step():
+                bar.step()
+        finally:
+            bar.close()
+        return [*self.members.values()]
+
+    def save(self) -> None:
+        """Write a checkpoint of every member that has a folder."""
+        for member in self.members.values():
+            if member.folder is not None:
+                member.save()
+
+    @property
+    def alone(self) -> int:
+        """The number of forwards of the base that the members would have taken one by one."""
+        return sum(each.forwards for each in self.members.values())
+
+    def _counts(self, member: Member, window: list[Batch]) -> list[int]:
+        shifted = member.of_tokens and kind_of(member.injection.model) == SHIFTED
+        return [counted(batch, count_of(batch, member.name), shifted) for batch in window]
+
+    def _check_base(self) -> None:
+        mixing = [path for path, each in self._norms.items() if each.training]
+        if mixing:
+            raise TrainingError(
+                f"{mixing[0]} makes statistics of the batch, in which members would be mixed: put such modules in "
+                "evaluation, model.get_submodule(path).eval(), or train the adapters one by one"
+            )
+
+    def _backward(
+        self,
+        batches: Mapping[Member, Batch],
+        counts: Mapping[Member, list[int]],
+        turn: int,
+        found: dict[Member, list[Tensor]],
+    ) -> None:
+        """Run one forward with the batches of these members, and one backward."""
+        host = self._host
+        assert host is not None
+        whole = self._moved(together({each.name: batch for each, batch in batches.items()}, self.pad, self.collate))
+        bounds, names, rows = {}, list[str](), 0
+        for member, batch in batches.items():
+            size = count_of(batch, member.name)
+            bounds[member] = rows, rows + size
+            names += [member.name] * size
+            rows += size
+        rank = torch.distributed.get_rank() if _shared() else 0
+        seeds = {each.name: mixed(each.seed, each.step, turn, *([rank] if rank else ())) for each in batches}
+        inputs = {key: value for key, value in whole.items() if key not in self.targets}
+        with torch.enable_grad(), self._casting(), route(host, names, seeds=seeds):
+            output = self.model(**inputs)
+            self._check_no_loss(output)
+            total: Tensor | None = None
+            for member, (start, stop) in bounds.items():
+                own = part(output, start, stop, rows)
+                loss = member.loss_function(own, part(whole, start, stop, rows))
+                if not isinstance(loss, Tensor) or loss.dim():
+                    raise TrainingError(f"the loss of {member.name!r} is to be a scalar tensor, and is {loss!r:.80}")
+                share = shares(counts[member], member.of_tokens)[turn]
+                loss = (loss + member.injection.losses().to(loss.device)) * share
+                found[member].append(loss.detach())
+                total = loss if total is None else total + loss
+        self.forwards += 1
+        assert total is not None
+        total.backward()  # type: ignore[no-untyped-call]
+
+    def _casting(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        assert self._host is not None
+        device = next(iter(self._host.parameters())).device
+        return torch.autocast(device.type, dtype=self.autocast)
+
+    def _moved(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Returns a batch on the model's device."""
+        assert self._host is not None
+        device = next(iter(self._host.parameters())).device
+        return {key: each.to(device) if isinstance(each, Tensor) else each for key, each in batch.items()}
+
+    def _check_no_loss(self, output: Any) -> None:
+        if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+            raise TrainingError(
+                "the model computed a loss over the rows of all members: name what it computes it of, "
+                f"Fleet(..., targets={(*self.targets, '...')})"
+            )
+
+    def _agreed(self, found: dict[Member, tuple[float, int]]) -> dict[Member, tuple[float, int]]:
+        """Returns losses and numbers of tokens; where processes share the training, the mean of the losses, so that
+        they end members alike, and all tokens."""
+        if not (_shared() and self._reduces()):
+            return found
+        assert self._host is not None
+        device = next(iter(self._host.parameters())).device
+        told = torch.tensor([*found.values()], device=device, dtype=torch.float64)
+        torch.distributed.all_reduce(told)
+        count = torch.distributed.get_world_size()
+        return {each: (loss / count, int(tokens)) for each, (loss, tokens) in zip(found, told.tolist(), strict=True)}
+
+    def _reduces(self) -> bool:
+        return isinstance(self.model, DistributedDataParallel) or is_sharded(self.model)
+
+    def _reduce(self, members: Iterable[Member]) -> None:
+        """Average over processes the gradients that neither DistributedDataParallel nor FSDP2 averages: of adapters
+        that came after the model was wrapped."""
+        if not (_shared() and self._reduces()):
+            return
+        # A private attribute: nothing public tells which parameters the wrapper has seen.
+        seen = {id(each) for each in getattr(self.model, "_module_parameters", ())}
+        for parameter in (each for member in members for each in member.parameters()):
+            if parameter.grad is not None and id(parameter) not in seen and not is_cut(parameter):
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad.div_(torch.distributed.get_world_size())
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self.members.values())
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __repr__(self) -> str:
+        return f"Fleet({', '.join(map(repr, self.members.values())) or 'no members'})"
+
+
+def _shared() -> bool:
+    """Whether this process trains with others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

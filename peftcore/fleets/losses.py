@@ -1,0 +1,92 @@
+"""The loss of one adapter, computed of its own rows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import TrainingError
+from peftcore.forward.own_losses import IGNORED
+
+Loss = Callable[[Any, Mapping[str, Any]], Tensor]
+"""``(output, batch) -> loss``, a scalar: the mean over what counts in these rows."""
+
+SHIFTED = "ForCausalLM"
+KINDS = {
+    SHIFTED,
+    "ForMaskedLM",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForImageClassification",
+    "ForVideoClassification",
+    "ForAudioClassification",
+}
+"""What transformers calls losses of logits and labels alone; it computes them so whatever the model."""
+
+
+def kind_of(model: nn.Module) -> str | None:
+    """Returns the name of the loss of a model of transformers, where it is one of `KINDS`."""
+    transformers: Any = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    kind: str | None = model.loss_type
+    return kind if kind in KINDS else None
+
+
+def loss_of(model: nn.Module) -> Loss:
+    """Returns the loss that a model of transformers computes of labels, for some rows of its output.
+
+    Raises:
+        TrainingError: it is no such model, or computes its loss of more than logits and labels.
+    """
+    if kind_of(model) is None:
+        raise TrainingError(
+            f"nothing says what the loss of a {type(model).__name__} is for some rows of its output: give "
+            "loss=lambda output, batch: ..., which returns the mean over these rows"
+        )
+    given: Any = model
+
+    def loss(output: Any, batch: Mapping[str, Any]) -> Tensor:
+        if not isinstance(batch.get("labels"), Tensor):
+            raise TrainingError("the model's loss needs batches with 'labels'; add them, or give loss=...")
+        logits, labels = output["logits"], batch["labels"]
+        found: Tensor = given.loss_function(
+            logits=logits, labels=labels, pooled_logits=logits, vocab_size=logits.shape[-1], config=given.config
+        )
+        return found
+
+    return loss
+
+
+def counted(batch: Mapping[str, Any], rows: int, shifted: bool) -> int:
+    """Returns how much of a batch its loss is the mean over: the labels that count, or the rows where these have one
+    label each, or none.
+
+    Args:
+        batch: with "labels", or without.
+        rows: how many it has.
+        shifted: whether each token is predicted from those before it, so that the first one does not count.
+    """
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() < 2 or labels.is_floating_point():
+        return rows
+    return int((labels[..., 1:] if shifted else labels).ne(IGNORED).sum())
+
+
+def shares(counts: list[int], of_tokens: bool) -> list[float]:
+    """Returns the share of each batch of a step in the step's loss: by what each counts where the loss is a mean over
+    tokens, otherwise equal ones."""
+    total = sum(counts)
+    if of_tokens and total:
+        return [count / total for count in counts]
+    return [1 / len(counts)] * len(counts)
+
+
+def numbers(losses: list[Tensor]) -> list[float]:
+    """Returns the values of scalars, asking the device once."""
+    found: list[float] = torch.stack([each.detach().double() for each in losses]).tolist() if losses else []
+    return found

@@ -1,0 +1,124 @@
+"""Batches of several adapters put together along their rows, and outputs taken apart again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peftcore.errors import TrainingError
+
+Batch = Mapping[str, Any]
+Collate = Callable[[list[Batch]], Batch]
+
+
+def count_of(batch: Any, name: str) -> int:
+    """Returns how many rows a batch has: the length of its first tensor.
+
+    Raises:
+        TrainingError: it is no mapping of names to tensors, or its tensors differ in length.
+    """
+    if not isinstance(batch, Mapping):
+        raise TrainingError(
+            f"a batch of {name!r} is a {type(batch).__name__}; give batches as the model takes them: a mapping of "
+            "names to tensors, labels with them"
+        )
+    lengths = {key: len(each) for key, each in batch.items() if isinstance(each, Tensor) and each.dim()}
+    if not lengths or len({*lengths.values()}) > 1 or not max(lengths.values()):
+        raise TrainingError(f"the tensors of a batch of {name!r} have no common number of rows: {lengths}")
+    return next(iter(lengths.values()))
+
+
+def together(batches: Mapping[str, Batch], pad: Mapping[str, float], collate: Collate | None) -> dict[str, Any]:
+    """Returns one batch with the rows of all, in order.
+
+    Args:
+        batches: by adapter.
+        pad: by name of a tensor, what fills it up at the end of each dimension where others are longer.
+        collate: returns one batch of several, instead of all this.
+
+    Raises:
+        TrainingError: they have other names, shapes or values that are not for each row, or the collate function gave
+            another number of rows.
+    """
+    counts = {name: count_of(batch, name) for name, batch in batches.items()}
+    if collate is not None:
+        made = dict(collate([*batches.values()]))
+        if count_of(made, "all, as the collate function put them together,") != sum(counts.values()):
+            raise TrainingError(
+                f"the collate function of the fleet made {count_of(made, '')} rows of {sum(counts.values())}; it has "
+                "to keep every row, in order"
+            )
+        return made
+    names = [*batches]
+    first = batches[names[0]]
+    for name in names[1:]:
+        if batches[name].keys() != first.keys():
+            raise TrainingError(
+                f"batches of {names[0]!r} have {', '.join(first)}, and those of {name!r} {', '.join(batches[name])}; "
+                "give all members the same names (a mask of ones, for instance), or Fleet(..., collate=...)"
+            )
+    return {key: _column(key, {name: batches[name][key] for name in names}, counts, pad) for key in first}
+
+
+def _column(key: str, values: Mapping[str, Any], counts: Mapping[str, int], pad: Mapping[str, float]) -> Any:
+    """Returns the values of one name in all batches as one."""
+    each = [*values.values()]
+    if all(isinstance(value, Tensor) and value.dim() for value in each):
+        return _tensors(key, values, pad)
+    by_row = all(isinstance(value, list | tuple) and len(value) == counts[name] for name, value in values.items())
+    if by_row:
+        return [entry for value in each for entry in value]
+    if all(_same(value, each[0]) for value in each[1:]):
+        return each[0]
+    raise TrainingError(
+        f"{key!r} is neither a tensor nor a list with an entry for each row, and differs between {', '.join(values)}; "
+        "train these in fleets of their own"
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    return bool(one == other)
+
+
+def _tensors(key: str, values: Mapping[str, Tensor], pad: Mapping[str, float]) -> Tensor:
+    each = [*values.values()]
+    shapes = {name: tuple(value.shape[1:]) for name, value in values.items()}
+    if len({value.dim() for value in each}) > 1 or len({value.dtype for value in each}) > 1:
+        raise TrainingError(f"{key!r} has another number of dimensions, or another dtype, in some batches: {shapes}")
+    if len(set(shapes.values())) > 1:
+        if key not in pad:
+            raise TrainingError(
+                f"{key!r} has rows of other shapes: {shapes}. Say what fills them up, "
+                f"Fleet(model, pad={{{key!r}: ...}}) (and a mask that leaves it out), or put batches together yourself "
+                "with collate=..."
+            )
+        longest = [max(sizes) for sizes in zip(*shapes.values(), strict=True)]
+        each = [_filled(value, longest, pad[key]) for value in each]
+    return torch.cat(each)
+
+
+def _filled(value: Tensor, sizes: Sequence[int], fill: float) -> Tensor:
+    lacking = [wanted - held for wanted, held in zip(sizes, value.shape[1:], strict=True)]
+    widths = [width for each in reversed(lacking) for width in (0, each)]
+    return F.pad(value, widths, value=fill) if any(widths) else value
+
+
+def part(value: Any, start: int, stop: int, count: int) -> Any:
+    """Returns the rows from `start` to `stop` of a value of `count` rows: of a tensor, of a list with an entry for each
+    row, or of those in nested containers. What has no rows is returned as it is."""
+    if isinstance(value, Tensor):
+        return value[start:stop] if value.dim() and len(value) == count else value
+    if isinstance(value, Mapping):
+        held = {key: part(each, start, stop, count) for key, each in value.items()}
+        return held if type(value) is dict else type(value)(**held)
+    if type(value) is list and len(value) == count and not any(isinstance(each, Tensor) for each in value):
+        return value[start:stop]
+    if type(value) in (list, tuple):
+        return type(value)(part(each, start, stop, count) for each in value)
+    return value
