@@ -216,8 +216,9 @@ def load(
     name = check_name(model, cls.name) if name is None else name
     with _about(content.where), _values_wanted(model):
         injection = establish(prepared(rehearsal.resolver.host, dry=False), name, active=active)
-        fill(injection, tensors)
-        _check_filled(injection)
+        with injection.state.kept(name):
+            fill(injection, tensors)
+            _check_filled(injection)
     injection.trainable(trainable)
     return injection
 

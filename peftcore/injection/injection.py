@@ -168,13 +168,21 @@ class Injection(AppliedMethod):
     def trainable(self, mode: bool = True) -> None:
         """Let its parameters train, or freeze them. Nothing else on the host changes."""
         self._alive()
-        for parameter in self.parameters():
-            parameter.requires_grad = False
-        if mode:
-            registry().hook.peftcore_select(model=self.model, method=self.method, config=self.config, injection=self)
-            for graft in self.grafts:
-                if not graft.by_method:  # modules named in `train` train, whatever the method selects
-                    graft.operator.requires_grad_(True)
+        with self.state.kept(*([self.name] if mode else [])):  # then it trains, and does not leave
+            for parameter in self.parameters():
+                parameter.requires_grad = False
+            if mode:
+                hook = registry().hook
+                hook.peftcore_select(model=self.model, method=self.method, config=self.config, injection=self)
+                for graft in self.grafts:
+                    if not graft.by_method:  # modules named in `train` train, whatever the method selects
+                        graft.operator.requires_grad_(True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns its tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;
+        the operators' own, no copies. An idle adapter is brought back, and they are its own until it goes again."""
+        with self.state.kept(self.name):
+            return super().state_dict()
 
     def losses(self) -> Tensor:
         """Returns the sum of the method's own losses in the last training forward of the model in this thread, where
@@ -209,7 +217,8 @@ class Injection(AppliedMethod):
         self._alive()
         from peftcore.training.optimizer import method_optimizer
 
-        return method_optimizer(self, cls, lr, total_steps, options)
+        with self.state.kept(self.name):
+            return method_optimizer(self, cls, lr, total_steps, options)
 
     def merge(
         self,
@@ -257,8 +266,9 @@ class Injection(AppliedMethod):
     def _merge_as(self, wanted: merging.Wanted) -> merging.Merged:
         merged = self._merge
         if merged is None:
-            merged = self._merge = merging.merge(self, wanted)
-            self.state.merged = (*self.state.merged, self.name)
+            with self.state.kept(self.name):
+                merged = self._merge = merging.merge(self, wanted)
+                self.state.merged = (*self.state.merged, self.name)
             self._rewritten()
             self._replan()
         elif merged.wanted != wanted:
@@ -347,7 +357,8 @@ class Injection(AppliedMethod):
         self._alive()
         from peftcore.files.save_load import save
 
-        save(self, Path(path), (format,) if isinstance(format, str) else tuple(format), weights, metrics)
+        with self.state.kept(self.name):
+            save(self, Path(path), (format,) if isinstance(format, str) else tuple(format), weights, metrics)
 
     def push_to_hub(
         self,
@@ -385,17 +396,18 @@ class Injection(AppliedMethod):
         self._alive()
         from peftcore.files.save_load import push
 
-        return push(
-            self,
-            repo_id,
-            (format,) if isinstance(format, str) else tuple(format),
-            metrics,
-            private=private,
-            revision=revision,
-            message=commit_message or f"Upload an adapter of {self.method.name}",
-            token=token,
-            create_pr=create_pr,
-        )
+        with self.state.kept(self.name):
+            return push(
+                self,
+                repo_id,
+                (format,) if isinstance(format, str) else tuple(format),
+                metrics,
+                private=private,
+                revision=revision,
+                message=commit_message or f"Upload an adapter of {self.method.name}",
+                token=token,
+                create_pr=create_pr,
+            )
 
     def summary(self) -> Summary:
         """Returns a summary of the injection, and whether all of it is in one state."""
@@ -519,5 +531,7 @@ class Injection(AppliedMethod):
         if not state.injections:
             thaw(state.frozen)
             release(self.model, state)
-            if not state.choices.elsewhere():  # else others are told first that their choice is gone
+            if (
+                state.residency is None and not state.choices.elsewhere()
+            ):  # else others are told first that their choice is gone
                 drop_state(self.model)
