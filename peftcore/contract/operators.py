@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -59,6 +59,15 @@ class _Base(Checked):
     changes_inputs = False
     """Whether it gives the module, around which it stands or in its activation form, other inputs than it gets. In a
     route the module then runs for the rows of each injection by themselves, and not once for all."""
+    padded: ClassVar[frozenset[str]] = frozenset()
+    """The tensors that may be larger than an adapter's own, ``"A"``, ``"down.weight"``: with zeros in the rest, of all
+    of them, the operator computes the same. So an adapter of a smaller rank can be swapped in."""
+    scaled: ClassVar[str] = ""
+    """The tensor that `scale` multiplies, where all that the number `scale` does is that: an adapter with another
+    scale is then swapped in with its own scale in the tensor."""
+    training_only: ClassVar[frozenset[str]] = frozenset({"input_dropout", "dropout"})
+    """Attributes that say nothing of what is computed in evaluation. Where values are swapped the operator's own
+    stay."""
     overrides = False
     """Whether the effective tensor is the same whatever tensor it is made of: what acts there before is lost."""
 

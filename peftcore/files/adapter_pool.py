@@ -24,6 +24,7 @@ from peftcore.injection.applying import begin_state, check_model
 from peftcore.injection.idle import IdleValues, InMemory, Store, Values
 from peftcore.injection.injection import Injection
 
+Shapes = dict[str, tuple[torch.dtype, torch.Size]]
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 """Bytes of the units of a limit."""
 
@@ -203,9 +204,7 @@ class InFolder(Store):
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="peftcore-idle-", dir=folder))
-        self._written: dict[
-            int, tuple[dict[str, bytes], tuple[int, int], dict[str, tuple[torch.dtype, torch.Size]]]
-        ] = {}
+        self._written: dict[int, tuple[dict[str, bytes], tuple[int, int], Shapes]] = {}
         """By number: the digests of the tensors, the size and time of the file, and the dtypes and shapes of tensors
         that lie in it as bytes."""
         weakref.finalize(self, shutil.rmtree, self._folder, True)
@@ -240,6 +239,9 @@ class InFolder(Store):
         self._written.pop(key, None)
         self._path(key).unlink(missing_ok=True)
 
+    def returned(self, key: int) -> None:
+        """Keep the file: values that do not change need not be written again."""
+
     def _path(self, key: int) -> Path:
         return self._folder / f"{key}.safetensors"
 
@@ -256,7 +258,7 @@ def digest(value: Tensor) -> bytes:
     """Returns a digest of a tensor's dtype, shape and bits."""
     plain = value.detach().cpu().contiguous()
     found = hashlib.blake2b(f"{plain.dtype} {tuple(plain.shape)}".encode(), digest_size=16)
-    found.update(_as_bytes(plain).numpy())
+    found.update(memoryview(_as_bytes(plain).numpy()))
     return found.digest()
 
 

@@ -1,5 +1,5 @@
-"""Which adapters have their values on the model, within a limit of bytes: those used least recently leave, and come back
-when a choice names them."""
+"""Which adapters have their values on the model, within a limit of bytes: those used least recently leave, and come
+back when a choice names them."""
 
 from __future__ import annotations
 

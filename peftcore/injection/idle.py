@@ -46,6 +46,7 @@ class Store(ABC):
     def drop(self, key: int) -> None:
         """Drop what is kept under a number, if there is anything."""
 
+    @abstractmethod
     def returned(self, key: int) -> None:
         """Called when the values are on the model again."""
 

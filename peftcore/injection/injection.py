@@ -22,7 +22,7 @@ from peftcore.forward.host_state import HostState, drop_state
 from peftcore.forward.save_pretrained import note_form
 from peftcore.forward.scopes import Chosen
 from peftcore.forward.slot import slot_of
-from peftcore.injection import merging
+from peftcore.injection import merging, swapping
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.freezing import thaw
 from peftcore.injection.originals import Fingerprint, Keep
@@ -359,6 +359,57 @@ class Injection(AppliedMethod):
 
         with self.state.kept(self.name):
             save(self, Path(path), (format,) if isinstance(format, str) else tuple(format), weights, metrics)
+
+    def swap(
+        self,
+        source: str | os.PathLike[str] | Injection | Mapping[str, Tensor],
+        *,
+        revision: str | None = None,
+    ) -> None:
+        """Put the values of another adapter of the same method in the place of its own: what acts, its name and its
+        tensors stay, so nothing is planned, traced or compiled again (`hotswap_adapter` of peft).
+
+            served = peftcore.load(model, "adapters/news", name="slot", room={"rank": 64})
+            served.swap("adapters/law")  # of any rank up to 64, and any alpha
+
+        From then on it computes what the other one would if it were loaded. The other one stands at the same target
+        modules, with the same options; those of which larger tensors come may be smaller (`room` of `load`), and a
+        scale is written into the values. Dropouts stay its own. A generation that runs goes on with its cache of keys
+        and values, so swap between calls.
+
+        Args:
+            source: what `load` takes; or another adapter of this model, or of one of its shape; or a state dict, as
+                `state_dict` returns it, of an adapter with the same options.
+            revision: as of `load`.
+
+        Raises:
+            SwapError: it cannot take the place exactly: another method, other target modules, options or dtype, or a
+                larger rank than there is room for; or the adapter is in use in a forward or a call of `using`.
+            MergeError: this one is merged, or the other is made of weights into which an adapter is merged.
+            CheckpointError, HubError, HostMismatch, NewerFormat, UnknownMethod: as `load`.
+            MemoryLimit: it is idle, and there is no room to bring it back.
+
+        Nothing was changed then.
+        """
+        self._alive()
+        if self.merged:
+            raise MergeError(f"{self.name!r} is merged, so its values are in the base's weights: unmerge() it first")
+        if source is self:
+            return
+        with self.state.kept(self.name):
+            if isinstance(source, Injection):
+                with source.state.kept(source.name):
+                    self._swap(swapping.matched(self, source))
+            elif isinstance(source, Mapping):
+                self._swap(swapping.matched_state(self, source))
+            else:
+                from peftcore.files.save_load import values_of
+
+                self._swap(swapping.matched(self, values_of(self, source, revision)))
+
+    def _swap(self, found: swapping.Swap) -> None:
+        with swapping.exchanging(self.state, self.name):
+            swapping.write(self, found)
 
     def push_to_hub(
         self,

@@ -53,6 +53,8 @@ def _narrow_normal(weight: Tensor, std: float) -> None:
 class BottleneckOperator(AtBranchEnd):
     """Adds a bottleneck to the output of a branch (the first entry, where attention returns a tuple)."""
 
+    padded = frozenset({"down.weight", "down.bias", "up.weight"})
+
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         self.down = nn.Linear(site.out_features, config.bottleneck)

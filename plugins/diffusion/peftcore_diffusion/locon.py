@@ -67,6 +67,8 @@ def _uniform(*shape: int, inputs: int) -> nn.Parameter:
 class LoConOperator(Operator):
     """The update of one site."""
 
+    padded, scaled = frozenset({"down", "core", "up"}), "up"
+
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         rank, alpha, tucker = _sizes(site, config)

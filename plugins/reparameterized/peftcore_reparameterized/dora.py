@@ -60,6 +60,8 @@ class Config(MethodConfig):
 class DoRAOperator(WeightOperator):
     """Direction by a low-rank update, magnitude by a vector."""
 
+    padded, scaled = frozenset({"A", "B"}), "B"
+
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         self.scale = config.alpha / config.rank
