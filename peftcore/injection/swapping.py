@@ -3,6 +3,7 @@ that nothing is planned, traced or compiled again."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -212,14 +213,17 @@ class _Work:
             return a.keys() == b.keys() and all(self._same(a[key], b[key]) for key in a)
         if isinstance(a, set | frozenset):
             return bool(a == b)
+        if dataclasses.is_dataclass(a):
+            names = [each.name for each in dataclasses.fields(a)]
+            return all(self._same(getattr(a, name), getattr(b, name)) for name in names)
         return self.mine.config == self.other.config  # whatever it is, it was made of the same
 
 
 def _in_training_only(module: nn.Module, name: str) -> bool:
     """Whether an attribute says nothing of what is computed in evaluation."""
-    return (
-        name in module.training_only if isinstance(module, _Base) else isinstance(module, nn.modules.dropout._DropoutNd)
-    )
+    if isinstance(module, _Base):
+        return name in module.training_only
+    return isinstance(module, nn.modules.dropout._DropoutNd)
 
 
 def _fits(inner: torch.Size, outer: torch.Size) -> bool:

@@ -52,6 +52,7 @@ class LoHaOperator(WeightOperator):
     """The update of one site."""
 
     padded, scaled = frozenset({"A1", "B1", "T1", "A2", "B2", "T2"}), "B1"
+    training_only = frozenset({"drops"})
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
