@@ -101,7 +101,7 @@ def keep_within(
         for injection in state.injections.values():
             pool.residency.add(injection)
         state.residency = pool.residency
-        pool.residency.make_room(0, "what the model has")
+        pool.residency.make_room()
     except BaseException:
         state.residency = None
         if fresh:
@@ -135,7 +135,7 @@ class AdapterPool:
     def limit(self, limit: int | str) -> None:
         before, self.residency.limit = self.residency.limit, bytes_of(limit)
         try:
-            self.residency.make_room(0, "what the model has")
+            self.residency.make_room()
         except MemoryLimit:
             self.residency.limit = before
             raise
@@ -258,7 +258,7 @@ def digest(value: Tensor) -> bytes:
     """Returns a digest of a tensor's dtype, shape and bits."""
     plain = value.detach().cpu().contiguous()
     found = hashlib.blake2b(f"{plain.dtype} {tuple(plain.shape)}".encode(), digest_size=16)
-    found.update(memoryview(_as_bytes(plain).numpy()))
+    found.update(_as_bytes(plain).numpy().data)
     return found.digest()
 
 

@@ -127,7 +127,7 @@ class Residency:
             if (record := self._records.pop(name, None)) is not None:
                 record.adapter.forget()
 
-    def make_room(self, wanted: int, what: str) -> None:
+    def make_room(self, wanted: int = 0, what: str = "") -> None:
         """Let adapters leave until as many bytes are free.
 
         Raises:
@@ -243,12 +243,14 @@ class Residency:
             for record in victims.values():
                 record.here = True
             stay = sum(record.adapter.bytes() for name, record in here if name in pinned or name in keep)
+            names = [repr(name) for name, _ in here if name in pinned or name in keep]
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            taken = f"{stay:,} are taken by adapters that cannot leave now: {', '.join(names[:8])}{more}"
             raise MemoryLimit(
-                f"{what} wants {wanted:,} bytes, and of the {self.limit:,} bytes for adapters {stay:,} are taken by "
-                f"adapters that cannot leave now, since they are chosen, train or are merged: "
-                f"{', '.join([name for name, _ in here if name in pinned or name in keep][:8]) or 'none'}. Leave "
-                "blocks that name them, freeze what is trained (injection.trainable(False)), or give more memory "
-                "(pool.limit)"
+                f"{f'{what} wants {wanted:,} bytes: ' if what else ''}of the {self.limit:,} bytes for adapters "
+                f"{taken if names else 'all are free, and they are too few'}. An adapter stays while it is chosen, "
+                "trains or is merged: leave blocks that name it, freeze it (injection.trainable(False)), or give more "
+                "memory (pool.limit)"
             )
         return victims
 

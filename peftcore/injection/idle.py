@@ -94,7 +94,8 @@ class IdleValues:
         self._away: list[_Held] | None = None
         self._devices: dict[str, torch.device] = {}
         """Of tensors that are away: the devices to which they return."""
-        self._size: tuple[torch.dtype | None, int] | None = None
+        self._size: tuple[tuple[dict[str, Any], str], torch.dtype, int] | None = None
+        """Where one of the tensors is registered, its dtype, and the bytes of all as long as it has that."""
 
     @property
     def injection(self) -> Injection:
@@ -106,11 +107,18 @@ class IdleValues:
     def bytes(self) -> int:
         """Returns the bytes that the tensors take, or will take when they are back; counted anew when another dtype was
         given to them."""
-        modules = (graft.operator for graft in self.injection.grafts)
-        dtype = next((each.dtype for module in modules for each in module.parameters()), None)
-        if self._size is None or self._size[0] is not dtype:
-            self._size = dtype, sum(each.tensor.numel() * _stand_in(each).element_size() for each in self._held())
-        return self._size[1]
+        if self._size is not None:
+            (table, name), dtype, size = self._size
+            if table[name].dtype is dtype:
+                return size
+        held = self._held()
+        now = [_stand_in(each) for each in held]
+        size = sum(each.numel() * each.element_size() for each in now)
+        floats = [place for place, each in zip(held, now, strict=True) if each.is_floating_point()]
+        if first := (floats or held)[:1]:
+            table, name = first[0].places[0]
+            self._size = (table, name), table[name].dtype, size
+        return size
 
     def trains(self) -> bool:
         """Whether a parameter trains."""

@@ -120,7 +120,7 @@ def test_what_a_choice_in_force_names_stays(served: tuple[nn.Module, peftcore.Ad
     model, pool = served
     peftcore.activate(model, "a")
     with peftcore.activate(model, "b"):
-        with pytest.raises(MemoryLimit, match=rf"'c' wants {EACH:,} bytes.*{2 * EACH:,} are taken"):
+        with pytest.raises(MemoryLimit, match=rf"'c' wants {EACH:,} bytes.*{2 * EACH:,} are taken.*'b', 'a'"):
             peftcore.using(model, "c")(outputs, model)
         assert peftcore.injections(model)["b"].active
         assert pool.rest("a", "b") == ["a", "b"]
