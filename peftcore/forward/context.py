@@ -422,6 +422,7 @@ class Recorder:
         itself), this opens a context without inputs, until the next forward of the host."""
         if HERE.calls:
             return
+        state.check_ready(choice)
         outside = _outside()
         if outside is None or outside.state is not state or outside.choice is not choice:
             state.check(choice)

@@ -541,6 +541,7 @@ class Chosen(AbstractContextManager["Chosen"]):
                 residency.bring(before.choice.named)
             except BaseException:
                 self._state.choices.leave(self._blocks.pop())
+                residency.bring(before.choice.named)
                 raise
         return self
 

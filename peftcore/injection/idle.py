@@ -1,7 +1,7 @@
 """Idle adapters: the values of an injection elsewhere, its operators in place with tensors that have shapes alone.
 
-A parameter that goes is replaced by one on the meta device, and comes back as the same object: an optimizer, or whoever
-else holds it, has the right one then. In between it is empty, and what reads it fails.
+A parameter that goes is replaced by a stand-in, with which nothing can be computed, and comes back as the same object:
+an optimizer, or whoever else holds it, has the right one then. In between it is empty.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from peftcore.errors import IdleAdapter, UnsupportedHost
 from peftcore.forward.adapter_modules import IDLE
@@ -70,19 +71,70 @@ class InMemory(Store):
         self.drop(key)
 
 
+class StandIn(Tensor):
+    """A tensor with a shape, dtype and device, and no values: whatever is computed with it is an error."""
+
+    adapter: str
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __new__(cls, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> StandIn:
+        made: StandIn = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, storage_size=0)
+        return made
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"StandIn({tuple(self.shape)}, {self.dtype}, {self.device})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[Any, Any] | None = None
+    ) -> Tensor:
+        mine = next((each for each in tree_leaves((args, kwargs)) if isinstance(each, StandIn)), None)
+        if function is torch.ops.aten.detach.default and mine is not None:
+            made = StandIn(mine.shape, mine.dtype, mine.device)
+            made.adapter = mine.adapter
+            return made
+        name = getattr(mine, "adapter", "")
+        raise IdleAdapter(f"the adapter {name!r} is idle, so nothing can be computed with it: {_back(name)}")
+
+
+def _back(name: str) -> str:
+    return f"name it (peftcore.using, activate), pool.wake({name!r}), or bring all back, pool.end()"
+
+
 class _Held:
     """One tensor of an operator, at all the places where it is registered."""
 
-    __slots__ = ("name", "places", "stand_in", "tensor")
+    __slots__ = ("counts", "name", "places", "stand_in", "tensor")
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name, self.tensor = name, tensor
+        self.counts = not tensor.is_inference()
+        """Whether torch counts its changes."""
         self.places: list[tuple[dict[str, Any], str]] = []
         self.stand_in: Tensor | None = None
 
     def replace(self, tensor: Tensor) -> None:
+        """Register another tensor in all its places."""
         for table, name in self.places:
             table[name] = tensor
+
+    def stand(self, adapter: str, dtype: torch.dtype, device: torch.device) -> None:
+        """Register a stand-in of its shape."""
+        bare = StandIn(self.tensor.shape if self.stand_in is None else self.stand_in.shape, dtype, device)
+        bare.adapter = adapter
+        parameter = isinstance(self.tensor, nn.Parameter)
+        self.stand_in = nn.Parameter(bare, requires_grad=False) if parameter else bare
+        self.replace(self.stand_in)
+
+    def give(self, value: Tensor) -> None:
+        """Let the tensor have a storage of another one."""
+        with torch.inference_mode(not self.counts):
+            self.tensor.data = value if self.counts else value.clone()
+
+    def written(self) -> None:
+        """Let torch count a change: a backward through a graph that saved the tensor says so."""
+        if self.counts:
+            torch.autograd.graph.increment_version(self.tensor)
 
 
 class IdleValues:
@@ -92,8 +144,6 @@ class IdleValues:
         self._injection = weakref.ref(injection)
         self._store, self._key = store, key
         self._away: list[_Held] | None = None
-        self._devices: dict[str, torch.device] = {}
-        """Of tensors that are away: the devices to which they return."""
         self._size: tuple[tuple[dict[str, Any], str], torch.dtype, int] | None = None
         """Where one of the tensors is registered, its dtype, and the bytes of all as long as it has that."""
 
@@ -112,7 +162,7 @@ class IdleValues:
             if table[name].dtype is dtype:
                 return size
         held = self._held()
-        now = [_stand_in(each) for each in held]
+        now = [_now(each) for each in held]
         size = sum(each.numel() * each.element_size() for each in now)
         floats = [place for place, each in zip(held, now, strict=True) if each.is_floating_point()]
         if first := (floats or held)[:1]:
@@ -136,24 +186,23 @@ class IdleValues:
         with torch.no_grad():
             for each in found:
                 tensor = each.tensor
-                self._devices[each.name] = tensor.device
-                bare = torch.empty_like(tensor.detach(), device="meta")
-                each.stand_in = nn.Parameter(bare, requires_grad=False) if isinstance(tensor, nn.Parameter) else bare
-                each.replace(each.stand_in)
-                _written(tensor)
-                tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                each.stand(injection.name, tensor.dtype, tensor.device)
+                each.written()
+                each.give(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
         self._away = found
         for path, module in injection.modules():
             _mark(module, _Marked(self, path))
 
     def put_back(self, values: Values) -> None:
-        """Give the tensors their values again, with the dtypes and devices that the model was given meanwhile."""
+        """Give the tensors their values again, with the dtypes and on the devices that `to` gave them meanwhile."""
         assert self._away is not None, "only what is away comes back"
         with torch.no_grad():
-            ready = [values[each.name].to(self._devices[each.name], _stand_in(each).dtype) for each in self._away]
+            now = [_now(each) for each in self._away]
+            ready = [values[each.name].to(to.device, to.dtype) for each, to in zip(self._away, now, strict=True)]
             for each, value in zip(self._away, ready, strict=True):
-                each.tensor.data = value
-                _written(each.tensor)
+                each.give(value)
+                each.written()
+                each.stand_in = None
                 each.replace(each.tensor)
         self._away = None
         for _, module in self.injection.modules():
@@ -214,21 +263,15 @@ class IdleValues:
         }
         with torch.no_grad():
             for each in self._away:
-                stand_in = _stand_in(each)
-                if id(stand_in) in mine:
-                    probe = function(torch.empty(0, dtype=stand_in.dtype, device=self._devices[each.name]))
-                    self._devices[each.name] = probe.device
-                    stand_in.data = stand_in.data.to(probe.dtype)
+                now = _now(each)
+                if id(now) in mine:
+                    probe = function(torch.empty(0, dtype=now.dtype, device=now.device))
+                    each.stand(self.injection.name, probe.dtype, probe.device)
 
 
-def _stand_in(held: _Held) -> Tensor:
+def _now(held: _Held) -> Tensor:
+    """Returns what is registered now: the tensor, or its stand-in."""
     return held.tensor if held.stand_in is None else held.stand_in
-
-
-def _written(tensor: Tensor) -> None:
-    """Let torch count a change of the tensor: a backward through a graph that saved it says so."""
-    if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
 
 
 class _Marked:
@@ -240,10 +283,7 @@ class _Marked:
 
     def error(self, what: str) -> IdleAdapter:
         name = self.values.injection.name
-        return IdleAdapter(
-            f"{self.path}: the adapter {name!r} is idle, so {what}: bring it back, pool.wake({name!r}), or all of "
-            "them, pool.end()"
-        )
+        return IdleAdapter(f"{self.path}: the adapter {name!r} is idle, so {what}: {_back(name)}")
 
 
 _ANSWERS = ("state_dict", "_load_from_state_dict", "_apply", "__reduce_ex__")
