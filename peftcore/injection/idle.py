@@ -81,7 +81,7 @@ class StandIn(Tensor):
         made: StandIn = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device, storage_size=0)
         return made
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"StandIn({tuple(self.shape)}, {self.dtype}, {self.device})"
 
     @classmethod

@@ -87,7 +87,7 @@ def test_nothing_is_computed_with_what_stands_for_a_tensor() -> None:
         lambda: first + 1,
         lambda: torch.zeros(3, 8).addmm_(torch.zeros(3, 8), first),
         lambda: first.copy_(torch.zeros(8, 8)),
-        lambda: first.tolist(),
+        lambda: first.clone(),
         lambda: torch.nn.utils.parameters_to_vector(injection.parameters()),
     ):
         with pytest.raises(IdleAdapter, match="'one' is idle"):
