@@ -76,7 +76,8 @@ def keep_within(
         The pool, with which the limit is changed, watched and lifted.
 
     Raises:
-        ConfigError: the limit is no amount of memory, the model has one already, or "cpu" is where the model is.
+        ConfigError: the limit is no amount of memory, the model has one already, a part of it has the adapters, or
+            "cpu" is where the model is.
         MemoryLimit: the adapters that cannot leave now take more.
         UnsupportedHost: adapters are sharded over processes.
     """
@@ -88,6 +89,9 @@ def keep_within(
         raise ConfigError(
             "the adapters of this model are within a limit already: set pool.limit, or pool.end() it first"
         )
+    inside = [path for path, module in model.named_modules() if path and state_of(module) is not None]
+    if fresh and inside:
+        raise ConfigError(f"this model has no adapters, but its part {inside[0]!r} has: give that one a limit")
     on_cpu = all(each.device.type == "cpu" for each in model.parameters())
     if idle == "cpu" and on_cpu:
         raise ConfigError(

@@ -325,6 +325,13 @@ def test_on_the_cpu_idle_adapters_need_a_folder() -> None:
         peftcore.keep_within(transformer(), "1MB")
 
 
+def test_a_limit_is_of_the_model_that_was_adapted(tmp_path: Path) -> None:
+    model = transformer()
+    peftcore.apply(model, "lora")
+    with pytest.raises(ConfigError, match="its part '0' has"):
+        peftcore.keep_within(nn.Sequential(model), "1MB", idle=tmp_path)
+
+
 def test_its_folder_goes_with_the_model_and_with_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "idle").mkdir()
     (tmp_path / "idle" / "mine.txt").write_text("")

@@ -179,6 +179,29 @@ def test_what_trains_or_is_merged_stays(served: tuple[nn.Module, peftcore.Adapte
     assert pool.rest("b") == []
 
 
+def test_what_is_merged_stays_though_no_choice_names_it(served: tuple[nn.Module, peftcore.AdapterPool]) -> None:
+    model, pool = served
+    merged = peftcore.injections(model)["a"]
+    with peftcore.activate(model, "a"):
+        merged.merge()
+    assert pool.rest("a") == ["a"]
+    merged.unmerge()
+    assert pool.rest("a") == []
+
+
+def test_what_somebody_holds_stays(served: tuple[nn.Module, peftcore.AdapterPool]) -> None:
+    model, pool = served
+    state = state_of(model)
+    assert state is not None
+    with state.kept("a"):
+        assert "a" in pool.resident
+        peftcore.using(model, "b")(outputs, model)
+        with pytest.raises(MemoryLimit):
+            peftcore.using(model, ["c", "d"])(outputs, model)
+        assert pool.rest("a", "b") == ["a"]
+    assert pool.rest("a") == []
+
+
 def test_what_another_thread_has_chosen_stays(served: tuple[nn.Module, peftcore.AdapterPool]) -> None:
     model, pool = served
     chosen, done = threading.Event(), threading.Event()
