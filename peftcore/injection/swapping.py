@@ -125,7 +125,7 @@ class _Work:
     def module(self, path: str, mine: nn.Module, other: nn.Module) -> None:
         """Match the tensors and attributes of one operator or shared module."""
         padded = mine.padded if isinstance(mine, _Base) else frozenset()
-        scaled = mine.scaled if isinstance(mine, _Base) else ""
+        scaled = mine.scaled if isinstance(mine, _Base) else frozenset()
         factors: dict[str, float] = {}
         theirs = dict(other.named_modules())
         inner = dict(mine.named_modules())
@@ -136,7 +136,7 @@ class _Work:
             for name, a, b in self._differing(each, theirs[below]):
                 full = f"{below}.{name}".lstrip(".")
                 if full == "scale" and scaled and isinstance(a, float) and isinstance(b, float) and a:
-                    factors[scaled] = b / a
+                    factors |= dict.fromkeys(scaled, b / a)
                 elif not _in_training_only(each, name):
                     self.wrong.append(f"{path}: {full} is {_said(b)}, and here {_said(a)}")
                 self.adjusted = True
@@ -191,7 +191,7 @@ class _Work:
     def _differing(self, mine: nn.Module, other: nn.Module) -> Iterator[tuple[str, Any, Any]]:
         a_all, b_all = vars(mine), vars(other)
         for name in sorted((a_all.keys() | b_all.keys()) - OF_MODULES):
-            if name in SIZES and type(mine) is nn.Linear:
+            if (name in SIZES and type(mine) is nn.Linear) or (isinstance(mine, _Base) and name in mine.known_by):
                 continue
             a, b = a_all.get(name), b_all.get(name)
             if not self._same(a, b):
@@ -214,7 +214,7 @@ class _Work:
         if isinstance(a, set | frozenset):
             return bool(a == b)
         if dataclasses.is_dataclass(a):
-            names = [each.name for each in dataclasses.fields(a)]
+            names = [each.name for each in dataclasses.fields(a) if each.compare]
             return all(self._same(getattr(a, name), getattr(b, name)) for name in names)
         return self.mine.config == self.other.config  # whatever it is, it was made of the same
 

@@ -24,6 +24,9 @@ ROOMY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "locon": ({"rank": 2, "alpha": 3.0}, {"rank": 5, "alpha": 7.0}, {"rank": 6}),
     "houlsby_adapter": ({"bottleneck": 2}, {"bottleneck": 5}, {"bottleneck": 6}),
     "parallel_adapter": ({"bottleneck": 2}, {"bottleneck": 5}, {"bottleneck": 6}),
+    "pissa": ({"rank": 2, "alpha": 3.0}, {"rank": 3, "alpha": 7.0}, {"rank": 4}),
+    "olora": ({"rank": 2, "alpha": 3.0}, {"rank": 3, "alpha": 7.0}, {"rank": 4}),
+    "qlora": ({"rank": 2, "alpha": 3.0}, {"rank": 3, "alpha": 7.0}, {"rank": 4}),
     "adaptformer": ({"bottleneck": 2}, {"bottleneck": 5}, {"bottleneck": 6}),
 }
 """The options of two adapters and of a place for both, by method."""

@@ -67,7 +67,7 @@ def _uniform(*shape: int, inputs: int) -> nn.Parameter:
 class LoConOperator(Operator):
     """The update of one site."""
 
-    padded, scaled = frozenset({"down", "core", "up"}), "up"
+    padded, scaled = frozenset({"down", "core", "up"}), frozenset({"up"})
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)

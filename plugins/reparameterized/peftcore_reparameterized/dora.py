@@ -60,7 +60,7 @@ class Config(MethodConfig):
 class DoRAOperator(WeightOperator):
     """Direction by a low-rank update, magnitude by a vector."""
 
-    padded, scaled = frozenset({"A", "B"}), "B"
+    padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)

@@ -51,7 +51,7 @@ class Config(MethodConfig):
 class LoHaOperator(WeightOperator):
     """The update of one site."""
 
-    padded, scaled = frozenset({"A1", "B1", "T1", "A2", "B2", "T2"}), "B1"
+    padded, scaled = frozenset({"A1", "B1", "T1", "A2", "B2", "T2"}), frozenset({"B1"})
     training_only = frozenset({"drops"})
 
     def __init__(self, site: Site, config: Config) -> None:

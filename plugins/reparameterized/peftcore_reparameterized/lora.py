@@ -51,7 +51,7 @@ class LoRAOperator(Operator):
     """The update of one target module. Shapes are those of a linear layer; `layer` knows those of the others."""
 
     factors_are_parameters = True
-    padded, scaled = frozenset({"A", "B"}), "B"
+    padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
