@@ -65,6 +65,9 @@ def keep_within(
     Values that were changed since they were brought back are written again when they go. A file in which something was
     changed is an error when it is read.
 
+    Forwards of compiled models are not seen: in a thread that follows what another one chooses for everybody, give them
+    a choice of their own, `using`.
+
     Args:
         model: the host; it may have no adapters yet.
         limit: bytes on the model, as a number or as "500MB", "2GB", "2GiB". They count the parameters and buffers of

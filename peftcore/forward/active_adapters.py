@@ -110,7 +110,8 @@ class Choice:
         routed = None if self.route is None else self.route.names
         object.__setattr__(self, "key", (self.active, routed, self.composition))
         composed = () if self.composition is None else tuple(self.composition.names())
-        named = self.active if not routed and not composed else tuple({*self.active, *(routed or ()), *composed})
+        others = (*(routed or ()), *composed)
+        named = tuple(dict.fromkeys((*self.active, *others))) if others else self.active
         object.__setattr__(self, "named", named)
 
     @property

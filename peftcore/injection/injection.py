@@ -374,8 +374,11 @@ class Injection(AppliedMethod):
 
         From then on it computes what the other one would if it were loaded. The other one stands at the same target
         modules, with the same options; those of which larger tensors come may be smaller (`room` of `load`), and a
-        scale is written into the values. Dropouts stay its own. A generation that runs goes on with its cache of keys
-        and values, so swap between calls.
+        scale is written into the values. Dropouts stay its own.
+
+        It is refused while a forward of the model, or a call of `using`, names this one. Compiled forwards, and those
+        of parts of the model that run by themselves, are not seen: swap between them. A generation of which each step
+        is a call goes on with its cache of keys and values.
 
         Args:
             source: what `load` takes; or another adapter of this model, or of one of its shape; or a state dict, as

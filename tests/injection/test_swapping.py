@@ -12,7 +12,7 @@ from core_toys import token_ids, transformer
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.errors import CheckpointError, ConfigError, HostMismatch, MergeError, SwapError
+from peftcore.errors import CheckpointError, ConfigError, HostMismatch, MergeError, SwapError, UnknownInjection
 
 IDS = token_ids()
 ROOMY: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
@@ -136,6 +136,15 @@ def test_it_takes_an_adapter_of_this_model_or_of_another(tmp_path: Path) -> None
     slot.swap(slot)
 
 
+def test_it_takes_files_of_other_libraries(tmp_path: Path) -> None:
+    model = transformer()
+    slot = peftcore.load(model, saved(tmp_path / "a", "lora", rank=2), name="slot", room={"rank": 8})
+    source = peftcore.load(transformer(), saved(tmp_path / "b", "lora", 1, rank=3, alpha=5.0))
+    source.save(tmp_path / "theirs", format="peft")
+    slot.swap(tmp_path / "theirs")
+    torch.testing.assert_close(outputs(model), fresh(tmp_path / "b"), rtol=1e-6, atol=1e-6)
+
+
 def test_it_takes_a_state_dict(tmp_path: Path) -> None:
     model, other = transformer(), transformer()
     slot = peftcore.load(model, saved(tmp_path / "a", "lora"), name="slot")
@@ -237,6 +246,8 @@ def test_while_merged_it_is_refused(tmp_path: Path) -> None:
     slot.swap(other)
     slot.bake()
     torch.testing.assert_close(outputs(model), fresh(other), rtol=1e-5, atol=1e-5)
+    with pytest.raises(UnknownInjection):
+        slot.swap(other)
 
 
 def test_in_a_call_or_a_forward_that_names_it_it_is_refused(tmp_path: Path) -> None:
