@@ -146,8 +146,27 @@ def test_a_block_upon_a_statement_needs_room_for_both(served: tuple[nn.Module, p
     with pytest.raises(MemoryLimit), peftcore.activate(model, "b"):
         pytest.fail("entered")
     assert peftcore.injections(model)["a"].active
-    assert torch.equal(outputs(model), before)  # it is brought back by the forward
     assert pool.resident == ["a"]
+    assert torch.equal(outputs(model), before)
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+def test_a_forward_brings_back_what_is_chosen_and_not_there(
+    served: tuple[nn.Module, peftcore.AdapterPool], part: bool
+) -> None:
+    model, pool = served
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return model.layers[0](torch.ones(1, 3, 8)) if part else model(IDS)
+
+    peftcore.activate(model, "a")
+    before = run()
+    record = pool.residency._records["a"]  # nothing takes it out while it is chosen, so this is done by hand
+    record.here = False
+    record.adapter.take_out()
+    assert torch.equal(run(), before)
+    assert "a" in pool.resident
 
 
 def test_the_choice_before_stays_where_a_limit_refuses_one(served: tuple[nn.Module, peftcore.AdapterPool]) -> None:
