@@ -4,7 +4,7 @@ same compiled graph; what cannot be swapped exactly is refused, and nothing was 
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -199,6 +199,55 @@ def test_what_is_drawn_from_a_seed_and_lies_in_no_file_is_swapped_too(tmp_path: 
     assert torch.equal(outputs(model), fresh(second))
     slot.save(tmp_path / "c")
     assert torch.equal(fresh(tmp_path / "c"), fresh(second))
+
+
+class MaskedConfig(peftcore.MethodConfig):
+    method: Literal["masked"] = "masked"
+    first: int = 0
+    dropout: float = 0.0
+
+
+class MaskedOperator(peftcore.Operator):
+    """Adds to some outputs: which ones is drawn from an option, and lies in no file."""
+
+    def __init__(self, site: peftcore.Site, config: MaskedConfig) -> None:
+        super().__init__(site)
+        self.input_dropout = config.dropout
+        self.bias = nn.Parameter(torch.ones(site.out_features))
+        self.register_buffer("mask", (torch.arange(site.out_features) >= config.first).float(), persistent=False)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return call(x) + self.bias * self.mask
+
+
+class Masked(peftcore.Method):
+    """Added to some outputs."""
+
+    name = "masked"
+    Config = MaskedConfig
+    tags = peftcore.Tags(category="additive", paper="2106.09685", identity_at_init=False)
+    target = ("attn.q",)
+
+    def inject(self, model: nn.Module, config: MaskedConfig, surgeon: peftcore.Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, MaskedOperator, config)
+
+    @staticmethod
+    def parameter_count(site: peftcore.Site, config: MaskedConfig) -> int:
+        return site.out_features
+
+
+def test_what_no_file_has_goes_with_the_options_or_is_refused() -> None:
+    """Options that cannot be taken over would draw it otherwise where the adapter is saved and loaded."""
+    model, other, third = transformer(), transformer(), transformer()
+    slot = peftcore.apply(model, Masked, dropout=0.5)
+    source = peftcore.apply(other, Masked, first=3, dropout=0.5)
+    with pytest.raises(SwapError, match="made of other options"):
+        slot.swap(peftcore.apply(third, Masked, first=3))
+    assert not torch.equal(outputs(model), outputs(other))
+    slot.swap(source)
+    assert torch.equal(outputs(model), outputs(other))
+    assert slot.config.first == 3
 
 
 def test_dropouts_stay_its_own(tmp_path: Path) -> None:
