@@ -28,6 +28,7 @@ from peftcore.contract.operators import (
     on_first,
 )
 from peftcore.contract.presets import Preset
+from peftcore.files.adapter_pool import AdapterPool, keep_within
 from peftcore.files.bases import load_base
 from peftcore.files.compositions import load_composition, save_composition
 from peftcore.files.save_load import load
@@ -74,6 +75,7 @@ __all__ = [
     "MATRICES",
     "MIXERS",
     "OUTPUTS",
+    "AdapterPool",
     "AppliedMethod",
     "AtBranchEnd",
     "Attend",
@@ -157,6 +159,7 @@ __all__ = [
     "injections",
     "is_mergeable",
     "is_post_norm",
+    "keep_within",
     "load",
     "load_base",
     "load_composition",

@@ -73,6 +73,19 @@ class UnknownInjection(PeftcoreError, LookupError):
     """The host has no injection of that name."""
 
 
+class IdleAdapter(PeftcoreError, RuntimeError):
+    """The values of an adapter are not on its model now, and what was asked for needs them there: bring it back,
+    ``pool.wake(name)``."""
+
+
+class MemoryLimit(PeftcoreError, RuntimeError):
+    """The adapters that a choice names do not fit into the limit of `keep_within`, beside those that cannot leave."""
+
+
+class SwapError(PeftcoreError, ValueError):
+    """The values of an adapter cannot take the place of another one's exactly; nothing was changed."""
+
+
 class InactiveSite(PeftcoreError, RuntimeError):
     """The host ran, but a grafted site did not: its adapter would train nothing."""
 

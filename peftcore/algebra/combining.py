@@ -73,6 +73,11 @@ def changes(injection: Injection) -> dict[str, Change]:
         MergeError: the injection is merged.
     """
     _acting(injection)
+    with injection.state.kept(injection.name):
+        return _changes(injection)
+
+
+def _changes(injection: Injection) -> dict[str, Change]:
     found: dict[str, Change] = {}
     now: dict[tuple[str, str], Tensor] = {}  # as the operators before leave it, as it is stored
     for graft in injection.grafts:

@@ -15,7 +15,21 @@ from peftcore.contract.peft_names import instead_of
 from peftcore.errors import ConfigError, PluginError, shown
 
 RESERVED = frozenset(
-    {"model", "name", "target", "exclude", "train", "data", "seed", "dtype", "host", "trainable", "active", "strict"}
+    {
+        "model",
+        "name",
+        "target",
+        "exclude",
+        "train",
+        "data",
+        "seed",
+        "dtype",
+        "host",
+        "trainable",
+        "active",
+        "strict",
+        "room",
+    }
 )
 """Argument names of `apply` and `load`: no method option may be called so."""
 

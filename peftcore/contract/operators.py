@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -62,6 +62,17 @@ class _Base(Checked):
     stackable = False
     """Whether its forward is plain mathematics of its inputs and of its own tensors, which `torch.vmap` runs. In a
     route, equal operators of several adapters are then one operator with stacked tensors."""
+    padded: ClassVar[frozenset[str]] = frozenset()
+    """The tensors that may be larger than an adapter's own, ``"A"``, ``"down.weight"``: with zeros in the rest, of all
+    of them, the operator computes the same. So an adapter of a smaller rank can be swapped in."""
+    scaled: ClassVar[frozenset[str]] = frozenset()
+    """The tensors that `scale` multiplies, one of each product, where all that the number `scale` does is that: an
+    adapter with another scale is then swapped in with its own scale in these tensors."""
+    training_only: ClassVar[frozenset[str]] = frozenset({"input_dropout", "dropout"})
+    """Attributes that say nothing of what is computed in evaluation. Where values are swapped the operator's own
+    stay."""
+    known_by: ClassVar[frozenset[str]] = frozenset()
+    """Attributes by which others know the operator, such as caches: no two operators have the same."""
     overrides = False
     """Whether the effective tensor is the same whatever tensor it is made of: what acts there before is lost."""
 

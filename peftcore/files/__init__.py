@@ -8,6 +8,7 @@ It may import `injection`, and what is below. In the order of reading:
 - `added_rows`: rows that were added to token tables of the base.
 - `formats`: one module a file format, ours and other libraries'.
 - `save_load`: `load`, and the function behind `Injection.save`.
+- `adapter_pool`: adapters within a limit of bytes, the idle ones in files.
 - `bases`: `load_base`, which builds the model that an adapter's file names.
 - `peft_configs`: configurations of peft, applied as a file of theirs is loaded.
 - `compositions`: compositions with the adapters in them.

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from peftcore.contract.config import MethodConfig
+from peftcore.contract.method import Method
 from peftcore.contract.operators import Checked
 from peftcore.errors import (
     CheckpointError,
@@ -37,13 +40,15 @@ from peftcore.files.formats.format import PICKLES, Tensors, format_named, recogn
 from peftcore.files.formats.hub import located, upload
 from peftcore.files.formats.patterns import one_file
 from peftcore.files.safe_io import clear_partial, write_tensors, write_text
+from peftcore.forward.host_state import HostState
 from peftcore.forward.save_pretrained import saving_base
 from peftcore.injection import made_of_base
 from peftcore.injection.applying import check_model, check_name, establish, prepare
 from peftcore.injection.injection import Injection
+from peftcore.injection.swapping import matched, write
 from peftcore.layers.fsdp import gathered, one_writes
 from peftcore.roles import HostMap
-from peftcore.surgery.surgeon import Surgeon
+from peftcore.surgery.surgeon import Surgeon, Wishes
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -155,6 +160,7 @@ def load(
     trainable: bool = False,
     active: bool = True,
     strict: bool = True,
+    room: Mapping[str, Any] | None = None,
 ) -> Injection:
     """Apply a saved adapter to a host of the same shape.
 
@@ -171,6 +177,8 @@ def load(
             injections as they are, until `activate`, `route` or `using` names the adapter: for hosts that serve
             meanwhile, and for many adapters at once.
         strict: False accepts missing tensors (they keep their fresh values) and unknown ones (they are passed over).
+        room: options of larger tensors than the file's, ``{"rank": 64}``: others of up to that rank can take its place
+            then (`Injection.swap`), also in a compiled model. What is beyond the file's own is zero.
 
     Raises:
         CheckpointError: the files are damaged, or lack tensors or options of the adapter, listing all errors; or a
@@ -181,13 +189,72 @@ def load(
         UnknownMethod: no installed plugin has its method.
         DuplicateInjection: the name is taken or cannot be used.
         NoWeights: the host is on the meta device, and the adapter is nothing without values of its weights.
+        SwapError, ConfigError: it does not compute the same with the options of `room`, or there are no such options.
+        MemoryLimit: there is a limit (`keep_within`), and no room beside adapters that cannot leave.
 
     The host was not changed then.
     """
     check_model(model)
-    place = located(path, revision)
     if name is not None:
         check_name(model, name)
+    found = _read(model, path, revision, strict)
+    name = check_name(model, found.cls.name) if name is None else name
+    with _about(found.where), _values_wanted(model):
+        if room is None:
+            injection = establish(found.surgeon(), name, active=active)
+            with injection.state.kept(name):
+                fill(injection, found.tensors)
+                _check_filled(injection)
+        else:
+            source, surgeon = found.filled(), found.surgeon(found.config.replace(**room))
+            matched(Injection(name, surgeon, HostState()), source)  # what does not fit is refused before it comes
+            injection = establish(surgeon, name, active=active)
+            with injection.state.kept(name):
+                write(injection, matched(injection, source))
+    injection.trainable(trainable)
+    return injection
+
+
+def values_of(injection: Injection, path: str | os.PathLike[str], revision: str | None) -> Injection:
+    """Returns a saved adapter for the model of an injection, checked as `load` checks it, with its values, and not
+    installed.
+
+    Raises:
+        CheckpointError, HostMismatch, NewerFormat, UnknownMethod, NoWeights: as `load`.
+        MergeError: it is made of weights into which another injection is merged.
+    """
+    found = _read(injection.model, path, revision, True)
+    with _about(found.where), _values_wanted(injection.model):
+        source = found.filled()
+        made_of_base.check_nothing_merged(source, injection.state)
+    return source
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A saved adapter that fits a model."""
+
+    model: nn.Module
+    where: Path
+    cls: type[Method]
+    config: MethodConfig
+    wishes: Wishes
+    host: HostMap
+    tensors: Mapping[str, Tensor]
+
+    def surgeon(self, config: MethodConfig | None = None) -> Surgeon:
+        """Returns operators for it, with their fresh values."""
+        return prepare(self.model, self.cls(), config or self.config, self.wishes, self.host, dry=False)
+
+    def filled(self) -> Injection:
+        """Returns it with its values, not installed."""
+        source = Injection(self.cls.name, self.surgeon(), HostState())
+        fill(source, self.tensors)
+        return source
+
+
+def _read(model: nn.Module, path: str | os.PathLike[str], revision: str | None, strict: bool) -> _Read:
+    place = located(path, revision)
     # A file knows nothing of other adapters, and the host is no larger for having some: they are not seen here.
     with _about(place), _values_wanted(model), one_file(), saving_base():
         content = recognize(place).open(place, model)
@@ -197,13 +264,9 @@ def load(
         config = options_of(cls, envelope)
         wishes = envelope.wishes
         _check_sites(envelope, model)
-
-        def prepared(host: HostMap | None, dry: bool) -> Surgeon:
-            return prepare(model, cls(), config, wishes, host, dry=dry)
-
         try:
             with _Bounded(model):
-                rehearsal = prepared(None, dry=True)
+                rehearsal = prepare(model, cls(), config, wishes, None, dry=True)
         except CheckpointError:
             raise
         except (TargetError, UnsupportedSite, UnsupportedHost) as error:
@@ -213,13 +276,7 @@ def load(
         tensors = content.tensors(rehearsal, strict)
         _check_memory(rehearsal, tensors)
         _check_values(rehearsal, tensors)
-    name = check_name(model, cls.name) if name is None else name
-    with _about(content.where), _values_wanted(model):
-        injection = establish(prepared(rehearsal.resolver.host, dry=False), name, active=active)
-        fill(injection, tensors)
-        _check_filled(injection)
-    injection.trainable(trainable)
-    return injection
+    return _Read(model, content.where, cls, config, wishes, rehearsal.resolver.host, tensors)
 
 
 def describe(path: str | os.PathLike[str], revision: str | None = None) -> Description:

@@ -15,6 +15,7 @@ It may import `roles`, and what is below. In the order of reading:
 - `generate`: one call of `generate` computes effective weights once.
 - `merged_choice`: which choices are right while adapters are merged.
 - `unused_parameters`: adapters that train and do not act, where that fails.
+- `residency`: which adapters have their values on the model, within a limit.
 - `host_state`: the state that peftcore keeps on an adapted model.
 - `mount`: one operator at one tensor or around one module.
 - `recompute`: effective weights in training, computed again in backward.

@@ -188,10 +188,16 @@ class Choice:
     """How the active ones act together; None: in the order in which they were applied."""
     key: Key = field(init=False)
     """The key of plans: it leaves out the assignment of rows, so that all assignments share one compiled graph."""
+    named: Active = field(init=False)
+    """All names in it: what may act in any forward under it."""
 
     def __post_init__(self) -> None:
         routed = None if self.route is None else self.route.names
         object.__setattr__(self, "key", (self.active, routed, self.composition))
+        composed = () if self.composition is None else tuple(self.composition.names())
+        others = (*(routed or ()), *composed)
+        named = tuple(dict.fromkeys((*self.active, *others))) if others else self.active
+        object.__setattr__(self, "named", named)
 
     @property
     def acting(self) -> Active:

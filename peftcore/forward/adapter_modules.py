@@ -12,6 +12,8 @@ from peftcore.forward.save_pretrained import BASE_ALONE
 
 ADAPTER_MODULES = "peft"
 """The name of the adapter modules in the module above."""
+IDLE = "_peftcore_idle"
+"""In the ``__dict__`` of an operator whose values are not on the model: what stands for them."""
 
 
 class AdapterModules(nn.Module):
@@ -20,8 +22,16 @@ class AdapterModules(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict, which may be that of the bare base: operators that it does not name keep their values."""
         if not any(key.startswith(prefix) for key in state_dict):
-            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
+            self._put_own(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _put_own(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Put the state of the operators into a state dict, but for idle ones, which have nothing to load into."""
+        for name, child in self._modules.items():
+            if isinstance(child, AdapterModules):
+                child._put_own(state_dict, f"{prefix}{name}.")
+            elif child is not None and IDLE not in vars(child) and not BASE_ALONE.get():
+                child.state_dict(destination=state_dict, prefix=f"{prefix}{name}.")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Returns torch's state dict; nothing while the base is saved alone."""
@@ -45,6 +55,10 @@ def note_lacking(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, m
     begun = {key[: end + 1] for key in ours for end, sign in enumerate(key) if sign == "."}
     if begun.isdisjoint(inside):
         return
+    for path, module in inside.items():
+        for name, child in module._modules.items():
+            if f"{path}{name}." in begun and child is not None and (idle := vars(child).get(IDLE)) is not None:
+                raise idle.error("a state dict cannot be loaded into it")
     known = set(missing)  # a model around this one may have noted them
     for path, module in inside.items():
         if path not in begun and not any(isinstance(child, AdapterModules) for child in module.children()):

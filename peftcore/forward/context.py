@@ -105,6 +105,8 @@ class ForwardContext:
         self.open, self.calm, self.extra = True, False, False
         self.frame: FrameType | None = None
         """The call of the host whose forward it is."""
+        self.listed = False
+        """Whether it is among the forwards that run, for all threads to see (`HostState.running`)."""
         self.recorded = torch.is_grad_enabled() or (model is not None and model.training)
         """Whether backward may repeat it; in a reentrant checkpoint its modules run without gradients."""
         self.within: list[Any] = []
@@ -266,6 +268,9 @@ class ForwardContext:
         """Close the context when the host has returned: taps hold activations and are dropped, but for those that
         backward will read."""
         self.open, self.frame = False, None
+        if self.listed and self.state is not None:
+            self.listed = False
+            self.state.running.pop(id(self), None)
         self.taps = [tap for tap in self.taps if tap[2]]
 
 
@@ -409,6 +414,9 @@ class Recorder:
         call.frame = sys._getframe(2)  # torch's, which called the hook
         HERE.calm = None
         call.choice = choice = state.now()
+        call.listed = True
+        state.running[id(call)] = call
+        state.check_ready(choice)
         state.check(choice)
         if HERE.outside is not None:
             HERE.outside = None
@@ -460,6 +468,7 @@ class Recorder:
         itself), this opens a context without inputs, until the next forward of the host."""
         if HERE.calls:
             return
+        state.check_ready(choice)
         outside = _outside()
         if outside is None or outside.state is not state or outside.choice is not choice:
             state.check(choice)

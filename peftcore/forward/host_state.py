@@ -7,9 +7,10 @@ A forward that runs inside backward (gradient checkpointing) follows the choice 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Collection, Iterable, MutableMapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from peftcore.forward.context import ForwardContext, Recorder, graph_task, repla
 from peftcore.forward.generate import GeneratesFromCache
 from peftcore.forward.instance_methods import give_methods_back, replace_methods
 from peftcore.forward.merged_choice import check_choice
+from peftcore.forward.residency import Residency
 from peftcore.forward.save_pretrained import SavesBase
 from peftcore.forward.scopes import Choices
 from peftcore.forward.unused_parameters import check_all_act
@@ -73,6 +75,17 @@ class HostState:
     loading: list[RemovableHandle] = field(default_factory=list)
     """Of the hook by which a state dict that lacks adapters is not loaded as a whole one."""
 
+    residency: Residency | None = None
+    """Keeps the values of adapters within a limit of bytes, where the user has given one."""
+
+    running: dict[int, ForwardContext] = field(default_factory=dict)
+    """The forwards of the host that run now, in all threads, by id; those of compiled models are not seen."""
+
+    swapping: frozenset[str] = frozenset()
+    """The injections whose values are being exchanged now, by whoever holds `swap_lock`."""
+
+    swap_lock: threading.RLock = field(default_factory=threading.RLock)
+
     recorder: Recorder = field(default_factory=Recorder)
     outside: MutableMapping[Token, ForwardContext] = field(default_factory=weakref.WeakKeyDictionary)
     """By thread: the forward context of parts that run without the host. Held here, so that it ends with the host."""
@@ -97,7 +110,7 @@ class HostState:
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook on the host: opens a forward context. A host without injections has it as long as somebody
         may have chosen one that is gone, and is to be told."""
-        if not self.injections and not self.current() and not self.choices.elsewhere():
+        if not self.injections and self.residency is None and not self.current() and not self.choices.elsewhere():
             drop_state(model)
             return
         choice = self.recorder.enter(self, model, args, kwargs)
@@ -134,6 +147,27 @@ class HostState:
             if name not in self.injections:
                 raise self._unknown(name)
         return tuple([name for name in active if name not in self.merged]) if self.merged else active
+
+    def check_ready(self, choice: Choice) -> None:
+        """Let a forward that begins wait until values are exchanged that it needs, and bring back what is not there:
+        where a choice that had to make room for another one is in force again.
+
+        Raises:
+            MemoryLimit, CheckpointError: as `Residency.admit`.
+        """
+        if self.swapping and not self.swapping.isdisjoint(choice.named):
+            with self.swap_lock:
+                pass
+        if self.residency is not None:
+            self.residency.admit(choice)
+
+    def kept(self, *names: str) -> AbstractContextManager[None]:
+        """Returns the context manager in which the values of injections are on the model, and do not leave.
+
+        Raises:
+            MemoryLimit, CheckpointError: as `Residency.admit`.
+        """
+        return nullcontext() if self.residency is None else self.residency.kept(names)
 
     def check_merged(self, choice: Choice) -> None:
         """Check that forwards under a choice compute what it says while injections are merged.
@@ -188,14 +222,19 @@ class HostState:
         """Drop an injection from the state, and from the stacks that this thread or task and everybody has."""
         self.reads_tokens -= self.injections.pop(name).reads_tokens
         self.removals += 1
+        if self.residency is not None:
+            self.residency.remove(name)
         self.choices.forget(name)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for copies and pickles, in which no forward runs."""
-        return {key: value for key, value in self.__dict__.items() if key != "outside"}
+        gone = ("outside", "running", "swap_lock", "residency")
+        return {key: value for key, value in self.__dict__.items() if key not in gone} | {"swapping": frozenset()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, outside=weakref.WeakKeyDictionary())
+        self.__dict__.update(
+            state, outside=weakref.WeakKeyDictionary(), running={}, swap_lock=threading.RLock(), residency=None
+        )
 
 
 def state_of(model: nn.Module) -> HostState | None:

@@ -57,9 +57,10 @@ class Block:
             threads are of no concern.
         of_owner: whether it is a block in a task of the thread that adapted the model: there, threads that ran already
             may work for it too.
+        calls: whether it is a call (`using`), and so in use as long as it is open.
     """
 
-    __slots__ = ("__weakref__", "before", "choice", "of_owner", "open", "place")
+    __slots__ = ("__weakref__", "before", "calls", "choice", "of_owner", "open", "place")
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class Block:
         of_owner: bool = False,
     ) -> None:
         self.choice, self.place, self.before, self.of_owner = choice, place, before, of_owner
-        self.open = True
+        self.open, self.calls = True, False
 
     def may_employ(self, thread: threading.Thread) -> bool:
         """Whether a thread without a choice of its own may work for this block."""
@@ -82,6 +83,8 @@ class Scope:
 
     choice: Choice
     block: Block
+    pin: Block | None = None
+    """Of a statement of a task in a block that another one entered: lets the others see what it names."""
 
 
 Scopes = tuple[Scope, ...]
@@ -200,6 +203,24 @@ class Choices:
             if block is not None and block.open and key not in mine:
                 yield "in another thread or task ", block.choice
 
+    def pinning(self, leaving: Block | None = None) -> Iterator[Choice]:
+        """Yields every choice that is in force, or that will be again when a block is left, in all threads and tasks;
+        but for that of a block which is about to be another one."""
+        for scope in list(self.everybody):
+            if scope.block is not leaving:
+                yield scope.choice
+        for each in list(self.own.values()):
+            block = each()
+            if block is not None and block.open and block is not leaving:
+                yield block.choice
+
+    def called(self) -> Iterator[Choice]:
+        """Yields the choices of the calls (`using`) that run in all threads."""
+        for each in list(self.own.values()):
+            block = each()
+            if block is not None and block.open and block.calls:
+                yield block.choice
+
     def traced(self) -> Choice:
         """Returns the choice of this thread or task for code that torch.compile traces: one graph for each active set.
         It guards on attributes, those of the thread too, and breaks the graph where a context variable is to be read.
@@ -220,12 +241,26 @@ class Choices:
         """Choose until the end of the block or call round this: in the owner's thread for everybody, unless this thread
         or task has a choice of its own; in any other thread for that thread."""
         self.host.check_merged(choice)
+        residency = self.host.residency
+        if residency is None:
+            return self._set(choice)
+        with residency.kept(choice.named, self._replaced()):  # until it is in force
+            return self._set(choice)
+
+    def _replaced(self) -> Block | None:
+        """Returns the block in which a statement would take the place of what is chosen."""
+        if scopes := self._open_scopes():
+            return scopes[-1].block
+        return self.everybody[-1].block if HERE.token is self.owner else None
+
+    def _set(self, choice: Choice) -> Statement:
         _disturb()
         scopes = self._open_scopes()
         over = self.own_scopes()[len(scopes) :]
         if scopes:
             before = scopes[-1]
-            made = Scope(choice, before.block)
+            inherited = before.block.place is not None and before.block.place != _place()
+            made = Scope(choice, before.block, self._enlisted(Block(choice)) if inherited else None)
             self._write((*scopes[:-1], made))
             return Statement(made, before, over)
         if HERE.token is not self.owner:
@@ -263,6 +298,13 @@ class Choices:
         """Choose until the block is left: in the owner's thread for everybody, unless this thread or task has a choice
         of its own or this is a task; everywhere else for this thread or task alone."""
         self.host.check_merged(choice)
+        residency = self.host.residency
+        if residency is None:
+            return self._open(choice)
+        with residency.kept(choice.named):  # until it is in force
+            return self._open(choice)
+
+    def _open(self, choice: Choice) -> Block:
         _disturb()
         scopes, place = self._live_scopes(), _place()
         owned = HERE.token is self.owner
@@ -300,7 +342,14 @@ class Choices:
         """Context manager in which a choice holds for what this thread calls, and for nothing else."""
         self.host.check_merged(choice)
         block = self._enlisted(Block(choice, _place(), before))
+        block.calls = True
         self._write((*self._live_scopes(), Scope(choice, block)))
+        if (residency := self.host.residency) is not None:  # after it is in force: what it names stays from here on
+            try:
+                residency.admit(choice)
+            except BaseException:
+                self._end(block)
+                raise
         traced, HERE.traced, HERE.calm = HERE.traced, (self, choice), None
         try:
             yield
@@ -484,7 +533,16 @@ class Chosen(AbstractContextManager["Chosen"]):
     def __enter__(self) -> Chosen:
         self._state.check(self._choice)
         self._blocks.append(self._state.choices.open(self._choice))
+        before = None if self._statement is None else self._statement.before
         self._take_back()
+        residency = self._state.residency
+        if residency is not None and before is not None:
+            try:  # it made room for the statement, and holds again when the block is left
+                residency.bring(before.choice.named)
+            except BaseException:
+                self._state.choices.leave(self._blocks.pop())
+                residency.bring(before.choice.named)
+                raise
         return self
 
     def __exit__(

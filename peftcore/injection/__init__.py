@@ -10,7 +10,9 @@ It may import `training`, and what is below; saving is left to `files`, which is
 - `originals`: the tensors from before a merge, kept as asked.
 - `written`: what a merge wrote, and how it comes back.
 - `merging`: folding into the weights, and the exact way back.
+- `swapping`: the values of another adapter in the place of one's own.
 - `injection`: the injection itself.
+- `idle`: the values of an injection elsewhere, and back.
 - `made_of_base`: what is made of values of the base that its file does not hold.
 - `switching`: `activate`, `route`, `call`.
 - `applying`: `apply` and `plan`.

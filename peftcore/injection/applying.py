@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -343,11 +344,27 @@ def establish(
     """
     model = surgeon.model
     fresh = state_of(model) is None
-    state = ensure_state(model, surgeon.resolver.modules.values())
-    if fresh:
-        state.loading.append(model.register_load_state_dict_post_hook(made_of_base.make_anew))  # type: ignore[no-untyped-call]
+    state = begin_state(model, surgeon.resolver.modules.values())
     injection = Injection(name, surgeon, state)
     made_of_base.check_nothing_merged(injection, state)
+    with nullcontext() if state.residency is None else state.residency.joining(injection):
+        _establish(injection, surgeon, fresh, data, active, instead)
+    return injection
+
+
+def begin_state(model: nn.Module, modules: Collection[nn.Module]) -> HostState:
+    """Returns the host's state, made when missing."""
+    fresh = state_of(model) is None
+    state = ensure_state(model, modules)
+    if fresh:
+        state.loading.append(model.register_load_state_dict_post_hook(made_of_base.make_anew))  # type: ignore[no-untyped-call]
+    return state
+
+
+def _establish(
+    injection: Injection, surgeon: Surgeon, fresh: bool, data: Data | None, active: bool, instead: Collection[str]
+) -> None:
+    model, state, name = injection.model, injection.state, injection.name
     state.injections[name] = injection
     state.reads_tokens += injection.reads_tokens
     state.placement = state.placement or Placement()
@@ -382,7 +399,6 @@ def establish(
     state.frozen += thawed
     surgeon.thawed = []  # held by the state alone: a merge may take them out of the host
     notice_experimental(_methods(surgeon))
-    return injection
 
 
 def plan(

@@ -22,7 +22,7 @@ from peftcore.forward.host_state import HostState, drop_state
 from peftcore.forward.save_pretrained import note_form
 from peftcore.forward.scopes import Chosen
 from peftcore.forward.slot import slot_of
-from peftcore.injection import merging
+from peftcore.injection import merging, swapping
 from peftcore.injection.applied import AppliedMethod
 from peftcore.injection.freezing import thaw
 from peftcore.injection.originals import Fingerprint, Keep
@@ -168,13 +168,21 @@ class Injection(AppliedMethod):
     def trainable(self, mode: bool = True) -> None:
         """Let its parameters train, or freeze them. Nothing else on the host changes."""
         self._alive()
-        for parameter in self.parameters():
-            parameter.requires_grad = False
-        if mode:
-            registry().hook.peftcore_select(model=self.model, method=self.method, config=self.config, injection=self)
-            for graft in self.grafts:
-                if not graft.by_method:  # modules named in `train` train, whatever the method selects
-                    graft.operator.requires_grad_(True)
+        with self.state.kept(*([self.name] if mode else [])):  # then it trains, and does not leave
+            for parameter in self.parameters():
+                parameter.requires_grad = False
+            if mode:
+                hook = registry().hook
+                hook.peftcore_select(model=self.model, method=self.method, config=self.config, injection=self)
+                for graft in self.grafts:
+                    if not graft.by_method:  # modules named in `train` train, whatever the method selects
+                        graft.operator.requires_grad_(True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns its tensors by ``<site path>.<operator tensor>``, without the injection's name, as files have them;
+        the operators' own, no copies. An idle adapter is brought back, and they are its own until it goes again."""
+        with self.state.kept(self.name):
+            return super().state_dict()
 
     def losses(self) -> Tensor:
         """Returns the sum of the method's own losses in the last training forward of the model in this thread, where
@@ -209,7 +217,8 @@ class Injection(AppliedMethod):
         self._alive()
         from peftcore.training.optimizer import method_optimizer
 
-        return method_optimizer(self, cls, lr, total_steps, options)
+        with self.state.kept(self.name):
+            return method_optimizer(self, cls, lr, total_steps, options)
 
     def merge(
         self,
@@ -257,8 +266,9 @@ class Injection(AppliedMethod):
     def _merge_as(self, wanted: merging.Wanted) -> merging.Merged:
         merged = self._merge
         if merged is None:
-            merged = self._merge = merging.merge(self, wanted)
-            self.state.merged = (*self.state.merged, self.name)
+            with self.state.kept(self.name):
+                merged = self._merge = merging.merge(self, wanted)
+                self.state.merged = (*self.state.merged, self.name)
             self._rewritten()
             self._replan()
         elif merged.wanted != wanted:
@@ -347,7 +357,62 @@ class Injection(AppliedMethod):
         self._alive()
         from peftcore.files.save_load import save
 
-        save(self, Path(path), (format,) if isinstance(format, str) else tuple(format), weights, metrics)
+        with self.state.kept(self.name):
+            save(self, Path(path), (format,) if isinstance(format, str) else tuple(format), weights, metrics)
+
+    def swap(
+        self,
+        source: str | os.PathLike[str] | Injection | Mapping[str, Tensor],
+        *,
+        revision: str | None = None,
+    ) -> None:
+        """Put the values of another adapter of the same method in the place of its own: what acts, its name and its
+        tensors stay, so nothing is planned, traced or compiled again (`hotswap_adapter` of peft).
+
+            served = peftcore.load(model, "adapters/news", name="slot", room={"rank": 64})
+            served.swap("adapters/law")  # of any rank up to 64, and any alpha
+
+        From then on it computes what the other one would if it were loaded. The other one stands at the same target
+        modules, with the same options; those of which larger tensors come may be smaller (`room` of `load`), and a
+        scale is written into the values. Dropouts stay its own.
+
+        It is refused while a forward of the model, or a call of `using`, names this one. Compiled forwards, and those
+        of parts of the model that run by themselves, are not seen: swap between them. A generation of which each step
+        is a call goes on with its cache of keys and values.
+
+        Args:
+            source: what `load` takes; or another adapter of this model, or of one of its shape; or a state dict, as
+                `state_dict` returns it, of an adapter with the same options.
+            revision: as of `load`.
+
+        Raises:
+            SwapError: it cannot take the place exactly: another method, other target modules, options or dtype, or a
+                larger rank than there is room for; or the adapter is in use in a forward or a call of `using`.
+            MergeError: this one is merged, or the other is made of weights into which an adapter is merged.
+            CheckpointError, HubError, HostMismatch, NewerFormat, UnknownMethod: as `load`.
+            MemoryLimit: it is idle, and there is no room to bring it back.
+
+        Nothing was changed then.
+        """
+        self._alive()
+        if self.merged:
+            raise MergeError(f"{self.name!r} is merged, so its values are in the base's weights: unmerge() it first")
+        if source is self:
+            return
+        with self.state.kept(self.name):
+            if isinstance(source, Injection):
+                with source.state.kept(source.name):
+                    self._swap(swapping.matched(self, source))
+            elif isinstance(source, Mapping):
+                self._swap(swapping.matched_state(self, source))
+            else:
+                from peftcore.files.save_load import values_of
+
+                self._swap(swapping.matched(self, values_of(self, source, revision)))
+
+    def _swap(self, found: swapping.Swap) -> None:
+        with swapping.exchanging(self.state, self.name):
+            swapping.write(self, found)
 
     def push_to_hub(
         self,
@@ -385,17 +450,18 @@ class Injection(AppliedMethod):
         self._alive()
         from peftcore.files.save_load import push
 
-        return push(
-            self,
-            repo_id,
-            (format,) if isinstance(format, str) else tuple(format),
-            metrics,
-            private=private,
-            revision=revision,
-            message=commit_message or f"Upload an adapter of {self.method.name}",
-            token=token,
-            create_pr=create_pr,
-        )
+        with self.state.kept(self.name):
+            return push(
+                self,
+                repo_id,
+                (format,) if isinstance(format, str) else tuple(format),
+                metrics,
+                private=private,
+                revision=revision,
+                message=commit_message or f"Upload an adapter of {self.method.name}",
+                token=token,
+                create_pr=create_pr,
+            )
 
     def summary(self) -> Summary:
         """Returns a summary of the injection, and whether all of it is in one state."""
@@ -525,5 +591,7 @@ class Injection(AppliedMethod):
         if not state.injections:
             thaw(state.frozen)
             release(self.model, state)
-            if not state.choices.elsewhere():  # else others are told first that their choice is gone
+            if (
+                state.residency is None and not state.choices.elsewhere()
+            ):  # else others are told first that their choice is gone
                 drop_state(self.model)

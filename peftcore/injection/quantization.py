@@ -17,7 +17,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from peftcore.contract.operators import _Base
 from peftcore.errors import QuantizationError, TargetError, UnsupportedSite
+from peftcore.forward.adapter_modules import IDLE
 from peftcore.forward.save_pretrained import note_form
 from peftcore.forward.slot import slot_of
 from peftcore.injection.applying import host_map, is_ours
@@ -259,7 +261,13 @@ def _sites(model: nn.Module, target: Target | None, exclude: Target | None) -> I
 def _operators(module: nn.Module) -> Iterator[Any]:
     slot = slot_of(module)
     for own in slot.mounts.values() if slot is not None else ():
-        yield from (mount.operator for mount in own if mount.tensor == "weight")
+        for mount in own:
+            operator = mount.operator
+            if mount.tensor == "weight":
+                packs = type(operator).base_to_pack is not _Base.base_to_pack
+                if packs and (idle := vars(operator).get(IDLE)) is not None:
+                    raise idle.error("the weight that is to be packed cannot be computed")
+                yield operator
 
 
 @torch.no_grad()

@@ -109,6 +109,8 @@ def locate(site: Site, resolver: Resolver) -> SequenceSite:
 class SequenceOperator(Operator):
     """Base class of operators with rows in front of the sequence of a stack: subclasses define `rows`."""
 
+    known_by = frozenset({"stamp"})
+
     def __init__(self, site: SequenceSite, length: int) -> None:
         super().__init__(site)
         self.length, self.width, self.stack = length, site.out_features, site.stack

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import peftcore
+from peftcore.errors import PeftcoreError
 from peftcore.files.formats.card import CARD
 from peftcore.files.formats.native import ENVELOPE, METADATA, TENSORS
 from peftcore.files.safe_io import TensorFile
@@ -118,6 +119,53 @@ def a_file_loads_under_any_name(case: Case) -> None:
         for name in names[1:]:
             peftcore.injections(other)[name].remove()
         case.expect_equal(case.quiet(other, inputs), expected, "output once the others left")
+
+
+@check(
+    "another adapter's values take the place of one's own, also where these have room for more, and come back from a "
+    "disk to the bit",
+    cause="`padded` or `scaled` names a tensor in which zeros, or a factor, change what is computed; or values lie "
+    "outside of parameters and buffers",
+    remedy="name tensors over whose size only sums run, or none; keep all that differs in parameters and buffers",
+    hosts=ONE,
+)
+def values_can_be_swapped(case: Case) -> None:
+    with saved(case) as (path, injection, _, inputs), TemporaryDirectory() as folder:
+        there, _ = case.fresh()
+        peftcore.load(there, path)
+        expected = case.quiet(there, inputs)
+        model, _ = case.fresh()
+        slot = case.apply(model, seed=3, name="slot")
+        fill(slot, 2)
+        slot.trainable(False)  # torch rounds otherwise with matrices that are frozen
+        case.expect_moved(case.quiet(model, inputs), expected, "the output before")
+        slot.swap(path)
+        case.expect_equal(case.quiet(model, inputs), expected, "output with the other adapter's values")
+        pool = peftcore.keep_within(model, "1GB", idle=folder)
+        peftcore.activate(model)
+        case.expect(not pool.rest("slot"), "it cannot leave the model")
+        peftcore.activate(model, "slot")
+        case.expect_equal(case.quiet(model, inputs), expected, "output after its values were in a file")
+        pool.end()
+        if not injection.parts and any(graft.operator.padded for graft in injection.grafts):
+            case.expect(_has_room(case, path, injection, expected), "no option gives room to what `padded` names")
+
+
+def _has_room(case: Case, path: Path, injection: Injection, expected: torch.Tensor) -> bool:
+    """Whether there is a number among the options of which tensors come that have room for a saved adapter; fail where
+    it computes something else with it."""
+    sizes, found = {key: value.shape for key, value in injection.state_dict().items()}, False
+    for option, value in injection.config:
+        if type(value) is int:
+            model, inputs = case.fresh()
+            try:
+                roomy = peftcore.load(model, path, room={option: value + 1})
+            except PeftcoreError:
+                continue
+            if {key: value.shape for key, value in roomy.state_dict().items()} != sizes:
+                found = True
+                case.expect_close(case.quiet(model, inputs), expected, f"output with room by {option}={value + 1}")
+    return found
 
 
 @check(

@@ -194,10 +194,36 @@ class StartsAgain(Small):
             nn.init.zeros_(self.B)
 
 
+class RankConfig(SmallConfig):
+    """A rank."""
+
+    rank: int = RANK
+
+
+class Diluted(Small):
+    """Says that its factors may be larger, and divides by their size."""
+
+    padded = frozenset({"A", "B"})
+
+    def __init__(self, site: Site, config: RankConfig) -> None:
+        super().__init__(site, config)
+        self.A = nn.Parameter(self.A.detach()[:1].repeat(config.rank, *[1] * (self.A.dim() - 1)))
+        self.B = nn.Parameter(torch.zeros(site.out_features, config.rank))
+
+    def forward(self, call: Any, x: Tensor) -> Tensor:
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        return self.layer.add(y, self.layer.apply(x, A), B, RANK / len(A))
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + RANK / len(self.A) * (self.B @ self.A.flatten(1)).view(weight.shape)
+
+
 MUTANTS: dict[str, Entry] = {
     "loading_gives_the_same_outputs": (mutant("drawn_scale", DrawnScale), "mlp"),
     "the_default_dtype_changes_nothing": (mutant("ramped", Ramped), "mlp"),
     "a_file_loads_under_any_name": (mutant("named_scale", NamedScale, trainable=scaled_by_name), "mlp"),
+    "values_can_be_swapped": (mutant("diluted", Diluted, config=RankConfig), "mlp"),
     "a_loaded_adapter_is_frozen": (mutant("trains_by_value", trainable=trains_by_value), "mlp"),
     "equal_adapters_are_equal_bytes": (mutant("signed_by_name", Signed, trainable=signed_by_name), "mlp"),
     "save_writes_its_files": (sabotaged("saves_notes", save=saves_notes), "mlp"),

@@ -54,6 +54,7 @@ class BottleneckOperator(AtBranchEnd):
     """Adds a bottleneck to the output of a branch (the first entry, where attention returns a tuple)."""
 
     stackable = True
+    padded = frozenset({"down.weight", "down.bias", "up.weight"})
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)

@@ -79,7 +79,7 @@ class Ladder:
     up: Shared
     below: int
     """How many blocks the host's stack has."""
-    stamp: str = field(default_factory=lambda: uuid.uuid4().hex)
+    stamp: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)
 
     def climb(self, states: Sequence[Tensor], visible: Tensor, caches: Sequence[Any]) -> Tensor:
         """Map the states ``[batch, tokens, d]`` before the first and behind each block to what replaces the last."""

@@ -53,6 +53,8 @@ class Config(MethodConfig):
 class ParallelOperator(Bypass):
     """The bottleneck beside one block."""
 
+    padded = frozenset({"down.weight", "down.bias", "up.weight"})
+
     def __init__(self, site: BranchSite, config: Config) -> None:
         super().__init__(site)
         self.down = nn.Linear(site.width, config.bottleneck)

@@ -68,6 +68,7 @@ class LoConOperator(Operator):
     """The update of one site."""
 
     stackable = True
+    padded, scaled = frozenset({"down", "core", "up"}), frozenset({"up"})
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)

@@ -62,6 +62,8 @@ def mean_of_tokens(values: Tensor) -> Tensor:
 class GatedLoRA(Operator):
     """The gated update of queries or values; at queries also the gate of the prefix, which reads the same input."""
 
+    padded = frozenset({"A", "B"})
+
     def __init__(self, site: Site, rank: int, each: Each, prefix: Tap | None) -> None:
         super().__init__(site)
         bound = site.in_features**-0.5

@@ -31,6 +31,8 @@ class LoRAOnPacked(PackedBaseOperator):
         start: where A and B start; as LoRA's by default.
     """
 
+    padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
+
     def __init__(self, site: Site, config: LoRAConfig, start: Factors | None = None) -> None:
         if config.dropout and not site.layer.packed:
             raise UnsupportedSite(f"{site.path} is not packed yet, so its inputs are not dropped; quantize first")

@@ -70,6 +70,7 @@ class PairOperator(LowRankOperator):
     a second time, on another machine, they would be others, by rounding at least.
     """
 
+    padded, scaled = frozenset({"A", "B", "A0", "B0"}), frozenset({"B", "B0"})
     A0: Tensor
     B0: Tensor
 

@@ -61,6 +61,7 @@ class DoRAOperator(WeightOperator):
     """Direction by a low-rank update, magnitude by a vector."""
 
     stackable = True
+    padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)

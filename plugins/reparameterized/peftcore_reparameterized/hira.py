@@ -48,6 +48,8 @@ class Config(MethodConfig):
 class HiRAOperator(WeightOperator):
     """Multiplies each entry of the weight by one plus an entry of a low-rank product."""
 
+    padded = frozenset({"A", "B"})
+
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         self.dropout = input_dropout(site, config.dropout)

@@ -51,6 +51,9 @@ class Config(MethodConfig):
 class LoHaOperator(WeightOperator):
     """The update of one site."""
 
+    padded, scaled = frozenset({"A1", "B1", "T1", "A2", "B2", "T2"}), frozenset({"B1"})
+    training_only = frozenset({"drops"})
+
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         self.scale = config.alpha / config.rank

@@ -63,6 +63,8 @@ class Config(MethodConfig):
 class LoKrOperator(WeightOperator):
     """The update of one site."""
 
+    training_only = frozenset({"drops"})
+
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
         shapes = _shapes(site, config)

@@ -52,6 +52,7 @@ class LoRAOperator(Operator):
 
     factors_are_parameters = True
     stackable = True
+    padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)

@@ -51,6 +51,8 @@ class Config(MethodConfig):
 class AdaptFormerOperator(Bypass):
     """The bottleneck beside one feed-forward."""
 
+    padded = frozenset({"down.weight", "down.bias", "up.weight"})
+
     def __init__(self, site: BranchSite, config: Config) -> None:
         super().__init__(site)
         self.normed = config.layer_norm

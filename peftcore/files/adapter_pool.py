@@ -1,0 +1,273 @@
+"""`keep_within`: the adapters of a model within a limit of bytes; values of idle ones lie on the CPU or in files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from peftcore.errors import CheckpointError, ConfigError, MemoryLimit, UnknownInjection, shown
+from peftcore.files.safe_io import DTYPES, TensorFile, write_tensors
+from peftcore.forward.host_state import HostState, drop_state, state_of
+from peftcore.forward.residency import Residency
+from peftcore.injection.applying import begin_state, check_model
+from peftcore.injection.idle import IdleValues, InMemory, Store, Values
+from peftcore.injection.injection import Injection
+
+Shapes = dict[str, tuple[torch.dtype, torch.Size]]
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+"""Bytes of the units of a limit."""
+
+
+def bytes_of(limit: int | str) -> int:
+    """Returns a limit as bytes.
+
+    Raises:
+        ConfigError: it is no amount of memory.
+    """
+    if isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0:
+        return limit
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", limit) if isinstance(limit, str) else None
+    if found is None or found[2].upper() not in UNITS:
+        raise ConfigError(
+            f'a limit is a number of bytes, or a text such as "500MB", "2GB" or "2GiB", not {shown(limit)}'
+        )
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def keep_within(
+    model: nn.Module, limit: int | str, idle: str | os.PathLike[str] | Literal["cpu"] = "cpu"
+) -> AdapterPool:
+    """Keep the values of a model's adapters within a limit of bytes: those that are there, and those that come.
+
+        pool = peftcore.keep_within(model, "2GB", idle="/fast/disk/idle")
+        for name, folder in thousands:
+            peftcore.load(model, folder, name=name, active=False)
+        peftcore.using(model, "mail")(model, ids)  # it is brought back, and others go
+
+    Adapters that were used least recently leave when the limit is reached: their values go to the CPU, or into files.
+    Naming one (`activate`, `route`, `using`, a composition) brings it back, as the same parameters with the same bits.
+    An adapter stays that a choice in force names in any thread or task, that a forward follows, that is merged, or that
+    trains; where these leave no room, the choice is refused and the one before stays in force. `save`, `merge`,
+    `optimizer`, `swap` and `state_dict` of an idle adapter bring it back too. A state dict of the model has the values
+    of all; `to` holds for idle ones when they are back; a copy or a pickle of the model is refused while there are any.
+
+    Values that were changed since they were brought back are written again when they go. A file in which something was
+    changed is an error when it is read.
+
+    Forwards of compiled models are not seen: in a thread that follows what another one chooses for everybody, give them
+    a choice of their own, `using`.
+
+    Args:
+        model: the host; it may have no adapters yet.
+        limit: bytes on the model, as a number or as "500MB", "2GB", "2GiB". They count the parameters and buffers of
+            adapters, not the base.
+        idle: "cpu" for the memory of the CPU, which is of use where the model is elsewhere; or a folder, in which a
+            folder of this pool is made, and removed with it.
+
+    Returns:
+        The pool, with which the limit is changed, watched and lifted.
+
+    Raises:
+        ConfigError: the limit is no amount of memory, the model has one already, a part of it has the adapters, or
+            "cpu" is where the model is.
+        MemoryLimit: the adapters that cannot leave now take more.
+        UnsupportedHost: adapters are sharded over processes.
+    """
+    check_model(model)
+    room = bytes_of(limit)
+    fresh = state_of(model) is None
+    state = state_of(model) or HostState()
+    if state.residency is not None:
+        raise ConfigError(
+            "the adapters of this model are within a limit already: set pool.limit, or pool.end() it first"
+        )
+    inside = [path for path, module in model.named_modules() if path and state_of(module) is not None]
+    if fresh and inside:
+        raise ConfigError(f"this model has no adapters, but its part {inside[0]!r} has: give that one a limit")
+    on_cpu = all(each.device.type == "cpu" for each in model.parameters())
+    if idle == "cpu" and on_cpu:
+        raise ConfigError(
+            "the model is on the CPU, so idle adapters would free nothing there: name a folder, idle=path"
+        )
+    store: Store = InMemory() if idle == "cpu" else InFolder(Path(idle))
+    if fresh:
+        state = begin_state(model, list(model.modules()))
+    pool = AdapterPool(model, state, room, store)
+    try:
+        for injection in state.injections.values():
+            pool.residency.add(injection)
+        state.residency = pool.residency
+        pool.residency.make_room()
+    except BaseException:
+        state.residency = None
+        if fresh:
+            drop_state(model)
+        raise
+    return pool
+
+
+class AdapterPool:
+    """Returned by `keep_within`: the limit within which the adapters of a model are, which of them are on the model and
+    which are idle. It lasts as long as the model, also where nobody keeps it."""
+
+    def __init__(self, model: nn.Module, state: HostState, limit: int, store: Store) -> None:
+        numbers = iter(range(2**62))
+
+        def account(injection: Injection) -> IdleValues:
+            values = IdleValues(injection, store, next(numbers))
+            values.check_plain()
+            return values
+
+        self._model, self._state = weakref.ref(model), weakref.ref(state)
+        self.residency = Residency(state, limit, account)
+
+    @property
+    def limit(self) -> int:
+        """The bytes that adapters may take on the model. Setting it lets adapters leave; MemoryLimit where those that
+        cannot take more."""
+        return self.residency.limit
+
+    @limit.setter
+    def limit(self, limit: int | str) -> None:
+        before, self.residency.limit = self.residency.limit, bytes_of(limit)
+        try:
+            self.residency.make_room()
+        except MemoryLimit:
+            self.residency.limit = before
+            raise
+
+    @property
+    def bytes(self) -> int:
+        """The bytes that adapters take on the model now."""
+        return self.residency.bytes()
+
+    @property
+    def resident(self) -> list[str]:
+        """The names of the adapters on the model; the least recently used first."""
+        return self.residency.names(True)
+
+    @property
+    def idle(self) -> list[str]:
+        """The names of those that are idle."""
+        return self.residency.names(False)
+
+    def wake(self, *names: str) -> None:
+        """Bring adapters back before they are named, so that the first request does not wait.
+
+        Raises:
+            UnknownInjection: the model has none of such a name.
+            MemoryLimit: they do not fit beside those that cannot leave.
+            CheckpointError: the values of one were changed or damaged where they lay.
+        """
+        self.residency.bring(self._known(names))
+
+    def rest(self, *names: str) -> list[str]:
+        """Let adapters leave now; returns the names of those that stay, since they are chosen, train or are merged.
+
+        Raises:
+            UnknownInjection: the model has none of such a name.
+        """
+        return self.residency.rest(self._known(names))
+
+    def end(self) -> None:
+        """Bring all adapters back, and lift the limit."""
+        state, model = self._state(), self._model()
+        if state is None or state.residency is not self.residency:
+            return
+        with self.residency.lock:
+            self.residency.limit = 2**63
+            self.residency.bring(self.idle)
+            state.residency = None
+        if model is not None and not state.injections and not state.choices.elsewhere():
+            drop_state(model)
+
+    def _known(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        state = self._state()
+        for name in names:
+            if state is None or name not in state.injections:
+                raise UnknownInjection(f"no injection named {name!r} on the model of this pool")
+        return names
+
+    def __repr__(self) -> str:
+        resident, idle = len(self.resident), len(self.idle)
+        return f"AdapterPool({resident} on the model, {idle} idle, {self.bytes:,} of {self.limit:,} bytes)"
+
+
+class InFolder(Store):
+    """Keeps values in safetensors files, one for each adapter, in a folder of its own; what is read back is compared
+    with what was written. Values that were not changed since are not written again."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = Path(tempfile.mkdtemp(prefix="peftcore-idle-", dir=folder))
+        self._written: dict[int, tuple[dict[str, bytes], tuple[int, int], Shapes]] = {}
+        """By number: the digests of the tensors, the size and time of the file, and the dtypes and shapes of tensors
+        that lie in it as bytes."""
+        weakref.finalize(self, shutil.rmtree, self._folder, True)
+
+    def keep(self, key: int, values: Values) -> None:
+        digests = {name: digest(value) for name, value in values.items()}
+        path = self._path(key)
+        strange = {name: (each.dtype, each.shape) for name, each in values.items() if each.dtype not in DTYPES.values()}
+        if self._written.get(key) == (digests, _seen(path), strange):
+            return
+        plain = {name: _as_bytes(value) if name in strange else value for name, value in values.items()}
+        write_tensors(path, plain, {})
+        self._written[key] = digests, _seen(path), strange
+
+    def values(self, key: int, names: Iterable[str]) -> Values:
+        (digests, _, strange), path, wanted = self._written[key], self._path(key), list(names)
+        if TensorFile(path).shapes.keys() != digests.keys():
+            raise CheckpointError(f"{path} does not hold the tensors that were written to it: it was changed")
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = {name: file.get_tensor(name).clone() for name in wanted}
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from None
+        for name in strange.keys() & found.keys():
+            dtype, shape = strange[name]
+            found[name] = found[name].view(dtype).reshape(shape)
+        if wrong := [name for name, value in found.items() if digest(value) != digests[name]]:
+            raise CheckpointError(f"{path} was changed since it was written, or is damaged: {', '.join(wrong[:8])}")
+        return found
+
+    def drop(self, key: int) -> None:
+        self._written.pop(key, None)
+        self._path(key).unlink(missing_ok=True)
+
+    def returned(self, key: int) -> None:
+        """Keep the file: values that do not change need not be written again."""
+
+    def _path(self, key: int) -> Path:
+        return self._folder / f"{key}.safetensors"
+
+
+def _seen(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def digest(value: Tensor) -> bytes:
+    """Returns a digest of a tensor's dtype, shape and bits."""
+    plain = value.detach().cpu().contiguous()
+    found = hashlib.blake2b(f"{plain.dtype} {tuple(plain.shape)}".encode(), digest_size=16)
+    found.update(_as_bytes(plain).numpy().data)
+    return found.digest()
+
+
+def _as_bytes(value: Tensor) -> Tensor:
+    return value.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,275 @@
+"""The values of another adapter in the place of one's own: the tensors stay the same objects, of the same shapes, so
+that nothing is planned, traced or compiled again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.contract.operators import Checked, Shared, _Base
+from peftcore.errors import SwapError
+from peftcore.forward.context import Tap
+from peftcore.forward.host_state import HostState
+from peftcore.injection.applied import AppliedMethod
+from peftcore.layers.layer import Layer
+from peftcore.surgery.surgeon import Surgeon
+from peftcore.targets.sites import Site
+
+LOAD = "load it under a name of its own, peftcore.load(model, path, name=..., active=False)"
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size, type, FunctionType)
+OF_MODULES = frozenset(vars(nn.Module()))
+SIZES = frozenset({"in_features", "out_features"})
+"""Attributes of torch's linear layer that its forward does not read."""
+
+
+@dataclass
+class Swap:
+    """What is written where."""
+
+    pairs: list[tuple[Tensor, Tensor]]
+    """The adapter's tensors, each with its new values, which have its shape."""
+    options: Surgeon | None = None
+    """The other adapter, where the options are to be its own: nothing was padded or scaled."""
+
+
+def matched(mine: AppliedMethod, other: AppliedMethod) -> Swap:
+    """Returns what is written where, so that `mine` computes what `other` does.
+
+    Raises:
+        SwapError: nothing does that exactly.
+    """
+    if type(mine.method) is not type(other.method):
+        raise SwapError(
+            f"{mine.name!r} is an adapter of {mine.method.name}, and the other one of {other.method.name}: {LOAD}"
+        )
+    _check_places(mine, other)
+    theirs = dict(other.modules())
+    work = _Work(mine, other)
+    for path, module in mine.modules():
+        work.module(path, module, theirs[path])
+    if work.wrong:
+        raise SwapError(
+            f"the other adapter cannot take the place of {mine.name!r} exactly: {'; '.join(work.wrong[:8])}. Where a "
+            f"rank is too large, give room for it, peftcore.load(model, path, room={{'rank': 64}}); else {LOAD}"
+        )
+    return Swap(work.pairs, None if work.adjusted else other._surgeon)
+
+
+def matched_state(mine: AppliedMethod, state: Mapping[str, Tensor]) -> Swap:
+    """Returns what is written where for the values of a state dict, which say nothing of options: as if those were the
+    adapter's own.
+
+    Raises:
+        SwapError: they are not the adapter's tensors.
+    """
+    held = {f"{path}.{key}": each for path, module in mine.modules()
+            for key, each in nn.Module.state_dict(module, keep_vars=True).items()}  # fmt: skip
+    wrong = [f"missing {name}" for name in sorted(held.keys() - state.keys())]
+    wrong += [f"unknown {name}" for name in sorted(state.keys() - held.keys())]
+    for name in sorted(held.keys() & state.keys()):
+        tensor, value = held[name], state[name]
+        if tensor.shape != value.shape:
+            wrong.append(
+                f"{name} has shape {tuple(value.shape)}, expected {tuple(tensor.shape)} (for another rank, name the "
+                "file, which has the scale too)"
+            )
+        elif tensor.dtype != value.dtype:
+            wrong.append(f"{name} has dtype {value.dtype}, expected {tensor.dtype}")
+    for path, module in mine.modules():
+        for below, each in module.named_modules(prefix=path):
+            if isinstance(each, Checked) and not wrong:
+                names = (*each._parameters, *each._buffers)
+                values = {name: state[f"{below}.{name}"] for name in names if f"{below}.{name}" in state}
+                wrong += [f"{below}.{what}" for what in each.wrong_values(values)]
+    if wrong:
+        raise SwapError(f"these are not the tensors of {mine.name!r}: {'; '.join(wrong[:8])}")
+    return Swap([(held[name], state[name]) for name in held])
+
+
+def _check_places(mine: AppliedMethod, other: AppliedMethod) -> None:
+    def places(applied: AppliedMethod) -> set[tuple[Any, ...]]:
+        found: set[tuple[Any, ...]] = {
+            (graft.key, type(graft.operator), *((site.path, site.form) for site in graft.holders))
+            for graft in applied.grafts
+        }
+        return found | {(f"shared:{name}", type(module)) for name, module in applied.shared.items()}
+
+    here, there = places(mine), places(other)
+    lacking, more = sorted({str(each[0]) for each in here - there}), sorted({str(each[0]) for each in there - here})
+    if lacking or more:
+        what = [f"it has nothing like that at {', '.join(lacking[:4])}"] if lacking else []
+        what += [f"nothing here is like what it has at {', '.join(more[:4])}"] if more else []
+        raise SwapError(f"the other adapter does not stand where {mine.name!r} does: {' and '.join(what)}. {LOAD}")
+
+
+class _Work:
+    """Goes through the modules of two adapters side by side."""
+
+    def __init__(self, mine: AppliedMethod, other: AppliedMethod) -> None:
+        self.mine, self.other = mine, other
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.wrong: list[str] = []
+        self.adjusted = False
+        """Whether values are padded or scaled, or an attribute stays as it is: then the options stay too, and all that
+        is made of these and lies in no file has to be the same."""
+        self._seen: set[int] = set()
+        self._drawn: list[tuple[str, Tensor, Tensor]] = []
+
+    def module(self, path: str, mine: nn.Module, other: nn.Module) -> None:
+        """Match the tensors and attributes of one operator or shared module."""
+        padded = mine.padded if isinstance(mine, _Base) else frozenset()
+        scaled = mine.scaled if isinstance(mine, _Base) else frozenset()
+        factors: dict[str, float] = {}
+        theirs = dict(other.named_modules())
+        inner = dict(mine.named_modules())
+        if {name: type(each) for name, each in inner.items()} != {name: type(each) for name, each in theirs.items()}:
+            self.wrong.append(f"{path} is made of other modules")
+            return
+        for below, each in inner.items():
+            for name, a, b in self._differing(each, theirs[below]):
+                full = f"{below}.{name}".lstrip(".")
+                if full == "scale" and scaled and isinstance(a, float) and isinstance(b, float) and a:
+                    factors |= dict.fromkeys(scaled, b / a)
+                elif not _in_training_only(each, name):
+                    self.wrong.append(f"{path}: {full} is {_said(b)}, and here {_said(a)}")
+                self.adjusted = True
+        for below, each in inner.items():
+            self._tensors(path, f"{below}.".lstrip("."), each, theirs[below], padded, factors)
+        if self.adjusted:
+            for name, a, b in self._drawn:
+                if not torch.equal(a, b.to(a.device)):
+                    self.wrong.append(f"{name} is made of other options, and is in no file")
+            self._drawn.clear()
+
+    def _tensors(
+        self,
+        path: str,
+        prefix: str,
+        mine: nn.Module,
+        other: nn.Module,
+        padded: frozenset[str],
+        factors: Mapping[str, float],
+    ) -> None:
+        for a_table, b_table in ((mine._parameters, other._parameters), (mine._buffers, other._buffers)):
+            for name, a in a_table.items():
+                b, full = b_table.get(name), prefix + name
+                if (a is None) != (b is None):
+                    self.wrong.append(f"{path}.{full} is there in one of them alone")
+                if a is None or b is None or id(a) in self._seen:
+                    continue
+                self._seen.add(id(a))
+                if name in mine._non_persistent_buffers_set and a.shape == b.shape:
+                    self._drawn.append((f"{path}.{full}", a, b))
+                self._pair(f"{path}.{full}", a, b.detach(), full in padded, factors.get(full, 1.0))
+
+    def _pair(self, name: str, mine: Tensor, value: Tensor, padded: bool, factor: float) -> None:
+        if type(mine) not in (Tensor, nn.Parameter):
+            self.wrong.append(f"{name} is a {type(mine).__name__}, which is not written to by parts")
+        elif mine.dtype != value.dtype:
+            self.wrong.append(f"{name} has dtype {value.dtype}, expected {mine.dtype}")
+        elif mine.is_meta or value.is_meta:
+            self.wrong.append(f"{name} has no values: the model is on the meta device")
+        elif mine.shape != value.shape and not (padded and _fits(value.shape, mine.shape)):
+            what = f"room for {tuple(mine.shape)}" if padded else f"expected {tuple(mine.shape)}"
+            self.wrong.append(f"{name} has shape {tuple(value.shape)}, {what}")
+        else:
+            if factor != 1.0:
+                value = value * factor
+            if mine.shape != value.shape:
+                whole = value.new_zeros(mine.shape)
+                whole[tuple(slice(size) for size in value.shape)] = value
+                value, self.adjusted = whole, True
+            self.pairs.append((mine, value))
+
+    def _differing(self, mine: nn.Module, other: nn.Module) -> Iterator[tuple[str, Any, Any]]:
+        a_all, b_all = vars(mine), vars(other)
+        for name in sorted((a_all.keys() | b_all.keys()) - OF_MODULES):
+            if (name in SIZES and type(mine) is nn.Linear) or (isinstance(mine, _Base) and name in mine.known_by):
+                continue
+            a, b = a_all.get(name), b_all.get(name)
+            if not self._same(a, b):
+                yield name, a, b
+
+    def _same(self, a: Any, b: Any) -> bool:
+        """Whether two attributes mean the same for operators at one place of one model."""
+        if type(a) is not type(b):
+            return False
+        if a is b or isinstance(a, Layer | Site | Shared | Tap):  # shared modules are compared by themselves
+            return True
+        if isinstance(a, PLAIN):
+            return bool(a == b)
+        if isinstance(a, Tensor):
+            return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
+        if isinstance(a, tuple | list):
+            return len(a) == len(b) and all(map(self._same, a, b))
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(self._same(a[key], b[key]) for key in a)
+        if isinstance(a, set | frozenset):
+            return bool(a == b)
+        if dataclasses.is_dataclass(a):
+            names = [each.name for each in dataclasses.fields(a) if each.compare]
+            return all(self._same(getattr(a, name), getattr(b, name)) for name in names)
+        return self.mine.config == self.other.config  # whatever it is, it was made of the same
+
+
+def _in_training_only(module: nn.Module, name: str) -> bool:
+    """Whether an attribute says nothing of what is computed in evaluation."""
+    if isinstance(module, _Base):
+        return name in module.training_only
+    return isinstance(module, nn.modules.dropout._DropoutNd)
+
+
+def _fits(inner: torch.Size, outer: torch.Size) -> bool:
+    return len(inner) == len(outer) and all(a <= b for a, b in zip(inner, outer, strict=True))
+
+
+def _said(value: Any) -> str:
+    return repr(value) if isinstance(value, PLAIN) else f"another {type(value).__name__}"
+
+
+@contextmanager
+def exchanging(state: HostState, name: str) -> Iterator[None]:
+    """Context manager in which the values of an injection may be written: no forward that it acts in runs meanwhile,
+    and one that begins waits.
+
+    Raises:
+        SwapError: one runs, or a call (`using`) names it that is not over.
+    """
+    with state.swap_lock:
+        state.swapping = frozenset({name})
+        try:
+            forwards = [each.choice for each in list(state.running.values()) if each.open]
+            if any(choice is not None and name in choice.named for choice in (*forwards, *state.choices.called())):
+                raise SwapError(
+                    f"{name!r} is in use: a forward or a call of peftcore.using that names it has not ended, and would "
+                    f"compute with parts of both. Swap between calls; while there are always some, {LOAD}, and let new "
+                    "calls name that one"
+                )
+            yield
+        finally:
+            state.swapping = frozenset()
+
+
+def write(mine: AppliedMethod, swap: Swap) -> None:
+    """Write the values, and take over options."""
+    inference = any(tensor.is_inference() for tensor, _ in swap.pairs)
+    copies = [(tensor, value.to(tensor.device)) for tensor, value in swap.pairs]  # what can fail comes first
+    with torch.inference_mode(inference), torch.no_grad():
+        for tensor, value in copies:
+            tensor.copy_(value)
+    if swap.options is not None:
+        _take_options(mine._surgeon, swap.options)
+        mine.config = mine._surgeon.config
+
+
+def _take_options(mine: Surgeon, other: Surgeon) -> None:
+    mine.config = other.config
+    for name, part in mine.parts.items():
+        _take_options(part, other.parts[name])
