@@ -15,6 +15,7 @@ LYCORIS_PAPER = "arXiv 2309.14859, paragraph on dimension, alpha and factor"
 MISS = "JL-er/MiSS@a17e631, finetune.py"
 OLORA = "huggingface/peft@5d602fd, examples/olora_finetuning/README.md"
 PISSA = "arXiv 2404.02948, appendix with table 10"
+VB_LORA = "leo-yangli/VB-LoRA@2fa62a7, NLU/NLU/scripts_vblora_qv/roberta_base_mrpc.sh"
 
 HELD: Held = {
     ("adalora", "rank"): (12, f"{ADALORA}: --lora_r 12"),
@@ -115,6 +116,17 @@ HELD: Held = {
     ("randlora", "rank"): (32, "peft 0.21: RandLoraConfig.r, by the authors (64 in their GLUE/train_all.sh)"),
     ("randlora", "alpha"): (640.0, "peft 0.21: RandLoraConfig.randlora_alpha, by the authors: 20 times the rank"),
     ("randlora", "projection_seed"): (0, "peft 0.21: RandLoraConfig.projection_prng_key"),
+    ("vb_lora", "rank"): (4, f"{VB_LORA}: --rank 4"),
+    ("vb_lora", "num_vectors"): (
+        256,
+        f"{VB_LORA}: --num_vectors 90, 2048 for Llama 2; ours is 256, as peft's VBLoRAConfig.num_vectors",
+    ),
+    ("vb_lora", "vector_length"): (256, f"{VB_LORA}: --vector_length 256"),
+    ("vb_lora", "topk"): (2, f"{VB_LORA}: --topk 2"),
+    ("vb_lora", "dropout"): (0.0, "peft 0.21: VBLoRAConfig.vblora_dropout, by the authors"),
+    ("vb_lora", "bank_bound"): (0.02, "peft 0.21: VBLoRAConfig.init_vector_bank_bound, by the authors"),
+    ("vb_lora", "logits_std"): (0.1, "peft 0.21: VBLoRAConfig.init_logits_std, by the authors"),
+    ("vb_lora", "logits_ratio"): (10.0, f"{VB_LORA}: --learning_rate_logits 1e-2, --learning_rate_vector_bank 1e-3"),
     ("vera", "rank"): (256, "peft 0.21: VeraConfig.r, by the authors"),
     ("vera", "d_initial"): (0.1, "peft 0.21: VeraConfig.d_initial, by the authors"),
     ("vera", "dropout"): (0.0, "peft 0.21: VeraConfig.vera_dropout, by the authors"),
