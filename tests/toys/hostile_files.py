@@ -135,6 +135,7 @@ SAMPLES = [
     Sample("hra", wishes=_two()),
     Sample("hira", wishes=_two()),
     Sample("miss", wishes=_two()),
+    Sample("uni_lora", wishes=_two(theta_length=9, store_indices=True)),
     Sample("vb_lora", wishes=_two(num_vectors=5, vector_length=4)),
     Sample("lora_xs", wishes=_two(iterations=2)),
     Sample("glora", wishes=_two()),

@@ -29,6 +29,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "olora": "peftcore_reparameterized.olora:OLoRA",
         "pissa": "peftcore_reparameterized.pissa:PiSSA",
         "randlora": "peftcore_reparameterized.randlora:RandLoRA",
+        "uni_lora": "peftcore_reparameterized.uni_lora:UniLoRA",
         "vb_lora": "peftcore_reparameterized.vb_lora:VBLoRA",
         "vera": "peftcore_reparameterized.vera:VeRA",
     }
@@ -61,6 +62,7 @@ def peftcore_translations() -> Mapping[str, str]:
         "peft/MISS": f"{here}.peft_miss:PeftMiSS",
         "peft/OFT": f"{here}.peft_oft:PeftOFT",
         "peft/RANDLORA": f"{here}.peft_randlora:PeftRandLoRA",
+        "peft/UNILORA": f"{here}.peft_unilora:PeftUniLoRA",
         "peft/VBLORA": f"{here}.peft_vblora:PeftVBLoRA",
         "peft/VERA": f"{here}.peft_vera:PeftVeRA",
     }

@@ -15,6 +15,7 @@ LYCORIS_PAPER = "arXiv 2309.14859, paragraph on dimension, alpha and factor"
 MISS = "JL-er/MiSS@a17e631, finetune.py"
 OLORA = "huggingface/peft@5d602fd, examples/olora_finetuning/README.md"
 PISSA = "arXiv 2404.02948, appendix with table 10"
+UNI_LORA = "KaiyangLi1992/Uni-LoRA@e622e78, NLU/NLU/scripts_unilora_qv/roberta_base_cola.sh"
 VB_LORA = "leo-yangli/VB-LoRA@2fa62a7, NLU/NLU/scripts_vblora_qv/roberta_base_mrpc.sh"
 
 HELD: Held = {
@@ -116,6 +117,11 @@ HELD: Held = {
     ("randlora", "rank"): (32, "peft 0.21: RandLoraConfig.r, by the authors (64 in their GLUE/train_all.sh)"),
     ("randlora", "alpha"): (640.0, "peft 0.21: RandLoraConfig.randlora_alpha, by the authors: 20 times the rank"),
     ("randlora", "projection_seed"): (0, "peft 0.21: RandLoraConfig.projection_prng_key"),
+    ("uni_lora", "rank"): (4, f"{UNI_LORA}: --rank 4"),
+    ("uni_lora", "theta_length"): (23040, f"{UNI_LORA}: --num_vectors 1, --vector_length 23040 (peft has 256)"),
+    ("uni_lora", "dropout"): (0.0, "peft 0.21: UniLoraConfig.unilora_dropout, by the authors"),
+    ("uni_lora", "theta_bound"): (0.02, "peft 0.21: UniLoraConfig.init_theta_d_bound, by the authors"),
+    ("uni_lora", "projection_seed"): (42, "peft 0.21: UniLoraConfig.proj_seed, by the authors"),
     ("vb_lora", "rank"): (4, f"{VB_LORA}: --rank 4"),
     ("vb_lora", "num_vectors"): (
         256,

@@ -26,6 +26,11 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
     "olora": (peft.LoraConfig, {"r": 4, "init_lora_weights": "olora"}, {"rank": 4}),
     "pissa": (peft.LoraConfig, {"r": 4, "init_lora_weights": "pissa"}, {"rank": 4}),
     "randlora": (peft.RandLoraConfig, {"r": 4, "randlora_alpha": 9}, {"rank": 4, "alpha": 9.0}),
+    "uni_lora": (
+        peft.UniLoraConfig,
+        {"r": 4, "theta_d_length": 50},
+        {"rank": 4, "theta_length": 50, "theta_bound": 2.0},
+    ),
     "vb_lora": (
         peft.VBLoRAConfig,
         {"r": 4, "num_vectors": 8, "vector_length": 8},
@@ -38,7 +43,7 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
 def larger(model: nn.Module) -> None:
     """Products of small numbers would hardly move the outputs."""
     for name, parameter in model.named_parameters():
-        if "hada" in name or "hira" in name or "bank" in name:
+        if "hada" in name or "hira" in name or "bank" in name or "theta" in name:
             parameter.data.mul_(3)
 
 
