@@ -34,6 +34,7 @@ CONFIGS: dict[str, Any] = {
     "uni_lora": peft.UniLoraConfig(target_modules=["q_proj"]),
     "vb_lora": peft.VBLoRAConfig(target_modules=["q_proj"], num_vectors=8, vector_length=8),
     "vera": peft.VeraConfig(r=4, target_modules=["q_proj"]),
+    "lily": peft.LilyConfig(target_modules=["q_proj"], r=4),
     "loha": peft.LoHaConfig(target_modules=["q_proj"]),
     "lokr": peft.LoKrConfig(target_modules=["q_proj"]),
     "oft": peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8),

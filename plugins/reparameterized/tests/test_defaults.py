@@ -8,6 +8,7 @@ from named_defaults import Free, Held, assert_as_said, rows
 ADALORA = "QingruZhang/AdaLoRA@d10f5eb, NLG_QA/scripts/run_bart_xsum.sh"
 GALORE = "jiaweizzhao/GaLore@2cc66f8"
 HRA = "DaShenZi721/HRA@8e0c637"
+LILY = "yibozhong/lily@db6ed3c, commonsense-reasoning/finetune_llama.sh"
 LORA_PLUS = "nikhil-ghosh-berkeley/loraplus@a0c44bf"
 LORA_XS = "MohammadrezaBanaei/LoRA-XS@e50b1a8"
 LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
@@ -65,6 +66,11 @@ HELD: Held = {
         "--lamda 1e-4)",
     ),
     ("hra", "gram_schmidt"): (False, f"{HRA}, README.md: hra_apply_GS, default is false"),
+    ("lily", "rank"): (32, f"{LILY}: --lily_r 16; ours is 32, as peft's LilyConfig.r"),
+    ("lily", "stride"): (1, f"{LILY}: --ne_1 4, which counts A; ours is 1, as peft's LilyConfig.stride_A"),
+    ("lily", "experts"): (2, f"{LILY}: --ne_2 4; ours is 2, as peft's LilyConfig.num_B"),
+    ("lily", "scale"): (1.0, "peft 0.21: LilyConfig.scaling"),
+    ("lily", "across"): ("name", "peft 0.21: LilyConfig.target_modules, of which each entry shares by itself"),
     ("loha", "rank"): (8, f"{LYCORIS}, example_configs/training_configs/kohya/loha_config.toml: network_dim = 8"),
     ("loha", "alpha"): (
         8.0,

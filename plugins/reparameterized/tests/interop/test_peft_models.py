@@ -18,6 +18,7 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
     "fourierft": (peft.FourierFTConfig, {"n_frequency": 50, "scaling": 90.0}, {"n_frequency": 50, "alpha": 90.0}),
     "hira": (peft.HiraConfig, {"r": 4, "init_weights": False}, {"rank": 4}),
     "hra": (peft.HRAConfig, {"r": 4}, {"rank": 4}),
+    "lily": (peft.LilyConfig, {"r": 4}, {"rank": 4}),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 90, "init_weights": False}, {"rank": 4, "alpha": 90.0}),
     "lokr": (peft.LoKrConfig, {"r": 1, "alpha": 9, "init_weights": False}, {"rank": 1, "alpha": 9.0}),
     "lora": (peft.LoraConfig, {"r": 4, "lora_alpha": 9}, {"rank": 4, "alpha": 9.0}),
@@ -43,7 +44,7 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
 def larger(model: nn.Module) -> None:
     """Products of small numbers would hardly move the outputs."""
     for name, parameter in model.named_parameters():
-        if "hada" in name or "hira" in name or "bank" in name or "theta" in name:
+        if "hada" in name or "lily_B" in name or "hira" in name or "bank" in name or "theta" in name:
             parameter.data.mul_(3)
 
 
