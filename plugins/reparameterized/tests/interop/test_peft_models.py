@@ -27,6 +27,7 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
     "olora": (peft.LoraConfig, {"r": 4, "init_lora_weights": "olora"}, {"rank": 4}),
     "pissa": (peft.LoraConfig, {"r": 4, "init_lora_weights": "pissa"}, {"rank": 4}),
     "randlora": (peft.RandLoraConfig, {"r": 4, "randlora_alpha": 9}, {"rank": 4, "alpha": 9.0}),
+    "tinylora": (peft.TinyLoraConfig, {"r": 4}, {"rank": 4}),
     "uni_lora": (
         peft.UniLoraConfig,
         {"r": 4, "theta_d_length": 50},
@@ -44,7 +45,7 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
 def larger(model: nn.Module) -> None:
     """Products of small numbers would hardly move the outputs."""
     for name, parameter in model.named_parameters():
-        if "hada" in name or "lily_B" in name or "hira" in name or "bank" in name or "theta" in name:
+        if "hada" in name or "lily_B" in name or "tiny" in name or "hira" in name or "bank" in name or "theta" in name:
             parameter.data.mul_(3)
 
 
