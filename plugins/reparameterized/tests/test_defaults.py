@@ -120,6 +120,16 @@ HELD: Held = {
     ("pissa", "rank"): (8, f"{PISSA}: the rank of PiSSA on GLUE is 8"),
     ("pissa", "alpha"): (8.0, f"{PISSA}: alpha is 8 or 16, 8 on MNLI"),
     ("pissa", "dropout"): (0.0, "GraphPKU/PiSSA@87f4db6, README.md: lora_dropout=0"),
+    ("pvera", "rank"): (256, "leofillioux/pvera@25a3baa, config/adapters.yaml: rank: 256"),
+    ("pvera", "d_initial"): (0.1, "peft 0.21: PveraConfig.d_initial, by the authors"),
+    ("pvera", "dropout"): (0.0, "peft 0.21: PveraConfig.pvera_dropout, by the authors"),
+    ("pvera", "sample"): ("training", "peft 0.21: PveraConfig.sample_at_inference=False, by the authors"),
+    ("pvera", "kl"): (
+        0.0,
+        "leofillioux/pvera@25a3baa, config/training.yaml: beta, by which it is divided, 1e6 to 1e16; ours is 0.0, as "
+        "peft has none",
+    ),
+    ("pvera", "projection_seed"): (0, "peft 0.21: PveraConfig.projection_prng_key, by the authors"),
     ("randlora", "rank"): (32, "peft 0.21: RandLoraConfig.r, by the authors (64 in their GLUE/train_all.sh)"),
     ("randlora", "alpha"): (640.0, "peft 0.21: RandLoraConfig.randlora_alpha, by the authors: 20 times the rank"),
     ("randlora", "projection_seed"): (0, "peft 0.21: RandLoraConfig.projection_prng_key"),
