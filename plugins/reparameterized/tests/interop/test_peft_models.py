@@ -25,6 +25,7 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
     "miss": (peft.MissConfig, {"r": 4}, {"rank": 4}),
     "oft": (peft.OFTConfig, {"oft_block_size": 4}, {"block_size": 4, "series": 5}),
     "olora": (peft.LoraConfig, {"r": 4, "init_lora_weights": "olora"}, {"rank": 4}),
+    "peanut": (peft.PeanutConfig, {"r": 4, "depth": 1}, {"rank": 4, "depth": 1}),
     "pissa": (peft.LoraConfig, {"r": 4, "init_lora_weights": "pissa"}, {"rank": 4}),
     "pvera": (peft.PveraConfig, {"r": 8}, {"rank": 8}),
     "randlora": (peft.RandLoraConfig, {"r": 4, "randlora_alpha": 9}, {"rank": 4, "alpha": 9.0}),
