@@ -31,6 +31,7 @@ CONFIGS: dict[str, Any] = {
     "olora": peft.LoraConfig(init_lora_weights="olora", target_modules=["q_proj"]),
     "adalora": peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10),
     "ia3": peft.IA3Config(**LM),
+    "osf": peft.OSFConfig(target_modules=["q_proj"]),
     "peanut": peft.PeanutConfig(r=4, target_modules=["q_proj"]),
     "pvera": peft.PveraConfig(r=4, target_modules=["q_proj"]),
     "tinylora": peft.TinyLoraConfig(target_modules=["q_proj"]),

@@ -117,6 +117,7 @@ HELD: Held = {
         8.0,
         f'{OLORA}: LoraConfig(init_lora_weights="olora"), which leaves lora_alpha=8 (the script has 16, at rank 32)',
     ),
+    ("osf", "effective_rank"): (0.5, "peft 0.21: OSFConfig.effective_rank=None, half of the smaller side"),
     ("peanut", "rank"): (32, "yibozhong/peanut@5b2b2d7, commonsense&math/scripts/finetune.sh: --lora_r 32"),
     ("peanut", "depth"): (0, "peft 0.21: PeanutConfig.depth"),
     ("peanut", "activation"): ("relu", "peft 0.21: PeanutConfig.act_fn"),
