@@ -29,7 +29,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._decomposed import as_matrix, principal
@@ -103,6 +103,11 @@ class OSF(Method):
     name = "osf"
     Config = Config
     tags = Tags(category="reparameterized", paper="2504.07097", mergeable=True, low_rank=True, exact_gradient=False)
+    learning_rate = LearningRate(
+        1e-5,
+        "Red-Hat-AI-Innovation-Team/orthogonal-subspace-learning@0fb803f, notebooks/llama-single-gpu-code/test2.py",
+        on="LLaMA 7B, text classification",
+    )
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
