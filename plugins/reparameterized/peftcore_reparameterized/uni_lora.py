@@ -51,13 +51,13 @@ class Config(MethodConfig):
     """Keep what is drawn in files, which grow by it. What came from elsewhere is kept."""
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)
 def drawn_indices(total: int, length: int, seed: int) -> Tensor:
     """Return which entry of the vector each of `total` entries of factors is, every one about equally often; drawn once
     for all sites, also while planning."""
     generator = torch.Generator("cpu").manual_seed(seed)
     some_first = torch.randperm(length, generator=generator, device="cpu")
-    return some_first[torch.randperm(total, generator=generator, device="cpu") % length]
+    return some_first.int()[torch.randperm(total, generator=generator, device="cpu") % length]
 
 
 class Theta(nn.Module):
@@ -87,7 +87,7 @@ class UniLoRAOperator(LowRankOperator):
         self.starts = start, start + math.prod(A)  # of A and of B among the entries of all sites
         drawn = drawn_indices(total, config.theta_length, config.projection_seed)
         for name, first, shape in zip("AB", self.starts, (A, B), strict=True):
-            index = drawn[first : first + math.prod(shape)].view(shape).int()
+            index = drawn[first : first + math.prod(shape)].view(shape).clone()
             self.register_buffer(f"index_{name}", index, persistent=config.store_indices)
 
     def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
