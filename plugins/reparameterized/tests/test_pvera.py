@@ -19,7 +19,10 @@ from peftcore.testing import against, conformance
 RANK = 5
 
 
-@conformance("pvera", options={"*": {"rank": 16}})
+READ = "torch's attention reads its weight for queries and values, so there are no activations to draw: the mean acts"
+
+
+@conformance("pvera", options={"*": {"rank": 16}}, expected_failures={"draws_are_declared-encoder": READ})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
