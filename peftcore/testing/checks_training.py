@@ -53,10 +53,10 @@ def expect_same_gradients(case: Case, actual: Mapping[str, Tensor], expected: Ma
 
 @torch.no_grad()
 def _without_dropout(model: nn.Module) -> None:
-    """Switch dropout off: in training mode only what trains should differ from evaluation."""
+    """Switch dropout and noise off: in training mode only what trains should differ from evaluation."""
     for module in model.modules():
         for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or name == "p"):
+            if isinstance(value, float) and ("dropout" in name or name in ("p", "noise")):
                 setattr(module, name, 0.0)
 
 

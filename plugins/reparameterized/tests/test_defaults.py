@@ -9,6 +9,7 @@ ADALORA = "QingruZhang/AdaLoRA@d10f5eb, NLG_QA/scripts/run_bart_xsum.sh"
 ALORA = "IBM/activated-lora@736414e"
 GALORE = "jiaweizzhao/GaLore@2cc66f8"
 HRA = "DaShenZi721/HRA@8e0c637"
+LILY = "yibozhong/lily@db6ed3c, commonsense-reasoning/finetune_llama.sh"
 LORA_PLUS = "nikhil-ghosh-berkeley/loraplus@a0c44bf"
 LORA_XS = "MohammadrezaBanaei/LoRA-XS@e50b1a8"
 LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
@@ -16,6 +17,8 @@ LYCORIS_PAPER = "arXiv 2309.14859, paragraph on dimension, alpha and factor"
 MISS = "JL-er/MiSS@a17e631, finetune.py"
 OLORA = "huggingface/peft@5d602fd, examples/olora_finetuning/README.md"
 PISSA = "arXiv 2404.02948, appendix with table 10"
+UNI_LORA = "KaiyangLi1992/Uni-LoRA@e622e78, NLU/NLU/scripts_unilora_qv/roberta_base_cola.sh"
+VB_LORA = "leo-yangli/VB-LoRA@2fa62a7, NLU/NLU/scripts_vblora_qv/roberta_base_mrpc.sh"
 
 HELD: Held = {
     ("adalora", "rank"): (12, f"{ADALORA}: --lora_r 12"),
@@ -71,6 +74,11 @@ HELD: Held = {
         "--lamda 1e-4)",
     ),
     ("hra", "gram_schmidt"): (False, f"{HRA}, README.md: hra_apply_GS, default is false"),
+    ("lily", "rank"): (32, f"{LILY}: --lily_r 16; ours is 32, as peft's LilyConfig.r"),
+    ("lily", "stride"): (1, f"{LILY}: --ne_1 4, which counts A; ours is 1, as peft's LilyConfig.stride_A"),
+    ("lily", "experts"): (2, f"{LILY}: --ne_2 4; ours is 2, as peft's LilyConfig.num_B"),
+    ("lily", "scale"): (1.0, "peft 0.21: LilyConfig.scaling"),
+    ("lily", "across"): ("name", "peft 0.21: LilyConfig.target_modules, of which each entry shares by itself"),
     ("loha", "rank"): (8, f"{LYCORIS}, example_configs/training_configs/kohya/loha_config.toml: network_dim = 8"),
     ("loha", "alpha"): (
         8.0,
@@ -117,12 +125,48 @@ HELD: Held = {
         8.0,
         f'{OLORA}: LoraConfig(init_lora_weights="olora"), which leaves lora_alpha=8 (the script has 16, at rank 32)',
     ),
+    ("osf", "effective_rank"): (0.5, "peft 0.21: OSFConfig.effective_rank=None, half of the smaller side"),
+    ("peanut", "rank"): (32, "yibozhong/peanut@5b2b2d7, commonsense&math/scripts/finetune.sh: --lora_r 32"),
+    ("peanut", "depth"): (0, "peft 0.21: PeanutConfig.depth"),
+    ("peanut", "activation"): ("relu", "peft 0.21: PeanutConfig.act_fn"),
+    ("peanut", "scale"): (1.0, "peft 0.21: PeanutConfig.scaling"),
     ("pissa", "rank"): (8, f"{PISSA}: the rank of PiSSA on GLUE is 8"),
     ("pissa", "alpha"): (8.0, f"{PISSA}: alpha is 8 or 16, 8 on MNLI"),
     ("pissa", "dropout"): (0.0, "GraphPKU/PiSSA@87f4db6, README.md: lora_dropout=0"),
+    ("pvera", "rank"): (256, "leofillioux/pvera@25a3baa, config/adapters.yaml: rank: 256"),
+    ("pvera", "d_initial"): (0.1, "peft 0.21: PveraConfig.d_initial, by the authors"),
+    ("pvera", "dropout"): (0.0, "peft 0.21: PveraConfig.pvera_dropout, by the authors"),
+    ("pvera", "sample"): ("training", "peft 0.21: PveraConfig.sample_at_inference=False, by the authors"),
+    ("pvera", "kl"): (
+        0.0,
+        "leofillioux/pvera@25a3baa, config/training.yaml: beta, by which it is divided, 1e6 to 1e16; ours is 0.0, as "
+        "peft has none",
+    ),
+    ("pvera", "projection_seed"): (0, "peft 0.21: PveraConfig.projection_prng_key, by the authors"),
     ("randlora", "rank"): (32, "peft 0.21: RandLoraConfig.r, by the authors (64 in their GLUE/train_all.sh)"),
     ("randlora", "alpha"): (640.0, "peft 0.21: RandLoraConfig.randlora_alpha, by the authors: 20 times the rank"),
     ("randlora", "projection_seed"): (0, "peft 0.21: RandLoraConfig.projection_prng_key"),
+    ("tinylora", "rank"): (2, "peft 0.21: TinyLoraConfig.r"),
+    ("tinylora", "u"): (64, "peft 0.21: TinyLoraConfig.u"),
+    ("tinylora", "tying"): (0.0, "peft 0.21: TinyLoraConfig.weight_tying"),
+    ("tinylora", "dropout"): (0.0, "peft 0.21: TinyLoraConfig.tinylora_dropout"),
+    ("tinylora", "projection_seed"): (42, "peft 0.21: TinyLoraConfig.projection_seed"),
+    ("uni_lora", "rank"): (4, f"{UNI_LORA}: --rank 4"),
+    ("uni_lora", "theta_length"): (23040, f"{UNI_LORA}: --num_vectors 1, --vector_length 23040 (peft has 256)"),
+    ("uni_lora", "dropout"): (0.0, "peft 0.21: UniLoraConfig.unilora_dropout, by the authors"),
+    ("uni_lora", "theta_bound"): (0.02, "peft 0.21: UniLoraConfig.init_theta_d_bound, by the authors"),
+    ("uni_lora", "projection_seed"): (42, "peft 0.21: UniLoraConfig.proj_seed, by the authors"),
+    ("vb_lora", "rank"): (4, f"{VB_LORA}: --rank 4"),
+    ("vb_lora", "num_vectors"): (
+        256,
+        f"{VB_LORA}: --num_vectors 90, 2048 for Llama 2; ours is 256, as peft's VBLoRAConfig.num_vectors",
+    ),
+    ("vb_lora", "vector_length"): (256, f"{VB_LORA}: --vector_length 256"),
+    ("vb_lora", "topk"): (2, f"{VB_LORA}: --topk 2"),
+    ("vb_lora", "dropout"): (0.0, "peft 0.21: VBLoRAConfig.vblora_dropout, by the authors"),
+    ("vb_lora", "bank_bound"): (0.02, "peft 0.21: VBLoRAConfig.init_vector_bank_bound, by the authors"),
+    ("vb_lora", "logits_std"): (0.1, "peft 0.21: VBLoRAConfig.init_logits_std, by the authors"),
+    ("vb_lora", "logits_ratio"): (10.0, f"{VB_LORA}: --learning_rate_logits 1e-2, --learning_rate_vector_bank 1e-3"),
     ("vera", "rank"): (256, "peft 0.21: VeraConfig.r, by the authors"),
     ("vera", "d_initial"): (0.1, "peft 0.21: VeraConfig.d_initial, by the authors"),
     ("vera", "dropout"): (0.0, "peft 0.21: VeraConfig.vera_dropout, by the authors"),

@@ -18,14 +18,28 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
     "fourierft": (peft.FourierFTConfig, {"n_frequency": 50, "scaling": 90.0}, {"n_frequency": 50, "alpha": 90.0}),
     "hira": (peft.HiraConfig, {"r": 4, "init_weights": False}, {"rank": 4}),
     "hra": (peft.HRAConfig, {"r": 4}, {"rank": 4}),
+    "lily": (peft.LilyConfig, {"r": 4}, {"rank": 4}),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 90, "init_weights": False}, {"rank": 4, "alpha": 90.0}),
     "lokr": (peft.LoKrConfig, {"r": 1, "alpha": 9, "init_weights": False}, {"rank": 1, "alpha": 9.0}),
     "lora": (peft.LoraConfig, {"r": 4, "lora_alpha": 9}, {"rank": 4, "alpha": 9.0}),
     "miss": (peft.MissConfig, {"r": 4}, {"rank": 4}),
     "oft": (peft.OFTConfig, {"oft_block_size": 4}, {"block_size": 4, "series": 5}),
     "olora": (peft.LoraConfig, {"r": 4, "init_lora_weights": "olora"}, {"rank": 4}),
+    "peanut": (peft.PeanutConfig, {"r": 4, "depth": 1}, {"rank": 4, "depth": 1}),
     "pissa": (peft.LoraConfig, {"r": 4, "init_lora_weights": "pissa"}, {"rank": 4}),
+    "pvera": (peft.PveraConfig, {"r": 8}, {"rank": 8}),
     "randlora": (peft.RandLoraConfig, {"r": 4, "randlora_alpha": 9}, {"rank": 4, "alpha": 9.0}),
+    "tinylora": (peft.TinyLoraConfig, {"r": 4}, {"rank": 4}),
+    "uni_lora": (
+        peft.UniLoraConfig,
+        {"r": 4, "theta_d_length": 50},
+        {"rank": 4, "theta_length": 50, "theta_bound": 2.0},
+    ),
+    "vb_lora": (
+        peft.VBLoRAConfig,
+        {"r": 4, "num_vectors": 8, "vector_length": 8},
+        {"rank": 4, "num_vectors": 8, "vector_length": 8, "bank_bound": 1.0},
+    ),
     "vera": (peft.VeraConfig, {"r": 8}, {"rank": 8}),
 }
 
@@ -33,7 +47,7 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
 def larger(model: nn.Module) -> None:
     """Products of small numbers would hardly move the outputs."""
     for name, parameter in model.named_parameters():
-        if "hada" in name or "hira" in name:
+        if "hada" in name or "lily_B" in name or "tiny" in name or "hira" in name or "bank" in name or "theta" in name:
             parameter.data.mul_(3)
 
 

@@ -1,0 +1,70 @@
+"""Lily in peft's files (checked against peft 0.21).
+
+``lily_router`` is ours. ``lily_A`` and ``lily_B`` [experts * rank, out] stand at each module, also where they are
+another's: they must be equal where ours share one. peft sorts the modules by the entry of target_modules that they
+match: by name, as ours, or all together where it is one pattern.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_layers import not_added
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
+
+
+class PeftLily(PeftMethod):
+    """Translates routers, and the factors that modules share."""
+
+    methods = ("lily",)
+    below = ("lily_A.weight", "lily_B.weight", "lily_router.weight")
+    kinds = (nn.Linear,)
+
+    def __init__(self) -> None:
+        self.shared: dict[str, Tensor] = {}
+        """Values of shared factors, by their names here."""
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        one = isinstance(keys.take("target_modules", (str, list), []), str)
+        return {
+            "method": "lily",
+            "rank": keys.take("r", int, 32),
+            "stride": keys.take("stride_A", int, 1),
+            "experts": keys.take("num_B", int, 2),
+            "scale": float(keys.take("scaling", float, 1.0)),
+            "across": "shape" if one else "name",
+        }
+
+    def differs(self, place: Place) -> str:
+        return not_added(place.site)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        operator = place.operator
+        for peft, name, module in zip("AB", operator.names, (operator.A.module, operator.B.module), strict=True):
+            shape = module.weight.shape
+            value = found.take(f"lily_{peft}.weight", (shape[:-1].numel(), shape[-1])).view(shape)
+            if not torch.equal(self.shared.setdefault(name, value), value):
+                found.wrong.append(f"lily_{peft} of {place.site.path} differs from that of its name and shape")
+        return {"router": found.take("lily_router.weight", operator.router.shape)}
+
+    def read_shared(self, name: str, module: nn.Module, found: Found) -> dict[str, Tensor]:
+        return {"weight": self.shared[name]}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {"r": config.rank, "stride_A": config.stride, "num_B": config.experts, "scaling": config.scale}
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        operator = place.operator
+        A, B = operator.A.module.weight, operator.B.module.weight
+        return {
+            "lily_A.weight": A.clone(),
+            "lily_B.weight": B.flatten(0, 1).clone(),
+            "lily_router.weight": operator.router,
+        }

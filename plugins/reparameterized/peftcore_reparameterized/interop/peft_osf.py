@@ -1,0 +1,62 @@
+"""OSF in peft's files (checked against peft 0.21).
+
+``osf_svd_params.U_low``, ``.S_low`` and ``.V_low`` are our U, S and V. What they started from, and what is kept, peft
+decomposes the model's weight for when it loads a file, and so does this. How many singular values stay is seen in the
+shapes, whatever `effective_rank` and `rank_pattern` say; they are written as numbers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Size, Tensor, nn
+
+from peftcore.errors import CheckpointError
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_layers import not_added
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
+from peftcore_reparameterized.osf import OSFOperator, frozen_rank
+
+STEM = "osf_svd_params."
+
+
+class PeftOSF(PeftMethod):
+    """Translates singular vectors and values."""
+
+    methods = ("osf",)
+    below = tuple(f"{STEM}{each}_low" for each in "USV")
+    kinds = (nn.Linear,)
+    patterns = {"rank_pattern": "effective_rank"}  # noqa: RUF012
+
+    def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
+        keys.pass_over("rank_pattern", "effective_rank", "target_svd_config")
+        return {}
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        U, V = shapes.get(f"{STEM}U_low", Size()), shapes.get(f"{STEM}V_low", Size())
+        if not (len(U) == len(V) == 2 and 0 < U[1] < min(U[0], V[1])):
+            raise CheckpointError(f"{keys.where}: OSF has U_low {tuple(U)} and V_low {tuple(V)}, which are no part")
+        return {"method": "osf", "effective_rank": min(U[0], V[1]) - U[1]}
+
+    def differs(self, place: Place) -> str:
+        return not_added(place.site)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        tensors = dict(OSFOperator(replace(place.site, meta=False), place.config).named_buffers())
+        for each in "USV":
+            tensors[each] = found.take(f"{STEM}{each}_low", place.operator.get_tensor(each).shape)
+        return tensors
+
+    def pattern(self, path: str, paths: Collection[str]) -> str:
+        return f"^{re.escape(path)}$"
+
+    def write_options_at(self, place: Place) -> dict[str, Any]:
+        return {"effective_rank": frozen_rank(place.site, place.config)}
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        return {f"{STEM}{each}_low": place.operator.get_tensor(each) for each in "USV"}

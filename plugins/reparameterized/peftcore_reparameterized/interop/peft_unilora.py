@@ -1,0 +1,144 @@
+"""Uni-LoRA in peft's files (checked against peft 0.21).
+
+``unilora_theta_d`` of the whole adapter is our theta. With `save_indices` there are ``unilora_indices_A`` and ``_B`` at
+each module, and ``unilora_scales_A`` and ``_B`` of what they pick; without, a file means what peft draws by numpy from
+its seed, for the targets in the order of the model: drawn in the same way here, and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from peftcore.errors import CheckpointError
+from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_layers import not_added
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
+from peftcore.layers.kinds import Transposed
+from peftcore.registry.plugins import layer_of
+
+FACTORS = ("A", "B")
+
+
+class PeftUniLoRA(PeftMethod):
+    """Translates indices into one vector."""
+
+    methods = ("uni_lora",)
+    below = tuple(f"unilora_{part}_{factor}" for part in ("indices", "scales") for factor in FACTORS)
+    root = ("unilora_theta_d",)
+    bias = "unilora_only"
+    kinds = (nn.Linear, Transposed)
+
+    def __init__(self) -> None:
+        self.saved, self.length, self.seed = False, 0, 0
+        self.targets: set[str] | None = None
+        """Where the file has nothing at modules: those that its options target."""
+        self.counts: Tensor | None = None
+        """How often each entry of the vector is picked at the places so far."""
+        self.norm = torch.zeros(0)
+        self.drawn: Tensor | None = None
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        self.saved, self.length = keys.take("save_indices", bool, False), keys.take("theta_d_length", int, 256)
+        self.seed = keys.take("proj_seed", int, 42)
+        return {
+            "method": "uni_lora",
+            "rank": keys.take("r", int, 4),
+            "theta_length": self.length,
+            "dropout": float(keys.take("unilora_dropout", float, 0.0)),
+            "theta_bound": float(keys.take("init_theta_d_bound", float, 0.02)),
+            "projection_seed": self.seed,
+            "store_indices": True,
+        }
+
+    def meant(self, keys: Keys, paths: Collection[str]) -> set[str] | None:
+        found = super().meant(keys, paths)
+        if keys.take("save_indices", bool, False):
+            return found
+        if found is None:
+            raise CheckpointError(f"{keys.where} has neither indices nor target_modules, so where it stands is unknown")
+        self.targets = found
+        return None
+
+    def selections(self, keys: Keys, sites: Sequence[SavedSite], model: nn.Module) -> dict[str, tuple[SavedSite, ...]]:
+        if self.targets is None:
+            return {"": tuple(sites)}
+        here = [path for path, module in model.named_modules() if path in self.targets and _matrix(module)]
+        return {"": tuple(SavedSite(module_path=path) for path in here)}
+
+    def differs(self, place: Place) -> str:
+        return not_added(place.site)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        if self.counts is None:
+            self.counts, self.norm = torch.zeros(self.length, dtype=torch.long), torch.zeros(self.length)
+        indices = {}
+        for factor, start in zip(FACTORS, place.operator.starts, strict=True):
+            shape = place.operator.get_tensor(f"index_{factor}").shape
+            if self.saved:
+                index = found.take(f"unilora_indices_{factor}", shape).long()
+            else:
+                index = self._drawn(place.operator.total)[start : start + shape.numel()].view(shape)
+            if index.numel() and not (index.min() >= 0 and index.max() < self.length):
+                found.wrong.append(f"unilora_indices_{factor} holds places outside of the {self.length} of the vector")
+                continue
+            self.counts += index.flatten().bincount(minlength=self.length)
+            if self.saved:
+                self.norm[index.flatten()] = found.take(f"unilora_scales_{factor}", shape).flatten().float()
+            indices[f"index_{factor}"] = index.int()
+        return indices
+
+    def _drawn(self, total: int) -> Tensor:
+        if self.drawn is None:
+            self.drawn = as_peft_draws(total, self.length, self.seed)
+        return self.drawn
+
+    def read_shared(self, name: str, module: nn.Module, found: Found) -> dict[str, Tensor]:
+        assert self.counts is not None  # of all places, which are read before
+        norm, picked = self.counts.clamp(min=1).double().rsqrt(), self.counts > 0
+        if self.saved and ((self.norm / norm - 1).abs() > 0.01)[picked].any():  # peft rounds them as the weights
+            found.wrong.append("unilora_scales are others than how often the indices pick each entry")
+        return {"theta": found.take("unilora_theta_d", (self.length,)), "norm": norm}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {
+            "r": config.rank,
+            "theta_d_length": config.theta_length,
+            "unilora_dropout": config.dropout,
+            "init_theta_d_bound": config.theta_bound,
+            "proj_seed": config.projection_seed,
+            "save_indices": True,
+        }
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        operator, found = place.operator, {}
+        for each in FACTORS:
+            index = operator.get_tensor(f"index_{each}").long()
+            found[f"unilora_indices_{each}"] = index
+            found[f"unilora_scales_{each}"] = operator.theta.module.norm[index]
+        return found
+
+    def write_shared(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        return {"base_model.unilora_theta_d": module.get_parameter("theta")}
+
+
+def _matrix(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or isinstance(layer_of(module, "weight"), Transposed)
+
+
+def as_peft_draws(total: int, length: int, seed: int) -> Tensor:
+    """Draw the indices that peft makes of a seed."""
+    import numpy as np
+
+    generator = np.random.default_rng(seed)
+    drawn = np.repeat(np.arange(length), total // length)
+    if total % length:
+        drawn = np.concatenate([drawn, generator.choice(length, size=total % length, replace=False)])
+    generator.shuffle(drawn)
+    return torch.from_numpy(drawn)

@@ -1,0 +1,101 @@
+"""VB-LoRA in peft's files (checked against peft 0.21).
+
+``vblora_logits_A`` and ``vblora_logits_B`` are ours, and ``vblora_vector_bank`` of the whole adapter is the bank's. A
+file with `save_only_topk_weights` says which k of the logits are the largest, and all but the last of their weights.
+They are read as the logarithms of these; the others, which are -inf in peft and are never chosen again, as -10,000,
+since no file of ours may hold infinite values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from peftcore.errors import CheckpointError
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_layers import not_added
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
+from peftcore.layers.kinds import Transposed
+
+LOGITS = ("vblora_logits_A", "vblora_logits_B")
+NEVER = -1e4
+"""The logit of a vector that a file does not name."""
+
+
+class PeftVBLoRA(PeftMethod):
+    """Translates logits over the vectors of a bank."""
+
+    methods = ("vb_lora",)
+    below = (*LOGITS, *(f"{each}_topk_{part}" for each in LOGITS for part in ("indices", "weights")))
+    root = ("vblora_vector_bank",)
+    bias = "vblora_only"
+    kinds = (nn.Linear, Transposed)
+    shortened = False
+    """Whether the file that is read has the largest logits alone."""
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        self.shortened = keys.take("save_only_topk_weights", bool, False)
+        return {
+            "method": "vb_lora",
+            "rank": keys.take("r", int, 4),
+            "num_vectors": keys.take("num_vectors", int, 256),
+            "vector_length": keys.take("vector_length", int, 256),
+            "topk": keys.take("topk", int, 2),
+            "dropout": float(keys.take("vblora_dropout", float, 0.0)),
+            "bank_bound": float(keys.take("init_vector_bank_bound", float, 0.02)),
+            "logits_std": float(keys.take("init_logits_std", float, 0.1)),
+            "logits_ratio": 1.0,
+        }
+
+    def differs(self, place: Place) -> str:
+        length = place.config.vector_length
+        if place.site.in_features % length or place.site.out_features % length:
+            return (
+                f"a vector_length={length} that does not divide {place.site.in_features} and {place.site.out_features}"
+            )
+        return not_added(place.site)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        shapes = place.operator.logits_A.shape, place.operator.logits_B.shape
+        names = zip(("logits_A", "logits_B"), LOGITS, shapes, strict=True)
+        if not self.shortened:
+            return {ours: found.take(theirs, shape) for ours, theirs, shape in names}
+        return {ours: _from_largest(found, theirs, shape, place.config.topk) for ours, theirs, shape in names}
+
+    def read_shared(self, name: str, module: nn.Module, found: Found) -> dict[str, Tensor]:
+        return {"vectors": found.take("vblora_vector_bank", module.get_parameter("vectors").shape)}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {
+            "r": config.rank,
+            "num_vectors": config.num_vectors,
+            "vector_length": config.vector_length,
+            "topk": config.topk,
+            "vblora_dropout": config.dropout,
+            "init_vector_bank_bound": config.bank_bound,
+            "init_logits_std": config.logits_std,
+            "save_only_topk_weights": False,
+        }
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        return {"vblora_logits_A": place.operator.logits_A, "vblora_logits_B": place.operator.logits_B}
+
+    def write_shared(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        return {"base_model.vblora_vector_bank": module.get_parameter("vectors")}
+
+
+def _from_largest(found: Found, name: str, shape: Size, k: int) -> Tensor:
+    """Return logits with the weights that a file has, from which number of the bank has which of them."""
+    chosen = found.take(f"{name}_topk_indices", (*shape[:-1], k)).long()
+    weights = found.take(f"{name}_topk_weights", (*shape[:-1], k - 1))
+    weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1)
+    if chosen.numel() and not (chosen.min() >= 0 and chosen.max() < shape[-1]):
+        raise CheckpointError(f"{name}_topk_indices has numbers of vectors beyond the {shape[-1]} of the bank")
+    if not (weights >= -1e-6).all():
+        raise CheckpointError(f"{name}_topk_weights has weights that are none: below 0, or more than 1 in sum")
+    return torch.full(shape, NEVER).scatter(-1, chosen, weights.float().clamp(min=1e-30).log())

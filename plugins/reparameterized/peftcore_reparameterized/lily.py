@@ -1,0 +1,110 @@
+"""Lily: low-rank interconnected adaptation across layers.   Zhong et al. 2024, arXiv 2407.09946 (yibozhong/lily).
+
+    y = W x + b + s sum_e p_e B_e A x,   p = mean over all tokens of softmax(R A x),   e = 1 … experts
+
+The B_e [out, rank] are those of all layers: modules of one name and one shape have the same, zero at first, and each
+`stride` of them, one after the other, have one A [rank, in]. Only the router R [experts, rank] is a module's own. A and
+R are uniform in +-1/sqrt of their columns. With `across` "shape" all modules of a shape share, whatever their names, as
+in peft where target_modules is a pattern.
+
+As in the authors' code and in peft, p is a mean over the batch too: what a row gets depends on the rows and on the
+padding beside it, and a token that is generated alone, with a cache, is mixed by itself. So rows cannot be routed, and
+nothing merges. The softmax is taken in float32 at least.
+
+Convolutions: A is a convolution, and each position counts as a token; embeddings: A has a column for each token. peft
+has linear layers alone.
+
+Parameters: experts * rank a site; rank * in * kernel each `stride` sites, and experts * rank * out a name and shape.
+
+Use it with a larger rank than LoRA's, where layers do similar things; not where rows of a batch must not meet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Shared, Site, Surgeon, Tags
+from peftcore.errors import ConfigError
+
+
+class Config(MethodConfig):
+    """Options of Lily."""
+
+    method: Literal["lily"] = "lily"
+    rank: PositiveInt = 32
+    """Rank of the update."""
+    stride: PositiveInt = 1
+    """How many modules, one after the other, share an A."""
+    experts: PositiveInt = 2
+    """How many B a name and shape has."""
+    scale: PositiveFloat = 1.0
+    """Factor s of the update."""
+    across: Literal["name", "shape"] = "name"
+    """What modules that share have in common: name and shape, or the shape."""
+
+
+class Factor(nn.Module):
+    """A factor that sites share: uniform in +-1/sqrt(columns), or zero."""
+
+    def __init__(self, shape: tuple[int, ...], zero: bool) -> None:
+        super().__init__()
+        bound = 0.0 if zero else 1 / math.sqrt(math.prod(shape[1:]))
+        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+
+
+class LilyOperator(Operator):
+    """The router of one site, between factors that it shares."""
+
+    def __init__(self, site: Site, config: Config, A: tuple[str, Shared], B: tuple[str, Shared]) -> None:
+        super().__init__(site)
+        (name, self.A), (other, self.B), self.scale = A, B, config.scale
+        self.names = name, other  # of the shared factors
+        bound = 1 / math.sqrt(config.rank)
+        self.router = nn.Parameter(torch.empty(config.experts, config.rank).uniform_(-bound, bound))
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y, channels = call(x), self.layer.channel_dim
+        A, B, router = self.cast(y, self.A.module.weight, self.B.module.weight, self.router)
+        low = self.layer.apply(x, A)  # channels: rank
+        logits = self.layer.mix(low, router).movedim(channels, -1).flatten(0, -2)  # [tokens, experts]
+        shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32)).mean(0)
+        mixed = torch.tensordot(shares.to(y.dtype), B, 1)  # [rank, out]
+        return self.layer.add(y, low, mixed.mT, self.scale)
+
+
+class Lily(Method):
+    """Low-rank updates whose factors layers share, and a router for each."""
+
+    name = "lily"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2407.09946", per_row=False)
+    learning_rate = LearningRate(
+        3e-4, "yibozhong/lily@db6ed3c, commonsense-reasoning/finetune_llama.sh", on="Llama 3 8B, Commonsense170K"
+    )
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any(changes.keys() - {"scale"} for changes in config.overrides.values()):
+            raise ConfigError("lily: sites share their factors, so overrides can change the scale alone")
+        seen: dict[str, int] = {}
+        for site in surgeon.sites():
+            inputs, out = (site.in_features, *site.kernel), site.out_features
+            name = site.path.rpartition(".")[2] if config.across == "name" else "all"
+            group = f"{name}_{'x'.join(map(str, (out, *inputs)))}"
+            seen[group] = seen.get(group, -1) + 1
+            names = f"A_{group}_{seen[group] // config.stride}", f"B_{group}"
+            A = surgeon.own(names[0], partial(Factor, (config.rank, *inputs), False))
+            B = surgeon.own(names[1], partial(Factor, (config.experts, config.rank, out), True))
+            surgeon.graft(site, partial(LilyOperator, A=(names[0], A), B=(names[1], B)), config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return config.experts * config.rank

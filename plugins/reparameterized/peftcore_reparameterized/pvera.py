@@ -1,0 +1,134 @@
+"""PVeRA: probabilistic VeRA.   Fillioux et al. 2025, arXiv 2512.07703 (leofillioux/pvera; in peft by its authors).
+
+    y = W x + b + diag(b) B z,   [mu; logvar] = diag(d) A dropout(x),   d [2 rank] = d_initial,   b [out] zero
+    z = mu + exp(logvar / 2) eps,   eps ~ N(0, 1), in training; z = mu otherwise
+
+As in VeRA, A [2 rank, in] and B [out, rank] are random, frozen, the same for all sites, of which each takes the corner,
+and drawn from `projection_seed` as peft draws them; files hold them with `store_basis` only. With `sample` "always" z
+is drawn in evaluation too, so that several passes tell how sure the model is; merging takes the mean, as does a weight
+that is read, not called, in training too: there are no activations to draw. Without `sample` it is VeRA by half of A.
+
+`kl` is the factor of a loss: the mean over all activations, for each site, of the divergence of z from N(0, 1). The
+authors' code has it, with 1e-6 to 1e-16 by data set; peft does not. Their d starts at one random number for all, and
+they scale the update by 16.
+
+Kernels of convolutions count as columns, [2 rank, in * kernel]; experts have vectors of their own. peft has linear
+layers alone.
+
+Parameters: 2 rank + out a site, times the number of experts.
+
+Use it where VeRA fits and data is scarce, or where one wants to know how sure the model is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    MATRICES,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    forward_context,
+)
+from peftcore_reparameterized._basis import Basis, columns, largest, own_name
+from peftcore_reparameterized._low_rank import add_low_rank, input_dropout
+from peftcore_reparameterized.vera import draw
+
+
+class Config(MethodConfig):
+    """Options of PVeRA."""
+
+    method: Literal["pvera"] = "pvera"
+    rank: PositiveInt = 256
+    """Rows of A for the mean, and as many for the variance; columns of B."""
+    d_initial: PositiveFloat = 0.1
+    """What d starts from."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+    sample: Literal["never", "training", "always"] = "training"
+    """When z is drawn; otherwise it is the mean."""
+    kl: NonNegativeFloat = 0.0
+    """Factor of the divergence of z from a standard normal distribution, as a loss in training."""
+    projection_seed: NonNegativeInt = 0
+    """Seed of A and B."""
+    store_basis: bool = False
+    """Keep the random matrices in files, which grow by them. Those that came from elsewhere are kept."""
+
+
+class PVeRAOperator(Operator):
+    """The vectors of one site, between the matrices of all sites."""
+
+    def __init__(self, site: Site, config: Config, basis: Shared) -> None:
+        super().__init__(site)
+        self.basis, self.rank, self.kl = basis, config.rank, config.kl
+        self.always, self.noise = config.sample == "always", 0.0 if config.sample == "never" else 1.0
+        self.dropout = input_dropout(site, config.dropout)
+        self.inputs, self.columns = (site.in_features, *site.kernel), columns(site)
+        self.d = nn.Parameter(torch.full((*site.batch, 2 * config.rank), config.d_initial))
+        self.b = nn.Parameter(torch.zeros(*site.batch, site.out_features))
+
+    def corners(self) -> tuple[Tensor, Tensor]:
+        """Return A [2 rank, in * kernel] and B [out, rank] of this site."""
+        return self.basis.module.A[:, : self.columns], self.basis.module.B[: self.b.shape[-1]]
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y, (A, B), layer = call(x), self.corners(), self.layer
+        A, B, d, b = self.cast(y, A.unflatten(-1, self.inputs), B, self.d, self.b)
+        with_variance = self.training or self.always
+        if not with_variance:
+            A, d = A[: self.rank], d[: self.rank]
+        low = layer.apply_dropped(x, A, self.dropout if self.training else 0.0)
+        low = low * layer.along_channels(d, low)
+        mean = low.narrow(layer.channel_dim, 0, self.rank)
+        if with_variance:
+            log_variance = low.narrow(layer.channel_dim, self.rank, self.rank)
+            if self.training and self.kl:
+                divergence = (mean.square() + log_variance.exp() - 1 - log_variance).float().mean() / 2
+                forward_context().add_loss(self.kl * divergence)
+            if self.noise:
+                mean = mean + self.noise * torch.randn_like(mean) * (log_variance / 2).exp()
+        return y + layer.along_channels(b, y) * layer.mix(mean, B)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        A, B = (each.to(self.d) for each in self.corners())
+        scaled = (self.d.unsqueeze(-1) * A)[..., : self.rank, :].unflatten(-1, self.inputs)
+        return add_low_rank(weight, scaled, self.b.unsqueeze(-1) * B)
+
+
+class PVeRA(Method):
+    """Vector-based random matrix adaptation by distributions."""
+
+    name = "pvera"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2512.07703", mergeable=True, random=True)
+    learning_rate = LearningRate(
+        1e-3, "leofillioux/pvera@25a3baa, config/adapters.yaml (the largest of three)", on="ViT, VTAB-1k"
+    )
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = surgeon.sites()
+        rows, width = largest((site.out_features, columns(site)) for site in sites)
+        for site in sites:
+            own = config.at(site.path)  # a site with a rank or a seed of its own has a basis of its own
+            make = partial(Basis, own.projection_seed, draw, (2 * own.rank, width), (rows, own.rank), own.store_basis)
+            basis = surgeon.own(own_name(f"basis_{own.projection_seed}_{own.rank}", own.store_basis), make)
+            surgeon.graft(site, partial(PVeRAOperator, basis=basis), config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return math.prod(site.batch) * (2 * config.rank + site.out_features)

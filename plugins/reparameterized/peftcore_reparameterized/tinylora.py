@@ -1,0 +1,113 @@
+"""TinyLoRA: low-rank adapters of a few numbers.   Morris et al. 2026, arXiv 2602.04118.
+
+    W = U S V',   B = U_r sqrt(S_r),   A = sqrt(S_r) V_r'      of the r largest singular values, frozen
+    y = W x + b + B (sum_i v_i P_i) A dropout(x),   v [u] zero,   P_i [r, r] ~ N(0, 1/r), frozen
+
+Sites are put into groups, one after the other, and those of a group have one v: each its own with `tying` 0, all the
+same one with 1, and in between ``round(sites * (1 - tying))`` groups. P_i are a site's own, drawn from
+`projection_seed` and its number among the sites.
+
+The authors published no code: this is peft's, which gives both factors a root of the singular values; the paper has all
+of them in one, U S (sum_i v_i P_i) V'. Kernels of convolutions are decomposed as [out, in * kernel], embeddings as
+[dim, num], experts each on its own, with their own P and the site's v.
+
+A and B are in the adapter's file, since found a second time, on another machine, they would be others, by rounding at
+least; P is with `store_basis` only, as it is drawn again: those numbers are peft's for the same seed and sites.
+
+Parameters: u a group; one number is enough.
+
+Use it where even LoRA-XS is too large, for reinforcement learning above all; with a large learning rate.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MATRICES, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.errors import ConfigError
+from peftcore_reparameterized._decomposed import as_matrix, as_rows, principal, rank_within
+from peftcore_reparameterized._low_rank import LowRankOperator
+
+
+class Config(MethodConfig):
+    """Options of TinyLoRA."""
+
+    method: Literal["tinylora"] = "tinylora"
+    rank: PositiveInt = 2
+    """How many singular values the core mixes; at most those that there are."""
+    u: PositiveInt = 64
+    """Trained numbers of a group."""
+    tying: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """How much sites share: 0 nothing, 1 all of them one vector."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+    projection_seed: NonNegativeInt = 42
+    """Seed of the P of the first site; the next one has the next."""
+    store_basis: bool = False
+    """Keep P in files. Those that came from elsewhere are kept."""
+
+
+class Vector(nn.Module):
+    """What a group trains."""
+
+    def __init__(self, u: int) -> None:
+        super().__init__()
+        self.v = nn.Parameter(torch.zeros(u))
+
+
+class TinyLoRAOperator(LowRankOperator):
+    """The frozen factors of one site, and the matrices that its group's vector sums up."""
+
+    A: Tensor
+    B: Tensor
+    P: Tensor
+
+    def __init__(self, site: Site, config: Config, number: int, vector: Shared) -> None:
+        super().__init__(site, config.dropout)
+        self.vector = vector
+        rank = rank_within(site, config.rank)
+        U, S, V = principal(as_matrix(site), rank)
+        self.register_buffer("A", as_rows(site, S.sqrt().unsqueeze(-1) * V).contiguous())
+        self.register_buffer("B", (U * S.sqrt().unsqueeze(-2)).contiguous())
+        generator = torch.Generator().manual_seed(config.projection_seed + number)
+        P = torch.empty(*site.batch, config.u, rank, rank).normal_(0, 1 / math.sqrt(rank), generator=generator)
+        self.register_buffer("P", P.mT.contiguous() if site.layer.one_hot else P, persistent=config.store_basis)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        R = (self.vector.module.v[:, None, None] * self.P).sum(-3)  # [*batch, rank, rank]
+        return self.A, self.B @ R, 1.0
+
+
+def group_of(number: int, sites: int, tying: float) -> int:
+    """Return the group of a site, of so many sites."""
+    groups = max(1, round(sites * (1 - tying)))
+    return min(number // max(1, sites // groups), groups - 1)
+
+
+class TinyLoRA(Method):
+    """Low-rank adaptation by a few numbers in all."""
+
+    name = "tinylora"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2602.04118", mergeable=True, low_rank=True)
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any(changes.keys() - {"rank", "dropout"} for changes in config.overrides.values()):
+            raise ConfigError("tinylora: sites share vectors, so overrides can change rank and dropout alone")
+        sites = surgeon.sites()
+        for number, site in enumerate(sites):
+            name = f"v_{group_of(number, len(sites), config.tying)}"
+            vector = surgeon.own(name, partial(Vector, config.u))
+            surgeon.graft(site, partial(TinyLoRAOperator, number=number, vector=vector), config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return 0

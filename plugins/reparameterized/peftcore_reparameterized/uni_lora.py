@@ -1,0 +1,129 @@
+"""Uni-LoRA: one trained vector for all factors.   Li et al. 2025, arXiv 2506.00799 (KaiyangLi1992/Uni-LoRA).
+
+    y = W x + b + B A dropout(x),   each entry of A [rank, in] and B [out, rank] of every site is  theta[i] / sqrt(n_i)
+
+i is drawn for each of the D entries of all sites together, and n_i is the number of entries that have drawn i: so the
+projection of theta [d] to all entries is isometric. The draw is balanced, each i comes D / d times, rounded up or down,
+as in peft (by its authors); the code of the paper draws each entry by itself. theta is uniform in +-`theta_bound`: a
+fresh adapter changes outputs, a little. There is no scale.
+
+Files hold theta alone: what is drawn comes from `projection_seed` and from the sites in their order, so that it is the
+same for whoever loads them. With `store_indices` they hold it too, which is as much as a LoRA; what peft draws is
+another, and is kept so. Embeddings and kernels of convolutions have factors as in LoRA, experts have them each.
+
+Parameters: d in all, however many sites there are.
+
+Use it where an adapter must be tiny and its size chosen freely; what it computes costs as much as LoRA.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.errors import ConfigError
+from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count
+
+
+class Config(MethodConfig):
+    """Options of Uni-LoRA."""
+
+    method: Literal["uni_lora"] = "uni_lora"
+    rank: PositiveInt = 4
+    """Rank of the update."""
+    theta_length: PositiveInt = 23040
+    """Length d of the vector: all that trains."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+    theta_bound: PositiveFloat = 0.02
+    """Bound of the uniform distribution that the vector starts from."""
+    projection_seed: NonNegativeInt = 42
+    """Seed of the draw."""
+    store_indices: bool = False
+    """Keep what is drawn in files, which grow by it. What came from elsewhere is kept."""
+
+
+@functools.lru_cache(maxsize=1)
+def drawn_indices(total: int, length: int, seed: int) -> Tensor:
+    """Return which entry of the vector each of `total` entries of factors is, every one about equally often; drawn once
+    for all sites, also while planning."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    some_first = torch.randperm(length, generator=generator, device="cpu")
+    return some_first.int()[torch.randperm(total, generator=generator, device="cpu") % length]
+
+
+class Theta(nn.Module):
+    """The vector, and by how much each of its entries is scaled down."""
+
+    norm: Tensor
+
+    def __init__(self, config: Config, total: int) -> None:
+        super().__init__()
+        bound, length = config.theta_bound, config.theta_length
+        self.theta = nn.Parameter(torch.empty(length).uniform_(-bound, bound))
+        counts = drawn_indices(total, length, config.projection_seed).bincount(minlength=length)
+        self.register_buffer("norm", counts.clamp(min=1).double().rsqrt(), persistent=config.store_indices)
+
+
+class UniLoRAOperator(LowRankOperator):
+    """The factors of one site, as indices into the vector."""
+
+    index_A: Tensor
+    index_B: Tensor
+
+    def __init__(self, site: Site, config: Config, theta: Shared, start: int, total: int) -> None:
+        super().__init__(site, config.dropout)
+        self.theta, self.total, self.length = theta, total, config.theta_length
+        A = (*site.batch, config.rank, site.in_features, *site.kernel)
+        B = (*site.batch, site.out_features, config.rank)
+        self.starts = start, start + math.prod(A)  # of A and of B among the entries of all sites
+        drawn = drawn_indices(total, config.theta_length, config.projection_seed)
+        for name, first, shape in zip("AB", self.starts, (A, B), strict=True):
+            index = drawn[first : first + math.prod(shape)].view(shape).clone()
+            self.register_buffer(f"index_{name}", index, persistent=config.store_indices)
+
+    def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
+        for name in {"index_A", "index_B"} & values.keys():
+            index = values[name]
+            if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.length:
+                yield f"{name} holds places outside of the {self.length} entries of the vector"
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        values = self.theta.module.theta * self.theta.module.norm
+        return values[self.index_A], values[self.index_B], 1.0
+
+
+class UniLoRA(Method):
+    """Low-rank adaptation whose factors are projections of one vector."""
+
+    name = "uni_lora"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2506.00799", mergeable=True, identity_at_init=False, low_rank=True)
+    learning_rate = LearningRate(
+        5e-3, "KaiyangLi1992/Uni-LoRA@e622e78, NLU/NLU/scripts_unilora_qv/roberta_base_cola.sh", on="RoBERTa-base, CoLA"
+    )
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any(changes.keys() - {"rank", "dropout"} for changes in config.overrides.values()):
+            raise ConfigError("uni_lora: all sites share one vector, so overrides can change rank and dropout alone")
+        sites = surgeon.sites()
+        counts = [low_rank_count(site, config.at(site.path).rank) for site in sites]
+        total, start = sum(counts), 0
+        theta = surgeon.own("theta", partial(Theta, config, total))
+        for site, count in zip(sites, counts, strict=True):
+            surgeon.graft(site, partial(UniLoRAOperator, theta=theta, start=start, total=total), config)
+            start += count
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return 0

@@ -1,0 +1,132 @@
+"""VB-LoRA: vector bank.   Li et al. 2024, arXiv 2405.15179 (leo-yangli/VB-LoRA).
+
+    y = W x + b + B A dropout(x),   A [rank, in] and B [out, rank] in sub-vectors of length b
+    sub-vector = sum over i in top k of logits:  softmax(top k logits)_i  V[i],   V [h, b] the bank of all sites
+
+Rows of A and columns of B are cut into sub-vectors, each of which mixes the k vectors of the bank that its own h logits
+choose; the choice changes as these train. V is uniform in +-`bank_bound`, logits are N(0, `logits_std`): a fresh
+adapter changes outputs, a little. There is no scale. Gradients reach the chosen vectors and their logits alone.
+
+Where b does not divide a side, the last sub-vector is cut; the paper and peft ask for lengths that divide all sides.
+Kernels of convolutions count as columns, [rank, in * kernel]; embeddings as [dim, num]; experts have logits of their
+own. The authors' code trains the bank and the logits at rates of their own, here `logits_ratio`; the rates are
+parameter groups, so this acts through ``injection.optimizer(...)`` only.
+
+Parameters: h * b in all, and rank * h * (in / b + out / b) a site, the quotients rounded up, times the number of
+experts. Of those logits an adapter that is not trained further needs k in h alone: peft's files may have no others
+(`save_only_topk_weights`). They are read, and what is chosen then stays so in further training.
+
+Use it where many adapters must be stored, and training may hold more than a LoRA does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import MATRICES, AppliedMethod, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
+from peftcore.errors import ConfigError
+from peftcore_reparameterized._basis import columns
+from peftcore_reparameterized._low_rank import LowRankOperator
+
+
+class Config(MethodConfig):
+    """Options of VB-LoRA."""
+
+    method: Literal["vb_lora"] = "vb_lora"
+    rank: PositiveInt = 4
+    """Rank of the update."""
+    num_vectors: PositiveInt = 256
+    """Vectors h in the bank."""
+    vector_length: PositiveInt = 256
+    """Length b of a vector: one that divides the widths of the target modules."""
+    topk: PositiveInt = 2
+    """How many vectors k of the bank a sub-vector mixes."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+    bank_bound: PositiveFloat = 0.02
+    """Bound of the uniform distribution that the bank starts from."""
+    logits_std: PositiveFloat = 0.1
+    """Standard deviation of the logits at the start."""
+    logits_ratio: PositiveFloat = 10.0
+    """How many times faster the logits learn than the bank."""
+
+    @model_validator(mode="after")
+    def _check_topk(self) -> Config:
+        if self.topk > self.num_vectors:
+            raise ValueError(f"topk={self.topk} of num_vectors={self.num_vectors} cannot be chosen")
+        return self
+
+
+class Bank(nn.Module):
+    """The vectors of all sites."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        bound = config.bank_bound
+        self.vectors = nn.Parameter(torch.empty(config.num_vectors, config.vector_length).uniform_(-bound, bound))
+
+
+def pieces(site: Site, length: int) -> tuple[int, int]:
+    """Return how many sub-vectors a row of A and a column of B have."""
+    return -(-columns(site) // length), -(-site.out_features // length)
+
+
+class VBLoRAOperator(LowRankOperator):
+    """The logits of one site, which choose among the vectors of the bank."""
+
+    def __init__(self, site: Site, config: Config, bank: Shared) -> None:
+        super().__init__(site, config.dropout)
+        self.bank, self.topk = bank, config.topk
+        self.inputs, self.columns, self.out = (site.in_features, *site.kernel), columns(site), site.out_features
+        of_row, of_column = pieces(site, config.vector_length)
+        shape = (*site.batch, config.rank, of_row, config.num_vectors)
+        self.logits_A = nn.Parameter(torch.randn(shape) * config.logits_std)
+        shape = (*site.batch, of_column, config.rank, config.num_vectors)
+        self.logits_B = nn.Parameter(torch.randn(shape) * config.logits_std)
+
+    def mixed(self, logits: Tensor) -> Tensor:
+        """Return the sub-vectors [..., b] that logits [..., h] choose and weigh."""
+        best, chosen = logits.topk(self.topk, -1)  # [..., k]
+        vectors = self.bank.module.vectors.to(logits)[chosen]  # [..., k, b]
+        return (best.softmax(-1).unsqueeze(-1) * vectors).sum(-2)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        A = self.mixed(self.logits_A).flatten(-2)[..., : self.columns]  # [*batch, rank, in * kernel]
+        B = self.mixed(self.logits_B).transpose(-1, -2).flatten(-3, -2)[..., : self.out, :]  # [*batch, out, rank]
+        return A.unflatten(-1, self.inputs), B, 1.0
+
+
+class VBLoRA(Method):
+    """Low-rank adaptation whose factors are mixed from a bank of vectors."""
+
+    name = "vb_lora"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2405.15179", mergeable=True, identity_at_init=False, low_rank=True)
+    learning_rate = LearningRate(
+        1e-3, "leo-yangli/VB-LoRA@2fa62a7, NLU/NLU/scripts_vblora_qv/roberta_base_mrpc.sh", on="RoBERTa-base, MRPC"
+    )
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if any({"num_vectors", "vector_length", "bank_bound"} & {*changes} for changes in config.overrides.values()):
+            raise ConfigError("vb_lora: all sites share one bank, so overrides cannot change its size or its start")
+        bank = surgeon.own("bank", lambda: Bank(config))
+        for site in surgeon.sites():
+            surgeon.graft(site, lambda at, own: VBLoRAOperator(at, own, bank), config)
+
+    def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
+        logits = [p for graft in injection.grafts if graft.by_method for p in graft.operator.parameters()]
+        bank = injection.shared["bank"].parameters()
+        rates = ((bank, lr), (logits, lr * injection.config.logits_ratio))
+        groups = (([p for p in group if p.requires_grad], rate) for group, rate in rates)
+        return [{"params": group, **defaults, "lr": rate} for group, rate in groups]
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return math.prod(site.batch) * config.rank * config.num_vectors * sum(pieces(site, config.vector_length))
