@@ -292,7 +292,7 @@ def _factors(
     that train are parameters, whose gradients cost no product more, and hardly any rank is padded; otherwise None."""
     training, compiling = torch.is_grad_enabled() or module.training, torch.compiler.is_compiling()
     computed = not all(mount.operator.factors_are_parameters for _, mount in updates)
-    if not updates or (computed and (training or (-1 in route.positions and not compiling))):
+    if not updates or (computed and (training or (not compiling and -1 in route.positions))):
         return None
     if any(mount.operator.training and mount.operator.input_dropout for _, mount in updates):
         return None
