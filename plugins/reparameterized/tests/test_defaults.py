@@ -7,6 +7,7 @@ from named_defaults import Free, Held, assert_as_said, rows
 
 ADALORA = "QingruZhang/AdaLoRA@d10f5eb, NLG_QA/scripts/run_bart_xsum.sh"
 GALORE = "jiaweizzhao/GaLore@2cc66f8"
+GRALORA = "SqueezeBits/GraLoRA@7dd2945, scripts/train/llm.llama-3_1-8b+data.code.sh"
 HRA = "DaShenZi721/HRA@8e0c637"
 LORA_PLUS = "nikhil-ghosh-berkeley/loraplus@a0c44bf"
 LORA_XS = "MohammadrezaBanaei/LoRA-XS@e50b1a8"
@@ -55,6 +56,14 @@ HELD: Held = {
     ("galore", "gap"): (200, f"{GALORE}, scripts/benchmark_c4/llama_60m.sh: --update_proj_gap 200"),
     ("galore", "scale"): (0.25, f"{GALORE}, scripts/benchmark_c4/llama_60m.sh: --galore_scale 0.25"),
     ("galore", "side"): ("std", f"{GALORE}, README.md: 'proj_type': 'std'"),
+    ("gralora", "rank"): (
+        32,
+        f"{GRALORA}: for LORA_RANK in 16 32 64 128; ours is peft's GraloraConfig.r, by the authors",
+    ),
+    ("gralora", "alpha"): (64.0, f"{GRALORA}: LORA_ALPHA=$(($LORA_RANK * 2))"),
+    ("gralora", "blocks"): (2, f"{GRALORA}: GRALORA_K=2 at ranks 16 and 32"),
+    ("gralora", "hybrid_rank"): (0, f"{GRALORA}: HYBRID_R=0"),
+    ("gralora", "dropout"): (0.0, "peft 0.21: GraloraConfig.gralora_dropout, by the authors"),
     ("hira", "rank"): (32, "hqsiswiliam/hira@f75f0cf, README.md: --r_ab=32"),
     ("hra", "rank"): (8, f"{HRA}, README.md: r is usually set to 8"),
     ("hra", "orthogonality"): (

@@ -16,6 +16,7 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
     "boft": (peft.BOFTConfig, {"boft_block_size": 4}, {"block_size": 4, "factors": 1}),
     "dora": (peft.LoraConfig, {"r": 4, "lora_alpha": 9, "use_dora": True}, {"rank": 4, "alpha": 9.0}),
     "fourierft": (peft.FourierFTConfig, {"n_frequency": 50, "scaling": 90.0}, {"n_frequency": 50, "alpha": 90.0}),
+    "gralora": (peft.GraloraConfig, {"r": 4, "alpha": 9}, {"rank": 4, "alpha": 9.0}),
     "hira": (peft.HiraConfig, {"r": 4, "init_weights": False}, {"rank": 4}),
     "hra": (peft.HRAConfig, {"r": 4}, {"rank": 4}),
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 90, "init_weights": False}, {"rank": 4, "alpha": 90.0}),
