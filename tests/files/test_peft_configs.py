@@ -38,6 +38,7 @@ CONFIGS: dict[str, Any] = {
     "boft": peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=4),
     "hra": peft.HRAConfig(target_modules=["q_proj"]),
     "fourierft": peft.FourierFTConfig(n_frequency=10, target_modules=["q_proj"]),
+    "delora": peft.DeloraConfig(r=4, target_modules=["q_proj"]),
     "gralora": peft.GraloraConfig(r=4, target_modules=["q_proj"]),
     "prompt_tuning": peft.PromptTuningConfig(num_virtual_tokens=3, **LM),
     "prefix_tuning": peft.PrefixTuningConfig(num_virtual_tokens=3, **LM),

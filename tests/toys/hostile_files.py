@@ -135,6 +135,7 @@ SAMPLES = [
     Sample("hra", wishes=_two()),
     Sample("hira", wishes=_two()),
     Sample("miss", wishes=_two()),
+    Sample("delora", wishes=_two()),
     Sample("gralora", wishes={"rank": 2, "blocks": 1, "hybrid_rank": 1}),
     Sample("lora_xs", wishes=_two(iterations=2)),
     Sample("glora", wishes=_two()),

@@ -6,6 +6,7 @@ import pytest
 from named_defaults import Free, Held, assert_as_said, rows
 
 ADALORA = "QingruZhang/AdaLoRA@d10f5eb, NLG_QA/scripts/run_bart_xsum.sh"
+DELORA = "ExplainableML/DeLoRA@2dd91e1, scripts/glue_eval.sh"
 GALORE = "jiaweizzhao/GaLore@2cc66f8"
 GRALORA = "SqueezeBits/GraLoRA@7dd2945, scripts/train/llm.llama-3_1-8b+data.code.sh"
 HRA = "DaShenZi721/HRA@8e0c637"
@@ -45,6 +46,12 @@ HELD: Held = {
     ("boft", "block_size"): (8, "arXiv 2311.06243, tables 2 and 3: BOFT m=2 b=8 of Llama-2-7B"),
     ("boft", "factors"): (2, "arXiv 2311.06243, tables 2 and 3: BOFT m=2 b=8 of Llama-2-7B"),
     ("boft", "block_dropout"): (0.0, "peft 0.21: BOFTConfig.boft_dropout; the paper tunes it by task"),
+    ("delora", "rank"): (8, f"{DELORA}: --r 8"),
+    ("delora", "strength"): (
+        15.0,
+        f"{DELORA}: delora_lambda=12 or 4, by task; ours is 15.0, as peft's DeloraConfig.delora_lambda, by the authors",
+    ),
+    ("delora", "dropout"): (0.0, f"{DELORA}: dropout=0 on MNLI, 0 to 0.25 elsewhere"),
     ("fourierft", "n_frequency"): (1000, "peft 0.21: FourierFTConfig.n_frequency"),
     ("fourierft", "alpha"): (
         150.0,
