@@ -14,6 +14,7 @@ def peftcore_methods() -> Mapping[str, str]:
     return {
         "adalora": "peftcore_reparameterized.adalora:AdaLoRA",
         "boft": "peftcore_reparameterized.boft:BOFT",
+        "c3a": "peftcore_reparameterized.c3a:C3A",
         "delora": "peftcore_reparameterized.delora:DeLoRA",
         "dora": "peftcore_reparameterized.dora:DoRA",
         "fourierft": "peftcore_reparameterized.fourierft:FourierFT",
@@ -53,6 +54,7 @@ def peftcore_translations() -> Mapping[str, str]:
         "kohya/lora": f"{here}.kohya_lora:KohyaLoRA",
         "peft/ADALORA": f"{here}.peft_adalora:PeftAdaLoRA",
         "peft/BOFT": f"{here}.peft_boft:PeftBOFT",
+        "peft/C3A": f"{here}.peft_c3a:PeftC3A",
         "peft/DELORA": f"{here}.peft_delora:PeftDeLoRA",
         "peft/FOURIERFT": f"{here}.peft_fourierft:PeftFourierFT",
         "peft/GRALORA": f"{here}.peft_gralora:PeftGraLoRA",

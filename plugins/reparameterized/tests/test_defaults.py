@@ -46,6 +46,8 @@ HELD: Held = {
     ("boft", "block_size"): (8, "arXiv 2311.06243, tables 2 and 3: BOFT m=2 b=8 of Llama-2-7B"),
     ("boft", "factors"): (2, "arXiv 2311.06243, tables 2 and 3: BOFT m=2 b=8 of Llama-2-7B"),
     ("boft", "block_dropout"): (0.0, "peft 0.21: BOFTConfig.boft_dropout; the paper tunes it by task"),
+    ("c3a", "block_size"): (256, "peft 0.21: C3AConfig.block_size, by the authors"),
+    ("c3a", "start"): ("xavier_uniform", "peft 0.21: C3AConfig.init_weights, by the authors"),
     ("delora", "rank"): (8, f"{DELORA}: --r 8"),
     ("delora", "strength"): (
         15.0,
