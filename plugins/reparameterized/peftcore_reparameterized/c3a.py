@@ -91,7 +91,11 @@ class C3AOperator(WeightOperator):
 
 
 class C3A(Method):
-    """Circular convolution adaptation."""
+    """Circular convolution adaptation.
+
+    Example:
+        injection = peftcore.apply(model, "c3a", block_size=32)  # a divisor of the widths of the model
+    """
 
     name = "c3a"
     Config = Config
