@@ -138,6 +138,7 @@ SAMPLES = [
     Sample("delora", wishes=_two()),
     Sample("gralora", wishes={"rank": 2, "blocks": 1, "hybrid_rank": 1}),
     Sample("c3a", wishes={"block_size": 4}),
+    Sample("waveft", wishes={"n_frequency": 9}),
     Sample("lora_xs", wishes=_two(iterations=2)),
     Sample("glora", wishes=_two()),
     Sample("polytropon", wishes=_two(tasks=2, skills=2, task=1)),

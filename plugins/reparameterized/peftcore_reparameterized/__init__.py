@@ -33,6 +33,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "pissa": "peftcore_reparameterized.pissa:PiSSA",
         "randlora": "peftcore_reparameterized.randlora:RandLoRA",
         "vera": "peftcore_reparameterized.vera:VeRA",
+        "waveft": "peftcore_reparameterized.waveft:WaveFT",
     }
 
 
@@ -67,4 +68,5 @@ def peftcore_translations() -> Mapping[str, str]:
         "peft/OFT": f"{here}.peft_oft:PeftOFT",
         "peft/RANDLORA": f"{here}.peft_randlora:PeftRandLoRA",
         "peft/VERA": f"{here}.peft_vera:PeftVeRA",
+        "peft/WAVEFT": f"{here}.peft_waveft:PeftWaveFT",
     }

@@ -16,6 +16,7 @@ LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
 LYCORIS_PAPER = "arXiv 2309.14859, paragraph on dimension, alpha and factor"
 MISS = "JL-er/MiSS@a17e631, finetune.py"
 OLORA = "huggingface/peft@5d602fd, examples/olora_finetuning/README.md"
+WAVEFT = "Bilican/Sparse_PEFT@a2f5e61, example_outputs/config/dog/final_model/training_config.yaml"
 PISSA = "arXiv 2404.02948, appendix with table 10"
 
 HELD: Held = {
@@ -137,6 +138,10 @@ HELD: Held = {
     ("vera", "d_initial"): (0.1, "peft 0.21: VeraConfig.d_initial, by the authors"),
     ("vera", "dropout"): (0.0, "peft 0.21: VeraConfig.vera_dropout, by the authors"),
     ("vera", "projection_seed"): (0, "peft 0.21: VeraConfig.projection_prng_key, by the authors"),
+    ("waveft", "n_frequency"): (2592, f"{WAVEFT}: n_frequency: 2592"),
+    ("waveft", "alpha"): (25.0, f"{WAVEFT}: scaling: 25"),
+    ("waveft", "wavelet"): ("db1", f"{WAVEFT}: wavelet_family: db1"),
+    ("waveft", "entry_seed"): (777, "peft 0.21: WaveFTConfig.random_loc_seed, by the authors"),
 }
 
 FREE: Free = {}
