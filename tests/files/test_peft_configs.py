@@ -42,6 +42,7 @@ CONFIGS: dict[str, Any] = {
     "gralora": peft.GraloraConfig(r=4, target_modules=["q_proj"]),
     "c3a": peft.C3AConfig(block_size=4, target_modules=["q_proj"]),
     "waveft": peft.WaveFTConfig(n_frequency=10, target_modules=["q_proj"]),
+    "road": peft.RoadConfig(group_size=4, target_modules=["q_proj"]),
     "prompt_tuning": peft.PromptTuningConfig(num_virtual_tokens=3, **LM),
     "prefix_tuning": peft.PrefixTuningConfig(num_virtual_tokens=3, **LM),
 }

@@ -32,6 +32,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "olora": "peftcore_reparameterized.olora:OLoRA",
         "pissa": "peftcore_reparameterized.pissa:PiSSA",
         "randlora": "peftcore_reparameterized.randlora:RandLoRA",
+        "road": "peftcore_reparameterized.road:RoAd",
         "vera": "peftcore_reparameterized.vera:VeRA",
         "waveft": "peftcore_reparameterized.waveft:WaveFT",
     }
@@ -67,6 +68,7 @@ def peftcore_translations() -> Mapping[str, str]:
         "peft/MISS": f"{here}.peft_miss:PeftMiSS",
         "peft/OFT": f"{here}.peft_oft:PeftOFT",
         "peft/RANDLORA": f"{here}.peft_randlora:PeftRandLoRA",
+        "peft/ROAD": f"{here}.peft_road:PeftRoAd",
         "peft/VERA": f"{here}.peft_vera:PeftVeRA",
         "peft/WAVEFT": f"{here}.peft_waveft:PeftWaveFT",
     }

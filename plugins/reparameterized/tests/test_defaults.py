@@ -134,6 +134,11 @@ HELD: Held = {
     ("randlora", "rank"): (32, "peft 0.21: RandLoraConfig.r, by the authors (64 in their GLUE/train_all.sh)"),
     ("randlora", "alpha"): (640.0, "peft 0.21: RandLoraConfig.randlora_alpha, by the authors: 20 times the rank"),
     ("randlora", "projection_seed"): (0, "peft 0.21: RandLoraConfig.projection_prng_key"),
+    ("road", "variant"): (1, "peft 0.21: RoadConfig.variant"),
+    ("road", "group_size"): (
+        2,
+        "arXiv 2409.00119, equation 4: neighbours are a pair (peft's RoadConfig.group_size is 64)",
+    ),
     ("vera", "rank"): (256, "peft 0.21: VeraConfig.r, by the authors"),
     ("vera", "d_initial"): (0.1, "peft 0.21: VeraConfig.d_initial, by the authors"),
     ("vera", "dropout"): (0.0, "peft 0.21: VeraConfig.vera_dropout, by the authors"),
