@@ -43,6 +43,7 @@ CONFIGS: dict[str, Any] = {
     "c3a": peft.C3AConfig(block_size=4, target_modules=["q_proj"]),
     "waveft": peft.WaveFTConfig(n_frequency=10, target_modules=["q_proj"]),
     "road": peft.RoadConfig(group_size=4, target_modules=["q_proj"]),
+    "psoft": peft.PsoftConfig(r=4, target_modules=["q_proj"]),
     "prompt_tuning": peft.PromptTuningConfig(num_virtual_tokens=3, **LM),
     "prefix_tuning": peft.PrefixTuningConfig(num_virtual_tokens=3, **LM),
 }

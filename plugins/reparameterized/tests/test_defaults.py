@@ -7,6 +7,7 @@ from named_defaults import Free, Held, assert_as_said, rows
 
 ADALORA = "QingruZhang/AdaLoRA@d10f5eb, NLG_QA/scripts/run_bart_xsum.sh"
 DELORA = "ExplainableML/DeLoRA@2dd91e1, scripts/glue_eval.sh"
+PSOFT = "fei407/PSOFT@783a5e2, 1-NLU/script/deberta_v3_base_psoft-cola.sh"
 GALORE = "jiaweizzhao/GaLore@2cc66f8"
 GRALORA = "SqueezeBits/GraLoRA@7dd2945, scripts/train/llm.llama-3_1-8b+data.code.sh"
 HRA = "DaShenZi721/HRA@8e0c637"
@@ -131,6 +132,17 @@ HELD: Held = {
     ("pissa", "rank"): (8, f"{PISSA}: the rank of PiSSA on GLUE is 8"),
     ("pissa", "alpha"): (8.0, f"{PISSA}: alpha is 8 or 16, 8 on MNLI"),
     ("pissa", "dropout"): (0.0, "GraphPKU/PiSSA@87f4db6, README.md: lora_dropout=0"),
+    ("psoft", "rank"): (32, f"{PSOFT}: rank=46, another for each task; ours is 32, as peft's PsoftConfig.r"),
+    ("psoft", "orthogonal"): (True, f'{PSOFT}: orth="True"'),
+    ("psoft", "scale_outputs"): (True, f'{PSOFT}: mag_b="True"'),
+    ("psoft", "scale_inputs"): (True, f'{PSOFT}: mag_a="True"'),
+    ("psoft", "singular_values"): ("outputs", "peft 0.21: PsoftConfig.ab_svd_init"),
+    ("psoft", "series"): (
+        None,
+        f'{PSOFT}: use_neumann="True", 5 terms; ours is exact, as peft\'s PsoftConfig.use_cayley_neumann',
+    ),
+    ("psoft", "eps"): (None, "peft 0.21: PsoftConfig.cayley_neumann_eps"),
+    ("psoft", "dropout"): (0.0, "peft 0.21: PsoftConfig.psoft_dropout"),
     ("randlora", "rank"): (32, "peft 0.21: RandLoraConfig.r, by the authors (64 in their GLUE/train_all.sh)"),
     ("randlora", "alpha"): (640.0, "peft 0.21: RandLoraConfig.randlora_alpha, by the authors: 20 times the rank"),
     ("randlora", "projection_seed"): (0, "peft 0.21: RandLoraConfig.projection_prng_key"),

@@ -28,6 +28,7 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
     "oft": (peft.OFTConfig, {"oft_block_size": 4}, {"block_size": 4, "series": 5}),
     "olora": (peft.LoraConfig, {"r": 4, "init_lora_weights": "olora"}, {"rank": 4}),
     "pissa": (peft.LoraConfig, {"r": 4, "init_lora_weights": "pissa"}, {"rank": 4}),
+    "psoft": (peft.PsoftConfig, {"r": 8}, {"rank": 8}),
     "randlora": (peft.RandLoraConfig, {"r": 4, "randlora_alpha": 9}, {"rank": 4, "alpha": 9.0}),
     "vera": (peft.VeraConfig, {"r": 8}, {"rank": 8}),
     "waveft": (peft.WaveFTConfig, {"n_frequency": 50, "scaling": 90.0}, {"n_frequency": 50, "alpha": 90.0}),
