@@ -44,6 +44,7 @@ CONFIGS: dict[str, Any] = {
     "waveft": peft.WaveFTConfig(n_frequency=10, target_modules=["q_proj"]),
     "road": peft.RoadConfig(group_size=4, target_modules=["q_proj"]),
     "psoft": peft.PsoftConfig(r=4, target_modules=["q_proj"]),
+    "deft": peft.DeftConfig(r=4, target_modules=["q_proj"]),
     "prompt_tuning": peft.PromptTuningConfig(num_virtual_tokens=3, **LM),
     "prefix_tuning": peft.PrefixTuningConfig(num_virtual_tokens=3, **LM),
 }

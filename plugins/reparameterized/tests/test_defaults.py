@@ -8,6 +8,7 @@ from named_defaults import Free, Held, assert_as_said, rows
 ADALORA = "QingruZhang/AdaLoRA@d10f5eb, NLG_QA/scripts/run_bart_xsum.sh"
 DELORA = "ExplainableML/DeLoRA@2dd91e1, scripts/glue_eval.sh"
 PSOFT = "fei407/PSOFT@783a5e2, 1-NLU/script/deberta_v3_base_psoft-cola.sh"
+DEFT = "MAXNORM8650/DEFT@8efdc0a, examples/sks_dog_run_all.sh"
 GALORE = "jiaweizzhao/GaLore@2cc66f8"
 GRALORA = "SqueezeBits/GraLoRA@7dd2945, scripts/train/llm.llama-3_1-8b+data.code.sh"
 HRA = "DaShenZi721/HRA@8e0c637"
@@ -50,6 +51,11 @@ HELD: Held = {
     ("boft", "block_dropout"): (0.0, "peft 0.21: BOFTConfig.boft_dropout; the paper tunes it by task"),
     ("c3a", "block_size"): (256, "peft 0.21: C3AConfig.block_size, by the authors"),
     ("c3a", "start"): ("xavier_uniform", "peft 0.21: C3AConfig.init_weights, by the authors"),
+    ("deft", "rank"): (8, f"{DEFT}: --lora_rank 8 (and 16)"),
+    ("deft", "alpha"): (None, "peft 0.21: DeftConfig.alpha"),
+    ("deft", "projection"): ("relu", "peft 0.21: DeftConfig.decomposition_method"),
+    ("deft", "injects"): (True, f"{DEFT}: --use_injection"),
+    ("deft", "dropout"): (0.0, "peft 0.21: DeftConfig.deft_dropout"),
     ("delora", "rank"): (8, f"{DELORA}: --r 8"),
     ("delora", "strength"): (
         15.0,
