@@ -106,9 +106,7 @@ class C3A(Method):
         identity_at_init=False,
         identity_options={"start": "zeros"},
     )
-    learning_rate = LearningRate(
-        3e-1, "huggingface/peft@314a6a7, examples/sequence_classification/C3A.ipynb", on="RoBERTa-base, MRPC"
-    )
+    learning_rate = LearningRate(3e-1, "arXiv 2407.19342, table A6", on="LLaMA2-7B, commonsense")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 

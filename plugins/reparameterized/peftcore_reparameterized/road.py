@@ -90,9 +90,7 @@ class RoAd(Method):
     name = "road"
     Config = Config
     tags = Tags(category="reparameterized", paper="2409.00119", mergeable=True)
-    learning_rate = LearningRate(
-        3e-3, "huggingface/peft@070ca71, examples/road_finetuning/road_finetuning.py", on="Llama-7B, OpenAssistant"
-    )
+    learning_rate = LearningRate(3e-3, "arXiv 2409.00119, table C.5", on="LLaMA, commonsense")
     target = ("all-linear",)
     alternatives = OUTPUTS
 

@@ -50,7 +50,7 @@ HELD: Held = {
     ("boft", "factors"): (2, "arXiv 2311.06243, tables 2 and 3: BOFT m=2 b=8 of Llama-2-7B"),
     ("boft", "block_dropout"): (0.0, "peft 0.21: BOFTConfig.boft_dropout; the paper tunes it by task"),
     ("c3a", "block_size"): (256, "peft 0.21: C3AConfig.block_size, by the authors"),
-    ("c3a", "start"): ("xavier_uniform", "peft 0.21: C3AConfig.init_weights, by the authors"),
+    ("c3a", "start"): ("xavier_uniform", "arXiv 2407.19342, table A4: Initialization Xavier Uniform"),
     ("deft", "rank"): (8, f"{DEFT}: --lora_rank 8 (and 16)"),
     ("deft", "alpha"): (None, "peft 0.21: DeftConfig.alpha"),
     ("deft", "projection"): ("relu", "peft 0.21: DeftConfig.decomposition_method"),
