@@ -45,6 +45,13 @@ CONFIGS: dict[str, Any] = {
     "boft": peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=4),
     "hra": peft.HRAConfig(target_modules=["q_proj"]),
     "fourierft": peft.FourierFTConfig(n_frequency=10, target_modules=["q_proj"]),
+    "delora": peft.DeloraConfig(r=4, target_modules=["q_proj"]),
+    "gralora": peft.GraloraConfig(r=4, target_modules=["q_proj"]),
+    "c3a": peft.C3AConfig(block_size=4, target_modules=["q_proj"]),
+    "waveft": peft.WaveFTConfig(n_frequency=10, target_modules=["q_proj"]),
+    "road": peft.RoadConfig(group_size=4, target_modules=["q_proj"]),
+    "psoft": peft.PsoftConfig(r=4, target_modules=["q_proj"]),
+    "deft": peft.DeftConfig(r=4, target_modules=["q_proj"]),
     "prompt_tuning": peft.PromptTuningConfig(num_virtual_tokens=3, **LM),
     "prefix_tuning": peft.PrefixTuningConfig(num_virtual_tokens=3, **LM),
 }

@@ -1,7 +1,9 @@
-"""A pair of frozen random matrices that all sites read, drawn from a seed of its own."""
+"""What a seed of its own draws, so that files need not hold it: a pair of frozen random matrices that all sites read,
+and positions in a weight."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -50,3 +52,10 @@ def largest(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """Return the smallest shape in whose corner all of `shapes` find place."""
     first, second = zip(*shapes, strict=True)
     return max(first), max(second)
+
+
+@functools.lru_cache(maxsize=16)
+def drawn_entries(size: int, number: int, seed: int) -> Tensor:
+    """Return the first of all entries in random order: drawn once for all sites of a shape, also while planning."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randperm(size, generator=generator, device="cpu")[:number].clone()  # all the others are let go

@@ -22,7 +22,6 @@ Use it where adapters must be tiny; each forward costs a Fourier transform of th
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Iterator
 from typing import Literal
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 
 from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
 from peftcore.errors import UnsupportedSite
+from peftcore_reparameterized._basis import drawn_entries
 
 
 class Config(MethodConfig):
@@ -51,13 +51,6 @@ class Config(MethodConfig):
 
 LARGE = 0.5
 """Norm of a fresh update relative to that of its weight, above which `apply` says so."""
-
-
-@functools.lru_cache(maxsize=16)
-def drawn_entries(size: int, number: int, seed: int) -> Tensor:
-    """Return the first of all entries in random order: drawn once for all sites of a shape, also while planning."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randperm(size, generator=generator, device="cpu")[:number].clone()  # all the others are let go
 
 
 class FourierFTOperator(WeightOperator):

@@ -7,7 +7,11 @@ from named_defaults import Free, Held, assert_as_said, rows
 
 ADALORA = "QingruZhang/AdaLoRA@d10f5eb, NLG_QA/scripts/run_bart_xsum.sh"
 ALORA = "IBM/activated-lora@736414e"
+DELORA = "ExplainableML/DeLoRA@2dd91e1, scripts/glue_eval.sh"
+PSOFT = "fei407/PSOFT@783a5e2, 1-NLU/script/deberta_v3_base_psoft-cola.sh"
+DEFT = "MAXNORM8650/DEFT@8efdc0a, examples/sks_dog_run_all.sh"
 GALORE = "jiaweizzhao/GaLore@2cc66f8"
+GRALORA = "SqueezeBits/GraLoRA@7dd2945, scripts/train/llm.llama-3_1-8b+data.code.sh"
 HRA = "DaShenZi721/HRA@8e0c637"
 LILY = "yibozhong/lily@db6ed3c, commonsense-reasoning/finetune_llama.sh"
 LORA_PLUS = "nikhil-ghosh-berkeley/loraplus@a0c44bf"
@@ -16,6 +20,7 @@ LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
 LYCORIS_PAPER = "arXiv 2309.14859, paragraph on dimension, alpha and factor"
 MISS = "JL-er/MiSS@a17e631, finetune.py"
 OLORA = "huggingface/peft@5d602fd, examples/olora_finetuning/README.md"
+WAVEFT = "Bilican/Sparse_PEFT@a2f5e61, example_outputs/config/dog/final_model/training_config.yaml"
 PISSA = "arXiv 2404.02948, appendix with table 10"
 UNI_LORA = "KaiyangLi1992/Uni-LoRA@e622e78, NLU/NLU/scripts_unilora_qv/roberta_base_cola.sh"
 VB_LORA = "leo-yangli/VB-LoRA@2fa62a7, NLU/NLU/scripts_vblora_qv/roberta_base_mrpc.sh"
@@ -55,6 +60,19 @@ HELD: Held = {
     ("boft", "block_size"): (8, "arXiv 2311.06243, tables 2 and 3: BOFT m=2 b=8 of Llama-2-7B"),
     ("boft", "factors"): (2, "arXiv 2311.06243, tables 2 and 3: BOFT m=2 b=8 of Llama-2-7B"),
     ("boft", "block_dropout"): (0.0, "peft 0.21: BOFTConfig.boft_dropout; the paper tunes it by task"),
+    ("c3a", "block_size"): (256, "peft 0.21: C3AConfig.block_size, by the authors"),
+    ("c3a", "start"): ("xavier_uniform", "arXiv 2407.19342, table A4: Initialization Xavier Uniform"),
+    ("deft", "rank"): (8, f"{DEFT}: --lora_rank 8 (and 16)"),
+    ("deft", "alpha"): (None, "peft 0.21: DeftConfig.alpha"),
+    ("deft", "projection"): ("relu", "peft 0.21: DeftConfig.decomposition_method"),
+    ("deft", "injects"): (True, f"{DEFT}: --use_injection"),
+    ("deft", "dropout"): (0.0, "peft 0.21: DeftConfig.deft_dropout"),
+    ("delora", "rank"): (8, f"{DELORA}: --r 8"),
+    ("delora", "strength"): (
+        15.0,
+        f"{DELORA}: delora_lambda=12 or 4, by task; ours is 15.0, as peft's DeloraConfig.delora_lambda, by the authors",
+    ),
+    ("delora", "dropout"): (0.0, f"{DELORA}: dropout=0 on MNLI, 0 to 0.25 elsewhere"),
     ("fourierft", "n_frequency"): (1000, "peft 0.21: FourierFTConfig.n_frequency"),
     ("fourierft", "alpha"): (
         150.0,
@@ -66,6 +84,14 @@ HELD: Held = {
     ("galore", "gap"): (200, f"{GALORE}, scripts/benchmark_c4/llama_60m.sh: --update_proj_gap 200"),
     ("galore", "scale"): (0.25, f"{GALORE}, scripts/benchmark_c4/llama_60m.sh: --galore_scale 0.25"),
     ("galore", "side"): ("std", f"{GALORE}, README.md: 'proj_type': 'std'"),
+    ("gralora", "rank"): (
+        32,
+        f"{GRALORA}: for LORA_RANK in 16 32 64 128; ours is peft's GraloraConfig.r, by the authors",
+    ),
+    ("gralora", "alpha"): (64.0, f"{GRALORA}: LORA_ALPHA=$(($LORA_RANK * 2))"),
+    ("gralora", "blocks"): (2, f"{GRALORA}: GRALORA_K=2 at ranks 16 and 32"),
+    ("gralora", "hybrid_rank"): (0, f"{GRALORA}: HYBRID_R=0"),
+    ("gralora", "dropout"): (0.0, "peft 0.21: GraloraConfig.gralora_dropout, by the authors"),
     ("hira", "rank"): (32, "hqsiswiliam/hira@f75f0cf, README.md: --r_ab=32"),
     ("hra", "rank"): (8, f"{HRA}, README.md: r is usually set to 8"),
     ("hra", "orthogonality"): (
@@ -167,10 +193,30 @@ HELD: Held = {
     ("vb_lora", "bank_bound"): (0.02, "peft 0.21: VBLoRAConfig.init_vector_bank_bound, by the authors"),
     ("vb_lora", "logits_std"): (0.1, "peft 0.21: VBLoRAConfig.init_logits_std, by the authors"),
     ("vb_lora", "logits_ratio"): (10.0, f"{VB_LORA}: --learning_rate_logits 1e-2, --learning_rate_vector_bank 1e-3"),
+    ("psoft", "rank"): (32, f"{PSOFT}: rank=46, another for each task; ours is 32, as peft's PsoftConfig.r"),
+    ("psoft", "orthogonal"): (True, f'{PSOFT}: orth="True"'),
+    ("psoft", "scale_outputs"): (True, f'{PSOFT}: mag_b="True"'),
+    ("psoft", "scale_inputs"): (True, f'{PSOFT}: mag_a="True"'),
+    ("psoft", "singular_values"): ("outputs", "peft 0.21: PsoftConfig.ab_svd_init"),
+    ("psoft", "series"): (
+        None,
+        f'{PSOFT}: use_neumann="True", 5 terms; ours is exact, as peft\'s PsoftConfig.use_cayley_neumann',
+    ),
+    ("psoft", "eps"): (None, "peft 0.21: PsoftConfig.cayley_neumann_eps"),
+    ("psoft", "dropout"): (0.0, "peft 0.21: PsoftConfig.psoft_dropout"),
+    ("road", "variant"): (1, "peft 0.21: RoadConfig.variant"),
+    ("road", "group_size"): (
+        2,
+        "arXiv 2409.00119, equation 4: neighbours are a pair (peft's RoadConfig.group_size is 64)",
+    ),
     ("vera", "rank"): (256, "peft 0.21: VeraConfig.r, by the authors"),
     ("vera", "d_initial"): (0.1, "peft 0.21: VeraConfig.d_initial, by the authors"),
     ("vera", "dropout"): (0.0, "peft 0.21: VeraConfig.vera_dropout, by the authors"),
     ("vera", "projection_seed"): (0, "peft 0.21: VeraConfig.projection_prng_key, by the authors"),
+    ("waveft", "n_frequency"): (2592, f"{WAVEFT}: n_frequency: 2592"),
+    ("waveft", "alpha"): (25.0, f"{WAVEFT}: scaling: 25"),
+    ("waveft", "wavelet"): ("db1", f"{WAVEFT}: wavelet_family: db1"),
+    ("waveft", "entry_seed"): (777, "peft 0.21: WaveFTConfig.random_loc_seed, by the authors"),
 }
 
 FREE: Free = {("alora", "invocation"): "each adapter has its own; without one it is a LoRA"}

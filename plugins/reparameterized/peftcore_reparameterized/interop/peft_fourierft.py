@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
-from peftcore.errors import ExportError
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 from peftcore.layers.kinds import Transposed
+from peftcore_reparameterized.interop._paths import path_as_pattern
 
 
 class PeftFourierFT(PeftMethod):
@@ -49,10 +49,7 @@ class PeftFourierFT(PeftMethod):
         }
 
     def pattern(self, path: str, paths: Collection[str]) -> str:
-        """Return a path as a pattern: peft takes it as a path, or as an expression for what stands behind a dot."""
-        if also := [other for other in paths if other.endswith(f".{path}")]:
-            raise ExportError(f"peft has no pattern for the n_frequency of {path} that leaves out {also[0]}")
-        return path
+        return path_as_pattern(path, paths, "n_frequency")
 
     def write(self, place: Place) -> dict[str, Tensor]:
         return {"fourierft_spectrum": place.operator.c}

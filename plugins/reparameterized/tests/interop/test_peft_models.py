@@ -14,8 +14,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] = {
     "adalora": (peft.AdaLoraConfig, {"init_r": 4, "lora_alpha": 90, "total_step": 9}, {"rank": 4, "alpha": 90.0}),
     "boft": (peft.BOFTConfig, {"boft_block_size": 4}, {"block_size": 4, "factors": 1}),
+    "c3a": (peft.C3AConfig, {"block_size": 4, "init_weights": "gaussian"}, {"block_size": 4, "start": "gaussian"}),
+    "deft": (peft.DeftConfig, {"r": 4}, {"rank": 4}),
+    "delora": (peft.DeloraConfig, {"r": 4, "delora_lambda": 3}, {"rank": 4, "strength": 3.0}),
     "dora": (peft.LoraConfig, {"r": 4, "lora_alpha": 9, "use_dora": True}, {"rank": 4, "alpha": 9.0}),
     "fourierft": (peft.FourierFTConfig, {"n_frequency": 50, "scaling": 90.0}, {"n_frequency": 50, "alpha": 90.0}),
+    "gralora": (peft.GraloraConfig, {"r": 4, "alpha": 9}, {"rank": 4, "alpha": 9.0}),
     "hira": (peft.HiraConfig, {"r": 4, "init_weights": False}, {"rank": 4}),
     "hra": (peft.HRAConfig, {"r": 4}, {"rank": 4}),
     "lily": (peft.LilyConfig, {"r": 4}, {"rank": 4}),
@@ -28,6 +32,7 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
     "peanut": (peft.PeanutConfig, {"r": 4, "depth": 1}, {"rank": 4, "depth": 1}),
     "pissa": (peft.LoraConfig, {"r": 4, "init_lora_weights": "pissa"}, {"rank": 4}),
     "pvera": (peft.PveraConfig, {"r": 8}, {"rank": 8}),
+    "psoft": (peft.PsoftConfig, {"r": 8}, {"rank": 8}),
     "randlora": (peft.RandLoraConfig, {"r": 4, "randlora_alpha": 9}, {"rank": 4, "alpha": 9.0}),
     "tinylora": (peft.TinyLoraConfig, {"r": 4}, {"rank": 4}),
     "uni_lora": (
@@ -41,6 +46,7 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
         {"rank": 4, "num_vectors": 8, "vector_length": 8, "bank_bound": 1.0},
     ),
     "vera": (peft.VeraConfig, {"r": 8}, {"rank": 8}),
+    "waveft": (peft.WaveFTConfig, {"n_frequency": 50, "scaling": 90.0}, {"n_frequency": 50, "alpha": 90.0}),
 }
 
 

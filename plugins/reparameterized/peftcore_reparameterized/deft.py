@@ -1,0 +1,129 @@
+"""DEFT: decompositional efficient fine-tuning.   Kumar et al. 2025, arXiv 2509.22793 (MAXNORM8650/DEFT).
+
+    W' = (I - Q T') W + c Q R,   P [out, rank] ~ N(0, 0.02),   R [rank, in],   c = alpha / rank, or 1 without alpha
+
+What the weight does along rank directions of its outputs is taken away, and something else put in its place. With
+`projection` relu Q is P and T is P with zeros for what is negative in it; with qr both are an orthonormal basis of the
+columns of P, so that Q T' projects. R starts as T' W / c: what is taken away is put back, and W' = W. So do peft's; the
+authors start R as N(0, 0.005). Without `injects` there is no R, as in PaRa (arXiv 2406.05641): the rank of the weight
+shrinks from the start.
+
+With `dropout` inputs of R are dropped, as in peft; the authors drop those of the whole layer. peft computes in float32
+whatever the dtype.
+
+Kernels of convolutions count as inputs; embeddings as [dim, num]. Experts have P and R of their own.
+
+Parameters: rank * (in * kernel + out) a site, rank * out without `injects`, times the number of experts; rank at most
+that of the outputs.
+
+Use it where something old is to give way to something new, as in a subject of its own in text to image.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MATRICES, Held, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
+from peftcore_reparameterized._basis import columns
+from peftcore_reparameterized._decomposed import as_matrix, as_rows
+from peftcore_reparameterized._low_rank import check_in_weight_form, input_dropout
+from peftcore_reparameterized._rotations import precise
+
+
+class Config(MethodConfig):
+    """Options of DEFT."""
+
+    method: Literal["deft"] = "deft"
+    rank: PositiveInt = 8
+    """Directions that are taken away and put in; at most the outputs that there are."""
+    alpha: PositiveFloat | None = None
+    """Numerator of the scale ``alpha / rank`` of what is put in; None leaves it as it is."""
+    projection: Literal["relu", "qr"] = "relu"
+    """What is taken away: what falls on the positive part of P, or on the space that its columns span."""
+    injects: bool = True
+    """Put something in; otherwise only take away (PaRa)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of what is put in are dropped in training."""
+
+
+class DEFTOperator(WeightOperator):
+    """What is taken away from one weight, and what is put in."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        rank = min(config.rank, site.out_features)
+        self.projection, self.dropout = config.projection, input_dropout(site, config.dropout)
+        self.scale = 1.0 if config.alpha is None else config.alpha / rank
+        self.P = nn.Parameter(torch.randn(*site.batch, site.out_features, rank) * 0.02)
+        self.R: nn.Parameter | None = None
+        if config.injects:
+            weight = as_matrix(site)
+            start = self.directions()[1].detach().to(weight).mT @ weight / self.scale
+            self.R = nn.Parameter(as_rows(site, start.to(self.P.dtype)))  # [*batch, rank, in, *kernel]
+
+    def directions(self) -> tuple[Tensor, Tensor]:
+        """Return Q and T, [*batch, out, rank]."""
+        P = precise(self.P)
+        if self.projection == "relu":
+            return P, P.relu()
+        Q = torch.linalg.qr(P).Q
+        return Q, Q
+
+    def prefers_activation_form(self, x: Tensor) -> bool:
+        return self.layer.of_vectors or (self.training and self.dropout > 0)
+
+    def prepare(self, held: Held) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return Q, T and the bias."""
+        return *self.directions(), held.bias
+
+    def activation_form(
+        self, call: Callable[..., Tensor], x: Tensor, prepared: tuple[Tensor, Tensor, Tensor | None]
+    ) -> Tensor:
+        y, bias = call(x), prepared[2]
+        Q, T = self.cast(y, *prepared[:2])
+        base = y if bias is None else y - self.layer.along_channels(bias.to(y.dtype), y)
+        low = -self.layer.mix(base, T.mT)
+        if self.R is not None:
+            (R,) = self.cast(y, self.R)
+            low = low + self.scale * self.layer.apply_dropped(x, R, self.dropout if self.training else 0.0)
+        return self.layer.add(y, low, Q, 1.0)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        check_in_weight_form(self, self.dropout)
+        return self.merged(weight)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        Q, T = self.directions()
+        matrix = precise(weight.flatten(self.layer.batch_dims + 1))
+        low = -(T.to(matrix.dtype).mT @ matrix)  # [*batch, rank, in * kernel]
+        if self.R is not None:
+            low = low + self.scale * self.R.flatten(self.layer.batch_dims + 1)
+        return weight + (Q.to(low.dtype) @ low).view(weight.shape)
+
+
+class DEFT(Method):
+    """Decompositional fine-tuning."""
+
+    name = "deft"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2509.22793", mergeable=True)
+    learning_rate = LearningRate(
+        1e-3, "MAXNORM8650/DEFT@8efdc0a, examples/sks_dog_run_all.sh", on="OmniGen, a subject of its own"
+    )
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, DEFTOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        each = site.out_features + (columns(site) if config.injects else 0)
+        return math.prod(site.batch) * min(config.rank, site.out_features) * each

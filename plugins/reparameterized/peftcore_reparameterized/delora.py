@@ -1,0 +1,93 @@
+"""DeLoRA: low-rank adaptation whose angle and strength are decoupled.   Bini et al. 2025, arXiv 2503.18225
+(ExplainableML/DeLoRA, in peft by its first author).
+
+    W' = W + lambda / rank sum_i b_i a_i diag(n) / (||a_i|| ||b_i||),   n_j = ||W[:, j]||,   i = 1 … rank
+
+Rows a_i of A and columns b_i of B count by their directions alone, so however far they train, the update of a weight is
+bounded: its norm is at most lambda max(n). The strength lambda is trained, a number a site. n holds the lengths of the
+columns of the weight as they are when the adapter is made; files have it, as peft's do.
+
+A is uniform in +-1/sqrt(in) and B zero, as in peft: lengths below 1e-4 count as 1e-4, so that W' = W. After the first
+step, however short it is, B has a direction and the update nearly its full size; so warm the rate up. The paper calls a
+start from zeros unstable at times: there both are random, and a frozen copy of their product is taken from the weight,
+which files of peft cannot hold. The authors train lambda at a rate of its own, three times that of the rest on MNLI.
+Their `module_dropout` drops inputs of the update.
+
+Convolutions count as [out, in * kernel]. Embeddings as [dim, num], with A zero and B ~ N(0, 1). Experts have A, B,
+lambda and n of their own. peft has linear layers alone.
+
+Parameters: rank * (in * kernel + out) + 1 a site, times the number of experts.
+
+Use it where training is long or its rate uncertain: it does not drift far from the base model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_count, low_rank_factors
+
+SHORTEST = 1e-4
+"""What shorter rows and columns count as."""
+
+
+class Config(MethodConfig):
+    """Options of DeLoRA."""
+
+    method: Literal["delora"] = "delora"
+    rank: PositiveInt = 8
+    """Rank of the update."""
+    strength: PositiveFloat = 15.0
+    """What lambda starts from: the update's largest norm, relative to that of the weight's longest column."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+
+
+def lengths(values: Tensor, dim: int) -> Tensor:
+    """Return lengths along a dimension, which stays with one entry."""
+    return torch.linalg.vector_norm(values, dim=dim, keepdim=True)
+
+
+class DeLoRAOperator(LowRankOperator):
+    """The update of one target module."""
+
+    n: Tensor
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site, config.dropout)
+        self.A, self.B = low_rank_factors(site, config.rank)  # [*batch, rank, in, *kernel], [*batch, out, rank]
+        self.strength = nn.Parameter(torch.full((*site.batch, 1), config.strength))
+        weight = site.base_weight().detach()
+        precise = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        self.register_buffer("n", lengths(precise, len(site.batch)))  # [*batch, 1, in, *kernel]
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        rank, flat = self.B.shape[-1], self.A.flatten(self.B.dim() - 1)
+        of_A, of_B = lengths(flat, -1).clamp(min=SHORTEST), lengths(self.B, -2).clamp(min=SHORTEST)
+        scale = self.strength.unsqueeze(-1) / rank / (of_A.mT * of_B)  # [*batch, 1, rank]
+        return self.A * self.n, self.B * scale, 1.0
+
+
+class DeLoRA(Method):
+    """Low-rank adaptation of bounded strength."""
+
+    name = "delora"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2503.18225", mergeable=True, low_rank=True)
+    learning_rate = LearningRate(1e-3, "ExplainableML/DeLoRA@2dd91e1, scripts/glue_eval.sh", on="RoBERTa-base, MNLI")
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, DeLoRAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return low_rank_count(site, config.rank) + math.prod(site.batch)

@@ -1,0 +1,18 @@
+"""Patterns of types of peft that take one as the path of a module, or as an expression for what stands behind a dot."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from peftcore.errors import ExportError
+
+
+def path_as_pattern(path: str, paths: Collection[str], option: str) -> str:
+    """Return the pattern that means one module.
+
+    Raises:
+        ExportError: it means others too.
+    """
+    if also := [other for other in paths if other.endswith(f".{path}")]:
+        raise ExportError(f"peft has no pattern for the {option} of {path} that leaves out {also[0]}")
+    return path

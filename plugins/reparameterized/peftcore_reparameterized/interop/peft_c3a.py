@@ -1,0 +1,45 @@
+"""C3A in peft's files (checked against peft 0.21): ``c3a_kernel`` is our w. The width of blocks is that of the
+tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+from torch import Size, Tensor, nn
+
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_layers import not_added
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
+from peftcore_reparameterized.interop._paths import path_as_pattern
+
+
+class PeftC3A(PeftMethod):
+    """Translates kernels of circular convolutions."""
+
+    methods = ("c3a",)
+    below = ("c3a_kernel",)
+    bias = "c3a_only"
+    patterns: ClassVar[Mapping[str, str]] = {"block_size_pattern": "block_size"}
+    kinds = (nn.Linear,)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        width = keys.take("block_size", int, 256)
+        return {"method": "c3a", "block_size": shapes["c3a_kernel"][-1] if "c3a_kernel" in shapes else width}
+
+    def differs(self, place: Place) -> str:
+        return not_added(place.site)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        return {"w": found.take("c3a_kernel", place.operator.w.shape)}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {"block_size": config.block_size}
+
+    def pattern(self, path: str, paths: Collection[str]) -> str:
+        return path_as_pattern(path, paths, "block_size")
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        return {"c3a_kernel": place.operator.w}

@@ -1,0 +1,57 @@
+"""DEFT in peft's files (checked against peft 0.21): ``deft_P`` and ``deft_R`` are our P and R."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Size, Tensor, nn
+
+from peftcore.errors import ExportError
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_layers import not_added
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
+from peftcore.layers.kinds import Transposed
+
+
+class PeftDEFT(PeftMethod):
+    """Translates what is taken away from weights, and what is put in."""
+
+    methods = ("deft",)
+    below = ("deft_P", "deft_R")
+    bias = "deft_only"
+    kinds = (nn.Linear, Transposed)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.pass_over("init_scale")  # of a start that the tensors are
+        alpha = keys.take("alpha", (float, type(None)), None)
+        return {
+            "method": "deft",
+            "rank": keys.take("r", int, 8),
+            "alpha": float(alpha) if alpha else None,  # peft takes 0 for none
+            "projection": keys.take("decomposition_method", str, "relu"),
+            "injects": not keys.take("para", bool, False),
+            "dropout": float(keys.take("deft_dropout", float, 0.0)),
+        }
+
+    def differs(self, place: Place) -> str:
+        return not_added(place.site)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        return {name: found.take(f"deft_{name}", value.shape) for name, value in place.operator.named_parameters()}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        if config.alpha is not None and config.alpha != int(config.alpha):
+            raise ExportError(f"peft's DEFT has a whole alpha, and no {config.alpha}")
+        return {
+            "r": config.rank,
+            "alpha": None if config.alpha is None else int(config.alpha),
+            "decomposition_method": config.projection,
+            "para": not config.injects,
+            "deft_dropout": config.dropout,
+        }
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        return {f"deft_{name}": value for name, value in place.operator.named_parameters()}

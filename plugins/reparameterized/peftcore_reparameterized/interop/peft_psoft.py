@@ -1,0 +1,113 @@
+"""PSOFT in peft's files (checked against peft 0.21): below ``psoft_R``, ``weight`` is our K, ``vector_b`` and
+``vector_a`` are b and a.
+
+The singular vectors are not in the file: it means those that peft finds in the base when it loads it, with the signs
+that come out. So both ways they are found as peft finds them; what is written has rows and columns of K with the signs
+that belong to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from peftcore.errors import ExportError
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_layers import not_added
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
+
+NAMES = {"K": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"}
+
+
+class PeftPSOFT(PeftMethod):
+    """Translates rotations of principal subspaces."""
+
+    methods = ("psoft",)
+    below = tuple(NAMES.values())
+    kinds = (nn.Linear,)
+    found_by: tuple[int, int] | None = None
+    """Iterations and seed of the approximation by which the file's singular vectors are found; None: exactly."""
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.only("psoft_svd", "full", "lowrank")
+        steps, seed = keys.take("psoft_svd_lowrank_niter", int, 10), keys.take("random_seed", int, 0)
+        self.found_by = (steps, seed) if keys.take("psoft_svd", str, "full") == "lowrank" else None
+        keys.pass_over("psoft_alpha")  # divided out of what it multiplies
+        keys.only("ab_svd_init", "psoft_init", "pissa_init")
+        both = keys.take("ab_svd_init", str, "psoft_init") == "pissa_init"
+        series, terms = keys.take("use_cayley_neumann", bool, False), keys.take("num_cayley_neumann_terms", int, 5)
+        eps = keys.take("cayley_neumann_eps", (float, type(None)), None)
+        return {
+            "method": "psoft",
+            "rank": keys.take("r", int, 32),
+            "orthogonal": keys.take("psoft_orth", bool, True),
+            "scale_outputs": keys.take("psoft_mag_b", bool, True),
+            "scale_inputs": keys.take("psoft_mag_a", bool, True),
+            "singular_values": "both" if both else "outputs",
+            "series": terms if series else None,
+            "eps": eps if series else None,
+            "dropout": float(keys.take("psoft_dropout", float, 0.0)),
+        }
+
+    def differs(self, place: Place) -> str:
+        if place.operator.rank < place.config.rank:
+            return f"rank={place.config.rank} above that of the weight, which it refuses"
+        return not_added(place.site)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        operator = place.operator
+        U, S, V = self._vectors(place)
+        left, right = (S, torch.ones_like(S)) if place.config.singular_values == "outputs" else (S.sqrt(), S.sqrt())
+        tensors = {"A": right[:, None] * V, "B": U * left}
+        trained = dict(operator.named_parameters())
+        return tensors | {ours: found.take(NAMES[ours], value.shape) for ours, value in trained.items()}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {
+            "r": config.rank,
+            "psoft_alpha": config.rank,
+            "psoft_dropout": config.dropout,
+            "ab_svd_init": "pissa_init" if config.singular_values == "both" else "psoft_init",
+            "psoft_svd": "full",
+            "psoft_orth": config.orthogonal,
+            "psoft_mag_b": config.scale_outputs,
+            "psoft_mag_a": config.scale_inputs,
+            "use_cayley_neumann": config.series is not None,
+            "num_cayley_neumann_terms": config.series or 5,
+            "cayley_neumann_eps": config.eps if config.series else None,
+        }
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        operator = place.operator
+        rows = nn.functional.normalize(operator.A.detach().to(torch.float32), dim=-1)
+        overlap = rows @ self._vectors(place)[2].T
+        signs = overlap.diagonal().sign()
+        if (overlap - signs.diag()).abs().max() > 1e-3:
+            raise ExportError(
+                f"{place.site.path}: peft would find other singular vectors in this base than the adapter was made of"
+            )
+        rank, K = operator.rank, operator.K.detach()
+        turned = torch.outer(signs, signs).to(K)
+        if operator.orthogonal:
+            turned = turned[*torch.triu_indices(rank, rank, 1)]
+        tensors = dict(operator.named_parameters()) | {"K": K * turned}
+        return {NAMES[ours]: value for ours, value in tensors.items()}
+
+    def _vectors(self, place: Place) -> tuple[Tensor, Tensor, Tensor]:
+        """Return U [out, rank], S [rank] and V' [rank, in] as peft finds them."""
+        site, rank = replace(place.site, meta=False), place.operator.rank  # also while loading, where all is a shape
+        weight = site.base_weight().detach().to(torch.float32)
+        if self.found_by is None:
+            U, S, V = torch.linalg.svd(weight, full_matrices=False)
+            return U[:, :rank], S[:rank], V[:rank]
+        steps, seed = self.found_by
+        with torch.random.fork_rng(devices=[] if weight.device.type == "cpu" else [weight.device]):
+            torch.manual_seed(seed)
+            U, S, V = torch.svd_lowrank(weight, q=rank, niter=steps)
+        return U, S, V.T

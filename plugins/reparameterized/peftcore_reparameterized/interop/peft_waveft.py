@@ -1,0 +1,63 @@
+"""WaveFT in peft's files (checked against peft 0.21): ``waveft_spectrum`` is our c. The positions are not in the file,
+`random_loc_seed` gives the same ones here. The number of coefficients is that of the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Size, Tensor, nn
+
+from peftcore.errors import CheckpointError
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_layers import not_added
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
+from peftcore.layers.kinds import Transposed
+
+SAME = {"sym2": "db2", "sym3": "db3"}
+"""Names of other families for wavelets of Daubechies."""
+
+
+class PeftWaveFT(PeftMethod):
+    """Translates coefficients of wavelets."""
+
+    methods = ("waveft",)
+    below = ("waveft_spectrum",)
+    bias = "waveft_only"
+    patterns: ClassVar[Mapping[str, str]] = {"n_frequency_pattern": "n_frequency"}
+    kinds = (nn.Linear, Transposed)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.pass_over("proportional_parameters")  # the numbers that it led to are those of the tensors
+        number = keys.take("n_frequency", int, 2592)
+        name = keys.take("wavelet_family", str, "db1")
+        wavelet = SAME.get(name, name) if keys.take("use_idwt", bool, True) else None
+        if wavelet is not None and not wavelet.startswith("db"):
+            raise CheckpointError(f"{keys.where}: peftcore's waveft has the wavelets db1 to db10, and no {name}")
+        return {
+            "method": "waveft",
+            "n_frequency": shapes["waveft_spectrum"][0] if "waveft_spectrum" in shapes else number,
+            "alpha": float(keys.take("scaling", float, 25.0)),
+            "wavelet": wavelet,
+            "entry_seed": keys.take("random_loc_seed", int, 777),
+        }
+
+    def differs(self, place: Place) -> str:
+        return not_added(place.site)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        return {"c": found.take("waveft_spectrum", place.operator.c.shape)}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {
+            "n_frequency": config.n_frequency,
+            "scaling": config.alpha,
+            "wavelet_family": config.wavelet or "db1",
+            "use_idwt": config.wavelet is not None,
+            "random_loc_seed": config.entry_seed,
+        }
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        return {"waveft_spectrum": place.operator.c}
