@@ -75,6 +75,7 @@ NO_RATE = {
     "peqa": "no code of its authors was found, nor the table of its paper",
     "task_arithmetic": "nothing trains",
     "ties_merging": "nothing trains",
+    "tinylora": "no code of its authors was found, nor the table of its paper",
     "unipelt": "its authors' repository has no command, and their library's default is no choice of theirs",
 }
 """Methods of ours that name no learning rate, with reasons."""

@@ -114,9 +114,7 @@ class PVeRA(Method):
     name = "pvera"
     Config = Config
     tags = Tags(category="reparameterized", paper="2512.07703", mergeable=True, random=True)
-    learning_rate = LearningRate(
-        1e-3, "leofillioux/pvera@25a3baa, config/adapters.yaml (the largest of three)", on="ViT, VTAB-1k"
-    )
+    learning_rate = LearningRate(1e-3, "leofillioux/pvera@25a3baa, config/adapters.yaml", on="ViT, VTAB-1k")
     target = ("attn.q", "attn.v", "cross.q", "cross.v")
     alternatives = MATRICES
 
