@@ -238,6 +238,8 @@ def _with(module: nn.Module, values: Iterator[Tensor]) -> Any:
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Returns tensors of one shape as one of ``[tensors, ...]``; as `torch.stack`, but its gradient is cut into theirs
     at once, and not by two operations each."""
+    if torch.compiler.is_compiling():  # compilers know torch's own; of ours, dynamo of torch 2.13 takes wrong rows
+        return torch.stack([*tensors])
     return _Stack.apply(*tensors)  # type: ignore[no-any-return, no-untyped-call]
 
 

@@ -373,6 +373,7 @@ def test_files_hold_tensors_of_any_dtype(tmp_path: Path) -> None:
 def test_a_thousand_adapters_within_a_limit(adapters: int, limit: int, tmp_path: Path) -> None:
     """Every request is answered as by an adapter that was loaded freshly, and the storages that are alive are never
     more than the limit."""
+    torch.manual_seed(0)
     chance, x = random.Random(0), torch.randn(3, 4)
     kinds = [("lora", {"rank": rank, "target": ["first", "second"]}) for rank in (1, 3, 5)]
     kinds += [("ia3", {"target": "first"}), ("dora", {"rank": 2, "target": ["first", "second"]})]
