@@ -188,13 +188,14 @@ def costs(method: str, adapters: int, training: bool) -> tuple[float, float]:
     """FLOPs of a step with so many adapters, in those of so many steps with one row; operations, in those of a step
     with one adapter and as many rows."""
     ids = torch.randint(0, 64, (adapters, 16))
+    options = {"add_missing_bias": True} if method == "bitfit" else {}
     model = llama()
-    peftcore.apply(model, method)
+    peftcore.apply(model, method, **options)
     (alone, _), (_, one) = cost(model, ids[:1], training), cost(model, ids, training)
     model = llama()
     names = [f"adapter{n}" for n in range(adapters)]
     for name in names:
-        peftcore.apply(model, method, name=name)
+        peftcore.apply(model, method, name=name, **options)
     with route(model, names):
         flops, operations = cost(model, ids, training)
     return flops / (adapters * alone), operations / one
