@@ -19,6 +19,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "deft": "peftcore_reparameterized.deft:DEFT",
         "delora": "peftcore_reparameterized.delora:DeLoRA",
         "dora": "peftcore_reparameterized.dora:DoRA",
+        "eva": "peftcore_reparameterized.eva:EVA",
         "fourierft": "peftcore_reparameterized.fourierft:FourierFT",
         "galore": "peftcore_reparameterized.galore:GaLore",
         "gralora": "peftcore_reparameterized.gralora:GraLoRA",

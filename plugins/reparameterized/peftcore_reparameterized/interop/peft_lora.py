@@ -8,7 +8,8 @@ adds the update twice, in its forward and when it merges, so there our B is twic
 PiSSA and OLoRA: peft decomposes the base again when it loads such a file, so it means W - s B0 A0 + s B A, with the
 product s B0 A0 that is the same for all who decompose exactly; ours has A0 and B0 of the host that it is loaded into.
 They are written as plain LoRA of twice the rank, which is right on any base that is the same. So is LoRA-XS, of its
-rank; what it freezes would train on there.
+rank; what it freezes would train on there. EVA is LoRA once it has started: its files are read as LoRA, and written so,
+with a rank and an alpha of each module.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ PACKED, BEHIND = "in_proj_weight", "out_proj.weight"
 class PeftLoRA(PeftMethod):
     """Translates low-rank factors, weight-decomposed or not."""
 
-    methods = ("lora", "dora", "lora_plus", "alora", *AS_LORA)
+    methods = ("lora", "dora", "lora_plus", "alora", "eva", *AS_LORA)
     below = (
         "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B",
         "lora_magnitude_vector", "lora_magnitude_vector.weight",
