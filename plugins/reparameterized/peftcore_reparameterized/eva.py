@@ -121,7 +121,9 @@ def components(model: nn.Module, data: Batches, config: Config, sites: Sequence[
     sites = [site for site in sites if sees_vectors(site)]
     at = {site.path: config.at(site.path) for site in sites}
     counts = {
-        site.path: min(site.in_features, round(config.rank * config.rho) if at[site.path] is config else at[site.path].rank)
+        site.path: min(
+            site.in_features, round(config.rank * config.rho) if at[site.path] is config else at[site.path].rank
+        )
         for site in sites
     }
     own = {path: Components(config, count) for path, count in counts.items()}
@@ -133,7 +135,9 @@ def components(model: nn.Module, data: Batches, config: Config, sites: Sequence[
     def look(module: nn.Module, given: Tensor, x: Tensor) -> None:
         for site in (each for each in sites if each.module is module):
             alike = inputs.setdefault(given, {})
-            path = first.setdefault(site.path, alike.setdefault((at[site.path] is config, counts[site.path]), site.path))
+            path = first.setdefault(
+                site.path, alike.setdefault((at[site.path] is config, counts[site.path]), site.path)
+            )
             if path == site.path and path in pending:
                 own[path].add(x)
 

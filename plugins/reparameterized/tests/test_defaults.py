@@ -24,6 +24,7 @@ WAVEFT = "Bilican/Sparse_PEFT@a2f5e61, example_outputs/config/dog/final_model/tr
 PISSA = "arXiv 2404.02948, appendix with table 10"
 UNI_LORA = "KaiyangLi1992/Uni-LoRA@e622e78, NLU/NLU/scripts_unilora_qv/roberta_base_cola.sh"
 VB_LORA = "leo-yangli/VB-LoRA@2fa62a7, NLU/NLU/scripts_vblora_qv/roberta_base_mrpc.sh"
+EVA = "ml-jku/EVA@a5ac24b"
 
 HELD: Held = {
     ("adalora", "rank"): (12, f"{ADALORA}: --lora_r 12"),
@@ -217,9 +218,25 @@ HELD: Held = {
     ("waveft", "alpha"): (25.0, f"{WAVEFT}: scaling: 25"),
     ("waveft", "wavelet"): ("db1", f"{WAVEFT}: wavelet_family: db1"),
     ("waveft", "entry_seed"): (777, "peft 0.21: WaveFTConfig.random_loc_seed, by the authors"),
+    ("eva", "rank"): (16, f"{EVA}, bash/run_train.sh: adapter_dims=(16)"),
+    ("eva", "alpha"): (1.0, f"{EVA}, train.py: lora_alpha: default=1"),
+    ("eva", "scaling"): ("rank", "peft 0.21: LoraConfig.use_rslora is False"),
+    ("eva", "dropout"): (0.0, f"{EVA}, train.py: lora_dropout: default=0.0"),
+    ("eva", "rho"): (2.0, f"{EVA}, svd_precompute.py: rho: default=2"),
+    ("eva", "tau"): (0.99, f"{EVA}, svd_precompute.py: early_stop_sim_thresh: default=0.99"),
+    ("eva", "whiten"): (False, f"{EVA}, svd_precompute.py: whiten: default=False"),
+    ("eva", "keep_scale"): (True, "peft 0.21: EvaConfig.adjust_scaling_factors"),
+    ("eva", "use_label_mask"): (
+        True,
+        f"{EVA}, svd_precompute.py: use_label_mask: default=False; ours is True, as peft's EvaConfig.use_label_mask",
+    ),
+    ("eva", "iterations"): (4, "peft 0.21: IncrementalPCA.lowrank_niter"),
 }
 
-FREE: Free = {("alora", "invocation"): "each adapter has its own; without one it is a LoRA"}
+FREE: Free = {
+    ("alora", "invocation"): "each adapter has its own; without one it is a LoRA",
+    ("eva", "passes"): "a guard, where peft goes on for ever: data on which directions settle ends before",
+}
 
 
 @pytest.mark.parametrize(("method", "option", "row"), rows(HELD, FREE))

@@ -9,6 +9,8 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.eva import initialize_lora_eva_weights
+from peft.utils.incremental_pca import IncrementalPCA
+from peft_folders import assert_same, fill
 from peft_pairs import difference
 from torch import Tensor, nn
 
@@ -18,16 +20,31 @@ from peftcore.testing import HOSTS, against, conformance
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 SAME = "the kit's batches differ in what counts of the output; the inputs, which is what this looks at, are the same"
-READ = {"encoder": {"target": ["linear1", "linear2"], "rank": 2}}
+SEEN = "what a host in half precision shows of its inputs is rounded, so the directions are others"
+ROUNDED = ("mlp", "llama", "bert", "t5", "gpt2", "moe", "mistral", "vit", "unet", "dit")
+DOUBLE = "the look at data runs the host in float64, which torch's product of grouped matrices does not take"
+FIXED = {"rank": 2, "rho": 1.0}
+"""Ranks that data finds are in the options, of which the kit expects that they are as it gave them."""
 
 
 @conformance(
     "eva",
-    options={"*": {"rank": 2}, **READ},
-    expected_failures={f"data_counts_where_it_is_asked_for-{each}": SAME for each in ("mlp", "encoder", "llama")},
+    options={"*": FIXED},
+    expected_failures={
+        **{f"data_counts_where_it_is_asked_for-{each}": SAME for each in ("mlp", "llama")},
+        **{f"{each}-moe": DOUBLE for each in ("factors_are_the_update", "fused_kernels_equal_the_plain_forward")},
+        **{f"merging_rounds_once-{each}": SEEN for each in ROUNDED},
+    },
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()
+
+
+TAU = 0.8
+
+
+def exact(*args: Any, **options: Any) -> IncrementalPCA:
+    return IncrementalPCA(*args, **{**options, "lowrank": False})
 
 
 def llama() -> nn.Module:
@@ -58,7 +75,7 @@ def theirs(targets: list[str], data: list[dict[str, Tensor]], rank: int, **optio
         lora_alpha=6,
         target_modules=targets,
         init_lora_weights="eva",
-        eva_config=peft.EvaConfig(**{"tau": 0.9, **options}),
+        eva_config=peft.EvaConfig(**{"tau": TAU, **options}),
     )
     model = peft.get_peft_model(llama(), config)
     initialize_lora_eva_weights(model, data, show_progress_bar=False)
@@ -87,15 +104,16 @@ PEFTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, bool]]] = {
 
 @pytest.mark.parametrize("case", PEFTS)
 @against("peft 0.21", "eva")
-def test_beside_peft(case: str) -> None:
+def test_beside_peft(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which modules have which rank and scale, from which directions they start; then outputs and gradients, with noise
-    in both."""
+    in both. Both decompose exactly: the approximations draw from other generators."""
+    monkeypatch.setattr(peft.tuners.lora.eva, "IncrementalPCA", exact)
     their_options, options, data = PEFTS[case]
     targets = ["q_proj", "o_proj", "down_proj"]
     other = theirs(targets, batches(**data), 3, **their_options)
     model = llama()
     injection = peftcore.apply(
-        model, "eva", target=targets, data=batches(**data), rank=3, alpha=6.0, **{"tau": 0.9, **options}
+        model, "eva", target=targets, data=batches(**data), rank=3, alpha=6.0, tau=TAU, iterations=None, **options
     )
     adapted = layers(other)
     assert injection.operators.keys() == adapted.keys()
@@ -129,7 +147,7 @@ def test_modules_with_one_input_beside_peft() -> None:
     """Of directions that explain equally much, peft gives some module the last one, and here the first has it."""
     targets = ["q_proj", "k_proj", "v_proj", "down_proj"]
     other = layers(theirs(targets, batches(), 3))
-    injection = peftcore.apply(llama(), "eva", target=targets, data=batches(), rank=3, alpha=6.0, tau=0.9)
+    injection = peftcore.apply(llama(), "eva", target=targets, data=batches(), rank=3, alpha=6.0, tau=TAU)
 
     def by_input(ranks: dict[str, int]) -> dict[str, list[int]]:
         groups: dict[str, list[int]] = {}
@@ -140,7 +158,10 @@ def test_modules_with_one_input_beside_peft() -> None:
     ours = {path: operator.A.shape[0] for path, operator in injection.operators.items()}
     assert by_input(ours) == by_input({path: layer.r["default"] for path, layer in other.items()})
     for path, operator in injection.operators.items():
-        widest = max((each for each in other if each.rpartition(".")[0] == path.rpartition(".")[0]), key=lambda p: other[p].r["default"])
+        widest = max(
+            (each for each in other if each.rpartition(".")[0] == path.rpartition(".")[0]),
+            key=lambda p: other[p].r["default"],
+        )
         assert difference(operator.A, other[widest].lora_A["default"].weight[: ours[path]]) <= 1e-3
 
 
@@ -231,7 +252,7 @@ def test_data_that_is_of_no_use() -> None:
     with pytest.raises(CalibrationError, match="4 tokens that first needs"):
         peftcore.apply(host(), "eva", target="first", data=[(torch.randn(3, 6).double(),)], rank=2)
     injection = peftcore.apply(host(), "eva", target="first", data=[(torch.randn(9, 6).double(),)], rank=9)
-    assert injection.operators["first"].A.shape == (9, 6), "the rank is the user's; there are six directions"
+    assert injection.operators["first"].A.shape == (6, 6), "there are no more directions"
 
 
 def test_a_part_of_a_hybrid_keeps_its_ranks() -> None:
@@ -241,3 +262,23 @@ def test_a_part_of_a_hybrid_keeps_its_ranks() -> None:
     rows = [operator.A for operator in injection.operators.values() if hasattr(operator, "A")]
     assert [tuple(A.shape) for A in rows] == [(2, 6), (2, 5)]
     assert all(difference(A @ A.T, torch.eye(2)) <= 1e-5 for A in rows)
+
+
+def test_files_of_peft(tmp_path: Path) -> None:
+    """An adapter of peft's EVA is a LoRA, of a rank in each module, and so is one of ours."""
+    inputs = batches()[0]
+    other = theirs(["q_proj", "o_proj", "down_proj"], batches(), 3).eval()
+    fill(parameter for parameter in other.parameters() if parameter.requires_grad)
+    other.save_pretrained(str(tmp_path / "theirs"))
+    base, ours = llama(), llama()
+    loaded = peftcore.load(ours, tmp_path / "theirs")
+    assert loaded.method.name == "lora" and len({operator.A.shape[0] for operator in loaded.operators.values()}) > 1
+    assert_same(base(**inputs).logits, ours(**inputs).logits, other(**inputs).logits)
+    for scaling in ("rank", "sqrt_rank"):
+        options = {"rank": 3, "alpha": 6.0, "scaling": scaling, "dropout": 0.1, "rho": 3.0}
+        written = llama()
+        injection = peftcore.apply(written, "eva", target="all-linear", data=batches(), **options)
+        fill(injection.parameters())
+        injection.save(tmp_path / scaling, format="peft")
+        read = peft.PeftModel.from_pretrained(llama(), str(tmp_path / scaling)).eval()
+        assert_same(base(**inputs).logits, written.eval()(**inputs).logits, read(**inputs).logits)
