@@ -29,6 +29,7 @@ CONFIGS: dict[str, Any] = {
     "dora": peft.LoraConfig(use_dora=True, target_modules=["q_proj"]),
     "pissa": peft.LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"]),
     "olora": peft.LoraConfig(init_lora_weights="olora", target_modules=["q_proj"]),
+    "lora, orthogonal": peft.LoraConfig(init_lora_weights="orthogonal", target_modules=["q_proj"]),
     "adalora": peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10),
     "ia3": peft.IA3Config(**LM),
     "osf": peft.OSFConfig(target_modules=["q_proj"]),

@@ -231,6 +231,7 @@ HELD: Held = {
         f"{EVA}, svd_precompute.py: use_label_mask: default=False; ours is True, as peft's EvaConfig.use_label_mask",
     ),
     ("eva", "iterations"): (4, "peft 0.21: IncrementalPCA.lowrank_niter"),
+    ("lora", "start"): ("zero", "peft 0.21: LoraConfig.init_lora_weights is True"),
 }
 
 FREE: Free = {
