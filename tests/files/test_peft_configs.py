@@ -30,6 +30,7 @@ CONFIGS: dict[str, Any] = {
     "pissa": peft.LoraConfig(init_lora_weights="pissa", target_modules=["q_proj"]),
     "olora": peft.LoraConfig(init_lora_weights="olora", target_modules=["q_proj"]),
     "lora, orthogonal": peft.LoraConfig(init_lora_weights="orthogonal", target_modules=["q_proj"]),
+    "mica": peft.LoraConfig(r=4, init_lora_weights="mica", target_modules=["q_proj"]),
     "adalora": peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10),
     "ia3": peft.IA3Config(**LM),
     "osf": peft.OSFConfig(target_modules=["q_proj"]),

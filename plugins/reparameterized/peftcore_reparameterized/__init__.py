@@ -31,6 +31,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "lora": "peftcore_reparameterized.lora:LoRA",
         "lora_plus": "peftcore_reparameterized.lora_plus:LoRAPlus",
         "lora_xs": "peftcore_reparameterized.lora_xs:LoRAXS",
+        "mica": "peftcore_reparameterized.mica:MiCA",
         "miss": "peftcore_reparameterized.miss:MiSS",
         "oft": "peftcore_reparameterized.oft:OFT",
         "olora": "peftcore_reparameterized.olora:OLoRA",

@@ -25,6 +25,7 @@ PISSA = "arXiv 2404.02948, appendix with table 10"
 UNI_LORA = "KaiyangLi1992/Uni-LoRA@e622e78, NLU/NLU/scripts_unilora_qv/roberta_base_cola.sh"
 VB_LORA = "leo-yangli/VB-LoRA@2fa62a7, NLU/NLU/scripts_vblora_qv/roberta_base_mrpc.sh"
 EVA = "ml-jku/EVA@a5ac24b"
+MICA = "huggingface/peft@5d602fd, examples/mica_finetuning/README.md"
 
 HELD: Held = {
     ("adalora", "rank"): (12, f"{ADALORA}: --lora_r 12"),
@@ -232,6 +233,9 @@ HELD: Held = {
     ),
     ("eva", "iterations"): (4, "peft 0.21: IncrementalPCA.lowrank_niter"),
     ("lora", "start"): ("zero", "peft 0.21: LoraConfig.init_lora_weights is True"),
+    ("mica", "rank"): (16, f"{MICA}: r=16"),
+    ("mica", "alpha"): (16.0, f"{MICA}: lora_alpha=16"),
+    ("mica", "dropout"): (0.0, "peft 0.21: LoraConfig.lora_dropout"),
 }
 
 FREE: Free = {

@@ -40,6 +40,8 @@ DECOMPOSED = {"pissa": (nn.Linear, Transposed), "olora": (nn.Linear,)}
 """Starts that take a part out of the base, exactly, and the layers where peft can; our methods have the same names."""
 AS_LORA = {"pissa": 2, "olora": 2, "lora_xs": 1}
 """Methods that are written as LoRA, and how many times their rank."""
+MINOR = (nn.Linear, Transposed, nn.Embedding)
+"""The layers where peft has MiCA."""
 
 _GENERATES = {"task_type": "CAUSAL_LM"}
 """What peft's file of an aLoRA says: no other of its models looks for the invocation."""
@@ -50,7 +52,7 @@ PACKED, BEHIND = "in_proj_weight", "out_proj.weight"
 class PeftLoRA(PeftMethod):
     """Translates low-rank factors, weight-decomposed or not."""
 
-    methods = ("lora", "dora", "lora_plus", "alora", "eva", *AS_LORA)
+    methods = ("lora", "dora", "lora_plus", "alora", "eva", "mica", *AS_LORA)
     below = (
         "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B",
         "lora_magnitude_vector", "lora_magnitude_vector.weight",
@@ -62,7 +64,7 @@ class PeftLoRA(PeftMethod):
         keys.pass_over("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying")
         keys.pass_over("qalora_group_size")
         start = keys.take("init_lora_weights", (bool, str), True)
-        if isinstance(start, str) and start not in (*PLAIN_STARTS, *DECOMPOSED):
+        if isinstance(start, str) and start not in (*PLAIN_STARTS, *DECOMPOSED, "mica"):
             raise CheckpointError(
                 f"{keys.where}: with init_lora_weights = {start!r} peft changes the base's weights when it loads; in "
                 "peft, save with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
@@ -87,7 +89,7 @@ class PeftLoRA(PeftMethod):
             scaling = "sqrt_rank" if rs else "rank"
             options = {"rank": rank, "alpha": float(alpha), "scaling": scaling, "dropout": dropout}
             return {"method": "alora", "invocation": invocation, **options}
-        if start in DECOMPOSED:
+        if start in DECOMPOSED or start == "mica":
             keys.only("lora_bias", False)
             scaled = float(alpha * (math.sqrt(rank) if rs else 1))
             return {"method": start, "rank": rank, "alpha": scaled, "dropout": dropout}
@@ -191,11 +193,14 @@ class PeftLoRA(PeftMethod):
             other = {PACKED: BEHIND, BEHIND: PACKED}.get(tensor)
             if other is not None and (path, other) not in tensors:
                 raise ExportError(f"peft adapts all of {path}, and here {other} is left out")
-        return {}
+        minor = all(place.config.method == "mica" and _is_minor(place) for place in places)
+        return {"init_lora_weights": "mica"} if places and minor else {}
 
     def write(self, place: Place) -> dict[str, Tensor]:
         site, operator = place.site, place.operator
         A, B = operator.A.detach(), operator.B.detach()
+        if place.config.method == "mica":
+            A, B = _factors(place, place.config.rank)  # with zeros where the weight has not so many directions
         if times := AS_LORA.get(place.config.method):
             A, B = _factors(place, times * place.config.rank)
         if site.tensor == BEHIND:
@@ -212,6 +217,12 @@ class PeftLoRA(PeftMethod):
             size, ones = state["magnitude"].shape, [1 for _ in site.kernel]
             tensors["lora_magnitude_vector"] = state["magnitude"].view(1, *size, *ones) if ones else state["magnitude"]
         return tensors
+
+
+def _is_minor(place: Place) -> bool:
+    """Whether peft has MiCA at a place, with the rank that is said."""
+    whole = not is_parameter(place.site) and place.site.tensor == "weight"
+    return whole and is_one_of(place.site, MINOR) and place.operator.A.shape[0] == place.config.rank
 
 
 def _turned(site: Site) -> bool:
