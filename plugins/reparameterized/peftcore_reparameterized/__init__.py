@@ -25,6 +25,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "gralora": "peftcore_reparameterized.gralora:GraLoRA",
         "hira": "peftcore_reparameterized.hira:HiRA",
         "hra": "peftcore_reparameterized.hra:HRA",
+        "kasa": "peftcore_reparameterized.kasa:KaSA",
         "lily": "peftcore_reparameterized.lily:Lily",
         "loha": "peftcore_reparameterized.loha:LoHa",
         "lokr": "peftcore_reparameterized.lokr:LoKr",

@@ -26,6 +26,7 @@ UNI_LORA = "KaiyangLi1992/Uni-LoRA@e622e78, NLU/NLU/scripts_unilora_qv/roberta_b
 VB_LORA = "leo-yangli/VB-LoRA@2fa62a7, NLU/NLU/scripts_vblora_qv/roberta_base_mrpc.sh"
 EVA = "ml-jku/EVA@a5ac24b"
 MICA = "huggingface/peft@5d602fd, examples/mica_finetuning/README.md"
+KASA = "juyongjiang/KaSA@f85e88c, README.md"
 
 HELD: Held = {
     ("adalora", "rank"): (12, f"{ADALORA}: --lora_r 12"),
@@ -236,6 +237,11 @@ HELD: Held = {
     ("mica", "rank"): (16, f"{MICA}: r=16"),
     ("mica", "alpha"): (16.0, f"{MICA}: lora_alpha=16"),
     ("mica", "dropout"): (0.0, "peft 0.21: LoraConfig.lora_dropout"),
+    ("kasa", "rank"): (8, f"{KASA}: LORA_R=8"),
+    ("kasa", "alpha"): (16.0, f"{KASA}: LORA_ALPHA=16"),
+    ("kasa", "dropout"): (0.0, f"{KASA}: LORA_DROPOUT=0.0"),
+    ("kasa", "beta"): (1e-4, f"{KASA}: BETA=0.0001"),
+    ("kasa", "gamma"): (1e-3, f"{KASA}: GEMMA=0.001"),
 }
 
 FREE: Free = {

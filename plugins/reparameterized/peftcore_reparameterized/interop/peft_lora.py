@@ -9,7 +9,8 @@ PiSSA and OLoRA: peft decomposes the base again when it loads such a file, so it
 product s B0 A0 that is the same for all who decompose exactly; ours has A0 and B0 of the host that it is loaded into.
 They are written as plain LoRA of twice the rank, which is right on any base that is the same. So is LoRA-XS, of its
 rank; what it freezes would train on there. EVA is LoRA once it has started: its files are read as LoRA, and written so,
-with a rank and an alpha of each module.
+with a rank and an alpha of each module. KaSA's file means W without its smallest singular values, which peft takes
+away when it loads; it is written as LoRA of twice the rank.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from peftcore_reparameterized.lora import LoRA, scale_of
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "lora_ga", "mini_lora")
 DECOMPOSED = {"pissa": (nn.Linear, Transposed), "olora": (nn.Linear,)}
 """Starts that take a part out of the base, exactly, and the layers where peft can; our methods have the same names."""
-AS_LORA = {"pissa": 2, "olora": 2, "lora_xs": 1}
+AS_LORA = {"pissa": 2, "olora": 2, "kasa": 2, "lora_xs": 1}
 """Methods that are written as LoRA, and how many times their rank."""
 MINOR = (nn.Linear, Transposed, nn.Embedding)
 """The layers where peft has MiCA."""
@@ -55,7 +56,7 @@ class PeftLoRA(PeftMethod):
     methods = ("lora", "dora", "lora_plus", "alora", "eva", "mica", *AS_LORA)
     below = (
         "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B",
-        "lora_magnitude_vector", "lora_magnitude_vector.weight",
+        "lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_diag",
     )  # fmt: skip
     bias = "lora_only"
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
@@ -89,6 +90,15 @@ class PeftLoRA(PeftMethod):
             scaling = "sqrt_rank" if rs else "rank"
             options = {"rank": rank, "alpha": float(alpha), "scaling": scaling, "dropout": dropout}
             return {"method": "alora", "invocation": invocation, **options}
+        losses = keys.take("kasa_config", dict, None)
+        if losses is not None:
+            keys.only("lora_bias", False)
+            keys.only("init_lora_weights", True, False, *PLAIN_STARTS)
+            scaled = float(alpha * (math.sqrt(rank) if rs else 1))
+            of = Keys(losses, keys.where)
+            weights = {"beta": float(of.take("beta", float, 1e-4)), "gamma": float(of.take("gamma", float, 1e-3))}
+            of.check_known()
+            return {"method": "kasa", "rank": rank, "alpha": scaled, "dropout": dropout, **weights}
         if start in DECOMPOSED or start == "mica":
             keys.only("lora_bias", False)
             scaled = float(alpha * (math.sqrt(rank) if rs else 1))
@@ -116,7 +126,7 @@ class PeftLoRA(PeftMethod):
         site, operator = place.site, place.operator
         A, B = operator.A.shape, operator.B.shape
         ones = (1,) * len(site.kernel)
-        kinds = DECOMPOSED.get(place.config.method)
+        kinds = (nn.Linear,) if place.config.method == "kasa" else DECOMPOSED.get(place.config.method)
         if kinds and not is_one_of(site, kinds):
             raise CheckpointError(f"{site.path} is none of the layers that peft decomposes for {place.config.method}")
         if site.layer.one_hot:
@@ -133,6 +143,8 @@ class PeftLoRA(PeftMethod):
             tensors = {"A": found.take("lora_A.weight", A), "B": found.take("lora_B.weight", B, (*B, *ones))}
         if site.tensor == BEHIND:
             tensors["B"] = 2 * tensors["B"]
+        if place.config.method == "kasa":
+            tensors["d"] = found.take("lora_diag", operator.d.shape)
         if place.graft.operator.state_dict().keys() >= {"magnitude"}:
             name = "lora_magnitude_vector"
             name = name if found.has(name) else f"{name}.weight"
