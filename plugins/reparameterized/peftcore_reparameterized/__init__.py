@@ -16,6 +16,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "alora": "peftcore_reparameterized.alora:ALoRA",
         "boft": "peftcore_reparameterized.boft:BOFT",
         "c3a": "peftcore_reparameterized.c3a:C3A",
+        "corda": "peftcore_reparameterized.corda:CorDA",
         "deft": "peftcore_reparameterized.deft:DEFT",
         "delora": "peftcore_reparameterized.delora:DeLoRA",
         "dora": "peftcore_reparameterized.dora:DoRA",

@@ -27,6 +27,7 @@ VB_LORA = "leo-yangli/VB-LoRA@2fa62a7, NLU/NLU/scripts_vblora_qv/roberta_base_mr
 EVA = "ml-jku/EVA@a5ac24b"
 MICA = "huggingface/peft@5d602fd, examples/mica_finetuning/README.md"
 KASA = "juyongjiang/KaSA@f85e88c, README.md"
+CORDA = "iboing/CorDA@baffb03"
 
 HELD: Held = {
     ("adalora", "rank"): (12, f"{ADALORA}: --lora_r 12"),
@@ -242,6 +243,13 @@ HELD: Held = {
     ("kasa", "dropout"): (0.0, f"{KASA}: LORA_DROPOUT=0.0"),
     ("kasa", "beta"): (1e-4, f"{KASA}: BETA=0.0001"),
     ("kasa", "gamma"): (1e-3, f"{KASA}: GEMMA=0.001"),
+    ("corda", "rank"): (128, "huggingface/peft@5d602fd, examples/corda_finetuning/README.md: --r 128"),
+    ("corda", "alpha"): (
+        128.0,
+        f"{CORDA}, cordalib/decomposition.py: CorDA_adapter has no scale, which is 1 with alpha = rank",
+    ),
+    ("corda", "dropout"): (0.0, f"{CORDA}, cordalib/decomposition.py: CorDA_adapter drops nothing"),
+    ("corda", "mode"): ("ipm", "peft 0.21: CordaConfig.corda_method"),
 }
 
 FREE: Free = {

@@ -7,9 +7,10 @@ adds the update twice, in its forward and when it merges, so there our B is twic
 
 PiSSA and OLoRA: peft decomposes the base again when it loads such a file, so it means W - s B0 A0 + s B A, with the
 product s B0 A0 that is the same for all who decompose exactly; ours has A0 and B0 of the host that it is loaded into.
-They are written as plain LoRA of twice the rank, which is right on any base that is the same. So is LoRA-XS, of its
-rank; what it freezes would train on there. EVA is LoRA once it has started: its files are read as LoRA, and written so,
-with a rank and an alpha of each module. KaSA's file means W without its smallest singular values, which peft takes
+They are written as plain LoRA of twice the rank, which is right on any base that is the same, as are CorDA and
+LoRA-GA, whose start no file of peft's has. So is
+LoRA-XS, of its rank; what it freezes would train on there. EVA is LoRA once it has started: its files are read as LoRA,
+and written so, with a rank and an alpha of each module. KaSA's file means W without its smallest singular values, which peft takes
 away when it loads; it is written as LoRA of twice the rank.
 """
 
@@ -39,7 +40,7 @@ from peftcore_reparameterized.lora import LoRA, scale_of
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "lora_ga", "mini_lora")
 DECOMPOSED = {"pissa": (nn.Linear, Transposed), "olora": (nn.Linear,)}
 """Starts that take a part out of the base, exactly, and the layers where peft can; our methods have the same names."""
-AS_LORA = {"pissa": 2, "olora": 2, "kasa": 2, "lora_xs": 1}
+AS_LORA = {"pissa": 2, "olora": 2, "kasa": 2, "corda": 2, "lora_xs": 1}
 """Methods that are written as LoRA, and how many times their rank."""
 MINOR = (nn.Linear, Transposed, nn.Embedding)
 """The layers where peft has MiCA."""
