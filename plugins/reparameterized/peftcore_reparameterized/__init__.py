@@ -31,6 +31,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "loha": "peftcore_reparameterized.loha:LoHa",
         "lokr": "peftcore_reparameterized.lokr:LoKr",
         "lora": "peftcore_reparameterized.lora:LoRA",
+        "lora_ga": "peftcore_reparameterized.lora_ga:LoRAGA",
         "lora_plus": "peftcore_reparameterized.lora_plus:LoRAPlus",
         "lora_xs": "peftcore_reparameterized.lora_xs:LoRAXS",
         "mica": "peftcore_reparameterized.mica:MiCA",

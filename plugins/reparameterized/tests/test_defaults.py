@@ -28,6 +28,7 @@ EVA = "ml-jku/EVA@a5ac24b"
 MICA = "huggingface/peft@5d602fd, examples/mica_finetuning/README.md"
 KASA = "juyongjiang/KaSA@f85e88c, README.md"
 CORDA = "iboing/CorDA@baffb03"
+LORA_GA = "Outsider565/LoRA-GA@89af7de"
 
 HELD: Held = {
     ("adalora", "rank"): (12, f"{ADALORA}: --lora_r 12"),
@@ -250,6 +251,17 @@ HELD: Held = {
     ),
     ("corda", "dropout"): (0.0, f"{CORDA}, cordalib/decomposition.py: CorDA_adapter drops nothing"),
     ("corda", "mode"): ("ipm", "peft 0.21: CordaConfig.corda_method"),
+    ("lora_ga", "rank"): (
+        8,
+        f"{LORA_GA}, examples/float_llama2-7b_metamath.py: lora_rank=32; ours is 8, as peft's LoraConfig.r",
+    ),
+    ("lora_ga", "alpha"): (16.0, f"{LORA_GA}, reproduce/conf/peft/all.yaml: lora_alpha: 16"),
+    ("lora_ga", "dropout"): (0.0, "peft 0.21: LoraConfig.lora_dropout"),
+    ("lora_ga", "direction"): ("ArB2r", f"{LORA_GA}, reproduce/conf/init/gradient.yaml: direction: ArB2r"),
+    ("lora_ga", "scale"): ("stable", f"{LORA_GA}, reproduce/conf/init/gradient.yaml: scale: stable"),
+    ("lora_ga", "gamma"): (16.0, f"{LORA_GA}, reproduce/conf/init/gradient.yaml: stable_gamma: 16"),
+    ("lora_ga", "form"): ("authors", f"{LORA_GA}, reproduce/run_exp.py: B and A are both scaled"),
+    ("lora_ga", "iterations"): (4, f"{LORA_GA}, reproduce/run_exp.py: niter=4"),
 }
 
 FREE: Free = {

@@ -40,7 +40,7 @@ from peftcore_reparameterized.lora import LoRA, scale_of
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "lora_ga", "mini_lora")
 DECOMPOSED = {"pissa": (nn.Linear, Transposed), "olora": (nn.Linear,)}
 """Starts that take a part out of the base, exactly, and the layers where peft can; our methods have the same names."""
-AS_LORA = {"pissa": 2, "olora": 2, "kasa": 2, "corda": 2, "lora_xs": 1}
+AS_LORA = {"pissa": 2, "olora": 2, "kasa": 2, "corda": 2, "lora_ga": 2, "lora_xs": 1}
 """Methods that are written as LoRA, and how many times their rank."""
 MINOR = (nn.Linear, Transposed, nn.Embedding)
 """The layers where peft has MiCA."""
