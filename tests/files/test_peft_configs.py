@@ -32,6 +32,7 @@ CONFIGS: dict[str, Any] = {
     "lora, orthogonal": peft.LoraConfig(init_lora_weights="orthogonal", target_modules=["q_proj"]),
     "mica": peft.LoraConfig(r=4, init_lora_weights="mica", target_modules=["q_proj"]),
     "kasa": peft.LoraConfig(r=4, kasa_config=peft.KasaConfig(), target_modules=["q_proj"]),
+    "velora": peft.LoraConfig(velora_config=peft.VeloraConfig(num_groups=4), target_modules=["q_proj"]),
     "adalora": peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10),
     "ia3": peft.IA3Config(**LM),
     "osf": peft.OSFConfig(target_modules=["q_proj"]),

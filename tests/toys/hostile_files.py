@@ -149,6 +149,7 @@ SAMPLES = [
     Sample("road", wishes={"variant": 2}),
     Sample("psoft", wishes=_two(iterations=2)),
     Sample("deft", wishes=_two()),
+    Sample("velora", wishes=_two(num_groups=4)),
     Sample("lora_ga", wishes=_two()),
     Sample("corda", wishes=_two()),
     Sample("kasa", wishes=_two()),

@@ -48,6 +48,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "tinylora": "peftcore_reparameterized.tinylora:TinyLoRA",
         "uni_lora": "peftcore_reparameterized.uni_lora:UniLoRA",
         "vb_lora": "peftcore_reparameterized.vb_lora:VBLoRA",
+        "velora": "peftcore_reparameterized.velora:VeLoRA",
         "vera": "peftcore_reparameterized.vera:VeRA",
         "waveft": "peftcore_reparameterized.waveft:WaveFT",
     }

@@ -29,6 +29,7 @@ MICA = "huggingface/peft@5d602fd, examples/mica_finetuning/README.md"
 KASA = "juyongjiang/KaSA@f85e88c, README.md"
 CORDA = "iboing/CorDA@baffb03"
 LORA_GA = "Outsider565/LoRA-GA@89af7de"
+VELORA = "roymiles/VeLoRA@a6415bc, scripts/finetune_llama_7b.sh"
 
 HELD: Held = {
     ("adalora", "rank"): (12, f"{ADALORA}: --lora_r 12"),
@@ -262,6 +263,15 @@ HELD: Held = {
     ("lora_ga", "gamma"): (16.0, f"{LORA_GA}, reproduce/conf/init/gradient.yaml: stable_gamma: 16"),
     ("lora_ga", "form"): ("authors", f"{LORA_GA}, reproduce/run_exp.py: B and A are both scaled"),
     ("lora_ga", "iterations"): (4, f"{LORA_GA}, reproduce/run_exp.py: niter=4"),
+    ("velora", "rank"): (32, f"{VELORA}: --lora_r 32"),
+    ("velora", "alpha"): (16.0, f"{VELORA}: --lora_alpha 16"),
+    ("velora", "dropout"): (
+        0.0,
+        f"{VELORA}: --lora_dropout 0.1; ours is 0.0, as peft's LoraConfig.lora_dropout",
+    ),
+    ("velora", "num_groups"): (32, f"{VELORA}: --num_groups 32"),
+    ("velora", "projection"): ("first", f"{VELORA}: --init_type 'batch_average_once'"),
+    ("velora", "rebuilt_scale"): (0.1, f"{VELORA}: --velora_scale 0.1"),
 }
 
 FREE: Free = {

@@ -42,6 +42,8 @@ DECOMPOSED = {"pissa": (nn.Linear, Transposed), "olora": (nn.Linear,)}
 """Starts that take a part out of the base, exactly, and the layers where peft can; our methods have the same names."""
 AS_LORA = {"pissa": 2, "olora": 2, "kasa": 2, "corda": 2, "lora_ga": 2, "lora_xs": 1}
 """Methods that are written as LoRA, and how many times their rank."""
+PROJECTIONS = {"batch_average_once": "first", "batch_average": "each", "random": "random"}
+"""What peft calls the projections of VeLoRA."""
 MINOR = (nn.Linear, Transposed, nn.Embedding)
 """The layers where peft has MiCA."""
 
@@ -54,10 +56,10 @@ PACKED, BEHIND = "in_proj_weight", "out_proj.weight"
 class PeftLoRA(PeftMethod):
     """Translates low-rank factors, weight-decomposed or not."""
 
-    methods = ("lora", "dora", "lora_plus", "alora", "eva", "mica", *AS_LORA)
+    methods = ("lora", "dora", "lora_plus", "alora", "eva", "mica", "velora", *AS_LORA)
     below = (
         "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B",
-        "lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_diag",
+        "lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_diag", "lora_velora_embed",
     )  # fmt: skip
     bias = "lora_only"
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
@@ -91,6 +93,20 @@ class PeftLoRA(PeftMethod):
             scaling = "sqrt_rank" if rs else "rank"
             options = {"rank": rank, "alpha": float(alpha), "scaling": scaling, "dropout": dropout}
             return {"method": "alora", "invocation": invocation, **options}
+        groups = keys.take("velora_config", dict, None)
+        if groups is not None:
+            keys.only("lora_bias", False)
+            keys.only("init_lora_weights", True, False, *PLAIN_STARTS)
+            scaled = float(alpha * (math.sqrt(rank) if rs else 1))
+            of = Keys(groups, keys.where)
+            of.only("init_type", "batch_average", *PROJECTIONS)
+            own = {
+                "num_groups": of.take("num_groups", int, 64),
+                "projection": PROJECTIONS[of.take("init_type", str, "batch_average")],
+                "rebuilt_scale": float(of.take("scale", float, 1.0)),
+            }
+            of.check_known()
+            return {"method": "velora", "rank": rank, "alpha": scaled, "dropout": dropout, **own}
         losses = keys.take("kasa_config", dict, None)
         if losses is not None:
             keys.only("lora_bias", False)
@@ -144,8 +160,10 @@ class PeftLoRA(PeftMethod):
             tensors = {"A": found.take("lora_A.weight", A), "B": found.take("lora_B.weight", B, (*B, *ones))}
         if site.tensor == BEHIND:
             tensors["B"] = 2 * tensors["B"]
+        if place.config.method == "velora":
+            tensors["v"] = found.take("lora_velora_embed", operator.v.shape)
         if place.config.method == "kasa":
-            tensors["d"] = found.take("lora_diag", operator.d.shape)
+            tensors["d"] = found.take("lora_diag", "lora_velora_embed", operator.d.shape)
         if place.graft.operator.state_dict().keys() >= {"magnitude"}:
             name = "lora_magnitude_vector"
             name = name if found.has(name) else f"{name}.weight"
@@ -189,6 +207,7 @@ class PeftLoRA(PeftMethod):
             "use_dora": config.method == "dora",
             "use_rslora": options.get("scaling") == "sqrt_rank",
             "init_lora_weights": True,
+            **(_velora(config) if config.method == "velora" else {}),
             **({"alora_invocation_tokens": options["invocation"], **_GENERATES} if options.get("invocation") else {}),
         }
 
@@ -226,10 +245,18 @@ class PeftLoRA(PeftMethod):
         else:
             tensors = {"lora_A.weight": A, "lora_B.weight": B.view(*B.shape, *(1 for _ in site.kernel))}
         state = operator.state_dict()
+        if place.config.method == "velora":
+            tensors["lora_velora_embed"] = state["v"]
         if "magnitude" in state:
             size, ones = state["magnitude"].shape, [1 for _ in site.kernel]
             tensors["lora_magnitude_vector"] = state["magnitude"].view(1, *size, *ones) if ones else state["magnitude"]
         return tensors
+
+
+def _velora(config: Any) -> dict[str, Any]:
+    """Return what peft's file says of VeLoRA."""
+    kind = next(name for name, own in PROJECTIONS.items() if own == config.projection)
+    return {"velora_config": {"num_groups": config.num_groups, "init_type": kind, "scale": config.rebuilt_scale}}
 
 
 def _is_minor(place: Place) -> bool:
