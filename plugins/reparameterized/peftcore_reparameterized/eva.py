@@ -14,7 +14,8 @@ the user overrides for a module stay, and it takes no part. Modules with the sam
 the earlier ones in the model get more where the number is odd.
 
 As in the authors' code the mean is taken off the inputs, and V is approximated (`iterations`); peft's is the same.
-Positions of padding are left out, and those without a label too, as in peft. Embeddings, convolutions and weights that
+Positions of padding are left out, and those without a label too, as in peft; a batch that has fewer than there are
+components waits for the next one, where peft passes over it. Embeddings, convolutions and weights that
 are read have no vectors to look at: they start as in LoRA, with their own rank.
 
 Parameters: rank * (in + out) a site, with the rank that it got: in sum at most those of LoRA where all are alike.
@@ -75,11 +76,14 @@ class Components:
     def __init__(self, config: Config, count: int) -> None:
         self.config, self.count, self.seen, self.variation = config, count, 0, torch.zeros(())
         self.settled = torch.zeros(count, dtype=torch.bool)
+        self.waiting: Tensor | None = None
 
     @torch.no_grad()
     def add(self, x: Tensor) -> None:  # x [tokens, in]
-        """Go on with a batch; one of fewer vectors than components says too little."""
-        if len(x) < self.count:
+        """Go on with a batch; fewer vectors than components wait for the next one."""
+        x = torch.cat([self.waiting, x]) if self.waiting is not None else x
+        self.waiting = x if len(x) < self.count else None
+        if self.waiting is not None:
             return
         mean, seen = x.mean(0), self.seen + len(x)
         rows = x - mean
@@ -116,7 +120,7 @@ def components(model: nn.Module, data: Batches, config: Config, sites: Sequence[
     """Return the components of the inputs of each site that was called, of which the earlier stand first.
 
     Raises:
-        CalibrationError: no batch has enough tokens.
+        CalibrationError: the data has too few tokens.
     """
     sites = [site for site in sites if sees_vectors(site)]
     at = {site.path: config.at(site.path) for site in sites}
@@ -155,7 +159,7 @@ def components(model: nn.Module, data: Batches, config: Config, sites: Sequence[
                 break
     for path, found in first.items():
         if not own[found].seen:
-            raise CalibrationError(f"no batch has the {counts[path]} tokens that {path} needs: give larger ones")
+            raise CalibrationError(f"the data has not the {counts[path]} tokens that {path} needs: give more")
     return {path: own[found] for path, found in first.items()}
 
 

@@ -249,8 +249,15 @@ def test_what_has_no_vectors_starts_as_lora() -> None:
 
 
 def test_data_that_is_of_no_use() -> None:
+    torch.manual_seed(0)
+    parts = [(each,) for each in torch.randn(6, 6).double().split(3)]
     with pytest.raises(CalibrationError, match="4 tokens that first needs"):
-        peftcore.apply(host(), "eva", target="first", data=[(torch.randn(3, 6).double(),)], rank=2)
+        peftcore.apply(host(), "eva", target="first", data=parts[:1], rank=2, passes=1)
+    few = peftcore.apply(host(), "eva", target="first", data=parts, rank=2, passes=1).operators["first"].A
+    whole = torch.cat([part for (part,) in parts])
+    torch.testing.assert_close(
+        few, peftcore.apply(host(), "eva", target="first", data=[(whole,)], rank=2, passes=1).operators["first"].A
+    )
     injection = peftcore.apply(host(), "eva", target="first", data=[(torch.randn(9, 6).double(),)], rank=9)
     assert injection.operators["first"].A.shape == (6, 6), "there are no more directions"
 

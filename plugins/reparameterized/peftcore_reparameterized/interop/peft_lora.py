@@ -8,10 +8,10 @@ adds the update twice, in its forward and when it merges, so there our B is twic
 PiSSA and OLoRA: peft decomposes the base again when it loads such a file, so it means W - s B0 A0 + s B A, with the
 product s B0 A0 that is the same for all who decompose exactly; ours has A0 and B0 of the host that it is loaded into.
 They are written as plain LoRA of twice the rank, which is right on any base that is the same, as are CorDA and
-LoRA-GA, whose start no file of peft's has. So is
-LoRA-XS, of its rank; what it freezes would train on there. EVA is LoRA once it has started: its files are read as LoRA,
-and written so, with a rank and an alpha of each module. KaSA's file means W without its smallest singular values, which peft takes
-away when it loads; it is written as LoRA of twice the rank.
+LoRA-GA, whose start no file of peft's has. So is LoRA-XS, of its rank; what it freezes would train on there. EVA is
+LoRA once it has started: its files are read as LoRA, and written so, with a rank and an alpha of each module. KaSA's
+file means W without its smallest singular values, which peft takes away when it loads; it is written as LoRA of twice
+the rank.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class PeftLoRA(PeftMethod):
         if place.config.method == "velora":
             tensors["v"] = found.take("lora_velora_embed", operator.v.shape)
         if place.config.method == "kasa":
-            tensors["d"] = found.take("lora_diag", "lora_velora_embed", operator.d.shape)
+            tensors["d"] = found.take("lora_diag", operator.d.shape)
         if place.graft.operator.state_dict().keys() >= {"magnitude"}:
             name = "lora_magnitude_vector"
             name = name if found.has(name) else f"{name}.weight"
