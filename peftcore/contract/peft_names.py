@@ -15,6 +15,7 @@ OPTIONS: Mapping[str, tuple[str, str]] = {
     "alpha_pattern": ('use overrides={"*.q_proj": {"alpha": 4.0}}', "alpha"),
     "use_dora": ('use the method "dora"', ""),
     "init_lora_weights": ('use a method of its own, such as "pissa", "olora" or "loftq"', ""),
+    **{f"{each}_config": (f'use the method "{each}"', "") for each in ("eva", "corda", "lora_ga", "kasa", "velora")},
     "target_modules": ("use target=, with the same names", ""),
     "target_parameters": ("use target=, with the same names", ""),
     "layers_to_transform": ('use a target with layers in it, target=r"re:.*layers\\.[01]\\..*q_proj"', ""),

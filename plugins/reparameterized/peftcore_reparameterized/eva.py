@@ -15,8 +15,8 @@ the earlier ones in the model get more where the number is odd.
 
 As in the authors' code the mean is taken off the inputs, and V is approximated (`iterations`); peft's is the same.
 Positions of padding are left out, and those without a label too, as in peft; a batch that has fewer than there are
-components waits for the next one, where peft passes over it. Embeddings, convolutions and weights that
-are read have no vectors to look at: they start as in LoRA, with their own rank.
+components waits for the next one, where peft passes over it. Embeddings, convolutions and weights that are read have no
+vectors to look at: they start as in LoRA, with their own rank.
 
 Parameters: rank * (in + out) a site, with the rank that it got: in sum at most those of LoRA where all are alike.
 
