@@ -72,6 +72,7 @@ NO_RATE = {
     "dare": "nothing trains",
     "ln_tuning": "no code of its authors was found, nor the table of its paper",
     "lqer": "nothing trains",
+    "mica": "the example of it in peft names none, and no other code of its authors was found",
     "peqa": "no code of its authors was found, nor the table of its paper",
     "task_arithmetic": "nothing trains",
     "ties_merging": "nothing trains",

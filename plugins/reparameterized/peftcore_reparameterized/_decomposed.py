@@ -52,6 +52,17 @@ def principal(matrix: Tensor, rank: int, iterations: int | None = None) -> tuple
     return U * sign, S, V * sign.mT
 
 
+def nearly_principal(matrix: Tensor, rank: int, width: int, iterations: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `principal` of what data says: approximated from `width` directions that are always the same, of which
+    the best `rank` are returned, each with the largest entry of its row of V' positive."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        U, S, V = principal(matrix, min(width, *matrix.shape[-2:]), iterations)
+    U, S, V = U[..., :rank], S[..., :rank], V[..., :rank, :]
+    sign = positive(V.gather(-1, V.abs().argmax(-1, keepdim=True)))  # [*batch, rank, 1]
+    return U * sign.mT, S, V * sign
+
+
 def _orthonormal(columns: Tensor) -> Tensor:
     basis: Tensor = torch.linalg.qr(columns).Q
     return basis
@@ -82,6 +93,11 @@ class PairOperator(LowRankOperator):
         self.A, self.B = nn.Parameter(A.clone()), nn.Parameter(B.clone())
         self.register_buffer("A0", A)
         self.register_buffer("B0", B)
+
+    def start(self, A: Tensor, B: Tensor) -> None:
+        """Set both pairs, where data says them."""
+        for own, new in ((self.A, A), (self.B, B), (self.A0, A), (self.B0, B)):
+            own.data.copy_(new)
 
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
         """Run the layer. In training, inputs are dropped for B A alone: what stands in its place is the base's own."""

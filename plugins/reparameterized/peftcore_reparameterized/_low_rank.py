@@ -26,6 +26,18 @@ def low_rank_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]
     return nn.Parameter(torch.empty(of_A).uniform_(-bound, bound)), nn.Parameter(torch.zeros(of_B))
 
 
+def orthogonal_factors(site: Site, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Make A [*batch, rank, in, *kernel] and B [*batch, out, rank], neither zero, whose product is, up to rounding.
+
+    The rows of A's mixture and those of B's are the two halves of an orthogonal matrix.
+    """
+    inputs = (site.in_features, *site.kernel)
+    Q = torch.linalg.qr(torch.randn(*site.batch, rank, rank)).Q
+    A = torch.randn(*site.batch, math.prod(inputs), rank // 2) @ Q[..., 0::2, :] / 10
+    B = torch.randn(*site.batch, site.out_features, rank // 2) @ Q[..., 1::2, :] / 10
+    return nn.Parameter(A.mT.unflatten(-1, inputs).contiguous()), nn.Parameter(B)
+
+
 def low_rank_update(A: Tensor, B: Tensor, weight: Tensor) -> Tensor:
     """Return the product B A in the shape of `weight` [*batch, out, in, *kernel]."""
     return (B @ A.flatten(B.dim() - 1)).view(weight.shape)

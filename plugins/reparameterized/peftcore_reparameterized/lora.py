@@ -9,6 +9,10 @@ input picks a single column of A. Stacked experts have factors of their own each
 scaling="sqrt_rank" is rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(rank), with which outputs and
 gradients have the same size at any rank. Use it at ranks of 64 and more; alpha / rank makes those learn too slowly.
 
+start="orthogonal" (https://datta0.github.io/posts/rethink-lora-init) has two factors that are not zero, and B A = 0 up
+to rounding: with Q [rank, rank] orthogonal and R, T ~ N(0, 1), A = (R Q[0::2])' / 10 and B = T Q[1::2] / 10. Both
+factors get gradients from the first step on. The rank is even.
+
 Parameters: rank * (in * kernel + out) a site, times the number of experts.
 
 Use it first: it merges, adds no latency then, and suits nearly every task. More sites help more than more rank.
@@ -18,14 +22,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, low_rank
-from peftcore_reparameterized._low_rank import add_low_rank, input_dropout, low_rank_count, low_rank_factors
+from peftcore_reparameterized._low_rank import (
+    add_low_rank,
+    input_dropout,
+    low_rank_count,
+    low_rank_factors,
+    orthogonal_factors,
+)
 
 
 class Config(MethodConfig):
@@ -40,6 +50,14 @@ class Config(MethodConfig):
     """Denominator of the scale: the rank, or its square root (rsLoRA)."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training."""
+    start: Literal["zero", "orthogonal"] = "zero"
+    """What makes the update zero at first: one factor is, or the two are orthogonal to each other."""
+
+    @model_validator(mode="after")
+    def _halves(self) -> Self:
+        if self.start == "orthogonal" and self.rank % 2:
+            raise ValueError(f"start='orthogonal' halves the rank, and {self.rank} is odd: take an even one")
+        return self
 
 
 def scale_of(config: Config) -> float:
@@ -58,7 +76,8 @@ class LoRAOperator(Operator):
         super().__init__(site)
         self.input_dropout = input_dropout(site, config.dropout)
         self.scale = scale_of(config)
-        self.A, self.B = low_rank_factors(site, config.rank)  # [rank, in], [out, rank]
+        factors = orthogonal_factors if getattr(config, "start", "zero") == "orthogonal" else low_rank_factors
+        self.A, self.B = factors(site, config.rank)  # [rank, in], [out, rank]
 
     @low_rank
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]

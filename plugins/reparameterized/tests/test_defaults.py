@@ -24,6 +24,12 @@ WAVEFT = "Bilican/Sparse_PEFT@a2f5e61, example_outputs/config/dog/final_model/tr
 PISSA = "arXiv 2404.02948, appendix with table 10"
 UNI_LORA = "KaiyangLi1992/Uni-LoRA@e622e78, NLU/NLU/scripts_unilora_qv/roberta_base_cola.sh"
 VB_LORA = "leo-yangli/VB-LoRA@2fa62a7, NLU/NLU/scripts_vblora_qv/roberta_base_mrpc.sh"
+EVA = "ml-jku/EVA@a5ac24b"
+MICA = "huggingface/peft@5d602fd, examples/mica_finetuning/README.md"
+KASA = "juyongjiang/KaSA@f85e88c, README.md"
+CORDA = "iboing/CorDA@baffb03"
+LORA_GA = "Outsider565/LoRA-GA@89af7de"
+VELORA = "roymiles/VeLoRA@a6415bc, scripts/finetune_llama_7b.sh"
 
 HELD: Held = {
     ("adalora", "rank"): (12, f"{ADALORA}: --lora_r 12"),
@@ -217,9 +223,61 @@ HELD: Held = {
     ("waveft", "alpha"): (25.0, f"{WAVEFT}: scaling: 25"),
     ("waveft", "wavelet"): ("db1", f"{WAVEFT}: wavelet_family: db1"),
     ("waveft", "entry_seed"): (777, "peft 0.21: WaveFTConfig.random_loc_seed, by the authors"),
+    ("eva", "rank"): (16, f"{EVA}, bash/run_train.sh: adapter_dims=(16)"),
+    ("eva", "alpha"): (1.0, f"{EVA}, train.py: lora_alpha: default=1"),
+    ("eva", "scaling"): ("rank", "peft 0.21: LoraConfig.use_rslora is False"),
+    ("eva", "dropout"): (0.0, f"{EVA}, train.py: lora_dropout: default=0.0"),
+    ("eva", "rho"): (2.0, f"{EVA}, svd_precompute.py: rho: default=2"),
+    ("eva", "tau"): (0.99, f"{EVA}, svd_precompute.py: early_stop_sim_thresh: default=0.99"),
+    ("eva", "whiten"): (False, f"{EVA}, svd_precompute.py: whiten: default=False"),
+    ("eva", "keep_scale"): (True, "peft 0.21: EvaConfig.adjust_scaling_factors"),
+    ("eva", "use_label_mask"): (
+        True,
+        f"{EVA}, svd_precompute.py: use_label_mask: default=False; ours is True, as peft's EvaConfig.use_label_mask",
+    ),
+    ("eva", "iterations"): (4, "peft 0.21: IncrementalPCA.lowrank_niter"),
+    ("lora", "start"): ("zero", "peft 0.21: LoraConfig.init_lora_weights is True"),
+    ("mica", "rank"): (16, f"{MICA}: r=16"),
+    ("mica", "alpha"): (16.0, f"{MICA}: lora_alpha=16"),
+    ("mica", "dropout"): (0.0, "peft 0.21: LoraConfig.lora_dropout"),
+    ("kasa", "rank"): (8, f"{KASA}: LORA_R=8"),
+    ("kasa", "alpha"): (16.0, f"{KASA}: LORA_ALPHA=16"),
+    ("kasa", "dropout"): (0.0, f"{KASA}: LORA_DROPOUT=0.0"),
+    ("kasa", "beta"): (1e-4, f"{KASA}: BETA=0.0001"),
+    ("kasa", "gamma"): (1e-3, f"{KASA}: GEMMA=0.001"),
+    ("corda", "rank"): (128, "huggingface/peft@5d602fd, examples/corda_finetuning/README.md: --r 128"),
+    ("corda", "alpha"): (
+        128.0,
+        f"{CORDA}, cordalib/decomposition.py: CorDA_adapter has no scale, which is 1 with alpha = rank",
+    ),
+    ("corda", "dropout"): (0.0, f"{CORDA}, cordalib/decomposition.py: CorDA_adapter drops nothing"),
+    ("corda", "mode"): ("ipm", "peft 0.21: CordaConfig.corda_method"),
+    ("lora_ga", "rank"): (
+        8,
+        f"{LORA_GA}, examples/float_llama2-7b_metamath.py: lora_rank=32; ours is 8, as peft's LoraConfig.r",
+    ),
+    ("lora_ga", "alpha"): (16.0, f"{LORA_GA}, reproduce/conf/peft/all.yaml: lora_alpha: 16"),
+    ("lora_ga", "dropout"): (0.0, "peft 0.21: LoraConfig.lora_dropout"),
+    ("lora_ga", "direction"): ("ArB2r", f"{LORA_GA}, reproduce/conf/init/gradient.yaml: direction: ArB2r"),
+    ("lora_ga", "scale"): ("stable", f"{LORA_GA}, reproduce/conf/init/gradient.yaml: scale: stable"),
+    ("lora_ga", "gamma"): (16.0, f"{LORA_GA}, reproduce/conf/init/gradient.yaml: stable_gamma: 16"),
+    ("lora_ga", "form"): ("authors", f"{LORA_GA}, reproduce/run_exp.py: B and A are both scaled"),
+    ("lora_ga", "iterations"): (4, f"{LORA_GA}, reproduce/run_exp.py: niter=4"),
+    ("velora", "rank"): (32, f"{VELORA}: --lora_r 32"),
+    ("velora", "alpha"): (16.0, f"{VELORA}: --lora_alpha 16"),
+    ("velora", "dropout"): (
+        0.0,
+        f"{VELORA}: --lora_dropout 0.1; ours is 0.0, as peft's LoraConfig.lora_dropout",
+    ),
+    ("velora", "num_groups"): (32, f"{VELORA}: --num_groups 32"),
+    ("velora", "projection"): ("first", f"{VELORA}: --init_type 'batch_average_once'"),
+    ("velora", "rebuilt_scale"): (0.1, f"{VELORA}: --velora_scale 0.1"),
 }
 
-FREE: Free = {("alora", "invocation"): "each adapter has its own; without one it is a LoRA"}
+FREE: Free = {
+    ("alora", "invocation"): "each adapter has its own; without one it is a LoRA",
+    ("eva", "passes"): "a guard, where peft goes on for ever: data on which directions settle ends before",
+}
 
 
 @pytest.mark.parametrize(("method", "option", "row"), rows(HELD, FREE))

@@ -358,8 +358,6 @@ def test_names_without_a_prefix(prefix: str, tmp_path: Path) -> None:
         {"layer_replication": [[0, 1]]},
         {"use_qalora": True},
         {"use_bdlora": {"nblocks": 2}},
-        {"velora_config": {"num_groups": 2}},
-        {"kasa_config": {"beta": 0.1}},
         {"monteclora_config": {"num_samples": 2}},
         {"arrow_config": {"top_k": 2}},
         {"megatron_config": {"tensor_model_parallel_size": 1}},

@@ -7,8 +7,11 @@ adds the update twice, in its forward and when it merges, so there our B is twic
 
 PiSSA and OLoRA: peft decomposes the base again when it loads such a file, so it means W - s B0 A0 + s B A, with the
 product s B0 A0 that is the same for all who decompose exactly; ours has A0 and B0 of the host that it is loaded into.
-They are written as plain LoRA of twice the rank, which is right on any base that is the same. So is LoRA-XS, of its
-rank; what it freezes would train on there.
+They are written as plain LoRA of twice the rank, which is right on any base that is the same, as are CorDA and
+LoRA-GA, whose start no file of peft's has. So is LoRA-XS, of its rank; what it freezes would train on there. EVA is
+LoRA once it has started: its files are read as LoRA, and written so, with a rank and an alpha of each module. KaSA's
+file means W without its smallest singular values, which peft takes away when it loads; it is written as LoRA of twice
+the rank.
 """
 
 from __future__ import annotations
@@ -37,8 +40,12 @@ from peftcore_reparameterized.lora import LoRA, scale_of
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "lora_ga", "mini_lora")
 DECOMPOSED = {"pissa": (nn.Linear, Transposed), "olora": (nn.Linear,)}
 """Starts that take a part out of the base, exactly, and the layers where peft can; our methods have the same names."""
-AS_LORA = {"pissa": 2, "olora": 2, "lora_xs": 1}
+AS_LORA = {"pissa": 2, "olora": 2, "kasa": 2, "corda": 2, "lora_ga": 2, "lora_xs": 1}
 """Methods that are written as LoRA, and how many times their rank."""
+PROJECTIONS = {"batch_average_once": "first", "batch_average": "each", "random": "random"}
+"""What peft calls the projections of VeLoRA."""
+MINOR = (nn.Linear, Transposed, nn.Embedding)
+"""The layers where peft has MiCA."""
 
 _GENERATES = {"task_type": "CAUSAL_LM"}
 """What peft's file of an aLoRA says: no other of its models looks for the invocation."""
@@ -49,10 +56,10 @@ PACKED, BEHIND = "in_proj_weight", "out_proj.weight"
 class PeftLoRA(PeftMethod):
     """Translates low-rank factors, weight-decomposed or not."""
 
-    methods = ("lora", "dora", "lora_plus", "alora", *AS_LORA)
+    methods = ("lora", "dora", "lora_plus", "alora", "eva", "mica", "velora", *AS_LORA)
     below = (
         "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B",
-        "lora_magnitude_vector", "lora_magnitude_vector.weight",
+        "lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_diag", "lora_velora_embed",
     )  # fmt: skip
     bias = "lora_only"
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
@@ -61,7 +68,7 @@ class PeftLoRA(PeftMethod):
         keys.pass_over("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying")
         keys.pass_over("qalora_group_size")
         start = keys.take("init_lora_weights", (bool, str), True)
-        if isinstance(start, str) and start not in (*PLAIN_STARTS, *DECOMPOSED):
+        if isinstance(start, str) and start not in (*PLAIN_STARTS, *DECOMPOSED, "mica"):
             raise CheckpointError(
                 f"{keys.where}: with init_lora_weights = {start!r} peft changes the base's weights when it loads; in "
                 "peft, save with path_initial_model_for_weight_conversion, which makes a plain LoRA of it"
@@ -86,7 +93,30 @@ class PeftLoRA(PeftMethod):
             scaling = "sqrt_rank" if rs else "rank"
             options = {"rank": rank, "alpha": float(alpha), "scaling": scaling, "dropout": dropout}
             return {"method": "alora", "invocation": invocation, **options}
-        if start in DECOMPOSED:
+        groups = keys.take("velora_config", dict, None)
+        if groups is not None:
+            keys.only("lora_bias", False)
+            keys.only("init_lora_weights", True, False, *PLAIN_STARTS)
+            scaled = float(alpha * (math.sqrt(rank) if rs else 1))
+            of = Keys(groups, keys.where)
+            of.only("init_type", "batch_average", *PROJECTIONS)
+            own = {
+                "num_groups": of.take("num_groups", int, 64),
+                "projection": PROJECTIONS[of.take("init_type", str, "batch_average")],
+                "rebuilt_scale": float(of.take("scale", float, 1.0)),
+            }
+            of.check_known()
+            return {"method": "velora", "rank": rank, "alpha": scaled, "dropout": dropout, **own}
+        losses = keys.take("kasa_config", dict, None)
+        if losses is not None:
+            keys.only("lora_bias", False)
+            keys.only("init_lora_weights", True, False, *PLAIN_STARTS)
+            scaled = float(alpha * (math.sqrt(rank) if rs else 1))
+            of = Keys(losses, keys.where)
+            weights = {"beta": float(of.take("beta", float, 1e-4)), "gamma": float(of.take("gamma", float, 1e-3))}
+            of.check_known()
+            return {"method": "kasa", "rank": rank, "alpha": scaled, "dropout": dropout, **weights}
+        if start in DECOMPOSED or start == "mica":
             keys.only("lora_bias", False)
             scaled = float(alpha * (math.sqrt(rank) if rs else 1))
             return {"method": start, "rank": rank, "alpha": scaled, "dropout": dropout}
@@ -113,7 +143,7 @@ class PeftLoRA(PeftMethod):
         site, operator = place.site, place.operator
         A, B = operator.A.shape, operator.B.shape
         ones = (1,) * len(site.kernel)
-        kinds = DECOMPOSED.get(place.config.method)
+        kinds = (nn.Linear,) if place.config.method == "kasa" else DECOMPOSED.get(place.config.method)
         if kinds and not is_one_of(site, kinds):
             raise CheckpointError(f"{site.path} is none of the layers that peft decomposes for {place.config.method}")
         if site.layer.one_hot:
@@ -130,6 +160,10 @@ class PeftLoRA(PeftMethod):
             tensors = {"A": found.take("lora_A.weight", A), "B": found.take("lora_B.weight", B, (*B, *ones))}
         if site.tensor == BEHIND:
             tensors["B"] = 2 * tensors["B"]
+        if place.config.method == "velora":
+            tensors["v"] = found.take("lora_velora_embed", operator.v.shape)
+        if place.config.method == "kasa":
+            tensors["d"] = found.take("lora_diag", operator.d.shape)
         if place.graft.operator.state_dict().keys() >= {"magnitude"}:
             name = "lora_magnitude_vector"
             name = name if found.has(name) else f"{name}.weight"
@@ -173,6 +207,7 @@ class PeftLoRA(PeftMethod):
             "use_dora": config.method == "dora",
             "use_rslora": options.get("scaling") == "sqrt_rank",
             "init_lora_weights": True,
+            **(_velora(config) if config.method == "velora" else {}),
             **({"alora_invocation_tokens": options["invocation"], **_GENERATES} if options.get("invocation") else {}),
         }
 
@@ -190,11 +225,14 @@ class PeftLoRA(PeftMethod):
             other = {PACKED: BEHIND, BEHIND: PACKED}.get(tensor)
             if other is not None and (path, other) not in tensors:
                 raise ExportError(f"peft adapts all of {path}, and here {other} is left out")
-        return {}
+        minor = all(place.config.method == "mica" and _is_minor(place) for place in places)
+        return {"init_lora_weights": "mica"} if places and minor else {}
 
     def write(self, place: Place) -> dict[str, Tensor]:
         site, operator = place.site, place.operator
         A, B = operator.A.detach(), operator.B.detach()
+        if place.config.method == "mica":
+            A, B = _factors(place, place.config.rank)  # with zeros where the weight has not so many directions
         if times := AS_LORA.get(place.config.method):
             A, B = _factors(place, times * place.config.rank)
         if site.tensor == BEHIND:
@@ -207,10 +245,24 @@ class PeftLoRA(PeftMethod):
         else:
             tensors = {"lora_A.weight": A, "lora_B.weight": B.view(*B.shape, *(1 for _ in site.kernel))}
         state = operator.state_dict()
+        if place.config.method == "velora":
+            tensors["lora_velora_embed"] = state["v"]
         if "magnitude" in state:
             size, ones = state["magnitude"].shape, [1 for _ in site.kernel]
             tensors["lora_magnitude_vector"] = state["magnitude"].view(1, *size, *ones) if ones else state["magnitude"]
         return tensors
+
+
+def _velora(config: Any) -> dict[str, Any]:
+    """Return what peft's file says of VeLoRA."""
+    kind = next(name for name, own in PROJECTIONS.items() if own == config.projection)
+    return {"velora_config": {"num_groups": config.num_groups, "init_type": kind, "scale": config.rebuilt_scale}}
+
+
+def _is_minor(place: Place) -> bool:
+    """Whether peft has MiCA at a place, with the rank that is said."""
+    whole = not is_parameter(place.site) and place.site.tensor == "weight"
+    return whole and is_one_of(place.site, MINOR) and place.operator.A.shape[0] == place.config.rank
 
 
 def _turned(site: Site) -> bool:

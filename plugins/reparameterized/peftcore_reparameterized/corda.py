@@ -1,0 +1,137 @@
+"""CorDA: context-oriented decomposition.   Yang et al. 2024, arXiv 2406.05223 (iboing/CorDA).
+
+    C = mean of X' X / max(X)^2 over the batches,   X [tokens, in] the inputs of a target module
+    C' = C + d mean(diag C) I,   W C' = U S V',   B0 = U_r sqrt(S_r / s),   A0 = sqrt(S_r / s) V_r' inv(C')
+    W' = W - s B0 A0 + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first,   s = alpha / rank
+
+PiSSA by what comes out of a weight for the inputs of ``data=``, which needs no labels. mode="ipm" (instruction
+previewed) trains the r largest directions, and data is of the task; mode="kpm" (knowledge preserved) trains the r
+smallest, and data is of what shall be kept. d is 0.01, and is doubled until inv(C') is exact enough.
+
+The authors' code and peft write W - s B0 A0 into the base; here the base stays, and A0 and B0 stand frozen beside A and
+B. Outputs and gradients are the same, and the adapter fits the base as it came. As in both of them, max(X) is the
+largest entry with its sign; the authors have s = 1. Padding is left out, which neither has. Weights whose inputs are no
+vectors (convolutions, embeddings, what is read) are decomposed as they are, with C' = I. All of the C are in memory at
+once, a matrix [in, in] for each module.
+
+Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most that of the weight.
+
+Use it in place of LoRA where the base's knowledge must be kept (kpm), or training is short (ipm).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MATRICES, AppliedMethod, Batches, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.errors import CalibrationError
+from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_rows, positive, rank_within
+from peftcore_reparameterized._inputs import check_seen, sees_vectors, watched
+from peftcore_reparameterized._low_rank import low_rank_count
+
+LARGEST_ERROR = 0.05
+"""Of an inverse, as the distance of C' inv(C') from the identity."""
+
+
+class Config(MethodConfig):
+    """Options of CorDA."""
+
+    method: Literal["corda"] = "corda"
+    rank: PositiveInt = 128
+    """How many directions are adapted; at most those that there are."""
+    alpha: PositiveFloat = 128.0
+    """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the trained factors are dropped in training."""
+    mode: Literal["ipm", "kpm"] = "ipm"
+    """Whether the largest directions train (ipm) or the smallest (kpm)."""
+
+
+def damped(C: Tensor) -> tuple[Tensor, Tensor]:
+    """Return C' and its inverse.
+
+    Raises:
+        CalibrationError: all inputs were zero.
+    """
+    identity = torch.eye(len(C), dtype=C.dtype, device=C.device)
+    mean, damp = C.diagonal().mean(), 0.01
+    if not mean > 0:
+        raise CalibrationError("all inputs of a target module were zero, so they say nothing; give other data")
+    while True:
+        fixed = C + damp * mean * identity
+        inverse = torch.linalg.inv(fixed)
+        if torch.dist(fixed @ inverse, identity) < LARGEST_ERROR:
+            return fixed, inverse
+        damp *= 2
+
+
+class CorDAOperator(PairOperator):
+    """The part of one weight that trains, and its frozen start: zero until `decompose` has set it."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        rank = rank_within(site, config.rank)
+        A = torch.zeros(*site.batch, rank, site.in_features, *site.kernel)
+        super().__init__(
+            site, A, torch.zeros(*site.batch, site.out_features, rank), config.alpha / config.rank, config.dropout
+        )
+        self.last = config.mode == "kpm"
+
+    @torch.no_grad()
+    def decompose(self, site: Site, C: Tensor | None) -> None:
+        """Set A and B by the weight and the products of its inputs; without these, by the weight."""
+        weight = as_matrix(site)  # [*batch, out, in * kernel]
+        fixed, inverse = (None, None) if C is None else damped(C.to(weight))
+        U, S, V = torch.linalg.svd(weight if fixed is None else weight @ fixed, full_matrices=False)
+        rank = self.B.shape[-1]
+        part = slice(S.shape[-1] - rank, None) if self.last else slice(rank)
+        U, S, V = U[..., part], S[..., part], V[..., part, :]
+        sign = positive(U.gather(-2, U.abs().argmax(-2, keepdim=True)))  # [*batch, 1, rank]
+        root = (S / self.scale).sqrt()
+        A = root.unsqueeze(-1) * sign.mT * (V if inverse is None else V @ inverse)
+        self.start(as_rows(site, A), U * sign * root.unsqueeze(-2))
+
+
+class CorDA(Method):
+    """Low-rank adaptation from a decomposition that data orients."""
+
+    name = "corda"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2406.05223", mergeable=True, low_rank=True, needs_data=True)
+    learning_rate = LearningRate(2e-5, "iboing/CorDA@baffb03, tools/train_CorDA.sh", on="Llama-2-7B, MetaMathQA")
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = surgeon.sites()
+        check_seen(sites, "pissa")
+        for site in sites:
+            surgeon.graft(site, CorDAOperator, config)
+
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+        grafts: list[Any] = [graft for graft in injection.grafts if graft.by_method]
+        sums: dict[nn.Module, Tensor] = {}
+        calls: dict[nn.Module, int] = {}
+
+        def look(module: nn.Module, given: Tensor, x: Tensor) -> None:
+            if not (len(x) and x.isfinite().all() and x.max() != 0):
+                raise CalibrationError("inputs of a target module are not finite, or none is larger than zero")
+            x = x / x.max().abs()
+            sums[module] = sums.get(module, 0) + x.T @ x
+            calls[module] = calls.get(module, 0) + 1
+
+        model.eval()
+        with injection.whole.disabled(), torch.no_grad():
+            with watched(model, {graft.site.module for graft in grafts if sees_vectors(graft.site)}, look):
+                for batch in data:
+                    batch.output()
+            for graft in grafts:
+                C = sums.get(graft.site.module) if sees_vectors(graft.site) else None
+                graft.operator.decompose(graft.site, None if C is None else C / calls[graft.site.module])
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return low_rank_count(site, rank_within(site, config.rank))

@@ -1,0 +1,209 @@
+"""EVA: explained-variance adaptation.   Paischer et al. 2024, arXiv 2410.07170 (ml-jku/EVA).
+
+    X - mean(X) = U S V'   of all inputs X [tokens, in] of a target module, batch by batch
+    y = W x + b + s B A dropout(x),   A = V_r', and B = 0 at first,   s = alpha / rank
+
+LoRA whose A starts at the directions in which the inputs vary most, so that B gets the largest gradients. ``data=`` has
+batches of the training data, without need of labels. It is gone through until the directions have settled: until
+those of two batches in a row have a cosine of `tau`, where peft goes on for ever if they never do.
+
+Ranks are redistributed: all components of all target modules, up to rho * rank of each, are sorted by the share of
+their module's variance that they explain, and the first rank * modules of them stay. A module that none stays of gets
+no adapter. With rho=1 every module keeps its rank. The ranks stand in `overrides`, so the file has them; options that
+the user overrides for a module stay, and it takes no part. Modules with the same input share their components, of which
+the earlier ones in the model get more where the number is odd.
+
+As in the authors' code the mean is taken off the inputs, and V is approximated (`iterations`); peft's is the same.
+Positions of padding are left out, and those without a label too, as in peft; a batch that has fewer than there are
+components waits for the next one, where peft passes over it. Embeddings, convolutions and weights that are read have no
+vectors to look at: they start as in LoRA, with their own rank.
+
+Parameters: rank * (in + out) a site, with the rank that it got: in sum at most those of LoRA where all are alike.
+
+Use it in place of LoRA where you have the data at hand: it starts faster, and the base stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from peftcore import MATRICES, AppliedMethod, Batches, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.errors import CalibrationError
+from peftcore_reparameterized._decomposed import nearly_principal
+from peftcore_reparameterized._inputs import check_seen, sees_vectors, watched
+from peftcore_reparameterized._low_rank import low_rank_count
+from peftcore_reparameterized.lora import LoRAOperator
+
+
+class Config(MethodConfig):
+    """Options of EVA: LoRA's, and those of the look at data."""
+
+    method: Literal["eva"] = "eva"
+    rank: PositiveInt = 16
+    """Rank of the update, on average."""
+    alpha: PositiveFloat = 1.0
+    """Numerator of the scale ``alpha / rank``."""
+    scaling: Literal["rank", "sqrt_rank"] = "rank"
+    """Denominator of the scale: the rank, or its square root (rsLoRA)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+    rho: Annotated[float, Field(ge=1.0, le=1000.0)] = 2.0
+    """How many times `rank` a module may get at most; 1 leaves all ranks as they are."""
+    tau: Annotated[float, Field(ge=0.0, le=1.0)] = 0.99
+    """The cosine between the directions of two batches from which on they count as settled."""
+    whiten: bool = False
+    """Whether each direction is divided by the square root of its singular value."""
+    keep_scale: bool = True
+    """Whether alpha follows the rank that a module gets, so that all have the scale of `alpha` and `rank`."""
+    use_label_mask: bool = True
+    """Whether positions whose label is -100 are left out."""
+    iterations: Annotated[PositiveInt, Field(le=1000)] | None = 4
+    """Find the directions by so many steps of a fast approximation; None is exact."""
+    passes: PositiveInt = 10
+    """How often the data is gone through, at most; then directions are taken as they are."""
+
+
+class Components:
+    """The largest principal components of vectors that come batch by batch (an incremental PCA)."""
+
+    def __init__(self, config: Config, count: int) -> None:
+        self.config, self.count, self.seen, self.variation = config, count, 0, torch.zeros(())
+        self.settled = torch.zeros(count, dtype=torch.bool)
+        self.waiting: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, x: Tensor) -> None:  # x [tokens, in]
+        """Go on with a batch; fewer vectors than components wait for the next one."""
+        x = torch.cat([self.waiting, x]) if self.waiting is not None else x
+        self.waiting = x if len(x) < self.count else None
+        if self.waiting is not None:
+            return
+        mean, seen = x.mean(0), self.seen + len(x)
+        rows = x - mean
+        variation = rows.square().sum()
+        if self.seen:
+            gap = (self.seen * len(x) / seen) ** 0.5 * (self.mean - mean)  # [in]
+            rows = torch.cat([self.S.unsqueeze(-1) * self.V, rows, gap.unsqueeze(0)])
+            variation = variation + self.variation + gap.square().sum()
+            mean = self.mean + (mean - self.mean) * len(x) / seen
+        _, S, V = nearly_principal(rows, self.count, 2 * self.count, self.config.iterations)
+        if self.seen:
+            self.settled = F.cosine_similarity(V, self.V) >= self.config.tau
+        self.mean, self.seen, self.variation, self.S, self.V = mean, seen, variation, S, V
+
+    def shares(self) -> list[float]:
+        """Return the share of the variance that each component explains."""
+        shares: list[float] = (self.S.square() / self.variation).tolist()
+        return shares
+
+    def start(self, rank: int) -> Tensor:
+        """Return the first rows of A."""
+        S, V = self.S[:rank], self.V[:rank]
+        return V / S.sqrt().unsqueeze(-1) if self.config.whiten else V
+
+
+def redistributed(found: Mapping[str, Components], rank: int) -> dict[str, int]:
+    """Return how many of each module's components are among the ``rank * modules`` that explain most."""
+    ranked = sorted(((share, path) for path, each in found.items() for share in each.shares()), key=lambda one: -one[0])
+    best = [path for _, path in ranked[: rank * len(found)]]
+    return {path: best.count(path) for path in found}
+
+
+def components(model: nn.Module, data: Batches, config: Config, sites: Sequence[Site]) -> dict[str, Components]:
+    """Return the components of the inputs of each site that was called, of which the earlier stand first.
+
+    Raises:
+        CalibrationError: the data has too few tokens.
+    """
+    sites = [site for site in sites if sees_vectors(site)]
+    at = {site.path: config.at(site.path) for site in sites}
+    counts = {
+        site.path: min(
+            site.in_features, round(config.rank * config.rho) if at[site.path] is config else at[site.path].rank
+        )
+        for site in sites
+    }
+    own = {path: Components(config, count) for path, count in counts.items()}
+    first: dict[str, str] = {}  # by path: that of the module which was called first with the same input
+    inputs: Any = WeakTensorKeyDictionary()
+    ranks = dict(counts)
+    pending: set[str] = set(counts)
+
+    def look(module: nn.Module, given: Tensor, x: Tensor) -> None:
+        for site in (each for each in sites if each.module is module):
+            alike = inputs.setdefault(given, {})
+            path = first.setdefault(
+                site.path, alike.setdefault((at[site.path] is config, counts[site.path]), site.path)
+            )
+            if path == site.path and path in pending:
+                own[path].add(x)
+
+    model.eval()
+    with torch.no_grad(), watched(model, {site.module for site in sites}, look, config.use_label_mask):
+        for _ in range(config.passes):
+            for batch in data:
+                batch.output()
+                if all(own[path].seen for path in first.values()):
+                    ranks |= redistributed({p: own[q] for p, q in first.items() if at[p] is config}, config.rank)
+                pending = {path for path in first.values() if not own[path].settled[: ranks[path]].all()}
+                if not pending:
+                    break
+            if not pending:
+                break
+    for path, found in first.items():
+        if not own[found].seen:
+            raise CalibrationError(f"the data has not the {counts[path]} tokens that {path} needs: give more")
+    return {path: own[found] for path, found in first.items()}
+
+
+class EVA(Method):
+    """Low-rank adaptation from the principal components of inputs."""
+
+    name = "eva"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2410.07170", mergeable=True, low_rank=True, needs_data=True)
+    learning_rate = LearningRate(5e-4, "ml-jku/EVA@a5ac24b, README.md", on="Llama-2-7B, MetaMathQA")
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+    found: dict[str, Components] | None = None
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = surgeon.sites()
+        check_seen(sites, "lora")
+        for site in sites:
+            surgeon.graft(site, LoRAOperator, config)
+
+    def structure(
+        self, model: nn.Module, data: Batches, config: Config, sites: Sequence[Site]
+    ) -> Mapping[str, Mapping[str, Any] | None]:
+        self.found = components(model, data, config, sites)
+        free = {path: each for path, each in self.found.items() if config.at(path) is config}
+        options: dict[str, Mapping[str, Any] | None] = {}
+        for path, rank in redistributed(free, config.rank).items():
+            if rank != config.rank:
+                alpha = config.alpha * rank / config.rank if config.keep_scale else config.alpha
+                options[path] = {"rank": rank, "alpha": alpha} if rank else None
+        return options
+
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+        grafts: list[Any] = [graft for graft in injection.grafts if graft.by_method]
+        if self.found is None:  # a part of a hybrid, whose ranks are told
+            with injection.whole.disabled():
+                self.found = components(model, data, config, [graft.site for graft in grafts])
+        with torch.no_grad():
+            for graft in grafts:
+                if graft.site.path in self.found:
+                    rows = self.found[graft.site.path].start(graft.operator.A.shape[0])
+                    graft.operator.A[: len(rows)] = rows
+        self.found = None
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return low_rank_count(site, config.rank)

@@ -1,0 +1,194 @@
+"""LoRA-GA: low-rank adaptation that starts along the gradient.   Wang et al. 2024, arXiv 2407.05000
+(Outsider565/LoRA-GA).
+
+    G = mean of dL/dW over the batches = U S V',   A0 = k V_I',   B0 = k U_J,   k = out^(1/4) / sqrt(gamma)
+    W' = W - s B0 A0 + s B A = W + s (B A - B0 A0),   A = A0 and B = B0 at first,   s = alpha / rank
+
+I and J are disjoint halves of the 2 r largest directions, so that the first step of A and B is the one of rank 2 r that
+is nearest to a step of W itself. ``data=`` has batches of the training data with their loss. The model is in training
+mode then, as the authors have it.
+
+The authors' code and peft write W - s B0 A0 into the base, so that the base has to be kept, or the start beside the
+adapter; here the base stays, and A0 and B0 stand frozen beside A and B. Outputs and gradients are the same. peft has
+another start: B0 has the singular values of G besides, and k (or what `scale` says) is in B0 alone. form="peft" is
+that; then B0 A0 is as large as the gradient. `direction` "random" of both is not here. U and V are approximated
+(`iterations`) from 4 r directions, as in both. Kernels of convolutions are decomposed as [out, in * kernel], experts
+each on its own.
+
+Parameters: rank * (in * kernel + out) a site, times the number of experts; rank at most half that of the weight.
+
+Use it in place of LoRA where training is short; at the start it takes the memory of a gradient of all target weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MATRICES, AppliedMethod, Batch, Batches, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.errors import CalibrationError, UnsupportedSite
+from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_rows, nearly_principal, rank_within
+from peftcore_reparameterized._inputs import sees_vectors
+from peftcore_reparameterized._low_rank import low_rank_count
+
+
+class Config(MethodConfig):
+    """Options of LoRA-GA."""
+
+    method: Literal["lora_ga"] = "lora_ga"
+    rank: PositiveInt = 8
+    """How many directions each factor has; at most half of those that there are."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the trained factors are dropped in training."""
+    direction: Literal["ArB2r", "A2rBr", "ArBr"] = "ArB2r"
+    """Whether A has the first half of the directions and B the second, B the first, or B every other one from the first
+    on."""
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    """What the factors are multiplied by: k; the singular values of the weight; one over s; nothing."""
+    gamma: PositiveFloat = 16.0
+    """The gamma of k: the larger, the smaller the start."""
+    form: Literal["authors", "peft"] = "authors"
+    """Whose start it is."""
+    iterations: Annotated[PositiveInt, Field(le=1000)] | None = 4
+    """Find the singular vectors by so many steps of a fast approximation; None is exact."""
+
+
+def rank_of(site: Site, config: Config) -> int:
+    """Return the number of directions of a factor.
+
+    Raises:
+        UnsupportedSite: the weight has a single direction.
+    """
+    if not (rank := min(config.rank, rank_within(site, 2 * config.rank) // 2)):
+        raise UnsupportedSite(f"{site.path} has a single direction, of which there are no halves; exclude it")
+    return rank
+
+
+class LoRAGAOperator(PairOperator):
+    """The factors of one weight, and their frozen start: zero until `decompose` has set it."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        if site.layer.packed and not sees_vectors(site):
+            raise UnsupportedSite(f"{site.path} is quantized, and has no gradient; exclude it, or take pissa")
+        rank = rank_of(site, config)
+        A = torch.zeros(*site.batch, rank, site.in_features, *site.kernel)
+        super().__init__(
+            site, A, torch.zeros(*site.batch, site.out_features, rank), config.alpha / config.rank, config.dropout
+        )
+
+    @torch.no_grad()
+    def decompose(self, site: Site, config: Config, gradient: Tensor) -> None:
+        """Set A and B by the gradient, [*batch, out, in * kernel]."""
+        r = self.B.shape[-1]
+        U, S, V = nearly_principal(gradient, 2 * r, 4 * r, config.iterations)
+        of_A, of_B = {
+            "ArB2r": (slice(r), slice(r, 2 * r)),
+            "A2rBr": (slice(r, 2 * r), slice(r)),
+            "ArBr": (slice(1, 2 * r, 2), slice(0, 2 * r, 2)),
+        }[config.direction]
+        A, B, S = V[..., of_A, :], U[..., of_B], S[..., of_B].unsqueeze(-2)  # S: [*batch, 1, r]
+        by_A = by_B = self._factor(site, config)
+        if config.form == "peft":
+            B = B * S
+            by_A = by_A if config.scale == "gd_scale" else 1.0
+            by_B = by_B / S[..., :1].clamp_min(1e-30) if config.scale == "weight_svd" else by_B
+        self.start(as_rows(site, A * by_A), B * by_B)
+
+    def _factor(self, site: Site, config: Config) -> Any:
+        """Return what both factors are multiplied by; for a `weight_svd` of peft's, the largest singular value."""
+        if config.scale == "stable":
+            return site.out_features**0.25 / config.gamma**0.5
+        if config.scale == "weight_svd":
+            S = torch.linalg.svdvals(as_matrix(site))[..., : self.B.shape[-1]]
+            found = S[..., :1] if config.form == "peft" else (S / self.scale).sqrt().mean(-1, keepdim=True)
+            return found.unsqueeze(-1)  # [*batch, 1, 1]
+        return 1 / self.scale if config.scale == "gd_scale" else 1.0
+
+
+def mean_gradients(sites: Sequence[Site], data: Iterable[Batch]) -> dict[str, Tensor]:
+    """Return the mean gradient of each site's weight over the calls of it, ``[*batch, out, in * kernel]``.
+
+    Those of linear layers are products of inputs and gradients of outputs, so that a quantized weight has one too, and
+    a dense one keeps none in between.
+    """
+    sums: dict[nn.Module, Tensor] = {}
+    counts: defaultdict[nn.Module, int] = defaultdict(int)
+    others = [(site, site.module.get_parameter(site.tensor)) for site in sites if not sees_vectors(site)]
+    batches = 0
+
+    def ran(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        x = next(iter((*args, *kwargs.values()))).detach()
+        y = y if y.requires_grad else y.detach().requires_grad_()
+
+        def add(gradient: Tensor) -> None:
+            rows, inputs = (
+                each.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32)) for each in (gradient, x)
+            )
+            sums[module] = sums.get(module, 0) + rows.T @ inputs
+            counts[module] += 1
+
+        y.register_hook(add)
+        return y
+
+    for _, weight in others:
+        weight.requires_grad_(True)
+    with ExitStack() as hooks:
+        for module in {site.module for site in sites if sees_vectors(site)}:
+            hooks.callback(module.register_forward_hook(ran, with_kwargs=True).remove)
+        for batch in data:
+            batches += 1
+            if (loss := batch.loss()).requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+    found = {}
+    for site in sites:
+        if site.module in sums and sees_vectors(site):
+            rows = sums[site.module] / counts[site.module]  # [out, in]
+            found[site.path] = torch.cat([rows[slice(*each)] for each in site.slices]) if site.slices else rows
+    for site, weight in others:
+        if weight.grad is not None:
+            mean = site.logical(weight.grad.to(torch.promote_types(weight.dtype, torch.float32))) / batches
+            found[site.path] = mean.reshape(*site.batch, site.out_features, site.in_features * math.prod(site.kernel))
+    return found
+
+
+class LoRAGA(Method):
+    """Low-rank adaptation from the directions of the gradient."""
+
+    name = "lora_ga"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2407.05000", mergeable=True, low_rank=True, needs_data=True)
+    learning_rate = LearningRate(
+        2e-5, "Outsider565/LoRA-GA@89af7de, examples/float_llama2-7b_metamath.py", on="Llama-2-7B, MetaMathQA"
+    )
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, LoRAGAOperator, config)
+
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+        grafts: list[Any] = [graft for graft in injection.grafts if graft.by_method]
+        model.train()
+        torch.manual_seed(0)  # of dropout; the core puts the generators back
+        with injection.whole.disabled():
+            found = mean_gradients([graft.site for graft in grafts], data)
+        for graft in grafts:
+            gradient = found.get(graft.site.path)
+            if gradient is not None and not gradient.isfinite().all():
+                raise CalibrationError(f"the gradient of {graft.site.path} is not finite; give other data")
+            if gradient is not None and gradient.any():  # what never ran says so when the model is called
+                graft.operator.decompose(graft.site, config.at(graft.site.path), gradient)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return low_rank_count(site, rank_of(site, config))

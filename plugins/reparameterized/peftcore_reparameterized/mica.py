@@ -1,0 +1,78 @@
+"""MiCA: minor component adaptation.   Rüdiger and Raschka 2026, arXiv 2604.01694.
+
+    W = U S V',   B = U[:, -r:] of the r smallest singular values, frozen,   A = 0 at first
+    y = W x + b + s B A dropout(x),   s = alpha / rank
+
+LoRA that trains A alone, and puts out along the directions in which the weight does least, which the base's own work
+hardly uses. B is in the adapter's file: A means nothing without it, and found a second time, on another machine, it
+would be another, by its signs at least (here the largest entry of each column is positive; in peft's it is up to the
+machine). Kernels of convolutions are decomposed as [out, in * kernel], experts each on its own, embeddings as
+[dim, num]; peft has linear layers and embeddings, and refuses a rank above that of the weight, which here is lowered.
+
+Parameters: rank * in * kernel a site, times the number of experts; rank at most that of the weight.
+
+Use it in place of LoRA where new knowledge must not overwrite what the base knows, or at half of its parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_reparameterized._decomposed import as_matrix, positive, rank_within
+from peftcore_reparameterized._low_rank import LowRankOperator
+
+
+class Config(MethodConfig):
+    """Options of MiCA."""
+
+    method: Literal["mica"] = "mica"
+    rank: PositiveInt = 16
+    """How many of the smallest singular values; at most those that there are."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+
+
+class MiCAOperator(LowRankOperator):
+    """The trained A of one site, and the frozen directions of its weight."""
+
+    padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
+    B: Tensor
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site, config.dropout)
+        self.scale = config.alpha / config.rank
+        rank = rank_within(site, config.rank)
+        U = torch.linalg.svd(as_matrix(site), full_matrices=False).U[..., -rank:]
+        sign = positive(U.gather(-2, U.abs().argmax(-2, keepdim=True)))  # [*batch, 1, rank]
+        self.register_buffer("B", (U * sign).contiguous())
+        self.A = nn.Parameter(torch.zeros(*site.batch, rank, site.in_features, *site.kernel))
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.A, self.B, self.scale
+
+
+class MiCA(Method):
+    """Minor component adaptation."""
+
+    name = "mica"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2604.01694", mergeable=True, low_rank=True)
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, MiCAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        inputs = site.in_features * math.prod(site.kernel)
+        return math.prod(site.batch) * rank_within(site, config.rank) * inputs

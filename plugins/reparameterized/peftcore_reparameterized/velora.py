@@ -1,0 +1,141 @@
+"""VeLoRA: low-rank adaptation with compressed inputs.   Miles et al. 2024, arXiv 2405.17991 (roymiles/VeLoRA).
+
+    y = W x + b + s B A dropout(x)   as in LoRA,   s = alpha / rank
+    dL/dA = (dL/dz)' x~,   z = A x,   x~ = c [v v' x_1, ..., v v' x_g]   with x in g groups,   |v| = 1
+
+Training keeps a number for each group of inputs in place of the inputs, and puts x~ in their place where the gradient
+of A needs them; all other gradients, and outputs, are those of LoRA. v is the direction of the mean of all groups of
+all tokens: of the first batch (projection="first", the authors', kept in the file), or of each (projection="each",
+peft's default, which keeps nothing); projection="random" draws it. c is `rebuilt_scale`. With dropout the inputs are
+those after it.
+
+Where `in` is no multiple of g, zeros fill the last group, as in peft; the authors' code needs one. It compresses the
+inputs of whole layers too, which train; here, as in peft, those of the update alone. It acts on linear layers that are
+called; computed as an effective weight (`low_memory`), A gets its exact gradient.
+
+Parameters: rank * (in + out) a site.
+
+Use it in place of LoRA where the inputs of its layers fill the memory, and nothing else keeps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore_reparameterized._inputs import sees_vectors
+from peftcore_reparameterized._low_rank import add_low_rank, low_rank_count, low_rank_factors
+
+
+class Config(MethodConfig):
+    """Options of VeLoRA."""
+
+    method: Literal["velora"] = "velora"
+    rank: PositiveInt = 32
+    """Rank of the update."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / rank``."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+    num_groups: PositiveInt = 32
+    """How many numbers of each token's input are kept; the more, the more exact the gradient of A."""
+    projection: Literal["first", "each", "random"] = "first"
+    """Whether v comes of the first batch, of each batch, or is drawn."""
+    rebuilt_scale: PositiveFloat = 0.1
+    """What the rebuilt inputs are multiplied by."""
+
+
+def in_groups(x: Tensor, groups: int) -> Tensor:
+    """Return inputs ``[..., in]`` as ``[tokens, groups, size]``, with zeros at the end."""
+    size = -(-x.shape[-1] // groups)
+    return F.pad(x, (0, groups * size - x.shape[-1])).reshape(-1, groups, size)
+
+
+def direction(x: Tensor, groups: int) -> Tensor:
+    """Return v, ``[size]``: of the mean of all groups; where that is zero, all entries are alike."""
+    mean = in_groups(x.detach(), groups).flatten(0, 1).mean(0).to(torch.promote_types(x.dtype, torch.float32))
+    return F.normalize(torch.where(mean.any(), mean, 1.0), dim=0)
+
+
+class _Compressed(torch.autograd.Function):
+    """``x A'``, which keeps a number for each group of x for the gradient of A."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, v: Tensor, groups: int, scale: float) -> Tensor:
+        ctx.save_for_backward(in_groups(x, groups) @ v, A, v)  # [tokens, groups]
+        ctx.scale, ctx.shape = scale, x.shape
+        return x @ A.T
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # [..., rank]
+        kept, A, v = ctx.saved_tensors
+        of_x = gradient @ A if ctx.needs_input_grad[0] else None
+        rebuilt = (kept.unsqueeze(-1) * v).flatten(1)[:, : ctx.shape[-1]] * ctx.scale  # [tokens, in]
+        return of_x, gradient.reshape(-1, gradient.shape[-1]).T @ rebuilt, None, None, None
+
+
+class VeLoRAOperator(Operator):
+    """The update of one linear layer, and the direction in which its inputs are kept."""
+
+    training_only = frozenset({"dropout", "groups", "projection", "rebuilt_scale"})
+    padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
+    v: Tensor
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        if not sees_vectors(site):
+            raise UnsupportedSite(f"{site.path} is no linear layer that is called, so no inputs are kept; take lora")
+        self.dropout, self.groups, self.projection = config.dropout, config.num_groups, config.projection
+        self.rebuilt_scale, self.scale = config.rebuilt_scale, config.alpha / config.rank
+        self.A, self.B = low_rank_factors(site, config.rank)  # [rank, in], [out, rank]
+        size = -(-site.in_features // config.num_groups)
+        self.register_buffer(
+            "v", F.normalize(torch.randn(size), dim=0) if self.projection == "random" else torch.zeros(size)
+        )
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        if not self.training:
+            return y + self.layer.mix(self.scale * self.layer.apply(x, A), B)
+        x = F.dropout(x, self.dropout) if self.dropout else x
+        v = self.v
+        if self.projection != "random":
+            new = direction(x, self.groups)
+            if self.projection == "first":
+                v = torch.where(v.any(), v, new.to(v))
+                with torch.no_grad():
+                    self.v.copy_(v)
+            else:
+                v = new
+        low = _Compressed.apply(x, A, v.to(x.dtype), self.groups, self.rebuilt_scale)
+        return y + self.layer.mix(self.scale * low, B)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return add_low_rank(weight, self.A, self.scale * self.B)
+
+
+class VeLoRA(Method):
+    """Low-rank adaptation with compressed inputs."""
+
+    name = "velora"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2405.17991", mergeable=True, exact_gradient=False)
+    learning_rate = LearningRate(4e-4, "roymiles/VeLoRA@a6415bc, scripts/finetune_llama_7b.sh", on="LLaMA-7B, Alpaca")
+    target = ("attn.v", "mlp.down")
+    alternatives = ("all-linear",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, VeLoRAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return low_rank_count(site, config.rank)
