@@ -56,6 +56,7 @@ OTHER_METHODS = {
     "alora_invocation_tokens": "alora",
     "use_qalora": "qa_lora",
     "qalora_group_size": "qa_lora",
+    **{f"{each}_config": each for each in ("eva", "corda", "lora_ga", "kasa", "velora")},
 }
 """Options of peft that are methods of their own here."""
 RENAMED: Mapping[str, str | tuple[str, ...]] = {
