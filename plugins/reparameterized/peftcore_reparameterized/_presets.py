@@ -4,5 +4,6 @@ from peftcore import Preset
 
 PRESETS = {
     "krona": Preset("lokr", "2212.10650", {"full_matrix": True}),
+    "lora_fa": Preset("lora", "2308.03303", {"trained": "B"}),
     "rslora": Preset("lora", "2312.03732", {"scaling": "sqrt_rank"}),
 }

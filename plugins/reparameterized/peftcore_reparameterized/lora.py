@@ -9,7 +9,12 @@ input picks a single column of A. Stacked experts have factors of their own each
 scaling="sqrt_rank" is rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(rank), with which outputs and
 gradients have the same size at any rank. Use it at ranks of 64 and more; alpha / rank makes those learn too slowly.
 
-Parameters: rank * (in * kernel + out) a site, times the number of experts.
+trained="B" is LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A stays as it was drawn, so nothing of x is kept for its
+gradient. The optimizer of `injection.optimizer` gets g (A A')^+ / s^2 for B's gradient g, which makes s g A the nearest
+to the gradient of W; it is computed in g's dtype, where peft's optimizer rounds a product to bfloat16. Embeddings have
+a zero A, with which nothing would train (in peft nothing does): there it is refused.
+
+Parameters: rank * (in * kernel + out) a site, times the number of experts; with trained="B" rank * out.
 
 Use it first: it merges, adds no latency then, and suits nearly every task. More sites help more than more rank.
 """
@@ -20,11 +25,25 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, low_rank
+from peftcore import (
+    MATRICES,
+    AppliedMethod,
+    GradientRule,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Site,
+    Surgeon,
+    Tags,
+    low_rank,
+)  # fmt: skip
+from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._low_rank import add_low_rank, input_dropout, low_rank_count, low_rank_factors
 
 
@@ -40,6 +59,8 @@ class Config(MethodConfig):
     """Denominator of the scale: the rank, or its square root (rsLoRA)."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training."""
+    trained: Literal["both", "B"] = "both"
+    """The factors that train: both, or B alone (LoRA-FA)."""
 
 
 def scale_of(config: Config) -> float:
@@ -54,11 +75,19 @@ class LoRAOperator(Operator):
     stackable = True
     padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
 
-    def __init__(self, site: Site, config: Config) -> None:
+    A: Tensor
+
+    def __init__(self, site: Site, config: Config, trained: str = "both") -> None:
         super().__init__(site)
         self.input_dropout = input_dropout(site, config.dropout)
         self.scale = scale_of(config)
         self.A, self.B = low_rank_factors(site, config.rank)  # [rank, in], [out, rank]
+        if trained == "B":
+            if site.layer.one_hot:
+                raise UnsupportedSite(f"{site.path} is an embedding, whose A is zero: B alone would never train it")
+            A = self.A.detach()
+            del self.A
+            self.register_buffer("A", A)
 
     @low_rank
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]
@@ -75,6 +104,22 @@ class LoRAOperator(Operator):
         return self.A, self.B, self.scale
 
 
+class Rescaled(GradientRule):
+    """LoRA-FA's gradient of B [*experts, out, rank]: that of which s g A is the nearest to the weight's gradient."""
+
+    def __init__(self, operators: dict[nn.Parameter, LoRAOperator]) -> None:
+        super().__init__()
+        self.operators = operators
+
+    def project(self, grad: Tensor, param: nn.Parameter) -> Tensor:
+        if param not in self.operators:
+            return grad
+        operator, wide = self.operators[param], torch.promote_types(grad.dtype, torch.float32)
+        A = operator.A.to(grad.device, wide).flatten(grad.dim() - 1)  # [*experts, rank, in * kernel]
+        gram = A @ A.mT + 1e-8 * torch.eye(A.shape[-2], dtype=wide, device=A.device)
+        return (grad.to(wide) @ torch.linalg.pinv(gram, hermitian=True) / operator.scale**2).to(grad.dtype)
+
+
 class LoRA(Method):
     """Low-rank adaptation."""
 
@@ -89,8 +134,15 @@ class LoRA(Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            surgeon.graft(site, LoRAOperator, config)
+            surgeon.graft(site, lambda at, own: LoRAOperator(at, own, own.trained), config)
+
+    def gradient_rule(self, injection: AppliedMethod) -> GradientRule | None:
+        operators = [graft.operator for graft in injection.grafts if isinstance(graft.operator, LoRAOperator)]
+        frozen = {each.get_parameter("B"): each for each in operators if "A" in each._buffers}
+        return Rescaled(frozen) if frozen else None
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
+        if config.trained == "B":
+            return math.prod(site.batch) * config.rank * site.out_features
         return low_rank_count(site, config.rank)
