@@ -14,6 +14,7 @@ def peftcore_methods() -> Mapping[str, str]:
     return {
         "adalora": "peftcore_reparameterized.adalora:AdaLoRA",
         "alora": "peftcore_reparameterized.alora:ALoRA",
+        "bd_lora": "peftcore_reparameterized.bd_lora:BDLoRA",
         "boft": "peftcore_reparameterized.boft:BOFT",
         "c3a": "peftcore_reparameterized.c3a:C3A",
         "deft": "peftcore_reparameterized.deft:DEFT",
@@ -31,6 +32,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "lora_plus": "peftcore_reparameterized.lora_plus:LoRAPlus",
         "lora_xs": "peftcore_reparameterized.lora_xs:LoRAXS",
         "miss": "peftcore_reparameterized.miss:MiSS",
+        "monteclora": "peftcore_reparameterized.monteclora:MonteCLoRA",
         "oft": "peftcore_reparameterized.oft:OFT",
         "olora": "peftcore_reparameterized.olora:OLoRA",
         "osf": "peftcore_reparameterized.osf:OSF",
