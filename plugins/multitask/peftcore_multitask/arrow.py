@@ -114,7 +114,7 @@ class Arrow(OfMergedParts, Method):
 
     name = "arrow"
     Config = Config
-    tags = Tags(category="multitask", paper="2405.11157")
+    tags = Tags(category="multitask", paper="2405.11157", exact_gradient=False)
     target = ()
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:

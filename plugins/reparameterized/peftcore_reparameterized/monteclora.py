@@ -4,18 +4,19 @@
     A' = A + sample_scale sqrt(v) * sum_n w_n eps_n,   eps_n [rank, in] ~ N(0, 1),   n = 1 … N
     v = max(exp(2 t) * chi, 1e-3),   chi [rank] ~ chi^2 with `rank` degrees of freedom       (Wishart's diagonal)
     w = softmax(p - mean(p) + sqrt(d + 1e-6) * eta),   eta [N] ~ N(0, 1)                      (Dirichlet, nearly)
-    d = (1 - 2 / N) exp(-p) + sum(exp(-p)) / N^2
+    d = (1 - 2 / N) exp(-p) + sum_n exp(-p_n) / N^2
 
 Each row of A has a deviation exp(t) of its own that is learned, and the N samples have weights that are learned: A is
 the mean of a distribution, and training sees what lies around it. A and B start as LoRA's, t [rank] and p [N] uniform
 in 0 to 1. A loss in training, the mean over the sites, holds the distributions near their priors: `kl` times the sum of
 
-    KL of Dirichlet(exp(p)) and Dirichlet(prior, …),   rank / 2 * (sum(u) - sum(log u) - rank) with u = exp(2 t),
-    N / 2 * (sum(v) - sum(log v) - rank),
+    KL of Dirichlet(exp(p)) and Dirichlet(prior, …),   rank / 2 * sum_i (u_i - log u_i - 1) with u = exp(2 t),
+    N / 2 * sum_i (v_i - log v_i - 1),
 
-and with `entropy` also sum(w^2). This is what peft computes, whose first term has sum(log Gamma(exp(p)) - log
-Gamma(prior)) with a plus where the divergence has a minus: it is no divergence, though zero where both are equal. Peft
-computes these roots in float32 always, and draws ahead of time. Weights that are read, not called, have the mean.
+and with `entropy` also the sum of all w_n^2. This is what peft computes, whose first term has the sum of log Gamma(exp
+p) - log Gamma(prior) with a plus where the divergence has a minus: it is no divergence, though zero where both are
+equal. Peft takes its roots in float32 always, and draws ahead of time. Weights that are read, not called, have the
+mean.
 
 Kernels of convolutions count as inputs; experts draw by themselves. peft has linear layers alone.
 

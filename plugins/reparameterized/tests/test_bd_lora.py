@@ -19,7 +19,7 @@ RANK, ALPHA = 6, 9.0
 OPTIONS: dict[str, Any] = {"rank": RANK, "alpha": ALPHA}
 
 
-@conformance("bd_lora", options={"*": {"alpha": 12.0}})
+@conformance("bd_lora", options={"*": {"rank": 6, "alpha": 12.0}})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 
