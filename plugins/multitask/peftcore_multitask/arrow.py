@@ -6,7 +6,7 @@ v_e [in] is the prototype of part e: the first right singular vector of B_e A_e,
 most, of length one. So nothing is trained to choose, and none of the parts' data is needed; a token chooses anew at
 each target module. Its sign means nothing, hence |v' x|. The factors w_e are `weights`, 1 by default.
 
-`general` is GenKnowSub (Bagherifard et al. 2025, ACL 2025 short 54): the last so many parts are adapters of general
+`general` is GenKnowSub (ACL 2025, short paper 54): the last so many parts are adapters of general
 knowledge, which do not take part, and the mean of their factors is taken away from those of all others: A_e - mean(A),
 B_e - mean(B), as in peft, which is not the difference of the products.
 

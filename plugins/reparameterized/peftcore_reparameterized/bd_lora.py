@@ -1,4 +1,4 @@
-"""BD-LoRA: low-rank adaptation with block-diagonal factors.   Conti et al. 2025, arXiv 2510.23346.
+"""BD-LoRA: low-rank adaptation with block-diagonal factors.   Wang et al. 2025, arXiv 2510.23346.
 
     y = W x + b + s B A dropout(x),   s = alpha / rank,   of which A or B is block diagonal, with n blocks
 
