@@ -56,7 +56,8 @@ OTHER_METHODS = {
     "alora_invocation_tokens": "alora",
     "use_qalora": "qa_lora",
     "qalora_group_size": "qa_lora",
-    **{f"{each}_config": each for each in ("eva", "corda", "lora_ga", "kasa", "velora")},
+    **{f"{each}_config": each for each in ("eva", "corda", "lora_ga", "kasa", "velora", "monteclora")},
+    "use_bdlora": "bd_lora",
 }
 """Options of peft that are methods of their own here."""
 RENAMED: Mapping[str, str | tuple[str, ...]] = {
@@ -143,6 +144,12 @@ RENAMED: Mapping[str, str | tuple[str, ...]] = {
     "very_sparse": "basis",
     "mask_type": "mask",
     "wavelet_family": "wavelet",
+    "nblocks": "blocks",
+    "num_samples": "samples",
+    "sample_scaler": "sample_scale",
+    "kl_loss_weight": "kl",
+    "dirichlet_prior": "prior",
+    "use_entropy": "entropy",
     "config_C": "C",
 }
 """Options of peft by another name, and ours; of several that which the method has."""

@@ -55,6 +55,14 @@ CONFIGS: dict[str, Any] = {
     "waveft": peft.WaveFTConfig(n_frequency=10, target_modules=["q_proj"]),
     "road": peft.RoadConfig(group_size=4, target_modules=["q_proj"]),
     "psoft": peft.PsoftConfig(r=4, target_modules=["q_proj"]),
+    "bd_lora": peft.LoraConfig(
+        use_bdlora=peft.tuners.lora.BdLoraConfig(target_modules_bd_b=["q_proj"], nblocks=2), target_modules=["q_proj"]
+    ),
+    "monteclora": peft.LoraConfig(
+        monteclora_config=peft.tuners.lora.MontecloraConfig(buffer_size=1), target_modules=["q_proj"]
+    ),
+    "supertuning": peft.SupertuningConfig(sparsity=0.9, r=2, target_modules=["q_proj"]),
+    "beft": peft.BeftConfig(target_modules=["q_proj"]),
     "deft": peft.DeftConfig(r=4, target_modules=["q_proj"]),
     "prompt_tuning": peft.PromptTuningConfig(num_virtual_tokens=3, **LM),
     "prefix_tuning": peft.PrefixTuningConfig(num_virtual_tokens=3, **LM),

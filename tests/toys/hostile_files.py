@@ -143,6 +143,8 @@ SAMPLES = [
     Sample("osf", wishes={"effective_rank": 2}),
     Sample("vb_lora", wishes=_two(num_vectors=5, vector_length=4)),
     Sample("delora", wishes=_two()),
+    Sample("bd_lora", wishes=_two(blocks=1)),
+    Sample("monteclora", wishes=_two(samples=2)),
     Sample("gralora", wishes={"rank": 2, "blocks": 1, "hybrid_rank": 1}),
     Sample("c3a", wishes={"block_size": 4}),
     Sample("waveft", wishes={"n_frequency": 9}),

@@ -144,6 +144,10 @@ class PeftMethod(ABC):
         """
         return f"^{re.escape(path)}"
 
+    def holds(self, config: Any) -> bool:
+        """Whether this type is the one that has our method with these options, where several types have the method."""
+        return True
+
     def write_options(self, config: Any) -> dict[str, Any]:
         """Returns peft's options from ours, for one place.
 

@@ -230,9 +230,9 @@ def _written(applied: AppliedMethod) -> Written:
 def _writer_of(applied: AppliedMethod) -> tuple[str, PeftMethod]:
     for kind, where in peft_methods().items():
         method: PeftMethod = imported(where)()
-        if applied.method.name in method.methods:
+        if applied.method.name in method.methods and method.holds(applied.config):
             return kind, method
-    raise ExportError(f"peft has no method that computes what {applied.method.name} does")
+    raise ExportError(f"peft has no method that computes what {applied.method.name} does with these options")
 
 
 def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -15,6 +15,7 @@ def peftcore_methods() -> Mapping[str, str]:
     return {
         "adapter_fusion": "peftcore_multitask.adapter_fusion:AdapterFusion",
         "adapter_soup": "peftcore_multitask.adapter_soup:AdapterSoup",
+        "arrow": "peftcore_multitask.arrow:Arrow",
         "dare": "peftcore_multitask.dare:DARE",
         "hydralora": "peftcore_multitask.hydralora:HydraLoRA",
         "mov": "peftcore_multitask.mov:MoV",

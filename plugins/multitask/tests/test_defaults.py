@@ -13,6 +13,9 @@ ATTEMPT = "AkariAsai/ATTEMPT@b5121e5, attempt/configs/attempt"
 POLY = "microsoft/mttl@c66b20d, projects/mhr/configs/t0/poly_lora.json"
 
 HELD: Held = {
+    ("arrow", "top_k"): (3, "peft 0.21: ArrowConfig.top_k"),
+    ("arrow", "temperature"): (1.0, "peft 0.21: ArrowConfig.router_temperature"),
+    ("arrow", "general"): (0, "peft 0.21: ArrowConfig.use_gks is False"),
     ("dare", "drop_rate"): (0.9, f"{DARE}, README.md: DARE (drop rate 0.9), --weight_mask_rate 0.9"),
     ("dare", "merge"): (
         "linear",

@@ -14,6 +14,7 @@ def peftcore_methods() -> Mapping[str, str]:
     return {
         "adalora": "peftcore_reparameterized.adalora:AdaLoRA",
         "alora": "peftcore_reparameterized.alora:ALoRA",
+        "bd_lora": "peftcore_reparameterized.bd_lora:BDLoRA",
         "boft": "peftcore_reparameterized.boft:BOFT",
         "c3a": "peftcore_reparameterized.c3a:C3A",
         "corda": "peftcore_reparameterized.corda:CorDA",
@@ -36,6 +37,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "lora_xs": "peftcore_reparameterized.lora_xs:LoRAXS",
         "mica": "peftcore_reparameterized.mica:MiCA",
         "miss": "peftcore_reparameterized.miss:MiSS",
+        "monteclora": "peftcore_reparameterized.monteclora:MonteCLoRA",
         "oft": "peftcore_reparameterized.oft:OFT",
         "olora": "peftcore_reparameterized.olora:OLoRA",
         "osf": "peftcore_reparameterized.osf:OSF",

@@ -13,7 +13,12 @@ start="orthogonal" (https://datta0.github.io/posts/rethink-lora-init) has two fa
 to rounding: with Q [rank, rank] orthogonal and R, T ~ N(0, 1), A = (R Q[0::2])' / 10 and B = T Q[1::2] / 10. Both
 factors get gradients from the first step on. The rank is even.
 
-Parameters: rank * (in * kernel + out) a site, times the number of experts.
+trained="B" is LoRA-FA (Zhang et al. 2023, arXiv 2308.03303): A stays as it was drawn, so nothing of x is kept for its
+gradient. The optimizer of `injection.optimizer` gets g (A A')^+ / s^2 for B's gradient g, which makes s g A the nearest
+to the gradient of W; it is computed in g's dtype, where peft's optimizer rounds a product to bfloat16. Embeddings have
+a zero A, with which nothing would train (in peft nothing does): there it is refused.
+
+Parameters: rank * (in * kernel + out) a site, times the number of experts; with trained="B" rank * out.
 
 Use it first: it merges, adds no latency then, and suits nearly every task. More sites help more than more rank.
 """
@@ -28,7 +33,20 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, low_rank
+from peftcore import (
+    MATRICES,
+    AppliedMethod,
+    GradientRule,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Operator,
+    Site,
+    Surgeon,
+    Tags,
+    low_rank,
+)  # fmt: skip
+from peftcore_reparameterized._fixed_projection import Rescaled, fix_projection
 from peftcore_reparameterized._low_rank import (
     add_low_rank,
     input_dropout,
@@ -52,6 +70,8 @@ class Config(MethodConfig):
     """Probability with which inputs of the update are dropped in training."""
     start: Literal["zero", "orthogonal"] = "zero"
     """What makes the update zero at first: one factor is, or the two are orthogonal to each other."""
+    trained: Literal["both", "B"] = "both"
+    """The factors that train: both, or B alone (LoRA-FA)."""
 
     @model_validator(mode="after")
     def _halves(self) -> Self:
@@ -72,12 +92,16 @@ class LoRAOperator(Operator):
     stackable = True
     padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
 
-    def __init__(self, site: Site, config: Config) -> None:
+    A: Tensor
+
+    def __init__(self, site: Site, config: Config, start: str = "zero", trained: str = "both") -> None:
         super().__init__(site)
         self.input_dropout = input_dropout(site, config.dropout)
         self.scale = scale_of(config)
-        factors = orthogonal_factors if getattr(config, "start", "zero") == "orthogonal" else low_rank_factors
+        factors = orthogonal_factors if start == "orthogonal" else low_rank_factors
         self.A, self.B = factors(site, config.rank)  # [rank, in], [out, rank]
+        if trained == "B":
+            fix_projection(self, site)
 
     @low_rank
     def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]
@@ -108,8 +132,15 @@ class LoRA(Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            surgeon.graft(site, LoRAOperator, config)
+            surgeon.graft(site, lambda at, own: LoRAOperator(at, own, own.start, own.trained), config)
+
+    def gradient_rule(self, injection: AppliedMethod) -> GradientRule | None:
+        operators = [graft.operator for graft in injection.grafts if isinstance(graft.operator, LoRAOperator)]
+        frozen = {each.get_parameter("B"): each for each in operators if "A" in each._buffers}
+        return Rescaled(frozen) if frozen else None
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
+        if config.trained == "B":
+            return math.prod(site.batch) * config.rank * site.out_features
         return low_rank_count(site, config.rank)

@@ -18,6 +18,7 @@ LORA_PLUS = "nikhil-ghosh-berkeley/loraplus@a0c44bf"
 LORA_XS = "MohammadrezaBanaei/LoRA-XS@e50b1a8"
 LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
 LYCORIS_PAPER = "arXiv 2309.14859, paragraph on dimension, alpha and factor"
+MONTECLORA = "LCS2-IIITD/MonteCLoRA@0cd4a77, run_ft_mc.sh"
 MISS = "JL-er/MiSS@a17e631, finetune.py"
 OLORA = "huggingface/peft@5d602fd, examples/olora_finetuning/README.md"
 WAVEFT = "Bilican/Sparse_PEFT@a2f5e61, example_outputs/config/dog/final_model/training_config.yaml"
@@ -199,6 +200,29 @@ HELD: Held = {
     ("vb_lora", "bank_bound"): (0.02, "peft 0.21: VBLoRAConfig.init_vector_bank_bound, by the authors"),
     ("vb_lora", "logits_std"): (0.1, "peft 0.21: VBLoRAConfig.init_logits_std, by the authors"),
     ("vb_lora", "logits_ratio"): (10.0, f"{VB_LORA}: --learning_rate_logits 1e-2, --learning_rate_vector_bank 1e-3"),
+    ("bd_lora", "rank"): (8, "peft 0.21: LoraConfig.r"),
+    ("bd_lora", "alpha"): (8.0, "peft 0.21: LoraConfig.lora_alpha"),
+    ("bd_lora", "scaling"): ("rank", "peft 0.21: LoraConfig.use_rslora is False"),
+    ("bd_lora", "dropout"): (0.0, "peft 0.21: LoraConfig.lora_dropout"),
+    ("lora", "trained"): ("both", "arXiv 2106.09685, section 4.1: both A and B train"),
+    ("monteclora", "rank"): (8, f"{MONTECLORA}: --lora_r 32; ours is 8, as in run_glue.sh and peft's LoraConfig.r"),
+    ("monteclora", "alpha"): (8.0, f"{MONTECLORA}: --lora_alpha 64; ours is 8.0, as peft's LoraConfig.lora_alpha"),
+    ("monteclora", "scaling"): ("rank", "peft 0.21: LoraConfig.use_rslora is False"),
+    ("monteclora", "dropout"): (0.0, "peft 0.21: LoraConfig.lora_dropout"),
+    ("monteclora", "samples"): (
+        8,
+        f"{MONTECLORA}: --monteclora_n 1; ours is 8, as peft's MontecloraConfig.num_samples",
+    ),
+    ("monteclora", "sample_scale"): (
+        1e-4,
+        f"{MONTECLORA}: --sample_scaler 1e-6; ours is 1e-4, as peft's MontecloraConfig.sample_scaler",
+    ),
+    ("monteclora", "prior"): (0.1, "peft 0.21: MontecloraConfig.dirichlet_prior"),
+    ("monteclora", "kl"): (1e-5, f"{MONTECLORA}: --kl_loss_weight 1e-5"),
+    ("monteclora", "entropy"): (
+        False,
+        f"{MONTECLORA}: --use_entropy True; ours is False, as peft's MontecloraConfig.use_entropy",
+    ),
     ("psoft", "rank"): (32, f"{PSOFT}: rank=46, another for each task; ours is 32, as peft's PsoftConfig.r"),
     ("psoft", "orthogonal"): (True, f'{PSOFT}: orth="True"'),
     ("psoft", "scale_outputs"): (True, f'{PSOFT}: mag_b="True"'),
@@ -277,6 +301,8 @@ HELD: Held = {
 FREE: Free = {
     ("alora", "invocation"): "each adapter has its own; without one it is a LoRA",
     ("eva", "passes"): "a guard, where peft goes on for ever: data on which directions settle ends before",
+    ("bd_lora", "blocks"): "the number of devices that will serve it; with peft's 1 it is a LoRA, so ours is the least",
+    ("bd_lora", "cut_inputs"): "what is sharded by inputs, by role; peft is told by name",
 }
 
 

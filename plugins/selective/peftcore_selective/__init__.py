@@ -34,7 +34,9 @@ def peftcore_presets() -> Mapping[str, Preset]:
 def peftcore_translations() -> Mapping[str, str]:
     """Map other libraries' adapter formats to the import paths of their translations for this plugin's methods."""
     return {
+        "peft/BEFT": "peftcore_selective.interop.peft_beft:PeftBEFT",
         "peft/LN_TUNING": "peftcore_selective.interop.peft_norms:PeftNorms",
         "peft/SHIRA": "peftcore_selective.interop.peft_shira:PeftSHiRA",
+        "peft/SUPERTUNING": "peftcore_selective.interop.peft_supertuning:PeftSupertuning",
         "peft/TRAINABLE_TOKENS": "peftcore_selective.interop.peft_tokens:PeftTokens",
     }

@@ -2,15 +2,19 @@
 
     W' = W + scatter(v at I),   |I| = rank * (in * kernel + out) entries of W,   v zero at the start
 
+sparsity=0.99 with mask="magnitude" is Super-Tuning (arXiv 2607.09287): I has floor((1 - sparsity) * in * kernel * out)
+entries. `low_rank` adds s B A of that rank, s = alpha / low_rank, A uniform in +-1/sqrt(in * kernel) and B zero, which
+is its Supra. Peft can drop inputs of this second part; here the weight itself is made, so nothing is dropped.
+
 As many numbers as LoRA of that rank has, but the update is sparse and of high rank, and two of them hardly meet. The
-entries are drawn evenly (SHiRA-Rand), or are the largest of |W| (SHiRA-WM); experts choose one by one. The paper's
-other masks follow rows and diagonals, or gradients: fish_mask chooses by gradients.
+entries are drawn evenly (SHiRA-Rand), or are the largest of |W| (SHiRA-WM), or its smallest; experts choose one by
+one. The paper's other masks follow rows and diagonals, or gradients: fish_mask chooses by gradients.
 
 I is in the file, since it is the adapter as much as v is; peft draws it anew from a seed that its file lacks when
 there was none. peft's forward builds the whole update and adds it to the weight; here only the entries of I are read
 and written, each rounded once to the weight's dtype.
 
-Parameters: rank * (in * kernel + out) a site, times the number of experts.
+Parameters: |I| a site, and low_rank * (in * kernel + out), times the number of experts.
 
 Use it to switch fast between adapters on one base, or to add several: a switch touches one to two percent of a weight.
 """
@@ -19,10 +23,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags, WeightOperator
@@ -35,13 +39,31 @@ class Config(MethodConfig):
     method: Literal["shira"] = "shira"
     rank: PositiveInt = 32
     """Sets how many entries train: as many as LoRA of this rank has. The update's own rank is not bounded by it."""
-    mask: Literal["random", "magnitude"] = "random"
-    """How the entries are chosen: drawn evenly, or the largest weights."""
+    mask: Literal["random", "magnitude", "smallest"] = "random"
+    """How the entries are chosen: drawn evenly, or the largest weights, or the smallest."""
+    sparsity: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """The share of entries that stay as they are; where it is given, `rank` does not count."""
+    low_rank: NonNegativeInt = 0
+    """Rank of a low-rank update beside the entries; 0 is none."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / low_rank`` of the low-rank update."""
+
+
+def ends(site: Site) -> int:
+    """Return how many numbers a rank takes: inputs and outputs."""
+    return site.in_features * math.prod(site.kernel) + site.out_features
 
 
 def entries(site: Site, config: Config) -> int:
     """Return how many entries train in each matrix of the site."""
-    return config.rank * (site.in_features * math.prod(site.kernel) + site.out_features)
+    if config.sparsity is None:
+        return config.rank * ends(site)
+    return int(math.prod(site.weight_shape[len(site.batch) :]) * (1 - config.sparsity))
+
+
+def largest(weight: Tensor, batch_dims: int, count: int, smallest: bool = False) -> Tensor:
+    """Return the places of the largest entries of each matrix in `weight`, or of the smallest, the first one first."""
+    return weight.flatten(batch_dims).abs().topk(count, largest=not smallest).indices
 
 
 class SHiRAOperator(WeightOperator):
@@ -57,16 +79,27 @@ class SHiRAOperator(WeightOperator):
                 f"{site.path} has {size} entries, but rank={config.rank} asks for {count}; lower the rank there "
                 "(overrides=) or exclude the site"
             )
+        if not count:
+            raise UnsupportedSite(
+                f"{site.path} has {size} entries, of which sparsity={config.sparsity} leaves none to train; lower it "
+                "there (overrides=) or exclude the site"
+            )
         # 32 bits halve the file, and no matrix of 2**31 entries is in sight
         index = self._choose(site, config, size, count).sort(-1).values.to(torch.int32)
         self.size = size
         self.register_buffer("index", index)  # [*batch, count]
         self.values = nn.Parameter(torch.zeros(index.shape))
+        self.scale = config.alpha / config.low_rank if config.low_rank else 0.0
+        if config.low_rank:
+            A = torch.empty(*site.batch, config.low_rank, site.in_features, *site.kernel)
+            bound = 1 / math.sqrt(site.in_features * math.prod(site.kernel))
+            self.A = nn.Parameter(A.uniform_(-bound, bound))
+            self.B = nn.Parameter(torch.zeros(*site.batch, site.out_features, config.low_rank))
 
     @staticmethod
     def _choose(site: Site, config: Config, size: int, count: int) -> Tensor:
-        if config.mask == "magnitude":
-            return site.weight().flatten(len(site.batch)).abs().topk(count).indices
+        if config.mask != "random":
+            return largest(site.weight(), len(site.batch), count, config.mask == "smallest")
         drawn = [torch.randperm(size)[:count] for _ in range(math.prod(site.batch))]
         return torch.stack(drawn).view(*site.batch, count)
 
@@ -81,7 +114,11 @@ class SHiRAOperator(WeightOperator):
     def forward(self, weight: Tensor) -> Tensor:
         flat, index = weight.flatten(self.layer.batch_dims), self.index.long()
         new = (flat.gather(-1, index) + self.values).to(flat.dtype)  # in the values' precision, rounded once
-        return flat.scatter(-1, index, new).view(weight.shape)
+        sparse = flat.scatter(-1, index, new).view(weight.shape)
+        if not self.scale:
+            return sparse
+        update = (self.scale * self.B) @ self.A.flatten(self.layer.batch_dims + 1)
+        return (sparse + update.view(weight.shape)).to(weight.dtype)
 
 
 class SHiRA(Method):
@@ -100,4 +137,4 @@ class SHiRA(Method):
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
-        return math.prod(site.batch) * entries(site, config)
+        return math.prod(site.batch) * (entries(site, config) + config.low_rank * ends(site))

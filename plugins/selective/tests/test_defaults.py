@@ -29,6 +29,12 @@ HELD: Held = {
     ("partial_k", "k"): (1, f'{VPT}, demo.ipynb: MODEL.TRANSFER_TYPE "partial-1"'),
     ("shira", "rank"): (32, "peft 0.21: ShiraConfig.r"),
     ("shira", "mask"): ("random", "peft 0.21: ShiraConfig.mask_type"),
+    ("shira", "sparsity"): (
+        None,
+        "peft 0.21: SupertuningConfig.sparsity is 0.99, as in the preset; ours is None, since SHiRA counts by a rank",
+    ),
+    ("shira", "low_rank"): (0, "peft 0.21: SupertuningConfig.r is None"),
+    ("shira", "alpha"): (16.0, "peft 0.21: SupertuningConfig.lora_alpha is 2 * r, and 8 is LoRA's rank"),
 }
 
 FREE: Free = {}

@@ -135,3 +135,59 @@ def test_more_entries_than_there_are() -> None:
     for do in (peftcore.plan, peftcore.apply):
         with pytest.raises(UnsupportedSite, match="63 entries, but rank=4 asks for 64"):
             do(nn.Sequential(nn.Linear(9, 7)), "shira", target="0", rank=4)
+
+
+def supertuning_pairs(site: Any, operator: Any, theirs: nn.Module) -> Iterator[Pair]:
+    """The values, in our order of entries, and the factors."""
+    layer: Any = theirs.get_submodule(site.module_path)
+    assert set(layer.supertuning_indices[ADAPTER].tolist()) == set(operator.index.tolist())
+    layer.supertuning_indices[ADAPTER] = operator.index.clone()
+    yield Pair(f"{site.path}.values", operator.values, layer.supertuning_values[ADAPTER], lambda t: t)
+    if operator.scale:
+        yield Pair(f"{site.path}.A", operator.A, layer.supertuning_lora_A[ADAPTER].weight, lambda t: t)
+        yield Pair(f"{site.path}.B", operator.B, layer.supertuning_lora_B[ADAPTER].weight, lambda t: t)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("select_top", "rank"), [(True, None), (False, None), (True, 3)])
+@pytest.mark.filterwarnings("ignore:::peft")
+@against("peft 0.21", "shira")
+def test_supertuning_of_peft(select_top: bool, rank: int | None, training: bool) -> None:
+    """The same entries, outputs, gradients, merged weights, and as many parameters."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 7), nn.Tanh(), nn.Linear(7, 9)).double().train(training)
+    config = peft.SupertuningConfig(target_modules=["0", "2"], sparsity=0.7, select_top=select_top, r=rank)
+    options = {"mask": "magnitude" if select_top else "smallest", "sparsity": 0.7, "dtype": "float64"}
+    options |= {"low_rank": rank, "alpha": 2.0 * rank} if rank else {}
+    both = Both(base, "shira", {"target": ["0", "2"], **options}, config, supertuning_pairs)
+    count = int(84 * (1 - 0.7)) + int(63 * (1 - 0.7)) + (rank or 0) * (12 + 7 + 7 + 9)
+    assert sum(p.numel() for p in both.injection.parameters()) == count
+    assert sum(p.numel() for p in both.tuner.parameters() if p.requires_grad) == count
+    x = torch.randn(5, 12).double()
+    both.tuner.double()  # peft makes its tensors in float32
+    both.assert_same(lambda model: model(x))
+
+
+def test_the_low_rank_update_written_a_second_time() -> None:
+    """For kernels of groups and experts."""
+    model = Zoo().double()
+    weights = {path: model.get_parameter(name).detach().clone() for path, name in
+               (("conv", "conv.weight"), ("experts", "experts"))}  # fmt: skip
+    options = {"mask": "magnitude", "sparsity": 0.9, "low_rank": 2, "alpha": 3.0, "dtype": "float64"}
+    injection = peftcore.apply(model, "shira", target=["conv", "experts"], **options)
+    for path, operator in injection.operators.items():
+        A, B, before = operator.A, operator.B, weights[path]
+        assert not B.any() and 0 < A.abs().max() <= 1
+        nn.init.normal_(B)
+        flat = A.reshape(*B.shape[:-2], 2, -1)
+        torch.testing.assert_close(operator(before), before + 1.5 * (B @ flat).view(before.shape))
+
+
+def test_a_sparsity_that_leaves_nothing() -> None:
+    with pytest.raises(UnsupportedSite, match=r"63 entries, of which sparsity=0.99 leaves none"):
+        peftcore.apply(nn.Sequential(nn.Linear(9, 7)), "supertuning", target="0")
+
+
+@conformance("shira", hosts=["llama", "convnet"], options={"*": {"mask": "magnitude", "sparsity": 0.9, "low_rank": 2}})
+def test_supertuning_with_a_low_rank_update(check: Callable[[], None]) -> None:
+    check()

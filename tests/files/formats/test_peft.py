@@ -358,7 +358,6 @@ def test_names_without_a_prefix(prefix: str, tmp_path: Path) -> None:
         {"layer_replication": [[0, 1]]},
         {"use_qalora": True},
         {"use_bdlora": {"nblocks": 2}},
-        {"monteclora_config": {"num_samples": 2}},
         {"arrow_config": {"top_k": 2}},
         {"megatron_config": {"tensor_model_parallel_size": 1}},
         {"invented": 0.5},
@@ -436,7 +435,8 @@ def test_what_peft_cannot_hold(tmp_path: Path) -> None:
     refused("a part of a fused projection", "gpt2", "lora", target="attn.q")
     refused(r"classifier\.weight", "bert", "lora", train=["classifier.weight"])
     refused("one use_rslora for all", "llama", "lora", overrides={"*q_proj": {"scaling": "sqrt_rank"}})
-    refused("no method that computes what bitfit does", "bert", "bitfit")
+    refused("no method that computes what houlsby_adapter does", "bert", "houlsby_adapter")
+    refused("peft computes something else with what is no bias of a linear layer", "bert", "bitfit", head=False)
     tokens = {"method": "trainable_tokens", "token_indices": [3]}
     refused("at one module", "llama", "config_union", parts=[{"method": "lora", "target": "embed"}, tokens])
     ia3 = {"method": "ia3"}

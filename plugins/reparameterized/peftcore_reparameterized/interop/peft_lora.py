@@ -1,4 +1,4 @@
-"""LoRA, DoRA and aLoRA in peft's files (checked against peft 0.21).
+"""LoRA, DoRA, aLoRA, BD-LoRA and MonteCLoRA in peft's files (checked against peft 0.21).
 
 ``lora_A`` and ``lora_B`` are our A and B; those of an embedding are called ``lora_embedding_A`` and
 ``lora_embedding_B``. Stacked experts lie side by side, A [experts * rank, in] and B [out, rank * experts]; a
@@ -12,12 +12,18 @@ LoRA-GA, whose start no file of peft's has. So is LoRA-XS, of its rank; what it 
 LoRA once it has started: its files are read as LoRA, and written so, with a rank and an alpha of each module. KaSA's
 file means W without its smallest singular values, which peft takes away when it loads; it is written as LoRA of twice
 the rank.
+
+BD-LoRA: blocks lie one below the other, as ours. Peft's option says which factor has blocks, by parts of names; where
+it names neither, the site is a plain LoRA, here one of a single block.
+
+MonteCLoRA: ``std_prior`` and ``expert_weights_prior`` of peft's sampler are our t and p; what else it saves is its last
+draw, which nothing needs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -31,7 +37,7 @@ from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.patterns import ending
 from peftcore.files.formats.peft_layers import is_one_of, not_added
 from peftcore.files.formats.peft_method import PeftMethod
-from peftcore.files.formats.peft_writing import is_parameter
+from peftcore.files.formats.peft_writing import is_parameter, module_key
 from peftcore.files.formats.places import Place
 from peftcore.layers.kinds import Transposed
 from peftcore.targets.sites import Site
@@ -51,18 +57,46 @@ _GENERATES = {"task_type": "CAUSAL_LM"}
 """What peft's file of an aLoRA says: no other of its models looks for the invocation."""
 PACKED, BEHIND = "in_proj_weight", "out_proj.weight"
 """The tensors of torch's attention, of which peft adapts both."""
+SAMPLER, PRIORS = "lora_monteclora_sampler", {"t": "std_prior", "p": "expert_weights_prior"}
+"""MonteCLoRA's tensors in peft, by ours."""
+DRAWS = ("gaussian_var_prior", "expert_weights")
+SAMPLED = tuple(f"{SAMPLER}.{name}" for name in (*PRIORS.values(), *DRAWS))
+MONTECLORA = {
+    "samples": "num_samples",
+    "sample_scale": "sample_scaler",
+    "prior": "dirichlet_prior",
+    "kl": "kl_loss_weight",
+}
+"""MonteCLoRA's options in peft, by ours."""
+BLOCKS = ("target_modules_bd_a", "target_modules_bd_b")
+"""Peft's lists of parts of names: where A is block diagonal, and where B is."""
 
 
 class PeftLoRA(PeftMethod):
     """Translates low-rank factors, weight-decomposed or not."""
 
-    methods = ("lora", "dora", "lora_plus", "alora", "eva", "mica", "velora", *AS_LORA)
+    methods = ("lora", "dora", "lora_plus", "alora", "eva", "mica", "velora", "bd_lora", "monteclora", *AS_LORA)
     below = (
         "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B",
-        "lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_diag", "lora_velora_embed",
+        "lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_diag", "lora_velora_embed", *SAMPLED,
     )  # fmt: skip
     bias = "lora_only"
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+
+    def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
+        """Returns other ranks and scales of some modules, and which factor of each is block diagonal."""
+        found = super().changes(keys, paths)
+        if told := keys.table("use_bdlora"):
+            for path in paths:
+                hit = {name: _names_part(told, name, path, keys) for name in BLOCKS}
+                if all(hit.values()):
+                    raise CheckpointError(f"{keys.where}: 'use_bdlora' has blocks in both factors of {path}")
+                if told.get("match_strict", True) and not any(hit.values()):
+                    raise CheckpointError(f"{keys.where}: 'use_bdlora' has no blocks for {path}, and match_strict")
+                cut = {name: [path] if hit[name] else [] for name in BLOCKS}
+                count = told.get("nblocks") if any(hit.values()) else 1
+                found.setdefault(path, {})["use_bdlora"] = {**told, **cut, "nblocks": count}
+        return found
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying")
@@ -86,6 +120,25 @@ class PeftLoRA(PeftMethod):
             keys.only("init_lora_weights", True, False, *PLAIN_STARTS)
             scaled = float(alpha * (math.sqrt(rank) if rs else 1))
             return {"method": "dora", "rank": rank, "alpha": scaled, "dropout": dropout}
+        if told := keys.take("use_bdlora", dict, {}):
+            keys.only("lora_bias", False)
+            keys.only("init_lora_weights", True, False, *PLAIN_STARTS)
+            inside = Keys(told, keys.where)
+            inside.pass_over("match_strict", BLOCKS[1])
+            options = {"blocks": inside.take("nblocks", int, 1), "cut_inputs": ["*"] if inside.names(BLOCKS[0]) else []}
+            inside.check_known()
+            options |= {"alpha": float(alpha), "scaling": "sqrt_rank" if rs else "rank", "dropout": dropout}
+            return {"method": "bd_lora", "rank": rank, **options}
+        if told := keys.take("monteclora_config", dict, {}):
+            keys.only("lora_bias", False)
+            keys.only("init_lora_weights", True, False, *PLAIN_STARTS)
+            inside, defaults = Keys(told, keys.where), (8, 1e-4, 0.1, 1e-5)
+            inside.pass_over("buffer_size")
+            found = {mine: inside.take(name, type(default), default)
+                     for (mine, name), default in zip(MONTECLORA.items(), defaults, strict=True)}  # fmt: skip
+            found |= {"entropy": inside.take("use_entropy", bool, False), "alpha": float(alpha), "dropout": dropout}
+            inside.check_known()
+            return {"method": "monteclora", "rank": rank, "scaling": "sqrt_rank" if rs else "rank", **found}
         invocation = keys.take("alora_invocation_tokens", list, None)
         if invocation is not None:
             keys.only("lora_bias", False)
@@ -125,6 +178,10 @@ class PeftLoRA(PeftMethod):
 
     def differs(self, place: Place) -> str:
         site = place.site
+        if place.config.method == "bd_lora" and not is_one_of(site, (nn.Linear,)):
+            return "factors in blocks, which it has in linear layers alone"
+        if place.config.method == "monteclora" and not is_one_of(site, (nn.Linear,)):
+            return "a sampler, which it has in linear layers alone"
         if is_parameter(site) or site.tensor != "weight":
             return ""
         if isinstance(site.module, _ConvNd):
@@ -169,6 +226,11 @@ class PeftLoRA(PeftMethod):
             name = name if found.has(name) else f"{name}.weight"
             size = operator.magnitude.shape
             tensors["magnitude"] = found.take(name, size, (1, *size, *ones), (*size, 1), (1, *size))
+        if place.config.method == "monteclora":
+            for mine, name in PRIORS.items():
+                tensors[mine] = found.take(f"{SAMPLER}.{name}", operator.get_tensor(mine).shape)
+            for name, shape in zip(DRAWS, ((A[0], A[0]), operator.p.shape), strict=True):
+                found.take(f"{SAMPLER}.{name}", shape)
         return tensors
 
     def replaced(self, place: Place, config: Mapping[str, Any], found: Found) -> Tensor:
@@ -208,6 +270,7 @@ class PeftLoRA(PeftMethod):
             "use_rslora": options.get("scaling") == "sqrt_rank",
             "init_lora_weights": True,
             **(_velora(config) if config.method == "velora" else {}),
+            **_monteclora(config),
             **({"alora_invocation_tokens": options["invocation"], **_GENERATES} if options.get("invocation") else {}),
         }
 
@@ -226,7 +289,7 @@ class PeftLoRA(PeftMethod):
             if other is not None and (path, other) not in tensors:
                 raise ExportError(f"peft adapts all of {path}, and here {other} is left out")
         minor = all(place.config.method == "mica" and _is_minor(place) for place in places)
-        return {"init_lora_weights": "mica"} if places and minor else {}
+        return {"init_lora_weights": "mica"} if places and minor else _blocks_of(places)
 
     def write(self, place: Place) -> dict[str, Tensor]:
         site, operator = place.site, place.operator
@@ -250,6 +313,10 @@ class PeftLoRA(PeftMethod):
         if "magnitude" in state:
             size, ones = state["magnitude"].shape, [1 for _ in site.kernel]
             tensors["lora_magnitude_vector"] = state["magnitude"].view(1, *size, *ones) if ones else state["magnitude"]
+        if place.config.method == "monteclora":
+            draws = torch.eye(len(A), dtype=A.dtype), torch.full_like(operator.p, 1 / len(operator.p))
+            tensors |= {f"{SAMPLER}.{name}": operator.get_tensor(mine) for mine, name in PRIORS.items()}
+            tensors |= {f"{SAMPLER}.{name}": value for name, value in zip(DRAWS, draws, strict=True)}
         return tensors
 
 
@@ -263,6 +330,37 @@ def _is_minor(place: Place) -> bool:
     """Whether peft has MiCA at a place, with the rank that is said."""
     whole = not is_parameter(place.site) and place.site.tensor == "weight"
     return whole and is_one_of(place.site, MINOR) and place.operator.A.shape[0] == place.config.rank
+
+
+def _monteclora(config: Any) -> dict[str, Any]:
+    """Returns peft's option for MonteCLoRA; none for other methods."""
+    if config.method != "monteclora":
+        return {}
+    told = {theirs: getattr(config, mine) for mine, theirs in MONTECLORA.items()}
+    return {"monteclora_config": {**told, "use_entropy": config.entropy, "buffer_size": 150}}
+
+
+def _names_part(told: Mapping[str, Any], key: str, path: str, keys: Keys) -> bool:
+    """Whether one of peft's lists has a part of the path."""
+    return any(part in path for part in Keys(told, keys.where).names(key))
+
+
+def _blocks_of(places: Sequence[Place]) -> dict[str, Any]:
+    """Returns peft's option for factors in blocks, which it has once for all modules."""
+    blocks = {module_key(place.site): place.operator for place in places if place.config.method == "bd_lora"}
+    counts = {each.blocks for each in blocks.values()} - {1}
+    if not blocks:
+        return {}
+    if len(counts) > 1:
+        raise ExportError(f"peft has one number of blocks, and here they are {sorted(counts)}")
+    cut = [[path for path, each in blocks.items() if each.blocks > 1 and each.cut_A is side] for side in (True, False)]
+    for path, each in blocks.items():
+        hit = [any(part in path for part in names) for names in cut]
+        if hit != [each.blocks > 1 and each.cut_A, each.blocks > 1 and not each.cut_A]:
+            raise ExportError(f"peft knows modules by parts of their names, and others have one in common with {path}")
+    return {
+        "use_bdlora": {**dict(zip(BLOCKS, cut, strict=True)), "nblocks": max(counts, default=1), "match_strict": False}
+    }
 
 
 def _turned(site: Site) -> bool:

@@ -26,6 +26,11 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
     "loha": (peft.LoHaConfig, {"r": 4, "alpha": 90, "init_weights": False}, {"rank": 4, "alpha": 90.0}),
     "lokr": (peft.LoKrConfig, {"r": 1, "alpha": 9, "init_weights": False}, {"rank": 1, "alpha": 9.0}),
     "lora": (peft.LoraConfig, {"r": 4, "lora_alpha": 9}, {"rank": 4, "alpha": 9.0}),
+    "monteclora": (
+        peft.LoraConfig,
+        {"r": 4, "lora_alpha": 9, "monteclora_config": peft.tuners.lora.MontecloraConfig(buffer_size=1)},
+        {"rank": 4, "alpha": 9.0},
+    ),
     "miss": (peft.MissConfig, {"r": 4}, {"rank": 4}),
     "oft": (peft.OFTConfig, {"oft_block_size": 4}, {"block_size": 4, "series": 5}),
     "olora": (peft.LoraConfig, {"r": 4, "init_lora_weights": "olora"}, {"rank": 4}),

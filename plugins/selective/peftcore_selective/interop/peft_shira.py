@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
+from peftcore.errors import ExportError
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.peft_layers import not_added
@@ -43,7 +44,12 @@ class PeftSHiRA(PeftMethod):
             found.wrong.append(f"the shira_indices of {place.site.path} are no different entries of {(out, width)}")
         return {"index": index.to(torch.int32), "values": values[order]}
 
+    def holds(self, config: Any) -> bool:
+        return config.sparsity is None and not config.low_rank
+
     def write_options(self, config: Any) -> dict[str, Any]:
+        if not self.holds(config):
+            raise ExportError("peft's SHIRA has neither sparsity nor low_rank; leave them to all sites or to none")
         return {"r": config.rank, "mask_type": "random"}
 
     def write(self, place: Place) -> dict[str, Tensor]:

@@ -1,0 +1,136 @@
+"""Arrow: each token goes through the LoRAs that it resembles.   Ostapenko et al. 2024, arXiv 2405.11157 (in peft).
+
+    y = W x + b + sum_e c_e w_e s_e B_e A_e x,   c = softmax over the `top_k` largest of |v_e' x| / temperature, else 0
+
+v_e [in] is the prototype of part e: the first right singular vector of B_e A_e, the direction of inputs that it changes
+most, of length one. So nothing is trained to choose, and none of the parts' data is needed; a token chooses anew at
+each target module. Its sign means nothing, hence |v' x|. The factors w_e are `weights`, 1 by default.
+
+`general` is GenKnowSub (ACL 2025, short paper 54): the last so many parts are adapters of general
+knowledge, which do not take part, and the mean of their factors is taken away from those of all others: A_e - mean(A),
+B_e - mean(B), as in peft, which is not the difference of the products.
+
+Peft finds v_e once, by 15 steps of power iteration from a random start, all ranks alike; here it is found at each
+forward, by products of rank times rank numbers that end at the vector itself, so it is right while parts train on and
+ranks may differ. No gradient passes through it. What parts do in training alone, such as dropout, does not act.
+
+Parameters: those of the parts; nothing more.
+
+Use it with `peftcore_multitask.gather` for a library of LoRAs and inputs of which nobody says which one they need.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ClassVar, Literal, Self
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import Method, Operator, Site, Surgeon, Tags
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
+
+SQUARINGS = 12
+"""Squarings of a matrix whose largest eigenvector is wanted: as many as 4096 steps of power iteration."""
+
+
+class Config(PartsConfig):
+    """Options of Arrow."""
+
+    method: Literal["arrow"] = "arrow"
+    changes_weights: ClassVar[bool] = True
+    top_k: PositiveInt = 3
+    """How many parts act on a token, at most."""
+    temperature: PositiveFloat = 1.0
+    """Divides the likenesses before the softmax: small, and the most alike part acts alone."""
+    general: NonNegativeInt = 0
+    """How many of the parts, the last ones, are general knowledge that is taken away from the others."""
+
+    @model_validator(mode="after")
+    def _some_left(self) -> Self:
+        if self.general >= len(self.parts):
+            raise ConfigError(f"general={self.general} leaves none of {len(self.parts)} parts to choose from")
+        return self
+
+
+@torch.no_grad()
+def prototype(A: Tensor, B: Tensor) -> Tensor:
+    """Return the first right singular vector [in] of B A, for A [rank, in] and B [out, rank]; zeros where B A is zero.
+
+    With G = B'B A A' [rank, rank], an eigenvector u of G gives A'u, one of A'B'B A.
+    """
+    A, B = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (A, B))
+    power = (B.mT @ B) @ (A @ A.mT)
+    tiny = torch.finfo(power.dtype).tiny
+    for _ in range(SQUARINGS):
+        power = power / power.norm().clamp(min=tiny)
+        power = power @ power
+    found = A.mT @ power  # all columns have the direction that is wanted, the longest with the least error
+    longest = found.gather(1, found.norm(dim=0).argmax().view(1, 1).expand(len(found), 1)).squeeze(1)
+    return longest / longest.norm().clamp(min=tiny)
+
+
+class ArrowOperator(Operator):
+    """The parts of one module, of which each token chooses."""
+
+    def __init__(self, site: Site, config: Config, members: Members) -> None:
+        super().__init__(site)
+        self.parts = nn.ModuleDict({str(index): graft.operator for index, graft in members.items()})
+        count = len(config.parts) - config.general
+        self.tasks = tuple(index for index in members if index < count)
+        self.general = tuple(index for index in members if index >= count)
+        self.weights = {index: 1.0 if config.weights is None else config.weights[index] for index in members}
+        self.top_k, self.temperature = min(config.top_k, len(self.tasks)), config.temperature
+
+    def factors_of(self) -> list[tuple[Tensor, Tensor, float]]:
+        """Return A, B and the scale of each part, without what is general."""
+        every = {index: self.parts[str(index)].factors() for index in (*self.tasks, *self.general)}  # type: ignore[operator]
+        found = [every[index] for index in self.tasks]
+        if self.general:
+            A, B = (torch.stack([every[index][side] for index in self.general]).mean(0) for side in (0, 1))
+            found = [(each[0] - A, each[1] - B, each[2]) for each in found]
+        return [(A, B, scale * self.weights[index]) for index, (A, B, scale) in zip(self.tasks, found, strict=True)]
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]
+        y, every = call(x), self.factors_of()
+        prototypes = torch.stack([prototype(A, B) for A, B, _ in every])  # [parts, in]
+        likeness = (x.to(prototypes.dtype) @ prototypes.mT).abs()  # [..., parts]
+        largest = likeness.topk(self.top_k, -1)
+        shares = torch.zeros_like(likeness).scatter(
+            -1, largest.indices, (largest.values / self.temperature).softmax(-1)
+        )
+        scales = torch.tensor([scale for *_, scale in every], dtype=shares.dtype, device=shares.device)
+        ranks = torch.tensor([len(A) for A, *_ in every], device=shares.device)
+        shares = (shares * scales).repeat_interleave(ranks, -1, output_size=sum(len(A) for A, *_ in every))
+        A, B, shares = self.cast(y, torch.cat([A for A, *_ in every]), torch.cat([B for _, B, _ in every], 1), shares)
+        return y + (shares * (x.to(A.dtype) @ A.mT)) @ B.mT
+
+
+class Arrow(OfMergedParts, Method):
+    """Routing among LoRAs by what they change."""
+
+    name = "arrow"
+    Config = Config
+    tags = Tags(category="multitask", paper="2405.11157", exact_gradient=False)
+    target = ()
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for members in collected(surgeon, config).values():
+            first = next(iter(members.values()))
+            site = first.site
+            if any(graft.operator.factors() is None for graft in members.values()):
+                raise UnsupportedSite(f"{site.path}: a part is no product of two factors; Arrow chooses among LoRAs")
+            if not (site.layer.called and site.layer.of_vectors) or site.batch or site.slices or first.holders[1:]:
+                raise UnsupportedSite(f"{site.path} is no linear layer of its own, whose inputs could choose")
+            general = [index for index in members if index >= len(config.parts) - config.general]
+            if len(general) == len(members) or len(general) < config.general:
+                raise UnsupportedSite(
+                    f"{site.path}: parts of general knowledge stand where all others do, and no others"
+                )
+            shapes = {tuple(tensor.shape) for graft in members.values() for tensor in graft.operator.factors()[:2]}
+            if general and len(shapes) > 2:
+                raise UnsupportedSite(f"{site.path}: parts have several ranks, between which nothing can be taken away")
+            surgeon.graft(site, functools.partial(ArrowOperator, members=members), config)

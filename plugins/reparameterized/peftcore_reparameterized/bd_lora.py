@@ -1,0 +1,143 @@
+"""BD-LoRA: low-rank adaptation with block-diagonal factors.   Wang et al. 2025, arXiv 2510.23346.
+
+    y = W x + b + s B A dropout(x),   s = alpha / rank,   of which A or B is block diagonal, with n blocks
+
+    A = diag(A_1 … A_n),  A_i [rank / n, in / n]     in `cut_inputs`: what tensor parallelism shards by inputs
+    B = diag(B_1 … B_n),  B_i [out / n, rank / n]    elsewhere: what it shards by outputs
+
+A server that shards a weight over n devices, queries, keys, values, gates and up-projections by outputs, the matrices
+after them by inputs, can shard the factors alike: each device has whole blocks, and no device waits for another one's
+share of A x. With n = 1 it is LoRA. B starts at zero; a whole A as LoRA's, the blocks of A as peft starts them, uniform
+in +-sqrt(6 n / in).
+
+n divides the rank, and inputs or outputs of each target module. Kernels of convolutions belong to their inputs; tokens
+of embeddings are not cut into blocks. Experts have factors of their own. peft has linear layers alone, and says by
+names of modules which factor is cut (`target_modules_bd_a`, `target_modules_bd_b`).
+
+Parameters: rank * (in * kernel / n + out) a site, or rank * (in * kernel + out / n), times the number of experts.
+
+Use it in place of LoRA where many adapters are served on several devices; n is the number of devices.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import MATRICES, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore.errors import UnsupportedSite
+from peftcore_reparameterized._low_rank import LowRankOperator, low_rank_factors
+
+
+class Config(MethodConfig):
+    """Options of BD-LoRA."""
+
+    method: Literal["bd_lora"] = "bd_lora"
+    rank: PositiveInt = 8
+    """Rank of the update; `blocks` divides it."""
+    alpha: PositiveFloat = 8.0
+    """Numerator of the scale ``alpha / rank``."""
+    scaling: Literal["rank", "sqrt_rank"] = "rank"
+    """Denominator of the scale: the rank, or its square root (rsLoRA)."""
+    blocks: PositiveInt = 2
+    """Blocks n of the factor that is block diagonal: the number of devices that will serve it."""
+    cut_inputs: list[str] = Field(
+        default_factory=lambda: ["attn.out", "cross.out", "attn_mlp.out", "mlp.down", "experts.down", "ssm.out"]
+    )
+    """Sites whose A is block diagonal, and not B: roles, or globs for site paths (peft's `target_modules_bd_a`)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> Config:
+        if self.rank % self.blocks:
+            raise ValueError(f"rank={self.rank} is no multiple of blocks={self.blocks}")
+        return self
+
+
+def cuts_input(site: Site, config: Config) -> bool:
+    """Whether A is the factor that is block diagonal."""
+    return any(site.role == each or fnmatch.fnmatchcase(site.path, each) for each in config.cut_inputs)
+
+
+class BDLoRAOperator(LowRankOperator):
+    """The factors of one target module's update, one of them in blocks."""
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site, config.dropout)
+        n, self.cut_A = config.blocks, cuts_input(site, config)
+        width, what = (site.in_features, "inputs") if self.cut_A else (site.out_features, "outputs")
+        if self.cut_A and n > 1 and site.layer.one_hot:
+            raise UnsupportedSite(f"{site.path} is an embedding, whose tokens are not cut; leave it out of cut_inputs")
+        if width % n:
+            raise UnsupportedSite(
+                f"{site.path} has {width} {what}, which blocks={n} do not cut evenly; set another number there with "
+                "overrides, or exclude the site"
+            )
+        self.blocks = n
+        self.scale = config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))
+        A, B = low_rank_factors(site, config.rank)  # [rank, in], [out, rank]
+        if self.cut_A and n > 1:
+            bound = math.sqrt(6 * n / math.prod((site.in_features, *site.kernel)))
+            A = nn.Parameter(A.detach().narrow(len(site.batch) + 1, 0, width // n).clone().uniform_(-bound, bound))
+        elif n > 1:
+            B = nn.Parameter(B.detach()[..., : config.rank // n].clone())
+        self.A, self.B = A, B
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """Return both factors whole, with the zeros beside the blocks."""
+        dim = self.layer.batch_dims
+        if self.blocks == 1:
+            return self.A, self.B, self.scale
+        if self.cut_A:
+            return self._diagonal(self.A, dim), self.B, self.scale
+        return self.A, self._diagonal(self.B, dim), self.scale
+
+    def _diagonal(self, blocks: Tensor, dim: int) -> Tensor:
+        """Put blocks ``[*batch, n * rows, columns, *kernel]`` along a diagonal, ``[*batch, n * rows, n * columns,
+        *kernel]``."""
+        n = self.blocks
+        same = torch.eye(n, dtype=blocks.dtype, device=blocks.device)
+        apart = blocks.unflatten(dim, (n, -1)).unsqueeze(dim + 2)  # [*batch, n, rows, 1, columns, *kernel]
+        whole = apart * same.view(n, 1, n, *[1] * (apart.dim() - dim - 3))
+        return whole.flatten(dim + 2, dim + 3).flatten(dim, dim + 1)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        if not self.layer.of_vectors or self.layer.batch_dims or self.blocks == 1:
+            return super().forward(call, x)
+        y = call(x)
+        A, B = self.cast(y, self.A, self.B)
+        dropped = nn.functional.dropout(x, self.input_dropout) if self.training and self.input_dropout else x
+        low = self._apart(dropped, A) if self.cut_A else self.layer.apply(dropped, A)
+        return y + (self.layer.mix(self.scale * low, B) if self.cut_A else self._apart(self.scale * low, B))
+
+    def _apart(self, x: Tensor, blocks: Tensor) -> Tensor:
+        """Multiply each part of the vectors by its own block."""
+        parts = x.unflatten(-1, (self.blocks, -1))
+        return torch.einsum("...ni,noi->...no", parts, blocks.unflatten(0, (self.blocks, -1))).flatten(-2)
+
+
+class BDLoRA(Method):
+    """Low-rank adaptation with a factor in blocks."""
+
+    name = "bd_lora"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2510.23346", mergeable=True, low_rank=True)
+    target = ("attn.*", "cross.*", "mlp.gate", "mlp.up", "mlp.down")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            surgeon.graft(site, BDLoRAOperator, config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        inputs, out = site.in_features * math.prod(site.kernel), site.out_features
+        inputs, out = (inputs // config.blocks, out) if cuts_input(site, config) else (inputs, out // config.blocks)
+        return math.prod(site.batch) * config.rank * (inputs + out)

@@ -1,0 +1,147 @@
+"""MonteCLoRA: low-rank adaptation by Monte Carlo.   Sengupta et al. 2024, arXiv 2411.04358.
+
+    y = W x + b + s B A' dropout(x),   s = alpha / rank,   A' = A in evaluation, and in training
+    A' = A + sample_scale sqrt(v) * sum_n w_n eps_n,   eps_n [rank, in] ~ N(0, 1),   n = 1 … N
+    v = max(exp(2 t) * chi, 1e-3),   chi [rank] ~ chi^2 with `rank` degrees of freedom       (Wishart's diagonal)
+    w = softmax(p - mean(p) + sqrt(d + 1e-6) * eta),   eta [N] ~ N(0, 1)                      (Dirichlet, nearly)
+    d = (1 - 2 / N) exp(-p) + sum_n exp(-p_n) / N^2
+
+Each row of A has a deviation exp(t) of its own that is learned, and the N samples have weights that are learned: A is
+the mean of a distribution, and training sees what lies around it. A and B start as LoRA's, t [rank] and p [N] uniform
+in 0 to 1. A loss in training, the mean over the sites, holds the distributions near their priors: `kl` times the sum of
+
+    KL of Dirichlet(exp(p)) and Dirichlet(prior, …),   rank / 2 * sum_i (u_i - log u_i - 1) with u = exp(2 t),
+    N / 2 * sum_i (v_i - log v_i - 1),
+
+and with `entropy` also the sum of all w_n^2. This is what peft computes, whose first term has the sum of log Gamma(exp
+p) - log Gamma(prior) with a plus where the divergence has a minus: it is no divergence, though zero where both are
+equal. Peft takes its roots in float32 always, and draws ahead of time. Weights that are read, not called, have the
+mean.
+
+Kernels of convolutions count as inputs; experts draw by themselves. peft has linear layers alone.
+
+Parameters: rank * (in * kernel + out) + rank + N a site, times the number of experts.
+
+Use it where LoRA's result depends on the learning rate and the seed; t and p are of no use after training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags, forward_context
+from peftcore_reparameterized._low_rank import add_low_rank, input_dropout, low_rank_count, low_rank_factors
+
+
+class Config(MethodConfig):
+    """Options of MonteCLoRA."""
+
+    method: Literal["monteclora"] = "monteclora"
+    rank: PositiveInt = 8
+    """Rank of the update."""
+    alpha: PositiveFloat = 8.0
+    """Numerator of the scale ``alpha / rank``."""
+    scaling: Literal["rank", "sqrt_rank"] = "rank"
+    """Denominator of the scale: the rank, or its square root (rsLoRA)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+    samples: PositiveInt = 8
+    """How many samples N are drawn at a time."""
+    sample_scale: NonNegativeFloat = 1e-4
+    """Factor of what is drawn."""
+    prior: PositiveFloat = 0.1
+    """Concentration of the weights' prior: small, and few samples count."""
+    kl: NonNegativeFloat = 1e-5
+    """Factor of the loss."""
+    entropy: bool = False
+    """Add sum(w^2) to the loss, which keeps the weights of samples apart from a single one."""
+
+
+class MonteCLoRAOperator(Operator):
+    """The factors of one target module, and the distribution of A."""
+
+    def __init__(self, site: Site, config: Config, share: float) -> None:
+        super().__init__(site)
+        self.dropout = input_dropout(site, config.dropout)
+        self.scale = config.alpha / (config.rank if config.scaling == "rank" else math.sqrt(config.rank))
+        self.sample_scale, self.prior, self.entropy = config.sample_scale, config.prior, float(config.entropy)
+        self.kl, self.share = config.kl, share
+        self.noise = 1.0
+        self.t = nn.Parameter(torch.rand(*site.batch, config.rank))
+        self.p = nn.Parameter(torch.rand(*site.batch, config.samples))
+        self.A, self.B = low_rank_factors(site, config.rank)  # [*batch, rank, in, *kernel], [*batch, out, rank]
+
+    def drawn(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw eps [N, *batch, rank, in, *kernel], chi [*batch, rank] and eta [*batch, N]."""
+        rank = self.t.shape[-1]
+        eps = torch.randn(self.p.shape[-1], *self.A.shape, dtype=self.A.dtype, device=self.A.device)
+        normal = torch.randn(*self.t.shape, rank, dtype=self.t.dtype, device=self.t.device)
+        return eps, normal.square().sum(-1), torch.randn_like(self.p)
+
+    def sample(self) -> tuple[Tensor, Tensor]:
+        """Return A' and the loss of this draw."""
+        eps, chi, eta = self.drawn()
+        v = ((2 * self.t).exp() * chi).clamp(min=1e-3)
+        p, count = self.p, self.p.shape[-1]
+        d = (1 - 2 / count) * (-p).exp() + (-p).exp().sum(-1, keepdim=True) / count**2
+        w = torch.softmax(p - p.mean(-1, keepdim=True) + (d.clamp(min=1e-6) + 1e-6).sqrt() * eta, -1)
+        mixed = (w.movedim(-1, 0).reshape(count, *w.shape[:-1], *[1] * (eps.dim() - w.dim())) * eps).sum(0)
+        rows = v.sqrt().reshape(*v.shape, *[1] * (mixed.dim() - v.dim()))
+        return self.A + self.sample_scale * rows * mixed, self.loss(v, w)
+
+    def loss(self, v: Tensor, w: Tensor) -> Tensor:
+        """Return the distances from the priors, for the variances and weights that were drawn."""
+        rank, count, a = self.t.shape[-1], self.p.shape[-1], self.p.exp()
+        whole, prior = a.sum(-1), torch.full_like(a, self.prior)
+        dirichlet = (
+            torch.lgamma(whole)
+            - torch.lgamma(prior.sum(-1))
+            + (torch.lgamma(a) - torch.lgamma(prior)).sum(-1)
+            + ((a - prior) * (torch.digamma(a) - torch.digamma(whole).unsqueeze(-1))).sum(-1)
+        )
+        wishart = rank / 2 * ((2 * self.t).exp() - 2 * self.t - 1).sum(-1)
+        normal = count / 2 * (v - v.log() - 1).sum(-1)
+        distances = self.kl * (dirichlet + wishart + normal) + self.entropy * w.square().sum(-1)
+        return self.share * distances.mean()
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        y, A = call(x), self.A
+        if self.training and self.noise:
+            A, loss = self.sample()
+            forward_context().add_loss(loss)
+        A, B = self.cast(y, A, self.B)
+        low = self.layer.apply_dropped(x, A, self.dropout if self.training else 0.0)
+        return y + self.layer.mix(self.scale * low, B)
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        return self.A, self.B, self.scale
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return add_low_rank(weight, self.A, self.scale * self.B)
+
+
+class MonteCLoRA(Method):
+    """Low-rank adaptation by Monte Carlo."""
+
+    name = "monteclora"
+    Config = Config
+    tags = Tags(category="reparameterized", paper="2411.04358", mergeable=True, low_rank=True, random=True)
+    learning_rate = LearningRate(1e-4, "LCS2-IIITD/MonteCLoRA@0cd4a77, run_ft_mc.sh", on="Llama 3.2 3B, Math10K")
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = surgeon.sites()
+        for site in sites:
+            surgeon.graft(site, partial(MonteCLoRAOperator, share=1 / len(sites)), config)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return low_rank_count(site, config.rank) + math.prod(site.batch) * (config.rank + config.samples)

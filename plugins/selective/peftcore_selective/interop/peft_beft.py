@@ -1,0 +1,47 @@
+"""BEFT in peft's files (checked against peft 0.21): `bitfit` at linear layers.
+
+``beft_bias`` [1, out] is added to the outputs; our value stands for the whole bias, which is the host's and that. Where
+the host has none, the value is the new bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Size, Tensor, nn
+
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
+
+
+class PeftBEFT(PeftMethod):
+    """Translates biases."""
+
+    methods = ("bitfit",)
+    below = ("beft_bias",)
+
+    def differs(self, place: Place) -> str:
+        site = place.site
+        linear = isinstance(site.module, nn.Linear) and site.tensor == "bias" and site.slices is None
+        return "" if linear else "what is no bias of a linear layer"
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        return {"method": "bitfit", "add_missing_bias": True, "head": False}
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        length = place.operator.value.shape
+        added = found.take("beft_bias", (1, *length)).view(length)
+        return {"value": _own(place).to(added) + added}
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        value = place.operator.value
+        return {"beft_bias": (value - _own(place).to(value)).view(1, -1)}
+
+
+def _own(place: Place) -> Tensor:
+    """Return the bias of the host, zeros where it has none."""
+    return replace(place.site, meta=False).base_weight().detach()
