@@ -72,11 +72,11 @@ class LoRAOperator(Operator):
     stackable = True
     padded, scaled = frozenset({"A", "B"}), frozenset({"B"})
 
-    def __init__(self, site: Site, config: Config) -> None:
+    def __init__(self, site: Site, config: Config, start: str = "zero") -> None:
         super().__init__(site)
         self.input_dropout = input_dropout(site, config.dropout)
         self.scale = scale_of(config)
-        factors = orthogonal_factors if getattr(config, "start", "zero") == "orthogonal" else low_rank_factors
+        factors = orthogonal_factors if start == "orthogonal" else low_rank_factors
         self.A, self.B = factors(site, config.rank)  # [rank, in], [out, rank]
 
     @low_rank
@@ -108,7 +108,7 @@ class LoRA(Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            surgeon.graft(site, LoRAOperator, config)
+            surgeon.graft(site, lambda at, own: LoRAOperator(at, own, own.start), config)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
