@@ -1,7 +1,5 @@
 """A fleet in two processes, each with its half of every batch: DDP and FSDP2 on gloo."""
 
-import os
-import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -71,10 +69,14 @@ def begun(way: str, kind: str, folder: Path, resume: bool = False, steps: int = 
     return fleet, model
 
 
-def run(rank: int, port: int, way: str, kind: str, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(RANKS))
+def met(rank: int, folder: str) -> None:
+    """Make this process one of two; they meet in a file, so nobody else can have taken a port."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=RANKS)
+
+
+def run(rank: int, way: str, kind: str, folder: str) -> None:
+    met(rank, folder)
     cls, rate, tolerance = OPTIMIZERS[kind]
     fleet, model = begun(way, kind, Path(folder))
     for _ in range(10):  # killed after the checkpoint of step 8
@@ -104,24 +106,18 @@ def run(rank: int, port: int, way: str, kind: str, folder: str) -> None:
 @pytest.mark.parametrize("way", ["ddp", "ddp, any time", "fsdp2"])
 def test_two_processes_take_the_steps_of_one(way: str, kind: str) -> None:
     """All members, killed once and gone on with; in two of the ways they end one after the other."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-        free.close()
-        multiprocessing.spawn(run, (port, way, kind, folder), nprocs=RANKS)
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(run, (way, kind, folder), nprocs=RANKS)
 
 
 def test_draws_differ_between_processes() -> None:
     """The same seed in all of them, as for the order of data, and other rows are dropped all the same."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(drop, (port,), nprocs=RANKS)
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(drop, (folder,), nprocs=RANKS)
 
 
-def drop(rank: int, port: int) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(RANKS))
-    dist.init_process_group("gloo")
+def drop(rank: int, folder: str) -> None:
+    met(rank, folder)
     model = llama()
     injection = applied(model, "lora", "a", dropout=0.5)
     fleet = Fleet(DistributedDataParallel(model))

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
+from peftcore import MATRICES, LearningRate, Method, MethodConfig, Operator, Site, Surgeon, Tags
 from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._inputs import sees_vectors
 from peftcore_reparameterized._low_rank import add_low_rank, low_rank_count, low_rank_factors
@@ -90,12 +90,11 @@ class VeLoRAOperator(Operator):
 
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
-        if not sees_vectors(site):
-            raise UnsupportedSite(f"{site.path} is no linear layer that is called, so no inputs are kept; take lora")
-        self.dropout, self.groups, self.projection = config.dropout, config.num_groups, config.projection
+        self.dropout, self.projection = config.dropout, config.projection
+        self.groups = min(config.num_groups, site.in_features)  # more would be empty
         self.rebuilt_scale, self.scale = config.rebuilt_scale, config.alpha / config.rank
         self.A, self.B = low_rank_factors(site, config.rank)  # [rank, in], [out, rank]
-        size = -(-site.in_features // config.num_groups)
+        size = -(-site.in_features // self.groups)
         self.register_buffer(
             "v", F.normalize(torch.randn(size), dim=0) if self.projection == "random" else torch.zeros(size)
         )
@@ -130,10 +129,14 @@ class VeLoRA(Method):
     tags = Tags(category="reparameterized", paper="2405.17991", mergeable=True, exact_gradient=False)
     learning_rate = LearningRate(4e-4, "roymiles/VeLoRA@a6415bc, scripts/finetune_llama_7b.sh", on="LLaMA-7B, Alpaca")
     target = ("attn.v", "mlp.down")
-    alternatives = ("all-linear",)
+    alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
+            if not sees_vectors(site):
+                raise UnsupportedSite(
+                    f"{site.path} is no linear layer that is called, so no inputs are kept; take lora"
+                )
             surgeon.graft(site, VeLoRAOperator, config)
 
     @staticmethod

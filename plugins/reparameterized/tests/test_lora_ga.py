@@ -24,6 +24,9 @@ RANK = 2
 
 SEEN = "gradients of a host in half precision are rounded, so the factors are others"
 HOSTS = ("mlp", "encoder", "llama", "bert", "t5", "gpt2", "moe", "mistral", "vit", "unet", "dit", "convnet")
+DROPS = (
+    "the host drops values while gradients are looked at, as in training, and the kit takes that away from one of two"
+)
 DOUBLE = "the look at data runs the host in float64, which torch's product of grouped matrices does not take"
 
 
@@ -33,6 +36,7 @@ DOUBLE = "the look at data runs the host in float64, which torch's product of gr
     expected_failures={
         **{f"{each}-moe": DOUBLE for each in ("factors_are_the_update", "fused_kernels_equal_the_plain_forward")},
         **{f"merging_rounds_once-{each}": SEEN for each in HOSTS},
+        **{f"dropout_acts_in_training_only-{each}": DROPS for each in ("bert", "t5", "gpt2")},
     },
 )
 def test_conformance(check: Callable[[], None]) -> None:

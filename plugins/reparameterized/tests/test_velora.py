@@ -20,13 +20,7 @@ from peftcore.testing import HOSTS, against, conformance
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 
 
-@conformance(
-    "velora",
-    options={
-        "*": {"rank": 3, "num_groups": 4},
-        "encoder": {"target": ["linear1", "linear2"], "rank": 3, "num_groups": 4},
-    },
-)
+@conformance("velora", options={"*": {"rank": 3, "num_groups": 4}})
 def test_conformance(check: Callable[[], None]) -> None:
     check()
 

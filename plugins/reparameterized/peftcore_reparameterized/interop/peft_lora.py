@@ -152,7 +152,7 @@ class PeftLoRA(PeftMethod):
             keys.only("init_lora_weights", True, False, *PLAIN_STARTS)
             scaled = float(alpha * (math.sqrt(rank) if rs else 1))
             of = Keys(groups, keys.where)
-            of.only("init_type", "batch_average", *PROJECTIONS)
+            of.only("init_type", *PROJECTIONS)
             own = {
                 "num_groups": of.take("num_groups", int, 64),
                 "projection": PROJECTIONS[of.take("init_type", str, "batch_average")],
