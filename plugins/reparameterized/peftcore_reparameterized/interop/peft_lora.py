@@ -8,7 +8,7 @@ adds the update twice, in its forward and when it merges, so there our B is twic
 PiSSA and OLoRA: peft decomposes the base again when it loads such a file, so it means W - s B0 A0 + s B A, with the
 product s B0 A0 that is the same for all who decompose exactly; ours has A0 and B0 of the host that it is loaded into.
 They are written as plain LoRA of twice the rank, which is right on any base that is the same. So is LoRA-XS, of its
-rank; what it freezes would train on there.
+rank; what it freezes would train on there. DoRA beside such a start is DoRA of twice the rank: with B A and -B0 A0.
 """
 
 from __future__ import annotations
@@ -33,10 +33,13 @@ from peftcore.files.formats.places import Place
 from peftcore.layers.kinds import Transposed
 from peftcore.targets.sites import Site
 from peftcore_reparameterized.lora import LoRA, scale_of
+from peftcore_reparameterized.olora import OLoRA, OLoRAOperator
+from peftcore_reparameterized.pissa import PiSSA, PiSSAOperator
 
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "lora_ga", "mini_lora")
 DECOMPOSED = {"pissa": (nn.Linear, Transposed), "olora": (nn.Linear,)}
 """Starts that take a part out of the base, exactly, and the layers where peft can; our methods have the same names."""
+STARTS = {"pissa": (PiSSAOperator, PiSSA.Config), "olora": (OLoRAOperator, OLoRA.Config)}
 AS_LORA = {"pissa": 2, "olora": 2, "lora_xs": 1}
 """Methods that are written as LoRA, and how many times their rank."""
 
@@ -56,6 +59,8 @@ class PeftLoRA(PeftMethod):
     )  # fmt: skip
     bias = "lora_only"
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    taken_out: str | None = None
+    """The start, in a file of DoRA, that took a part out of the base."""
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying")
@@ -76,8 +81,10 @@ class PeftLoRA(PeftMethod):
             raise CheckpointError(f"{keys.where}: 'r' is {rank}, but a rank is 1 or more")
         if keys.take("use_dora", bool, False):
             keys.only("lora_bias", False)
-            keys.only("init_lora_weights", True, False, *PLAIN_STARTS)
             scaled = float(alpha * (math.sqrt(rank) if rs else 1))
+            if start in DECOMPOSED:
+                keys.warn(f"DoRA that started by {start} is DoRA of twice the rank; in training, its start trains on")
+                self.taken_out, rank, scaled = start, 2 * rank, 2 * scaled
             return {"method": "dora", "rank": rank, "alpha": scaled, "dropout": dropout}
         invocation = keys.take("alora_invocation_tokens", list, None)
         if invocation is not None:
@@ -113,9 +120,13 @@ class PeftLoRA(PeftMethod):
         site, operator = place.site, place.operator
         A, B = operator.A.shape, operator.B.shape
         ones = (1,) * len(site.kernel)
-        kinds = DECOMPOSED.get(place.config.method)
+        start = self.taken_out or place.config.method
+        kinds = DECOMPOSED.get(start)
         if kinds and not is_one_of(site, kinds):
-            raise CheckpointError(f"{site.path} is none of the layers that peft decomposes for {place.config.method}")
+            raise CheckpointError(f"{site.path} is none of the layers that peft decomposes for {start}")
+        if self.taken_out:
+            half = place.config.rank // 2
+            A, B = Size([half, *A[1:]]), Size([*B[:-1], half])
         if site.layer.one_hot:
             tensors = {"A": found.take("lora_embedding_A", A), "B": found.take("lora_embedding_B", B)}
         elif site.batch:
@@ -130,12 +141,21 @@ class PeftLoRA(PeftMethod):
             tensors = {"A": found.take("lora_A.weight", A), "B": found.take("lora_B.weight", B, (*B, *ones))}
         if site.tensor == BEHIND:
             tensors["B"] = 2 * tensors["B"]
+        if self.taken_out:
+            A0, B0 = self._start(place, half)
+            tensors = {"A": torch.cat([tensors["A"], A0]), "B": torch.cat([tensors["B"], -B0], -1)}
         if place.graft.operator.state_dict().keys() >= {"magnitude"}:
             name = "lora_magnitude_vector"
             name = name if found.has(name) else f"{name}.weight"
             size = operator.magnitude.shape
             tensors["magnitude"] = found.take(name, size, (1, *size, *ones), (*size, 1), (1, *size))
         return tensors
+
+    def _start(self, place: Place, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the factors of what peft takes out of the weight, with the scale that the file has."""
+        operator, options = STARTS[self.taken_out or ""]
+        made = operator(replace(place.site, meta=False), options(rank=rank, alpha=place.config.alpha / 2))
+        return made.A0, made.B0
 
     def replaced(self, place: Place, config: Mapping[str, Any], found: Found) -> Tensor:
         site = place.site

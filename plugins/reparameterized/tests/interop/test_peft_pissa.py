@@ -39,6 +39,20 @@ def test_read(method: str, name: str, rslora: bool, tmp_path: Path) -> None:
     assert injection.config.rank == 4 and injection.config.alpha == (12.0 if rslora else 6.0)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(("method", "name"), READ)
+def test_read_beside_dora(method: str, name: str, rslora: bool, tmp_path: Path) -> None:
+    """What is taken out of the base is in the direction of DoRA, as a second pair of factors."""
+    build, shape = LAYERS[name]
+    base, x = One(build()), torch.randn(shape)
+    config = peft.LoraConfig(
+        target_modules=["layer"], r=3, lora_alpha=6, use_rslora=rslora, init_lora_weights=method, use_dora=True
+    )
+    with pytest.warns(UserWarning, match="twice the rank"):
+        injection = assert_reads(base, config, lambda model: model(x), tmp_path)
+    assert (injection.method.name, injection.config.rank) == ("dora", 6)
+
+
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_written_as_lora_of_twice_the_rank(name: str, method: str, tmp_path: Path) -> None:
