@@ -231,7 +231,7 @@ def _input_of(layer: nn.Module) -> Tensor:
 class _Parameterized(types.ModuleType):
     """Stands for the package of that name, and keeps the lists of configurations that it is given."""
 
-    class parameterized:  # noqa: N801
+    class parameterized:
         @staticmethod
         def expand(cases: Iterable[Any], **_: Any) -> Callable[[Any], Any]:
             def keep(test: Any) -> Any:

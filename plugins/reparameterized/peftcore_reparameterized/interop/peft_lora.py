@@ -2,8 +2,9 @@
 
 ``lora_A`` and ``lora_B`` are our A and B; those of an embedding are called ``lora_embedding_A`` and
 ``lora_embedding_B``. Stacked experts lie side by side, A [experts * rank, in] and B [out, rank * experts]; a
-convolution's B has a kernel of ones. A bias of B adds its share to the module's own bias. Behind torch's attention peft
-adds the update twice, in its forward and when it merges, so there our B is twice that of the file.
+convolution's B has a kernel of ones, and in a grouped one A reads all channels. A bias of B adds its share to the
+module's own bias. Behind torch's attention peft adds the update twice, in its forward and when it merges, so there our
+B is twice that of the file.
 
 PiSSA and OLoRA: peft decomposes the base again when it loads such a file, so it means W - s B0 A0 + s B A, with the
 product s B0 A0 that is the same for all who decompose exactly; ours has A0 and B0 of the host that it is loaded into.
@@ -22,7 +23,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from peftcore.errors import CheckpointError, ExportError
+from peftcore.errors import CheckpointError, ExportError, HostMismatch, shown
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.patterns import ending
@@ -30,6 +31,7 @@ from peftcore.files.formats.peft_layers import is_one_of, not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.peft_writing import is_parameter
 from peftcore.files.formats.places import Place
+from peftcore.injection.replicated_layers import replicated_layers, runs
 from peftcore.layers.kinds import Transposed
 from peftcore.targets.sites import Site
 from peftcore_reparameterized.lora import LoRA, scale_of
@@ -42,6 +44,8 @@ DECOMPOSED = {"pissa": (nn.Linear, Transposed), "olora": (nn.Linear,)}
 STARTS = {"pissa": (PiSSAOperator, PiSSA.Config), "olora": (OLoRAOperator, OLoRA.Config)}
 AS_LORA = {"pissa": 2, "olora": 2, "lora_xs": 1}
 """Methods that are written as LoRA, and how many times their rank."""
+MOST = 1000
+"""The most ranges of layers that a file may name, and layers in each."""
 
 _GENERATES = {"task_type": "CAUSAL_LM"}
 """What peft's file of an aLoRA says: no other of its models looks for the invocation."""
@@ -64,7 +68,7 @@ class PeftLoRA(PeftMethod):
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying")
-        keys.pass_over("qalora_group_size")
+        keys.pass_over("qalora_group_size", "layer_replication")
         start = keys.take("init_lora_weights", (bool, str), True)
         if isinstance(start, str) and start not in (*PLAIN_STARTS, *DECOMPOSED):
             raise CheckpointError(
@@ -97,16 +101,18 @@ class PeftLoRA(PeftMethod):
             keys.only("lora_bias", False)
             scaled = float(alpha * (math.sqrt(rank) if rs else 1))
             return {"method": start, "rank": rank, "alpha": scaled, "dropout": dropout}
-        scaling = "sqrt_rank" if rs else "rank"
-        return {"method": "lora", "rank": rank, "alpha": float(alpha), "scaling": scaling, "dropout": dropout}
+        options = {"rank": rank, "alpha": float(alpha), "scaling": "sqrt_rank" if rs else "rank", "dropout": dropout}
+        return {"method": "lora", **options, "across_groups": _in_groups(shapes)}
 
     def differs(self, place: Place) -> str:
         site = place.site
         if is_parameter(site) or site.tensor != "weight":
             return ""
         if isinstance(site.module, _ConvNd):
-            if site.module.groups > 1:
+            if site.module.groups > 1 and place.config.method in ("dora", "lora_plus", *AS_LORA):
                 return "groups"
+            if site.module.groups > 1 and not place.config.across_groups:
+                return "groups, unless across_groups is set"
             if any(step > 1 and size > 1 for step, size in zip(site.module.dilation, site.kernel, strict=True)):
                 return "a dilation, which its A has not"
         if "embed_scale" in site.module._buffers:  # peft scales what it adds to such a table, too
@@ -164,6 +170,12 @@ class PeftLoRA(PeftMethod):
         return bias + scale_of(here) * found.take("lora_B.bias", bias.shape)
 
     def companions(self, keys: Keys, model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+        ranges = keys.take("layer_replication", list, None)
+        if ranges and not runs(model, _as_ranges(ranges, keys)):
+            raise HostMismatch(
+                f"{keys.where}: the model runs its layers in the ranges {shown(ranges)}, and this one does not; call "
+                f"peftcore.replicate_layers(model, {shown(ranges)}) first"
+            )
         tokens = keys.take("trainable_token_indices", (list, dict), None)
         if not tokens:
             return []
@@ -210,7 +222,8 @@ class PeftLoRA(PeftMethod):
             other = {PACKED: BEHIND, BEHIND: PACKED}.get(tensor)
             if other is not None and (path, other) not in tensors:
                 raise ExportError(f"peft adapts all of {path}, and here {other} is left out")
-        return {}
+        ranges = list(replicated_layers(model).values())
+        return {"layer_replication": ranges[0]} if ranges else {}
 
     def write(self, place: Place) -> dict[str, Tensor]:
         site, operator = place.site, place.operator
@@ -231,6 +244,24 @@ class PeftLoRA(PeftMethod):
             size, ones = state["magnitude"].shape, [1 for _ in site.kernel]
             tensors["lora_magnitude_vector"] = state["magnitude"].view(1, *size, *ones) if ones else state["magnitude"]
         return tensors
+
+
+def _as_ranges(ranges: list[Any], keys: Keys) -> list[list[int]]:
+    """Return the ranges of layers that peft's option has.
+
+    Raises:
+        CheckpointError: it holds something else, or more layers than there can be.
+    """
+    pairs = all(isinstance(each, list) and len(each) == 2 and all(type(n) is int for n in each) for each in ranges)
+    if not pairs or len(ranges) > MOST or any(stop - start > MOST for start, stop in ranges):
+        raise CheckpointError(f"{keys.where}: 'layer_replication' is {shown(ranges)}, expected pairs of numbers")
+    return ranges
+
+
+def _in_groups(shapes: Mapping[str, Size]) -> bool:
+    """Whether the tensors are those of a grouped convolution: each output mixes some of the rank alone."""
+    A, B = shapes.get("lora_A.weight", ()), shapes.get("lora_B.weight", ())
+    return len(A) == len(B) > 2 and A[0] != B[1]
 
 
 def _turned(site: Site) -> bool:
