@@ -285,6 +285,31 @@ def types_of_peft() -> str:
     return table(("peft's type", "method"), rows)
 
 
+def cases_of_peft() -> str:
+    """What became of the configurations of peft's own tests: how many of each type, and why some are refused."""
+    cases = json.loads(CASES.read_text(encoding="utf-8"))
+    rows = []
+    for kind in sorted({each["type"] for each in cases if each["suite"] != "mixed"}):
+        of = [each for each in cases if each["type"] == kind and each["read"] != "peft refuses"]
+        refused = sorted({each["reason"] for each in of if "refused" in (each["read"], each["written"])})
+        counts = [f"{sum(test(each) for each in of)}" for test in COUNTED]
+        rows.append((f"`{kind}`", "; ".join(map(_without_paths, refused)), *counts))
+    return table(("peft's type", "why some are refused", "configurations", "read", "written"), rows, right=3)
+
+
+CASES = ROOT / "tests/side_by_side/peft_cases.json"
+COUNTED: tuple[Callable[[Mapping[str, str]], bool], ...] = (
+    lambda each: True,
+    lambda each: each["read"] == "read",
+    lambda each: each["written"] == "written",
+)
+
+
+def _without_paths(reason: str) -> str:
+    """A reason without the module that it is about, and on one line of a table."""
+    return reason.replace("|", "/").partition(": ")[2] or reason.replace("|", "/")
+
+
 SECTIONS: Mapping[str, Callable[[], str]] = {
     "advice": advice,
     "sizes": sizes,
@@ -295,6 +320,7 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
     "digits": digits,
     "demo": demo,
     "types of peft": types_of_peft,
+    "cases of peft": cases_of_peft,
 }
 PAGES = ("docs/choose.md", "docs/moving-from-peft.md")
 
