@@ -109,10 +109,8 @@ class PeftLoRA(PeftMethod):
         if is_parameter(site) or site.tensor != "weight":
             return ""
         if isinstance(site.module, _ConvNd):
-            if site.module.groups > 1 and place.config.method in ("dora", "lora_plus", *AS_LORA):
-                return "groups"
-            if site.module.groups > 1 and not place.config.across_groups:
-                return "groups, unless across_groups is set"
+            if site.module.groups > 1 and not getattr(place.config, "across_groups", False):
+                return "groups, unless across_groups is set" if place.config.method == "lora" else "groups"
             if any(step > 1 and size > 1 for step, size in zip(site.module.dilation, site.kernel, strict=True)):
                 return "a dilation, which its A has not"
         if "embed_scale" in site.module._buffers:  # peft scales what it adds to such a table, too
