@@ -285,9 +285,16 @@ def encoder_decoder() -> Iterator[Case]:
 
 def vision() -> Iterator[Case]:
     for name, config in suite_module("test_vision_models").CONFIGS.items():
-        options = {key: value for key, value in vars(config).items() if key not in ("peft_type", "runtime_config")}
-        options = {key: value for key, value in options.items() if not key.startswith("_")}
+        options = {key: value for key, value in vars(config).items() if key in _changed(config)}
         yield Case("vision", name, "resnet", [(type(config), options)], lambda: transformers_model("resnet"))
+
+
+def _changed(config: Any) -> set[str]:
+    """The options that a configuration does not leave as they are."""
+    needed = {"total_step": 1} if isinstance(config, peft.AdaLoraConfig) else {}
+    needed |= {"r": 1, "oft_block_size": 0} if isinstance(config, peft.OFTConfig) else {}
+    plain = type(config)(**needed).to_dict()
+    return {key for key, value in config.to_dict().items() if value != plain.get(key)} | needed.keys()
 
 
 def mixed() -> Iterator[Case]:
@@ -300,12 +307,6 @@ def mixed() -> Iterator[Case]:
                 made.append((type(config), {"target_modules": [layer], **options}))
             name = " + ".join(type(config).__name__.removesuffix("Config") for config in pair)
             yield Case("mixed", name, "MLP", made, lambda host=module.SimpleNet: _simple(host))
-
-
-def _changed(config: Any) -> set[str]:
-    needed = {"total_step": 1} if isinstance(config, peft.AdaLoraConfig) else {}
-    plain = type(config)(**needed).to_dict()
-    return {key for key, value in config.to_dict().items() if value != plain.get(key)} | needed.keys()
 
 
 def _simple(host: type[nn.Module]) -> Made:
@@ -341,7 +342,7 @@ def judged(case: Case, folder: Path) -> Verdict:
 
 def tried(case: Case, folder: Path, attempt: int) -> tuple[Verdict, float | None]:
     """As `judged`, with how far the output has moved; None where peft does not take the configuration."""
-    kinds = " + ".join(type_of(cls) for cls, _ in case.configs)
+    kinds = " + ".join(type_of(cls, kwargs) for cls, kwargs in case.configs)
     options = " + ".join(shown(kwargs) for _, kwargs in case.configs)
     verdict = Verdict(case.suite, case.name, kinds, f"{case.host}: {options}", PEFT)
     base, run = case.build()
@@ -459,10 +460,12 @@ def applied(ours: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, Run, Injecti
     return base, model.eval(), run, injection
 
 
-def type_of(cls: type) -> str:
-    """The name of peft's type that a class of configurations has."""
-    needed = {"total_step": 1} if issubclass(cls, peft.AdaLoraConfig) else {}
-    return str(cls(**needed).peft_type.value)
+def type_of(cls: type, options: Mapping[str, Any]) -> str:
+    """The name of peft's type that a configuration has; of one that peft refuses, that of its class."""
+    try:
+        return str(cls(**deepcopy(dict(options))).peft_type.value)
+    except OFF:
+        return cls.__name__.removesuffix("Config").upper()
 
 
 def shown(options: Mapping[str, Any]) -> str:

@@ -2,8 +2,8 @@
 ``vector_a`` are b and a.
 
 The singular vectors are not in the file: it means those that peft finds in the base when it loads it, with the signs
-that come out. So both ways they are found as peft finds them; what is written has rows and columns of K with the signs
-that belong to them.
+that come out. So both ways they are found as peft finds them, exactly or by its approximation; what is written has rows
+and columns of K with the signs that belong to them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,10 @@ from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 
+WAYS = (None, (10, 0))
+"""How peft finds singular vectors: exactly, or with so many steps and that seed, which are its defaults."""
+EQUAL = 2e-5
+"""How far the cosines of singular vectors may be from those of equal ones."""
 NAMES = {"K": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"}
 
 
@@ -74,7 +78,6 @@ class PeftPSOFT(PeftMethod):
             "psoft_alpha": config.rank,
             "psoft_dropout": config.dropout,
             "ab_svd_init": "pissa_init" if config.singular_values == "both" else "psoft_init",
-            "psoft_svd": "full",
             "psoft_orth": config.orthogonal,
             "psoft_mag_b": config.scale_outputs,
             "psoft_mag_a": config.scale_inputs,
@@ -83,21 +86,31 @@ class PeftPSOFT(PeftMethod):
             "cayley_neumann_eps": config.eps if config.series else None,
         }
 
+    def write_options_at(self, place: Place) -> dict[str, Any]:
+        exact = self._signs(place)[0] is None
+        return self.write_options(place.config) | {"psoft_svd": "full" if exact else "lowrank"}
+
     def write(self, place: Place) -> dict[str, Tensor]:
         operator = place.operator
-        rows = nn.functional.normalize(operator.A.detach().to(torch.float32), dim=-1)
-        overlap = rows @ self._vectors(place)[2].T
-        signs = overlap.diagonal().sign()
-        if (overlap - signs.diag()).abs().max() > 1e-3:
-            raise ExportError(
-                f"{place.site.path}: peft would find other singular vectors in this base than the adapter was made of"
-            )
+        _, signs = self._signs(place)
         rank, K = operator.rank, operator.K.detach()
         turned = torch.outer(signs, signs).to(K)
         if operator.orthogonal:
             turned = turned[*torch.triu_indices(rank, rank, 1)]
         tensors = dict(operator.named_parameters()) | {"K": K * turned}
         return {NAMES[ours]: value for ours, value in tensors.items()}
+
+    def _signs(self, place: Place) -> tuple[tuple[int, int] | None, Tensor]:
+        """Return the way by which peft finds the adapter's singular vectors, and their signs there."""
+        rows = nn.functional.normalize(place.operator.A.detach().to(torch.float32), dim=-1)
+        for self.found_by in WAYS:
+            overlap = rows @ self._vectors(place)[2].T
+            signs = overlap.diagonal().sign()
+            if (overlap - signs.diag()).abs().max() <= EQUAL:
+                return self.found_by, signs
+        raise ExportError(
+            f"{place.site.path}: peft would find other singular vectors in this base than the adapter was made of"
+        )
 
     def _vectors(self, place: Place) -> tuple[Tensor, Tensor, Tensor]:
         """Return U [out, rank], S [rank] and V' [rank, in] as peft finds them."""
