@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
 from peftcore.errors import UnsupportedHost
+from peftcore.forward.adapter_modules import ADAPTER_MODULES
 from peftcore.forward.host_state import injections
 
 Ranges = Sequence[Sequence[int]]
@@ -42,7 +43,7 @@ def replicate_layers(model: nn.Module, ranges: Ranges, path: str | None = None) 
     made = nn.ModuleList(_again(layers[number], index) for index, number in enumerate(numbers))
     made.replicated = [list(each) for each in ranges]  # type: ignore[assignment]
     setattr(model.get_submodule(parent), name, made)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "num_hidden_layers"):
         config.num_hidden_layers = len(numbers)
     if isinstance(kinds := getattr(config, "layer_types", None), list):
@@ -77,9 +78,16 @@ def _again(layer: nn.Module, index: int) -> nn.Module:
 
 def _order(layers: nn.ModuleList) -> list[int]:
     """Returns the number of each layer's weights, in the order of their coming; a layer without has one of its own."""
-    keys = [tuple(map(id, layer.parameters())) or (id(layer),) for layer in layers]
+    keys = [tuple(_weights(layer)) or (id(layer),) for layer in layers]
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return [numbers[key] for key in keys]
+
+
+def _weights(layer: nn.Module) -> Iterator[int]:
+    """Yields what the layer's own parameters are, and not those of adapters on it."""
+    for path, parameter in layer.named_parameters():
+        if ADAPTER_MODULES not in path.split("."):
+            yield id(parameter)
 
 
 def _ranges(order: Sequence[int]) -> list[list[int]]:
@@ -93,7 +101,7 @@ def _stack(model: nn.Module) -> str:
     outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists if other != path)]
     if len(outer) != 1:
         raise UnsupportedHost(f"the model has {len(outer)} lists of layers: say path=, one of {sorted(outer)}")
-    return outer[0]
+    return str(outer[0])
 
 
 def _length(layers: nn.Module) -> str:

@@ -334,19 +334,24 @@ def judged(case: Case, folder: Path) -> Verdict:
     """Makes a case with peft, opens it here, writes it, and opens that with peft."""
     for attempt in range(ATTEMPTS):
         verdict, moved = tried(case, folder / str(attempt), attempt)
+        if DIFFERS in (verdict.read, verdict.written):  # more than rounding?
+            precise, _ = tried(case, folder / "precise", attempt, torch.float64)
+            verdict = verdict if precise.read == PEFT else precise
         if moved is None or moved >= MOVED:
             return verdict
     verdict.reason = f"the output moves by {moved:.1e} alone. {verdict.reason}"
     return verdict
 
 
-def tried(case: Case, folder: Path, attempt: int) -> tuple[Verdict, float | None]:
+def tried(case: Case, folder: Path, attempt: int, dtype: torch.dtype = torch.float32) -> tuple[Verdict, float | None]:
     """As `judged`, with how far the output has moved; None where peft does not take the configuration."""
     kinds = " + ".join(type_of(cls, kwargs) for cls, kwargs in case.configs)
     options = " + ".join(shown(kwargs) for _, kwargs in case.configs)
     verdict = Verdict(case.suite, case.name, kinds, f"{case.host}: {options}", PEFT)
     base, run = case.build()
-    base = stirred(base, attempt)
+    base = stirred(base, attempt).to(dtype)
+    if "dtype" in vars(base):  # to which it casts what it is given
+        base.dtype = dtype
     folders, alone = [], None
     try:
         for index, (cls, kwargs) in enumerate(case.configs):

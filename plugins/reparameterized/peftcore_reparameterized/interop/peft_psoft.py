@@ -8,7 +8,7 @@ and columns of K with the signs that belong to them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -86,13 +86,18 @@ class PeftPSOFT(PeftMethod):
             "cayley_neumann_eps": config.eps if config.series else None,
         }
 
-    def write_options_at(self, place: Place) -> dict[str, Any]:
-        exact = self._signs(place)[0] is None
-        return self.write_options(place.config) | {"psoft_svd": "full" if exact else "lowrank"}
+    def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
+        for self.found_by in WAYS:
+            other = [place for place in places if self._signs(place) is None]
+            if not other:
+                return {"psoft_svd": "full" if self.found_by is None else "lowrank"}
+        raise ExportError(
+            f"{other[0].site.path}: peft would find other singular vectors in this base than the adapter was made of"
+        )
 
     def write(self, place: Place) -> dict[str, Tensor]:
-        operator = place.operator
-        _, signs = self._signs(place)
+        operator, signs = place.operator, self._signs(place)
+        assert signs is not None, "that is how it was found"
         rank, K = operator.rank, operator.K.detach()
         turned = torch.outer(signs, signs).to(K)
         if operator.orthogonal:
@@ -100,17 +105,12 @@ class PeftPSOFT(PeftMethod):
         tensors = dict(operator.named_parameters()) | {"K": K * turned}
         return {NAMES[ours]: value for ours, value in tensors.items()}
 
-    def _signs(self, place: Place) -> tuple[tuple[int, int] | None, Tensor]:
-        """Return the way by which peft finds the adapter's singular vectors, and their signs there."""
+    def _signs(self, place: Place) -> Tensor | None:
+        """Return the signs of the adapter's singular vectors where peft finds them; None where it finds others."""
         rows = nn.functional.normalize(place.operator.A.detach().to(torch.float32), dim=-1)
-        for self.found_by in WAYS:
-            overlap = rows @ self._vectors(place)[2].T
-            signs = overlap.diagonal().sign()
-            if (overlap - signs.diag()).abs().max() <= EQUAL:
-                return self.found_by, signs
-        raise ExportError(
-            f"{place.site.path}: peft would find other singular vectors in this base than the adapter was made of"
-        )
+        overlap = rows @ self._vectors(place)[2].T
+        signs = overlap.diagonal().sign()
+        return None if (overlap - signs.diag()).abs().max() > EQUAL else signs
 
     def _vectors(self, place: Place) -> tuple[Tensor, Tensor, Tensor]:
         """Return U [out, rank], S [rank] and V' [rank, in] as peft finds them."""

@@ -89,11 +89,11 @@ def test_lora_plus_is_written_as_lora(scaling: str, tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     base = One(nn.Linear(12, 7))
-    for start, extra in (("pissa_niter_4", {}), ("pissa", {"use_dora": True})):
-        config = peft.LoraConfig(target_modules=["layer"], r=3, init_lora_weights=start, **extra)
-        saved_by_peft(base, config, tmp_path / start)
+    for name, extra in (("plain", {}), ("dora", {"use_dora": True})):
+        config = peft.LoraConfig(target_modules=["layer"], r=3, init_lora_weights="pissa_niter_4", **extra)
+        saved_by_peft(base, config, tmp_path / name)
         with pytest.raises(CheckpointError, match="init_lora_weights"):
-            peftcore.load(base, tmp_path / start)
+            peftcore.load(base, tmp_path / name)
     base = One(Conv1D(7, 12))  # what peft decomposes of its transposed weight does not fit the layer
     saved_by_peft(base, peft.LoraConfig(target_modules=["layer"], r=3, init_lora_weights="pissa"), tmp_path / "stored")
     text = (tmp_path / "stored" / "adapter_config.json").read_text()
