@@ -359,6 +359,8 @@ def tried(case: Case, folder: Path, attempt: int, dtype: torch.dtype = torch.flo
             theirs = peft.get_peft_model(deepcopy(base), cls(**deepcopy(kwargs))).eval()
             for _ in range(2**attempt):
                 fill(parameter for parameter in theirs.parameters() if parameter.requires_grad)
+            if not any(parameter.requires_grad for parameter in theirs.parameters()):
+                raise ValueError("it adapts nothing of this model")
             theirs.save_pretrained(str(folder / f"theirs{index}"))
             folders.append(folder / f"theirs{index}")
             alone = theirs
@@ -440,7 +442,7 @@ def in_our_words(injection: Injection, case: Case, base: nn.Module) -> dict[str,
     if injection.parts or layers is None:
         return {}
     options = injection.config.model_dump(mode="json", exclude_defaults=True)
-    sites = [literally(site.path) for site in injection.main_selection if not site.slices]
+    sites = _short([site.path for site in injection.main_selection if not site.slices], base)
     return {
         "host": layers,
         "method": injection.method.name,
@@ -448,6 +450,13 @@ def in_our_words(injection: Injection, case: Case, base: nn.Module) -> dict[str,
         "target": sites or None,
         "train": list(injection.trained_along),
     }
+
+
+def _short(paths: list[str], base: nn.Module) -> list[str]:
+    """Paths as a target: their last names, where no other module is called so."""
+    leaves = {path.rpartition(".")[2] for path in paths}
+    called = {path for path, _ in base.named_modules() if path.rpartition(".")[2] in leaves}
+    return sorted(leaves) if called == set(paths) else [literally(path) for path in paths]
 
 
 def applied(ours: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, Run, Injection]:
@@ -504,6 +513,20 @@ def summary(verdicts: Iterable[Verdict]) -> str:
     return "\n".join(lines)
 
 
+def text_of(verdicts: Iterable[Verdict]) -> str:
+    """The list that is kept, a row a line: how many cases have come to which verdict with which adapter. Names and
+    options of peft's tests are not in it, and an adapter stands there in our words alone."""
+    rows: Counter[str] = Counter()
+    for each in verdicts:
+        kept = {key: value for key, value in asdict(each).items() if key in KEPT and value}
+        rows[json.dumps(kept, sort_keys=True)] += 1
+    lines = (json.dumps({"count": count, **json.loads(row)}) for row, count in rows.items())
+    return "[\n" + ",\n".join(lines) + "\n]\n"
+
+
+KEPT = ("suite", "type", "read", "written", "reason", "ours")
+
+
 def main() -> None:
     """Run the suites and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -527,7 +550,7 @@ def main() -> None:
                   f"{verdict.written} | {verdict.reason}", flush=True)  # fmt: skip
     print(summary(verdicts))
     if arguments.write:
-        LIST.write_text(json.dumps([asdict(each) for each in verdicts], indent=1) + "\n", encoding="utf-8")
+        LIST.write_text(text_of(verdicts), encoding="utf-8")
 
 
 if __name__ == "__main__":
