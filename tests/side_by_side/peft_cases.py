@@ -183,12 +183,13 @@ class SideBySide(nn.Module):
 
     def __init__(self, layers: Mapping[str, list[Any]]) -> None:
         super().__init__()
+        self.names = list(layers)
         for name, (kind, sizes, options) in layers.items():
             self.add_module(name, LAYERS[kind](*map(_sized, sizes), **{k: _sized(v) for k, v in options.items()}))
 
     def forward(self) -> Tensor:
         found = []
-        for layer in self.children():
+        for layer in map(self.get_submodule, self.names):
             x = _input_of(layer)
             y = layer(x, x, x)[0] if isinstance(_inner(layer), nn.MultiheadAttention) else layer(x)
             found.append(y.flatten())
@@ -442,7 +443,8 @@ def in_our_words(injection: Injection, case: Case, base: nn.Module) -> dict[str,
     if injection.parts or layers is None:
         return {}
     options = injection.config.model_dump(mode="json", exclude_defaults=True)
-    sites = _short([site.path for site in injection.main_selection if not site.slices], base)
+    found = any(isinstance(graft.operator, peftcore.SequenceOperator) for graft in injection.grafts)
+    sites = [] if found else _short([site.path for site in injection.main_selection if not site.slices], base)
     return {
         "host": layers,
         "method": injection.method.name,
@@ -470,8 +472,18 @@ def applied(ours: Mapping[str, Any]) -> tuple[nn.Module, nn.Module, Run, Injecti
     target = {"target": ours["target"]} if ours["target"] else {}
     injection = peftcore.apply(model, ours["method"], **ours["options"], **target, train=ours["train"], seed=0)
     torch.manual_seed(1)
-    fill(injection.parameters())
-    return base, model.eval(), run, injection
+    model.eval()
+    for _ in range(ATTEMPTS):
+        fill(injection.parameters())
+        if moved(base, model, run) >= MOVED:
+            break
+    return base, model, run, injection
+
+
+@torch.no_grad()
+def moved(base: nn.Module, model: nn.Module, run: Run) -> float:
+    """How far the output of an adapted model is from that of the base."""
+    return difference(run(model), run(base))
 
 
 def type_of(cls: type, options: Mapping[str, Any]) -> str:
