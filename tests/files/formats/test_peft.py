@@ -355,7 +355,6 @@ def test_names_without_a_prefix(prefix: str, tmp_path: Path) -> None:
     "options",
     [
         {"alora_invocation_tokens": [1, 2]},
-        {"layer_replication": [[0, 1]]},
         {"use_qalora": True},
         {"use_bdlora": {"nblocks": 2}},
         {"velora_config": {"num_groups": 2}},
