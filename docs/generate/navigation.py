@@ -11,7 +11,17 @@ from links import ROOT, copies
 
 SECTIONS = {
     "Use": (
-        *("start", "recipes", "moving-from-peft", "choose", "training", "quantization", "several", "serving"),
+        *(
+            "start",
+            "recipes",
+            "moving-from-peft",
+            "peft-names",
+            "choose",
+            "training",
+            "quantization",
+            "several",
+            "serving",
+        ),
         *("files", "concepts", "roles", "promises", "performance"),
     ),
     "Extend": ("write-a-method", "hooks"),

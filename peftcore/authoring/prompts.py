@@ -147,7 +147,11 @@ class VisibleTokens:
 
     def mask(self, held: int, new: int, given: Mapping[str, Any], device: torch.device) -> Tensor:
         """Returns the mask for `new` tokens behind the `held` ones in a cache (`given`: the block's arguments by name):
-        True where a token is seen, ``[batch or 1, 1, new, held + new]``."""
+        True where a token is seen, ``[batch or 1, 1, new, held + new]``.
+
+        Raises:
+            SequenceError: nothing tells which tokens are padding.
+        """
         count = held + new
         real = _real([given] if self.reads else [forward_context().inputs, given], count, device)
         seen = real[:, None, None, :count].expand(-1, 1, new, count)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from peftcore.contract.operators import Shared, _Base, tables
 from peftcore.forward.active_adapters import Positions, Route
@@ -39,8 +40,8 @@ def positions_alike(
     where nothing acts."""
     groups: dict[Hashable, list[int]] = {}
     for position, each in acting.items():
-        draws = position >= 0 and bool(route.seeds) and route.seeds[position] is not None  # by itself, then
-        looks = None if each is None or draws else _looks_of(each, module, form(each))
+        seeded = position >= 0 and bool(route.seeds) and route.seeds[position] is not None
+        looks = None if each is None else _looks_of(each, module, form(each), seeded)
         alone = position if looks is None else (looks, route.sizes[position])
         groups.setdefault("bare" if each is None else alone, []).append(position)
     return [tuple(group) for group in groups.values()]
@@ -134,19 +135,27 @@ def _plan_with(plan: ActivePlan, stand_ins: Mapping[int, Any]) -> ActivePlan:
     return replace(plan, effects=effects, onion=tuple([of(mount) for mount in plan.onion]))
 
 
-def _looks_of(acting: ActivePlan, module: nn.Module, form: ActivationForm | None) -> Hashable | None:
+def _looks_of(acting: ActivePlan, module: nn.Module, form: ActivationForm | None, seeded: bool) -> Hashable | None:
     """Returns what is the same for plans that differ in the values of tensors alone; None for one that runs by itself:
     more acts than stackable operators around a module and on its vectors (an effective matrix for each adapter would
-    take too much memory)."""
+    take too much memory), or what is `seeded` by itself may draw."""
     effects = () if form is not None else acting.effects
     if acting.attributes or acting.attention or any(_dims(module, path, each) > 1 for path, each in effects):
         return None
     mounts = (*(acting.mounts if form is None else form.mounts), *acting.onion)
+    if seeded and any(_draws(mount.operator) for mount in mounts):
+        return None
     runs_again = bool(effects) or any(mount.operator.changes_inputs for mount in mounts)
     if runs_again and any(mount.layer.packed for mount in mounts):  # its kernels know nothing of vmap
         return None
     looks = tuple(_looks_of_mount(mount) for mount in mounts)
     return None if None in looks else (form is None, looks)
+
+
+def _draws(operator: _Base) -> bool:
+    """Whether a stackable operator may draw random numbers: it drops something in training."""
+    told = any(vars(operator).get(name) for name in operator.training_only)
+    return operator.training and (told or any(isinstance(each, _DropoutNd) and each.p for each in operator.modules()))
 
 
 def _dims(module: nn.Module, path: str, effects: tuple[Effect, ...]) -> int:
@@ -229,6 +238,8 @@ def _with(module: nn.Module, values: Iterator[Tensor]) -> Any:
 def stacked(tensors: Sequence[Tensor]) -> Tensor:
     """Returns tensors of one shape as one of ``[tensors, ...]``; as `torch.stack`, but its gradient is cut into theirs
     at once, and not by two operations each."""
+    if torch.compiler.is_compiling():  # compilers know torch's own; of ours, dynamo of torch 2.13 takes wrong rows
+        return torch.stack([*tensors])
     return _Stack.apply(*tensors)  # type: ignore[no-any-return, no-untyped-call]
 
 

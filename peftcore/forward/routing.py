@@ -196,7 +196,7 @@ def own_rows(rows: OwnRows | None, site: str = "") -> Iterator[None]:
         if rows is None and context.drawn is not None:
             with own_draws_aside(context):
                 yield
-        elif rows is not None and rows.route.seeds:
+        elif rows is not None and rows.route.seeds and len(rows.positions) == 1:
             with draws_of(context, rows.route, rows.positions[0], site):
                 yield
         else:  # as nearly always

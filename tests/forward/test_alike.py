@@ -137,6 +137,18 @@ def test_dropout_differs_for_each_row() -> None:
         torch.testing.assert_close(quiet, quiet[:1].expand_as(quiet))
 
 
+@pytest.mark.parametrize(("dropout", "together"), [(0.0, {3}), (0.5, set())])
+def test_who_draws_by_a_seed_of_its_own_runs_by_itself(dropout: float, together: set[int], groups: list[int]) -> None:
+    model = host()
+    for seed, name in enumerate("abc"):
+        fill(peftcore.apply(model, "pissa", name=name, dropout=dropout), seed)
+    ids = token_ids(3)
+    with torch.no_grad(), route(model, list("abc"), seeds=dict.fromkeys("abc", 5)):
+        first = model.train()(ids)["logits"]
+        assert set(groups) == together
+        torch.testing.assert_close(model(ids)["logits"], first)
+
+
 class Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -176,13 +188,14 @@ def costs(method: str, adapters: int, training: bool) -> tuple[float, float]:
     """FLOPs of a step with so many adapters, in those of so many steps with one row; operations, in those of a step
     with one adapter and as many rows."""
     ids = torch.randint(0, 64, (adapters, 16))
+    options = {"add_missing_bias": True} if method == "bitfit" else {}
     model = llama()
-    peftcore.apply(model, method)
+    peftcore.apply(model, method, **options)
     (alone, _), (_, one) = cost(model, ids[:1], training), cost(model, ids, training)
     model = llama()
     names = [f"adapter{n}" for n in range(adapters)]
     for name in names:
-        peftcore.apply(model, method, name=name)
+        peftcore.apply(model, method, name=name, **options)
     with route(model, names):
         flops, operations = cost(model, ids, training)
     return flops / (adapters * alone), operations / one

@@ -23,10 +23,12 @@ ALSO = {
     "every_trainable_tensor_learns": ("gradients_are_those_of_the_forward",),
     "what_a_schedule_did_is_saved": ("training_resumes_exactly",),
     "training_resumes_exactly": ("what_a_schedule_did_is_saved",),
+    "loading_gives_the_same_outputs": ("values_can_be_swapped",),
+    "a_file_loads_under_any_name": ("values_can_be_swapped",),
 }
 """What a mutant cannot but fail besides its own check: rows of a batch are computed from the factors; what is left off
 cannot be merged; another base gives other outputs; a gradient that is not there is not that of the forward; what no
-file has is not there again."""
+file has is not there again; what is not loaded right is not swapped right."""
 for _path in sorted(Path(__file__).parent.glob("mutants_*.py")):
     MUTANTS |= importlib.import_module(_path.stem).MUTANTS
 

@@ -395,6 +395,7 @@ def train(plugin: str) -> str:
 
 TRAINED = {"lower": True, "base kept": True, "loads": True}
 ELSEWHERE = {
+    "c3a": "has no place",
     "clip_adapter": "has no place",
     "controlnet": "asks to be told more",
     "coop": "asks to be told more",

@@ -146,7 +146,7 @@ SAMPLES = [
     Sample("gralora", wishes={"rank": 2, "blocks": 1, "hybrid_rank": 1}),
     Sample("c3a", wishes={"block_size": 4}),
     Sample("waveft", wishes={"n_frequency": 9}),
-    Sample("road", wishes={"variant": 2}),
+    Sample("road", wishes={"variant": 2, "exclude": "head"}),
     Sample("psoft", wishes=_two(iterations=2)),
     Sample("deft", wishes=_two()),
     Sample("lora_xs", wishes=_two(iterations=2)),

@@ -146,11 +146,15 @@ def test_a_search_of_16_configurations_holds_one_base(
     step = Fleet.step
 
     def counting(self: Fleet) -> Any:
+        counts.append((len(models() - before), len(self.active)))
+        return step(self)
+
+    def models() -> set[int]:
         gc.collect()
         held = [each for each in gc.get_objects() if isinstance(each, transformers.BertForSequenceClassification)]
-        with_values = [each for each in held if not next(each.parameters()).is_meta]
-        counts.append((len(with_values), len(self.active)))
-        return step(self)
+        return {id(each) for each in held if not next(each.parameters()).is_meta}
+
+    before = models()  # of other tests
 
     monkeypatch.setattr(Fleet, "step", counting)
     what = {

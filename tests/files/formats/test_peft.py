@@ -354,7 +354,7 @@ def test_names_without_a_prefix(prefix: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"alora_invocation_tokens": [1, 2]},
+        {"alora_invocation_tokens": "yes"},
         {"use_qalora": True},
         {"use_bdlora": {"nblocks": 2}},
         {"velora_config": {"num_groups": 2}},

@@ -58,6 +58,11 @@ class PeftUniLoRA(PeftMethod):
         }
 
     def meant(self, keys: Keys, paths: Collection[str]) -> set[str] | None:
+        """Return the paths of target modules; None where indices say which they are.
+
+        Raises:
+            CheckpointError: nothing says where the adapter stands.
+        """
         found = super().meant(keys, paths)
         if keys.take("save_indices", bool, False):
             return found
