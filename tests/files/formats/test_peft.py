@@ -342,7 +342,7 @@ def test_statistics_come_with_a_norm_that_trains_along(tmp_path: Path) -> None:
     peftcore.load(deepcopy(base), tmp_path / "theirs")
     for other in (tensors[name.format("running_mean")] + 1, torch.zeros(3)):
         save_file(tensors | {name.format("running_mean"): other}, file)
-        with pytest.raises(CheckpointError, match="running_mean differs from the host's 1.running_mean"):
+        with pytest.raises(CheckpointError, match=r"running_mean differs from the host's 1\.running_mean"):
             peftcore.load(deepcopy(base), tmp_path / "theirs")
 
 
