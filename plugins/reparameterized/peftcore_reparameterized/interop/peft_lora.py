@@ -110,7 +110,9 @@ class PeftLoRA(PeftMethod):
             return ""
         if isinstance(site.module, _ConvNd):
             if site.module.groups > 1 and not getattr(place.config, "across_groups", False):
-                return "groups, unless across_groups is set" if place.config.method == "lora" else "groups"
+                if place.config.method == "lora":
+                    return "groups, unless across_groups is set"
+                return "groups, where it takes the norms of another product than it adds"
             if any(step > 1 and size > 1 for step, size in zip(site.module.dilation, site.kernel, strict=True)):
                 return "a dilation, which its A has not"
         if "embed_scale" in site.module._buffers:  # peft scales what it adds to such a table, too
