@@ -45,6 +45,7 @@ from peftcore.injection.applying import apply, plan
 from peftcore.injection.injection import Injection
 from peftcore.injection.quantization import Scheme, dequantize, quantize, round_trip, scheme, scheme_key, schemes
 from peftcore.injection.quantized_layer import QuantizedLayer, quantized_layer_of
+from peftcore.injection.replicated_layers import replicate_layers
 from peftcore.injection.switching import activate, call, route, using
 from peftcore.layers.kernels import dropped_linear, matmul_transposed, runs_plain
 from peftcore.layers.kinds import Transposed
@@ -174,6 +175,7 @@ __all__ = [
     "quantize",
     "quantized_layer_of",
     "register",
+    "replicate_layers",
     "round_trip",
     "route",
     "runs_plain",

@@ -285,6 +285,35 @@ def types_of_peft() -> str:
     return table(("peft's type", "method"), rows)
 
 
+def cases_of_peft() -> str:
+    """What became of the configurations of peft's own tests: how many of each type, and why some are refused."""
+    cases = [each for each in json.loads(CASES.read_text(encoding="utf-8")) if each["read"] != "peft refuses"]
+    rows = []
+    for kind in sorted({each["type"] for each in cases if each["suite"] != "mixed"}):
+        of = [each for each in cases if each["type"] == kind]
+        refused = sorted({_reason(each) for each in of if "refused" in (each["read"], each.get("written"))})
+        counts = [f"{sum(each['count'] for each in of if test(each))}" for test in COUNTED]
+        rows.append((f"`{kind}`", *counts, "; ".join(refused)))
+    return table(("peft's type", "configurations", "read", "written", "why others are refused"), rows)
+
+
+CASES = ROOT / "tests/side_by_side/peft_cases.json"
+COUNTED: tuple[Callable[[Mapping[str, str]], bool], ...] = (
+    lambda each: True,
+    lambda each: each["read"] == "read",
+    lambda each: each.get("written") == "written",
+)
+
+
+def _reason(case: Mapping[str, str]) -> str:
+    """Why a configuration is refused, without the module that it is about, for a cell of a table."""
+    if "no installed plugin" in case["reason"]:
+        return "peftcore has no such method"
+    if option := re.search(r"may matter: (\w+)|with init_lora_weights = '(\w+)'", case["reason"]):
+        return f"`{option[1] or option[2]}`"
+    return re.sub(r"^.*?(?=peft computes|in an encoder)", "", case["reason"]).replace("|", "/")
+
+
 SECTIONS: Mapping[str, Callable[[], str]] = {
     "advice": advice,
     "sizes": sizes,
@@ -295,6 +324,7 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
     "digits": digits,
     "demo": demo,
     "types of peft": types_of_peft,
+    "cases of peft": cases_of_peft,
 }
 PAGES = ("docs/choose.md", "docs/moving-from-peft.md")
 

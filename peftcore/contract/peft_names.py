@@ -43,7 +43,7 @@ LEFT_OUT = {
     "tokenizer_name_or_path": "leave it out: init_ids= has the ids",
     "tokenizer_kwargs": "leave it out: init_ids= has the ids",
     "psoft_alpha": "leave it out: it has no effect in peft either",
-    "layer_replication": "repeat the layers of the model yourself, before it is adapted",
+    "layer_replication": "call peftcore.replicate_layers(model, [...]) before it is adapted",
     "generator_seed": "use torch.manual_seed, or seeds= of a route",
     "poly_type": "leave it out: routing is Polytropon's",
     "prompt_tuning_init_task": "load the adapter that it is to start from, and train on",

@@ -17,6 +17,7 @@ It may import `training`, and what is below; saving is left to `files`, which is
 - `switching`: `activate`, `route`, `call`.
 - `applying`: `apply` and `plan`.
 - `quantization`: `quantize`, and the contract of a scheme.
+- `replicated_layers`: layers that a model runs again with the same weights.
 """
 
 from peftcore.utils.moved import names_of

@@ -51,6 +51,9 @@ NEUTRAL = (
 TABLES = ("embed_tokens", "lm_head")
 """The names of token tables that peft saves beside an adapter whatever the model is."""
 
+COUNT = "num_batches_tracked"
+"""The buffer of a norm that changes nothing of what it computes."""
+
 
 class Peft(Format):
     """The format of peft's folders."""
@@ -183,6 +186,7 @@ class PeftContent(Content):
         self._beside = {path: (part, g) for part in self.parts for g in part.groups
                         for path in part.method.trains(part.keys, g.path)}  # fmt: skip
         self._tables: dict[str, dict[str, str]] = {}
+        self._check_buffers()
         trained = self._trained(keys)
         self._rows = self._rows_of_tables()
         keys.check_known()
@@ -233,6 +237,17 @@ class PeftContent(Content):
             ):
                 self.sorted.wrong.append(f"{full} is none of the adapter's modules and differs from the host's {path}")
         return found
+
+    def _check_buffers(self) -> None:
+        """Verify that the buffers that come with a trained module, such as a norm's statistics, are the host's."""
+        for path, full in self.sorted.buffers.items():
+            owner, _, leaf = path.rpartition(".")
+            own = self.model.get_submodule(owner)._buffers[leaf]
+            assert own is not None, "empty ones are none of the host's"
+            self.repeated.add(full)
+            same = own.is_meta or leaf == COUNT or torch.equal(self.file.read([full])[full].to(own), own)
+            if not same:
+                self.sorted.wrong.append(f"{full} differs from the host's {path}, and only parameters are replaced")
 
     def _is_table(self, path: str) -> bool:
         module = self.model.get_submodule(path)

@@ -64,6 +64,8 @@ class Sorted:
     """Full names of tensors that replace a parameter of the host, by its path there."""
     wrong: list[str]
     move: Move
+    buffers: dict[str, str]
+    """Full names of tensors that are buffers of the host, such as a norm's statistics, by their path there."""
 
 
 def bare_names(file: TensorFile, stem: str = PREFIXES[0]) -> dict[str, str]:
@@ -163,16 +165,18 @@ def sort_names(
         groups.append(Group(site, path, names, depth < len(tensors)))
     order = {path: index for index, path in enumerate(modules)}
     groups.sort(key=lambda group: order[group.path])
-    replaced, wrong = {}, []
+    replaced, buffers, wrong = {}, {}, []
     for name, full in rest.items():
         plain = name.replace(f".{TOKENS}.{WRAPPER}.", ".")
         path = move(".".join(step for step in plain.split(".") if step != WRAPPER))
         owner, _, leaf = path.rpartition(".")
         if owner in modules and leaf in modules[owner]._parameters:
             replaced[path] = full
+        elif owner in modules and modules[owner]._buffers.get(leaf) is not None:
+            buffers[path] = full
         else:
             wrong.append(f"unknown {full}")
-    return Sorted(groups, whole, replaced, wrong, move)
+    return Sorted(groups, whole, replaced, wrong, move, buffers)
 
 
 def written_path(path: str, move: Move) -> str:

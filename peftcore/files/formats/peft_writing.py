@@ -136,6 +136,10 @@ def along(injection: Injection, only: str, stem: str) -> tuple[dict[str, Any], d
     for (path, name), graft in replaced.items():
         inside = f".{WRAPPER}" if path in adapted else ""
         tensors[f"{stem}{path}{inside}.{name}"] = graft.operator.state_dict()["value"]
+    for path in whole:  # peft wants a norm's statistics, too
+        module = injection.model.get_submodule(path)
+        held = {name: each for name, each in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        tensors |= {f"{stem}{path}.{name}": each for name, each in held.items() if each is not None}
     return {"modules_to_save": sorted(whole) or None, **({"bias": mode} if only else {})}, tensors
 
 

@@ -10,8 +10,9 @@ first w2, or else w2b, is zero; all else is uniform in +-1/sqrt(inputs).
 
 All this is as in LyCORIS, which defines the method, but for its merging: it has s in it twice. peft has s = alpha / r
 with both factors full, starts w1 at zero, puts `factor` first where it divides even if it is the larger part (here with
-`factor_first`), and lays out the product wrongly with a full w2 in one-dimensional convolutions. The dropouts are those
-of both. Kronecker adapters as such are KronA's (Edalati et al. 2022, arXiv 2212.10650), without rank and cuts.
+`factor_first`), and with a full w2 in one-dimensional convolutions has the values of the product in another order,
+delta[j, i, q, p, kernel], which `layout` takes over. The dropouts are those of both. Kronecker adapters as such are
+KronA's (Edalati et al. 2022, arXiv 2212.10650), without rank and cuts.
 
 Parameters: l m + r (k + n * kernel) a site with w1 full and w2 not, l m + k n * kernel with both full, times the number
 of experts.
@@ -52,6 +53,8 @@ class Config(MethodConfig):
     """Make no factor a product."""
     tucker: bool = False
     """Factor the kernels of convolutions too (peft: use_effective_conv2d); of no effect on other layers."""
+    layout: Literal["kronecker", "peft"] = "kronecker"
+    """Order of the product's values where w2 is full and the convolution has one dimension; of no effect elsewhere."""
     rank_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which an output gets nothing of the change, in training."""
     rank_dropout_scale: bool = False
@@ -70,6 +73,7 @@ class LoKrOperator(WeightOperator):
         shapes = _shapes(site, config)
         self.drops = ChangeDropout(config.rank_dropout, config.module_dropout, config.rank_dropout_scale)
         self.scale = 1.0 if shapes.keys() == {"w1", "w2"} else config.alpha / config.rank
+        self.mixes_kernel = config.layout == "peft" and len(site.kernel) == 1 and "w2" in shapes
         for name, shape in shapes.items():
             bound = 0.0 if name in ("w2", "w2b") else 1 / math.sqrt(math.prod(shape[1:]))
             self.register_parameter(name, nn.Parameter(torch.empty(*site.batch, *shape).uniform_(-bound, bound)))
@@ -106,7 +110,11 @@ class LoKrOperator(WeightOperator):
 
     def _change(self, weight: Tensor) -> Tensor:
         w1, w2 = self.factor("w1"), self.factor("w2")
-        delta = w1[..., :, None, :, None] * w2[..., None, :, None, :]  # [*batch, l, k, m, n * kernel]
+        if self.mixes_kernel:
+            w2 = w2.unflatten(-1, (-1, weight.shape[-1]))
+            delta = w1[:, None, :, None] * w2[:, None, :, None]  # [k, l, n, m, kernel]
+        else:
+            delta = w1[..., :, None, :, None] * w2[..., None, :, None, :]  # [*batch, l, k, m, n * kernel]
         return self.scale * delta.reshape(weight.shape)
 
 

@@ -3,8 +3,10 @@
     y = W x + b + s B A dropout(x),   s = alpha / rank,   A [rank, in] uniform in +-1/sqrt(in),   B [out, rank] zero
 
 Convolutions: A is a convolution to `rank` channels and B mixes them, delta[o, i, k] = s sum_r B[o, r] A[r, i, k]; in a
-grouped one, i counts inside the group of o. Embeddings: A [rank, num] zero and B ~ N(0, 1), as in loralib, since every
-input picks a single column of A. Stacked experts have factors of their own each.
+grouped one, i counts inside the group of o. With `across_groups`, as in peft, A reads all channels there and B mixes
+inside each group, B [out, rank / groups]: no grouped weight computes that, so it does not merge. Embeddings: A [rank,
+num] zero and B ~ N(0, 1), as in loralib, since every input picks a single column of A. Stacked experts have factors of
+their own each.
 
 scaling="sqrt_rank" is rsLoRA (Kalajdzievski 2023, arXiv 2312.03732): s = alpha / sqrt(rank), with which outputs and
 gradients have the same size at any rank. Use it at ranks of 64 and more; alpha / rank makes those learn too slowly.
@@ -18,7 +20,8 @@ gradient. The optimizer of `injection.optimizer` gets g (A A')^+ / s^2 for B's g
 to the gradient of W; it is computed in g's dtype, where peft's optimizer rounds a product to bfloat16. Embeddings have
 a zero A, with which nothing would train (in peft nothing does): there it is refused.
 
-Parameters: rank * (in * kernel + out) a site, times the number of experts; with trained="B" rank * out.
+Parameters: rank * (in * kernel + out) a site, times the number of experts; with trained="B" rank * out; with
+`across_groups` in is that of all groups, and out that of one.
 
 Use it first: it merges, adds no latency then, and suits nearly every task. More sites help more than more rank.
 """
@@ -27,6 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Literal, Self
 
 import torch.nn.functional as F
@@ -46,6 +50,7 @@ from peftcore import (
     Tags,
     low_rank,
 )  # fmt: skip
+from peftcore_reparameterized._across_groups import AcrossGroups, across_count, groups_of
 from peftcore_reparameterized._fixed_projection import Rescaled, fix_projection
 from peftcore_reparameterized._low_rank import (
     add_low_rank,
@@ -72,6 +77,8 @@ class Config(MethodConfig):
     """What makes the update zero at first: one factor is, or the two are orthogonal to each other."""
     trained: Literal["both", "B"] = "both"
     """The factors that train: both, or B alone (LoRA-FA)."""
+    across_groups: bool = False
+    """In grouped convolutions, let A read the channels of all groups (as peft); of no effect on other layers."""
 
     @model_validator(mode="after")
     def _halves(self) -> Self:
@@ -132,15 +139,21 @@ class LoRA(Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            surgeon.graft(site, lambda at, own: LoRAOperator(at, own, own.start, own.trained), config)
+            if config.at(site.path).across_groups and groups_of(site) > 1:
+                around = replace(site, form="activation")
+                surgeon.graft(around, lambda at, own: AcrossGroups(at, own.rank, scale_of(own), own.dropout), config)
+            else:
+                surgeon.graft(site, lambda at, own: LoRAOperator(at, own, own.start, own.trained), config)
 
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule | None:
         operators = [graft.operator for graft in injection.grafts if isinstance(graft.operator, LoRAOperator)]
-        frozen = {each.get_parameter("B"): each for each in operators if "A" in each._buffers}
+        frozen = {each.get_parameter("B"): each for each in operators if not isinstance(each.A, nn.Parameter)}
         return Rescaled(frozen) if frozen else None
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
+        if config.across_groups and groups_of(site) > 1:
+            return across_count(site, config.rank)
         if config.trained == "B":
             return math.prod(site.batch) * config.rank * site.out_features
         return low_rank_count(site, config.rank)

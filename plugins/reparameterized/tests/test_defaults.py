@@ -132,9 +132,17 @@ HELD: Held = {
         False,
         f"{LYCORIS}, lycoris/functional/general.py: of a factorization the second value is at least the first",
     ),
+    ("lokr", "layout"): (
+        "kronecker",
+        "KohakuBlueleaf/LyCORIS@06abd4a, lycoris/functional/lokr.py: w1 = w1.unsqueeze(-1)",
+    ),
     ("lokr", "rank_dropout_scale"): (False, f"{LYCORIS}, lycoris/modules/lokr.py: rank_dropout_scale=False"),
     ("lora", "rank"): (8, "arXiv 2106.09685, appendix D.1: RoBERTa base, rq = rv = 8"),
     ("lora", "alpha"): (8.0, "arXiv 2106.09685, appendix D.1: RoBERTa base, alpha 8"),
+    ("lora", "across_groups"): (
+        False,
+        "microsoft/LoRA@0771c1e, loralib/layers.py: self.weight + (self.lora_B @ self.lora_A).view(self.weight.shape)",
+    ),
     ("lora_plus", "embedding_lr"): (1e-6, f"{LORA_PLUS}, README.md: loraplus_lr_embedding, default value 1e-6"),
     ("lora_xs", "rank"): (
         16,

@@ -179,3 +179,25 @@ def test_starts_as_lycoris_does(form: str) -> None:
         expected = getattr(theirs, theirs_of(each)).abs().max().item()
         assert ours.abs().max().item() == pytest.approx(expected, rel=0.3)
         assert (expected == 0) == (each in ("w2", "w2b"))
+
+
+def test_the_layout_of_peft_has_the_same_values_in_another_order() -> None:
+    """delta[j, i, q, p, kernel] in one dimension with w2 full; without effect on other layers."""
+    found = {}
+    for layout in ("kronecker", "peft"):
+        model = One(nn.Conv1d(12, 8, 3))
+        nn.init.zeros_(model.layer.weight)
+        injection = peftcore.apply(model, "lokr", target="layer", rank=4, layout=layout, seed=3)
+        (operator,) = injection.operators.values()
+        torch.manual_seed(0)
+        nn.init.normal_(operator.w2)
+        found[layout] = operator.merged(model.layer.weight)
+        w1, w2 = operator.w1, operator.w2.unflatten(1, (-1, 3))
+    expected = torch.einsum("ip,jqk->jiqpk", w1, w2).reshape(8, 12, 3)
+    torch.testing.assert_close(found["peft"], expected)
+    torch.testing.assert_close(found["kronecker"], torch.einsum("ip,jqk->ijpqk", w1, w2).reshape(8, 12, 3))
+    assert not torch.allclose(found["peft"], found["kronecker"])
+    for layer in (nn.Linear(12, 8), nn.Conv2d(12, 8, 3)):
+        model = One(layer)
+        (operator,) = peftcore.apply(model, "lokr", target="layer", rank=4, layout="peft").operators.values()
+        assert not operator.mixes_kernel

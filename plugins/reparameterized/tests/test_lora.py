@@ -3,6 +3,7 @@ layers that peft lacks, are in the repository's side-by-side tests."""
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from one_layer import One
 from torch import nn
 
 import peftcore
-from peftcore.errors import UnsupportedSite
+from peftcore.errors import NotMergeable, UnsupportedSite
 from peftcore.testing import conformance
 from peftcore.testing.hosts import HOSTS
 
@@ -76,6 +77,43 @@ def test_scale_is_alpha_over_rank(rank: int, alpha: float) -> None:
     torch.testing.assert_close(layer(x), expected)
     A, B, scale = operator.factors()
     torch.testing.assert_close(operator.merged(before), before + scale * B @ A)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(6, 4, 3, groups=2, padding=1), nn.Conv1d(6, 9, 2, stride=2, groups=3)])
+def test_across_groups_A_reads_all_channels(layer: Any) -> None:
+    """As two convolutions, the second one in groups; the weight of the layer could not hold it."""
+    model = One(layer.double())
+    options = {"target": "layer", "rank": 6, "alpha": 9.0, "across_groups": True, "dtype": "float64"}
+    plan = peftcore.plan(model, "lora", **options).trainable
+    injection = peftcore.apply(model, "lora", **options)
+    (operator,) = injection.operators.values()
+    assert operator.A.shape[:2] == (6, 6) and operator.B.shape == (layer.out_channels, 6 // layer.groups)
+    assert plan == operator.A.numel() + operator.B.numel()
+    nn.init.normal_(operator.B)
+    x = torch.randn(2, 6, *[8] * len(layer.kernel_size), dtype=torch.float64)
+    conv = {1: nn.functional.conv1d, 2: nn.functional.conv2d}[len(layer.kernel_size)]
+    factors = [each.detach().clone().requires_grad_() for each in (operator.A, operator.B)]
+    low = conv(x, factors[0], stride=layer.stride, padding=layer.padding)
+    up = factors[1].view(*factors[1].shape, *[1] * len(layer.kernel_size))
+    expected = conv(x, layer.weight, layer.bias, layer.stride, layer.padding, groups=layer.groups)
+    expected = expected + 9 / 6 * conv(low, up, groups=layer.groups)
+    output = model(x)
+    torch.testing.assert_close(output, expected)
+    direction = torch.randn_like(output)
+    (output * direction).sum().backward()
+    (expected * direction).sum().backward()
+    for ours, theirs in zip((operator.A, operator.B), factors, strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    with pytest.raises(NotMergeable):
+        injection.merge()
+
+
+def test_across_groups_elsewhere_is_lora() -> None:
+    for layer in (nn.Linear(6, 4), nn.Conv2d(4, 4, 3), nn.ConvTranspose1d(4, 4, 3, groups=2)):
+        plain, other = (operator_on(deepcopy(layer), across_groups=value) for value in (False, True))
+        assert type(plain) is type(other) and plain.A.shape == other.A.shape
+    with pytest.raises(UnsupportedSite, match="3 groups, which a rank of 8 does not fill"):
+        operator_on(nn.Conv1d(6, 9, 2, groups=3), across_groups=True)
 
 
 # Dropout

@@ -327,6 +327,25 @@ def saved(path: Path, **options: Any) -> tuple[nn.Module, nn.Module, Tensor]:
     return base, saved_by_peft(base, lora(**{"target_modules": ["0", "2"], **options}), path), x
 
 
+def test_statistics_come_with_a_norm_that_trains_along(tmp_path: Path) -> None:
+    """Here they are the host's, so those of a file have to be the same; how many batches there were is of no matter."""
+    base, x = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)).eval(), torch.randn(3, 6)
+    nn.init.normal_(base[1].running_mean)
+    both_ways(base, lora(target_modules=["0"], modules_to_save=["1"]), lambda model: model(x), tmp_path)
+    file = tmp_path / "theirs" / TENSORS
+    tensors = load_file(file)
+    name = "base_model.model.1.{}"
+    assert {name.format(each) for each in ("running_mean", "running_var", "num_batches_tracked")} <= tensors.keys()
+    assert load_file(tmp_path / "back" / TENSORS).keys() == tensors.keys()
+    count = tensors[name.format("num_batches_tracked")]
+    save_file(tensors | {name.format("num_batches_tracked"): count + 7}, file)
+    peftcore.load(deepcopy(base), tmp_path / "theirs")
+    for other in (tensors[name.format("running_mean")] + 1, torch.zeros(3)):
+        save_file(tensors | {name.format("running_mean"): other}, file)
+        with pytest.raises(CheckpointError, match=r"running_mean differs from the host's 1\.running_mean"):
+            peftcore.load(deepcopy(base), tmp_path / "theirs")
+
+
 @pytest.mark.parametrize("fmt", ["peft", "diffusers", "kohya"])
 def test_a_file_beside_another_adapter(fmt: str, tmp_path: Path) -> None:
     """The operators that are on the host already have names that end as the modules do which the file means."""
@@ -355,7 +374,6 @@ def test_names_without_a_prefix(prefix: str, tmp_path: Path) -> None:
     "options",
     [
         {"alora_invocation_tokens": "yes"},
-        {"layer_replication": [[0, 1]]},
         {"use_qalora": True},
         {"use_bdlora": {"nblocks": 2}},
         {"arrow_config": {"top_k": 2}},

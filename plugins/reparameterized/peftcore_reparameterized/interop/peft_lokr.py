@@ -1,7 +1,8 @@
 """LoKr in peft's files (checked against peft 0.21).
 
 Names are ours behind ``lokr_``, with ``_a`` and ``_b`` for the two factors of a product. A full ``w2`` of a convolution
-has its kernel's dimensions, and t2 of one in one dimension a last one of size one. Where both factors are full peft
+has its kernel's dimensions, and t2 of one in one dimension a last one of size one. With a full w2 in one dimension the
+product has another order there, which `layout` says. Where both factors are full peft
 scales by alpha / rank all the same: here w2 has it.
 """
 
@@ -44,6 +45,7 @@ class PeftLoKr(PeftMethod):
             "factor_first": factor > 0,
             "decompose_both": keys.take("decompose_both", bool, False),
             "tucker": keys.take("use_effective_conv2d", bool, False),
+            "layout": "peft" if len(shapes.get("lokr_w2", ())) == 3 else "kronecker",
             "rank_dropout": float(keys.take("rank_dropout", float, 0.0)),
             "rank_dropout_scale": keys.take("rank_dropout_scale", bool, False),
             "module_dropout": float(keys.take("module_dropout", float, 0.0)),
@@ -51,8 +53,10 @@ class PeftLoKr(PeftMethod):
 
     def differs(self, place: Place) -> str:
         site, factor = place.site, place.config.factor
-        if isinstance(site.module, nn.Conv1d) and "w2" in place.operator.state_dict():
-            return "a full second factor in one dimension, which it lays out wrongly"
+        operator = place.operator
+        full = isinstance(site.module, nn.Conv1d) and "w2" in operator.state_dict()
+        if full and not operator.mixes_kernel and max(operator.factor("w1").shape) > 1:
+            return "a full second factor in one dimension, unless layout is 'peft'"
         larger = [size for size in (site.out_features, site.in_features)
                   if factor and size % factor == 0 and factor > size // factor]  # fmt: skip
         if larger and not place.config.factor_first:

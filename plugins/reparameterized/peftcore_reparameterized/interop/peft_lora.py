@@ -2,8 +2,9 @@
 
 ``lora_A`` and ``lora_B`` are our A and B; those of an embedding are called ``lora_embedding_A`` and
 ``lora_embedding_B``. Stacked experts lie side by side, A [experts * rank, in] and B [out, rank * experts]; a
-convolution's B has a kernel of ones. A bias of B adds its share to the module's own bias. Behind torch's attention peft
-adds the update twice, in its forward and when it merges, so there our B is twice that of the file.
+convolution's B has a kernel of ones, and in a grouped one A reads all channels. A bias of B adds its share to the
+module's own bias. Behind torch's attention peft adds the update twice, in its forward and when it merges, so there our
+B is twice that of the file.
 
 PiSSA and OLoRA: peft decomposes the base again when it loads such a file, so it means W - s B0 A0 + s B A, with the
 product s B0 A0 that is the same for all who decompose exactly; ours has A0 and B0 of the host that it is loaded into.
@@ -11,7 +12,7 @@ They are written as plain LoRA of twice the rank, which is right on any base tha
 LoRA-GA, whose start no file of peft's has. So is LoRA-XS, of its rank; what it freezes would train on there. EVA is
 LoRA once it has started: its files are read as LoRA, and written so, with a rank and an alpha of each module. KaSA's
 file means W without its smallest singular values, which peft takes away when it loads; it is written as LoRA of twice
-the rank.
+the rank. DoRA beside PiSSA or OLoRA is DoRA of twice the rank: with B A and -B0 A0.
 
 BD-LoRA: blocks lie one below the other, as ours. Peft's option says which factor has blocks, by parts of names; where
 it names neither, the site is a plain LoRA, here one of a single block.
@@ -31,7 +32,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from peftcore.errors import CheckpointError, ExportError
+from peftcore.errors import CheckpointError, ExportError, HostMismatch, shown
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.patterns import ending
@@ -39,13 +40,19 @@ from peftcore.files.formats.peft_layers import is_one_of, not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.peft_writing import is_parameter, module_key
 from peftcore.files.formats.places import Place
+from peftcore.injection.replicated_layers import replicated_layers, runs
 from peftcore.layers.kinds import Transposed
 from peftcore.targets.sites import Site
 from peftcore_reparameterized.lora import LoRA, scale_of
+from peftcore_reparameterized.olora import OLoRA, OLoRAOperator
+from peftcore_reparameterized.pissa import PiSSA, PiSSAOperator
 
 PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "lora_ga", "mini_lora")
 DECOMPOSED = {"pissa": (nn.Linear, Transposed), "olora": (nn.Linear,)}
 """Starts that take a part out of the base, exactly, and the layers where peft can; our methods have the same names."""
+STARTS = {"pissa": (PiSSAOperator, PiSSA.Config), "olora": (OLoRAOperator, OLoRA.Config)}
+MOST = 1000
+"""The most ranges of layers that a file may name, and layers in each."""
 AS_LORA = {"pissa": 2, "olora": 2, "kasa": 2, "corda": 2, "lora_ga": 2, "lora_xs": 1}
 """Methods that are written as LoRA, and how many times their rank."""
 PROJECTIONS = {"batch_average_once": "first", "batch_average": "each", "random": "random"}
@@ -82,6 +89,8 @@ class PeftLoRA(PeftMethod):
     )  # fmt: skip
     bias = "lora_only"
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    taken_out: str | None = None
+    """The start, in a file of DoRA, that took a part out of the base."""
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
         """Returns other ranks and scales of some modules, and which factor of each is block diagonal."""
@@ -100,7 +109,7 @@ class PeftLoRA(PeftMethod):
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying")
-        keys.pass_over("qalora_group_size")
+        keys.pass_over("qalora_group_size", "layer_replication")
         start = keys.take("init_lora_weights", (bool, str), True)
         if isinstance(start, str) and start not in (*PLAIN_STARTS, *DECOMPOSED, "mica"):
             raise CheckpointError(
@@ -117,8 +126,10 @@ class PeftLoRA(PeftMethod):
             raise CheckpointError(f"{keys.where}: 'r' is {rank}, but a rank is 1 or more")
         if keys.take("use_dora", bool, False):
             keys.only("lora_bias", False)
-            keys.only("init_lora_weights", True, False, *PLAIN_STARTS)
             scaled = float(alpha * (math.sqrt(rank) if rs else 1))
+            if start in DECOMPOSED:
+                keys.warn(f"DoRA that started by {start} is DoRA of twice the rank; in training, its start trains on")
+                self.taken_out, rank, scaled = start, 2 * rank, 2 * scaled
             return {"method": "dora", "rank": rank, "alpha": scaled, "dropout": dropout}
         if told := keys.take("use_bdlora", dict, {}):
             keys.only("lora_bias", False)
@@ -173,8 +184,8 @@ class PeftLoRA(PeftMethod):
             keys.only("lora_bias", False)
             scaled = float(alpha * (math.sqrt(rank) if rs else 1))
             return {"method": start, "rank": rank, "alpha": scaled, "dropout": dropout}
-        scaling = "sqrt_rank" if rs else "rank"
-        return {"method": "lora", "rank": rank, "alpha": float(alpha), "scaling": scaling, "dropout": dropout}
+        options = {"rank": rank, "alpha": float(alpha), "scaling": "sqrt_rank" if rs else "rank", "dropout": dropout}
+        return {"method": "lora", **options, "across_groups": _in_groups(shapes)}
 
     def differs(self, place: Place) -> str:
         site = place.site
@@ -185,8 +196,10 @@ class PeftLoRA(PeftMethod):
         if is_parameter(site) or site.tensor != "weight":
             return ""
         if isinstance(site.module, _ConvNd):
-            if site.module.groups > 1:
-                return "groups"
+            if site.module.groups > 1 and not getattr(place.config, "across_groups", False):
+                if place.config.method == "lora":
+                    return "groups, unless across_groups is set"
+                return "groups, where it takes the norms of another product than it adds"
             if any(step > 1 and size > 1 for step, size in zip(site.module.dilation, site.kernel, strict=True)):
                 return "a dilation, which its A has not"
         if "embed_scale" in site.module._buffers:  # peft scales what it adds to such a table, too
@@ -200,9 +213,13 @@ class PeftLoRA(PeftMethod):
         site, operator = place.site, place.operator
         A, B = operator.A.shape, operator.B.shape
         ones = (1,) * len(site.kernel)
-        kinds = (nn.Linear,) if place.config.method == "kasa" else DECOMPOSED.get(place.config.method)
+        start = self.taken_out or place.config.method
+        kinds = (nn.Linear,) if start == "kasa" else DECOMPOSED.get(start)
         if kinds and not is_one_of(site, kinds):
-            raise CheckpointError(f"{site.path} is none of the layers that peft decomposes for {place.config.method}")
+            raise CheckpointError(f"{site.path} is none of the layers that peft decomposes for {start}")
+        if self.taken_out:
+            half = place.config.rank // 2
+            A, B = Size([half, *A[1:]]), Size([*B[:-1], half])
         if site.layer.one_hot:
             tensors = {"A": found.take("lora_embedding_A", A), "B": found.take("lora_embedding_B", B)}
         elif site.batch:
@@ -221,6 +238,9 @@ class PeftLoRA(PeftMethod):
             tensors["v"] = found.take("lora_velora_embed", operator.v.shape)
         if place.config.method == "kasa":
             tensors["d"] = found.take("lora_diag", operator.d.shape)
+        if self.taken_out:
+            A0, B0 = self._start(place, half)
+            tensors = {"A": torch.cat([tensors["A"], A0]), "B": torch.cat([tensors["B"], -B0], -1)}
         if place.graft.operator.state_dict().keys() >= {"magnitude"}:
             name = "lora_magnitude_vector"
             name = name if found.has(name) else f"{name}.weight"
@@ -233,6 +253,12 @@ class PeftLoRA(PeftMethod):
                 found.take(f"{SAMPLER}.{name}", shape)
         return tensors
 
+    def _start(self, place: Place, rank: int) -> tuple[Tensor, Tensor]:
+        """Return the factors of what peft takes out of the weight, with the scale that the file has."""
+        operator, options = STARTS[self.taken_out or ""]
+        made = operator(replace(place.site, meta=False), options(rank=rank, alpha=place.config.alpha / 2))
+        return made.A0, made.B0
+
     def replaced(self, place: Place, config: Mapping[str, Any], found: Found) -> Tensor:
         site = place.site
         here = LoRA.Config.model_validate(dict(config)).at(site.module_path)
@@ -240,6 +266,12 @@ class PeftLoRA(PeftMethod):
         return bias + scale_of(here) * found.take("lora_B.bias", bias.shape)
 
     def companions(self, keys: Keys, model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+        ranges = keys.take("layer_replication", list, None)
+        if ranges and not runs(model, _as_ranges(ranges, keys)):
+            raise HostMismatch(
+                f"{keys.where}: the model runs its layers in the ranges {shown(ranges)}, and this one does not; call "
+                f"peftcore.replicate_layers(model, {shown(ranges)}) first"
+            )
         tokens = keys.take("trainable_token_indices", (list, dict), None)
         if not tokens:
             return []
@@ -289,7 +321,9 @@ class PeftLoRA(PeftMethod):
             if other is not None and (path, other) not in tensors:
                 raise ExportError(f"peft adapts all of {path}, and here {other} is left out")
         minor = all(place.config.method == "mica" and _is_minor(place) for place in places)
-        return {"init_lora_weights": "mica"} if places and minor else _blocks_of(places)
+        start = {"init_lora_weights": "mica"} if places and minor else {}
+        ranges = list(replicated_layers(model).values())
+        return {**_blocks_of(places), **start, **({"layer_replication": ranges[0]} if ranges else {})}
 
     def write(self, place: Place) -> dict[str, Tensor]:
         site, operator = place.site, place.operator
@@ -361,6 +395,24 @@ def _blocks_of(places: Sequence[Place]) -> dict[str, Any]:
     return {
         "use_bdlora": {**dict(zip(BLOCKS, cut, strict=True)), "nblocks": max(counts, default=1), "match_strict": False}
     }
+
+
+def _as_ranges(ranges: list[Any], keys: Keys) -> list[list[int]]:
+    """Return the ranges of layers that peft's option has.
+
+    Raises:
+        CheckpointError: it holds something else, or more layers than there can be.
+    """
+    pairs = all(isinstance(each, list) and len(each) == 2 and all(type(n) is int for n in each) for each in ranges)
+    if not pairs or len(ranges) > MOST or any(stop - start > MOST for start, stop in ranges):
+        raise CheckpointError(f"{keys.where}: 'layer_replication' is {shown(ranges)}, expected pairs of numbers")
+    return ranges
+
+
+def _in_groups(shapes: Mapping[str, Size]) -> bool:
+    """Whether the tensors are those of a grouped convolution: each output mixes some of the rank alone."""
+    A, B = shapes.get("lora_A.weight", ()), shapes.get("lora_B.weight", ())
+    return len(A) == len(B) > 2 and A[0] != B[1]
 
 
 def _turned(site: Site) -> bool:

@@ -56,7 +56,7 @@ class PeftOFT(PeftMethod):
     def differs(self, place: Place) -> str:
         site, config = place.site, place.config
         if isinstance(site.module, nn.Conv2d) and (math.prod(site.kernel) > 1 or site.module.groups > 1):
-            return "kernels or groups above 1"
+            return "kernels or groups above 1, where it adds up the turned patches that overlap"
         theirs, ours = _adjusted(width(site), config.block_size), place.operator.size
         if theirs != ours or (config.eps is not None and ours != config.block_size):
             return f"block_size={config.block_size} where it does not fit; {ours} would (set it in overrides)"

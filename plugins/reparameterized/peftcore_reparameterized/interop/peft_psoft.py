@@ -2,13 +2,13 @@
 ``vector_a`` are b and a.
 
 The singular vectors are not in the file: it means those that peft finds in the base when it loads it, with the signs
-that come out. So both ways they are found as peft finds them; what is written has rows and columns of K with the signs
-that belong to them.
+that come out. So both ways they are found as peft finds them, exactly or by its approximation; what is written has rows
+and columns of K with the signs that belong to them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,10 @@ from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 
+WAYS = (None, (10, 0))
+"""How peft finds singular vectors: exactly, or with so many steps and that seed, which are its defaults."""
+EQUAL = 2e-5
+"""How far the cosines of singular vectors may be from those of equal ones."""
 NAMES = {"K": "psoft_R.weight", "b": "psoft_R.vector_b", "a": "psoft_R.vector_a"}
 
 
@@ -74,7 +78,6 @@ class PeftPSOFT(PeftMethod):
             "psoft_alpha": config.rank,
             "psoft_dropout": config.dropout,
             "ab_svd_init": "pissa_init" if config.singular_values == "both" else "psoft_init",
-            "psoft_svd": "full",
             "psoft_orth": config.orthogonal,
             "psoft_mag_b": config.scale_outputs,
             "psoft_mag_a": config.scale_inputs,
@@ -83,21 +86,31 @@ class PeftPSOFT(PeftMethod):
             "cayley_neumann_eps": config.eps if config.series else None,
         }
 
+    def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
+        for self.found_by in WAYS:
+            other = [place for place in places if self._signs(place) is None]
+            if not other:
+                return {"psoft_svd": "full" if self.found_by is None else "lowrank"}
+        raise ExportError(
+            f"{other[0].site.path}: peft would find other singular vectors in this base than the adapter was made of"
+        )
+
     def write(self, place: Place) -> dict[str, Tensor]:
-        operator = place.operator
-        rows = nn.functional.normalize(operator.A.detach().to(torch.float32), dim=-1)
-        overlap = rows @ self._vectors(place)[2].T
-        signs = overlap.diagonal().sign()
-        if (overlap - signs.diag()).abs().max() > 1e-3:
-            raise ExportError(
-                f"{place.site.path}: peft would find other singular vectors in this base than the adapter was made of"
-            )
+        operator, signs = place.operator, self._signs(place)
+        assert signs is not None, "that is how it was found"
         rank, K = operator.rank, operator.K.detach()
         turned = torch.outer(signs, signs).to(K)
         if operator.orthogonal:
             turned = turned[*torch.triu_indices(rank, rank, 1)]
         tensors = dict(operator.named_parameters()) | {"K": K * turned}
         return {NAMES[ours]: value for ours, value in tensors.items()}
+
+    def _signs(self, place: Place) -> Tensor | None:
+        """Return the signs of the adapter's singular vectors where peft finds them; None where it finds others."""
+        rows = nn.functional.normalize(place.operator.A.detach().to(torch.float32), dim=-1)
+        overlap = rows @ self._vectors(place)[2].T
+        signs = overlap.diagonal().sign()
+        return None if (overlap - signs.diag()).abs().max() > EQUAL else signs
 
     def _vectors(self, place: Place) -> tuple[Tensor, Tensor, Tensor]:
         """Return U [out, rank], S [rank] and V' [rank, in] as peft finds them."""

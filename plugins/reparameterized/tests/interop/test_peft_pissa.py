@@ -39,6 +39,20 @@ def test_read(method: str, name: str, rslora: bool, tmp_path: Path) -> None:
     assert injection.config.rank == 4 and injection.config.alpha == (12.0 if rslora else 6.0)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(("method", "name"), READ)
+def test_read_beside_dora(method: str, name: str, rslora: bool, tmp_path: Path) -> None:
+    """What is taken out of the base is in the direction of DoRA, as a second pair of factors."""
+    build, shape = LAYERS[name]
+    base, x = One(build()), torch.randn(shape)
+    config = peft.LoraConfig(
+        target_modules=["layer"], r=3, lora_alpha=6, use_rslora=rslora, init_lora_weights=method, use_dora=True
+    )
+    with pytest.warns(UserWarning, match="twice the rank"):
+        injection = assert_reads(base, config, lambda model: model(x), tmp_path)
+    assert (injection.method.name, injection.config.rank) == ("dora", 6)
+
+
 @pytest.mark.parametrize("method", ["pissa", "olora"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_written_as_lora_of_twice_the_rank(name: str, method: str, tmp_path: Path) -> None:
@@ -75,11 +89,11 @@ def test_lora_plus_is_written_as_lora(scaling: str, tmp_path: Path) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     base = One(nn.Linear(12, 7))
-    for start, extra in (("pissa_niter_4", {}), ("pissa", {"use_dora": True})):
-        config = peft.LoraConfig(target_modules=["layer"], r=3, init_lora_weights=start, **extra)
-        saved_by_peft(base, config, tmp_path / start)
+    for name, extra in (("plain", {}), ("dora", {"use_dora": True})):
+        config = peft.LoraConfig(target_modules=["layer"], r=3, init_lora_weights="pissa_niter_4", **extra)
+        saved_by_peft(base, config, tmp_path / name)
         with pytest.raises(CheckpointError, match="init_lora_weights"):
-            peftcore.load(base, tmp_path / start)
+            peftcore.load(base, tmp_path / name)
     base = One(Conv1D(7, 12))  # what peft decomposes of its transposed weight does not fit the layer
     saved_by_peft(base, peft.LoraConfig(target_modules=["layer"], r=3, init_lora_weights="pissa"), tmp_path / "stored")
     text = (tmp_path / "stored" / "adapter_config.json").read_text()

@@ -1,5 +1,6 @@
 """PSOFT in folders of peft, both ways."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import peft
 import pytest
 import torch
 from one_layer import One
-from peft_folders import assert_reads, assert_writes
+from peft_folders import assert_reads, assert_same, assert_writes, saved_by_peft
 from torch import nn
 
 import peftcore
@@ -50,6 +51,18 @@ def test_vectors_that_are_found_by_an_approximation(tmp_path: Path) -> None:
     options = {"psoft_svd": "lowrank", "psoft_svd_lowrank_niter": 1, "random_seed": 3}
     config = peft.PsoftConfig(target_modules=TARGET, r=3, **options)
     assert_reads(base, config, lambda model: model(x), tmp_path)
+
+
+def test_what_was_found_by_peft_s_default_approximation_is_written_so(tmp_path: Path) -> None:
+    base, x = host(), torch.randn(2, 3, 12)
+    config = peft.PsoftConfig(target_modules=TARGET, r=3, psoft_svd="lowrank")
+    saved_by_peft(base, config, tmp_path / "theirs")
+    ours = copy.deepcopy(base)
+    peftcore.load(ours, tmp_path / "theirs").save(tmp_path / "ours", format="peft")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "ours")).eval()
+    with torch.no_grad():
+        assert_same(base(x), ours(x), again(x))
+    assert again.peft_config["default"].psoft_svd == "lowrank"
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""Layers that a model runs again with the same weights: how they are made, and how they are recognized (peft:
+`layer_replication`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import nn
+
+from peftcore.errors import UnsupportedHost
+from peftcore.forward.adapter_modules import ADAPTER_MODULES
+from peftcore.forward.host_state import injections
+
+Ranges = Sequence[Sequence[int]]
+"""Numbers of layers, each range as its first and the one behind its last: ``[[0, 4], [2, 5]]``."""
+
+
+def replicate_layers(model: nn.Module, ranges: Ranges, path: str | None = None) -> None:
+    """Let a model run ranges of its layers, one behind the other: with ``[[0, 4], [2, 5]]`` the layers 0, 1, 2, 3, 2,
+    3, 4. A layer that comes again has the same weights, so it takes no memory, and adapters of its own.
+
+    The model is changed in place, before adapters are on it; its configuration counts the layers anew.
+
+    Args:
+        model: the model.
+        ranges: of numbers of its layers, as in peft's `layer_replication`.
+        path: the list of layers, where the model has several.
+
+    Raises:
+        UnsupportedHost: the model has no list of layers, or several; a range is none of it; or adapters are on it.
+    """
+    if injections(model):
+        raise UnsupportedHost("layers are replicated before adapters are on the model: remove() them first")
+    path = _stack(model) if path is None else path
+    layers = model.get_submodule(path)
+    numbers = [number for start, stop in ranges for number in range(start, stop)]
+    if not isinstance(layers, nn.ModuleList) or not numbers or not all(0 <= n < len(layers) for n in numbers):
+        raise UnsupportedHost(f"{path} has no layers {ranges}; it is a {type(layers).__name__} of {_length(layers)}")
+    parent, _, name = path.rpartition(".")
+    made = nn.ModuleList(_again(layers[number], index) for index, number in enumerate(numbers))
+    made.replicated = [list(each) for each in ranges]  # type: ignore[assignment]
+    setattr(model.get_submodule(parent), name, made)
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "num_hidden_layers"):
+        config.num_hidden_layers = len(numbers)
+    if isinstance(kinds := getattr(config, "layer_types", None), list):
+        config.layer_types = [kinds[number] for number in numbers]
+
+
+def replicated_layers(model: nn.Module) -> dict[str, list[list[int]]]:
+    """Returns the ranges of layers that a model runs, by path of the list, for each list in which one comes again."""
+    found = {}
+    for path, layers in model.named_modules():
+        if isinstance(layers, nn.ModuleList) and len(order := _order(layers)) > len(set(order)):
+            found[path] = getattr(layers, "replicated", None) or _ranges(order)
+    return found
+
+
+def runs(model: nn.Module, ranges: Ranges) -> bool:
+    """Whether a model runs its layers in these ranges, as far as one can tell from what is shared."""
+    numbers = [number for start, stop in ranges for number in range(start, stop)]
+    wanted = [list(dict.fromkeys(numbers)).index(number) for number in numbers]
+    return any(isinstance(each, nn.ModuleList) and _order(each) == wanted for each in model.modules())
+
+
+def _again(layer: nn.Module, index: int) -> nn.Module:
+    """Returns a layer with the same parameters and buffers, and the number of its place."""
+    shared: dict[int, Any] = {id(each): each for each in (*layer.parameters(), *layer.buffers())}
+    made = copy.deepcopy(layer, shared)
+    for module in made.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):  # by which transformers finds its place in a cache
+            module.layer_idx = index  # type: ignore[assignment]
+    return made
+
+
+def _order(layers: nn.ModuleList) -> list[int]:
+    """Returns the number of each layer's weights, in the order of their coming; a layer without has one of its own."""
+    keys = [tuple(_weights(layer)) or (id(layer),) for layer in layers]
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+    return [numbers[key] for key in keys]
+
+
+def _weights(layer: nn.Module) -> Iterator[int]:
+    """Yields what the layer's own parameters are, and not those of adapters on it."""
+    for path, parameter in layer.named_parameters():
+        if ADAPTER_MODULES not in path.split("."):
+            yield id(parameter)
+
+
+def _ranges(order: Sequence[int]) -> list[list[int]]:
+    starts = [0, *(index for index, (one, two) in enumerate(pairwise(order), 1) if two != one + 1), len(order)]
+    return [[order[start], order[stop - 1] + 1] for start, stop in pairwise(starts)]
+
+
+def _stack(model: nn.Module) -> str:
+    """Returns the path of the one list of layers."""
+    lists = {path: each for path, each in model.named_modules() if isinstance(each, nn.ModuleList) and len(each)}
+    outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists if other != path)]
+    if len(outer) != 1:
+        raise UnsupportedHost(f"the model has {len(outer)} lists of layers: say path=, one of {sorted(outer)}")
+    return str(outer[0])
+
+
+def _length(layers: nn.Module) -> str:
+    return f"{len(layers)}" if isinstance(layers, nn.ModuleList) else "no layers"
