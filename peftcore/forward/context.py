@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.errors import AmbiguousBackward, MissingContext, RouteError
+from peftcore.errors import AmbiguousBackward, MissingContext, RouteError, SequenceError
 from peftcore.forward.checkpoints import remember, remembered, running
 from peftcore.forward.own_losses import Fate, OwnLosses
 from peftcore.forward.tokens import CACHES, Tokens
@@ -123,7 +123,8 @@ class ForwardContext:
 
     def count_tokens(self) -> None:
         """Count the tokens, while the cache holds none of the new ones yet."""
-        self._tokens = Tokens(self.inputs)
+        taken = () if self._model is None else inspect.signature(self._model.forward).parameters
+        self._tokens = Tokens(self.inputs, taken)
 
     @property
     def tokens(self) -> Tokens:
@@ -131,12 +132,12 @@ class ForwardContext:
         route with `since`.
 
         Raises:
-            MissingContext: a part of the host was called by itself.
+            MissingContext: a part of the host was called by itself, it has an encoder and a decoder, or it is compiled.
         """
         if self._tokens is None or not self._tokens.counted:
             raise MissingContext(
-                "the tokens are those of input_ids (or inputs_embeds) of the model that was adapted, and of a cache "
-                "that counts tokens: call that model"
+                "the tokens are those of input_ids (or inputs_embeds) of the model that was adapted, where it has one "
+                "stack of them and runs uncompiled, and of a cache that counts tokens: call that model"
             )
         return self._tokens
 
@@ -153,6 +154,7 @@ class ForwardContext:
 
         Raises:
             MissingContext: nothing says where that is; see `Tokens.since`.
+            SequenceError: the module is given other tokens than the host.
         """
         told = None if self.choice is None else self.choice.context.get("since")
         if not sequence and told is None:
@@ -161,7 +163,14 @@ class ForwardContext:
         since = tokens.since(sequence, told).to(like.device)
         behind = torch.arange(tokens.held, tokens.held + tokens.new, device=like.device) >= since.unsqueeze(-1)
         own = behind if self.rows is None else self.rows.of_tokens(behind)
-        return own if own.shape == like.shape[: own.dim()] else own.flatten()
+        if own.shape == like.shape[: own.dim()]:
+            return own
+        if own.numel() != len(like):
+            raise SequenceError(
+                f"a module is given {tuple(like.shape)}, and the model {tuple(own.shape)} tokens: exclude it from the "
+                "adapter's target modules"
+            )
+        return own.flatten()
 
     def tokens_held(self, cache: Any, depth: int) -> int:
         """Returns how many tokens a layer of a cache of transformers held when the module began at which the operator
