@@ -34,6 +34,7 @@ DROPS = (
     options={"*": {"rank": 3, "alpha": 3.0}},
     expected_failures={
         **{f"merging_rounds_once-{each}": SEEN for each in HOSTS},
+        "low_precision_hosts_keep_their_dtype-moe": SEEN,
         **{f"dropout_acts_in_training_only-{each}": DROPS for each in ("bert", "t5", "gpt2")},
     },
 )
