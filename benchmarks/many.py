@@ -15,32 +15,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftcore
 from benchmarks import page
 from peftcore.errors import PeftcoreError
+from peftcore.testing.tools import Counts
 
 TOKENS, VOCABULARY = 16, 64
 SOME = ("lora", "pissa", "vera", "ia3", "houlsby_adapter", "bitfit", "dora", "oft", "prefix_tuning", "galore")
 """The methods that are measured with more adapters, too."""
-
-
-class Counts(TorchDispatchMode):
-    """Counts the operations that reach the dispatcher, forward and backward, and the FLOPs of their products."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.operations = self.flops = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
-        self.operations += 1
-        self.flops += 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
-        return result
 
 
 def host() -> nn.Module:

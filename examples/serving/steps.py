@@ -17,12 +17,11 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import peftcore
 from measure import ADAPTERS, LORAS, make_adapters
 from peftcore.comparing.models.loading import from_pretrained
+from peftcore.testing.tools import Counts
 
 FILLED = 40
 """Tokens in the cache of each row."""
@@ -33,18 +32,6 @@ CHOICES: dict[str, list[str | None]] = {
     "three LoRAs of two ranks and the base model, by row": [*LORAS, None],
     "eight adapters of six methods and the base model, by row": [*ADAPTERS, None],
 }
-
-
-class Count(TorchDispatchMode):
-    """Counts operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 def cost(model: Any, names: list[str | None], steps: int) -> tuple[int, float, float]:
@@ -58,16 +45,14 @@ def cost(model: Any, names: list[str | None], steps: int) -> tuple[int, float, f
         run(model, token, cache=cache, logits_to_keep=1)
 
     step()  # what is computed once
-    with Count() as operations:
-        step()
-    with FlopCounterMode(display=False) as flops:
+    with Counts() as counted:
         step()
     seconds = []
     for _ in range(steps):
         begun = time.process_time()
         step()
         seconds.append(time.process_time() - begun)
-    return operations.count, flops.get_total_flops(), statistics.median(seconds)
+    return counted.operations, counted.flops, statistics.median(seconds)
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 """The files from which one adapter's training goes on: the adapter itself, as `Injection.save` writes it, and beside it
-what its optimizer, its schedule and its method remember, in a file that torch reads without running anything.
+what its optimizer, its schedule and its method remember: tensors as safetensors, the rest as JSON.
 
 A checkpoint is a folder that gets its name when it is whole, and an older one goes after that: a training that is
 killed finds one or the other.
@@ -7,9 +7,8 @@ killed finds one or the other.
 
 from __future__ import annotations
 
-import io
-import os
-import pickle
+import json
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +19,13 @@ from torch import Tensor
 
 from peftcore.errors import CheckpointError, TrainingError
 from peftcore.files.formats.native import TENSORS
-from peftcore.files.safe_io import TensorFile
+from peftcore.files.safe_io import TensorFile, read_json, write_tensors, write_text
 from peftcore.files.save_load import fill
 from peftcore.injection.injection import Injection
-from peftcore.layers.fsdp import gathered, is_sharded
+from peftcore.layers.fsdp import gathered, in_group, is_sharded
 
-STATE = "training.pt"
+STATE, STATE_TENSORS = "training.json", "training.safetensors"
+_TENSOR, _TUPLE, _PAIRS, _FLOAT = "tensor", "tuple", "pairs", "float"
 STEP = "step-"
 PARTIAL = ".partial"
 
@@ -36,57 +36,79 @@ def newest(folder: Path) -> Path | None:
     return max(found, key=lambda each: int(each.name.removeprefix(STEP)), default=None)
 
 
-def _alone() -> bool:
-    """Whether this process shares its training with no others."""
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
-
-
 def write(injection: Injection, state: Mapping[str, Any], folder: Path, step: int) -> Path:
     """Write a checkpoint, and remove those before it; returns its folder. Of processes that train together all call
     this, and the first one writes.
 
     Raises:
-        TrainingError: torch would not read the state again without running code.
+        TrainingError: the state is no plain data.
     """
-    content = readable(state)
+    tensors: dict[str, Tensor] = {}
+    told = json.dumps(_split(state, "state", tensors))
     place = folder / f"{STEP}{step:08d}"
     held = place.exists()
-    if not _alone():
+    if in_group():
         torch.distributed.barrier()  # all have looked before one of them writes
     if held:  # a folder is one training's, so it has what is to be written
         return place
     partial = place.with_name(place.name + PARTIAL)
-    first = _alone() or torch.distributed.get_rank() == 0
+    first = not in_group() or torch.distributed.get_rank() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
     if first or is_sharded(injection.model):  # to gather it takes all of them
         injection.save(partial)
     if first:
-        with (partial / STATE).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        write_tensors(partial / STATE_TENSORS, tensors, {})
+        write_text(partial / STATE, told)
         partial.rename(place)
         for each in folder.glob(f"{STEP}*"):
             if each != place:
                 shutil.rmtree(each, ignore_errors=True)
-    if not _alone():
+    if in_group():
         torch.distributed.barrier()
     return place
 
 
-def readable(state: Mapping[str, Any]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(dict(state), buffer)
-    content = buffer.getvalue()
-    try:
-        torch.load(io.BytesIO(content), weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise TrainingError(
-            "the state of the optimizer or the schedule holds objects that torch reads only by running code: use "
-            f"those of torch ({' '.join(str(error).split())[:200]})"
-        ) from None
-    return content
+def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """Returns a value as JSON has it, with its tensors put aside by path; what JSON does not tell apart is marked.
+
+    Raises:
+        TrainingError: it is no plain data.
+    """
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+        return {_TENSOR: path}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {_FLOAT: str(value)}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):  # whose keys may be numbers
+        pairs = [[key, _split(each, f"{path}.{n}", tensors)] for n, (key, each) in enumerate(value.items())]
+        if all(isinstance(key, int | str) for key, _ in pairs):
+            return {_PAIRS: pairs}
+    if isinstance(value, list | tuple):
+        entries = [_split(each, f"{path}.{n}", tensors) for n, each in enumerate(value)]
+        return entries if isinstance(value, list) else {_TUPLE: entries}
+    raise TrainingError(
+        f"the state of the optimizer or the schedule holds a {type(value).__name__}, which is no plain data: use those "
+        "of torch"
+    )
+
+
+def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Returns what `_split` was given."""
+    if isinstance(value, list):
+        return [_joined(each, tensors) for each in value]
+    if not isinstance(value, dict):
+        return value
+    ((mark, held),) = value.items()
+    if mark == _TENSOR:
+        return tensors[held]
+    if mark == _FLOAT:
+        return float(held)
+    if mark == _TUPLE:
+        return tuple(_joined(each, tensors) for each in held)
+    return {key: _joined(each, tensors) for key, each in held}
 
 
 def read(place: Path) -> dict[str, Any]:
@@ -95,9 +117,13 @@ def read(place: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
+    file = TensorFile(place / STATE_TENSORS)
+    tensors = file.read(file.shapes)
     try:
-        state: dict[str, Any] = torch.load(place / STATE, weights_only=True, map_location="cpu")
-    except Exception as error:  # of a damaged file torch raises whatever its bytes lead to
+        state = _joined(read_json(place / STATE), tensors)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{place / STATE} cannot be read: {' '.join(str(error).split())[:200]}") from None
     return state
 

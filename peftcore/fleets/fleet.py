@@ -25,7 +25,7 @@ from peftcore.forward.draws import mixed
 from peftcore.forward.host_state import injections
 from peftcore.injection.injection import Injection
 from peftcore.injection.switching import route
-from peftcore.layers.fsdp import is_cut, is_sharded
+from peftcore.layers.fsdp import in_group, is_cut, is_sharded
 from peftcore.utils.progress import Progress
 
 TARGETS = ("labels",)
@@ -290,7 +290,7 @@ class Fleet:
             bounds[member] = rows, rows + size
             names += [member.name] * size
             rows += size
-        rank = torch.distributed.get_rank() if _shared() else 0
+        rank = torch.distributed.get_rank() if in_group() else 0
         seeds = {each.name: mixed(each.seed, each.step, turn, *([rank] if rank else ())) for each in batches}
         inputs = {key: value for key, value in whole.items() if key not in self.targets}
         with torch.enable_grad(), self._casting(), route(host, names, seeds=seeds):
@@ -333,7 +333,7 @@ class Fleet:
     def _agreed(self, found: dict[Member, tuple[float, int]]) -> dict[Member, tuple[float, int]]:
         """Returns losses and numbers of tokens; where processes share the training, the mean of the losses, so that
         they end members alike, and all tokens."""
-        if not (_shared() and self._reduces()):
+        if not (in_group() and self._reduces()):
             return found
         assert self._host is not None
         device = next(iter(self._host.parameters())).device
@@ -348,7 +348,7 @@ class Fleet:
     def _reduce(self, members: Iterable[Member]) -> None:
         """Average over processes the gradients that neither DistributedDataParallel nor FSDP2 averages: of adapters
         that came after the model was wrapped."""
-        if not (_shared() and self._reduces()):
+        if not (in_group() and self._reduces()):
             return
         # A private attribute: nothing public tells which parameters the wrapper has seen.
         seen = {id(each) for each in getattr(self.model, "_module_parameters", ())}
@@ -365,8 +365,3 @@ class Fleet:
 
     def __repr__(self) -> str:
         return f"Fleet({', '.join(map(repr, self.members.values())) or 'no members'})"
-
-
-def _shared() -> bool:
-    """Whether this process trains with others."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

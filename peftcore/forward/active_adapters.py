@@ -42,6 +42,7 @@ class Route:
     """By position in `names`, the seed of what an injection draws for its rows; None: as the model draws."""
     _known: dict[Any, Tensor | None] = field(default_factory=dict, repr=False)
     _routes: dict[Any, Route] = field(default_factory=dict, repr=False)
+    _last: dict[str, tuple[Any, Route]] = field(default_factory=dict, repr=False)
 
     def fits(self, batch: int) -> bool:
         """Whether a batch of the host has this many rows."""
@@ -106,22 +107,25 @@ class Route:
         """
         assert self.since is not None
         starts = [min(max(start - held, 0), new) for start in self.since]
-        key = ("tokens", tuple(starts), new, batch)
-        if key not in self._routes:
-            whole = all(start in (0, new) for start in starts)
-            each = [
-                [-1] * start + [position] * (new - start)
-                for position, start in zip(self.positions, starts, strict=True)
-            ]
-            if whole:
-                places = [row[0] for row in each]
-            else:
-                places = [place for row in each for _ in range(batch // len(each)) for place in row]
-            with torch.inference_mode(False):  # a later forward may train
-                index = torch.tensor(places, device=self.index.device)
-            copies, tokens = (self.copies, 0) if whole else (1, new)
-            self._routes[key] = Route(self.names, index, copies, tuple(places), None, tokens, self.seeds)
-        return self._routes[key]
+        key = tuple(starts), new, batch
+        last = self._last.get("tokens")
+        if last is not None and last[0] == key:
+            return last[1]
+        each = [
+            [-1] * start + [position] * (new - start) for position, start in zip(self.positions, starts, strict=True)
+        ]
+        whole = all(start in (0, new) for start in starts)
+        if whole:
+            places = [row[0] for row in each]
+        else:
+            places = [place for row in each for _ in range(batch // len(each)) for place in row]
+        with torch.inference_mode(False):  # a later forward may train
+            index = torch.tensor(places, device=self.index.device)
+        copies, tokens = (self.copies, 0) if whole else (1, new)
+        found = Route(self.names, index, copies, tuple(places), None, tokens, self.seeds)
+        # The last one alone: all modules of a forward share it, and each length of a prompt would leave another.
+        self._last["tokens"] = key, found
+        return found
 
     def _times(self, count: int) -> int:
         times, rest = divmod(count, len(self.index))

@@ -22,16 +22,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.errors import AmbiguousBackward, MissingContext, RouteError
+from peftcore.errors import MissingContext, SequenceError
 from peftcore.forward.checkpoints import remember, remembered, running
-from peftcore.forward.own_losses import Fate, OwnLosses
 from peftcore.forward.tokens import CACHES, Tokens
 from peftcore.layers.kernels import transformed
 from peftcore.utils.renamed import renamed
 from peftcore.utils.threads import this_thread
 
 if TYPE_CHECKING:
-    from peftcore.forward.active_adapters import Choice, Route
+    from peftcore.forward.active_adapters import Choice
     from peftcore.forward.draws import Streams
     from peftcore.forward.host_state import HostState
     from peftcore.forward.routing import OwnRows
@@ -123,7 +122,8 @@ class ForwardContext:
 
     def count_tokens(self) -> None:
         """Count the tokens, while the cache holds none of the new ones yet."""
-        self._tokens = Tokens(self.inputs)
+        taken = () if self._model is None else inspect.signature(self._model.forward).parameters
+        self._tokens = Tokens(self.inputs, taken)
 
     @property
     def tokens(self) -> Tokens:
@@ -131,12 +131,12 @@ class ForwardContext:
         route with `since`.
 
         Raises:
-            MissingContext: a part of the host was called by itself.
+            MissingContext: a part of the host was called by itself, it has an encoder and a decoder, or it is compiled.
         """
         if self._tokens is None or not self._tokens.counted:
             raise MissingContext(
-                "the tokens are those of input_ids (or inputs_embeds) of the model that was adapted, and of a cache "
-                "that counts tokens: call that model"
+                "the tokens are those of input_ids (or inputs_embeds) of the model that was adapted, where it has one "
+                "stack of them and runs uncompiled, and of a cache that counts tokens: call that model"
             )
         return self._tokens
 
@@ -153,6 +153,7 @@ class ForwardContext:
 
         Raises:
             MissingContext: nothing says where that is; see `Tokens.since`.
+            SequenceError: the module is given other tokens than the host.
         """
         told = None if self.choice is None else self.choice.context.get("since")
         if not sequence and told is None:
@@ -161,7 +162,14 @@ class ForwardContext:
         since = tokens.since(sequence, told).to(like.device)
         behind = torch.arange(tokens.held, tokens.held + tokens.new, device=like.device) >= since.unsqueeze(-1)
         own = behind if self.rows is None else self.rows.of_tokens(behind)
-        return own if own.shape == like.shape[: own.dim()] else own.flatten()
+        if own.shape == like.shape[: own.dim()]:
+            return own
+        if own.numel() != len(like):
+            raise SequenceError(
+                f"a module is given {tuple(like.shape)}, and the model {tuple(own.shape)} tokens: exclude it from the "
+                "adapter's target modules"
+            )
+        return own.flatten()
 
     def tokens_held(self, cache: Any, depth: int) -> int:
         """Returns how many tokens a layer of a cache of transformers held when the module began at which the operator
@@ -260,8 +268,8 @@ class ForwardContext:
             finally:
                 del HERE.calls[before:]
         inner.close()
-        _announce(output, inner)
-        _announce((args, kwargs), self)  # what backward comes to when it is through with the pass
+        announce(output, inner)
+        announce((args, kwargs), self)  # what backward comes to when it is through with the pass
         return output
 
     def close(self) -> None:
@@ -310,8 +318,8 @@ def forward_context() -> ForwardContext:
             call = reference()
             if task == here and call is not None:
                 return call
-    _drop_interrupted()
-    return HERE.calls[-1] if HERE.calls else _outside() or ForwardContext()
+    drop_interrupted()
+    return HERE.calls[-1] if HERE.calls else outside() or ForwardContext()
 
 
 def remember_in_checkpoint(state: HostState, choice: Choice) -> None:
@@ -320,10 +328,10 @@ def remember_in_checkpoint(state: HostState, choice: Choice) -> None:
     if here is None or here.recorded:
         for kept in running():
             if here is None or all(kept is not each for each in here.within):
-                remember(kept, state, choice, here or _outside() or ForwardContext(state, choice))
+                remember(kept, state, choice, here or outside() or ForwardContext(state, choice))
 
 
-def _drop_interrupted() -> None:
+def drop_interrupted() -> None:
     """Close the contexts of forwards that do not run any more: torch calls no hook when a KeyboardInterrupt or a
     SystemExit ends a forward."""
     while HERE.calls and not _runs(HERE.calls[-1].frame):
@@ -341,7 +349,8 @@ def _runs(wanted: FrameType | None) -> bool:
     return frame is not None
 
 
-def _outside() -> ForwardContext | None:
+def outside() -> ForwardContext | None:
+    """Returns the context for a part of the host that runs by itself in this thread, if there is one."""
     return None if HERE.outside is None else HERE.outside()
 
 
@@ -392,117 +401,6 @@ def _for_rows(value: Any, rows: OwnRows | None, wanted: OwnRows | None) -> Any:
     return whole if wanted is None else wanted.of(whole)
 
 
-class Recorder:
-    """Opens a `ForwardContext` when the host starts and closes it when the host returns or fails."""
-
-    def __init__(self) -> None:
-        self.recent: list[Choice] = []
-        """The last two different choices of the forwards since the last backward."""
-        self.drained = False
-        self.losses = OwnLosses()
-
-    def enter(self, state: HostState, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice | None:
-        """Open a context, before the host runs; returns its choice, None where it is traced."""
-        if not torch.compiler.is_compiling():
-            _drop_interrupted()
-        call = ForwardContext(state, None, model, args, kwargs)
-        HERE.calls.append(call)  # before anything can raise: `leave` comes in any case
-        if torch.compiler.is_compiling():
-            call.choice = state.now()
-            state.silent_layers = None  # it cannot watch compiled code, where a checkpoint must not leave marks
-            return None
-        call.frame = sys._getframe(2)  # torch's, which called the hook
-        HERE.calm = None
-        call.choice = choice = state.now()
-        call.listed = True
-        state.running[id(call)] = call
-        state.check_ready(choice)
-        state.check(choice)
-        if HERE.outside is not None:
-            HERE.outside = None
-            state.outside.pop(HERE.token, None)
-        if state.placement is not None:
-            state.placement.check(model, state, choice.acting)
-        if (silent_layers := state.silent_layers) is not None:
-            silent_layers.check(model)
-        if choice.route is not None:
-            _check_rows(call, choice.route)
-        if state.reads_tokens or (choice.route is not None and choice.route.since is not None):
-            call.count_tokens()
-        if not repeating():  # also without gradients: a reentrant checkpoint round the host runs it so
-            self.note(choice)
-            HERE.calm, call.calm = call, True
-            if model.training and torch.is_grad_enabled():
-                self.losses.begin(state, choice.acting)
-        return choice
-
-    def leave(self, state: HostState, model: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
-        """Close the context, after the host ran, also when it raised."""
-        if not HERE.calls:
-            return None  # tracing failed half-way: nothing was opened here
-        call = HERE.calls.pop()
-        call.close()
-        if not torch.compiler.is_compiling():
-            HERE.settle()
-            if output is not None and (silent_layers := state.silent_layers) is not None:
-                silent_layers.judge(state, model.training)
-        if output is None or not torch.is_grad_enabled():
-            return None
-        if model.training:
-            output = self.losses.end(state, call, output, kwargs, _fate(state))
-        if not torch.compiler.is_compiling():
-            _announce(output, call)
-        return output
-
-    def note(self, choice: Choice) -> None:
-        """Record that a forward runs under this choice, which backward may repeat."""
-        if self.drained:
-            self.recent, self.drained = [], False
-        if self.recent and self.recent[-1] is choice:
-            return  # as at nearly every token
-        if not any(choice.same(other) for other in self.recent):
-            self.recent = [*self.recent[-1:], choice]
-
-    def visit(self, state: HostState, choice: Choice, training: bool) -> None:
-        """Record that a grafted module runs. Where the host itself does not (through `forward_features`, an encoder by
-        itself), this opens a context without inputs, until the next forward of the host."""
-        if HERE.calls:
-            return
-        state.check_ready(choice)
-        outside = _outside()
-        if outside is None or outside.state is not state or outside.choice is not choice:
-            state.check(choice)
-            if state.placement is not None and choice.acting:
-                state.placement.check(state.injections[choice.acting[0]].model, state, choice.acting)
-            outside = state.outside[HERE.token] = ForwardContext(state, choice)
-            HERE.outside = weakref.ref(outside)
-        if training and not repeating():
-            self.note(choice)
-            if torch.is_grad_enabled():
-                self.losses.visit(state, outside)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"recent": [], "drained": False, "losses": self.losses}
-
-
-def _fate(state: HostState) -> Fate:
-    """Returns what becomes of own losses that the output cannot take. Inside backward they waited when the forward ran
-    first, unless it ran without gradients: in a reentrant checkpoint round the host."""
-    if torch.compiler.is_compiling() or not repeating():
-        return "wait"
-    task, _ = HERE.announced.get(id(state), (-1, None))
-    return "waited" if task == graph_task() else "lost"
-
-
-def _check_rows(call: ForwardContext, route: Route) -> None:
-    tensors = [value for value in call.inputs.values() if isinstance(value, Tensor) and value.dim() > 1]
-    if tensors and not route.fits(len(tensors[0])):
-        raise RouteError(
-            f"the route has {len(route.index)} rows (times {route.copies} copies), the batch {len(tensors[0])}; "
-            "name one injection (or None) for each row, and say copies=num_beams where generate repeats rows"
-        )
-
-
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
@@ -516,44 +414,17 @@ def _tensors(output: Any) -> Iterator[Tensor]:
         yield from _tensors(vars(output))
 
 
-def _announce(output: Any, call: ForwardContext) -> None:
+def announce(output: Any, call: ForwardContext) -> None:
     """Hook the outputs' gradients, so that backward announces this forward: their nodes run before anything inside."""
     if call.state is None or transformed():
         return
     state = call.state
 
-    def announce(gradients: tuple[Any, ...]) -> None:
+    def told(gradients: tuple[Any, ...]) -> None:
         HERE.announced[id(state)] = graph_task(), weakref.ref(call)
         state.recorder.drained = True
         HERE.disturb()  # a forward of the host may be under way: a module that runs again in its middle must ask
 
     for tensor in _tensors(output):
         if tensor.grad_fn is not None:
-            tensor.grad_fn.register_prehook(announce)
-
-
-def replayed(state: HostState) -> Choice:
-    """Returns the choice of the forward whose modules run again now, inside backward.
-
-    Raises:
-        AmbiguousBackward: forwards under different choices came before this backward, and nothing says which one it is:
-            a nested reentrant checkpoint, or a loss that was not made from the host's outputs.
-    """
-    if HERE.calls and (extra := HERE.calls[-1]).extra and extra.state is state and extra.choice is not None:
-        return extra.choice
-    told = remembered(state)
-    if told is not None:
-        choice: Choice = told[0]
-        return choice
-    task, reference = HERE.announced.get(id(state), (-1, None))
-    call = None if reference is None else reference()
-    if task == graph_task() and call is not None and call.choice is not None:
-        return call.choice
-    recent, state.recorder.drained = state.recorder.recent, True
-    if len(recent) > 1:
-        raise AmbiguousBackward(
-            "several forwards with different active injections, routes or contexts came before this backward, and a "
-            "recomputed layer cannot tell which one it belongs to; run backward after each forward, or use "
-            "non-reentrant checkpointing on the host's own outputs"
-        )
-    return recent[0] if recent else state.choices.here()
+            tensor.grad_fn.register_prehook(told)

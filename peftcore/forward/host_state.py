@@ -21,10 +21,11 @@ from torch.utils.hooks import RemovableHandle
 from peftcore.errors import CompositionError, MergeError, UnknownInjection
 from peftcore.forward.active_adapters import Active, Choice
 from peftcore.forward.adapter_modules import note_lacking
-from peftcore.forward.context import ForwardContext, Recorder, graph_task, replayed
+from peftcore.forward.context import ForwardContext, graph_task
 from peftcore.forward.generate import GeneratesFromCache
 from peftcore.forward.instance_methods import give_methods_back, replace_methods
 from peftcore.forward.merged_choice import check_choice
+from peftcore.forward.recorder import Recorder, replayed
 from peftcore.forward.residency import Residency
 from peftcore.forward.save_pretrained import SavesBase
 from peftcore.forward.scopes import Choices

@@ -7,7 +7,7 @@ it: the next forward sees one token, and goes by what the prompt was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ from peftcore.errors import MissingContext
 
 CACHES = ("past_key_values", "cache", "past_key_value", "cache_params")
 """The names under which transformers hands its caches on."""
-_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "input_ids", "inputs_embeds")
-"""The tokens of a host by the names of its forward: those that a cache goes on from first."""
+_TOKENS = ("input_ids", "inputs_embeds")
+_OF_DECODER = frozenset({"decoder_input_ids", "decoder_inputs_embeds"})
 _KEPT = "_peftcore_kept"
 """The attribute of a cache in which decisions about its tokens are kept."""
 REMEDY = "say from which column of tokens on it acts, one for each row: with peftcore.call(model, since=[...]): ..."
@@ -41,18 +41,21 @@ class Tokens:
 
     Args:
         inputs: the host's arguments by name, before any of its modules runs.
+        names: the names of all that its forward takes. What has an encoder and a decoder has tokens of two kinds, and
+            none are counted.
 
     Attributes:
+        counted: whether the columns are known.
         ids: ``[batch, new]`` int64; None where the host is given embeddings.
         held: how many columns of tokens the cache held when the forward began, padding included.
         new: how many columns this forward adds.
         batch: the rows of the batch.
     """
 
-    def __init__(self, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, inputs: Mapping[str, Any], names: Collection[str] = ()) -> None:
         found = next((inputs[name] for name in _TOKENS if isinstance(inputs.get(name), Tensor)), None)
         self._cache = next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
-        self.counted = found is not None and found.dim() > 1
+        self.counted = found is not None and found.dim() > 1 and _OF_DECODER.isdisjoint(names)
         counted = found if found is not None and self.counted else torch.empty(0, 0)
         self.batch, self.new = int(counted.shape[0]), int(counted.shape[1])
         self.ids = found if found is not None and not found.is_floating_point() else None

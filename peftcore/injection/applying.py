@@ -388,6 +388,7 @@ def _establish(
     except BaseException:
         silent_layers.forget(state, name)
         del state.injections[name]
+        state.reads_tokens -= injection.reads_tokens
         choices.restore(before)
         uninstall(surgeon, state, name)
         state.replan()

@@ -591,7 +591,6 @@ class Injection(AppliedMethod):
         if not state.injections:
             thaw(state.frozen)
             release(self.model, state)
-            if (
-                state.residency is None and not state.choices.elsewhere()
-            ):  # else others are told first that their choice is gone
+            told = not state.choices.elsewhere()  # else others are told first that their choice is gone
+            if told and state.residency is None:
                 drop_state(self.model)

@@ -17,6 +17,7 @@ from peftcore.contract.operators import Checked, Shared, _Base
 from peftcore.errors import SwapError
 from peftcore.forward.context import Tap
 from peftcore.forward.host_state import HostState
+from peftcore.forward.view import TORCHS
 from peftcore.injection.applied import AppliedMethod
 from peftcore.layers.layer import Layer
 from peftcore.surgery.surgeon import Surgeon
@@ -24,7 +25,6 @@ from peftcore.targets.sites import Site
 
 LOAD = "load it under a name of its own, peftcore.load(model, path, name=..., active=False)"
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.Size, type, FunctionType)
-OF_MODULES = frozenset(vars(nn.Module()))
 SIZES = frozenset({"in_features", "out_features"})
 """Attributes of torch's linear layer that its forward does not read."""
 
@@ -190,7 +190,7 @@ class _Work:
 
     def _differing(self, mine: nn.Module, other: nn.Module) -> Iterator[tuple[str, Any, Any]]:
         a_all, b_all = vars(mine), vars(other)
-        for name in sorted((a_all.keys() | b_all.keys()) - OF_MODULES):
+        for name in sorted((a_all.keys() | b_all.keys()) - TORCHS):
             if (name in SIZES and type(mine) is nn.Linear) or (isinstance(mine, _Base) and name in mine.known_by):
                 continue
             a, b = a_all.get(name), b_all.get(name)

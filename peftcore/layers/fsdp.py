@@ -42,10 +42,15 @@ def is_sharded_class(cls: type[nn.Module]) -> bool:
     return fsdp is not None and cls.__bases__[0] is fsdp.FSDPModule
 
 
+def in_group() -> bool:
+    """Whether this process works with others."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether some parameters of a model are sharded, also while they are gathered. Without a process group none can
     be."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not in_group():
         return False
     return any(True for _ in _cut_modules(model)) or any(is_cut(parameter) for parameter in model.parameters())
 

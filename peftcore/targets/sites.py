@@ -98,7 +98,7 @@ class Site(_Memory):
     def separable(self) -> bool:
         """Whether the module can run on some rows of the batch by themselves: it sees rows, or is a stack of experts
         that gets all tokens in their order, and chooses among them itself."""
-        chooses = len(self.batch) == 1 and self.arguments[1:3] in CHOOSE_AMONG_TOKENS
+        chooses = self.layer.batch_dims == 1 and self.arguments[1:3] in CHOOSE_AMONG_TOKENS
         return chooses or not self.mixes_rows
 
     @property
@@ -108,7 +108,8 @@ class Site(_Memory):
         layer = self.layer_of(self.module, "weight") if self.tensor == "bias" else self.layer
         maps = layer.called and (layer.of_vectors or layer.one_hot)
         known = (self.role or "").partition(".")[0] in ("norm", "embed")
-        return self.separable and self.form not in ("attention", "sequence") and (maps or known or bool(self.batch))
+        inside = self.form in ("attention", "sequence")
+        return self.separable and not inside and (maps or known or self.layer.batch_dims > 0)
 
     @property
     def arguments(self) -> tuple[str, ...]:

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry
 
 import peftcore
 from peftcore.errors import RouteError
@@ -19,7 +17,7 @@ from peftcore.forward.host_state import state_of
 from peftcore.injection.injection import Injection
 from peftcore.testing.checks_training import backward, expect_same_gradients, gradients_of, loss
 from peftcore.testing.kit import TOLERANCES, Case, NotApplicable, check
-from peftcore.testing.tools import raises
+from peftcore.testing.tools import Counts, raises
 
 GENERATORS = ("llama", "gpt2", "t5", "moe", "mistral")
 
@@ -115,26 +113,12 @@ SURPLUS = 1.03
 """By how much a step of several injections may cost more than those of each with its own rows."""
 
 
-class _Flops(TorchDispatchMode):
-    """Counts operations of products, as torch counts them."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
-        self.total += 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
-        return result
-
-
 def _flops(case: Case, model: nn.Module, inputs: Mapping[str, Any], training: bool) -> int:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # what it does nobody counts
     try:
         case.quiet(model, inputs)  # what is planned once is no part of a step
-        with _Flops() as counted:
+        with Counts() as counted:
             if training:
                 loss(case.run(model, inputs)).backward()  # type: ignore[no-untyped-call]
             else:
@@ -142,8 +126,8 @@ def _flops(case: Case, model: nn.Module, inputs: Mapping[str, Any], training: bo
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     model.zero_grad()
-    total: int = counted.total
-    return total
+    flops: int = counted.flops
+    return flops
 
 
 @check(

@@ -53,6 +53,7 @@ class Host:
         output: the tensor to compare, from what the model returns.
         fallback: the target for methods whose default roles do not exist here.
         shallow: the same with one layer where it has several, for what takes its time for each layer: compiling.
+        in_double: lets the model compute in float64, where it does not by itself.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Host:
     output: Callable[[Any], Tensor]
     fallback: Any = None
     shallow: Build | None = None
+    in_double: Callable[[Any], None] | None = None
 
 
 def _nothing(*_: Any) -> Any:
@@ -174,10 +176,11 @@ class Case(Expecting):
                 return self._built(self.host.shallow)
         return self.fresh()
 
-    @staticmethod
-    def _built(build: Build, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
+    def _built(self, build: Build, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
         model, inputs = copy.deepcopy(_prototype(build))
         cast = {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
+        if dtype is torch.float64 and self.host.in_double is not None:
+            self.host.in_double(model)
         return model.to(dtype).eval(), cast
 
     def apply(self, model: nn.Module, **changes: Any) -> Injection:

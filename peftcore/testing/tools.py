@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils.flop_counter import flop_registry
 
 import peftcore
 from peftcore.contract.config import MethodConfig
@@ -112,6 +113,26 @@ def without_fast_paths() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+class Counts(TorchDispatchMode):
+    """Context manager that counts what torch dispatches, forward and backward.
+
+    Attributes:
+        operations: how many operations there were.
+        flops: the floating-point operations of products, as torch counts them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations, self.flops = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        self.operations += 1
+        self.flops += 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 @contextmanager

@@ -30,10 +30,14 @@ def outputs(model: nn.Module, x: Tensor = IDS) -> Tensor:
 
 def storages() -> int:
     """The bytes of all storages of tensors that are alive in this process."""
-    gc.collect()
-    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
-    found = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    found = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors()}
     return sum(found.values())
+
+
+def tensors() -> list[Tensor]:
+    """The tensors that are alive in this process."""
+    gc.collect()
+    return [each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)]
 
 
 def served(folder: Path, *methods: str) -> tuple[nn.Module, peftcore.AdapterPool, dict[str, Tensor]]:
@@ -391,6 +395,7 @@ def test_a_thousand_adapters_within_a_limit(adapters: int, limit: int, tmp_path:
         peftcore.load(plain, tmp_path / str(number))
         expected.append(outputs(plain, x))
     model = perceptron()
+    others = tensors()  # of other tests: held, since some would go meanwhile
     before = storages()
     pool = peftcore.keep_within(model, limit, idle=tmp_path / "idle")
     for number in range(adapters):
@@ -413,3 +418,4 @@ def test_a_thousand_adapters_within_a_limit(adapters: int, limit: int, tmp_path:
         assert sum(each.untyped_storage().nbytes() for each in there) == pool.bytes <= limit
     del found, wanted
     assert storages() - before == pool.bytes
+    del others

@@ -37,13 +37,33 @@ def test_the_adapter_in_it_is_one_like_any_other(tmp_path: Path) -> None:
 
 def test_only_data_is_written(tmp_path: Path) -> None:
     injection = applied(llama(), "lora", "a")
-    with pytest.raises(TrainingError, match="running code"):
+    with pytest.raises(TrainingError, match="no plain data"):
         checkpoints.write(injection, {"x": Path()}, tmp_path, 1)
     assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize("content", [b"", b"broken", b"\x80\x02}q\x00."])
-def test_a_damaged_state_is_one_error(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / checkpoints.STATE).write_bytes(content)
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoints.read(tmp_path)
+def test_what_optimizers_remember_comes_back_as_it_was(tmp_path: Path) -> None:
+    """Keys that are numbers, tuples, no number, tensors of all dtypes and shapes, and nothing."""
+    state = {
+        "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2, 3, dtype=torch.float64)}, 1: {}},
+        "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "params": [0, 1], "foreach": None, "amsgrad": False}],
+        "best": float("inf"),
+        "count": torch.tensor(7),
+        "empty": [],
+    }
+    place = checkpoints.write(applied(llama(), "lora", "a"), state, tmp_path, 1)
+    found = checkpoints.read(place)
+    assert torch.equal(found["state"][0].pop("exp_avg"), state["state"][0].pop("exp_avg"))  # type: ignore[index]
+    assert found["state"][0]["step"].shape == () and found["count"].dtype == torch.int64
+    assert found == state and type(found["param_groups"][0]["betas"]) is tuple
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"broken", b"\x80\x02}q\x00.", b"[]", b"{}", b'{"pairs": 3}', b'{"tensor": "x"}']
+)
+@pytest.mark.parametrize("name", [checkpoints.STATE, checkpoints.STATE_TENSORS])
+def test_a_damaged_state_is_one_error(tmp_path: Path, name: str, content: bytes) -> None:
+    place = checkpoints.write(applied(llama(), "lora", "a"), {"x": torch.ones(2)}, tmp_path, 1)
+    (place / name).write_bytes(content)
+    with pytest.raises(CheckpointError):
+        checkpoints.read(place)

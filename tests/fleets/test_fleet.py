@@ -400,7 +400,7 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
             begun(resume=True, **options)
     assert begun(resume=True).members["a"].step == 1
     (place,) = tmp_path.glob("step-*")
-    (place / "training.pt").write_bytes(b"broken")
+    (place / "training.json").write_bytes(b"broken")
     with pytest.raises(CheckpointError, match="cannot be read"):
         begun(resume=True)
 

@@ -68,3 +68,19 @@ def test_a_choice_without_a_name_keeps_the_rest() -> None:
     assert composed.acting == ("a", "c") and composed.composition is composition and composed.bound == ("a", "b", "c")
     assert composed.key != Choice(("a", "b", "c"), None, context, composition).key
     assert Choice(("a",)).bound == () and Choice(("a",)).without("a").acting == ()
+
+
+def test_a_route_of_tokens_is_that_of_its_rows_when_all_have_begun() -> None:
+    split = Route(("a", "b"), torch.tensor([0, 1]), 1, (0, 1), since=(2, 0))
+    assert split.by_tokens(0, 3, 2).positions == (-1, -1, 0, 1, 1, 1) and split.by_tokens(0, 3, 2).tokens == 3
+    assert split.by_tokens(0, 2, 4).positions == (-1, 1) and split.by_tokens(0, 2, 4).tokens == 0
+    assert split.by_tokens(2, 5, 2).positions == (0, 1)
+    assert split.by_tokens(1, 2, 2).index.tolist() == [-1, 0, 1, 1]
+    assert split.without("a").by_tokens(0, 2, 2).positions == (-1, 0)
+
+
+def test_a_route_that_is_kept_does_not_grow_with_every_length() -> None:
+    split = Route(("a", "b"), torch.tensor([0, 1]), 1, (0, 1), since=(2, 0))
+    found = [split.by_tokens(0, length, 2) for length in range(3, 60)]
+    assert split.by_tokens(0, 59, 2) is found[-1]
+    assert sum(len(vars(split)[name]) for name in ("_known", "_routes", "_last")) == 1

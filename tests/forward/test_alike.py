@@ -6,15 +6,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from call_toys import adapted, fill, gradients, host, separately
+from call_toys import adapted, check_rows, fill, host, separately
 from core_toys import token_ids
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 import peftcore
 from peftcore import activate, route
 from peftcore.forward import alike
+from peftcore.testing.tools import Counts
 
 
 @pytest.fixture
@@ -29,26 +28,6 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr("peftcore.forward.run.run_alike", noting)
     return seen
-
-
-def check_rows(
-    model: nn.Module, injections: list[peftcore.Injection], names: list[str | None], training: bool = True
-) -> None:
-    """Rows of a route are those of separate passes, with their gradients."""
-    ids, direction = token_ids(len(names)), torch.randn(len(names), 5, 11)
-    for injection in injections:
-        injection.trainable(True)
-    model.train(training)
-    expected = separately(model, ids, names)
-    (expected * direction).sum().backward()
-    wanted = gradients(*injections)
-    with route(model, names):
-        routed = model(ids)["logits"]
-    (routed * direction).sum().backward()
-    torch.testing.assert_close(routed, expected, rtol=1e-5, atol=1e-6)
-    assert any(gradient.abs().max() > 1e-3 for gradient in wanted)
-    for actual, gradient in zip(gradients(*injections), wanted, strict=True):
-        torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-5)
 
 
 METHODS = ["pissa", "vera", "ia3", "lora_xs", "houlsby_adapter", "bitfit", "ln_tuning", "ssf", "compacter"]
@@ -149,16 +128,6 @@ def test_who_draws_by_a_seed_of_its_own_runs_by_itself(dropout: float, together:
         torch.testing.assert_close(model(ids)["logits"], first)
 
 
-class Operations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def llama() -> nn.Module:
     torch.manual_seed(0)
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -177,11 +146,9 @@ def cost(model: nn.Module, ids: Tensor, training: bool) -> tuple[int, int]:
 
     model.train(training)
     step()  # what is planned once is no part of it
-    with FlopCounterMode(display=False) as flops:
+    with Counts() as counted:
         step()
-    with Operations() as operations:
-        step()
-    return flops.get_total_flops(), operations.count
+    return counted.flops, counted.operations
 
 
 def costs(method: str, adapters: int, training: bool) -> tuple[float, float]:

@@ -5,17 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from call_toys import TaskMethod, adapted, fill, gradients, host, separately
+from call_toys import TaskMethod, adapted, check_rows, fill, gradients, host, separately
 from core_toys import token_ids
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftcore
 from peftcore import activate, call, route
 from peftcore.errors import RouteError
 from peftcore.forward.active_adapters import Route
 from peftcore.forward.routing import OfSomeRows, OneForward, OwnRows, put_together
+from peftcore.testing.tools import Counts
 
 
 @pytest.mark.parametrize(
@@ -23,21 +23,7 @@ from peftcore.forward.routing import OfSomeRows, OneForward, OwnRows, put_togeth
 )
 def test_routed_rows_equal_separate_passes_with_their_gradients(methods: tuple[str, ...]) -> None:
     model, injections = adapted(*methods)
-    names: list[str | None] = [injections[0].name, None, injections[-1].name, injections[0].name]
-    ids = token_ids(4)
-    direction = torch.randn(4, 5, 11)
-    for injection in injections:
-        injection.trainable(True)
-    expected = separately(model, ids, names)
-    (expected * direction).sum().backward()
-    wanted = gradients(*injections)
-    with route(model, names):
-        routed = model(ids)["logits"]
-    (routed * direction).sum().backward()
-    torch.testing.assert_close(routed, expected, rtol=1e-5, atol=1e-6)
-    assert any(gradient.abs().max() > 1e-3 for gradient in wanted)
-    for actual, gradient in zip(gradients(*injections), wanted, strict=True):
-        torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-5)
+    check_rows(model, injections, [injections[0].name, None, injections[-1].name, injections[0].name])
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -202,20 +188,12 @@ def test_in_a_module_where_nothing_of_theirs_acts_rows_are_the_base_s() -> None:
     def operations(*names: str | None) -> int:
         with torch.no_grad(), route(model, names):
             model(ids)  # which rows are whose is written down once
-            with Operations() as counted:
+            with Counts() as counted:
                 model(ids)
-        return counted.count
+        return counted.operations
 
     none, one, two = operations(None, None, None), operations("one", None, None), operations("two", None, None)
     assert none < min(one, two) and operations("one", "two", None) == one + two - none
-
-
-class Operations(TorchDispatchMode):
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return function(*args, **(kwargs or {}))
 
 
 def test_rows_that_are_repeated_go_where_theirs_go() -> None:

@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from call_toys import adapted
 from core_toys import token_ids
 from torch import Tensor
 from transformers import DynamicCache
 
-from peftcore import activate, call
+import peftcore
+from peftcore import activate, call, route
 from peftcore.errors import MissingContext
+from peftcore.forward.host_state import state_of
 from peftcore.forward.tokens import Tokens
 
 NEVER = torch.iinfo(torch.int64).max
@@ -113,3 +116,31 @@ def test_nobody_counts_where_nobody_asks(monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad(), activate(model, injection.name), call(model, task=1):
         model(token_ids(2))
     assert not counted
+
+
+def test_what_has_an_encoder_and_a_decoder_has_tokens_of_two_kinds() -> None:
+    ids = torch.ones(1, 3, dtype=torch.long)
+    assert not Tokens({"input_ids": ids}, ["input_ids", "decoder_input_ids"]).counted
+    shape = {"d_model": 16, "d_ff": 24, "d_kv": 4, "num_layers": 1, "num_heads": 2, "vocab_size": 16}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**shape)).eval()
+    name = peftcore.apply(model, "lora").name
+    with torch.no_grad(), route(model, [name], since=[1]), pytest.raises(MissingContext, match="one stack of them"):
+        model(input_ids=ids, decoder_input_ids=ids)
+
+
+def test_nobody_counts_for_an_adapter_that_did_not_come_or_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = adapted("lora")
+    state = state_of(model)
+    assert state is not None
+    kept = peftcore.apply(model, "alora", name="kept")
+    assert state.reads_tokens == 1
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("peftcore.injection.applying.install", _interrupted)
+        peftcore.apply(model, "alora", name="failed")
+    assert state.reads_tokens == 1
+    kept.remove()
+    assert state.reads_tokens == 0
+
+
+def _interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from peftcore import Injection, Method, MethodConfig, Replacement, Site
 from peftcore.errors import MergeError
 from peftcore.forward.active_adapters import Choice
-from peftcore.forward.context import Recorder
 from peftcore.forward.host_state import HostState
 from peftcore.forward.merged_choice import check_merge
+from peftcore.forward.recorder import Recorder
 from peftcore.injection import merging
 from peftcore.injection.originals import Keep
 from peftcore.injection.written import Replaced

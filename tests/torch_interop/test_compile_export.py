@@ -1,6 +1,7 @@
 """Adapted hosts go through torch.compile, torch.export, fx and functional calls as their bases do."""
 
 import asyncio
+import contextlib
 import copy
 import shutil
 import threading
@@ -106,7 +107,10 @@ def test_switching_compiles_once_for_each_active_set(method: str) -> None:
     assert counter.frame_count == len(sets)
 
 
-def test_calls_of_several_threads_share_whole_graphs() -> None:
+@pytest.mark.parametrize("counted", [True, False], ids=["by-turns", "at-once"])
+def test_calls_of_several_threads_share_whole_graphs(counted: bool) -> None:
+    """A call moves the graph that it takes to the front of dynamo's list (torch 2.13), and another thread, which walks
+    that list meanwhile, may pass by its own and compile it once more: so graphs are counted where calls take turns."""
     model, x = encoder(), inputs()
     for seed, name in enumerate(("a", "b")):
         adapt(model, "lora", name=name, seed=seed)
@@ -114,15 +118,20 @@ def test_calls_of_several_threads_share_whole_graphs() -> None:
     rows: list[str | None] = (["a", None, "b"] * len(x))[: len(x)]
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
+    turn: Any = threading.Lock() if counted else contextlib.nullcontext()
     forms: list[Any] = ["a", "b", rows, rows[::-1]]
     wrong: list[Any] = []
+
+    def in_turn(x: Tensor) -> Any:
+        with turn:
+            return compiled(x)
 
     def serve() -> None:
         try:
             for form in (*forms, *forms):
                 using = peftcore.using(model, form)
                 with torch.no_grad():
-                    torch.testing.assert_close(using(compiled, x), using(model, x), rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(using(in_turn, x), using(model, x), rtol=1e-4, atol=1e-5)
         except BaseException as error:
             wrong.append(error)
 
@@ -134,7 +143,8 @@ def test_calls_of_several_threads_share_whole_graphs() -> None:
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert not wrong and counter.frame_count == frames
+    assert not wrong
+    assert not counted or counter.frame_count == frames
 
 
 def test_blocks_of_threads_and_tasks_break_graphs_and_are_right() -> None:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from core_toys import Layer
+from core_toys import Layer, token_ids
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftcore
-from peftcore import Method, MethodConfig, Operator, Tags, Tap, activate, forward_context
+from peftcore import Method, MethodConfig, Operator, Tags, Tap, activate, forward_context, route
 
 WIDTH = 8
 
@@ -174,6 +174,26 @@ def separately(model: nn.Module, ids: Tensor, names: list[str | None]) -> Tensor
         with activate(model, *([] if name is None else [name])):
             rows.append(model(ids)["logits"][index])
     return torch.stack(rows)
+
+
+def check_rows(
+    model: nn.Module, injections: list[peftcore.Injection], names: list[str | None], training: bool = True
+) -> None:
+    """Rows of a route are those of separate passes, with their gradients."""
+    ids, direction = token_ids(len(names)), torch.randn(len(names), 5, 11)
+    for injection in injections:
+        injection.trainable(True)
+    model.train(training)
+    expected = separately(model, ids, names)
+    (expected * direction).sum().backward()
+    wanted = gradients(*injections)
+    with route(model, names):
+        routed = model(ids)["logits"]
+    (routed * direction).sum().backward()
+    torch.testing.assert_close(routed, expected, rtol=1e-5, atol=1e-6)
+    assert any(gradient.abs().max() > 1e-3 for gradient in wanted)
+    for actual, gradient in zip(gradients(*injections), wanted, strict=True):
+        torch.testing.assert_close(actual, gradient, rtol=1e-4, atol=1e-5)
 
 
 def in_the_middle(model: nn.Module, run: Callable[[], None]) -> Any:

@@ -18,7 +18,6 @@ from peftcore.testing import against, conformance, frozen
 
 HOSTS = ("mlp", "encoder", "llama", "bert", "t5", "gpt2", "moe", "mistral", "vit", "unet", "dit", "convnet")
 SAME = "the kit's batches differ in what counts of the output; the inputs, which is what this looks at, are the same"
-DOUBLE = "the look at data runs the host in float64, which torch's product of grouped matrices does not take"
 SEEN = "what a host in half precision shows of its inputs is rounded, so the factors are others"
 NOISE = "what rounding loses is noise: with the weight in bfloat16 its principal directions are others"
 
@@ -28,7 +27,6 @@ NOISE = "what rounding loses is noise: with the weight in bfloat16 its principal
     options={"*": {"rank": 2, "train_factors": True}},
     expected_failures={
         **{f"data_counts_where_it_is_asked_for-{each}": SAME for each in ("mlp", "encoder", "llama")},
-        "factors_are_the_update-moe": DOUBLE,
         **{f"merging_rounds_once-{each}": SEEN for each in HOSTS},
         **{f"low_precision_hosts_keep_their_dtype-{each}": NOISE for each in ("llama", "moe")},
     },

@@ -6,11 +6,15 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftcore import Site
+from peftcore import Site, Surgeon
+
+Draw = Callable[[torch.Generator, Sequence[int]], Tensor]
+"""Draws a matrix of a shape."""
 
 
 class Basis(nn.Module):
@@ -27,7 +31,7 @@ class Basis(nn.Module):
     def __init__(
         self,
         seed: int,
-        draw: Callable[[torch.Generator, Sequence[int]], Tensor],
+        draw: Draw,
         A: Sequence[int],
         B: Sequence[int],
         stored: bool = False,
@@ -36,6 +40,21 @@ class Basis(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.register_buffer("A", draw(generator, A), persistent=stored)
         self.register_buffer("B", draw(generator, B), persistent=stored)
+
+
+def graft_between(
+    surgeon: Surgeon, config: Any, operator: Callable[..., nn.Module], draw: Draw, rows_of_A: int = 1
+) -> None:
+    """Graft ``operator(site, config, basis)`` at all sites, between one pair of matrices as large as the largest site
+    needs; a site with a rank or a seed of its own has a pair of its own. A has `rows_of_A` rows for each rank."""
+    sites = surgeon.sites()
+    rows, width = largest((site.out_features, columns(site)) for site in sites)
+    for site in sites:
+        own = config.at(site.path)
+        shapes = (rows_of_A * own.rank, width), (rows, own.rank)
+        make = functools.partial(Basis, own.projection_seed, draw, *shapes, own.store_basis)
+        basis = surgeon.own(own_name(f"basis_{own.projection_seed}_{own.rank}", own.store_basis), make)
+        surgeon.graft(site, functools.partial(operator, basis=basis), config)
 
 
 def own_name(name: str, stored: bool) -> str:

@@ -24,7 +24,6 @@ import math
 from collections.abc import Callable
 from typing import Annotated, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
@@ -68,8 +67,6 @@ class ALoRAOperator(Operator):
         behind = forward_context().tokens_behind(self.invocation, x)  # [batch, tokens]; None: all
         if behind is None:
             return y + self.update(x, y)
-        if torch.compiler.is_compiling():
-            return y + torch.where(behind.unsqueeze(-1), self.update(x, y), 0.0)
         return y.index_put((behind,), self.update(x[behind], y), accumulate=True)
 
     def update(self, x: Tensor, y: Tensor) -> Tensor:

@@ -29,14 +29,13 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from peftcore import MATRICES, AppliedMethod, Batches, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import CalibrationError
-from peftcore_reparameterized._decomposed import nearly_principal
+from peftcore_reparameterized._components import Components, redistributed
 from peftcore_reparameterized._inputs import check_seen, sees_vectors, watched
 from peftcore_reparameterized._low_rank import low_rank_count
 from peftcore_reparameterized.lora import LoRAOperator
@@ -70,52 +69,6 @@ class Config(MethodConfig):
     """How often the data is gone through, at most; then directions are taken as they are."""
 
 
-class Components:
-    """The largest principal components of vectors that come batch by batch (an incremental PCA)."""
-
-    def __init__(self, config: Config, count: int) -> None:
-        self.config, self.count, self.seen, self.variation = config, count, 0, torch.zeros(())
-        self.settled = torch.zeros(count, dtype=torch.bool)
-        self.waiting: Tensor | None = None
-
-    @torch.no_grad()
-    def add(self, x: Tensor) -> None:  # x [tokens, in]
-        """Go on with a batch; fewer vectors than components wait for the next one."""
-        x = torch.cat([self.waiting, x]) if self.waiting is not None else x
-        self.waiting = x if len(x) < self.count else None
-        if self.waiting is not None:
-            return
-        mean, seen = x.mean(0), self.seen + len(x)
-        rows = x - mean
-        variation = rows.square().sum()
-        if self.seen:
-            gap = (self.seen * len(x) / seen) ** 0.5 * (self.mean - mean)  # [in]
-            rows = torch.cat([self.S.unsqueeze(-1) * self.V, rows, gap.unsqueeze(0)])
-            variation = variation + self.variation + gap.square().sum()
-            mean = self.mean + (mean - self.mean) * len(x) / seen
-        _, S, V = nearly_principal(rows, self.count, 2 * self.count, self.config.iterations)
-        if self.seen:
-            self.settled = F.cosine_similarity(V, self.V) >= self.config.tau
-        self.mean, self.seen, self.variation, self.S, self.V = mean, seen, variation, S, V
-
-    def shares(self) -> list[float]:
-        """Return the share of the variance that each component explains."""
-        shares: list[float] = (self.S.square() / self.variation).tolist()
-        return shares
-
-    def start(self, rank: int) -> Tensor:
-        """Return the first rows of A."""
-        S, V = self.S[:rank], self.V[:rank]
-        return V / S.sqrt().unsqueeze(-1) if self.config.whiten else V
-
-
-def redistributed(found: Mapping[str, Components], rank: int) -> dict[str, int]:
-    """Return how many of each module's components are among the ``rank * modules`` that explain most."""
-    ranked = sorted(((share, path) for path, each in found.items() for share in each.shares()), key=lambda one: -one[0])
-    best = [path for _, path in ranked[: rank * len(found)]]
-    return {path: best.count(path) for path in found}
-
-
 def components(model: nn.Module, data: Batches, config: Config, sites: Sequence[Site]) -> dict[str, Components]:
     """Return the components of the inputs of each site that was called, of which the earlier stand first.
 
@@ -130,7 +83,7 @@ def components(model: nn.Module, data: Batches, config: Config, sites: Sequence[
         )
         for site in sites
     }
-    own = {path: Components(config, count) for path, count in counts.items()}
+    own = {path: Components(count, config.tau, config.iterations) for path, count in counts.items()}
     first: dict[str, str] = {}  # by path: that of the module which was called first with the same input
     inputs: Any = WeakTensorKeyDictionary()
     ranks = dict(counts)
@@ -200,7 +153,7 @@ class EVA(Method):
         with torch.no_grad():
             for graft in grafts:
                 if graft.site.path in self.found:
-                    rows = self.found[graft.site.path].start(graft.operator.A.shape[0])
+                    rows = self.found[graft.site.path].start(graft.operator.A.shape[0], config.whiten)
                     graft.operator.A[: len(rows)] = rows
         self.found = None
 

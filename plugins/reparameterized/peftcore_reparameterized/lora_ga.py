@@ -22,19 +22,16 @@ Use it in place of LoRA where training is short; at the start it takes the memor
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, AppliedMethod, Batch, Batches, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore import MATRICES, AppliedMethod, Batches, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
 from peftcore.errors import CalibrationError, UnsupportedSite
 from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_rows, nearly_principal, rank_within
+from peftcore_reparameterized._gradients import mean_gradients
 from peftcore_reparameterized._inputs import sees_vectors
 from peftcore_reparameterized._low_rank import low_rank_count
 
@@ -112,52 +109,6 @@ class LoRAGAOperator(PairOperator):
             found = S[..., :1] if config.form == "peft" else (S / self.scale).sqrt().mean(-1, keepdim=True)
             return found.unsqueeze(-1)  # [*batch, 1, 1]
         return 1 / self.scale if config.scale == "gd_scale" else 1.0
-
-
-def mean_gradients(sites: Sequence[Site], data: Iterable[Batch]) -> dict[str, Tensor]:
-    """Return the mean gradient of each site's weight over the calls of it, ``[*batch, out, in * kernel]``.
-
-    Those of linear layers are products of inputs and gradients of outputs, so that a quantized weight has one too, and
-    a dense one keeps none in between.
-    """
-    sums: dict[nn.Module, Tensor] = {}
-    counts: defaultdict[nn.Module, int] = defaultdict(int)
-    others = [(site, site.module.get_parameter(site.tensor)) for site in sites if not sees_vectors(site)]
-    batches = 0
-
-    def ran(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-        x = next(iter((*args, *kwargs.values()))).detach()
-        y = y if y.requires_grad else y.detach().requires_grad_()
-
-        def add(gradient: Tensor) -> None:
-            rows, inputs = (
-                each.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32)) for each in (gradient, x)
-            )
-            sums[module] = sums.get(module, 0) + rows.T @ inputs
-            counts[module] += 1
-
-        y.register_hook(add)
-        return y
-
-    for _, weight in others:
-        weight.requires_grad_(True)
-    with ExitStack() as hooks:
-        for module in {site.module for site in sites if sees_vectors(site)}:
-            hooks.callback(module.register_forward_hook(ran, with_kwargs=True).remove)
-        for batch in data:
-            batches += 1
-            if (loss := batch.loss()).requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
-    found = {}
-    for site in sites:
-        if site.module in sums and sees_vectors(site):
-            rows = sums[site.module] / counts[site.module]  # [out, in]
-            found[site.path] = torch.cat([rows[slice(*each)] for each in site.slices]) if site.slices else rows
-    for site, weight in others:
-        if weight.grad is not None:
-            mean = site.logical(weight.grad.to(torch.promote_types(weight.dtype, torch.float32))) / batches
-            found[site.path] = mean.reshape(*site.batch, site.out_features, site.in_features * math.prod(site.kernel))
-    return found
 
 
 class LoRAGA(Method):

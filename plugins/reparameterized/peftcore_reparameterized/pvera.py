@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -43,7 +42,7 @@ from peftcore import (
     Tags,
     forward_context,
 )
-from peftcore_reparameterized._basis import Basis, columns, largest, own_name
+from peftcore_reparameterized._basis import columns, graft_between
 from peftcore_reparameterized._low_rank import add_low_rank, input_dropout
 from peftcore_reparameterized.vera import draw
 
@@ -119,13 +118,7 @@ class PVeRA(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        sites = surgeon.sites()
-        rows, width = largest((site.out_features, columns(site)) for site in sites)
-        for site in sites:
-            own = config.at(site.path)  # a site with a rank or a seed of its own has a basis of its own
-            make = partial(Basis, own.projection_seed, draw, (2 * own.rank, width), (rows, own.rank), own.store_basis)
-            basis = surgeon.own(own_name(f"basis_{own.projection_seed}_{own.rank}", own.store_basis), make)
-            surgeon.graft(site, partial(PVeRAOperator, basis=basis), config)
+        graft_between(surgeon, config, PVeRAOperator, draw, 2)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -27,7 +26,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import MATRICES, LearningRate, Method, MethodConfig, Shared, Site, Surgeon, Tags
-from peftcore_reparameterized._basis import Basis, columns, largest, own_name
+from peftcore_reparameterized._basis import columns, graft_between
 from peftcore_reparameterized._kernels import ScaledFactors, scaled_update
 from peftcore_reparameterized._low_rank import LowRankOperator
 
@@ -90,13 +89,7 @@ class VeRA(Method):
     alternatives = MATRICES
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
-        sites = surgeon.sites()
-        rows, width = largest((site.out_features, columns(site)) for site in sites)
-        for site in sites:
-            own = config.at(site.path)  # a site with a rank or a seed of its own has a basis of its own
-            make = partial(Basis, own.projection_seed, draw, (own.rank, width), (rows, own.rank), own.store_basis)
-            basis = surgeon.own(own_name(f"basis_{own.projection_seed}_{own.rank}", own.store_basis), make)
-            surgeon.graft(site, partial(VeRAOperator, basis=basis), config)
+        graft_between(surgeon, config, VeRAOperator, draw)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

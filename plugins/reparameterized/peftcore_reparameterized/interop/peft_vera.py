@@ -31,10 +31,10 @@ class PeftVeRA(PeftMethod):
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         return {
-            "method": "vera",
+            "method": self.methods[0],
             "rank": keys.take("r", int, 256),
             "d_initial": float(keys.take("d_initial", float, 0.1)),
-            "dropout": float(keys.take("vera_dropout", float, 0.0)),
+            "dropout": float(keys.take(f"{self.methods[0]}_dropout", float, 0.0)),
             "projection_seed": keys.take("projection_prng_key", int, 0),
             "store_basis": keys.take("save_projection", bool, True),
         }
@@ -44,23 +44,24 @@ class PeftVeRA(PeftMethod):
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         d, b = place.operator.d.shape, place.operator.b.shape
-        return {"d": found.take("vera_lambda_d", d), "b": found.take("vera_lambda_b", b)}
+        return {name: found.take(key, shape) for name, key, shape in zip("db", self.below, (d, b), strict=True)}
 
     def read_shared(self, name: str, module: nn.Module, found: Found) -> dict[str, Tensor]:
         found.used.update(found.names.values())  # peft passes over what it does not expect
-        return {each: corner(found, f"vera_{each}", value.shape) for each, value in module.state_dict().items()}
+        shapes = {each: value.shape for each, value in module.state_dict().items()}
+        return {each: corner(found, f"{self.methods[0]}_{each}", shape) for each, shape in shapes.items()}
 
     def write_options(self, config: Any) -> dict[str, Any]:
         return {
             "r": config.rank,
             "d_initial": config.d_initial,
-            "vera_dropout": config.dropout,
+            f"{self.methods[0]}_dropout": config.dropout,
             "projection_prng_key": config.projection_seed,
             "save_projection": True,
         }
 
     def write(self, place: Place) -> dict[str, Tensor]:
-        return {"vera_lambda_d": place.operator.d, "vera_lambda_b": place.operator.b}
+        return dict(zip(self.below, (place.operator.d, place.operator.b), strict=True))
 
     def write_shared(self, name: str, module: nn.Module) -> dict[str, Tensor]:
-        return {f"base_model.vera_{each}": value for each, value in module.named_buffers()}
+        return {f"base_model.{self.methods[0]}_{each}": value for each, value in module.named_buffers()}

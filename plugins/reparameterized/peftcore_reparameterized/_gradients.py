@@ -1,0 +1,61 @@
+"""The mean gradient of weights over the user's data."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import Batch, Site
+from peftcore_reparameterized._inputs import sees_vectors
+
+
+def mean_gradients(sites: Sequence[Site], data: Iterable[Batch]) -> dict[str, Tensor]:
+    """Return the mean gradient of each site's weight over the calls of it, ``[*batch, out, in * kernel]``.
+
+    Those of linear layers are products of inputs and gradients of outputs, so that a quantized weight has one too, and
+    a dense one keeps none in between.
+    """
+    sums: dict[nn.Module, Tensor] = {}
+    counts: defaultdict[nn.Module, int] = defaultdict(int)
+    others = [(site, site.module.get_parameter(site.tensor)) for site in sites if not sees_vectors(site)]
+    batches = 0
+
+    def ran(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        x = next(iter((*args, *kwargs.values()))).detach()
+        y = y if y.requires_grad else y.detach().requires_grad_()
+
+        def add(gradient: Tensor) -> None:
+            rows, inputs = (
+                each.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32)) for each in (gradient, x)
+            )
+            sums[module] = sums.get(module, 0) + rows.T @ inputs
+            counts[module] += 1
+
+        y.register_hook(add)
+        return y
+
+    for _, weight in others:
+        weight.requires_grad_(True)
+    with ExitStack() as hooks:
+        for module in {site.module for site in sites if sees_vectors(site)}:
+            hooks.callback(module.register_forward_hook(ran, with_kwargs=True).remove)
+        for batch in data:
+            batches += 1
+            if (loss := batch.loss()).requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+    found = {}
+    for site in sites:
+        if site.module in sums and sees_vectors(site):
+            rows = sums[site.module] / counts[site.module]  # [out, in]
+            found[site.path] = torch.cat([rows[slice(*each)] for each in site.slices]) if site.slices else rows
+    for site, weight in others:
+        if weight.grad is not None:
+            mean = site.logical(weight.grad.to(torch.promote_types(weight.dtype, torch.float32))) / batches
+            found[site.path] = mean.reshape(*site.batch, site.out_features, site.in_features * math.prod(site.kernel))
+    return found
