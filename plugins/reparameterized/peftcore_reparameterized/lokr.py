@@ -10,12 +10,10 @@ first w2, or else w2b, is zero; all else is uniform in +-1/sqrt(inputs).
 
 All this is as in LyCORIS, which defines the method, but for its merging: it has s in it twice. peft has s = alpha / r
 with both factors full, starts w1 at zero, puts `factor` first where it divides even if it is the larger part (here with
-`factor_first`), and with a full w2 in one-dimensional convolutions has the values of the product in another order,
-delta[j, i, q, p, kernel], which `layout` takes over. The dropouts are those of both. Kronecker adapters as such are
-KronA's (Edalati et al. 2022, arXiv 2212.10650), without rank and cuts.
+`factor_first`), and with a full w2 in one-dimensional convolutions has the product's values in another order, that of
+delta[j, i, q, p, kernel]: `layout`. KronA (Edalati et al. 2022, arXiv 2212.10650) has no rank and no cuts.
 
-Parameters: l m + r (k + n * kernel) a site with w1 full and w2 not, l m + k n * kernel with both full, times the number
-of experts.
+Parameters: l m + r (k + n * kernel) a site with w1 full and w2 not, l m + k n * kernel with both; for each expert.
 Use it for the smallest files of the family, in diffusion models above all: its rank is not bound by its size.
 """
 
@@ -43,8 +41,7 @@ class Config(MethodConfig):
     alpha: PositiveFloat = 8.0
     """Numerator of the scale ``alpha / rank``; of no effect where both factors are full."""
     factor: PositiveInt | None = None
-    """Where dimensions are cut: at it where it divides them, at the largest divisor below it elsewhere; None: next to
-    the square root."""
+    """Where dimensions are cut: there, or at the largest divisor below it; None: next to the square root."""
     factor_first: bool = False
     """Make a factor that divides a dimension its first part even where it is the larger one, as peft does."""
     decompose_both: bool = False
@@ -110,11 +107,9 @@ class LoKrOperator(WeightOperator):
 
     def _change(self, weight: Tensor) -> Tensor:
         w1, w2 = self.factor("w1"), self.factor("w2")
+        delta = w1[..., :, None, :, None] * w2[..., None, :, None, :]  # [*batch, l, k, m, n * kernel]
         if self.mixes_kernel:
-            w2 = w2.unflatten(-1, (-1, weight.shape[-1]))
-            delta = w1[:, None, :, None] * w2[:, None, :, None]  # [k, l, n, m, kernel]
-        else:
-            delta = w1[..., :, None, :, None] * w2[..., None, :, None, :]  # [*batch, l, k, m, n * kernel]
+            delta = delta.unflatten(-1, (-1, weight.shape[-1])).transpose(0, 1).transpose(2, 3)  # [k, l, n, m, kernel]
         return self.scale * delta.reshape(weight.shape)
 
 
