@@ -6,6 +6,7 @@ from peftcore.algebra.combining import combine, deltas, to_lora
 from peftcore.authoring.blocks import MIXERS, BlockSite, block_depths, block_sites, stack_path
 from peftcore.authoring.branches import AtBranchEnd, BranchSite, Bypass, Joins, branch, branch_end, is_post_norm
 from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
+from peftcore.authoring.pass_cache import PassCache
 from peftcore.authoring.prompts import PromptPositions, TokenStacks, VisibleTokens, cached_tokens
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
@@ -112,6 +113,7 @@ __all__ = [
     "OfParts",
     "OneForward",
     "Operator",
+    "PassCache",
     "Plan",
     "Preset",
     "PromptPositions",

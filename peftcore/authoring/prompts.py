@@ -3,7 +3,7 @@ caches, padding, labels."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -28,12 +28,34 @@ class TokenStacks:
     """The stacks of a model: modules that take tokens and run blocks."""
 
     def __init__(self, surgeon: Surgeon) -> None:
-        self.stacks = surgeon.resolver.token_stacks()
+        self.stacks, self._modules = surgeon.resolver.token_stacks(), surgeon.resolver.modules
 
     def of(self, site: Site) -> TokenStack | None:
         """Returns the stack that a block belongs to; None where it takes no tokens (images)."""
         above = [stack for stack in self.stacks if f"{site.module_path}.".startswith(f"{stack.path}.".lstrip("."))]
         return max(above, key=lambda stack: len(stack.path), default=None)
+
+    def around(self, sites: Sequence[Site]) -> Site:
+        """Returns the stack through which the tokens of all these sites go, as a place for an operator around it.
+
+        Raises:
+            UnsupportedSite: there are none, or they have no stack in common, or one that reads another, or that another
+                one reads.
+        """
+        found = self.of(sites[0]) if sites else None
+        for site in sites:
+            stack = self.of(site)
+            if stack is None or stack.reads or stack.readers or stack != found:
+                raise UnsupportedSite(
+                    f"{site.path} is not in the one stack of tokens that the model runs; exclude it, or take a model "
+                    "without an encoder beside its decoder"
+                )
+        if found is None:
+            raise UnsupportedSite("there is no target module, so no stack of tokens")
+        module, known = self._modules[found.path], sites[0]
+        table = known.layer_of(module.get_submodule(found.table), "weight")  # as wide as the stream
+        return Site(module, found.path, f"{found.table}.weight", table, found.role,
+                    form="activation", layer_of=known.layer_of, meta=known.meta)  # fmt: skip
 
     def generates(self, site: Site) -> bool:
         """Whether generation may go on from a block's tokens: its stack is causal, and nothing else reads it."""

@@ -235,18 +235,26 @@ class ForwardContext:
         if self.open and (self._model is not None or (self.visits and not repeating())):
             self.losses.append(loss)
 
-    def without(self, name: str | nn.Module, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def without(
+        self,
+        name: str | nn.Module,
+        run: Callable[..., Any],
+        *args: Any,
+        caches: Callable[[Any], Any] = copy.deepcopy,
+        **kwargs: Any,
+    ) -> Any:
         """Run ``run(*args, **kwargs)`` once more with one injection off, in this thread alone.
 
-        In a route its rows run the bare base model, in a composition its parts; what else acts stays as it is. Caches
-        are copied for the pass, so it sees what is in them and leaves them as they are. Taps that it leaves and losses
-        that it adds are its own, and end with it.
+        In a route its rows run the bare base model, in a composition its parts; what else acts stays as it is. Taps
+        that it leaves and losses that it adds are its own, and end with it.
 
         Args:
             name: the injection's name; or an operator of it, since an operator does not know the name but has itself:
                 ``forward_context().without(self, call, x)``.
             run: what to run, such as the operator's ``call``.
             args: its arguments, with `kwargs`.
+            caches: what stands for a cache among the keyword arguments: a copy, so the pass sees what is in it and
+                leaves it as it is; or `PassCache.beside`, a cache of what such passes computed themselves.
 
         Raises:
             UnknownInjection: the operator belongs to no injection of the host.
@@ -255,7 +263,7 @@ class ForwardContext:
         if state is None or self.choice is None:
             return run(*args, **kwargs)
         choice = self.choice.without(name if isinstance(name, str) else state.name_of(name))
-        kwargs = {key: copy.deepcopy(value) if key in CACHES else value for key, value in kwargs.items()}
+        kwargs = {k: caches(v) if k in CACHES and v is not None else v for k, v in kwargs.items()}
         inner = ForwardContext(state, choice, self._model, self._args, self._kwargs)
         inner.extra, inner.calm, inner.taps, inner.frame = True, not repeating(), [*self.taps], sys._getframe()
         inner.within = running() if inner.recorded else []

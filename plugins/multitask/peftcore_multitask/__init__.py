@@ -23,6 +23,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "polytropon": "peftcore_multitask.polytropon:Polytropon",
         "task_arithmetic": "peftcore_multitask.task_arithmetic:TaskArithmetic",
         "ties_merging": "peftcore_multitask.ties_merging:TIESMerging",
+        "xlora": "peftcore_multitask.xlora:XLoRA",
     }
 
 

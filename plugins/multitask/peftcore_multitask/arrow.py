@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from peftcore import Method, Operator, Site, Surgeon, Tags
 from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore_multitask._chosen import Factors, add_shares, first_of
 from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
 
 SQUARINGS = 12
@@ -85,7 +86,7 @@ class ArrowOperator(Operator):
         self.weights = {index: 1.0 if config.weights is None else config.weights[index] for index in members}
         self.top_k, self.temperature = min(config.top_k, len(self.tasks)), config.temperature
 
-    def factors_of(self) -> list[tuple[Tensor, Tensor, float]]:
+    def factors_of(self) -> list[Factors]:
         """Return A, B and the scale of each part, without what is general."""
         every = {index: self.parts[str(index)].factors() for index in (*self.tasks, *self.general)}  # type: ignore[operator]
         found = [every[index] for index in self.tasks]
@@ -102,11 +103,7 @@ class ArrowOperator(Operator):
         shares = torch.zeros_like(likeness).scatter(
             -1, largest.indices, (largest.values / self.temperature).softmax(-1)
         )
-        scales = torch.tensor([scale for *_, scale in every], dtype=shares.dtype, device=shares.device)
-        ranks = torch.tensor([len(A) for A, *_ in every], device=shares.device)
-        shares = (shares * scales).repeat_interleave(ranks, -1, output_size=sum(len(A) for A, *_ in every))
-        A, B, shares = self.cast(y, torch.cat([A for A, *_ in every]), torch.cat([B for _, B, _ in every], 1), shares)
-        return y + (shares * (x.to(A.dtype) @ A.mT)) @ B.mT
+        return add_shares(self, y, x, every, shares)
 
 
 class Arrow(OfMergedParts, Method):
@@ -119,12 +116,7 @@ class Arrow(OfMergedParts, Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for members in collected(surgeon, config).values():
-            first = next(iter(members.values()))
-            site = first.site
-            if any(graft.operator.factors() is None for graft in members.values()):
-                raise UnsupportedSite(f"{site.path}: a part is no product of two factors; Arrow chooses among LoRAs")
-            if not (site.layer.called and site.layer.of_vectors) or site.batch or site.slices or first.holders[1:]:
-                raise UnsupportedSite(f"{site.path} is no linear layer of its own, whose inputs could choose")
+            site = first_of(members, "Arrow").site
             general = [index for index in members if index >= len(config.parts) - config.general]
             if len(general) == len(members) or len(general) < config.general:
                 raise UnsupportedSite(

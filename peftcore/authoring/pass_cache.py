@@ -1,0 +1,71 @@
+"""A cache of its own for an extra pass over the model, beside the one that the model's forward fills.
+
+While tokens are generated, each forward sees the new ones alone. A pass with an adapter off (`ForwardContext.without`)
+needs what such passes made of the tokens before, not what the adapted forwards made of them. It is kept as more layers
+behind those of the model's cache: whatever reorders, repeats, crops or empties the cache does the same to them.
+"""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from peftcore.errors import SequenceError
+from peftcore.roles.stacks import cache_in
+from peftcore.targets.sequence_cache import is_filled, self_attention_cache
+
+
+class PassCache:
+    """Finds the cache of one operator's extra passes in the model's cache; copies of the model share it."""
+
+    def __init__(self) -> None:
+        self.stamp = uuid.uuid4().hex
+
+    def beside(self, cache: Any) -> Any:
+        """Returns the cache for the pass, for the `caches` of `ForwardContext.without`.
+
+        Args:
+            cache: the model's cache, before its forward; with its own layers, it has those of passes before.
+
+        Raises:
+            SequenceError: it holds tokens over which no such pass went; or it is no cache of transformers.
+        """
+        own = self_attention_cache(cache)
+        mine = self._layers(own)
+        if not mine and is_filled(own):
+            raise SequenceError(
+                f"this cache holds {own.get_seq_length()} tokens that were seen with the adapter off: start with an "
+                "empty cache, and leave the adapter active while it fills"
+            )
+        view = copy.copy(own)  # the same class, sizes and settings
+        view.layers = mine or [copy.deepcopy(layer) for layer in own.layers if "pass" not in vars(layer)]
+        return view
+
+    def keep(self, given: Mapping[str, Any], output: Any, of_pass: Any) -> None:
+        """Put what a pass has cached behind the model's own layers, once the model's forward is through.
+
+        Args:
+            given: the arguments of the forward by name.
+            output: its output; where no cache was given, it has the one that was made.
+            of_pass: the output of the pass.
+        """
+        cache, mine = _cache_of(output), _cache_of(of_pass)
+        cache = cache_in(given) if cache is None else cache
+        if cache is None or mine is None:
+            return
+        own = self_attention_cache(cache)
+        if not self._layers(own):
+            layers = self_attention_cache(mine).layers
+            for layer in layers:
+                setattr(layer, "pass", self.stamp)
+            own.layers.extend(layers)
+
+    def _layers(self, own: Any) -> list[Any]:
+        return [layer for layer in own.layers if vars(layer).get("pass") == self.stamp]
+
+
+def _cache_of(output: Any) -> Any:
+    """Returns the cache in the output of a model of transformers."""
+    return cache_in(output) if isinstance(output, Mapping) else None

@@ -1,0 +1,173 @@
+"""X-LoRA: a classifier of hidden states scales LoRAs, token by token.   Buehler and Buehler 2024, arXiv 2402.07148.
+
+    y = W x + b + g sum_e c_e s_e B_e A_e x,   c = softmax(classifier(h) / temperature) over the parts e
+
+h [tokens, d] is what the stack of blocks returns with X-LoRA off, so each forward runs the stack twice, the first time
+without gradients; generation keeps a second cache for the first pass (peft refuses caches). The classifier is one
+linear layer, or `depth` of them with ReLU and dropout between. c is the same at all target modules, or with `layerwise`
+each has its own; `top_k` keeps the largest alone. g is `scale`. What parts do in training alone, such as dropout, does
+not act. Parts are LoRAs of linear layers, and the model has one stack of tokens.
+
+Parameters: those of the parts, and (d + 1) N of the classifier, times the number of target modules with `layerwise`; at
+more depth (d + 1) w + (depth - 2) (w + 1) w + (w + 1) N for N parts and width w.
+
+Use it with `peftcore_multitask.gather` to blend LoRAs that were trained apart: train_parts=False trains the classifier
+alone, as in the paper.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    AppliedMethod,
+    Method,
+    Operator,
+    PassCache,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    TokenStacks,
+    forward_context,
+)
+from peftcore.errors import MissingContext, SequenceError
+from peftcore_multitask._chosen import add_shares, first_of
+from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
+
+REENTRANT = """reentrant checkpoints give the classifier, which stands outside of them, no gradient: take the others,
+model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"""
+
+
+class Config(PartsConfig):
+    """Options of X-LoRA."""
+
+    method: Literal["xlora"] = "xlora"
+    train_parts: bool = True
+    """Train the parts along; in the paper they were trained before, each for itself, and are frozen."""
+    layerwise: bool = False
+    """Give each target module shares of its own."""
+    softmax: bool = True
+    """Make the shares of a token positive, with a sum of one."""
+    temperature: PositiveFloat = 1.0
+    """Divides what the softmax is taken of."""
+    top_k: PositiveInt | None = None
+    """How many parts act on a token, at most; all without."""
+    softmax_top_k: bool = False
+    """Take a softmax of the shares that are left, too."""
+    depth: PositiveInt = 1
+    """Linear layers of the classifier."""
+    width: PositiveInt = 2048
+    """Width between them."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    """Dropout between them, in training."""
+    scale: float = 1.0
+    """Factor g of all that is added."""
+
+
+def classifier(inputs: int, outputs: int, config: Config) -> nn.Sequential:
+    """Make the layers that map hidden states ``[..., inputs]`` to a number for each part."""
+    widths = [inputs, *[config.width] * (config.depth - 1)]
+    between: list[nn.Module] = []
+    for one, other in itertools.pairwise(widths):
+        between += [nn.Linear(one, other), nn.ReLU(), nn.Dropout(config.dropout)]
+    return nn.Sequential(*between, nn.Linear(widths[-1], outputs))
+
+
+class ClassifierOperator(Operator):
+    """Runs the stack once with X-LoRA off, and leaves the shares for the run that counts."""
+
+    def __init__(self, site: Site, config: Config, classifier: Shared, shares: Tap) -> None:
+        super().__init__(site)
+        self.config, self.classifier, self.shares = config, classifier, shares
+        self.cache, self.names = PassCache(), site.arguments
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        with torch.no_grad():
+            first = forward_context().without(self, call, caches=self.cache.beside, **given)
+        hidden = first if isinstance(first, Tensor) else first[0]  # [batch, tokens, d]
+        layers = self.classifier.module
+        self.shares.put(self.chosen(layers(hidden.to(next(layers.parameters()).dtype))))
+        output = call(**given)
+        self.cache.keep(given, output, first)
+        return output
+
+    def chosen(self, logits: Tensor) -> Tensor:
+        """Return the shares ``[batch, tokens, modules or 1, parts]``, from the classifier's output."""
+        config, count = self.config, len(self.config.parts)
+        shares = logits.unflatten(-1, (-1, count))
+        if config.softmax:
+            shares = (shares / config.temperature).softmax(-1)
+        if config.top_k is not None and config.top_k < count:
+            largest = torch.zeros_like(shares, dtype=torch.bool).scatter(-1, shares.topk(config.top_k).indices, True)
+            shares = shares * largest
+        if config.softmax_top_k:
+            kept = shares != 0
+            shares = shares.masked_fill(~kept, -torch.inf).softmax(-1).masked_fill(~kept, 0.0)
+        return shares
+
+
+class XLoRAOperator(Operator):
+    """The parts of one module, each with a share in each token."""
+
+    def __init__(self, site: Site, config: Config, members: Members, shares: Tap, number: int) -> None:
+        super().__init__(site)
+        self.parts = nn.ModuleDict({str(index): graft.operator for index, graft in members.items()})
+        self.members, self.shares, self.number = list(members), shares, number if config.layerwise else 0
+        weights = [1.0] * len(config.parts) if config.weights is None else config.weights
+        self.scales = [config.scale * weights[index] for index in members]
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:  # x [..., in]
+        every = self.shares.get()
+        if every is None:
+            raise MissingContext("a part of the model was called by itself, whose tokens nobody has classified")
+        if every.requires_grad and not torch.is_grad_enabled():
+            raise MissingContext(REENTRANT)
+        shares = every[..., self.number, self.members]
+        parts: Any = self.parts.values()
+        factors = [(A, B, own * s) for own, (A, B, s) in zip(self.scales, [p.factors() for p in parts], strict=True)]
+        if shares.shape[:-1].numel() != x.shape[:-1].numel():
+            raise SequenceError(f"a module is given {tuple(x.shape)}, other tokens than the stack: exclude it")
+        return add_shares(self, call(x), x, factors, shares.view(*x.shape[:-1], -1))
+
+
+class XLoRA(OfMergedParts, Method):
+    """Shares of LoRAs in each token, from a first pass of the model."""
+
+    name = "xlora"
+    Config = Config
+    tags = Tags(category="multitask", paper="2402.07148", per_row=False)
+    target = ()
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        order = {path: number for number, (path, _) in enumerate(model.named_modules())}
+        groups = [(first_of(members, "X-LoRA"), members) for members in collected(surgeon, config).values()]
+        groups.sort(key=lambda group: order[group[0].site.module_path])
+        stack = TokenStacks(surgeon).around([graft.site for graft, _ in groups])
+        outputs = len(config.parts) * (len(groups) if config.layerwise else 1)
+        layers = surgeon.own("classifier", lambda: classifier(stack.out_features, outputs, config))
+        shares = Tap(until_backward=True)
+        surgeon.graft(stack, functools.partial(ClassifierOperator, classifier=layers, shares=shares), config)
+        for number, (graft, members) in enumerate(groups):
+            make = functools.partial(XLoRAOperator, members=members, shares=shares, number=number)
+            surgeon.graft(graft.site, make, config)
+
+    def trainable(self, model: nn.Module, config: Config, injection: AppliedMethod) -> None:
+        if config.train_parts:
+            super().trainable(model, config, injection)
+        for operator in injection.operators.values():
+            if isinstance(operator, ClassifierOperator):
+                operator.classifier.module.requires_grad_(True)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return 0 if site.role == "stack" else OfMergedParts.parameter_count(site, config)  # the classifier is shared
