@@ -80,6 +80,7 @@ NO_RATE = {
     "ties_merging": "nothing trains",
     "tinylora": "no code of its authors was found, nor the table of its paper",
     "unipelt": "its authors' repository has no command, and their library's default is no choice of theirs",
+    "xlora": "its authors' repository has no training script, and the paper names no rate",
 }
 """Methods of ours that name no learning rate, with reasons."""
 SOURCE = re.compile(

@@ -56,6 +56,19 @@ HELD: Held = {
     ("ties_merging", "density"): (0.2, "prateeky2806/ties-merging@44e7891, README.md: $redundant = topk20"),
     ("ties_merging", "sign"): ("total", "prateeky2806/ties-merging@44e7891, README.md: $elect = mass"),
     ("ties_merging", "scale"): (1.0, "prateeky2806/ties-merging@44e7891, src/ties_minimal.ipynb: lamda = 1"),
+    ("xlora", "train_parts"): (
+        True,
+        "peft 0.21: XLoraConfig.use_trainable_adapters is False; parts of one's own start without effect, so here they "
+        "train",
+    ),
+    ("xlora", "layerwise"): (False, "peft 0.21: XLoraConfig.layerwise_scalings"),
+    ("xlora", "softmax"): (True, "peft 0.21: XLoraConfig.enable_softmax"),
+    ("xlora", "temperature"): (1.0, "peft 0.21: XLoraConfig.softmax_temperature"),
+    ("xlora", "softmax_top_k"): (False, "peft 0.21: XLoraConfig.enable_softmax_topk"),
+    ("xlora", "depth"): (1, "peft 0.21: XLoraConfig.xlora_depth"),
+    ("xlora", "width"): (2048, "peft 0.21: XLoraConfig.xlora_size"),
+    ("xlora", "dropout"): (0.2, "peft 0.21: XLoraConfig.xlora_dropout_p"),
+    ("xlora", "scale"): (1.0, "peft 0.21: XLoraConfig.global_scaling_weight"),
 }
 
 FREE: Free = {}
