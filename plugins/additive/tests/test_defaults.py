@@ -26,6 +26,7 @@ HELD: Held = {
     ("adapterdrop", "activation"): ("relu", f'{ADAPTERS}: non_linearity = "relu" of SeqBnConfig'),
     ("adapterdrop", "init_std"): (0.001, f"{BERT_START}; ours is 0.001 as in houlsby_adapter, no reason is written"),
     ("adapterdrop", "up_init_std"): (0.001, f"{BERT_START}; ours is 0.001 as in houlsby_adapter, no reason is written"),
+    ("cartridge", "frozen"): (1, "HazyResearch/cartridges@ff1a3fb, cartridges/cache.py: num_frozen_tokens: int = 1"),
     ("compacter", "bottleneck"): (24, f'{COMPACTER}: "task_reduction_factor": 32, of the 768 of "t5-base"'),
     ("compacter", "phm_dim"): (4, f'{COMPACTER}: "hypercomplex_division": 4'),
     ("compacter", "rank"): (1, "rabeehk/compacter@e123daa, seq2seq/adapters/adapter_configuration.py: phm_rank = 1"),

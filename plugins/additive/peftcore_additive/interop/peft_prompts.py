@@ -22,7 +22,7 @@ from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.peft_prompts import BOTH, ROWS, SoftPrompt, halves
 from peftcore.files.formats.places import Place
-from peftcore_additive._prefix import PrefixOperator
+from peftcore_additive._prefix import FrontOperator
 
 
 class PeftPrompt(SoftPrompt):
@@ -99,11 +99,15 @@ class PeftPrefix(SoftPrompt):
         return {}
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        if not isinstance(place.operator, PrefixOperator):  # positions have no tensors
+        if not isinstance(place.operator, FrontOperator):  # positions have no tensors
             return {}
-        length, width = place.operator.prefix.shape
+        return {"prefix": self.rows(place, found)}
+
+    def rows(self, place: Place, found: Found) -> Tensor:
+        """Returns the rows of one attention."""
+        length, width = place.operator.flat().shape
         rows = found.take(ROWS, (length, place.count * width))
-        return {"prefix": rows[:, place.index * width : (place.index + 1) * width]}
+        return rows[:, place.index * width : (place.index + 1) * width]
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.gate:
@@ -133,8 +137,30 @@ class PeftPrefix(SoftPrompt):
             return {ROWS: torch.cat([each.operator.flat() for each in _prefixes(places)], dim=1)}
 
 
+class PeftCartridge(PeftPrefix):
+    """Translates trained caches of texts: their first rows are frozen."""
+
+    methods = ("cartridge",)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        found = super().options(keys, shapes)
+        frozen = keys.take("num_frozen_tokens", int, 1)
+        if not 0 <= frozen < found["length"]:
+            raise CheckpointError(f"{keys.where}: {frozen} of {found['length']} tokens are frozen, so nothing trains")
+        return {"method": "cartridge", "length": found["length"], "frozen": frozen}
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        if not isinstance(place.operator, FrontOperator):
+            return {}
+        sink, rows = self.rows(place, found).tensor_split([len(place.operator.sink)])
+        return {"sink": sink, "rows": rows}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {"num_virtual_tokens": config.length, "num_frozen_tokens": config.frozen}
+
+
 def _prefixes(places: Sequence[Place]) -> list[Place]:
-    return [place for place in places if isinstance(place.operator, PrefixOperator)]
+    return [place for place in places if isinstance(place.operator, FrontOperator)]
 
 
 def _warn_of_window(model: nn.Module) -> None:
