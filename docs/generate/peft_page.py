@@ -24,7 +24,7 @@ NAMES: Mapping[str, str] = {
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": "nothing: all methods mix",
     "PEFT_TYPE_TO_TUNER_MAPPING": "`peftcore.methods()`, `peftcore.method(name)`",
     "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING": "nothing: attention is edited in any model",
-    "CPTEmbedding": "not there yet",
+    "CPTEmbedding": "the operators of `cpt`: `injection.operators`",
     "CartridgeEncoder": "the operators of `cartridge`: `injection.operators`",
     "MultitaskPromptTuningInit": "the option `init` of `multitask_prompt_tuning`",
     "NoMatchingPeftModuleError": "`peftcore.errors.TargetError`",

@@ -93,7 +93,10 @@ def test_every_method_that_looks_at_data_finds_the_same_as_a_part() -> None:
         required = {"length": 2} if method == "cartridge" else {}  # which acts inside of attentions
         own = {**options, "target": "self" if required else options["target"]}
         alone = peftcore.apply(host("bert"), method, **own, **required).state_dict()
-        parts: list[Any] = [{"method": method, **required, "target": own["target"]}, {"method": "ia3", "target": "query"}]
+        parts: list[Any] = [
+            {"method": method, **required, "target": own["target"]},
+            {"method": "ia3", "target": "query"},
+        ]
         part = peftcore.apply(host("bert"), parts, data=own["data"]).parts["0"].state_dict()
         assert alone and part.keys() == alone.keys(), method
         assert all(torch.equal(value, part[key]) for key, value in alone.items()), method

@@ -7,14 +7,12 @@ Z is what the model's cache holds of these tokens, keys after their rotation, an
 first row of the first batch, as the model is called with it. Keys have the positions 0 to length - 1 and tokens go on
 from there, wherever the model takes positions, so a fresh cartridge of a whole text is that text.
 
-It is trained to answer as the model does that sees the whole text (self-study: a model asks and answers about pieces of
-it). What the teacher says comes with the call, and the cross-entropy with it is a loss of the method's own:
+    L = mean over tokens of -sum p_teacher log p
 
-    with cartridge.disabled(), torch.no_grad():
-        teacher = model(torch.cat([text, ids], 1)).logits[:, text.shape[1]:]
-    with peftcore.call(model, teacher=teacher):
-        model(ids)
-        cartridge.losses().backward()    # the mean over tokens of -sum p_teacher log p; labels add the model's loss
+It is trained to answer as the model does that sees the whole text (self-study: a model asks and answers about pieces of
+it). What the teacher says comes with the call, ``with peftcore.call(model, teacher=logits): model(ids)``, where the
+logits are those of the tokens behind the text, under ``cartridge.disabled()``; L is then a loss of the method's own,
+for ``cartridge.losses()``, or added to the model's where labels are given.
 
 As in the authors' code the teacher may also be the logarithms of its largest probabilities and their tokens, two
 tensors ``[batch, tokens, k]``, not scaled to 1. Padding does not count, nor positions where all that the teacher says
@@ -101,7 +99,11 @@ class CartridgeOperator(FrontOperator):
 
 
 class Cartridge(Method):
-    """A trained key-value cache that starts as that of a text."""
+    """A trained key-value cache that starts as that of a text.
+
+    Example:
+        injection = peftcore.apply(model, "cartridge", length=8, data=[{"input_ids": ids}])
+    """
 
     name = "cartridge"
     Config = Config
