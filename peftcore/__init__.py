@@ -8,6 +8,7 @@ from peftcore.authoring.branches import AtBranchEnd, BranchSite, Bypass, Joins, 
 from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
 from peftcore.authoring.pass_cache import PassCache
 from peftcore.authoring.prompts import PromptPositions, TokenStacks, VisibleTokens, cached_tokens
+from peftcore.authoring.row_logits import row_logits
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.hookspecs import API, hookimpl
@@ -59,7 +60,7 @@ from peftcore.surgery.planning import Plan
 from peftcore.surgery.surgeon import Graft, Surgeon
 from peftcore.targets.attention_sites import AttentionSite
 from peftcore.targets.resolver import Resolver
-from peftcore.targets.sequence import SequenceOperator, SequenceSite
+from peftcore.targets.sequence import Rows, SequenceOperator, SequenceSite
 from peftcore.targets.sequence_cache import self_attention_cache
 from peftcore.targets.sites import Site
 from peftcore.training.batches import Batch, Batches
@@ -120,6 +121,7 @@ __all__ = [
     "QuantizedLayer",
     "Replacement",
     "Resolver",
+    "Rows",
     "Scheme",
     "SequenceOperator",
     "SequenceSite",
@@ -180,6 +182,7 @@ __all__ = [
     "replicate_layers",
     "round_trip",
     "route",
+    "row_logits",
     "runs_plain",
     "save_composition",
     "saving_base",

@@ -143,7 +143,8 @@ def options(method: type[Method]) -> dict[str, Any]:
     """The options that the example has."""
     calls = [node for node in ast.walk(ast.parse(example_of(method))) if isinstance(node, ast.Call)]
     applying = [call for call in calls if ast.unparse(call.func) == "peftcore.apply"]
-    return {each.arg: ast.literal_eval(each.value) for call in applying for each in call.keywords if each.arg}
+    given = [each for call in applying for each in call.keywords]
+    return {each.arg: ast.literal_eval(each.value) for each in given if each.arg and each.arg != "data"}
 
 
 def _applied(method: type[Method], where: Host) -> str:

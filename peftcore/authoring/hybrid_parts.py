@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from peftcore.contract.config import MethodConfig, validate_json
 from peftcore.errors import ConfigError
+from peftcore.forward.context import ForwardContext
 from peftcore.injection.applied import AppliedMethod
 from peftcore.registry.catalogue import method as find_method
 from peftcore.registry.plugins import registry
@@ -48,6 +49,11 @@ def without_preset(part: Mapping[str, Any]) -> dict[str, Any]:
     return {**own.model_dump(mode="json"), **(target if target["target"] is not None else {})}
 
 
+def _sum(losses: Iterable[Tensor | None]) -> Tensor | None:
+    given = [loss for loss in losses if loss is not None]
+    return sum(given[1:], given[0]) if given else None
+
+
 class OfParts:
     """Mixin that calls the parts' functions for the whole; comes before `Method` among the bases."""
 
@@ -58,9 +64,11 @@ class OfParts:
 
     def aux_loss(self, injection: AppliedMethod) -> Tensor | None:
         """Returns the sum of the parts' losses."""
-        losses = [part.method.aux_loss(part) for part in injection.parts.values()]
-        given = [loss for loss in losses if loss is not None]
-        return sum(given[1:], given[0]) if given else None
+        return _sum(part.method.aux_loss(part) for part in injection.parts.values())
+
+    def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
+        """Returns the sum of the parts' losses."""
+        return _sum(part.method.output_loss(part, output, call) for part in injection.parts.values())
 
     def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:
         """Returns the parameter groups of the parts."""

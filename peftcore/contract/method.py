@@ -15,6 +15,7 @@ from peftcore.contract.config import MethodConfig
 from peftcore.errors import PluginError
 
 if TYPE_CHECKING:
+    from peftcore.forward.context import ForwardContext
     from peftcore.injection.applied import AppliedMethod
     from peftcore.surgery.surgeon import Surgeon
     from peftcore.targets.sites import Site
@@ -210,6 +211,19 @@ class Method(ABC):
 
     def aux_loss(self, injection: AppliedMethod) -> Tensor | None:
         """Returns a loss to add to the host's loss in training, once a step: a tensor of shape ``[]``, or None."""
+        return None
+
+    def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
+        """Returns a loss of what the host returned, to add to the host's loss in training: a tensor of shape ``[]``, or
+        None. Like `aux_loss` it is a mean over what counts, and scaled as the host's own where a step has several
+        forwards.
+
+        Args:
+            injection: the adapter.
+            output: of the host, as it computed it, of all rows of the batch.
+            call: the forward, whose taps are still there: ``call.inputs`` has the host's arguments by name (labels),
+                ``call.context`` what `peftcore.call` was told.
+        """
         return None
 
     def parameter_groups(self, injection: AppliedMethod, *, lr: float, **defaults: Any) -> list[dict[str, Any]]:

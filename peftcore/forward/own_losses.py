@@ -1,6 +1,7 @@
 """The losses that methods add: to the loss of the model's output or, where it has none, they wait until they are taken.
 
-A method makes them in `aux_loss`, an operator by `ForwardContext.add_loss`.
+A method makes them in `aux_loss`, or in `output_loss` of what the model returned; an operator by
+`ForwardContext.add_loss`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from peftcore.forward.active_adapters import Active
     from peftcore.forward.context import ForwardContext
     from peftcore.forward.host_state import HostState
+    from peftcore.injection.injection import Injection
 
 IGNORED = -100
 """Labels that transformers leaves out."""
@@ -58,19 +60,28 @@ class OwnLosses:
             self._keep(entry for entry in entries if set(acting).isdisjoint(entry[0]))
             notice(state, [entry for entry in entries if not set(acting).isdisjoint(entry[0])])
 
-    def end(self, state: HostState, call: ForwardContext, output: Any, inputs: Mapping[str, Any], fate: Fate) -> Any:
+    def end(
+        self,
+        state: HostState,
+        call: ForwardContext,
+        seen: Iterable[Entry],
+        output: Any,
+        inputs: Mapping[str, Any],
+        fate: Fate,
+    ) -> Any:
         """Returns the output of a training forward with its own losses in the loss; where there is none, they wait.
 
         Args:
             state: the host's state.
             call: the forward's context.
+            seen: the losses of `output_losses`.
             output: what the host returned.
             inputs: the host's arguments by keyword.
             fate: what becomes of losses that the output cannot take: they wait, or did so when the forward that is
                 repeated inside backward ran first, or are lost.
         """
         acting = () if call.choice is None else call.choice.acting
-        entries = [*((acting, loss) for loss in call.losses), *aux_losses(state, acting)]
+        entries = [*((acting, loss) for loss in call.losses), *aux_losses(state, acting), *seen]
         if not entries:
             return output
         share = share_of_step(inputs)
@@ -127,12 +138,33 @@ class OwnLosses:
         return OwnLosses, ()
 
 
-def aux_losses(state: HostState, acting: Active) -> Iterator[Entry]:
-    """Yields the losses that the methods of these injections make."""
+def output_losses(state: HostState, call: ForwardContext, output: Any) -> list[Entry]:
+    """Returns the losses that methods make of the output of a forward that is still open."""
+    acting = () if call.choice is None else call.choice.acting
+    found = [
+        (name, injection.method.output_loss(injection, output, call))
+        for name, injection in acting_injections(state, acting)
+        if type(injection.method).output_loss is not Method.output_loss
+    ]
+    return [((name,), loss) for name, loss in found if loss is not None]
+
+
+def acting_injections(state: HostState, acting: Active) -> Iterator[tuple[str, Injection]]:
+    """Yields the injections of these names.
+
+    Raises:
+        UnknownInjection: one was removed while the forward ran.
+    """
     for name in acting:
         injection = state.injections.get(name)
         if injection is None:
             raise UnknownInjection(f"{name!r} was removed while a forward ran in which it acted")
+        yield name, injection
+
+
+def aux_losses(state: HostState, acting: Active) -> Iterator[Entry]:
+    """Yields the losses that the methods of these injections make."""
+    for name, injection in acting_injections(state, acting):
         if type(injection.method).aux_loss is not Method.aux_loss:
             with differentiable(injection.model, injection.parameters):  # here it is outside of the blocks
                 loss = injection.method.aux_loss(injection)

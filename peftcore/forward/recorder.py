@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftcore.errors import AmbiguousBackward, RouteError
 from peftcore.forward.checkpoints import remembered
 from peftcore.forward.context import HERE, ForwardContext, announce, drop_interrupted, graph_task, outside, repeating
-from peftcore.forward.own_losses import Fate, OwnLosses
+from peftcore.forward.own_losses import Fate, OwnLosses, output_losses
 
 if TYPE_CHECKING:
     from peftcore.forward.active_adapters import Choice, Route
@@ -68,16 +68,22 @@ class Recorder:
         """Close the context, after the host ran, also when it raised."""
         if not HERE.calls:
             return None  # tracing failed half-way: nothing was opened here
-        call = HERE.calls.pop()
-        call.close()
+        call, seen = HERE.calls[-1], []
+        learns = output is not None and torch.is_grad_enabled() and model.training
+        try:
+            if learns:
+                seen = output_losses(state, call, output)
+        finally:
+            HERE.calls.pop()
+            call.close()
         if not torch.compiler.is_compiling():
             HERE.settle()
             if output is not None and (silent_layers := state.silent_layers) is not None:
                 silent_layers.judge(state, model.training)
         if output is None or not torch.is_grad_enabled():
             return None
-        if model.training:
-            output = self.losses.end(state, call, output, kwargs, _fate(state))
+        if learns:
+            output = self.losses.end(state, call, seen, output, kwargs, _fate(state))
         if not torch.compiler.is_compiling():
             announce(output, call)
         return output

@@ -16,7 +16,7 @@ import functools
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,10 +106,22 @@ def locate(site: Site, resolver: Resolver) -> SequenceSite:
     )
 
 
+class Rows(NamedTuple):
+    """What became of the rows of a soft prompt."""
+
+    states: Tensor
+    """``[batch, rows, width]``."""
+    behind: Tensor | None
+    """``[batch]``: the column of the first token behind them, that of padding counted; None where it is the first."""
+
+
 class SequenceOperator(Operator):
     """Base class of operators with rows in front of the sequence of a stack: subclasses define `rows`."""
 
     known_by = frozenset({"stamp"})
+    states: Tap | None = None
+    """Where a forward that trains leaves the `Rows` that the stack returns, for methods that want them; see
+    `row_logits`."""
 
     def __init__(self, site: SequenceSite, length: int) -> None:
         super().__init__(site)
@@ -157,6 +169,8 @@ class SequenceOperator(Operator):
         output = _with_caches(output, lambda found: cache.outward(found, mark))
         if cache.held:
             return output
+        if self.states is not None and self.training:
+            self.states.put(Rows(order.rows(_first_of(output)), order.before))
         whole = self.length + tokens
         if self.stack.readers:
             return _along(output, order.joined, whole, batch)
@@ -288,13 +302,18 @@ def _check(output: Any, whole: int | None, tokens: int) -> None:
         raise SequenceError(f"{tokens} tokens gave {rows} rows: the stack pools or regroups them, rows in front too")
 
 
-def _rows_of(output: Any) -> int:
-    """Returns the length of the sequence that a module returns."""
+def _first_of(output: Any) -> Tensor:
+    """Returns the hidden states that a module returns."""
     if isinstance(output, Mapping | list | tuple):
         values = output.values() if isinstance(output, Mapping) else output
         output = next(value for value in values if isinstance(value, Tensor))
-    rows: int = output.shape[1]
-    return rows
+    states: Tensor = output
+    return states
+
+
+def _rows_of(output: Any) -> int:
+    """Returns the length of the sequence that a module returns."""
+    return _first_of(output).shape[1]
 
 
 def _along(output: Any, change: Callable[[Tensor, int], Tensor], whole: int, batch: int) -> Any:

@@ -47,8 +47,14 @@ class Order:
         """Returns an ordered tensor with the rows first."""
         if self.before is None:
             return ordered
+        return torch.cat([self.rows(ordered, dim), self.dropped(ordered, dim)], dim)
+
+    def rows(self, ordered: Tensor, dim: int = 1) -> Tensor:
+        """Returns the rows of an ordered tensor alone."""
+        if self.before is None:
+            return ordered.narrow(dim, 0, self.count)
         rows = torch.arange(self.count, device=ordered.device) + self.before.to(ordered.device)[:, None]
-        return torch.cat([_taken(ordered, rows, dim), self.dropped(ordered, dim)], dim)
+        return _taken(ordered, rows, dim)
 
     def dropped(self, ordered: Tensor, dim: int = 1) -> Tensor:
         """Returns an ordered tensor without the rows."""

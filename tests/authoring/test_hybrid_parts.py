@@ -31,15 +31,24 @@ def test_what_is_no_part_is_named(part: dict[str, Any], error: type[Exception], 
         options_of(part)
 
 
-def test_losses_of_parts_are_added_and_none_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "more"), [("aux_loss", ()), ("output_loss", ("an output", "a call"))])
+def test_losses_of_parts_are_added_and_none_is_none(
+    name: str, more: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     injection = peftcore.apply(perceptron(), ["lora", "vera"], target="first")
-    assert OfParts().aux_loss(injection) is None
+    loss = getattr(OfParts(), name)
+    assert loss(injection, *more) is None
     given: dict[str, Tensor | None] = {"lora": torch.tensor(2.0), "vera": None}
+
+    def own(self: Any, injection: Any, *seen: Any) -> Tensor | None:
+        assert seen == more
+        return given[self.name]
+
     for part in injection.parts.values():
-        monkeypatch.setattr(type(part.method), "aux_loss", lambda self, injection: given[self.name])
-    assert OfParts().aux_loss(injection) == 2.0
+        monkeypatch.setattr(type(part.method), name, own)
+    assert loss(injection, *more) == 2.0
     given["vera"] = torch.tensor(3.0)
-    assert OfParts().aux_loss(injection) == 5.0
+    assert loss(injection, *more) == 5.0
 
 
 def test_groups_are_those_of_all_parts() -> None:

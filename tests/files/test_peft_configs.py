@@ -66,6 +66,8 @@ CONFIGS: dict[str, Any] = {
     "deft": peft.DeftConfig(r=4, target_modules=["q_proj"]),
     "prompt_tuning": peft.PromptTuningConfig(num_virtual_tokens=3, **LM),
     "prefix_tuning": peft.PrefixTuningConfig(num_virtual_tokens=3, **LM),
+    "cpt": peft.CPTConfig(cpt_token_ids=[5, 6, 7], cpt_mask=[1, 1, 1], cpt_tokens_type_mask=[1, 2, 4], **LM),
+    "cartridge": peft.CartridgeConfig(num_virtual_tokens=3, **LM),
 }
 
 

@@ -348,3 +348,50 @@ def test_compiled_losses_that_nobody_takes_get_a_notice(counted: list[Any], capl
     for _ in range(2):
         run(ids)
         torch.testing.assert_close(injection.losses(), wanted)
+
+
+def test_a_loss_of_the_output_sees_it_and_what_went_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits before any loss was added, the inputs by name, what the call was told; with taps, of each adapter."""
+    model = HOSTS["llama"].build()[0].train()
+    injection = peftcore.apply(model, "lora")
+    fill(injection, 1)
+    ids, seen = token_ids(2), []
+
+    def output_loss(self: Any, injection: peftcore.Injection, output: Any, call: Any) -> Tensor | None:
+        seen.append((injection, call.inputs["input_ids"], call.open))
+        return None if "weight" not in call.context else call.context["weight"] * output["logits"].square().mean()
+
+    monkeypatch.setattr(type(injection.method), "output_loss", output_loss)
+    logits = model(input_ids=ids).logits
+    assert injection.losses() == 0 and len(seen) == 1
+    assert seen[0][0] is injection and seen[0][1] is ids and seen[0][2]
+    with peftcore.call(model, weight=3.0):
+        model(ids)
+        torch.testing.assert_close(injection.losses(), 3 * logits.square().mean())
+        both = model(input_ids=ids, labels=ids).loss
+    torch.testing.assert_close(both, model(input_ids=ids, labels=ids).loss + 3 * logits.square().mean())
+    before = len(seen)
+    with torch.no_grad():
+        model(ids)
+    with injection.disabled():
+        model(ids)
+    model.eval()(ids)
+    assert len(seen) == before
+    both.backward()
+    assert any(gradient.any() for gradient in gradients(injection))
+
+
+def test_a_loss_of_the_output_that_fails_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, [injection] = adapted("lora")
+    ids = token_ids(2)
+
+    def output_loss(*args: Any) -> Tensor:
+        raise RuntimeError("no loss")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(injection.method), "output_loss", output_loss)
+        with pytest.raises(RuntimeError, match="no loss"):
+            model(ids)
+    assert peftcore.forward_context().inputs == {}
+    model(ids)
+    assert injection.losses() == 0

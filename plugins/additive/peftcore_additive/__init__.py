@@ -13,7 +13,9 @@ def peftcore_methods() -> Mapping[str, str]:
     """Map the names of this plugin's methods to their import paths."""
     return {
         "adapterdrop": "peftcore_additive.adapterdrop:AdapterDrop",
+        "cartridge": "peftcore_additive.cartridge:Cartridge",
         "compacter": "peftcore_additive.compacter:Compacter",
+        "cpt": "peftcore_additive.cpt:CPT",
         "houlsby_adapter": "peftcore_additive.houlsby_adapter:HoulsbyAdapter",
         "ia3": "peftcore_additive.ia3:IA3",
         "llama_adapter": "peftcore_additive.llama_adapter:LlamaAdapter",
@@ -43,6 +45,8 @@ def peftcore_translations() -> Mapping[str, str]:
         "adapterhub/bottleneck": f"{here}.adapterhub:HubBottleneck",
         "adapterhub/lora scale": f"{here}.adapterhub:HubIA3",
         "peft/ADAPTION_PROMPT": f"{here}.peft_adaption:PeftAdaptionPrompt",
+        "peft/CARTRIDGE": f"{here}.peft_prompts:PeftCartridge",
+        "peft/CPT": f"{here}.peft_prompts:PeftCPT",
         "peft/IA3": f"{here}.peft_ia3:PeftIA3",
         "peft/P_TUNING": f"{here}.peft_prompts:PeftPTuning",
         "peft/PREFIX_TUNING": f"{here}.peft_prompts:PeftPrefix",

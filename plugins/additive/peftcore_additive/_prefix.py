@@ -49,8 +49,28 @@ class Encoder(nn.Module):
         return made  # [length, hidden]
 
 
-class PrefixOperator(AttentionOperator):
-    """Puts trained keys and values in front of the attention's own, in the same softmax."""
+class FrontOperator(AttentionOperator):
+    """Puts keys and values in front of the attention's own, in the same softmax: subclasses say which, in `flat`."""
+
+    def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        front_key, front_value = self.made(len(key))
+        front_key, front_value = front_key.to(key.dtype), front_value.to(value.dtype)
+        return attend(query, torch.cat([front_key, key], dim=2), torch.cat([front_value, value], dim=2))
+
+    def flat(self) -> Tensor:
+        """Return them as one row a position, keys before values, ``[length, 2 * kv_heads * width]``."""
+        raise NotImplementedError
+
+    def made(self, batch: int) -> tuple[Tensor, Tensor]:
+        """Return them by heads, ``[batch, kv_heads, length, width]``."""
+        sizes = self.geometry
+        parts = self.flat().split([sizes.kv_heads * sizes.head_dim, sizes.kv_heads * sizes.value_dim], dim=-1)
+        key, value = (part.view(len(part), sizes.kv_heads, -1).transpose(0, 1) for part in parts)
+        return key.expand(batch, -1, -1, -1), value.expand(batch, -1, -1, -1)
+
+
+class PrefixOperator(FrontOperator):
+    """A prefix that trains itself or is made by a network, with a gate if asked for."""
 
     def __init__(self, site: AttentionSite, config: PrefixConfig, encoder: Shared | None, gate: bool = False) -> None:
         super().__init__(site)
@@ -65,26 +85,20 @@ class PrefixOperator(AttentionOperator):
     def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         if self.encoder is not None:
             self.check_here(self.encoder.module.embedding.weight, query)
-        front_key, front_value = self.made(len(key))
-        front_key, front_value = front_key.to(key.dtype), front_value.to(value.dtype)
         plain = None if self.gate is None else attend(query, key, value)
-        edited = attend(query, torch.cat([front_key, key], dim=2), torch.cat([front_value, value], dim=2))
+        edited = super().forward(attend, query, key, value)
         if plain is None or self.gate is None:
             return edited
         (gate,) = self.cast(edited, self.gate)
         return plain + gate * (edited - plain)
 
     def flat(self) -> Tensor:
-        """Return the prefix as one row a position, keys before values, ``[length, 2 * kv_heads * width]``."""
         rows: Tensor = self.prefix if self.encoder is None else self.out(self.encoder.module())
         return rows
 
     def made(self, batch: int) -> tuple[Tensor, Tensor]:
-        """Return the keys and values of the prefix, ``[batch, kv_heads, length, width]``."""
-        sizes = self.geometry
-        parts = self.flat().split([sizes.kv_heads * sizes.head_dim, sizes.kv_heads * sizes.value_dim], dim=-1)
-        key, value = (part.view(len(part), sizes.kv_heads, -1).transpose(0, 1) for part in parts)
-        return self.dropout(key.expand(batch, -1, -1, -1)), self.dropout(value.expand(batch, -1, -1, -1))
+        key, value = super().made(batch)
+        return self.dropout(key), self.dropout(value)
 
 
 def prefix_width(site: AttentionSite) -> int:

@@ -8,6 +8,7 @@ from named_defaults import Free, Held, assert_as_said, rows
 ADAPTERS = "adapter-hub/adapters@88f18eb, src/adapters/configuration/adapter_config.py"
 BERT_START = "adapter-hub/adapters@88f18eb, src/adapters/methods/modeling.py: init_bert_weights has std=0.02"
 COMPACTER = "rabeehk/compacter@e123daa, seq2seq/configs/compacter.json"
+CPT = "huggingface/peft@5d602fd, src/peft/tuners/cpt/config.py"
 HOULSBY = "google-research/adapter-bert@1a31fc6, modeling.py"
 LLAMA_ADAPTER = "OpenGVLab/LLaMA-Adapter@521a09d, alpaca_finetuning_v1/finetuning.sh"
 LST = "ylsung/Ladder-Side-Tuning@1798e82"
@@ -26,6 +27,7 @@ HELD: Held = {
     ("adapterdrop", "activation"): ("relu", f'{ADAPTERS}: non_linearity = "relu" of SeqBnConfig'),
     ("adapterdrop", "init_std"): (0.001, f"{BERT_START}; ours is 0.001 as in houlsby_adapter, no reason is written"),
     ("adapterdrop", "up_init_std"): (0.001, f"{BERT_START}; ours is 0.001 as in houlsby_adapter, no reason is written"),
+    ("cartridge", "frozen"): (1, "HazyResearch/cartridges@ff1a3fb, cartridges/cache.py: num_frozen_tokens: int = 1"),
     ("compacter", "bottleneck"): (24, f'{COMPACTER}: "task_reduction_factor": 32, of the 768 of "t5-base"'),
     ("compacter", "phm_dim"): (4, f'{COMPACTER}: "hypercomplex_division": 4'),
     ("compacter", "rank"): (1, "rabeehk/compacter@e123daa, seq2seq/adapters/adapter_configuration.py: phm_rank = 1"),
@@ -34,6 +36,18 @@ HELD: Held = {
     ("compacter", "rule_std"): (1e-4, f'{COMPACTER}: "phm_init_range": 0.0001'),
     ("compacter", "activation"): ("gelu_tanh", f'{COMPACTER}: "non_linearity": "gelu_new"'),
     ("compacter", "train_layer_norm"): (True, f'{COMPACTER}: "unfreeze_layer_norms": true'),
+    ("cpt", "epsilon"): (
+        0.1,
+        f"{CPT}: opt_projection_epsilon default=0.1",
+    ),
+    ("cpt", "format_epsilon"): (
+        0.1,
+        f"{CPT}: opt_projection_format_epsilon default=0.1",
+    ),
+    ("cpt", "decay"): (
+        1.0,
+        f'{CPT}: opt_loss_decay_factor default=1.0, opt_weighted_loss_type default="none"',
+    ),
     ("houlsby_adapter", "bottleneck"): (64, f"{HOULSBY}: feedforward_adapter(input_tensor, hidden_size=64)"),
     ("houlsby_adapter", "init_std"): (0.001, f"{HOULSBY}: feedforward_adapter(..., init_scale=1e-3)"),
     ("houlsby_adapter", "up_init_std"): (0.001, f"{HOULSBY}: feedforward_adapter(..., init_scale=1e-3)"),

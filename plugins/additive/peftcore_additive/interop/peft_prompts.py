@@ -22,7 +22,8 @@ from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.peft_prompts import BOTH, ROWS, SoftPrompt, halves
 from peftcore.files.formats.places import Place
-from peftcore_additive._prefix import PrefixOperator
+from peftcore_additive._prefix import FrontOperator
+from peftcore_additive.cpt import CPTOperator
 
 
 class PeftPrompt(SoftPrompt):
@@ -79,6 +80,51 @@ class PeftPTuning(PeftPrompt):
         return {ROWS: rows}
 
 
+class PeftCPT(PeftPrompt):
+    """Translates prompts of examples, whose file has the examples and what they moved by as one."""
+
+    methods = ("cpt",)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        length, ids = super().options(keys, shapes)["length"], keys.take("cpt_token_ids", list)
+        keys.pass_over("cpt_mask")  # which peft does not use
+        decays = keys.take("opt_weighted_loss_type", str, "none") == "decay"
+        decay = keys.take("opt_loss_decay_factor", float, 1.0)
+        if len(ids) != length:
+            raise CheckpointError(f"{keys.where} has {length} rows, and {len(ids)} tokens")
+        return {
+            "method": "cpt",
+            "ids": ids,
+            "types": keys.take("cpt_tokens_type_mask", list, [1] * length),
+            "epsilon": keys.take("opt_projection_epsilon", float, 0.1),
+            "format_epsilon": keys.take("opt_projection_format_epsilon", float, 0.1),
+            "decay": decay if decays else 1.0,
+        }
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        if not isinstance(place.operator, CPTOperator):  # the head's has no tensors
+            return {}
+        shape = place.operator.start.shape
+        return {"start": found.take(ROWS, tuple(shape)), "delta": torch.zeros(shape)}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {
+            "num_virtual_tokens": len(config.ids),
+            "cpt_token_ids": config.ids,
+            "cpt_mask": [1] * len(config.ids),
+            "cpt_tokens_type_mask": config.kinds(),
+            "opt_weighted_loss_type": "decay" if config.decay < 1 else "none",
+            "opt_loss_decay_factor": config.decay,
+            "opt_projection_epsilon": config.epsilon,
+            "opt_projection_format_epsilon": config.format_epsilon,
+        }
+
+    def write_all(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        (operator,) = (each.operator for each in places if isinstance(each.operator, CPTOperator))
+        with torch.no_grad():
+            return {ROWS: operator.rows(operator.start)}
+
+
 class PeftPrefix(SoftPrompt):
     """Translates keys and values in front of those of every attention."""
 
@@ -99,11 +145,15 @@ class PeftPrefix(SoftPrompt):
         return {}
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
-        if not isinstance(place.operator, PrefixOperator):  # positions have no tensors
+        if not isinstance(place.operator, FrontOperator):  # positions have no tensors
             return {}
-        length, width = place.operator.prefix.shape
+        return {"prefix": self.rows(place, found)}
+
+    def rows(self, place: Place, found: Found) -> Tensor:
+        """Returns the rows of one attention."""
+        length, width = place.operator.flat().shape
         rows = found.take(ROWS, (length, place.count * width))
-        return {"prefix": rows[:, place.index * width : (place.index + 1) * width]}
+        return rows[:, place.index * width : (place.index + 1) * width]
 
     def write_options(self, config: Any) -> dict[str, Any]:
         if config.gate:
@@ -133,8 +183,30 @@ class PeftPrefix(SoftPrompt):
             return {ROWS: torch.cat([each.operator.flat() for each in _prefixes(places)], dim=1)}
 
 
+class PeftCartridge(PeftPrefix):
+    """Translates trained caches of texts: their first rows are frozen."""
+
+    methods = ("cartridge",)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        found = super().options(keys, shapes)
+        frozen = keys.take("num_frozen_tokens", int, 1)
+        if not 0 <= frozen < found["length"]:
+            raise CheckpointError(f"{keys.where}: {frozen} of {found['length']} tokens are frozen, so nothing trains")
+        return {"method": "cartridge", "length": found["length"], "frozen": frozen}
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        if not isinstance(place.operator, FrontOperator):
+            return {}
+        sink, rows = self.rows(place, found).tensor_split([len(place.operator.sink)])
+        return {"sink": sink, "rows": rows}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        return {"num_virtual_tokens": config.length, "num_frozen_tokens": config.frozen}
+
+
 def _prefixes(places: Sequence[Place]) -> list[Place]:
-    return [place for place in places if isinstance(place.operator, PrefixOperator)]
+    return [place for place in places if isinstance(place.operator, FrontOperator)]
 
 
 def _warn_of_window(model: nn.Module) -> None:

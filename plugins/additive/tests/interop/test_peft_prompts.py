@@ -5,6 +5,7 @@ for.)"""
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,39 @@ def test_prefixes(name: str, projection: bool, tmp_path: Path) -> None:
     kv_heads = {"llama": 1, "gpt2": 2, "moe": 1}[name]
     sizes = [written[key] for key in ("token_dim", "num_layers", "num_attention_heads")]
     assert sizes == [8 * kv_heads, 2, kv_heads] and written["prefix_projection"] is False
+
+
+def trained(injection: peftcore.Injection) -> None:
+    with torch.no_grad():
+        for each in injection.parameters():
+            each.add_(0.5 * torch.randn_like(each))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "moe"])
+def test_cartridges(name: str, tmp_path: Path) -> None:
+    """The frozen rows too, and how many they are; two that act together are peft's that is composed of them."""
+    base, run = host(name)
+    base = base.eval()
+    text = {"input_ids": torch.randint(1, 30, (1, 8))}
+    config = peft.CartridgeConfig(**CAUSAL, num_frozen_tokens=2)
+    injection = assert_reads(base, config, run, tmp_path)
+    assert (injection.method.name, injection.config.length, injection.config.frozen) == ("cartridge", LENGTH, 2)
+    options = {"length": LENGTH, "frozen": 2, "data": [text]}
+    written = assert_writes(base, "cartridge", options, run, tmp_path)
+    assert (written["peft_type"], written["num_frozen_tokens"]) == ("CARTRIDGE", 2)
+    ours = deepcopy(base)
+    for each in ("one", "two"):
+        own = peftcore.apply(ours, "cartridge", name=each, length=LENGTH, data=[text])
+        trained(own)
+        own.save(tmp_path / each, format="peft")
+    peft.compose_cartridge_adapters([str(tmp_path / "one"), str(tmp_path / "two")], output_path=str(tmp_path / "both"))
+    theirs = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path / "both")).eval()
+    both = deepcopy(base)
+    assert peftcore.load(both, tmp_path / "both").config.length == 2 * LENGTH
+    with torch.no_grad():
+        expected = run(theirs)
+        for model in (ours, both):
+            torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_window_of_attention_is_told_of(tmp_path: Path) -> None:
@@ -145,11 +179,12 @@ def refused(method: str, match: str, path: Path, name: str = "llama", **options:
 
 
 def test_what_peft_cannot_hold(tmp_path: Path) -> None:
-    path = tmp_path / "none"
+    path, text = tmp_path / "none", {"input_ids": torch.arange(1, 5)[None]}
     refused("prefix_tuning", "behind=True", path, behind=False)
     refused("prefix_tuning", "gate", path, gate=True)
     refused("prefix_tuning", "every attention", path, target="*layers.0.self_attn")
     refused("prefix_tuning", "this host is an encoder", path, name="bert")
+    refused("cartridge", "every attention", path, target="*layers.0.self_attn", length=3, data=[text])
     refused("llama_adapter", "a gate for each head", path)
     refused("llama_adapter", "top layers", path, target="*layers.0.self_attn")
     refused("llama_adapter", "without o_proj", path, name="gpt2")
@@ -179,6 +214,9 @@ def test_what_is_not_read(tmp_path: Path) -> None:
     config_file.write_text(json.dumps({**options, "num_virtual_tokens": 5}))
     with pytest.raises(CheckpointError, match="has 4 rows, but its options say 5"):
         peftcore.load(base, tmp_path / "short")
+    saved_by_peft(base, peft.CartridgeConfig(**CAUSAL, num_frozen_tokens=LENGTH), tmp_path / "frozen")
+    with pytest.raises(CheckpointError, match="nothing trains"):
+        peftcore.load(base, tmp_path / "frozen")
     config_file.write_text(json.dumps({**options, "invented": 5}))
     with pytest.raises(CheckpointError, match="invented = 5"):
         peftcore.load(base, tmp_path / "short")

@@ -1,0 +1,76 @@
+"""What a model predicts at the rows of a soft prompt: their logits, for losses on them.
+
+The rows are dropped before anything scores, so that labels need no change. In training what the stack made of them is
+kept for the head, which scores those rows that the author asks for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from peftcore.contract.operators import Operator
+from peftcore.errors import TargetError, UnsupportedSite
+from peftcore.forward.context import Tap
+from peftcore.surgery.surgeon import Surgeon
+from peftcore.targets.defaults import default_sites
+from peftcore.targets.sequence import SequenceOperator, SequenceSite
+from peftcore.targets.sites import Site
+
+AFTER = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+"""Options of configs by which models change logits behind their head."""
+
+
+def row_logits(surgeon: Surgeon, site: SequenceSite, operator: SequenceOperator, rows: Sequence[int]) -> Tap:
+    """Let the head score rows of a soft prompt in training.
+
+    Args:
+        surgeon: of the method, which has put the operator at the site.
+        site: the stack.
+        operator: its soft prompt.
+        rows: which of its rows; in their order.
+
+    Returns:
+        Where a forward that trains leaves their logits for `Method.output_loss`: a `Rows` whose states are ``[batch,
+        rows, vocabulary]``. Nothing is left where the rows are in a cache already.
+
+    Raises:
+        UnsupportedSite: the stack has no head that scores its vocabulary, or one whose logits the model still changes.
+    """
+    name = type(surgeon.model).__name__
+    heads = [replace(head, meta=surgeon.dry) for head in _heads(surgeon) if head.out_features >= site.in_features]
+    if len(heads) != 1 or not site.stack.causal or site.stack.reads or site.stack.readers:
+        raise UnsupportedSite(f"{name} predicts no tokens from those before them by one head over one stack")
+    config = vars(surgeon.model).get("config")
+    changed = [each for each in AFTER if getattr(config, each, None) not in (None, 0, 1)]
+    if changed:
+        raise UnsupportedSite(f"{name} changes logits behind its head ({changed[0]}), which rows would be without")
+    operator.states, logits = Tap(), Tap()
+    states = operator.states
+    surgeon.graft(heads[0], lambda at: RowScorer(at, states, logits, rows))
+    return logits
+
+
+def _heads(surgeon: Surgeon) -> list[Site]:
+    """Returns the heads of the model, whatever the user's targets: they are adapted by nobody."""
+    try:
+        return default_sites(surgeon.resolver, ("head",)).sites
+    except TargetError:
+        return []
+
+
+class RowScorer(Operator):
+    """Scores rows of a soft prompt besides the tokens, which it leaves as they are."""
+
+    def __init__(self, site: Site, states: Tap, logits: Tap, rows: Sequence[int]) -> None:
+        super().__init__(site)
+        self.states, self.logits, self.rows = states, logits, list(rows)
+
+    def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        made = self.states.take()
+        if made is not None:
+            self.logits.put(made._replace(states=call(made.states[:, self.rows])))
+        return call(*args, **kwargs)

@@ -1,0 +1,154 @@
+"""Cartridge: a trained key-value cache in the place of a long text.   Eyuboglu et al. 2025, arXiv 2506.06266.
+
+    Attention(q, [Z_k; K], [Z_v; V])   in every layer;   Z = the keys and values of the text's first `length` tokens
+
+Z is what the model's cache holds of these tokens, keys after their rotation, and trains from there but for the first
+`frozen` tokens: attention leans on the first one, and training it unsettles the model. ``data=`` has the text: the
+first row of the first batch, as the model is called with it. Keys have the positions 0 to length - 1 and tokens go on
+from there, wherever the model takes positions, so a fresh cartridge of a whole text is that text.
+
+    L = mean over tokens of -sum p_teacher log p
+
+It is trained to answer as the model does that sees the whole text (self-study: a model asks and answers about pieces of
+it). What the teacher says comes with the call, ``with peftcore.call(model, teacher=logits): model(ids)``, where the
+logits are those of the tokens behind the text, under ``cartridge.disabled()``; L is then a loss of the method's own,
+for ``cartridge.losses()``, or added to the model's where labels are given.
+
+As in the authors' code the teacher may also be the logarithms of its largest probabilities and their tokens, two
+tensors ``[batch, tokens, k]``, not scaled to 1. Padding does not count, nor positions where all that the teacher says
+is -inf. peft has neither teacher nor loss, and starts at random until a text is shown to it.
+
+Never identity. Where attention has a window, every token sees Z all the same; in peft Z leaves the window as words do.
+Parameters: (length - frozen) * kv_heads * (key width + value width) a layer; the frozen rows are saved too.
+
+Use it where many questions are asked about one long text: it takes some percent of the text's cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import (
+    AppliedMethod,
+    Attend,
+    AttentionSite,
+    Batches,
+    ForwardContext,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+    forward_context,
+)
+from peftcore.errors import CalibrationError
+from peftcore_additive._prefix import Behind, FrontOperator, behind, prefix_width
+from peftcore_additive._teacher import cross_entropy
+
+
+class Config(MethodConfig):
+    """Options of a cartridge."""
+
+    method: Literal["cartridge"] = "cartridge"
+    length: PositiveInt
+    """Tokens of the cache: 128 to 8192 in the paper; the more, the closer to the text."""
+    frozen: NonNegativeInt = 1
+    """How many of the first tokens do not train."""
+
+    @model_validator(mode="after")
+    def _some_train(self) -> Config:
+        if self.frozen >= self.length:
+            raise ValueError(f"frozen={self.frozen} leaves nothing to train of length={self.length}")
+        return self
+
+
+class CartridgeOperator(FrontOperator):
+    """The keys and values of one layer."""
+
+    sink: Tensor
+
+    def __init__(self, site: AttentionSite, config: Config) -> None:
+        super().__init__(site)
+        rows = torch.randn(config.length, prefix_width(site))
+        self.register_buffer("sink", rows[: config.frozen].clone())
+        self.rows = nn.Parameter(rows[config.frozen :].clone())
+        self.seen: int | None = None  # while a text is shown, how many of its tokens were seen
+
+    def flat(self) -> Tensor:
+        return torch.cat([self.sink, self.rows])
+
+    def forward(self, attend: Attend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.seen is None:
+            return super().forward(attend, query, key, value)
+        length, mask = len(self.flat()), forward_context().inputs.get("attention_mask")
+        count = key.shape[2]
+        if isinstance(mask, Tensor) and mask.shape[1:] == (count,):
+            count = int(mask[0].sum()) if mask[0, 0] else 0
+        text = [each[0, :, : min(length, count)].transpose(0, 1).flatten(1) for each in (key, value)]
+        self.seen = len(text[0])  # [tokens, kv_heads * width]
+        if self.seen == length:
+            rows = torch.cat(text, dim=1).to(self.rows)
+            self.sink.copy_(rows[: len(self.sink)])
+            self.rows.copy_(rows[len(self.sink) :])
+        return attend(query, key, value)
+
+
+class Cartridge(Method):
+    """A trained key-value cache that starts as that of a text.
+
+    Example:
+        injection = peftcore.apply(model, "cartridge", length=8, data=[{"input_ids": ids}])
+    """
+
+    name = "cartridge"
+    Config = Config
+    tags = Tags(category="additive", paper="2506.06266", identity_at_init=False, needs_data=True)
+    learning_rate = LearningRate(
+        2e-2,
+        "HazyResearch/cartridges@ff1a3fb, scripts/longhealth_train.py",
+        on="Llama-3.2-3B-Instruct, LongHealth",
+        optimizer="Adam",
+    )
+    target = ("attn.core",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        sites = surgeon.sites()
+        for site in sites:
+            surgeon.attention(site, CartridgeOperator, config)
+        behind(surgeon, sites, config)
+
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+        model.eval()
+        fronts = {path: each for path, each in injection.operators.items() if isinstance(each, CartridgeOperator)}
+        places = {each: each.length for each in injection.operators.values() if isinstance(each, Behind)}
+        try:
+            for behind_it in places:
+                behind_it.length = 0  # the text stands behind nothing
+            for front in fronts.values():
+                front.seen = 0
+            with torch.no_grad():
+                next(iter(data)).output()
+            for path, front in fronts.items():
+                if front.seen < (length := len(front.flat())):
+                    raise CalibrationError(
+                        f"{path} saw {front.seen} tokens in the first row of the data, and {length} are asked for: "
+                        "give a longer text, without padding before it, or a smaller length="
+                    )
+        finally:
+            for front in fronts.values():
+                front.seen = None
+            for behind_it, length in places.items():
+                behind_it.length = length
+
+    def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
+        teacher = call.context.get("teacher")
+        return None if teacher is None else cross_entropy(teacher, output, call.inputs)
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return (config.length - config.frozen) * prefix_width(site) if isinstance(site, AttentionSite) else 0

@@ -1,0 +1,195 @@
+"""CPT: context-aware prompt tuning.   Blau et al. 2024, arXiv 2410.17222 (in peft, by its authors).
+
+    X' = [E(c) + D ; E(ids)],   c the tokens of some solved examples,   |D_i| <= epsilon_i sqrt(d / 2048)
+
+A prompt that starts as examples in front of the question, to the bit, and moves little from there: after each step
+every row of D is brought back into its ball. `types` says what a token of an example is, and counts on by 4 from
+example to example: 1 text before the input, 2 input, 3 text before the answer, 4 answer; the next example has 5 to 8.
+0 is nothing. Rows of inputs have `epsilon`, those of the text around them `format_epsilon`, and answers stay.
+
+The loss is that of the labels and of the answers in the prompt, which the model predicts from what stands before them:
+
+    L = sum_t w_t CE_t / number of t,   t: labels (w = 1), and answers (w = decay^n, n = 1 for the last example)
+
+It takes the place of the model's own wherever labels are given and the model trains. Labels of the question and of
+padding have to be -100; peft has them in `input_type_mask`. The first label counts too: the last row predicts it. A
+batch that is padded on the left has the prompt behind the padding; in peft padding stands between, and predicts.
+
+In peft a row is brought back by the next forward, which writes to the parameter; here by `injection.optimizer`. With
+other optimizers the forward computes with what is brought back, and D itself may go on. Gradients are those without
+the ball, as in peft. A file of peft has E(c) + D as one, so a ball begins there anew, in peft too.
+
+Never identity: it is the model that sees the examples. Parameters: length * d, those of answers included, as in peft.
+
+Use it for few examples of a task that examples in the prompt explain, where other methods learn them by heart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
+from torch import Tensor, nn
+
+from peftcore import (
+    AppliedMethod,
+    ForwardContext,
+    GradientRule,
+    LearningRate,
+    Method,
+    MethodConfig,
+    SequenceOperator,
+    SequenceSite,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    row_logits,
+)
+from peftcore.errors import ConfigError
+
+IGNORED = -100
+"""Labels that do not count."""
+
+
+class Config(MethodConfig):
+    """Options of CPT."""
+
+    method: Literal["cpt"] = "cpt"
+    ids: Annotated[list[NonNegativeInt], Field(min_length=1)]
+    """The tokens of the examples."""
+    types: list[NonNegativeInt] = Field(default_factory=list)
+    """What each of them is; without it all are text around inputs."""
+    epsilon: NonNegativeFloat = 0.1
+    """How far a row of an input may move, in a model of width 2048."""
+    format_epsilon: NonNegativeFloat = 0.1
+    """How far a row of the text around inputs may move."""
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """By how much the answer of an example counts less than that of the next one."""
+
+    @model_validator(mode="after")
+    def _one_type_each(self) -> Config:
+        if self.types and len(self.types) != len(self.ids):
+            raise ValueError(f"types are {len(self.types)}, and ids {len(self.ids)}: one for each")
+        return self
+
+    def kinds(self) -> list[int]:
+        """Return the type of each token."""
+        return self.types or [1] * len(self.ids)
+
+    def answers(self) -> dict[int, float]:
+        """Return the weight in the loss of each token of an answer, by its place; the first token has none before."""
+        kinds = dict(enumerate(self.kinds()))
+        places = [place for place, kind in kinds.items() if kind > 0 and kind % 4 == 0 and place > 0]
+        examples = sorted({kinds[place] for place in places}, reverse=True)
+        return {place: self.decay ** (1 + examples.index(kinds[place])) for place in places}
+
+
+class CPTOperator(SequenceOperator):
+    """The prompt of one stack."""
+
+    start: Tensor
+    logits: Tap
+
+    def __init__(self, site: SequenceSite, config: Config) -> None:
+        if unknown := [each for each in config.ids if each >= site.in_features]:
+            raise ConfigError(f"ids: {unknown[:4]} are no tokens of a vocabulary of {site.in_features}")
+        super().__init__(site, len(config.ids))
+        part = [0.0, config.format_epsilon, config.epsilon, config.format_epsilon]
+        self.bounds = [part[kind % 4] * (self.width / 2048) ** 0.5 for kind in config.kinds()]
+        self.register_buffer("start", site.embedded(torch.tensor(config.ids)).to(torch.float32, copy=True))
+        self.delta = nn.Parameter(torch.zeros(self.length, self.width))
+        self.answers = {place: (config.ids[place], weight) for place, weight in config.answers().items()}
+
+    @property
+    def limits(self) -> Tensor:
+        """How far each row may move, ``[length, 1]``."""
+        return self.delta.new_tensor(self.bounds)[:, None]
+
+    def within(self, delta: Tensor) -> Tensor:
+        """Return the nearest change ``[length, width]`` that is allowed."""
+        limits = self.limits
+        return delta * (limits / torch.maximum(delta.norm(dim=-1, keepdim=True), limits).clamp(min=1e-30))
+
+    def rows(self, embeds: Tensor) -> Tensor:
+        moved = self.delta + (self.within(self.delta) - self.delta).detach()
+        return self.start + moved * (self.limits > 0)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        """Return the difference between CPT's loss and the model's own for logits ``[batch, tokens, vocabulary]`` of
+        labels ``[batch, tokens]``; None where the rows are in a cache."""
+        made = self.logits.take()
+        if made is None:
+            return None
+        precise = torch.promote_types(logits.dtype, torch.float32)
+        logits, scored, labels = logits.to(precise), made.states.to(precise), labels.to(logits.device)
+        first = torch.zeros(len(labels), dtype=torch.int64) if made.behind is None else made.behind
+        first = first.to(labels.device)[:, None].clamp(max=labels.shape[1] - 1)
+        own = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+        rest = labels.scatter(1, first, IGNORED)[:, 1:].flatten()
+        tokens = F.cross_entropy(logits[:, :-1].flatten(0, 1), rest, ignore_index=IGNORED, reduction="sum")
+        answers = labels.new_tensor([token for token, _ in self.answers.values()]).expand(len(labels), -1)
+        weights = scored.new_tensor([weight for _, weight in self.answers.values()] + [1.0])
+        said = torch.cat([answers, labels.gather(1, first)], 1)  # what the rows scored, and the last one, predict
+        losses = F.cross_entropy(scored.flatten(0, 1), said.flatten(), ignore_index=IGNORED, reduction="none")
+        total = tokens + (losses.view(said.shape) * weights).sum()
+        return total / (rest.ne(IGNORED).sum() + said.ne(IGNORED).sum()) - own
+
+
+class Within(GradientRule):
+    """Brings the rows of a prompt back into their balls."""
+
+    def __init__(self, operators: dict[nn.Parameter, CPTOperator]) -> None:
+        super().__init__()
+        self.operators = operators
+
+    def project(self, grad: Tensor, param: nn.Parameter) -> Tensor:
+        return grad.clone() if param in self.operators else grad
+
+    def restore(self, update: Tensor, param: nn.Parameter) -> Tensor:
+        return self.operators[param].within(param + update) - param
+
+
+class CPT(Method):
+    """A prompt of solved examples that moves little, and learns from their answers.
+
+    Example:
+        injection = peftcore.apply(model, "cpt", ids=[5, 6, 7, 8], types=[1, 2, 3, 4])
+    """
+
+    name = "cpt"
+    Config = Config
+    tags = Tags(category="additive", paper="2410.17222", identity_at_init=False, per_row=False, exact_gradient=False)
+    learning_rate = LearningRate(
+        1e-4,
+        "huggingface/peft@5d602fd, examples/cpt_finetuning/cpt_train_and_inference.ipynb",
+        on="BLOOM 1.7B, SST-2",
+    )
+    target = "stack"
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            stack, own = surgeon.sequence_site(site), config.at(site.path)
+            operator = surgeon.sequence(site, CPTOperator, config)
+            scored = [place - 1 for place in own.answers()] + [len(own.ids) - 1]
+            operator.logits = row_logits(surgeon, stack, operator, scored)
+
+    def output_loss(self, injection: AppliedMethod, output: Any, call: ForwardContext) -> Tensor | None:
+        labels = call.inputs.get("labels")
+        if not isinstance(labels, Tensor):
+            return None
+        logits = output["logits"] if isinstance(output, Mapping) else output[1]
+        operators = [each for each in injection.operators.values() if isinstance(each, CPTOperator)]
+        losses = [loss for each in operators if (loss := each.loss(logits, labels)) is not None]
+        return sum(losses[1:], losses[0]) if losses else None
+
+    def gradient_rule(self, injection: AppliedMethod) -> GradientRule:
+        operators = [each for each in injection.operators.values() if isinstance(each, CPTOperator)]
+        return Within({each.delta: each for each in operators})
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return len(config.ids) * site.out_features if isinstance(site, SequenceSite) else 0
