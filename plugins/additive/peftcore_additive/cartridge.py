@@ -7,7 +7,7 @@ Z is what the model's cache holds of these tokens, keys after their rotation, an
 first row of the first batch, as the model is called with it. Keys have the positions 0 to length - 1 and tokens go on
 from there, wherever the model takes positions, so a fresh cartridge of a whole text is that text.
 
-    L = mean over tokens of -sum p_teacher log p
+    L = -sum_i q_i log p_i,   the mean over tokens;   q_i what the teacher says, p_i what the model with Z says
 
 It is trained to answer as the model does that sees the whole text (self-study: a model asks and answers about pieces of
 it). What the teacher says comes with the call, ``with peftcore.call(model, teacher=logits): model(ids)``, where the

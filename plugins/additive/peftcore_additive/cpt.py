@@ -30,7 +30,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
@@ -50,9 +49,7 @@ from peftcore import (
     row_logits,
 )
 from peftcore.errors import ConfigError
-
-IGNORED = -100
-"""Labels that do not count."""
+from peftcore_additive._answers import more_than_labels
 
 
 class Config(MethodConfig):
@@ -111,32 +108,12 @@ class CPTOperator(SequenceOperator):
 
     def within(self, delta: Tensor) -> Tensor:
         """Return the nearest change ``[length, width]`` that is allowed."""
-        limits = self.limits
-        return delta * (limits / torch.maximum(delta.norm(dim=-1, keepdim=True), limits).clamp(min=1e-30))
+        limits, tiny = self.limits, torch.finfo(delta.dtype).tiny
+        return delta * (limits / delta.norm(dim=-1, keepdim=True).maximum(limits).clamp(min=tiny))
 
     def rows(self, embeds: Tensor) -> Tensor:
         moved = self.delta + (self.within(self.delta) - self.delta).detach()
         return self.start + moved * (self.limits > 0)
-
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor | None:
-        """Return the difference between CPT's loss and the model's own for logits ``[batch, tokens, vocabulary]`` of
-        labels ``[batch, tokens]``; None where the rows are in a cache."""
-        made = self.logits.take()
-        if made is None:
-            return None
-        precise = torch.promote_types(logits.dtype, torch.float32)
-        logits, scored, labels = logits.to(precise), made.states.to(precise), labels.to(logits.device)
-        first = torch.zeros(len(labels), dtype=torch.int64) if made.behind is None else made.behind
-        first = first.to(labels.device)[:, None].clamp(max=labels.shape[1] - 1)
-        own = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
-        rest = labels.scatter(1, first, IGNORED)[:, 1:].flatten()
-        tokens = F.cross_entropy(logits[:, :-1].flatten(0, 1), rest, ignore_index=IGNORED, reduction="sum")
-        answers = labels.new_tensor([token for token, _ in self.answers.values()]).expand(len(labels), -1)
-        weights = scored.new_tensor([weight for _, weight in self.answers.values()] + [1.0])
-        said = torch.cat([answers, labels.gather(1, first)], 1)  # what the rows scored, and the last one, predict
-        losses = F.cross_entropy(scored.flatten(0, 1), said.flatten(), ignore_index=IGNORED, reduction="none")
-        total = tokens + (losses.view(said.shape) * weights).sum()
-        return total / (rest.ne(IGNORED).sum() + said.ne(IGNORED).sum()) - own
 
 
 class Within(GradientRule):
@@ -183,8 +160,8 @@ class CPT(Method):
             return None
         logits = output["logits"] if isinstance(output, Mapping) else output[1]
         operators = [each for each in injection.operators.values() if isinstance(each, CPTOperator)]
-        losses = [loss for each in operators if (loss := each.loss(logits, labels)) is not None]
-        return sum(losses[1:], losses[0]) if losses else None
+        made = [(each.answers.values(), rows) for each in operators if (rows := each.logits.take()) is not None]
+        return more_than_labels(*made[0], logits, labels) if made else None  # there is one stack with such a head
 
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule:
         operators = [each for each in injection.operators.values() if isinstance(each, CPTOperator)]
