@@ -1,6 +1,7 @@
 """`PeftMethod`, the translation between one of our methods and one type of peft.
 
-The plugin of our method brings it under ``"peft/TYPE"`` in the hook `peftcore_translations`.
+The plugin of our method brings it under ``"peft/TYPE"`` in the hook `peftcore_translations`; one that adds a variant to
+another's type brings it under ``"peft/TYPE/NAME"``.
 """
 
 from __future__ import annotations
@@ -195,8 +196,18 @@ class PeftMethod(ABC):
 
 def peft_methods() -> dict[str, str]:
     """Returns peft's types that plugins can read, with the classes of their translations."""
+    return {kind: place for kind, place in _named_below("peft/").items() if "/" not in kind}
+
+
+def peft_variants(kind: str) -> dict[str, str]:
+    """Returns the variants that plugins add to one type of peft, with their classes: the type's translation says what
+    these are to be."""
+    return _named_below(f"peft/{kind}/")
+
+
+def _named_below(prefix: str) -> dict[str, str]:
     places = named_places("peftcore_translations", "translation")
-    return {name.removeprefix("peft/"): place for name, place in places.items() if name.startswith("peft/")}
+    return {name.removeprefix(prefix): place for name, place in places.items() if name.startswith(prefix)}
 
 
 def peft_method(kind: str, where: Path) -> PeftMethod:
