@@ -7,14 +7,18 @@ attention peft adds the update twice, in its forward and when it merges, so ther
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Size, Tensor
 
+from peftcore.errors import ExportError
 from peftcore.files.formats.found import Found
 from peftcore.layers.kinds import Transposed
 from peftcore.targets.sites import Site
 
 A_NAME, B_NAME, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
 TABLE_A, TABLE_B = "lora_embedding_A", "lora_embedding_B"
+FACTORS = (A_NAME, B_NAME, BIAS, TABLE_A, TABLE_B)
 PACKED, BEHIND = "in_proj_weight", "out_proj.weight"
 """The tensors of torch's attention, of which peft adapts both."""
 
@@ -48,6 +52,19 @@ def write_factors(site: Site, A: Tensor, B: Tensor) -> dict[str, Tensor]:
         A, B = (B.mT, A.mT) if _turned(site) else (A, B)
         return {A_NAME: A.flatten(0, 1), B_NAME: B.permute(1, 2, 0).flatten(1)}
     return {A_NAME: A, B_NAME: B.view(*B.shape, *(1 for _ in site.kernel))}
+
+
+def check_attention(sites: Iterable[Site]) -> None:
+    """Verify that of torch's attention both tensors are there, or none.
+
+    Raises:
+        ExportError: one is left out.
+    """
+    tensors = [(site.module_path, site.tensor) for site in sites]
+    for path, tensor in tensors:
+        other = {PACKED: BEHIND, BEHIND: PACKED}.get(tensor)
+        if other is not None and (path, other) not in tensors:
+            raise ExportError(f"peft adapts all of {path}, and here {other} is left out")
 
 
 def _turned(site: Site) -> bool:

@@ -26,55 +26,51 @@ from peftcore.files.formats.peft_method import PeftMethod, peft_variants
 from peftcore.files.formats.peft_writing import is_parameter
 from peftcore.files.formats.places import Place
 from peftcore.registry.plugins import imported
-from peftcore_reparameterized.interop.peft_lora.alora import ALoRAVariant
-from peftcore_reparameterized.interop.peft_lora.bd_lora import BDLoRAVariant
-from peftcore_reparameterized.interop.peft_lora.decomposed import (
-    DoRABesideOLoRA,
-    DoRABesidePiSSA,
-    OLoRAVariant,
-    PiSSAVariant,
+from peftcore_reparameterized.interop.peft_lora import (
+    alora,
+    bd_lora,
+    decomposed,
+    dora,
+    kasa,
+    layouts,
+    mica,
+    monteclora,
+    plain,
+    velora,
 )
-from peftcore_reparameterized.interop.peft_lora.dora import DoRAVariant
-from peftcore_reparameterized.interop.peft_lora.kasa import KaSAVariant
 from peftcore_reparameterized.interop.peft_lora.layer_replication import check_replication, written_replication
-from peftcore_reparameterized.interop.peft_lora.layouts import (
-    A_NAME,
-    B_NAME,
-    BEHIND,
-    BIAS,
-    PACKED,
-    TABLE_A,
-    TABLE_B,
-    read_factors,
-    write_factors,
-)
-from peftcore_reparameterized.interop.peft_lora.mica import MiCAVariant
-from peftcore_reparameterized.interop.peft_lora.monteclora import MonteCLoRAVariant
-from peftcore_reparameterized.interop.peft_lora.plain import DataStartVariant, LoRAXSVariant, PlainVariant
 from peftcore_reparameterized.interop.peft_lora.variant import LoRAVariant
-from peftcore_reparameterized.interop.peft_lora.velora import VeLoRAVariant
 from peftcore_reparameterized.lora import LoRA, scale_of
 
 VARIANTS: tuple[type[LoRAVariant], ...] = (
-    DoRABesidePiSSA, DoRABesideOLoRA, DoRAVariant, BDLoRAVariant, MonteCLoRAVariant, ALoRAVariant, VeLoRAVariant,
-    KaSAVariant, PiSSAVariant, OLoRAVariant, MiCAVariant, DataStartVariant, LoRAXSVariant,
-)  # fmt: skip
+    decomposed.DoRABesidePiSSA,
+    decomposed.DoRABesideOLoRA,
+    dora.DoRAVariant,
+    bd_lora.BDLoRAVariant,
+    monteclora.MonteCLoRAVariant,
+    alora.ALoRAVariant,
+    velora.VeLoRAVariant,
+    kasa.KaSAVariant,
+    decomposed.PiSSAVariant,
+    decomposed.OLoRAVariant,
+    mica.MiCAVariant,
+    plain.DataStartVariant,
+    plain.LoRAXSVariant,
+)
 """Ours, in the order in which options are looked at; plain LoRA is what none of them is."""
-FACTORS = (A_NAME, B_NAME, BIAS, TABLE_A, TABLE_B)
-"""The tensors of all variants."""
 
 
 class PeftLoRA(PeftMethod):
     """Translates low-rank factors, by the variant that they are."""
 
-    methods = tuple(name for each in (PlainVariant, *VARIANTS) for name in each.writes)
-    below = (*FACTORS, *(name for each in VARIANTS for name in each.below))
+    methods = tuple(name for each in (plain.PlainVariant, *VARIANTS) for name in each.writes)
+    below = (*layouts.FACTORS, *(name for each in VARIANTS for name in each.below))
     bias = "lora_only"
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 
     def __init__(self) -> None:
         others: list[LoRAVariant] = [imported(place)() for place in peft_variants("LORA").values()]
-        self.variants = [*(each() for each in VARIANTS), *others, PlainVariant()]
+        self.variants = [*(each() for each in VARIANTS), *others, plain.PlainVariant()]
         self.methods = (*type(self).methods, *(name for each in others for name in each.writes))
         self.below = (*type(self).below, *(name for each in others for name in each.below))
         self.in_file: LoRAVariant | None = None
@@ -96,7 +92,7 @@ class PeftLoRA(PeftMethod):
             )
         rank, alpha = keys.take("r", int, 8), keys.take("lora_alpha", float, 8)
         dropout = float(keys.take("lora_dropout", float, 0.0))
-        if TABLE_A in shapes:
+        if layouts.TABLE_A in shapes:
             dropout = 0.0  # tokens cannot be dropped in parts, and peft drops none
         keys.take("lora_bias", bool, False)
         rs = keys.take("use_rslora", bool, False)
@@ -144,13 +140,13 @@ class PeftLoRA(PeftMethod):
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         variant = self._variant(place)
-        return variant.read(place, found, read_factors(place.site, *variant.shapes(place), found))
+        return variant.read(place, found, layouts.read_factors(place.site, *variant.shapes(place), found))
 
     def replaced(self, place: Place, config: Mapping[str, Any], found: Found) -> Tensor:
         site = place.site
         here = LoRA.Config.model_validate(dict(config)).at(site.module_path)
         bias = replace(site, meta=False).weight().detach()
-        return bias + scale_of(here) * found.take(BIAS, bias.shape)
+        return bias + scale_of(here) * found.take(layouts.BIAS, bias.shape)
 
     def companions(self, keys: Keys, model: nn.Module) -> list[tuple[str, dict[str, Any]]]:
         check_replication(keys, model)
@@ -192,14 +188,10 @@ class PeftLoRA(PeftMethod):
         return options
 
     def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
-        tensors = [(place.site.module_path, place.site.tensor) for place in places]
-        for path, tensor in tensors:
-            other = {PACKED: BEHIND, BEHIND: PACKED}.get(tensor)
-            if other is not None and (path, other) not in tensors:
-                raise ExportError(f"peft adapts all of {path}, and here {other} is left out")
+        layouts.check_attention([place.site for place in places])
         own = self._variant(places[0]).write_options_of_all(places) if places else {}
         return {**own, **written_replication(model)}
 
     def write(self, place: Place) -> dict[str, Tensor]:
         variant = self._variant(place)
-        return {**write_factors(place.site, *variant.factors(place)), **variant.write(place)}
+        return {**layouts.write_factors(place.site, *variant.factors(place)), **variant.write(place)}
