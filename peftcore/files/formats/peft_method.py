@@ -19,7 +19,7 @@ from peftcore.files.envelope import SavedSite
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.patterns import matching
-from peftcore.files.formats.peft_layers import is_one_of
+from peftcore.files.formats.peft_layers import is_one_of, not_added
 from peftcore.files.formats.peft_names import PREFIXES, Group, modules_meant
 from peftcore.files.formats.places import Place
 from peftcore.registry.plugins import imported, named_places
@@ -40,6 +40,9 @@ class PeftMethod(ABC):
     """The prefix of the host's paths."""
     kinds: ClassVar[tuple[type, ...]] = ()
     """Layers that peft adapts with it: classes of modules, or of our layers; where there is none, it is not checked."""
+    adds: ClassVar[bool] = False
+    """Whether peft adds an update's output to the layer's: layers are refused where the output with the updated weight,
+    which is ours, is another."""
     bias: ClassVar[str] = ""
     """The value of the option `bias` with which biases of adapted modules train, in types that have the option."""
     patterns: ClassVar[Mapping[str, str]] = {}
@@ -106,7 +109,7 @@ class PeftMethod(ABC):
     def differs(self, place: Place) -> str:
         """Returns the reason why peft computes something else at a place of a kind that it takes; empty where it does
         not. An adapter with such a place is neither read nor written."""
-        return ""
+        return not_added(place.site) if self.adds else ""
 
     def check(self, place: Place, error: type[CheckpointError] | type[ExportError], where: str = "") -> None:
         """Refuse a place where peft computes something else.
