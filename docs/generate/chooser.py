@@ -24,7 +24,8 @@ from peftcore.comparing.plans.costs import costs
 from peftcore.comparing.plans.recorded import Wanted
 from peftcore.contract.method import Tags
 from peftcore.errors import PeftcoreError
-from peftcore.registry.plugins import imported, named_places
+from peftcore.files.formats.peft_method import peft_methods
+from peftcore.registry.plugins import imported
 
 ROOT = Path(__file__).parents[2]
 HOSTS = ("Llama 2 7B", "BERT base", "ViT base", "ResNet-50", "SD 1.5 UNet")
@@ -279,9 +280,7 @@ def demo() -> str:
 
 
 def types_of_peft() -> str:
-    places = named_places("peftcore_translations", "translation")
-    keys = sorted(key for key in places if key.startswith("peft/"))
-    rows = [(f"`{key.removeprefix('peft/')}`", named(imported(places[key]).methods)) for key in keys]
+    rows = [(f"`{kind}`", named(imported(place).methods)) for kind, place in sorted(peft_methods().items())]
     return table(("peft's type", "method"), rows)
 
 

@@ -15,7 +15,7 @@ import peftcore
 from peftcore import hookimpl
 from peftcore.contract import hookspecs
 from peftcore.files.formats.format import formats
-from peftcore.files.formats.peft_method import peft_methods
+from peftcore.files.formats.peft_method import peft_methods, peft_variants
 from peftcore.injection.quantization import schemes
 from peftcore.registry.plugins import registry
 from peftcore.surgery.forced_attributes import ForcedAttributes
@@ -244,8 +244,9 @@ def test_hook_formats(answer: Add) -> None:
 
 def test_hook_translations(answer: Add) -> None:
     """Not firstresult: every plugin names its own."""
-    answer("peftcore_translations", lambda: {"peft/SCRIBBLED": "somewhere:Scribbled"})
+    answer("peftcore_translations", lambda: {"peft/SCRIBBLED": "somewhere:Scribbled", "peft/LORA/toy": "elsewhere:Toy"})
     assert peft_methods()["SCRIBBLED"] == "somewhere:Scribbled"
+    assert peft_variants("LORA") == {"toy": "elsewhere:Toy"} and "LORA/toy" not in peft_methods()
 
 
 def test_hook_inject(answer: Add) -> None:

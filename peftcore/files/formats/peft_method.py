@@ -1,6 +1,7 @@
 """`PeftMethod`, the translation between one of our methods and one type of peft.
 
-The plugin of our method brings it under ``"peft/TYPE"`` in the hook `peftcore_translations`.
+The plugin of our method brings it under ``"peft/TYPE"`` in the hook `peftcore_translations`; one that adds a variant to
+another's type brings it under ``"peft/TYPE/NAME"``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from peftcore.files.envelope import SavedSite
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.patterns import matching
-from peftcore.files.formats.peft_layers import is_one_of
+from peftcore.files.formats.peft_layers import is_one_of, not_added
 from peftcore.files.formats.peft_names import PREFIXES, Group, modules_meant
 from peftcore.files.formats.places import Place
 from peftcore.registry.plugins import imported, named_places
@@ -39,6 +40,9 @@ class PeftMethod(ABC):
     """The prefix of the host's paths."""
     kinds: ClassVar[tuple[type, ...]] = ()
     """Layers that peft adapts with it: classes of modules, or of our layers; where there is none, it is not checked."""
+    adds: ClassVar[bool] = False
+    """Whether peft adds an update's output to the layer's: layers are refused where the output with the updated weight,
+    which is ours, is another."""
     bias: ClassVar[str] = ""
     """The value of the option `bias` with which biases of adapted modules train, in types that have the option."""
     patterns: ClassVar[Mapping[str, str]] = {}
@@ -105,7 +109,7 @@ class PeftMethod(ABC):
     def differs(self, place: Place) -> str:
         """Returns the reason why peft computes something else at a place of a kind that it takes; empty where it does
         not. An adapter with such a place is neither read nor written."""
-        return ""
+        return not_added(place.site) if self.adds else ""
 
     def check(self, place: Place, error: type[CheckpointError] | type[ExportError], where: str = "") -> None:
         """Refuse a place where peft computes something else.
@@ -195,8 +199,18 @@ class PeftMethod(ABC):
 
 def peft_methods() -> dict[str, str]:
     """Returns peft's types that plugins can read, with the classes of their translations."""
+    return {kind: place for kind, place in _named_below("peft/").items() if "/" not in kind}
+
+
+def peft_variants(kind: str) -> dict[str, str]:
+    """Returns the variants that plugins add to one type of peft, with their classes: the type's translation says what
+    these are to be."""
+    return _named_below(f"peft/{kind}/")
+
+
+def _named_below(prefix: str) -> dict[str, str]:
     places = named_places("peftcore_translations", "translation")
-    return {name.removeprefix("peft/"): place for name, place in places.items() if name.startswith("peft/")}
+    return {name.removeprefix(prefix): place for name, place in places.items() if name.startswith(prefix)}
 
 
 def peft_method(kind: str, where: Path) -> PeftMethod:

@@ -84,7 +84,7 @@ def peftcore_translations() -> Mapping[str, str]:
         "peft/LILY": f"{here}.peft_lily:PeftLily",
         "peft/LOHA": f"{here}.peft_loha:PeftLoHa",
         "peft/LOKR": f"{here}.peft_lokr:PeftLoKr",
-        "peft/LORA": f"{here}.peft_lora:PeftLoRA",
+        "peft/LORA": f"{here}.peft_lora.translation:PeftLoRA",
         "peft/MISS": f"{here}.peft_miss:PeftMiSS",
         "peft/OFT": f"{here}.peft_oft:PeftOFT",
         "peft/OSF": f"{here}.peft_osf:PeftOSF",

@@ -61,3 +61,20 @@ def test_places_where_peft_has_not_the_same_are_refused(error: type[Exception]) 
         Toy().check(second, error)
     with pytest.raises(error, match="2 is none of what peft adapts so: Linear"):
         Toy().check(convolution, error)
+
+
+class Adding(PeftMethod):
+    """A type that adds an update's output."""
+
+    methods = ("toy",)
+    adds = True
+    options = Toy.options
+    read = Toy.read
+
+
+def test_layers_where_an_added_output_is_another_are_refused() -> None:
+    model = nn.Sequential(nn.Conv1d(4, 4, 3, padding=1), nn.Conv1d(4, 4, 3, padding=1, padding_mode="reflect"))
+    zeros, reflected = places_of(peftcore.apply(model, "lora", target=["0", "1"]))
+    Adding().check(zeros, ExportError)
+    with pytest.raises(ExportError, match="1: peft computes something else with padding_mode='reflect'"):
+        Adding().check(reflected, ExportError)

@@ -15,7 +15,6 @@ from torch import Size, Tensor, nn
 from peftcore.errors import ExportError
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 
@@ -29,10 +28,8 @@ class PeftGLoRA(PeftMethod):
     methods = ("glora",)
     below = tuple(f"glora_{term}.{name}" for term in OPTION for name in ("Xd", "Xu", "X", "zeros"))
     kinds = (nn.Linear,)
+    adds = True
     bias = "glora_only"
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("init_weights")

@@ -13,7 +13,6 @@ from torch import Size, Tensor, nn
 
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.peft_prompts import task_of
 from peftcore.files.formats.places import Place
@@ -28,9 +27,7 @@ class PeftPoly(PeftMethod):
     methods = ("polytropon",)
     below = (A, B, LOGITS)
     kinds = (nn.Linear,)
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
+    adds = True
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.only("poly_type", "poly")

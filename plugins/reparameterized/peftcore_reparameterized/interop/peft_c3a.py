@@ -10,7 +10,6 @@ from torch import Size, Tensor, nn
 
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 from peftcore_reparameterized.interop._paths import path_as_pattern
@@ -24,13 +23,11 @@ class PeftC3A(PeftMethod):
     bias = "c3a_only"
     patterns: ClassVar[Mapping[str, str]] = {"block_size_pattern": "block_size"}
     kinds = (nn.Linear,)
+    adds = True
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         width = keys.take("block_size", int, 256)
         return {"method": "c3a", "block_size": shapes["c3a_kernel"][-1] if "c3a_kernel" in shapes else width}
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         return {"w": found.take("c3a_kernel", place.operator.w.shape)}

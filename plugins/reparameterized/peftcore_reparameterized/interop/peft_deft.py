@@ -10,7 +10,6 @@ from torch import Size, Tensor, nn
 from peftcore.errors import ExportError
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 from peftcore.layers.kinds import Transposed
@@ -23,6 +22,7 @@ class PeftDEFT(PeftMethod):
     below = ("deft_P", "deft_R")
     bias = "deft_only"
     kinds = (nn.Linear, Transposed)
+    adds = True
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("init_scale")  # of a start that the tensors are
@@ -35,9 +35,6 @@ class PeftDEFT(PeftMethod):
             "injects": not keys.take("para", bool, False),
             "dropout": float(keys.take("deft_dropout", float, 0.0)),
         }
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         return {name: found.take(f"deft_{name}", value.shape) for name, value in place.operator.named_parameters()}

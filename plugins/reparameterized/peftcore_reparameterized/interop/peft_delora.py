@@ -10,7 +10,6 @@ from torch import Size, Tensor, nn
 
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 
@@ -25,6 +24,7 @@ class PeftDeLoRA(PeftMethod):
     bias = "delora_only"
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "lambda_pattern": "delora_lambda"}
     kinds = (nn.Linear,)
+    adds = True
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         rank = keys.take("r", int, 8)
@@ -34,9 +34,6 @@ class PeftDeLoRA(PeftMethod):
             "strength": float(keys.take("delora_lambda", float, 15)),
             "dropout": float(keys.take("module_dropout", float, 0.0)),
         }
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         taken = {ours: found.take(theirs, self._of(place, ours).shape) for ours, theirs in NAMES.items()}

@@ -10,7 +10,6 @@ from torch import Size, Tensor, nn
 
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 from peftcore.layers.kinds import Transposed
@@ -25,6 +24,7 @@ class PeftFourierFT(PeftMethod):
     bias = "fourier_only"
     patterns: ClassVar[Mapping[str, str]] = {"n_frequency_pattern": "n_frequency"}
     kinds = (nn.Linear, Transposed)
+    adds = True
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         number = keys.take("n_frequency", int, 1000)
@@ -34,9 +34,6 @@ class PeftFourierFT(PeftMethod):
             "alpha": float(keys.take("scaling", float, 150.0)),
             "entry_seed": keys.take("random_loc_seed", int, 777),
         }
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         return {"c": found.take("fourierft_spectrum", place.operator.c.shape)}

@@ -12,7 +12,6 @@ from torch import Size, Tensor, nn
 
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 from peftcore.layers.kinds import Transposed
@@ -27,6 +26,7 @@ class PeftGraLoRA(PeftMethod):
     below = ("gralora_A", "gralora_B", *HYBRID.values())
     bias = "gralora_only"
     kinds = (nn.Linear, Transposed)
+    adds = True
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         return {
@@ -37,9 +37,6 @@ class PeftGraLoRA(PeftMethod):
             "blocks": keys.take("gralora_k", int, 2),
             "dropout": float(keys.take("gralora_dropout", float, 0.0)),
         }
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         operator = place.operator

@@ -15,7 +15,6 @@ from torch import Size, Tensor, nn
 
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 
@@ -26,6 +25,7 @@ class PeftLily(PeftMethod):
     methods = ("lily",)
     below = ("lily_A.weight", "lily_B.weight", "lily_router.weight")
     kinds = (nn.Linear,)
+    adds = True
 
     def __init__(self) -> None:
         self.shared: dict[str, Tensor] = {}
@@ -41,9 +41,6 @@ class PeftLily(PeftMethod):
             "scale": float(keys.take("scaling", float, 1.0)),
             "across": "shape" if one else "name",
         }
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         operator = place.operator

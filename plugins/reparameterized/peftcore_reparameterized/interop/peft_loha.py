@@ -14,7 +14,6 @@ from torch import Size, Tensor, nn
 from peftcore.errors import ExportError
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 
@@ -26,6 +25,7 @@ class PeftLoHa(PeftMethod):
     below = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "r", "alpha_pattern": "alpha"}
     kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    adds = True
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         return {
@@ -37,9 +37,6 @@ class PeftLoHa(PeftMethod):
             "rank_dropout_scale": True,
             "module_dropout": float(keys.take("module_dropout", float, 0.0)),
         }
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         held, tensors = place.operator.state_dict(), {}

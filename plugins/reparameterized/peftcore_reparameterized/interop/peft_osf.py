@@ -17,7 +17,6 @@ from torch import Size, Tensor, nn
 from peftcore.errors import CheckpointError
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 from peftcore_reparameterized.osf import OSFOperator, frozen_rank
@@ -31,6 +30,7 @@ class PeftOSF(PeftMethod):
     methods = ("osf",)
     below = tuple(f"{STEM}{each}_low" for each in "USV")
     kinds = (nn.Linear,)
+    adds = True
     patterns = {"rank_pattern": "effective_rank"}  # noqa: RUF012
 
     def changes(self, keys: Keys, paths: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -42,9 +42,6 @@ class PeftOSF(PeftMethod):
         if not (len(U) == len(V) == 2 and 0 < U[1] < min(U[0], V[1])):
             raise CheckpointError(f"{keys.where}: OSF has U_low {tuple(U)} and V_low {tuple(V)}, which are no part")
         return {"method": "osf", "effective_rank": min(U[0], V[1]) - U[1]}
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         tensors = dict(OSFOperator(replace(place.site, meta=False), place.config).named_buffers())

@@ -14,7 +14,6 @@ from torch import Size, Tensor, nn
 from peftcore.errors import CheckpointError, ExportError
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 from peftcore_reparameterized.peanut import ACTIVATIONS
@@ -35,6 +34,7 @@ class PeftPEANuT(PeftMethod):
         *(f"peanut_{side}.{i}.weight" for side in SIDES.values() for i in range(DEPTH)),
     )
     kinds = (nn.Linear,)
+    adds = True
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         act = keys.take("act_fn", str, "relu")
@@ -48,9 +48,6 @@ class PeftPEANuT(PeftMethod):
             "activation": act,
             "scale": float(keys.take("scaling", float, 1.0)),
         }
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         operator = place.operator

@@ -17,7 +17,6 @@ from torch import Size, Tensor, nn
 
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 from peftcore.layers.kinds import Transposed
@@ -33,6 +32,7 @@ class PeftRandLoRA(PeftMethod):
     root = ("randlora_A", "randlora_B")
     bias = "randlora_only"
     kinds = (nn.Linear, Transposed)
+    adds = True
     saved = True
     """Whether the file that is read has the bases."""
 
@@ -48,9 +48,6 @@ class PeftRandLoRA(PeftMethod):
             "projection_seed": keys.take("projection_prng_key", int, 0),
             "store_basis": True,
         }
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         found.used.update(found.names[each] for each in self.root if found.has(each))  # copies of what belongs to all

@@ -10,7 +10,6 @@ from torch import Size, Tensor, nn
 from peftcore.errors import CheckpointError
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 
@@ -24,15 +23,13 @@ class PeftRoAd(PeftMethod):
     methods = ("road",)
     below = tuple(NAMES.values())
     kinds = (nn.Linear,)
+    adds = True
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         variant = keys.take("variant", str, "road_1")
         if variant not in VARIANTS:
             raise CheckpointError(f"{keys.where}: RoAd with variant = {variant!r} is unknown to peftcore")
         return {"method": "road", "variant": VARIANTS[variant], "group_size": keys.take("group_size", int, 64)}
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         return {ours: found.take(theirs, place.operator.angle.shape) for ours, theirs in NAMES.items()}

@@ -14,7 +14,6 @@ from torch import Size, Tensor, nn
 
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 from peftcore.layers.kinds import Transposed
@@ -28,6 +27,7 @@ class PeftTinyLoRA(PeftMethod):
     root = ("tinylora_v.",)
     bias = "tinylora_only"
     kinds = (nn.Linear, nn.Embedding, Transposed)
+    adds = True
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("init_v_bound")  # of a start other than zero
@@ -40,9 +40,6 @@ class PeftTinyLoRA(PeftMethod):
             "projection_seed": keys.take("projection_seed", int, 42),
             "store_basis": keys.take("save_projection", bool, True),
         }
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         names, turned = ("A", "B"), place.site.layer.one_hot

@@ -17,7 +17,6 @@ from peftcore.errors import CheckpointError
 from peftcore.files.envelope import SavedSite
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 from peftcore.layers.kinds import Transposed
@@ -34,6 +33,7 @@ class PeftUniLoRA(PeftMethod):
     root = ("unilora_theta_d",)
     bias = "unilora_only"
     kinds = (nn.Linear, Transposed)
+    adds = True
 
     def __init__(self) -> None:
         self.saved, self.length, self.seed = False, 0, 0
@@ -76,9 +76,6 @@ class PeftUniLoRA(PeftMethod):
             return {"": tuple(sites)}
         here = [path for path, module in model.named_modules() if path in self.targets and _matrix(module)]
         return {"": tuple(SavedSite(module_path=path) for path in here)}
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         if self.counts is None:

@@ -13,7 +13,6 @@ from torch import Size, Tensor, nn
 
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 from peftcore.layers.kinds import Transposed
@@ -28,6 +27,7 @@ class PeftVeRA(PeftMethod):
     root = ("vera_A", "vera_B")
     bias = "vera_only"
     kinds = (nn.Linear, Transposed)
+    adds = True
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         return {
@@ -38,9 +38,6 @@ class PeftVeRA(PeftMethod):
             "projection_seed": keys.take("projection_prng_key", int, 0),
             "store_basis": keys.take("save_projection", bool, True),
         }
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         d, b = place.operator.d.shape, place.operator.b.shape

@@ -11,7 +11,6 @@ from torch import Size, Tensor, nn
 from peftcore.errors import CheckpointError
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 from peftcore.layers.kinds import Transposed
@@ -28,6 +27,7 @@ class PeftWaveFT(PeftMethod):
     bias = "waveft_only"
     patterns: ClassVar[Mapping[str, str]] = {"n_frequency_pattern": "n_frequency"}
     kinds = (nn.Linear, Transposed)
+    adds = True
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("proportional_parameters")  # the numbers that it led to are those of the tensors
@@ -43,9 +43,6 @@ class PeftWaveFT(PeftMethod):
             "wavelet": wavelet,
             "entry_seed": keys.take("random_loc_seed", int, 777),
         }
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
 
     def read(self, place: Place, found: Found) -> dict[str, Tensor]:
         return {"c": found.take("waveft_spectrum", place.operator.c.shape)}

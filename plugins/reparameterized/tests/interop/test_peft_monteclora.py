@@ -7,6 +7,7 @@ import pytest
 import torch
 from one_layer import One
 from peft_folders import assert_reads, assert_writes
+from safetensors.torch import load_file
 from torch import nn
 
 import peftcore
@@ -32,6 +33,10 @@ def test_both_ways(tmp_path: Path) -> None:
     ours |= {"samples": 3, "entropy": True, "prior": 0.2, "sample_scale": 0.01, "kl": 1e-4}
     assert injection.config.model_dump(exclude={"method", "overrides"}) == ours
     assert all(operator.t.std() > 0 for operator in injection.operators.values())
+    injection.save(tmp_path / "again", format="peft")
+    first, again = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("theirs", "again"))
+    priors = [name for name in first if name.endswith(("std_prior", "expert_weights_prior"))]
+    assert len(priors) == 4 and all(torch.equal(first[name], again[name]) for name in priors)
     written = assert_writes(base, "monteclora", {"target": ["0", "2"], **ours}, lambda model: model(x), tmp_path)
     assert written["monteclora_config"] == {**sampler, "buffer_size": 150}
     opened = peft.PeftModel.from_pretrained(base, str(tmp_path / "ours"))

@@ -15,7 +15,6 @@ from torch import Size, Tensor, nn
 from peftcore.errors import ExportError
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 
@@ -26,9 +25,7 @@ class PeftSHiRA(PeftMethod):
     methods = ("shira",)
     below = ("shira_weight", "shira_indices")
     kinds = (nn.Linear,)
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
+    adds = True
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("mask_type", "random_seed", "mask_fn")

@@ -17,7 +17,6 @@ from torch import Size, Tensor, nn
 from peftcore.errors import ExportError
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
-from peftcore.files.formats.peft_layers import not_added
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.places import Place
 from peftcore_selective.shira import largest
@@ -31,9 +30,7 @@ class PeftSupertuning(PeftMethod):
     methods = ("shira",)
     below = ("supertuning_values", "supertuning_indices", *FACTORS.values())
     kinds = (nn.Linear,)
-
-    def differs(self, place: Place) -> str:
-        return not_added(place.site)
+    adds = True
 
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         keys.pass_over("save_precomputed_indices")

@@ -1,0 +1,117 @@
+"""PiSSA and OLoRA in peft's files, alone and beside DoRA: values of `init_lora_weights` with which peft decomposes the
+base again when it loads.
+
+Such a file means W - s B0 A0 + s B A, with the product s B0 A0 that is the same for all who decompose exactly; ours has
+A0 and B0 of the host that it is loaded into. It is written as plain LoRA of twice the rank, which is right on any base
+that is the same. DoRA beside such a start is DoRA of twice the rank: with B A and -B0 A0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Size, Tensor, nn
+
+from peftcore import MethodConfig, Site
+from peftcore.errors import CheckpointError
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_layers import is_one_of
+from peftcore.files.formats.places import Place
+from peftcore.layers.kinds import Transposed
+from peftcore_reparameterized._decomposed import PairOperator
+from peftcore_reparameterized.interop.peft_lora.dora import DoRAVariant
+from peftcore_reparameterized.interop.peft_lora.plain import UpdateVariant
+from peftcore_reparameterized.olora import OLoRA, OLoRAOperator
+from peftcore_reparameterized.pissa import PiSSA, PiSSAOperator
+
+
+class DecomposedVariant(UpdateVariant):
+    """A variant whose base peft decomposes when it loads; written as plain LoRA, whatever the layer."""
+
+    layers: ClassVar[tuple[type, ...]]
+    """The layers where peft can."""
+    has_scaling = False
+    times = 2
+
+    def shapes(self, place: Place) -> tuple[Size, Size]:
+        if not is_one_of(place.site, self.layers):
+            raise CheckpointError(f"{place.site.path} is none of the layers that peft decomposes for {self.reads}")
+        return super().shapes(place)
+
+
+class StartVariant(DecomposedVariant):
+    """A part of the rank that is said, which is taken out of the base and trains; peft names it as we do."""
+
+    operator: ClassVar[type[PairOperator]]
+    config: ClassVar[type[MethodConfig]]
+
+    def marked(self, keys: Keys) -> bool:
+        return bool(keys.take("init_lora_weights", (bool, str), True) == self.reads)
+
+    def taken_out(self, site: Site, rank: int, alpha: float) -> PairOperator:
+        """Returns an operator with the factors A0 and B0 of what peft takes out of a site's weight."""
+        return self.operator(site, self.config(rank=rank, alpha=alpha))
+
+
+class PiSSAVariant(StartVariant):
+    """The principal singular values of the base."""
+
+    reads = "pissa"
+    writes = ("pissa",)
+    starts = ("pissa",)
+    layers = (nn.Linear, Transposed)
+    operator, config = PiSSAOperator, PiSSA.Config
+
+
+class OLoRAVariant(StartVariant):
+    """The first columns of the base's QR decomposition."""
+
+    reads = "olora"
+    writes = ("olora",)
+    starts = ("olora",)
+    layers = (nn.Linear,)
+    operator, config = OLoRAOperator, OLoRA.Config
+
+
+class DoRABesideStart(DoRAVariant):
+    """DoRA of a base without the part that a start took out of it, which is in the direction of ours."""
+
+    start: ClassVar[StartVariant]
+    writes = ()
+
+    def marked(self, keys: Keys) -> bool:
+        return super().marked(keys) and self.start.marked(keys)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size], common: Mapping[str, Any]) -> dict[str, Any]:
+        start = self.start.reads
+        keys.warn(f"DoRA that started by {start} is DoRA of twice the rank; in training, its start trains on")
+        return {**common, "rank": 2 * common["rank"], "alpha": 2 * common["alpha"]}
+
+    def shapes(self, place: Place) -> tuple[Size, Size]:
+        A, B = self.start.shapes(place)
+        half = place.config.rank // 2
+        return Size([half, *A[1:]]), Size([*B[:-1], half])
+
+    def read(self, place: Place, found: Found, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        site = replace(place.site, meta=False)
+        out = self.start.taken_out(site, place.config.rank // 2, place.config.alpha / 2)  # with the scale of the file
+        both = {"A": torch.cat([factors["A"], out.A0]), "B": torch.cat([factors["B"], -out.B0], -1)}
+        return super().read(place, found, both)
+
+
+class DoRABesidePiSSA(DoRABesideStart):
+    """DoRA that started by PiSSA."""
+
+    start = PiSSAVariant()
+    starts = PiSSAVariant.starts
+
+
+class DoRABesideOLoRA(DoRABesideStart):
+    """DoRA that started by OLoRA."""
+
+    start = OLoRAVariant()
+    starts = OLoRAVariant.starts

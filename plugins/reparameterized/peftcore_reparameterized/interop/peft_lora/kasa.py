@@ -1,0 +1,40 @@
+"""KaSA in peft's files: the option `kasa_config`, and a diagonal between A and B.
+
+Such a file means W without its smallest singular values, which peft takes away when it loads, as does ours. It is
+written as plain LoRA of twice the rank, which is right on any base that is the same. ``lora_diag`` is our d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Size, Tensor, nn
+
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.places import Place
+from peftcore_reparameterized.interop.peft_lora.decomposed import DecomposedVariant
+
+DIAGONAL = "lora_diag"
+
+
+class KaSAVariant(DecomposedVariant):
+    """Low-rank factors with singular values of their own, in place of the smallest of the base."""
+
+    reads = "kasa"
+    writes = ("kasa",)
+    below = (DIAGONAL,)
+    layers = (nn.Linear,)
+
+    def marked(self, keys: Keys) -> bool:
+        return keys.take("kasa_config", dict, None) is not None
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size], common: Mapping[str, Any]) -> dict[str, Any]:
+        inside = Keys(keys.table("kasa_config"), keys.where)
+        own = {"beta": float(inside.take("beta", float, 1e-4)), "gamma": float(inside.take("gamma", float, 1e-3))}
+        inside.check_known()
+        return {**common, **own}
+
+    def read(self, place: Place, found: Found, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**factors, "d": found.take(DIAGONAL, place.operator.d.shape)}

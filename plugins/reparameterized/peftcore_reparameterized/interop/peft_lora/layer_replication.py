@@ -1,0 +1,45 @@
+"""Peft's option `layer_replication`: ranges of layers that a model runs, some of them again, with LoRA of its own each.
+
+Peft replicates the layers of the model when it loads; here that is a call of its own, `peftcore.replicate_layers`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from peftcore.errors import CheckpointError, HostMismatch, shown
+from peftcore.files.formats.keys import Keys
+from peftcore.injection.replicated_layers import replicated_layers, runs
+
+MOST = 1000
+"""The most ranges of layers that a file may name, and layers in each."""
+
+
+def check_replication(keys: Keys, model: nn.Module) -> None:
+    """Verify that the model runs its layers in the ranges of the file, where it names any.
+
+    Raises:
+        CheckpointError: the option holds no ranges, or more layers than there can be.
+        HostMismatch: the model runs its layers otherwise.
+    """
+    ranges = keys.take("layer_replication", list, None)
+    if ranges and not runs(model, _as_ranges(ranges, keys)):
+        raise HostMismatch(
+            f"{keys.where}: the model runs its layers in the ranges {shown(ranges)}, and this one does not; call "
+            f"peftcore.replicate_layers(model, {shown(ranges)}) first"
+        )
+
+
+def written_replication(model: nn.Module) -> dict[str, Any]:
+    """Returns the option for a model of which layers come again; nothing for others."""
+    ranges = list(replicated_layers(model).values())
+    return {"layer_replication": ranges[0]} if ranges else {}
+
+
+def _as_ranges(ranges: list[Any], keys: Keys) -> list[list[int]]:
+    pairs = all(isinstance(each, list) and len(each) == 2 and all(type(n) is int for n in each) for each in ranges)
+    if not pairs or len(ranges) > MOST or any(stop - start > MOST for start, stop in ranges):
+        raise CheckpointError(f"{keys.where}: 'layer_replication' is {shown(ranges)}, expected pairs of numbers")
+    return ranges

@@ -1,0 +1,72 @@
+"""How A and B lie in a file of peft's LoRA, by the layer that they adapt.
+
+Those of an embedding have names of their own. Stacked experts lie side by side, A [experts * rank, in] and B [out,
+rank * experts]. A convolution's B has a kernel of ones, and in a grouped one A reads all channels. Behind torch's
+attention peft adds the update twice, in its forward and when it merges, so there our B is twice that of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Size, Tensor
+
+from peftcore.errors import ExportError
+from peftcore.files.formats.found import Found
+from peftcore.layers.kinds import Transposed
+from peftcore.targets.sites import Site
+
+A_NAME, B_NAME, BIAS = "lora_A.weight", "lora_B.weight", "lora_B.bias"
+TABLE_A, TABLE_B = "lora_embedding_A", "lora_embedding_B"
+FACTORS = (A_NAME, B_NAME, BIAS, TABLE_A, TABLE_B)
+PACKED, BEHIND = "in_proj_weight", "out_proj.weight"
+"""The tensors of torch's attention, of which peft adapts both."""
+
+
+def read_factors(site: Site, A: Size, B: Size, found: Found) -> dict[str, Tensor]:
+    """Returns our A and B, of these shapes."""
+    if site.layer.one_hot:
+        tensors = {"A": found.take(TABLE_A, A), "B": found.take(TABLE_B, B)}
+    elif site.batch:
+        experts, out, rank = B
+        turned = _turned(site)
+        out, inputs = (A[-1], out) if turned else (out, A[-1])
+        side_by_side = found.take(B_NAME, (out, rank, experts), (out, rank * experts))
+        down = found.take(A_NAME, (experts, rank, inputs), (experts * rank, inputs))
+        up = side_by_side.permute(2, 0, 1)
+        tensors = {"A": up.mT, "B": down.mT} if turned else {"A": down, "B": up}
+    else:
+        tensors = {"A": found.take(A_NAME, A), "B": found.take(B_NAME, B, (*B, *(1 for _ in site.kernel)))}
+    if site.tensor == BEHIND:
+        tensors["B"] = 2 * tensors["B"]
+    return tensors
+
+
+def write_factors(site: Site, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """Returns A and B by peft's names."""
+    if site.tensor == BEHIND:
+        B = B / 2
+    if site.layer.one_hot:
+        return {TABLE_A: A, TABLE_B: B}
+    if site.batch:
+        A, B = (B.mT, A.mT) if _turned(site) else (A, B)
+        return {A_NAME: A.flatten(0, 1), B_NAME: B.permute(1, 2, 0).flatten(1)}
+    return {A_NAME: A, B_NAME: B.view(*B.shape, *(1 for _ in site.kernel))}
+
+
+def check_attention(sites: Iterable[Site]) -> None:
+    """Verify that of torch's attention both tensors are there, or none.
+
+    Raises:
+        ExportError: one is left out.
+    """
+    tensors = [(site.module_path, site.tensor) for site in sites]
+    for path, tensor in tensors:
+        other = {PACKED: BEHIND, BEHIND: PACKED}.get(tensor)
+        if other is not None and (path, other) not in tensors:
+            raise ExportError(f"peft adapts all of {path}, and here {other} is left out")
+
+
+def _turned(site: Site) -> bool:
+    """Whether peft takes inputs of a stack for outputs: it believes what a module declares, and Llama 4 does not."""
+    return isinstance(site.layer, Transposed) and not getattr(site.module, "is_transposed", False)

@@ -1,0 +1,42 @@
+"""MiCA in peft's files: the value ``"mica"`` of `init_lora_weights`, with B the weight's minor directions.
+
+Peft has it in some layers, and one rank for all; an adapter that has others is written as plain LoRA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_layers import is_one_of
+from peftcore.files.formats.peft_writing import is_parameter
+from peftcore.files.formats.places import Place
+from peftcore.layers.kinds import Transposed
+from peftcore_reparameterized.interop.peft_lora.plain import UpdateVariant
+
+LAYERS = (nn.Linear, Transposed, nn.Embedding)
+"""The layers where peft has it."""
+
+
+class MiCAVariant(UpdateVariant):
+    """Low-rank factors of which B is frozen."""
+
+    reads = "mica"
+    writes = ("mica",)
+    starts = ("mica",)
+    has_scaling = False
+
+    def marked(self, keys: Keys) -> bool:
+        return bool(keys.take("init_lora_weights", (bool, str), True) == "mica")
+
+    def write_options_of_all(self, places: Sequence[Place]) -> dict[str, Any]:
+        return {"init_lora_weights": "mica"} if all(map(_has_minor, places)) else {}
+
+
+def _has_minor(place: Place) -> bool:
+    """Whether peft has MiCA at a place, with the rank that is said."""
+    layer = not is_parameter(place.site) and is_one_of(place.site, LAYERS)
+    return layer and place.operator.A.shape[0] == place.config.rank
