@@ -19,6 +19,7 @@ TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] =
     "delora": (peft.DeloraConfig, {"r": 4, "delora_lambda": 3}, {"rank": 4, "strength": 3.0}),
     "dora": (peft.LoraConfig, {"r": 4, "lora_alpha": 9, "use_dora": True}, {"rank": 4, "alpha": 9.0}),
     "fourierft": (peft.FourierFTConfig, {"n_frequency": 50, "scaling": 90.0}, {"n_frequency": 50, "alpha": 90.0}),
+    "frod": (peft.FrodConfig, {"sparse_rate": 0.1, "progressbar": False}, {"sparsity": 0.1}),
     "gralora": (peft.GraloraConfig, {"r": 4, "alpha": 9}, {"rank": 4, "alpha": 9.0}),
     "hira": (peft.HiraConfig, {"r": 4, "init_weights": False}, {"rank": 4}),
     "hra": (peft.HRAConfig, {"r": 4}, {"rank": 4}),
