@@ -63,7 +63,7 @@ OTHER_METHODS = {
 }
 """Options of peft that are methods of their own here."""
 RENAMED: Mapping[str, str | tuple[str, ...]] = {
-    "r": ("rank", "block_size"),
+    "r": ("components", "rank", "block_size"),
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "num_virtual_tokens": "length",
@@ -143,6 +143,18 @@ RENAMED: Mapping[str, str | tuple[str, ...]] = {
     "psoft_svd_lowrank_niter": "iterations",
     "randlora_alpha": "alpha",
     "sparse_rate": "sparsity",
+    "num_subspaces": "subspaces",
+    "subspace_rank": "rank",
+    "use_dynamic_rank": "threshold",
+    "svd_threshold": "threshold",
+    "use_asa": "target_subspaces",
+    "asa_target_subspaces": "target_subspaces",
+    "init_warmup": "warmup",
+    "final_warmup": "until",
+    "mask_interval": "interval",
+    "asa_importance_beta": "beta1",
+    "asa_uncertainty_beta": "beta2",
+    "asa_schedule_exponent": "exponent",
     "regularization_alpha": "ridge",
     "sparse": "basis",
     "very_sparse": "basis",
@@ -172,7 +184,7 @@ OPTIONS: Mapping[str, tuple[Answer, ...]] = {
     "config_D_E": (("use D= and E=", "D"),),
     "para": (("use injects=, the opposite", "injects"),),
     "encoder_num_layers": (('use encoder="mlp" or "lstm", whose layers are two', "encoder"),),
-    "random_seed": (("use seed=", ""),),
+    "random_seed": (("use projection_seed=", "projection_seed"), ("use seed=", "")),
     "save_projection": (("use store_basis=", "store_basis"), ("leave it out: files have what is frozen", "")),
     "rank_pattern": (
         ('use overrides={"*.q_proj": {"rank": 4}}', "rank"),

@@ -137,10 +137,13 @@ class AdaMSS(Method):
         for site in surgeon.sites():
             surgeon.graft(site, AdaMSSOperator, config)
 
+    def follows_steps(self, config: Config) -> bool:
+        return config.target_subspaces is not None
+
     @torch.no_grad()
     def on_step(self, injection: AppliedMethod, step: int, total: int) -> None:
         config, at = injection.config, step - 1
-        if not config.target_subspaces:
+        if not self.follows_steps(config):
             return
         if config.until >= total:
             raise TrainingError(f"adamss: until={config.until} is not reached in {total} steps, so set it lower")
