@@ -209,6 +209,11 @@ class Method(ABC):
         """
         raise PluginError(f"{self.name} has the tag scheduled and does not define on_step")
 
+    def follows_steps(self, config: Any) -> bool:
+        """Returns whether `on_step` changes anything with these options; by default the tag `scheduled` alone says so.
+        Where it does not, nobody has to say how many steps there will be."""
+        return self.tags.scheduled
+
     def aux_loss(self, injection: AppliedMethod) -> Tensor | None:
         """Returns a loss to add to the host's loss in training, once a step: a tensor of shape ``[]``, or None."""
         return None

@@ -286,7 +286,7 @@ def take_steps(family: Iterable[AppliedMethod], step: int, total: int) -> None:
 
 def scheduled(injection: Injection) -> Iterator[AppliedMethod]:
     """Returns the methods with a schedule: the injection or, of a hybrid, parts of it."""
-    return (each for each in injection.family() if each.method.tags.scheduled)
+    return (each for each in injection.family() if each.method.follows_steps(each.config))
 
 
 @contextmanager

@@ -50,6 +50,8 @@ CONFIGS: dict[str, Any] = {
     "hra": peft.HRAConfig(target_modules=["q_proj"]),
     "fourierft": peft.FourierFTConfig(n_frequency=10, target_modules=["q_proj"]),
     "delora": peft.DeloraConfig(r=4, target_modules=["q_proj"]),
+    "adamss": peft.AdamssConfig(r=6, target_modules=["q_proj"]),
+    "frod": peft.FrodConfig(target_modules=["q_proj"], progressbar=False),
     "gralora": peft.GraloraConfig(r=4, target_modules=["q_proj"]),
     "c3a": peft.C3AConfig(block_size=4, target_modules=["q_proj"]),
     "waveft": peft.WaveFTConfig(n_frequency=10, target_modules=["q_proj"]),

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 CASES: list[dict[str, Any]] = json.loads(LIST.read_text(encoding="utf-8"))
 OFTEN = ("llama", "t5")
 """The models of transformers on which each adapter is made in a quick run; layers by themselves all are."""
-NOT_HAD = ("ADAMSS", "BEFT", "CPT", "FROD", "SUPERTUNING")
+NOT_HAD = ("BEFT", "CPT", "SUPERTUNING")
 """Types of which no method is here."""
 
 

@@ -140,6 +140,8 @@ SAMPLES = [
     Sample("tinylora", wishes=_two(u=3, store_basis=True)),
     Sample("pvera", wishes=_two()),
     Sample("peanut", wishes=_two(depth=1)),
+    Sample("adamss", wishes=_two(components=4, subspaces=2)),
+    Sample("frod", wishes={"sparsity": 0.1}),
     Sample("osf", wishes={"effective_rank": 2}),
     Sample("vb_lora", wishes=_two(num_vectors=5, vector_length=4)),
     Sample("delora", wishes=_two()),

@@ -255,6 +255,7 @@ RANDOM: dict[str, dict[str, Any]] = {
     "olora": {"dropout": 0.5, "rank": 2},
     "hira": {"dropout": 0.5, "rank": 2},
     "randlora": {"dropout": 0.5, "rank": 4},
+    "frod": {"dropout": 0.5, "sparsity": 0.1},
     "loha": {"rank_dropout": 0.5, "rank": 2},
     "lokr": {"rank_dropout": 0.5, "rank": 2},
     "oft": {"block_dropout": 0.5, "block_size": 4},

@@ -30,6 +30,10 @@ CASES: dict[str, tuple[peft.PeftConfig, dict[str, Any], dict[str, Any]]] = {
         peft.RandLoraConfig(target_modules=["layer"], r=3, randlora_dropout=0.2),
         {"dropout": 0.2}, {"randlora_dropout": 0.2},
     ),
+    "frod": (
+        peft.FrodConfig(target_modules=["layer"], frod_dropout=0.2, progressbar=False),
+        {"dropout": 0.2}, {"frod_dropout": 0.2},
+    ),
     "loha": (peft.LoHaConfig(init_weights=False, **LYCORIS), {**OURS, "rank_dropout_scale": True}, OURS),
     "lokr": (
         peft.LoKrConfig(init_weights=False, rank_dropout_scale=True, **LYCORIS),
@@ -44,7 +48,11 @@ CASES: dict[str, tuple[peft.PeftConfig, dict[str, Any], dict[str, Any]]] = {
         {"block_dropout": 0.2}, {"module_dropout": 0.2},
     ),
 }  # fmt: skip
-SIZES: dict[str, dict[str, Any]] = {"boft": {"block_size": 4, "factors": 1}, "oft": {"block_size": 4}}
+SIZES: dict[str, dict[str, Any]] = {
+    "boft": {"block_size": 4, "factors": 1},
+    "oft": {"block_size": 4},
+    "frod": {"sparsity": 0.1},
+}
 
 
 def run(x: Tensor) -> Callable[[nn.Module], Tensor]:

@@ -13,12 +13,14 @@ from peftcore.testing import HOSTS
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] = {
     "adalora": (peft.AdaLoraConfig, {"init_r": 4, "lora_alpha": 90, "total_step": 9}, {"rank": 4, "alpha": 90.0}),
+    "adamss": (peft.AdamssConfig, {"r": 8, "num_subspaces": 3}, {"components": 8, "subspaces": 3}),
     "boft": (peft.BOFTConfig, {"boft_block_size": 4}, {"block_size": 4, "factors": 1}),
     "c3a": (peft.C3AConfig, {"block_size": 4, "init_weights": "gaussian"}, {"block_size": 4, "start": "gaussian"}),
     "deft": (peft.DeftConfig, {"r": 4}, {"rank": 4}),
     "delora": (peft.DeloraConfig, {"r": 4, "delora_lambda": 3}, {"rank": 4, "strength": 3.0}),
     "dora": (peft.LoraConfig, {"r": 4, "lora_alpha": 9, "use_dora": True}, {"rank": 4, "alpha": 9.0}),
     "fourierft": (peft.FourierFTConfig, {"n_frequency": 50, "scaling": 90.0}, {"n_frequency": 50, "alpha": 90.0}),
+    "frod": (peft.FrodConfig, {"sparse_rate": 0.1, "progressbar": False}, {"sparsity": 0.1}),
     "gralora": (peft.GraloraConfig, {"r": 4, "alpha": 9}, {"rank": 4, "alpha": 9.0}),
     "hira": (peft.HiraConfig, {"r": 4, "init_weights": False}, {"rank": 4}),
     "hra": (peft.HRAConfig, {"r": 4}, {"rank": 4}),

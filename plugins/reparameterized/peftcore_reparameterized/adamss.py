@@ -1,0 +1,164 @@
+"""AdaMSS: adaptive multi-subspace fine-tuning.   NeurIPS 2025, OpenReview 8ZdWmpYxT0 (in peft).
+
+    [W | b] = U S V',   V' [components, in + 1] of the largest singular values, frozen
+    outputs in K clusters, by K-means of the rows of U;   for the outputs c of a cluster:
+    [W | b]'_c = [W | b]_c + B_c A_c V',   B_c [outputs of c, rank] zero,   A_c [rank, components]
+
+The rows of A_c start as the right singular vectors of U_c. Where the layer has no bias there is no column for one.
+`threshold` leaves a cluster fewer than `rank`: those whose squared singular value in U_c is above it, relative to the
+largest; and it has no more than it has outputs. What is beyond is held, and neither trains nor acts.
+
+With `target_subspaces` clusters of all sites compete while training goes on, by the mean of |w dw| and its fluctuation,
+as moving averages: from step `warmup` to `until` (counted from 0, as peft does) the number that trains falls as a power
+from all to the target, every `interval` steps; the others stay as they are then, and train no more. As in peft only
+what is above the target-th score goes on, one fewer than the target; averages begin anew after each choice.
+
+Files hold V and the cluster of each output: K-means and a decomposition found again, on another machine, could be
+others. peft's files lack the clusters, which peft finds again; so does this, and refuses a file whose V' is another.
+
+Parameters: rank * (K * components + out) a site, times the number of experts; components at most those of the weight.
+Kernels count as inputs, in * kernel; embeddings as [dim, num]; experts each for itself. peft has linear layers alone.
+
+Use it for few parameters along the directions that a weight has, or where subspaces shall be dropped in training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    MATRICES,
+    AppliedMethod,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+)
+from peftcore.errors import ConfigError, TrainingError
+from peftcore_reparameterized._clusters import shape, subspaces
+from peftcore_reparameterized._competing import Competing, choose
+
+
+class Config(MethodConfig):
+    """Options of AdaMSS."""
+
+    method: Literal["adamss"] = "adamss"
+    components: PositiveInt = 100
+    """How many singular vectors of the weight there are to choose from."""
+    subspaces: PositiveInt = 5
+    """K, how many clusters the outputs of a site are in."""
+    rank: PositiveInt = 1
+    """Rank of the update of each cluster."""
+    threshold: Annotated[float, Field(ge=0.0, lt=1.0)] | None = None
+    """Leave a cluster as many ranks as have a larger squared singular value, relative to the largest."""
+    target_subspaces: PositiveInt | None = None
+    """How many clusters of all sites train at the end; None lets all train."""
+    warmup: NonNegativeInt = 50
+    """Steps before clusters are dropped."""
+    until: PositiveInt = 1000
+    """The step at which the target is reached."""
+    interval: PositiveInt = 100
+    """Steps from one choice to the next."""
+    beta1: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
+    """Decay of the moving average of the importance."""
+    beta2: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.85
+    """Decay of the moving average of its fluctuation."""
+    exponent: PositiveFloat = 3.0
+    """How fast the number falls at first; 1 is linear."""
+    projection_seed: NonNegativeInt = 0
+    """Seed of the directions from which singular vectors are found."""
+
+
+class AdaMSSOperator(Competing):
+    """The updates of one site's clusters."""
+
+    V: Tensor
+
+    def __init__(self, site: Site, config: Config) -> None:
+        super().__init__(site)
+        self.rank, self.inputs = config.rank, (site.in_features, *site.kernel)
+        V, cluster, ranks, A = subspaces(site, config)
+        self.register_buffer("V", V)  # [*batch, components, in * kernel (+ 1)]
+        self.register_buffer("cluster", cluster)  # [*batch, out]
+        self.register_buffer("ranks", ranks)  # [*batch, K]
+        self.A = nn.Parameter(A)  # [*batch, K, rank, components]
+        self.B = nn.Parameter(torch.zeros(*site.batch, site.out_features, config.rank))
+        self.compete(config.target_subspaces is not None)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Return the factors of the change of [W | b], [*batch, K * rank, in * kernel (+ 1)] and
+        [*batch, out, K * rank]."""
+        A, B = self.trained("A").flatten(-3, -2), self.trained("B")
+        place = self.cluster.unsqueeze(-1) * self.rank + torch.arange(self.rank, device=B.device)
+        wide = B.new_zeros(*B.shape[:-1], A.shape[-2])
+        return A @ self.V.to(A), wide.scatter(-1, place, B)
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        A, B = self.pair()
+        size = math.prod(self.inputs)
+        y = self.layer.update(call, x, A[..., :size].unflatten(-1, self.inputs), B, 1.0)
+        if A.shape[-1] == size:
+            return y
+        return y + self.layer.along_channels((B @ A[..., size:]).squeeze(-1).to(y.dtype), y)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        A, B = self.pair()
+        return weight + (B @ A[..., : math.prod(self.inputs)]).view(weight.shape)
+
+    def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
+        A, B = self.pair()
+        size = math.prod(self.inputs)
+        return bias if bias is None or A.shape[-1] == size else bias + (B @ A[..., size:]).squeeze(-1)
+
+
+class AdaMSS(Method):
+    """Adaptive multi-subspace fine-tuning."""
+
+    name = "adamss"
+    Config = Config
+    tags = Tags("reparameterized", "NeurIPS 2025, OpenReview 8ZdWmpYxT0", mergeable=True, scheduled=True)
+    learning_rate = LearningRate(
+        1e-3, "huggingface/peft@5d602fd, examples/adamss_finetuning/glue_adamss_asa_example.py", on="RoBERTa-base, CoLA"
+    )
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if config.target_subspaces and config.warmup >= config.until:
+            raise ConfigError(f"adamss: warmup={config.warmup} leaves no step before until={config.until}")
+        for site in surgeon.sites():
+            surgeon.graft(site, AdaMSSOperator, config)
+
+    def follows_steps(self, config: Config) -> bool:
+        return config.target_subspaces is not None
+
+    @torch.no_grad()
+    def on_step(self, injection: AppliedMethod, step: int, total: int) -> None:
+        config, at = injection.config, step - 1
+        if not self.follows_steps(config):
+            return
+        if config.until >= total:
+            raise TrainingError(f"adamss: until={config.until} is not reached in {total} steps, so set it lower")
+        operators = [each for each in injection.operators.values() if isinstance(each, AdaMSSOperator)]
+        for operator in operators:
+            operator.hold()
+        if config.warmup <= at <= config.until:
+            for operator in operators:
+                operator.observe(config.beta1, config.beta2)
+            if at % config.interval == 0:
+                target, most = config.target_subspaces, sum(each.active.numel() for each in operators)
+                share = (config.until - at) / (config.until - config.warmup)
+                choose(operators, int(target + (most - target) * share**config.exponent))
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        K, components = shape(site, config)
+        return math.prod(site.batch) * config.rank * (K * components + site.out_features)
