@@ -150,6 +150,12 @@ HELD: Held = {
     ),
     ("lora_xs", "alpha"): (16.0, f"{LORA_XS}, main_glue.py: lora_alpha default=16"),
     ("lora_xs", "std"): (1e-5, f"{LORA_XS}, utils/initialization_utils.py: init_module_weights(..., sigma=0.00001)"),
+    ("lora_xs", "start"): ("weight", f"{LORA_XS}, utils/initialization_utils.py: weight=target.weight.T"),
+    ("lora_xs", "step"): (
+        3e-7,
+        "CERT-Lab/lora-sb@4feb81c, train_arithmetic.py: args.lr/(args.warmup_ratio * total_training_steps), which is "
+        "1e-4 / (0.02 * 50000 / 3)",
+    ),
     ("lora_xs", "dropout"): (0.0, f"{LORA_XS}, main_glue.py: lora_dropout=0.0"),
     ("miss", "rank"): (64, f"{MISS}: miss_r default=64"),
     ("miss", "dropout"): (0.0, f"{MISS}: miss_dropout default=0."),
