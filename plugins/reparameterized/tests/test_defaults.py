@@ -143,6 +143,7 @@ HELD: Held = {
         False,
         "microsoft/LoRA@0771c1e, loralib/layers.py: self.weight + (self.lora_B @ self.lora_A).view(self.weight.shape)",
     ),
+    ("lora", "damping"): (None, "arXiv 2106.09685, section 4.1: its factors are trained by their own gradients"),
     ("lora_plus", "embedding_lr"): (1e-6, f"{LORA_PLUS}, README.md: loraplus_lr_embedding, default value 1e-6"),
     ("lora_xs", "rank"): (
         16,
