@@ -14,6 +14,7 @@ GALORE = "jiaweizzhao/GaLore@2cc66f8"
 GRALORA = "SqueezeBits/GraLoRA@7dd2945, scripts/train/llm.llama-3_1-8b+data.code.sh"
 HRA = "DaShenZi721/HRA@8e0c637"
 LILY = "yibozhong/lily@db6ed3c, commonsense-reasoning/finetune_llama.sh"
+LORA_ONE = "YuanheZ/LoRA-One@01bba05"
 LORA_PLUS = "nikhil-ghosh-berkeley/loraplus@a0c44bf"
 LORA_XS = "MohammadrezaBanaei/LoRA-XS@e50b1a8"
 LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
@@ -302,6 +303,13 @@ HELD: Held = {
     ("lora_ga", "gamma"): (16.0, f"{LORA_GA}, reproduce/conf/init/gradient.yaml: stable_gamma: 16"),
     ("lora_ga", "form"): ("authors", f"{LORA_GA}, reproduce/run_exp.py: B and A are both scaled"),
     ("lora_ga", "iterations"): (4, f"{LORA_GA}, reproduce/run_exp.py: niter=4"),
+    ("lora_one", "rank"): (8, f"{LORA_ONE}, README.md: ++peft.lora_r=8"),
+    ("lora_one", "alpha"): (16.0, f"{LORA_ONE}, README.md: peft.lora_alpha=16"),
+    ("lora_one", "scaling"): ("sqrt_rank", f"{LORA_ONE}, README.md: peft.use_rslora=True"),
+    ("lora_one", "dropout"): (0.0, f"{LORA_ONE}, conf/peft/all.yaml: lora_dropout: 0.0"),
+    ("lora_one", "gamma"): (128.0, f"{LORA_ONE}, README.md: ++init.stable_gamma=128"),
+    ("lora_one", "damping"): (None, f"{LORA_ONE}, README.md: To use LoRA-One without pre-conditioners"),
+    ("lora_one", "iterations"): (16, f"{LORA_ONE}, run_exp.py: niter=16"),
     ("velora", "rank"): (32, f"{VELORA}: --lora_r 32"),
     ("velora", "alpha"): (16.0, f"{VELORA}: --lora_alpha 16"),
     ("velora", "dropout"): (

@@ -10,9 +10,9 @@ PiSSA and OLoRA: peft decomposes the base again when it loads such a file, so it
 product s B0 A0 that is the same for all who decompose exactly; ours has A0 and B0 of the host that it is loaded into.
 They are written as plain LoRA of twice the rank, which is right on any base that is the same, as are CorDA and
 LoRA-GA, whose start no file of peft's has. So is LoRA-XS, of its rank; what it freezes would train on there. EVA is
-LoRA once it has started: its files are read as LoRA, and written so, with a rank and an alpha of each module. KaSA's
-file means W without its smallest singular values, which peft takes away when it loads; it is written as LoRA of twice
-the rank. DoRA beside PiSSA or OLoRA is DoRA of twice the rank: with B A and -B0 A0.
+LoRA once it has started: its files are read as LoRA, and written so, with a rank and an alpha of each module. LoRA-One
+is LoRA, too. KaSA's file means W without its smallest singular values, which peft takes away when it loads; it is
+written as LoRA of twice the rank. DoRA beside PiSSA or OLoRA is DoRA of twice the rank: with B A and -B0 A0.
 
 BD-LoRA: blocks lie one below the other, as ours. Peft's option says which factor has blocks, by parts of names; where
 it names neither, the site is a plain LoRA, here one of a single block.
@@ -82,7 +82,9 @@ BLOCKS = ("target_modules_bd_a", "target_modules_bd_b")
 class PeftLoRA(PeftMethod):
     """Translates low-rank factors, weight-decomposed or not."""
 
-    methods = ("lora", "dora", "lora_plus", "alora", "eva", "mica", "velora", "bd_lora", "monteclora", *AS_LORA)
+    methods = (
+        "lora", "dora", "lora_plus", "alora", "eva", "lora_one", "mica", "velora", "bd_lora", "monteclora", *AS_LORA,
+    )  # fmt: skip
     below = (
         "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_embedding_A", "lora_embedding_B",
         "lora_magnitude_vector", "lora_magnitude_vector.weight", "lora_diag", "lora_velora_embed", *SAMPLED,
