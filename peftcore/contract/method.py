@@ -77,6 +77,8 @@ class Tags:
     exact_gradient: bool = True
     """Gradients are those of what forward computes. Not where a paper takes others: through a rounding as if it were
     not there, or with a norm held constant."""
+    data_options: Mapping[str, Any] | None = None
+    """Where only some options need data, these: ``{"start": "gradient"}``. `needs_data` then speaks of the defaults."""
 
     def __post_init__(self, checked_against: str) -> None:
         if checked_against:
@@ -187,16 +189,27 @@ class Method(ABC):
         return {}
 
     def calibrate(self, model: nn.Module, data: Batches, config: Any, injection: AppliedMethod) -> None:
-        """Look at data before training (tag `needs_data`). Runs once, in `apply`, when the operators are installed and
-        active; never on loading, so its results go into parameters or buffers of the operators.
+        """Look at data before training (tags `needs_data` and `data_options`). Runs once, in `apply`, when the
+        operators are installed and active; never on loading, so its results go into parameters or buffers of the
+        operators.
 
         Gradients, training mode and `requires_grad` are put back afterwards.
 
         Raises:
             CalibrationError: the data lacks what the method needs.
-            PluginError: the method has the tag and no such function.
+            PluginError: the method has a tag and no such function.
         """
         raise PluginError(f"{self.name} has the tag needs_data and does not define calibrate")
+
+    @classmethod
+    def looks_at_data(cls, config: MethodConfig) -> bool:
+        """Whether `calibrate` runs with these options, at any site (tags `needs_data` and `data_options`)."""
+        if cls.tags.data_options is None:
+            return cls.tags.needs_data
+        said = dict(config)
+        return any(
+            cls.tags.data_options.items() <= {**said, **each}.items() for each in ({}, *config.overrides.values())
+        )
 
     def on_step(self, injection: AppliedMethod, step: int, total: int) -> None:
         """Change the adapter after step 1, 2, …, `total` of the optimizer, while the gradients of that step are still

@@ -239,8 +239,8 @@ def apply(
             paths, "re:…", a type, a predicate of (path, module), or a list of these.
         exclude: targets to leave out, in the same forms.
         train: modules of the host (heads, norms) that train along, as replacements saved with the adapter.
-        data: batches for methods that look at data first (tag `needs_data`): mappings are called as model(**batch),
-            tuples as model(*batch), functions as batch(model); the output is, or has, the loss.
+        data: batches for methods that look at data first (tags `needs_data`, `data_options`): mappings are called as
+            model(**batch), tuples as model(*batch), functions as batch(model); the output is, or has, the loss.
         seed: operators are drawn from (seed, path); torch's initial seed by default. The global generator does not
             move.
         dtype: dtype of the operators, float32 by default.
@@ -295,17 +295,19 @@ def _check_alone(method: object, *others: Any) -> None:
 
 def _check_data(surgeon: Surgeon, data: Data | None) -> None:
     """Check that data is given exactly when the method, or a part of a hybrid, needs it."""
-    curious = [method.name for method in _methods(surgeon) if method.tags.needs_data]
+    curious = [each.method.name for each in _surgeons(surgeon) if each.method.looks_at_data(each.config)]
     if curious and data is None:
         raise CalibrationError(f"{curious[0]} looks at data before training: apply(..., data=batches)")
     if data is not None and not curious:
-        raise CalibrationError(f"{surgeon.method.name} looks at no data before training; leave data= out")
+        some = surgeon.method.tags.data_options or {}
+        but = "".join(f"; it does with {option}={value!r}" for option, value in some.items())
+        raise CalibrationError(f"{surgeon.method.name} looks at no data before training{but}; leave data= out")
 
 
-def _methods(surgeon: Surgeon) -> Iterator[Method]:
-    yield surgeon.method
+def _surgeons(surgeon: Surgeon) -> Iterator[Surgeon]:
+    yield surgeon
     for part in surgeon.parts.values():
-        yield from _methods(part)
+        yield from _surgeons(part)
 
 
 def check_name(model: nn.Module, name: str) -> str:
@@ -399,7 +401,7 @@ def _establish(
         raise
     state.frozen += thawed
     surgeon.thawed = []  # held by the state alone: a merge may take them out of the host
-    notice_experimental(_methods(surgeon))
+    notice_experimental(each.method for each in _surgeons(surgeon))
 
 
 def plan(

@@ -29,7 +29,12 @@ def class_of(name: str, preset: Preset, cls: type[Method]) -> type[Method]:
     members |= {
         "name": name,
         "Config": config,
-        "tags": dataclasses.replace(cls.tags, paper=preset.paper, checked_against=""),
+        "tags": dataclasses.replace(
+            cls.tags,
+            paper=preset.paper,
+            checked_against="",
+            needs_data=cls.tags.needs_data if cls.tags.data_options is None else cls.looks_at_data(config(method=name)),
+        ),
     }
     if preset.target is not None:
         members |= {"target": preset.target, "alternatives": ()}

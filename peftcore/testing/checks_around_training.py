@@ -14,7 +14,7 @@ import peftcore
 from peftcore.contract.method import Method
 from peftcore.injection.injection import Injection
 from peftcore.testing.checks_training import backward
-from peftcore.testing.kit import Case, check, fill
+from peftcore.testing.kit import Case, NotApplicable, check, fill
 from peftcore.testing.tools import differences, findable, raises, trace
 
 SEVERAL = ("mlp", "encoder", "llama")
@@ -22,15 +22,16 @@ SEVERAL = ("mlp", "encoder", "llama")
 
 
 @check(
-    "`needs_data` is claimed exactly when `calibrate` finds something else in other data",
+    "`needs_data` or `data_options` is claimed exactly when `calibrate` finds something else in other data",
     cause="`calibrate` is defined and the tag forgotten, or it makes nothing of the data",
-    remedy="declare `needs_data` with it, and put what it finds into parameters or buffers",
+    remedy="declare one of them with it, and put what it finds into parameters or buffers",
     hosts=SEVERAL,
 )
 def data_counts_where_it_is_asked_for(case: Case) -> None:
-    defined, claimed = case.method.calibrate is not Method.calibrate, case.tags.needs_data
-    case.expect(defined == claimed, f"needs_data={claimed}, calibrate is {'' if defined else 'not '}defined")
-    if not claimed:
+    defined, tags = case.method.calibrate is not Method.calibrate, case.tags
+    claimed = tags.needs_data or tags.data_options is not None
+    case.expect(defined == claimed, f"claimed: {claimed}; calibrate is {'' if defined else 'not '}defined")
+    if not case.looks_at_data:
         return
     found = []
     for half in (0, 1):
@@ -49,9 +50,11 @@ class _Interrupted(Exception):
     "data that breaks off leaves no trace",
     cause="`calibrate` changes the host, or hooks it, and undoes that only when all goes well",
     remedy="undo it in `finally`, or by a context manager",
-    when=lambda tags: tags.needs_data,
+    when=lambda tags: tags.needs_data or tags.data_options is not None,
 )
 def data_that_breaks_off_leaves_no_trace(case: Case) -> None:
+    if not case.looks_at_data:
+        raise NotApplicable("with these options it looks at no data")
     model, inputs = case.fresh()
     model.train()
     before = trace(model)

@@ -81,7 +81,7 @@ def _expect_same_tensors(case: Case, injection: Injection, expected: Injection, 
     hosts=ONE,
 )
 def the_default_dtype_changes_nothing(case: Case) -> None:
-    fresh = None if case.tags.needs_data else case.apply(case.fresh()[0], seed=7)  # what looks at data runs the host
+    fresh = None if case.looks_at_data else case.apply(case.fresh()[0], seed=7)  # what looks at data runs the host
     with saved(case) as (path, _, _, inputs):
         there, _ = case.fresh()
         loaded = peftcore.load(there, path)

@@ -266,7 +266,7 @@ def the_start_depends_on_seed_and_path(case: Case) -> None:
     modules = _main_modules(case, first)
     first.remove()
     torch.manual_seed(6)
-    alone = case.tags.needs_data or len(modules) == 1  # what data says may speak of all sites together
+    alone = case.looks_at_data or len(modules) == 1  # what data says may speak of all sites together
     for wish in ({}, {} if alone else {"exclude": modules[0]}):
         injection = case.apply(model, seed=3, **wish)
         for key, tensor in injection.state_dict().items():

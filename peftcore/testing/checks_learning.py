@@ -43,7 +43,7 @@ def _told(case: Case, task: Task) -> Task:
 
 def _adapted(case: Case, task: Task) -> Injection:
     """Apply the method with its default target to a fresh host of the task."""
-    data = [lambda model: task.loss(model, task.batch(STEPS))] if case.tags.needs_data else None
+    data = [lambda model: task.loss(model, task.batch(STEPS))] if case.looks_at_data else None
     return peftcore.apply(task.pretrained(), case.method, data=data, **case.options)
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.contract.config import validate
 from peftcore.contract.method import Method, Tags
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.injection.injection import Injection
@@ -154,6 +155,11 @@ class Case(Expecting):
         """The tags of the method."""
         return self.method.tags
 
+    @cached_property
+    def looks_at_data(self) -> bool:
+        """Whether the method looks at data, with the options of this case."""
+        return self.method.looks_at_data(validate(self.method.Config, dict(self.options)))
+
     def fresh(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
         """Build a new host, always the same, and inputs for it (floating-point ones in `dtype`)."""
         return self._built(self.host.build, dtype)
@@ -185,7 +191,7 @@ class Case(Expecting):
 
     def apply(self, model: nn.Module, **changes: Any) -> Injection:
         """Apply the method with its default targets, or with the host's fallback where it has none of these roles."""
-        _, inputs = self.fresh(next(model.parameters()).dtype) if self.tags.needs_data else (None, {})
+        _, inputs = self.fresh(next(model.parameters()).dtype) if self.looks_at_data else (None, {})
         arguments = {**self.batches(lambda host: self.run(host, inputs)), **self.options, **changes}
         injection = self._applied(model, arguments)
         self.tell(model)
@@ -213,7 +219,7 @@ class Case(Expecting):
         def batch(half: int) -> Callable[[nn.Module], Tensor]:
             return lambda model: run(model).flatten()[half::2].square().mean()
 
-        return {"data": [batch(0), batch(1)]} if self.tags.needs_data else {}
+        return {"data": [batch(0), batch(1)]} if self.looks_at_data else {}
 
     def filled(self, model: nn.Module, seed: int = 1, **changes: Any) -> Injection:
         """Apply, and move every operator tensor by N(0, FILL)."""

@@ -81,7 +81,7 @@ class Batches:
 
 
 def calibrate(injection: Injection, data: Data) -> None:
-    """Let the method (of a hybrid: its methods with the tag `needs_data`) look at the data; afterwards gradients,
+    """Let the method (of a hybrid: those of its methods that ask for it) look at the data; afterwards gradients,
     modes, flags and the random generator are as before.
 
     Raises:
@@ -95,7 +95,7 @@ def calibrate(injection: Injection, data: Data) -> None:
     others = [parameter for each in acting for parameter in each.parameters()]  # a loss reaches these too
     with _as_it_was(modules, others):
         for each in injection.family():
-            if each.method.tags.needs_data:
+            if each.method.looks_at_data(each.config):
                 batches = Batches(model, data, f"{each.method.name} looks at the data")
                 each.method.calibrate(model, batches, each.config, each)
     if other := [key for key, tensor in injection.state_dict().items() if planned.get(key) != tensor.shape]:

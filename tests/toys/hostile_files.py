@@ -155,6 +155,7 @@ SAMPLES = [
     Sample("deft", wishes=_two()),
     Sample("velora", wishes=_two(num_groups=4)),
     Sample("lora_ga", wishes=_two()),
+    Sample("lora_one", wishes=_two()),
     Sample("corda", wishes=_two()),
     Sample("kasa", wishes=_two()),
     Sample("mica", wishes=_two()),

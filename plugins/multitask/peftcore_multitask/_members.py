@@ -66,7 +66,7 @@ def of_parts(surgeon: Surgeon, parts: Sequence[dict[str, Any]]) -> list[tuple[Si
         options = options_of(part)
         method = peftcore.method(part["method"])()
         tags = method.tags
-        if tags.needs_data or tags.scheduled or not tags.per_row:
+        if method.looks_at_data(options) or tags.scheduled or not tags.per_row:
             raise ConfigError(
                 f"{method.name} cannot be a part: parts act on outputs of modules alone, without a schedule and "
                 "without a look at data"

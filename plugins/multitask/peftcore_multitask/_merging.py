@@ -56,9 +56,9 @@ class PartsConfig(MethodConfig):
     @model_validator(mode="after")
     def _known(self) -> Self:
         for part in self.parts:
-            options_of(part)
-            tags = peftcore.method(part["method"]).tags
-            if tags.needs_data or tags.scheduled or (self.changes_weights and not tags.mergeable):
+            options, cls = options_of(part), peftcore.method(part["method"])
+            tags = cls.tags
+            if cls.looks_at_data(options) or tags.scheduled or (self.changes_weights and not tags.mergeable):
                 raise ConfigError(
                     f"{part['method']!r} cannot be a part of {self.method}: parts are changes of weights, without a "
                     "schedule and without a look at data"

@@ -35,6 +35,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "lokr": "peftcore_reparameterized.lokr:LoKr",
         "lora": "peftcore_reparameterized.lora:LoRA",
         "lora_ga": "peftcore_reparameterized.lora_ga:LoRAGA",
+        "lora_one": "peftcore_reparameterized.lora_one:LoRAOne",
         "lora_plus": "peftcore_reparameterized.lora_plus:LoRAPlus",
         "lora_xs": "peftcore_reparameterized.lora_xs:LoRAXS",
         "mica": "peftcore_reparameterized.mica:MiCA",

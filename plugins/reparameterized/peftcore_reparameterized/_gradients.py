@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftcore import Batch, Site
+from peftcore import AppliedMethod, Batch, Batches, Site
+from peftcore.errors import CalibrationError
 from peftcore_reparameterized._inputs import sees_vectors
 
 
@@ -59,3 +60,27 @@ def mean_gradients(sites: Sequence[Site], data: Iterable[Batch]) -> dict[str, Te
             mean = site.logical(weight.grad.to(torch.promote_types(weight.dtype, torch.float32))) / batches
             found[site.path] = mean.reshape(*site.batch, site.out_features, site.in_features * math.prod(site.kernel))
     return found
+
+
+def gradients_of(
+    grafts: Sequence[Any], model: nn.Module, data: Batches, injection: AppliedMethod
+) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the method's own grafts of these, each with the mean gradient of its site's weight, in training mode and
+    without the adapter. What has none is left out: it never ran, and says so when the model is called.
+
+    Raises:
+        CalibrationError: a gradient is not finite.
+    """
+    own = [graft for graft in grafts if graft.by_method]
+    model.train()
+    torch.manual_seed(0)  # of dropout; the core puts the generators back
+    with injection.whole.disabled():
+        found = mean_gradients([graft.site for graft in own], data)
+    for graft in own:
+        gradient = found.get(graft.site.path)
+        if gradient is None:
+            continue
+        if not gradient.isfinite().all():
+            raise CalibrationError(f"the gradient of {graft.site.path} is not finite; give other data")
+        if gradient.any():
+            yield graft, gradient

@@ -20,6 +20,10 @@ gradient. The optimizer of `injection.optimizer` gets g (A A')^+ / s^2 for B's g
 to the gradient of W; it is computed in g's dtype, where peft's optimizer rounds a product to bfloat16. Embeddings have
 a zero A, with which nothing would train (in peft nothing does): there it is refused.
 
+`damping` is Riemannian preconditioned LoRA (Zhang and Pilanci 2024, arXiv 2402.02347): the optimizer of
+`injection.optimizer` gets inv(B' B + d I) g for A's gradient g and g inv(A A' + d I) for B's, both by the factors
+before the step; with d = 0 a step of SGD changes B A alike however it is split. In peft linear layers alone have it.
+
 Parameters: rank * (in * kernel + out) a site, times the number of experts; with trained="B" rank * out; with
 `across_groups` in is that of all groups, and out that of one.
 
@@ -31,10 +35,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, cast
 
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from peftcore import (
@@ -51,7 +55,7 @@ from peftcore import (
     low_rank,
 )  # fmt: skip
 from peftcore_reparameterized._across_groups import AcrossGroups, across_count, groups_of
-from peftcore_reparameterized._fixed_projection import Rescaled, fix_projection
+from peftcore_reparameterized._fixed_projection import fix_projection
 from peftcore_reparameterized._low_rank import (
     add_low_rank,
     input_dropout,
@@ -59,6 +63,7 @@ from peftcore_reparameterized._low_rank import (
     low_rank_factors,
     orthogonal_factors,
 )
+from peftcore_reparameterized._preconditioned import Preconditioned, Preconditioner, fixed_projection, riemannian
 
 
 class Config(MethodConfig):
@@ -77,6 +82,8 @@ class Config(MethodConfig):
     """What makes the update zero at first: one factor is, or the two are orthogonal to each other."""
     trained: Literal["both", "B"] = "both"
     """The factors that train: both, or B alone (LoRA-FA)."""
+    damping: NonNegativeFloat | None = None
+    """That of the Riemannian preconditioner of both gradients; without, gradients stay as they are."""
     across_groups: bool = False
     """In grouped convolutions, let A read the channels of all groups (as peft); of no effect on other layers."""
 
@@ -84,6 +91,8 @@ class Config(MethodConfig):
     def _halves(self) -> Self:
         if self.start == "orthogonal" and self.rank % 2:
             raise ValueError(f"start='orthogonal' halves the rank, and {self.rank} is odd: take an even one")
+        if self.trained == "B" and self.damping is not None:
+            raise ValueError("damping is for two factors that train, and trained='B' has a rule of its own: leave one")
         return self
 
 
@@ -146,9 +155,14 @@ class LoRA(Method):
                 surgeon.graft(site, lambda at, own: LoRAOperator(at, own, own.start, own.trained), config)
 
     def gradient_rule(self, injection: AppliedMethod) -> GradientRule | None:
-        operators = [graft.operator for graft in injection.grafts if isinstance(graft.operator, LoRAOperator)]
-        frozen = {each.get_parameter("B"): each for each in operators if not isinstance(each.A, nn.Parameter)}
-        return Rescaled(frozen) if frozen else None
+        of: dict[nn.Parameter, Preconditioner] = {}
+        for graft in (each for each in injection.grafts if isinstance(each.operator, LoRAOperator)):
+            damping = cast(Config, injection.config.at(graft.site.path)).damping
+            if not isinstance(graft.operator.A, nn.Parameter):
+                of |= fixed_projection(graft.operator)
+            elif damping is not None:
+                of |= riemannian(graft.operator, damping)
+        return Preconditioned(of) if of else None
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

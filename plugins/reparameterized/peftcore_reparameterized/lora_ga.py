@@ -29,9 +29,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from peftcore import MATRICES, AppliedMethod, Batches, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
-from peftcore.errors import CalibrationError, UnsupportedSite
+from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._decomposed import PairOperator, as_matrix, as_rows, nearly_principal, rank_within
-from peftcore_reparameterized._gradients import mean_gradients
+from peftcore_reparameterized._gradients import gradients_of
 from peftcore_reparameterized._inputs import sees_vectors
 from peftcore_reparameterized._low_rank import low_rank_count
 
@@ -128,17 +128,8 @@ class LoRAGA(Method):
             surgeon.graft(site, LoRAGAOperator, config)
 
     def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
-        grafts: list[Any] = [graft for graft in injection.grafts if graft.by_method]
-        model.train()
-        torch.manual_seed(0)  # of dropout; the core puts the generators back
-        with injection.whole.disabled():
-            found = mean_gradients([graft.site for graft in grafts], data)
-        for graft in grafts:
-            gradient = found.get(graft.site.path)
-            if gradient is not None and not gradient.isfinite().all():
-                raise CalibrationError(f"the gradient of {graft.site.path} is not finite; give other data")
-            if gradient is not None and gradient.any():  # what never ran says so when the model is called
-                graft.operator.decompose(graft.site, config.at(graft.site.path), gradient)
+        for graft, gradient in gradients_of(injection.grafts, model, data, injection):
+            graft.operator.decompose(graft.site, config.at(graft.site.path), gradient)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

@@ -12,6 +12,17 @@ its own, embeddings as [dim, num].
 A and B are in the adapter's file: R means nothing without them, and found a second time, on another machine, they would
 be others, by rounding at least. So files are as large as LoRA's; what trains, and the optimizer's state, is not.
 
+start="gradient" is LoRA-SB (Ponkshe et al. 2024, arXiv 2411.19557; CERT-Lab/lora-sb). A, B and R are the nearest of
+rank r to the first step that AdamW would take with the weight itself, which is nearly -step sign(gradient):
+
+    -step sign(G) = U S V',   B = U_r,   R = S_r / s,   A = V_r'      G = mean of dL/dW over the batches of ``data=``
+
+A and B are orthonormal, so a step of R by its gradient is, with s = 1, the best for W that this place has; the authors
+take alpha = rank, and no other scale is needed. W keeps its values, so the adapter changes outputs from the start.
+`step` is a learning rate: the authors' is that at the first step of their warmup. They sum gradients of losses divided
+by the batch's size, which has the same sign where batches are of one size, and round A, B and R to bfloat16. They train
+with 1e-4 on MetaMathQA. Quantized weights have a gradient, so they start in this way too.
+
 Parameters: rank * rank a site, times the number of experts; rank at most that of the weight.
 
 Use it where thousands of adapters, or their optimizers, must be held at once; with a larger learning rate than LoRA's.
@@ -26,8 +37,9 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from peftcore import MATRICES, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
-from peftcore_reparameterized._decomposed import as_matrix, as_rows, principal, rank_within
+from peftcore import MATRICES, AppliedMethod, Batches, LearningRate, Method, MethodConfig, Site, Surgeon, Tags
+from peftcore_reparameterized._decomposed import as_matrix, as_rows, nearly_principal, principal, rank_within
+from peftcore_reparameterized._gradients import gradients_of
 from peftcore_reparameterized._low_rank import LowRankOperator
 
 
@@ -41,6 +53,10 @@ class Config(MethodConfig):
     """Numerator of the scale ``alpha / rank``."""
     std: NonNegativeFloat = 1e-5
     """Standard deviation of R at the start; with 0 a fresh adapter changes nothing at all."""
+    start: Literal["weight", "gradient"] = "weight"
+    """Whose singular vectors A and B are: the weight's, or those of its first step (LoRA-SB), which data says."""
+    step: NonNegativeFloat = 3e-7
+    """The learning rate of that first step; with 0 a fresh adapter changes nothing at all."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which inputs of the update are dropped in training."""
     iterations: Annotated[PositiveInt, Field(le=1000)] | None = None
@@ -57,10 +73,24 @@ class LoRAXSOperator(LowRankOperator):
         super().__init__(site, config.dropout)
         self.scale = config.alpha / config.rank
         rank = rank_within(site, config.rank)
+        if config.start == "gradient":
+            self.register_buffer("A", torch.zeros(*site.batch, rank, site.in_features, *site.kernel))
+            self.register_buffer("B", torch.zeros(*site.batch, site.out_features, rank))
+            self.R = nn.Parameter(torch.zeros(*site.batch, rank, rank))
+            return
         U, S, V = principal(as_matrix(site), rank, config.iterations)
         self.register_buffer("A", as_rows(site, S.unsqueeze(-1) * V).contiguous())
         self.register_buffer("B", U.contiguous())
         self.R = nn.Parameter(torch.randn(*site.batch, rank, rank) * config.std)
+
+    @torch.no_grad()
+    def decompose(self, site: Site, config: Config, gradient: Tensor) -> None:
+        """Set A, B and R by the gradient, [*batch, out, in * kernel]."""
+        rank = self.R.shape[-1]
+        U, S, V = nearly_principal(-gradient.sign(), rank, rank, config.iterations)
+        self.A.copy_(as_rows(site, V))
+        self.B.copy_(U)
+        self.R.copy_(torch.diag_embed(config.step / self.scale * S))
 
     def factors(self) -> tuple[Tensor, Tensor, float]:
         return self.A, self.B @ self.R, self.scale
@@ -76,7 +106,8 @@ class LoRAXS(Method):
         paper="2405.17604",
         mergeable=True,
         identity_at_init=False,
-        identity_options={"std": 0.0},
+        identity_options={"std": 0.0, "step": 0.0},
+        data_options={"start": "gradient"},
         low_rank=True,
     )
     learning_rate = LearningRate(
@@ -88,6 +119,11 @@ class LoRAXS(Method):
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             surgeon.graft(site, LoRAXSOperator, config)
+
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+        started = [graft for graft in injection.grafts if config.at(graft.site.path).start == "gradient"]
+        for graft, gradient in gradients_of(started, model, data, injection):
+            graft.operator.decompose(graft.site, config.at(graft.site.path), gradient)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

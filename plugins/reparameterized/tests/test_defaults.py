@@ -14,6 +14,7 @@ GALORE = "jiaweizzhao/GaLore@2cc66f8"
 GRALORA = "SqueezeBits/GraLoRA@7dd2945, scripts/train/llm.llama-3_1-8b+data.code.sh"
 HRA = "DaShenZi721/HRA@8e0c637"
 LILY = "yibozhong/lily@db6ed3c, commonsense-reasoning/finetune_llama.sh"
+LORA_ONE = "YuanheZ/LoRA-One@01bba05"
 LORA_PLUS = "nikhil-ghosh-berkeley/loraplus@a0c44bf"
 LORA_XS = "MohammadrezaBanaei/LoRA-XS@e50b1a8"
 LYCORIS = "KohakuBlueleaf/LyCORIS@f49d30d"
@@ -159,6 +160,7 @@ HELD: Held = {
         False,
         "microsoft/LoRA@0771c1e, loralib/layers.py: self.weight + (self.lora_B @ self.lora_A).view(self.weight.shape)",
     ),
+    ("lora", "damping"): (None, "arXiv 2106.09685, section 4.1: its factors are trained by their own gradients"),
     ("lora_plus", "embedding_lr"): (1e-6, f"{LORA_PLUS}, README.md: loraplus_lr_embedding, default value 1e-6"),
     ("lora_xs", "rank"): (
         16,
@@ -166,6 +168,12 @@ HELD: Held = {
     ),
     ("lora_xs", "alpha"): (16.0, f"{LORA_XS}, main_glue.py: lora_alpha default=16"),
     ("lora_xs", "std"): (1e-5, f"{LORA_XS}, utils/initialization_utils.py: init_module_weights(..., sigma=0.00001)"),
+    ("lora_xs", "start"): ("weight", f"{LORA_XS}, utils/initialization_utils.py: weight=target.weight.T"),
+    ("lora_xs", "step"): (
+        3e-7,
+        "CERT-Lab/lora-sb@4feb81c, train_arithmetic.py: args.lr/(args.warmup_ratio * total_training_steps), which is "
+        "1e-4 / (0.02 * 50000 / 3)",
+    ),
     ("lora_xs", "dropout"): (0.0, f"{LORA_XS}, main_glue.py: lora_dropout=0.0"),
     ("miss", "rank"): (64, f"{MISS}: miss_r default=64"),
     ("miss", "dropout"): (0.0, f"{MISS}: miss_dropout default=0."),
@@ -311,6 +319,13 @@ HELD: Held = {
     ("lora_ga", "gamma"): (16.0, f"{LORA_GA}, reproduce/conf/init/gradient.yaml: stable_gamma: 16"),
     ("lora_ga", "form"): ("authors", f"{LORA_GA}, reproduce/run_exp.py: B and A are both scaled"),
     ("lora_ga", "iterations"): (4, f"{LORA_GA}, reproduce/run_exp.py: niter=4"),
+    ("lora_one", "rank"): (8, f"{LORA_ONE}, README.md: ++peft.lora_r=8"),
+    ("lora_one", "alpha"): (16.0, f"{LORA_ONE}, README.md: peft.lora_alpha=16"),
+    ("lora_one", "scaling"): ("sqrt_rank", f"{LORA_ONE}, README.md: peft.use_rslora=True"),
+    ("lora_one", "dropout"): (0.0, f"{LORA_ONE}, conf/peft/all.yaml: lora_dropout: 0.0"),
+    ("lora_one", "gamma"): (128.0, f"{LORA_ONE}, README.md: ++init.stable_gamma=128"),
+    ("lora_one", "damping"): (None, f"{LORA_ONE}, README.md: To use LoRA-One without pre-conditioners"),
+    ("lora_one", "iterations"): (16, f"{LORA_ONE}, run_exp.py: niter=16"),
     ("velora", "rank"): (32, f"{VELORA}: --lora_r 32"),
     ("velora", "alpha"): (16.0, f"{VELORA}: --lora_alpha 16"),
     ("velora", "dropout"): (

@@ -1,6 +1,6 @@
 """Plain LoRA in peft's files, and the methods that are written as one.
 
-EVA is LoRA once it has started: its files are read as LoRA, and written so, with a rank and an alpha of each module.
+EVA and LoRA-One are LoRA once they have started, and written so, EVA with a rank and an alpha of each module.
 What CorDA and LoRA-GA add to the base is LoRA of twice the rank, which is right on any base that is the same; no file
 of peft's has their start. What LoRA-XS adds is LoRA of its rank, of which peft would train what is frozen here.
 """
@@ -22,7 +22,7 @@ class PlainVariant(LoRAVariant):
     """LoRA, which every file is that nothing else marks."""
 
     reads = "lora"
-    writes = ("lora", "lora_plus", "eva")
+    writes = ("lora", "lora_plus", "eva", "lora_one")
     has_bias = True
 
     def marked(self, keys: Keys) -> bool:

@@ -1,0 +1,65 @@
+"""Gradients of two low-rank factors, multiplied by the inverse of what the other factor is to itself: the rules of
+LoRA-FA and of Riemannian preconditioned LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import GradientRule, Operator
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """What the gradient of one factor is multiplied by: ``inverse(other to itself + damping I)``."""
+
+    other: Callable[[], Tensor]
+    """The other factor: A ``[*experts, rank, in, *kernel]`` for B, B ``[*experts, out, rank]`` for A."""
+    of_A: bool
+    """Whether it is A's gradient, which is multiplied from the left; B's is from the right."""
+    damping: float
+    """What is added to the diagonal."""
+    divisor: float = 1.0
+    """What the product is divided by."""
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        """Return the gradient of a factor as it is after the rule, in the dtype that it has."""
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        other = self.other().detach().to(grad.device, wide)
+        rows = other.mT if self.of_A else other.flatten(grad.dim() - 1)  # [*experts, rank, other dimension]
+        gram = rows @ rows.mT
+        gram = gram + self.damping * torch.eye(gram.shape[-1], dtype=wide, device=gram.device)
+        inverse = torch.linalg.pinv(gram, hermitian=True) / self.divisor
+        if not self.of_A:
+            return (grad.to(wide) @ inverse).to(grad.dtype)
+        flat = grad.to(wide).flatten(inverse.dim() - 1)  # [*experts, rank, in * kernel]
+        return (inverse @ flat).view(grad.shape).to(grad.dtype)
+
+
+class Preconditioned(GradientRule):
+    """The gradients of those factors that have a preconditioner; others stay as they are."""
+
+    def __init__(self, of: Mapping[nn.Parameter, Preconditioner]) -> None:
+        super().__init__()
+        self.of = of
+
+    def project(self, grad: Tensor, param: nn.Parameter) -> Tensor:
+        return self.of[param](grad) if param in self.of else grad
+
+
+def riemannian(operator: Operator, damping: float) -> dict[nn.Parameter, Preconditioner]:
+    """Return the preconditioners of both factors of an operator. They hold the parameters, of which the optimizer has
+    whole ones where they are sharded."""
+    A, B = operator.get_parameter("A"), operator.get_parameter("B")
+    return {A: Preconditioner(lambda: B, True, damping), B: Preconditioner(lambda: A, False, damping)}
+
+
+def fixed_projection(operator: Operator) -> dict[nn.Parameter, Preconditioner]:
+    """Return LoRA-FA's preconditioner of B: with it ``s g A`` is the nearest to the weight's gradient."""
+    factors = operator.factors()
+    assert factors is not None
+    B = operator.get_parameter("B")
+    return {B: Preconditioner(lambda: operator.get_tensor("A"), False, 1e-8, factors[2] ** 2)}

@@ -1,0 +1,129 @@
+"""LoRA-One: low-rank adaptation that starts with one step along the full gradient.   Zhang et al. 2025,
+arXiv 2502.01235 (YuanheZ/LoRA-One).
+
+    -G = U S V',   G = mean of dL/dW over the batches;   D = sqrt(S_r / (S_1 gamma)),   A0 = D V_r',   B0 = U_r D
+    y = W x + b + s B A dropout(x),   A = A0 and B = B0 at first,   s = alpha / sqrt(rank)
+
+B0 A0 is the nearest of rank r to a step of gradient descent with the weight itself, of the learning rate 1 / (S_1
+gamma): the paper shows that LoRA's factors would align with these directions anyway. Nothing is taken out of W, so
+the adapter changes outputs from the start. ``data=`` has batches of the training data with their loss, of which 8 to 64
+samples are enough. The model is in training mode then, as the authors have it.
+
+Their page and the paper have S in place of its root, and no S_1: the code has both, and here it is the code's. It finds
+the singular vectors by a fast approximation from 512 directions (`iterations`), as this does. Other starts of that
+script (`scale`) are not here. The preconditioners of the paper's algorithm were not released with it: `damping` has
+those that they were made of (Riemannian preconditioned LoRA, in LoRA's page); they act in `injection.optimizer`.
+
+Kernels of convolutions are decomposed as [out, in * kernel], experts each on its own. Where a weight has fewer
+directions than the rank, or an expert had no gradient, factors are as in LoRA.
+
+Parameters: rank * (in * kernel + out) a site, times the number of experts.
+
+Use it in place of LoRA where you have the data at hand; at the start it takes the memory of a gradient of all target
+weights.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    MATRICES,
+    AppliedMethod,
+    Batches,
+    GradientRule,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Site,
+    Surgeon,
+    Tags,
+)  # fmt: skip
+from peftcore.errors import UnsupportedSite
+from peftcore_reparameterized._decomposed import as_rows, nearly_principal
+from peftcore_reparameterized._gradients import gradients_of
+from peftcore_reparameterized._inputs import sees_vectors
+from peftcore_reparameterized._low_rank import low_rank_count
+from peftcore_reparameterized._preconditioned import Preconditioned, Preconditioner, riemannian
+from peftcore_reparameterized.lora import LoRAOperator
+
+WIDTH = 512
+"""How many directions the approximation turns."""
+
+
+class Config(MethodConfig):
+    """Options of LoRA-One: LoRA's, and those of the start."""
+
+    method: Literal["lora_one"] = "lora_one"
+    rank: PositiveInt = 8
+    """Rank of the update."""
+    alpha: PositiveFloat = 16.0
+    """Numerator of the scale ``alpha / sqrt(rank)``."""
+    scaling: Literal["rank", "sqrt_rank"] = "sqrt_rank"
+    """Denominator of the scale: the rank, or its square root."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Probability with which inputs of the update are dropped in training."""
+    gamma: PositiveFloat = 128.0
+    """What the start is divided by: the larger, the smaller the first step."""
+    damping: NonNegativeFloat | None = None
+    """That of the preconditioner of both gradients; without, gradients stay as they are."""
+    iterations: Annotated[PositiveInt, Field(le=1000)] | None = 16
+    """Find the singular vectors by so many steps of a fast approximation; None is exact."""
+
+
+@torch.no_grad()
+def decompose(operator: LoRAOperator, site: Site, config: Config, gradient: Tensor) -> None:
+    """Set A and B by the gradient, [*batch, out, in * kernel]."""
+    U, S, V = nearly_principal(-gradient, config.rank, WIDTH, config.iterations)
+    found = S.shape[-1]
+    largest = S[..., :1].unsqueeze(-1)  # [*batch, 1, 1]
+    root = (S / (largest.squeeze(-1).clamp_min(1e-30) * config.gamma)).sqrt().unsqueeze(-1)  # [*batch, found, 1]
+    A, B = operator.A.flatten(operator.B.dim() - 1), operator.B.clone()
+    A = torch.cat([torch.where(largest > 0, root * V, A[..., :found, :]), A[..., found:, :]], -2)
+    B[..., :found] = torch.where(largest > 0, U * root.mT, B[..., :found])
+    operator.A.copy_(as_rows(site, A))
+    operator.B.copy_(B)
+
+
+class LoRAOne(Method):
+    """Low-rank adaptation from one step along the full gradient."""
+
+    name = "lora_one"
+    Config = Config
+    tags = Tags(
+        category="reparameterized",
+        paper="2502.01235",
+        mergeable=True,
+        identity_at_init=False,
+        low_rank=True,
+        needs_data=True,
+    )
+    learning_rate = LearningRate(2e-4, "YuanheZ/LoRA-One@01bba05, README.md", on="Llama-2-7B, MetaMathQA")
+    target = ("attn.q", "attn.v", "cross.q", "cross.v")
+    alternatives = MATRICES
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        for site in surgeon.sites():
+            if site.layer.packed and not sees_vectors(site):
+                raise UnsupportedSite(f"{site.path} is quantized, and has no gradient; exclude it, or take lora")
+            surgeon.graft(site, LoRAOperator, config)
+
+    def calibrate(self, model: nn.Module, data: Batches, config: Config, injection: AppliedMethod) -> None:
+        for graft, gradient in gradients_of(injection.grafts, model, data, injection):
+            decompose(graft.operator, graft.site, config.at(graft.site.path), gradient)
+
+    def gradient_rule(self, injection: AppliedMethod) -> GradientRule | None:
+        of: dict[nn.Parameter, Preconditioner] = {}
+        for graft in injection.grafts:
+            here = injection.config.at(graft.site.path)
+            if isinstance(graft.operator, LoRAOperator) and isinstance(here, Config) and here.damping is not None:
+                of |= riemannian(graft.operator, here.damping)
+        return Preconditioned(of) if of else None
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        return low_rank_count(site, config.rank)
