@@ -18,7 +18,9 @@ As in the authors' code the teacher may also be the logarithms of its largest pr
 tensors ``[batch, tokens, k]``, not scaled to 1. Padding does not count, nor positions where all that the teacher says
 is -inf. peft has neither teacher nor loss, and starts at random until a text is shown to it.
 
-Never identity. Where attention has a window, every token sees Z all the same; in peft Z leaves the window as words do.
+Never identity. Cartridges of several texts that are active together are all seen, each further one a text's length on
+(peft composes their files). Where attention has a window, every token sees Z all the same; in peft Z leaves the window
+as words do.
 Parameters: (length - frozen) * kv_heads * (key width + value width) a layer; the frozen rows are saved too.
 
 Use it where many questions are asked about one long text: it takes some percent of the text's cache.

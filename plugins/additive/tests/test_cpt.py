@@ -193,6 +193,9 @@ def test_files_of_peft(name: str, tmp_path: Path) -> None:
     for each in injection.parameters():
         nn.init.normal_(each, 0, 0.1)
     injection.save(tmp_path / "ours", format="peft")
+    assert (
+        peftcore.load(deepcopy(base), tmp_path / "ours").config.model_dump(exclude={"method", "overrides"}) == OPTIONS
+    )
     opened = peft.PeftModel.from_pretrained(deepcopy(base), str(tmp_path / "ours")).eval()
     with torch.no_grad():
         found = opened(**ids).logits[:, len(IDS) :][kept]
