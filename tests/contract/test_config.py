@@ -35,7 +35,7 @@ def config(name: str, **options: Any) -> Any:
         ({"overrides": {"*": {"rank": 2**63}}}, ["lora", "9223372036854775808"]),
         ({"dropout": 1.0}, ["lora", "dropout", "1.0", "less than 1"]),
         ({"rnak": 8}, ["lora", "'rnak'", "did you mean 'rank'"]),
-        ({"zzz": 8}, ["lora", "'zzz'", "alpha, dropout", "rank"]),
+        ({"zzz": 8}, ["lora", "'zzz'", "alpha, damping, dropout", "rank"]),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

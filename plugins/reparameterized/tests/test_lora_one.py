@@ -31,7 +31,10 @@ HOSTS = ("mlp", "encoder", "llama", "bert", "t5", "gpt2", "moe", "mistral", "vit
 @conformance(
     "lora_one",
     options={"*": {"rank": 3, "alpha": 3.0}},
-    expected_failures={f"merging_rounds_once-{each}": SEEN for each in HOSTS},
+    expected_failures={
+        **{f"merging_rounds_once-{each}": SEEN for each in HOSTS},
+        **{f"dropout_acts_in_training_only-{each}": DROPS for each in ("bert", "t5", "gpt2")},
+    },
 )
 def test_conformance(check: Callable[[], None]) -> None:
     check()
