@@ -13,7 +13,7 @@ from peftcore.testing import HOSTS
 pytestmark = pytest.mark.filterwarnings("ignore:::peft")
 TYPES: dict[str, tuple[type[peft.PeftConfig], dict[str, Any], dict[str, Any]]] = {
     "adalora": (peft.AdaLoraConfig, {"init_r": 4, "lora_alpha": 90, "total_step": 9}, {"rank": 4, "alpha": 90.0}),
-    "adamss": (peft.AdamssConfig, {"r": 8, "num_subspaces": 3}, {"components": 8, "subspaces": 3}),
+    "adamss": (peft.AdamssConfig, {"r": 4, "num_subspaces": 3}, {"components": 4, "subspaces": 3}),
     "boft": (peft.BOFTConfig, {"boft_block_size": 4}, {"block_size": 4, "factors": 1}),
     "c3a": (peft.C3AConfig, {"block_size": 4, "init_weights": "gaussian"}, {"block_size": 4, "start": "gaussian"}),
     "deft": (peft.DeftConfig, {"r": 4}, {"rank": 4}),
