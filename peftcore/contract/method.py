@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from peftcore.contract.config import MethodConfig
+from peftcore.contract.config import MethodConfig, validate
 from peftcore.errors import PluginError
 
 if TYPE_CHECKING:
@@ -210,6 +210,18 @@ class Method(ABC):
         return any(
             cls.tags.data_options.items() <= {**said, **each}.items() for each in ({}, *config.overrides.values())
         )
+
+    @classmethod
+    def asks_for_data(cls, arguments: Mapping[str, Any]) -> bool:
+        """Whether `peftcore.apply` with these arguments needs data: those of them that are options count.
+
+        Raises:
+            ConfigError: an option has a value that is none for it.
+        """
+        if cls.tags.data_options is None:
+            return cls.tags.needs_data
+        options = {name: value for name, value in arguments.items() if name in cls.Config.model_fields}
+        return cls.looks_at_data(validate(cls.Config, options))
 
     def on_step(self, injection: AppliedMethod, step: int, total: int) -> None:
         """Change the adapter after step 1, 2, …, `total` of the optimizer, while the gradients of that step are still

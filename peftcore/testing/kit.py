@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.contract.config import validate
 from peftcore.contract.method import Method, Tags
 from peftcore.errors import TargetError, UnsupportedSite
 from peftcore.injection.injection import Injection
@@ -158,7 +157,7 @@ class Case(Expecting):
     @cached_property
     def looks_at_data(self) -> bool:
         """Whether the method looks at data, with the options of this case."""
-        return self.method.looks_at_data(validate(self.method.Config, dict(self.options)))
+        return self.method.asks_for_data(self.options)
 
     def fresh(self, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Any]]:
         """Build a new host, always the same, and inputs for it (floating-point ones in `dtype`)."""

@@ -23,7 +23,7 @@ from peftcore.comparing.runs.reading import validated
 from peftcore.comparing.runs.run import FULL, Run
 from peftcore.comparing.tasks import catalogue
 from peftcore.comparing.tasks.task import Prepared
-from peftcore.comparing.training.train import Display, Outcome, adapted, as_json, in_words, looks_at_data, told
+from peftcore.comparing.training.train import Display, Outcome, adapted, as_json, in_words, told
 from peftcore.comparing.training.trainer import AdapterTrainer, trainer_for
 from peftcore.errors import RouteError, TrainingError
 from peftcore.files.safe_io import write_text
@@ -63,7 +63,8 @@ def key(run: Run) -> str | None:
         return None
     if asked.checkpoints or asked.accumulate > 1 or asked.checkpoint_gradients or asked.shard:
         return None
-    if not peftcore.method(run.method.name).tags.per_row or looks_at_data(run):
+    method = peftcore.method(run.method.name)
+    if not method.tags.per_row or method.asks_for_data(run.method.arguments):
         return None
     return json.dumps(run.model_dump(mode="json", exclude=CHOSEN), sort_keys=True)  # type: ignore[arg-type]
 

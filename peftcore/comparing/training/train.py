@@ -25,7 +25,6 @@ from peftcore.comparing.runs.run import FULL, Run
 from peftcore.comparing.tasks import catalogue
 from peftcore.comparing.tasks.task import Prepared
 from peftcore.comparing.training.trainer import AdapterTrainer, Clock, trainer_for
-from peftcore.contract.config import validate
 from peftcore.errors import TrainingError
 from peftcore.files.safe_io import write_text
 from peftcore.layers.fsdp import hold_whole, is_sharded
@@ -146,22 +145,13 @@ def _train(run: Run, display: Display, resume: bool) -> Outcome:
     return outcome
 
 
-def looks_at_data(run: Run) -> bool:
-    """Whether the method of a run looks at data before training, with the options that it has there."""
-    cls = peftcore.method(run.method.name)
-    if cls.tags.data_options is None:
-        return cls.tags.needs_data
-    options = {name: value for name, value in run.method.arguments.items() if name in cls.Config.model_fields}
-    return cls.looks_at_data(validate(cls.Config, options))
-
-
 def adapted(run: Run, prepared: Prepared, name: str | None = None) -> peftcore.Injection:
     """Apply the method of a run to the model of its task."""
     base = prepared.adapted or prepared.model
     if run.quantize is not None:
         peftcore.quantize(base, run.quantize)
     arguments = run.method.arguments
-    if looks_at_data(run):
+    if peftcore.method(run.method.name).asks_for_data(arguments):
         arguments["data"] = DataLoader(
             Subset(prepared.train, range(min(LOOKED_AT * run.training.batch_size, len(prepared.train)))),
             batch_size=run.training.batch_size,
