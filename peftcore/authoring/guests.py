@@ -27,6 +27,8 @@ LAYERS, WIDTH = "num_hidden_layers", "hidden_size"
 """What configs of transformers call the depth and the width of a stack, or take for them."""
 PER_LAYER = "layer_types"
 """The option of configs with an entry for each layer."""
+NAMES = {"intermediate_size": ("intermediate_size", "ffn_dim", "n_inner")}
+"""Names of sizes by which configs differ that map none of them."""
 HANDED_ON = ("attention_mask", "position_ids", "cache_position", "use_cache")
 """Arguments of the stack that the guest gets as they are."""
 
@@ -38,6 +40,7 @@ class GuestNetwork(nn.Module):
         network: the stack's class, built from its config with the changes.
         projection: to the width of the stack's stream, where the guest has another.
         own_table: whether it embeds tokens itself; else it gets the model's embeddings.
+        table: the path of the table below the network, or where it would be.
     """
 
     def __init__(self, stack: nn.Module, table: str, sizes: Mapping[str, int], own_table: bool) -> None:
@@ -56,7 +59,7 @@ class GuestNetwork(nn.Module):
         super().__init__()
         config = _changed(stack, sizes)
         width, own = int(getattr(stack.config, WIDTH)), int(getattr(config, WIDTH))
-        self.own_table = own_table or own != width
+        self.own_table, self.table = own_table or own != width, table
         try:
             self.network = plain_class(stack)(config)
         except (ValueError, TypeError, RuntimeError) as error:
@@ -145,7 +148,9 @@ def _changed(stack: nn.Module, sizes: Mapping[str, int]) -> Any:
     """Returns the config of a stack with other sizes, of which none is larger."""
     config = copy.deepcopy(stack.config)
     for name, size in sizes.items():
-        before = getattr(config, name, None)
+        name = next((each for each in NAMES.get(name, ()) if hasattr(config, each)), name)
+        before = getattr(config, name, "")
+        before = 4 * getattr(config, WIDTH) if before is None else before  # GPT-2's feed-forward
         if not isinstance(before, int) or isinstance(before, bool):
             raise ConfigError(f"{name} is no size in the config of {plain_class(stack).__name__}")
         if size > before:
