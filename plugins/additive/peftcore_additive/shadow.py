@@ -20,15 +20,15 @@ of T and G, and has SiLU in them, no biases, and dropout at other places. peft k
 the name `past_key_values`, which newer versions of transformers do not use; here generation has them in any version.
 Where peft names a checkpoint as the guest, take a mirror of its sizes and give it the checkpoint's values.
 
-Parameters: those of the guest and 2 d r + 2 (2 d u + u + d) a block.
+Parameters: those of the guest, 2 d r a block, and 2 (2 d u + u + d) a block but the last one of the model, behind which
+nothing reads the shadow; peft has them there too.
 
 Use it where the small network is to be of use by itself as well, or to learn apart from the model.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+import functools
 from typing import Annotated, Any, Literal
 
 import torch
@@ -38,10 +38,12 @@ from torch import Tensor, nn
 from peftcore import (
     BlockSite,
     GuestOperator,
+    InputOperator,
     LearningRate,
     Method,
     MethodConfig,
-    Operator,
+    Mine,
+    Shared,
     Site,
     Surgeon,
     Tags,
@@ -50,7 +52,6 @@ from peftcore import (
     block_sites,
     guest_network,
     head_sites,
-    on_first,
 )
 from peftcore.errors import ConfigError, MissingContext, SequenceError
 from peftcore_additive._shadow import GuestLoss, copied
@@ -81,37 +82,50 @@ class Config(MethodConfig):
     """Weight w of the guest's own loss."""
 
 
-class ShadowOperator(Operator):
-    """The two steps of one block."""
+class ShadowOperator(InputOperator):
+    """The correction of what one block reads, and what the shadow learns from the block's output, which the next block
+    reads."""
 
-    def __init__(self, site: BlockSite, config: Config, before: Tap, after: Tap) -> None:
+    def __init__(self, site: BlockSite, config: Config, before: Shared | None, shadow: Tap, left: Tap) -> None:
         super().__init__(site)
         width, inner, self.scale = site.width, config.update_width or config.rank, config.scale
         self.down, self.up = nn.Linear(width, config.rank, bias=False), nn.Linear(config.rank, width, bias=False)
         nn.init.zeros_(self.up.weight)
-        self.transform, self.gate = (
-            nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width)) for _ in range(2)
-        )
+        if not is_last(site):
+            self.transform, self.gate = two_layers(width, inner), two_layers(width, inner)
         self.dropout = nn.Dropout(config.dropout)
-        self.before, self.after = before, after
+        self.before, self.shadow, self.left = before, shadow, left
 
-    def forward(self, call: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        shadow = self.before.get()  # [batch, tokens, d]
+    def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
+        x, shadow = given[self._names[0]], self.shadow.get()  # [batch, tokens, d]
         if shadow is None:
             raise MissingContext("a block was called by itself, and not the model, whose tokens the guest network reads")
         if shadow.requires_grad and not torch.is_grad_enabled():
             raise MissingContext(REENTRANT)
         if shadow.shape != x.shape:
             raise SequenceError(f"a block is given {tuple(x.shape)}, and the guest network saw {tuple(shadow.shape)}")
-        apart = (x - shadow).to(self.down.weight.dtype)
-        x = x + (self.scale * self.up(self.down(self.dropout(apart)))).to(x.dtype)
-        return on_first(call(x, *args, **kwargs), lambda h: self._leave(h, shadow))
+        read = x.to(self.down.weight.dtype)
+        if self.before is not None:
+            shadow = self.before.module.learned(read, shadow)
+            self.left.put(shadow)
+        moved = x + (self.scale * self.up(self.down(self.dropout(read - shadow)))).to(x.dtype)
+        rows = mine(x)
+        return {**given, self._names[0]: moved if rows is None else torch.where(rows[:, None, None], moved, x)}
 
-    def _leave(self, h: Tensor, shadow: Tensor) -> Tensor:
-        read = h.to(self.down.weight.dtype)
-        gate = torch.sigmoid(self.gate(read))
-        self.after.put(((1 - gate) * shadow + gate * self.transform(read)).to(h.dtype))
-        return h
+    def learned(self, h: Tensor, shadow: Tensor) -> Tensor:
+        """Return the shadow behind this block, whose output is h."""
+        gate = torch.sigmoid(self.gate(h))
+        return (1 - gate) * shadow + gate * self.transform(h)
+
+
+def two_layers(width: int, inner: int) -> nn.Sequential:
+    """Make T or G."""
+    return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+
+
+def is_last(site: BlockSite) -> bool:
+    """Say whether no block follows, so that nothing reads the shadow any more."""
+    return site.depth == site.blocks - 1
 
 
 class Shadow(Method):
@@ -131,10 +145,13 @@ class Shadow(Method):
         if sites[0].width != stack.out_features:
             raise ConfigError(f"{stack.path} embeds tokens {stack.out_features} wide, and blocks are {sites[0].width}")
         guest = guest_network(surgeon, stack, {**config.sizes, "num_hidden_layers": config.layers}, config.own_table)
-        states = [Tap(until_backward=True) for _ in range(len(sites) + 1)]
+        states = [Tap(until_backward=True) for _ in sites]  # what the shadow was at each block
         surgeon.graft(stack, lambda at: GuestOperator(at, guest, states[0]))
-        for site, (before, after) in zip(sites, itertools.pairwise(states), strict=True):
-            surgeon.graft(site, lambda at, own, b=before, a=after: ShadowOperator(at, own, b, a), config)
+        before = None
+        for number, site in enumerate(sites):
+            taps = states[max(number - 1, 0)], states[number]
+            make = functools.partial(ShadowOperator, before=before, shadow=taps[0], left=taps[1])
+            before = Shared(surgeon.graft(site, make, config))
         for head in head_sites(surgeon) if config.guest_weight else []:
             own = None
             if head.out_features < stack.in_features:
@@ -146,4 +163,4 @@ class Shadow(Method):
         if not isinstance(site, BlockSite):
             return 0  # the guest belongs to no site
         width, inner = site.width, config.update_width or config.rank
-        return 2 * width * config.rank + 2 * (2 * width * inner + inner + width)
+        return 2 * width * config.rank + (0 if is_last(site) else 2 * (2 * width * inner + inner + width))

@@ -2,7 +2,8 @@
 
 ``shadow_backbone`` is our guest's network, ``shadow_projection`` its projection, ``shadow_head`` the head that
 classifies by it. In GPT-2 and its like peft keeps a token table in the guest that nothing reads, where it shares the
-model's: it is passed over, and not written.
+model's: it is passed over, and not written. What peft's last block would make of the shadow nobody reads either: it is
+passed over, and written as zeros.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class PeftShadow(PeftMethod):
         if not isinstance(place.operator, ShadowOperator):
             return {}
         own = place.operator.state_dict()
-        return {ours: found.take(theirs, own[ours].shape) for ours, theirs in NAMES.items()}
+        found.used.update(full for name, full in found.names.items() if name in NAMES.values())  # those of no effect
+        return {ours: found.take(NAMES[ours], value.shape) for ours, value in own.items()}
 
     def read_shared(self, name: str, module: nn.Module, found: Found) -> dict[str, Tensor]:
         own = {key: value.shape for key, value in module.state_dict().items()}
@@ -108,7 +110,11 @@ class PeftShadow(PeftMethod):
         if not isinstance(place.operator, ShadowOperator):
             return {}
         own = place.operator.state_dict()
-        return {theirs: own[ours] for ours, theirs in NAMES.items()}
+        width, inner = place.site.width, place.config.update_width or place.config.rank
+        shapes = {"0.weight": (inner, width), "0.bias": (inner,), "2.weight": (width, inner), "2.bias": (width,)}
+        unread = {f"{each}.{name}": own["up.weight"].new_zeros(shape) for each in ("transform", "gate")
+                  for name, shape in shapes.items()}  # fmt: skip
+        return {theirs: (unread | own)[ours] for ours, theirs in NAMES.items()}
 
     def write_shared(self, name: str, module: nn.Module) -> dict[str, Tensor]:
         return {f"base_model.{_theirs(name, key)}": value for key, value in module.state_dict().items()}
