@@ -82,8 +82,8 @@ class GuestNetwork(nn.Module):
             What it makes of them, ``[batch, tokens, width of the stack]``, and its whole output.
         """
         mine = {name: given[name] for name in HANDED_ON if name in self._names and given.get(name) is not None}
-        if cache is not None:
-            mine[next(name for name in self._names if name in CACHES)] = cache
+        if cache is not None:  # which the stack fills whatever it is told
+            mine |= {next(name for name in self._names if name in CACHES): cache, "use_cache": True}
         if embeds is None:
             mine[IDS] = given[IDS]
         else:
@@ -131,7 +131,8 @@ class GuestOperator(Operator):
 
     def _beside(self, stack: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        module, embeds, cache = self.guest.module, given.get(EMBEDS), cache_in(given)
+        module: Any = self.guest.module
+        embeds, cache = given.get(EMBEDS), cache_in(given)
         if embeds is None and not module.own_table:
             embeds = stack.get_submodule(self.table)(given[IDS])
         if embeds is not None and module.own_table and not isinstance(module.projection, nn.Identity):

@@ -46,8 +46,8 @@ class PassCache:
         view.layers = mine or [copy.deepcopy(layer) for layer in fresh if "pass" not in vars(layer)]
         if mine and not torch.compiler.is_compiling():
             with suppress(ValueError, AttributeError):  # caches of states count no tokens
-                if (held := int(own.get_seq_length())) != int(view.get_seq_length()):
-                    raise SequenceError(_unseen(held - int(view.get_seq_length())))
+                if (unseen := int(own.get_seq_length()) - int(view.get_seq_length())) > 0:
+                    raise SequenceError(_unseen(unseen))
         return view
 
     def keep(self, given: Mapping[str, Any], output: Any, of_pass: Any) -> None:
@@ -79,7 +79,8 @@ def _layers_for(config: Any, own: Any) -> list[Any]:
     from transformers.cache_utils import DynamicCache, StaticCache
 
     if isinstance(own, StaticCache):
-        return StaticCache(config=config, max_cache_len=max(layer.max_cache_len for layer in own.layers)).layers
+        most = max(vars(layer).get("max_cache_len", 0) for layer in own.layers)
+        return StaticCache(config=config, max_cache_len=most).layers
     return DynamicCache(config=config).layers
 
 

@@ -7,7 +7,6 @@ kept for the head, which scores those rows that the author asks for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +17,7 @@ from peftcore.forward.context import Tap
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.defaults import default_sites
 from peftcore.targets.sequence import SequenceOperator, SequenceSite
-from peftcore.targets.sites import Site
+from peftcore.targets.sites import BesideSite, Site
 
 AFTER = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Options of configs by which models change logits behind their head."""
@@ -60,7 +59,7 @@ def head_sites(surgeon: Surgeon) -> list[Site]:
         found = default_sites(surgeon.resolver, ("head",)).sites
     except TargetError:
         return []
-    return [replace(head, meta=surgeon.dry) for head in found]
+    return [BesideSite(**{**vars(head), "meta": surgeon.dry}) for head in found]
 
 
 class RowScorer(Operator):

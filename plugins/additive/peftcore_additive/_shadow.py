@@ -1,11 +1,7 @@
-"""The loss of a guest network by itself: what the model's head makes of it, or a head of its own, against the labels.
-
-Heads of language models are the model's own, frozen or adapted as they are. Those that classify are copied, and train.
-"""
+"""The loss of a guest network by itself: what the model's head makes of it, or a copy of that head, against the labels."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -33,18 +29,21 @@ class GuestLoss(Operator):
             if self.head is None:
                 loss = next_token_loss(call(states.to(x.dtype)), labels)
             else:
-                pooled = last_token(states, context.inputs.get("attention_mask"))
-                loss = class_loss(self.head.module(pooled.to(next(self.head.module.parameters()).dtype)), labels)
+                if labels.dim() != 2 or labels.is_floating_point():  # else there is one for each token
+                    states = last_token(states, context.inputs.get("attention_mask"))
+                loss = class_loss(self.head.module(states.to(next(self.head.module.parameters()).dtype)), labels)
             context.add_loss(self.weight * loss)
         return call(x, *args, **kwargs)
 
 
-def copied(head: nn.Linear) -> nn.Linear:
-    """Return a head like another one, with its values, which trains; its values alone where they are there."""
-    own = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None)
-    values = {name: copy.deepcopy(each.detach()) for name, each in head._parameters.items() if each is not None}
-    if not any(each.is_meta for each in (*values.values(), own.weight)):
-        own.load_state_dict(values)
+def copied(site: Site) -> nn.Linear:
+    """Return a head like that at a site, with its values, which trains."""
+    biased = site.tensor == "weight" and not site.missing("bias")
+    own = nn.Linear(site.in_features, site.out_features, bias=biased)
+    if not site.meta and not (weight := site.weight()).is_meta:
+        own.weight.data.copy_(weight.detach())
+        if biased:
+            own.bias.data.copy_(site.at("bias").weight().detach())
     return own
 
 
@@ -66,10 +65,10 @@ def last_token(states: Tensor, mask: Any) -> Tensor:
 
 
 def class_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss of logits ``[batch, classes]``: of a number, of one class, or of several."""
+    """Return the loss of logits ``[..., classes]``: of a number, of one class, or of several."""
     precise, labels = torch.promote_types(logits.dtype, torch.float32), labels.to(logits.device)
     if logits.shape[-1] == 1:
         return F.mse_loss(logits.squeeze(-1).to(precise), labels.to(precise).view(-1))
     if not labels.is_floating_point():
-        return F.cross_entropy(logits.to(precise), labels.view(-1))
+        return F.cross_entropy(logits.flatten(0, -2).to(precise), labels.flatten(), ignore_index=IGNORED)
     return F.binary_cross_entropy_with_logits(logits.to(precise), labels.to(precise))

@@ -29,6 +29,7 @@ Use it where the small network is to be of use by itself as well, or to learn ap
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Annotated, Any, Literal
 
 import torch
@@ -99,7 +100,9 @@ class ShadowOperator(InputOperator):
     def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
         x, shadow = given[self._names[0]], self.shadow.get()  # [batch, tokens, d]
         if shadow is None:
-            raise MissingContext("a block was called by itself, and not the model, whose tokens the guest network reads")
+            raise MissingContext(
+                "a block was called by itself, and not the model, whose tokens the guest network reads"
+            )
         if shadow.requires_grad and not torch.is_grad_enabled():
             raise MissingContext(REENTRANT)
         if shadow.shape != x.shape:
@@ -134,9 +137,7 @@ class Shadow(Method):
     name = "shadow"
     Config = Config
     tags = Tags(category="additive", paper="2604.19254", random=True)
-    learning_rate = LearningRate(
-        3e-3, "ShadowLLM/shadow-peft@665d889, experiment/best_script.md", on="Qwen3-8B, GSM8K"
-    )
+    learning_rate = LearningRate(3e-3, "ShadowLLM/shadow-peft@665d889, experiment/best_script.md", on="Qwen3-8B, GSM8K")
     target = ("block",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
@@ -152,11 +153,12 @@ class Shadow(Method):
             taps = states[max(number - 1, 0)], states[number]
             make = functools.partial(ShadowOperator, before=before, shadow=taps[0], left=taps[1])
             before = Shared(surgeon.graft(site, make, config))
-        for head in head_sites(surgeon) if config.guest_weight else []:
-            own = None
-            if head.out_features < stack.in_features:
-                own = surgeon.own("head", lambda head=head: copied(head.module))
-            surgeon.graft(head, lambda at, own=own: GuestLoss(at, states[0], config.guest_weight, own))
+        labels = "labels" in inspect.signature(model.forward).parameters
+        if config.guest_weight and labels and (heads := head_sites(surgeon)):
+            head, own = max(heads, key=lambda each: each.out_features), None
+            if head.out_features < stack.in_features:  # it classifies
+                own = surgeon.own("head", lambda: copied(head))
+            surgeon.graft(head, lambda at: GuestLoss(at, states[0], config.guest_weight, own))
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

@@ -20,6 +20,7 @@ from peftcore.files.formats.keys import Keys
 from peftcore.files.formats.peft_method import PeftMethod
 from peftcore.files.formats.peft_prompts import task_of
 from peftcore.files.formats.places import Place
+from peftcore_additive._shadow import GuestLoss
 from peftcore_additive.shadow import ShadowOperator
 
 BACKBONE, PROJECTION, HEAD = "shadow_backbone.default.", "shadow_projection.default.", "shadow_head.default."
@@ -107,6 +108,8 @@ class PeftShadow(PeftMethod):
         return {"target_modules": targets, "target_parameters": None, "task_type": task_of(model)}
 
     def write(self, place: Place) -> dict[str, Tensor]:
+        if isinstance(place.operator, GuestLoss) and place.operator.head is not None:  # peft wants the model's, too
+            return {name: value for name, value in place.site.module._parameters.items() if value is not None}
         if not isinstance(place.operator, ShadowOperator):
             return {}
         own = place.operator.state_dict()
