@@ -92,6 +92,28 @@ class GuestNetwork(nn.Module):
         states: Tensor = self.projection(output["last_hidden_state"])
         return states, output
 
+    def take(self, network: nn.Module) -> None:
+        """Start from the values of a network that somebody trained, which stays as it is.
+
+        Args:
+            network: of the guest's class and sizes. Its token table is passed over where the guest shares the model's.
+
+        Raises:
+            ConfigError: it has other tensors.
+        """
+        values = network.state_dict()
+        if not self.own_table:
+            values.pop(f"{self.table}.weight", None)
+        own = {name: value.shape for name, value in self.network.state_dict().items()}
+        other = {name: value.shape for name, value in values.items()}
+        if wrong := sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name)):
+            name = wrong[0]
+            raise ConfigError(
+                f"{name} is {list(own.get(name, ())) or 'not there'} in the guest network, and "
+                f"{list(other.get(name, ())) or 'not there'} in the other one: name its sizes when you apply the method"
+            )
+        self.network.load_state_dict(values)
+
 
 def guest_network(surgeon: Surgeon, stack: Site, sizes: Mapping[str, int], own_table: bool = False) -> Shared:
     """Returns a guest beside a stack (see `TokenStacks.around`), which the injection owns as ``"guest"``.

@@ -1,4 +1,4 @@
-"""The loss of a guest network by itself: what the model's head makes of it, or a copy of that head, against the labels."""
+"""The loss of a guest network by itself, from what the model's head makes of it, or a copy of that head."""
 
 from __future__ import annotations
 

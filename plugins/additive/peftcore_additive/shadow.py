@@ -15,10 +15,11 @@ In training labels give the guest a loss of its own, which is added to the model
 The head of a language model is the model's; one that classifies is copied, trains, and reads the last token. In peft
 the loss of a model in evaluation has that of the guest too.
 
-As in peft 0.21 every block has both steps. The authors' own code leaves the first block out, puts a LayerNorm in front
-of T and G, and has SiLU in them, no biases, and dropout at other places. peft keeps the guest's earlier tokens under
-the name `past_key_values`, which newer versions of transformers do not use; here generation has them in any version.
-Where peft names a checkpoint as the guest, take a mirror of its sizes and give it the checkpoint's values.
+As in peft 0.21 every block has both steps; where blocks are left out, h_l is what the next target block reads. The
+authors' own code leaves the first block out, puts a LayerNorm in front of T and G, and has SiLU in them, no biases, and
+dropout at other places. peft keeps the guest's earlier tokens under the name `past_key_values`, which newer versions of
+transformers do not use; here generation has them in any version. Where peft names a checkpoint as the guest, give its
+sizes, and its values by ``injection.shared["guest"].take(network)``. Reentrant checkpoints are refused.
 
 Parameters: those of the guest, 2 d r a block, and 2 (2 d u + u + d) a block but the last one of the model, behind which
 nothing reads the shadow; peft has them there too.

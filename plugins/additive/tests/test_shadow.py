@@ -80,7 +80,8 @@ def theirs(base: nn.Module, task: str = LM, **options: Any) -> Any:
 OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {}),
     "sizes": (
-        {"rank": 3, "scale": 0.7, "update_width": 5, "layers": 2, "guest_weight": 0.3, "sizes": {"intermediate_size": 12}},
+        {"rank": 3, "scale": 0.7, "update_width": 5, "layers": 2, "guest_weight": 0.3,
+         "sizes": {"intermediate_size": 12}},
         {"r": 3, "shadow_alpha": 0.7, "update_hidden_size": 5, "shadow_num_hidden_layers": 2,
          "auxiliary_loss_weight": 0.3, "shadow_intermediate_size": 12},
     ),
@@ -202,7 +203,7 @@ def test_what_files_cannot_hold(tmp_path: Path) -> None:
     theirs(base).save_pretrained(str(tmp_path))
     config = tmp_path / "adapter_config.json"
     config.write_text(config.read_text().replace('"mirror"', '"somebody/small"'))
-    with pytest.raises(CheckpointError, match="'somebody/small', which the file only names"):
+    with pytest.raises(CheckpointError, match="'somebody/small', and no name in a file is followed"):
         peftcore.load(deepcopy(base), tmp_path)
     for number, size in (("num_hidden_layers", 10**9), ("hidden_size", 10**9)):
         config.write_text(config.read_text().replace('"somebody/small"', '"mirror"'))
@@ -341,6 +342,23 @@ def test_the_loss_of_the_guest() -> None:
             given["labels"] = labels.double()
             losses.append(each(**given).loss)
         torch.testing.assert_close(losses[0].double(), losses[1].double(), rtol=1e-6, atol=1e-7)
+
+
+def test_models_that_classify_tokens() -> None:
+    """The guest predicts the label of each token."""
+    base, inputs = host()
+    config = deepcopy(base.config)
+    config.num_labels = 3
+    model = transformers.AutoModelForTokenClassification.from_config(config).double().eval()
+    model.dropout.p = 0.0
+    injection = adapted(model, dropout=0.0, guest_weight=1.0)
+    inputs["labels"] = (inputs["input_ids"] % 3).masked_fill(inputs["attention_mask"] == 0, -100)
+    difference = -model(**inputs).loss + model.train()(**inputs).loss
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    shadow, _ = injection.shared["guest"]({"attention_mask": inputs["attention_mask"]}, embeds, None)
+    logits = injection.shared["head"](shadow)
+    expected = F.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten())
+    torch.testing.assert_close(difference.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_embeddings_in_place_of_ids() -> None:

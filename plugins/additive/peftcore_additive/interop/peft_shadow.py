@@ -48,8 +48,8 @@ class PeftShadow(PeftMethod):
     def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
         if (named := keys.take("shadow_model", str, "mirror")) != "mirror":
             raise CheckpointError(
-                f"{keys.where}: its shadow network is {named!r}, which the file only names, and a name is not followed; "
-                "apply shadow with sizes= of that network, and copy its values into injection.shared['guest']"
+                f"{keys.where}: its shadow network is {named!r}, and no name in a file is followed: apply shadow with "
+                "sizes= of that network, and hand it to injection.shared['guest'].take(network)"
             )
         sizes = {ours: keys.take(theirs, int, None) for theirs, ours in SIZES.items()}
         return {
