@@ -29,8 +29,9 @@ PER_LAYER = "layer_types"
 """The option of configs with an entry for each layer."""
 NAMES = {"intermediate_size": ("intermediate_size", "ffn_dim", "n_inner")}
 """Names of sizes by which configs differ that map none of them."""
-HANDED_ON = ("attention_mask", "position_ids", "cache_position", "use_cache")
-"""Arguments of the stack that the guest gets as they are."""
+HANDED_ON = ("attention_mask", "position_ids", "cache_position", "use_cache", "seq_idx")
+HANDED_ON += ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""Arguments of the stack that the guest gets as they are: the last ones are of batches that pack sequences."""
 
 
 class GuestNetwork(nn.Module):
@@ -81,7 +82,7 @@ class GuestNetwork(nn.Module):
         Returns:
             What it makes of them, ``[batch, tokens, width of the stack]``, and its whole output.
         """
-        mine = {name: given[name] for name in HANDED_ON if name in self._names and given.get(name) is not None}
+        mine = {name: given[name] for name in HANDED_ON if given.get(name) is not None}
         if cache is not None:  # which the stack fills whatever it is told
             mine |= {next(name for name in self._names if name in CACHES): cache, "use_cache": True}
         if embeds is None:

@@ -54,12 +54,6 @@ class HostWithGuest(Method):
         return 0
 
 
-@pytest.fixture(autouse=True)
-def registered() -> None:
-    if "host_with_guest" not in peftcore.methods():
-        peftcore.register(HostWithGuest)
-
-
 def llama(**options: Any) -> Any:
     torch.manual_seed(0)
     model = HOSTS["llama"].build()[0].double().eval()
@@ -76,7 +70,7 @@ IDS = torch.tensor([[3, 7, 5, 9], [2, 8, 6, 4]])
 def test_it_runs_over_the_tokens_of_the_stack(options: dict[str, Any]) -> None:
     model = llama()
     base = deepcopy(model)
-    injection = peftcore.apply(model, "host_with_guest", dtype="float64", **options)
+    injection = peftcore.apply(model, HostWithGuest, dtype="float64", **options)
     guest = injection.shared["guest"]
     assert isinstance(guest, GuestNetwork) and type(guest.network) is transformers.LlamaModel
     assert guest.own_table == bool(options) and isinstance(guest.projection, nn.Linear) == ("width" in options)
@@ -95,7 +89,7 @@ def test_it_runs_over_the_tokens_of_the_stack(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
 def test_caches_hold_its_tokens(kind: Any) -> None:
     model = llama()
-    peftcore.apply(model, "host_with_guest", dtype="float64", width=8)
+    peftcore.apply(model, HostWithGuest, dtype="float64", width=8)
     cache = kind(config=model.config, **({"max_cache_len": 6} if kind is StaticCache else {}))
     whole = model(IDS, use_cache=False).logits
     pieces = [model(IDS[:, :2], cache=cache).logits, model(IDS[:, 2:3], cache=cache).logits]
@@ -109,11 +103,11 @@ def test_caches_hold_its_tokens(kind: Any) -> None:
 def test_it_starts_from_what_is_handed_in() -> None:
     model = llama()
     small = llama(num_hidden_layers=1, hidden_size=8)
-    injection = peftcore.apply(model, "host_with_guest", dtype="float64", width=8)
+    injection = peftcore.apply(model, HostWithGuest, dtype="float64", width=8)
     guest = injection.shared["guest"]
     guest.take(small.model)
     torch.testing.assert_close(guest.network(IDS).last_hidden_state, small.model(IDS).last_hidden_state)
-    sharing = peftcore.apply(llama(), "host_with_guest", dtype="float64").shared["guest"]
+    sharing = peftcore.apply(llama(), HostWithGuest, dtype="float64").shared["guest"]
     sharing.take(llama(num_hidden_layers=1).model)
     with pytest.raises(ConfigError, match=r"is \[16.*and \[8.* name its sizes"):
         sharing.take(small.model)
@@ -124,8 +118,8 @@ def test_it_starts_from_what_is_handed_in() -> None:
 def test_what_is_refused() -> None:
     for name in ("bert", "encoder"):
         with pytest.raises(UnsupportedSite):
-            peftcore.apply(HOSTS[name].build()[0], "host_with_guest")
+            peftcore.apply(HOSTS[name].build()[0], HostWithGuest)
     with pytest.raises(ConfigError, match="no larger than the model, which has hidden_size 16, not 32"):
-        peftcore.apply(llama(), "host_with_guest", width=32)
+        peftcore.apply(llama(), HostWithGuest, width=32)
     with pytest.raises(ConfigError, match="no GPT2Model can be built"):
-        peftcore.apply(HOSTS["gpt2"].build()[0], "host_with_guest", width=9)
+        peftcore.apply(HOSTS["gpt2"].build()[0], HostWithGuest, width=9)

@@ -58,6 +58,7 @@ from peftcore import (
 from peftcore.errors import ConfigError, MissingContext, SequenceError
 from peftcore_additive._shadow import GuestLoss, copied
 
+OF_THE_GUEST = ("layers", "sizes", "own_table", "guest_weight")
 REENTRANT = """reentrant checkpoints give the guest network, which runs outside of them, no gradient: take the others,
 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"""
 
@@ -109,6 +110,7 @@ class ShadowOperator(InputOperator):
         if shadow.shape != x.shape:
             raise SequenceError(f"a block is given {tuple(x.shape)}, and the guest network saw {tuple(shadow.shape)}")
         read = x.to(self.down.weight.dtype)
+        shadow = shadow.to(read)
         if self.before is not None:
             shadow = self.before.module.learned(read, shadow)
             self.left.put(shadow)
@@ -142,6 +144,8 @@ class Shadow(Method):
     target = ("block",)
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if once := [name for each in config.overrides.values() for name in each if name in OF_THE_GUEST]:
+            raise ConfigError(f"there is one guest network for all blocks, so {once[0]} takes no overrides")
         sites = sorted(block_sites(surgeon), key=lambda site: site.depth)
         stack = TokenStacks(surgeon).around(sites)
         if sites[0].width != stack.out_features:

@@ -284,6 +284,23 @@ def test_generation_keeps_what_the_guest_saw(name: str) -> None:
         model(ids[1:, :1], cache=cache)
 
 
+@against("peft 0.21", "shadow")
+def test_generation_is_that_of_peft() -> None:
+    """Which has to see the whole sequence at each step; with a cache its guest sees the newest token alone."""
+    base, _ = host()
+    ours, model = deepcopy(base), theirs(base, shadow_alpha=3.0).eval()
+    injection = adapted(ours, scale=3.0)
+    with torch.no_grad():
+        for mine, other in pairs(injection, model):
+            other.copy_(mine)
+    for each in (base, ours, model):
+        each.generation_config.eos_token_id = None
+    ids, options = torch.tensor([[2, 3, 4, 8, 5]]), {"max_new_tokens": 8, "do_sample": False}
+    expected = model.generate(input_ids=ids, **options, use_cache=False)
+    assert not torch.equal(base.generate(ids, **options), expected)
+    assert torch.equal(ours.generate(ids, **options, use_cache=True), expected)
+
+
 def test_checkpoints() -> None:
     """Those that are not reentrant change nothing; the others are refused."""
     base, inputs = host()
@@ -412,6 +429,8 @@ def test_what_is_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             peftcore.apply(deepcopy(model), "shadow", sizes=sizes)
+    with pytest.raises(ConfigError, match="so layers takes no overrides"):
+        peftcore.apply(deepcopy(model), "shadow", overrides={"model.layers.1": {"layers": 2}})
     with pytest.raises(ConfigError, match="num_hidden_layers 2, not 3"):
         peftcore.apply(deepcopy(model), "shadow", layers=3)
     for name in ("bert", "t5", "vit", "dit", "encoder", "mlp"):
