@@ -50,11 +50,15 @@ def test_conformance(check: Callable[[], None]) -> None:
 
 
 def host(name: str = "llama", *, classes: int = 0) -> tuple[Any, dict[str, Tensor]]:
-    """A host in float64, and a batch padded on the right with labels."""
+    """A host of four blocks in float64, and a batch padded on the right with labels."""
     torch.manual_seed(0)
     model, inputs = HOSTS[name].build()
+    config = deepcopy(model.config)
+    config.num_hidden_layers = 4
+    if isinstance(getattr(config, "layer_types", None), list):
+        config.layer_types = 2 * config.layer_types
+    model = type(model)(config)
     if classes:
-        config = deepcopy(model.config)
         config.num_labels, config.pad_token_id = classes, 0
         model = transformers.AutoModelForSequenceClassification.from_config(config)
         labels = torch.tensor([1, 2])
@@ -397,8 +401,10 @@ def test_some_blocks_and_other_adapters(tmp_path: Path) -> None:
     base, inputs = host()
     model = deepcopy(base)
     ids = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-    injection = adapted(model, target=["model.layers.1"])
-    assert [path for path in injection.operators if "layers" in path] == ["model.layers.1"]
+    injection = adapted(model, target=["model.layers.1", "model.layers.3"])
+    assert [path for path in injection.operators if "layers" in path] == ["model.layers.1", "model.layers.3"]
+    with pytest.raises(ExportError, match="these leave some out"):
+        injection.save(tmp_path / "peft", format="peft")
     assert (model(**ids).logits - base(**ids).logits).abs().max() > 1e-3
     expected = model(**ids).logits
     injection.save(tmp_path)
@@ -431,8 +437,8 @@ def test_what_is_refused() -> None:
             peftcore.apply(deepcopy(model), "shadow", sizes=sizes)
     with pytest.raises(ConfigError, match="so layers takes no overrides"):
         peftcore.apply(deepcopy(model), "shadow", overrides={"model.layers.1": {"layers": 2}})
-    with pytest.raises(ConfigError, match="num_hidden_layers 2, not 3"):
-        peftcore.apply(deepcopy(model), "shadow", layers=3)
+    with pytest.raises(ConfigError, match="num_hidden_layers 4, not 5"):
+        peftcore.apply(deepcopy(model), "shadow", layers=5)
     for name in ("bert", "t5", "vit", "dit", "encoder", "mlp"):
         with pytest.raises((UnsupportedSite, TargetError)):
             peftcore.apply(HOSTS[name].build()[0], "shadow")
