@@ -25,12 +25,14 @@ from peftcore.targets.sites import Site
 
 LAYERS, WIDTH = "num_hidden_layers", "hidden_size"
 """What configs of transformers call the depth and the width of a stack, or take for them."""
-PER_LAYER = "layer_types"
-"""The option of configs with an entry for each layer."""
+OF_A_DECODER = "decoder_layers"
+"""A size of configs in which the names of others mean the encoder."""
 NAMES = {"intermediate_size": ("intermediate_size", "ffn_dim", "n_inner")}
 """Names of sizes by which configs differ that map none of them."""
-HANDED_ON = ("attention_mask", "position_ids", "cache_position", "use_cache", "seq_idx")
-HANDED_ON += ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+HANDED_ON = (
+    *("attention_mask", "position_ids", "cache_position", "use_cache"),
+    *("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+)
 """Arguments of the stack that the guest gets as they are: the last ones are of batches that pack sequences."""
 
 
@@ -129,8 +131,9 @@ def guest_network(surgeon: Surgeon, stack: Site, sizes: Mapping[str, int], own_t
         ConfigError, UnsupportedSite: as of `GuestNetwork`; or the stack is no causal one of transformers.
     """
     known = next(each for each in surgeon.resolver.token_stacks() if each.path == stack.module_path)
-    width = getattr(getattr(stack.module, "config", None), WIDTH, None)
-    if not known.causal or not known.takes_cache or known.entry != known.path or width != stack.out_features:
+    config = getattr(stack.module, "config", None)
+    fits = getattr(config, WIDTH, None) == stack.out_features and not hasattr(config, OF_A_DECODER)
+    if not known.causal or not known.takes_cache or known.entry != known.path or not fits:
         raise UnsupportedSite(
             f"{stack.path or 'the model'} is no causal stack of transformers that a smaller one could be made of"
         )
@@ -180,6 +183,17 @@ def _changed(stack: nn.Module, sizes: Mapping[str, int]) -> Any:
         if size > before:
             raise ConfigError(f"a guest network is no larger than the model, which has {name} {before}, not {size}")
         setattr(config, name, size)
-    if isinstance(kinds := getattr(config, PER_LAYER, None), list):
-        setattr(config, PER_LAYER, kinds[: getattr(config, LAYERS)])
+    before, count = getattr(stack.config, LAYERS), getattr(config, LAYERS)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == before:  # an entry for each layer
+            setattr(config, name, value[:count])
+    if _has_attention(stack.config) and not _has_attention(config):
+        raise ConfigError(f"the first {count} layers of {plain_class(stack).__name__} have no attention: take more")
     return config
+
+
+def _has_attention(config: Any) -> bool:
+    """Whether some layer keeps keys and values of tokens, without which hybrid stacks cannot count them."""
+    from transformers.cache_utils import DynamicCache
+
+    return not all(DynamicCache(config=config).is_linear)
