@@ -63,9 +63,11 @@ class GuestNetwork(nn.Module):
         config = _changed(stack, sizes)
         width, own = int(getattr(stack.config, WIDTH)), int(getattr(config, WIDTH))
         self.own_table, self.table = own_table or own != width, table
+        if not self.own_table:  # what is dropped again need not be as large
+            config.vocab_size = min(config.vocab_size, 1 + max(getattr(config, "pad_token_id", None) or 0, 0))
         try:
             self.network = plain_class(stack)(config)
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, AssertionError, ArithmeticError, LookupError) as error:
             raise ConfigError(f"no {plain_class(stack).__name__} can be built with {dict(sizes)}: {error}") from error
         if not self.own_table:
             above, _, name = table.rpartition(".")
@@ -178,11 +180,13 @@ def _changed(stack: nn.Module, sizes: Mapping[str, int]) -> Any:
         name = next((each for each in NAMES.get(name, ()) if hasattr(config, each)), name)
         before = getattr(config, name, "")
         before = 4 * getattr(config, WIDTH) if before is None else before  # GPT-2's feed-forward
-        if not isinstance(before, int) or isinstance(before, bool):
+        if not isinstance(before, int) or isinstance(before, bool) or name.startswith("vocab") or name.endswith("_id"):
             raise ConfigError(f"{name} is no size in the config of {plain_class(stack).__name__}")
         if size > before:
             raise ConfigError(f"a guest network is no larger than the model, which has {name} {before}, not {size}")
         setattr(config, name, size)
+    if "flash" in str(getattr(config, "_attn_implementation", "")):
+        config._attn_implementation = "sdpa"  # adapters are float32, which flash attention has no kernels for
     before, count = getattr(stack.config, LAYERS), getattr(config, LAYERS)
     for name, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == before:  # an entry for each layer

@@ -115,6 +115,21 @@ def test_it_starts_from_what_is_handed_in() -> None:
         sharing.take(llama(num_hidden_layers=2).model)
 
 
+def test_what_a_fresh_one_costs_and_computes_with() -> None:
+    """A table that the guest does not have is not made; flash attention, which has no float32, is left out."""
+    model = llama(vocab_size=10**5, pad_token_id=3)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    made: list[int] = []
+    embedding = nn.Embedding.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            nn.Embedding, "__init__", lambda self, *args, **kw: (made.append(args[0]), embedding(self, *args, **kw))[1]
+        )
+        guest = peftcore.apply(model, HostWithGuest).shared["guest"]
+    assert made == [4] and guest.network.embed_tokens is None
+    assert guest.network.config._attn_implementation == "sdpa"
+
+
 def test_what_is_refused() -> None:
     for name in ("bert", "encoder"):
         with pytest.raises(UnsupportedSite):

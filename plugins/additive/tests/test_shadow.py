@@ -431,6 +431,8 @@ def test_what_is_refused() -> None:
         ({"hidden_size": 64}, "no larger than the model, which has hidden_size 16"),
         ({"vocabulary": 3}, "vocabulary is no size"),
         ({"tie_word_embeddings": 1}, "is no size"),
+        ({"vocab_size": 4}, "is no size"),
+        ({"pad_token_id": 1}, "is no size"),
         ({"_attn_implementation": 1}, "is no size"),
     ):
         with pytest.raises(ConfigError, match=said):
