@@ -56,8 +56,7 @@ class GuestNetwork(nn.Module):
             own_table: whether the guest has a token table of its own.
 
         Raises:
-            ConfigError: the config has no such size, or the guest would not be smaller, or is none.
-            UnsupportedSite: the stack has no config from which another one could be built.
+            ConfigError: the config has no such size, or a guest of these would be larger, or is none.
         """
         super().__init__()
         config = _changed(stack, sizes)
@@ -130,7 +129,8 @@ def guest_network(surgeon: Surgeon, stack: Site, sizes: Mapping[str, int], own_t
         own_table: whether it has a token table of its own, which trains; otherwise it shares the model's.
 
     Raises:
-        ConfigError, UnsupportedSite: as of `GuestNetwork`; or the stack is no causal one of transformers.
+        ConfigError: as of `GuestNetwork`.
+        UnsupportedSite: the stack is no causal one of transformers.
     """
     known = next(each for each in surgeon.resolver.token_stacks() if each.path == stack.module_path)
     config = getattr(stack.module, "config", None)
@@ -175,7 +175,7 @@ class GuestOperator(Operator):
 
 def _changed(stack: nn.Module, sizes: Mapping[str, int]) -> Any:
     """Returns the config of a stack with other sizes, of which none is larger."""
-    config = copy.deepcopy(stack.config)
+    config: Any = copy.deepcopy(stack.config)
     for name, size in sizes.items():
         name = next((each for each in NAMES.get(name, ()) if hasattr(config, each)), name)
         before = getattr(config, name, "")

@@ -277,6 +277,9 @@ def test_generation_keeps_what_the_guest_saw(name: str) -> None:
     assert torch.equal(alone[0, 3:], expected[0, 5:])
     static = transformers.StaticCache(config=model.config, max_cache_len=16)
     assert torch.equal(model.generate(ids, **options, cache=static), expected)
+    with peftcore.route(model, [None, injection.name]):
+        routed = model.generate(ids, **options)
+    assert torch.equal(routed[0], bare[0]) and torch.equal(routed[1], expected[1])
     whole = model(ids[1:], use_cache=False).logits
     cache = transformers.DynamicCache(config=model.config)
     pieces = [model(ids[1:, :2], cache=cache).logits, model(ids[1:, 2:], cache=cache).logits]
