@@ -5,10 +5,11 @@ from peftcore.algebra.adapters_as_parts import gather
 from peftcore.algebra.combining import combine, deltas, to_lora
 from peftcore.authoring.blocks import MIXERS, BlockSite, block_depths, block_sites, stack_path
 from peftcore.authoring.branches import AtBranchEnd, BranchSite, Bypass, Joins, branch, branch_end, is_post_norm
+from peftcore.authoring.guests import GuestNetwork, GuestOperator, guest_network
 from peftcore.authoring.hybrid_parts import OfParts, options_of, without_preset
 from peftcore.authoring.pass_cache import PassCache
 from peftcore.authoring.prompts import PromptPositions, TokenStacks, VisibleTokens, cached_tokens
-from peftcore.authoring.row_logits import row_logits
+from peftcore.authoring.row_logits import head_sites, row_logits
 from peftcore.contract.compositions import Average, Fuse, Split, Stack, Sum
 from peftcore.contract.config import MethodConfig
 from peftcore.contract.hookspecs import API, hookimpl
@@ -98,6 +99,8 @@ __all__ = [
     "Fuse",
     "GradientRule",
     "Graft",
+    "GuestNetwork",
+    "GuestOperator",
     "Held",
     "HostEntry",
     "HostMap",
@@ -160,6 +163,8 @@ __all__ = [
     "forward_context",
     "full_precision",
     "gather",
+    "guest_network",
+    "head_sites",
     "hookimpl",
     "injections",
     "is_mergeable",

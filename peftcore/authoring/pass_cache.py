@@ -1,4 +1,5 @@
-"""A cache of its own for an extra pass over the model, beside the one that the model's forward fills.
+"""A cache of its own for an extra pass over the model, or for a network beside it, beside the one that the model's
+forward fills.
 
 While tokens are generated, each forward sees the new ones alone. A pass with an adapter off (`ForwardContext.without`)
 needs what such passes made of the tokens before, not what the adapted forwards made of them. It is kept as more layers
@@ -10,7 +11,10 @@ from __future__ import annotations
 import copy
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
+
+import torch
 
 from peftcore.errors import SequenceError
 from peftcore.roles.stacks import cache_in
@@ -23,11 +27,12 @@ class PassCache:
     def __init__(self) -> None:
         self.stamp = uuid.uuid4().hex
 
-    def beside(self, cache: Any) -> Any:
+    def beside(self, cache: Any, config: Any = None) -> Any:
         """Returns the cache for the pass, for the `caches` of `ForwardContext.without`.
 
         Args:
             cache: the model's cache, before its forward; with its own layers, it has those of passes before.
+            config: of transformers, of a network that is not the model's stack and has other layers.
 
         Raises:
             SequenceError: it holds tokens over which no such pass went; or it is no cache of transformers.
@@ -35,12 +40,14 @@ class PassCache:
         own = self_attention_cache(cache)
         mine = self._layers(own)
         if not mine and is_filled(own):
-            raise SequenceError(
-                f"this cache holds {own.get_seq_length()} tokens that were seen with the adapter off: start with an "
-                "empty cache, and leave the adapter active while it fills"
-            )
+            raise SequenceError(_unseen(own.get_seq_length()))
         view = copy.copy(own)  # the same class, sizes and settings
-        view.layers = mine or [copy.deepcopy(layer) for layer in own.layers if "pass" not in vars(layer)]
+        fresh = _layers_for(config, own) if config is not None else own.layers
+        view.layers = mine or [copy.deepcopy(layer) for layer in fresh if "pass" not in vars(layer)]
+        if mine and not torch.compiler.is_compiling():
+            with suppress(ValueError, AttributeError):  # caches of states count no tokens
+                if (unseen := int(own.get_seq_length()) - int(view.get_seq_length())) > 0:
+                    raise SequenceError(_unseen(unseen))
         return view
 
     def keep(self, given: Mapping[str, Any], output: Any, of_pass: Any) -> None:
@@ -64,6 +71,24 @@ class PassCache:
 
     def _layers(self, own: Any) -> list[Any]:
         return [layer for layer in own.layers if vars(layer).get("pass") == self.stamp]
+
+
+def _layers_for(config: Any, own: Any) -> list[Any]:
+    """Returns empty layers for a network with a config, as large as those of the model's cache where these are
+    static."""
+    from transformers.cache_utils import DynamicCache, StaticCache
+
+    if isinstance(own, StaticCache):
+        most = max(vars(layer).get("max_cache_len", 0) for layer in own.layers)
+        return StaticCache(config=config, max_cache_len=most).layers
+    return DynamicCache(config=config).layers
+
+
+def _unseen(count: Any) -> str:
+    return (
+        f"this cache holds {count} tokens that were seen with the adapter off: start with an empty cache, and leave "
+        "the adapter active while it fills"
+    )
 
 
 def _cache_of(output: Any) -> Any:

@@ -7,7 +7,6 @@ kept for the head, which scores those rows that the author asks for.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +17,7 @@ from peftcore.forward.context import Tap
 from peftcore.surgery.surgeon import Surgeon
 from peftcore.targets.defaults import default_sites
 from peftcore.targets.sequence import SequenceOperator, SequenceSite
-from peftcore.targets.sites import Site
+from peftcore.targets.sites import BesideSite, Site
 
 AFTER = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Options of configs by which models change logits behind their head."""
@@ -41,7 +40,7 @@ def row_logits(surgeon: Surgeon, site: SequenceSite, operator: SequenceOperator,
         UnsupportedSite: the stack has no head that scores its vocabulary, or one whose logits the model still changes.
     """
     name = type(surgeon.model).__name__
-    heads = [replace(head, meta=surgeon.dry) for head in _heads(surgeon) if head.out_features >= site.in_features]
+    heads = [head for head in head_sites(surgeon) if head.out_features >= site.in_features]
     if len(heads) != 1 or not site.stack.causal or site.stack.reads or site.stack.readers:
         raise UnsupportedSite(f"{name} predicts no tokens from those before them by one head over one stack")
     config = vars(surgeon.model).get("config")
@@ -54,12 +53,13 @@ def row_logits(surgeon: Surgeon, site: SequenceSite, operator: SequenceOperator,
     return logits
 
 
-def _heads(surgeon: Surgeon) -> list[Site]:
-    """Returns the heads of the model, whatever the user's targets: they are adapted by nobody."""
+def head_sites(surgeon: Surgeon) -> list[Site]:
+    """Returns the heads of the model, whatever the user's targets: for operators that adapt nothing there."""
     try:
-        return default_sites(surgeon.resolver, ("head",)).sites
+        found = default_sites(surgeon.resolver, ("head",)).sites
     except TargetError:
         return []
+    return [BesideSite(**{**vars(head), "meta": surgeon.dry}) for head in found]
 
 
 class RowScorer(Operator):

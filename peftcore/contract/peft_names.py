@@ -45,6 +45,7 @@ LEFT_OUT = {
     "tokenizer_name_or_path": "leave it out: init_ids= has the ids",
     "tokenizer_kwargs": "leave it out: init_ids= has the ids",
     "psoft_alpha": "leave it out: it has no effect in peft either",
+    "shadow_model": 'use sizes= of that network, and injection.shared["guest"].take(network)',
     "layer_replication": "call peftcore.replicate_layers(model, [...]) before it is adapted",
     "generator_seed": "use torch.manual_seed, or seeds= of a route",
     "poly_type": "leave it out: routing is Polytropon's",
@@ -167,6 +168,14 @@ RENAMED: Mapping[str, str | tuple[str, ...]] = {
     "dirichlet_prior": "prior",
     "use_entropy": "entropy",
     "config_C": "C",
+    "shadow_alpha": "scale",
+    "shadow_dropout": "dropout",
+    "shadow_num_hidden_layers": "layers",
+    "shadow_hidden_size": "sizes",
+    "shadow_num_attention_heads": "sizes",
+    "shadow_intermediate_size": "sizes",
+    "update_hidden_size": "update_width",
+    "auxiliary_loss_weight": "guest_weight",
 }
 """Options of peft by another name, and ours; of several that which the method has."""
 OPTIONS: Mapping[str, tuple[Answer, ...]] = {
@@ -182,6 +191,7 @@ OPTIONS: Mapping[str, tuple[Answer, ...]] = {
     "boft_block_num": (("use block_size=, the width by the number of blocks", "block_size"),),
     "config_A_B": (("use A= and B=", "A"),),
     "config_D_E": (("use D= and E=", "D"),),
+    "share_embeddings": (("use own_table=, the opposite", "own_table"),),
     "para": (("use injects=, the opposite", "injects"),),
     "encoder_num_layers": (('use encoder="mlp" or "lstm", whose layers are two', "encoder"),),
     "random_seed": (("use projection_seed=", "projection_seed"), ("use seed=", "")),

@@ -243,3 +243,10 @@ class Site(_Memory):
     def at(self, tensor: str) -> Site:
         """Returns the site of another tensor of the module, with the same slices."""
         return replace(self, tensor=tensor, layer=self.layer_of(self.module, tensor), form="weight")
+
+
+class BesideSite(Site):
+    """A module as a place for what computes more by it and leaves it as it is, beside what adapts or replaces it."""
+
+    def _make_path(self) -> str:
+        return f"{super()._make_path()}:beside"

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers import LlamaConfig
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
 import peftcore
 from peftcore import PassCache
@@ -74,6 +75,21 @@ def test_a_cache_that_no_pass_has_seen_is_refused() -> None:
         own.beside(cache)
     with pytest.raises(SequenceError, match="no cache"):
         own.beside(object())
+
+
+def test_tokens_of_which_no_pass_was_told_are_refused() -> None:
+    own = PassCache()
+    cache, _ = kept(own)
+    cache.update(*torch.randn(2, 2, 1, 2, 4).unbind(0), 0)
+    with pytest.raises(SequenceError, match="2 tokens that were seen with the adapter off"):
+        own.beside(cache)
+
+
+def test_a_network_with_other_layers_gets_its_own() -> None:
+    own, config = PassCache(), LlamaConfig(num_hidden_layers=3)
+    assert [type(layer) for layer in own.beside(DynamicCache(), config).layers] == [DynamicLayer] * 3
+    static = own.beside(StaticCache(config=LlamaConfig(num_hidden_layers=1), max_cache_len=7), config)
+    assert [layer.max_cache_len for layer in static.layers] == [7] * 3
 
 
 def test_without_caches_nothing_is_kept() -> None:

@@ -23,7 +23,7 @@ from peftcore.injection.injection import Injection
 from peftcore.layers.layer import plain_class
 from peftcore.registry.plugins import imported
 from peftcore.surgery.surgeon import Graft
-from peftcore.targets.sites import Site
+from peftcore.targets.sites import BesideSite, Site
 
 
 def module_key(site: Site) -> str:
@@ -108,6 +108,12 @@ def targets(applied: AppliedMethod, grafts: Iterable[Graft]) -> dict[str, Any]:
     return {"target_modules": sorted(leaves if everywhere == paths else paths), **beside}
 
 
+def _adapted(injection: Injection) -> set[str]:
+    """Returns the paths of the modules that the method changes."""
+    grafts = [graft for graft in injection.grafts if graft.by_method]
+    return {graft.site.module_path for graft in grafts if not isinstance(graft.site, BesideSite)}
+
+
 def along(injection: Injection, only: str, stem: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns the modules and biases trained along, as peft's `modules_to_save` and `bias`, and the tensors by peft's
     names.
@@ -120,7 +126,7 @@ def along(injection: Injection, only: str, stem: str) -> tuple[dict[str, Any], d
         ExportError: it was a part of a module, or some biases.
     """
     replaced = {(g.site.module_path, g.site.tensor): g for g in injection.grafts if g.trained_along}
-    adapted = {graft.site.module_path for graft in injection.grafts if graft.by_method}
+    adapted = _adapted(injection)
     own = {path: [name for name, value in graft.site.module._parameters.items() if value is not None]
            for (path, _), graft in replaced.items()}  # fmt: skip
     whole = {path for path, names in own.items() if path and all((path, name) in replaced for name in names)}
@@ -145,7 +151,7 @@ def along(injection: Injection, only: str, stem: str) -> tuple[dict[str, Any], d
 
 def tables(injection: Injection, stem: str) -> dict[str, Tensor]:
     """Returns token tables to which rows were added, whole and by peft's names: it saves them beside any adapter."""
-    adapted = {graft.site.module_path for graft in injection.grafts if graft.by_method}
+    adapted = _adapted(injection)
     found = {}
     for path, rows in added_rows(injection).items():
         inside = f".{WRAPPER}" if path in adapted else ""

@@ -27,6 +27,7 @@ def peftcore_methods() -> Mapping[str, str]:
         "pfeiffer_adapter": "peftcore_additive.pfeiffer_adapter:PfeifferAdapter",
         "prefix_tuning": "peftcore_additive.prefix_tuning:PrefixTuning",
         "prompt_tuning": "peftcore_additive.prompt_tuning:PromptTuning",
+        "shadow": "peftcore_additive.shadow:Shadow",
         "ssf": "peftcore_additive.ssf:SSF",
     }
 
@@ -51,4 +52,5 @@ def peftcore_translations() -> Mapping[str, str]:
         "peft/P_TUNING": f"{here}.peft_prompts:PeftPTuning",
         "peft/PREFIX_TUNING": f"{here}.peft_prompts:PeftPrefix",
         "peft/PROMPT_TUNING": f"{here}.peft_prompts:PeftPrompt",
+        "peft/SHADOW": f"{here}.peft_shadow:PeftShadow",
     }

@@ -202,6 +202,24 @@ def test_files_of_peft(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found, mine(**ids).logits[kept], rtol=1e-4, atol=1e-5)
 
 
+def test_the_head_may_train_along(tmp_path: Path) -> None:
+    """It scores the prompt's rows, too, with the values that train."""
+    base, inputs = host()
+    model = deepcopy(base).train()
+    injection, operator = adapted(model, train=["lm_head"])
+    before = model(**inputs).loss
+    before.backward()
+    head = next(each.operator for each in injection.grafts if each.trained_along)
+    with torch.no_grad():
+        head.value.add_(torch.randn_like(head.value), alpha=0.1)
+    assert operator.delta.grad.abs().max() > 0 and head.value.grad.abs().max() > 0
+    assert abs(model(**inputs).loss - before) > 1e-3
+    injection.save(tmp_path)
+    again = deepcopy(base).train()
+    peftcore.load(again, tmp_path)
+    torch.testing.assert_close(again(**inputs).loss, model(**inputs).loss)
+
+
 def test_other_optimizers_leave_what_is_computed_within() -> None:
     model, inputs = host()
     injection, operator = adapted(model.train())

@@ -16,6 +16,7 @@ PREFIX = "XiangLi1999/PrefixTuning@6519d30, gpt2/train_e2e.py"
 P_TUNING = "THUDM/P-tuning@f4225d4"
 P_TUNING_V2 = "THUDM/P-tuning-v2@b1520c9"
 REFT = "stanfordnlp/pyreft@dafd099, examples/loreft"
+SHADOW = "ShadowLLM/shadow-peft@66eb2cf"
 XSUM = "jxhe/unify-parameter-efficient-tuning@3222ce2, exps/run_xsum.sh"
 
 HELD: Held = {
@@ -110,6 +111,21 @@ HELD: Held = {
         "google-research/prompt-tuning@72285ee, prompt_tuning/scripts/sst2-demo.sh: from_class_labels.gin, which draws "
         "from the vocabulary where the labels end; ours knows no labels but those of init_ids",
     ),
+    ("shadow", "rank"): (
+        8,
+        f"peft 0.21: ShadowConfig.r = 8; {SHADOW}, src/shadow_peft/config.py: injection_hidden_size: int = 16, in the "
+        "authors' form of the method, which is not ours",
+    ),
+    ("shadow", "scale"): (0.1, f"{SHADOW}, src/shadow_peft/config.py: alpha: float = 0.1"),
+    ("shadow", "dropout"): (
+        0.2,
+        f"peft 0.21: ShadowConfig.shadow_dropout = 0.2; {SHADOW}, src/shadow_peft/config.py: dropout: float = 0.1, "
+        "and --shadow_dropout 0.2 in most lines of experiment/best_script.md",
+    ),
+    ("shadow", "update_width"): (None, "peft 0.21: ShadowConfig.update_hidden_size = None, the rank"),
+    ("shadow", "layers"): (1, f"{SHADOW}, src/shadow_peft/config.py: num_shadow_layers: int = 1"),
+    ("shadow", "own_table"): (False, "peft 0.21: ShadowConfig.share_embeddings = True"),
+    ("shadow", "guest_weight"): (0.05, f"{SHADOW}, src/shadow_peft/task_models.py: shadow_loss_weight: float = 0.05"),
 }
 
 FREE: Free = {}

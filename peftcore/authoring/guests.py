@@ -1,0 +1,203 @@
+"""A guest network beside the model: a smaller one of the model's own family, which runs over the same tokens.
+
+It is of the class and the config of the model's stack, with fewer layers, and belongs to the injection: it trains with
+it, is in its file, and is built anew from options alone when the file is loaded. It may share the model's token table
+and its head. In generation what it keeps of earlier tokens lies behind the layers of the model's cache (`PassCache`).
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftcore.authoring.pass_cache import PassCache
+from peftcore.contract.operators import Operator, Shared
+from peftcore.errors import ConfigError, SequenceError, UnsupportedSite
+from peftcore.forward.context import Tap
+from peftcore.layers.layer import plain_class
+from peftcore.roles.stacks import CACHES, EMBEDS, IDS, arguments, cache_in
+from peftcore.surgery.surgeon import Surgeon
+from peftcore.targets.sites import Site
+
+LAYERS, WIDTH = "num_hidden_layers", "hidden_size"
+"""What configs of transformers call the depth and the width of a stack, or take for them."""
+OF_A_DECODER = "decoder_layers"
+"""A size of configs in which the names of others mean the encoder."""
+NAMES = {"intermediate_size": ("intermediate_size", "ffn_dim", "n_inner")}
+"""Names of sizes by which configs differ that map none of them."""
+HANDED_ON = (
+    *("attention_mask", "position_ids", "cache_position", "use_cache"),
+    *("seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+)
+"""Arguments of the stack that the guest gets as they are: the last ones are of batches that pack sequences."""
+
+
+class GuestNetwork(nn.Module):
+    """A network of a stack's own family.
+
+    Attributes:
+        network: the stack's class, built from its config with the changes.
+        projection: to the width of the stack's stream, where the guest has another.
+        own_table: whether it embeds tokens itself; else it gets the model's embeddings.
+        table: the path of the table below the network, or where it would be.
+    """
+
+    def __init__(self, stack: nn.Module, table: str, sizes: Mapping[str, int], own_table: bool) -> None:
+        """Build it, with values of its own.
+
+        Args:
+            stack: the model's.
+            table: the path of its token table below it.
+            sizes: the options of its config that are others, by name: ``{"num_hidden_layers": 1}``.
+            own_table: whether the guest has a token table of its own.
+
+        Raises:
+            ConfigError: the config has no such size, or a guest of these would be larger, or is none.
+        """
+        super().__init__()
+        config = _changed(stack, sizes)
+        width, own = int(getattr(stack.config, WIDTH)), int(getattr(config, WIDTH))
+        self.own_table, self.table = own_table or own != width, table
+        if not self.own_table:  # what is dropped again need not be as large
+            config.vocab_size = min(config.vocab_size, 1 + max(getattr(config, "pad_token_id", None) or 0, 0))
+        try:
+            self.network = plain_class(stack)(config)
+        except (ValueError, TypeError, RuntimeError, AssertionError, ArithmeticError, LookupError) as error:
+            raise ConfigError(f"no {plain_class(stack).__name__} can be built with {dict(sizes)}: {error}") from error
+        if not self.own_table:
+            above, _, name = table.rpartition(".")
+            setattr(self.network.get_submodule(above), name, None)
+        self.projection = nn.Linear(own, width, bias=False) if own != width else nn.Identity()
+        self._names = arguments(type(self.network))
+
+    def forward(self, given: Mapping[str, Any], embeds: Tensor | None, cache: Any) -> tuple[Tensor, Any]:
+        """Run over the tokens that the stack is given.
+
+        Args:
+            given: the stack's arguments by name.
+            embeds: what to take in the place of ids, ``[batch, tokens, width]``.
+            cache: what the guest keeps of earlier tokens.
+
+        Returns:
+            What it makes of them, ``[batch, tokens, width of the stack]``, and its whole output.
+        """
+        mine = {name: given[name] for name in HANDED_ON if given.get(name) is not None}
+        if cache is not None:  # which the stack fills whatever it is told
+            mine |= {next(name for name in self._names if name in CACHES): cache, "use_cache": True}
+        if embeds is None:
+            mine[IDS] = given[IDS]
+        else:
+            mine[EMBEDS] = embeds.to(next(self.network.parameters()).dtype)
+        output = self.network(**mine, return_dict=True)
+        states: Tensor = self.projection(output["last_hidden_state"])
+        return states, output
+
+    def take(self, network: nn.Module) -> None:
+        """Start from the values of a network that somebody trained, which stays as it is.
+
+        Args:
+            network: of the guest's class and sizes. Its token table is passed over where the guest shares the model's.
+
+        Raises:
+            ConfigError: it has other tensors.
+        """
+        values = network.state_dict()
+        if not self.own_table:
+            values.pop(f"{self.table}.weight", None)
+        own = {name: value.shape for name, value in self.network.state_dict().items()}
+        other = {name: value.shape for name, value in values.items()}
+        if wrong := sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name)):
+            name = wrong[0]
+            raise ConfigError(
+                f"{name} is {list(own.get(name, ())) or 'not there'} in the guest network, and "
+                f"{list(other.get(name, ())) or 'not there'} in the other one: name its sizes when you apply the method"
+            )
+        self.network.load_state_dict(values)
+
+
+def guest_network(surgeon: Surgeon, stack: Site, sizes: Mapping[str, int], own_table: bool = False) -> Shared:
+    """Returns a guest beside a stack (see `TokenStacks.around`), which the injection owns as ``"guest"``.
+
+    Args:
+        surgeon: of the method.
+        stack: the stack.
+        sizes: see `GuestNetwork`.
+        own_table: whether it has a token table of its own, which trains; otherwise it shares the model's.
+
+    Raises:
+        ConfigError: as of `GuestNetwork`.
+        UnsupportedSite: the stack is no causal one of transformers.
+    """
+    known = next(each for each in surgeon.resolver.token_stacks() if each.path == stack.module_path)
+    config = getattr(stack.module, "config", None)
+    fits = getattr(config, WIDTH, None) == stack.out_features and not hasattr(config, OF_A_DECODER)
+    if not known.causal or not known.takes_cache or known.entry != known.path or not fits:
+        raise UnsupportedSite(
+            f"{stack.path or 'the model'} is no causal stack of transformers that a smaller one could be made of"
+        )
+    return surgeon.own("guest", lambda: GuestNetwork(stack.module, known.table, sizes, own_table))
+
+
+class GuestOperator(Operator):
+    """Runs a guest before the stack, over the same tokens, and leaves what it makes of them for other operators."""
+
+    observes = frozenset({"activation"})
+
+    def __init__(self, site: Site, guest: Shared, states: Tap) -> None:
+        """Stand around a stack; `states` is where ``[batch, tokens, width]`` is left, until backward."""
+        super().__init__(site)
+        self.guest, self.states, self.cache = guest, states, PassCache()
+        self.names, self.table = site.arguments, site.tensor.removesuffix(".weight")
+
+    def at(self, form: str, module: nn.Module) -> Callable[..., Any]:
+        """Returns the function that acts around the stack, whose token table it reads."""
+        return functools.partial(self._beside, module)
+
+    def _beside(self, stack: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        module: Any = self.guest.module
+        embeds, cache = given.get(EMBEDS), cache_in(given)
+        if embeds is None and not module.own_table:
+            embeds = stack.get_submodule(self.table)(given[IDS])
+        if embeds is not None and module.own_table and not isinstance(module.projection, nn.Identity):
+            raise SequenceError("the guest network has a token table of another width: pass input_ids=")
+        beside = None if cache is None else self.cache.beside(cache, module.network.config)
+        states, output = module(given, embeds, beside)
+        self.states.put(states)
+        result = call(**given)
+        self.cache.keep(given, result, output)
+        return result
+
+
+def _changed(stack: nn.Module, sizes: Mapping[str, int]) -> Any:
+    """Returns the config of a stack with other sizes, of which none is larger."""
+    config: Any = copy.deepcopy(stack.config)
+    for name, size in sizes.items():
+        name = next((each for each in NAMES.get(name, ()) if hasattr(config, each)), name)
+        before = getattr(config, name, "")
+        before = 4 * getattr(config, WIDTH) if before is None else before  # GPT-2's feed-forward
+        if not isinstance(before, int) or isinstance(before, bool) or name.startswith("vocab") or name.endswith("_id"):
+            raise ConfigError(f"{name} is no size in the config of {plain_class(stack).__name__}")
+        if size > before:
+            raise ConfigError(f"a guest network is no larger than the model, which has {name} {before}, not {size}")
+        setattr(config, name, size)
+    if "flash" in str(getattr(config, "_attn_implementation", "")):
+        config._attn_implementation = "sdpa"  # adapters are float32, which flash attention has no kernels for
+    before, count = getattr(stack.config, LAYERS), getattr(config, LAYERS)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == before:  # an entry for each layer
+            setattr(config, name, value[:count])
+    if _has_attention(stack.config) and not _has_attention(config):
+        raise ConfigError(f"the first {count} layers of {plain_class(stack).__name__} have no attention: take more")
+    return config
+
+
+def _has_attention(config: Any) -> bool:
+    """Whether some layer keeps keys and values of tokens, without which hybrid stacks cannot count them."""
+    from transformers.cache_utils import DynamicCache
+
+    return not all(DynamicCache(config=config).is_linear)

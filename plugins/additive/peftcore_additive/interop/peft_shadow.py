@@ -1,0 +1,131 @@
+"""ShadowPEFT in peft's files, there SHADOW (checked against peft 0.21).
+
+``shadow_backbone`` is our guest's network, ``shadow_projection`` its projection, ``shadow_head`` the head that
+classifies by it. In GPT-2 and its like peft keeps a token table in the guest that nothing reads, where it shares the
+model's: it is passed over, and not written. What peft's last block would make of the shadow nobody reads either: it is
+passed over, and written as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Size, Tensor, nn
+
+from peftcore.errors import CheckpointError, ExportError
+from peftcore.files.envelope import SavedSite
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.peft_prompts import task_of
+from peftcore.files.formats.places import Place
+from peftcore_additive._shadow import GuestLoss
+from peftcore_additive.shadow import ShadowOperator
+
+BACKBONE, PROJECTION, HEAD = "shadow_backbone.default.", "shadow_projection.default.", "shadow_head.default."
+NAMES = {f"{ours}.weight": f"shadow_{ours}.default.weight" for ours in ("down", "up")} | {
+    f"{ours}.{layer}.{kind}": f"shadow_update_{ours}.default.{layer}.{kind}"
+    for ours in ("transform", "gate")
+    for layer in (0, 2)
+    for kind in ("weight", "bias")
+}
+"""peft's names of the tensors of one block, by ours."""
+SIZES = {
+    "shadow_hidden_size": "hidden_size",
+    "shadow_num_attention_heads": "num_attention_heads",
+    "shadow_intermediate_size": "intermediate_size",
+}
+
+
+class PeftShadow(PeftMethod):
+    """Translates the guest and the two steps of each block."""
+
+    methods = ("shadow",)
+    below = tuple(NAMES.values())
+    root = (BACKBONE, PROJECTION, HEAD)
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        if (named := keys.take("shadow_model", str, "mirror")) != "mirror":
+            raise CheckpointError(
+                f"{keys.where}: its shadow network is {named!r}, and no name in a file is followed: apply shadow with "
+                "sizes= of that network, and hand it to injection.shared['guest'].take(network)"
+            )
+        sizes = {ours: keys.take(theirs, int, None) for theirs, ours in SIZES.items()}
+        return {
+            "method": "shadow",
+            "rank": keys.take("r", int, 8),
+            "scale": float(keys.take("shadow_alpha", float, 0.1)),
+            "dropout": float(keys.take("shadow_dropout", float, 0.2)),
+            "update_width": keys.take("update_hidden_size", int, None),
+            "layers": keys.take("shadow_num_hidden_layers", int, 1),
+            "sizes": {name: size for name, size in sizes.items() if size is not None},
+            "own_table": not keys.take("share_embeddings", bool, True),
+            "guest_weight": float(keys.take("auxiliary_loss_weight", float, 0.05)),
+        }
+
+    def selections(self, keys: Keys, sites: Sequence[SavedSite], model: nn.Module) -> dict[str, tuple[SavedSite, ...]]:
+        return {"": tuple(site.model_copy(update={"role": "block"}) for site in sites)}
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        if not isinstance(place.operator, ShadowOperator):
+            return {}
+        own = place.operator.state_dict()
+        found.used.update(full for name, full in found.names.items() if name in NAMES.values())  # those of no effect
+        return {ours: found.take(NAMES[ours], value.shape) for ours, value in own.items()}
+
+    def read_shared(self, name: str, module: nn.Module, found: Found) -> dict[str, Tensor]:
+        own = {key: value.shape for key, value in module.state_dict().items()}
+        unread = HEAD if name == "guest" else None  # of a head without a loss, and of a table that is the model's
+        table = f"{BACKBONE}{module.table}.weight" if name == "guest" and not module.own_table else None
+        found.used.update(
+            full for key, full in found.names.items() if key == table or (unread and key.startswith(unread))
+        )
+        return {key: found.take(_theirs(name, key), shape) for key, shape in own.items()}
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        known = {ours: theirs for theirs, ours in SIZES.items()}
+        if strange := sorted(set(config.sizes) - set(known)):
+            raise ExportError(f"peft has no option for {strange[0]} of the guest network; it has {', '.join(known)}")
+        return {
+            "r": config.rank,
+            "shadow_alpha": config.scale,
+            "shadow_dropout": config.dropout,
+            "update_hidden_size": config.update_width,
+            "shadow_model": "mirror",
+            "shadow_num_hidden_layers": config.layers,
+            **{theirs: config.sizes.get(ours) for ours, theirs in known.items()},
+            "share_embeddings": not config.own_table,
+            "auxiliary_loss_weight": config.guest_weight,
+        }
+
+    def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
+        sites = [place.site for place in places if isinstance(place.operator, ShadowOperator)]
+        depths = sorted(site.depth for site in sites)
+        if depths != list(range(depths[0], depths[0] + len(depths))):
+            raise ExportError("peft's shadow goes through blocks that follow one another, and these leave some out")
+        targets = [site.module_path for site in sites]
+        return {"target_modules": targets, "target_parameters": None, "task_type": task_of(model)}
+
+    def write(self, place: Place) -> dict[str, Tensor]:
+        if isinstance(place.operator, GuestLoss) and place.operator.head is not None:  # peft wants the model's, too
+            return {name: value for name, value in place.site.module._parameters.items() if value is not None}
+        if not isinstance(place.operator, ShadowOperator):
+            return {}
+        own = place.operator.state_dict()
+        width, inner = place.site.width, place.config.update_width or place.config.rank
+        shapes = {"0.weight": (inner, width), "0.bias": (inner,), "2.weight": (width, inner), "2.bias": (width,)}
+        unread = {f"{each}.{name}": own["up.weight"].new_zeros(shape) for each in ("transform", "gate")
+                  for name, shape in shapes.items()}  # fmt: skip
+        return {theirs: (unread | own)[ours] for ours, theirs in NAMES.items()}
+
+    def write_shared(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        return {f"base_model.{_theirs(name, key)}": value for key, value in module.state_dict().items()}
+
+
+def _theirs(name: str, key: str) -> str:
+    """Returns peft's name of a tensor of shared state."""
+    if name == "head":
+        return f"{HEAD}{key}"
+    start, _, rest = key.partition(".")
+    return f"{BACKBONE if start == 'network' else PROJECTION}{rest}"

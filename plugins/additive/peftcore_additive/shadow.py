@@ -1,0 +1,173 @@
+"""ShadowPEFT: a small network beside the model corrects what its blocks read.   arXiv 2604.19254 (in peft).
+
+    s_0 = P guest(tokens)
+    x_l = h_{l-1} + a W_up W_down dropout(h_{l-1} - s_{l-1}),   h_l = block_l(x_l)
+    s_l = (1 - g_l) s_{l-1} + g_l T_l(h_l),   g_l = sigmoid(G_l(h_l))
+
+The guest is of the model's own class and config, with `layers` layers and other `sizes`, starts from scratch, and
+trains; P [d, its width] is there where the widths differ. It shares the model's token table where it can, else it has
+its own. T_l and G_l are two linear layers with GELU between, u wide. W_up starts at 0: the identity.
+
+In training labels give the guest a loss of its own, which is added to the model's with `guest_weight`:
+
+    L = L_model + w CE(head(s_0), labels)
+
+The head of a language model is the model's; one that classifies is copied, trains, and reads the last token. In peft
+the loss of a model in evaluation has that of the guest too.
+
+As in peft 0.21 every block has both steps; where blocks are left out, h_l is what the next target block reads. The
+authors' own code leaves the first block out, puts a LayerNorm in front of T and G, and has SiLU in them, no biases, and
+dropout at other places. peft keeps the guest's earlier tokens under the name `past_key_values`, which newer versions of
+transformers do not use; here generation has them in any version. Where peft names a checkpoint as the guest, give its
+sizes, and its values by ``injection.shared["guest"].take(network)``. Reentrant checkpoints are refused.
+
+Parameters: those of the guest, 2 d r a block, and 2 (2 d u + u + d) a block but the last one of the model, behind which
+nothing reads the shadow; peft has them there too.
+
+Use it where the small network is to be of use by itself as well, or to learn apart from the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from peftcore import (
+    BlockSite,
+    GuestOperator,
+    InputOperator,
+    LearningRate,
+    Method,
+    MethodConfig,
+    Mine,
+    Shared,
+    Site,
+    Surgeon,
+    Tags,
+    Tap,
+    TokenStacks,
+    block_sites,
+    guest_network,
+    head_sites,
+)
+from peftcore.errors import ConfigError, MissingContext, SequenceError
+from peftcore_additive._shadow import GuestLoss, copied
+
+OF_THE_GUEST = ("layers", "sizes", "own_table", "guest_weight")
+REENTRANT = """reentrant checkpoints give the guest network, which runs outside of them, no gradient: take the others,
+model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"""
+
+
+class Config(MethodConfig):
+    """Options of ShadowPEFT."""
+
+    method: Literal["shadow"] = "shadow"
+    rank: PositiveInt = 8
+    """Rank r of the correction."""
+    scale: float = 0.1
+    """Factor a of the correction."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.2
+    """Probability with which an entry of what the correction reads is dropped in training."""
+    update_width: PositiveInt | None = None
+    """Width u inside of T and G; the rank without."""
+    layers: PositiveInt = 1
+    """Layers of the guest."""
+    sizes: dict[str, PositiveInt] = Field(default_factory=dict)
+    """Other sizes of the guest, by the names of the model's config: ``{"intermediate_size": 256}``."""
+    own_table: bool = False
+    """Give the guest a token table of its own, which trains. It has one in any case where its width is another."""
+    guest_weight: NonNegativeFloat = 0.05
+    """Weight w of the guest's own loss."""
+
+
+class ShadowOperator(InputOperator):
+    """The correction of what one block reads, and what the shadow learns from the block's output, which the next block
+    reads."""
+
+    def __init__(self, site: BlockSite, config: Config, before: Shared | None, shadow: Tap, left: Tap) -> None:
+        super().__init__(site)
+        width, inner, self.scale = site.width, config.update_width or config.rank, config.scale
+        self.down, self.up = nn.Linear(width, config.rank, bias=False), nn.Linear(config.rank, width, bias=False)
+        nn.init.zeros_(self.up.weight)
+        if not is_last(site):
+            self.transform, self.gate = two_layers(width, inner), two_layers(width, inner)
+        self.dropout = nn.Dropout(config.dropout)
+        self.before, self.shadow, self.left = before, shadow, left
+
+    def arguments(self, given: dict[str, Any], mine: Mine) -> dict[str, Any]:
+        x, shadow = given[self._names[0]], self.shadow.get()  # [batch, tokens, d]
+        if shadow is None:
+            raise MissingContext(
+                "a block was called by itself, and not the model, whose tokens the guest network reads"
+            )
+        if shadow.requires_grad and not torch.is_grad_enabled():
+            raise MissingContext(REENTRANT)
+        if shadow.shape != x.shape:
+            raise SequenceError(f"a block is given {tuple(x.shape)}, and the guest network saw {tuple(shadow.shape)}")
+        read = x.to(self.down.weight.dtype)
+        shadow = shadow.to(read)
+        if self.before is not None:
+            shadow = self.before.module.learned(read, shadow)
+            self.left.put(shadow)
+        moved = x + (self.scale * self.up(self.down(self.dropout(read - shadow)))).to(x.dtype)
+        rows = mine(x)
+        return {**given, self._names[0]: moved if rows is None else torch.where(rows[:, None, None], moved, x)}
+
+    def learned(self, h: Tensor, shadow: Tensor) -> Tensor:
+        """Return the shadow behind this block, whose output is h."""
+        gate = torch.sigmoid(self.gate(h))
+        return (1 - gate) * shadow + gate * self.transform(h)
+
+
+def two_layers(width: int, inner: int) -> nn.Sequential:
+    """Make T or G."""
+    return nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+
+
+def is_last(site: BlockSite) -> bool:
+    """Say whether no block follows, so that nothing reads the shadow any more."""
+    return site.depth == site.blocks - 1
+
+
+class Shadow(Method):
+    """A small network of the model's own kind beside it, and what corrects the model by it."""
+
+    name = "shadow"
+    Config = Config
+    tags = Tags(category="additive", paper="2604.19254", random=True)
+    learning_rate = LearningRate(3e-3, "ShadowLLM/shadow-peft@665d889, experiment/best_script.md", on="Qwen3-8B, GSM8K")
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
+        if once := [name for each in config.overrides.values() for name in each if name in OF_THE_GUEST]:
+            raise ConfigError(f"there is one guest network for all blocks, so {once[0]} takes no overrides")
+        sites = sorted(block_sites(surgeon), key=lambda site: site.depth)
+        stack = TokenStacks(surgeon).around(sites)
+        if sites[0].width != stack.out_features:
+            raise ConfigError(f"{stack.path} embeds tokens {stack.out_features} wide, and blocks are {sites[0].width}")
+        guest = guest_network(surgeon, stack, {**config.sizes, "num_hidden_layers": config.layers}, config.own_table)
+        states = [Tap(until_backward=True) for _ in sites]  # what the shadow was at each block
+        surgeon.graft(stack, lambda at: GuestOperator(at, guest, states[0]))
+        before = None
+        for number, site in enumerate(sites):
+            taps = states[max(number - 1, 0)], states[number]
+            make = functools.partial(ShadowOperator, before=before, shadow=taps[0], left=taps[1])
+            before = Shared(surgeon.graft(site, make, config))
+        labels = "labels" in inspect.signature(model.forward).parameters
+        if config.guest_weight and labels and (heads := head_sites(surgeon)):
+            head, own = max(heads, key=lambda each: each.out_features), None
+            if head.out_features < stack.in_features:  # it classifies
+                own = surgeon.own("head", lambda: copied(head))
+            surgeon.graft(head, lambda at: GuestLoss(at, states[0], config.guest_weight, own))
+
+    @staticmethod
+    def parameter_count(site: Site, config: Config) -> int:
+        if not isinstance(site, BlockSite):
+            return 0  # the guest belongs to no site
+        width, inner = site.width, config.update_width or config.rank
+        return 2 * width * config.rank + (0 if is_last(site) else 2 * (2 * width * inner + inner + width))

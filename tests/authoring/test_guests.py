@@ -1,0 +1,148 @@
+"""A guest network: a smaller one of the stack's own class, over the same tokens, with a place of its own in caches."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any, Literal
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, StaticCache
+
+import peftcore
+from peftcore import GuestNetwork, GuestOperator, Method, MethodConfig, Operator, Tags, Tap, TokenStacks, guest_network
+from peftcore.errors import ConfigError, UnsupportedSite
+from peftcore.testing.hosts import HOSTS
+
+
+class Config(MethodConfig):
+    method: Literal["host_with_guest"] = "host_with_guest"
+    own_table: bool = False
+    width: int = 16
+
+
+class Adds(Operator):
+    """Adds what the guest made to what the head reads."""
+
+    def __init__(self, site: peftcore.Site, states: Tap) -> None:
+        super().__init__(site)
+        self.states = states
+
+    def forward(self, call: Callable[..., Tensor], x: Tensor) -> Tensor:
+        return call(x + self.states.get().to(x.dtype))
+
+
+class HostWithGuest(Method):
+    """The smallest method with a guest."""
+
+    name = "host_with_guest"
+    Config = Config
+    tags = Tags(category="additive", paper="none", identity_at_init=False)
+    target = ("block",)
+
+    def inject(self, model: nn.Module, config: Config, surgeon: peftcore.Surgeon) -> None:
+        stack = TokenStacks(surgeon).around(surgeon.sites())
+        sizes = {"num_hidden_layers": 1, "hidden_size": config.width}
+        guest, states = guest_network(surgeon, stack, sizes, config.own_table), Tap()
+        surgeon.graft(stack, lambda at: GuestOperator(at, guest, states))
+        for site in surgeon.sites("head"):
+            surgeon.graft(site, lambda at: Adds(at, states))
+
+    @staticmethod
+    def parameter_count(site: peftcore.Site, config: Config) -> int:
+        return 0
+
+
+def llama(**options: Any) -> Any:
+    torch.manual_seed(0)
+    model = HOSTS["llama"].build()[0].double().eval()
+    config = deepcopy(model.config)
+    for name, value in options.items():
+        setattr(config, name, value)
+    return transformers.LlamaForCausalLM(config).double().eval() if options else model
+
+
+IDS = torch.tensor([[3, 7, 5, 9], [2, 8, 6, 4]])
+
+
+@pytest.mark.parametrize("options", [{}, {"own_table": True}, {"width": 8}])
+def test_it_runs_over_the_tokens_of_the_stack(options: dict[str, Any]) -> None:
+    model = llama()
+    base = deepcopy(model)
+    injection = peftcore.apply(model, HostWithGuest, dtype="float64", **options)
+    guest = injection.shared["guest"]
+    assert isinstance(guest, GuestNetwork) and type(guest.network) is transformers.LlamaModel
+    assert guest.own_table == bool(options) and isinstance(guest.projection, nn.Linear) == ("width" in options)
+    table = [name for name, _ in guest.named_parameters() if "embed_tokens" in name]
+    assert table == (["network.embed_tokens.weight"] if options else [])
+    alone = deepcopy(guest.network)
+    if not options:
+        alone.embed_tokens = base.model.embed_tokens
+    states = guest.projection(alone(IDS).last_hidden_state)
+    expected = base.lm_head(base.model(IDS).last_hidden_state + states)
+    torch.testing.assert_close(model(IDS).logits, expected)
+    model(IDS).logits.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in injection.parameters())
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_caches_hold_its_tokens(kind: Any) -> None:
+    model = llama()
+    peftcore.apply(model, HostWithGuest, dtype="float64", width=8)
+    cache = kind(config=model.config, **({"max_cache_len": 6} if kind is StaticCache else {}))
+    whole = model(IDS, use_cache=False).logits
+    pieces = [model(IDS[:, :2], cache=cache).logits, model(IDS[:, 2:3], cache=cache).logits]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole[:, :3])
+    assert len(cache.layers) == 3 and type(cache.layers[2]) is type(cache.layers[0])
+    assert cache.layers[2].keys.shape[-1] == cache.layers[0].keys.shape[-1]  # heads are as wide in both
+    cache.reorder_cache(torch.tensor([1, 1]))
+    torch.testing.assert_close(model(IDS[[1, 1], 3:], cache=cache).logits, whole[[1, 1], 3:])
+
+
+def test_it_starts_from_what_is_handed_in() -> None:
+    model = llama()
+    small = llama(num_hidden_layers=1, hidden_size=8)
+    injection = peftcore.apply(model, HostWithGuest, dtype="float64", width=8)
+    guest = injection.shared["guest"]
+    guest.take(small.model)
+    torch.testing.assert_close(guest.network(IDS).last_hidden_state, small.model(IDS).last_hidden_state)
+    sharing = peftcore.apply(llama(), HostWithGuest, dtype="float64").shared["guest"]
+    sharing.take(llama(num_hidden_layers=1).model)
+    with pytest.raises(ConfigError, match=r"is \[16.*and \[8.* name its sizes"):
+        sharing.take(small.model)
+    with pytest.raises(ConfigError, match="not there in the guest"):
+        sharing.take(llama(num_hidden_layers=2).model)
+
+
+def test_what_a_fresh_one_costs_and_computes_with() -> None:
+    """A table that the guest does not have is not made; flash attention, which has no float32, is left out."""
+    model = llama(vocab_size=10**5, pad_token_id=3)
+    model.config._attn_implementation_internal = "flash_attention_2"
+    made: list[int] = []
+    embedding = nn.Embedding.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            nn.Embedding, "__init__", lambda self, *args, **kw: (made.append(args[0]), embedding(self, *args, **kw))[1]
+        )
+        guest = peftcore.apply(model, HostWithGuest).shared["guest"]
+    assert made == [4] and guest.network.embed_tokens is None
+    assert guest.network.config._attn_implementation == "sdpa"
+
+
+def test_what_is_refused() -> None:
+    for name in ("bert", "encoder"):
+        with pytest.raises(UnsupportedSite):
+            peftcore.apply(HOSTS[name].build()[0], HostWithGuest)
+    with pytest.raises(ConfigError, match="no larger than the model, which has hidden_size 16, not 32"):
+        peftcore.apply(llama(), HostWithGuest, width=32)
+    with pytest.raises(ConfigError, match="no GPT2Model can be built"):
+        peftcore.apply(HOSTS["gpt2"].build()[0], HostWithGuest, width=9)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    hybrid = transformers.Qwen3NextConfig(**sizes, intermediate_size=24, num_experts=2, pad_token_id=0)
+    with pytest.raises(ConfigError, match="first 1 layers of Qwen3NextModel have no attention"):
+        peftcore.apply(transformers.Qwen3NextForCausalLM(hybrid), HostWithGuest)
+    sizes = {"decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "is_decoder": True}
+    decoder = transformers.BartConfig(vocab_size=40, d_model=16, **sizes)
+    with pytest.raises(UnsupportedSite, match="no causal stack of transformers"):
+        peftcore.apply(transformers.BartForCausalLM(decoder), HostWithGuest)
