@@ -221,7 +221,10 @@ def dropout_acts_in_training_only(case: Case) -> None:
     )
     model.train()
     torch.manual_seed(0)
-    first, second = case.run(model, inputs).detach(), case.run(model, inputs).detach()
+    try:
+        first, second = case.run(model, inputs).detach(), case.run(model, inputs).detach()
+    except peftcore.errors.TrainingError as error:  # at several slices of one weight, say
+        raise NotApplicable(str(error)) from None
     case.expect_moved(second, first, "a second pass in training")
 
 
