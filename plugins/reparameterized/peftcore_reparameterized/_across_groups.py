@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,11 @@ def groups_of(site: Site) -> int:
     themselves (transposed ones, and paddings of their own)."""
     plain = isinstance(site.module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and site.module.padding_mode == "zeros"
     return site.module.groups if plain else 1
+
+
+def around(site: Site) -> Site:
+    """Return the layer of a site as a place for an operator around it."""
+    return replace(site, form="activation")
 
 
 def across_count(site: Site, rank: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from peftcore import Site, bias_name
+from peftcore.errors import UnsupportedSite
 from peftcore_reparameterized._basis import columns
 from peftcore_reparameterized._decomposed import as_matrix, principal
 
@@ -29,12 +30,18 @@ def shape(site: Site, config: Any) -> tuple[int, int]:
 
 
 def with_bias(site: Site, base: bool = False) -> Tensor:
-    """Return [W | b], [*batch, out, in * kernel (+ 1)], or W where there is no bias; of the base alone if wished."""
+    """Return [W | b], [*batch, out, in * kernel (+ 1)], or W where there is no bias; of the base alone if wished.
+
+    Raises:
+        UnsupportedSite: weight and bias have other outputs.
+    """
     W = site.base_weight().detach().reshape(*site.batch, site.out_features, -1) if base else as_matrix(site)
     if not has_bias(site):
         return W
     beside = site.at(bias_name(site.tensor))
     bias = (beside.base_weight() if base else beside.weight()).detach()
+    if bias.numel() != W.shape[:-1].numel():
+        raise UnsupportedSite(f"{site.path} has {W.shape[-2]} outputs, and a bias of {bias.numel()}")
     return torch.cat([W, bias.to(W).view(*W.shape[:-1], 1)], -1)
 
 

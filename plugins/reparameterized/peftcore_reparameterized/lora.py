@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Annotated, Literal, Self, cast
 
 import torch.nn.functional as F
@@ -54,7 +53,7 @@ from peftcore import (
     Tags,
     low_rank,
 )  # fmt: skip
-from peftcore_reparameterized._across_groups import AcrossGroups, across_count, groups_of
+from peftcore_reparameterized._across_groups import AcrossGroups, across_count, around, groups_of
 from peftcore_reparameterized._fixed_projection import fix_projection
 from peftcore_reparameterized._low_rank import (
     add_low_rank,
@@ -149,8 +148,7 @@ class LoRA(Method):
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if config.at(site.path).across_groups and groups_of(site) > 1:
-                around = replace(site, form="activation")
-                surgeon.graft(around, lambda at, own: AcrossGroups(at, own.rank, scale_of(own), own.dropout), config)
+                surgeon.graft(around(site), lambda at, own: AcrossGroups(at, own.rank, scale_of(own), own.dropout), config)
             else:
                 surgeon.graft(site, lambda at, own: LoRAOperator(at, own, own.start, own.trained), config)
 
