@@ -148,7 +148,9 @@ class LoRA(Method):
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
             if config.at(site.path).across_groups and groups_of(site) > 1:
-                surgeon.graft(around(site), lambda at, own: AcrossGroups(at, own.rank, scale_of(own), own.dropout), config)
+                surgeon.graft(
+                    around(site), lambda at, own: AcrossGroups(at, own.rank, scale_of(own), own.dropout), config
+                )
             else:
                 surgeon.graft(site, lambda at, own: LoRAOperator(at, own, own.start, own.trained), config)
 
