@@ -1,6 +1,7 @@
 """What holds for every test of the core and of the plugins: no network, one thread, known seeds."""
 
 import gc
+import itertools
 import os
 import random
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ torch.set_num_threads(1)
 gc.set_threshold(100_000, 20, 20)  # looking through all that torch and transformers made took a fifteenth of all time
 
 
+OFTEN = 100
+"""After how many tests what is there is frozen."""
+
 pytest_plugins = ["processor_time", "peftcore.testing.gathering"]
 
 
@@ -31,10 +35,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
 
 
-def pytest_collection_finish() -> None:
-    """What was imported stays, and is not looked through again."""
+def freeze() -> None:
+    """What is there stays, and is not looked through again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    freeze()
+
+
+ran = itertools.count(1)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Modules that are imported late, graphs and caches come to some millions of objects in a whole run, which each
+    `gc.collect()` of a trainer or a test would look through: seconds, many hundred times."""
+    if next(ran) % OFTEN == 0:
+        freeze()
 
 
 @pytest.fixture(autouse=True)
