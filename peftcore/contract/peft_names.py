@@ -27,6 +27,9 @@ LEFT_OUT = {
     "runtime_config": "leave it out",
     "runtime_offload_base_weight": "leave it out: weights of the base stay where they are",
     "progressbar": "leave it out",
+    "arrow_config": 'call peftcore.gather(model, "arrow", {folder: 1.0, ...})',
+    "cpt_mask": "leave it out: it has no effect in peft either",
+    "save_precomputed_indices": "leave it out: files have the places of what trains",
     "save_only_topk_weights": "leave it out: files have all logits",
     "task_type": "leave it out: any model is adapted as it is",
     "token_dim": "leave it out: widths are the model's",
@@ -66,8 +69,6 @@ OTHER_METHODS = {
 RENAMED: Mapping[str, str | tuple[str, ...]] = {
     "r": ("components", "rank", "block_size"),
     "lora_alpha": "alpha",
-    "lora_dropout": "dropout",
-    "num_virtual_tokens": "length",
     "adapter_len": "length",
     "adapter_layers": "layers",
     "feedforward_modules": "scale_inputs",
@@ -176,6 +177,14 @@ RENAMED: Mapping[str, str | tuple[str, ...]] = {
     "shadow_intermediate_size": "sizes",
     "update_hidden_size": "update_width",
     "auxiliary_loss_weight": "guest_weight",
+    "num_frozen_tokens": "frozen",
+    "cpt_token_ids": "ids",
+    "cpt_tokens_type_mask": "types",
+    "opt_weighted_loss_type": "decay",
+    "opt_loss_decay_factor": "decay",
+    "opt_projection_epsilon": "epsilon",
+    "opt_projection_format_epsilon": "format_epsilon",
+    "select_top": "mask",
 }
 """Options of peft by another name, and ours; of several that which the method has."""
 OPTIONS: Mapping[str, tuple[Answer, ...]] = {
@@ -185,6 +194,8 @@ OPTIONS: Mapping[str, tuple[Answer, ...]] = {
         name: tuple((f"use {each}=", each) for each in ((ours,) if isinstance(ours, str) else ours))
         for name, ours in RENAMED.items()
     },
+    "lora_dropout": (("use dropout=", "dropout"), ("leave it out: nothing is dropped here", "")),
+    "num_virtual_tokens": (("use length=", "length"), ("leave it out: ids= says how many", "")),
     "use_rslora": (('use scaling="sqrt_rank"', "scaling"), ("use alpha=", "alpha")),
     "init_lora_weights": (('use a method of its own, such as "pissa", "olora" or "loftq"', ""),),
     "sample_at_inference": (('use sample="always"', "sample"),),
