@@ -165,7 +165,7 @@ def served(app: Any) -> Iterator[str]:
 
 async def ask_all(client: httpx.AsyncClient, requests: Sequence[Asked], clients: int, longest: int) -> dict[str, Any]:
     """Let clients ask one request after the other. After a third of them another client goes away in the middle of its
-    answer; after half of them an adapter is replaced, while a request to it runs.
+    answer; after half of them an adapter is replaced, while a request to it runs, and is asked once more then.
 
     Returns:
         What was answered, and what became of the two others.
@@ -190,15 +190,17 @@ async def ask_all(client: httpx.AsyncClient, requests: Sequence[Asked], clients:
             lines = answer.aiter_lines()
             return len([await anext(lines) for _ in range(4)]) - 1
 
-    async def replaces() -> tuple[Asked, list[dict[str, Any]], str]:
+    async def replaces() -> tuple[Asked, list[dict[str, Any]], dict[str, Any]]:
         await half.wait()
         asked = Asked(PROMPTS[1], REPLACED, longest)
         async with client.stream("POST", "/generate", json={**vars(asked), "stream": True}) as answer:
             lines = answer.aiter_lines()
             said = [json.loads(await anext(lines)) for _ in range(2)]
             put = await client.put(f"/adapters/{REPLACED}", json={"folder": NEW})
+            after = await client.post("/generate", json=vars(asked))
             said += [json.loads(line) async for line in lines]
-        return asked, said, put.raise_for_status().json()["version"]
+        put.raise_for_status()
+        return asked, said, after.raise_for_status().json()
 
     begun = time.perf_counter()
     gone, replaced, *_ = await asyncio.gather(goes_away(), replaces(), *(one_client() for _ in range(clients)))
@@ -220,8 +222,8 @@ def check_server(engine: Engine, app: Any, requests: Sequence[Asked], clients: i
     with served(app) as address:
         told = asyncio.run(talk(address))
         left = sorted(peftcore.injections(engine.model))
-    asked, said, version = told["replaced"]
-    old = said[0]["version"]
+    asked, said, after = told["replaced"]
+    old, version = said[0]["version"], after["version"]
     folder_of = {loaded: loaded.partition("@")[0] for _, answer in told["answers"] if (loaded := answer["version"])}
     folder_of |= {version: NEW}
     found = [
@@ -238,6 +240,7 @@ def check_server(engine: Engine, app: Any, requests: Sequence[Asked], clients: i
         "answered by the one that replaced it": versions.count(version),
         "the request that ran meanwhile": single.differs(asked, REPLACED, [each["token"] for each in said[1:-1]])
         or "as a single answer of the old one",
+        "the request after it": single.differs(asked, NEW, after["tokens"]) or "as a single answer of the new one",
         "the old one is gone": old not in left and version in left,
         "tokens that the client got which went away": told["gone"],
         "rows that are left": sum(each["requests"] for each in told["adapters"].values()),

@@ -241,7 +241,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     def write(partial: Path) -> None:
         try:
-            save_file(ready, partial, metadata=dict(metadata))
+            save_file(ready, partial, metadata=dict(metadata) or None)  # {} without tensors breaks the file's header
         except SafetensorError as error:  # a full disk, for instance
             raise OSError(f"{path} cannot be written: {error}") from error
 

@@ -110,10 +110,12 @@ def register(cls: M) -> M:
     return cls
 
 
-def _of(plugin: Plugin) -> list[MethodInfo]:
+def _of(plugin: Plugin, called: str | None = None) -> list[MethodInfo]:
+    """Returns the methods of a plugin, or the one that is called so."""
     names: dict[str, list[str]] = {}
     for name, place in plugin.methods.items():
-        names.setdefault(place, []).append(name)  # further names of one class are its aliases
+        if called is None or place == plugin.methods[called]:
+            names.setdefault(place, []).append(name)  # further names of one class are its aliases
     return [MethodInfo(n[0], plugin.name, plugin.distribution, p, tuple(n[1:])) for p, n in names.items()]
 
 
@@ -173,7 +175,7 @@ def _called(name: str, plugin: str | None) -> list[MethodInfo]:
     """Returns the methods of a name, of one plugin where it is given; or the presets, where no method has it."""
     plugins = registry().plugins.values()
     having = [each for each in plugins if name in each.methods]
-    listed = [*chain(*map(_of, having), _of_run_time())]
+    listed = [*chain(*(_of(each, name) for each in having), _of_run_time())]
     found = [info for info in listed if name in (info.name, *info.aliases)] or [
         info for each in plugins if name in each.presets for info in _presets_of(each) if info.name == name
     ]

@@ -305,9 +305,12 @@ def test_the_whole(
     answers, speeds = results["answers"], results["speeds"]
     assert answers["requests"] == requests and answers["other"] == 0
     assert answers["as single answers"] + answers["two logits closer than 1e-4"] == requests
-    assert answers["the request that ran meanwhile"] == "as a single answer of the old one"
+    assert answers["the request that ran meanwhile"] in ("as a single answer of the old one", "close")
+    assert answers["the request after it"] in ("as a single answer of the new one", "close")
     assert answers["the old one is gone"] and answers["rows that are left"] == 0
-    assert answers["answered by the adapter that was replaced"] and answers["answered by the one that replaced it"]
+    assert answers["answered by the adapter that was replaced"]
+    if not real:  # of a few requests, all may be asked before it is replaced
+        assert answers["answered by the one that replaced it"]
     for ways in speeds.values():
         sizes = {each["tokens"] for name, each in ways.items() if "one request" not in name}
         assert max(sizes) - min(sizes) <= 0.05 * max(sizes)  # the same answers; two close logits may end one early

@@ -212,3 +212,11 @@ def test_tensors_that_share_memory_are_written_each(tmp_path: Path) -> None:
     assert (tmp_path / "shared").read_bytes() == (tmp_path / "apart").read_bytes()
     values = TensorFile(tmp_path / "shared").read(parts)
     assert all(torch.equal(values[name], each) for name, each in parts.items())
+
+
+def test_no_tensors_are_a_file_too(tmp_path: Path) -> None:
+    """Of an optimizer without a state, such as SGD, for instance; the library's own file of none cannot be read."""
+    path = tmp_path / "none.safetensors"
+    for metadata in ({}, {"some": "text"}):
+        write_tensors(path, {}, metadata)
+        assert (TensorFile(path).read(), TensorFile(path).metadata) == ({}, metadata)

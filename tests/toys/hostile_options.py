@@ -22,11 +22,14 @@ from peftcore.testing.kit import fill
 OPTIONS: dict[str, dict[str, Any]] = {
     "adapterdrop": {"drop_first_layers": 1},
     "boft": {"block_size": 4},
+    "c3a": {"block_size": 2},
+    "cartridge": {"length": 3},
     "clip_adapter": {"features": "input"},
     "compacter": {"bottleneck": 4},
     "config_union": {"parts": [{"method": "lora", "rank": 2}, {"method": "houlsby_adapter", "bottleneck": 4}]},
     "controlnet": {"widths": [4, 6]},
     "coop": {"init_ids": [3, 4, 5]},
+    "cpt": {"ids": [5, 9, 3, 7, 11, 2, 8, 4, 6], "types": [1, 2, 3, 4, 4, 5, 6, 7, 8]},
     "custom_diffusion": {"modifier_tokens": [3]},
     "fourierft": {"n_frequency": 20},
     "hra": {"rank": 4},
@@ -45,6 +48,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "t2i_adapter": {"downscale": 2},
     "textual_inversion": {"tokens": [3]},
     "trainable_tokens": {"token_indices": [3, 5]},
+    "waveft": {"n_frequency": 20},
+    "xlora": {"depth": 2, "width": 4},
 }
 """What methods need to fit hosts as small as these."""
 NUMBERS = (10**9, 2**62, 2**63 - 1, 10**5)
@@ -108,6 +113,7 @@ def main(folder: Path) -> int:
         bench = _saved(info.name, folder / "good")
         if bench is None:
             print(f"{info.name} fits no host here")
+            wrong += 1
             continue
         files = {each.name: each.read_bytes() for each in (folder / "good").iterdir()}
         envelope = json.loads(files["adapter.json"])

@@ -63,7 +63,7 @@ class Config(PartsConfig):
     """How many parts act on a token, at most; all without."""
     softmax_top_k: bool = False
     """Take a softmax of the shares that are left, too."""
-    depth: PositiveInt = 1
+    depth: Annotated[int, Field(ge=1, le=100)] = 1
     """Linear layers of the classifier."""
     width: PositiveInt = 2048
     """Width between them."""
