@@ -72,6 +72,12 @@ def running() -> list[Any]:
     return found
 
 
+def in_reentrant() -> bool:
+    """Whether this code is in the forward of a reentrant checkpoint, which gives no gradient to what its function did
+    not get as an argument."""
+    return any(frame.f_code is _FORWARD for frame in _stack())
+
+
 def _repeated() -> Iterator[Any]:
     """Yields what torch keeps of the checkpoints that run again now, the innermost first."""
     for frame in _stack():

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.errors import MissingContext, SequenceError
-from peftcore.forward.checkpoints import remember, remembered, running
+from peftcore.errors import MissingContext, SequenceError, TrainingError
+from peftcore.forward.checkpoints import in_reentrant, remember, remembered, running
 from peftcore.forward.tokens import CACHES, Tokens
 from peftcore.layers.kernels import transformed
 from peftcore.utils.renamed import renamed
@@ -384,10 +384,15 @@ class Tap:
         context.taps.append((self.key, value, self.until_backward, context.rows))
 
     def get(self) -> Any:
-        """Returns the value that was left in this forward; None when there is none."""
+        """Returns the value that was left in this forward; None when there is none.
+
+        Raises:
+            TrainingError: its gradient would be lost, for a reentrant checkpoint begun after it was left.
+        """
         context = forward_context()
         for key, value, _, rows in reversed(context.taps):
             if key == self.key:
+                _expect_gradient(value)
                 return value if rows is context.rows else _for_rows(value, rows, context.rows)
         return None
 
@@ -399,6 +404,17 @@ class Tap:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, key=next(self._numbers))  # a number of another process may be taken in this one
+
+
+def _expect_gradient(value: Any) -> None:
+    """Refuse a value that learns and is read in a reentrant checkpoint, unless it was left in the same."""
+    if torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in _tensors(value)):
+        return
+    if in_reentrant():
+        raise TrainingError(
+            "a block reads what another part of the adapter made, which a reentrant checkpoint gives no gradient: take "
+            "the others, model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+        )
 
 
 def _for_rows(value: Any, rows: OwnRows | None, wanted: OwnRows | None) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import peftcore
 from peftcore import activate, call
-from peftcore.errors import MissingContext
+from peftcore.errors import MissingContext, TrainingError
 from peftcore.forward.host_state import state_of
 
 
@@ -94,6 +94,27 @@ def test_kept_taps_last_until_backward_is_done() -> None:
     logits.sum().backward()
     del logits
     assert states[0]() is None
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_what_learns_reaches_a_block_that_runs_again_with_its_gradient_or_not_at_all(reentrant: bool | None) -> None:
+    """A reentrant checkpoint would lose the gradient; what does not learn, or is only looked at, may pass."""
+    model, ids = host(reentrant), token_ids(2)
+    peftcore.apply(model, "lora")
+    gain = torch.ones(8, requires_grad=True)
+    tap, learns = peftcore.Tap(until_backward=True), True
+    model.embed_tokens.register_forward_hook(lambda *_: tap.put([gain * 2 if learns else gain.detach()]))
+    model.layers[1].register_forward_hook(lambda module, args, output: output * tap.get()[0])
+    if reentrant:
+        with pytest.raises(TrainingError, match="'use_reentrant': False"):
+            model(ids)
+        with torch.no_grad():
+            model(ids)
+        learns = False
+        model(ids)["logits"].sum().backward()
+    else:
+        model(ids)["logits"].square().sum().backward()
+        assert gain.grad is not None and gain.grad.abs().max() > 1e-3
 
 
 def test_an_extra_pass_leaves_out_the_injection_and_nothing_else() -> None:

@@ -43,9 +43,6 @@ from peftcore.errors import MissingContext, SequenceError
 from peftcore_multitask._chosen import add_shares, first_of
 from peftcore_multitask._merging import Members, OfMergedParts, PartsConfig, collected
 
-REENTRANT = """reentrant checkpoints give the classifier, which stands outside of them, no gradient: take the others,
-model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"""
-
 
 class Config(PartsConfig):
     """Options of X-LoRA."""
@@ -130,8 +127,6 @@ class XLoRAOperator(Operator):
         every = self.shares.get()
         if every is None:
             raise MissingContext("a part of the model was called by itself, whose tokens nobody has classified")
-        if every.requires_grad and not torch.is_grad_enabled():
-            raise MissingContext(REENTRANT)
         shares = every[..., self.number, self.members]
         parts: Any = self.parts.values()
         factors = [(A, B, own * s) for own, (A, B, s) in zip(self.scales, [p.factors() for p in parts], strict=True)]
