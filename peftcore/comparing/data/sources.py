@@ -88,7 +88,8 @@ def _loaded(source: object, load: Callable[[], Any]) -> Any:
 
 
 def _table(path: Path) -> Dataset:
-    return Dataset.from_list(read_rows(path))
+    rows = read_rows(path)
+    return _loaded(path, lambda: Dataset.from_list(rows))
 
 
 def _lines(path: Path) -> Dataset:
@@ -104,6 +105,7 @@ def _parquet(path: Path) -> Dataset:
 
 READERS: Mapping[str, Callable[[Path], Dataset]] = {
     ".csv": _table,
+    ".json": _table,
     ".jsonl": _table,
     ".ndjson": _table,
     ".parquet": _parquet,

@@ -20,7 +20,7 @@ class Data(Options):
     """Options of the data: where the examples are."""
 
     train: str
-    """A CSV, JSONL, Parquet or text file, a folder of pictures or of a saved dataset, or a name on the Hub."""
+    """A CSV, JSON, JSONL, Parquet or text file, a folder of pictures or of a saved dataset, or a name on the Hub."""
     held_out: str | None = None
     """Examples to score, from elsewhere; otherwise a split that the dataset has, or some of `train`."""
     held_out_size: PositiveInt | None = None

@@ -2,11 +2,13 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from peftcore.comparing.errors import BadInput
 from peftcore.comparing.runs.reading import read
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks.catalogue import find
@@ -21,6 +23,27 @@ def test_only_answers_are_learned(talker: Path, chats: Path) -> None:
         learned = [token for token in row["labels"] if token != -100]
         assert tokenizer.decode(learned).split() in ([word, "[SEP]"] for word in ("fine", "lovely", "awful"))
         assert [label for label in row["labels"] if label != -100] == row["input_ids"][-len(learned) :]
+
+
+def test_templates(decoder: Path, talker: Path, chats: Path, tmp_path: Path) -> None:
+    """That of a file, or ChatML, in place of the tokenizer's; without any it is said what to do."""
+    path = tmp_path / "short.jinja"
+    path.write_text("{% for m in messages %}{{ m.content }} [SEP] {% endfor %}", encoding="utf-8")
+
+    def texts(model: Path, **options: Any) -> list[str]:
+        given = [("model", str(model)), ("task", "chat"), ("data.train", str(chats)), ("method", "lora")]
+        prepared = find("chat").prepare(read(Run, {}, given), ChatData(train=str(chats), **options))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        return [tokenizer.decode(row["input_ids"]) for row in prepared.train]
+
+    assert all(
+        text.count("[SEP]") == 2 and not text.startswith("u ") for text in texts(talker, chat_template=str(path))
+    )
+    assert all("assistant" in text or "[UNK]" in text for text in texts(decoder, chat_template="chatml"))
+    with pytest.raises(BadInput, match=r"no chat template; set data\.chat_template to chatml"):
+        texts(decoder)
+    with pytest.raises(BadInput, match=r"nowhere\.jinja cannot be read"):
+        texts(decoder, chat_template="nowhere.jinja")
 
 
 def test_perplexity_weighs_tokens_not_batches(talker: Path, chats: Path) -> None:
