@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import transformers
 from pydantic import PositiveInt
 from torch import Tensor
 
+from peftcore.comparing.data.packing import PackedCollator, check_apart, packed
 from peftcore.comparing.models.loading import from_pretrained
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks._language import costs, perplexity
@@ -21,6 +23,8 @@ class CausalData(Data):
 
     max_length: PositiveInt = 512
     """Tokens of an example."""
+    pack: bool = False
+    """Put several examples into one row of `max_length` tokens, none of which sees another: hardly any padding."""
     prompts: tuple[str, ...] = ()
     """What the model is asked before and after training, to be looked at."""
     answer_length: PositiveInt = 48
@@ -32,11 +36,18 @@ def prepared(
 ) -> Prepared:
     """Load a decoder with tokenized examples; `prompts` are as the model reads them."""
     model = from_pretrained(transformers.AutoModelForCausalLM, run.model, run.dtype)
+    collate: Any = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    check = None
+    if data.pack:
+        train, held_out = (packed(part, data.max_length) for part in (train, held_out))
+        collate = PackedCollator(tokenizer.pad_token_id)
+        check = functools.partial(check_apart, model, vocabulary=len(tokenizer))
     return Prepared(
         model=model,
         train=train,
         held_out=held_out,
-        collate=transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        collate=collate,
+        check=check,
         reduce=surprise,
         metrics=perplexity,
         samples=answers(model, tokenizer, prompts, data.answer_length) if prompts else None,

@@ -18,8 +18,6 @@ class CausalTextData(CausalData):
 
     text: str | None = None
     """Column of the texts; guessed when left out."""
-    pack: bool = False
-    """Lay texts end to end and cut them to equal lengths: no padding, but they see each other."""
 
 
 class CausalLM(Task[CausalTextData]):
@@ -39,11 +37,10 @@ class CausalLM(Task[CausalTextData]):
 
 
 def _encoded(texts: Any, tokenizer: Any, data: CausalTextData) -> list[dict[str, Any]]:
-    """Tokenize each text with an end, cut at the length; or all of them as one, cut into pieces."""
+    """Tokenize each text with an end, cut at the length; where examples are packed, the rest of it is one more."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     ids = [[*tokenizer(text)["input_ids"], *end] for text in texts if text]
     if data.pack:
-        joined = [token for each in ids for token in each]
-        ids = [joined[start : start + data.max_length] for start in range(0, len(joined), data.max_length)]
+        ids = [each[start : start + data.max_length] for each in ids for start in range(0, len(each), data.max_length)]
     kept = [each[: data.max_length] for each in ids if len(each) > 1]
     return [{"input_ids": each, "attention_mask": [1] * len(each), "labels": each} for each in kept]

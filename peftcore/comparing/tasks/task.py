@@ -10,10 +10,11 @@ from typing import Any, ClassVar, Generic, TypeVar
 from pydantic import PositiveInt
 from torch import nn
 
+import peftcore
 from peftcore.comparing.runs.run import Options, Run
+from peftcore.forward.own_losses import IGNORED
 
-IGNORED = -100
-"""The label of tokens that do not count, by torch's custom."""
+__all__ = ["IGNORED", "Data", "Prepared", "Task"]
 
 
 class Data(Options):
@@ -51,6 +52,8 @@ class Prepared:
     """From all of that to numbers; the loss is there without it."""
     floor: float | None = None
     """The task's metric for an answer that looks at nothing, where that is known."""
+    check: Callable[[peftcore.Injection | None], None] | None = None
+    """Refuses what only the adapted model shows; called before it is trained."""
     samples: Callable[[], list[str]] | None = None
     """Returns answers of the model, to be looked at before training and after it."""
 

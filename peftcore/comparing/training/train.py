@@ -112,6 +112,8 @@ def _train(run: Run, display: Display, resume: bool) -> Outcome:
     transformers.set_seed(run.training.seed)
     prepared = task.prepare(run, data)
     injection = None if run.method.name == FULL else adapted(run, prepared)
+    if injection is None and prepared.check is not None:
+        prepared.check(None)
     clock = Clock()
     trainer = trainer_for(run, task, prepared, injection, [Keeper(folder), Watch(display), clock])
     if folder.before is None:
@@ -158,7 +160,10 @@ def adapted(run: Run, prepared: Prepared, name: str | None = None) -> peftcore.I
             collate_fn=prepared.collate,
         )
     train = (*prepared.head, *arguments.pop("train", ()))
-    return peftcore.apply(base, run.method.name, name=name, train=train, seed=run.training.seed, **arguments)
+    injection = peftcore.apply(base, run.method.name, name=name, train=train, seed=run.training.seed, **arguments)
+    if prepared.check is not None:
+        prepared.check(injection)
+    return injection
 
 
 def _trained(trainer: AdapterTrainer, checkpoint: Path | None) -> None:
