@@ -56,7 +56,7 @@ def test_missing_data_file(encoder, tmp_path):
 
 
 def test_data_of_an_unknown_kind(encoder, tmp_path):
-    assert ".csv, .jsonl" in refused("--model", encoder, "--data", written(tmp_path / "texts.xlsx", "x"))
+    assert ".csv, .json, .jsonl" in refused("--model", encoder, "--data", written(tmp_path / "texts.xlsx", "x"))
 
 
 def test_data_that_is_not_utf_8(encoder, tmp_path):
@@ -182,3 +182,43 @@ def test_python_m_peftcore():
     done = subprocess.run([sys.executable, "-m", "peftcore", "compare"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "Error: give --demo, a configuration file, or both --model and --data\n"
+
+
+# Options of methods as flags
+
+
+def told(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, [*map(str, arguments)])
+    assert "Traceback" not in result.output
+    return result.exit_code, " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rnak", 4), "lora has no option 'rnak'; did you mean 'rank'?"),
+        (("--rank", 0), "lora: rank=0: Input should be greater than 0"),
+        (("--rank", "many"), "rank='many'"),
+        (("--step", 4), "there is no option --step; did you mean --steps?"),
+        (("--r", 4), "lora has no option 'r', which is peft's"),
+        (("--lora-alpha", 4), "lora has no option 'lora_alpha', which is peft's"),
+        (("--rank",), "rank=True"),
+        (("--rank", "[1"), "--rank: not YAML"),
+    ],
+)
+def test_flags_that_no_method_has(flags, message, encoder, csv_file):
+    given = ("--model", encoder, "--task", "text-classification", "--data", csv_file, "--steps", 1)
+    code, said = told("train", *given, "--method", "lora", *flags)
+    assert code == 2 and message in said, said
+    code, said = told("compare", "--model", encoder, "--data", csv_file, "--methods", "lora", *flags)
+    assert code == 2 and message in said, said
+
+
+def test_flags_without_a_method(encoder, csv_file):
+    code, said = told("train", "--model", encoder, "--task", "text-classification", "--data", csv_file, "--rank", 4)
+    assert code == 2 and "neither of the command nor of a --method" in said
+
+
+def test_flags_that_none_of_several_methods_has(encoder, csv_file):
+    code, said = told("compare", "--model", encoder, "--data", csv_file, "--methods", "lora,bitfit", "--bottleneck", 4)
+    assert code == 2 and "neither of the command nor of lora, bitfit" in said

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.cli.app import Json, Set, answered, app, settings
+from peftcore.cli.commands._method_options import WithMethodOptions, for_methods
 from peftcore.cli.commands._options import BatchSize, Data, Demo, Model, Steps, Task, check_source, given
 from peftcore.comparing.errors import BadInput
 
@@ -24,8 +25,9 @@ Tuning = Annotated[bool, typer.Option("--tuning", help="Demo: score the tuning s
 Together = Annotated[int | None, typer.Option(help="How many runs train at once on one model (1).")]
 
 
-@app.command()
+@app.command(cls=WithMethodOptions)
 def compare(
+    context: typer.Context,
     config: Config = None,
     demo: Demo = False,
     model: Model = None,
@@ -42,7 +44,10 @@ def compare(
     tuning: Tuning = False,
     json: Json = False,
 ) -> None:
-    """Fine-tune one model with several methods, and compare what each costs and gains."""
+    """Fine-tune one model with several methods, and compare what each costs and gains.
+
+    Each option of a method is a flag too, of all those that have it: --rank 8.
+    """
     flags = {
         "model": model,
         "task": task,
@@ -77,7 +82,8 @@ def compare(
         from peftcore.comparing.comparisons.comparison import Comparison
 
         where = str(config or "the options")
-        comparison = reading.read(Comparison, values, [*given(flags), *settings(set_).items()], where)
+        values = reading.changed(values, [*given(flags), *settings(set_).items()])
+        comparison = reading.validated(Comparison, _with_options(context, values), where)
         with Bars(Console(stderr=True), len(comparison.methods) * len(comparison.seeds)) as bars:
             report = work(comparison, bars)
         if json:
@@ -85,3 +91,13 @@ def compare(
         else:
             Console().print(table(report))
             print(f"{comparison.out}: report.html, results.json, results.png, runs/")
+
+
+def _with_options(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:
+    """Give each of the methods those of the flags that are options of it."""
+    listed = values.get("methods")
+    listed = listed.split(",") if isinstance(listed, str) else listed
+    if not isinstance(listed, list):
+        return values
+    whole = [each if isinstance(each, dict) else {"name": str(each).strip()} for each in listed]
+    return {**values, "methods": [held | own for held, own in zip(whole, for_methods(context, whole), strict=True)]}

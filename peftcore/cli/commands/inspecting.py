@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from peftcore.cli.app import Json, answered, app, settings
+from peftcore.cli.commands._method_options import WithMethodOptions, for_methods
 
 Model = Annotated[
     str,
@@ -24,8 +25,9 @@ Train = Annotated[list[str] | None, typer.Option(help="A module that is trained 
 DType = Annotated[str | None, typer.Option(help="Data type of the weights; by default that of the config.")]
 
 
-@app.command()
+@app.command(cls=WithMethodOptions)
 def plan(
+    context: typer.Context,
     model: Model,
     method: Annotated[str, typer.Argument(help="A method; peftcore methods lists them.")],
     option: Options = None,
@@ -37,14 +39,16 @@ def plan(
     dtype: DType = None,
     json: Json = False,
 ) -> None:
-    """Show what a method would train in a model, and what memory a step takes.
+    """Show what a method would train in a model, and what memory a step takes. Each option of the method is a flag too:
+    --rank 8.
 
     The model is built from its configuration alone. Activations are counted by a forward of tensors that have shapes
     only, with the kernels of a CPU and without gradient checkpointing; full fine-tuning is shown for comparison. The
     peak of a step is higher than the sum: gradients of activations and buffers of kernels are not counted.
     """
     with answered():
-        options = settings(option, "--option", "rank=16")
+        [flags] = for_methods(context, [{"name": method}])
+        options = {**settings(option, "--option", "rank=16"), **flags}
         from peftcore.cli import pages
         from peftcore.cli.looking import costs_page
         from peftcore.comparing.models.example_inputs import Size

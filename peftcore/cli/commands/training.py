@@ -8,18 +8,20 @@ from typing import Annotated
 import typer
 
 from peftcore.cli.app import Json, Set, answered, app, settings
+from peftcore.cli.commands._method_options import WithMethodOptions, for_methods
 from peftcore.cli.commands._options import BatchSize, Data, Model, Steps, Task, given
 
 Config = Annotated[Path | None, typer.Argument(help="YAML file of the run; the options below go over it.")]
-Method = Annotated[str | None, typer.Option(help="Name of a method; its options: --set method.rank=8.")]
+Method = Annotated[str | None, typer.Option(help="Name of a method. Each of its options is a flag too: --rank 8.")]
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
 Seed = Annotated[int | None, typer.Option(help="Random seed.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the adapter, checkpoints, logs and metrics.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder from its last checkpoint.")]
 
 
-@app.command()
+@app.command(cls=WithMethodOptions)
 def train(
+    context: typer.Context,
     config: Config = None,
     model: Model = None,
     task: Task = None,
@@ -51,7 +53,11 @@ def train(
         from peftcore.comparing.runs.run import Run
 
         values = {} if config is None else reading.load(config)
-        run = reading.read(Run, values, [*given(flags), *settings(set_).items()], str(config or "the options"))
+        values = reading.changed(values, [*given(flags), *settings(set_).items()])
+        held = values.get("method", {})
+        [options] = for_methods(context, [held if isinstance(held, dict) else {"name": held}])
+        where = str(config or "the options")
+        run = reading.read(Run, values, [(f"method.{name}", value) for name, value in options.items()], where)
         # Not before the input has been read: what follows imports torch and transformers.
         from rich.console import Console
 

@@ -60,9 +60,18 @@ def read(kind: type[B], values: dict[str, Any], changes: Iterable[tuple[str, Any
     Raises:
         BadInput: a value is wrong: all of them are named.
     """
+    return validated(kind, changed(values, changes), where)
+
+
+def changed(values: dict[str, Any], changes: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Set values by their dotted names.
+
+    Raises:
+        BadInput: a name goes through something that has no parts.
+    """
     for name, value in changes:
         _put(values, name, value)
-    return validated(kind, values, where)
+    return values
 
 
 def _put(values: dict[str, Any], name: str, value: Any) -> None:

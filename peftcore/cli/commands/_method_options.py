@@ -1,0 +1,92 @@
+"""Options of methods as flags of a command: ``--rank 8``, beside the command's own."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+from peftcore.comparing.errors import BadInput
+
+GIVEN = "peftcore.options"
+PLACES = ("target", "exclude", "train")
+"""What `peftcore.apply` takes for all methods."""
+
+
+class WithMethodOptions(TyperCommand):
+    """A command that takes each option of a method as a flag; `for_methods` says what they are."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put aside the flags that the command does not have, with their values."""
+        own = {name: each for each in self.get_params(ctx) for name in (*each.opts, *each.secondary_opts)}
+        rest, found, left = [], [], [*args]
+        while left:
+            word = left.pop(0)
+            name, equals, value = word.partition("=")
+            if not name.startswith("--") or name == "--" or name in own:
+                rest.append(word)
+                if name == "--":
+                    rest, left = [*rest, *left], []
+                elif name in own and not equals and left and not getattr(own[name], "is_flag", False):
+                    rest.append(left.pop(0))
+                continue
+            if not equals:
+                value = left.pop(0) if left and not left[0].startswith("--") else "true"
+            found.append((name[2:].replace("-", "_"), value))
+        ctx.meta[GIVEN] = found, [name[2:] for name in own if name.startswith("--")]
+        return super().parse_args(ctx, rest)
+
+
+def for_methods(context: typer.Context, methods: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each method those of the given flags that it has, their values read as YAML; a flag that is given
+    several times is a list. What a method does not have is said, and it keeps its defaults.
+
+    Args:
+        context: that of the command.
+        methods: mappings with a "name", as files have them.
+
+    Raises:
+        BadInput: a flag is neither of the command nor of any of the methods.
+        ConfigError: the same for a single method, which knows other libraries' names of its options.
+    """
+    from peftcore.comparing.runs.reading import parse
+
+    given, own = context.meta.get(GIVEN, ((), ()))
+    values: dict[str, list[Any]] = {}
+    for name, text in given:
+        values.setdefault(name, []).append(parse(text, f"--{name}"))
+    options: Mapping[str, Any] = {name: each[0] if len(each) == 1 else each for name, each in values.items()}
+    names = [str(each.get("name", "")) for each in methods]
+    having = [_options_of(name) if options else set() for name in names]
+    for name, value in options.items():
+        lacking = [method for method, each in zip(names, having, strict=True) if name not in each]
+        if len(lacking) == len(names):
+            _refuse(name, value, names, own)
+        if lacking:
+            print(f"--{name.replace('_', '-')}: no option of {', '.join(lacking)}", file=sys.stderr)
+    return [{name: value for name, value in options.items() if name in each} for each in having]
+
+
+def _options_of(method: str) -> set[str]:
+    """Return the names of what a method takes; of full fine-tuning nothing."""
+    import peftcore
+    from peftcore.comparing.runs.run import FULL
+
+    return set() if method in ("", FULL) else {*peftcore.method(method).Config.model_fields, *PLACES} - {"method"}
+
+
+def _refuse(name: str, value: Any, methods: Sequence[str], own: Sequence[str]) -> None:
+    import peftcore
+    from peftcore.contract.config import validate
+
+    flag = name.replace("_", "-")
+    if close := difflib.get_close_matches(flag, own, n=1, cutoff=0.75):
+        raise BadInput(f"there is no option --{flag}; did you mean --{close[0]}?")
+    known = [method for method in methods if _options_of(method)]
+    if len(known) == 1:
+        validate(peftcore.method(known[0]).Config, {name: value})
+    raise BadInput(f"there is no option --{flag}, neither of the command nor of {', '.join(known) or 'a --method'}")
