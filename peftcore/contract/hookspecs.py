@@ -109,6 +109,15 @@ def peftcore_translations() -> Mapping[str, str]:  # type: ignore[empty-body]
     """
 
 
+@hookspec
+def peftcore_tasks() -> Mapping[str, str]:  # type: ignore[empty-body]
+    """Name the tasks that a plugin brings to the command line: what its examples are, and how they are scored.
+
+    Runs when a run's task is looked for. Returns names mapped to ``"module:Class"``, each a
+    `peftcore.comparing.tasks.task.Task`.
+    """
+
+
 @hookspec(firstresult=True)
 def peftcore_inject(model: nn.Module, method: Method, config: MethodConfig, surgeon: Surgeon) -> bool | None:
     """Put a method's operators at its sites.

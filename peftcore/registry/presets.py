@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -21,7 +22,9 @@ def class_of(name: str, preset: Preset, cls: type[Method]) -> type[Method]:
     """Returns a class as the method `cls` has it, whose options have the preset's defaults."""
     fields: dict[str, Any] = {"method": (Literal[name], name)}
     for option, value in preset.options.items():
-        fields[option] = (cls.Config.model_fields[option].annotation, value)
+        field = copy.copy(cls.Config.model_fields[option])  # with its limits and its description
+        field.default, field.default_factory = value, None
+        fields[option] = (field.annotation, field)
     config = create_model(f"{cls.Config.__name__}_{name}", __base__=cls.Config, __doc__=cls.Config.__doc__, **fields)
     members = {
         key: value for key, value in vars(cls).items() if key not in ("__dict__", "__weakref__", "_abc_impl", "aliases")

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import hookimpl
+from peftcore.comparing.tasks.catalogue import find as find_task
+from peftcore.comparing.tasks.catalogue import places as tasks
 from peftcore.contract import hookspecs
 from peftcore.files.formats.format import formats
 from peftcore.files.formats.peft_method import peft_methods, peft_variants
@@ -102,6 +104,7 @@ def test_these_are_all_the_hooks() -> None:
             "peftcore_methods",
             "peftcore_presets",
             "peftcore_schemes",
+            "peftcore_tasks",
             "peftcore_translations",
             *FIRSTRESULT,
         ]
@@ -247,6 +250,15 @@ def test_hook_translations(answer: Add) -> None:
     answer("peftcore_translations", lambda: {"peft/SCRIBBLED": "somewhere:Scribbled", "peft/LORA/toy": "elsewhere:Toy"})
     assert peft_methods()["SCRIBBLED"] == "somewhere:Scribbled"
     assert peft_variants("LORA") == {"toy": "elsewhere:Toy"} and "LORA/toy" not in peft_methods()
+
+
+def test_hook_tasks(answer: Add) -> None:
+    """Not firstresult: every plugin names its own, after those of the core; one that is not there says so."""
+    answer("peftcore_tasks", lambda: {"scribbling": "peftcore.comparing.tasks.chat:Chat", "gone": "nowhere:Gone"})
+    assert next(iter(tasks())) == "text-classification"
+    assert type(find_task("scribbling")).__name__ == "Chat"
+    with pytest.raises(peftcore.errors.PluginError, match="task 'gone' at nowhere:Gone cannot be imported"):
+        find_task("gone")
 
 
 def test_hook_inject(answer: Add) -> None:

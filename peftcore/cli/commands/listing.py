@@ -54,14 +54,18 @@ def show(
 
 @app.command()
 def schema(
-    method: Annotated[str | None, typer.Argument(help="A method; all of them, if left out.")] = None,
+    what: Annotated[
+        str | None,
+        typer.Argument(help="train, compare or search, for their files; or a method; all methods, if left out."),
+    ] = None,
 ) -> None:
-    """Print the JSON schema of a method's options, or of all methods' as alternatives."""
+    """Print the JSON schema of a file that a command reads, of a method's options, or of all methods'."""
     with answered():
         from peftcore.cli import pages
+        from peftcore.cli.looking import schemas
         from peftcore.registry import catalogue
 
-        print(pages.as_json(catalogue.schema(method)))
+        print(pages.as_json(schemas.schema(what) if what in schemas.FILES else catalogue.schema(what)))
 
 
 @app.command()

@@ -29,8 +29,11 @@ class Comparison(Options):
     """A comparison: a run of `train`, but with several methods and seeds."""
 
     model: str
+    """As in a run."""
     task: str = "text-classification"
+    """What is learned."""
     data: dict[str, Any]
+    """Where the examples are, and what the task has to know of them."""
     methods: list[Candidate] = Field(min_length=1)
     """Names, or ``{name: lora, rank: 8, learning_rate: 2e-3, label: small}``; ``full`` is full fine-tuning."""
     seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
@@ -40,7 +43,9 @@ class Comparison(Options):
     """How many runs train at once on one model, where they differ in method, options and learning rate alone. Then
     seconds and memory are those of all of them divided by their number."""
     dtype: str = "float32"
+    """Of the base's weights in memory."""
     quantize: str | None = None
+    """A scheme that packs the base's weights before anything is trained: nf4, int8, bnb-nf4 ..."""
     out: Path = Path("peftcore-compare")
     """Folder for the report, and for a folder of each run."""
 

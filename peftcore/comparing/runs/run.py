@@ -30,9 +30,10 @@ class Options(BaseModel):
 class MethodChoice(BaseModel):
     """A method by name. All else belongs to it, or to `peftcore.apply`: ``target``, ``exclude``, ``overrides``."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     name: str
+    """Name of a method or preset; ``full`` trains every parameter of the model."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -51,11 +52,13 @@ class Training(Options):
     accumulate: PositiveInt = 1
     """Batches that make one step."""
     learning_rate: PositiveFloat = 1e-3
+    """The highest, after the warm-up."""
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     """What becomes of the learning rate after the warm-up."""
     warmup: float = Field(0.1, ge=0, lt=1)
     """The share of all steps in which the learning rate rises."""
     weight_decay: NonNegativeFloat = 0.0
+    """Of AdamW."""
     clip: PositiveFloat = 1.0
     """The largest norm of all gradients together."""
     seed: NonNegativeInt = Field(0, lt=2**32)

@@ -53,8 +53,11 @@ class Search(Options):
     """The schema of a search: its task, and the space that it chooses from."""
 
     model: str
+    """As in a run."""
     task: str = "text-classification"
+    """What is learned."""
     data: dict[str, Any]
+    """Where the examples are, and what the task has to know of them."""
     tuning: str | None = None
     """Examples to choose by, from elsewhere; otherwise some of those to train on."""
     tuning_size: PositiveInt | None = None
@@ -79,6 +82,7 @@ class Search(Options):
     finals: PositiveInt = 1
     """How many are scored on the held-out examples: the pick, and smaller ones of the Pareto front."""
     seeds: list[NonNegativeInt] = Field(default=[0, 1, 2], min_length=1)
+    """Of the runs that decide, and of the final ones."""
     seed: NonNegativeInt = 0
     """Of the sampler, and of the runs in the study."""
     storage: str | None = None
@@ -87,8 +91,11 @@ class Search(Options):
     """Name of the study in the storage."""
     training: Training = Field(default_factory=lambda: Training.model_validate({"steps": 100}))
     dtype: str = "float32"
+    """Of the base's weights in memory."""
     quantize: str | None = None
+    """A scheme that packs the base's weights before anything is trained: nf4, int8, bnb-nf4 ..."""
     out: Path = Path("peftcore-search")
+    """Folder for what is found, and for the runs."""
 
     @field_validator("methods", mode="before")
     @classmethod

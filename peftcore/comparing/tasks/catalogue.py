@@ -1,30 +1,27 @@
-"""The tasks by name: the module of each is imported when it is asked for."""
+"""The tasks by name, those of plugins among them: the module of each is imported when it is asked for."""
 
 from __future__ import annotations
 
 import difflib
-import importlib
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.packages import require
+from peftcore.errors import PluginError
+from peftcore.registry.plugins import imported, named_places
 
 if TYPE_CHECKING:
     from peftcore.comparing.tasks.task import Task
 
-TASKS = MappingProxyType(
-    {
-        "text-classification": "text_classification:TextClassification",
-        "token-classification": "token_classification:TokenClassification",
-        "causal-lm": "causal_lm:CausalLM",
-        "chat": "chat:Chat",
-        "seq2seq": "seq2seq:Seq2Seq",
-        "image-classification": "image_classification:ImageClassification",
-        "text-to-image": "text_to_image:TextToImage",
-    }
-)
-"""Tasks by name, and where their classes are."""
+
+def places() -> Mapping[str, str]:
+    """Return the names of all tasks, and where their classes are.
+
+    Raises:
+        PluginError: two plugins have a task of one name.
+    """
+    return named_places("peftcore_tasks", "task")
 
 
 def find(name: str) -> Task[Any]:
@@ -32,12 +29,27 @@ def find(name: str) -> Task[Any]:
 
     Raises:
         BadInput: there is none, or a package that it needs is missing.
+        PluginError: a plugin's task cannot be imported.
     """
-    if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=1)
+    task = kind(name)
+    require(task.packages)
+    return task()
+
+
+def kind(name: str) -> type[Task[Any]]:
+    """Return the class of a task, whose packages may be missing.
+
+    Raises:
+        BadInput: there is none of that name.
+        PluginError: a plugin's task cannot be imported.
+    """
+    known = places()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise BadInput(f"no task {name!r}; {hint}there are: {', '.join(TASKS)}")
-    module, _, kind = TASKS[name].partition(":")
-    kind_of: type[Task[Any]] = getattr(importlib.import_module(f"peftcore.comparing.tasks.{module}"), kind)
-    require(kind_of.packages)
-    return kind_of()
+        raise BadInput(f"no task {name!r}; {hint}there are: {', '.join(known)}")
+    try:
+        found: type[Task[Any]] = imported(known[name])
+    except (ImportError, AttributeError) as error:
+        raise PluginError(f"task {name!r} at {known[name]} cannot be imported: {error}") from error
+    return found

@@ -59,7 +59,7 @@ class Prepared:
 
 
 class Task(ABC, Generic[D]):
-    """One kind of task. Subclasses are listed in `peftcore.comparing.tasks.catalogue.TASKS`."""
+    """One kind of task. Plugins name theirs in the hook `peftcore_tasks`."""
 
     Data: ClassVar[type[Data]]
     """The options of its data."""
