@@ -8,11 +8,27 @@ from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from peftcore.comparing.errors import BadInput
 from peftcore.errors import PeftcoreError
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_show_locals=False)
+ORDER = (
+    *("train", "compare", "search", "chat", "plan", "tree", "methods", "show", "schema"),
+    *("inspect", "merge", "convert", "export-lora", "doctor", "new"),
+)
+"""Commands in the order in which people need them."""
+
+
+class Commands(TyperGroup):
+    """The commands in that order; others come last."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return their names."""
+        return sorted(super().list_commands(ctx), key=lambda name: (name not in ORDER, (*ORDER, name).index(name)))
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_show_locals=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Any value of the file: --set training.patience=3")]

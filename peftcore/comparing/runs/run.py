@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -75,10 +76,17 @@ class Training(Options):
     """Write some, and end with the best; otherwise nothing is written before the end, which is the last step."""
     patience: PositiveInt | None = None
     """Stop after this many scores without a better one."""
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Where losses and scores are logged; TensorBoard's files are in the run's folder."""
     shard: bool = False
     """Cut the weights over the processes that share the run (FSDP2), so that none holds all of them."""
     workers: NonNegativeInt = 0
     """Processes that prepare batches."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return [each for each in re.split(r"[\s,]+", value) if each != "none"] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:

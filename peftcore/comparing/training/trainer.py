@@ -13,6 +13,7 @@ from torch import nn
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 import peftcore
+from peftcore.comparing.packages import require
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks.task import Prepared, Task
 from peftcore.comparing.training.processes import (
@@ -25,6 +26,7 @@ from peftcore.layers.fsdp import gathered, loading_whole
 from peftcore.training import PeftcoreTrainer
 from peftcore.training.optimizer import cut_state, whole_state
 
+TENSORBOARD = "tensorboard"
 KEPT = 3
 """Checkpoints: the best, the last, and the one before while the next is being written."""
 
@@ -121,8 +123,9 @@ def trainer_for(
     run: Run, task: Task[Any], prepared: Prepared, injection: peftcore.Injection | None, callbacks: list[Any]
 ) -> AdapterTrainer:
     """Make a Trainer of the model, or of what was put into it."""
-    logs = TensorBoardCallback()  # type: ignore[no-untyped-call]
-    logs.logging_dir = str(run.out / "logs")
+    wanted = run.training.report_to
+    require({name: name for name in wanted if name != TENSORBOARD})
+    logs = [_tensorboard(run)] if TENSORBOARD in wanted else []
     patience = run.training.patience
     early = [] if patience is None else [transformers.EarlyStoppingCallback(patience)]
     trainer = AdapterTrainer(
@@ -134,11 +137,17 @@ def trainer_for(
         data_collator=prepared.collate,
         compute_metrics=prepared.metrics,
         preprocess_logits_for_metrics=prepared.reduce,
-        callbacks=[LastStep(), *callbacks, logs, *early],
+        callbacks=[LastStep(), *callbacks, *logs, *early],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.model_accepts_loss_kwargs &= _divides_by_items(prepared)
     return trainer
+
+
+def _tensorboard(run: Run) -> TensorBoardCallback:
+    logs = TensorBoardCallback()  # type: ignore[no-untyped-call]
+    logs.logging_dir = str(run.out / "logs")
+    return logs
 
 
 def _arguments(run: Run, task: Task[Any], prepared: Prepared) -> transformers.TrainingArguments:
@@ -174,7 +183,8 @@ def _arguments(run: Run, task: Task[Any], prepared: Prepared) -> transformers.Tr
         logging_steps=chosen.evaluate_every,
         logging_nan_inf_filter=False,
         use_cpu=not torch.accelerator.is_available(),  # or accelerate sees no processes beside this one
-        report_to="none",
+        report_to=[name for name in chosen.report_to if name != TENSORBOARD] or "none",
+        run_name=run.out.name,
         disable_tqdm=True,
         remove_unused_columns=False,
     )
