@@ -1,5 +1,6 @@
 """``peftcore train``: from a model and a file to an adapter, resumed to the bit, ended clearly."""
 
+import importlib.util
 import json
 import shutil
 import signal
@@ -90,7 +91,7 @@ def test_what_is_wrong_is_named_and_nothing_is_written(tweets: Any, changes: lis
 def test_a_folder_holds_one_run(tweets: Any) -> None:
     trained(*tweets, "--steps", 4, "--out", "run")
     assert "--resume goes on with it" in refused(*tweets, "--out", "run")
-    assert "another training" in refused(*tweets, "--out", "run", "--resume")
+    assert "another training" in refused(*tweets, "--lr", "1e-4", "--out", "run", "--resume")
 
 
 KILLED = """
@@ -269,3 +270,70 @@ def test_a_folder_that_is_quantized_already(scheme: str, talker: Path, chats: Pa
 
 def test_a_tokenizer_without_a_template_is_refused(decoder: Path, chats: Path) -> None:
     assert "no chat template" in refused("--model", decoder, "--task", "chat", "--data", chats, "--method", "lora")
+
+
+def test_a_run_gets_longer(tweets: Any) -> None:
+    """It goes on from its last checkpoint, along the schedule of the new length."""
+    options = (*tweets, "--out", "run", "--set", "training.evaluate_every=2")
+    trained(*options, "--steps", 4)
+    first = json.loads(Path("run/metrics.json").read_text(encoding="utf-8"))
+    assert "another training" in refused(*options, "--steps", 2, "--resume")
+    assert "another training" in refused(*options, "--steps", 6, "--lr", "1e-4", "--resume")
+    outcome = json.loads(trained(*options, "--steps", 8, "--resume", "--json"))
+    assert [step for step, _ in outcome["curve"]] == [0, 2, 4, 6, 8]
+    assert outcome["before"] == first["before"] and outcome["losses"][:2] == first["losses"]
+    assert outcome["steps"] == 8
+    trained(*options, "--steps", 8, "--resume")  # there is nothing left to do
+
+
+def test_a_schedule_over_all_steps_does_not_get_longer(encoder: Path, csv_file: Path) -> None:
+    options = ("--model", encoder, "--task", "text-classification", "--data", csv_file, "--method", "adalora")
+    trained(*options, "--steps", 4, "--out", "run")
+    assert "adalora follows a schedule over all steps" in refused(*options, "--steps", 6, "--out", "run", "--resume")
+
+
+def test_an_adapter_is_gone_on_from(encoder: Path, csv_file: Path, tweets: Any) -> None:
+    """With its method, its options and its head."""
+    trained(*tweets, "--rank", 3, "--out", "first")
+    data = ("--model", encoder, "--task", "text-classification", "--data", csv_file, "--adapter", "first/adapter")
+    second = json.loads(trained(*data, "--steps", 1, "--lr", "1e-9", "--out", "second", "--json"))
+    first = json.loads(Path("first/metrics.json").read_text(encoding="utf-8"))
+    assert second["method"] == "lora" and second["trainable"] == first["trainable"]
+    assert second["before"] == pytest.approx(first["after"], rel=1e-5)
+    before, after = (load_file(f"{folder}/adapter/adapter.safetensors") for folder in ("first", "second"))
+    assert before.keys() == after.keys() and all(torch.allclose(before[key], after[key]) for key in before)
+    assert "leave out the method" in refused(*data, "--method", "lora", "--rank", 8, "--out", "third")
+    assert "leave out the method" in refused(*data, "--method", "ia3", "--out", "third")
+    assert "nothing" in refused(*data[:-1], "nothing", "--out", "third")
+
+
+def test_an_adapter_without_the_head_of_the_task_is_refused(encoder: Path, csv_file: Path) -> None:
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
+    peftcore.apply(model, "lora").save("headless")
+    data = ("--model", encoder, "--task", "text-classification", "--data", csv_file, "--adapter", "headless")
+    assert "has no head classifier" in refused(*data, "--steps", 1)
+
+
+def test_what_reports_are_made_to_is_installed(tweets: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "mlflow" else find(name))
+    assert "pip install 'mlflow'" in refused(*tweets, "--set", "training.report_to=mlflow", "--out", "run")
+    assert not Path("run").exists()
+    assert "report_to" in refused(*tweets, "--set", "training.report_to=mlfow", "--out", "run")
+    trained(*tweets, "--steps", 1, "--set", "training.report_to=none", "--out", "run")
+    assert not Path("run/logs").exists()
+
+
+def test_options_of_the_method_are_flags(encoder: Path, csv_file: Path) -> None:
+    options = ("--model", encoder, "--task", "text-classification", "--data", csv_file, "--steps", 1)
+    trained(*options, "--method", "lora", "--rank", 3, "--target=attn.q", "--alpha=6", "--out", "run")
+    about = peftcore.files.save_load.describe("run/adapter")
+    assert (about.options["rank"], about.options["alpha"]) == (3, 6.0) and len(about.sites) == 2
+
+
+def test_packed_chats(talker: Path, chats: Path) -> None:
+    options = ("--model", talker, "--task", "chat", "--data", chats, "--steps", 20, "--lr", "3e-2", "--json")
+    packed = ("--set", "data.pack=true", "--set", "data.max_length=32")
+    outcome = json.loads(trained(*options, "--method", "lora", "--target", "all-linear", *packed, "--out", "run"))
+    assert outcome["after"]["perplexity"] < 0.9 * outcome["before"]["perplexity"] and outcome["train_size"] < 10
+    assert "data.pack" in refused(*options, "--method", "prompt_tuning", *packed, "--out", "other")

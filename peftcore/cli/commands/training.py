@@ -16,7 +16,11 @@ Method = Annotated[str | None, typer.Option(help="Name of a method. Each of its 
 LearningRate = Annotated[float | None, typer.Option("--lr", help="Learning rate.")]
 Seed = Annotated[int | None, typer.Option(help="Random seed.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the adapter, checkpoints, logs and metrics.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder from its last checkpoint.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume", help="Go on with the run in the folder from its last checkpoint, also for more steps."),
+]
+Adapter = Annotated[str | None, typer.Option(help="An adapter to go on from, in place of a fresh one of a method.")]
 
 
 @app.command(cls=WithMethodOptions)
@@ -27,6 +31,7 @@ def train(
     task: Task = None,
     data: Data = None,
     method: Method = None,
+    adapter: Adapter = None,
     steps: Steps = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
@@ -42,6 +47,7 @@ def train(
         "task": task,
         "data.train": data,
         "method": method,
+        "adapter": adapter,
         "training.steps": steps,
         "training.batch_size": batch_size,
         "training.learning_rate": lr,

@@ -13,8 +13,9 @@ from typing import Any
 
 import transformers
 
+import peftcore
 from peftcore.comparing.errors import BadInput
-from peftcore.comparing.runs.run import Run
+from peftcore.comparing.runs.run import FULL, Run
 from peftcore.files.safe_io import write_text
 
 COMPLETE = "complete"
@@ -49,6 +50,7 @@ class RunFolder:
 
     def __init__(self, run: Run) -> None:
         self.path, self._run = run.out, run.model_dump(mode="json", exclude={"out"})
+        self.method = None if run.method.name == FULL else peftcore.method(run.method.name)
         self.before: dict[str, float] | None = None
         self.said: list[str] = []
 
@@ -76,15 +78,37 @@ class RunFolder:
             raise BadInput(f"{self.path} holds no run to go on with")
         held = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         other = sorted(name for name in self._run if self._run[name] != held["run"].get(name))
-        if other:
-            raise BadInput(f"{self.path} holds a run with another {', '.join(other)}; only the same one can go on")
+        if other and not (other == ["training"] and self._is_longer(held["run"]["training"])):
+            raise BadInput(
+                f"{self.path} holds a run with another {', '.join(other)}; only the same one can go on, or one of more "
+                "steps or epochs"
+            )
         self.before, self.said = held["before"], held["said"]
+        if other:
+            self.note()
         found = list(self.path.glob("checkpoints/checkpoint-*"))
         whole = [each for each in found if (each / COMPLETE).exists()]
         if first_process():
             for each in set(found) - set(whole):
                 shutil.rmtree(each)
         return max(whole, key=lambda each: int(each.name.rpartition("-")[2]), default=None)
+
+    def _is_longer(self, held: dict[str, Any]) -> bool:
+        """Whether the run differs from the one that is held in having more steps, or more epochs, alone.
+
+        Raises:
+            BadInput: it has, but its method follows a schedule of the whole length.
+        """
+        mine: dict[str, Any] = self._run["training"]
+        changed = [name for name in mine if mine[name] != held.get(name)]
+        if len(changed) != 1 or changed[0] not in ("steps", "epochs"):
+            return False
+        before, now = held[changed[0]], mine[changed[0]]
+        if before is None or now is None or now < before:
+            return False
+        if self.method is not None and self.method.tags.scheduled:
+            raise BadInput(f"{self.method.name} follows a schedule over all steps, so a run with it cannot get longer")
+        return True
 
     def note(self) -> None:
         """Write down what is known of the run, so that it can go on from here."""

@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from peftcore.files.save_load import describe
+
 FULL = "full"
 """The reference among the methods: every parameter of the model is trained, nothing is injected."""
 
@@ -108,7 +110,10 @@ class Run(Options):
     data: dict[str, Any]
     """Where the examples are, and what the task has to know of them."""
     method: MethodChoice
-    """``lora``, or ``{name: lora, rank: 8}``."""
+    """``lora``, or ``{name: lora, rank: 8}``; where there is an `adapter`, that of the file."""
+    adapter: str | None = None
+    """An adapter to go on from, in place of a fresh one: a folder, a file, or a name on the Hub, with the method, the
+    options and the target modules of the file."""
     training: Training = Field(default_factory=lambda: Training.model_validate({}))
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the base's weights in memory."""
@@ -116,6 +121,24 @@ class Run(Options):
     """A scheme that packs the base's weights before anything is trained: nf4, int8, bnb-nf4 ..."""
     out: Path = Path("peftcore-run")
     """Folder for the adapter, checkpoints, logs and metrics."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_the_file(cls, values: Any) -> Any:
+        """Take the method from the adapter.
+
+        Raises:
+            ValueError: it cannot be read, or the method is given too.
+        """
+        if not isinstance(values, dict) or values.get("adapter") is None:
+            return values
+        found = describe(str(values["adapter"]))
+        if found.problem or len(found.methods) != 1:
+            raise ValueError(f"adapter={values['adapter']}: {found.problem or 'it is not one adapter of one method'}")
+        method = {"name": found.methods[0]}
+        if values.get("method", method) not in (method, method["name"]):
+            raise ValueError(f"adapter={values['adapter']} has its own {method['name']}: leave out the method")
+        return {**values, "method": method}
 
     @field_validator("method", mode="before")
     @classmethod

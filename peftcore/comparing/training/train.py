@@ -16,9 +16,12 @@ from typing import Any, Protocol
 
 import torch
 import transformers
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 import peftcore
+from peftcore.comparing.errors import BadInput
+from peftcore.comparing.packages import require
 from peftcore.comparing.runs.folder import Keeper, RunFolder, first_process, plain
 from peftcore.comparing.runs.reading import validated
 from peftcore.comparing.runs.run import FULL, Run
@@ -106,6 +109,7 @@ def _train(run: Run, display: Display, resume: bool) -> Outcome:
     began = time.perf_counter()
     task = catalogue.find(run.task)
     data = validated(task.Data, run.data, "data")
+    require({name: name for name in run.training.report_to})
     folder = RunFolder(run)
     checkpoint = folder.checkpoint(resume)
     display.phase("loading", None)
@@ -148,10 +152,30 @@ def _train(run: Run, display: Display, resume: bool) -> Outcome:
 
 
 def adapted(run: Run, prepared: Prepared, name: str | None = None) -> peftcore.Injection:
-    """Apply the method of a run to the model of its task."""
+    """Apply the method of a run to the model of its task, or load the adapter that it goes on from.
+
+    Raises:
+        BadInput: that adapter lacks the head that the task trains.
+    """
     base = prepared.adapted or prepared.model
     if run.quantize is not None:
         peftcore.quantize(base, run.quantize)
+    injection = _fresh(run, prepared, base, name) if run.adapter is None else _loaded(run, prepared, base, name)
+    if prepared.check is not None:
+        prepared.check(injection)
+    return injection
+
+
+def _loaded(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> peftcore.Injection:
+    injection = peftcore.load(base, str(run.adapter), name=name, trainable=True)
+    held = injection.trained_along
+    for head in prepared.head:
+        if not any(path == head or path.startswith((f"{head}.", f"{head}:")) for path in held):
+            raise BadInput(f"{run.adapter} has no head {head}, which the task {run.task} trains: begin a fresh adapter")
+    return injection
+
+
+def _fresh(run: Run, prepared: Prepared, base: nn.Module, name: str | None) -> peftcore.Injection:
     arguments = run.method.arguments
     if peftcore.method(run.method.name).asks_for_data(arguments):
         arguments["data"] = DataLoader(
@@ -160,10 +184,7 @@ def adapted(run: Run, prepared: Prepared, name: str | None = None) -> peftcore.I
             collate_fn=prepared.collate,
         )
     train = (*prepared.head, *arguments.pop("train", ()))
-    injection = peftcore.apply(base, run.method.name, name=name, train=train, seed=run.training.seed, **arguments)
-    if prepared.check is not None:
-        prepared.check(injection)
-    return injection
+    return peftcore.apply(base, run.method.name, name=name, train=train, seed=run.training.seed, **arguments)
 
 
 def _trained(trainer: AdapterTrainer, checkpoint: Path | None) -> None:

@@ -13,7 +13,6 @@ from torch import nn
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 import peftcore
-from peftcore.comparing.packages import require
 from peftcore.comparing.runs.run import Run
 from peftcore.comparing.tasks.task import Prepared, Task
 from peftcore.comparing.training.processes import (
@@ -124,7 +123,6 @@ def trainer_for(
 ) -> AdapterTrainer:
     """Make a Trainer of the model, or of what was put into it."""
     wanted = run.training.report_to
-    require({name: name for name in wanted if name != TENSORBOARD})
     logs = [_tensorboard(run)] if TENSORBOARD in wanted else []
     patience = run.training.patience
     early = [] if patience is None else [transformers.EarlyStoppingCallback(patience)]
