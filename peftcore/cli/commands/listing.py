@@ -65,7 +65,8 @@ def schema(
         from peftcore.cli.looking import schemas
         from peftcore.registry import catalogue
 
-        print(pages.as_json(schemas.schema(what) if what in schemas.FILES else catalogue.schema(what)))
+        of_file = what is not None and what in schemas.FILES
+        print(pages.as_json(schemas.schema(str(what)) if of_file else catalogue.schema(what)))
 
 
 @app.command()

@@ -108,7 +108,7 @@ def _moved(injection: peftcore.Injection | None) -> Iterator[None]:
     try:
         for parameter in parameters:
             noise = torch.randn(parameter.shape, generator=draw)
-            parameter += 0.02 * noise.to(parameter)
+            parameter.add_(0.02 * noise.to(parameter))
         yield
     finally:
         for parameter, value in zip(parameters, before, strict=True):
