@@ -24,8 +24,9 @@ PAGES += sorted(ROOT.glob("plugins/*/README.md"))
 FILES = [*PLUGINS, *EXAMPLE, *TEMPLATES, *PAGES]
 
 FOR_AUTHORS = {"peftcore", "peftcore.errors"}
-BESIDES = {"peftcore.testing", "peftcore.training", "peftcore.roles"}
-"""For tests, for who trains, and for who corrects a map of roles: what pages and tests show, and no method needs."""
+BESIDES = {"peftcore.testing", "peftcore.training", "peftcore.roles", "peftcore.comparing.tasks"}
+"""For tests, for who trains, for who corrects a map of roles, and for who brings a task to the command line: what pages
+and tests show, and no method needs."""
 SNIPPET = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^ *```", re.MULTILINE | re.DOTALL)
 
 

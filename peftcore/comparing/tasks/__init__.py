@@ -9,3 +9,7 @@ It may import `errors`, `packages`, `data`, `models` and `runs`; no task trains.
 - `_causal`: the base of tasks of decoders; `causal_lm`, `chat`.
 - `text_to_image`: pictures by their names.
 """
+
+from peftcore.comparing.tasks.task import Data, Prepared, Task
+
+__all__ = ["Data", "Prepared", "Task"]
