@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from lycoris import LycorisNetwork, create_lycoris_from_weights
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore.files.formats.kohya import TENSORS
 
@@ -20,6 +20,15 @@ def network(model: nn.Module, **options: Any) -> Any:
     """Their network for a model."""
     LycorisNetwork.apply_preset(PRESET)
     return LycorisNetwork(model, 1.0, warn_on_unmatched=False, **options)
+
+
+def of_inputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    """The output of a model, and the gradients of its inputs that have some."""
+    given = {name: value.clone() for name, value in inputs.items()}
+    floats = [value.requires_grad_() for value in given.values() if value.is_floating_point()]
+    result: Tensor = model(**given)[0]
+    weights = torch.linspace(-1, 1, result.numel()).view(result.shape)
+    return [result.detach(), *torch.autograd.grad((result * weights).sum(), floats)]
 
 
 @torch.no_grad()

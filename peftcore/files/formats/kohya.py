@@ -13,7 +13,7 @@ import json
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,9 +120,9 @@ class KohyaMethod(ABC):
             ExportError: the file cannot hold it.
         """
 
-    def reads(self, names: Iterable[str]) -> bool:
-        """Whether a module's tensors are of this method."""
-        names = set(names) - {ALPHA}
+    def reads(self, shapes: Mapping[str, Size]) -> bool:
+        """Whether a module's tensors, of these shapes by their names below it, are of this method."""
+        names = set(shapes) - {ALPHA}
         return names <= set(self.below) and not names.isdisjoint(self.telling)
 
 
@@ -148,7 +148,7 @@ class Kohya(Format):
     name = "kohya"
     file = TENSORS
     parts: ClassVar[tuple[str, ...]] = (
-        "lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lycoris",
+        "lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lycoris", "oft_unet",
     )  # fmt: skip
 
     @classmethod
@@ -160,12 +160,12 @@ class Kohya(Format):
 
     def describe(self, path: Path) -> Description:
         file = TensorFile(only_file(path, TENSORS) or path / TENSORS)
-        stems: dict[str, list[str]] = {}
-        for full in file.shapes:
+        stems: dict[str, dict[str, Size]] = {}
+        for full, shape in file.shapes.items():
             stem, _, leaf = full.partition(".")
-            stems.setdefault(stem, []).append(leaf)
+            stems.setdefault(stem, {})[leaf] = shape
         known = kohya_methods()
-        found = {stem: next((each for each in known if each.reads(names)), None) for stem, names in stems.items()}
+        found = {stem: next((each for each in known if each.reads(shapes)), None) for stem, shapes in stems.items()}
         strange = [stem for stem, method in found.items() if method is None]
         return Description(
             self.name,
@@ -183,6 +183,8 @@ class Kohya(Format):
         check_no_rows(injection, "kohya")
         model = injection.model
         part = self.part or ("lora_unet" if is_unet(model) else "lora_te" if is_text_encoder(model) else "lycoris")
+        if part == "oft_unet":
+            raise ExportError("oft_unet is read only, from sd-scripts' networks/oft.py; LyCORIS reads lora_unet")
         front = clip_prefix(model) if part.startswith("lora_te") else ""
         spelling = Spelling(dict(injection.model.named_modules()))
         methods, tensors, noted = kohya_methods(), dict[str, Tensor](), set[str]()
@@ -350,14 +352,14 @@ class KohyaContent(Content):
         """
         left, found = list(groups), list[Share]()
         while left:
-            counts = [sum(method.reads(group.names) for group in left) for method in self.methods]
+            counts = [sum(method.reads(group.held.shapes) for group in left) for method in self.methods]
             most = max(counts, default=0)
             if not most:
                 shown = [f"{', '.join(sorted(g.names))} at {g.held.where.rpartition(': ')[2]}" for g in left[:4]]
                 raise CheckpointError(f"{self.file.path}: no installed plugin reads {'; '.join(shown)}")
             method = self.methods[counts.index(most)]
-            found.append(Share(method, [group for group in left if method.reads(group.names)]))
-            left = [group for group in left if not method.reads(group.names)]
+            found.append(Share(method, [group for group in left if method.reads(group.held.shapes)]))
+            left = [group for group in left if not method.reads(group.held.shapes)]
         return found
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:

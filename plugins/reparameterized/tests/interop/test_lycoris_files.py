@@ -1,4 +1,5 @@
-"""Files of LyCORIS, both ways, with the real LyCORIS on a small UNet: LoRA, DoRA, LoHa and LoKr in all their forms."""
+"""Files of LyCORIS, both ways, with the real LyCORIS on a small UNet: LoRA, DoRA, LoHa and LoKr in all their forms.
+OFT and BOFT are in `test_kohya_oft`."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -130,7 +131,6 @@ WIDE = "lycoris_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj"
         ("loha", {}, {f"{STEM}.hada_w2_a": None}, "missing hada_w2_a"),
         ("lokr", {}, {f"{WIDE}.lokr_w2_b": torch.ones(3, 5)}, r"lokr_w2_b has shape \(3, 5\)"),
         ("lokr", {}, {f"{STEM}.lokr_w1": None}, "which ours cannot|missing lokr_w1"),
-        ("diag-oft", {}, {}, "no installed plugin reads alpha, oft_blocks"),
     ],
 )
 def test_refused(method: str, options: dict[str, Any], change: dict[str, Any], message: str, tmp_path: Path) -> None:
