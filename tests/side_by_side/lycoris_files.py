@@ -1,5 +1,6 @@
 """LyCORIS's networks and their files, for tests of formats."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 
 from peftcore.files.formats.kohya import TENSORS
 
-PRESET = {"target_module": [], "target_name": [".*to_[qkv]", ".*conv[12]", ".*proj_in", ".*net.0.proj"],
+PRESET: dict[str, Any] = {"target_module": [], "target_name": [".*to_[qkv]", ".*conv[12]", ".*proj_in", ".*net.0.proj"],
           "name_algo_map": {}, "module_algo_map": {}, "use_fnmatch": False}  # fmt: skip
 """What gets a module: attention, convolutions with kernels of 3x3 and of one point, and a wide linear map."""
 
 
-def network(model: nn.Module, **options: Any) -> Any:
-    """Their network for a model."""
-    LycorisNetwork.apply_preset(PRESET)
+def network(model: nn.Module, names: Sequence[str] = (), **options: Any) -> Any:
+    """Their network for a model, at modules of these patterns, or of the preset's."""
+    LycorisNetwork.apply_preset(PRESET | {"target_name": list(names or PRESET["target_name"])})
     return LycorisNetwork(model, 1.0, warn_on_unmatched=False, **options)
 
 
