@@ -1,7 +1,7 @@
 """Tensors that train whole in files of LyCORIS, there full and norm (checked against LyCORIS 4.1).
 
-``diff`` and ``diff_b`` are added to weight and bias of a linear map or a convolution, ``w_norm`` and ``b_norm`` to those
-of a norm; our values stand for the whole tensors. What the file leaves out stays as the host has it.
+``diff`` and ``diff_b`` are added to weight and bias of a linear map or a convolution, ``w_norm`` and ``b_norm`` to
+those of a norm; our values stand for the whole tensors. What the file leaves out stays as the host has it.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ class _Replaced(KohyaMethod):
 
     def write(self, place: Place) -> tuple[float | None, dict[str, Tensor]]:
         if not self.writes(place):
-            raise ExportError(
-                f"LyCORIS replaces no {place.site.tensor} of what {place.site.module_path} is; exclude it"
-            )
+            raise ExportError(f"LyCORIS has no place for {place.site.path}; exclude it")
         value = place.operator.value
         return None, {self.names[place.site.tensor]: value - _own(place).to(value)}
 

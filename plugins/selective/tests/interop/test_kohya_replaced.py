@@ -1,4 +1,4 @@
-"""What trains whole in files of LyCORIS, both ways, with the real LyCORIS on a small UNet: norms, weights and biases."""
+"""What trains whole in files of LyCORIS, both ways, with the real LyCORIS on a small UNet: norms, weights, biases."""
 
 from copy import deepcopy
 from pathlib import Path
