@@ -77,6 +77,7 @@ def peftcore_translations() -> Mapping[str, str]:
         "kohya/lokr": f"{here}.kohya_lokr:KohyaLoKr",
         "kohya/lora": f"{here}.kohya_lora:KohyaLoRA",
         "kohya/oft": f"{here}.kohya_oft:KohyaOFT",
+        "kohya/tlora": f"{here}.kohya_tlora:KohyaTLoRA",
         "peft/ADALORA": f"{here}.peft_adalora:PeftAdaLoRA",
         "peft/ADAMSS": f"{here}.peft_adamss:PeftAdaMSS",
         "peft/BOFT": f"{here}.peft_boft:PeftBOFT",
