@@ -1,5 +1,6 @@
 """LyCORIS's networks and their files, for tests of formats."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -7,19 +8,28 @@ from typing import Any
 import torch
 from lycoris import LycorisNetwork, create_lycoris_from_weights
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore.files.formats.kohya import TENSORS
 
-PRESET = {"target_module": [], "target_name": [".*to_[qkv]", ".*conv[12]", ".*proj_in", ".*net.0.proj"],
+PRESET: dict[str, Any] = {"target_module": [], "target_name": [".*to_[qkv]", ".*conv[12]", ".*proj_in", ".*net.0.proj"],
           "name_algo_map": {}, "module_algo_map": {}, "use_fnmatch": False}  # fmt: skip
 """What gets a module: attention, convolutions with kernels of 3x3 and of one point, and a wide linear map."""
 
 
-def network(model: nn.Module, **options: Any) -> Any:
-    """Their network for a model."""
-    LycorisNetwork.apply_preset(PRESET)
+def network(model: nn.Module, names: Sequence[str] = (), **options: Any) -> Any:
+    """Their network for a model, at modules of these patterns, or of the preset's."""
+    LycorisNetwork.apply_preset(PRESET | {"target_name": list(names or PRESET["target_name"])})
     return LycorisNetwork(model, 1.0, warn_on_unmatched=False, **options)
+
+
+def of_inputs(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    """The output of a model, and the gradients of its inputs that have some."""
+    given = {name: value.clone() for name, value in inputs.items()}
+    floats = [value.requires_grad_() for value in given.values() if value.is_floating_point()]
+    result: Tensor = model(**given)[0]
+    weights = torch.linspace(-1, 1, result.numel()).view(result.shape)
+    return [result.detach(), *torch.autograd.grad((result * weights).sum(), floats)]
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ import json
 import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -67,6 +67,10 @@ class Held:
     """The logical shape of the host's weight: ``[out, in, *kernel]``."""
     where: str
     """The file and the module's name in it, for messages."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """The values of its tensors that are one number, by their names below the module."""
+    bias: bool = False
+    """Whether the host's module has a bias."""
 
     def size(self, name: str, dim: int) -> int:
         """Returns the size of a tensor in one dimension; 1 where it is missing: the file is refused later."""
@@ -93,6 +97,8 @@ class KohyaMethod(ABC):
     """Names of its tensors below a module, without alpha."""
     telling: ClassVar[tuple[str, ...]]
     """The names of which a file of this method has at least one."""
+    tensors: ClassVar[tuple[str, ...]] = ("weight",)
+    """The host's tensors of a module that it changes."""
     dropouts: ClassVar[tuple[str, ...]] = ()
     """The dropouts of its training that our method has as well, by our names, which are those of the header."""
 
@@ -113,17 +119,27 @@ class KohyaMethod(ABC):
         """Returns one operator's tensors by our names."""
 
     @abstractmethod
-    def write(self, place: Place) -> tuple[float, dict[str, Tensor]]:
-        """Returns alpha, and one operator's tensors by the file's names.
+    def write(self, place: Place) -> tuple[float | None, dict[str, Tensor]]:
+        """Returns alpha, None where the file has none, and one operator's tensors by the file's names.
 
         Raises:
             ExportError: the file cannot hold it.
         """
 
-    def reads(self, names: Iterable[str]) -> bool:
-        """Whether a module's tensors are of this method."""
-        names = set(names) - {ALPHA}
+    def writes(self, place: Place) -> bool:
+        """Whether it can hold what one of its methods does at a place. Where no translation can, `write` of the last
+        one says why."""
+        return True
+
+    def reads(self, shapes: Mapping[str, Size]) -> bool:
+        """Whether a module's tensors, of these shapes by their names below it, are of this method."""
+        names = set(shapes) - {ALPHA}
         return names <= set(self.below) and not names.isdisjoint(self.telling)
+
+    def fits(self, held: Held) -> bool:
+        """Whether it reads what the file has for a module of the host: where several methods of ours share the names of
+        theirs, one of them."""
+        return self.reads(held.shapes)
 
 
 def spelled(shape: Sequence[int]) -> list[tuple[int, ...]]:
@@ -138,8 +154,8 @@ def spelled(shape: Sequence[int]) -> list[tuple[int, ...]]:
 def kohya_methods() -> list[KohyaMethod]:
     """Returns the translations of the installed plugins, the simplest first."""
     places = named_places("peftcore_translations", "translation")
-    found: list[KohyaMethod] = [imported(place)() for name, place in places.items() if name.startswith("kohya/")]
-    return sorted(found, key=lambda method: (len(method.below), method.methods))
+    found: list[KohyaMethod] = [imported(places[name])() for name in sorted(places) if name.startswith("kohya/")]
+    return sorted(found, key=lambda method: len(method.below))
 
 
 class Kohya(Format):
@@ -148,7 +164,7 @@ class Kohya(Format):
     name = "kohya"
     file = TENSORS
     parts: ClassVar[tuple[str, ...]] = (
-        "lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lycoris",
+        "lora_unet", "lora_te", "lora_te1", "lora_te2", "lora_te3", "lora_transformer", "lycoris", "oft_unet",
     )  # fmt: skip
 
     @classmethod
@@ -160,12 +176,12 @@ class Kohya(Format):
 
     def describe(self, path: Path) -> Description:
         file = TensorFile(only_file(path, TENSORS) or path / TENSORS)
-        stems: dict[str, list[str]] = {}
-        for full in file.shapes:
+        stems: dict[str, dict[str, Size]] = {}
+        for full, shape in file.shapes.items():
             stem, _, leaf = full.partition(".")
-            stems.setdefault(stem, []).append(leaf)
+            stems.setdefault(stem, {})[leaf] = shape
         known = kohya_methods()
-        found = {stem: next((each for each in known if each.reads(names)), None) for stem, names in stems.items()}
+        found = {stem: next((each for each in known if each.reads(shapes)), None) for stem, shapes in stems.items()}
         strange = [stem for stem, method in found.items() if method is None]
         return Description(
             self.name,
@@ -183,28 +199,40 @@ class Kohya(Format):
         check_no_rows(injection, "kohya")
         model = injection.model
         part = self.part or ("lora_unet" if is_unet(model) else "lora_te" if is_text_encoder(model) else "lycoris")
+        if part == "oft_unet":
+            raise ExportError("oft_unet is read only, from sd-scripts' networks/oft.py; LyCORIS reads lora_unet")
         front = clip_prefix(model) if part.startswith("lora_te") else ""
         spelling = Spelling(dict(injection.model.named_modules()))
         methods, tensors, noted = kohya_methods(), dict[str, Tensor](), set[str]()
+        standing: dict[str, tuple[str, set[str]]] = {}
         for index, graft in enumerate(injection.grafts):
             site, owner = graft.site, injection.owner(graft)
-            method = next((each for each in methods if owner.method.name in each.methods), None)
-            if method is None:
+            able = [each for each in methods if owner.method.name in each.methods]
+            if not able:
                 raise ExportError(f"files of kohya have no method that computes what {owner.method.name} does")
-            if site.tensor != "weight" or site.slices is not None or site.batch or site.layer.one_hot:
-                raise ExportError(f"files of kohya hold linear maps and convolutions as a whole, and not {site.path}")
+            place = Place(graft, index, len(injection.grafts), owner.config.at(site.path))
+            method = next((each for each in able if each.writes(place)), able[-1])
+            one_hot = layer_of(site.module, "weight").one_hot
+            if site.tensor not in method.tensors or site.slices is not None or site.batch or one_hot:
+                raise ExportError(
+                    f"files of kohya hold linear maps, convolutions and norms as a whole, and not {site.path}; exclude "
+                    "it"
+                )
             spelling.only(site.module_path)
             stem = f"{part}_{front}{site.module_path}".replace(".", "_")
-            if f"{stem}.{ALPHA}" in tensors:
+            first, taken = standing.setdefault(stem, (graft.part, set()))
+            if first != graft.part or site.tensor in taken:
                 raise ExportError(f"files of kohya have one operator for a module; {site.path} has two")
-            place = Place(graft, index, len(injection.grafts), owner.config.at(site.path))
-            noted.add(json.dumps({n: str(v) for n in method.dropouts if (v := getattr(place.config, n))}))
+            taken.add(site.tensor)
+            if method.dropouts:
+                noted.add(json.dumps({n: str(v) for n in method.dropouts if (v := getattr(place.config, n))}))
             alpha, values = method.write(place)
-            tensors[f"{stem}.{ALPHA}"] = torch.tensor(float(alpha), dtype=torch.float32)
+            if alpha is not None:
+                tensors[f"{stem}.{ALPHA}"] = torch.tensor(float(alpha), dtype=torch.float32)
             tensors |= {f"{stem}.{name}": value.detach().contiguous() for name, value in values.items()}
         if len(noted) > 1:
             raise ExportError("files of kohya have the same dropouts for all modules, and here they differ")
-        (said,) = noted
+        (said,) = noted or {"{}"}
         return {TENSORS: Tensors(tensors, {"format": "pt"} if said == "{}" else {ARGUMENTS: said})}
 
 
@@ -281,7 +309,7 @@ class KohyaContent(Content):
         for full in part.names:
             stem, _, leaf = full.partition(".")
             names.setdefault(stem, {})[leaf] = full
-        alphas = self._alphas(names)
+        numbers = self._numbers(names)
         groups = []
         for stem, below in names.items():
             path = spelling.only(spelling.places[move(_dotted(stem, part.name))])
@@ -290,7 +318,9 @@ class KohyaContent(Content):
                 raise HostMismatch(f"{file.path}: {stem} stands at {path}, which has no weight here")
             shapes = {leaf: file.shapes[full] for leaf, full in below.items() if leaf != ALPHA}
             weight = Size(layer.shape(modules[path], "weight"))
-            groups.append(Group(path, below, Held(shapes, alphas.get(stem), weight, f"{file.path}: {stem}")))
+            told, bias = numbers[stem], layer.has(modules[path], "bias")
+            held = Held(shapes, told.pop(ALPHA, None), weight, f"{file.path}: {stem}", told, bias)
+            groups.append(Group(path, below, held))
         if len({group.path for group in groups}) < len(groups):
             raise CheckpointError(f"{file.path} has two names for the same module")
         order = {path: index for index, path in enumerate(modules)}
@@ -334,13 +364,16 @@ class KohyaContent(Content):
             )
         return {name: value for name, value in told.items() if name in method.dropouts}
 
-    def _alphas(self, names: Mapping[str, Mapping[str, str]]) -> dict[str, float]:
-        full = {stem: below[ALPHA] for stem, below in names.items() if ALPHA in below}
-        values = self.file.read(full.values())
-        for name, value in values.items():
-            if value.numel() != 1:
-                raise CheckpointError(f"{self.file.path}: {name} has shape {tuple(value.shape)}, expected one number")
-        return {stem: float(values[name]) for stem, name in full.items()}
+    def _numbers(self, names: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, float]]:
+        """Returns the values of what is one number, alpha among them, by their names below each module."""
+        shapes = self.file.shapes
+        for full in (below[ALPHA] for below in names.values() if ALPHA in below):
+            if shapes[full].numel() != 1:
+                raise CheckpointError(f"{self.file.path}: {full} has shape {tuple(shapes[full])}, expected one number")
+        single = {stem: {leaf: full for leaf, full in below.items() if shapes[full].numel() == 1}
+                  for stem, below in names.items()}  # fmt: skip
+        values = self.file.read([full for below in single.values() for full in below.values()])
+        return {stem: {leaf: float(values[full]) for leaf, full in below.items()} for stem, below in single.items()}
 
     def _shares(self, groups: Sequence[Group]) -> list[Share]:
         """Returns as few methods as can read all modules, the one that reads most first.
@@ -350,14 +383,14 @@ class KohyaContent(Content):
         """
         left, found = list(groups), list[Share]()
         while left:
-            counts = [sum(method.reads(group.names) for group in left) for method in self.methods]
+            counts = [sum(method.fits(group.held) for group in left) for method in self.methods]
             most = max(counts, default=0)
             if not most:
                 shown = [f"{', '.join(sorted(g.names))} at {g.held.where.rpartition(': ')[2]}" for g in left[:4]]
                 raise CheckpointError(f"{self.file.path}: no installed plugin reads {'; '.join(shown)}")
             method = self.methods[counts.index(most)]
-            found.append(Share(method, [group for group in left if method.reads(group.names)]))
-            left = [group for group in left if not method.reads(group.names)]
+            found.append(Share(method, [group for group in left if method.fits(group.held)]))
+            left = [group for group in left if not method.fits(group.held)]
         return found
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:

@@ -28,4 +28,9 @@ def peftcore_presets() -> Mapping[str, Preset]:
 @hookimpl
 def peftcore_translations() -> Mapping[str, str]:
     """Map other libraries' adapter formats to the import paths of their translations for this plugin's methods."""
-    return {"peft/GLORA": "peftcore_hybrid.interop.peft_glora:PeftGLoRA"}
+    here = "peftcore_hybrid.interop"
+    return {
+        "kohya/glora": f"{here}.kohya_glora:KohyaGLoRA",
+        "kohya/ia3 beside a bias": f"{here}.kohya_gains:KohyaGains",
+        "peft/GLORA": f"{here}.peft_glora:PeftGLoRA",
+    }

@@ -10,9 +10,11 @@ The authors train all choices at once, a path drawn at random for each forward, 
 budget. Here, as in peft, the choice is fixed; what a search found for a site is said in `overrides`. As in the authors'
 code, and unlike peft's, a layer without a bias gets one from E and W C (D scales nothing there and is left out); what
 knows no bias, an embedding or a stack of experts, is changed by A and B alone. peft starts X_u from Kaiming's draw.
+With A="product" the weight is multiplied by a matrix of its inputs, W' = W + W A + B, as the paper writes it and
+LyCORIS computes it: the same for all places of a kernel.
 
-Parameters: of low rank r, r (in * kernel + out) for A and for B, r (in * kernel + 1) for C; vectors have out or, for C,
-in * kernel; constants one. Times the number of experts.
+Parameters: of low rank r, r (in * kernel + out) for A and for B, 2 r in for a product, r (in * kernel + 1) for C;
+vectors have out or, for C, in * kernel; constants one. Times the number of experts.
 
 Use it where LoRA's update is too plain: it also scales the weight and shifts the output, and merges all the same.
 """
@@ -40,8 +42,8 @@ class Config(MethodConfig):
     method: Literal["glora"] = "glora"
     rank: PositiveInt = 8
     """Rank of what is of low rank; the authors' is 4."""
-    A: Matrix = "lora"
-    """What scales the weight."""
+    A: Matrix | Literal["product"] = "lora"
+    """What scales the weight; a "product" is a low-rank matrix from its right, not entry by entry."""
     B: Matrix = "lora"
     """What is added to the weight."""
     C: Literal["lora", "vector", "none"] = "lora"
@@ -56,8 +58,9 @@ def terms(site: Site, config: Config) -> dict[str, tuple[tuple[int, ...], ...]]:
     """Return the shapes behind each term that acts at a site, without the experts': two factors, or the term itself."""
     inputs, outputs, rank = site.in_features * math.prod(site.kernel), site.out_features, config.rank
     of_rows = {"lora": ((outputs, rank), (rank, inputs)), "vector": ((outputs, 1),), "constant": ((1, 1),)}
+    of_A = of_rows | {"product": ((site.in_features, rank), (rank, site.in_features))}
     of_inputs = {"lora": ((inputs, rank), (rank, 1)), "vector": ((inputs, 1),)}
-    found = {"A": of_rows.get(config.A), "B": of_rows.get(config.B)}
+    found = {"A": of_A.get(config.A), "B": of_rows.get(config.B)}
     bias = bias_name(site.tensor)
     if bias in site.tensors():
         found |= {"C": of_inputs.get(config.C), "E": of_rows.get(config.E)}
@@ -74,6 +77,7 @@ class GLoRAOperator(WeightOperator):
         shapes = terms(site, config)
         if not shapes:
             raise UnsupportedSite(f"{site.path}: nothing is left to learn here; choose another A or B")
+        self.multiplies = config.A == "product"
         self.bias_shape = (*site.batch, site.out_features)
         for name, (first, *second) in shapes.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(*site.batch, *first)))
@@ -91,10 +95,21 @@ class GLoRAOperator(WeightOperator):
         return value if value is None or up is None else value @ up
 
     def forward(self, weight: Tensor) -> Tensor:
-        A, B = self._term("A"), self._term("B")
+        B = self._term("B")
         flat = weight.flatten(self.layer.batch_dims + 1)  # [*batch, out, in * kernel]
-        scaled = flat if A is None else flat + flat * A
+        scaled = flat + self._multiplied(weight) if self.multiplies else self._scaled(flat)
         return (scaled if B is None else scaled + B).view(weight.shape)
+
+    def _scaled(self, flat: Tensor) -> Tensor:
+        A = self._term("A")
+        return flat if A is None else flat + flat * A
+
+    def _multiplied(self, weight: Tensor) -> Tensor:
+        """Return W A, for each place of a kernel, [*batch, out, in * kernel]."""
+        A, up, inputs = self._parameters["A"], self._parameters["A_up"], self.layer.batch_dims + 1
+        precise = torch.promote_types(weight.dtype, A.dtype)
+        product = weight.movedim(inputs, -1).to(precise) @ A.to(precise) @ up.to(precise)
+        return product.movedim(-1, inputs).flatten(inputs)
 
     def merged_bias(self, bias: Tensor | None, weight: Callable[[], Tensor]) -> Tensor | None:
         C, D, E = self._term("C"), self._term("D"), self._term("E")

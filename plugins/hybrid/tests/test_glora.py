@@ -123,6 +123,23 @@ def test_equation_on_other_layers(name: str) -> None:
     assert (adapted - before).abs().max() > 1e-2 * before.abs().max()
 
 
+@pytest.mark.parametrize("name", ["linear", *LAYERS])
+def test_a_product_multiplies_the_inputs(name: str) -> None:
+    layer, x = LAYERS[name]() if name in LAYERS else (nn.Linear(6, 5), torch.randn(3, 6))
+    model = nn.Sequential(layer).double().requires_grad_(False)
+    injection = peftcore.apply(model, "glora", target="0", rank=2, dtype="float64", A="product", B="none")
+    fill(injection)
+    operator = injection.operators["0"]
+    before = operator.layer.logical(layer.weight)
+    matrix = (operator.get_parameter("A") @ operator.get_parameter("A_up")).detach()
+    expected = torch.einsum("oi...,ij->oj...", before, matrix) + before
+    adapted = model(x.double() if x.is_floating_point() else x)
+    injection.bake()
+    torch.testing.assert_close(operator.layer.logical(layer.weight), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model(x.double() if x.is_floating_point() else x), adapted, rtol=1e-10, atol=1e-10)
+    assert (expected - before).abs().max() > 1e-2 * before.abs().max()
+
+
 def test_start() -> None:
     """X_u uniform within sqrt(6 / (rows + columns)), all else zero."""
     model = nn.Sequential(nn.Linear(500, 40))

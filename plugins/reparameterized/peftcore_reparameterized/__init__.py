@@ -71,10 +71,13 @@ def peftcore_translations() -> Mapping[str, str]:
     here = "peftcore_reparameterized.interop"
     return {
         "adapterhub/lora": f"{here}.adapterhub_lora:HubLoRA",
+        "kohya/boft": f"{here}.kohya_oft:KohyaBOFT",
         "kohya/dora": f"{here}.kohya_lora:KohyaDoRA",
         "kohya/loha": f"{here}.kohya_loha:KohyaLoHa",
         "kohya/lokr": f"{here}.kohya_lokr:KohyaLoKr",
         "kohya/lora": f"{here}.kohya_lora:KohyaLoRA",
+        "kohya/oft": f"{here}.kohya_oft:KohyaOFT",
+        "kohya/tlora": f"{here}.kohya_tlora:KohyaTLoRA",
         "peft/ADALORA": f"{here}.peft_adalora:PeftAdaLoRA",
         "peft/ADAMSS": f"{here}.peft_adamss:PeftAdaMSS",
         "peft/BOFT": f"{here}.peft_boft:PeftBOFT",

@@ -11,34 +11,34 @@ from peftcore import Layer, Site
 from peftcore.errors import UnsupportedSite
 
 
-def width(site: Site) -> int:
-    """Count the coordinates of the turned side: the inputs of one output (with the kernel), or what an embedding
-    returns.
+def width(site: Site, outputs: bool = False) -> int:
+    """Count the coordinates of the turned side: the inputs of one output (with the kernel), the outputs, or what an
+    embedding returns.
 
     The inputs of an embedding are tokens, which no rotation should mix.
     """
-    return site.out_features if site.layer.one_hot else site.in_features * math.prod(site.kernel)
+    return site.out_features if outputs or site.layer.one_hot else site.in_features * math.prod(site.kernel)
 
 
-def rows(weight: Tensor, layer: Layer) -> Tensor:
+def rows(weight: Tensor, layer: Layer, outputs: bool = False) -> Tensor:
     """Return the weight [*batch, out, in, *kernel] as rows [*batch, n, width] of the turned side, at full precision."""
-    weight = precise(weight)
-    return weight.mT if layer.one_hot else weight.flatten(layer.batch_dims + 1)
+    flat = precise(weight).flatten(layer.batch_dims + 1)
+    return flat.mT if outputs or layer.one_hot else flat
 
 
-def weight_of(rows: Tensor, layer: Layer, shape: torch.Size) -> Tensor:
+def weight_of(rows: Tensor, layer: Layer, shape: torch.Size, outputs: bool = False) -> Tensor:
     """Return the weight of its `rows`."""
-    return rows.mT if layer.one_hot else rows.view(shape)
+    return (rows.mT if outputs or layer.one_hot else rows).reshape(shape)
 
 
-def block_size(site: Site, wanted: int, factors: int = 1) -> int:
+def block_size(site: Site, wanted: int, factors: int = 1, outputs: bool = False) -> int:
     """Return the width of a block that is nearest to the wanted one (the smaller of two) and cuts the turned side
     evenly, for a butterfly of that many factors.
 
     Raises:
         UnsupportedSite: there is none up to twice the wanted one.
     """
-    turned = width(site)
+    turned = width(site, outputs)
     halves = 2 ** min(factors - 1, turned.bit_length())  # a factor joins halves of blocks across a doubled distance
     even = 1 if factors == 1 else 2
     fitting = [n for n in range(2, min(2 * wanted, turned) + 1) if n % even == 0 and turned % (n * halves) == 0]

@@ -9,9 +9,10 @@ the gains s. Convolutions and embeddings turn as in OFT.
 
 As in OFT, what is above the diagonal of K is trained, where the authors (whose code is peft's) train a full Q with K =
 (Q - Q^T) / 2. Without its CUDA kernel peft falls back to one factor, and its convolutions pass over dilation; here the
-permutations are views. LyCORIS turns the outputs instead, with the inverse transform and the coordinates of a block in
-turns from its two halves. The defaults are those of the paper's language models, m = 2 and b = 8. With `block_dropout`
-so many blocks of one factor, others in each forward, do not turn in training (peft: boft_dropout).
+permutations are views. LyCORIS turns the outputs instead, as side="outputs" does here (W' = diag(s) R W), with the
+inverse transform and the coordinates of a block in turns from its two halves. The defaults are those of the paper's
+language models, m = 2 and b = 8. With `block_dropout` so many blocks of one factor, others in each forward, do not turn
+in training (peft: boft_dropout).
 
 Parameters: m k b (b - 1) / 2 + out a site, k = in * kernel / b, times the number of experts.
 
@@ -45,6 +46,8 @@ class Config(MethodConfig):
     """Number m of butterfly factors; b * 2^(m - 1) divides the inputs of a site."""
     block_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the blocks of one factor that do not turn in a forward in training, rounded down."""
+    side: Literal["inputs", "outputs"] = "inputs"
+    """Side of a weight that turns; an embedding turns what it returns either way."""
 
 
 WIDEST = 64
@@ -56,15 +59,15 @@ class BOFTOperator(WeightOperator):
 
     stackable = True
 
-    changes_inputs = True
-
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
+        self.outputs = config.side == "outputs"
+        self.changes_inputs = not self.outputs
         self.block_dropout = config.block_dropout
-        self.size = block_size(site, config.block_size, config.factors)
+        self.size = block_size(site, config.block_size, config.factors, self.outputs)
         self.span = self.size * 2 ** (config.factors - 1)
-        entries = self.size * (self.size - 1) // 2
-        self.K = nn.Parameter(torch.zeros(*site.batch, config.factors, width(site) // self.size, entries))
+        blocks, entries = width(site, self.outputs) // self.size, self.size * (self.size - 1) // 2
+        self.K = nn.Parameter(torch.zeros(*site.batch, config.factors, blocks, entries))
         self.gain = nn.Parameter(torch.ones(*site.batch, site.out_features))
 
     def rotations(self) -> Tensor:
@@ -88,7 +91,7 @@ class BOFTOperator(WeightOperator):
         return rows
 
     def prefers_activation_form(self, x: Tensor) -> bool:
-        return self.layer.of_vectors and self.span <= WIDEST
+        return self.layer.of_vectors and not self.outputs and self.span <= WIDEST
 
     def prepare(self, held: Held) -> tuple[Tensor, Tensor | None]:
         """Return the factors as one rotation in wider blocks [blocks, span, span], and the bias."""
@@ -107,7 +110,8 @@ class BOFTOperator(WeightOperator):
         return self._turned(weight, self.rotations())
 
     def _turned(self, weight: Tensor, rotations: Tensor) -> Tensor:
-        turned = weight_of(self.turned(rows(weight, self.layer), rotations), self.layer, weight.shape)
+        turned = self.turned(rows(weight, self.layer, self.outputs), rotations)
+        turned = weight_of(turned, self.layer, weight.shape, self.outputs)
         return turned * self.gain.view(*self.gain.shape, *[1] * (weight.dim() - self.gain.dim()))
 
 
@@ -135,6 +139,7 @@ class BOFT(Method):
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:
-        size = block_size(site, config.block_size, config.factors)
-        rotations = config.factors * width(site) // size * size * (size - 1) // 2
+        outputs = config.side == "outputs"
+        size = block_size(site, config.block_size, config.factors, outputs)
+        rotations = config.factors * width(site, outputs) // size * size * (size - 1) // 2
         return math.prod(site.batch) * (rotations + site.out_features)

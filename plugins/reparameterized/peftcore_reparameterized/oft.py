@@ -16,6 +16,9 @@ Constrained (COFT, `eps`): each K_j counts as scaled down to the norm eps b^2 / 
 leaves b^2 out). Its gradient is the one at the scaled K_j, as for both, who overwrite the parameter in each forward;
 here it stays as it is.
 
+With side="outputs" the outputs of a weight turn instead, W' = R W and k = out / b, and the bias does not: so do LyCORIS
+(its diag-oft) and kohya's sd-scripts.
+
 With `block_dropout` so many of the blocks, others in each forward, do not turn in training (peft: module_dropout, which
 peft 0.21 describes so and does not do).
 
@@ -55,6 +58,8 @@ class Config(MethodConfig):
     """Terms of a Neumann series in place of the exact transform; None is exact."""
     block_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Share of the blocks that do not turn in a forward in training, rounded down; with `block_share` none."""
+    side: Literal["inputs", "outputs"] = "inputs"
+    """Side of a weight that turns; an embedding turns what it returns either way."""
 
 
 class OFTOperator(WeightOperator):
@@ -62,10 +67,10 @@ class OFTOperator(WeightOperator):
 
     stackable = True
 
-    changes_inputs = True
-
     def __init__(self, site: Site, config: Config) -> None:
         super().__init__(site)
+        self.outputs = config.side == "outputs"
+        self.changes_inputs = not self.outputs
         blocks, self.size = _blocks(site, config)
         self.series, self.block_dropout = config.series, config.block_dropout
         self.radius = None if config.eps is None else config.eps * self.size**2 / math.sqrt(blocks)
@@ -80,7 +85,7 @@ class OFTOperator(WeightOperator):
         return entries + (entries * (self.radius / norm.clamp(min=self.radius)) - entries).detach()
 
     def prefers_activation_form(self, x: Tensor) -> bool:
-        return self.layer.of_vectors
+        return self.layer.of_vectors and not self.outputs
 
     def rotation(self) -> Tensor:
         """Return R, block by block, [*batch, blocks, size, size]."""
@@ -109,7 +114,8 @@ class OFTOperator(WeightOperator):
         return self._turned(weight, self.rotation())
 
     def _turned(self, weight: Tensor, R: Tensor) -> Tensor:
-        return weight_of(rotate(rows(weight, self.layer), R), self.layer, weight.shape)
+        turned = rotate(rows(weight, self.layer, self.outputs), R)
+        return weight_of(turned, self.layer, weight.shape, self.outputs)
 
 
 class OFT(Method):
@@ -136,5 +142,6 @@ class OFT(Method):
 
 def _blocks(site: Site, config: Config) -> tuple[int, int]:
     """Return how many blocks have a rotation of their own, and their width."""
-    size = block_size(site, config.block_size)
-    return (1 if config.block_share else width(site) // size), size
+    outputs = config.side == "outputs"
+    size = block_size(site, config.block_size, outputs=outputs)
+    return (1 if config.block_share else width(site, outputs) // size), size

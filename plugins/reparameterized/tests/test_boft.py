@@ -170,6 +170,22 @@ def test_equation(name: str, factors: int) -> None:
     assert_weight(base, x, injection, weight.transpose(0, swap), tensors, exact=EXACT, moved=0.01)
 
 
+OUTPUTS_OF: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(5, 16), (2, 3, 5)),
+    "conv2d": (lambda: nn.Conv2d(8, 16, (3, 2), dilation=2, groups=2), (2, 8, 7, 6)),
+}
+
+
+@pytest.mark.parametrize("factors", [1, 3])
+@pytest.mark.parametrize("name", OUTPUTS_OF)
+def test_outputs_turn(name: str, factors: int) -> None:
+    base, x = frozen(*OUTPUTS_OF[name])
+    _, injection, operator = adapted(deepcopy(base.layer), factors=factors, side="outputs")
+    tensors = copies(operator)
+    weight = tensors["gain"][:, None] * rotation(tensors["K"], BLOCK, 16) @ base.layer.weight.flatten(1)
+    assert_weight(base, x, injection, weight.view(base.layer.weight.shape), tensors, exact=EXACT, moved=0.01)
+
+
 def test_experts_turn_each_by_itself() -> None:
     def fill(operator: Any) -> None:
         nn.init.normal_(operator.K, std=0.1)

@@ -80,6 +80,7 @@ HELD: Held = {
     ("boft", "block_size"): (8, "arXiv 2311.06243, tables 2 and 3: BOFT m=2 b=8 of Llama-2-7B"),
     ("boft", "factors"): (2, "arXiv 2311.06243, tables 2 and 3: BOFT m=2 b=8 of Llama-2-7B"),
     ("boft", "block_dropout"): (0.0, "peft 0.21: BOFTConfig.boft_dropout; the paper tunes it by task"),
+    ("boft", "side"): ("inputs", "peft 0.21: boft/layer.py turns inputs; LyCORIS turns outputs"),
     ("c3a", "block_size"): (256, "peft 0.21: C3AConfig.block_size, by the authors"),
     ("c3a", "start"): ("xavier_uniform", "arXiv 2407.19342, table A4: Initialization Xavier Uniform"),
     ("deft", "rank"): (8, f"{DEFT}: --lora_rank 8 (and 16)"),
@@ -185,6 +186,7 @@ HELD: Held = {
         "coft) and in the authors' parser, where --coft is to be given",
     ),
     ("oft", "block_dropout"): (0.0, "peft 0.21: OFTConfig.module_dropout"),
+    ("oft", "side"): ("inputs", "peft 0.21: oft/layer.py turns inputs; LyCORIS turns outputs"),
     ("olora", "rank"): (8, f'{OLORA}: LoraConfig(init_lora_weights="olora"), which leaves r=8 (the script has 32)'),
     ("olora", "alpha"): (
         8.0,

@@ -106,6 +106,16 @@ def test_equation(name: str, share: bool) -> None:
     assert_weight(base, x, injection, weight, tensors, exact=EXACT, moved=0.01)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_outputs_turn(name: str) -> None:
+    base, x = frozen(*LAYERS[name])
+    _, injection, operator = adapted(deepcopy(base.layer), side="outputs")
+    tensors, axis = copies(operator), int(name in ("transformers-conv1d", "transposed", "embedding"))
+    width = base.layer.weight.shape[axis]
+    weight = torch.tensordot(rotation(tensors["K"], operator.size, width), base.layer.weight, ([1], [axis]))
+    assert_weight(base, x, injection, weight.movedim(0, axis), tensors, exact=EXACT, moved=0.01)
+
+
 def test_the_series_sums_powers() -> None:
     _, _, operator = adapted(nn.Linear(12, 7), series=6)
     _, _, exact = adapted(nn.Linear(12, 7))

@@ -34,6 +34,8 @@ def peftcore_presets() -> Mapping[str, Preset]:
 def peftcore_translations() -> Mapping[str, str]:
     """Map other libraries' adapter formats to the import paths of their translations for this plugin's methods."""
     return {
+        "kohya/full": "peftcore_selective.interop.kohya_replaced:KohyaFull",
+        "kohya/norm": "peftcore_selective.interop.kohya_replaced:KohyaNorm",
         "peft/BEFT": "peftcore_selective.interop.peft_beft:PeftBEFT",
         "peft/LN_TUNING": "peftcore_selective.interop.peft_norms:PeftNorms",
         "peft/SHIRA": "peftcore_selective.interop.peft_shira:PeftSHiRA",

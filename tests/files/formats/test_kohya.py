@@ -36,6 +36,7 @@ def test_pointwise_matrices_are_written_flat_or_as_convolutions() -> None:
 def test_methods_are_told_by_names_of_tensors_the_simplest_first() -> None:
     methods = kohya_methods()
     assert len(methods) > 1 and [len(each.below) for each in methods] == sorted(len(each.below) for each in methods)
-    first = next(each for each in methods if each.reads(["lora_up.weight", "lora_down.weight", "alpha"]))
+    shapes = dict.fromkeys(["lora_up.weight", "lora_down.weight", "alpha"], Size([4, 4]))
+    first = next(each for each in methods if each.reads(shapes))
     assert first.methods[0] == "lora"
-    assert not any(each.reads(["alpha"]) or each.reads(["weight"]) for each in methods)
+    assert not any(each.reads({"alpha": Size()}) or each.reads({"weight": Size([4])}) for each in methods)

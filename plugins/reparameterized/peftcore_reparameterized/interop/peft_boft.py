@@ -41,6 +41,8 @@ class PeftBOFT(PeftMethod):
         return {"method": "boft", "factors": held[0], "block_size": held[-1], "block_dropout": dropout}
 
     def differs(self, place: Place) -> str:
+        if place.config.side == "outputs":
+            return "side='outputs': it turns inputs alone"
         size, wanted = place.operator.size, place.config.block_size
         if size != wanted:
             return f"blocks of width {wanted} where they do not fit; {size} would (set block_size in overrides)"

@@ -55,6 +55,8 @@ class PeftOFT(PeftMethod):
 
     def differs(self, place: Place) -> str:
         site, config = place.site, place.config
+        if config.side == "outputs" and not site.layer.one_hot:
+            return "side='outputs': it turns inputs alone"
         if isinstance(site.module, nn.Conv2d) and (math.prod(site.kernel) > 1 or site.module.groups > 1):
             return "kernels or groups above 1, where it adds up the turned patches that overlap"
         theirs, ours = _adjusted(width(site), config.block_size), place.operator.size

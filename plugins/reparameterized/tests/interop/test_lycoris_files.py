@@ -1,4 +1,5 @@
-"""Files of LyCORIS, both ways, with the real LyCORIS on a small UNet: LoRA, DoRA, LoHa and LoKr in all their forms."""
+"""Files of LyCORIS, both ways, with the real LyCORIS on a small UNet: LoRA, DoRA, LoHa and LoKr in all their forms.
+OFT and BOFT are in `test_kohya_oft`."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -94,6 +95,32 @@ def test_what_they_read(form: str, tmp_path: Path) -> None:
     assert_same(out(model, inputs), out(expected, inputs), out(base, inputs))
 
 
+def test_dylora_is_lora(tmp_path: Path) -> None:
+    """Its network computes with a rank drawn at random; what it saves is loaded as LoRA, by LyCORIS too."""
+    model, inputs = unet()
+    base = deepcopy(model)
+    names = [".*to_[qkv]", ".*net.0.proj"]
+    theirs(model, tmp_path / TENSORS, 0.3, names=names, network_module="dylora", lora_dim=8, alpha=3.0)
+    expected = read_by_them(base, tmp_path)
+    assert peftcore.load(model, tmp_path).method.name == "lora"
+    assert_same(out(model, inputs), out(expected, inputs), out(base, inputs))
+
+
+def test_dylora_of_convolutions(tmp_path: Path) -> None:
+    """LyCORIS saves their second factor flat, which its own loader cannot read."""
+    model, inputs = unet()
+    base, file = deepcopy(model), tmp_path / "their.safetensors"
+    theirs(model, file, 0.1, names=[".*conv[12]"], network_module="dylora", conv_lora_dim=8, conv_alpha=3.0)
+    expected, held = deepcopy(base), load_file(file)
+    for path, module in expected.named_modules():
+        stem = f"lycoris_{path}".replace(".", "_")
+        if f"{stem}.alpha" in held:
+            down, up = held[f"{stem}.lora_down.weight"], held[f"{stem}.lora_up.weight"]
+            module.weight.data += (3.0 / 8 * up @ down.flatten(1)).view(module.weight.shape)
+    peftcore.load(model, file)
+    assert_same(out(model, inputs), out(expected, inputs), out(base, inputs))
+
+
 def test_several_methods_in_one_file(tmp_path: Path) -> None:
     """LyCORIS can give each kind of module a method of its own; here two files are put together."""
     pytest.importorskip("peftcore_hybrid")
@@ -130,7 +157,6 @@ WIDE = "lycoris_mid_block_attentions_0_transformer_blocks_0_ff_net_0_proj"
         ("loha", {}, {f"{STEM}.hada_w2_a": None}, "missing hada_w2_a"),
         ("lokr", {}, {f"{WIDE}.lokr_w2_b": torch.ones(3, 5)}, r"lokr_w2_b has shape \(3, 5\)"),
         ("lokr", {}, {f"{STEM}.lokr_w1": None}, "which ours cannot|missing lokr_w1"),
-        ("diag-oft", {}, {}, "no installed plugin reads alpha, oft_blocks"),
     ],
 )
 def test_refused(method: str, options: dict[str, Any], change: dict[str, Any], message: str, tmp_path: Path) -> None:

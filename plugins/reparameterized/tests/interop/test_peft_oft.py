@@ -38,7 +38,8 @@ def test_both_ways(name: str, form: str, tmp_path: Path) -> None:
     config = peft.OFTConfig(target_modules=["layer"], oft_block_size=4, **theirs)
     injection = assert_reads(base, config, lambda model: model(x), tmp_path)
     found = injection.config.model_dump(exclude={"method", "overrides"})
-    assert found == {"block_size": 4, "block_share": False, "eps": None, "series": None, "block_dropout": 0.0, **ours}
+    plain = {"block_size": 4, "block_share": False, "eps": None, "series": None, "block_dropout": 0.0, "side": "inputs"}
+    assert found == plain | ours
     written = assert_writes(base, "oft", {"target": "layer", "block_size": 4, **ours}, lambda model: model(x), tmp_path)
     if "eps" in theirs:
         assert written["eps"] == theirs["eps"]

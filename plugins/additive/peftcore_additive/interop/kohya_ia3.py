@@ -1,0 +1,55 @@
+"""(IA)^3 in files of LyCORIS (checked against LyCORIS 4.1).
+
+``weight`` is our gain without the one, ``on_input`` says whose. Gains of outputs scale the weight there, and here the
+bias too, so that only modules without a bias are the same; beside a bias GLoRA's vector A is what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from peftcore.errors import ExportError
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.kohya import Held, KohyaMethod
+from peftcore.files.formats.places import Place
+
+GAIN, ON_INPUT = "weight", "on_input"
+
+
+class KohyaIA3(KohyaMethod):
+    """Translates gains of outputs, or of inputs."""
+
+    methods = ("ia3",)
+    below = (GAIN, ON_INPUT)
+    telling = (ON_INPUT,)
+
+    def fits(self, held: Held) -> bool:
+        return super().fits(held) and bool(held.numbers.get(ON_INPUT) or not held.bias)
+
+    def options(self, held: Held) -> dict[str, Any]:
+        return {"scale_inputs": ["*"] if held.numbers.get(ON_INPUT) else []}
+
+    def outputs(self, shapes: Mapping[str, Size]) -> int:
+        return -1
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        found.take(ON_INPUT, (), (1,))
+        gain, ones = place.operator.gain.shape, (1,) * len(place.site.kernel)
+        return {"gain": 1 + found.take(GAIN, (1, *gain, *ones) if ones else gain).reshape(gain)}
+
+    def write(self, place: Place) -> tuple[float | None, dict[str, Tensor]]:
+        site, operator, ones = place.site, place.operator, (1,) * len(place.site.kernel)
+        if not operator.on_input and site.layer.has(site.module, "bias"):
+            raise ExportError(
+                f"LyCORIS scales the weight alone, and ia3 the bias of {site.path} too; exclude it, or train glora "
+                "with A='vector' and B, C, D, E='none' there"
+            )
+        if operator.on_input and len(operator.gain) != site.in_features:
+            raise ExportError(f"LyCORIS scales no inputs of grouped convolutions, as {site.path} is; exclude it")
+        gain = operator.gain - 1
+        told = torch.tensor(int(operator.on_input))
+        return None, {GAIN: gain.view(1, -1, *ones) if ones else gain, ON_INPUT: told}

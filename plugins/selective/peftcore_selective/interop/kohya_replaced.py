@@ -1,0 +1,77 @@
+"""Tensors that train whole in files of LyCORIS, there full and norm (checked against LyCORIS 4.1).
+
+``diff`` and ``diff_b`` are added to weight and bias of a linear map or a convolution, ``w_norm`` and ``b_norm`` to
+those of a norm; our values stand for the whole tensors. What the file leaves out stays as the host has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from torch import Size, Tensor
+
+from peftcore.errors import ExportError
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.kohya import Held, KohyaMethod
+from peftcore.files.formats.places import Place
+
+
+class _Replaced(KohyaMethod):
+    """Translates values that stand for tensors of the host."""
+
+    tensors = ("weight", "bias")
+    names: ClassVar[Mapping[str, str]]
+    """Names in the file, by the host's."""
+
+    def outputs(self, shapes: Mapping[str, Size]) -> int:
+        return next(iter(shapes.get(self.names["weight"], ())), -1)
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        name, own = self.names[place.site.tensor], _own(place)
+        if place.site.tensor == "bias" and not found.has(name):
+            return {"value": own}
+        change = found.take(name, place.operator.value.shape)
+        return {"value": own.to(change) + change}
+
+    def write(self, place: Place) -> tuple[float | None, dict[str, Tensor]]:
+        if not self.writes(place):
+            raise ExportError(f"LyCORIS has no place for {place.site.path}; exclude it")
+        value = place.operator.value
+        return None, {self.names[place.site.tensor]: value - _own(place).to(value)}
+
+
+class KohyaFull(_Replaced):
+    """Translates linear maps and convolutions that train whole."""
+
+    methods = ("attention_only", "linear_probe", "ln_tuning", "partial_k")
+    below = ("diff", "diff_b")
+    telling = ("diff",)
+    names: ClassVar[Mapping[str, str]] = {"weight": "diff", "bias": "diff_b"}
+
+    def options(self, held: Held) -> dict[str, Any]:
+        return {"head": False, "positions": False}
+
+    def writes(self, place: Place) -> bool:
+        return len(place.site.at("weight").weight_shape) > 1
+
+
+class KohyaNorm(_Replaced):
+    """Translates norms that train."""
+
+    methods = ("ln_tuning", "attention_only", "linear_probe", "partial_k")
+    below = ("w_norm", "b_norm")
+    telling = ("w_norm",)
+    names: ClassVar[Mapping[str, str]] = {"weight": "w_norm", "bias": "b_norm"}
+
+    def options(self, held: Held) -> dict[str, Any]:
+        return {}
+
+    def writes(self, place: Place) -> bool:
+        return len(place.site.at("weight").weight_shape) == 1
+
+
+def _own(place: Place) -> Tensor:
+    """Return the host's tensor."""
+    return replace(place.site, meta=False).base_weight().detach()
