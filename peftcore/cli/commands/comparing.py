@@ -90,7 +90,7 @@ def compare(
             print(report.as_json(), end="")
         else:
             Console().print(table(report))
-            print(f"{comparison.out}: report.html, results.json, results.png, runs/")
+            print(f"{comparison.out}: report.html, results.json, .csv, .md, .tex, .png, runs/")
 
 
 def _with_options(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:

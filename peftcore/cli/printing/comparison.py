@@ -5,10 +5,9 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-import peftcore
 from peftcore.comparing.numbers import size
-from peftcore.comparing.reports.trials import Entry, Report, Trial
-from peftcore.comparing.runs.run import FULL
+from peftcore.comparing.reports import tables
+from peftcore.comparing.reports.trials import Entry, Report
 
 
 def table(report: Report) -> Table:
@@ -61,17 +60,8 @@ def settings(entries: list[Entry]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for entry in entries:
         first = entry.trials[0]
-        groups.setdefault(f"{target_of(first)}, learning rate {first.learning_rate:g}", []).append(entry.label)
+        groups.setdefault(f"{tables.target_of(first)}, learning rate {first.learning_rate:g}", []).append(entry.label)
     return [f"{', '.join(labels)}: {shared}" for shared, labels in groups.items()]
-
-
-def target_of(trial: Trial) -> str:
-    """Return the target modules, as they were given, or as the method has them."""
-    if trial.method == FULL:
-        return "all parameters"
-    target = trial.options.get("target") or peftcore.method(trial.method).target
-    names = [target] if isinstance(target, str) else [str(each) for each in target]
-    return " ".join(names) or "modules of its own"
 
 
 def number(value: float) -> str:

@@ -4,5 +4,6 @@ It may import all that `peftcore.comparing` lists before it. In the order of rea
 
 - `comparison`: the schema of a comparison.
 - `compare`: carrying it out.
+- `modules`: the same on any module, whose training and scoring are the user's.
 - `demo`: the comparison that brings its own model and data.
 """

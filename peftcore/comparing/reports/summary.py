@@ -201,7 +201,8 @@ def column_cells(column: Column, entries: list[Entry]) -> list[Cell]:
 def options(entry: Entry) -> str:
     """Return what is special about a configuration."""
     trial = entry.trials[0]
-    return ", ".join(f"{name}={value}" for name, value in {**trial.options, "lr": trial.learning_rate}.items())
+    rate = {} if trial.learning_rate is None else {"lr": trial.learning_rate}
+    return ", ".join(f"{name}={value}" for name, value in {**trial.options, **rate}.items())
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ class Trial:
     method: str
     options: dict[str, Any]
     seed: int
-    learning_rate: float
+    learning_rate: float | None
+    """None where the training was the user's."""
     trainable: int
     total: int
     before: dict[str, float]
@@ -120,7 +121,7 @@ class Report:
             pass
         elif len(scores) > 1:
             error = statistics.stdev(scores) / math.sqrt(len(scores))
-        elif self.metric == "accuracy":
+        elif self.metric == "accuracy" and self.held_out_size:
             error = math.sqrt(mean * (1 - mean) / self.held_out_size)
         return Entry(label, tuple(trials), mean, error)
 
