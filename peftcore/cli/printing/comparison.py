@@ -52,7 +52,8 @@ def caption(report: Report, entries: list[Entry]) -> str:
     error = [f"Standard error: {max(errors):.3f}."] if errors else []
     failed = [f"Failed: {label} ({reason})." for label, reason in report.failed.items()]
     runs = f"{len(report.trials)} runs in {report.seconds / 60:.1f} minutes."
-    return "\n".join([" ".join([*floor, *error, runs, *failed]), *report.together, *settings(entries)])
+    tuned = [report.tuned] if report.tuned else []
+    return "\n".join([" ".join([*floor, *error, runs, *failed]), *report.together, *tuned, *settings(entries)])
 
 
 def settings(entries: list[Entry]) -> list[str]:

@@ -25,6 +25,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("Examples", f"{report.train_size:,} for training, {report.held_out_size:,} for validation"),
         ("Training", length(report.training)),
         ("Seed" if len(seeds) == 1 else "Seeds", listed(seeds) if seeds else ""),
+        ("Rates", report.tuned),
         ("Metric", metric_name(report)),
         ("± is", error(report)),
         ("Took", duration(report.seconds)),

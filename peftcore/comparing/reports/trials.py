@@ -95,6 +95,8 @@ class Report:
     """The majority baseline, where it is known: the metric of an answer that looks at nothing, the commonest class."""
     failed: dict[str, str] = field(default_factory=dict)
     """Labels of configurations that could not be run, and why."""
+    tuned: str = ""
+    """How the learning rates were chosen, where they were."""
     together: tuple[str, ...] = ()
     """Of each group of runs that trained at once on one model: what that saved."""
 
