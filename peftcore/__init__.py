@@ -157,6 +157,7 @@ __all__ = [
     "cast_operands",
     "changes_bias",
     "combine",
+    "compare",
     "deltas",
     "dequantize",
     "dropped_linear",
@@ -209,7 +210,11 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    """Return what has another name now."""
+    """Return `compare`, which is above and imported when it is first asked for, and what has another name now."""
+    if name == "compare":
+        from peftcore.comparing.comparisons.modules import compare
+
+        return compare
     new = {"Call": "ForwardContext", "current_call": "forward_context"}.get(name)
     if new is None:
         raise AttributeError(f"module 'peftcore' has no attribute {name!r}")

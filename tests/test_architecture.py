@@ -22,6 +22,10 @@ DEFERRED = {
         "peftcore.training",
         "peftcore.trainers",
     ): "`Fleet`, `PeftcoreTrainer` and its callback are imported from `peftcore.training`",
+    (
+        "peftcore",
+        "peftcore.comparing.comparisons.modules",
+    ): "`peftcore.compare` stands where `peftcore.apply` does, and is imported when it is asked for",
 }
 """Imports that go up on purpose, inside a function, each with its reason. No more than three."""
 

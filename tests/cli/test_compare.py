@@ -215,3 +215,44 @@ def test_the_table_fits_a_terminal_of_80_columns(encoder, csv_file, tmp_path):
     assert "lora: attn.q attn.v cross.q cross.v, learning rate 0.001" in result.stdout
     assert "full: all parameters, learning rate 0.001" in result.stdout
     assert "…" not in result.stdout, "a cell was cut"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_rates_are_chosen_by_examples_that_the_report_does_not_use(encoder, csv_file, tmp_path):
+    """All methods get the same rates, and the best of each is that of a comparison by hand."""
+    out, grid = tmp_path / "out", (1e-6, 1e-2, 3e-2)
+    options = ("--tune-lr", "1e-6,1e-2,3e-2", "--seeds", "1,2", "--set", "tuning_size=30", *EACH_STEP)
+    report = compare(encoder, csv_file, out, *options, methods="lora,bitfit")
+    parts = {name: splits(str(out / "data" / name), None, 1).train for name in ("train", "tuning", "held_out")}
+    texts = {name: set(part["text"]) for name, part in parts.items()}
+    tried = json.loads((out / "tuning" / "results.json").read_text(encoding="utf-8"))
+    assert [trial["learning_rate"] for trial in tried["trials"]] == [*grid, *grid]
+    assert {trial["seed"] for trial in tried["trials"]} == {1} and tried["held_out_size"] == 30
+    assert tried["train_size"] == report["train_size"] and len(texts) == 3
+    for method in ("lora", "bitfit"):
+        scores = {t["learning_rate"]: t["after"]["accuracy"] for t in tried["trials"] if t["method"] == method}
+        best = next(rate for rate in grid if scores[rate] == max(scores.values()))
+        mine = [trial for trial in report["trials"] if trial["method"] == method]
+        assert [(trial["seed"], trial["learning_rate"]) for trial in mine] == [(1, best), (2, best)]
+    assert report["tuned"].startswith("Learning rates were chosen from 1e-06, 0.01, 0.03 on 30 tuning examples.")
+    assert {path.name for path in out.iterdir()} >= {"results.csv", "results.md", "results.tex"}
+
+
+def test_rates_are_given_or_tuned(encoder, csv_file, tmp_path):
+    given = ["compare", "--model", str(encoder), "--data", str(csv_file), "--tune-lr", "1e-3"]
+    for flags, words in (
+        (["--methods", "lora", "--lr", "1e-3"], "give one of them"),
+        (["--methods", "lora", "--tune-lr", "0"], "tune_lr"),
+    ):
+        result = CliRunner().invoke(app, [*given, *flags])
+        assert result.exit_code == 2 and words in result.stderr, result.stderr
+    config = tmp_path / "compare.yaml"
+    config.write_text("methods: [{name: lora, learning_rate: 1e-3}]\n", encoding="utf-8")
+    result = CliRunner().invoke(app, [given[0], str(config), *given[1:]])
+    assert result.exit_code == 2 and "lora has a learning rate of its own" in result.stderr
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_options_are_flags_of_the_methods_that_have_them(encoder, csv_file, tmp_path):
+    report = compare(encoder, csv_file, tmp_path / "out", "--rank", "3", methods="lora,bitfit,full")
+    assert [trial["options"] for trial in report["trials"]] == [{"rank": 3}, {}, {}]

@@ -95,7 +95,8 @@ def test_added_tokens(llama: Path, tmp_path: Path) -> None:
     model.resize_token_embeddings(44)
     moved(peftcore.apply(model, "lora", rank=2)).save(tmp_path)
     found = peftcore.load_base(tmp_path)
-    assert logits(found).shape[-1] == 44 and torch.equal(logits(found), logits(model))
+    assert logits(found).shape[-1] == 44
+    torch.testing.assert_close(logits(found), logits(model), rtol=1e-5, atol=1e-7)  # the head is one product, or two
 
 
 def test_a_base_that_the_caller_names(llama: Path, tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ Methods = Annotated[str | None, typer.Option(help="Names, separated by commas; '
 LearningRate = Annotated[
     float | None, typer.Option("--lr", help="Learning rate of all methods (1e-3; in the demo, one that suits each).")
 ]
+TuneRates = Annotated[
+    str | None,
+    typer.Option("--tune-lr", help="Try each method with these rates on a tuning set first: 3e-4,1e-3,3e-3."),
+]
 Seeds = Annotated[str | None, typer.Option(help="One run of each method for each of these: 0,1,2 (0).")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the report and the runs.")]
 Tuning = Annotated[bool, typer.Option("--tuning", help="Demo: score the tuning split, which settings are chosen by.")]
@@ -37,6 +41,7 @@ def compare(
     steps: Steps = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
+    tune_lr: TuneRates = None,
     together: Together = None,
     seeds: Seeds = None,
     out: Out = None,
@@ -55,6 +60,7 @@ def compare(
         "training.steps": steps,
         "training.batch_size": batch_size,
         "training.learning_rate": lr,
+        "tune_lr": tune_lr,
         "together": together,
         "out": out,
         "seeds": None if seeds is None else seeds.split(","),
@@ -64,6 +70,8 @@ def compare(
         from peftcore.comparing.runs import reading
 
         values: dict[str, Any] = {} if config is None else reading.load(config)
+        if lr is not None and tune_lr is not None:
+            raise BadInput("--lr is the rate of all methods, --tune-lr chooses one for each: give one of them")
         if tuning and not demo:
             raise BadInput("--tuning belongs to --demo")
         check_source(demo, config, model, task, data)
@@ -72,7 +80,8 @@ def compare(
         values.setdefault("task", "text-classification")
         if methods is not None or "methods" not in values:
             names = tweets.listed(methods or ",".join(tweets.RECIPES))
-            values["methods"] = tweets.candidates(names, lr) if demo else names  # what suits tweets suits nothing else
+            # What suits tweets suits nothing else; what is tuned has no rate yet.
+            values["methods"] = tweets.candidates(names, lr, tune_lr is not None) if demo else names
         # Not before the input has been read: what follows imports torch and transformers.
         from rich.console import Console
 
@@ -84,13 +93,13 @@ def compare(
         where = str(config or "the options")
         values = reading.changed(values, [*given(flags), *settings(set_).items()])
         comparison = reading.validated(Comparison, _with_options(context, values), where)
-        with Bars(Console(stderr=True), len(comparison.methods) * len(comparison.seeds)) as bars:
+        with Bars(Console(stderr=True), comparison.runs) as bars:
             report = work(comparison, bars)
         if json:
             print(report.as_json(), end="")
         else:
             Console().print(table(report))
-            print(f"{comparison.out}: report.html, results.json, results.png, runs/")
+            print(f"{comparison.out}: report.html, results.json, .csv, .md, .tex, .png, runs/")
 
 
 def _with_options(context: typer.Context, values: dict[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from rich import box
 from rich.table import Table
 
-import peftcore
 from peftcore.comparing.numbers import size
-from peftcore.comparing.reports.trials import Entry, Report, Trial
-from peftcore.comparing.runs.run import FULL
+from peftcore.comparing.reports import tables
+from peftcore.comparing.reports.trials import Entry, Report
 
 
 def table(report: Report) -> Table:
@@ -53,7 +52,8 @@ def caption(report: Report, entries: list[Entry]) -> str:
     error = [f"Standard error: {max(errors):.3f}."] if errors else []
     failed = [f"Failed: {label} ({reason})." for label, reason in report.failed.items()]
     runs = f"{len(report.trials)} runs in {report.seconds / 60:.1f} minutes."
-    return "\n".join([" ".join([*floor, *error, runs, *failed]), *report.together, *settings(entries)])
+    tuned = [report.tuned] if report.tuned else []
+    return "\n".join([" ".join([*floor, *error, runs, *failed]), *report.together, *tuned, *settings(entries)])
 
 
 def settings(entries: list[Entry]) -> list[str]:
@@ -61,17 +61,8 @@ def settings(entries: list[Entry]) -> list[str]:
     groups: dict[str, list[str]] = {}
     for entry in entries:
         first = entry.trials[0]
-        groups.setdefault(f"{target_of(first)}, learning rate {first.learning_rate:g}", []).append(entry.label)
+        groups.setdefault(f"{tables.target_of(first)}, learning rate {first.learning_rate:g}", []).append(entry.label)
     return [f"{', '.join(labels)}: {shared}" for shared, labels in groups.items()]
-
-
-def target_of(trial: Trial) -> str:
-    """Return the target modules, as they were given, or as the method has them."""
-    if trial.method == FULL:
-        return "all parameters"
-    target = trial.options.get("target") or peftcore.method(trial.method).target
-    names = [target] if isinstance(target, str) else [str(each) for each in target]
-    return " ".join(names) or "modules of its own"
 
 
 def number(value: float) -> str:

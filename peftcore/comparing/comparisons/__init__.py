@@ -3,6 +3,8 @@
 It may import all that `peftcore.comparing` lists before it. In the order of reading:
 
 - `comparison`: the schema of a comparison.
+- `rates`: learning rates that are chosen for each method.
 - `compare`: carrying it out.
+- `modules`: the same on any module, whose training and scoring are the user's.
 - `demo`: the comparison that brings its own model and data.
 """

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import peftcore
+from peftcore.comparing.comparisons import rates
 from peftcore.comparing.comparisons.comparison import Candidate, Comparison
 from peftcore.comparing.errors import BadInput
 from peftcore.comparing.quiet import no_bars
@@ -41,8 +42,18 @@ def compare(comparison: Comparison, board: Board) -> Report:
     Raises:
         BadInput: something that is named cannot be used; nothing was trained.
     """
-    began = time.perf_counter()
     no_bars()
+    if not comparison.tune_lr:
+        return _compared(comparison, board)
+    made(comparison.out)
+    tuning, reported = rates.on_tuning(comparison)
+    methods, said = rates.chosen(comparison, _compared(tuning, board))
+    board.say(said)
+    return _compared(reported.model_copy(update={"methods": methods}), board, said)
+
+
+def _compared(comparison: Comparison, board: Board, tuned: str = "") -> Report:
+    began = time.perf_counter()
     task = catalogue.find(comparison.task)
     _check(comparison)
     found: dict[tuple[str, int], Trial] = {}
@@ -77,6 +88,7 @@ def compare(comparison: Comparison, board: Board) -> Report:
         seconds=time.perf_counter() - began,
         failed=failed,
         together=tuple(map(str, saved)),
+        tuned=tuned,
     )
     write(report, comparison.out)
     return report

@@ -38,6 +38,12 @@ class Comparison(Options):
     """Names, or ``{name: lora, rank: 8, learning_rate: 2e-3, label: small}``; ``full`` is full fine-tuning."""
     seeds: list[NonNegativeInt] = Field(default=[0], min_length=1)
     """Each method is trained with each."""
+    tune_lr: list[PositiveFloat] = Field(default_factory=list)
+    """Learning rates that each method is tried with, scored on a tuning set; then it is trained with the best."""
+    tuning: str | None = None
+    """Examples to choose rates by, from elsewhere; otherwise some of those to train on."""
+    tuning_size: PositiveInt | None = None
+    """How many of them (a fifth, at most 1,000)."""
     training: Training = Field(default_factory=lambda: Training.model_validate({"steps": 100}))
     together: PositiveInt = 1
     """How many runs train at once on one model, where they differ in method, options and learning rate alone. Then
@@ -48,6 +54,16 @@ class Comparison(Options):
     """A scheme that packs the base's weights before anything is trained: nf4, int8, bnb-nf4 ..."""
     out: Path = Path("peftcore-compare")
     """Folder for the report, and for a folder of each run."""
+
+    @property
+    def runs(self) -> int:
+        """How many runs there are, those that choose learning rates included."""
+        return len(self.methods) * (len(self.seeds) + len(self.tune_lr))
+
+    @field_validator("tune_lr", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return [each.strip() for each in value.split(",") if each.strip()] if isinstance(value, str) else value
 
     @field_validator("methods", mode="before")
     @classmethod

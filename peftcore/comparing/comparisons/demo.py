@@ -72,11 +72,13 @@ def listed(names: str) -> list[str]:
     return found
 
 
-def candidates(names: Iterable[str], learning_rate: float | None) -> list[dict[str, Any]]:
-    """Return methods with the settings that suit them on the tweets; one learning rate for all where it is given."""
+def candidates(names: Iterable[str], learning_rate: float | None, tuned: bool = False) -> list[dict[str, Any]]:
+    """Return methods with the settings that suit them on the tweets; one learning rate for all where it is given, none
+    where rates are tuned."""
     recipes = {name: RECIPES.get(name, Recipe()) for name in names}
+    rates = {} if tuned else {name: learning_rate or recipe.learning_rate for name, recipe in recipes.items()}
     return [
-        {"name": name, "learning_rate": learning_rate or recipe.learning_rate, **recipe.options}
+        {"name": name, **({"learning_rate": rates[name]} if rates else {}), **recipe.options}
         for name, recipe in recipes.items()
     ]
 

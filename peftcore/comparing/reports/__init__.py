@@ -3,6 +3,7 @@
 It may import `numbers`, `packages` and `runs`; nothing is trained here. In the order of reading:
 
 - `trials`: the results as data.
+- `tables`: as CSV, Markdown and LaTeX.
 - `summary`: in words and in the cells of tables.
 - `plots`: as charts over what it costs; `curves`: over the steps of training.
 - `labels`: names beside the points of a chart.

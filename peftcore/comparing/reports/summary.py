@@ -25,6 +25,7 @@ def facts(report: Report) -> list[tuple[str, str]]:
         ("Examples", f"{report.train_size:,} for training, {report.held_out_size:,} for validation"),
         ("Training", length(report.training)),
         ("Seed" if len(seeds) == 1 else "Seeds", listed(seeds) if seeds else ""),
+        ("Rates", report.tuned),
         ("Metric", metric_name(report)),
         ("± is", error(report)),
         ("Took", duration(report.seconds)),
@@ -201,7 +202,8 @@ def column_cells(column: Column, entries: list[Entry]) -> list[Cell]:
 def options(entry: Entry) -> str:
     """Return what is special about a configuration."""
     trial = entry.trials[0]
-    return ", ".join(f"{name}={value}" for name, value in {**trial.options, "lr": trial.learning_rate}.items())
+    rate = {} if trial.learning_rate is None else {"lr": trial.learning_rate}
+    return ", ".join(f"{name}={value}" for name, value in {**trial.options, **rate}.items())
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,8 @@ class Trial:
     method: str
     options: dict[str, Any]
     seed: int
-    learning_rate: float
+    learning_rate: float | None
+    """None where the training was the user's."""
     trainable: int
     total: int
     before: dict[str, float]
@@ -94,6 +95,8 @@ class Report:
     """The majority baseline, where it is known: the metric of an answer that looks at nothing, the commonest class."""
     failed: dict[str, str] = field(default_factory=dict)
     """Labels of configurations that could not be run, and why."""
+    tuned: str = ""
+    """How the learning rates were chosen, where they were."""
     together: tuple[str, ...] = ()
     """Of each group of runs that trained at once on one model: what that saved."""
 
@@ -120,7 +123,7 @@ class Report:
             pass
         elif len(scores) > 1:
             error = statistics.stdev(scores) / math.sqrt(len(scores))
-        elif self.metric == "accuracy":
+        elif self.metric == "accuracy" and self.held_out_size:
             error = math.sqrt(mean * (1 - mean) / self.held_out_size)
         return Entry(label, tuple(trials), mean, error)
 
