@@ -258,9 +258,11 @@ def test_a_file_from_a_hub_names_no_folders_here(tmp_path: Path) -> None:
     injection.save(tmp_path / "blend", format="peft")
     snapshot = tmp_path / "models--owner--name/snapshots" / ("a" * 40)
     shutil.copytree(tmp_path / "blend", snapshot)
+    (snapshot / "1").rename(tmp_path / "1")
+    assert (tmp_path / "blend/1").exists()
     with pytest.raises(CheckpointError, match="no such folder"):
         peftcore.load(host(), snapshot)
-    changed(snapshot, adapters={"0": "0", "1": "1"})
+    (tmp_path / "1").rename(snapshot / "1")
     for path in snapshot.rglob("*.*"):
         if not any(path.relative_to(snapshot).match(pattern) for pattern in FILES):
             path.unlink()
