@@ -7,7 +7,7 @@ folder is read as any adapter is.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -63,14 +63,12 @@ def of_part(tensors: Mapping[str, Tensor], part: str, whole: Surgeon) -> dict[st
               for path, inner in graft.operator.named_modules()}  # fmt: skip
     recorder = whole.parts[part]
     places = {graft.key: owners[id(graft.operator)] for graft in recorder.grafts}
-    return {_renamed(name, part, places.get): value for name, value in tensors.items()}
+    return {_renamed(name, part, places): value for name, value in tensors.items()}
 
 
-def _renamed(name: str, part: str, place_of: Callable[[str], str | None]) -> str:
+def _renamed(name: str, part: str, places: Mapping[str, str]) -> str:
     if name.startswith("shared:"):
         return f"shared:{part}/{name.removeprefix('shared:')}"
-    key, below = name, ""
-    while (place := place_of(key)) is None:
-        key, _, last = key.rpartition(".")
-        below = f".{last}{below}"
-    return place + below
+    beginnings = [name[:end] for end, sign in enumerate(name) if sign == "."]
+    key = max((each for each in beginnings if each in places), key=len)
+    return places[key] + name.removeprefix(key)
