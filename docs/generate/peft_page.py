@@ -43,7 +43,7 @@ NAMES: Mapping[str, str] = {
     "convert_to_lora": "`peftcore.to_lora(injection, rank=...)`",
     "save_as_lora": '`peftcore.to_lora(injection, rank=...).save(folder, format="peft")`',
     "create_arrow_model": '`peftcore.gather(model, "arrow", {folder: 1.0, ...})`',
-    "XLoraConfig": '`peftcore.gather(model, "xlora", {folder: 1.0, ...}, train_parts=False)`',
+    "XLoraConfig": '`peftcore.gather(model, "xlora", {folder: 1.0, ...}, train_parts=False)`; files: `peftcore.load`',
     "find_kappa_target_modules": "not there",
     "get_base_model_state_dict": "`with peftcore.saving_base(model): model.state_dict()`",
     "set_base_model_state_dict": "`model.load_state_dict(...)`: adapted models take the base's",

@@ -20,7 +20,7 @@ from peftcore.errors import CheckpointError, HostMismatch, said, shown
 from peftcore.files.auto_classes import AUTO_CLASSES, TASKS, auto_classes
 from peftcore.files.formats.card import NAME
 from peftcore.files.formats.description import Description
-from peftcore.files.formats.hub import fetched, located
+from peftcore.files.formats.hub import COMMIT, fetched, is_fetched, located
 from peftcore.files.save_load import describe, load
 
 logger = logging.getLogger("peftcore")
@@ -32,7 +32,6 @@ BASE_FILES = [
 """The files that are fetched of a base's repository: its configuration, and its weights as safetensors."""
 REVISION = re.compile(r"\w[\w-]*([./][\w-]+)*", re.ASCII)
 """Commits, branches and tags that a file may name: no part of one leads out of a folder."""
-COMMIT = re.compile(r"[0-9a-f]{40}")
 OWN = (
     "adapter_kwargs", "code_revision", "config", "gguf_file", "ignore_mismatched_sizes", "local_files_only",
     "output_loading_info", "state_dict", "subfolder", "trust_remote_code", "use_safetensors",
@@ -98,7 +97,7 @@ def load_base(
         raise CheckpointError(f"{place} names no base; name it: base=, a folder or a name on a hub")
     told = about.base_revision if base_revision is None else base_revision
     folder = _folder(named, told or None, fetch, here or base is not None)
-    commit = folder.name if COMMIT.fullmatch(folder.name) and folder.parent.name == "snapshots" else ""
+    commit = folder.name if is_fetched(folder) else ""
     if commit and COMMIT.fullmatch(about.base_revision) and commit != about.base_revision:
         logger.warning(
             "the adapter in %s was made on commit %s of its base, and this is commit %s of %s: what it computes may "

@@ -36,7 +36,7 @@ from peftcore.errors import (
 from peftcore.files.envelope import Envelope, method_of, mismatched, options_of, weights_digest
 from peftcore.files.formats.card import CARD, Metrics, card, is_ours, metric_rows
 from peftcore.files.formats.description import Description
-from peftcore.files.formats.format import PICKLES, Tensors, format_named, recognize
+from peftcore.files.formats.format import PICKLES, Placed, Tensors, format_named, recognize
 from peftcore.files.formats.hub import located, upload
 from peftcore.files.formats.patterns import one_file
 from peftcore.files.safe_io import clear_partial, write_tensors, write_text
@@ -65,11 +65,22 @@ fact_tk, makes a hundred."""
 
 
 def save(
-    injection: Injection, path: Path, formats: Sequence[str], weights: bool, metrics: Metrics | None = None
+    injection: Injection,
+    path: Path,
+    formats: Sequence[str],
+    weights: bool,
+    metrics: Metrics | None = None,
+    *,
+    home: Path | None = None,
+    moves: bool = False,
 ) -> None:
     """Write a folder, or one file; each file appears whole or not at all, and equal adapters give equal bytes.
 
     Where the model is sharded over processes, all of them call this, and the first one writes.
+
+    Args:
+        home: where the folder will be in the end, if that is another path.
+        moves: whether it will be anywhere: files that tell where they lie are refused.
     """
     only = _only_file(path, formats)
     if only and metrics:
@@ -85,6 +96,11 @@ def save(
         contents = {
             name: content for each in formats for name, content in format_named(each).files(injection, weights).items()
         }
+    if moves and (fixed := [name for name, content in contents.items() if isinstance(content, Placed)]):
+        raise ExportError(
+            f"{fixed[0]} in the format {' and '.join(formats)} names folders by their path on one machine, and would "
+            'name none in a repository; push in the format "peftcore"'
+        )
     for content in contents.values():
         if isinstance(content, Tensors) and (lacking := [key for key, each in content.values.items() if each.is_meta]):
             raise NoWeights(f"these depend on weights of the host, which is on the meta device: {lacking[0]}")
@@ -92,7 +108,7 @@ def save(
         if mine and only:
             _write_file(path, contents[only])
         elif mine:
-            _write(injection, path, formats, contents, metrics)
+            _write(injection, path, formats, contents, metrics, Path(os.path.abspath(path if home is None else home)))
 
 
 def _only_file(path: Path, formats: Sequence[str]) -> str:
@@ -110,7 +126,7 @@ def _only_file(path: Path, formats: Sequence[str]) -> str:
     raise ExportError(f"{path} is the name of a file, and {why}; name a folder, such as {str(path.with_suffix(''))!r}")
 
 
-def _write_file(path: Path, content: Tensors | str) -> None:
+def _write_file(path: Path, content: Tensors | str | Placed) -> None:
     assert isinstance(content, Tensors), "tensors are what a format's only file holds"
     path.parent.mkdir(parents=True, exist_ok=True)
     clear_partial(path.parent, path.name)
@@ -121,15 +137,20 @@ def _write(
     injection: Injection,
     path: Path,
     formats: Sequence[str],
-    contents: dict[str, Tensors | str],
+    contents: dict[str, Tensors | str | Placed],
     metrics: Metrics | None,
+    home: Path,
 ) -> None:
     path.mkdir(parents=True, exist_ok=True)
-    clear_partial(path)
     if is_ours(path / CARD):
         contents[CARD] = card(injection, formats, metrics)
+    for folder in sorted({(path / name).parent for name in contents}):
+        folder.mkdir(exist_ok=True)
+        clear_partial(folder)
     for name, content in contents.items():
-        if isinstance(content, Tensors):
+        if isinstance(content, Placed):
+            write_text(path / name, content.text(home))
+        elif isinstance(content, Tensors):
             write_tensors(path / name, content.values, content.metadata)
         else:
             write_text(path / name, content)
@@ -146,7 +167,7 @@ def push(
     """
     with tempfile.TemporaryDirectory(prefix="peftcore-") as name:
         folder = Path(name) / "adapter"
-        save(injection, folder, formats, False, metrics)
+        save(injection, folder, formats, False, metrics, moves=True)
         with one_writes(injection.model) as mine:
             return upload(folder, repository, **options) if mine else None
 

@@ -15,6 +15,7 @@ from peftcore.comparing.models.opening import open_model
 from peftcore.errors import CheckpointError, NotMergeable, NoWeights
 from peftcore.files.formats.format import recognize
 from peftcore.files.save_load import describe
+from peftcore.files.save_load import save as save_folder
 from peftcore.injection.injection import Injection
 from peftcore.injection.merging import Into
 
@@ -145,7 +146,7 @@ def check_mergeable(adapters: Sequence[Adapter]) -> None:
 
 def save(injection: Injection, to: str, folder: Path, output: Output) -> None:
     """Write an adapter; what is to be one file must be one that says all."""
-    injection.save(folder, format=to)
+    save_folder(injection, folder, (to,), False, home=output.path)
     if output.single:
         [file] = folder.glob("*.safetensors")
         try:

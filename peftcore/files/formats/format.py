@@ -37,7 +37,15 @@ class Tensors:
     metadata: Mapping[str, str]
 
 
-Files = Mapping[str, str | Tensors]
+@dataclass(frozen=True)
+class Placed:
+    """The content of a text file that tells where it lies, for readers that look up its names elsewhere."""
+
+    text: Callable[[Path], str]
+    """The text, from the folder in which the adapter will be."""
+
+
+Files = Mapping[str, str | Tensors | Placed]
 
 
 class Content(ABC):
@@ -102,7 +110,8 @@ class Format(ABC):
         return Description(self.name, tensor_files(path))
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
-        """Returns the contents of the files to write for an injection, by name, in the order in which they are written.
+        """Returns the contents of the files to write for an injection, by name, in the order in which they are written;
+        a name may have folders, ``"0/adapter.json"``.
 
         Args:
             weights: record a digest of the base's values at the sites, where the format has a place for it.

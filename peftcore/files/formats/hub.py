@@ -16,8 +16,9 @@ from peftcore.files.formats.card import CARD, MARK
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-FILES = ["*.safetensors", "adapter.json", "adapter_config.json", "head_config.json"]
+FILES = ["*.safetensors", "adapter.json", "adapter_config.json", "*/adapter_config.json", "head_config.json"]
 """The files that are fetched of an adapter's repository: nothing that could be a program, and no pickle."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
 IDENTIFIER = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 PATIENCE = 10.0
 """Seconds in which the hub has to answer the first request, unless ``HF_HUB_ETAG_TIMEOUT`` says another number: most
@@ -51,6 +52,11 @@ def located(path: str | os.PathLike[str], revision: str | None = None) -> Path:
     if after and revision is not None and after != revision:
         raise CheckpointError(f"{name} names the revision {after!r}, and revision= says {revision!r}: name one of them")
     return fetched(repository, after or revision, FILES, f"{name} is no path here, and cannot be fetched from the hub")
+
+
+def is_fetched(folder: Path) -> bool:
+    """Whether a folder is one of the hub's cache, which holds a repository at one commit."""
+    return COMMIT.fullmatch(folder.name) is not None and folder.parent.name == "snapshots"
 
 
 def fetched(repository: str, revision: str | None, files: Sequence[str], failed: str) -> Path:

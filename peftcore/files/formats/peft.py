@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.errors import CheckpointError
+from peftcore.contract.config import DTYPES
+from peftcore.errors import CheckpointError, shown
 from peftcore.files.added_rows import AddedRows
+from peftcore.files.envelope import Envelope
 from peftcore.files.formats.composing import composed, literally
 from peftcore.files.formats.description import Description, trouble, unique
-from peftcore.files.formats.format import Content, Files, Format, Tensors, held_by
+from peftcore.files.formats.format import Content, Files, Format, Placed, Tensors, held_by
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import OFF, Keys
+from peftcore.files.formats.named_folders import named_folder, of_part
 from peftcore.files.formats.peft_method import PeftMethod, peft_method
 from peftcore.files.formats.peft_names import (
     Group,
@@ -32,7 +35,7 @@ from peftcore.files.formats.peft_names import (
     written_path,
     written_paths,
 )
-from peftcore.files.formats.peft_writing import text_of, with_class, written
+from peftcore.files.formats.peft_writing import text_of, with_class, written, written_parts
 from peftcore.files.formats.places import Place, places_of
 from peftcore.files.safe_io import TensorFile, read_json
 from peftcore.injection.injection import Injection
@@ -83,11 +86,52 @@ class Peft(Format):
         keys = Keys(options, path / CONFIG)
         if not (path / TENSORS).exists():
             raise CheckpointError(f"{path} has no {TENSORS}; {held_by(path)}")
-        return described(self.name, keys, TensorFile(path / TENSORS))
+        about = described(self.name, keys, TensorFile(path / TENSORS))
+        if about.problem:
+            return about
+        folders: dict[str, Path] = {}
+        problem = trouble(lambda: folders.update(_named(peft_method(about.kind, keys.where), keys)))
+        parts = [self.describe(folder) for folder in folders.values()]
+        return replace(
+            about,
+            files=(*about.files, *(file for part in parts for file in part.files)),
+            sites=unique(site for each in (about, *parts) for site in each.sites),
+            problem=problem or next((part.problem for part in parts if part.problem), ""),
+        )
 
     def files(self, injection: Injection, weights: bool = False) -> Files:
         options, tensors = written(injection)
-        return {TENSORS: Tensors(tensors, {"format": "pt"}), CONFIG: text_of(with_class(options, injection.model))}
+        option, parts = written_parts(injection)
+        options = with_class(options, injection.model)
+        found: dict[str, str | Tensors | Placed] = {}
+        for name, (own, values) in parts.items():
+            found[f"{name}/{TENSORS}"] = Tensors(values, {"format": "pt"})
+            found[f"{name}/{CONFIG}"] = text_of(with_class(own, injection.model))
+        found[TENSORS] = Tensors(tensors, {"format": "pt"})
+        if parts:  # peft looks up paths in the working directory
+            found[CONFIG] = Placed(lambda folder: text_of({**options, option: {n: str(folder / n) for n in parts}}))
+        else:
+            found[CONFIG] = text_of(options)
+        return found
+
+
+def _named(method: PeftMethod, keys: Keys) -> dict[str, Path]:
+    """Returns the folders of the adapters that a file names, by name.
+
+    Raises:
+        CheckpointError: a folder is missing, or holds no adapter of peft of a type that may be named.
+    """
+    found = {}
+    for name, path in method.named(keys).items():
+        folder = named_folder(path, keys.where.parent, keys.where)
+        if not (folder / CONFIG).is_file():
+            raise CheckpointError(f"{keys.where} names {folder}, which is no adapter of peft; {held_by(folder)}")
+        kind = read_json(folder / CONFIG).get("peft_type")
+        if kind not in method.part_kinds:
+            known = " and ".join(method.part_kinds)
+            raise CheckpointError(f"{keys.where} names {folder}, which is {shown(kind)}, and takes {known} alone")
+        found[name] = folder
+    return found
 
 
 def described(name: str, keys: Keys, file: TensorFile, names: Mapping[str, str] | None = None) -> Description:
@@ -180,6 +224,7 @@ class PeftContent(Content):
             self.repeated |= every - {full for group in groups for full in group.names.values()}
             check_targets(meant, parameters_meant(of, self.sorted, model), self.sorted, groups)
             self.parts.append(Part(kind, of, groups))
+        self.named = {name: Peft().open(each, model) for name, each in _named(method, keys).items()}
         for index, part in enumerate(self.parts):
             part.prefix = f"{index}/" if len(self.parts) > 1 else ""
             part.config = self._options(part)
@@ -189,18 +234,35 @@ class PeftContent(Content):
         self._check_buffers()
         trained = self._trained(keys)
         self._rows = self._rows_of_tables()
+        held = {name: self._as_part(name, content) for name, content in self.named.items()}
+        self.parts[0].config |= method.parts_options(keys, [each.config for each in held.values()])
         keys.check_known()
         groups = self.parts[0].groups
+        selections = [part.method.selections(part.keys, [g.site for g in part.groups], model) for part in self.parts]
+        selections[0] |= {
+            f"{name}/{key}": sites for name, each in held.items() for key, sites in each.selections.items()
+        }
         envelope = composed(
             [part.config for part in self.parts],
-            [part.method.selections(part.keys, [g.site for g in part.groups], model) for part in self.parts],
-            dtypes=file.dtypes.values(),
+            selections,
+            dtypes={*file.dtypes.values(), *(DTYPES[each.dtype] for each in held.values())},
             target=[group.path for group in groups] or None,
             train=(*trained, *self._beside),
             rows={path: (rows.start, rows.stop) for path, rows in self._rows.items()},
             host=keys.take("base_model_name_or_path", str, ""),
         )
         super().__init__(envelope, file.path)
+
+    def _as_part(self, name: str, content: Content) -> Envelope:
+        """Returns the envelope of an adapter that the file names.
+
+        Raises:
+            CheckpointError: it has more than a part can have.
+        """
+        held = content.envelope
+        if beside := [*held.train, *held.rows]:
+            raise CheckpointError(f"{content.where}: as a part ({name}) it cannot have what trains along: {beside[0]}")
+        return held
 
     def _options(self, part: Part) -> dict[str, Any]:
         """Returns options for most places, and overrides where a pattern has other ones."""
@@ -325,6 +387,8 @@ class PeftContent(Content):
         wrong += [f"unknown {name}" for name in sorted(set(self.names.values()) - used)]
         if strict and wrong:
             raise CheckpointError(f"{self.where}: {'; '.join(dict.fromkeys(wrong))}")
+        for name, content in self.named.items():
+            tensors |= of_part(content.tensors(surgeon.parts[name], strict), name, surgeon)
         return tensors
 
 

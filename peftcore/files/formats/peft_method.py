@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Size, Tensor, nn
 
-from peftcore.errors import CheckpointError, ExportError
+from peftcore.errors import CheckpointError, ExportError, shown
 from peftcore.files.envelope import SavedSite
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
@@ -45,6 +45,13 @@ class PeftMethod(ABC):
     which is ours, is another."""
     bias: ClassVar[str] = ""
     """The value of the option `bias` with which biases of adapted modules train, in types that have the option."""
+    trained_beside: ClassVar[bool] = True
+    """Whether its files can have modules and token tables of the host that train along."""
+    folders: ClassVar[str] = ""
+    """The option in which a file names the folders of other adapters, by name; empty where it stands alone. These
+    adapters are the parts of our method, each a part of its name."""
+    part_kinds: ClassVar[tuple[str, ...]] = ()
+    """The types of peft that they can be."""
     patterns: ClassVar[Mapping[str, str]] = {}
     """Options that hold values by pattern of path, and the option that each of them changes."""
 
@@ -101,6 +108,30 @@ class PeftMethod(ABC):
         None where it does not hold them.
         """
         return None
+
+    def named(self, keys: Keys) -> dict[str, str]:
+        """Returns the paths of the adapters that the file names in `folders`, by name.
+
+        Raises:
+            CheckpointError: they are no paths, or peft would not take them for these parts.
+        """
+        found = keys.table(self.folders) if self.folders else {}
+        if strange := [name for name, path in found.items() if not isinstance(path, str)]:
+            raise CheckpointError(f"{keys.where}: {self.folders!r} has {shown(found[strange[0]])}, which is no path")
+        return found
+
+    def parts_options(self, keys: Keys, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Returns our options of the parts, from the options of the adapters that the file names.
+
+        Raises:
+            CheckpointError: our method cannot compute them as parts.
+        """
+        return {"parts": list(parts)} if self.folders else {}
+
+    def part_differs(self, options: Mapping[str, Any]) -> str:
+        """Returns the reason why peft computes something else with a part that has these options of peft's, which is
+        to be written as an adapter that the file names; empty where it does not."""
+        return ""
 
     def trains(self, keys: Keys, path: str) -> tuple[str, ...]:
         """Returns the parameters below a module that are replaced besides, such as a bias."""

@@ -161,7 +161,7 @@ def tables(injection: Injection, stem: str) -> dict[str, Tensor]:
     return found
 
 
-def whole(injection: Injection, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def whole(injection: AppliedMethod, kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns all options, with those that every type of peft has."""
     return {
         "peft_type": kind,
@@ -251,9 +251,7 @@ def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ExportError: peft cannot hold this injection.
     """
-    parts = list(injection.parts.values())
-    apart = parts and all(graft.part for graft in injection.grafts if graft.by_method)
-    each = [_written(applied) for applied in (parts if apart else [injection])]
+    each = [_written(applied) for applied in (injection.parts.values() if _apart(injection) else [injection])]
     main, options = _joined(each)
     tensors = main.tensors()
     for other in each:
@@ -262,7 +260,38 @@ def written(injection: Injection) -> tuple[dict[str, Any], dict[str, Tensor]]:
             if both := sorted(main.modules & other.modules):
                 raise ExportError(f"peft cannot have {main.kind} and {other.kind} at one module: {both[0]}")
     trained, values = along(injection, main.method.bias, main.method.stem)
-    return whole(injection, main.kind, options | trained), tensors | values | tables(injection, main.method.stem)
+    values |= tables(injection, main.method.stem)
+    if not main.method.trained_beside:
+        if values:
+            raise ExportError(f"peft's {main.kind} has no place for what trains along: {min(values)}")
+        trained = {}
+    return whole(injection, main.kind, options | trained), tensors | values
+
+
+def written_parts(injection: Injection) -> tuple[str, dict[str, tuple[dict[str, Any], dict[str, Tensor]]]]:
+    """Returns the option in which a file names the folders of other adapters, and the contents of each folder's two
+    files, by name; nothing for an injection whose file stands alone.
+
+    Raises:
+        ExportError: peft cannot hold a part.
+    """
+    folders: dict[str, tuple[dict[str, Any], dict[str, Tensor]]] = {}
+    _, method = _writer_of(injection) if injection.parts and not _apart(injection) else ("", None)
+    if method is None or not method.folders:
+        return "", folders
+    for name, part in injection.parts.items():
+        each = _written(part)
+        if each.kind not in method.part_kinds:
+            raise ExportError(f"part {name} is {part.method.name}, and peft takes {' and '.join(method.part_kinds)}")
+        if other := method.part_differs(each.options):
+            raise ExportError(f"part {name}: peft computes something else with {other}")
+        folders[name] = whole(part, each.kind, each.options), each.tensors()
+    return method.folders, folders
+
+
+def _apart(injection: Injection) -> bool:
+    """Whether the operators of a hybrid are those of its parts, side by side."""
+    return bool(injection.parts) and all(graft.part for graft in injection.grafts if graft.by_method)
 
 
 def _joined(each: list[Written]) -> tuple[Written, dict[str, Any]]:

@@ -39,4 +39,5 @@ def peftcore_translations() -> Mapping[str, str]:
     return {
         "peft/MULTITASK_PROMPT_TUNING": "peftcore_multitask.interop.peft_multitask_prompt:PeftMultitaskPrompt",
         "peft/POLY": "peftcore_multitask.interop.peft_poly:PeftPoly",
+        "peft/XLORA": "peftcore_multitask.interop.peft_xlora:PeftXLoRA",
     }

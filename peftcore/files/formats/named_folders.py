@@ -1,0 +1,74 @@
+"""Adapters whose file names the folders of other adapters: where those are, and what is theirs in the whole.
+
+A name in a file is looked up as a folder and as nothing else. Nothing is fetched, imported or executed; what is in the
+folder is read as any adapter is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from peftcore.errors import CheckpointError, shown
+from peftcore.files.formats.hub import IDENTIFIER, is_fetched
+from peftcore.surgery.surgeon import Surgeon
+
+
+def named_folder(name: str, beside: Path, where: Path) -> Path:
+    """Returns the folder that a file means by a name: of that path; or, in a file that was moved together with the
+    folders in it, of the name's last step beside the file. A relative path starts from the file's folder or from the
+    working directory.
+
+    Args:
+        beside: the folder of the file.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: there is no such folder, or two; or the file came from a hub, and names a folder outside of it.
+    """
+    path, own, from_elsewhere = Path(name), beside.resolve(), is_fetched(beside)
+
+    def there(*places: Path) -> list[Path]:
+        found = dict.fromkeys(place.resolve() for place in places if name and os.path.isdir(place))
+        return [place for place in found if not from_elsewhere or own in place.parents]  # none of this machine's
+
+    found = there(beside / path, path) or there(beside / path.name)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        both = " and ".join(map(str, found))
+        raise CheckpointError(f"{where} names the adapter {shown(name)}, which is {both}: write the whole path of one")
+    if IDENTIFIER.fullmatch(name):
+        raise CheckpointError(
+            f"{where} names the adapter {shown(name)}, which is no folder here; if that is a repository on a hub, "
+            f"fetch it (hf download {name} --local-dir FOLDER) and write FOLDER in its place"
+        )
+    raise CheckpointError(
+        f"{where} names the adapter {shown(name)}, and there is no such folder, neither as given nor beside the file; "
+        "write the path where it is"
+    )
+
+
+def of_part(tensors: Mapping[str, Tensor], part: str, whole: Surgeon) -> dict[str, Tensor]:
+    """Returns the tensors of one part of a hybrid by their names in the whole, from their names in a file of the part
+    alone. Operators may stand inside of those of the whole.
+
+    Args:
+        part: its name.
+    """
+    owners = {id(inner): f"{graft.key}.{path}".removesuffix(".") for graft in whole.grafts
+              for path, inner in graft.operator.named_modules()}  # fmt: skip
+    recorder = whole.parts[part]
+    places = {graft.key: owners[id(graft.operator)] for graft in recorder.grafts}
+    return {_renamed(name, part, places): value for name, value in tensors.items()}
+
+
+def _renamed(name: str, part: str, places: Mapping[str, str]) -> str:
+    if name.startswith("shared:"):
+        return f"shared:{part}/{name.removeprefix('shared:')}"
+    beginnings = [name[:end] for end, sign in enumerate(name) if sign == "."]
+    key = max((each for each in beginnings if each in places), key=len)
+    return places[key] + name.removeprefix(key)

@@ -1,0 +1,147 @@
+"""X-LoRA in peft's files, there XLORA (checked against peft 0.21).
+
+The file has the classifier's layers, and `adapters` names the folders of the LoRAs, which peft looks up in the working
+directory. peft calls them by number and gives them shares by name, so the names are those numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Size, Tensor, nn
+
+from peftcore.errors import CheckpointError, ExportError
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import OFF, Keys
+from peftcore.files.formats.peft_layers import is_one_of
+from peftcore.files.formats.peft_method import PeftMethod
+from peftcore.files.formats.places import Place
+
+STEM = "internal_xlora_classifier."
+MOST = 10
+"""With more LoRAs peft mixes them up when it opens a file: it sorts the names as texts."""
+PLAIN = ("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "rank_pattern", "alpha_pattern")
+PLACES = ("target_modules", "task_type")
+LOST = (
+    f"it lacks {STEM}layers.0, which peft 0.21 leaves out in save_pretrained, because layers of the classifier and "
+    "LoRAs have the same names. Where the model is still there, write the file from it: safetensors.torch.save_file("
+    f'{{key: each for key, each in model.state_dict().items() if {STEM[:-1]!r} in key}}, "adapter_model.safetensors")'
+)
+DROPOUT = "the dropout of the LoRAs acts in training in peft, and not in ours: as parts they are what they add alone"
+
+
+class PeftXLoRA(PeftMethod):
+    """Translates the classifier of LoRAs, which lie in folders of their own."""
+
+    methods = ("xlora",)
+    root = (STEM,)
+    folders = "adapters"
+    part_kinds = ("LORA",)
+    trained_beside = False
+
+    def named(self, keys: Keys) -> dict[str, str]:
+        found = super().named(keys)
+        if not found or len(found) > MOST or list(found) != [str(number) for number in range(len(found))]:
+            raise CheckpointError(
+                f"{keys.where}: 'adapters' has {', '.join(map(repr, found)) or 'no names'}; peft's XLORA numbers LoRAs "
+                "and gives shares to names, so that others get none, or that of another one: call them '0', '1' and so "
+                f"on in this order, {MOST} at most"
+            )
+        return found
+
+    def options(self, keys: Keys, shapes: Mapping[str, Size]) -> dict[str, Any]:
+        keys.pass_over("hidden_size")  # the classifier's tensors have it
+        keys.only("scaling_pass_value", 0.0)
+        return {
+            "method": "xlora",
+            "train_parts": keys.take("use_trainable_adapters", bool, False),
+            "layerwise": keys.take("layerwise_scalings", bool, False),
+            "softmax": keys.take("enable_softmax", bool, True),
+            "temperature": keys.take("softmax_temperature", float, 1.0),
+            "top_k": keys.take("top_k_lora", int, None),
+            "softmax_top_k": keys.take("enable_softmax_topk", bool, False),
+            "depth": keys.take("xlora_depth", int, 1),
+            "width": keys.take("xlora_size", int, 2048),
+            "dropout": keys.take("xlora_dropout_p", float, 0.2),
+            "scale": keys.take("global_scaling_weight", float, 1.0),
+        }
+
+    def parts_options(self, keys: Keys, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        for number, part in enumerate(parts):
+            if part["method"] != "lora":
+                raise CheckpointError(f"{keys.where}: adapter {number} is {part['method']}, and peft blends LoRA alone")
+        if (top := keys.take("top_k_lora", int, None)) is not None and top > len(parts):
+            raise CheckpointError(f"{keys.where}: 'top_k_lora' is {top}, and there are {len(parts)} LoRAs")
+        if keys.take("use_trainable_adapters", bool, False):
+            keys.warn("use_trainable_adapters: peft does not save LoRAs that it trains along; these are of the folders")
+        everywhere = [each for part in parts for each in (part, *part.get("overrides", {}).values())]
+        if any(each.get("dropout") for each in everywhere):
+            keys.warn(DROPOUT)
+        return {"parts": list(parts)}
+
+    def check(self, place: Place, error: type[CheckpointError] | type[ExportError], where: str = "") -> None:
+        if place.site.role != "stack" and not is_one_of(place.site, (nn.Linear,)):
+            raise error(f"{where}{place.site.path} is no linear layer, and peft and ours blend other LoRAs differently")
+
+    def read(self, place: Place, found: Found) -> dict[str, Tensor]:
+        return {}
+
+    def read_shared(self, name: str, module: nn.Module, found: Found) -> dict[str, Tensor]:
+        values = {}
+        for ours, theirs, tensor in _layers(module):
+            if found.has(theirs):
+                values[ours] = found.take(theirs, tensor.shape)
+            else:
+                found.wrong.append(LOST if theirs.startswith(f"{STEM}layers.0.") else f"missing {theirs}")
+        return values
+
+    def write_options(self, config: Any) -> dict[str, Any]:
+        weights = config.weights or [1.0]
+        if len(set(weights)) > 1:
+            raise ExportError(f"peft has one weight for all LoRAs, and here they are {weights}")
+        if len(config.parts) > MOST:
+            raise ExportError(f"peft mixes up more than {MOST} LoRAs, and here are {len(config.parts)}")
+        top = config.top_k
+        return {
+            "use_trainable_adapters": config.train_parts,
+            "layerwise_scalings": config.layerwise,
+            "enable_softmax": config.softmax,
+            "softmax_temperature": config.temperature,
+            "top_k_lora": None if top is None or top >= len(config.parts) else top,
+            "enable_softmax_topk": config.softmax_top_k,
+            "xlora_depth": config.depth,
+            "xlora_size": config.width,
+            "xlora_dropout_p": config.dropout,
+            "scaling_pass_value": 0.0,
+            "global_scaling_weight": config.scale * weights[0],
+        }
+
+    def write_options_of_all(self, places: Sequence[Place], model: nn.Module) -> dict[str, Any]:
+        paths = [place.site.module_path for place in places if place.site.role != "stack"]
+        for path in paths:
+            if not path.startswith("model.") or path.startswith("model.model."):
+                raise ExportError(
+                    f"peft opens X-LoRA only where LoRAs stand below a module `model` of the model, and {path} does not"
+                )
+        [stack] = [place.site for place in places if place.site.role == "stack"]
+        return {"hidden_size": stack.out_features}
+
+    def part_differs(self, options: Mapping[str, Any]) -> str:
+        other = [name for name, value in options.items() if name not in (*PLAIN, *PLACES) and value not in OFF]
+        own = [] if options.get("init_lora_weights") is True else ["init_lora_weights"]
+        return next(iter(other + own), "")
+
+    def write_shared(self, name: str, module: nn.Module) -> dict[str, Tensor]:
+        return {f"base_model.{theirs}": tensor for _, theirs, tensor in _layers(module)}
+
+
+def _layers(classifier: nn.Module) -> list[tuple[str, str, Tensor]]:
+    """Returns our name and peft's name of each tensor of a classifier, and the tensor. In peft a dropout of zero is no
+    layer, and has no number."""
+    names, number = [], 0
+    for ours, layer in classifier.named_children():
+        for leaf, tensor in layer.named_parameters():
+            names.append((f"{ours}.{leaf}", f"{STEM}layers.{number}.{leaf}", tensor))
+        number += not (isinstance(layer, nn.Dropout) and layer.p == 0.0)
+    return names
