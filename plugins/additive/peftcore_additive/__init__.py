@@ -45,6 +45,7 @@ def peftcore_translations() -> Mapping[str, str]:
     return {
         "adapterhub/bottleneck": f"{here}.adapterhub:HubBottleneck",
         "adapterhub/lora scale": f"{here}.adapterhub:HubIA3",
+        "adapterhub/prefix_tuning": f"{here}.adapterhub_prompts:HubPrefix",
         "peft/ADAPTION_PROMPT": f"{here}.peft_adaption:PeftAdaptionPrompt",
         "peft/CARTRIDGE": f"{here}.peft_prompts:PeftCartridge",
         "peft/CPT": f"{here}.peft_prompts:PeftCPT",

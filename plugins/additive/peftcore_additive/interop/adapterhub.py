@@ -12,10 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from peftcore import Site
 from peftcore.authoring.branches import is_post_norm
 from peftcore.errors import CheckpointError
-from peftcore.files.formats.adapterhub import HubArchitecture
+from peftcore.files.formats.adapterhub import HubArchitecture, HubPlace
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.targets.resolver import Resolver
@@ -71,7 +70,7 @@ class HubBottleneck(HubArchitecture):
     def role(self, place: str) -> str:
         return "attn.output" if "attention" in place else "mlp.output"
 
-    def read(self, site: Site, operator: Any, found: Found) -> dict[str, Tensor]:
+    def read(self, place: HubPlace, operator: Any, found: Found) -> dict[str, Tensor]:
         tensors = {
             f"{ours}.{part}": found.take(f"{theirs}.{part}", getattr(operator, ours).get_parameter(part).shape)
             for ours, theirs in (("down", "adapter_down.0"), ("up", "adapter_up"))
@@ -97,5 +96,5 @@ class HubIA3(HubArchitecture):
         keys.only("dropout", 0.0)
         return {"method": "ia3", "scale_inputs": []}
 
-    def read(self, site: Site, operator: Any, found: Found) -> dict[str, Tensor]:
+    def read(self, place: HubPlace, operator: Any, found: Found) -> dict[str, Tensor]:
         return {"gain": found.take("lora_B", operator.gain.shape, (*operator.gain.shape, 1))}

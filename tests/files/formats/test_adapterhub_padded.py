@@ -1,0 +1,135 @@
+"""More folders of AdapterHub's `adapters` 1.3.0, in float64 and for a batch with padding: adapterhub_padded/record.py
+wrote them with the outputs of its models."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.errors import CheckpointError, HostMismatch
+
+HERE = Path(__file__).parent / "adapterhub_padded"
+SIZES: dict[str, Any] = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3}
+SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 16}
+SIDES: dict[str, Any] = {"vocab_size": 11, "d_model": 8, "encoder_layers": 2, "decoder_layers": 3}
+SIDES |= {"encoder_ffn_dim": 12, "decoder_ffn_dim": 12, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+SIDES |= {"max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+HOSTS: dict[str, Callable[[], nn.Module]] = {
+    "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES)),
+    "llama": lambda: transformers.LlamaModel(transformers.LlamaConfig(**SIZES, num_key_value_heads=2)),
+    "bart": lambda: transformers.BartModel(transformers.BartConfig(**SIDES)),
+}
+IDS = torch.tensor([[1, 5, 3, 9, 2, 7], [4, 4, 10, 6, 0, 0]])
+MASK = (IDS != 0).long()
+METHODS = {
+    "bert-prefix": "prefix_tuning",
+    "bert-prefix_network": "prefix_tuning",
+    "bert-prefix_ejected": "prefix_tuning",
+    "llama-prefix": "prefix_tuning",
+    "llama-prefix_network": "prefix_tuning",
+    "bart-prefix": "prefix_tuning",
+    "bart-prefix_network": "prefix_tuning",
+    "bert-mam": "config_union",
+    "llama-union": "config_union",
+}
+CHANGES: list[tuple[str, dict[str, Any], str]] = [
+    ("bert-prefix", {"use_gating": True}, "'use_gating' is True"),
+    ("bert-prefix", {"unheard_of": 1}, "unheard_of"),
+    ("bert-prefix", {"prefix_length": 4}, r"control_trans has shape \(144,\), expected \(192,\)"),
+    ("bert-prefix_network", {"non_linearity": "leakyrelu"}, "'non_linearity' is 'leakyrelu'"),
+    ("bart-prefix", {"leave_out": [1]}, "control_trans has shape"),
+    ("llama-union", {"configs": []}, "'configs' is"),
+]
+
+
+@torch.no_grad()
+def host(folder: str) -> Any:
+    """The same numbers as in record.py."""
+    model: Any = HOSTS[folder.partition("-")[0]]().double().eval()
+    model.set_attn_implementation("eager")  # whose softmax is in float32
+    for index, parameter in enumerate(model.parameters()):
+        wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * (0.1 + 0.37 * index) + index)
+        parameter.copy_(0.5 * wave.view(parameter.shape))
+    return model
+
+
+@torch.no_grad()
+def output(model: nn.Module, folder: str) -> Tensor:
+    """The first output, of a model of tokens those that are no padding."""
+    decoded = {"decoder_input_ids": torch.tensor([[2, 3, 4], [2, 5, 6]])} if folder.startswith("bart") else {}
+    first: Tensor = model(input_ids=IDS, attention_mask=MASK, **decoded)[0]
+    return compared(first)
+
+
+def compared(output: Tensor) -> Tensor:
+    return output[MASK.bool()] if output.shape[:2] == MASK.shape else output
+
+
+def changed(folder: str, to: Path, changes: dict[str, Any]) -> Path:
+    shutil.copytree(HERE / folder, to)
+    config = json.loads((to / "adapter_config.json").read_text())
+    config["config"] |= changes
+    (to / "adapter_config.json").write_text(json.dumps(config))
+    return to
+
+
+@pytest.mark.parametrize("folder", METHODS)
+def test_what_the_package_computed(folder: str, tmp_path: Path) -> None:
+    expected = compared(load_file(HERE / folder / "expected.safetensors")["output"])
+    model = host(folder)
+    assert (output(model, folder) - expected).abs().max() > 1e-2
+    injection = peftcore.load(model, HERE / folder)
+    assert injection.method.name == METHODS[folder]
+    torch.testing.assert_close(output(model, folder), expected, atol=1e-9, rtol=1e-9)
+    injection.save(tmp_path / "native")
+    again = host(folder)
+    peftcore.load(again, tmp_path / "native")
+    assert torch.equal(output(again, folder), output(model, folder))
+
+
+@pytest.mark.parametrize(("folder", "changes", "message"), CHANGES)
+def test_what_is_not_computed_is_refused_by_name(
+    folder: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = host(folder)
+    before = output(model, folder)
+    with pytest.raises(CheckpointError, match=message):
+        peftcore.load(model, changed(folder, tmp_path / "adapter", changes))
+    assert torch.equal(output(model, folder), before)
+
+
+def test_copies_of_a_prefix_have_to_agree(tmp_path: Path) -> None:
+    """In each layer the package has the prefix under a name of its own."""
+    folder = changed("bert-prefix", tmp_path / "adapter", {})
+    tensors = load_file(folder / "adapter.safetensors")
+    assert len(tensors) == 4
+    name = next(each for each in tensors if "layer.2" in each)
+    save_file({key: value for key, value in tensors.items() if key != name}, folder / "adapter.safetensors")
+    peftcore.load(host("bert"), folder)
+    save_file({**tensors, name: tensors[name] + 1e-3}, folder / "adapter.safetensors")
+    with pytest.raises(CheckpointError, match="of which it is a copy"):
+        peftcore.load(host("bert"), folder)
+
+
+def test_prefixes_with_relative_positions_are_refused() -> None:
+    sizes: dict[str, Any] = {"vocab_size": 11, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_heads": 2}
+    model = transformers.T5Model(transformers.T5Config(**sizes, num_layers=2, num_decoder_layers=3))
+    with pytest.raises(HostMismatch, match=r"relative positions there, by .*relative_attention_bias"):
+        peftcore.load(model, HERE / "bart-prefix_network")
+
+
+def test_parts_of_a_union_with_one_holder_are_refused(tmp_path: Path) -> None:
+    folder = changed("llama-union", tmp_path / "adapter", {})
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config["config"]["configs"] *= 2
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="have their tensors in one place"):
+        peftcore.load(host("llama"), folder)
