@@ -46,6 +46,8 @@ def peftcore_translations() -> Mapping[str, str]:
         "adapterhub/bottleneck": f"{here}.adapterhub:HubBottleneck",
         "adapterhub/lora scale": f"{here}.adapterhub:HubIA3",
         "adapterhub/prefix_tuning": f"{here}.adapterhub_prompts:HubPrefix",
+        "adapterhub/prompt_tuning": f"{here}.adapterhub_prompts:HubPrompt",
+        "adapterhub/reft": f"{here}.adapterhub_reft:HubReft",
         "peft/ADAPTION_PROMPT": f"{here}.peft_adaption:PeftAdaptionPrompt",
         "peft/CARTRIDGE": f"{here}.peft_prompts:PeftCartridge",
         "peft/CPT": f"{here}.peft_prompts:PeftCPT",

@@ -1,4 +1,9 @@
-"""Prefixes in AdapterHub's files (checked against adapters 1.3.0).
+"""Prefixes and prompts in AdapterHub's files (checked against adapters 1.3.0).
+
+A prompt stands behind the embeddings, and in an encoder without positions for it nothing depends on whether that is in
+front of the first token or behind it ("prefix_after_bos"), but for what a head takes for the first token: that library
+keeps the prompt's rows in its outputs, so a head that pools gets the prompt's first row in the one case, and in the
+other the token, as ours does.
 
 Keys and values of all layers of an encoder, a decoder or its cross-attentions lie in one tensor: a row a position, with
 [key | value] of each layer side by side. Where a network makes them, what it makes is read, as that library's
@@ -19,6 +24,9 @@ from peftcore.errors import CheckpointError, HostMismatch
 from peftcore.files.formats.adapterhub import HubArchitecture, HubPlace
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_prompts import is_listed
+from peftcore.layers.layer import plain_class
+from peftcore.roles.stacks import TokenStack
 from peftcore.targets.resolver import Resolver
 from peftcore.targets.sites import Site
 from peftcore_additive.houlsby_adapter import ACTIVATIONS as FUNCTIONS
@@ -26,6 +34,13 @@ from peftcore_additive.interop.adapterhub import ACTIVATIONS
 
 ROLES = {"self_prefix": "attn.core", "encoder_prefix": "attn.core", "cross_prefix": "cross.core"}
 """Our roles by their names for where a prefix stands; "encoder" is one that a decoder reads."""
+OF_TOKENS = (
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "MODEL_MAPPING",
+)
+"""Where transformers lists models that return something for each token, and pool nothing unless they have a pooler."""
 COPY = "copy "
 """What we put in front of the names of tensors that the file holds a second time."""
 
@@ -97,6 +112,51 @@ class HubPrefix(HubArchitecture):
                 shape = found.shape(tensor)
                 if not torch.equal(found.take(name, shape), found.take(tensor, shape)):
                     found.wrong.append(f"{full} differs from {found.names[tensor]}, of which it is a copy")
+
+
+class HubPrompt(HubArchitecture):
+    """Translates rows behind the embeddings of an encoder."""
+
+    holder = "prompt_tunings"
+
+    def options(self, keys: Keys, shapes: Mapping[str, Any], resolver: Resolver) -> dict[str, Any]:
+        keys.pass_over("prompt_init", "prompt_init_text", "random_uniform_scale", "init_weights_seed")
+        keys.only("combine", "prefix", "prefix_after_bos")
+        if keys.take("combine", str, "prefix") == "prefix" and _may_pool(resolver):
+            raise HostMismatch(
+                f"{keys.where}: with 'combine' = 'prefix' that library pools the prompt's first row, and ours the first "
+                f"token, and {plain_class(resolver.model).__name__} may pool; such prompts are read for models "
+                "that mark, answer or fill in tokens, and for encoders without a pooler"
+            )
+        return {"method": "prompt_tuning", "length": keys.take("prompt_length", int), "behind_embeddings": True}
+
+    def places(self, groups: Mapping[str, Mapping[str, str]], keys: Keys, resolver: Resolver) -> list[HubPlace]:
+        sites = resolver.sites("stack")
+        if len(sites) != 1 or len(groups) != 1:
+            paths = ", ".join(site.module_path for site in sites)
+            raise HostMismatch(f"{keys.where} has a prompt for one stack of tokens; this host has {paths}")
+        return [HubPlace(sites[0], names) for names in groups.values()]
+
+    def read(self, place: HubPlace, operator: Any, found: Found) -> dict[str, Tensor]:
+        return {"prompt": found.take("prompt_embedding.weight", operator.prompt.shape)}
+
+
+def _may_pool(resolver: Resolver) -> bool:
+    """Whether a host may make something of the first row of its outputs alone: it is not for tokens, or it has a pooler
+    behind its blocks."""
+    poolers = [path for stack in resolver.token_stacks() for path in _behind(resolver, stack)]
+    return bool(poolers) or not is_listed(resolver.model, *OF_TOKENS)
+
+
+def _behind(resolver: Resolver, stack: TokenStack) -> list[str]:
+    """Returns the modules of a stack with tensors of their own that stand behind its blocks, but for norms."""
+    entries, modules = resolver.host.entries, resolver.modules
+    inside = [path for path in modules if path.startswith(f"{stack.path}.".lstrip("."))]
+    blocks = tuple(f"{entry.path}." for entry in entries if entry.role == "block")
+    last = max(index for index, path in enumerate(inside) if f"{path}.".startswith(blocks))
+    norms = {entry.path for entry in entries if entry.role.startswith("norm")}
+    held = [path for path in inside[last + 1 :] if any(True for _ in modules[path].parameters(recurse=False))]
+    return [path for path in held if path not in norms]
 
 
 def _sites(resolver: Resolver, where: str) -> list[tuple[int, Site]]:

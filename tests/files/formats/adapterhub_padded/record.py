@@ -14,7 +14,18 @@ from typing import Any
 import adapters
 import torch
 import transformers
-from adapters import ConfigUnion, LoRAConfig, MAMConfig, ParBnConfig, PrefixTuningConfig
+from adapters import (
+    ConfigUnion,
+    DiReftConfig,
+    LoRAConfig,
+    LoReftConfig,
+    MAMConfig,
+    NoReftConfig,
+    ParBnConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    ReftConfig,
+)
 from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
@@ -23,6 +34,8 @@ SIZES |= {"num_attention_heads": 4, "max_position_embeddings": 16}
 SIDES = {"vocab_size": 11, "d_model": 8, "encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 12}
 SIDES |= {"decoder_ffn_dim": 12, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 SIDES |= {"max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+EAGER = {"attn_implementation": "eager"}
+"""With "sdpa" that version masks the prefixes of causal models out, and shows padding to prompts."""
 IDS = torch.tensor([[1, 5, 3, 9, 2, 7], [4, 4, 10, 6, 0, 0]])
 INPUTS = {"input_ids": IDS, "attention_mask": (IDS != 0).long()}
 DECODED = {"decoder_input_ids": torch.tensor([[2, 3, 4], [2, 5, 6]])}
@@ -37,24 +50,34 @@ CONFIGS: dict[str, Any] = {
     "bart-prefix": PrefixTuningConfig(flat=True, prefix_length=3, leave_out=[1, 3]),
     "bart-prefix_network": NETWORK,
     "bert-mam": MAMConfig(NETWORK, ParBnConfig(reduction_factor=2)),
+    "bert-prompt": PromptTuningConfig(prompt_length=3, combine="prefix_after_bos"),
+    "tagger-prompt": PromptTuningConfig(prompt_length=3),
+    "bert-reft": LoReftConfig(r=2),
+    "llama-reft_ends": LoReftConfig(r=2, prefix_positions=2, suffix_positions=3),
+    "bert-reft_tied": ReftConfig([0, 2], 3, 2, 2, orthogonality=True, tied_weights=True, non_linearity="relu"),
+    "llama-reft_free": NoReftConfig(r=2, prefix_positions=2, suffix_positions=1),
+    "bert-reft_direct": DiReftConfig(r=2, prefix_positions=2, suffix_positions=1),
     "llama-union": ConfigUnion(FLAT, LoRAConfig(r=2, alpha=6), ParBnConfig(reduction_factor=2)),
 }
 LAST: dict[str, Callable[[Any], None]] = {"bert-prefix_ejected": lambda model: model.eject_prefix_tuning("trained")}
 """What is done before saving."""
+SINGLE = ("bert-reft",)
+"""In float32: the package makes an end of no positions in it."""
 
 
 @torch.no_grad()
 def host(name: str) -> Any:
     """The same numbers as in tests/files/formats/test_adapterhub_padded.py."""
     if name == "bert":
-        model = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES, **EAGER))
+    elif name == "tagger":
+        model = transformers.RobertaForTokenClassification(transformers.RobertaConfig(**SIZES, **EAGER, pad_token_id=0))
     elif name == "llama":
-        model = transformers.LlamaModel(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
+        model = transformers.LlamaModel(transformers.LlamaConfig(**SIZES, **EAGER, num_key_value_heads=2))
     else:
-        model = transformers.BartModel(transformers.BartConfig(**SIDES))
+        model = transformers.BartModel(transformers.BartConfig(**SIDES, **EAGER))
     model = model.double().eval()
-    model.set_attn_implementation("eager")
-    for index, parameter in enumerate(model.parameters()):
+    for index, (_, parameter) in enumerate(sorted(model.named_parameters())):
         wave = torch.sin(torch.arange(parameter.numel(), dtype=torch.float64) * (0.1 + 0.37 * index) + index)
         parameter.copy_(0.5 * wave.view(parameter.shape))
     return model
@@ -62,10 +85,13 @@ def host(name: str) -> Any:
 
 @torch.no_grad()
 def noise(model: torch.nn.Module) -> None:
-    torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if ".trained." in name or name.startswith("classifier"):
-            parameter.add_(torch.randn_like(parameter) * 0.3)
+            values = torch.randn_like(parameter) * (3.0 if "prompt" in name else 0.3)
+            parameter.add_(values.tril(-1) if name.endswith("weight.original") else values)  # whose diagonal is signs
+    for name, buffer in model.named_buffers():
+        if name.endswith("weight.0.base"):
+            buffer.copy_(torch.linalg.qr(buffer)[0])  # orthonormal in float64 too
 
 
 def converted(folder: Path) -> None:
@@ -81,10 +107,11 @@ def main() -> None:
     for kind, config in CONFIGS.items():
         name = kind.partition("-")[0]
         model = host(name)
+        torch.manual_seed(0)
         adapters.init(model)
         model.add_adapter("trained", config=config)
         model.set_active_adapters("trained")
-        model.double().eval()
+        model.to(torch.float32 if kind in SINGLE else torch.float64).eval()
         noise(model)
         LAST.get(kind, lambda model: None)(model)
         folder = HERE / kind
@@ -93,6 +120,8 @@ def main() -> None:
         converted(folder)
         with torch.no_grad():
             output = model(**INPUTS, **(DECODED if name == "bart" else {}))[0]
+        if kind == "tagger-prompt":
+            output = output[:, config.prompt_length :].contiguous()  # the package keeps the prompt's rows
         save_file({"output": output}, folder / "expected.safetensors")
 
 
