@@ -6,9 +6,9 @@
 
 h is what a block returns, at the first f and the last l positions of the prompt, in each chosen layer; the two ends
 have an R, W, b each unless tied. R starts with random orthonormal rows, W and b as torch's linear layers do (R too,
-where it is free); ``identity=True`` starts at h' = h. R's Cholesky factor keeps its rows orthonormal. As in the authors'
-code, an `activation` acts on W h + b, dropout on h' as a whole, and either end has half of a short prompt at most (one
-token has none). Generated tokens are left alone; what the prompt is, `PromptPositions` says: what comes before the
+where it is free); ``identity=True`` starts at h' = h. R's Cholesky factor keeps its rows orthonormal. As the authors
+have it, an `activation` acts on W h + b, dropout on h' as a whole, and either end has half of a short prompt at most
+(one token has none). Generated tokens are left alone; what the prompt is, `PromptPositions` says: what comes before the
 first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` says it. In encoder-decoder models
 it goes through the encoder; in models of images it is the block's tokens.
 

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftcore
+from peftcore import Fuse
 from peftcore.errors import CheckpointError, HostMismatch
+from peftcore.files.formats.format import recognize
 
 HERE = Path(__file__).parent / "adapterhub_padded"
 SIZES: dict[str, Any] = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3}
@@ -162,7 +164,7 @@ def test_prompts_whose_first_row_is_pooled_are_refused(tmp_path: Path) -> None:
     folder = changed("bert-prompt", tmp_path / "adapter", {"combine": "prefix"})
     for name in ("bert", "bare"):
         model = host("bert") if name == "bert" else host("bert").bert
-        with pytest.raises(HostMismatch, match="pools the prompt's first row"):
+        with pytest.raises(HostMismatch, match="pools a prompt's first row"):
             peftcore.load(model, folder)
     encoder = host("bert").bert
     encoder.pooler = None
@@ -199,3 +201,46 @@ def test_nothing_is_drawn_while_it_is_read() -> None:
     drawn = torch.rand(1)
     torch.manual_seed(3)
     assert torch.equal(torch.rand(1), drawn)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_fusion_over_adapters_that_were_loaded_before(kind: str) -> None:
+    folder, model = HERE / f"fusion-llama-{kind}", host("llama")
+    expected = compared(load_file(folder / "expected.safetensors")["output"])
+    with pytest.raises(CheckpointError, match="load trained, other before"):
+        peftcore.load(model, folder / "fusion")
+    for name in ("trained", "other"):
+        peftcore.load(model, folder / name, name=name)
+    assert difference(output(model, "llama"), expected) > 1e-2
+    fusion = peftcore.load(model, folder / "fusion", name="fusion")
+    assert (fusion.method.name, fusion.config.value) == ("adapter_fusion", kind == "dynamic")
+    peftcore.activate(model, Fuse("other", "trained", by="fusion"))
+    assert difference(output(model, "llama"), expected) < 1e-9
+
+
+@pytest.mark.parametrize("option", ["query_before_ln", "residual_before", "temperature", "unheard_of"])
+def test_fusions_of_other_options_are_refused(option: str, tmp_path: Path) -> None:
+    shutil.copytree(HERE / "fusion-llama-dynamic", tmp_path / "copy")
+    path, model = tmp_path / "copy" / "fusion" / "adapter_fusion_config.json", host("llama")
+    config = json.loads(path.read_text())
+    config["config"][option] = True
+    path.write_text(json.dumps(config))
+    for name in ("trained", "other"):
+        peftcore.load(model, tmp_path / "copy" / name, name=name)
+    with pytest.raises(CheckpointError, match=option):
+        peftcore.load(model, path.parent)
+
+
+def test_fusions_in_front_of_a_norm_are_refused() -> None:
+    folder, model = HERE / "fusion-bert-dynamic", host("bert")
+    for name in ("trained", "other"):
+        peftcore.load(model, folder / name, name=name)
+    with pytest.raises(HostMismatch, match=r"trained acts at bert.encoder.layer.0.output.dense in front of a norm"):
+        peftcore.load(model, folder / "fusion")
+
+
+def test_a_fusion_is_described() -> None:
+    about = recognize(HERE / "fusion-bert-dynamic" / "fusion").describe(HERE / "fusion-bert-dynamic" / "fusion")
+    assert (about.format, about.kind, about.methods) == ("adapterhub_fusion", "fusion", ("adapter_fusion",))
+    assert about.sites == tuple(f"bert.encoder.layer.{layer}.output" for layer in range(3))
+    assert about.options["adapter_names"] == ["trained", "other"]

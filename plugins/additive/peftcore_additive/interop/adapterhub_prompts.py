@@ -78,7 +78,7 @@ class HubPrefix(HubArchitecture):
         if unknown := sorted(held.keys() - ROLES.keys()):
             names = f"{', '.join(unknown)}; read are {', '.join(ROLES)}, of one stack or an encoder and its decoder"
             raise CheckpointError(f"{keys.where} has prefixes at {names}")
-        found, left_out = list[HubPlace](), set(keys.take("leave_out", list, []))
+        found, left_out = list[HubPlace](), keys.take("leave_out", list, [])
         for where, names in held.items():
             sites = [site for number, site in _sites(resolver, where) if number not in left_out]
             _check_positions(resolver, sites, keys)
@@ -93,8 +93,8 @@ class HubPrefix(HubArchitecture):
         part = slice(place.index * width, (place.index + 1) * width)
         if not found.has("wte.weight"):
             return {"prefix": found.take("control_trans", (length * size,)).view(length, size)[:, part]}
-        wide = found.shape("wte.weight")[-1]
-        hidden = found.shape("control_trans.0.bias")[0] if found.has("control_trans.0.bias") else 1
+        wide = found.shape("wte.weight").numel() // length  # of a whole matrix; what is none is refused below
+        hidden = found.shape("control_trans.0.bias").numel() if found.has("control_trans.0.bias") else 1
         rows = found.take("wte.weight", (length, wide))
         weight, bias = (
             found.take("control_trans.0.weight", (hidden, wide)),
@@ -124,7 +124,7 @@ class HubPrompt(HubArchitecture):
         keys.only("combine", "prefix", "prefix_after_bos")
         if keys.take("combine", str, "prefix") == "prefix" and _may_pool(resolver):
             raise HostMismatch(
-                f"{keys.where}: with 'combine' = 'prefix' that library pools the prompt's first row, and ours the first "
+                f"{keys.where}: with 'combine' = 'prefix' that library pools a prompt's first row, and ours the first "
                 f"token, and {plain_class(resolver.model).__name__} may pool; such prompts are read for models "
                 "that mark, answer or fill in tokens, and for encoders without a pooler"
             )

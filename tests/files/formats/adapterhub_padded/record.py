@@ -25,7 +25,9 @@ from adapters import (
     PrefixTuningConfig,
     PromptTuningConfig,
     ReftConfig,
+    SeqBnConfig,
 )
+from adapters.composition import Fuse
 from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
@@ -125,5 +127,33 @@ def main() -> None:
         save_file({"output": output}, folder / "expected.safetensors")
 
 
+def fused(name: str, kind: str) -> None:
+    model = host(name)
+    torch.manual_seed(0)
+    adapters.init(model)
+    for adapter in ("trained", "other"):
+        model.add_adapter(adapter, config=SeqBnConfig(reduction_factor=2))
+    setup = Fuse("trained", "other")
+    model.add_adapter_fusion(setup, kind)
+    model.set_active_adapters(setup)
+    model.double().eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".trained" in key or ".other" in key:
+                parameter.add_(torch.randn_like(parameter) * 0.5)
+    folder = HERE / f"fusion-{name}-{kind}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for adapter in ("trained", "other"):
+        model.save_adapter(str(folder / adapter), adapter, use_safetensors=True, with_head=False)
+    model.save_adapter_fusion(str(folder / "fusion"), setup, use_safetensors=True)
+    with torch.no_grad():
+        output = model(**INPUTS)[0]
+    save_file({"output": output}, folder / "expected.safetensors")
+
+
 if __name__ == "__main__":
     main()
+    fused("llama", "dynamic")
+    fused("llama", "static")
+    fused("bert", "dynamic")
