@@ -1,8 +1,7 @@
 """Bottleneck adapters and (IA)^3 in AdapterHub's files (checked against adapters 1.3.0).
 
 What the library calls `seq_bn`, `double_seq_bn` and `par_bn` are our Pfeiffer, Houlsby and parallel adapters; which one
-a file holds is said by where the adapter stands, what it reads and how its output is added. Prompts are not read: that
-library puts them behind the embeddings, with no positions of their own, which none of our methods does.
+a file holds is said by where the adapter stands, what it reads and how its output is added.
 """
 
 from __future__ import annotations
