@@ -97,10 +97,13 @@ class PromptPositions:
     input. A step that adds one token to a cache is no prompt.
     """
 
-    def __init__(self, depth: int, generates: bool, first: int, last: int, halves: bool) -> None:
+    def __init__(
+        self, depth: int, generates: bool, first: int, last: int, halves: bool, last_wins: bool = False
+    ) -> None:
         """Set which positions: `first` and `last` ones, and whether either has half of the prompt at most; without
-        `halves` the first ones come first."""
+        `halves` the first ones come first, or the last ones where these win."""
         self.depth, self.generates, self.first, self.last, self.halves = depth, generates, first, last, halves
+        self.last_wins = last_wins
 
     def positions(self, hidden: Tensor, given: Mapping[str, Any], training: bool) -> tuple[Tensor, Tensor] | None:
         """Returns masks ``[batch or 1, tokens]`` of the first and of the last positions (none is in both), for the
@@ -134,8 +137,8 @@ class PromptPositions:
         real, index = real[:, held : held + new], index[:, held : held + new]
         most = length // 2 if self.halves else length  # of either end
         front = real & (index < length) & (index < most.clamp_max(self.first))
-        back = real & (index < length) & (index >= length - most.clamp_max(self.last)) & ~front
-        return front, back
+        back = real & (index < length) & (index >= length - most.clamp_max(self.last))
+        return (front & ~back, back) if self.last_wins else (front, back & ~front)
 
     @property
     def settled(self) -> int:

@@ -215,14 +215,18 @@ class Surgeon:
         edited."""
         return locate_attention(site, self.resolver)
 
-    def sequence(self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None) -> O:
+    def sequence(
+        self, site: Site, operator: Callable[..., O], config: MethodConfig | None = None, behind: bool = False
+    ) -> O:
         """Put ``operator(site, config)``, a `SequenceOperator`, at a stack: its virtual tokens go in front of the
-        tokens.
+        tokens; with `behind`, once these are embedded, with their positions.
 
         Raises:
-            UnsupportedSite: the site is no stack: no module that takes token ids, embeds them and runs blocks.
+            UnsupportedSite: the site is no stack: no module that takes token ids, embeds them and runs blocks; or the
+                stack has no place behind its embeddings.
         """
         found = self.sequence_site(site)
+        found = found.behind_embeddings() if behind else found
         return self.graft(found, operator, config, found.places)
 
     def sequence_site(self, site: Site) -> SequenceSite:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,8 @@ MARKS = ("token_type_ids", "mm_token_type_ids", "visual_pos_masks")
 PACKING = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 """Arguments of batches that pack several sequences into one."""
 KNOWN = frozenset({IDS, EMBEDS, MASK, POSITIONS, STEPS, MEMORY, MEMORY_MASK, *MARKS, *CACHES})
+MASKING = frozenset({MASK, "mask"})
+"""Arguments by which embeddings are told of padding."""
 FORM = "sequence"
 ENTRY, BODY, READER = f"{FORM}.entry", f"{FORM}.body", f"{FORM}.reader"
 
@@ -56,10 +58,32 @@ class SequenceSite(Site):
     """The stack that embeds ids and runs blocks."""
     places: tuple[Site, ...] = ()
     """The operator's further sites: where embeddings enter, where blocks end, and modules that read the output."""
+    behind: bool = False
+    """Whether rows stand in front of what the module returns at which embeddings enter, and not of what it takes."""
 
     @property
     def path(self) -> str:
         return f"{self.module_path}:{FORM}".lstrip(":")
+
+    def behind_embeddings(self) -> SequenceSite:
+        """Returns the stack as a site of rows that stand behind all that makes embeddings of its tokens: their
+        positions and types, and the norm.
+
+        Raises:
+            UnsupportedSite: no module makes them, or more than the blocks would have to know of the rows.
+        """
+        name, below, _ = self.stack.table.partition(".")
+        module = self.module.get_submodule(name)
+        alone = not (self.stack.causal or self.stack.reads or self.stack.readers)
+        if not below or not alone or MASKING & set(arguments(type(module))):
+            raise UnsupportedSite(
+                f"{self.module_path or 'the host'} has no place behind its embeddings for rows without positions: that "
+                "takes an encoder that stands alone, in which one module makes embeddings of ids and of nothing else"
+            )
+        path = f"{self.module_path}.{name}".lstrip(".")
+        entry = Site(module, path, "", Layer(), form=ENTRY, meta=self.meta)
+        others = tuple(place for place in self.places if place.form != ENTRY)
+        return replace(self, stack=replace(self.stack, entry=path), places=(*others, entry), behind=True)
 
     def embedded(self, ids: Tensor) -> Tensor:
         """Returns the stack's embeddings of ids, scaled as it scales; shape only while planning."""
@@ -125,7 +149,7 @@ class SequenceOperator(Operator):
 
     def __init__(self, site: SequenceSite, length: int) -> None:
         super().__init__(site)
-        self.length, self.width, self.stack = length, site.out_features, site.stack
+        self.length, self.width, self.stack, self.behind = length, site.out_features, site.stack, site.behind
         self.names = {place.form: arguments(type(place.module)) for place in (site, *site.places)}
         self.stamp = uuid.uuid4().hex  # copies of a host keep it, so caches go with copies
         self.entering = Tap()  # where the rows stand that enter with this forward; None where a cache has them
@@ -179,7 +203,7 @@ class SequenceOperator(Operator):
 
     def _wrap(self, module: nn.Module, call: Callable[..., Any], given: dict[str, Any]) -> Any:
         """Run a stack whose embeddings come in further in; here are the mask and the outputs."""
-        batch, tokens = given[IDS].shape
+        batch, tokens = (given[IDS] if given.get(EMBEDS) is None else given[EMBEDS]).shape[:2]
         order = self._order(given.get(MASK), batch, tokens)
         self.entering.put(order)
         given[MASK] = Front(module, order, True, self.stack.causal, EMPTY).extend(given.get(MASK), tokens)
@@ -187,8 +211,10 @@ class SequenceOperator(Operator):
 
     def _embed(self, module: nn.Module, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the embeddings of such a stack."""
-        given = self._bind(ENTRY, args, kwargs)
-        self._enter(module, given, self.entering.get() or Order(self.length), EMPTY)
+        given, order = self._bind(ENTRY, args, kwargs), self.entering.get() or Order(self.length)
+        if self.behind:
+            return order.put(self._with_rows(call(**given)))
+        self._enter(module, given, order, EMPTY)
         return call(**given)
 
     def _enter(self, module: nn.Module, given: dict[str, Any], order: Order, cache: Opened) -> None:
@@ -209,17 +235,21 @@ class SequenceOperator(Operator):
         ids, embeds = given.get(IDS), given.get(EMBEDS)
         if embeds is None:
             embeds = self._table(module)(ids)
-        rows = self.rows(embeds)
-        self.check_here(rows, embeds)
-        if rows.shape[-2:] != (self.length, embeds.shape[-1]):
-            raise PluginError(f"{type(self).__name__}.rows gives {tuple(rows.shape)}, not {self.length} rows")
-        (rows,) = self.cast(embeds, rows)
         padding = self.stack.position_padding
         if given.get(POSITIONS) is None and padding is not None and ids is not None:
             count = (ids != padding).cumsum(1) * (ids != padding)  # as the host counts where it has ids
             given[POSITIONS] = count + padding
         given[IDS] = None
-        given[EMBEDS] = order.put(torch.cat([rows.expand(len(embeds), -1, -1), embeds], dim=1))
+        given[EMBEDS] = order.put(self._with_rows(embeds))
+
+    def _with_rows(self, embeds: Tensor) -> Tensor:
+        """Returns embeddings with the rows in front."""
+        rows = self.rows(embeds)
+        self.check_here(rows, embeds)
+        if rows.shape[-2:] != (self.length, embeds.shape[-1]):
+            raise PluginError(f"{type(self).__name__}.rows gives {tuple(rows.shape)}, not {self.length} rows")
+        (rows,) = self.cast(embeds, rows)
+        return torch.cat([rows.expand(len(embeds), -1, -1), embeds], dim=1)
 
     def _shifted(self, given: Mapping[str, Any], order: Order, enter: bool) -> dict[str, Any]:
         """Returns the arguments that count or describe tokens, extended for the rows in front: their positions go on

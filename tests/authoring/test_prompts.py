@@ -48,7 +48,7 @@ Inside = Callable[..., None]
 def ends(first: int, last: int, tokens: int, rows: int = 1, **how: Any) -> list[list[list[int]]] | None:
     """The first and the last positions of each row."""
     given, halves = how.get("given", {}), how.get("halves", False)
-    found = PromptPositions(0, True, first, last, halves).positions(
+    found = PromptPositions(0, True, first, last, halves, how.get("last_wins", False)).positions(
         torch.zeros(rows, tokens, 4), given, how.get("training", True)
     )
     return None if found is None else [[row.nonzero().flatten().tolist() for row in mask] for mask in found]
@@ -58,6 +58,7 @@ def test_without_a_word_the_whole_input_is_the_prompt(inside: Inside) -> None:
     inside()
     assert ends(2, 1, 5) == [[[0, 1]], [[4]]]
     assert ends(3, 3, 4) == [[[0, 1, 2]], [[3]]], "the first ones come first"
+    assert ends(3, 3, 4, last_wins=True) == [[[0]], [[1, 2, 3]]], "or the last ones do"
     assert ends(3, 3, 4, halves=True) == [[[0, 1]], [[2, 3]]]
 
 

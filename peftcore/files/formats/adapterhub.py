@@ -3,19 +3,20 @@
 A name such as ``bert.encoder.layer.0.output.adapters.sst.adapter_up.weight`` has the path where that library wraps a
 model, a holder, the adapter's name, and a tensor. How one of its architectures is one of our methods is said by a
 `HubArchitecture`, which the plugin of the method brings under ``"adapterhub/ARCHITECTURE"`` in the hook
-`peftcore_translations`.
+`peftcore_translations`. A union of architectures is told apart by their holders, and read as our `config_union`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from peftcore.errors import CheckpointError, HostMismatch
+from peftcore.errors import CheckpointError, HostMismatch, shown
 from peftcore.files.envelope import SavedSite
 from peftcore.files.formats.composing import composed, with_overrides
 from peftcore.files.formats.description import Description, trouble, unique
@@ -31,8 +32,21 @@ from peftcore.targets.resolver import Resolver
 from peftcore.targets.sites import Site
 
 CONFIG, TENSORS, HEAD = "adapter_config.json", "adapter.safetensors", "model_head.safetensors"
-PLAIN = "bottleneck"
-"""The architecture of files that name none."""
+PLAIN, UNION = "bottleneck", "union"
+"""The architecture of files that name none, and that of several."""
+
+
+@dataclass(frozen=True)
+class HubPlace:
+    """One site of ours, with the tensors of the file that belong to it."""
+
+    site: Site
+    names: Mapping[str, str]
+    """Their full names, by their names behind the adapter's."""
+    index: int = 0
+    """Its number among the sites whose values the same tensors hold."""
+    count: int = 1
+    """How many such sites there are."""
 
 
 class HubArchitecture(ABC):
@@ -49,12 +63,41 @@ class HubArchitecture(ABC):
             CheckpointError: our method cannot compute theirs.
         """
 
+    def module(self, place: str) -> str:
+        """Returns the path of the module that a place stands at."""
+        return place
+
     def role(self, place: str) -> str | None:
         """Returns the role by which our site is found in the block of a place; None where the place is the module."""
         return None
 
+    def places(self, groups: Mapping[str, Mapping[str, str]], keys: Keys, resolver: Resolver) -> list[HubPlace]:
+        """Returns our sites with their tensors, from the names of tensors by the place that they stand at: one site a
+        place, unless an architecture has its tensors elsewhere.
+
+        Raises:
+            HostMismatch: the host lacks the modules.
+            CheckpointError: our method does not act where the options say.
+        """
+        roles = {place: self.role(place) for place in groups}
+        modules = {place: self.module(place) if roles[place] is None else _block(place) for place in groups}
+        blocks = {entry.block for entry in resolver.host.entries if entry.block is not None}
+        here = blocks if any(roles.values()) else resolver.modules.keys()
+        move = find_move(modules.values(), here, f"the adapter of {keys.where}")
+        found = []
+        for place, role in roles.items():
+            path = move(modules[place])
+            if role is None:
+                found.append(HubPlace(resolver.module_site(path), groups[place]))
+                continue
+            inside = [site for site in resolver.sites(role) if f"{site.module_path}.".startswith(f"{path}.")]
+            if not inside:
+                raise HostMismatch(f"the adapter of {keys.where} stands at {place}, but {path} has no {role} here")
+            found.append(HubPlace(inside[0], groups[place]))
+        return found
+
     @abstractmethod
-    def read(self, site: Site, operator: Any, found: Found) -> dict[str, Tensor]:
+    def read(self, place: HubPlace, operator: Any, found: Found) -> dict[str, Tensor]:
         """Returns one operator's tensors by our names."""
 
 
@@ -74,47 +117,61 @@ class AdapterHub(Format):
         return isinstance(data.get("config"), dict) and "peft_type" not in data
 
     def open(self, path: Path, model: nn.Module) -> Content:
-        whole, keys, kind = _read(path)
+        whole, parts = _read(path)
         name = whole.take("name", str)
         whole.check_known()
-        architecture = _architecture(kind, keys.where)
+        architectures = [_architecture(kind, keys.where) for keys, kind in parts]
         if not (path / TENSORS).exists():
             held = ", ".join(sorted(each.name for each in path.iterdir()))
             raise CheckpointError(
                 f"{path} has no {TENSORS}, only {held}: in adapters, save with use_safetensors=True; a .bin is a "
-                "pickle, which can run any code when it is read"
+                "pickle, which can run any code when it is read. If you trust it, convert it once: safetensors.torch"
+                ".save_file({k: v.clone() for k, v in torch.load(file, weights_only=True).items()}, "
+                f'"{TENSORS}"), which also does for prefixes, that adapters saves in no other way'
             )
         head = TensorFile(path / HEAD) if (path / HEAD).exists() else None
-        return HubContent(keys, name, TensorFile(path / TENSORS), head, architecture, model)
+        described = [(keys, architecture) for (keys, _), architecture in zip(parts, architectures, strict=True)]
+        return HubContent(described, name, TensorFile(path / TENSORS), head, model)
 
     def describe(self, path: Path) -> Description:
-        whole, keys, kind = _read(path)
+        whole, parts = _read(path)
         file, name = TensorFile(path / TENSORS), whole.take("name", str)
-        sites: tuple[str, ...] = ()
-        problem = trouble(lambda: _architecture(kind, keys.where))
-        if not problem:
+        sites: list[str] = []
+        problem = trouble(lambda: [_architecture(kind, keys.where) for keys, kind in parts])
+        for keys, kind in parts if not problem else ():
             middle = f".{_architecture(kind, keys.where).holder}.{name}."
-            sites = unique(full.partition(middle)[0] for full in file.shapes if middle in full)
+            sites += unique(full.partition(middle)[0] for full in file.shapes if middle in full)
         return Description(
             self.name,
             (file, TensorFile(path / HEAD)) if (path / HEAD).exists() else (file,),
-            kind=kind,
-            options=keys.data,
+            kind=" + ".join(kind for _, kind in parts),
+            options=whole.data["config"],
             base=whole.take("model_name", str, ""),
             host=whole.take("model_class", str, ""),
-            sites=sites,
+            sites=unique(sites),
             trained=TensorFile(path / HEAD).shapes if (path / HEAD).exists() else {},
             problem=problem,
         )
 
 
-def _read(path: Path) -> tuple[Keys, Keys, str]:
-    """Returns the options of the whole file, those of the adapter, and its architecture."""
+def _read(path: Path) -> tuple[Keys, list[tuple[Keys, str]]]:
+    """Returns the options of the whole file, and those of each architecture in it with its name."""
     whole = Keys(read_json(path / CONFIG), path / CONFIG)
     whole.pass_over("model_class", "model_name", "model_type", "hidden_size", "version", "config_id")
     keys = Keys(whole.take("config", dict), whole.where)
-    kind = keys.take("architecture", str, PLAIN)
-    return whole, keys, " ".join([kind, *[m for m in [keys.take("composition_mode", str, "add")] if m != "add"]])
+    if keys.take("architecture", str, PLAIN) != UNION:
+        return whole, [(keys, _kind(keys))]
+    parts = keys.take("configs", list)
+    keys.check_known()
+    if not parts or not all(isinstance(each, dict) for each in parts):
+        raise CheckpointError(f"{whole.where}: 'configs' is {shown(parts)}, expected the options of each part")
+    return whole, [(part, _kind(part)) for part in (Keys(each, whole.where) for each in parts)]
+
+
+def _kind(keys: Keys) -> str:
+    """Returns the name of an architecture, with how it composes where that is not by adding."""
+    kind, mode = keys.take("architecture", str, PLAIN), keys.take("composition_mode", str, "add")
+    return kind if mode == "add" else f"{kind} {mode}"
 
 
 def _architecture(kind: str, where: Path) -> HubArchitecture:
@@ -135,61 +192,59 @@ class HubContent(Content):
     """An adapter of AdapterHub for one host."""
 
     def __init__(
-        self, keys: Keys, name: str, file: TensorFile, head: TensorFile | None, architecture: HubArchitecture,
+        self,
+        parts: Sequence[tuple[Keys, HubArchitecture]],
+        name: str,
+        file: TensorFile,
+        head: TensorFile | None,
         model: nn.Module,
-    ) -> None:  # fmt: skip
-        self.file, self.head, self.architecture = file, head, architecture
-        self.wrong: list[str] = []
-        middle, grouped = f".{architecture.holder}.{name}.", dict[str, dict[str, str]]()
-        for full in file.shapes:
-            place, found, tensor = full.partition(middle)
-            if found:
-                grouped.setdefault(place, {})[tensor] = full
-            else:
-                self.wrong.append(f"unknown {full}")
-        if not grouped:
-            raise CheckpointError(f"{file.path} holds no tensors of {name!r}, which {CONFIG} speaks of")
-        shapes = {place: {key: file.shapes[full] for key, full in names.items()} for place, names in grouped.items()}
+    ) -> None:
+        self.file, self.head, self.wrong = file, head, list[str]()
+        groups = self._groups([architecture.holder for _, architecture in parts], name, parts[0][0].where)
         resolver = Resolver(model, host_map(model), layer_of)
-        options = {place: architecture.options(keys, each, resolver) for place, each in shapes.items()}
-        keys.check_known()
-        sites = self._sites(list(grouped), resolver)
-        self.groups = [(sites[place], names) for place, names in grouped.items()]
-        config = with_overrides({sites[place].path: each for place, each in options.items()})
+        self.parts: list[tuple[HubArchitecture, list[HubPlace]]] = []
+        configs = []
+        for keys, architecture in parts:
+            places = architecture.places(groups[architecture.holder], keys, resolver)
+            options = {}
+            for each in places:
+                shapes = {key: file.shapes[full] for key, full in each.names.items()}
+                options[each.site.path] = architecture.options(keys, shapes, resolver)
+            keys.check_known()
+            configs.append(with_overrides(options))
+            self.parts.append((architecture, places))
         parameters = dict(model.named_parameters(remove_duplicate=False))
         self.train = [path for path in head.shapes if path in parameters] if head else []
         if head:
             self.wrong += [f"unknown {path} in {HEAD}" for path in head.shapes if path not in parameters]
         envelope = composed(
-            [config],
-            [{"": [SavedSite.of(site) for site, _ in self.groups]}],
+            configs,
+            [{"": [SavedSite.of(each.site) for each in places]} for _, places in self.parts],
             dtypes=file.dtypes.values(),
-            target=[site.module_path for site, _ in self.groups],
+            target=unique(each.site.module_path for _, places in self.parts for each in places),
             train=self.train,
         )
         super().__init__(envelope, file.path)
 
-    def _sites(self, places: list[str], resolver: Resolver) -> dict[str, Site]:
-        """Returns our sites by their place.
+    def _groups(self, holders: Sequence[str], name: str, where: Path) -> dict[str, dict[str, dict[str, str]]]:
+        """Returns the full names of tensors by holder, place and name behind the adapter's.
 
         Raises:
-            HostMismatch: the host lacks the modules.
+            CheckpointError: a holder has none, or two architectures share one.
         """
-        roles = {place: self.architecture.role(place) for place in places}
-        modules = {place: place if roles[place] is None else _block(place) for place in places}
-        blocks = {entry.block for entry in resolver.host.entries if entry.block is not None}
-        here = blocks if any(roles.values()) else resolver.modules.keys()
-        move = find_move(modules.values(), here, f"the adapter in {self.file.path}")
-        found: dict[str, Site] = {}
-        for place, role in roles.items():
-            path = move(modules[place])
-            if role is None:
-                found[place] = resolver.module_site(path)
-                continue
-            inside = [site for site in resolver.sites(role) if f"{site.module_path}.".startswith(f"{path}.")]
-            if not inside:
-                raise HostMismatch(f"the adapter in {self.file.path} stands at {place}, but {path} has no {role} here")
-            found[place] = inside[0]
+        if len(set(holders)) < len(holders):
+            raise CheckpointError(f"{where}: parts of this union have their tensors in one place, {sorted(holders)}")
+        found: dict[str, dict[str, dict[str, str]]] = {holder: {} for holder in holders}
+        for full in self.file.shapes:
+            for holder, groups in found.items():
+                place, middle, tensor = full.partition(f".{holder}.{name}.")
+                if middle:
+                    groups.setdefault(place, {})[tensor] = full
+                    break
+            else:
+                self.wrong.append(f"unknown {full}")
+        if not all(found.values()):
+            raise CheckpointError(f"{self.file.path} holds no tensors of {name!r}, which {CONFIG} speaks of")
         return found
 
     def tensors(self, surgeon: Surgeon, strict: bool) -> dict[str, Tensor]:
@@ -198,22 +253,31 @@ class HubContent(Content):
         def read(name: str) -> Tensor:
             return self.file.read([name])[name]
 
-        here = {
-            site.path: Found(names, self.file.shapes, read, wrong, used)
-            for site, (_, names) in zip(surgeon.selections.get("", ()), self.groups, strict=False)
-        }
-        tensors: dict[str, Tensor] = {}
+        several, tensors = len(self.parts) > 1, dict[str, Tensor]()
+        for index, (architecture, places) in enumerate(self.parts):
+            part = f"{index}/" if several else ""
+            chosen = surgeon.selections.get(part, ())
+            here = {site.module_path: each for site, each in zip(chosen, places, strict=False)}
+            for graft in surgeon.grafts:
+                if graft.by_method and graft.part == part and graft.operator.state_dict():
+                    place = here[_above(graft.site, here)]
+                    found = Found(place.names, self.file.shapes, read, wrong, used)
+                    values = architecture.read(place, graft.operator, found)
+                    tensors |= {f"{graft.key}.{name}": value for name, value in values.items()}
         for graft in surgeon.grafts:
             path = f"{graft.site.module_path}.{graft.site.tensor}".lstrip(".")
             if not graft.by_method and self.head is not None:
                 tensors[f"{graft.key}.value"] = self.head.read([path])[path]
-            elif graft.operator.state_dict():
-                values = self.architecture.read(graft.site, graft.operator, here[graft.site.path])
-                tensors |= {f"{graft.key}.{name}": value for name, value in values.items()}
         wrong += [f"unknown {name}" for name in sorted(self.file.shapes.keys() - used)]
         if strict and wrong:
             raise CheckpointError(f"{self.where}: {'; '.join(dict.fromkeys(wrong))}")
         return tensors
+
+
+def _above(site: Site, paths: Iterable[str]) -> str:
+    """Returns which of the selected modules an operator's site is, or is in: an attention is inside of the module that
+    was selected."""
+    return max((path for path in paths if f"{site.module_path}.".startswith(f"{path}.".lstrip("."))), key=len)
 
 
 def _block(place: str) -> str:

@@ -124,13 +124,17 @@ def halves(keys: Keys) -> int:
 
 def task_of(model: nn.Module) -> str | None:
     """Returns peft's task of a model of transformers, which decides how peft runs it; None for others."""
+    return next((task for task, listed in TASKS.items() if is_listed(model, listed)), None)
+
+
+def is_listed(model: nn.Module, *mappings: str) -> bool:
+    """Whether transformers lists the class of a model in one of these mappings, by their names in its Auto classes."""
     auto = importlib.import_module("transformers.models.auto.modeling_auto") if "transformers" in sys.modules else None
-    config = vars(model).get("config")
-    for task, listed in TASKS.items() if auto is not None else ():
-        made = getattr(auto, listed).get(type(config), ())
+    for listed in mappings if auto is not None else ():
+        made = getattr(auto, listed).get(type(vars(model).get("config")), ())
         if issubclass(plain_class(model), made if isinstance(made, tuple) else (made,)):
-            return task
-    return None
+            return True
+    return False
 
 
 def resolver_of(model: nn.Module) -> Resolver:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import Checked, full_precision
+from peftcore_additive.houlsby_adapter import ACTIVATIONS
 
 
 class Intervention(Checked):
@@ -24,6 +25,7 @@ class Intervention(Checked):
             with torch.no_grad():
                 self.learned.weight.copy_(self.R if self.subtracts else torch.zeros_like(self.R))
                 self.learned.bias.zero_()
+        self.activation = ACTIVATIONS[config.activation]() if config.activation else None
         self.dropout = nn.Dropout(config.dropout)
 
     def wrong_values(self, values: Mapping[str, Tensor]) -> Iterator[str]:
@@ -45,5 +47,8 @@ class Intervention(Checked):
 
     def forward(self, h: Tensor) -> Tensor:
         R, weight, bias = (each.to(h.dtype) for each in (self.rotation(), self.learned.weight, self.learned.bias))
-        moved = nn.functional.linear(h, weight - R if self.subtracts else weight, bias)  # [..., r]
+        if self.activation is None:
+            moved = nn.functional.linear(h, weight - R if self.subtracts else weight, bias)  # [..., r]
+        else:
+            moved = self.activation(nn.functional.linear(h, weight, bias)) - (h @ R.T if self.subtracts else 0)
         return self.dropout(h + moved @ R)

@@ -6,11 +6,11 @@
 
 h is what a block returns, at the first f and the last l positions of the prompt, in each chosen layer; the two ends
 have an R, W, b each unless tied. R starts with random orthonormal rows, W and b as torch's linear layers do (R too,
-where it is free); ``identity=True`` starts at h' = h. R's Cholesky factor keeps its rows orthonormal. Dropout acts on
-h' as a whole, as in the authors' code. Generated tokens are left alone; what the prompt is, `PromptPositions` says:
-what comes before the first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` says it. In
-encoder-decoder models it goes through the encoder; in models of images it is the block's tokens. As in the authors'
-code, either end has half of a short prompt at most (one token has none).
+where it is free); ``identity=True`` starts at h' = h. R's Cholesky factor keeps its rows orthonormal. As the authors
+have it, an `activation` acts on W h + b, dropout on h' as a whole, and either end has half of a short prompt at most
+(one token has none). Generated tokens are left alone; what the prompt is, `PromptPositions` says: what comes before the
+first label, or the whole input, unless ``peftcore.call(model, prompt_length=...)`` says it. In encoder-decoder models
+it goes through the encoder; in models of images it is the block's tokens.
 
 Parameters: 2 d r + r for each end (one end when tied), each layer.
 
@@ -55,14 +55,17 @@ class Config(MethodConfig):
     """The first positions f of the prompt."""
     suffix_positions: NonNegativeInt = 0
     """The last positions l of the prompt."""
-    short_prompts: Literal["half", "first"] = "half"
-    """Either end has at most half of the prompt; or the first positions come first, and the last ones get the rest."""
+    short_prompts: Literal["half", "first", "last"] = "half"
+    """Either end has at most half of the prompt; or the first positions come first, and the last ones get the rest; or
+    the other way round, as the adapters package has it."""
     layers: list[NonNegativeInt] | None = None
     """The layers, by number; None takes all."""
     tied: bool = False
     """One intervention for both ends of the prompt."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Probability with which numbers of h' are dropped in training."""
+    activation: Literal["gelu", "relu", "silu", "tanh"] | None = None
+    """A non-linearity of W h + b; the paper has none."""
     identity: bool = False
     """Start at h' = h: W = R and b = 0 (W = 0 and b = 0 in direft)."""
 
@@ -70,6 +73,8 @@ class Config(MethodConfig):
     def _somewhere(self) -> Self:
         if not self.prefix_positions + self.suffix_positions:
             raise ValueError("prefix_positions and suffix_positions are both 0: there is nothing to intervene on")
+        if self.identity and self.activation and self.kind != "direft":
+            raise ValueError("identity=True starts at W = R, which does nothing only without an activation")
         return self
 
 
@@ -81,8 +86,8 @@ class ReftOperator(Operator):
         if config.rank > site.width:
             raise UnsupportedSite(f"{site.path} is {site.width} wide, which has no subspace of rank {config.rank}")
         self.names = site.arguments
-        halves = config.short_prompts == "half"
-        self.prompt = PromptPositions(site.depth, generates, config.prefix_positions, config.suffix_positions, halves)
+        first, last, short = config.prefix_positions, config.suffix_positions, config.short_prompts
+        self.prompt = PromptPositions(site.depth, generates, first, last, short == "half", last_wins=short == "last")
         ends = {"prefix": config.prefix_positions, "suffix": config.suffix_positions}
         names = ["both"] if config.tied else [name for name, count in ends.items() if count]
         self.ends = nn.ModuleDict({name: Intervention(site.width, config) for name in names})

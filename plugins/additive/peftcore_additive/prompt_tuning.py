@@ -39,6 +39,9 @@ class Config(MethodConfig):
     init_ids: list[NonNegativeInt] = Field(default_factory=list)
     """Start from the embeddings of these tokens instead (a text, the names of the classes), repeated or cut to the
     prompt's length."""
+    behind_embeddings: bool = False
+    """Put P behind all that makes embeddings of tokens, so that its rows have no positions and meet no norm, and tokens
+    keep their positions: what the adapters package does; for encoders alone."""
 
 
 class PromptOperator(SequenceOperator):
@@ -82,7 +85,7 @@ class PromptTuning(Method):
 
     def inject(self, model: nn.Module, config: Config, surgeon: Surgeon) -> None:
         for site in surgeon.sites():
-            surgeon.sequence(site, PromptOperator, config)
+            surgeon.sequence(site, PromptOperator, config, behind=config.behind_embeddings)
 
     @staticmethod
     def parameter_count(site: Site, config: Config) -> int:

@@ -60,6 +60,10 @@ HELD: Held = {
     ("loreft", "layers"): (None, f"{REFT}/original_code/README.md: -l all"),
     ("loreft", "tied"): (False, f"{REFT}/train.py: --share_weights is store_true"),
     ("loreft", "dropout"): (0.0, f"{REFT}/train.py: --dropout default=0.00"),
+    ("loreft", "activation"): (
+        None,
+        'stanfordnlp/pyreft@0b9aef9, pyreft/interventions.py: self.act_fn = ACT2FN["linear"] where none is given',
+    ),
     ("lst", "reduction"): (
         8,
         f"{LST}, seq2seq/scripts/ladder_side_tuning_base.sh: r=8, given as task_reduction_factor",

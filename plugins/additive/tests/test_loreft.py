@@ -71,7 +71,9 @@ def orthonormal(R: Tensor) -> Tensor:
     return (q * r.diagonal().sign()).T
 
 
-def expect(block: nn.Module, tensors: dict[str, Tensor], kind: str, ends: dict[str, Positions]) -> None:
+def expect(
+    block: nn.Module, tensors: dict[str, Tensor], kind: str, ends: dict[str, Positions], function: str | None = None
+) -> None:
     """The equation as a hook on a block, at positions that are written down by hand."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -83,7 +85,8 @@ def expect(block: nn.Module, tensors: dict[str, Tensor], kind: str, ends: dict[s
             R = orthonormal(R) if kind == "loreft" else R
             for row, token in positions:
                 state = h[row, token]
-                source = W @ state + b - (0 if kind == "direft" else R @ state)
+                source = W @ state + b if function is None else getattr(torch, function)(W @ state + b)
+                source = source - (0 if kind == "direft" else R @ state)
                 new[row, token] = state + R.T @ source
         return (new, *output[1:]) if isinstance(output, tuple) else new
 
@@ -106,7 +109,7 @@ def compare(
     for path in paths:
         parameters = injection.operators[path].named_parameters()
         copies[path] = {key: p.detach().clone().requires_grad_() for key, p in parameters}
-        expect(base.get_submodule(path), copies[path], options.get("kind", "loreft"), ends)
+        expect(base.get_submodule(path), copies[path], options.get("kind", "loreft"), ends, options.get("activation"))
     with peftcore.call(model, **(context or {})):
         ours = run(name, model, inputs)
     expected = run(name, base, inputs)
@@ -166,6 +169,26 @@ def test_where_ends_overlap_the_first_positions_may_come_first() -> None:
     front = [(0, token) for token in range(4)] + [(1, token) for token in range(3)]
     options: Any = {"prefix_positions": 4, "suffix_positions": 4, "short_prompts": "first"}
     compare("llama", inputs, {"prefix": front, "suffix": [(0, 4)]}, **options)
+
+
+def test_where_ends_overlap_the_last_positions_may_come_first() -> None:
+    _, inputs = host("llama")
+    back = [(0, token) for token in range(1, 5)] + [(1, token) for token in range(3)]
+    options: Any = {"prefix_positions": 4, "suffix_positions": 4, "short_prompts": "last"}
+    compare("llama", inputs, {"prefix": [(0, 0)], "suffix": back}, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_an_activation_of_the_source(kind: str, activation: str) -> None:
+    _, inputs = host("bert")
+    compare("bert", inputs, {"prefix": FRONT}, kind=kind, prefix_positions=2, activation=activation)
+
+
+def test_an_identity_has_no_activation() -> None:
+    model, _ = host("bert")
+    with pytest.raises(ConfigError, match="without an activation"):
+        peftcore.apply(model, "loreft", identity=True, activation="relu")
 
 
 def along(gradient: Tensor, R: Tensor) -> Tensor:

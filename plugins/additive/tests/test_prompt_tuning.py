@@ -135,6 +135,41 @@ def test_a_decoder_can_be_prompted_instead() -> None:
     assert model(**inputs).logits.shape[1] == inputs["decoder_input_ids"].shape[1]
 
 
+@pytest.mark.parametrize("embedded", [False, True])
+def test_behind_the_embeddings_it_has_no_positions(embedded: bool) -> None:
+    """The equation a second time: rows in front of what BERT's embeddings return, with a mask that shows them."""
+    model, _ = host("bert")
+    base = deepcopy(model)
+    _, prompt = prompted(model, behind_embeddings=True)
+    other = prompt.detach().clone().requires_grad_()
+    ids, mask = (
+        torch.tensor([[5, 6, 7, 8], [9, 3, 0, 0], [0, 2, 3, 4]]),
+        torch.tensor([[1] * 4, [1, 1, 0, 0], [0, 1, 1, 1]]),
+    )
+    inputs = {"inputs_embeds": base.bert.embeddings.word_embeddings(ids)} if embedded else {"input_ids": ids}
+    ours = model.bert(**inputs, attention_mask=mask).last_hidden_state
+    alone = base.bert(**inputs, attention_mask=mask).last_hidden_state
+    base.bert.embeddings.register_forward_hook(lambda module, args, y: torch.cat([other.expand(3, -1, -1), y], 1))
+    longer = torch.cat([torch.ones(3, LENGTH, dtype=torch.long), mask], 1)
+    theirs = base.bert(**inputs, attention_mask=longer).last_hidden_state[:, LENGTH:]
+    real = mask.bool()
+    torch.testing.assert_close(ours[real], theirs[real], rtol=1e-10, atol=1e-10)
+    assert (ours - alone)[real].abs().max() > 1e-3
+    direction = torch.randn_like(ours) * mask[..., None]
+    for output in (ours, theirs):
+        (output * direction).sum().backward()
+    assert prompt.grad.abs().max() > 0
+    torch.testing.assert_close(prompt.grad, other.grad, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_behind_embeddings_stand_encoders_alone(name: str) -> None:
+    model, _ = host(name)
+    with pytest.raises(UnsupportedSite, match="no place behind its embeddings"):
+        peftcore.apply(model, "prompt_tuning", behind_embeddings=True)
+    assert not peftcore.injections(model)
+
+
 def test_what_it_cannot_do() -> None:
     with pytest.raises(UnsupportedSite, match="no stack of tokens"):
         peftcore.apply(nn.Sequential(nn.Linear(4, 4)), "prompt_tuning", target="0")

@@ -6,7 +6,7 @@ from peftcore import Preset, gather, hookimpl
 from peftcore_multitask._presets import PRESETS
 
 PEFTCORE_API = 2
-__all__ = ["PEFTCORE_API", "gather", "peftcore_methods", "peftcore_translations"]
+__all__ = ["PEFTCORE_API", "gather", "peftcore_formats", "peftcore_methods", "peftcore_translations"]
 
 
 @hookimpl
@@ -31,6 +31,12 @@ def peftcore_methods() -> Mapping[str, str]:
 def peftcore_presets() -> Mapping[str, Preset]:
     """Name options of methods as papers do."""
     return PRESETS
+
+
+@hookimpl
+def peftcore_formats() -> Mapping[str, str]:
+    """Name the file formats that this plugin reads."""
+    return {"adapterhub_fusion": "peftcore_multitask.interop.adapterhub_fusion:AdapterHubFusion"}
 
 
 @hookimpl

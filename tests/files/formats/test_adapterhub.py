@@ -32,7 +32,7 @@ CHANGES = [
     ("config", "non_linearity", "gelu_fast"),
     ("config", "mh_adapter", True),
     ("config", "unheard_of", 1),
-    ("config", "architecture", "prompt_tuning"),
+    ("config", "architecture", "mtl_lora"),
     (None, "unheard_of", 1),
 ]
 

@@ -1,8 +1,7 @@
 """Bottleneck adapters and (IA)^3 in AdapterHub's files (checked against adapters 1.3.0).
 
 What the library calls `seq_bn`, `double_seq_bn` and `par_bn` are our Pfeiffer, Houlsby and parallel adapters; which one
-a file holds is said by where the adapter stands, what it reads and how its output is added. Prompts are not read: that
-library puts them behind the embeddings, with no positions of their own, which none of our methods does.
+a file holds is said by where the adapter stands, what it reads and how its output is added.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from peftcore import Site
 from peftcore.authoring.branches import is_post_norm
 from peftcore.errors import CheckpointError
-from peftcore.files.formats.adapterhub import HubArchitecture
+from peftcore.files.formats.adapterhub import HubArchitecture, HubPlace
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.targets.resolver import Resolver
@@ -71,7 +69,7 @@ class HubBottleneck(HubArchitecture):
     def role(self, place: str) -> str:
         return "attn.output" if "attention" in place else "mlp.output"
 
-    def read(self, site: Site, operator: Any, found: Found) -> dict[str, Tensor]:
+    def read(self, place: HubPlace, operator: Any, found: Found) -> dict[str, Tensor]:
         tensors = {
             f"{ours}.{part}": found.take(f"{theirs}.{part}", getattr(operator, ours).get_parameter(part).shape)
             for ours, theirs in (("down", "adapter_down.0"), ("up", "adapter_up"))
@@ -97,5 +95,5 @@ class HubIA3(HubArchitecture):
         keys.only("dropout", 0.0)
         return {"method": "ia3", "scale_inputs": []}
 
-    def read(self, site: Site, operator: Any, found: Found) -> dict[str, Tensor]:
+    def read(self, place: HubPlace, operator: Any, found: Found) -> dict[str, Tensor]:
         return {"gain": found.take("lora_B", operator.gain.shape, (*operator.gain.shape, 1))}

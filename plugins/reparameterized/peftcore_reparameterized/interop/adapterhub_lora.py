@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from peftcore import Site
-from peftcore.files.formats.adapterhub import HubArchitecture
+from peftcore.files.formats.adapterhub import HubArchitecture, HubPlace
 from peftcore.files.formats.found import Found
 from peftcore.files.formats.keys import Keys
 from peftcore.targets.resolver import Resolver
@@ -27,5 +26,5 @@ class HubLoRA(HubArchitecture):
         dropout, alpha = keys.take("dropout", float, 0.0), keys.take("alpha", float)
         return {"method": "lora", "rank": keys.take("r", int), "alpha": float(alpha), "dropout": float(dropout)}
 
-    def read(self, site: Site, operator: Any, found: Found) -> dict[str, Tensor]:
+    def read(self, place: HubPlace, operator: Any, found: Found) -> dict[str, Tensor]:
         return {"A": found.take("lora_A", operator.A.shape), "B": found.take("lora_B", operator.B.shape)}

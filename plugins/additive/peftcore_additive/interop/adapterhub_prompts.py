@@ -1,0 +1,187 @@
+"""Prefixes and prompts in AdapterHub's files (checked against adapters 1.3.0).
+
+A prompt stands behind the embeddings, and in an encoder without positions for it nothing depends on whether that is in
+front of the first token or behind it ("prefix_after_bos"), but for what a head takes for the first token: that library
+keeps the prompt's rows in its outputs, so a head that pools gets the prompt's first row in the one case, and in the
+other the token, as ours does.
+
+Keys and values of all layers of an encoder, a decoder or its cross-attentions lie in one tensor: a row a position, with
+[key | value] of each layer side by side. Where a network makes them, what it makes is read, as that library's
+`eject_prefix_tuning` does, since all tokens of a prefix have one value each; training goes on with these. Positions of
+tokens are not moved. Each layer has the tensors under a name of its own too. In causal models these are the numbers of
+``attn_implementation="eager"``: with "sdpa" that version masks the prefix out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import CheckpointError, HostMismatch
+from peftcore.files.formats.adapterhub import HubArchitecture, HubPlace
+from peftcore.files.formats.found import Found
+from peftcore.files.formats.keys import Keys
+from peftcore.files.formats.peft_prompts import is_listed
+from peftcore.layers.layer import plain_class
+from peftcore.roles.stacks import TokenStack
+from peftcore.targets.resolver import Resolver
+from peftcore.targets.sites import Site
+from peftcore_additive.houlsby_adapter import ACTIVATIONS as FUNCTIONS
+from peftcore_additive.interop.adapterhub import ACTIVATIONS
+
+ROLES = {"self_prefix": "attn.core", "encoder_prefix": "attn.core", "cross_prefix": "cross.core"}
+"""Our roles by their names for where a prefix stands; "encoder" is one that a decoder reads."""
+OF_TOKENS = (
+    "MODEL_FOR_MASKED_LM_MAPPING",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
+    "MODEL_MAPPING",
+)
+"""Where transformers lists models that return something for each token, and pool nothing unless they have a pooler."""
+COPY = "copy "
+"""What we put in front of the names of tensors that the file holds a second time."""
+
+
+class HubPrefix(HubArchitecture):
+    """Translates keys and values in front of those of every attention."""
+
+    holder = "prefix_tunings"
+
+    def options(self, keys: Keys, shapes: Mapping[str, Any], resolver: Resolver) -> dict[str, Any]:
+        keys.pass_over("encoder_prefix", "cross_prefix", "leave_out", "init_weights_seed", "shared_gating")
+        keys.pass_over("flat", "bottleneck_size")  # the tensors say it: an ejected prefix keeps its options
+        keys.only("use_gating", False)
+        name = keys.take("non_linearity", str, "tanh")
+        if "wte.weight" in shapes and name not in ACTIVATIONS:
+            raise CheckpointError(f"{keys.where}: 'non_linearity' is {name!r}; read are {', '.join(ACTIVATIONS)}")
+        self.function = FUNCTIONS[ACTIVATIONS.get(name, "tanh")]()
+        length, dropout = keys.take("prefix_length", int), float(keys.take("dropout", float, 0.0))
+        return {
+            "method": "prefix_tuning",
+            "length": length,
+            "projection": None,
+            "dropout": dropout,
+            "behind": False,
+            "gate": False,
+        }
+
+    def places(self, groups: Mapping[str, Mapping[str, str]], keys: Keys, resolver: Resolver) -> list[HubPlace]:
+        held: dict[str, dict[str, str]] = {}
+        for group in groups.values():
+            for below, full in group.items():
+                where, _, tensor = below.partition(".")
+                names = held.setdefault(where, {})
+                names[f"{COPY}{len(names)} {tensor}" if tensor in names else tensor] = full
+        if unknown := sorted(held.keys() - ROLES.keys()):
+            names = f"{', '.join(unknown)}; read are {', '.join(ROLES)}, of one stack or an encoder and its decoder"
+            raise CheckpointError(f"{keys.where} has prefixes at {names}")
+        found, left_out = list[HubPlace](), keys.take("leave_out", list, [])
+        for where, names in held.items():
+            sites = [site for number, site in _sites(resolver, where) if number not in left_out]
+            _check_positions(resolver, sites, keys)
+            found += [HubPlace(site, names, index, len(sites)) for index, site in enumerate(sites)]
+        return found
+
+    def read(self, place: HubPlace, operator: Any, found: Found) -> dict[str, Tensor]:
+        if place.index == 0:
+            self._check_copies(found)
+        length, width = operator.prefix.shape
+        size = place.count * width
+        part = slice(place.index * width, (place.index + 1) * width)
+        if not found.has("wte.weight"):
+            return {"prefix": found.take("control_trans", (length * size,)).view(length, size)[:, part]}
+        wide = found.shape("wte.weight").numel() // length  # of a whole matrix; what is none is refused below
+        hidden = found.shape("control_trans.0.bias").numel() if found.has("control_trans.0.bias") else 1
+        rows = found.take("wte.weight", (length, wide))
+        weight, bias = (
+            found.take("control_trans.0.weight", (hidden, wide)),
+            found.take("control_trans.0.bias", (hidden,)),
+        )
+        inner = self.function(nn.functional.linear(rows, weight, bias))  # [length, hidden]
+        weight, bias = found.take("control_trans.2.weight", (size, hidden)), found.take("control_trans.2.bias", (size,))
+        return {"prefix": nn.functional.linear(inner, weight[part], bias[part])}
+
+    @staticmethod
+    def _check_copies(found: Found) -> None:
+        for name, full in found.names.items():
+            if name.startswith(COPY):
+                tensor = name.removeprefix(COPY).partition(" ")[2]
+                shape = found.shape(tensor)
+                if not torch.equal(found.take(name, shape), found.take(tensor, shape)):
+                    found.wrong.append(f"{full} differs from {found.names[tensor]}, of which it is a copy")
+
+
+class HubPrompt(HubArchitecture):
+    """Translates rows behind the embeddings of an encoder."""
+
+    holder = "prompt_tunings"
+
+    def options(self, keys: Keys, shapes: Mapping[str, Any], resolver: Resolver) -> dict[str, Any]:
+        keys.pass_over("prompt_init", "prompt_init_text", "random_uniform_scale", "init_weights_seed")
+        keys.only("combine", "prefix", "prefix_after_bos")
+        if keys.take("combine", str, "prefix") == "prefix" and _may_pool(resolver):
+            raise HostMismatch(
+                f"{keys.where}: with 'combine' = 'prefix' that library pools a prompt's first row, and ours the first "
+                f"token, and {plain_class(resolver.model).__name__} may pool; such prompts are read for models "
+                "that mark, answer or fill in tokens, and for encoders without a pooler"
+            )
+        return {"method": "prompt_tuning", "length": keys.take("prompt_length", int), "behind_embeddings": True}
+
+    def places(self, groups: Mapping[str, Mapping[str, str]], keys: Keys, resolver: Resolver) -> list[HubPlace]:
+        sites = resolver.sites("stack")
+        if len(sites) != 1 or len(groups) != 1:
+            paths = ", ".join(site.module_path for site in sites)
+            raise HostMismatch(f"{keys.where} has a prompt for one stack of tokens; this host has {paths}")
+        return [HubPlace(sites[0], names) for names in groups.values()]
+
+    def read(self, place: HubPlace, operator: Any, found: Found) -> dict[str, Tensor]:
+        return {"prompt": found.take("prompt_embedding.weight", operator.prompt.shape)}
+
+
+def _may_pool(resolver: Resolver) -> bool:
+    """Whether a host may make something of the first row of its outputs alone: it is not for tokens, or it has a pooler
+    behind its blocks."""
+    poolers = [path for stack in resolver.token_stacks() for path in _behind(resolver, stack)]
+    return bool(poolers) or not is_listed(resolver.model, *OF_TOKENS)
+
+
+def _behind(resolver: Resolver, stack: TokenStack) -> list[str]:
+    """Returns the modules of a stack with tensors of their own that stand behind its blocks, but for norms."""
+    entries, modules = resolver.host.entries, resolver.modules
+    inside = [path for path in modules if path.startswith(f"{stack.path}.".lstrip("."))]
+    blocks = tuple(f"{entry.path}." for entry in entries if entry.role == "block")
+    last = max(index for index, path in enumerate(inside) if f"{path}.".startswith(blocks))
+    norms = {entry.path for entry in entries if entry.role.startswith("norm")}
+    held = [path for path in inside[last + 1 :] if any(True for _ in modules[path].parameters(recurse=False))]
+    return [path for path in held if path not in norms]
+
+
+def _sites(resolver: Resolver, where: str) -> list[tuple[int, Site]]:
+    """Returns the attentions at one of their places, each with the number of its layer; those of a decoder go on from
+    those of its encoder."""
+    read = [f"{stack.path}." for stack in resolver.token_stacks() if stack.readers]
+
+    def in_encoder(site: Site) -> bool:
+        return any(site.module_path.startswith(path) for path in read)
+
+    before = sum(in_encoder(site) for site in resolver.sites("attn.core")) if where != "encoder_prefix" else 0
+    sites = [site for site in resolver.sites(ROLES[where]) if in_encoder(site) == (where == "encoder_prefix")]
+    return list(enumerate(sites, before))
+
+
+def _check_positions(resolver: Resolver, sites: list[Site], keys: Keys) -> None:
+    """Refuse attentions with relative positions of their own: that library counts a prefix's keys among them.
+
+    Raises:
+        HostMismatch: there are such.
+    """
+    positions = [entry.path for entry in resolver.host.entries if entry.role == "embed.pos"]
+    relative = [path for path in positions if any(path.startswith(f"{site.module_path}.") for site in sites)]
+    if relative:
+        raise HostMismatch(
+            f"{keys.where}: the keys of a prefix have relative positions there, by {relative[0]}; those of peftcore "
+            "have none"
+        )
