@@ -1,8 +1,8 @@
 """Which tests a run has: all of them, a part of them, or those that cover what slow checks of the kit are for.
 
 Slow checks train a model or compile one, and what they find wrong lies nearly always in a kind of operator, seldom in
-one method alone. A quick run has them for methods that changed, and for one method of each kind. The kinds follow from
-what methods are made of: the core's operator classes that theirs derive from, trained values of the model itself, and
+one method alone. A quick run has them for methods that changed, and for one method of each kind; those of methods that
+did not change are marked as slow (`make test-slow`). The kinds follow from what methods are made of: the core's operator classes that theirs derive from, trained values of the model itself, and
 parts that are methods. Of the hosts of other checks a quick run has one for each method and check; over all methods
 each check meets all of its hosts.
 """
@@ -85,6 +85,15 @@ def declared(item: pytest.Item) -> tuple[Declared, Check] | None:
     told = getattr(getattr(item, "function", None), "declared", None)
     check = told.checks.get(item.callspec.id) if isinstance(told, Declared) else None  # type: ignore[attr-defined]
     return None if check is None else (told, check)
+
+
+def mark_slow(items: Iterable[pytest.Item]) -> None:
+    """Mark slow checks of methods that did not change as slow tests, which `make test` leaves to `make test-slow`."""
+    changed = set(os.environ.get(CHANGED, "").split())
+    for item in items:
+        pair = declared(item)
+        if pair is not None and pair[1].cost == "slow" and pair[0].method.name not in changed:
+            item.add_marker(pytest.mark.slow)
 
 
 Pair = tuple[pytest.Item, tuple[Declared, Check] | None]

@@ -148,6 +148,19 @@ def test_slow_checks_run_for_methods_that_changed(quick: None, monkeypatch: pyte
     }
 
 
+def test_slow_checks_are_slow_tests_unless_their_method_changed(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CHANGED, "oft")
+    items = [*_tests("lora"), *_tests("oft")]
+    marked: list[Any] = []
+    for item in items:
+        item.add_marker = lambda mark, item=item: marked.append((item, mark.name))
+    covering.mark_slow(items)
+    assert {name for _, name in marked} == {"slow"} and _slow(item for item, _ in marked) == {"lora"}
+    assert [item for item, _ in marked] == [item for item in _as_items("lora", items) if _slow([item])]
+
+
 def test_a_whole_run_leaves_nothing_out(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ALL, "1")
     items = [*_tests("lora"), *_tests("adalora")]
