@@ -1,10 +1,10 @@
 """Which tests a run has: all of them, a part of them, or those that cover what slow checks of the kit are for.
 
 Slow checks train a model or compile one, and what they find wrong lies nearly always in a kind of operator, seldom in
-one method alone. A quick run has them for methods that changed, and for one method of each kind; those of methods that
-did not change are marked as slow (`make test-slow`). The kinds follow from what methods are made of: the core's operator classes that theirs derive from, trained values of the model itself, and
-parts that are methods. Of the hosts of other checks a quick run has one for each method and check; over all methods
-each check meets all of its hosts.
+one method alone. A run has them for methods that changed, and for one method of each kind; those of methods that did
+not change are marked as slow (`make test-slow`). The kinds follow from what methods are made of: the core's operator
+classes that theirs derive from, trained values of the model itself, and parts that are methods. Of the hosts of other
+checks a quick run has one for each method and check; over all methods each check meets all of its hosts.
 """
 
 from __future__ import annotations

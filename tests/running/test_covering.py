@@ -148,9 +148,7 @@ def test_slow_checks_run_for_methods_that_changed(quick: None, monkeypatch: pyte
     }
 
 
-def test_slow_checks_are_slow_tests_unless_their_method_changed(
-    quick: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_checks_are_slow_tests_unless_their_method_changed(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(CHANGED, "oft")
     items = [*_tests("lora"), *_tests("oft")]
     marked: list[Any] = []
